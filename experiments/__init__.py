@@ -1,0 +1,1 @@
+"""Launcher, configs, reproductions and benchmarks; not part of the package."""

@@ -1,0 +1,136 @@
+"""Turns a config into objects: tables from names to factories, and nothing else."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+from mdm_jax import corruption, data, models, objectives, samplers, schedules, training, variance
+
+DATA = {
+    "embedded": data.embedded_text,
+    "text": data.text,
+    "jsonl": data.jsonl,
+    "tfds_text": data.tfds_text,
+    "tfds_images": data.tfds_images,
+    "digits": data.digits,
+}
+CORRUPTIONS = {
+    "fixed_count": corruption.fixed_count,
+    "bernoulli": corruption.bernoulli,
+    "rao_blackwell": corruption.rao_blackwell,
+    "rao_blackwell_clipped": corruption.rao_blackwell_clipped,
+}
+VARIANCE = {
+    "identity": variance.identity,
+    "stratified": variance.stratified,
+    "systematic": variance.systematic,
+    "mirror": variance.mirror,
+}
+SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
+OPTIMIZERS = {"adamw": training.adamw, "muon": training.muon}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def lookup(table: Mapping[str, Any], name: str, field: str) -> Any:
+    """``table[name]``; ValueError with the field and the nearest valid names otherwise."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"{field}: unknown name {name!r}; {hint}known are {', '.join(sorted(table))}")
+
+
+def settings(config: ConfigDict, name: str) -> dict[str, Any]:
+    """The sub-config that belongs to a named thing, empty if it has none."""
+    return dict(config.get(name, {}))
+
+
+def dataset(config: ConfigDict) -> data.Dataset:
+    """The data of a run. A setting that its source does not know must keep its default."""
+    chosen = dict(config.data)
+    source = chosen.pop("source")
+    kind = chosen.pop("kind")
+    if source == "tfds":
+        kinds = {"text": "tfds_text", "image": "tfds_images"}
+        source = lookup(kinds, kind, "data.kind")
+    factory = lookup(DATA, source, "data.source")
+    known = inspect.signature(factory).parameters
+    defaults = base.get_config().data
+    unused = {k: v for k, v in chosen.items() if k not in known and v != defaults[k]}
+    if unused:
+        raise ValueError(
+            f"data.source={source!r} does not read "
+            + ", ".join(f"data.{name}={value!r}" for name, value in unused.items())
+            + f"; it reads {', '.join(sorted(known)) or 'no settings'}"
+        )
+    for name in ("path", "name"):
+        if name in known and not chosen[name]:
+            raise ValueError(f"data.source={source!r} needs --config.data.{name}=...")
+    optional = ("data_dir", "valid_path", "test_path")
+    arguments = {k: None if k in optional and v == "" else v for k, v in chosen.items()}
+    return factory(**{k: v for k, v in arguments.items() if k in known})
+
+
+def model(config: ConfigDict, vocab_size: int) -> models.Transformer:
+    """The network."""
+    fields = dict(config.model)
+    for name in ("dtype", "param_dtype"):
+        fields[name] = lookup(DTYPES, fields[name], f"model.{name}")
+    return models.Transformer(models.TransformerConfig(vocab_size=vocab_size, **fields))
+
+
+def objective(config: ConfigDict, mask_id: int) -> objectives.Objective:
+    """The masked bound with the configured process and law."""
+    name = config.corruption.name
+    process = lookup(CORRUPTIONS, name, "corruption.name")
+    law = schedules.law_of(masked_schedule(config, config.law.name))
+    return objectives.masked_nelbo(process(mask_id, **settings(config.corruption, name)), law)
+
+
+def masked_schedule(config: ConfigDict, name: str) -> schedules.MaskedSchedule:
+    """A masked schedule by name, with the settings that ``config.law`` has for it."""
+    factory = lookup(schedules.MASKED_SCHEDULES, name, "law.name")
+    return factory(**settings(config.law, name))
+
+
+def transform(config: ConfigDict) -> variance.VarianceTransform:
+    """The variance chain, in the configured order."""
+    order = config.variance.order
+    members = [lookup(VARIANCE, name, "variance.order") for name in order]
+    return variance.chain(*(f(**settings(config.variance, n)) for f, n in zip(members, order)))
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optax chain, with warm-up and cosine."""
+    c = config.optimizer
+    schedule = training.warmup_cosine(c.peak, c.warmup_steps, config.train.steps, c.final_fraction)
+    factory = lookup(OPTIMIZERS, c.name, "optimizer.name")
+    common = {"b1": c.b1, "b2": c.b2, "weight_decay": c.weight_decay}
+    return factory(schedule, clip_norm=c.clip_norm or None, **common, **settings(c, c.name))
+
+
+def generator(config: ConfigDict, apply_fn: Callable, mask_id: int) -> Callable:
+    """``generate(params, key, canvas, documents) -> tokens`` with the configured sampler."""
+    c = config.sample
+    filters = [samplers.temperature(c.temperature)]
+    filters += [samplers.top_k(c.top_k)] if c.top_k else []
+    filters += [samplers.top_p(c.top_p)] if c.top_p < 1 else []
+    sampler = lookup(SAMPLERS, c.sampler, "sample.sampler")(samplers.compose(*filters))
+    levels = None if c.sampler == "first_hitting" else grid(config)
+    return samplers.make_generator(apply_fn, sampler, levels, mask_id=mask_id)
+
+
+def grid(config: ConfigDict):
+    """Levels of a sampler that steps along a grid."""
+    c = config.sample
+    if c.grid == "uniform_masking_rate":
+        return schedules.grids.uniform_masking_rate(c.num_steps)
+    return schedules.grids.open_ends(
+        schedules.grids.from_schedule(masked_schedule(config, c.grid), c.num_steps)
+    )

@@ -1,0 +1,136 @@
+"""Every setting of a run with its default. Other configs start from here and change a few.
+
+A config is data: strings name things that ``experiments/build.py`` looks up, and a sub-config of
+the same name holds that thing's settings. So any of them can be reached from the command line, as
+in ``--config.variance.order="('stratified',)"`` or ``--config.optimizer.peak=1e-3``.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: the embedded text, a small transformer, stratified fixed counts, MIRROR."""
+    config = ConfigDict()
+    config.seed = 0
+    config.data = ConfigDict(
+        {
+            # embedded | text | jsonl | tfds_text | tfds_images | tfds (with kind) | digits
+            "source": "embedded",
+            "path": "",  # text, jsonl: the file
+            "name": "",  # tfds: the dataset, as in "lm1b" or "mnist"
+            "kind": "text",  # tfds: "text" or "image"
+            "data_dir": "",  # tfds: where prepared datasets lie; "" is TFDS's own default
+            "splits": ("train[:90%]", "train[90%:95%]", "train[95%:]"),  # tfds
+            "text_field": "text",  # tfds text
+            "image_field": "image",  # tfds image
+            "levels": 256,  # tfds image: intensities
+            "length": 128,  # text: tokens of a row
+            "tokenizer": "char",  # char | byte | bpe | path of a tokenizer's JSON file
+            "bpe_vocab_size": 4096,
+            "fractions": (0.9, 0.05, 0.05),  # train, valid, test
+            "train_stride": 1,  # text: tokens between the starts of training rows
+            "prompt_length": 0,  # jsonl: positions for the prompt
+            "answer_length": 0,  # jsonl: positions for the answer
+            "prompt_field": "prompt",
+            "answer_field": "answer",
+            "valid_path": "",  # jsonl: "" splits the file instead
+            "test_path": "",
+            "too_long": "error",  # jsonl: error | truncate | drop
+            "answer_padding": "eos_scored",  # jsonl: eos_scored | pad_hidden
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "width": 128,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_ratio": 4.0,
+            "norm": "rms",  # rms | layer
+            "mlp": "gelu",  # gelu | swiglu
+            "condition_on_logsnr": False,
+            "tie_embeddings": False,
+            "scan_layers": False,
+            "qk_norm": True,
+            "rope_base": 100.0,
+            "dtype": "float32",  # operands of matrix products: float32 | bfloat16
+            "param_dtype": "float32",
+        }
+    )
+    config.corruption = ConfigDict(
+        {
+            # fixed_count | bernoulli | rao_blackwell | rao_blackwell_clipped
+            "name": "fixed_count",
+            "rao_blackwell_clipped": {"low": 0.001, "high": 1.0},
+        }
+    )
+    config.law = ConfigDict(
+        {
+            # Law of the noise level: a masked schedule's name (linear is a uniform masking rate).
+            "name": "linear",
+            "loglinear": {"eps": 0.001},
+            "power": {"exponent": 2.0},
+            "geometric": {"sigma_min": 0.001, "sigma_max": 20.0},
+            "linear_sigma": {"sigma_min": 0.001, "sigma_max": 20.0},
+            "clipped": {"low": 0.001, "high": 1.0},
+            "log_uniform": {"low": 0.001, "high": 1.0},
+            "uniform_logsnr": {"low": -10.0, "high": 10.0},
+        }
+    )
+    # Variance transforms in reading order: couple, warp, replicate. () is independent noise.
+    config.variance = ConfigDict({"order": ("stratified", "mirror")})
+    config.optimizer = ConfigDict(
+        {
+            "name": "muon",  # muon | adamw
+            "peak": 2e-2,  # about a tenth of this for adamw
+            "muon": {"momentum": 0.95},
+            "warmup_steps": 50,
+            "final_fraction": 0.1,
+            "b1": 0.9,
+            "b2": 0.99,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "ema_decay": 0.99,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "steps": 1000,
+            "batch_size": 32,  # rows of the global batch; each view is a forward pass more
+            "num_microbatches": 1,
+            "log_every": 10,
+            "evaluate_every": 200,
+            "sample_every": 0,
+            "checkpoint_every": 200,
+            "keep_last": 2,
+            "max_skipped_in_a_row": 10,
+            "prefetch": 2,
+            "profile_at": 0,  # first step of a profile, 0 for none
+            "profile_steps": 5,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.evaluate = ConfigDict(
+        {
+            "batch_size": 32,
+            "passes": 8,  # forward passes per row and replicate
+            "replicates": 4,  # repetitions of the design, for the standard error
+            "max_rows": 0,  # 0: all rows
+            "final_split": "test",
+            "final_passes": 16,
+            "final_replicates": 8,
+        }
+    )
+    config.sample = ConfigDict(
+        {
+            "sampler": "first_hitting",  # first_hitting | ancestral
+            "num_steps": 64,  # ancestral
+            "grid": "uniform_masking_rate",  # ancestral: a grid's or a masked schedule's name
+            "num_samples": 3,
+            "temperature": 1.0,
+            "top_k": 0,  # 0: all tokens
+            "top_p": 1.0,
+            "gap": 32,  # length of the gap in the infilled passage; 0 for no infilling
+            "prompts": "",  # file of texts, one a line, ▁ where a token is to be generated
+        }
+    )
+    return config

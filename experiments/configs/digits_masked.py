@@ -1,0 +1,30 @@
+"""Masked diffusion on 8 x 8 digits of 17 intensities (scikit-learn), with pictures of the samples.
+
+pip install -e '.[digits]'
+python -m experiments.launch --config=experiments/configs/digits_masked.py --workdir=runs/digits
+"""
+
+from experiments.configs import base
+
+
+def get_config(variant: str = ""):
+    """The digits; ``variant`` is "" or "smoke"."""
+    config = base.get_config()
+    config.data.source = "digits"
+    config.model.update(width=96, depth=3, num_heads=4)
+    config.train.update(steps=1000, batch_size=32)
+    config.evaluate.update(max_rows=160, final_passes=16)
+    config.sample.update(num_samples=25, gap=0)
+    if variant == "smoke":
+        config.model.update(width=16, depth=1, num_heads=2)
+        config.train.update(
+            steps=4, batch_size=8, evaluate_every=2, checkpoint_every=2, log_every=2
+        )
+        config.optimizer.warmup_steps = 2
+        config.evaluate.update(
+            batch_size=8, passes=2, replicates=2, max_rows=8, final_passes=2, final_replicates=2
+        )
+        config.sample.update(num_samples=4)
+    elif variant:
+        raise ValueError(f"digits_masked has the variant 'smoke', not {variant!r}")
+    return config

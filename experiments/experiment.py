@@ -1,0 +1,162 @@
+"""Everything that a config describes, built once and used by every mode."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import build
+from mdm_jax import data, streams, training
+from mdm_jax.batches import Batch
+from mdm_jax.draws import DrawSpec
+from mdm_jax.evaluation import Likelihood, make_likelihood
+from mdm_jax.objectives import Objective
+from mdm_jax.training import TrainState
+from mdm_jax.typing import Array, PyTree
+from mdm_jax.variance import VarianceTransform
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """The objects of a run.
+
+    Attributes:
+        config: resolved config.
+        dataset: data and tokenizer.
+        model: network.
+        objective, transform: what is estimated, and how its variance is reduced.
+        spec: shape of the global draw.
+        mesh: device mesh.
+    """
+
+    config: ConfigDict
+    dataset: data.Dataset
+    model: nn.Module
+    objective: Objective
+    transform: VarianceTransform
+    spec: DrawSpec
+    mesh: jax.sharding.Mesh
+
+    def initial_state(self) -> TrainState:
+        """The sharded state at step 0, a function of the config alone."""
+        key = streams.stream(streams.step_key(self.config.seed, 0), "init")
+        variables = training.linen_init(self.model, self.dataset.length)
+        optimizer = build.optimizer(self.config)
+
+        def init() -> TrainState:
+            return training.new_state(variables(key), optimizer, self.transform, self.spec)
+
+        return training.init_sharded(init, self.mesh)
+
+    def train_step(self) -> Callable[[TrainState, Batch], tuple]:
+        """The pure step function, not yet jitted."""
+        return training.make_train_step(
+            self.model.apply,
+            self.objective,
+            self.transform,
+            build.optimizer(self.config),
+            self.spec,
+            seed=self.config.seed,
+            ema_decay=self.config.optimizer.ema_decay,
+            num_microbatches=self.config.train.num_microbatches,
+        )
+
+    def train_batches(self) -> data.Prefetcher:
+        """Endless placed batches, prefetched, with a position that can be saved."""
+        c = self.config
+        iterator = data.train_iterator(
+            self.dataset.train,
+            c.train.batch_size,
+            c.seed,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+        place = functools.partial(training.place_batch, sharding=training.batch_sharding(self.mesh))
+        return data.Prefetcher(iterator, depth=c.train.prefetch, place=place)
+
+    def held_out(self, split: str) -> data.RowSource:
+        """A split by name; validation rows where a data set has no test rows."""
+        sources = {"valid": self.dataset.valid, "test": self.dataset.test}
+        source = build.lookup(sources, split, "evaluate.final_split")
+        return source if len(source) else self.dataset.valid
+
+    def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
+        """Evaluation batches of a split."""
+        size = self.config.evaluate.batch_size
+        return data.evaluation_batches(source, size, max_rows or None)
+
+    def likelihood(self, passes: int, replicates: int) -> Callable[..., Likelihood]:
+        """The fixed estimator, whatever chain the run trains with."""
+        return make_likelihood(
+            self.model.apply, self.dataset.mask_id, passes=passes, replicates=replicates
+        )
+
+    def key(self, step: int, name: str) -> Array:
+        """Key of a named stream at a step."""
+        return streams.stream(streams.step_key(self.config.seed, step), name)
+
+    def bias(self) -> str:
+        """The worse of the objective's and the chain's bias labels."""
+        from mdm_jax.variance import BIAS_LABELS
+
+        return max(self.objective.bias, self.transform.bias, key=BIAS_LABELS.index)
+
+    def describe(self) -> str:
+        """What is about to be trained, for the terminal and the report."""
+        counts = training.num_params(jax.eval_shape(self._parameters))
+        return "\n".join(
+            [
+                self.dataset.description,
+                f"model: {counts:,} parameters, {type(self.model).__name__}, rows of "
+                f"{self.dataset.length} elements, {self.dataset.vocab_size} ids",
+                f"objective: {self.objective.name} over {self.objective.corruption.name}, law "
+                f"{self.config.law.name}; variance: {self.transform.name}, "
+                f"{self.transform.views} forward passes per row [{self.bias()}]",
+                f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}",
+            ]
+        )
+
+    def _parameters(self) -> PyTree:
+        init = training.linen_init(self.model, self.dataset.length)
+        return nn.meta.unbox(init(jax.random.key(0)))
+
+
+def make_experiment(config: ConfigDict) -> Experiment:
+    """Builds what a config describes.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: with a message for the user, wherever settings
+            or data do not fit.
+    """
+    dataset = build.dataset(config)
+    objective = build.objective(config, dataset.mask_id)
+    mesh = training.make_mesh(**config.mesh)
+    c = config.train
+    training.check_batch_size(mesh, c.batch_size, c.num_microbatches)
+    build.optimizer(config)  # raises early where its settings do not fit the number of steps
+    return Experiment(
+        config=config,
+        dataset=dataset,
+        model=build.model(config, dataset.vocab_size),
+        objective=objective,
+        transform=build.transform(config),
+        spec=objective.spec(c.batch_size, dataset.length),
+        mesh=mesh,
+    )
+
+
+def is_conditional(dataset: data.Dataset) -> bool:
+    """Whether rows have a part that is given, such as a prompt."""
+    source = dataset.test if len(dataset.test) else dataset.valid
+    row = source[0]
+    return bool(np.any(np.asarray(row.documents > 0) & ~np.asarray(row.eligible)))
+
+
+def open_workdir(workdir: str | pathlib.Path, keep_last: int) -> training.Checkpoints:
+    """The checkpoints below a working directory."""
+    return training.Checkpoints(pathlib.Path(workdir) / "checkpoints", keep_last)

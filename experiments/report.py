@@ -1,0 +1,66 @@
+"""What a finished run says: numbers next to baselines, samples, and where everything is."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.experiment import Experiment
+from experiments.generation import format_samples
+from mdm_jax import training
+from mdm_jax.evaluation import plots
+
+
+def write_report(
+    experiment: Experiment, workdir: pathlib.Path, record: dict[str, Any], drawn: dict[str, Any]
+) -> str:
+    """Writes plots and ``report.txt``; returns the text (the file's begins with
+    what was trained).
+
+    Args:
+        experiment: the run.
+        workdir: its directory.
+        record: from ``run.evaluate``.
+        drawn: from ``run.sample``.
+    """
+    unit = record["unit"]
+    entropies = {
+        "unigram entropy": record["unigram_bits_per_unit"],
+        "bigram entropy": record["bigram_bits_per_unit"],
+    }
+    curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
+    records = training.read_metrics(workdir / "metrics.jsonl")
+    plots.save(lambda axes: plots.training_curve(axes, records, unit, entropies), curve, (7, 4))
+    edges = np.array(record["levels"]["masking_rate_edges"])
+    nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
+    plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
+
+    text = "\n".join(
+        [
+            f"held-out likelihood bound ({record['split']} split, {record['rows']} rows, parameters "
+            f"of step {record['step']}):",
+            f"  {_pm(record, 'bits_per_unit')} bits per {unit}"
+            f"   (± Monte Carlo; over rows ± {_number(record['data_standard_error_bits_per_unit'])})",
+            f"  unigram entropy of the split {entropies['unigram entropy']:.3f}, "
+            f"bigram entropy {entropies['bigram entropy']:.3f} bits per {unit}",
+            f"  perplexity per token {_pm(record, 'perplexity')}",
+            "",
+            format_samples(drawn["samples"]).strip() if drawn["samples"] else "",
+            "",
+            f"samples:     {', '.join(drawn['files'])}",
+            f"plots:       {curve}, {levels}",
+            f"TensorBoard: tensorboard --logdir {workdir / 'tensorboard'}",
+            f"metrics:     {workdir / 'metrics.jsonl'}",
+            f"checkpoint:  {workdir / 'checkpoints'}",
+        ]
+    )
+    (workdir / "report.txt").write_text(f"{experiment.describe()}\n\n{text}\n", "utf-8")
+    return text
+
+
+def _pm(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:.3f} ± {_number(record[f'standard_error_{name}'])}"
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"

@@ -1,0 +1,178 @@
+"""The three modes of the launcher: train, evaluate, sample. Also called by notebooks and tests."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import tqdm
+
+from experiments.experiment import Experiment, open_workdir
+from experiments.generation import show_samples
+from experiments.report import write_report
+from experiments.workdir import write_json
+from mdm_jax import data, training
+from mdm_jax.evaluation import Likelihood
+from mdm_jax.training import CheckpointError, Restored, TrainState
+from mdm_jax.typing import PyTree
+
+
+def train(
+    experiment: Experiment, workdir: pathlib.Path, interrupt: training.Interrupt | None = None
+) -> bool:
+    """Trains, resuming where the directory's last whole checkpoint stands.
+
+    Returns:
+        True if training is finished, False if it was interrupted (and saved).
+
+    Raises:
+        CheckpointError, TrainingStopped, ValueError: with a message for the user.
+    """
+    c = experiment.config
+    state, shardings = experiment.initial_state()
+    checkpoints = open_workdir(workdir, c.train.keep_last)
+    stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
+    interrupt = interrupt or training.Interrupt()
+    with experiment.train_batches() as batches:
+        restored = checkpoints.restore_last(training.abstract(state))
+        if restored is not None:
+            state = _continue(restored, stream, batches)
+        start = int(state.step)
+        writer = training.MetricWriter(workdir, start)
+        if start < c.train.steps:
+            print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
+        step = jax.jit(experiment.train_step(), donate_argnums=0, out_shardings=(shardings, None))
+        try:
+            training.train(
+                step,
+                state,
+                batches,
+                options=_loop_options(experiment, workdir),
+                checkpoints=checkpoints,
+                writer=writer,
+                hooks=_hooks(experiment, workdir, writer),
+                notes={"stream": stream},
+                progress=None if restored is None else restored.notes["progress"],
+                interrupt=interrupt,
+            )
+        finally:
+            writer.close()
+            checkpoints.close()
+    return not interrupt.requested
+
+
+def evaluate(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    check: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Likelihood bound of the final split under the best parameters; written and returned."""
+    c = experiment.config.evaluate
+    step, params = load_parameters(experiment, workdir)
+    source = experiment.held_out(c.final_split)
+    rows = len(source) if not c.max_rows else min(c.max_rows, len(source))
+    with tqdm.tqdm(total=rows, desc=f"evaluating {c.final_split}", unit="row") as bar:
+
+        def progress(count: int) -> None:
+            bar.update(min(count, rows - bar.n))
+            if check is not None:
+                check()
+
+        result = experiment.likelihood(c.final_passes, c.final_replicates)(
+            params, experiment.key(0, "final"), experiment.batches(source, c.max_rows), progress
+        )
+    entropies = data.split_entropies(source, experiment.dataset.vocab_size, c.max_rows or None)
+    record = {
+        "step": step,
+        "split": c.final_split,
+        "unit": experiment.dataset.unit,
+        "unigram_bits_per_unit": entropies.unigram_per_unit,
+        "bigram_bits_per_unit": entropies.bigram_per_unit,
+        **result.to_dict(),
+    }
+    write_json(workdir / "evaluation.json", record)
+    return record
+
+
+def sample(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """Draws samples under the best parameters; written to ``samples/`` and returned."""
+    step, params = load_parameters(experiment, workdir)
+    return show_samples(experiment, workdir, step, params, experiment.key(step, "sample"))
+
+
+def report(experiment: Experiment, workdir: pathlib.Path, check: Callable | None = None) -> str:
+    """Evaluates, samples, plots, and returns the text that ends a training run."""
+    record = evaluate(experiment, workdir, check)
+    drawn = sample(experiment, workdir)
+    return write_report(experiment, workdir, record, drawn)
+
+
+def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
+    """(step, averaged parameters): the best by validation loss, else those of the last state.
+
+    Raises:
+        CheckpointError: if the directory has neither.
+    """
+    checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
+    try:
+        abstract = training.abstract(experiment.initial_state()[0])
+        best = checkpoints.best_metrics()
+        if best is not None:
+            return int(best["step"]), checkpoints.restore_best(abstract.ema)
+        restored = checkpoints.restore_last(abstract)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
+    return int(restored.state.step), restored.state.ema
+
+
+def _continue(restored: Restored, stream: dict[str, Any], batches: data.Prefetcher) -> TrainState:
+    data.check_same_stream(restored.notes["stream"], stream)
+    batches.set_state(restored.position)
+    return restored.state
+
+
+def _loop_options(experiment: Experiment, workdir: pathlib.Path) -> training.LoopOptions:
+    c = experiment.config.train
+    return training.LoopOptions(
+        total_steps=c.steps,
+        log_every=c.log_every,
+        evaluate_every=c.evaluate_every,
+        sample_every=c.sample_every,
+        checkpoint_every=c.checkpoint_every,
+        max_skipped_in_a_row=c.max_skipped_in_a_row,
+        tokens_per_step=c.batch_size * experiment.dataset.length * experiment.transform.views,
+        unit="char" if experiment.dataset.unit == "character" else "dim",
+        profile_at=c.profile_at,
+        profile_steps=c.profile_steps,
+        profile_directory=str(workdir / "profile"),
+    )
+
+
+def _hooks(
+    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
+) -> training.Hooks:
+    c = experiment.config.evaluate
+    estimate = experiment.likelihood(c.passes, c.replicates)
+    source = experiment.dataset.valid
+
+    def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
+        # The same key every time: differences between evaluations are not masking noise.
+        batches = experiment.batches(source, c.max_rows)
+        return _scalars(estimate(ema, experiment.key(0, "evaluate"), batches, check))
+
+    def sample_step(step: int, ema: PyTree, check: Callable) -> None:
+        check()
+        show_samples(experiment, workdir, step, ema, experiment.key(step, "sample"), writer)
+
+    return training.Hooks(evaluate_step if len(source) else None, sample_step)
+
+
+def _scalars(result: Likelihood) -> dict[str, float]:
+    return {
+        "loss": result.nats_per_token,
+        "bits_per_unit": result.bits_per_unit,
+        "standard_error": result.standard_error_bits_per_unit,
+        "perplexity": result.perplexity,
+    }

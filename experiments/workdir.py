@@ -1,0 +1,125 @@
+"""A run's working directory: which config it belongs to, and what made it."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+from ml_collections import ConfigDict
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
+
+FREE_SECTIONS = ("evaluate", "sample")
+"""Sections that say how a model is looked at, not what it is; they may differ between calls."""
+
+
+class WorkdirError(RuntimeError):
+    """The working directory belongs to something else."""
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return json.loads(config.to_json())
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The config that the directory's run was started with, or None."""
+    path = workdir / "config.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool) -> None:
+    """Makes the directory this config's, or refuses it.
+
+    Writes ``config.json`` and ``run.json`` (seed, versions, git revision). With ``allow_change``
+    the old files are kept as ``config.1.json`` and so on.
+
+    Raises:
+        WorkdirError: if the directory holds a run with another config, listing what differs, or
+            holds files but no run.
+    """
+    new, old = resolved(config), read_config(workdir)
+    if old is None:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise WorkdirError(
+                f"{workdir} is not empty and holds no run (no config.json); name a new directory"
+            )
+    else:
+        changed = differences(_fixed(old), _fixed(new))
+        if changed and not allow_change:
+            raise WorkdirError(
+                f"{workdir} holds a run with another config:\n  "
+                + "\n  ".join(changed)
+                + "\nName another --workdir, restore these settings, or pass "
+                "--allow_config_change to go on with the new ones."
+            )
+        if not changed:
+            return
+        number = 1
+        while (workdir / f"config.{number}.json").exists():
+            number += 1
+        for name in ("config", "run"):
+            if (workdir / f"{name}.json").exists():
+                (workdir / f"{name}.json").rename(workdir / f"{name}.{number}.json")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "run.json", provenance(config.seed))
+    write_json(workdir / "config.json", new)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """``name: old -> new`` for every setting that differs."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    return found
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Seed, package versions, Python, machine and git revision."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "seed": seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git_revision": git_revision(),
+    }
+
+
+def git_revision() -> str:
+    """Commit of the source tree, with "+changes" where files differ from it."""
+    root = pathlib.Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON so that a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in FREE_SECTIONS}

@@ -1,0 +1,184 @@
+"""Masked (absorbing-state) diffusion: tokens are kept or replaced by the mask token.
+
+At logSNR lambda a token survives with probability ``sigmoid(lambda)`` and is masked at the rate
+``m = sigmoid(-lambda)``. With S the sum of the cross-entropies of the masked tokens of a row with n
+eligible ones, the negative evidence lower bound is, for every schedule,
+
+    NELBO = int_0^1 (1/m) E[S | m] dm = sum_{k=1}^{n} (1/k) E[S | k masked]
+
+so a process only has to say which tokens it masks at m, and by which factor S is to be multiplied.
+The three processes here are exact (fixed counts, Rao-Blackwell) or become truncated together with
+a law that stays away from m = 0 (Bernoulli, whose variance is otherwise infinite).
+
+References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM), Ou et al. 2024 (RADD, any-order form).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
+from mdm_jax.typing import Array
+
+
+def fixed_count(mask_id: int) -> Corruption:
+    """Masks exactly ``k = 1 + floor(n m)`` of n eligible tokens, those of the lowest base noise.
+
+    Under a uniform rate k is uniform on {1..n}; the weight is n/k. Exact and of finite variance:
+    the default. A level without eligible tokens masks nothing and has raw loss zero.
+    """
+
+    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
+        count = _eligible_count(eligible, logsnr, level_ids)
+        masked_count = count_at_rate(jax.nn.sigmoid(-logsnr), count)
+        rank = noise_ranks(noise, eligible, logsnr.shape[-1], level_ids)
+        mask = eligible & (rank < spread_levels(masked_count, x.shape[-1], level_ids))
+        log_weight = jnp.log(jnp.maximum(count, 1)) - jnp.log(masked_count)
+        return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight.astype(jnp.float32))
+
+    return _masked("fixed_count", corrupt, mask_id)
+
+
+def bernoulli(mask_id: int) -> Corruption:
+    """Masks each eligible token independently at the rate m, with weight 1/m.
+
+    The weight's tail makes the variance infinite when m reaches 0: use a law truncated to rates
+    above some epsilon (which leaves out that part of the bound), or one of the other two processes.
+    """
+
+    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
+        mask = bernoulli_mask(noise, logsnr, eligible, level_ids)
+        log_rate = jax.nn.log_sigmoid(-logsnr)
+        log_weight = jnp.broadcast_to(-log_rate, _level_shape(mask, logsnr))
+        return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight)
+
+    return _masked("bernoulli", corrupt, mask_id)
+
+
+def rao_blackwell(mask_id: int) -> Corruption:
+    """Bernoulli masks with the weight 1/m averaged over the rates that give the same count.
+
+    For m uniform on (0, 1) the posterior given k of n masked is Beta(k+1, n-k+1), hence
+    ``E[1/m | k] = (n+1)/k``. Exact, finite variance, no epsilon. Its second moment is (n+1)/n times
+    that of :func:`fixed_count`, because a share 1/(n+1) of the draws masks nothing.
+    """
+
+    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
+        mask = bernoulli_mask(noise, logsnr, eligible, level_ids)
+        count = _eligible_count(eligible, logsnr, level_ids)
+        masked = sum_levels(mask.astype(jnp.int32), logsnr.shape[-1], level_ids)
+        log_weight = jnp.log(count + 1.0) - jnp.log(jnp.maximum(masked, 1).astype(jnp.float32))
+        return Corrupted(jnp.where(mask, mask_id, x), mask, jnp.where(masked > 0, log_weight, 0.0))
+
+    return _masked("rao_blackwell", corrupt, mask_id)
+
+
+def rao_blackwell_clipped(mask_id: int, low: float, high: float) -> Corruption:
+    """:func:`rao_blackwell` for rates uniform on [low, high].
+
+    The weight is ``E[1/m | k, m ~ U(low, high)]``, a ratio of incomplete beta functions; use it
+    with a law truncated to the same rates.
+
+    Raises:
+        ValueError: unless 0 <= low < high <= 1.
+    """
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"rao_blackwell_clipped needs 0 <= low < high <= 1, got {low}, {high}")
+
+    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
+        mask = bernoulli_mask(noise, logsnr, eligible, level_ids)
+        count = _eligible_count(eligible, logsnr, level_ids)
+        masked = sum_levels(mask.astype(jnp.int32), logsnr.shape[-1], level_ids)
+        log_weight = jnp.log(expected_inverse_rate(masked, count, low, high))
+        return Corrupted(jnp.where(mask, mask_id, x), mask, jnp.where(masked > 0, log_weight, 0.0))
+
+    return _masked("rao_blackwell_clipped", corrupt, mask_id)
+
+
+def count_at_rate(rate: Array, count: Array) -> Array:
+    """``1 + floor(n m)`` clipped to [1, max(n, 1)], int32; ``rate`` and ``count`` broadcast."""
+    masked = 1 + jnp.floor(rate * count.astype(rate.dtype)).astype(jnp.int32)
+    return jnp.clip(masked, 1, jnp.maximum(count, 1))
+
+
+def noise_ranks(
+    noise: Array, eligible: Array, num_levels: int = 1, level_ids: Array | None = None
+) -> Array:
+    """Rank of each element's noise among the eligible elements of its level, [..., L] int32.
+
+    Ranks of eligible elements are 0..n-1; ineligible ones rank behind them. Equal numbers are told
+    apart by position.
+    """
+    noise, eligible = jnp.broadcast_arrays(noise, eligible)
+    key = jnp.where(eligible, noise, jnp.inf)
+    if level_ids is None:
+        sections = key.reshape(*key.shape[:-1], num_levels, -1)
+        return jnp.argsort(jnp.argsort(sections, axis=-1), axis=-1).reshape(key.shape)
+    level_ids = jnp.broadcast_to(level_ids, key.shape)
+    position = jnp.argsort(jnp.lexsort((key, level_ids), axis=-1), axis=-1)
+    size = sum_levels(jnp.ones_like(level_ids), num_levels, level_ids)
+    return position - spread_levels(jnp.cumsum(size, -1) - size, key.shape[-1], level_ids)
+
+
+def bernoulli_mask(
+    noise: Array, logsnr: Array, eligible: Array, level_ids: Array | None = None
+) -> Array:
+    """Each eligible element masked where its base noise falls below the rate, [..., L] bool."""
+    rate = spread_levels(jax.nn.sigmoid(-logsnr), noise.shape[-1], level_ids)
+    return eligible & (noise < rate)
+
+
+def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) -> Array:
+    """``E[1/m | k of n masked]`` for m uniform on [low, high]; 1/rates, float32, same shape.
+
+    Equals ``(n+1)/k`` times a ratio of probabilities of the interval under Beta(k, n-k+1) and
+    Beta(k+1, n-k+1). Entries with k = 0 are meaningless (k is raised to 1 there).
+    """
+    k = jnp.maximum(masked, 1).astype(jnp.float32)
+    rest = count - k + 1.0
+
+    def probability(a: Array, b: Array) -> Array:
+        return jax.scipy.special.betainc(a, b, jnp.full_like(a, high)) - (
+            jax.scipy.special.betainc(a, b, jnp.full_like(a, low))
+        )
+
+    return (count + 1.0) / k * probability(k, rest) / probability(k + 1.0, rest)
+
+
+def cross_entropy(logits: Array, targets: Array, mask_id: int | None) -> Array:
+    """Cross-entropy of clean tokens, nats, float32 [..., L].
+
+    Args:
+        logits: [..., L, K] of any float dtype. Where K exceeds ``mask_id`` the mask token's logit
+            is taken out of the softmax: a clean token is never the mask.
+        targets: [..., L] clean token ids.
+        mask_id: the mask token, or None.
+    """
+    log_probs = jax.nn.log_softmax(exclude_token(logits, mask_id), axis=-1)
+    return -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+
+def exclude_token(logits: Array, mask_id: int | None) -> Array:
+    """float32 logits with the mask token's set so low that its probability is exactly zero."""
+    logits = logits.astype(jnp.float32)
+    if mask_id is None or logits.shape[-1] <= mask_id:
+        return logits
+    lowest = jnp.finfo(jnp.float32).min
+    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(token == mask_id, lowest, logits)
+
+
+def _eligible_count(eligible: Array, logsnr: Array, level_ids: Array | None) -> Array:
+    count = sum_levels(eligible.astype(jnp.int32), logsnr.shape[-1], level_ids)
+    return jnp.broadcast_to(count, jnp.broadcast_shapes(count.shape, logsnr.shape))
+
+
+def _level_shape(mask: Array, logsnr: Array) -> tuple[int, ...]:
+    return (*jnp.broadcast_shapes(mask.shape[:-1], logsnr.shape[:-1]), logsnr.shape[-1])
+
+
+def _masked(name: str, corrupt: Callable[..., Corrupted], mask_id: int) -> Corruption:
+    if mask_id < 0:
+        raise ValueError(f"{name}: mask_id must be a token id, got {mask_id}")
+    return Corruption(name, corrupt, lambda length: (length,), mask_id)

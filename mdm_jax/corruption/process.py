@@ -1,0 +1,75 @@
+"""What a corruption process is: a deterministic function of (clean row, logSNR, base noise)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.typing import Array
+
+
+class Corrupted(NamedTuple):
+    """A corrupted batch.
+
+    Attributes:
+        inputs: [..., L] what the network sees.
+        target_mask: [..., L] bool, elements that carry a loss.
+        log_weight: [..., S] log factor per level which makes the sum of the targets' losses an
+            unbiased estimate of the level's loss under a uniform masking rate.
+    """
+
+    inputs: Array
+    target_mask: Array
+    log_weight: Array
+
+
+class Corruption(NamedTuple):
+    """A forward process as pure functions.
+
+    Attributes:
+        name: for logs and error messages.
+        corrupt: ``corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted`` with x [..., L],
+            logsnr [..., S], noise [..., *event_shape(L)], eligible [..., L] bool. Without
+            ``level_ids`` the row is cut into S contiguous segments of equal length;
+            ``level_ids`` [..., L] int32 names each element's level instead.
+        event_shape: ``event_shape(L)`` of the base noise of one row.
+        mask_id: the mask token, or None where the process has none.
+    """
+
+    name: str
+    corrupt: Callable[..., Corrupted]
+    event_shape: Callable[[int], tuple[int, ...]]
+    mask_id: int | None
+
+
+def spread_levels(values: Array, length: int, level_ids: Array | None = None) -> Array:
+    """Per-level values [..., S] as per-element values [..., L].
+
+    Raises:
+        ValueError: if no ``level_ids`` are given and S does not divide L.
+    """
+    if level_ids is None:
+        return jnp.repeat(values, _segment_length(length, values.shape[-1]), axis=-1)
+    shape = jnp.broadcast_shapes(values.shape[:-1], level_ids.shape[:-1])
+    ids = jnp.broadcast_to(level_ids, (*shape, length))
+    return jnp.take_along_axis(jnp.broadcast_to(values, (*shape, values.shape[-1])), ids, axis=-1)
+
+
+def sum_levels(values: Array, num_levels: int, level_ids: Array | None = None) -> Array:
+    """Per-element values [..., L] summed per level, [..., S]; the adjoint of ``spread_levels``."""
+    if level_ids is None:
+        size = _segment_length(values.shape[-1], num_levels)
+        return values.reshape(*values.shape[:-1], num_levels, size).sum(-1)
+    values, level_ids = jnp.broadcast_arrays(values, level_ids)
+    one_hot = jax.nn.one_hot(level_ids, num_levels, dtype=values.dtype)
+    return jnp.einsum("...l,...ls->...s", values, one_hot)
+
+
+def _segment_length(length: int, num_levels: int) -> int:
+    if length % num_levels:
+        raise ValueError(
+            f"{num_levels} noise levels do not divide a row of {length} elements evenly; "
+            "choose a divisor or pass level_ids"
+        )
+    return length // num_levels

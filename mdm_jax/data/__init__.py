@@ -1,0 +1,51 @@
+"""Data sources, tokenizers and batch pipelines."""
+
+from mdm_jax.data.bpe import BPETokenizer, SpecialTokens
+from mdm_jax.data.datasets import Dataset, RowSource, gather
+from mdm_jax.data.images import digits
+from mdm_jax.data.pairs import jsonl
+from mdm_jax.data.pipeline import (
+    check_same_stream,
+    evaluation_batches,
+    stream_fingerprint,
+    train_iterator,
+)
+from mdm_jax.data.plain_text import embedded_text, text
+from mdm_jax.data.prefetch import Prefetcher
+from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, split_entropies
+from mdm_jax.data.tfds_source import tfds, tfds_images, tfds_text
+from mdm_jax.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_from_json,
+)
+
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Dataset",
+    "NgramEntropies",
+    "Prefetcher",
+    "RowSource",
+    "SpecialTokens",
+    "Tokenizer",
+    "check_same_stream",
+    "digits",
+    "embedded_text",
+    "evaluation_batches",
+    "gather",
+    "jsonl",
+    "load_tokenizer",
+    "ngram_entropies",
+    "split_entropies",
+    "stream_fingerprint",
+    "text",
+    "tfds",
+    "tfds_images",
+    "tfds_text",
+    "tokenizer_from_json",
+    "train_iterator",
+]

@@ -1,0 +1,111 @@
+"""Entropies of simple models of a split, the yardsticks next to a likelihood."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mdm_jax.data.datasets import RowSource
+from mdm_jax.data.pipeline import evaluation_batches
+
+
+class NgramEntropies(NamedTuple):
+    """Plug-in entropies, counted and evaluated on the same tokens.
+
+    That makes them low by about (K - 1) / (2 N ln 2) bits for N tokens and K parameters (Miller
+    1955): no fitted unigram or bigram model reaches them on unseen text.
+
+    Attributes:
+        unigram: H(X_t), bits per token.
+        bigram: H(X_t | X_{t-1}), bits per token, over pairs inside one row.
+        tokens: number of tokens counted.
+        pairs: number of pairs counted.
+        units: characters or dimensions that the tokens stand for.
+    """
+
+    unigram: float
+    bigram: float
+    tokens: int
+    pairs: int
+    units: int
+
+    @property
+    def unigram_per_unit(self) -> float:
+        """Unigram entropy in bits per character or dimension."""
+        return self.unigram * self.tokens / self.units
+
+    @property
+    def bigram_per_unit(self) -> float:
+        """Bigram entropy in bits per character or dimension."""
+        return self.bigram * self.tokens / self.units
+
+
+def ngram_entropies(
+    tokens: ArrayLike,
+    vocab_size: int,
+    *,
+    eligible: ArrayLike | None = None,
+    units: int | None = None,
+) -> NgramEntropies:
+    """Unigram and bigram plug-in entropies of rows of tokens.
+
+    Args:
+        tokens: [L] one stream, or [N, L] rows; integers in [0, vocab_size).
+        vocab_size: K.
+        eligible: bool, shape of ``tokens``: which to count. A pair needs two eligible neighbours
+            in one row. None: all.
+        units: characters or dimensions that the counted tokens stand for; None: their number.
+
+    Raises:
+        ValueError: if there is no eligible pair, a shape is wrong or a token is out of range.
+    """
+    tokens = np.atleast_2d(np.asarray(tokens))
+    keep = np.ones(tokens.shape, bool)
+    if eligible is not None:
+        keep = np.atleast_2d(np.asarray(eligible, bool))
+    if tokens.ndim != 2 or keep.shape != tokens.shape:
+        raise ValueError(
+            f"tokens must be [L] or [N, L] and eligible alike, got {tokens.shape} and {keep.shape}"
+        )
+    counted = tokens[keep].astype(np.int64)
+    both = keep[:, 1:] & keep[:, :-1]
+    if not both.any():
+        raise ValueError("bigram entropy needs at least one pair of eligible neighbours, got none")
+    if counted.min() < 0 or counted.max() >= vocab_size:
+        raise ValueError(
+            f"tokens must be in [0, {vocab_size}), got {counted.min()} to {counted.max()}"
+        )
+    before = tokens[:, :-1][both].astype(np.int64)
+    after = tokens[:, 1:][both].astype(np.int64)
+    return NgramEntropies(
+        unigram=_entropy_bits(counted),
+        bigram=_entropy_bits(before * vocab_size + after) - _entropy_bits(before),
+        tokens=len(counted),
+        pairs=len(before),
+        units=len(counted) if units is None else int(units),
+    )
+
+
+def split_entropies(
+    source: RowSource, vocab_size: int, max_rows: int | None = None
+) -> NgramEntropies:
+    """Entropies of the eligible tokens of a split, the same ones that a model is scored on.
+
+    Args:
+        source: rows.
+        vocab_size: K.
+        max_rows: as in :func:`mdm_jax.data.evaluation_batches`.
+    """
+    batches = list(evaluation_batches(source, 256, max_rows))
+    return ngram_entropies(
+        np.concatenate([batch.tokens for batch in batches]),
+        vocab_size,
+        eligible=np.concatenate([batch.eligible for batch in batches]),
+        units=sum(int(batch.units.sum()) for batch in batches),
+    )
+
+
+def _entropy_bits(symbols: np.ndarray) -> float:
+    counts = np.unique(symbols, return_counts=True)[1]
+    frequency = counts / counts.sum()
+    return float(-(frequency * np.log2(frequency)).sum())

@@ -1,0 +1,247 @@
+"""Any text or small-image dataset of TensorFlow Datasets, read without TensorFlow."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mdm_jax.data.datasets import SPLITS, Dataset, check_positive, describe, fingerprint_of
+from mdm_jax.data.images import picture_dataset
+from mdm_jax.data.rows import TokenSpans
+from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
+
+DEFAULT_SPLITS = ("train[:90%]", "train[90%:95%]", "train[95%:]")
+_READ = 256
+
+
+def tfds(name: str, *, kind: Literal["text", "image"], **settings: Any) -> Dataset:
+    """:func:`tfds_text` or :func:`tfds_images`, chosen by ``kind`` for use from a config.
+
+    Raises:
+        ValueError: if ``kind`` is neither "text" nor "image".
+        TypeError: if a setting is not one of the chosen function.
+    """
+    kinds: dict[str, Callable[..., Dataset]] = {"text": tfds_text, "image": tfds_images}
+    if kind not in kinds:
+        raise ValueError(f"kind must be 'text' or 'image', got {kind!r}")
+    return kinds[kind](name, **settings)
+
+
+def tfds_text(
+    name: str,
+    *,
+    length: int,
+    text_field: str = "text",
+    splits: Sequence[str] = DEFAULT_SPLITS,
+    data_dir: str | os.PathLike | None = None,
+    download: bool = True,
+    tokenizer: str | Tokenizer = "char",
+    bpe_vocab_size: int = 4096,
+) -> Dataset:
+    """Rows of one document each, from a TFDS dataset with a text feature.
+
+    Every example is a document: it is encoded, EOS is appended, and the tokens are cut into rows of
+    ``length``. The last row of a document is filled up with padding, which is neither eligible nor
+    attended to. EOS is eligible and stands for no character. All text is read and encoded when the
+    dataset is made, and kept at 4 bytes per token; ask for a slice such as "train[:1%]" of a large
+    dataset.
+
+    Args:
+        name: name of the dataset, with config and version where needed ("lm1b", "my_data/a:1.0.0").
+        length: L, tokens per row.
+        text_field: name of the feature that holds the text.
+        splits: TFDS split expressions for train, valid and test.
+        data_dir: where TFDS keeps its datasets; None: its default.
+        download: whether TFDS may download and prepare the dataset where it is not there yet.
+        tokenizer: as in :func:`mdm_jax.data.text`, fitted to the training documents.
+        bpe_vocab_size: K for "bpe".
+
+    Raises:
+        ValueError: if the dataset, a split or the feature does not exist, is empty, is not
+            prepared as array_record, or is not UTF-8 text; or a setting is out of range.
+        ImportError: if tensorflow-datasets is not installed.
+    """
+    check_positive("length", length)
+    sources = _open(name, splits, data_dir, download)
+    texts = {
+        part: [_as_text(value, origin) for value, origin in _values(source, text_field)]
+        for part, source in sources.items()
+    }
+    codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
+    rows: dict[str, TokenSpans] = {}
+    report: dict[str, int] = {}
+    for part in SPLITS:
+        documents = [np.append(codec.encode(text), codec.eos_id) for text in texts[part]]
+        rows[part] = _document_rows(documents, length, codec)
+        size = len(rows[part].tokens)
+        report[f"{part}_documents"] = len(documents)
+        report[f"{part}_empty_documents"] = sum(len(text) == 0 for text in texts[part])
+        report[f"{part}_tokens"] = size
+        report[f"{part}_rows"] = len(rows[part])
+        report[f"{part}_padded_positions"] = len(rows[part]) * length - size
+        report[f"{part}_unknown_characters"] = codec.count_unknown(rows[part].tokens)
+    settings = {"source": "tfds_text", "length": length, "tokenizer": codec.fingerprint}
+    info = sources["train"].dataset_info
+    content = b"".join(rows[part].tokens.tobytes() + b"/" for part in SPLITS)
+    return Dataset(
+        **rows,
+        tokenizer=codec,
+        vocab_size=codec.vocab_size,
+        mask_id=codec.mask_id,
+        length=length,
+        unit="character",
+        event_shape=None,
+        fingerprint=fingerprint_of(content, settings),
+        description=describe(
+            _headline(info, splits),
+            codec,
+            "Documents end with EOS and are cut into rows, the last of each is padded.",
+            report,
+        ),
+        report=report,
+    )
+
+
+def tfds_images(
+    name: str,
+    *,
+    levels: int = 256,
+    image_field: str = "image",
+    splits: Sequence[str] = DEFAULT_SPLITS,
+    data_dir: str | os.PathLike | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Rows of one flattened picture each, from a TFDS dataset of 8-bit images of one shape.
+
+    An intensity v becomes ``v * levels // 256``. A trailing axis of one channel is removed. All
+    pictures are decoded when the dataset is made, and kept at one byte per element.
+
+    Args:
+        name: name of the dataset, with config and version where needed.
+        levels: number of intensities, 2 to 256.
+        image_field: name of the feature that holds the picture.
+        splits: TFDS split expressions for train, valid and test.
+        data_dir: where TFDS keeps its datasets; None: its default.
+        download: whether TFDS may download and prepare the dataset where it is not there yet.
+
+    Raises:
+        ValueError: if the dataset, a split or the feature does not exist, is empty, is not
+            prepared as array_record, or does not hold uint8 pictures of one shape; or a setting is
+            out of range.
+        ImportError: if tensorflow-datasets is not installed.
+    """
+    if not 2 <= levels <= 256:
+        raise ValueError(f"levels must be in [2, 256], got {levels}")
+    sources = _open(name, splits, data_dir, download)
+    shape: tuple[int, ...] | None = None
+    parts: dict[str, np.ndarray] = {}
+    for part, source in sources.items():
+        pictures = []
+        for value, origin in _values(source, image_field):
+            picture = np.asarray(value)
+            shape = shape or picture.shape
+            if picture.dtype != np.uint8 or picture.shape != shape or picture.ndim < 2:
+                raise ValueError(
+                    f"{origin}: expected a uint8 picture of shape {shape}, got {picture.dtype} of "
+                    f"shape {picture.shape}; all pictures must be alike"
+                )
+            pictures.append((picture.reshape(-1).astype(np.uint16) * levels // 256).astype("u1"))
+        parts[part] = np.stack(pictures)
+    event_shape = shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape
+    return picture_dataset(
+        parts,
+        num_levels=levels,
+        event_shape=event_shape,
+        settings={"source": "tfds_images"},
+        headline=_headline(sources["train"].dataset_info, splits),
+    )
+
+
+def _open(
+    name: str, splits: Sequence[str], data_dir: str | os.PathLike | None, download: bool
+) -> dict[str, Any]:
+    """Random-access sources of the three splits."""
+    if isinstance(splits, str) or len(splits) != len(SPLITS):
+        raise ValueError(f"splits must be three expressions (train, valid, test), got {splits!r}")
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(
+            "the tfds source needs tensorflow-datasets and array_record: "
+            "pip install tensorflow-datasets array_record"
+        ) from error
+    place = f"tfds dataset {name!r} in {data_dir or 'the default data_dir'}"
+    sources = {}
+    for part, split in zip(SPLITS, splits):
+        try:
+            sources[part] = tensorflow_datasets.data_source(
+                name,
+                split=split,
+                data_dir=None if data_dir is None else os.fspath(data_dir),
+                download=download,
+                # tfrecord, the default, has no random access and needs TensorFlow; parquet is
+                # refused too, since TFDS 4.9.10 ignores slices such as "train[:90%]" there.
+                builder_kwargs={"file_format": "array_record"},
+            )
+        except tensorflow_datasets.core.registered.DatasetNotFoundError as error:
+            raise ValueError(
+                f"{place}: not found, neither prepared there nor known to tensorflow-datasets"
+            ) from error
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"{place}: the {part} split {split!r} cannot be opened ({error}). It must exist, "
+                "hold examples and be prepared with file_format='array_record'; download=True "
+                "lets TFDS prepare the datasets it knows"
+            ) from error
+    return sources
+
+
+def _values(source: Any, field: str) -> Iterator[tuple[Any, str]]:
+    """The values of one feature in order, each with a name for error messages."""
+    features = source.dataset_info.features
+    title = f"tfds dataset {source.dataset_info.full_name}, split {source.split}"
+    if field not in features:
+        raise ValueError(f"{title}: no feature {field!r}; it has {sorted(features)}")
+    for start in range(0, len(source), _READ):
+        indices = list(range(start, min(start + _READ, len(source))))
+        for i, example in zip(indices, source.__getitems__(indices)):
+            yield example[field], f"{title}, example {i}"
+
+
+def _as_text(value: Any, origin: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(f"{origin}: the feature must be text, got {kind}; name another text_field")
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{origin}: not UTF-8 at byte {error.start} ({error.reason})") from error
+
+
+def _document_rows(documents: list[np.ndarray], length: int, codec: Tokenizer) -> TokenSpans:
+    stops = np.cumsum([len(document) for document in documents])
+    starts, ends = [], []
+    for document, stop in zip(documents, stops.tolist()):
+        begins = range(stop - len(document), stop, length)
+        starts.extend(begins)
+        ends.extend(min(begin + length, stop) for begin in begins)
+    return TokenSpans(
+        np.concatenate(documents).astype(np.int32),
+        np.asarray(starts, np.int64),
+        length,
+        codec.pad_id,
+        codec.character_counts,
+        ends=np.asarray(ends, np.int64),
+    )
+
+
+def _headline(info: Any, splits: Sequence[str]) -> str:
+    about = " ".join(info.description.split())[:200]
+    licence = getattr(info.redistribution_info, "license", "") or "not stated by TFDS"
+    return (
+        f"TFDS {info.full_name}, splits {', '.join(splits)}: {about} Licence: {licence}. "
+        f"Source: {info.homepage or 'not stated by TFDS'}."
+    )

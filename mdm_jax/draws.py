@@ -1,0 +1,135 @@
+"""The randomness of one training step, as data.
+
+A :class:`Draw` holds every random number that a step consumes. Variance transforms couple and warp
+it (``mdm_jax.variance``), corruptions and objectives consume it; neither knows of the other.
+
+All numbers live on one grid, the odd multiples of 2**-24 in (0, 1). The grid is symmetric
+(``1 - u`` is exact and stays on it) and excludes both ends, so quantile functions stay finite.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax import streams
+from mdm_jax.typing import Array, ArrayLike, PyTree
+
+GRID_BITS = 23
+"""The grid has ``2**GRID_BITS`` points; 24 significant bits are all that float32 has."""
+
+
+class DrawSpec(NamedTuple):
+    """Static shape of a draw.
+
+    Attributes:
+        batch_size: B, rows of the global batch (all devices, hosts and microbatches together).
+        num_levels: S, independent noise levels per row.
+        event_shape: shape of one row's base noise; ``(L,)`` for masks, ``(L, 2)`` for a process
+            that consumes two numbers per element.
+    """
+
+    batch_size: int
+    num_levels: int
+    event_shape: tuple[int, ...]
+
+
+class Draw(NamedTuple):
+    """All randomness of one step.
+
+    Attributes:
+        u: [V, B, S] quantile of the objective's own noise law, in the open interval (0, 1).
+        log_weight: [V, B, S] log importance weight; zero until ``u`` is warped.
+        noise: [V, B, *event_shape] base noise of the corruption, in (0, 1).
+    """
+
+    u: Array
+    log_weight: Array
+    noise: Array
+
+
+class LossStats(NamedTuple):
+    """Per-example loss of one forward pass, before any reduction.
+
+    Attributes:
+        raw: [V, B, S] sum of the per-element losses over the target elements, nats.
+        weight: [V, B, S] factor the objective asks for at this level. ``raw * weight`` is, for
+            uniform quantiles, an unbiased estimate of the level's loss in nats.
+        scored: [V, B, S] number of eligible elements, the unit of normalisation.
+        targets: [V, B, S] number of elements that actually carried a loss.
+    """
+
+    raw: Array
+    weight: Array
+    scored: Array
+    targets: Array
+
+
+def check_spec(spec: DrawSpec) -> DrawSpec:
+    """Returns ``spec``; raises ValueError unless all its sizes are positive and fit the grid."""
+    if not 1 <= spec.batch_size <= 2**GRID_BITS:
+        raise ValueError(f"batch_size must be in [1, 2**{GRID_BITS}], got {spec.batch_size}")
+    if spec.num_levels < 1:
+        raise ValueError(f"num_levels must be at least 1, got {spec.num_levels}")
+    if not spec.event_shape or math.prod(spec.event_shape) < 1:
+        raise ValueError(f"event_shape must name at least one element, got {spec.event_shape}")
+    return spec
+
+
+def from_grid(index: ArrayLike) -> Array:
+    """Grid point of an integer in [0, 2**GRID_BITS): ``(2 index + 1) / 2**24``, exact in float32."""
+    return (2 * jnp.asarray(index, jnp.int32) + 1).astype(jnp.float32) * 2.0 ** -(GRID_BITS + 1)
+
+
+def open_uniform(key: Array, shape: tuple[int, ...]) -> Array:
+    """Independent uniforms on the open unit interval, float32, of the given shape."""
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    return from_grid(bits >> (32 - GRID_BITS))
+
+
+def iid(key: Array, spec: DrawSpec) -> Draw:
+    """One view of independent uniforms, the start of every chain.
+
+    Element i of a row depends on the key, the row's global index and i alone: not on the number of
+    devices, hosts or microbatches, nor on the batch size.
+    """
+    check_spec(spec)
+    levels = (1, spec.batch_size, spec.num_levels)
+    return Draw(
+        u=open_uniform(streams.stream(key, "level"), levels),
+        log_weight=jnp.zeros(levels, jnp.float32),
+        noise=open_uniform(streams.stream(key, "noise"), (1, spec.batch_size, *spec.event_shape)),
+    )
+
+
+def split_rows(tree: PyTree, parts: int, axis: int) -> PyTree:
+    """Cuts the row axis of every leaf into ``parts``, stacked on a new leading axis.
+
+    Part j takes rows j, j + parts, j + 2 parts, ...: each device's rows are cut on that device, so
+    nothing moves between devices. A microbatch takes its part of the one global draw this way.
+
+    Raises:
+        ValueError: if ``parts`` does not divide the number of rows.
+    """
+
+    def split(leaf: Array) -> Array:
+        rows = leaf.shape[axis]
+        if rows % parts:
+            raise ValueError(
+                f"{parts} microbatches do not divide a batch of {rows} rows; choose a divisor"
+            )
+        shape = (*leaf.shape[:axis], rows // parts, parts, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf.reshape(shape), axis + 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: PyTree, axis: int) -> PyTree:
+    """The inverse of :func:`split_rows`."""
+
+    def join(leaf: Array) -> Array:
+        moved = jnp.moveaxis(leaf, 0, axis + 1)
+        return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+    return jax.tree.map(join, tree)

@@ -1,0 +1,85 @@
+"""Plots of runs and of likelihoods. Each function draws on axes and returns them.
+
+Callers own the figure: ``save`` writes one to a file with a backend that needs no display.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def save(draw: Callable[[Any], Any], path: str | os.PathLike, size: tuple[float, float]) -> None:
+    """Draws on new axes and writes a PNG of ``size`` inches; directories are made as needed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.add_subplot())
+    figure.savefig(path, dpi=120)
+
+
+def training_curve(
+    axes: Any,
+    records: Sequence[Mapping[str, Any]],
+    unit: str,
+    references: Mapping[str, float] | None = None,
+) -> Any:
+    """Training and evaluation loss over steps, bits per ``unit``.
+
+    Args:
+        axes: matplotlib axes.
+        records: the rows of a ``metrics.jsonl`` (``training.read_metrics``).
+        unit: what bits are counted per.
+        references: horizontal lines to compare with, by name.
+    """
+    train = [(r["step"], r["bits_per_unit"]) for r in records if r["kind"] == "train"]
+    evaluated = [
+        (r["step"], r["bits_per_unit"], r.get("standard_error", 0.0))
+        for r in records
+        if r["kind"] == "evaluate"
+    ]
+    if train:
+        axes.plot(*zip(*train), color="0.7", linewidth=1, label="training objective")
+    if evaluated:
+        steps, bits, errors = zip(*evaluated)
+        axes.errorbar(
+            steps, bits, yerr=errors, color="C0", marker="o", markersize=3, label="validation bound"
+        )
+    for number, (name, value) in enumerate((references or {}).items()):
+        axes.axhline(value, color=f"C{number + 1}", linestyle="--", linewidth=1, label=name)
+    axes.set(xlabel="step", ylabel=f"bits per {unit}")
+    axes.legend()
+    return axes
+
+
+def level_curve(axes: Any, edges: np.ndarray, nats: np.ndarray) -> Any:
+    """Mean cross-entropy of a masked token by masking rate (``Likelihood.levels``)."""
+    centres = (np.asarray(edges)[1:] + np.asarray(edges)[:-1]) / 2
+    axes.plot(centres, np.asarray(nats) / np.log(2), marker="o", markersize=3)
+    axes.set(xlabel="masking rate", ylabel="bits per masked token", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    return axes
+
+
+def picture_grid(pictures: np.ndarray) -> np.ndarray:
+    """Tiles pictures [N, H, W] or [N, H, W, C] in [0, 1] into one, a near-square grid."""
+    count, height, width = pictures.shape[:3]
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    shape = (rows * columns, height + 1, width + 1, *pictures.shape[3:])
+    tiles = np.full(shape, 0.5, np.float32)
+    tiles[:count, :height, :width] = pictures
+    tiles = tiles.reshape(rows, columns, *shape[1:]).swapaxes(1, 2)
+    return tiles.reshape(rows * shape[1], columns * shape[2], *shape[3:])
+
+
+def picture(axes: Any, image: np.ndarray) -> Any:
+    """Shows one picture in [0, 1] without ticks."""
+    axes.imshow(image, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.set_axis_off()
+    return axes

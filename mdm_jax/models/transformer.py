@@ -1,0 +1,252 @@
+"""A bidirectional pre-norm transformer for masked diffusion."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.models.layers import Linear, Norm, attention_mask, logsnr_features, rotary
+from mdm_jax.typing import Array
+
+_CHOICES = {"norm": ("rms", "layer"), "mlp": ("gelu", "swiglu")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and arithmetic of a :class:`Transformer`.
+
+    Attributes:
+        vocab_size: K, including the mask token.
+        width: residual width, divisible by ``num_heads`` into an even head size.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the feed-forward layer over ``width`` (for "swiglu" the hidden
+            width is taken times 2/3, so that the parameter counts agree).
+        norm: "rms" or "layer".
+        mlp: "gelu" or "swiglu".
+        condition_on_logsnr: adaptive norms and gates driven by the noise level (adaLN-zero, Peebles
+            & Xie 2022). Off by default: the masked bound's optimum does not need the level.
+        tie_embeddings: use the embedding matrix as the output projection.
+        scan_layers: one compiled block scanned over depth; compiles faster, runs slower on CPUs.
+        qk_norm: RMS norms on queries and keys (Henry et al. 2020), which keep attention from
+            saturating at high learning rates.
+        rope_base: wavelength base of the rotary positions.
+        dtype: of the operands of matrix products; accumulation, softmax and norms are float32.
+        param_dtype: of the parameters.
+
+    Raises:
+        ValueError: for sizes below 1, widths that do not divide, or unknown norms and mlps.
+    """
+
+    vocab_size: int
+    width: int = 128
+    depth: int = 4
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    norm: str = "rms"
+    mlp: str = "gelu"
+    condition_on_logsnr: bool = False
+    tie_embeddings: bool = False
+    scan_layers: bool = False
+    qk_norm: bool = False
+    rope_base: float = 10_000.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads} "
+                "(rotary positions need an even head size)"
+            )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the feed-forward layer."""
+        share = 2 / 3 if self.mlp == "swiglu" else 1.0
+        return max(8, round(self.width * self.mlp_ratio * share / 8) * 8)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None, positions: Array) -> Array:
+        c = self.config
+        shape = (*x.shape[:2], c.num_heads, c.width // c.num_heads)
+        project = {"axes": ("embed", "heads"), "dtype": c.dtype, "param_dtype": c.param_dtype}
+        q, k, v = (
+            Linear(c.width, name=name, **project)(x).reshape(shape)
+            for name in ("query", "key", "value")
+        )
+        if c.qk_norm:
+            norm = {"axes": (None,), "param_dtype": c.param_dtype}
+            q, k = Norm(name="query_norm", **norm)(q), Norm(name="key_norm", **norm)(k)
+        q, k = (rotary(a, positions, c.rope_base).astype(c.dtype) for a in (q, k))
+        y = jax.nn.dot_product_attention(q, k, v.astype(c.dtype), mask=mask)
+        return Linear(
+            c.width,
+            axes=("heads", "embed"),
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            kernel_init=_residual_init(c),
+            name="out",
+        )(y.reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """GeLU or SwiGLU feed-forward layer."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        enter = {"axes": ("embed", "mlp"), "dtype": c.dtype, "param_dtype": c.param_dtype}
+        h = Linear(c.hidden, name="up", **enter)(x)
+        if c.mlp == "swiglu":
+            h = jax.nn.silu(Linear(c.hidden, name="gate", **enter)(x)) * h
+        else:
+            h = jax.nn.gelu(h)
+        return Linear(
+            c.width,
+            axes=("mlp", "embed"),
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            kernel_init=_residual_init(c),
+            name="down",
+        )(h)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals; adaLN-zero if conditioned."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, mask: Array | None, positions: Array, condition: Array | None
+    ) -> Array:
+        c = self.config
+        norm = {"kind": c.norm, "learned": condition is None, "param_dtype": c.param_dtype}
+        if condition is None:
+            x = x + Attention(c, name="attention")(Norm(name="norm_1", **norm)(x), mask, positions)
+            return x + FeedForward(c, name="mlp")(Norm(name="norm_2", **norm)(x))
+        parts = _modulation(c, 6, condition)
+        h = Norm(name="norm_1", **norm)(x) * (1 + parts[0]) + parts[1]
+        x = x + parts[2] * Attention(c, name="attention")(h, mask, positions)
+        h = Norm(name="norm_2", **norm)(x) * (1 + parts[3]) + parts[4]
+        return x + parts[5] * FeedForward(c, name="mlp")(h)
+
+
+class Transformer(nn.Module):
+    """Bidirectional transformer: ``apply(params, inputs, logsnr, documents) -> logits``.
+
+    Args of the call:
+        inputs: [N, L] int32 tokens, mask token included.
+        logsnr: [N, S] noise levels, read only if the config conditions on them (then S must be 1).
+        documents: [N, L] int32 document numbers, 0 for padding; None for one whole document.
+
+    Returns:
+        [N, L, K] float32 logits. Whoever takes a softmax excludes the mask token
+        (``corruption.exclude_token``).
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, inputs: Array, logsnr: Array | None = None, documents: Array | None = None
+    ) -> Array:
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        table = self.param("embedding", init, (c.vocab_size, c.width), c.param_dtype)
+        x = jnp.take(table, inputs, axis=0).astype(jnp.float32)
+        mask = None if documents is None else attention_mask(documents)
+        positions = jnp.arange(inputs.shape[-1])
+        condition = self._condition(logsnr) if c.condition_on_logsnr else None
+
+        if c.scan_layers:
+            scanned = nn.scan(
+                _ScanBlock,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,) * 3,
+                length=c.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = scanned(c, name="blocks")(x, mask, positions, condition)
+        else:
+            for i in range(c.depth):
+                x = Block(c, name=f"block_{i}")(x, mask, positions, condition)
+
+        norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")
+        x = norm(x)
+        if condition is not None:
+            scale, shift = _modulation(c, 2, condition)
+            x = x * (1 + scale) + shift
+        if c.tie_embeddings:
+            return jnp.einsum(
+                "nld,kd->nlk",
+                x.astype(c.dtype),
+                table.astype(c.dtype),
+                preferred_element_type=jnp.float32,
+            )
+        return Linear(
+            c.vocab_size,
+            axes=("embed", "vocab"),
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            kernel_init=nn.initializers.zeros,
+            name="head",
+        )(x)
+
+    def _condition(self, logsnr: Array | None) -> Array:
+        if logsnr is None or logsnr.shape[-1] != 1:
+            shape = None if logsnr is None else logsnr.shape
+            raise ValueError(
+                "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1]; "
+                f"got {shape}"
+            )
+        c = self.config
+        project = {"dtype": c.dtype, "param_dtype": c.param_dtype, "use_bias": True}
+        h = logsnr_features(logsnr[:, 0], c.width)
+        h = jax.nn.silu(Linear(c.width, axes=("embed", "mlp"), name="level_1", **project)(h))
+        return Linear(c.width, axes=("mlp", "embed"), name="level_2", **project)(h)
+
+
+class _ScanBlock(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, mask, positions, condition):
+        return Block(self.config, name="block")(x, mask, positions, condition), None
+
+
+def _modulation(c: TransformerConfig, parts: int, condition: Array) -> list[Array]:
+    # Zero initialisation makes every conditioned block start as the identity.
+    modulation = Linear(
+        parts * c.width,
+        axes=("embed", "mlp"),
+        use_bias=True,
+        dtype=c.dtype,
+        param_dtype=c.param_dtype,
+        kernel_init=nn.initializers.zeros,
+        name="modulation",
+    )(jax.nn.silu(condition))
+    return jnp.split(modulation[:, None], parts, axis=-1)
+
+
+def _residual_init(c: TransformerConfig):
+    # Each of the 2 * depth residual branches adds the same share of the final variance.
+    scale = 1.0 / (2 * c.depth)
+    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")

@@ -1,0 +1,9 @@
+"""Training objectives: noise law, weighting and per-example loss."""
+
+from mdm_jax.objectives.masked_nelbo import masked_nelbo as masked_nelbo
+from mdm_jax.objectives.objective import LossSums as LossSums
+from mdm_jax.objectives.objective import Objective as Objective
+from mdm_jax.objectives.objective import describe as describe
+from mdm_jax.objectives.objective import stop_gradient_stats as stop_gradient_stats
+from mdm_jax.objectives.objective import sum_losses as sum_losses
+from mdm_jax.objectives.objective import token_mean as token_mean

@@ -1,0 +1,114 @@
+"""From logits to a token: composable filters and a categorical draw that keeps the tail.
+
+A filter maps logits [..., K] to logits [..., K]; tokens it rules out get -inf. Filters act on the
+network's own distribution (the mask token is already excluded), before anything decides which
+places are revealed.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.typing import Array
+
+LogitFilter = Callable[[Array], Array]
+"""``filter(logits [..., K]) -> logits [..., K]``."""
+
+
+def temperature(value: float) -> LogitFilter:
+    """Divides logits by ``value``; 0 keeps the single most likely token (lowest id on ties).
+
+    Raises:
+        ValueError: if ``value`` is negative or not finite.
+    """
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"temperature must be finite and at least 0, got {value}")
+    if value == 0:
+        return lambda logits: _keep(_token_ids(logits) == _argmax(logits), logits)
+    return lambda logits: logits / value
+
+
+def top_k(count: int) -> LogitFilter:
+    """Keeps the ``count`` most likely tokens (of equal ones those of lower id), or all if fewer.
+
+    Raises:
+        ValueError: if ``count`` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"top_k needs a count of at least 1, got {count}")
+
+    def keep_top(logits: Array) -> Array:
+        if count >= logits.shape[-1]:
+            return logits
+        threshold = jax.lax.top_k(logits, count)[0][..., -1:]
+        above, tied = logits > threshold, logits == threshold
+        room = count - jnp.sum(above, axis=-1, keepdims=True)
+        return _keep(above | (tied & (jnp.cumsum(tied, axis=-1) <= room)), logits)
+
+    return keep_top
+
+
+def top_p(mass: float) -> LogitFilter:
+    """Nucleus: the shortest prefix of the tokens, most likely first, whose probability is >= mass.
+
+    The token that crosses ``mass`` is kept, hence always at least one (Holtzman et al. 2020). With
+    probabilities (.5, .3, .2) and mass .6 two tokens stay.
+
+    Raises:
+        ValueError: unless 0 < mass <= 1.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"top_p needs a probability mass in (0, 1], got {mass}")
+
+    def keep_nucleus(logits: Array) -> Array:
+        if mass == 1:
+            return logits
+        order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+        probs = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+        first = jnp.zeros_like(probs[..., :1])
+        before = jnp.concatenate([first, jnp.cumsum(probs, axis=-1)[..., :-1]], axis=-1)
+        rank = jnp.argsort(order, axis=-1)
+        return _keep(jnp.take_along_axis(before < mass, rank, axis=-1), logits)
+
+    return keep_nucleus
+
+
+def compose(*filters: LogitFilter) -> LogitFilter:
+    """Filters applied in reading order; none at all leaves logits as they are."""
+
+    def apply(logits: Array) -> Array:
+        for each in filters:
+            logits = each(logits)
+        return logits
+
+    return apply
+
+
+def draw_tokens(keys: Array, logits: Array) -> Array:
+    """One token per place from ``softmax(logits)``, int32.
+
+    Args:
+        keys: [B] typed keys, one per row.
+        logits: [B, ..., K] float32.
+
+    The default float32 Gumbel draw is cut off near 16 and cannot produce tokens of probability
+    below 1e-7; the high-range mode reaches down to 1e-14.
+    """
+
+    def draw(key: Array, row: Array) -> Array:
+        return jax.random.categorical(key, row, axis=-1, mode="high").astype(jnp.int32)
+
+    return jax.vmap(draw)(keys, logits)
+
+
+def _argmax(logits: Array) -> Array:
+    return jnp.argmax(logits, axis=-1, keepdims=True)
+
+
+def _token_ids(logits: Array) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
+def _keep(kept: Array, logits: Array) -> Array:
+    return jnp.where(kept, logits, -jnp.inf)

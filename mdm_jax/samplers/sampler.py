@@ -1,0 +1,311 @@
+"""What a sampler is, and the one loop that runs all of them.
+
+A sampler fills the masked places of a *canvas*: an array of tokens in which the mask token marks
+what is to be generated. Free sampling is an all-mask canvas; a prompt is a canvas that starts with
+tokens, infilling one with gaps. Given tokens never change.
+
+Rows are independent: everything random about a row is keyed by its own number, so row 5 of a batch
+of 8 is what a batch of one with ``row_offset=5`` returns.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.corruption import exclude_token
+from mdm_jax.streams import stream
+from mdm_jax.typing import Array, ArrayLike, ModelFn, PyTree
+
+LOGSNR_LIMIT = math.log(2.0**24 - 1)
+"""Largest |logSNR| shown to a network: that of the outermost quantiles met in training."""
+
+Denoise = Callable[[Array, Array], Array]
+"""``denoise(tokens [B, L], logsnr [] or [B] or [B, S]) -> float32 logits [B, L, K]``: the network
+with its documents bound, the mask token excluded and infinite noise levels made finite."""
+
+
+class SamplerState(NamedTuple):
+    """What moves from step to step; shapes and dtypes stay the same.
+
+    Attributes:
+        tokens: [B, L] int32, the canvas so far.
+        memory: whatever else the sampler carries (clocks, cached logits); every leaf [B, ...].
+    """
+
+    tokens: Array
+    memory: PyTree
+
+
+class StepContext(NamedTuple):
+    """What a step is told.
+
+    Attributes:
+        keys: [B] typed keys, one per row, used for nothing but this step.
+        index: [] int32, number of the step.
+        num_steps: number of steps at most.
+        logsnr: [] float32 level of the current state; NaN for a sampler that needs no grid.
+        next_logsnr: [] float32 level after the step; NaN likewise.
+        free: [B, L] bool, the places to generate.
+        mask_id: the mask token.
+    """
+
+    keys: Array
+    index: Array
+    num_steps: int
+    logsnr: Array
+    next_logsnr: Array
+    free: Array
+    mask_id: int
+
+
+class Sampler(NamedTuple):
+    """A reverse process as pure functions.
+
+    The loop puts given tokens back after every step and leaves finished rows as they are, so a step
+    need not care about either.
+
+    Attributes:
+        name: for logs and error messages.
+        init: ``init(keys [B], canvas [B, L], mask_id) -> SamplerState``.
+        step: ``step(context, denoise, state) -> state``. May call ``denoise`` any number of times.
+        finished: ``finished(state, mask_id) -> [B] bool``, rows that no later step would change;
+            sampling stops when all are.
+        num_steps: ``num_steps(length) -> int`` where the sampler knows itself how many steps it
+            needs at most; None where the grid says so.
+    """
+
+    name: str
+    init: Callable[[Array, Array, int], SamplerState]
+    step: Callable[[StepContext, Denoise, SamplerState], SamplerState]
+    finished: Callable[[SamplerState, int], Array]
+    num_steps: Callable[[int], int] | None = None
+
+
+def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
+    """All-mask canvas [batch_size, length] int32 for free sampling; ValueError on empty sizes."""
+    if batch_size < 1 or length < 1:
+        raise ValueError(f"a canvas needs at least one row and place, got {batch_size} x {length}")
+    return jnp.full((batch_size, length), mask_id, jnp.int32)
+
+
+def sample(
+    key: Array,
+    model_fn: ModelFn,
+    sampler: Sampler,
+    grid: ArrayLike | None,
+    canvas: ArrayLike,
+    *,
+    mask_id: int,
+    documents: ArrayLike | None = None,
+    row_offset: ArrayLike = 0,
+) -> Array:
+    """Fills the masked places of a canvas; returns tokens [B, L] int32 without any mask token.
+
+    Pure and jit-able (see :func:`make_generator`). Stops early once every row is finished.
+
+    Args:
+        key: typed key. Row i draws from ``fold_in(key, row_offset + i)`` alone.
+        model_fn: ``model_fn(inputs, logsnr [B, 1], documents) -> logits [B, L, K]``.
+        sampler: e.g. ``ancestral()`` or ``first_hitting()``.
+        grid: [N + 1] logSNR levels, strictly increasing to +inf (nothing masked), for samplers
+            that step along one; -inf is a legal first level. None for the others.
+        canvas: [B, L] integers; ``mask_id`` where a token is to be generated.
+        mask_id: the mask token.
+        documents: [B, L] document numbers handed to the network, 0 on padding. Padding should hold
+            some token that is not the mask: it is then a given place like any other.
+        row_offset: number of the first row, for sampling a large batch in parts.
+
+    Raises:
+        ValueError: for a canvas that is not a non-empty integer matrix, documents of another shape,
+            a negative mask_id, or a grid that is missing, superfluous, not increasing or does not
+            end at +inf (values are checked where they are concrete).
+    """
+    tokens, _ = _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, None)
+    return tokens
+
+
+def sample_with_trace(
+    key: Array,
+    model_fn: ModelFn,
+    sampler: Sampler,
+    grid: ArrayLike | None,
+    canvas: ArrayLike,
+    trace: Callable[[SamplerState], PyTree],
+    *,
+    mask_id: int,
+    documents: ArrayLike | None = None,
+    row_offset: ArrayLike = 0,
+) -> tuple[Array, PyTree]:
+    """:func:`sample`, with ``trace(state)`` of every step stacked on a leading axis.
+
+    Returns:
+        tokens as :func:`sample` returns them, and the traces of the states after each step
+        [num_steps, ...]; steps that an early stop left out repeat the last.
+    """
+    return _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, trace)
+
+
+def make_generator(
+    apply_fn: Callable[..., Array], sampler: Sampler, grid: ArrayLike | None, *, mask_id: int
+) -> Callable[..., Array]:
+    """:func:`sample` compiled once per canvas shape.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``.
+        sampler: as in :func:`sample`.
+        grid: concrete values, as in :func:`sample`.
+        mask_id: the mask token.
+
+    Returns:
+        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+
+    Raises:
+        ValueError: as :func:`sample`; those about grid and mask_id right here.
+    """
+    levels = _check_grid(sampler, grid)
+    _check_mask_id(mask_id)
+
+    @jax.jit
+    def generate(params, key, canvas, documents=None, row_offset=0):
+        def model_fn(inputs, logsnr, docs):
+            return apply_fn(params, inputs, logsnr, docs)
+
+        return sample(
+            key,
+            model_fn,
+            sampler,
+            levels,
+            canvas,
+            mask_id=mask_id,
+            documents=documents,
+            row_offset=row_offset,
+        )
+
+    return generate
+
+
+def row_streams(keys: Array, name: str) -> Array:
+    """One named stream per row: keys [B] -> keys [B]."""
+    return jax.vmap(lambda key: stream(key, name))(keys)
+
+
+def no_mask_left(state: SamplerState, mask_id: int) -> Array:
+    """[B] bool; ``finished`` for samplers that never put a mask back."""
+    return ~jnp.any(state.tokens == mask_id, axis=-1)
+
+
+def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, trace):
+    _check_mask_id(mask_id)
+    canvas, documents = _check_canvas(canvas, documents)
+    levels = _check_grid(sampler, grid)
+    num_steps = len(levels) - 1 if levels is not None else sampler.num_steps(canvas.shape[1])
+    free = canvas == mask_id
+    denoise = _bind(model_fn, documents, mask_id)
+    rows = jnp.asarray(row_offset, jnp.int32) + jnp.arange(canvas.shape[0])
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    step_keys = row_streams(row_keys, "steps")
+
+    def advance(index, state):
+        if levels is None:
+            logsnr = next_logsnr = jnp.float32(jnp.nan)
+        else:
+            logsnr, next_logsnr = levels[index], levels[index + 1]
+        keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(step_keys)
+        context = StepContext(keys, index, num_steps, logsnr, next_logsnr, free, mask_id)
+        new = sampler.step(context, denoise, state)
+        new = new._replace(tokens=jnp.where(free, new.tokens, canvas))
+        return _keep_rows(sampler.finished(state, mask_id), state, new)
+
+    def unfinished(carry):
+        index, state, _ = carry
+        return (index < num_steps) & ~jnp.all(sampler.finished(state, mask_id))
+
+    def body(carry):
+        index, state, record = carry
+        state = advance(index, state)
+        record = jax.tree.map(lambda r, now: r.at[index].set(now), record, observe(state))
+        return index + 1, state, record
+
+    observe = (lambda _: None) if trace is None else trace
+    state = sampler.init(row_streams(row_keys, "init"), canvas, mask_id)
+    record = jax.tree.map(
+        lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype),
+        jax.eval_shape(observe, state),
+    )
+    steps, state, record = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, record))
+    record = jax.tree.map(lambda r, last: _fill_after(steps, r, last), record, observe(state))
+    return state.tokens, record
+
+
+def _bind(model_fn: ModelFn, documents: Array | None, mask_id: int) -> Denoise:
+    def denoise(tokens: Array, logsnr: Array) -> Array:
+        level = jnp.clip(jnp.asarray(logsnr, jnp.float32), -LOGSNR_LIMIT, LOGSNR_LIMIT)
+        if level.ndim < 2:
+            level = jnp.broadcast_to(level.reshape(-1, 1), (tokens.shape[0], 1))
+        return exclude_token(model_fn(tokens, level, documents), mask_id)
+
+    return denoise
+
+
+def _keep_rows(keep: Array, old: SamplerState, new: SamplerState) -> SamplerState:
+    def select(a: Array, b: Array) -> Array:
+        return jnp.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(select, old, new)
+
+
+def _fill_after(steps: Array, record: Array, last: Array) -> Array:
+    done = jnp.arange(record.shape[0]) < steps
+    return jnp.where(done.reshape(-1, *(1,) * last.ndim), record, last[None])
+
+
+def _check_mask_id(mask_id: int) -> None:
+    if mask_id < 0:
+        raise ValueError(f"mask_id must be a token id, got {mask_id}")
+
+
+def _check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array, Array | None]:
+    canvas = jnp.asarray(canvas)
+    if canvas.ndim != 2 or 0 in canvas.shape or not jnp.issubdtype(canvas.dtype, jnp.integer):
+        raise ValueError(
+            "canvas must be a non-empty integer array [B, L] with mask_id at the places to "
+            f"generate (see blank_canvas), got {canvas.dtype} of shape {canvas.shape}"
+        )
+    if documents is None:
+        return canvas.astype(jnp.int32), None
+    documents = jnp.asarray(documents)
+    if documents.shape != canvas.shape:
+        raise ValueError(
+            f"documents must have the shape of the canvas {canvas.shape}, got {documents.shape}"
+        )
+    return canvas.astype(jnp.int32), documents
+
+
+def _check_grid(sampler: Sampler, grid: ArrayLike | None) -> Array | None:
+    if sampler.num_steps is not None:
+        if grid is not None:
+            raise ValueError(f"{sampler.name} sets its own noise levels: pass grid=None")
+        return None
+    if grid is None:
+        raise ValueError(f"{sampler.name} needs a grid of logSNR levels that ends at +inf")
+    if np.ndim(grid) != 1 or len(grid) < 2:
+        raise ValueError(f"grid must be [N + 1] levels with N >= 1, got shape {np.shape(grid)}")
+    if isinstance(grid, jax.core.Tracer):
+        return grid.astype(jnp.float32)
+    levels = np.asarray(grid, np.float32)
+    wrong = np.flatnonzero(~(levels[1:] > levels[:-1]))
+    if wrong.size:
+        i = int(wrong[0])
+        raise ValueError(
+            "grid must be strictly increasing in logSNR (from noise to data) in float32; level "
+            f"{i + 1} is {levels[i + 1]} after {levels[i]}"
+        )
+    if levels[-1] != np.inf:
+        raise ValueError(
+            f"grid must end at logSNR +inf (masking rate 0), got {levels[-1]}; append jnp.inf"
+        )
+    return jnp.asarray(levels)

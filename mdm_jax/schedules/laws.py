@@ -1,0 +1,204 @@
+"""Laws over the logSNR: what a training noise level is drawn from.
+
+A law turns a quantile ``u`` in the open interval (0, 1) into a noise level by ``icdf`` and knows
+the density it drew from. ``u`` rises with the logSNR: near 0 is noisy, near 1 clean.
+
+In float32 the quantiles next to 1 are spaced by 6e-8, those next to 0 much finer, so a law that
+worked with ``u`` alone would be precise at one end only. Every law here is built on pairs of tail
+probabilities instead (:class:`Tails`), from which ``cdf`` and ``icdf`` follow.
+
+Laws are frozen pytrees: parameters may be traced, differentiated and mapped over. The lower-case
+factories check the parameters, the classes themselves do not. A law of one's own subclasses
+:class:`TwoSidedLaw`; anything with the four members of :class:`Law` can be used for training.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.schedules.coordinates import as_float
+from mdm_jax.schedules.parameters import as_parameter, check_finite, check_interval, is_concrete
+from mdm_jax.typing import Array, ArrayLike
+
+
+@runtime_checkable
+class Law(Protocol):
+    """A probability law over the logSNR. Methods are elementwise and jit-able."""
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        """(low, high) logSNR between which all mass lies; either may be infinite."""
+
+    def log_pdf(self, logsnr: ArrayLike) -> Array:
+        """Log density with respect to the logSNR, nats; -inf outside the support."""
+
+    def cdf(self, logsnr: ArrayLike) -> Array:
+        """Probability of a smaller (noisier) logSNR."""
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """logSNR of the quantile ``u`` in the open interval (0, 1)."""
+
+
+class Tails(NamedTuple):
+    """Probabilities on the two sides of a level; they sum to 1 and each is exact to rounding.
+
+    Attributes:
+        below: probability of a smaller (noisier) logSNR.
+        above: probability of a larger (cleaner) logSNR.
+    """
+
+    below: Array
+    above: Array
+
+
+class TwoSidedLaw:
+    """Base of the laws here: ``cdf`` and ``icdf`` from tail probabilities.
+
+    A subclass defines ``support``, ``log_pdf``, ``tails`` and ``quantile``.
+    """
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        """(low, high) logSNR between which all mass lies; either may be infinite."""
+        raise NotImplementedError
+
+    def log_pdf(self, logsnr: ArrayLike) -> Array:
+        """Log density with respect to the logSNR, nats; -inf outside the support.
+
+        The test for being outside allows for a few units of rounding, so a level that ``icdf``
+        returned is always inside.
+        """
+        raise NotImplementedError
+
+    def tails(self, logsnr: ArrayLike) -> Tails:
+        """Probabilities below and above a level."""
+        raise NotImplementedError
+
+    def quantile(self, below: Array, above: Array) -> Array:
+        """The level with these tail probabilities, ``below + above = 1``."""
+        raise NotImplementedError
+
+    def cdf(self, logsnr: ArrayLike) -> Array:
+        """Probability of a smaller (noisier) logSNR."""
+        return self.tails(logsnr).below
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """logSNR of the quantile ``u`` in the open interval (0, 1); finite, as is its gradient."""
+        u = as_float(u)
+        return self.quantile(u, 1 - u)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logistic(TwoSidedLaw):
+    """Logistic law; with location 0 and scale 1 the masking rate is uniform on (0, 1).
+
+    Its density ``sigmoid(z) sigmoid(-z) / scale``, z = (logsnr - loc) / scale, has tails
+    ``exp(-|z|)``.
+    """
+
+    loc: ArrayLike
+    scale: ArrayLike
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        return -jnp.inf, jnp.inf
+
+    def log_pdf(self, logsnr: ArrayLike) -> Array:
+        z = (as_float(logsnr) - self.loc) / self.scale
+        return jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) - jnp.log(self.scale)
+
+    def tails(self, logsnr: ArrayLike) -> Tails:
+        z = (as_float(logsnr) - self.loc) / self.scale
+        return Tails(jax.nn.sigmoid(z), jax.nn.sigmoid(-z))
+
+    def quantile(self, below: Array, above: Array) -> Array:
+        return self.loc + self.scale * (jnp.log(below) - jnp.log(above))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Uniform(TwoSidedLaw):
+    """Uniform law on [low, high]. Masking rates outside the two ends are never drawn."""
+
+    low: ArrayLike
+    high: ArrayLike
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        return self.low, self.high
+
+    def log_pdf(self, logsnr: ArrayLike) -> Array:
+        logsnr = as_float(logsnr)
+        return jnp.where(inside(logsnr, self.support), -jnp.log(self.high - self.low), -jnp.inf)
+
+    def tails(self, logsnr: ArrayLike) -> Tails:
+        logsnr = jnp.clip(as_float(logsnr), self.low, self.high)
+        width = self.high - self.low
+        return Tails((logsnr - self.low) / width, (self.high - logsnr) / width)
+
+    def quantile(self, below: Array, above: Array) -> Array:
+        return confine(self.low * above + self.high * below, self.support)
+
+
+def logistic(loc: ArrayLike = 0.0, scale: ArrayLike = 1.0) -> Logistic:
+    """Logistic law; the default is a uniform masking rate, the law of the linear schedule.
+
+    Args:
+        loc: median, logSNR.
+        scale: positive; 1 keeps the tails of a uniform rate.
+
+    Raises:
+        ValueError: if ``loc`` is not finite or ``scale`` is not positive and finite.
+    """
+    loc, scale = as_parameter(loc, "loc"), as_parameter(scale, "scale")
+    check_finite("logistic", loc=loc, scale=scale)
+    if is_concrete(scale) and not scale > 0:
+        raise ValueError(f"logistic needs scale > 0, got {scale}")
+    return Logistic(loc, scale)
+
+
+def uniform(low: ArrayLike, high: ArrayLike) -> Uniform:
+    """Uniform law on the logSNR interval [low, high].
+
+    Raises:
+        ValueError: unless low < high, both finite.
+    """
+    low, high = as_parameter(low, "low"), as_parameter(high, "high")
+    check_finite("uniform", low=low, high=high)
+    check_interval("uniform", low, high)
+    return Uniform(low, high)
+
+
+def inside(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
+    """Whether finite levels lie in the support, both ends widened by 8 units of rounding.
+
+    Without the allowance a level drawn next to the end could test as outside, have density zero
+    and thereby infinite weight, because compiled and interpreted code round differently.
+    """
+    low, high = (jnp.asarray(end, logsnr.dtype) for end in support)
+    slack = 8 * jnp.finfo(logsnr.dtype).eps
+    above_low = logsnr >= low - slack * jnp.maximum(1, jnp.abs(low))
+    below_high = logsnr <= high + slack * jnp.maximum(1, jnp.abs(high))
+    return above_low & below_high & jnp.isfinite(logsnr)
+
+
+def confine(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
+    """Levels clipped into the support; the gradient is that of the unclipped level.
+
+    For levels that leave the support by rounding only, where the clip's own gradient of zero would
+    be wrong.
+    """
+    return _confine(logsnr, *(jnp.asarray(end, logsnr.dtype) for end in support))
+
+
+@jax.custom_jvp
+def _confine(logsnr: Array, low: Array, high: Array) -> Array:
+    return jnp.clip(logsnr, low, high)
+
+
+@_confine.defjvp
+def _confine_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return _confine(*primals), tangents[0]

@@ -1,0 +1,131 @@
+"""Piecewise-constant density over the logSNR: exact density and exact inverse from one table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.schedules.coordinates import as_float
+from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine
+from mdm_jax.schedules.parameters import is_concrete
+from mdm_jax.typing import Array, ArrayLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PiecewiseConstant(TwoSidedLaw):
+    """Uniform within each of J cells of the logSNR.
+
+    The density is computed from the differences of the very table that is inverted, so sampling and
+    weighting agree to the last bit, whatever rounding did to the masses. A cell without mass is
+    never drawn and has log density -inf.
+
+    Attributes:
+        edges: [J + 1] strictly increasing logSNR, finite.
+        cumulative: [J + 1] probability below each edge, from 0 to 1.
+    """
+
+    edges: Array
+    cumulative: Array
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        """The outermost edges, also where the outer cells hold no mass."""
+        return self.edges[0], self.edges[-1]
+
+    @property
+    def masses(self) -> Array:
+        """[J] probability of each cell."""
+        return jnp.diff(self.cumulative)
+
+    def log_pdf(self, logsnr: ArrayLike) -> Array:
+        logsnr = as_float(logsnr)
+        cell = _find(self.edges, logsnr)
+        density = (self.masses / jnp.diff(self.edges))[cell]
+        # Both edges belong to the law: exact ones, since every level drawn lies between them.
+        positive = (density > 0) & (logsnr >= self.edges[0]) & (logsnr <= self.edges[-1])
+        log_density = jnp.log(jnp.where(positive, density, 1.0))
+        return jnp.where(positive, log_density, -jnp.inf).astype(logsnr.dtype)
+
+    def tails(self, logsnr: ArrayLike) -> Tails:
+        logsnr = jnp.clip(as_float(logsnr), self.edges[0], self.edges[-1])
+        cell = _find(self.edges, logsnr)
+        left, right = self.edges[cell], self.edges[cell + 1]
+        mass = self.masses[cell]
+        return Tails(
+            self.cumulative[cell] + mass * ((logsnr - left) / (right - left)),
+            (1 - self.cumulative[cell + 1]) + mass * ((right - logsnr) / (right - left)),
+        )
+
+    def quantile(self, below: Array, above: Array) -> Array:
+        cell = _find(self.cumulative, below)
+        mass = self.masses[cell]
+        mass = jnp.where(mass > 0, mass, 1.0)  # an empty cell can only be met at below = 0 or 1
+        from_left = (below - self.cumulative[cell]) / mass
+        from_right = (above - (1 - self.cumulative[cell + 1])) / mass
+        fraction = jnp.where(below < 0.5, from_left, 1 - from_right)
+        left, right = self.edges[cell], self.edges[cell + 1]
+        # Strictly below the right edge, where the next cell and its density begin.
+        return confine(left + fraction * (right - left), (left, jnp.nextafter(right, left)))
+
+
+def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
+    """Law with the given mass in each cell of the logSNR, uniform within a cell.
+
+    Masses may be traced (an adaptive histogram inside a jitted step); then only shapes are checked.
+    A density that follows the 1/m growth of masked losses needs cells of about equal width in the
+    logSNR, which is what two edges give; equal widths in the masking rate waste most of the gain.
+
+    Args:
+        masses: [J] non-negative, not all zero; normalised here.
+        edges: [J + 1] strictly increasing logSNR, or the two outer ends of J equal cells.
+
+    Raises:
+        ValueError: if shapes do not fit, edges are not finite and increasing (as float32 too), or
+            masses are negative, not finite or all zero.
+    """
+    masses, edges = as_float(masses), as_float(edges)
+    if masses.ndim != 1 or edges.ndim != 1 or masses.size < 1:
+        raise ValueError(
+            f"piecewise needs masses [J] and edges [J + 1], got {masses.shape} and {edges.shape}"
+        )
+    if edges.size not in (2, masses.size + 1):
+        raise ValueError(
+            f"piecewise: {masses.size} masses need {masses.size + 1} edges, or 2 for equal cells, "
+            f"got {edges.size}"
+        )
+    if edges.size != masses.size + 1:
+        edges = jnp.linspace(edges[0], edges[1], masses.size + 1, dtype=edges.dtype)
+    _check_edges(edges)
+    if is_concrete(masses):
+        known = np.asarray(masses)
+        if not (np.all(np.isfinite(known)) and np.all(known >= 0) and np.any(known > 0)):
+            raise ValueError(
+                f"piecewise: masses must be finite, non-negative and not all 0, got {known}"
+            )
+    total = jnp.cumsum(masses)
+    inner = total[:-1] / total[-1]
+    ends = jnp.zeros(1, inner.dtype), jnp.ones(1, inner.dtype)
+    # A parallel sum may step back by one rounding where a cell is empty.
+    return PiecewiseConstant(edges, jax.lax.cummax(jnp.concatenate([ends[0], inner, ends[1]])))
+
+
+def _check_edges(edges: Array) -> None:
+    if not is_concrete(edges):
+        return
+    known = np.asarray(edges)
+    if not np.all(np.isfinite(known)):
+        raise ValueError(f"piecewise: edges must be finite, got {known}; truncate an open end")
+    if not np.all(np.diff(known) > 0):
+        at = int(np.argmin(np.diff(known) > 0))
+        raise ValueError(
+            f"piecewise: edges must increase strictly in {known.dtype}, "
+            f"but edges {at} and {at + 1} are {known[at]} and {known[at + 1]}"
+        )
+
+
+def _find(table: Array, values: Array) -> Array:
+    """Index of the cell [table[j], table[j + 1]) that holds each value, the last one closed."""
+    cell = jnp.searchsorted(table, values, side="right") - 1
+    return jnp.clip(cell, 0, table.size - 2)

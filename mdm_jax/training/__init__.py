@@ -1,0 +1,32 @@
+"""Training: state, one jitted step, loop, checkpoints, metrics, meshes."""
+
+from mdm_jax.training.checkpoints import CheckpointError as CheckpointError
+from mdm_jax.training.checkpoints import Checkpoints as Checkpoints
+from mdm_jax.training.checkpoints import Restored as Restored
+from mdm_jax.training.checkpoints import abstract as abstract
+from mdm_jax.training.interrupt import Interrupt as Interrupt
+from mdm_jax.training.interrupt import Interrupted as Interrupted
+from mdm_jax.training.loop import Hooks as Hooks
+from mdm_jax.training.loop import LoopOptions as LoopOptions
+from mdm_jax.training.loop import TrainingStopped as TrainingStopped
+from mdm_jax.training.loop import train as train
+from mdm_jax.training.metrics import MetricWriter as MetricWriter
+from mdm_jax.training.metrics import Progress as Progress
+from mdm_jax.training.metrics import read_metrics as read_metrics
+from mdm_jax.training.optimizers import adamw as adamw
+from mdm_jax.training.optimizers import muon as muon
+from mdm_jax.training.optimizers import warmup_cosine as warmup_cosine
+from mdm_jax.training.sharding import LOGICAL_RULES as LOGICAL_RULES
+from mdm_jax.training.sharding import batch_sharding as batch_sharding
+from mdm_jax.training.sharding import check_batch_size as check_batch_size
+from mdm_jax.training.sharding import init_sharded as init_sharded
+from mdm_jax.training.sharding import make_mesh as make_mesh
+from mdm_jax.training.sharding import place_batch as place_batch
+from mdm_jax.training.sharding import replicate as replicate
+from mdm_jax.training.state import TrainState as TrainState
+from mdm_jax.training.state import linen_init as linen_init
+from mdm_jax.training.state import new_state as new_state
+from mdm_jax.training.state import num_params as num_params
+from mdm_jax.training.step import StepMetrics as StepMetrics
+from mdm_jax.training.step import make_train_step as make_train_step
+from mdm_jax.training.step import step_draw as step_draw

@@ -1,0 +1,243 @@
+"""The training loop: steps, metrics, evaluation, checkpoints, and a clean way out."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from mdm_jax.batches import Batch
+from mdm_jax.training.checkpoints import Checkpoints
+from mdm_jax.training.interrupt import Interrupt, Interrupted
+from mdm_jax.training.metrics import MetricWriter, Progress
+from mdm_jax.training.state import TrainState
+from mdm_jax.training.step import StepMetrics
+from mdm_jax.typing import PyTree
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class BatchStream(Protocol):
+    """An endless iterator of placed batches whose position can be saved.
+
+    ``get_state()`` describes the position right after the last batch handed out.
+    """
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """When things happen, in steps; 0 switches a recurring one off.
+
+    Attributes:
+        total_steps: where training ends.
+        log_every: metrics are fetched from the device and written this often.
+        evaluate_every, sample_every, checkpoint_every: likewise.
+        max_skipped_in_a_row: stop after this many non-finite steps in a row.
+        tokens_per_step: tokens that pass through the network each step, for the speed shown.
+        unit: what ``bits`` in the progress bar are counted per, such as "character".
+        profile_at: first step of a profile, 0 for none.
+        profile_steps: its length.
+        profile_directory: where it goes.
+    """
+
+    total_steps: int
+    log_every: int = 10
+    evaluate_every: int = 0
+    sample_every: int = 0
+    checkpoint_every: int = 0
+    max_skipped_in_a_row: int = 10
+    tokens_per_step: int = 0
+    unit: str = "token"
+    profile_at: int = 0
+    profile_steps: int = 5
+    profile_directory: str = ""
+
+    def __post_init__(self):
+        for name in ("total_steps", "log_every", "max_skipped_in_a_row", "profile_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "sample_every", "checkpoint_every", "profile_at"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass
+class Hooks:
+    """What the loop calls besides the step. All get the averaged parameters.
+
+    Attributes:
+        evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss"; it calls ``check``
+            now and then, which raises where the user asked to stop.
+        sample: ``sample(step, ema, check)``.
+    """
+
+    evaluate: Callable[[int, PyTree, Callable], dict[str, float]] | None = None
+    sample: Callable[[int, PyTree, Callable], None] | None = None
+
+
+def train(
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    state: TrainState,
+    batches: BatchStream,
+    *,
+    options: LoopOptions,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    hooks: Hooks | None = None,
+    notes: dict[str, Any] | None = None,
+    progress: dict[str, Any] | None = None,
+    interrupt: Interrupt | None = None,
+) -> TrainState:
+    """Trains until ``options.total_steps`` or until interrupted; saves either way.
+
+    Nothing is fetched from the device between logging steps, so the host runs ahead of it.
+
+    Args:
+        step_fn: jitted step, state donated.
+        state: where to start; its step counter is the truth.
+        batches: positioned to match ``state``.
+        options: when things happen.
+        checkpoints, writer: where they go.
+        hooks: evaluation and sampling.
+        notes: stored in each checkpoint, beside what the loop itself has to remember.
+        progress: the latter, ``restored.notes["progress"]`` of the checkpoint restored.
+        interrupt: stop request; one of the loop's own if not given.
+
+    Returns:
+        The final state. If ``interrupt.requested`` is set, training is unfinished and saved.
+
+    Raises:
+        TrainingStopped: after too many non-finite steps in a row; the last good state is saved.
+    """
+    hooks = hooks or Hooks()
+    start = step = int(state.step)
+    progress = progress or {}
+    loop = _Log(options, writer, start, progress.get("window", []))
+    hooks_due = progress.get("hooks_due", False)
+    profiling = False
+
+    def save(current: TrainState) -> None:
+        loop.collect()
+        remember = {"window": loop.window, "hooks_due": hooks_due}
+        checkpoints.save(
+            step, current, batches.get_state(), {**(notes or {}), "progress": remember}
+        )
+
+    def call_hooks(current: TrainState, check: Callable) -> None:
+        nonlocal hooks_due
+        hooks_due, started = True, time.monotonic()
+        if hooks.evaluate and _due(step, options.evaluate_every):
+            values = hooks.evaluate(step, current.ema, check)
+            writer.scalars(step, "evaluate", values)
+            checkpoints.save_best(step, current.ema, values)
+        if hooks.sample and _due(step, options.sample_every):
+            hooks.sample(step, current.ema, check)
+        hooks_due = False
+        loop.pause(time.monotonic() - started)
+
+    with interrupt or Interrupt() as stop:
+        try:
+            if hooks_due:  # interrupted in the middle of them
+                call_hooks(state, stop.check)
+            while step < options.total_steps and not stop.requested:
+                if options.profile_at and step == max(options.profile_at, start):
+                    jax.profiler.start_trace(options.profile_directory)
+                    profiling = True
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = step_fn(state, next(batches))
+                step += 1
+                loop.pending.append(metrics)
+                if profiling and step == max(options.profile_at, start) + options.profile_steps:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                    profiling = False
+                    loop.progress.note(f"profile written to {options.profile_directory}")
+                if _due(step, options.log_every) or step == options.total_steps:
+                    loop.write(step, stop_after=options.max_skipped_in_a_row)
+                call_hooks(state, stop.check)
+                if _due(step, options.checkpoint_every):
+                    started = time.monotonic()
+                    save(state)
+                    loop.pause(time.monotonic() - started)
+        except Interrupted:
+            pass  # raised inside a hook; the state is whole and the hooks run again after resuming
+        except TrainingStopped:
+            save(state)
+            raise
+        finally:
+            if profiling:
+                jax.profiler.stop_trace()
+            loop.progress.close()
+        save(state)
+    return state
+
+
+class _Log:
+    """Metrics between two logging steps: on the device first, then as numbers, then written."""
+
+    def __init__(
+        self, options: LoopOptions, writer: MetricWriter, start: int, window: list[list[float]]
+    ):
+        self.pending: list[StepMetrics] = []
+        self.window = window
+        self.progress = Progress(options.total_steps, start)
+        self._options = options
+        self._writer = writer
+        self._clock = time.monotonic()
+        self._timed_from = start
+
+    def collect(self) -> None:
+        """Waits for the device and moves what is pending into the window."""
+        self.window += [[float(v) for v in metrics] for metrics in jax.device_get(self.pending)]
+        self.pending = []
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not training out of the speed shown."""
+        self._clock += seconds
+
+    def write(self, step: int, stop_after: int) -> None:
+        """Writes the means over the window; raises TrainingStopped where nothing is finite."""
+        self.collect()
+        rows = np.asarray(self.window, np.float64)
+        columns = dict(zip(StepMetrics._fields, rows.T))
+        good = columns["skipped"] == 0
+        values = {"skipped": columns["skipped"].sum()}
+        for name in ("loss", "bits_per_unit", "cross_entropy", "gradient_norm"):
+            values[name] = columns[name][good].mean() if good.any() else math.nan
+        self.window = []
+        now = time.monotonic()
+        seconds = max(now - self._clock, 1e-9) / max(step - self._timed_from, 1)
+        self._clock, self._timed_from = now, step
+        # Speed goes to the terminal and TensorBoard records of its own: it is not reproducible.
+        self._writer.scalars(step, "train", values)
+        speed = self._options.tokens_per_step / seconds
+        self._writer.scalars(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
+        shown = {
+            "loss": f"{values['loss']:.3f}",
+            f"bits/{self._options.unit}": f"{values['bits_per_unit']:.3f}",
+            "tokens/s": f"{speed:,.0f}",
+        }
+        if values["skipped"]:
+            shown["skipped"] = f"{values['skipped']:.0f}"
+        self.progress.advance(step, shown, seconds)
+        worst = int(columns["skipped_in_a_row"].max())
+        if worst >= stop_after:
+            raise TrainingStopped(
+                f"{worst} steps in a row up to step {step} had a loss or gradient that was not "
+                f"finite; the limit is {stop_after} (train.max_skipped_in_a_row). Parameters are "
+                "those before the first of them and are saved. Try a lower learning rate, a longer "
+                "warm-up or float32 (model.dtype)."
+            )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

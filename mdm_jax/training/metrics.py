@@ -1,0 +1,136 @@
+"""Where numbers go: one JSON line per record, TensorBoard, and the terminal."""
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any, TextIO
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+class MetricWriter:
+    """Writes metrics of a run to ``metrics.jsonl`` and ``tensorboard/`` below a directory.
+
+    On resuming, records of later steps than the restored one are dropped from the file: they are
+    about to be computed again, to the same numbers.
+
+    Args:
+        directory: the run's working directory.
+        resume_step: step of the restored state, 0 for a new run.
+    """
+
+    def __init__(self, directory: str | os.PathLike, resume_step: int = 0):
+        root = pathlib.Path(directory)
+        root.mkdir(parents=True, exist_ok=True)
+        self.path = root / "metrics.jsonl"
+        self.tensorboard_directory = root / "tensorboard"
+        if self.path.exists():
+            _truncate(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(
+            str(self.tensorboard_directory), purge_step=resume_step + 1 if resume_step else None
+        )
+
+    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One record: ``{"step": step, "kind": kind, **values}``."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Text for TensorBoard."""
+        self._board.add_text(name, text, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture for TensorBoard: [height, width] or [height, width, 3], values in [0, 1]."""
+        self._board.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, of one kind if given.
+
+    Raises:
+        ValueError: naming file and line, if a line is not a JSON object.
+    """
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not a JSON record: {error}") from error
+            if kind is None or record["kind"] == kind:
+                records.append(record)
+    return records
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines anywhere else (cluster logs, pipes).
+
+    Args:
+        total: steps of the whole run.
+        start: steps already done.
+        stream: where to write; standard error if not given.
+    """
+
+    def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._total = total
+        self._bar = (
+            tqdm.tqdm(
+                total=total,
+                initial=start,
+                file=self._stream,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+            if self._stream.isatty()
+            else None
+        )
+
+    def advance(self, step: int, values: dict[str, str], seconds_per_step: float) -> None:
+        """Shows that ``step`` steps are done."""
+        text = " ".join(f"{name} {value}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        left = tqdm.tqdm.format_interval((self._total - step) * seconds_per_step)
+        print(f"step {step}/{self._total} {text} left {left}", file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line of text that does not break the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _truncate(path: pathlib.Path, last_step: int) -> None:
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        # A line cut off by a kill does not parse; whatever follows the restored step comes again.
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except ValueError:
+            continue
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(kept), "utf-8")
+    temporary.replace(path)

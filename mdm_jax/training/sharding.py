@@ -1,0 +1,127 @@
+"""Device meshes and where arrays live on them."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mdm_jax.batches import Batch
+from mdm_jax.typing import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+
+LOGICAL_RULES = (
+    ("embed", "fsdp"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("layers", None),
+)
+"""Logical axis of a parameter -> mesh axis that it is cut along."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices with the axes ``data``, ``fsdp`` and ``tensor``.
+
+    Args:
+        data: data-parallel copies; -1 takes all devices that the other two axes leave.
+        fsdp: ways in which parameters are cut along their ``embed`` axis; also splits the batch.
+        tensor: ways in which layers are cut.
+
+    Raises:
+        ValueError: if the product is not the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if size < 1 and not (name == "data" and size == -1):
+            raise ValueError(f"mesh axis {name!r} must be positive (or -1 for data), got {size}")
+    rest = fsdp * tensor
+    if data == -1:
+        data = devices // rest
+    if data * rest != devices:
+        raise ValueError(
+            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not use the "
+            f"{devices} devices at hand exactly; choose sizes whose product is {devices}"
+        )
+    # The compiler places what is inside the step; models stay free of sharding.
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data-parallel axes, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
+    """Raises ValueError unless every microbatch splits evenly over the data-parallel devices."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (ways * num_microbatches):
+        raise ValueError(
+            f"a batch of {batch_size} rows in {num_microbatches} microbatches does not split over "
+            f"{ways} data-parallel devices; use a multiple of {ways * num_microbatches}"
+        )
+
+
+def place_batch(batch: Batch, sharding: NamedSharding) -> Batch:
+    """Puts this process's rows on its devices, as its part of the global batch."""
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+    )
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Every leaf whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def init_sharded(
+    init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES
+) -> tuple[PyTree, PyTree]:
+    """Runs ``init`` so that every leaf is born where it will live.
+
+    Args:
+        init: returns a pytree whose parameters may carry linen's logical axis names; optimiser and
+            EMA copies carry them too, so they are cut alike.
+        mesh: device mesh.
+        rules: logical axis -> mesh axis.
+
+    Returns:
+        (values without axis names, their shardings). A dimension that its mesh axis does not
+        divide is kept whole.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharding_of(node: PyTree) -> PyTree:
+        if not _is_box(node):
+            return replicated
+        axes = nn.logical_to_mesh_axes(node.get_partition_spec(), rules)
+        # What optimisers keep in a parameter's place may be empty or of another rank.
+        return jax.tree.map(
+            lambda leaf: NamedSharding(mesh, _fitting(leaf.shape, axes, mesh)), node.unbox()
+        )
+
+    boxed = jax.eval_shape(init)
+    shardings = jax.tree.map(sharding_of, boxed, is_leaf=_is_box)
+    values = jax.jit(lambda: nn.meta.unbox(init()), out_shardings=shardings)()
+    return values, shardings
+
+
+def _is_box(node: PyTree) -> bool:
+    return isinstance(node, nn.meta.AxisMetadata)
+
+
+def _fitting(shape: tuple[int, ...], axes: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """``axes`` where they divide ``shape``; nothing is cut that would not come out even."""
+    if len(axes) != len(shape):
+        return PartitionSpec()
+
+    def fits(size: int, names: str | tuple[str, ...] | None) -> bool:
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return PartitionSpec(*(name if fits(size, name) else None for size, name in zip(shape, axes)))

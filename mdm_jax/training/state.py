@@ -1,0 +1,69 @@
+"""Everything that a training run carries from step to step, as one pytree of arrays."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mdm_jax.draws import DrawSpec
+from mdm_jax.typing import Array, PyTree
+from mdm_jax.variance import VarianceTransform
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run. No key is kept: randomness is a function of (seed, step, stream name).
+
+    Attributes:
+        step: [] int32, number of steps begun, skipped ones included.
+        params: parameters.
+        ema: exponential moving average of the parameters, used for evaluation and sampling.
+        opt_state: optax state.
+        variance: state of the variance transform.
+        skipped: [] int32, steps skipped because loss or gradient was not finite.
+        skipped_in_a_row: [] int32, how many of the latest steps were.
+    """
+
+    step: Array
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+    variance: PyTree
+    skipped: Array
+    skipped_in_a_row: Array
+
+
+def new_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    transform: VarianceTransform,
+    spec: DrawSpec,
+) -> TrainState:
+    """The state at step 0; the EMA starts at the parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        variance=transform.init(spec),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def num_params(params: PyTree) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def linen_init(model: nn.Module, length: int) -> Callable[[Array], PyTree]:
+    """``init(key) -> variables`` of a linen model, with logical axis names still attached."""
+
+    def init(key: Array) -> PyTree:
+        inputs = jnp.zeros((1, length), jnp.int32)
+        return model.init(key, inputs, jnp.zeros((1, 1)), jnp.ones_like(inputs))
+
+    return init

@@ -1,0 +1,153 @@
+"""One training step as one pure function."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mdm_jax import draws, streams
+from mdm_jax.batches import Batch
+from mdm_jax.draws import Draw, DrawSpec, LossStats
+from mdm_jax.objectives import LossSums, Objective, stop_gradient_stats, sum_losses, token_mean
+from mdm_jax.training.state import TrainState
+from mdm_jax.typing import Array, PyTree
+from mdm_jax.variance import VarianceTransform, draw_batch
+
+ApplyFn = Callable[..., Array]
+"""``apply_fn(params, inputs, logsnr, documents) -> logits``."""
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step, on the device.
+
+    Attributes:
+        loss: the training objective, nats per scored token: unbiased and noisy.
+        bits_per_unit: the loss in bits per unit of the data (character, dimension).
+        cross_entropy: nats per masked token, unweighted: biased towards high rates and smooth.
+        gradient_norm: global norm before clipping.
+        skipped: 1.0 if the step was skipped because something was not finite.
+        skipped_in_a_row: how many of the latest steps were.
+    """
+
+    loss: Array
+    bits_per_unit: Array
+    cross_entropy: Array
+    gradient_norm: Array
+    skipped: Array
+    skipped_in_a_row: Array
+
+
+def step_draw(
+    seed: int, step: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec
+) -> Draw:
+    """The draw of a training step: a function of (seed, step) and the transform's state."""
+    return draw_batch(streams.stream(streams.step_key(seed, step), "draw"), transform, state, spec)
+
+
+def make_train_step(
+    apply_fn: ApplyFn,
+    objective: Objective,
+    transform: VarianceTransform,
+    optimizer: optax.GradientTransformation,
+    spec: DrawSpec,
+    *,
+    seed: int,
+    ema_decay: float = 0.999,
+    num_microbatches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Builds ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
+
+    The draw is made once for the global batch and cut into microbatches, so gradients under k
+    microbatches equal those of the full batch. A step whose loss or gradient is not finite leaves
+    parameters, EMA, optimiser and variance state as they were and counts itself.
+
+    Args:
+        apply_fn: the network.
+        objective: what is estimated.
+        transform: variance reduction, a chain or a single transform.
+        optimizer: optax transformation of the gradients.
+        spec: ``objective.spec(batch_size, length)`` of the global batch.
+        seed: of the run.
+        ema_decay: of the parameter average; shorter during the first steps.
+        num_microbatches: must divide the batch size.
+
+    Raises:
+        ValueError: if the settings do not fit together.
+    """
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+    if num_microbatches < 1 or spec.batch_size % num_microbatches:
+        raise ValueError(
+            f"num_microbatches must be a divisor of the batch size {spec.batch_size}, "
+            f"got {num_microbatches}"
+        )
+
+    def weighted_sum(
+        params: PyTree, batch: Batch, draw: Draw
+    ) -> tuple[Array, tuple[LossSums, LossStats]]:
+        stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
+        sums = sum_losses(draw, stats)
+        return sums.loss, (sums, stop_gradient_stats(stats))
+
+    gradient = jax.grad(weighted_sum, has_aux=True)
+
+    def accumulate(params: PyTree, batch: Batch, draw: Draw) -> tuple[PyTree, LossSums, LossStats]:
+        if num_microbatches == 1:
+            gradients, (sums, stats) = gradient(params, batch, draw)
+            return gradients, sums, stats
+
+        def add(total: tuple[PyTree, LossSums], part: tuple[Batch, Draw]):
+            gradients, (sums, stats) = gradient(params, *part)
+            return jax.tree.map(jnp.add, total, (gradients, sums)), stats
+
+        zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()),) * 4))
+        parts = (
+            draws.split_rows(batch, num_microbatches, axis=0),
+            draws.split_rows(draw, num_microbatches, axis=1),
+        )
+        (gradients, sums), stats = jax.lax.scan(add, zeros, parts)
+        return gradients, sums, draws.join_rows(stats, axis=1)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        draw = step_draw(seed, state.step, transform, state.variance, spec)
+        gradients, sums, stats = accumulate(state.params, batch, draw)
+        # Only here is anything divided: the denominator belongs to the global batch.
+        gradients = jax.tree.map(lambda g: token_mean(g, sums.scored), gradients)
+        loss = token_mean(sums.loss, sums.scored)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        done = state.step - state.skipped
+        decay = jnp.minimum(ema_decay, (1.0 + done) / (10.0 + done))
+        ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema, params)
+        variance = transform.update(state.variance, draw, stats)
+
+        def keep(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+            variance=keep(variance, state.variance),
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped_in_a_row=skipped_in_a_row,
+        )
+        metrics = StepMetrics(
+            loss=loss,
+            bits_per_unit=token_mean(sums.loss, jnp.sum(batch.units)) / math.log(2),
+            cross_entropy=token_mean(sums.cross_entropy, sums.targets),
+            gradient_norm=norm,
+            skipped=jnp.where(finite, 0.0, 1.0),
+            skipped_in_a_row=skipped_in_a_row,
+        )
+        return new_state, metrics
+
+    return step

@@ -1,0 +1,31 @@
+"""Shared type names and the glossary of axes.
+
+Axes, always in this order where several occur:
+
+* ``V`` views of one example (replications such as the two masks of MIRROR),
+* ``B`` rows of the *global* batch,
+* ``S`` independent noise levels per row (1; one per block; one per data type),
+* ``L`` elements of a row (tokens, or pixels flattened),
+* ``K`` vocabulary entries.
+
+The noise coordinate is the log signal-to-noise ratio ``logsnr`` = lambda, with large values clean.
+For tokens the survival probability is ``sigmoid(logsnr)``, the masking rate ``sigmoid(-logsnr)``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+Array = jax.Array
+"""A JAX array; ``ArrayLike`` is used where NumPy arrays and Python scalars are accepted too."""
+
+PyTree = Any
+"""Nested containers of arrays."""
+
+ModelFn = Callable[..., Array]
+"""``model_fn(inputs [N, L] int32, logsnr [N, S] float32, documents [N, L] int32 | None)``
+-> logits [N, L, K]. Objectives and samplers see a network only through this signature."""
+
+__all__ = ["Array", "ArrayLike", "ModelFn", "PyTree"]

@@ -1,0 +1,93 @@
+"""Composition of variance transforms, in reading order."""
+
+import itertools
+
+from mdm_jax.draws import Draw, DrawSpec, LossStats
+from mdm_jax.streams import stream
+from mdm_jax.typing import Array, PyTree
+from mdm_jax.variance.transform import BIAS_LABELS, Phase, VarianceTransform, stateless
+
+
+def chain(*transforms: VarianceTransform) -> VarianceTransform:
+    """Composes transforms: couple, then warp, then replicate.
+
+    The result is itself a transform; a chain inside a chain is spliced in. States are kept in a
+    dict by member name, and each member draws from its own named stream, so that adding one leaves
+    the random numbers of the others unchanged.
+
+    Keeps: what every member keeps. Couples: what any member couples.
+    Costs: the product of the members' views. Bias: the worst label of its members.
+
+    Raises:
+        ValueError: if a name occurs twice, if a member stands after one of a later phase, or if two
+            members draw the same part anew (the second would discard the first). The message names
+            the two that clash.
+    """
+    members = tuple(itertools.chain.from_iterable(_members(t) for t in transforms)) or (identity(),)
+    _check(members)
+
+    def init(spec: DrawSpec) -> dict[str, PyTree]:
+        return {t.name: t.init(spec) for t in members}
+
+    def draw(key: Array, state: dict[str, PyTree], current: Draw, spec: DrawSpec) -> Draw:
+        for t in members:
+            current = t.draw(stream(key, t.name), state[t.name], current, spec)
+        return current
+
+    def update(state: dict[str, PyTree], current: Draw, stats: LossStats) -> dict[str, PyTree]:
+        return {t.name: t.update(state[t.name], current, stats) for t in members}
+
+    views = 1
+    for t in members:
+        views *= t.views
+    return VarianceTransform(
+        name=f"chain({', '.join(t.name for t in members)})",
+        phase=members[-1].phase,
+        init=init,
+        draw=draw,
+        update=update,
+        bias=max((t.bias for t in members), key=BIAS_LABELS.index),
+        views=views,
+        replaces=frozenset().union(*(t.replaces for t in members)),
+        members=members,
+    )
+
+
+def identity() -> VarianceTransform:
+    """Leaves the draw alone: independent levels and masks, the baseline.
+
+    Keeps: everything. Couples: nothing. Costs: nothing, one view. Bias: exact.
+    """
+    return stateless("identity", Phase.COUPLE, lambda _key, current, _spec: current)
+
+
+def _members(transform: VarianceTransform) -> tuple[VarianceTransform, ...]:
+    if not isinstance(transform, VarianceTransform):
+        hint = f"; did you mean {transform.__name__}()?" if hasattr(transform, "__name__") else ""
+        raise TypeError(
+            f"chain takes variance transforms such as mirror(), got {transform!r}{hint}"
+        )
+    return transform.members or (transform,)
+
+
+def _check(members: tuple[VarianceTransform, ...]) -> None:
+    for t in members:
+        if t.bias not in BIAS_LABELS:
+            raise ValueError(f"{t.name}: bias must be one of {BIAS_LABELS}, got {t.bias!r}")
+    for first, second in itertools.combinations(members, 2):
+        if first.name == second.name:
+            raise ValueError(
+                f"chain: the name {first.name!r} occurs twice; states and random streams go by "
+                "name, so give one of the two another name"
+            )
+        if first.phase > second.phase:
+            raise ValueError(
+                f"chain: {second.name!r} ({second.phase.name.lower()}) cannot follow "
+                f"{first.name!r} ({first.phase.name.lower()}); the order is couple, warp, replicate"
+            )
+        lost = first.replaces & second.replaces
+        if lost:
+            raise ValueError(
+                f"chain: {second.name!r} draws {', '.join(sorted(lost))} anew and would discard "
+                f"{first.name!r}; keep one of the two"
+            )

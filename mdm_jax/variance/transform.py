@@ -1,0 +1,115 @@
+"""The triple (init, draw, update) that every variance-reduction method is.
+
+optax composes because what flows through a chain, the gradients, has the same structure going in
+and coming out. Here a :class:`~mdm_jax.draws.Draw` flows. A transform couples its rows, warps its
+quantiles (and pays for it in ``log_weight``) or replicates its views. It never sees a noise level,
+a model or a loss while it draws, so it cannot change the objective.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from mdm_jax.draws import Draw, DrawSpec, LossStats, iid
+from mdm_jax.typing import Array, PyTree
+
+BIAS_LABELS = ("exact", "truncated", "biased")
+"""From best to worst; a chain carries the worst label of its members.
+
+``exact``: the expectation of losses and gradients is that of independent draws, for every model.
+``truncated``: it is the expectation over a stated part of the noise range.
+``biased``: it is something else, by design.
+"""
+
+InitFn = Callable[[DrawSpec], PyTree]
+DrawFn = Callable[[Array, PyTree, Draw, DrawSpec], Draw]
+UpdateFn = Callable[[PyTree, Draw, LossStats], PyTree]
+
+
+class Phase(enum.IntEnum):
+    """Where in a chain a transform may stand; phases never decrease along a chain.
+
+    A coupling draws quantiles anew, so after a warp it would discard the warp and keep its weight;
+    a replication copies whatever stands before it into further views.
+    """
+
+    COUPLE = 0
+    WARP = 1
+    REPLICATE = 2
+
+
+class EmptyState(NamedTuple):
+    """State of a transform in which nothing moves."""
+
+
+class VarianceTransform(NamedTuple):
+    """A variance-reduction method as pure functions.
+
+    Attributes:
+        name: key of its state and of its random stream; unique within a chain.
+        phase: see :class:`Phase`.
+        init: ``init(spec) -> state``. The structure, shapes and dtypes never change afterwards.
+        draw: ``draw(key, state, draw, spec) -> draw``. Reads the state and cannot write it, so a
+            batch can be redrawn any number of times without disturbing training.
+        update: ``update(state, draw, stats) -> state`` after the step, from raw losses.
+        bias: one of :data:`BIAS_LABELS`.
+        views: factor on the number of views, and thereby on forward passes per row.
+        replaces: names of the Draw fields that are drawn anew, whatever stood there before.
+        members: the parts of a chain, empty otherwise.
+    """
+
+    name: str
+    phase: Phase
+    init: InitFn
+    draw: DrawFn
+    update: UpdateFn
+    bias: str = "exact"
+    views: int = 1
+    replaces: frozenset[str] = frozenset()
+    members: tuple["VarianceTransform", ...] = ()
+
+
+def stateless(
+    name: str,
+    phase: Phase,
+    draw: Callable[[Array, Draw, DrawSpec], Draw],
+    *,
+    views: int = 1,
+    replaces: frozenset[str] = frozenset(),
+    bias: str = "exact",
+) -> VarianceTransform:
+    """A transform without state, from ``draw(key, draw, spec) -> draw``."""
+    return VarianceTransform(
+        name=name,
+        phase=phase,
+        init=lambda _: EmptyState(),
+        draw=lambda key, _, current, spec: draw(key, current, spec),
+        update=lambda state, _draw, _stats: state,
+        bias=bias,
+        views=views,
+        replaces=replaces,
+    )
+
+
+def draw_batch(key: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec) -> Draw:
+    """The draw of one step: independent uniforms passed through ``transform``.
+
+    Args:
+        key: typed key of the step's draw, for example
+            ``streams.stream(streams.step_key(seed, step), "draw")``.
+        transform: a transform or a chain.
+        state: its state, read only.
+        spec: shape of the *global* batch; shards and microbatches slice the result.
+
+    Returns:
+        Draw with ``transform.views`` views.
+    """
+    return transform.draw(key, state, iid(key, spec), spec)
+
+
+def replicate_views(draw: Draw, noises: list[Array]) -> Draw:
+    """``draw`` once per entry of ``noises`` ([V, B, ...] each), levels shared, views stacked."""
+    copies = [draw._replace(noise=noise) for noise in noises]
+    return jax.tree.map(lambda *leaves: jax.numpy.concatenate(leaves, axis=0), *copies)

@@ -1,0 +1,44 @@
+"""Package description; tool settings are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+
+# Lower bounds are the versions that the tests run with; newer ones are expected to work.
+REQUIRED = [
+    "absl-py>=2.1",
+    "chex>=0.1.90",
+    "flax>=0.12",
+    "grain>=0.2.12",
+    "jax>=0.10",
+    "matplotlib>=3.9",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "tensorboardX>=2.6.2",
+    "tensorflow-datasets>=4.9.9",
+    "array_record>=0.8",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+]
+DIGITS = ["scikit-learn>=1.5"]
+DEV = [*DIGITS, "hypothesis>=6.100", "pillow>=10", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"]
+NOTEBOOKS = [*DIGITS, "ipykernel>=6.29", "nbclient>=0.10"]
+
+setuptools.setup(
+    name="mdm_jax",
+    version="0.1.0",
+    description="Masked diffusion models in JAX, trained with far less variance.",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(
+        include=["mdm_jax", "mdm_jax.*", "experiments", "experiments.*"]
+    ),
+    install_requires=REQUIRED,
+    extras_require={"digits": DIGITS, "dev": DEV, "notebooks": NOTEBOOKS},
+)

@@ -1,0 +1,208 @@
+"""Plain text: windows that cover every split, counts, and errors that name the file."""
+
+import numpy as np
+import pytest
+
+from mdm_jax import data
+
+TEXT = "".join(chr(ord("a") + i * i % 23) for i in range(1000))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="corpus.txt"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def all_rows(source):
+    return data.gather(source, range(len(source)))
+
+
+def test_splits_are_contiguous_and_covered_exactly_once(write):
+    dataset = data.text(write(TEXT), 16, fractions=(0.8, 0.1, 0.1))
+    parts = {"valid": TEXT[800:900], "test": TEXT[900:]}
+    for name, part in parts.items():
+        batch = all_rows(getattr(dataset, name))
+        kept = batch.tokens[batch.eligible]
+        assert dataset.tokenizer.decode(kept) == part
+        assert batch.units.sum() == len(part) == batch.eligible.sum()
+        assert batch.tokens.shape == (7, 16)
+        assert dataset.report[f"{name}_padded_positions"] == 7 * 16 - 100
+    train = all_rows(dataset.train)
+    assert len(dataset.train) == 800 - 16 + 1
+    assert dataset.tokenizer.decode(train.tokens[:, 0]) == TEXT[: 800 - 15]
+    assert dataset.tokenizer.decode(train.tokens[-1]) == TEXT[784:800]
+    assert train.eligible.all()
+
+
+def test_last_window_is_padded_and_padding_is_out_of_sight(write):
+    dataset = data.text(write(TEXT), 30, fractions=(0.8, 0.1, 0.1))
+    row = dataset.test[3]
+    assert row.tokens.shape == row.eligible.shape == row.documents.shape == (30,)
+    assert row.eligible.tolist() == [True] * 10 + [False] * 20
+    assert row.documents.tolist() == [1] * 10 + [0] * 20
+    assert (row.tokens[10:] == dataset.tokenizer.pad_id).all()
+    assert row.units == 10
+    assert [a.dtype for a in row] == [np.int32, bool, np.int32, np.int32]
+    with pytest.raises(IndexError, match=r"\[0, 4\)"):
+        dataset.test[4]
+    with pytest.raises(IndexError):
+        dataset.test[-1]
+
+
+def test_rows_at_once_are_the_single_rows(write):
+    dataset = data.text(write(TEXT), 30)
+    indices = [3, 0, 17]
+    for many, one in zip(
+        dataset.train.rows(np.array(indices)), zip(*map(dataset.train.__getitem__, indices))
+    ):
+        np.testing.assert_array_equal(many, np.stack(one))
+
+
+@pytest.mark.parametrize(
+    ("stride", "rows", "left"), [(1, 881, 0), (7, 126, 5), (20, 45, 0), (50, 18, 540)]
+)
+def test_train_stride_and_its_uncovered_tokens(write, stride, rows, left):
+    dataset = data.text(write(TEXT), 20, train_stride=stride)
+    assert len(dataset.train) == rows
+    covered = np.zeros(900, bool)
+    for i in range(rows):
+        covered[i * stride : i * stride + 20] = True
+        assert (
+            dataset.tokenizer.decode(dataset.train[i].tokens) == TEXT[i * stride : i * stride + 20]
+        )
+    assert dataset.report["train_tokens_in_no_row"] == (~covered).sum() == left
+
+
+def test_vocabulary_is_that_of_the_train_split_and_unknowns_are_counted(write):
+    dataset = data.text(write("ab" * 45 + "cacbc" + "ddddd"), 5, fractions=(0.9, 0.05, 0.05))
+    assert dataset.vocab_size == 2 + 1 + 3
+    assert dataset.report["valid_unknown_characters"] == 3
+    assert dataset.report["test_unknown_characters"] == 5
+    assert dataset.report["train_unknown_characters"] == 0
+    assert "valid unknown characters 3" in dataset.description
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_units_count_characters_of_the_text(write, kind):
+    content = "naïve café 字 12 \U0001f600\r\n" * 60
+    dataset = data.text(write(content), 10, tokenizer=kind, bpe_vocab_size=280)
+    total = sum(all_rows(getattr(dataset, name)).units.sum() for name in ("valid", "test"))
+    first = dataset.report["train_characters"]
+    assert total == len(content) - first
+    assert dataset.tokenizer.kind == kind and dataset.mask_id == dataset.vocab_size - 1
+    assert all_rows(dataset.train).tokens.max() < dataset.tokenizer.pad_id
+    assert dataset.unit == "character" and dataset.event_shape is None
+
+
+def test_bpe_is_trained_on_the_train_split_only(write):
+    train, rest = "abcd efgh " * 90, "zzzz qqqq " * 10
+    with_rest = data.text(write(train + rest), 8, tokenizer="bpe", bpe_vocab_size=300)
+    alone = data.BPETokenizer.train([train], 300)
+    assert with_rest.tokenizer.fingerprint == alone.fingerprint
+    assert with_rest.vocab_size == with_rest.tokenizer.vocab_size < 300
+
+
+def test_tokenizer_may_be_a_file_or_an_object(write, tmp_path):
+    tokenizer = data.CharTokenizer.fit(TEXT + "XYZ")
+    tokenizer.save(tmp_path / "chars.json")
+    path = write(TEXT)
+    for given in (tokenizer, str(tmp_path / "chars.json")):
+        dataset = data.text(path, 16, tokenizer=given)
+        assert dataset.tokenizer.fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match="'char', 'byte', 'bpe'.*'words'"):
+        data.text(path, 16, tokenizer="words")
+
+
+def test_a_split_may_be_left_out(write):
+    dataset = data.text(write(TEXT), 16, fractions=(0.9, 0.1, 0.0))
+    assert len(dataset.test) == 0 and len(dataset.valid) == 7
+    everything = data.text(write(TEXT), 16, fractions=(1.0, 0, 0))
+    assert len(everything.train) == 985 and len(everything.valid) == 0
+
+
+def test_fingerprint_depends_on_content_and_on_every_setting(write):
+    path = write(TEXT)
+    base = data.text(path, 16)
+    assert data.text(path, 16).fingerprint == base.fingerprint
+    assert data.text(write(TEXT, "other.txt"), 16).fingerprint == base.fingerprint
+    others = [
+        data.text(write(TEXT[:-1] + "!", "x.txt"), 16),
+        data.text(path, 17),
+        data.text(path, 16, tokenizer="byte"),
+        data.text(path, 16, fractions=(0.8, 0.1, 0.1)),
+        data.text(path, 16, train_stride=2),
+    ]
+    assert len({base.fingerprint, *(d.fingerprint for d in others)}) == 6
+
+
+def test_empty_file_is_named(write):
+    with pytest.raises(ValueError, match=r"empty\.txt: the file is empty"):
+        data.text(write("", "empty.txt"), 4)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
+        data.text(tmp_path / "absent.txt", 4)
+
+
+def test_bad_utf8_is_named_with_line_and_offset(write):
+    path = write(b"first\nsecond \xe9 line\n", "latin.txt")
+    with pytest.raises(ValueError, match=r"latin\.txt:2: not UTF-8, byte 0xe9 at offset 13"):
+        data.text(path, 4)
+
+
+def test_short_files_are_named(write):
+    path = write(TEXT[:100], "short.txt")
+    with pytest.raises(ValueError, match=r"short\.txt: too short, .*90 tokens .* length = 91"):
+        data.text(path, 91)
+    assert len(data.text(path, 90).train) == 1
+    with pytest.raises(ValueError, match=r"tiny\.txt: too small, the test split would be empty"):
+        data.text(write("abcdefgh", "tiny.txt"), 2, fractions=(0.9, 0.09, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 0}, "length must be a positive integer"),
+        ({"length": 2.5}, "length must be a positive integer"),
+        ({"length": 4, "train_stride": 0}, "train_stride must be a positive integer"),
+        ({"length": 4, "fractions": (0.5, 0.5)}, "three non-negative numbers"),
+        ({"length": 4, "fractions": (0.5, 0.2, 0.2)}, "sum 1"),
+        ({"length": 4, "fractions": (1.2, -0.1, -0.1)}, "non-negative"),
+        ({"length": 4, "fractions": (0.0, 0.5, 0.5)}, "the train split would be empty"),
+    ],
+)
+def test_bad_settings_are_refused(write, settings, message):
+    with pytest.raises(ValueError, match=message):
+        data.text(write(TEXT), **settings)
+
+
+def test_embedded_text_is_ascii_real_and_described():
+    dataset = data.embedded_text(128)
+    assert dataset.report["train_characters"] > 300_000
+    assert dataset.vocab_size < 128
+    assert dataset.tokenizer.characters.isascii()
+    assert "sha256" in dataset.description and "varies with the Python" in dataset.description
+    assert f"sys.version_info {tuple(__import__('sys').version_info)}" in dataset.description
+    assert dataset.report["valid_unknown_characters"] == 0
+    assert data.embedded_text(128).fingerprint == dataset.fingerprint
+
+
+def test_dataset_refuses_contradictions(write):
+    dataset = data.text(write(TEXT), 16)
+    import dataclasses
+
+    for change, message in [
+        ({"mask_id": 3}, "last id"),
+        ({"tokenizer": data.ByteTokenizer()}, "differs from the tokenizer"),
+        ({"unit": "word"}, "'character' or 'dimension'"),
+        ({"event_shape": (3, 3)}, "does not hold 16"),
+        ({"length": 0}, "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(dataset, **change)

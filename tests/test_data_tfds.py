@@ -1,0 +1,217 @@
+"""TFDS datasets, built here in array_record format, read without TensorFlow."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mdm_jax import data
+
+tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("array_record")
+tensorflow_datasets.disable_progress_bar()
+core = tensorflow_datasets.core
+features = tensorflow_datasets.features
+
+DOCUMENTS = [f"document {i} naïve " + "x" * (i % 7) for i in range(39)] + [""]
+SIZES = {"train": 40, "test": 8}
+
+
+def picture(i):
+    return np.arange(12, dtype=np.uint8).reshape(4, 3) * (i % 20)
+
+
+class Local(core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = core.Version("1.0.0")
+    FEATURES: dict
+
+    def _info(self):
+        return core.DatasetInfo(
+            builder=self,
+            description="Built by a test.",
+            features=features.FeaturesDict(self.FEATURES),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {name: self._generate_examples(size) for name, size in SIZES.items()}
+
+    def example(self, i):
+        raise NotImplementedError
+
+    def _generate_examples(self, size):
+        for i in range(size):
+            yield i, self.example(i)
+
+
+class LocalDocuments(Local, skip_registration=True):
+    FEATURES = {"text": features.Text(), "label": np.int64}
+
+    def example(self, i):
+        return {"text": DOCUMENTS[i], "label": i}
+
+
+class LocalPictures(Local, skip_registration=True):
+    FEATURES = {"image": features.Image(shape=(4, 3, 1)), "label": np.int64}
+
+    def example(self, i):
+        from PIL import Image
+
+        stream = io.BytesIO()
+        Image.fromarray(picture(i)).save(stream, "png")
+        return {"image": stream.getvalue(), "label": i}
+
+
+class LocalMixed(Local, skip_registration=True):
+    FEATURES = {"image": features.Tensor(shape=(None, 2), dtype=np.uint8), "text": features.Text()}
+
+    def example(self, i):
+        return {
+            "image": np.zeros((2 + i % 2, 2), np.uint8),
+            "text": b"ok \xff" if i == 3 else b"ok",
+        }
+
+
+class LocalParquet(LocalDocuments, skip_registration=True):
+    pass
+
+
+SPLITS = ("train[:80%]", "train[80%:]", "test")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("tfds"))
+    for builder in (LocalDocuments, LocalPictures, LocalMixed):
+        builder(data_dir=path, file_format="array_record").download_and_prepare()
+    LocalParquet(data_dir=path, file_format="parquet").download_and_prepare()
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(data_dir):
+    return {"data_dir": data_dir, "download": False, "splits": SPLITS}
+
+
+def test_documents_end_with_eos_and_share_no_row(local):
+    dataset = data.tfds("local_documents", kind="text", length=8, tokenizer="byte", **local)
+    codec = dataset.tokenizer
+    for source, texts in ((dataset.train, DOCUMENTS[:32]), (dataset.valid, DOCUMENTS[32:])):
+        batch = data.gather(source, range(len(source)))
+        assert batch.eligible[:, 0].all()
+        np.testing.assert_array_equal(batch.documents, batch.eligible)
+        assert (batch.tokens[~batch.eligible] == codec.pad_id).all()
+        found, rows = [], iter(zip(batch.tokens, batch.eligible))
+        for text in texts:
+            count = len(text.encode()) + 1
+            pieces = [next(rows) for _ in range(-(-count // 8))]
+            ids = np.concatenate([tokens[keep] for tokens, keep in pieces])
+            assert len(ids) == count and ids[-1] == codec.eos_id
+            found.append(codec.decode(ids))
+        assert found == texts and next(rows, None) is None
+        assert batch.units.sum() == sum(map(len, texts))
+    report = dataset.report
+    assert report["train_documents"] == 32 and report["valid_documents"] == 8
+    assert report["valid_empty_documents"] == 1
+    assert report["train_padded_positions"] == len(dataset.train) * 8 - report["train_tokens"]
+    assert "local_documents/1.0.0" in dataset.description
+
+
+def test_text_tokenizers_are_fitted_to_the_train_split(local):
+    splits = {**local, "splits": ("train[:4]", "train[30:]", "test")}
+    chars = data.tfds_text("local_documents", length=8, **splits)
+    assert set(chars.tokenizer.characters) == set("".join(DOCUMENTS[:4]))
+    unseen = sum(c not in chars.tokenizer.characters for d in DOCUMENTS[30:] for c in d)
+    assert chars.report["valid_unknown_characters"] == unseen > 0
+    bpe = data.tfds_text("local_documents", length=8, tokenizer="bpe", bpe_vocab_size=270, **local)
+    assert bpe.vocab_size == 270
+    other = data.tfds_text("local_documents", length=9, **splits)
+    assert len({chars.fingerprint, bpe.fingerprint, other.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("levels", [256, 16, 5, 2])
+def test_pictures_are_quantised_and_flattened(local, levels):
+    dataset = data.tfds("local_pictures", kind="image", levels=levels, **local)
+    assert dataset.event_shape == (4, 3) and dataset.length == 12 and dataset.unit == "dimension"
+    assert dataset.vocab_size == levels + 1 and dataset.mask_id == levels
+    assert [len(dataset.train), len(dataset.valid), len(dataset.test)] == [32, 8, 8]
+    for i in range(8):
+        want = picture(32 + i).astype(int) * levels // 256
+        assert dataset.valid[i].tokens.tolist() == want.reshape(-1).tolist()
+    assert dataset.train[3].units == 12 and dataset.train[3].eligible.all()
+    assert dataset.tokenizer is None
+
+
+def test_training_batches_from_tfds(local):
+    dataset = data.tfds_images("local_pictures", levels=4, **local)
+    batch = next(data.train_iterator(dataset.train, 8, seed=0))
+    assert batch.tokens.shape == (8, 12) and batch.tokens.max() < 4
+
+
+def test_no_tensorflow_is_imported_and_no_builder_class_is_needed(data_dir):
+    code = (
+        "import sys\n"
+        "from mdm_jax import data\n"
+        f"where = dict(data_dir={data_dir!r}, download=False)\n"
+        "text = data.tfds('local_documents', kind='text', length=8, **where)\n"
+        "pictures = data.tfds('local_pictures', kind='image', **where)\n"
+        "print(len(text.valid) > 0, len(pictures.train))\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'tensorflow']\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "36"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("absent_dataset", {}, "'absent_dataset' in .*not found"),
+        ("local_documents", {"splits": ("train", "nope", "test")}, "Unknown split 'nope'"),
+        ("local_documents", {"splits": "train"}, "three expressions"),
+        (
+            "local_documents",
+            {"splits": ("train", "train[:0]", "test")},
+            r"the valid split 'train\[:0\]' cannot be opened.*hold examples",
+        ),
+        ("local_documents", {"text_field": "body"}, r"no feature 'body'; it has \['label', 'text'"),
+        ("local_documents", {"text_field": "label"}, "must be text, got int"),
+        ("local_documents", {"length": 0}, "length must be a positive integer"),
+        ("local_mixed", {}, r"local_mixed/1.0.0, split train.*example 3: not UTF-8 at byte 3"),
+        ("local_parquet", {}, "cannot be opened .*prepared with file_format='array_record'"),
+        ("mnist", {}, "cannot be opened .*array_record"),
+    ],
+)
+def test_text_errors(local, name, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        data.tfds_text(name, **{"length": 8, **local, **settings})
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("local_mixed", {}, r"example 1: expected a uint8 picture of shape \(2, 2\)"),
+        ("local_pictures", {"image_field": "label"}, "expected a uint8 picture"),
+        ("local_pictures", {"levels": 1}, r"levels must be in \[2, 256\]"),
+        ("local_pictures", {"levels": 257}, r"levels must be in \[2, 256\]"),
+    ],
+)
+def test_image_errors(local, name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        data.tfds_images(name, **{**local, **settings})
+
+
+def test_unknown_kind_and_settings_of_the_other_kind_are_refused(local):
+    with pytest.raises(ValueError, match="'text' or 'image', got 'video'"):
+        data.tfds("local_documents", kind="video")
+    with pytest.raises(TypeError, match="length"):
+        data.tfds("local_pictures", kind="image", length=8, **local)
+
+
+def test_without_the_package_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match="pip install tensorflow-datasets"):
+        data.tfds_text("mnist", length=8)

@@ -1,0 +1,455 @@
+"""Laws over the logSNR: one zoo, and what every law in it must satisfy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from mdm_jax import draws, schedules
+from mdm_jax.schedules import masked
+from mdm_jax.schedules.piecewise import PiecewiseConstant
+
+SCHEDULES = {
+    "linear": masked.linear,
+    "loglinear": masked.loglinear,
+    "clipped": lambda: masked.clipped(0.3, 0.8),
+    "clipped_at_clean_end": lambda: masked.clipped(1e-3, 1.0),
+    "cosine_md4": masked.cosine_md4,
+    "cosine_mdlm": masked.cosine_mdlm,
+    "cosine_squared": masked.cosine_squared,
+    "power": lambda: masked.power(2.0),
+    "power_steep": lambda: masked.power(5.0),
+    "sqrt": masked.sqrt,
+    "log": masked.log,
+    "geometric": lambda: masked.geometric(1e-3, 20.0),
+    "linear_sigma": lambda: masked.linear_sigma(1e-3, 7.0),
+    "linear_sigma_from_zero": lambda: masked.linear_sigma(0.0, 7.0),
+    "log_uniform": lambda: masked.log_uniform(1e-3, 1.0),
+    "log_uniform_inner": lambda: masked.log_uniform(1e-3, 0.9),
+    "uniform_logsnr": lambda: masked.uniform_logsnr(-5.0, 5.0),
+}
+MASSES = np.array([0.02, 0.05, 0.1, 0.22, 0.61])
+
+# Factories, so that a law is built in the precision of the test. Every property runs over all.
+ZOO = {
+    "logistic": schedules.logistic,
+    "logistic_shifted": lambda: schedules.logistic(-1.5, 0.7),
+    "uniform": lambda: schedules.uniform(-6.0, 4.0),
+    "truncated_logistic": lambda: schedules.truncated(schedules.logistic(), -8.0, 6.9),
+    "truncated_one_side": lambda: schedules.truncated(schedules.logistic(), high=6.9),
+    "truncated_tail": lambda: schedules.truncated(schedules.logistic(), 10.0, 14.0),
+    "truncated_twice": lambda: schedules.truncated(
+        schedules.truncated(schedules.logistic(), -8.0, 6.0), -3.0, 9.0
+    ),
+    "truncated_schedule": lambda: schedules.truncated(
+        schedules.law_of(masked.cosine_mdlm()), -15.0, 15.0
+    ),
+    "truncated_piecewise": lambda: schedules.truncated(
+        schedules.piecewise(MASSES, (-5.0, 5.0)), -4.0, 4.5
+    ),
+    "piecewise": lambda: schedules.piecewise(MASSES, (-5.0, 5.0)),
+    "piecewise_edges": lambda: schedules.piecewise([1.0, 0.0, 3.0, 1e-6], [-7.0, -2, 0, 0.5, 9]),
+    "tabulated": lambda: schedules.tabulated(lambda t: np.sin(np.pi / 2 * t) ** 2),
+    "tabulated_bounded": lambda: schedules.tabulated(lambda t: 0.1 + 0.7 * t**1.5),
+    **{
+        f"schedule_{name}": lambda make=make: schedules.law_of(make())
+        for name, make in SCHEDULES.items()
+    },
+}
+every_law = pytest.mark.parametrize("name", sorted(ZOO))
+EXTREMES = np.array([2.0**-24, 3 * 2.0**-24, 1 - 3 * 2.0**-24, 1 - 2.0**-24])
+QUANTILES = np.concatenate([EXTREMES[:2], np.linspace(0.001, 0.999, 207), EXTREMES[2:]])
+
+
+def test_every_public_law_and_schedule_is_in_the_zoo():
+    classes, pending = set(), [schedules.TwoSidedLaw]
+    while pending:
+        found = [c for c in pending.pop().__subclasses__() if c.__module__.startswith("mdm_jax")]
+        classes.update(found)
+        pending.extend(found)
+    assert {type(make()) for make in ZOO.values()} == classes
+    assert set(masked.MASKED_SCHEDULES) <= set(SCHEDULES)
+    assert all(isinstance(make(), schedules.Law) for make in ZOO.values())
+
+
+@every_law
+def test_inverse_in_float64(name):
+    with jax.enable_x64(True):
+        law = ZOO[name]()
+        level = law.icdf(QUANTILES)
+        below, above = law.tails(level)
+        # The density turns the last digit of a level of order 10 into an error of the quantile.
+        np.testing.assert_allclose(below, QUANTILES, rtol=1e-9, atol=1e-14)
+        np.testing.assert_allclose(above, 1 - QUANTILES, rtol=1e-9, atol=1e-14)
+        np.testing.assert_array_equal(law.cdf(level), below)
+
+
+@every_law
+def test_inverse_in_float32(name):
+    law = ZOO[name]()
+    u = QUANTILES.astype(np.float32)
+    level = law.icdf(u)
+    assert level.dtype == jnp.float32
+    below, above = law.tails(level)
+    slack = 4e-7 * np.exp(law.log_pdf(level)) * np.maximum(1, np.abs(level)) + 1e-5 * np.minimum(
+        u, 1 - u
+    )
+    # and two units of rounding on the side where the probability is near 1
+    assert np.all(np.abs(below - u) <= slack + 1.2e-7 * (u > 0.5))
+    assert np.all(np.abs(above - (1 - u)) <= slack + 1.2e-7 * (u < 0.5))
+
+
+@every_law
+def test_float32_levels_agree_with_float64(name):
+    """Most of all at the clean end, where 1 - m has long rounded to 1."""
+    u = QUANTILES.astype(np.float32)
+    if name == "piecewise_edges":
+        u = u[u < 0.9995]  # the last cell, of mass 2.5e-7, is four units of rounding wide there
+    with jax.enable_x64(True):
+        law = ZOO[name]()
+        exact = np.asarray(law.icdf(u.astype(np.float64)))
+        density = np.asarray(law.log_pdf(exact))
+    law = ZOO[name]()
+    np.testing.assert_allclose(law.icdf(u), exact, rtol=3e-6, atol=3e-6)
+    if "piecewise" not in name and "tabulated" not in name:
+        np.testing.assert_allclose(law.log_pdf(exact), density, rtol=3e-6, atol=3e-6)
+
+
+@every_law
+def test_derivative_of_icdf_is_one_over_density(name):
+    with jax.enable_x64(True):
+        law = ZOO[name]()
+        u = jnp.asarray(QUANTILES)
+        slope = jax.vmap(jax.grad(law.icdf))(u)
+        np.testing.assert_allclose(slope * np.exp(law.log_pdf(law.icdf(u))), 1, rtol=1e-7)
+
+
+@every_law
+def test_extreme_quantiles_in_float32(name):
+    """Values and gradients, interpreted and compiled, including the density at what was drawn."""
+    law = ZOO[name]()
+    u = jnp.asarray(EXTREMES, jnp.float32)
+
+    def everything(law, u):
+        level, slope = jax.vmap(jax.value_and_grad(law.icdf))(u)
+        density, tilt = jax.vmap(jax.value_and_grad(law.log_pdf))(level)
+        return level, slope, density, tilt
+
+    compiled = jax.jit(everything)(law, u)
+    for values in (everything(law, u), compiled):
+        for value in values:
+            assert np.all(np.isfinite(value))
+        np.testing.assert_allclose(values[1] * np.exp(values[2]), 1, rtol=1e-4)
+    # A level drawn by compiled code has a density under interpreted code, and the other way round.
+    assert np.all(np.isfinite(law.log_pdf(compiled[0])))
+    assert np.all(np.isfinite(jax.jit(lambda law, x: law.log_pdf(x))(law, law.icdf(u))))
+    low, high = law.support
+    assert np.all(compiled[0] >= low - 1e-5 * max(1, abs(low)))
+    assert np.all(compiled[0] <= high + 1e-5 * max(1, abs(high)))
+
+
+@every_law
+def test_every_draw_has_a_density(name):
+    """An infinite weight from one unlucky rounding would poison a run."""
+    law = ZOO[name]()
+    u = draws.open_uniform(jax.random.key(7), (100_000,))
+    level = jax.jit(lambda law, u: law.icdf(u))(law, u)
+    assert np.all(np.isfinite(level))
+    assert np.all(np.isfinite(law.log_pdf(level)))
+
+
+@every_law
+def test_mass_is_one(name):
+    with jax.enable_x64(True):
+        law = ZOO[name]()
+        low, high = (float(np.clip(end, -400, 400)) for end in law.support)
+        base = law.base if isinstance(getattr(law, "base", None), PiecewiseConstant) else law
+        breaks = np.asarray(getattr(base, "edges", []))
+        nodes = np.unique(np.concatenate([np.linspace(-400, 400, 2001), [low, high], breaks]))
+        nodes = nodes[(nodes >= low) & (nodes <= high)]
+        points, weights = np.polynomial.legendre.leggauss(8)
+        middle, half = (nodes[1:] + nodes[:-1]) / 2, np.diff(nodes) / 2
+        level = middle[:, None] + half[:, None] * points
+        density = np.exp(law.log_pdf(level))
+        np.testing.assert_allclose(np.sum(density @ weights * half), 1, rtol=1e-9)
+        # and the distribution function is its integral
+        partial = np.cumsum(density @ weights * half)
+        np.testing.assert_allclose(partial, law.cdf(nodes[1:]), rtol=1e-8, atol=1e-10)
+
+
+@every_law
+def test_outside_the_support(name):
+    law = ZOO[name]()
+    low, high = map(float, law.support)
+    outside = [-jnp.inf, jnp.inf, jnp.nan]
+    outside += [low - 0.01] if np.isfinite(low) else []
+    outside += [high + 0.01] if np.isfinite(high) else []
+    outside = jnp.array(outside)
+    assert np.all(law.log_pdf(outside)[np.isfinite(outside)] == -np.inf)
+    assert np.all(law.log_pdf(outside[:2]) == -np.inf)
+    np.testing.assert_allclose(law.cdf(outside[:2]), [0, 1], atol=1e-7)
+    slopes = jax.vmap(jax.grad(law.log_pdf))(outside[3:])
+    assert np.all(slopes == 0)
+
+
+@every_law
+def test_jit_vmap_and_shapes(name):
+    law = ZOO[name]()
+    u = jnp.linspace(0.01, 0.99, 24).reshape(2, 3, 4)
+    level = law.icdf(u)
+    assert level.shape == u.shape
+    np.testing.assert_allclose(jax.jit(lambda x, y: x.icdf(y))(law, u), level, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.vmap(law.icdf))(u), level, rtol=1e-5, atol=1e-6)
+    for method in (law.log_pdf, law.cdf):
+        assert method(level).shape == u.shape
+        np.testing.assert_allclose(jax.jit(method)(level), method(level), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(jax.vmap(method)(level), method(level), rtol=1e-4, atol=1e-5)
+    assert law.icdf(0.5).shape == ()
+    assert jax.tree.structure(jax.tree.map(jnp.asarray, law)) == jax.tree.structure(law)
+
+
+@pytest.mark.parametrize(
+    "name", ["logistic", "schedule_cosine_md4", "piecewise_edges", "truncated_schedule"]
+)
+def test_kolmogorov_smirnov(name):
+    """20000 draws with a fixed key; under the null hypothesis p < 1e-3 once in 1000 keys."""
+    law = ZOO[name]()
+    level = np.asarray(law.icdf(draws.open_uniform(jax.random.key(11), (20_000,))))
+    assert scipy.stats.kstest(level, lambda x: np.asarray(law.cdf(x))).pvalue > 1e-3
+    assert scipy.stats.kstest(level, lambda x: np.asarray(law.cdf(x + 0.2))).pvalue < 1e-6
+
+
+# Identities between laws
+
+
+def assert_same_law(one, other, rtol=1e-10):
+    level = one.icdf(QUANTILES)
+    np.testing.assert_allclose(other.icdf(QUANTILES), level, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(other.log_pdf(level), one.log_pdf(level), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(other.cdf(level), one.cdf(level), rtol=rtol, atol=rtol)
+
+
+def test_identities():
+    with jax.enable_x64(True):
+        of, logit = schedules.law_of, schedules.logsnr_from_masking_rate
+        logistic = schedules.logistic()
+        assert_same_law(of(masked.linear()), logistic)
+        assert_same_law(of(masked.power(1.0)), logistic)
+        assert_same_law(
+            of(masked.clipped(0.3, 0.8)), schedules.truncated(logistic, logit(0.8), logit(0.3))
+        )
+        assert_same_law(of(masked.uniform_logsnr(-5.0, 5.0)), schedules.uniform(-5.0, 5.0))
+        assert_same_law(of(masked.sqrt()), of(masked.power(0.5)))
+        assert_same_law(schedules.piecewise([1.0] * 7, (-6.0, 4.0)), schedules.uniform(-6.0, 4.0))
+        assert_same_law(schedules.truncated(logistic), logistic)
+        assert_same_law(
+            schedules.truncated(schedules.uniform(-9.0, 9.0), -6.0, 4.0),
+            schedules.uniform(-6.0, 4.0),
+        )
+        assert_same_law(
+            ZOO["truncated_twice"](), schedules.truncated(schedules.logistic(), -3.0, 6.0)
+        )
+        level = np.linspace(-30, 30, 61)
+        np.testing.assert_allclose(
+            np.exp(of(masked.cosine_squared()).log_pdf(level)),
+            1 / (2 * np.pi * np.cosh(level / 2)),
+            rtol=1e-12,
+        )
+
+
+def test_uniform_rate_is_the_logistic_law():
+    """Quantile and masking rate add to 1: near 1 is clean."""
+    u = np.linspace(0.001, 0.999, 99).astype(np.float32)
+    np.testing.assert_allclose(
+        schedules.masking_rate(schedules.logistic().icdf(u)), 1 - u, rtol=1e-5
+    )
+
+
+def test_truncation_states_its_lost_mass():
+    logit = schedules.logsnr_from_masking_rate
+    law = schedules.truncated(schedules.logistic(), logit(0.9), logit(1e-3))
+    np.testing.assert_allclose(law.lost_mass, (0.1, 1e-3), rtol=1e-5)
+    np.testing.assert_allclose(law.support, (logit(0.9), logit(1e-3)))
+
+
+def test_truncated_tail_keeps_its_precision():
+    """All of the mass lies where cdf rounds to 1; differences of it keep 3 digits."""
+    law = schedules.truncated(schedules.logistic(), 10.0, 14.0)
+    below, above = 1 / (1 + np.exp(10.0)), 1 / (1 + np.exp(14.0))
+    survival = 0.5 * (below + above)
+    np.testing.assert_allclose(law.icdf(0.5), -np.log(survival / (1 - survival)), rtol=1e-6)
+
+
+# Piecewise-constant laws
+
+
+def test_piecewise_density_is_exact():
+    edges = np.array([-7.0, -2.0, 0.0, 0.5, 9.0])
+    masses = np.array([1.0, 0.0, 3.0, 4.0])
+    law = schedules.piecewise(masses, edges)
+    np.testing.assert_allclose(law.masses, masses / 8)
+    middle = (edges[1:] + edges[:-1]) / 2
+    expected = np.array([1 / 8 / 5, 0, 3 / 8 / 0.5, 4 / 8 / 8.5])
+    np.testing.assert_allclose(np.exp(law.log_pdf(middle)), expected, rtol=1e-6)
+    u = (np.arange(4096) + 0.5) / 4096
+    level = np.asarray(law.icdf(u))
+    counts, _ = np.histogram(level, edges)
+    np.testing.assert_array_equal(counts, [512, 0, 1536, 2048])
+    # int f dlambda = E[f / p], here of f = 1 over the cells that hold mass, 5 + 0.5 + 8.5
+    np.testing.assert_allclose(np.mean(np.exp(-law.log_pdf(level))), 14.0, rtol=1e-5)
+
+
+def test_piecewise_at_its_own_edges():
+    """Quantiles that fall on the table, and their neighbours, never land in an empty cell."""
+    law = schedules.piecewise([1.0, 0.0, 0.0, 2.0, 0.0, 1.0], (-6.0, 6.0))
+    table = np.asarray(law.cumulative)[1:-1]
+    u = np.concatenate([table, np.nextafter(table, 0), np.nextafter(table, 1)]).astype(np.float32)
+    level = law.icdf(u)
+    assert np.all(np.isfinite(law.log_pdf(level)))
+    slope = jax.vmap(jax.grad(law.icdf))(jnp.asarray(u))
+    np.testing.assert_allclose(slope * np.exp(law.log_pdf(level)), 1, rtol=1e-5)
+
+
+def test_piecewise_with_traced_masses():
+    def level_and_density(masses):
+        law = schedules.piecewise(masses, (-5.0, 5.0))
+        level = law.icdf(jnp.array([0.01, 0.5, 0.99]))
+        return level, law.log_pdf(level)
+
+    masses = jnp.asarray(MASSES, jnp.float32)
+    for got, want in zip(jax.jit(level_and_density)(masses), level_and_density(masses)):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    batch = jax.vmap(level_and_density)(jnp.stack([masses, masses[::-1]]))
+    np.testing.assert_allclose(batch[0][0], -batch[0][1][::-1], rtol=1e-4)
+    slopes = jax.jacobian(level_and_density)(jnp.array([1.0, 0.0, 2.0, 0.0]))
+    assert all(np.all(np.isfinite(slope)) for slope in slopes)
+
+
+def test_piecewise_of_many_uneven_cells():
+    """Rounding in a long sum neither steps back nor leaves a draw without a density."""
+    rng = np.random.default_rng(3)
+    masses = np.exp(rng.normal(size=4000) * 4) * (rng.random(4000) > 0.3)
+    law = schedules.piecewise(masses, (-12.0, 12.0))
+    assert np.all(np.diff(law.cumulative) >= 0)
+    u = draws.open_uniform(jax.random.key(5), (200_000,))
+    assert np.all(np.isfinite(law.log_pdf(jax.jit(law.icdf)(u))))
+
+
+# Laws from functions
+
+
+@pytest.mark.parametrize("name", ["cosine_md4", "cosine_mdlm", "power", "linear", "log"])
+def test_tabulated_follows_its_function(name):
+    schedule = SCHEDULES[name]()
+    law, exact = schedules.tabulated(schedule.masking_rate), schedules.law_of(schedule)
+    u = np.linspace(0.01, 0.99, 99).astype(np.float32)
+    np.testing.assert_allclose(law.icdf(u), exact.icdf(u), atol=1e-3)
+    np.testing.assert_allclose(law.log_pdf(exact.icdf(u)), exact.log_pdf(exact.icdf(u)), atol=0.01)
+    np.testing.assert_allclose(law.icdf(EXTREMES), exact.icdf(EXTREMES), rtol=0.05)
+
+
+def test_tabulated_bounded_support():
+    law, exact = (
+        schedules.tabulated(lambda t: 0.3 + 0.5 * t),
+        schedules.law_of(masked.clipped(0.3, 0.8)),
+    )
+    np.testing.assert_allclose(law.support, exact.support, rtol=1e-6)
+    np.testing.assert_allclose(law.icdf(EXTREMES), exact.icdf(EXTREMES), atol=1e-6)
+
+
+def test_tabulated_accepts_jax_and_float32_functions():
+    exact = schedules.law_of(masked.cosine_squared())
+    u = np.linspace(0.05, 0.95, 19)
+    for rate in (
+        lambda t: jnp.sin(jnp.pi / 2 * t) ** 2,
+        lambda t: jnp.sin(jnp.pi / 2 * jnp.asarray(t, jnp.float32)) ** 2,
+        lambda t: np.interp(
+            t, np.linspace(0, 1, 2001), np.sin(np.linspace(0, np.pi / 2, 2001)) ** 2
+        ),
+    ):
+        law = schedules.tabulated(rate)
+        np.testing.assert_allclose(law.icdf(u), exact.icdf(u), atol=1e-3)
+        assert np.all(np.isfinite(law.log_pdf(law.icdf(EXTREMES))))
+    assert jax.jit(lambda u: schedules.tabulated(lambda t: t).icdf(u))(0.25).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (lambda t: 1 - t, "must not fall"),
+        (lambda t: t + 0.3 * np.sin(6 * np.pi * t) * t * (1 - t) * 2, "must not fall"),
+        (lambda t: np.clip(2 * t, 0, 1), "no density"),
+        (lambda t: np.clip(2 * t - 1, 0, 1), "no density"),
+        (lambda t: np.where(t < 0.4, t, np.maximum(0.4, 2 * t - 0.9)).clip(0, 1), "no density"),
+        (lambda t: 0.5 + 0 * t, "no density"),
+        (lambda t: 0.5 + 1e-6 * t, "too little"),
+        (lambda t: 1.1 * t, r"\[0, 1\]"),
+        (lambda t: np.where(t > 0.5, np.nan, t), r"\[0, 1\]"),
+        (lambda t: 0.5, "elementwise"),
+    ],
+)
+def test_tabulated_refuses(rate, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.tabulated(rate)
+
+
+# Errors
+
+
+class Foreign:
+    """A law with the four members of the protocol and no more."""
+
+    support = (-1.0, 1.0)
+
+    def log_pdf(self, logsnr):
+        return 0 * logsnr
+
+    def cdf(self, logsnr):
+        return logsnr
+
+    def icdf(self, u):
+        return u
+
+
+def test_foreign_laws():
+    assert isinstance(Foreign(), schedules.Law)
+    with pytest.raises(TypeError, match="TwoSidedLaw"):
+        schedules.truncated(Foreign(), -1.0, 1.0)
+    with pytest.raises(TypeError, match="tabulated"):
+        schedules.law_of(lambda t: t)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.logistic(scale=0.0), "scale > 0"),
+        (lambda: schedules.logistic(float("nan")), "finite loc"),
+        (lambda: schedules.uniform(1.0, 1.0), "low < high"),
+        (lambda: schedules.uniform(-jnp.inf, 1.0), "finite low"),
+        (lambda: schedules.truncated(schedules.logistic(), 3.0, 2.0), "low < high"),
+        (lambda: schedules.truncated(schedules.logistic(), float("nan"), 2.0), "nan"),
+        (lambda: schedules.truncated(schedules.uniform(-1.0, 1.0), 2.0, 3.0), "no mass"),
+        (lambda: schedules.piecewise([1.0, -1.0], (-1.0, 1.0)), "non-negative"),
+        (lambda: schedules.piecewise([0.0, 0.0], (-1.0, 1.0)), "not all 0"),
+        (lambda: schedules.piecewise([1.0, np.inf], (-1.0, 1.0)), "finite"),
+        (lambda: schedules.piecewise([1.0, 1.0, 1.0], [-1.0, 0.0, 1.0]), "4 edges"),
+        (lambda: schedules.piecewise([1.0, 1.0], [-1.0, -1.0, 1.0]), "edges 0 and 1"),
+        (lambda: schedules.piecewise([1.0, 1.0], [-np.inf, 0.0, 1.0]), "finite"),
+        (lambda: schedules.piecewise([[1.0]], (-1.0, 1.0)), "masses"),
+        (lambda: schedules.tabulated(lambda t: t, num_cells=4), "num_cells"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_traced_parameters():
+    @jax.jit
+    def level(loc, low, high):
+        return schedules.truncated(schedules.logistic(loc), low, high).icdf(0.5)
+
+    np.testing.assert_allclose(level(0.0, -2.0, 2.0), 0, atol=1e-6)
+    slope = jax.grad(level, argnums=1)(0.0, -2.0, 2.0)
+    assert 0 < slope < 1
