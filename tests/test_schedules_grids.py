@@ -25,7 +25,7 @@ def test_uniform_masking_rate(n):
 
 
 @pytest.mark.parametrize("name", FULL_RANGE)
-@pytest.mark.parametrize("n", [1, 5, 128])
+@pytest.mark.parametrize("n", [1, 64])
 def test_from_schedule(name, n):
     schedule = masked.by_name(name)
     grid = grids.from_schedule(schedule, n)
@@ -53,7 +53,6 @@ def test_from_law_of_every_kind():
         schedules.uniform(-6.0, 4.0),
         schedules.truncated(schedules.logistic(), -5.0, 5.0),
         schedules.piecewise([1.0, 2.0, 1.0], (-3.0, 3.0)),
-        schedules.tabulated(lambda t: t**2),
     ):
         grid = grids.from_law(law, 10)
         np.testing.assert_allclose(law.cdf(grid), np.arange(11) / 10, atol=1e-6)

@@ -2,14 +2,15 @@
 
 Layout below the directory given::
 
-    last/<step>/        the latest full states (TrainState, data position, notes), for resuming
-    best/<step>/        the averaged parameters with the lowest evaluation loss so far
-    manifests/          size and SHA-256 of every file of each checkpoint in last/
-    damaged-<step>-<n>/ checkpoints that failed their check, set aside, never deleted
+    last/<step>/            the latest full states (TrainState, data position, notes), for resuming
+    best/<step>/            the averaged parameters with the lowest evaluation loss so far
+    manifests/last/, best/  for each of them, size and SHA-256 of its files and its arrays' shapes
+    damaged-last-<step>-<n>/ what failed its check, set aside, never deleted
 """
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -45,90 +46,59 @@ class Checkpoints:
     Args:
         directory: created if missing.
         keep_last: how many full states to keep.
+
+    Raises:
+        ValueError: if ``keep_last`` is not positive.
     """
 
     def __init__(self, directory: str | os.PathLike, keep_last: int = 2):
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-        self._root = pathlib.Path(directory).absolute()
-        self._manifests = self._root / "manifests"
-        self._manifests.mkdir(parents=True, exist_ok=True)
-        # Saving is synchronous: a kill then finds either the old or the new state, never neither,
-        # and the manifest describes files that are all there.
-        options = {"enable_async_checkpointing": False, "create": True}
-        self._last = ocp.CheckpointManager(
-            self._root / "last",
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, **options),
-        )
-        self._best = ocp.CheckpointManager(
-            self._root / "best", options=ocp.CheckpointManagerOptions(max_to_keep=1, **options)
-        )
+        root = pathlib.Path(directory).absolute()
+        self._last = _Store(root, "last", "state", keep_last)
+        self._best = _Store(root, "best", "ema", 1)
+        self._best_metrics: dict[str, float] | None = None
 
     def steps(self) -> list[int]:
         """Steps of the full states at hand, ascending."""
-        return sorted(self._last.all_steps())
+        return self._last.steps()
 
     def save(
         self, step: int, state: PyTree, position: dict[str, Any], notes: dict[str, Any]
     ) -> None:
         """Writes a full state; a step that is already there is left as it is."""
-        if step in self._last.all_steps():
-            return
-        self._last.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named_leaves(state)),
-                position=ocp.args.JsonSave(position),
-                notes=ocp.args.JsonSave(notes),
-            ),
-        )
-        self._last.wait_until_finished()
-        _write_json(self._manifests / f"{step}.json", _manifest(self._step_directory(step)))
-        kept = {str(s) for s in self._last.all_steps()}
-        for path in self._manifests.glob("*.json"):
-            if path.stem not in kept:
-                path.unlink()
+        self._last.save(step, state, {"position": position, "notes": notes})
 
     def save_best(self, step: int, ema: PyTree, metrics: dict[str, float]) -> bool:
-        """Keeps ``ema`` if ``metrics["loss"]`` is the lowest so far; returns whether it was."""
+        """Keeps ``ema`` if ``metrics["loss"]`` is the lowest so far; returns whether it was.
+
+        A loss that is not finite is never the lowest.
+        """
         best = self.best_metrics()
-        if best is not None and not metrics["loss"] < best["loss"]:
+        if not math.isfinite(metrics["loss"]):
             return False
-        if step in self._best.all_steps():
+        if best is not None and metrics["loss"] >= best["loss"]:
             return False
-        self._best.save(
-            step,
-            args=ocp.args.Composite(
-                ema=ocp.args.StandardSave(_named_leaves(ema)),
-                metrics=ocp.args.JsonSave({"step": step, **metrics}),
-            ),
-        )
-        self._best.wait_until_finished()
-        return True
+        self._best_metrics = {"step": step, **metrics}
+        return self._best.save(step, ema, {"metrics": self._best_metrics})
 
     def best_metrics(self) -> dict[str, float] | None:
-        """Metrics of the best parameters, with their step; None if nothing was kept yet."""
-        step = self._best.latest_step()
-        if step is None:
-            return None
-        items = ocp.args.Composite(metrics=ocp.args.JsonRestore())
-        return self._best.restore(step, args=items)["metrics"]
+        """Metrics of the best parameters, with their step; None if none are kept and whole."""
+        if self._best_metrics is None:  # reading verifies every byte: once is enough
+            found = self._best.restore(None, ("metrics",))
+            self._best_metrics = None if found is None else found["metrics"]
+        return self._best_metrics
 
     def restore_best(self, abstract_ema: PyTree) -> PyTree:
         """The best averaged parameters.
 
         Raises:
-            CheckpointError: if none were kept or they do not fit ``abstract_ema``.
+            CheckpointError: if none are kept and whole, or they do not fit ``abstract_ema``.
         """
-        step = self._best.latest_step()
-        if step is None:
-            raise CheckpointError(f"no best checkpoint below {self._root}: nothing evaluated yet")
-        try:
-            items = ocp.args.Composite(ema=ocp.args.StandardRestore(_named_leaves(abstract_ema)))
-            leaves = self._best.restore(step, args=items)["ema"]
-        except Exception as error:
-            raise _misfit(self._root / "best" / str(step), error) from error
-        return _fill(abstract_ema, leaves)
+        found = self._best.restore(abstract_ema, ())
+        if found is None:
+            raise CheckpointError(f"no whole checkpoint in {self._best.directory}")
+        return found["ema"]
 
     def restore_last(self, abstract_state: PyTree) -> Restored | None:
         """The newest whole state, or None if the run has not saved any.
@@ -143,21 +113,13 @@ class Checkpoints:
             CheckpointError: if checkpoints exist but none is whole, or a whole one does not fit.
         """
         steps = self.steps()
-        for step in reversed(steps):
-            problem = self._problem(step)
-            if problem is None:
-                try:
-                    return self._restore(step, abstract_state)
-                except Exception as error:
-                    if (self._manifests / f"{step}.json").exists():
-                        # Every byte is as written, so it is the configuration that differs.
-                        raise _misfit(self._step_directory(step), error) from error
-                    problem = f"cannot be read ({type(error).__name__})"
-            self._set_aside(step, problem)
+        found = self._last.restore(abstract_state, ("position", "notes"))
+        if found is not None:
+            return Restored(**found)
         if steps:
             raise CheckpointError(
-                f"none of the checkpoints at steps {steps} below {self._root} is whole; they were "
-                "set aside as damaged-*. Start again with another workdir."
+                f"none of the checkpoints at steps {steps} in {self._last.directory} is whole; they "
+                "were set aside beside it as damaged-*. Start again with another workdir."
             )
         return None
 
@@ -166,26 +128,106 @@ class Checkpoints:
         self._last.close()
         self._best.close()
 
-    def _restore(self, step: int, abstract_state: PyTree) -> Restored:
-        items = self._last.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_named_leaves(abstract_state)),
-                position=ocp.args.JsonRestore(),
-                notes=ocp.args.JsonRestore(),
+
+class _Store:
+    """Checkpoints of one kind: a pytree and JSON records each, with a manifest."""
+
+    def __init__(self, root: pathlib.Path, name: str, item: str, keep: int):
+        self.directory = root / name
+        self._item = item
+        self._manifests = root / "manifests" / name
+        self._manifests.mkdir(parents=True, exist_ok=True)
+        # Saving is synchronous: a kill then finds either the old or the new state, never neither,
+        # and the manifest describes files that are all there.
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=False,
+                create=True,
+                cleanup_tmp_directories=True,
             ),
         )
-        return Restored(_fill(abstract_state, items["state"]), items["position"], items["notes"])
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, tree: PyTree, records: dict[str, dict[str, Any]]) -> bool:
+        """Returns False, having done nothing, if the step is already there."""
+        if step in self.steps():
+            return False
+        self._manifest(step).unlink(missing_ok=True)
+        leaves = _named_leaves(tree)
+        items = {self._item: ocp.args.StandardSave(leaves)}
+        items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._manager.wait_until_finished()
+        self._write_manifest(step, leaves)
+        kept = {str(s) for s in self.steps()}
+        for path in self._manifests.glob("*.json"):
+            if path.stem not in kept:
+                path.unlink()
+        return True
+
+    def restore(self, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict | None:
+        """Tree (if asked for) and records of the newest whole checkpoint, by item name."""
+        for step in reversed(self.steps()):
+            problem = self._problem(step)
+            if problem is None:
+                try:
+                    return self._read(step, abstract_tree, records)
+                except CheckpointError:
+                    raise
+                except Exception as error:
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    if self._manifest(step).exists():
+                        # Every byte is as written, so it is the configuration that differs.
+                        raise _misfit(self.directory / str(step), reason) from error
+                    problem = f"it cannot be read ({reason})"
+            self._set_aside(step, problem)
+        return None
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _read(self, step: int, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict:
+        items = {name: ocp.args.JsonRestore() for name in records}
+        if abstract_tree is not None:
+            leaves = _named_leaves(abstract_tree)
+            self._check_fit(step, leaves)
+            items[self._item] = ocp.args.StandardRestore(leaves)
+        found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
+        if abstract_tree is not None:
+            found[self._item] = jax.tree.unflatten(
+                jax.tree.structure(abstract_tree), [found[self._item][name] for name in leaves]
+            )
+            if not self._manifest(step).exists():  # killed between the save and its manifest
+                self._write_manifest(step, leaves)
+        return found
+
+    def _check_fit(self, step: int, leaves: dict[str, Any]) -> None:
+        path = self._manifest(step)
+        if not path.exists():
+            return
+        saved, wanted = json.loads(path.read_text("utf-8"))["arrays"], _shapes(leaves)
+        differing = [
+            f"{name} is {saved.get(name, 'absent')}, wanted {wanted.get(name, 'absent')}"
+            for name in sorted({*saved, *wanted})
+            if saved.get(name) != wanted.get(name)
+        ]
+        if differing:
+            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise _misfit(self.directory / str(step), "; ".join(differing[:3]) + more)
 
     def _problem(self, step: int) -> str | None:
-        path = self._manifests / f"{step}.json"
+        path = self._manifest(step)
         if not path.exists():
             return None  # killed between the save and its manifest: let reading it decide
         try:
-            expected = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            return f"its manifest {path} is not valid JSON"
-        found = _manifest(self._step_directory(step))
+            expected = json.loads(path.read_text("utf-8"))["files"]
+        except (ValueError, KeyError, TypeError):
+            return f"its manifest {path} is damaged"
+        found = _files(self.directory / str(step))
         for name, entry in expected.items():
             if name not in found:
                 return f"file {name} is missing"
@@ -196,18 +238,28 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int, problem: str) -> None:
-        source, number = self._step_directory(step), 0
-        while (target := self._root / f"damaged-{step}-{number}").exists():
+        source, number = self.directory / str(step), 0
+        stem = f"damaged-{self.directory.name}-{step}"
+        while (target := self.directory.parent / f"{stem}-{number}").exists():
             number += 1
         source.rename(target)
-        (self._manifests / f"{step}.json").unlink(missing_ok=True)
-        self._last.reload()
+        self._manifest(step).unlink(missing_ok=True)
+        self._manager.reload()
         logging.warning(
-            "checkpoint %s: %s. Moved it to %s; trying the one before.", source, problem, target
+            "checkpoint %s is damaged: %s. Moved it to %s; trying the one before, if any.",
+            source,
+            problem,
+            target,
         )
 
-    def _step_directory(self, step: int) -> pathlib.Path:
-        return self._root / "last" / str(step)
+    def _manifest(self, step: int) -> pathlib.Path:
+        return self._manifests / f"{step}.json"
+
+    def _write_manifest(self, step: int, leaves: dict[str, Any]) -> None:
+        content = {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}
+        temporary = self._manifest(step).with_suffix(".partial")
+        temporary.write_text(json.dumps(content, indent=1), "utf-8")
+        temporary.replace(self._manifest(step))
 
 
 def abstract(tree: PyTree) -> PyTree:
@@ -223,19 +275,18 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
 
-def _fill(tree: PyTree, leaves: dict[str, Any]) -> PyTree:
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[k] for k in _named_leaves(tree)])
+def _shapes(leaves: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
-def _misfit(path: pathlib.Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()
+def _misfit(path: pathlib.Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {path} is whole but does not fit this configuration (another model, "
-        f"optimizer or variance chain?): {reason[0] if reason else type(error).__name__}"
+        f"optimizer or variance chain?): {reason}"
     )
 
 
-def _manifest(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
+def _files(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     manifest = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         with path.open("rb") as file:
@@ -243,9 +294,3 @@ def _manifest(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
         name = path.relative_to(directory).as_posix()
         manifest[name] = {"size": path.stat().st_size, "sha256": digest}
     return manifest
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=1), "utf-8")
-    temporary.replace(path)

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a request to stop at the next safe point."""
 
+import os
 import signal
-import sys
 import threading
 import types
 
@@ -13,11 +13,13 @@ class Interrupted(Exception):
 class Interrupt:
     """Context manager that turns the first SIGINT or SIGTERM into a flag.
 
-    The second SIGINT raises KeyboardInterrupt at once. Previous handlers come back on exit.
+    The second SIGINT raises KeyboardInterrupt at once. It may be entered again inside itself; the
+    handlers from before come back when the outermost block ends.
     """
 
     def __init__(self):
         self.requested = False
+        self._depth = 0
         self._previous: dict[int, object] = {}
 
     def check(self, *_: object) -> None:
@@ -26,18 +28,21 @@ class Interrupt:
             raise Interrupted
 
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is not threading.main_thread():
-            return self  # only the main thread may install handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._depth += 1
+        # Only the main thread may install handlers.
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        while self._depth == 0 and self._previous:
+            signal.signal(*self._previous.popitem())
 
     def _handle(self, number: int, _frame: types.FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step; once more to stop without saving", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step; once more to stop without saving\n")

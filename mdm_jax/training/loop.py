@@ -122,47 +122,50 @@ def train(
     start = step = int(state.step)
     progress = progress or {}
     loop = _Log(options, writer, start, progress.get("window", []))
-    hooks_due = progress.get("hooks_due", False)
+    hooks_due = [name for name in progress.get("hooks_due", []) if getattr(hooks, name)]
     profiling = False
 
     def save(current: TrainState) -> None:
         loop.collect()
-        remember = {"window": loop.window, "hooks_due": hooks_due}
+        remember = {"window": loop.window, "hooks_due": list(hooks_due)}
         checkpoints.save(
             step, current, batches.get_state(), {**(notes or {}), "progress": remember}
         )
 
     def call_hooks(current: TrainState, check: Callable) -> None:
-        nonlocal hooks_due
-        hooks_due, started = True, time.monotonic()
-        if hooks.evaluate and _due(step, options.evaluate_every):
-            values = hooks.evaluate(step, current.ema, check)
-            writer.scalars(step, "evaluate", values)
-            checkpoints.save_best(step, current.ema, values)
-        if hooks.sample and _due(step, options.sample_every):
-            hooks.sample(step, current.ema, check)
-        hooks_due = False
+        started = time.monotonic()
+        while hooks_due:
+            if hooks_due[0] == "evaluate":
+                values = hooks.evaluate(step, current.ema, check)
+                writer.scalars(step, "evaluate", values)
+                checkpoints.save_best(step, current.ema, values)
+            else:
+                hooks.sample(step, current.ema, check)
+            hooks_due.pop(0)  # not before it is done: an interrupted one runs again
         loop.pause(time.monotonic() - started)
 
     with interrupt or Interrupt() as stop:
         try:
-            if hooks_due:  # interrupted in the middle of them
-                call_hooks(state, stop.check)
+            call_hooks(state, stop.check)  # what an interrupt left undone
             while step < options.total_steps and not stop.requested:
-                if options.profile_at and step == max(options.profile_at, start):
+                if options.profile_at and step == options.profile_at:
                     jax.profiler.start_trace(options.profile_directory)
                     profiling = True
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fn(state, next(batches))
                 step += 1
                 loop.pending.append(metrics)
-                if profiling and step == max(options.profile_at, start) + options.profile_steps:
+                if profiling and step == options.profile_at + options.profile_steps:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                     profiling = False
                     loop.progress.note(f"profile written to {options.profile_directory}")
                 if _due(step, options.log_every) or step == options.total_steps:
                     loop.write(step, stop_after=options.max_skipped_in_a_row)
+                if hooks.evaluate and _due(step, options.evaluate_every):
+                    hooks_due.append("evaluate")
+                if hooks.sample and _due(step, options.sample_every):
+                    hooks_due.append("sample")
                 call_hooks(state, stop.check)
                 if _due(step, options.checkpoint_every):
                     started = time.monotonic()

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any, TextIO
 
 import numpy as np
@@ -20,18 +21,25 @@ class MetricWriter:
     Args:
         directory: the run's working directory.
         resume_step: step of the restored state, 0 for a new run.
+        again: kinds of record that will be written again for ``resume_step`` itself.
+
+    Raises:
+        ValueError: naming file and line, if a line other than the last is not a record.
     """
 
-    def __init__(self, directory: str | os.PathLike, resume_step: int = 0):
+    def __init__(
+        self, directory: str | os.PathLike, resume_step: int = 0, again: Collection[str] = ()
+    ):
         root = pathlib.Path(directory)
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / "metrics.jsonl"
         self.tensorboard_directory = root / "tensorboard"
-        if self.path.exists():
-            _truncate(self.path, resume_step)
+        resumed = self.path.exists()
+        if resumed:
+            _truncate(self.path, resume_step, again)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(
-            str(self.tensorboard_directory), purge_step=resume_step + 1 if resume_step else None
+            str(self.tensorboard_directory), purge_step=resume_step + 1 if resumed else None
         )
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
@@ -60,18 +68,11 @@ def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[
     """The records of a ``metrics.jsonl``, of one kind if given.
 
     Raises:
-        ValueError: naming file and line, if a line is not a JSON object.
+        ValueError: naming file and line, if a line is not a record.
     """
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not a JSON record: {error}") from error
-            if kind is None or record["kind"] == kind:
-                records.append(record)
-    return records
+    lines = pathlib.Path(path).read_text("utf-8").splitlines()
+    records = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [record for record in records if kind in (None, record["kind"])]
 
 
 class Progress:
@@ -122,15 +123,28 @@ class Progress:
             self._bar.close()
 
 
-def _truncate(path: pathlib.Path, last_step: int) -> None:
+def _parse(line: str, origin: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        record["step"], record["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{origin}: not a record with step and kind: {line[:80]!r}") from error
+    return record
+
+
+def _truncate(path: pathlib.Path, last_step: int, again: Collection[str]) -> None:
+    lines = path.read_text("utf-8").splitlines()
     kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        # A line cut off by a kill does not parse; whatever follows the restored step comes again.
+    for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
+            record = _parse(line, f"{path}:{number}")
         except ValueError:
-            continue
+            if number == len(lines):
+                break  # cut off by a kill
+            raise
+        repeated = record["step"] == last_step and record["kind"] in again
+        if record["step"] <= last_step and not repeated:
+            kept.append(line + "\n")
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), "utf-8")
     temporary.replace(path)

@@ -23,7 +23,7 @@ class TrainState:
         ema: exponential moving average of the parameters, used for evaluation and sampling.
         opt_state: optax state.
         variance: state of the variance transform.
-        skipped: [] int32, steps skipped because loss or gradient was not finite.
+        skipped: [] int32, steps skipped because loss, gradient or update was not finite.
         skipped_in_a_row: [] int32, how many of the latest steps were.
     """
 

@@ -61,8 +61,8 @@ def make_train_step(
     """Builds ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
     The draw is made once for the global batch and cut into microbatches, so gradients under k
-    microbatches equal those of the full batch. A step whose loss or gradient is not finite leaves
-    parameters, EMA, optimiser and variance state as they were and counts itself.
+    microbatches equal those of the full batch. A step whose loss, gradient or update is not finite
+    leaves parameters, EMA, optimiser and variance state as they were and counts itself.
 
     Args:
         apply_fn: the network.
@@ -118,9 +118,9 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: token_mean(g, sums.scored), gradients)
         loss = token_mean(sums.loss, sums.scored)
         norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        # Of the updates too: an optimiser can overflow on gradients that are finite.
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         params = optax.apply_updates(state.params, updates)
         done = state.step - state.skipped
         decay = jnp.minimum(ema_decay, (1.0 + done) / (10.0 + done))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.draws import GRID_BITS, Draw, DrawSpec, from_grid
+from mdm_jax.streams import stream
 from mdm_jax.typing import Array
 from mdm_jax.variance.transform import Phase, VarianceTransform, stateless
 
@@ -24,7 +25,7 @@ def systematic() -> VarianceTransform:
         rows, size = spec.batch_size, 2**GRID_BITS
         # In integers: exactly B distinct points for every B, which a float step does not give.
         lattice = jnp.asarray((np.arange(rows, dtype=np.int64) << GRID_BITS) // rows, jnp.int32)
-        offset = jax.random.randint(key, (1, spec.num_levels), 0, size)
+        offset = jax.random.randint(stream(key, "offset"), (1, spec.num_levels), 0, size)
         return current._replace(u=from_grid((lattice[:, None] + offset) % size)[None])
 
     return stateless("systematic", Phase.COUPLE, draw, replaces=frozenset({"u"}))

@@ -51,7 +51,8 @@ class VarianceTransform(NamedTuple):
         name: key of its state and of its random stream; unique within a chain.
         phase: see :class:`Phase`.
         init: ``init(spec) -> state``. The structure, shapes and dtypes never change afterwards.
-        draw: ``draw(key, state, draw, spec) -> draw``. Reads the state and cannot write it, so a
+        draw: ``draw(key, state, draw, spec) -> draw``. Draws from named streams of the key, never
+            from the key itself. Reads the state and cannot write it, so a
             batch can be redrawn any number of times without disturbing training.
         update: ``update(state, draw, stats) -> state`` after the step, from raw losses.
         bias: one of :data:`BIAS_LABELS`.

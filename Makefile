@@ -1,0 +1,40 @@
+# make quickstart   trains a small masked diffusion model on embedded text, on the CPU
+# make test         the default test suite; make test-slow: the long statistical runs too
+# make lint         style;  make format: apply it
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test test-slow lint format clean
+
+quickstart: $(VENV)/installed
+	$(RUN) -m experiments.launch --config=experiments/configs/quickstart.py --workdir=$(WORKDIR)
+
+test: $(VENV)/installed-dev
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/installed-dev
+	$(RUN) -m pytest -n 2 --dist loadfile -m "slow or not slow"
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/installed-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# Markers, so that an install happens once and again after setup.py changes.
+$(VENV)/installed: setup.py
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-dev: setup.py
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
