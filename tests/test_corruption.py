@@ -165,11 +165,16 @@ def test_dividing_by_the_realised_count_is_low_by_one_in_n_plus_one():
     np.testing.assert_allclose(estimate, 3.22458100, rtol=1e-6)
 
 
-def test_bernoulli_masks_weight_and_truncated_law():
-    """Mean and total variance on rates in [0.05, 1]: 4.05069770 and 12.19947041, by quadrature of
-    the implementation's masks and weights over rates and patterns."""
+@pytest.mark.parametrize(
+    "eps, expected_mean, expected_total",
+    [(0.05, 4.05069770, 12.19947041), (1e-3, 4.03112015, 31.94688969)],
+)
+def test_bernoulli_masks_weight_and_truncated_law(eps, expected_mean, expected_total):
+    """Mean and total variance for rates uniform on [eps, 1], by quadrature over rates and
+    enumeration of patterns with the implementation's own masks and weights."""
     nodes, weights = np.polynomial.legendre.leggauss(60)
-    rate, weights = (nodes + 1) / 2 * 0.95 + 0.05, weights / 2
+    rate = eps ** ((1 - nodes) / 2)  # equal steps of the logarithm: the square has a 1/m tail
+    weights = weights / 2 * rate * np.log(1 / eps) / (1 - eps)
     bits = ((np.arange(16)[:, None] >> np.arange(4)) & 1).astype(bool)
     noise = np.where(bits[None], rate[:, None, None] / 2, (1 + rate[:, None, None]) / 2)
     shape = (len(rate), 16, 4)
@@ -186,9 +191,9 @@ def test_bernoulli_masks_weight_and_truncated_law():
     values = np.exp(np.asarray(out.log_weight[..., 0], np.float64)) * toy_losses()[:, None]
     mean = (values * law).sum((1, 2))
     second = (values**2 * law).sum((1, 2))
-    np.testing.assert_allclose(PROBABILITIES @ mean, 4.05069770, rtol=2e-6)
+    np.testing.assert_allclose(PROBABILITIES @ mean, expected_mean, rtol=2e-6)
     total = PROBABILITIES @ second - (PROBABILITIES @ mean) ** 2
-    np.testing.assert_allclose(total, 12.19947041, rtol=1e-5)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-5)
 
 
 def test_eligibility_prompt_empty_and_full_rows():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mdm_jax import samplers
+from mdm_jax import samplers, schedules
 from mdm_jax.models import Transformer, TransformerConfig, toy
 from mdm_jax.samplers.ancestral import reveal_probability
 from mdm_jax.samplers.first_hitting import next_log_rate
@@ -139,7 +139,17 @@ def test_limit_law():
 def test_ancestral_samples_follow_the_law():
     """200,000 rows of the implementation against the enumerated law of its four steps."""
     canvas = samplers.blank_canvas(200_000, 4, MASK)
-    tokens = draw(toy_model, samplers.ancestral(), uniform_grid(4), canvas, seed=4)
+    tokens, masked = draw_with_trace(
+        toy_model,
+        samplers.ancestral(),
+        uniform_grid(4),
+        canvas,
+        4,
+        lambda state: jnp.mean(state.tokens == MASK),
+    )
+    # 800,000 places, each still masked at the grid's own rate: 5 standard errors.
+    rate = np.array([0.75, 0.5, 0.25, 0.0])
+    assert (np.abs(masked - rate) <= 5 * np.sqrt(rate * (1 - rate) / 800_000)).all()
     check_frequencies(tokens, ancestral_law(4))
 
 
@@ -185,10 +195,8 @@ def test_ancestral_shows_the_current_level():
     def model(inputs, logsnr, documents):
         assert logsnr.shape == (inputs.shape[0], 1)
         step = jnp.round(3 * jax.nn.sigmoid(logsnr))  # survival 0, 1/3, 2/3
-        spread = (
-            jnp.where(jnp.isfinite(logsnr), -1.0, jnp.nan)[..., None]
-            * jnp.abs(jnp.arange(4.0)[None] - step)[:, None]
-        )
+        step = jnp.where(jnp.isfinite(logsnr), step, 3.0)
+        spread = -jnp.abs(jnp.arange(4.0)[None] - step)[:, None]
         return 1e4 * jnp.broadcast_to(spread, (*inputs.shape, 4))
 
     canvas = samplers.blank_canvas(3, 40, 4)
@@ -238,6 +246,17 @@ def test_first_hitting_clock_law():
     late = np.exp(clock[1]) > np.median(np.exp(clock[1]))
     table = [np.bincount(place[half], minlength=4)[1:] for half in (late, ~late)]
     assert stats.chi2_contingency(table).pvalue > 1e-4
+
+
+def test_named_grids_are_accepted():
+    """The package's uniform-rate grid is the one these laws were computed on."""
+    grid = np.asarray(schedules.grids.uniform_masking_rate(4))
+    np.testing.assert_allclose(grid, uniform_grid(4), rtol=1e-6, atol=1e-6)
+    canvas = samplers.blank_canvas(2, 4, MASK)
+    tokens = draw(
+        toy_model, samplers.ancestral(), schedules.grids.uniform_masking_rate(4), canvas, 0
+    )
+    assert (tokens != MASK).all()
 
 
 def test_next_log_rate_formula():
@@ -312,6 +331,30 @@ def test_finished_rows_are_left_alone():
     assert (log_rate[:, 0] == log_rate[0, 0]).all()
     assert (np.diff(log_rate[:, 1]) < 0).all()
     assert (tokens[:, 0] == tokens[0, 0]).all()
+
+
+def test_the_loop_guards_given_tokens_from_any_sampler():
+    """A remasking sampler of one's own: scribbles everywhere, counts in memory, never finishes."""
+
+    def step(context, denoise, state):
+        best = jnp.argmax(denoise(state.tokens, context.logsnr), -1).astype(jnp.int32)
+        last = context.index == context.num_steps - 1
+        return samplers.SamplerState(jnp.where(last, best, context.mask_id), state.memory + 1)
+
+    scribbler = samplers.Sampler(
+        "scribbler",
+        lambda keys, canvas, mask_id: samplers.SamplerState(canvas, jnp.zeros(len(canvas))),
+        step,
+        lambda state, mask_id: jnp.zeros(len(state.tokens), bool),
+    )
+    canvas = jnp.array([[0, MASK, 1, 0], [2, 1, 0, 2]], jnp.int32)
+    tokens, (states, memory) = draw_with_trace(
+        toy_model, scribbler, uniform_grid(3), canvas, 0, tuple
+    )
+    given = np.asarray(canvas) != MASK
+    assert (states[:, given] == np.asarray(canvas)[given]).all()
+    assert (states[:2, ~given] == MASK).all() and (tokens != MASK).all()
+    assert (memory == [[1, 1], [2, 2], [3, 3]]).all()
 
 
 def count_forwards(sampler, grid, canvas) -> tuple[int, np.ndarray, np.ndarray]:
@@ -399,12 +442,12 @@ def test_temperature_zero_is_greedy(sampler):
         ({"mask_id": -1}, "mask_id must be a token id, got -1"),
         ({"documents": jnp.ones((2, 5), jnp.int32)}, r"shape of the canvas \(2, 4\), got \(2, 5\)"),
         ({"grid": None}, "ancestral needs a grid"),
-        ({"grid": [0.0]}, "N >= 1"),
-        ({"grid": [[0.0, 1.0]]}, "N >= 1"),
-        ({"grid": [-np.inf, 1.0, 0.5, np.inf]}, "level 2 is 0.5 after 1.0"),
-        ({"grid": [-np.inf, 0.0, 0.0, np.inf]}, "strictly increasing"),
-        ({"grid": [-np.inf, np.nan, np.inf]}, "strictly increasing"),
-        ({"grid": [-np.inf, 0.0, 9.0]}, r"end at logSNR \+inf .*append jnp.inf"),
+        ({"grid": [0.0]}, r"shape \(1,\)"),
+        ({"grid": [[0.0, 1.0]]}, r"shape \(1, 2\)"),
+        ({"grid": [-np.inf, 1.0, 0.5, np.inf]}, "increases strictly .* 1.0 and 0.5"),
+        ({"grid": [-np.inf, 0.0, 0.0, np.inf]}, "increases strictly"),
+        ({"grid": [-np.inf, np.nan, np.inf]}, "no NaN"),
+        ({"grid": [-np.inf, 0.0, 9.0]}, r"end at logSNR \+inf .*got 9.0; see .*open_ends"),
         ({"sampler": samplers.first_hitting()}, "first_hitting sets its own noise levels"),
     ],
 )

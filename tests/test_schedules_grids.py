@@ -8,10 +8,10 @@ import pytest
 from mdm_jax import schedules
 from mdm_jax.schedules import grids, masked
 
-FULL_RANGE = ["linear", "cosine_md4", "cosine_mdlm", "cosine_squared", "sqrt", "log"]
+FULL_RANGE = ["linear", "cosine_md4", "cosine_mdlm", "sqrt"]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 49, 98, 256, 1000, 4096])
+@pytest.mark.parametrize("n", [1, 2, 7, 49, 98, 4096])
 def test_uniform_masking_rate(n):
     """n + 1 levels for every n: accumulating 1/n in floats gives one more for n = 49, 98, ..."""
     grid = grids.uniform_masking_rate(n)
@@ -25,8 +25,7 @@ def test_uniform_masking_rate(n):
 
 
 @pytest.mark.parametrize("name", FULL_RANGE)
-@pytest.mark.parametrize("n", [1, 64])
-def test_from_schedule(name, n):
+def test_from_schedule(name, n=64):
     schedule = masked.by_name(name)
     grid = grids.from_schedule(schedule, n)
     assert (grid.shape, grid.dtype) == ((n + 1,), jnp.float32)
@@ -36,6 +35,11 @@ def test_from_schedule(name, n):
     np.testing.assert_allclose(schedules.masking_rate(grid), exact, rtol=1e-5, atol=1e-7)
     by_law = grids.from_law(schedules.law_of(schedule), n)
     np.testing.assert_allclose(by_law, grid, rtol=1e-5, atol=1e-6)
+
+
+def test_one_step():
+    np.testing.assert_array_equal(grids.from_schedule(masked.linear(), 1), [-np.inf, np.inf])
+    np.testing.assert_array_equal(grids.from_law(schedules.uniform(-1.0, 2.0), 1), [-1, 2])
 
 
 def test_bounded_schedules_keep_their_ends():

@@ -21,7 +21,7 @@ SCHEDULES = {
     "cosine_mdlm": masked.cosine_mdlm,
     "cosine_squared": masked.cosine_squared,
     "power": lambda: masked.power(2.0),
-    "power_steep": lambda: masked.power(5.0),
+    "power_steep": lambda: masked.power(8.0),
     "sqrt": masked.sqrt,
     "log": masked.log,
     "geometric": lambda: masked.geometric(1e-3, 20.0),
@@ -85,10 +85,9 @@ class Measured(NamedTuple):
     log_pdf: np.ndarray
     slope: np.ndarray  # of icdf
     tilt: np.ndarray  # slope of log_pdf
-
-
-def elementwise_grad(function):
-    return jax.grad(lambda x: jnp.sum(function(x)))
+    outside_cdf: np.ndarray  # at four levels outside of the support
+    outside_log_pdf: np.ndarray
+    outside_tilt: np.ndarray
 
 
 @functools.cache
@@ -97,27 +96,44 @@ def law_in(name, bits):
         return ZOO[name]()
 
 
+def differentiate_forward(function, x):
+    return jax.jvp(function, (x,), (jnp.ones_like(x),))
+
+
+def differentiate_backward(function, x):
+    """The stricter of the two: reverse mode multiplies what a where() discards by 0."""
+    value, pull_back = jax.vjp(function, x)
+    return value, *pull_back(jnp.ones_like(x))
+
+
+def measure(law, u, outside, differentiate):
+    level, slope = differentiate(law.icdf, u)
+    log_pdf, tilt = differentiate(law.log_pdf, jnp.concatenate([level, outside]))
+    below, above = law.tails(jnp.concatenate([level, outside]))
+    n = len(u)
+    inside = (u, level, below[:n], above[:n], log_pdf[:n], slope, tilt[:n])
+    return Measured(*inside, below[n:], log_pdf[n:], tilt[n:])
+
+
+# One compilation for all laws of a type, whose parameters are traced.
+compiled_measure = jax.jit(measure, static_argnames="differentiate")
+compiled_log_pdf = jax.jit(lambda law, logsnr: law.log_pdf(logsnr))
+
+
 @functools.cache
 def measured(name, bits):
-    """Under jit, in float32 or float64; in float32 at the draws of :data:`RANDOM` as well."""
-
-    def measure(law, u):
-        def differentiate(function, x):
-            if bits == 64:
-                return jax.jvp(function, (x,), (jnp.ones_like(x),))
-            # Reverse mode is the stricter of the two: it multiplies what a where() discards by 0.
-            value, pull_back = jax.vjp(function, x)
-            return value, *pull_back(jnp.ones_like(x))
-
-        level, slope = differentiate(law.icdf, u)
-        log_pdf, tilt = differentiate(law.log_pdf, level)
-        return Measured(u, level, *law.tails(level), log_pdf, slope, tilt)
-
+    """In float64, or compiled in float32 and at the draws of :data:`RANDOM` as well."""
+    law = law_in(name, bits)
+    low, high = map(float, law.support)
+    outside = np.array([-np.inf, np.inf, low - 0.01, high + 0.01])
     with jax.enable_x64(bits == 64):
-        u = jnp.asarray(QUANTILES.astype(f"float{bits}"))
-        if bits == 32:
-            u = jnp.concatenate([u, draws.from_grid(RANDOM)])
-        return jax.tree.map(np.asarray, jax.jit(measure)(law_in(name, bits), u))
+        if bits == 64:
+            results = measure(law, jnp.asarray(QUANTILES), outside, differentiate_forward)
+        else:
+            u = np.concatenate([QUANTILES.astype(np.float32), draws.from_grid(RANDOM)])
+            outside = outside.astype(np.float32)
+            results = compiled_measure(law, u, outside, differentiate=differentiate_backward)
+        return jax.tree.map(np.asarray, results)
 
 
 @every_law
@@ -133,11 +149,11 @@ def test_inverse_in_float32(name):
     at = measured(name, 32)
     assert all(value.dtype == np.float32 for value in at)
     # The density turns the last digit of a level of order 10 into an error of the quantile,
-    # and there are two units of rounding on the side where the probability is near 1.
+    # and there are four units of rounding on the side where the probability is near 1.
     slack = 4e-7 * np.exp(at.log_pdf) * np.maximum(1, np.abs(at.level))
     slack += 1e-5 * np.minimum(at.u, 1 - at.u)
-    assert np.all(np.abs(at.below - at.u) <= slack + 1.2e-7 * (at.u > 0.5))
-    assert np.all(np.abs(at.above - (1 - at.u)) <= slack + 1.2e-7 * (at.u < 0.5))
+    assert np.all(np.abs(at.below - at.u) <= slack + 2.4e-7 * (at.u > 0.5))
+    assert np.all(np.abs(at.above - (1 - at.u)) <= slack + 2.4e-7 * (at.u < 0.5))
 
 
 @every_law
@@ -168,14 +184,14 @@ def test_draws_are_finite_in_float32(name):
     An infinite weight from one unlucky rounding would poison a run.
     """
     law, compiled = law_in(name, 32), measured(name, 32)
-    for value in compiled:
+    for value in compiled[:7]:
         assert np.all(np.isfinite(value))
     level = law.icdf(compiled.u)
     np.testing.assert_allclose(level, compiled.level, rtol=1e-5, atol=1e-5)
     # A level drawn by compiled code has a density under interpreted code, and the other way round.
     for levels in (level, compiled.level):
         assert np.all(np.isfinite(law.log_pdf(levels)))
-    assert np.all(np.isfinite(jax.jit(lambda law, x: law.log_pdf(x))(law, level)))
+    assert np.all(np.isfinite(compiled_log_pdf(law, level)))
     low, high = law.support
     assert low - 1e-5 * max(1, abs(low)) <= np.min(level)
     assert high + 1e-5 * max(1, abs(high)) >= np.max(level)
@@ -195,25 +211,24 @@ def test_mass_is_one(name):
         nodes = np.append(nodes, np.full(4000 - len(nodes), high))  # one shape for all laws
         points, weights = np.polynomial.legendre.leggauss(8)
         middle, half = (nodes[1:] + nodes[:-1]) / 2, np.diff(nodes) / 2
-        density = np.exp(jax.jit(law.log_pdf)(middle[:, None] + half[:, None] * points))
+        density = np.exp(law.log_pdf(middle[:, None] + half[:, None] * points))
         partial = np.cumsum(density @ weights * half)
         np.testing.assert_allclose(partial[-1], 1, rtol=1e-9)
-        np.testing.assert_allclose(partial, jax.jit(law.cdf)(nodes[1:]), rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(partial, law.cdf(nodes[1:]), rtol=1e-8, atol=1e-10)
 
 
 @every_law
 def test_outside_the_support(name):
-    law = law_in(name, 32)
-    low, high = map(float, law.support)
-    outside = jnp.array([-jnp.inf, jnp.inf, low - 0.01, high + 0.01])
-    assert np.all(law.log_pdf(outside) == -np.inf)
-    np.testing.assert_allclose(law.cdf(outside), [0, 1, 0, 1], atol=1e-7)
-    beyond = np.isfinite(outside)
-    assert np.all(elementwise_grad(law.log_pdf)(outside)[beyond] == 0)
+    for at in (measured(name, 32), measured(name, 64)):
+        np.testing.assert_array_equal(at.outside_log_pdf, -np.inf)
+        np.testing.assert_allclose(at.outside_cdf, [0, 1, 0, 1], atol=1e-7)
+        if name not in ("logistic", "logistic_shifted"):  # no end, hence no where()
+            np.testing.assert_array_equal(at.outside_tilt, 0)
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in sorted(ZOO) if not n.startswith("schedule_")] + ["schedule_geometric"]
+    "name",
+    ["logistic", "piecewise", "tabulated", "truncated_schedule", "schedule_geometric"],
 )
 def test_jit_vmap_and_shapes(name):
     def everything(law, u):
@@ -313,121 +328,6 @@ def test_truncated_tail_keeps_its_precision():
     np.testing.assert_allclose(law.icdf(0.5), -np.log(survival / (1 - survival)), rtol=1e-6)
 
 
-# Piecewise-constant laws
-
-
-def test_piecewise_density_is_exact():
-    edges = np.array([-7.0, -2.0, 0.0, 0.5, 9.0])
-    masses = np.array([1.0, 0.0, 3.0, 4.0])
-    law = schedules.piecewise(masses, edges)
-    np.testing.assert_allclose(law.masses, masses / 8)
-    middle = (edges[1:] + edges[:-1]) / 2
-    expected = np.array([1 / 8 / 5, 0, 3 / 8 / 0.5, 4 / 8 / 8.5])
-    np.testing.assert_allclose(np.exp(law.log_pdf(middle)), expected, rtol=1e-6)
-    u = (np.arange(4096) + 0.5) / 4096
-    level = np.asarray(law.icdf(u))
-    counts, _ = np.histogram(level, edges)
-    np.testing.assert_array_equal(counts, [512, 0, 1536, 2048])
-    # int f dlambda = E[f / p], here of f = 1 over the cells that hold mass, 5 + 0.5 + 8.5
-    np.testing.assert_allclose(np.mean(np.exp(-law.log_pdf(level))), 14.0, rtol=1e-5)
-
-
-def test_piecewise_at_its_own_edges():
-    """Quantiles that fall on the table, and their neighbours, never land in an empty cell."""
-    law = schedules.piecewise([1.0, 0.0, 0.0, 2.0, 0.0, 1.0], (-6.0, 6.0))
-    table = np.asarray(law.cumulative)[1:-1]
-    u = np.concatenate([table, np.nextafter(table, 0), np.nextafter(table, 1)]).astype(np.float32)
-    level = law.icdf(u)
-    assert np.all(np.isfinite(law.log_pdf(level)))
-    slope = elementwise_grad(law.icdf)(jnp.asarray(u))
-    np.testing.assert_allclose(slope * np.exp(law.log_pdf(level)), 1, rtol=1e-5)
-
-
-def test_piecewise_with_traced_masses():
-    def level_and_density(masses):
-        law = schedules.piecewise(masses, (-5.0, 5.0))
-        level = law.icdf(u)
-        return level, law.log_pdf(level)
-
-    u = jnp.array([0.01, 0.5, 0.99])
-    masses = jnp.asarray(MASSES, jnp.float32)
-    level, density = jax.jit(jax.vmap(level_and_density))(jnp.stack([masses, masses[::-1]]))
-    law = ZOO["piecewise"]()
-    np.testing.assert_allclose(level[0], law.icdf(u), rtol=1e-5)
-    np.testing.assert_allclose(density[0], law.log_pdf(level[0]), rtol=1e-5)
-    np.testing.assert_allclose(level[0], -level[1][::-1], rtol=1e-4)
-    slopes = jax.jit(jax.jacfwd(level_and_density))(jnp.array([1.0, 0.0, 2.0, 0.0, 3.0]))
-    assert all(np.all(np.isfinite(slope)) for slope in slopes)
-
-
-def test_piecewise_of_many_uneven_cells():
-    """Rounding in a long sum neither steps back nor leaves a draw without a density."""
-    rng = np.random.default_rng(3)
-    masses = np.exp(rng.normal(size=4000) * 4) * (rng.random(4000) > 0.3)
-    law = schedules.piecewise(masses, (-12.0, 12.0))
-    assert np.all(np.diff(law.cumulative) >= 0)
-    u = draws.open_uniform(jax.random.key(5), (200_000,))
-    assert np.all(np.isfinite(law.log_pdf(jax.jit(law.icdf)(u))))
-
-
-# Laws from functions
-
-
-@pytest.mark.parametrize("name", ["cosine_md4", "cosine_mdlm", "power", "linear", "log"])
-def test_tabulated_follows_its_function(name):
-    schedule = SCHEDULES[name]()
-    law, exact = schedules.tabulated(schedule.masking_rate), schedules.law_of(schedule)
-    u = np.linspace(0.01, 0.99, 99).astype(np.float32)
-    np.testing.assert_allclose(law.icdf(u), exact.icdf(u), atol=1e-3)
-    np.testing.assert_allclose(law.log_pdf(exact.icdf(u)), exact.log_pdf(exact.icdf(u)), atol=0.01)
-    np.testing.assert_allclose(law.icdf(EXTREMES), exact.icdf(EXTREMES), rtol=0.05)
-
-
-def test_tabulated_bounded_support():
-    law, exact = (
-        schedules.tabulated(lambda t: 0.3 + 0.5 * t),
-        schedules.law_of(masked.clipped(0.3, 0.8)),
-    )
-    np.testing.assert_allclose(law.support, exact.support, rtol=1e-6)
-    np.testing.assert_allclose(law.icdf(EXTREMES), exact.icdf(EXTREMES), atol=1e-6)
-
-
-def test_tabulated_accepts_jax_and_float32_functions():
-    exact = schedules.law_of(masked.cosine_squared())
-    u = np.linspace(0.05, 0.95, 19)
-    for rate in (
-        lambda t: jnp.sin(jnp.pi / 2 * t) ** 2,
-        lambda t: jnp.sin(jnp.pi / 2 * jnp.asarray(t, jnp.float32)) ** 2,
-        lambda t: np.interp(
-            t, np.linspace(0, 1, 2001), np.sin(np.linspace(0, np.pi / 2, 2001)) ** 2
-        ),
-    ):
-        law = schedules.tabulated(rate)
-        np.testing.assert_allclose(law.icdf(u), exact.icdf(u), atol=1e-3)
-        assert np.all(np.isfinite(law.log_pdf(law.icdf(EXTREMES))))
-    assert jax.jit(lambda u: schedules.tabulated(lambda t: t).icdf(u))(0.25).shape == ()
-
-
-@pytest.mark.parametrize(
-    ("rate", "message"),
-    [
-        (lambda t: 1 - t, "must not fall"),
-        (lambda t: t + 0.3 * np.sin(6 * np.pi * t) * t * (1 - t) * 2, "must not fall"),
-        (lambda t: np.clip(2 * t, 0, 1), "no density"),
-        (lambda t: np.clip(2 * t - 1, 0, 1), "no density"),
-        (lambda t: np.where(t < 0.4, t, np.maximum(0.4, 2 * t - 0.9)).clip(0, 1), "no density"),
-        (lambda t: 0.5 + 0 * t, "no density"),
-        (lambda t: 0.5 + 1e-6 * t, "too little"),
-        (lambda t: 1.1 * t, r"\[0, 1\]"),
-        (lambda t: np.where(t > 0.5, np.nan, t), r"\[0, 1\]"),
-        (lambda t: 0.5, "elementwise"),
-    ],
-)
-def test_tabulated_refuses(rate, message):
-    with pytest.raises(ValueError, match=message):
-        schedules.tabulated(rate)
-
-
 # Errors
 
 
@@ -479,6 +379,16 @@ def test_bad_arguments_are_refused(make, message):
         make()
 
 
+def test_known_arguments_are_checked_while_tracing():
+    one = jnp.float32(1.0)
+    with pytest.raises(ValueError, match="edges 0 and 1"):
+        jax.jit(lambda m: schedules.piecewise(m, [1.0, 0.0, 2.0]).icdf(0.5))(jnp.ones(2))
+    with pytest.raises(ValueError, match="low < high"):
+        jax.jit(lambda u: schedules.uniform(one, 0.0).icdf(u))(0.5)
+    with pytest.raises(ValueError, match="no mass"):
+        jax.jit(lambda u: schedules.truncated(schedules.uniform(0.0, 1.0), 2.0).icdf(u))(0.5)
+
+
 def test_traced_parameters():
     @jax.jit
     def level(loc, low, high):
@@ -487,3 +397,5 @@ def test_traced_parameters():
     np.testing.assert_allclose(level(0.0, -2.0, 2.0), 0, atol=1e-6)
     slope = jax.grad(level, argnums=1)(0.0, -2.0, 2.0)
     assert 0 < slope < 1
+    moved = jax.grad(lambda end: schedules.piecewise([1.0, 1.0], [-1.0, 0.0, end]).icdf(0.75))(1.0)
+    np.testing.assert_allclose(moved, 0.5, rtol=1e-6)

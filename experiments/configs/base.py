@@ -94,8 +94,8 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         {
-            "steps": 1000,
-            "batch_size": 32,  # rows of the global batch; each view is a forward pass more
+            "steps": 800,
+            "batch_size": 16,  # rows of the global batch; each view is a forward pass more
             "num_microbatches": 1,
             "log_every": 10,
             "evaluate_every": 200,
@@ -112,11 +112,11 @@ def get_config() -> ConfigDict:
     config.evaluate = ConfigDict(
         {
             "batch_size": 32,
-            "passes": 8,  # forward passes per row and replicate
-            "replicates": 4,  # repetitions of the design, for the standard error
+            "passes": 4,  # forward passes per row and replicate
+            "replicates": 2,  # repetitions of the design, for the standard error
             "max_rows": 0,  # 0: all rows
             "final_split": "test",
-            "final_passes": 16,
+            "final_passes": 8,
             "final_replicates": 8,
         }
     )

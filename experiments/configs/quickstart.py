@@ -1,6 +1,6 @@
 """Masked diffusion on the text that CPython carries, in minutes on two CPU cores.
 
-    python -m experiments.launch --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+python -m experiments.launch --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
 ``--config=...quickstart.py:smoke`` shrinks it to seconds, for tests.
 """

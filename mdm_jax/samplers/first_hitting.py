@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from mdm_jax import schedules
 from mdm_jax.draws import open_uniform
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
 from mdm_jax.samplers.sampler import (
@@ -13,7 +14,6 @@ from mdm_jax.samplers.sampler import (
     no_mask_left,
     row_streams,
 )
-from mdm_jax.schedules.coordinates import logsnr_from_log_masking_rate
 from mdm_jax.typing import Array
 
 
@@ -44,7 +44,7 @@ def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:
         log_rate = next_log_rate(u, state.memory, left)
         place = _uniform_place(row_streams(context.keys, "place"), masked, left)
 
-        logits = denoise(tokens, logsnr_from_log_masking_rate(log_rate))
+        logits = denoise(tokens, schedules.logsnr_from_log_masking_rate(log_rate))
         here = jnp.take_along_axis(logits, place[:, None, None], axis=1)[:, 0]
         drawn = draw_tokens(row_streams(context.keys, "token"), choose(here))
         reveal = masked & (jnp.arange(tokens.shape[1])[None] == place[:, None])

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax import schedules
 from mdm_jax.corruption import exclude_token
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, ArrayLike, ModelFn, PyTree
@@ -292,20 +293,12 @@ def _check_grid(sampler: Sampler, grid: ArrayLike | None) -> Array | None:
         return None
     if grid is None:
         raise ValueError(f"{sampler.name} needs a grid of logSNR levels that ends at +inf")
-    if np.ndim(grid) != 1 or len(grid) < 2:
-        raise ValueError(f"grid must be [N + 1] levels with N >= 1, got shape {np.shape(grid)}")
     if isinstance(grid, jax.core.Tracer):
         return grid.astype(jnp.float32)
-    levels = np.asarray(grid, np.float32)
-    wrong = np.flatnonzero(~(levels[1:] > levels[:-1]))
-    if wrong.size:
-        i = int(wrong[0])
+    levels, last = schedules.grids.check_grid(grid), np.asarray(grid)[-1]
+    if last != np.inf:
         raise ValueError(
-            "grid must be strictly increasing in logSNR (from noise to data) in float32; level "
-            f"{i + 1} is {levels[i + 1]} after {levels[i]}"
+            "the grid must end at logSNR +inf (masking rate 0) so that no mask is left, got "
+            f"{last}; see schedules.grids.open_ends"
         )
-    if levels[-1] != np.inf:
-        raise ValueError(
-            f"grid must end at logSNR +inf (masking rate 0), got {levels[-1]}; append jnp.inf"
-        )
-    return jnp.asarray(levels)
+    return levels

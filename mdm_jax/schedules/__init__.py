@@ -25,6 +25,7 @@ from mdm_jax.schedules.laws import TwoSidedLaw as TwoSidedLaw
 from mdm_jax.schedules.laws import logistic as logistic
 from mdm_jax.schedules.laws import uniform as uniform
 from mdm_jax.schedules.masked import MASKED_SCHEDULES as MASKED_SCHEDULES
+from mdm_jax.schedules.masked_schedule import Instant as Instant
 from mdm_jax.schedules.masked_schedule import LostSupport as LostSupport
 from mdm_jax.schedules.masked_schedule import MaskedSchedule as MaskedSchedule
 from mdm_jax.schedules.masked_schedule import law_of as law_of

@@ -139,7 +139,7 @@ class Power(MaskedSchedule):
 
     def time_formula(self, level: MaskingLevel) -> Instant:
         log_t = level.log_rate / self.exponent
-        return Instant(jnp.power(level.rate, 1 / self.exponent), -jnp.expm1(log_t))
+        return Instant(jnp.exp(log_t), -jnp.expm1(log_t))
 
     def log_pdf_formula(self, level: MaskingLevel) -> Array:
         return (1 / self.exponent - 1) * level.log_rate - jnp.log(self.exponent)

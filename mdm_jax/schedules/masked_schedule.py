@@ -56,7 +56,8 @@ class MaskedSchedule(abc.ABC):
 
     A subclass gives the five ``*_formula`` methods. They receive t together with 1 - t, or a level
     in all its coordinates, so that each can be written without a difference of nearly equal
-    numbers: float32 then holds the logSNR at t = 2**-24 and at 1 - 2**-24 equally well.
+    numbers: float32 then holds the logSNR at t = 2**-24 and at 1 - 2**-24 equally well. It should
+    be a frozen dataclass registered as a pytree, so that its law can be passed through jit.
     """
 
     def masking_rate(self, t: ArrayLike, rest: ArrayLike | None = None) -> Array:

@@ -7,7 +7,7 @@ from mdm_jax.typing import ArrayLike
 
 
 def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
-    """A Python number as float, a scalar array as it is.
+    """A known number as a Python float, a traced scalar as it is.
 
     Raises:
         TypeError: if ``value`` is not a number or an array of numbers.
@@ -21,7 +21,7 @@ def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if value.shape != ():
         raise ValueError(f"{name} must be a scalar, got shape {value.shape}; batch with jax.vmap")
-    return value
+    return float(value) if is_concrete(value) else value
 
 
 def is_concrete(*values: ArrayLike) -> bool:

@@ -67,7 +67,8 @@ class PiecewiseConstant(TwoSidedLaw):
         fraction = jnp.where(below < 0.5, from_left, 1 - from_right)
         left, right = self.edges[cell], self.edges[cell + 1]
         # Strictly below the right edge, where the next cell and its density begin.
-        return confine(left + fraction * (right - left), (left, jnp.nextafter(right, left)))
+        last = jnp.nextafter(*jax.lax.stop_gradient((right, left)))
+        return confine(left + fraction * (right - left), (left, last))
 
 
 def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
@@ -85,30 +86,36 @@ def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
         ValueError: if shapes do not fit, edges are not finite and increasing (as float32 too), or
             masses are negative, not finite or all zero.
     """
-    masses, edges = as_float(masses), as_float(edges)
-    if masses.ndim != 1 or edges.ndim != 1 or masses.size < 1:
-        raise ValueError(
-            f"piecewise needs masses [J] and edges [J + 1], got {masses.shape} and {edges.shape}"
-        )
-    if edges.size not in (2, masses.size + 1):
-        raise ValueError(
-            f"piecewise: {masses.size} masses need {masses.size + 1} edges, or 2 for equal cells, "
-            f"got {edges.size}"
-        )
-    if edges.size != masses.size + 1:
-        edges = jnp.linspace(edges[0], edges[1], masses.size + 1, dtype=edges.dtype)
-    _check_edges(edges)
-    if is_concrete(masses):
-        known = np.asarray(masses)
-        if not (np.all(np.isfinite(known)) and np.all(known >= 0) and np.any(known > 0)):
+    with jax.ensure_compile_time_eval():  # known numbers are checked while tracing, too
+        masses, edges = as_float(masses), as_float(edges)
+        if masses.ndim != 1 or edges.ndim != 1 or masses.size < 1:
             raise ValueError(
-                f"piecewise: masses must be finite, non-negative and not all 0, got {known}"
+                "piecewise needs masses [J] and edges [J + 1], "
+                f"got shapes {masses.shape} and {edges.shape}"
             )
-    total = jnp.cumsum(masses)
-    inner = total[:-1] / total[-1]
-    ends = jnp.zeros(1, inner.dtype), jnp.ones(1, inner.dtype)
-    # A parallel sum may step back by one rounding where a cell is empty.
-    return PiecewiseConstant(edges, jax.lax.cummax(jnp.concatenate([ends[0], inner, ends[1]])))
+        if edges.size not in (2, masses.size + 1):
+            raise ValueError(
+                f"piecewise: {masses.size} masses need {masses.size + 1} edges, "
+                f"or 2 for equal cells, got {edges.size}"
+            )
+        if edges.size != masses.size + 1:
+            edges = jnp.linspace(edges[0], edges[1], masses.size + 1, dtype=edges.dtype)
+        _check_edges(edges)
+        _check_masses(masses)
+        total = jnp.cumsum(masses)
+        inner = total[:-1] / total[-1]
+        ends = jnp.zeros(1, inner.dtype), jnp.ones(1, inner.dtype)
+        # A parallel sum may step back by one rounding where a cell is empty.
+        table = jax.lax.cummax(jnp.concatenate([ends[0], inner, ends[1]]))
+        return PiecewiseConstant(edges, table)
+
+
+def _check_masses(masses: Array) -> None:
+    if not is_concrete(masses):
+        return
+    known = np.asarray(masses)
+    if not (np.all(np.isfinite(known)) and np.all(known >= 0) and np.any(known > 0)):
+        raise ValueError(f"piecewise: masses must be finite, non-negative, not all 0, got {known}")
 
 
 def _check_edges(edges: Array) -> None:
