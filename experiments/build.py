@@ -89,14 +89,9 @@ def objective(config: ConfigDict, mask_id: int) -> objectives.Objective:
     """The masked bound with the configured process and law."""
     name = config.corruption.name
     process = lookup(CORRUPTIONS, name, "corruption.name")
-    law = schedules.law_of(masked_schedule(config, config.law.name))
+    schedule = lookup(schedules.MASKED_SCHEDULES, config.law.name, "law.name")
+    law = schedules.law_of(schedule(**settings(config.law, config.law.name)))
     return objectives.masked_nelbo(process(mask_id, **settings(config.corruption, name)), law)
-
-
-def masked_schedule(config: ConfigDict, name: str) -> schedules.MaskedSchedule:
-    """A masked schedule by name, with the settings that ``config.law`` has for it."""
-    factory = lookup(schedules.MASKED_SCHEDULES, name, "law.name")
-    return factory(**settings(config.law, name))
 
 
 def transform(config: ConfigDict) -> variance.VarianceTransform:
@@ -129,8 +124,9 @@ def generator(config: ConfigDict, apply_fn: Callable, mask_id: int) -> Callable:
 def grid(config: ConfigDict):
     """Levels of a sampler that steps along a grid."""
     c = config.sample
-    if c.grid == "uniform_masking_rate":
+    table = {"uniform_masking_rate": None, **schedules.MASKED_SCHEDULES}
+    factory = lookup(table, c.grid, "sample.grid")
+    if factory is None:
         return schedules.grids.uniform_masking_rate(c.num_steps)
-    return schedules.grids.open_ends(
-        schedules.grids.from_schedule(masked_schedule(config, c.grid), c.num_steps)
-    )
+    schedule = factory(**settings(config.law, c.grid))
+    return schedules.grids.open_ends(schedules.grids.from_schedule(schedule, c.num_steps))

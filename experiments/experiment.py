@@ -18,7 +18,7 @@ from mdm_jax.evaluation import Likelihood, make_likelihood
 from mdm_jax.objectives import Objective
 from mdm_jax.training import TrainState
 from mdm_jax.typing import Array, PyTree
-from mdm_jax.variance import VarianceTransform
+from mdm_jax.variance import BIAS_LABELS, VarianceTransform
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,14 +44,11 @@ class Experiment:
 
     def initial_state(self) -> TrainState:
         """The sharded state at step 0, a function of the config alone."""
-        key = streams.stream(streams.step_key(self.config.seed, 0), "init")
-        variables = training.linen_init(self.model, self.dataset.length)
-        optimizer = build.optimizer(self.config)
+        return training.init_sharded(self._new_state, self.mesh)[0]
 
-        def init() -> TrainState:
-            return training.new_state(variables(key), optimizer, self.transform, self.spec)
-
-        return training.init_sharded(init, self.mesh)
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return training.abstract_sharded(self._new_state, self.mesh)
 
     def train_step(self) -> Callable[[TrainState, Batch], tuple]:
         """The pure step function, not yet jitted."""
@@ -79,11 +76,19 @@ class Experiment:
         place = functools.partial(training.place_batch, sharding=training.batch_sharding(self.mesh))
         return data.Prefetcher(iterator, depth=c.train.prefetch, place=place)
 
-    def held_out(self, split: str) -> data.RowSource:
-        """A split by name; validation rows where a data set has no test rows."""
+    def held_out(self, split: str) -> tuple[str, data.RowSource]:
+        """A split by name, or the validation split where that one is empty; its name and rows.
+
+        Raises:
+            ValueError: if the name is unknown or both are empty.
+        """
         sources = {"valid": self.dataset.valid, "test": self.dataset.test}
         source = build.lookup(sources, split, "evaluate.final_split")
-        return source if len(source) else self.dataset.valid
+        if not len(source):
+            split, source = "valid", self.dataset.valid
+        if not len(source):
+            raise ValueError("the data have neither test nor validation rows to evaluate on")
+        return split, source
 
     def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
         """Evaluation batches of a split."""
@@ -102,8 +107,6 @@ class Experiment:
 
     def bias(self) -> str:
         """The worse of the objective's and the chain's bias labels."""
-        from mdm_jax.variance import BIAS_LABELS
-
         return max(self.objective.bias, self.transform.bias, key=BIAS_LABELS.index)
 
     def describe(self) -> str:
@@ -120,6 +123,11 @@ class Experiment:
                 f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}",
             ]
         )
+
+    def _new_state(self) -> TrainState:
+        key = streams.stream(streams.step_key(self.config.seed, 0), "init")
+        params = training.linen_init(self.model, self.dataset.length)(key)
+        return training.new_state(params, build.optimizer(self.config), self.transform, self.spec)
 
     def _parameters(self) -> PyTree:
         init = training.linen_init(self.model, self.dataset.length)
@@ -152,9 +160,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
 
 def is_conditional(dataset: data.Dataset) -> bool:
     """Whether rows have a part that is given, such as a prompt."""
-    source = dataset.test if len(dataset.test) else dataset.valid
-    row = source[0]
-    return bool(np.any(np.asarray(row.documents > 0) & ~np.asarray(row.eligible)))
+    rows = data.gather(dataset.train, np.arange(min(64, len(dataset.train))))
+    return bool(np.any((np.asarray(rows.documents) > 0) & ~np.asarray(rows.eligible)))
 
 
 def open_workdir(workdir: str | pathlib.Path, keep_last: int) -> training.Checkpoints:

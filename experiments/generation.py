@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,21 @@ from mdm_jax.typing import Array, PyTree
 MASK_TEXT = "▁"
 
 
+def prepare_samples(experiment: Experiment) -> Callable:
+    """The generator of the configured sampler.
+
+    Raises:
+        ValueError, OSError: if a setting of ``sample``, or the file of prompts, cannot be used.
+    """
+    if experiment.config.sample.num_samples < 1:
+        raise ValueError(
+            f"sample.num_samples must be at least 1, got {experiment.config.sample.num_samples}"
+        )
+    if experiment.dataset.tokenizer is not None:
+        _text_jobs(experiment)
+    return build.generator(experiment.config, experiment.model.apply, experiment.dataset.mask_id)
+
+
 def show_samples(
     experiment: Experiment,
     workdir: pathlib.Path,
@@ -24,8 +40,11 @@ def show_samples(
     params: PyTree,
     key: Array,
     writer: MetricWriter | None = None,
+    generate: Callable | None = None,
 ) -> dict[str, Any]:
     """Draws samples and writes them below ``workdir/samples``, never over older ones.
+
+    ``generate`` is a :func:`prepare_samples` from before, which need not be compiled again.
 
     Returns:
         {"samples": [record, ...], "files": [path, ...]}; a text record has "kind" ("free",
@@ -34,9 +53,7 @@ def show_samples(
     directory = workdir / "samples"
     directory.mkdir(parents=True, exist_ok=True)
     stem = _free_stem(directory, f"step-{step}")
-    generate = build.generator(
-        experiment.config, experiment.model.apply, experiment.dataset.mask_id
-    )
+    generate = generate or prepare_samples(experiment)
     if experiment.dataset.tokenizer is None:
         return _show_pictures(experiment, generate, params, key, directory / stem, step, writer)
     jobs = _text_jobs(experiment)
@@ -68,7 +85,7 @@ def _text_jobs(experiment: Experiment) -> list[dict[str, Any]]:
     c, dataset = experiment.config.sample, experiment.dataset
     if c.prompts:
         return _prompt_jobs(pathlib.Path(c.prompts), dataset)
-    source = experiment.held_out(experiment.config.evaluate.final_split)
+    _, source = experiment.held_out(experiment.config.evaluate.final_split)
     if is_conditional(dataset):
         chosen = np.arange(min(c.num_samples, len(source)))
         return [_fill_in_job("answer", source[int(i)], None, dataset) for i in chosen]

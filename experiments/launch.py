@@ -8,17 +8,21 @@ Change any setting: --config.train.steps=2000 --config.variance.order="('stratif
 Own text:           --config.data.source=text --config.data.path=FILE
 Evaluate or sample: --workdir=runs/mine --mode=evaluate (or sample); the config is the run's own
                     unless --config is given; --config.evaluate.* and --config.sample.* are free.
+
+--verbosity=1 shows where an error came from.
 """
 
 import pathlib
+import shlex
 import sys
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import run
+from experiments import command_line, run
 from experiments.experiment import Experiment, make_experiment
-from experiments.workdir import WorkdirError, claim, read_config
+from experiments.generation import format_samples
+from experiments.workdir import WorkdirError, check
 from mdm_jax.training import CheckpointError, Interrupt, Interrupted, TrainingStopped
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -32,7 +36,8 @@ _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir whose run has another config."
 )
 
-_USER_ERRORS = (WorkdirError, CheckpointError, TrainingStopped)
+_USER_ERRORS = (ValueError, OSError, ImportError, WorkdirError, CheckpointError, TrainingStopped)
+_STOPPED = 130  # what shells report after Ctrl-C
 
 
 def main(argv: list[str]) -> int:
@@ -43,51 +48,44 @@ def main(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # Orbax tells a story at every save
     if _WORKDIR.value is None:
         return _fail("--workdir is required: the directory of the run, made if missing")
+    if _CONFIG.value is None:
+        return _fail("--config is required to train, as in experiments/configs/quickstart.py")
     workdir = pathlib.Path(_WORKDIR.value)
     try:
-        config = _config(workdir)
-        experiment = make_experiment(config)
-    except (ValueError, TypeError, OSError, ImportError, WorkdirError) as error:
-        logging.debug("while building the experiment", exc_info=True)
-        return _fail(str(error))
-    try:
+        check(workdir, _CONFIG.value, _ALLOW.value)
+        experiment = _build(_CONFIG.value)
         return _MODES[_MODE.value](experiment, workdir)
     except _USER_ERRORS as error:
+        logging.debug("where it came from:", exc_info=True)
         return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped at once; what was saved before is whole", file=sys.stderr)
+        return _STOPPED
 
 
-def _config(workdir: pathlib.Path) -> ConfigDict:
-    if _CONFIG.value is not None:
-        return _CONFIG.value
-    if _MODE.value == "train":
-        raise ValueError("--config is required to train, as in experiments/configs/quickstart.py")
-    found = read_config(workdir)
-    if found is None:
-        raise WorkdirError(f"{workdir} holds no run (no config.json); train one first")
-    return ConfigDict(found)
+def _build(config: ConfigDict) -> Experiment:
+    try:
+        experiment = make_experiment(config)
+        run.check_settings(experiment)
+    except TypeError as error:
+        raise ValueError(str(error)) from error  # a setting of the wrong kind
+    return experiment
 
 
 def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
-    claim(workdir, experiment.config, _ALLOW.value)
-    if experiment.dataset.tokenizer is not None:
-        path = workdir / "tokenizer.json"
-        if not path.exists():
-            experiment.dataset.tokenizer.save(path)
     print(experiment.describe(), flush=True)
     with Interrupt() as interrupt:
         try:
-            finished = run.train(experiment, workdir, interrupt)
-            if finished:
+            if run.train(experiment, workdir, interrupt, _ALLOW.value):
                 print(run.report(experiment, workdir, interrupt.check))
                 return 0
         except Interrupted:
             pass  # during the final evaluation; training itself is saved
-    print(f"stopped and saved in {workdir}; the same command line resumes:\n  {_command_line()}")
-    return 130
+    print(f"stopped and saved in {workdir}; the same command line resumes:\n  {_command()}")
+    return _STOPPED
 
 
 def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
-    _require_same(experiment, workdir)
     record = run.evaluate(experiment, workdir)
     error = record["standard_error_bits_per_unit"]
     print(
@@ -100,23 +98,26 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
 
 
 def _sample(experiment: Experiment, workdir: pathlib.Path) -> int:
-    from experiments.generation import format_samples
-
-    _require_same(experiment, workdir)
     drawn = run.sample(experiment, workdir)
-    print(format_samples(drawn["samples"]) if drawn["samples"] else "")
+    if drawn["samples"]:
+        print(format_samples(drawn["samples"]))
     print(f"written to {', '.join(drawn['files'])}")
     return 0
 
 
-def _require_same(experiment: Experiment, workdir: pathlib.Path) -> None:
-    if read_config(workdir) is None:
-        raise WorkdirError(f"{workdir} holds no run (no config.json); train one first")
-    claim(workdir, experiment.config, _ALLOW.value)
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        # ml_collections reads the overrides from sys.argv, whatever it is given.
+        sys.argv = command_line.with_config(argv)
+    except command_line.CommandLineError as error:
+        sys.exit(_fail(str(error)))
+    except flags.Error:
+        pass  # absl reports it below
+    return app.parse_flags_with_usage(sys.argv)
 
 
-def _command_line() -> str:
-    return " ".join(["python -m experiments.launch", *sys.argv[1:]])
+def _command() -> str:
+    return shlex.join(["python", "-m", "experiments.launch", *sys.argv[1:]])
 
 
 def _fail(message: str) -> int:
@@ -128,4 +129,4 @@ _MODES = {"train": _train, "evaluate": _evaluate, "sample": _sample}
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

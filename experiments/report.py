@@ -14,8 +14,7 @@ from mdm_jax.evaluation import plots
 def write_report(
     experiment: Experiment, workdir: pathlib.Path, record: dict[str, Any], drawn: dict[str, Any]
 ) -> str:
-    """Writes plots and ``report.txt``; returns the text (the file's begins with
-    what was trained).
+    """Writes plots and ``report.txt``; returns the text (the file begins with the description).
 
     Args:
         experiment: the run.
@@ -31,16 +30,17 @@ def write_report(
     curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
     records = training.read_metrics(workdir / "metrics.jsonl")
     plots.save(lambda axes: plots.training_curve(axes, records, unit, entropies), curve, (7, 4))
+    over_rows = _number(record["data_standard_error_bits_per_unit"])
     edges = np.array(record["levels"]["masking_rate_edges"])
     nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
     plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
 
     text = "\n".join(
         [
-            f"held-out likelihood bound ({record['split']} split, {record['rows']} rows, parameters "
-            f"of step {record['step']}):",
+            f"held-out likelihood bound ({record['split']} split, {record['rows']} rows, "
+            f"parameters of step {record['step']}):",
             f"  {_pm(record, 'bits_per_unit')} bits per {unit}"
-            f"   (± Monte Carlo; over rows ± {_number(record['data_standard_error_bits_per_unit'])})",
+            f"   (± Monte Carlo; over rows ± {over_rows})",
             f"  unigram entropy of the split {entropies['unigram entropy']:.3f}, "
             f"bigram entropy {entropies['bigram entropy']:.3f} bits per {unit}",
             f"  perplexity per token {_pm(record, 'perplexity')}",

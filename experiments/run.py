@@ -1,5 +1,6 @@
 """The three modes of the launcher: train, evaluate, sample. Also called by notebooks and tests."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -8,56 +9,86 @@ import jax
 import tqdm
 
 from experiments.experiment import Experiment, open_workdir
-from experiments.generation import show_samples
+from experiments.generation import prepare_samples, show_samples
 from experiments.report import write_report
-from experiments.workdir import write_json
+from experiments.workdir import check as check_workdir
+from experiments.workdir import claim, read_config, write_json
 from mdm_jax import data, training
 from mdm_jax.evaluation import Likelihood
 from mdm_jax.training import CheckpointError, Restored, TrainState
 from mdm_jax.typing import PyTree
 
 
+def check_settings(experiment: Experiment) -> None:
+    """Raises ValueError or OSError for settings that would first fail after hours of training."""
+    if experiment.config.train.keep_last < 1:
+        raise ValueError(
+            f"train.keep_last must be at least 1, got {experiment.config.train.keep_last}"
+        )
+    experiment.train_step()
+    c = experiment.config.evaluate
+    experiment.likelihood(c.passes, c.replicates)
+    experiment.likelihood(c.final_passes, c.final_replicates)
+    _, source = experiment.held_out(c.final_split)
+    experiment.batches(source, c.max_rows)
+    prepare_samples(experiment)
+    _loop_options(experiment, pathlib.Path())
+
+
 def train(
-    experiment: Experiment, workdir: pathlib.Path, interrupt: training.Interrupt | None = None
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    interrupt: training.Interrupt | None = None,
+    allow_config_change: bool = False,
 ) -> bool:
     """Trains, resuming where the directory's last whole checkpoint stands.
+
+    The directory becomes this config's (see ``workdir.claim``) once nothing stands in the way.
 
     Returns:
         True if training is finished, False if it was interrupted (and saved).
 
     Raises:
-        CheckpointError, TrainingStopped, ValueError: with a message for the user.
+        WorkdirError, CheckpointError, TrainingStopped, ValueError: with a message for the user.
     """
     c = experiment.config
-    state, shardings = experiment.initial_state()
-    checkpoints = open_workdir(workdir, c.train.keep_last)
+    check_workdir(workdir, c, allow_config_change)
+    check_settings(experiment)
+    abstract = experiment.abstract_state()
     stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
     interrupt = interrupt or training.Interrupt()
-    with experiment.train_batches() as batches:
-        restored = checkpoints.restore_last(training.abstract(state))
-        if restored is not None:
-            state = _continue(restored, stream, batches)
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(experiment.train_batches())
+        if read_config(workdir) is None:
+            claim(workdir, c)
+        checkpoints = open_workdir(workdir, c.train.keep_last)
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore_last(abstract)
+        if restored is None:
+            state, progress = experiment.initial_state(), {}
+        else:
+            state, progress = _continue(restored, stream, batches), restored.notes["progress"]
+        claim(workdir, c)
+        _save_tokenizer(experiment, workdir)
         start = int(state.step)
-        writer = training.MetricWriter(workdir, start)
+        writer = training.MetricWriter(workdir, start, again=progress.get("hooks_due", ()))
+        stack.callback(writer.close)
         if start < c.train.steps:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         step = jax.jit(experiment.train_step(), donate_argnums=0, out_shardings=(shardings, None))
-        try:
-            training.train(
-                step,
-                state,
-                batches,
-                options=_loop_options(experiment, workdir),
-                checkpoints=checkpoints,
-                writer=writer,
-                hooks=_hooks(experiment, workdir, writer),
-                notes={"stream": stream},
-                progress=None if restored is None else restored.notes["progress"],
-                interrupt=interrupt,
-            )
-        finally:
-            writer.close()
-            checkpoints.close()
+        training.train(
+            step,
+            state,
+            batches,
+            options=_loop_options(experiment, workdir),
+            checkpoints=checkpoints,
+            writer=writer,
+            hooks=_hooks(experiment, workdir, writer),
+            notes={"stream": stream},
+            progress=progress,
+            interrupt=interrupt,
+        )
     return not interrupt.requested
 
 
@@ -69,9 +100,9 @@ def evaluate(
     """Likelihood bound of the final split under the best parameters; written and returned."""
     c = experiment.config.evaluate
     step, params = load_parameters(experiment, workdir)
-    source = experiment.held_out(c.final_split)
+    split, source = experiment.held_out(c.final_split)
     rows = len(source) if not c.max_rows else min(c.max_rows, len(source))
-    with tqdm.tqdm(total=rows, desc=f"evaluating {c.final_split}", unit="row") as bar:
+    with tqdm.tqdm(total=rows, desc=f"evaluating {split}", unit="row") as bar:
 
         def progress(count: int) -> None:
             bar.update(min(count, rows - bar.n))
@@ -84,7 +115,7 @@ def evaluate(
     entropies = data.split_entropies(source, experiment.dataset.vocab_size, c.max_rows or None)
     record = {
         "step": step,
-        "split": c.final_split,
+        "split": split,
         "unit": experiment.dataset.unit,
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
@@ -115,7 +146,7 @@ def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int,
     """
     checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
     try:
-        abstract = training.abstract(experiment.initial_state()[0])
+        abstract = experiment.abstract_state()
         best = checkpoints.best_metrics()
         if best is not None:
             return int(best["step"]), checkpoints.restore_best(abstract.ema)
@@ -125,6 +156,12 @@ def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int,
     if restored is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
     return int(restored.state.step), restored.state.ema
+
+
+def _save_tokenizer(experiment: Experiment, workdir: pathlib.Path) -> None:
+    path = workdir / "tokenizer.json"
+    if experiment.dataset.tokenizer is not None and not path.exists():
+        experiment.dataset.tokenizer.save(path)
 
 
 def _continue(restored: Restored, stream: dict[str, Any], batches: data.Prefetcher) -> TrainState:
@@ -156,6 +193,7 @@ def _hooks(
     c = experiment.config.evaluate
     estimate = experiment.likelihood(c.passes, c.replicates)
     source = experiment.dataset.valid
+    generate = prepare_samples(experiment)
 
     def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
         # The same key every time: differences between evaluations are not masking noise.
@@ -164,7 +202,8 @@ def _hooks(
 
     def sample_step(step: int, ema: PyTree, check: Callable) -> None:
         check()
-        show_samples(experiment, workdir, step, ema, experiment.key(step, "sample"), writer)
+        key = experiment.key(step, "sample")
+        show_samples(experiment, workdir, step, ema, key, writer, generate)
 
     return training.Hooks(evaluate_step if len(source) else None, sample_step)
 

@@ -31,42 +31,52 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool) -> None:
-    """Makes the directory this config's, or refuses it.
-
-    Writes ``config.json`` and ``run.json`` (seed, versions, git revision). With ``allow_change``
-    the old files are kept as ``config.1.json`` and so on.
+def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
+    """Refuses a directory that is not this config's; changes nothing.
 
     Raises:
         WorkdirError: if the directory holds a run with another config, listing what differs, or
             holds files but no run.
     """
-    new, old = resolved(config), read_config(workdir)
+    old = read_config(workdir)
     if old is None:
-        if workdir.exists() and any(workdir.iterdir()):
+        if workdir.exists() and not workdir.is_dir():
+            raise WorkdirError(f"{workdir} is not a directory; name another --workdir")
+        if workdir.exists() and any(p.suffix != ".partial" for p in workdir.iterdir()):
             raise WorkdirError(
                 f"{workdir} is not empty and holds no run (no config.json); name a new directory"
             )
-    else:
-        changed = differences(_fixed(old), _fixed(new))
-        if changed and not allow_change:
-            raise WorkdirError(
-                f"{workdir} holds a run with another config:\n  "
-                + "\n  ".join(changed)
-                + "\nName another --workdir, restore these settings, or pass "
-                "--allow_config_change to go on with the new ones."
-            )
-        if not changed:
-            return
+        return
+    changed = differences(_fixed(old), _fixed(resolved(config)))
+    if changed and not allow_change:
+        raise WorkdirError(
+            f"{workdir} holds a run with another config:\n  "
+            + "\n  ".join(changed)
+            + "\nName another --workdir, restore these settings, or pass "
+            "--allow_config_change to go on with the new ones."
+        )
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes ``config.json`` and ``run.json`` (seed, versions, git revision) where they are new.
+
+    Files of another config are kept as ``config.1.json`` and so on.
+    """
+    new, old = resolved(config), read_config(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    changed = old is not None and differences(_fixed(old), _fixed(new))
+    if changed:
         number = 1
         while (workdir / f"config.{number}.json").exists():
             number += 1
-        for name in ("config", "run"):
-            if (workdir / f"{name}.json").exists():
-                (workdir / f"{name}.json").rename(workdir / f"{name}.{number}.json")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "run.json", provenance(config.seed))
-    write_json(workdir / "config.json", new)
+        # The old config is copied, not moved: a kill must not leave a run without one.
+        write_json(workdir / f"config.{number}.json", old)
+        if (workdir / "run.json").exists():
+            (workdir / "run.json").rename(workdir / f"run.{number}.json")
+    if changed or old is None:
+        write_json(workdir / "config.json", new)
+    if not (workdir / "run.json").exists():
+        write_json(workdir / "run.json", provenance(config.seed))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

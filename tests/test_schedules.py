@@ -239,6 +239,7 @@ def test_ends_and_lost_support(name):
         np.testing.assert_array_equal(schedule.masking_rate(jnp.array([0.0, 1.0])), [0, 1])
     np.testing.assert_allclose(schedule.time(jnp.array([0.0, 1.0])), [0, 1], atol=1e-5)
     assert np.all(schedule.log_pdf_rate(jnp.array([0.0, 1.0])) == -np.inf)
+    assert np.all(elementwise_grad(schedule.log_pdf_rate)(jnp.array([0.0, 1.0])) == 0)
 
 
 def test_lost_support_of_the_truncated_schedules():

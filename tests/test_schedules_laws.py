@@ -124,9 +124,9 @@ compiled_log_pdf = jax.jit(lambda law, logsnr: law.log_pdf(logsnr))
 def measured(name, bits):
     """In float64, or compiled in float32 and at the draws of :data:`RANDOM` as well."""
     law = law_in(name, bits)
-    low, high = map(float, law.support)
-    outside = np.array([-np.inf, np.inf, low - 0.01, high + 0.01])
     with jax.enable_x64(bits == 64):
+        low, high = map(float, law.support)
+        outside = np.array([-np.inf, np.inf, low - 0.01, high + 0.01])
         if bits == 64:
             results = measure(law, jnp.asarray(QUANTILES), outside, differentiate_forward)
         else:
@@ -326,6 +326,24 @@ def test_truncated_tail_keeps_its_precision():
     below, above = 1 / (1 + np.exp(10.0)), 1 / (1 + np.exp(14.0))
     survival = 0.5 * (below + above)
     np.testing.assert_allclose(law.icdf(0.5), -np.log(survival / (1 - survival)), rtol=1e-6)
+
+
+def types_within(value):
+    """Types of a law, and of the law or schedule that it wraps."""
+    inner = getattr(value, "base", getattr(value, "schedule", None))
+    return [type(value)] + ([] if inner is None else types_within(inner))
+
+
+def test_jit_tells_every_type_apart():
+    """Structures of different types differ, or jit runs the code of one on another by chance."""
+    laws = [law_in(name, 32) for name in sorted(ZOO)]
+    values = laws + [make() for make in SCHEDULES.values()]
+    for i, one in enumerate(values):
+        for other in values[:i]:
+            if types_within(one) != types_within(other):
+                assert jax.tree.structure(one) != jax.tree.structure(other), (one, other)
+    paths = jax.tree_util.tree_leaves_with_path(schedules.logistic())
+    assert [jax.tree_util.keystr(path) for path, _ in paths] == [".loc", ".scale"]
 
 
 # Errors

@@ -30,5 +30,6 @@ from mdm_jax.schedules.masked_schedule import LostSupport as LostSupport
 from mdm_jax.schedules.masked_schedule import MaskedSchedule as MaskedSchedule
 from mdm_jax.schedules.masked_schedule import law_of as law_of
 from mdm_jax.schedules.piecewise import piecewise as piecewise
+from mdm_jax.schedules.pytrees import pytree_dataclass as pytree_dataclass
 from mdm_jax.schedules.tabulated import tabulated as tabulated
 from mdm_jax.schedules.truncated import truncated as truncated

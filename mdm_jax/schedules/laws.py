@@ -12,7 +12,6 @@ factories check the parameters, the classes themselves do not. A law of one's ow
 :class:`TwoSidedLaw`; anything with the four members of :class:`Law` can be used for training.
 """
 
-import dataclasses
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.parameters import as_parameter, check_finite, check_interval, is_concrete
+from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 
@@ -90,8 +90,7 @@ class TwoSidedLaw:
         return self.quantile(u, 1 - u)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Logistic(TwoSidedLaw):
     """Logistic law; with location 0 and scale 1 the masking rate is uniform on (0, 1).
 
@@ -118,8 +117,7 @@ class Logistic(TwoSidedLaw):
         return self.loc + self.scale * (jnp.log(below) - jnp.log(above))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Uniform(TwoSidedLaw):
     """Uniform law on [low, high]. Masking rates outside the two ends are never drawn."""
 

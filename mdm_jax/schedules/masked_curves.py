@@ -5,24 +5,19 @@ Everything is written twice over, in t from the clean end and in 1 - t from the 
 in :mod:`mdm_jax.schedules.masked`, not here.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from mdm_jax.schedules.coordinates import MaskingLevel, logsnr_from_log_masking_rate
 from mdm_jax.schedules.masked_schedule import Instant, MaskedSchedule
+from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 _HALF_PI = jnp.pi / 2
 _QUARTER_PI = jnp.pi / 4
 
 
-def _schedule(cls: type) -> type:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_schedule
+@pytree_dataclass
 class Clipped(MaskedSchedule):
     """m = clean + (1 - noisy - clean) t, uniform on [clean, 1 - noisy].
 
@@ -53,7 +48,7 @@ class Clipped(MaskedSchedule):
         return 1 - self.clean - self.noisy
 
 
-@_schedule
+@pytree_dataclass
 class CosineMD4(MaskedSchedule):
     """m = sin(pi t / 2)."""
 
@@ -75,7 +70,7 @@ class CosineMD4(MaskedSchedule):
         return -jnp.log(_HALF_PI) - 0.5 * (level.log_survival + jnp.log1p(level.rate))
 
 
-@_schedule
+@pytree_dataclass
 class CosineMDLM(MaskedSchedule):
     """m = 1 - cos(pi t / 2)."""
 
@@ -98,7 +93,7 @@ class CosineMDLM(MaskedSchedule):
         return -jnp.log(_HALF_PI) - 0.5 * (level.log_rate + jnp.log1p(level.survival))
 
 
-@_schedule
+@pytree_dataclass
 class CosineSquared(MaskedSchedule):
     """m = sin(pi t / 2)^2."""
 
@@ -118,7 +113,7 @@ class CosineSquared(MaskedSchedule):
         return -jnp.log(jnp.pi) - 0.5 * (level.log_rate + level.log_survival)
 
 
-@_schedule
+@pytree_dataclass
 class Power(MaskedSchedule):
     """m = t^exponent."""
 
@@ -145,7 +140,7 @@ class Power(MaskedSchedule):
         return (1 / self.exponent - 1) * level.log_rate - jnp.log(self.exponent)
 
 
-@_schedule
+@pytree_dataclass
 class Log(MaskedSchedule):
     """m = log2(1 + t)."""
 
@@ -167,7 +162,7 @@ class Log(MaskedSchedule):
         return jnp.log(jnp.log(2.0)) + level.rate * jnp.log(2.0)
 
 
-@_schedule
+@pytree_dataclass
 class Geometric(MaskedSchedule):
     """m = 1 - exp(-sigma) with sigma = sigma_min^(1 - t) sigma_max^t."""
 
@@ -201,7 +196,7 @@ class Geometric(MaskedSchedule):
         return jnp.log(self.sigma_max) - jnp.log(self.sigma_min)
 
 
-@_schedule
+@pytree_dataclass
 class LinearSigma(MaskedSchedule):
     """m = 1 - exp(-sigma) with sigma = sigma_min + (sigma_max - sigma_min) t."""
 
@@ -229,7 +224,7 @@ class LinearSigma(MaskedSchedule):
         return self.sigma_min * at.rest + self.sigma_max * at.t
 
 
-@_schedule
+@pytree_dataclass
 class LogUniform(MaskedSchedule):
     """m = low^(1 - t) high^t; its loss weight is constant."""
 
@@ -258,7 +253,7 @@ class LogUniform(MaskedSchedule):
         return jnp.log(self.high) - jnp.log(self.low)
 
 
-@_schedule
+@pytree_dataclass
 class UniformLogsnr(MaskedSchedule):
     """logSNR = high - (high - low) t."""
 

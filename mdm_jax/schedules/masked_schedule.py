@@ -10,10 +10,8 @@ variance of its estimate does.
 """
 
 import abc
-import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from mdm_jax.schedules.coordinates import (
@@ -24,6 +22,7 @@ from mdm_jax.schedules.coordinates import (
     survival_probability,
 )
 from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine, inside
+from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 
@@ -56,8 +55,8 @@ class MaskedSchedule(abc.ABC):
 
     A subclass gives the five ``*_formula`` methods. They receive t together with 1 - t, or a level
     in all its coordinates, so that each can be written without a difference of nearly equal
-    numbers: float32 then holds the logSNR at t = 2**-24 and at 1 - 2**-24 equally well. It should
-    be a frozen dataclass registered as a pytree, so that its law can be passed through jit.
+    numbers: float32 then holds the logSNR at t = 2**-24 and at 1 - 2**-24 equally well. Decorate
+    it with ``schedules.pytree_dataclass``, so that it can be passed through jit.
     """
 
     def masking_rate(self, t: ArrayLike, rest: ArrayLike | None = None) -> Array:
@@ -148,8 +147,7 @@ class MaskedSchedule(abc.ABC):
         """Log density of the masking rate, -log m'(t), of a level within the range."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class ScheduleLaw(TwoSidedLaw):
     """Law of the logSNR of ``schedule`` at t ~ U(0, 1); the quantile u is 1 - t."""
 

@@ -1,7 +1,5 @@
 """Piecewise-constant density over the logSNR: exact density and exact inverse from one table."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +7,11 @@ import numpy as np
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine
 from mdm_jax.schedules.parameters import is_concrete
+from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class PiecewiseConstant(TwoSidedLaw):
     """Uniform within each of J cells of the logSNR.
 
@@ -59,9 +57,9 @@ class PiecewiseConstant(TwoSidedLaw):
         )
 
     def quantile(self, below: Array, above: Array) -> Array:
-        cell = _find(self.cumulative, below)
+        # Rounded to 1, ``below`` would land in the last cell even if that is empty.
+        cell = _find(self.cumulative, jnp.minimum(below, 1 - jnp.finfo(below.dtype).epsneg))
         mass = self.masses[cell]
-        mass = jnp.where(mass > 0, mass, 1.0)  # an empty cell can only be met at below = 0 or 1
         from_left = (below - self.cumulative[cell]) / mass
         from_right = (above - (1 - self.cumulative[cell + 1])) / mass
         fraction = jnp.where(below < 0.5, from_left, 1 - from_right)
@@ -86,42 +84,53 @@ def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
         ValueError: if shapes do not fit, edges are not finite and increasing (as float32 too), or
             masses are negative, not finite or all zero.
     """
-    with jax.ensure_compile_time_eval():  # known numbers are checked while tracing, too
-        masses, edges = as_float(masses), as_float(edges)
-        if masses.ndim != 1 or edges.ndim != 1 or masses.size < 1:
-            raise ValueError(
-                "piecewise needs masses [J] and edges [J + 1], "
-                f"got shapes {masses.shape} and {edges.shape}"
-            )
-        if edges.size not in (2, masses.size + 1):
-            raise ValueError(
-                f"piecewise: {masses.size} masses need {masses.size + 1} edges, "
-                f"or 2 for equal cells, got {edges.size}"
-            )
-        if edges.size != masses.size + 1:
-            edges = jnp.linspace(edges[0], edges[1], masses.size + 1, dtype=edges.dtype)
-        _check_edges(edges)
+    masses, edges = _as_table(masses), _as_table(edges)
+    cells = masses.size
+    if masses.ndim != 1 or edges.ndim != 1 or cells < 1:
+        raise ValueError(
+            "piecewise needs masses [J] and edges [J + 1], "
+            f"got shapes {masses.shape} and {edges.shape}"
+        )
+    if edges.size not in (2, cells + 1):
+        raise ValueError(
+            f"piecewise: {cells} masses need {cells + 1} edges, or 2 for equal cells, "
+            f"got {edges.size}"
+        )
+    return PiecewiseConstant(_edges(edges, cells), _cumulative(masses))
+
+
+def _as_table(values: ArrayLike) -> Array | np.ndarray:
+    """Known numbers as NumPy float64: exact, never compiled, and checked even while tracing."""
+    if is_concrete(*jax.tree.leaves(values)):
+        return np.asarray(values, np.float64)
+    return as_float(values)
+
+
+def _edges(edges: Array | np.ndarray, cells: int) -> Array:
+    xp = np if is_concrete(edges) else jnp
+    if edges.size != cells + 1:
+        edges = xp.linspace(edges[0], edges[1], cells + 1)
+    if is_concrete(edges):
+        _check_edges(edges.astype(jnp.result_type(float)))
+    return jnp.asarray(edges)
+
+
+def _cumulative(masses: Array | np.ndarray) -> Array:
+    xp = np if is_concrete(masses) else jnp
+    if is_concrete(masses):
         _check_masses(masses)
-        total = jnp.cumsum(masses)
-        inner = total[:-1] / total[-1]
-        ends = jnp.zeros(1, inner.dtype), jnp.ones(1, inner.dtype)
-        # A parallel sum may step back by one rounding where a cell is empty.
-        table = jax.lax.cummax(jnp.concatenate([ends[0], inner, ends[1]]))
-        return PiecewiseConstant(edges, table)
+    total = xp.cumsum(masses)
+    table = xp.concatenate([xp.zeros(1), total[:-1] / total[-1], xp.ones(1)])
+    # A parallel sum may step back by one rounding where a cell is empty.
+    return jax.lax.cummax(table) if xp is jnp else jnp.asarray(table)
 
 
-def _check_masses(masses: Array) -> None:
-    if not is_concrete(masses):
-        return
-    known = np.asarray(masses)
+def _check_masses(known: np.ndarray) -> None:
     if not (np.all(np.isfinite(known)) and np.all(known >= 0) and np.any(known > 0)):
         raise ValueError(f"piecewise: masses must be finite, non-negative, not all 0, got {known}")
 
 
-def _check_edges(edges: Array) -> None:
-    if not is_concrete(edges):
-        return
-    known = np.asarray(edges)
+def _check_edges(known: np.ndarray) -> None:
     if not np.all(np.isfinite(known)):
         raise ValueError(f"piecewise: edges must be finite, got {known}; truncate an open end")
     if not np.all(np.diff(known) > 0):

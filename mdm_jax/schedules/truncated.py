@@ -1,18 +1,16 @@
 """A law restricted to an interval of the logSNR."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine, inside
 from mdm_jax.schedules.parameters import as_parameter, check_interval, is_concrete
+from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Truncated(TwoSidedLaw):
     """``base`` given that low <= logsnr <= high.
 

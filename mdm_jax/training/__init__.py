@@ -17,6 +17,7 @@ from mdm_jax.training.optimizers import adamw as adamw
 from mdm_jax.training.optimizers import muon as muon
 from mdm_jax.training.optimizers import warmup_cosine as warmup_cosine
 from mdm_jax.training.sharding import LOGICAL_RULES as LOGICAL_RULES
+from mdm_jax.training.sharding import abstract_sharded as abstract_sharded
 from mdm_jax.training.sharding import batch_sharding as batch_sharding
 from mdm_jax.training.sharding import check_batch_size as check_batch_size
 from mdm_jax.training.sharding import init_sharded as init_sharded

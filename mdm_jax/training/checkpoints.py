@@ -118,8 +118,8 @@ class Checkpoints:
             return Restored(**found)
         if steps:
             raise CheckpointError(
-                f"none of the checkpoints at steps {steps} in {self._last.directory} is whole; they "
-                "were set aside beside it as damaged-*. Start again with another workdir."
+                f"none of the checkpoints at steps {steps} in {self._last.directory} is whole; "
+                "they were set aside beside it as damaged-*. Start again with another workdir."
             )
         return None
 

@@ -79,10 +79,10 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def init_sharded(
+def abstract_sharded(
     init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES
-) -> tuple[PyTree, PyTree]:
-    """Runs ``init`` so that every leaf is born where it will live.
+) -> PyTree:
+    """Shapes, dtypes and shardings of what ``init`` returns, without computing it.
 
     Args:
         init: returns a pytree whose parameters may carry linen's logical axis names; optimiser and
@@ -91,22 +91,40 @@ def init_sharded(
         rules: logical axis -> mesh axis.
 
     Returns:
-        (values without axis names, their shardings). A dimension that its mesh axis does not
+        Pytree of jax.ShapeDtypeStruct without axis names. A dimension that its mesh axis does not
         divide is kept whole.
     """
-    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def sharding_of(node: PyTree) -> PyTree:
-        if not _is_box(node):
-            return replicated
-        axes = nn.logical_to_mesh_axes(node.get_partition_spec(), rules)
+    def place(node: PyTree) -> PyTree:
+        axes = PartitionSpec()
+        if _is_box(node):
+            axes, node = nn.logical_to_mesh_axes(node.get_partition_spec(), rules), node.unbox()
         # What optimisers keep in a parameter's place may be empty or of another rank.
         return jax.tree.map(
-            lambda leaf: NamedSharding(mesh, _fitting(leaf.shape, axes, mesh)), node.unbox()
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                sharding=NamedSharding(mesh, _fitting(leaf.shape, axes, mesh)),
+            ),
+            node,
         )
 
-    boxed = jax.eval_shape(init)
-    shardings = jax.tree.map(sharding_of, boxed, is_leaf=_is_box)
+    return jax.tree.map(place, jax.eval_shape(init), is_leaf=_is_box)
+
+
+def init_sharded(
+    init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES
+) -> tuple[PyTree, PyTree]:
+    """Runs ``init`` so that every leaf is born where it will live.
+
+    Args:
+        init, mesh, rules: as for :func:`abstract_sharded`.
+
+    Returns:
+        (values without axis names, their shardings).
+    """
+    abstract = abstract_sharded(init, mesh, rules)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     values = jax.jit(lambda: nn.meta.unbox(init()), out_shardings=shardings)()
     return values, shardings
 

@@ -117,10 +117,10 @@ def make_train_step(
         # Only here is anything divided: the denominator belongs to the global batch.
         gradients = jax.tree.map(lambda g: token_mean(g, sums.scored), gradients)
         loss = token_mean(sums.loss, sums.scored)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         # Of the updates too: an optimiser can overflow on gradients that are finite.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         done = state.step - state.skipped
         decay = jnp.minimum(ema_decay, (1.0 + done) / (10.0 + done))

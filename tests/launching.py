@@ -1,0 +1,70 @@
+"""The launcher for tests: in a process of its own, or inside this one for what fails early."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+from absl.testing import flagsaver
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+QUICKSTART = "experiments/configs/quickstart.py:smoke"
+DIGITS = "experiments/configs/digits_masked.py:smoke"
+_CACHE = tempfile.TemporaryDirectory(prefix="mdm_jax-tests-")
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Compiles quickly, and a program only once for all processes of the session."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+        f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "MPLBACKEND": "Agg",
+    }
+
+
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
+    """The launcher in a process of its own, from the repository's root."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.launch", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(devices),
+    )
+
+
+def finish(*arguments: str, code: int = 0, devices: int = 1) -> tuple[str, str]:
+    """(stdout, stderr) of a run that ends by itself with ``code``."""
+    process = start(*arguments, devices=devices)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out, err
+
+
+def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of the launcher inside this process."""
+    import grain  # noqa: F401  (defines flags when imported, which the flag saver would remove)
+
+    from experiments import launch
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["launch", *map(str, arguments)])
+    capsys.readouterr()
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        try:
+            code = launch.main(launch._parse(sys.argv))
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            flags.FLAGS.mark_as_parsed()
+    out, err = capsys.readouterr()
+    return code, out, err

@@ -1,0 +1,314 @@
+"""Checkpoints: round trips, damage that is named and set aside, misfits, keeping, meshes."""
+
+import logging as python_logging
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from mdm_jax import training, variance
+from mdm_jax.training import CheckpointError, Checkpoints, abstract
+
+
+def _state(seed=0, width=3):
+    rng = np.random.default_rng(seed)
+    return {
+        "params": {"kernel": jnp.asarray(rng.normal(size=(width, 4)), jnp.float32)},
+        "low": jnp.asarray(rng.normal(size=(5,)), jnp.bfloat16),
+        "step": jnp.int32(seed),
+    }
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """(directory, function that opens it); closes all that were opened."""
+    managers = []
+
+    def open_again(keep_last=2):
+        managers.append(Checkpoints(tmp_path, keep_last))
+        return managers[-1]
+
+    yield tmp_path, open_again
+    for manager in managers:
+        manager.close()
+
+
+def _fill(open_again, steps=(4, 8), keep_last=2):
+    checkpoints = open_again(keep_last)
+    for step in steps:
+        checkpoints.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+    return checkpoints
+
+
+def _assert_holds(restored, step):
+    chex.assert_trees_all_equal(restored.state, _state(step))
+    chex.assert_trees_all_equal_dtypes(restored.state, _state(step))
+    assert restored.position == {"batches": step}
+    assert restored.notes == {"window": [[step, 0.1]]}
+
+
+def test_round_trip_of_the_newest(opened):
+    _, open_again = opened
+    assert open_again().restore_last(abstract(_state())) is None
+    _fill(open_again)
+    checkpoints = open_again()
+    assert checkpoints.steps() == [4, 8]
+    _assert_holds(checkpoints.restore_last(abstract(_state())), 8)
+
+
+def test_train_state_with_a_stateful_chain_keeps_every_leaf(opened):
+    """Nested optimiser states, empty states and a transform's own state."""
+    _, open_again = opened
+    chain = variance.chain(
+        variance.stratified(),
+        variance.VarianceTransform(
+            name="histogram",
+            phase=variance.Phase.WARP,
+            init=lambda spec: {"counts": jnp.arange(5, dtype=jnp.int32), "mean": (jnp.ones(()),)},
+            draw=lambda key, state, draw, spec: draw,
+            update=lambda state, draw, stats: state,
+        ),
+    )
+    optimizer = training.adamw(optax.constant_schedule(0.1))
+    spec, _ = tiny.step_fn(8)
+    state = tiny.perturbed(tiny.new_state(spec, optimizer, chain))
+    open_again().save(1, state, {}, {})
+    restored = open_again().restore_last(abstract(state))
+    chex.assert_trees_all_equal(restored.state, state)
+    assert isinstance(restored.state, training.TrainState)
+
+
+def test_notes_keep_floats_and_nan(opened):
+    _, open_again = opened
+    window = [[0.1, float(np.float32(1) / 3), float("nan"), 1e-30]]
+    open_again().save(1, _state(), {}, {"window": window})
+    found = open_again().restore_last(abstract(_state())).notes["window"]
+    np.testing.assert_array_equal(found, window)
+
+
+def test_only_the_last_are_kept(opened):
+    directory, open_again = opened
+    checkpoints = _fill(open_again, (1, 2, 3, 4, 5), keep_last=3)
+    assert checkpoints.steps() == [3, 4, 5]
+    manifests = sorted(path.name for path in (directory / "manifests" / "last").iterdir())
+    assert manifests == ["3.json", "4.json", "5.json"]
+    with pytest.raises(ValueError, match="keep_last must be at least 1"):
+        Checkpoints(directory, 0)
+
+
+def test_a_step_that_is_there_is_left_as_it_is(opened):
+    _, open_again = opened
+    checkpoints = _fill(open_again)
+    checkpoints.save(8, _state(99), {"batches": 99}, {})
+    _assert_holds(open_again().restore_last(abstract(_state())), 8)
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def _largest(directory):
+    """The file that holds the arrays."""
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _truncate(directory):
+    path = _largest(directory)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def _flip(directory):
+    path = _largest(directory)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    return path
+
+
+def _remove(directory):
+    path = _largest(directory)
+    path.unlink()
+    return path
+
+
+def _empty_position(directory):
+    path = directory / "position" / "metadata"
+    path.write_text("{}")
+    return path
+
+
+DAMAGE = {
+    "truncated": (_truncate, "bytes instead of"),
+    "one bit": (_flip, "has changed since it was written"),
+    "missing": (_remove, "is missing"),
+    "position": (_empty_position, "bytes instead of"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_named_set_aside_and_replaced(opened, caplog, kind):
+    directory, open_again = opened
+    _fill(open_again)
+    damage, words = DAMAGE[kind]
+    file = damage(directory / "last" / "8").relative_to(directory / "last" / "8").as_posix()
+    checkpoints = open_again()
+    with caplog.at_level(python_logging.WARNING):
+        _assert_holds(checkpoints.restore_last(abstract(_state())), 4)
+    message = caplog.text
+    aside = directory / "damaged-last-8-0"
+    for part in (file, words, str(directory / "last" / "8"), str(aside)):
+        assert part in message
+    assert aside.is_dir() and list(aside.rglob("*"))  # not deleted
+    assert checkpoints.steps() == [4]
+    # The run goes on and meets the step again.
+    checkpoints.save(8, _state(8), {"batches": 8}, {"window": [[8, 0.1]]})
+    again = open_again()
+    _assert_holds(again.restore_last(abstract(_state())), 8)
+    _flip(directory / "last" / "8")
+    _assert_holds(open_again().restore_last(abstract(_state())), 4)
+    assert (directory / "damaged-last-8-1").is_dir()
+
+
+def test_when_all_are_damaged_the_error_says_so(opened):
+    directory, open_again = opened
+    _fill(open_again)
+    for step in (4, 8):
+        _truncate(directory / "last" / str(step))
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints at steps \[4, 8\]"):
+        open_again().restore_last(abstract(_state()))
+    assert (directory / "damaged-last-4-0").is_dir() and (directory / "damaged-last-8-0").is_dir()
+
+
+def test_a_damaged_manifest_counts_as_damage(opened, caplog):
+    directory, open_again = opened
+    _fill(open_again)
+    manifest = directory / "manifests" / "last" / "8.json"
+    manifest.write_text(manifest.read_text()[:50])
+    _assert_holds(open_again().restore_last(abstract(_state())), 4)
+    assert str(manifest) in caplog.text
+
+
+def test_killed_before_the_manifest_the_files_decide(opened):
+    directory, open_again = opened
+    _fill(open_again)
+    manifest = directory / "manifests" / "last" / "8.json"
+    manifest.unlink()
+    _assert_holds(open_again().restore_last(abstract(_state())), 8)
+    assert manifest.exists()  # from now on it is guarded again
+    manifest.unlink()
+    shutil.rmtree(directory / "last" / "8" / "state")
+    _assert_holds(open_again().restore_last(abstract(_state())), 4)
+    assert (directory / "damaged-last-8-0").is_dir()
+
+
+def test_killed_while_saving_leaves_the_one_before(opened, caplog):
+    directory, open_again = opened
+    _fill(open_again)
+    half = directory / "last" / "12.orbax-checkpoint-tmp"
+    shutil.copytree(directory / "last" / "8", half)
+    _remove(half)
+    checkpoints = open_again()
+    _assert_holds(checkpoints.restore_last(abstract(_state())), 8)
+    checkpoints.save(12, _state(12), {"batches": 12}, {"window": [[12, 0.1]]})
+    assert "12.orbax" not in caplog.text
+    _assert_holds(open_again().restore_last(abstract(_state())), 12)
+
+
+# --- misfits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "more", "fewer"])
+def test_a_whole_checkpoint_that_does_not_fit_is_refused_and_kept(opened, change):
+    directory, open_again = opened
+    _fill(open_again)
+    wanted = _state(width=7 if change == "shape" else 3)
+    if change == "dtype":
+        wanted["low"] = wanted["low"].astype(jnp.float32)
+    elif change == "more":
+        wanted["extra"] = jnp.zeros(2)
+    elif change == "fewer":
+        del wanted["low"]
+    expected = {
+        "shape": r"params/kernel is float32\[3, 4\], wanted float32\[7, 4\]",
+        "dtype": r"low is bfloat16\[5\], wanted float32\[5\]",
+        "more": r"extra is absent, wanted float32\[2\]",
+        "fewer": r"low is bfloat16\[5\], wanted absent",
+    }
+    with pytest.raises(
+        CheckpointError, match="does not fit this configuration.*" + expected[change]
+    ):
+        open_again().restore_last(abstract(wanted))
+    assert not list(directory.glob("damaged*"))
+    _assert_holds(open_again().restore_last(abstract(_state())), 8)
+
+
+# --- best ---------------------------------------------------------------------------------------
+
+
+def test_the_best_is_the_lowest_finite_loss(opened):
+    directory, open_again = opened
+    checkpoints = open_again()
+    assert checkpoints.best_metrics() is None
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        checkpoints.restore_best(abstract(_state()))
+    losses = [float("nan"), 3.0, 2.0, 2.0, float("inf"), 2.5, 1.5, float("nan"), 4.0]
+    kept = [
+        checkpoints.save_best(step, _state(step), {"loss": loss, "other": 7.0})
+        for step, loss in enumerate(losses)
+    ]
+    assert kept == [False, True, True, False, False, False, True, False, False]
+    for found in (checkpoints, open_again()):
+        assert found.best_metrics() == {"step": 6, "loss": 1.5, "other": 7.0}
+        chex.assert_trees_all_equal(found.restore_best(abstract(_state())), _state(6))
+    assert [p.name for p in (directory / "best").iterdir()] == ["6"]
+    # A resumed run comes by the same evaluation again.
+    assert not open_again().save_best(6, _state(6), {"loss": 1.5})
+
+
+def test_a_damaged_best_is_set_aside_and_the_next_one_takes_its_place(opened, caplog):
+    directory, open_again = opened
+    open_again().save_best(3, _state(3), {"loss": 1.0})
+    file = _truncate(directory / "best" / "3")
+    checkpoints = open_again()
+    assert checkpoints.best_metrics() is None
+    assert file.name in caplog.text and (directory / "damaged-best-3-0").is_dir()
+    assert checkpoints.save_best(5, _state(5), {"loss": 9.0})
+    chex.assert_trees_all_equal(open_again().restore_best(abstract(_state())), _state(5))
+
+
+def test_a_best_of_another_shape_does_not_fit(opened):
+    _, open_again = opened
+    open_again().save_best(3, _state(3), {"loss": 1.0})
+    with pytest.raises(CheckpointError, match="does not fit this configuration"):
+        open_again().restore_best(abstract(_state(width=9)))
+
+
+# --- meshes -------------------------------------------------------------------------------------
+
+
+def test_a_state_of_eight_devices_restores_on_one_and_on_other_meshes(opened):
+    _, open_again = opened
+    model = tiny.transformer()
+    variables = training.linen_init(model, tiny.LENGTH)
+
+    def init():
+        return variables(jax.random.key(0))
+
+    def made(**sizes):
+        return training.init_sharded(init, training.make_mesh(**sizes))[0]
+
+    saved = made(data=2, fsdp=2, tensor=2)
+    open_again().save(1, saved, {}, {})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    alone = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), saved)
+    targets = {"one": alone, "other": abstract(made(data=1, fsdp=8)), "same": abstract(saved)}
+    for name, target in targets.items():
+        found = open_again().restore_last(target).state
+        chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(saved))
+        for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(target)):
+            assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), name

@@ -1,0 +1,115 @@
+"""Every config file builds, fits together, and passes the shapes of one training step."""
+
+import importlib
+import inspect
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import build, configs, run, saved_config, workdir
+from experiments.experiment import make_experiment
+from mdm_jax import schedules
+from mdm_jax.batches import Batch
+
+FOLDER = pathlib.Path(configs.__file__).parent
+NAMES = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
+    if path.stem != "__init__"
+)
+
+
+def _get_config(name, *variant):
+    return importlib.import_module(f"experiments.configs.{name}").get_config(*variant)
+
+
+def _has_variants(name):
+    function = importlib.import_module(f"experiments.configs.{name}").get_config
+    return bool(inspect.signature(function).parameters)
+
+
+def test_the_files_are_found():
+    assert {"base", "quickstart", "digits_masked"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_builds_and_one_step_keeps_the_state(name):
+    """The full model over the data of the smoke variant, where there is one."""
+    config = _get_config(name)
+    if _has_variants(name):
+        config.data = _get_config(name, "smoke").data
+    _take_a_step(config)
+
+
+def _take_a_step(config):
+    experiment = make_experiment(config)
+    run.check_settings(experiment)
+    rows, length = config.train.batch_size, experiment.dataset.length
+    batch = Batch(
+        tokens=jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        eligible=jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+        documents=jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        units=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+    state = experiment.abstract_state()
+    after, metrics = jax.eval_shape(experiment.train_step(), state, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    assert all(leaf.shape == () for leaf in metrics)
+    assert experiment.describe()
+
+
+REGISTERED = {
+    "corruption.name": build.CORRUPTIONS,
+    "law.name": schedules.MASKED_SCHEDULES,
+    "variance.order": build.VARIANCE,
+    "optimizer.name": build.OPTIMIZERS,
+    "model.dtype": build.DTYPES,
+    "sample.sampler": build.SAMPLERS,
+    "sample.grid": {"uniform_masking_rate": None, **schedules.MASKED_SCHEDULES},
+}
+
+
+@pytest.mark.parametrize(
+    "field, name", [(field, name) for field, table in REGISTERED.items() for name in table]
+)
+def test_every_registered_name_can_be_chosen(field, name):
+    config = _get_config("quickstart", "smoke")
+    section, key = field.split(".")
+    config[section][key] = (name,) if key == "order" else name
+    if field == "sample.grid":
+        config.sample.sampler = "ancestral"
+    if section == "sample":
+        run.check_settings(make_experiment(config))
+    else:
+        _take_a_step(config)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if _has_variants(name)])
+def test_smoke_variants_are_small_and_unknown_ones_are_refused(name):
+    config = _get_config(name, "smoke")
+    assert config.train.steps <= 50 and config.model.width <= 32
+    with pytest.raises(ValueError, match=f"{name} has the variant.* not 'smokee'"):
+        _get_config(name, "smokee")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_comes_back_from_its_workdir(name, tmp_path):
+    """Through JSON and back: the same values of the same types, tuples included."""
+    config = _get_config(name)
+    workdir.claim(tmp_path, config)
+    assert saved_config.get_config(str(tmp_path)).to_dict() == config.to_dict()
+
+
+def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
+    config = _get_config("base")
+    config.train.steps = 7
+    workdir.claim(tmp_path, config)
+    saved = workdir.read_config(tmp_path)
+    del saved["train"]["profile_at"], saved["mesh"]
+    workdir.write_json(tmp_path / "config.json", saved)
+    found = saved_config.get_config(str(tmp_path))
+    assert found.train.steps == 7 and found.to_dict() == config.to_dict()

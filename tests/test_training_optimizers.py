@@ -1,0 +1,109 @@
+"""The optax chain: schedules, clipping, which parameters decay, Muon on scanned layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from mdm_jax import training
+from mdm_jax.training.optimizers import decayed
+
+
+def test_schedule_warms_up_and_ends_at_its_fraction():
+    schedule = training.warmup_cosine(2.0, 4, 20, final_fraction=0.1)
+    np.testing.assert_allclose([schedule(s) for s in (0, 2, 4)], [0.0, 1.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(12), schedule(20), schedule(30)], [1.1, 0.2, 0.2], rtol=1e-5
+    )
+    assert float(training.warmup_cosine(2.0, 0, 20)(0)) == 2.0
+
+
+@pytest.mark.parametrize("warmup, total", [(20, 20), (-1, 20), (1, 0)])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup, total):
+    with pytest.raises(ValueError, match=r"warmup_steps must lie in \[0, total_steps\)"):
+        training.warmup_cosine(1.0, warmup, total)
+
+
+@pytest.mark.parametrize("factory", [training.adamw, training.muon])
+def test_clip_norm_must_be_positive(factory):
+    with pytest.raises(ValueError, match="clip_norm must be positive or None"):
+        factory(optax.constant_schedule(0.1), clip_norm=0.0)
+
+
+def test_clipping_is_by_the_global_norm():
+    """Element-wise clipping would change the direction; Adam's first moment keeps what came in."""
+    gradient = {"kernel": jnp.asarray([[3.0, 0.0]]), "scale": jnp.asarray([-4.0])}
+    optimizer = training.adamw(optax.constant_schedule(0.1), b1=0.0, clip_norm=0.5)
+    _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    mean = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(mean["kernel"], [[0.3, 0.0]], rtol=1e-5)
+    np.testing.assert_allclose(mean["scale"], [-0.4], rtol=1e-5)
+
+
+def _params(scan):
+    model = tiny.transformer(depth=2, scan_layers=scan, qk_norm=True, condition_on_logsnr=True)
+    return nn.meta.unbox(jax.eval_shape(training.linen_init(model, 4), jax.random.key(0)))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_norms_and_biases_do_not_decay(scan):
+    """By name: a scanned norm scale has two dimensions and is still none of the matrices."""
+    marks = jax.tree_util.tree_flatten_with_path(decayed(_params(scan)))[0]
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): mark for path, mark in marks}
+    for name, mark in names.items():
+        assert mark == (name.endswith(("kernel", "embedding"))), name
+    assert {name.rsplit("/", 1)[1] for name in names} == {"kernel", "bias", "scale", "embedding"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_scanned_layers_are_updated_as_unrolled_ones(name):
+    rng = np.random.default_rng(0)
+
+    def tree(blocks):
+        return {"embedding": outer, "head": {"kernel": outer.T}, **blocks}
+
+    outer = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32)
+    layers = [
+        {
+            "up": {"kernel": jnp.asarray(rng.normal(size=(8, 12)), jnp.float32)},
+            "norm": {"scale": jnp.asarray(rng.normal(size=8), jnp.float32)},
+        }
+        for _ in range(3)
+    ]
+    unrolled = tree({f"block_{i}": layer for i, layer in enumerate(layers)})
+    scanned = tree({"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)})
+    chosen = getattr(training, name)(optax.constant_schedule(0.1), weight_decay=0.1)
+
+    @tiny.jit
+    def two_updates(params):
+        state = chosen.init(params)
+        for _ in range(2):
+            updates, state = chosen.update(params, state, params)
+        return updates
+
+    first, second = two_updates(unrolled), two_updates(scanned)
+    for i in range(3):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], second["blocks"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5),
+            first[f"block_{i}"],
+            block,
+        )
+    np.testing.assert_allclose(first["embedding"], second["embedding"], rtol=1e-4, atol=1e-6)
+
+
+def test_muon_orthogonalises_inner_kernels_only():
+    rng = np.random.default_rng(1)
+    params = {
+        name: {"kernel": jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)}
+        for name in ("up", "head")
+    }
+    chosen = training.muon(optax.constant_schedule(1.0), clip_norm=None)
+    updates, _ = chosen.update(params, chosen.init(params), params)
+    inner = np.linalg.svd(np.asarray(updates["up"]["kernel"]), compute_uv=False)
+    outer = np.linalg.svd(np.asarray(updates["head"]["kernel"]), compute_uv=False)
+    assert inner.max() / inner.min() < 2.5  # singular values near one another
+    assert outer.max() / outer.min() > 5.0
