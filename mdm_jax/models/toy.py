@@ -2,7 +2,8 @@
 
 Four positions, three tokens, mask token 3. The logits are
 
-    logit_i(v | z) = 0.3 cos(1 + i + 2 v) + sum_{j != i visible} theta[(v - z_j) mod 3] / (1 + |i - j|)
+    logit_i(v | z) = 0.3 cos(1 + i + 2 v)
+                     + sum_{j != i visible} theta[(v - z_j) mod 3] / (1 + |i - j|)
 
 (radians), so every quantity of masked diffusion is a finite sum that can be written down exactly.
 """
