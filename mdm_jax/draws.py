@@ -78,7 +78,7 @@ def check_spec(spec: DrawSpec) -> DrawSpec:
 
 
 def from_grid(index: ArrayLike) -> Array:
-    """Grid point of an integer in [0, 2**GRID_BITS): ``(2 index + 1) / 2**24``, exact in float32."""
+    """Grid point ``(2 index + 1) / 2**24`` of an integer in [0, 2**GRID_BITS); exact, float32."""
     return (2 * jnp.asarray(index, jnp.int32) + 1).astype(jnp.float32) * 2.0 ** -(GRID_BITS + 1)
 
 

@@ -10,7 +10,8 @@ from mdm_jax.schedules import masked, masked_curves
 
 PI = np.pi
 TIMES = np.array([0.25, 0.5, 0.75])
-EXTREMES = np.array([2.0**-24, 2.0**-23, 1 - 2.0**-23, 1 - 2.0**-24])
+# The ends of the draw grid; at the first one even 1 - t rounds to 1 in float32.
+EXTREMES = np.array([2.0**-30, 2.0**-24, 1 - 2.0**-23, 1 - 2.0**-24])
 ALL_TIMES = np.concatenate([EXTREMES, np.linspace(0.01, 0.99, 99)])
 INNER = slice(4, None)  # where formulas that subtract from 1 keep their digits
 

@@ -70,6 +70,9 @@ def test_piecewise_with_traced_masses():
     np.testing.assert_allclose(level[0], -level[1][::-1], rtol=1e-4)
     slopes = jax.jit(jax.jacfwd(level_and_density))(jnp.array([1.0, 0.0, 2.0, 0.0, 3.0]))
     assert all(np.all(np.isfinite(slope)) for slope in slopes)
+    # also of the density in an empty cell, -inf whatever the other masses are
+    empty = jax.grad(lambda m: schedules.piecewise(m, (-1.0, 1.0)).log_pdf(0.5))
+    np.testing.assert_array_equal(empty(jnp.array([1.0, 0.0])), 0)
 
 
 def test_piecewise_of_many_uneven_cells():
