@@ -30,7 +30,19 @@ VARIANCE = {
     "identity": variance.identity,
     "stratified": variance.stratified,
     "systematic": variance.systematic,
+    "antithetic_pairs": variance.antithetic_pairs,
+    "coarse_strata": variance.coarse_strata,
+    "stratified_levels": variance.stratified_levels,
+    "complement": variance.complement,
+    "ppots": variance.ppots,
+    "ppots_parametric": variance.ppots_parametric,
+    "log_uniform": variance.log_uniform,
+    "clipped": variance.clipped,
+    "clipped_mixture": variance.clipped_mixture,
     "mirror": variance.mirror,
+    "rotate": variance.rotate,
+    "rotate_ranks": variance.rotate_ranks,
+    "repeat": variance.repeat,
 }
 SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
 OPTIMIZERS = {"adamw": training.adamw, "muon": training.muon}

@@ -1,4 +1,4 @@
-"""Trains, evaluates and samples from the command line.
+"""Trains, evaluates, samples and measures variance from the command line.
 
 Start a run, and resume it with the same line:
 
@@ -6,8 +6,9 @@ Start a run, and resume it with the same line:
 
 Change any setting: --config.train.steps=2000 --config.variance.order="('stratified',)"
 Own text:           --config.data.source=text --config.data.path=FILE
-Evaluate or sample: --workdir=runs/mine --mode=evaluate (or sample); the config is the run's own
-                    unless --config is given; --config.evaluate.* and --config.sample.* are free.
+Evaluate, sample, or measure the variance of training methods: --workdir=runs/mine
+--mode=evaluate (or sample, variance). The config is the run's own unless --config is given;
+--config.evaluate.*, --config.sample.* and --config.measure.* are free.
 
 --verbosity=1 shows where an error came from.
 """
@@ -19,10 +20,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import command_line, run
+from experiments import command_line, run, variance
 from experiments.experiment import Experiment, make_experiment
 from experiments.generation import format_samples
-from experiments.workdir import WorkdirError, check
+from experiments.workdir import WorkdirError, check, claim
 from mdm_jax.training import CheckpointError, Interrupt, Interrupted, TrainingStopped
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,7 +31,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample"], "What to do; train ends with a report."
+    "mode",
+    "train",
+    ["train", "evaluate", "sample", "variance"],
+    "What to do; train ends with a report, variance measures methods on a trained or fresh model.",
 )
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir whose run has another config."
@@ -85,6 +89,17 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
     return _STOPPED
 
 
+def _variance(experiment: Experiment, workdir: pathlib.Path) -> int:
+    c = dict(experiment.config.measure)
+    names = c.pop("methods")
+    methods = variance.named(names) if names else None
+    claim(workdir, experiment.config)
+    record = variance.measure(experiment, workdir, methods, variance.Settings(**c))
+    print(variance.format_table(record))
+    print(f"written to {', '.join(map(str, record['files']))}")
+    return 0
+
+
 def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
     record = run.evaluate(experiment, workdir)
     error = record["standard_error_bits_per_unit"]
@@ -125,7 +140,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-_MODES = {"train": _train, "evaluate": _evaluate, "sample": _sample}
+_MODES = {"train": _train, "evaluate": _evaluate, "sample": _sample, "variance": _variance}
 
 
 if __name__ == "__main__":

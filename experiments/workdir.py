@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
 
-FREE_SECTIONS = ("evaluate", "sample")
+FREE_SECTIONS = ("evaluate", "measure", "sample")
 """Sections that say how a model is looked at, not what it is; they may differ between calls."""
 
 

@@ -1,12 +1,38 @@
 """Every variance transform in one list; a new one joins all property tests by one line here."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from mdm_jax import variance
+from mdm_jax.variance.log_uniform import log_uniform_density
+
+EPR = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
+BINS = variance.log_spaced_edges(6, 1e-2)
+STEEP = (1.0, 2.0, 4.0, 9.0, 30.0, 200.0)
+DENSITY = variance.piecewise_density((0.0, 0.2, 0.7, 0.95, 1.0), (1.0, 2.0, 2.0, 1.0))
 
 SINGLES = {
     "identity": variance.identity,
     "stratified": variance.stratified,
     "systematic": variance.systematic,
+    "antithetic_pairs": variance.antithetic_pairs,
+    "coarse_strata": variance.coarse_strata,
+    "stratified_levels": variance.stratified_levels,
+    "complement": variance.complement,
+    "importance": lambda: variance.importance(DENSITY),
+    "log_uniform": lambda: variance.log_uniform(1e-2),
+    "clipped": lambda: variance.clipped(0.3, 0.8),
+    "clipped_mixture": lambda: variance.clipped_mixture(0.3, 0.8, 0.2),
+    "ppots_parametric": lambda: variance.ppots_parametric(EPR),
+    "ppots_binned": lambda: variance.ppots_binned(BINS, STEEP),
+    "ppots": lambda: variance.ppots(num_bins=8),
     "mirror": variance.mirror,
+    "rotate": lambda: variance.rotate(3),
+    "rotate_ranks": lambda: variance.rotate_ranks(3),
+    "repeat": lambda: variance.repeat(2),
 }
 
 CHAINS = {
@@ -14,6 +40,102 @@ CHAINS = {
     "stratified_mirror": lambda: variance.chain(variance.stratified(), variance.mirror()),
     "systematic_mirror": lambda: variance.chain(variance.systematic(), variance.mirror()),
     "nested": lambda: variance.chain(variance.chain(variance.stratified()), variance.mirror()),
+    "levels_ppots_rotate": lambda: variance.chain(
+        variance.stratified_levels(2), variance.ppots_binned(BINS, STEEP), variance.rotate(2)
+    ),
+    "pairs_complement_log_uniform": lambda: variance.chain(
+        variance.antithetic_pairs(), variance.complement(), variance.log_uniform(1e-2)
+    ),
 }
 
-ALL = SINGLES | CHAINS
+LEARNERS = {
+    "ppots_small": lambda: variance.ppots(num_bins=6, warmup_steps=0),
+    "ppots_level_variance": lambda: variance.ppots(
+        num_bins=6, warmup_steps=0, target=variance.level_variance
+    ),
+}
+"""Adaptive warps without warm-up, for loaded states."""
+
+
+def _loaded(second, mean=0.0, weight=1.0):
+    full = [jnp.broadcast_to(jnp.asarray(a, jnp.float32), (6,)) for a in (second, mean, weight)]
+    return variance.PpotsState(*full, jnp.int32(5), jnp.int32(0))
+
+
+STATES = {
+    "ppots_fresh": ("ppots_small", _loaded(0.0, 0.0, 0.0)),
+    "ppots_zeros": ("ppots_small", _loaded(0.0)),
+    "ppots_large": ("ppots_small", _loaded(1e30)),
+    "ppots_overflow": ("ppots_small", _loaded(jnp.inf)),
+    "ppots_huge_first_bin": ("ppots_small", _loaded([1e30, 1, 1, 1, 1, 1])),
+    "ppots_huge_last_bin": ("ppots_small", _loaded([0, 0, 0, 0, 0, 1e30])),
+    "ppots_few_visited": ("ppots_small", _loaded([4.0, 0, 0, 9.0, 0, 0], 0, [1, 0, 0, 0.5, 0, 0])),
+    "ppots_steep": ("ppots_small", _loaded([1, 10, 100, 1e3, 1e4, 1e5])),
+    "ppots_no_variance": ("ppots_level_variance", _loaded(4.0, 2.0)),
+    "ppots_variance": ("ppots_level_variance", _loaded([4, 5, 7, 20, 90, 500], 2.0)),
+}
+"""Name -> (learner, state): adaptive warps that have seen extremes."""
+
+ALL = (
+    SINGLES | CHAINS | LEARNERS | {name: LEARNERS[learner] for name, (learner, _) in STATES.items()}
+)
+EXACT = [name for name in ALL if name != "clipped"]
+RANGES = {"clipped": (1 - 0.8, 1 - 0.3)}
+"""Quantiles that a truncated member covers."""
+
+
+def state(name, spec):
+    """The state to test a member of ALL with."""
+    return STATES[name][1] if name in STATES else ALL[name]().init(spec)
+
+
+def densities():
+    """Name -> density of the quantile, for every member of ALL that has a warp."""
+    binned = variance.moment_density(BINS, STEEP, 0.1)
+    found = {
+        "importance": DENSITY,
+        "log_uniform": log_uniform_density(1e-2),
+        "clipped": variance.ClippedDensity(0.3, 0.8),
+        "clipped_mixture": variance.piecewise_density((0, 0.2, 0.7, 1), (0.04, 0.9, 0.06)),
+        "ppots_parametric": variance.epr_density(EPR, 0.1),
+        "ppots_binned": binned,
+        "levels_ppots_rotate": binned,
+        "pairs_complement_log_uniform": log_uniform_density(1e-2),
+    }
+    edges = variance.log_spaced_edges(6, 1e-3)
+    targets = {
+        "ppots_small": variance.second_moment,
+        "ppots_level_variance": variance.level_variance,
+    }
+    for name, (learner, loaded) in STATES.items():
+        moment = targets[learner](variance.level_moments(loaded))
+        found[name] = variance.moment_density(edges, moment, 0.1)
+    return found
+
+
+def quick(function, **options):
+    """``jax.jit`` that compiles fast and runs slowly, for functions that run once."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+@functools.cache
+def all_draws(spec, count, seed=0):
+    """``count`` independent draws of every member of ALL, name -> Draw [count, V, B, ...]."""
+
+    def draw(key):
+        found = {
+            name: variance.draw_batch(key, factory(), state(name, spec), spec)
+            for name, factory in ALL.items()
+            if name not in STATES
+        }
+        for learner, factory in LEARNERS.items():
+            loaded = {name: state for name, (owner, state) in STATES.items() if owner == learner}
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loaded.values())
+            one = functools.partial(variance.draw_batch, key, factory(), spec=spec)
+            drawn = jax.vmap(lambda state, one=one: one(state=state))(stacked)
+            for i, name in enumerate(loaded):
+                found[name] = jax.tree.map(lambda a, i=i: a[i], drawn)
+        return found
+
+    keys = jax.random.split(jax.random.key(seed), count)
+    return jax.tree.map(np.asarray, quick(jax.vmap(draw))(keys))

@@ -6,6 +6,7 @@ in ``--config.variance.order="('stratified',)"`` or ``--config.optimizer.peak=1e
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -77,7 +78,28 @@ def get_config() -> ConfigDict:
         }
     )
     # Variance transforms in reading order: couple, warp, replicate. () is independent noise.
-    config.variance = ConfigDict({"order": ("stratified", "mirror")})
+    config.variance = ConfigDict(
+        {
+            "order": ("stratified", "mirror"),
+            "coarse_strata": {"cells": placeholder(int)},  # None: the root of the batch size
+            "stratified_levels": {"views": 2},
+            "ppots": {
+                "num_bins": 32,
+                "smallest_rate": 1e-3,
+                "decay": 0.999,
+                "floor": 0.1,
+                "warmup_steps": 100,
+            },
+            # The fields of variance.EprParameters in order, as variance.fit_epr returns them.
+            "ppots_parametric": {"parameters": (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), "floor": 0.1},
+            "log_uniform": {"smallest_rate": 1e-3},
+            "clipped": {"low": 0.3, "high": 0.8},
+            "clipped_mixture": {"low": 0.3, "high": 0.8, "share": 0.3},
+            "rotate": {"views": 4},
+            "rotate_ranks": {"views": 4},
+            "repeat": {"views": 2},
+        }
+    )
     config.optimizer = ConfigDict(
         {
             "name": "muon",  # muon | adamw
@@ -94,7 +116,7 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         {
-            "steps": 800,
+            "steps": 600,
             "batch_size": 16,  # rows of the global batch; each view is a forward pass more
             "num_microbatches": 1,
             "log_every": 10,
@@ -116,8 +138,26 @@ def get_config() -> ConfigDict:
             "replicates": 2,  # repetitions of the design, for the standard error
             "max_rows": 0,  # 0: all rows
             "final_split": "test",
-            "final_passes": 8,
+            "final_passes": 4,
             "final_replicates": 8,
+        }
+    )
+    config.measure = ConfigDict(
+        {
+            # mode variance; see experiments/variance.py for the methods' names and the settings
+            "methods": (),  # (): all; as in "('mirror', 'stratified, mirror')"
+            "rows": 32,
+            "levels_per_row": 4,
+            "masks_per_level": 2,
+            "probes": 2,
+            "grid_rows": 16,
+            "grid_levels": 12,
+            "grid_masks": 4,
+            "groups": 8,
+            "redraws": 8,
+            "data_batches": 2,
+            "warm_up": 50,
+            "chunk": 32,
         }
     )
     config.sample = ConfigDict(

@@ -22,6 +22,8 @@ def get_config(variant: str = ""):
             batch_size=8, passes=2, replicates=2, max_rows=8, final_passes=2, final_replicates=2
         )
         config.sample.update(num_samples=2, gap=8)
+        config.measure.update(rows=4, levels_per_row=2, grid_rows=2, grid_levels=6, grid_masks=2)
+        config.measure.update(groups=3, redraws=4, data_batches=1, warm_up=2, chunk=8)
     elif variant:
         raise ValueError(f"quickstart has the variant 'smoke', not {variant!r}")
     return config

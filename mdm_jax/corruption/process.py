@@ -30,8 +30,8 @@ class Corruption(NamedTuple):
     Attributes:
         name: for logs and error messages.
         corrupt: ``corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted`` with
-            x [..., L], logsnr [..., S], noise [..., *event_shape(L)], eligible [..., L] bool. Without
-            ``level_ids`` the row is cut into S contiguous segments of equal length;
+            x [..., L], logsnr [..., S], noise [..., *event_shape(L)], eligible [..., L] bool.
+            Without ``level_ids`` the row is cut into S contiguous segments of equal length;
             ``level_ids`` [..., L] int32 names each element's level instead.
         event_shape: ``event_shape(L)`` of the base noise of one row.
         mask_id: the mask token, or None where the process has none.

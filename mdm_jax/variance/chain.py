@@ -20,8 +20,9 @@ def chain(*transforms: VarianceTransform) -> VarianceTransform:
 
     Raises:
         ValueError: if a name occurs twice, if a member stands after one of a later phase, or if two
-            members draw the same part anew (the second would discard the first). The message names
-            the two that clash.
+            members draw the same part anew (the second would discard the first), if a member that
+            draws levels anew follows one that made several views, or if there are two warps. The
+            message names the two that clash.
     """
     members = tuple(itertools.chain.from_iterable(_members(t) for t in transforms)) or (identity(),)
     _check(members)
@@ -84,6 +85,17 @@ def _check(members: tuple[VarianceTransform, ...]) -> None:
             raise ValueError(
                 f"chain: {second.name!r} ({second.phase.name.lower()}) cannot follow "
                 f"{first.name!r} ({first.phase.name.lower()}); the order is couple, warp, replicate"
+            )
+        if first.phase == second.phase == Phase.WARP:
+            raise ValueError(
+                f"chain: {second.name!r} would bend the density of {first.name!r}, whose range and "
+                "bins would no longer be where it says; a chain holds one warp, so mix the two "
+                "densities into one"
+            )
+        if "u" in second.replaces and first.views > 1:
+            raise ValueError(
+                f"chain: {second.name!r} draws u anew and would discard the {first.views} views of "
+                f"{first.name!r}; put {second.name!r} first"
             )
         lost = first.replaces & second.replaces
         if lost:

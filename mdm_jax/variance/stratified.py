@@ -1,12 +1,11 @@
 """Stratified (jittered) quantiles over the global batch."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mdm_jax.draws import GRID_BITS, Draw, DrawSpec, from_grid
+from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array
+from mdm_jax.variance.cells import jitter, permuted_rows
 from mdm_jax.variance.transform import Phase, VarianceTransform, stateless
 
 
@@ -25,18 +24,8 @@ def stratified() -> VarianceTransform:
     """
 
     def draw(key: Array, current: Draw, spec: DrawSpec) -> Draw:
-        rows, levels = spec.batch_size, spec.num_levels
-        edges = _cell_edges(rows)
-        cells = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, levels))
-        cells = jax.random.permutation(stream(key, "cells"), cells, axis=0, independent=True)
-        index = jax.random.randint(
-            stream(key, "jitter"), cells.shape, edges[cells], edges[cells + 1]
-        )
-        return current._replace(u=from_grid(index)[None])
+        rows = spec.batch_size
+        cells = permuted_rows(stream(key, "cells"), jnp.arange(rows), spec.num_levels)
+        return current._replace(u=jitter(stream(key, "jitter"), cells, rows)[None])
 
     return stateless("stratified", Phase.COUPLE, draw, replaces=frozenset({"u"}))
-
-
-def _cell_edges(rows: int) -> Array:
-    # In integers, so that no cell is lost to rounding; int64 needs NumPy.
-    return jnp.asarray((np.arange(rows + 1, dtype=np.int64) << GRID_BITS) // rows, jnp.int32)

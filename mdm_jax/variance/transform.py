@@ -31,8 +31,9 @@ UpdateFn = Callable[[PyTree, Draw, LossStats], PyTree]
 class Phase(enum.IntEnum):
     """Where in a chain a transform may stand; phases never decrease along a chain.
 
-    A coupling draws quantiles anew, so after a warp it would discard the warp and keep its weight;
-    a replication copies whatever stands before it into further views.
+    A coupling ties quantiles together, of rows or of views, and leaves each uniform; after a warp
+    it would discard the warp and keep its weight. A warp moves quantiles and pays for it; a chain
+    holds at most one. A replication copies whatever stands before it into further views.
     """
 
     COUPLE = 0

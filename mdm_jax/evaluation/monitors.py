@@ -1,0 +1,202 @@
+"""Cheap running estimates for the metrics of a training run.
+
+A monitor is three pure functions, to be called inside the jitted step after the backward pass. Its
+state has a fixed structure and belongs into the checkpoint. A step whose losses or gradients are
+not finite leaves the state as it was, and is counted.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.draws import Draw, LossStats
+from mdm_jax.evaluation.welford import square_norm
+from mdm_jax.objectives import Objective
+from mdm_jax.typing import Array, PyTree
+
+
+class Monitor(NamedTuple):
+    """Running statistics as pure functions.
+
+    Attributes:
+        name: key of its state.
+        init: ``init(params) -> state``.
+        update: ``update(state, draw, stats, gradients) -> state``; gradients are those of the whole
+            batch, before clipping.
+        read: ``read(state) -> {name: scalar or [bins]}``; NaN where nothing has been seen.
+    """
+
+    name: str
+    init: Callable[[PyTree], PyTree]
+    update: Callable[[PyTree, Draw, LossStats, PyTree], PyTree]
+    read: Callable[[PyTree], dict[str, Array]]
+
+
+class LevelSums(NamedTuple):
+    """Exponentially forgotten sums per bin of the masking rate, [bins] each.
+
+    Attributes:
+        nats: cross-entropies of masked tokens.
+        targets: number of masked tokens.
+        loss: per-token losses ``raw * weight / scored``.
+        square: their squares.
+        rows: number of (view, row, level)s.
+        rejected: [] int32 steps left out because something was not finite.
+    """
+
+    nats: Array
+    targets: Array
+    loss: Array
+    square: Array
+    rows: Array
+    rejected: Array
+
+
+def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> Monitor:
+    """Loss by masking rate, and a training loss that can be read.
+
+    The training loss is noisy because every step draws other levels, not because the model changes.
+    In masking rate m the bound is flat, nats per token = int_0^1 (mean cross-entropy of a masked
+    token at rate m) dm, so the mean over equal bins of each bin's running cross-entropy is the same
+    quantity with the level's noise taken out (the tilt towards higher rates *inside* a bin is of
+    the order of the bin's width squared). It lags by about ``1 / (1 - decay)`` visits of a bin.
+
+    ``read`` gives ``normalised_loss`` (nats per token, over the bins seen so far),
+    ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation`` [bins], mean and
+    standard deviation of the per-token loss, and ``level_rejected``.
+
+    Costs: sums of V B S numbers into ``bins`` bins, and no memory to speak of.
+
+    Args:
+        objective: whose law turns quantiles into masking rates.
+        bins: equal bins of the masking rate.
+        decay: of a bin's sums, whenever it is visited.
+
+    Raises:
+        ValueError: unless bins >= 1 and 0 <= decay < 1.
+    """
+    if bins < 1 or not 0 <= decay < 1:
+        raise ValueError(f"level_monitor needs bins >= 1 and 0 <= decay < 1, got {bins}, {decay}")
+
+    def init(_params: PyTree) -> LevelSums:
+        zeros = [jnp.zeros((bins,), jnp.float32) for _ in range(5)]
+        return LevelSums(*zeros, rejected=jnp.zeros((), jnp.int32))
+
+    def update(state: LevelSums, draw: Draw, stats: LossStats, _gradients: PyTree) -> LevelSums:
+        rate = jax.nn.sigmoid(-objective.law.icdf(draw.u))
+        index = jnp.clip((rate * bins).astype(jnp.int32), 0, bins - 1)
+        scored = stats.scored > 0
+        member = jax.nn.one_hot(index, bins, dtype=jnp.float32) * scored[..., None]
+        loss = stats.raw * stats.weight / jnp.maximum(stats.scored, 1)
+        columns = (stats.raw, stats.targets, loss, loss**2, jnp.ones_like(loss))
+        values = jnp.stack([column.astype(jnp.float32) for column in columns])
+        finite = jnp.all(jnp.isfinite(jnp.where(scored, values, 0.0)))
+        values = jnp.where(scored & finite, values, 0.0)
+        sums = jnp.einsum("cvbs,vbsj->cj", values, member, precision=jax.lax.Precision.HIGHEST)
+        # A bin forgets only when it has something new, so a rare one keeps what it knows.
+        keep = jnp.where(sums[4] > 0, decay, 1.0)
+        totals = [old * keep + new for old, new in zip(state[:5], sums)]
+        return LevelSums(*totals, rejected=state.rejected + jnp.where(finite, 0, 1))
+
+    def read(state: LevelSums) -> dict[str, Array]:
+        seen, rows = state.targets > 0, jnp.maximum(state.rows, 1e-30)
+        nats = state.nats / jnp.where(seen, state.targets, 1.0)
+        mean = state.loss / rows
+        spread = jnp.sqrt(jnp.maximum(state.square / rows - mean**2, 0.0))
+        any_seen = jnp.sum(seen) > 0
+        average = jnp.sum(jnp.where(seen, nats, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
+        return {
+            "normalised_loss": jnp.where(any_seen, average, jnp.nan),
+            "level_nats_per_token": jnp.where(seen, nats, jnp.nan),
+            "level_loss": jnp.where(state.rows > 0, mean, jnp.nan),
+            "level_loss_deviation": jnp.where(state.rows > 0, spread, jnp.nan),
+            "level_rejected": state.rejected,
+        }
+
+    return Monitor("levels", init, update, read)
+
+
+class GradientMoments(NamedTuple):
+    """Exponentially forgotten moments of the batch gradient.
+
+    Attributes:
+        mean: weighted sum of gradients, like the parameters, float32.
+        square: [] weighted sum of their squared norms.
+        weight: [] sum of the weights.
+        weight_square: [] sum of the squared weights.
+        rejected: [] int32 steps left out because something was not finite.
+    """
+
+    mean: PyTree
+    square: Array
+    weight: Array
+    weight_square: Array
+    rejected: Array
+
+
+def gradient_noise_monitor(decay: float = 0.95) -> Monitor:
+    """Noise of the batch gradient, from its change between steps.
+
+    With weights w_i over the past steps (summing to one), r = sum w_i^2 and a mean gradient that
+    changes little over ``1 / (1 - decay)`` steps,
+
+        tr Cov(G) ~ (mean |G|^2 - |mean G|^2) / (1 - r) ,
+
+    data noise included. Unlike the spread between microbatches, this is right when the rows of a
+    batch are coupled (stratified levels). Drift of the parameters adds to the noise, so it is an
+    upper estimate while the mean gradient moves; ``efficiency`` measures at fixed parameters.
+
+    ``read`` gives ``gradient_noise`` (trace of the covariance), ``gradient_signal`` (squared norm
+    of the mean gradient, unbiased, may be negative), ``gradient_noise_share`` (noise over mean
+    squared norm; 1 means that nothing else is left) and ``gradient_rejected``. The batch size at
+    which noise equals signal is the batch size times noise over signal.
+
+    Costs: one buffer of the size of the parameters and two passes over it.
+
+    Reference: McCandlish et al. 2018, the simple noise scale; estimated there from two batch sizes.
+
+    Raises:
+        ValueError: unless 0 < decay < 1.
+    """
+    if not 0 < decay < 1:
+        raise ValueError(f"gradient_noise_monitor needs 0 < decay < 1, got {decay}")
+
+    def init(params: PyTree) -> GradientMoments:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        scalars = [jnp.zeros(()) for _ in range(3)]  # three buffers, so that all can be donated
+        return GradientMoments(zeros, *scalars, rejected=jnp.zeros((), jnp.int32))
+
+    def update(
+        state: GradientMoments, _draw: Draw, _stats: LossStats, gradients: PyTree
+    ) -> GradientMoments:
+        square = square_norm(gradients)
+        finite = jnp.isfinite(square)
+        keep, new = jnp.where(finite, decay, 1.0), jnp.where(finite, 1 - decay, 0.0)
+
+        def mix(old: Array, value: Array) -> Array:
+            return old * keep + jnp.where(finite, value.astype(jnp.float32), 0.0) * new
+
+        return GradientMoments(
+            mean=jax.tree.map(mix, state.mean, gradients),
+            square=mix(state.square, square),
+            weight=mix(state.weight, jnp.ones(())),
+            weight_square=state.weight_square * keep**2 + new**2,
+            rejected=state.rejected + jnp.where(finite, 0, 1),
+        )
+
+    def read(state: GradientMoments) -> dict[str, Array]:
+        weight = jnp.maximum(state.weight, 1e-30)
+        square, mean_square = state.square / weight, square_norm(state.mean) / weight**2
+        rest = 1 - state.weight_square / weight**2
+        known = (state.weight > 0) & (rest > 1e-6)  # at least two steps
+        noise = (square - mean_square) / jnp.where(known, rest, 1.0)
+        return {
+            "gradient_noise": jnp.where(known, noise, jnp.nan),
+            "gradient_signal": jnp.where(known, square - noise, jnp.nan),
+            "gradient_noise_share": jnp.where(known, noise / jnp.maximum(square, 1e-30), jnp.nan),
+            "gradient_rejected": state.rejected,
+        }
+
+    return Monitor("gradient_noise", init, update, read)

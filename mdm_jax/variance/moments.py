@@ -1,0 +1,116 @@
+"""Moments of the loss per level, and the density over levels that each purpose asks for.
+
+With f the integrand of a level (raw loss times the objective's weight, before any importance
+weight), v its variance over masks, g its mean and c the variance of its mean over rows, the second
+moment of an importance-sampled estimate is ``int E[f^2] / p``, so the best density is the root of a
+moment. Which moment, depends on what else the chain does:
+
+* levels independent: ``E f^2 = v + g^2 + c`` (:func:`second_moment`),
+* levels stratified, which removes g^2 at leading order: ``v + c`` (:func:`level_variance`),
+* what the published scripts use: ``v + g^2`` (:func:`published_second_moment`).
+
+For gradients put ``E ||G||^2`` in the place of ``E f^2``. With several views at one level f is
+their average, which makes the moments those of the coupled views.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from mdm_jax.draws import LossStats
+from mdm_jax.typing import Array, ArrayLike
+from mdm_jax.variance.quantile_density import PiecewiseDensity, check_edges, piecewise_density
+
+
+class LevelMoments(NamedTuple):
+    """Moments of the integrand f in each of J bins of the level, over rows and masks.
+
+    Attributes:
+        second: [J] mean of f squared, ``v + g^2 + c``; for gradients the mean squared norm.
+        mean: [J] mean of f, ``g``; for gradients the norm of the mean.
+        data: [J] variance over rows of the mean of f given the row, ``c``, or None where it was
+            not measured: that takes several masks of one row.
+    """
+
+    second: Array
+    mean: Array
+    data: Array | None = None
+
+
+Target = Callable[[LevelMoments], Array]
+"""From moments to the moment [J] whose root the density follows."""
+
+
+def second_moment(moments: LevelMoments) -> Array:
+    """``v + g^2 + c``: optimal for the total variance when levels are drawn independently."""
+    return jnp.asarray(moments.second)
+
+
+def level_variance(moments: LevelMoments) -> Array:
+    """``v + c``, as the second moment minus the squared mean: optimal for stratified levels.
+
+    Needs a uniform floor, and is poor without strata, where g^2 counts. Variation of g inside a
+    bin is counted as variance.
+    """
+    return jnp.maximum(jnp.asarray(moments.second) - jnp.square(moments.mean), 0.0)
+
+
+def published_second_moment(moments: LevelMoments) -> Array:
+    """``v + g^2``: the target of the StableDLLM scripts, which average f over rows before squaring.
+
+    Optimal for the total only where c is zero or proportional to the rest.
+
+    Raises:
+        ValueError: if the moments hold no data variance.
+    """
+    if moments.data is None:
+        raise ValueError(
+            "published_second_moment needs the data variance c of each level; running moments "
+            "from one mask per row cannot hold it: take moments that were measured with several "
+            "masks per row, or another target"
+        )
+    return jnp.maximum(jnp.asarray(moments.second) - jnp.asarray(moments.data), 0.0)
+
+
+def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> PiecewiseDensity:
+    """Density proportional to the root of ``moment`` in each bin, mixed with the uniform one.
+
+    Bin j of width d_j gets the mass ``(1 - floor) d_j sqrt(moment_j) / sum + floor d_j``, so no
+    weight exceeds ``1 / floor`` (up to rounding) and none has to be clipped. Moments that are all
+    zero or not finite give the uniform density.
+
+    Args:
+        edges: [J + 1] quantiles from 0 to 1.
+        moment: [J] non-negative, may be traced.
+        floor: share of the uniform density, in (0, 1], may be traced.
+    """
+    widths = jnp.diff(jnp.asarray(check_edges(edges)))
+    root = jnp.sqrt(jnp.maximum(jnp.asarray(moment, jnp.float32), 0.0))
+    share = widths * (root / jnp.max(root))
+    total = jnp.sum(share)
+    usable = jnp.isfinite(total) & (total > 0)
+    followed = jnp.where(usable, share / jnp.where(usable, total, 1.0), widths)
+    return piecewise_density(edges, (1.0 - floor) * followed + floor * widths)
+
+
+def check_floor(name: str, floor: float) -> None:
+    """Raises ValueError unless ``floor`` is in (0, 1]."""
+    if not 0 < floor <= 1:
+        raise ValueError(
+            f"{name} needs a floor in (0, 1], got {floor}: without a share of uniform levels a "
+            "level that looked harmless would be lost, or get a huge weight"
+        )
+
+
+def gradient_stats(stats: LossStats, norms: Array) -> LossStats:
+    """Statistics whose integrand is the row's gradient norm, for :func:`~mdm_jax.variance.ppots`.
+
+    A trainer that computes per-row gradients passes the result to ``update`` in the place of the
+    loss statistics; the density then follows the gradient's second moment.
+
+    Args:
+        stats: of the forward pass.
+        norms: [V, B, S] norm of the gradient of ``stats.raw * stats.weight``.
+    """
+    return stats._replace(raw=norms, weight=jnp.ones_like(norms))

@@ -1,0 +1,230 @@
+"""The search for a range of masking rates, on the toy cut into blocks of two."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_corruption import PROBABILITIES
+
+from mdm_jax import corruption, evaluation, objectives, schedules, variance
+from mdm_jax.batches import Batch
+from mdm_jax.evaluation import clip_search
+from mdm_jax.models import toy
+from mdm_jax.schedules import masked
+
+RANGES = ((1e-3, 1.0), (0.3, 0.8), (0.5, 1.0))
+RAW = (4.41651355, 0.82392319, 0.37160791)
+RELATIVE = (3.95405355, 0.73186669, 0.31985750)
+
+
+def block_apply(block_size, params, inputs, logsnr, clean):
+    """Block toy: block b sees itself and the clean blocks before it. ``clean`` are the tokens,
+    which the tests pass where documents usually go."""
+    del logsnr
+    block = np.arange(toy.LENGTH) // block_size
+    logits = []
+    for b in range(toy.LENGTH // block_size):
+        seen = jnp.where(block < b, clean, jnp.where(block == b, inputs, toy.MASK_ID))
+        logits.append(toy.Toy().apply(params, seen)[:, b * block_size : (b + 1) * block_size])
+    return jnp.concatenate(logits, axis=1)
+
+
+def block_losses(block_size):
+    """S_b(x, M_b) and its gradient for every block, row and mask of the block."""
+    bits = ((np.arange(2**block_size)[:, None] >> np.arange(block_size)) & 1).astype(bool)
+    tokens = np.array(toy.ROWS)
+    whole = np.tile(bits, toy.LENGTH // block_size)  # the same mask in every block
+    clean = jnp.asarray(np.repeat(tokens, len(bits), axis=0))
+    inputs = np.where(whole, toy.MASK_ID, tokens[:, None]).reshape(-1, toy.LENGTH)
+
+    def losses(params):
+        logits = block_apply(block_size, params, jnp.asarray(inputs), None, clean)
+        nats = corruption.cross_entropy(logits, clean, toy.MASK_ID)
+        kept = jnp.where(np.tile(whole, (3, 1)), nats, 0.0)
+        return kept.reshape(3, len(bits), -1, block_size).sum(-1)
+
+    value = np.asarray(losses(toy.toy_params()), np.float64)
+    gradient = jax.jacrev(losses)(toy.toy_params())["params"]["theta"]
+    return value, np.asarray(gradient, np.float64), bits.sum(1)
+
+
+def exact_moments(values, size, interval):
+    """Mean and variance of S_b / (m L') over rows, blocks, m ~ U(interval) and Bernoulli masks.
+
+    values [3, masks, blocks, parameters]; moments over the last axis are summed.
+    """
+    low, high = interval
+    length = int(size.max())
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    rate = low * (high / low) ** ((nodes + 1) / 2)
+    law = weights / 2 * rate * np.log(high / low) / (high - low) if high > low else weights / 2
+    pattern = rate[:, None] ** size * (1 - rate[:, None]) ** (length - size)
+    scaled = values / length
+    first = np.einsum("r,rm,xmbp->xbp", law / rate, pattern, scaled)
+    second = np.einsum("r,rm,xmbp->xb", law / rate**2, pattern, scaled**2)
+    mean = (PROBABILITIES @ first.mean(1)) if values.shape[-1] == 1 else None
+    mean = np.tensordot(PROBABILITIES, first.mean(1), 1)
+    return mean, PROBABILITIES @ second.mean(1) - np.sum(mean**2)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_block_toy_has_the_published_scores(number):
+    values, _, size = block_losses(2)
+    mean, spread = exact_moments(values[..., None], size, RANGES[number])
+    np.testing.assert_allclose(spread, RAW[number], rtol=3e-6)
+    np.testing.assert_allclose(spread / mean[0] ** 2, RELATIVE[number], rtol=3e-6)
+
+
+def test_all_criteria_prefer_the_upper_half_on_the_exact_toy():
+    values, gradients, size = block_losses(2)
+    intervals = evaluation.candidate_intervals(2)
+    scores = []
+    for interval in intervals:
+        mean, spread = exact_moments(values[..., None], size, interval)
+        slope, noise = exact_moments(gradients, size, interval)
+        scores.append((spread, spread / mean[0] ** 2, noise / np.sum(slope**2)))
+    for column in np.array(scores).T:
+        assert intervals[int(np.argmin(column))] == (0.5, 1.0)
+
+
+def blocks_objective(process="bernoulli", num_levels=2, law=None):
+    return objectives.masked_nelbo(
+        getattr(corruption, process)(toy.MASK_ID), law, num_levels=num_levels
+    )
+
+
+@functools.cache
+def batches(count=4, rows=1500):
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        pick = rng.choice(3, rows, p=PROBABILITIES)
+        batch = Batch(*(np.asarray(field)[pick] for field in toy.toy_batch()))
+        found.append(batch._replace(documents=batch.tokens))  # see block_apply
+    return tuple(found)
+
+
+def search(**options):
+    arguments = {"objective": blocks_objective(), "batches": batches()} | options
+    return evaluation.search_clipping(
+        functools.partial(block_apply, 2),
+        toy.toy_params(),
+        arguments.pop("objective"),
+        arguments.pop("batches"),
+        jax.random.key(0),
+        **arguments,
+    )
+
+
+def test_loss_moments_of_the_implementation_match_the_exact_ones():
+    """Within 5 standard errors over 4 batches of 1500 rows, and a bound on these."""
+    objective = blocks_objective()
+    moments = clip_search.block_loss_moments(
+        functools.partial(block_apply, 2),
+        toy.toy_params(),
+        objective,
+        objective.spec(1500, 4),
+        batches(),
+        jax.random.key(1),
+        RANGES[1:],
+    )
+    error = np.maximum(moments.standard_error, 0.01 * np.array(RAW[1:]))
+    assert np.all(np.abs(moments.variance - RAW[1:]) < 5 * error)
+    assert np.all(moments.standard_error < 0.1 * np.array(RAW[1:]))
+    np.testing.assert_allclose(moments.variance / moments.mean**2, RELATIVE[1:], rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    "criterion, exact", [("raw_variance", RAW), ("relative_variance", RELATIVE)]
+)
+def test_search_by_loss_finds_the_upper_half(criterion, exact):
+    done = []
+    choice = search(criterion=getattr(evaluation, criterion), progress=done.append, step=7)
+    assert (choice.low, choice.high) == (0.5, 1.0)
+    assert choice.criterion == criterion
+    assert (choice.block_size, choice.step, len(choice.scores)) == (2, 7, 36)
+    assert sum(done) == 4
+    for interval, score in zip(RANGES[1:], exact[1:]):
+        found = choice.scores[choice.intervals.index(interval)]
+        np.testing.assert_allclose(found, score, rtol=0.06)  # raw and relative differ by 14%
+    assert min(choice.scores) == choice.scores[choice.intervals.index((0.5, 1.0))]
+
+
+def test_search_by_gradient_prefers_the_upper_half():
+    """Among the two that the exact toy puts far apart; few batches tell neighbours not apart."""
+    many = tuple(
+        jax.tree.map(lambda f, i=i: f[i * 40 : i * 40 + 40], batches()[0]) for i in range(30)
+    )
+    choice = search(batches=many, intervals=((1e-3, 1.0), (0.5, 1.0)))
+    assert choice.criterion == "gradient_noise_to_signal"
+    assert (choice.low, choice.high) == (0.5, 1.0)
+    _, gradients, size = block_losses(2)
+    slope, noise = exact_moments(gradients, size, (0.5, 1.0))
+    # Of one batch of 80 blocks, all of them independent but for the row that two of them share;
+    # 30 batches of three parameters leave an error of about 15%.
+    np.testing.assert_allclose(choice.scores[1], noise / np.sum(slope**2) / 80, rtol=0.5)
+
+
+def test_choice_survives_a_checkpoint():
+    choice = search(criterion=evaluation.raw_variance, intervals=RANGES)
+    restored = evaluation.ClipChoice.from_dict(json.loads(json.dumps(choice.to_dict())))
+    assert restored == choice
+    clipped = variance.clipped(choice.low, choice.high)
+    assert clipped.bias == "truncated"
+    with pytest.raises(ValueError, match="has the fields low, high"):
+        evaluation.ClipChoice.from_dict({"low": 0.5})
+
+
+def test_candidates():
+    found = evaluation.candidate_intervals(4)
+    assert len(found) == len(set(found)) == 36
+    assert found[:4] == ((1e-3, 1.0), (1e-3, 0.5), (0.05, 0.55), (0.1, 0.6))
+    assert found[11] == (0.5, 1.0)
+    assert found[-1] == (0.1, 1.0)
+    assert evaluation.candidate_intervals(1) == ((1e-3, 1.0), (1.0, 1.0))
+    with pytest.raises(ValueError, match="block_size"):
+        evaluation.candidate_intervals(0)
+
+
+def test_feasibility_of_block_size_and_range():
+    assert list(clip_search.reachable_counts(10, 0.3, 0.5)) == [3, 4, 5]
+    assert list(clip_search.reachable_counts(2, 1e-3, 0.5)) == [1]
+    for size in (1, 2, 4, 16):
+        for low, high in evaluation.candidate_intervals(size):
+            evaluation.check_feasible(size, low, high)
+    with pytest.raises(ValueError, match=r"out of 4 has a fraction in \[0.3, 0.45\]"):
+        evaluation.check_feasible(4, 0.3, 0.45)
+    with pytest.raises(ValueError, match="needs 0 <= low < high <= 1"):
+        evaluation.check_feasible(4, 0.8, 0.3)
+    with pytest.raises(ValueError, match="fraction in"):
+        search(intervals=((0.6, 0.9),))
+
+
+def test_blocks_of_one_token_choose_the_autoregressive_loss():
+    """At rate 1 there is no masking variance left; the bound of single-token blocks is exact."""
+    objective = blocks_objective(num_levels=4)
+    choice = evaluation.search_clipping(
+        functools.partial(block_apply, 1),
+        toy.toy_params(),
+        objective,
+        batches(2, 600),
+        jax.random.key(0),
+        criterion=evaluation.raw_variance,
+    )
+    assert (choice.low, choice.high) == (1.0, 1.0)
+    # Per-block variance 0.27402548, of which nothing comes from masks.
+    np.testing.assert_allclose(choice.scores[1], 0.27402548, rtol=0.05)
+
+
+def test_searches_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="at least 2 batches"):
+        search(batches=batches()[:1])
+    law = schedules.law_of(masked.cosine_md4())
+    with pytest.raises(ValueError, match="uniform law"):
+        search(objective=blocks_objective(law=law))
+    empty = tuple(b._replace(eligible=np.zeros_like(b.eligible)) for b in batches())
+    with pytest.raises(ValueError, match="0 scored blocks"):
+        search(batches=empty, criterion=evaluation.raw_variance)

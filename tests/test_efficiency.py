@@ -1,0 +1,319 @@
+"""Variance of the batch gradient against enumeration; what must be refused; running estimates."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_corruption import PROBABILITIES
+from test_decompose import apply_fn, enumerated_gradients, exact_components, toy_objective
+from test_decompose import toy_setting as toy_measured
+
+from mdm_jax import evaluation, objectives, variance
+from mdm_jax.batches import Batch
+from mdm_jax.draws import LossStats
+from mdm_jax.evaluation.efficiency import tail_of, why_unsettled
+from mdm_jax.evaluation.welford import add, square_norm, start
+from mdm_jax.models import toy
+from mdm_jax.training import batch_sharding, make_mesh
+
+PICKED = (0, 0, 1, 2)
+BATCH = Batch(*(np.asarray(field)[list(PICKED)] for field in toy.toy_batch()))
+TOKENS = 16
+
+
+def measure(transform, batches=(BATCH,), process="fixed_count", **options):
+    options = {"groups": 16, "redraws": 48} | options
+    setting = toy_measured(transform, process=process)
+    return evaluation.efficiency(*setting, batches, jax.random.key(0), **options)
+
+
+@functools.cache
+def measured(name):
+    return measure(getattr(variance, name)())
+
+
+def within_level(gradients):
+    """Trace over patterns, averaged over counts, of each toy row, [3]."""
+    return gradients.var(2).sum(-1).mean(1)
+
+
+def exact_noise(name):
+    """Trace of the covariance of the gradient of BATCH, nats per token."""
+    if name == "stratified":
+        # One row in each quarter of the levels, hence each count once, in every order.
+        gradients = enumerated_gradients("identity")
+        mean = gradients.mean(2)
+        orders = itertools.permutations(range(4))
+        sums = np.array([sum(mean[PICKED[i], o[i]] for i in range(4)) for o in orders])
+        return (within_level(gradients)[list(PICKED)].sum() + sums.var(0).sum()) / TOKENS**2
+    gradients = enumerated_gradients(name).reshape(3, 96, 3)
+    return gradients.var(1).sum(-1)[list(PICKED)].sum() / TOKENS**2
+
+
+@pytest.mark.parametrize("name", ["identity", "mirror", "stratified"])
+def test_batch_variance_equals_enumeration(name):
+    """Within 4 standard errors, and these are below 6%."""
+    result = measured(name)
+    value, error = result.variance
+    assert result.settled
+    assert abs(value - exact_noise(name)) < 4 * error
+    assert error < 0.06 * value
+    assert result.variance_times_passes.value == pytest.approx(value * result.passes)
+    assert result.passes == (2 if name == "mirror" else 1)
+
+
+def test_variance_with_fresh_data_contains_everything():
+    """Rows drawn anew: (A + B + C) of the gradient over the number of rows, per squared tokens."""
+    pool = Batch(*(np.repeat(np.asarray(f), (5, 3, 2), axis=0) for f in toy.toy_batch()))
+    setting = toy_measured(variance.identity())
+    result = evaluation.efficiency_with_data(
+        *setting, pool, jax.random.key(1), groups=16, redraws=48
+    )
+    gradients = enumerated_gradients("identity")
+    expected = sum(exact_components(gradients)) * 4 / TOKENS**2
+    value, error = result.variance
+    assert abs(value - expected) < 4 * error < 0.4 * value
+    mean = np.tensordot(PROBABILITIES, gradients.mean((1, 2)), 1) * 4 / TOKENS
+    # 768 redraws leave a standard error of 2 |mean| sqrt(variance / 768) on the signal.
+    error = 2 * np.sqrt(np.sum(mean**2) * expected / 768)
+    assert abs(result.signal - np.sum(mean**2)) < 5 * error
+
+
+def test_signal_is_unbiased_for_two_redraws():
+    """Squared norm of the mean gradient: half the variance too much, were it not subtracted."""
+    result = measure(variance.identity(), groups=300, redraws=2)
+    mean = enumerated_gradients("identity").mean((1, 2))[list(PICKED)].sum(0) / TOKENS
+    expected, noise = np.sum(mean**2), exact_noise("identity")
+    error = np.sqrt(4 * expected * noise / 2 + noise**2) / 300**0.5
+    assert abs(result.signal - expected) < 4 * error < noise / 2
+
+
+def test_running_mean_adds_up_to_the_squared_deviations():
+    samples = np.random.default_rng(0).normal(3.0, 1.0, (7, 5)).astype(np.float32)
+    running, terms = start(jnp.zeros((5,))), []
+    for sample in samples:
+        running, term = jax.jit(add)(running, jnp.asarray(sample))
+        terms.append(float(term))
+    np.testing.assert_allclose(running.mean, samples.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(sum(terms), 7 * samples.var(0).sum(), rtol=1e-5)
+    assert terms[0] == 0
+    assert square_norm({}) == 0
+
+
+def test_infinite_variance_is_refused_and_named():
+    """Bernoulli masks down to rate zero have no variance to estimate, at any number of redraws."""
+    result = measure(variance.identity(), process="bernoulli", groups=8, redraws=128)
+    assert not result.settled
+    assert "has not settled" in result.unsettled
+    with pytest.raises(ValueError, match="has not settled"):
+        _ = result.variance
+    assert result.to_dict()["variance"] is None
+    fine = measure(variance.clipped(0.2, 1.0), process="bernoulli")
+    assert fine.settled
+    assert fine.to_dict()["variance"] > 0
+    few = measure(variance.identity(), groups=2, redraws=4)
+    assert "6 squared deviations do not show a tail" in few.unsettled
+
+
+@pytest.mark.parametrize("tail, settled", [(1.0, False), (4.0, True)])
+def test_tails_are_told_apart(tail, settled):
+    """Squared deviations with a Pareto tail, over 20 seeds of 1024 redraws each."""
+    refused = 0
+    for seed in range(20):
+        terms = np.random.default_rng(seed).pareto(tail, (16, 64)) + 1
+        share, index = tail_of(terms.ravel())
+        refused += bool(why_unsettled(terms, share, index))
+    assert refused == (0 if settled else 20)
+
+
+def test_common_random_numbers_make_differences_certain():
+    first, second = measured("mirror"), measured("identity")
+    result = evaluation.compare(first, second)
+    exact = 2 * exact_noise("mirror") - exact_noise("identity")
+    assert abs(result.difference.value - exact) < 4 * result.difference.standard_error
+    assert result.standard_errors < -5
+    assert result.ratio == pytest.approx(
+        first.variance_times_passes.value / second.variance_times_passes.value
+    )
+    same = evaluation.compare(first, first)
+    assert same.difference == (0, 0)
+    assert same.standard_errors == 0
+    with pytest.raises(ValueError, match="same groups"):
+        evaluation.compare(first, measure(variance.mirror(), groups=2, redraws=2))
+
+
+def test_microbatches_and_devices_do_not_change_the_numbers():
+    transform = variance.chain(variance.stratified(), variance.mirror())
+    rows = Batch(*(np.tile(f, (2,) + (1,) * (np.ndim(f) - 1)) for f in BATCH))
+    setting = toy_measured(transform, batch_size=8)
+    options = {"groups": 2, "redraws": 3}
+    whole = evaluation.efficiency(*setting, (rows,), jax.random.key(2), **options)
+    parts = evaluation.efficiency(
+        *setting, (rows,), jax.random.key(2), num_microbatches=4, **options
+    )
+    placed = jax.device_put(rows, batch_sharding(make_mesh(data=8)))
+    spread = evaluation.efficiency(*setting, (placed,), jax.random.key(2), **options)
+    np.testing.assert_allclose(whole.group_variances, parts.group_variances, rtol=1e-4)
+    np.testing.assert_allclose(whole.group_variances, spread.group_variances, rtol=1e-4)
+
+
+def test_measuring_leaves_the_state_alone_and_reports_progress():
+    seen = []
+    measure(variance.identity(), groups=3, redraws=5, progress=seen.append)
+    assert seen == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"groups": 1}, "at least 2 groups"),
+        ({"redraws": 1}, "at least 2 groups of 2 redraws"),
+        ({"batches": (BATCH, BATCH, BATCH)}, "groups must be a multiple of the 3 batches"),
+        ({"batches": ()}, "multiple of the 0 batches"),
+        ({"num_microbatches": 3}, "divisor of the batch size 4"),
+        ({"batches": (jax.tree.map(lambda f: f[:2], BATCH),)}, "the spec's 4 rows, got 2"),
+    ],
+)
+def test_wrong_settings_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        measure(variance.identity(), **options)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    setting = list(toy_measured(variance.identity()))
+    setting[1] = jax.tree.map(lambda leaf: leaf * jnp.nan, setting[1])
+    with pytest.raises(ValueError, match="not finite"):
+        evaluation.efficiency(*setting, (BATCH,), jax.random.key(0), groups=2, redraws=2)
+
+
+def run_monitor(monitor, steps, objective=None, gradients=None, transform=None):
+    """The monitor's readings after ``steps`` steps on the toy."""
+    objective, transform = objective or toy_objective(), transform or variance.stratified()
+    spec, params = objective.spec(4, toy.LENGTH), toy.toy_params()
+
+    @jax.jit
+    def step(state, key):
+        draw = variance.draw_batch(key, transform, transform.init(spec), spec)
+        stats = objective.loss(lambda *a: apply_fn(params, *a), BATCH, draw)
+        given = params if gradients is None else gradients(key)
+        return monitor.update(state, draw, objectives.stop_gradient_stats(stats), given), None
+
+    state, _ = jax.lax.scan(step, monitor.init(params), jax.random.split(jax.random.key(3), steps))
+    return state, jax.tree.map(np.asarray, monitor.read(state))
+
+
+def test_normalised_loss_is_the_bound_without_its_noise():
+    """Near the batch's exact bound per token, with a fraction of the raw loss's spread."""
+    from test_corruption import NELBO
+
+    exact = np.mean([NELBO[i] for i in PICKED]) / 4
+    monitor = evaluation.level_monitor(toy_objective(), bins=8, decay=0.99)
+    _, found = run_monitor(monitor, 3000)
+    # Memory of 100 visits a bin: spread about 1/sqrt(200 * 8) of a loss with deviation 0.35.
+    assert abs(found["normalised_loss"] - exact) < 0.03
+    assert found["level_nats_per_token"].shape == (8,)
+    # Fixed counts: bins of an eighth hold one count each, (k - 1)/4 <= m < k/4.
+    by_count = [3.63693223, 3.82429059, 4.12553032, 4.53615184]
+    weight = np.array(PROBABILITIES)
+    assert weight.sum() == 1
+    spread = np.ptp(found["level_nats_per_token"])
+    assert 0.5 * np.ptp(by_count) / 4 < spread < 3 * np.ptp(by_count) / 4
+    np.testing.assert_allclose(np.mean(found["level_loss"]), exact, atol=0.05)
+    assert found["level_rejected"] == 0
+
+
+def test_level_monitor_keeps_bins_and_rejects_what_is_not_finite():
+    objective = toy_objective()
+    monitor = evaluation.level_monitor(objective, bins=4, decay=0.5)
+    update = jax.jit(monitor.update)
+    monitor = monitor._replace(update=update, read=jax.jit(monitor.read))
+    state = monitor.init(toy.toy_params())
+    assert np.isnan(monitor.read(state)["normalised_loss"])
+    spec = objective.spec(2, 4)
+    draw = variance.draw_batch(
+        jax.random.key(0), variance.identity(), variance.EmptyState(), spec
+    )._replace(u=jnp.array([[[0.9], [0.9]]]))
+    stats = LossStats(
+        raw=jnp.array([[[2.0], [jnp.nan]]]),
+        weight=jnp.full((1, 2, 1), 4.0),
+        scored=jnp.array([[[4.0], [0.0]]]),  # the second row has nothing to score
+        targets=jnp.array([[[1], [0]]]),
+    )
+    state = monitor.update(state, draw, stats, None)
+    read = monitor.read(state)
+    np.testing.assert_array_equal(read["level_nats_per_token"], [2, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(read["level_loss"], [2, np.nan, np.nan, np.nan])
+    assert read["normalised_loss"] == 2
+    bad = stats._replace(raw=jnp.full((1, 2, 1), jnp.inf))
+    after = monitor.update(state, draw, bad, None)
+    assert after.rejected == 1
+    chex.assert_trees_all_equal(after._replace(rejected=state.rejected), state)
+    elsewhere = draw._replace(u=jnp.array([[[0.1], [0.1]]]))
+    moved = monitor.update(state, elsewhere, stats, None)
+    np.testing.assert_array_equal(moved.nats, [2, 0, 0, 2])  # the first bin forgot nothing
+    with pytest.raises(ValueError, match="bins >= 1"):
+        evaluation.level_monitor(objective, bins=0)
+
+
+def test_gradient_noise_of_known_gaussians():
+    """Mean norm 2, 30 coordinates of variance 0.25: noise 7.5 and signal 4, within 5%."""
+
+    def gradients(key):
+        mean = jnp.zeros((30,)).at[0].set(2.0)
+        return {"params": {"theta": mean + 0.5 * jax.random.normal(key, (30,))}}
+
+    monitor = evaluation.gradient_noise_monitor(decay=0.995)
+    monitor = monitor._replace(init=lambda _: init(gradients(jax.random.key(0))))
+    init = evaluation.gradient_noise_monitor(0.995).init
+    state, found = run_monitor(monitor, 4000, gradients=gradients)
+    # Memory of 400 steps: relative error of the noise sqrt(2 / (30 * 400)).
+    np.testing.assert_allclose(found["gradient_noise"], 7.5, rtol=0.05)
+    np.testing.assert_allclose(found["gradient_signal"], 4.0, rtol=0.15)
+    np.testing.assert_allclose(found["gradient_noise_share"], 7.5 / 11.5, rtol=0.06)
+    assert state.rejected == 0
+
+
+def test_gradient_noise_is_unbiased_from_the_second_step_on():
+    monitor = evaluation.gradient_noise_monitor(decay=0.7)
+
+    @jax.vmap
+    def read(key):
+        state = monitor.init(jnp.zeros((2,)))
+        for one in jax.random.split(key, 3):
+            state = monitor.update(state, None, None, 1.0 + jax.random.normal(one, (2,)))
+        return monitor.read(state)
+
+    found = jax.jit(read)(jax.random.split(jax.random.key(0), 20_000))
+    for name, expected in (("gradient_noise", 2.0), ("gradient_signal", 2.0)):
+        values = np.asarray(found[name], np.float64)
+        assert abs(values.mean() - expected) < 5 * values.std() / len(values) ** 0.5
+    first = monitor.update(monitor.init(jnp.zeros((2,))), None, None, jnp.ones((2,)))
+    assert np.isnan(monitor.read(first)["gradient_noise"])
+    bad = monitor.update(first, None, None, jnp.array([1.0, jnp.nan]))
+    assert bad.rejected == 1
+    chex.assert_trees_all_equal(bad._replace(rejected=first.rejected), first)
+
+
+def test_gradient_noise_sees_what_stratification_does():
+    """It measures the batch gradient itself, so coupled rows are not mistaken for noise."""
+    objective, params = toy_objective(), toy.toy_params()
+
+    def gradients(transform):
+        spec = objective.spec(4, 4)
+
+        def gradient(params, key):
+            draw = variance.draw_batch(key, transform, transform.init(spec), spec)
+            stats = objective.loss(lambda *a: apply_fn(params, *a), BATCH, draw)
+            return objectives.sum_losses(draw, stats).loss / TOKENS
+
+        return lambda key: jax.grad(gradient)(params, key)
+
+    monitor = evaluation.gradient_noise_monitor(decay=0.999)
+    made = gradients(variance.stratified())
+    _, found = run_monitor(monitor, 4000, gradients=made)
+    # Memory of 1960 steps of three coordinates: about 3 to 4%.
+    np.testing.assert_allclose(found["gradient_noise"], exact_noise("stratified"), rtol=0.15)

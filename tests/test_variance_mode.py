@@ -1,0 +1,164 @@
+"""The mode ``variance`` on the smoke-sized quickstart; its recommendation on made-up numbers."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import variance as mode
+from experiments.configs import quickstart
+from experiments.experiment import make_experiment
+from experiments.variance_report import BASELINE, format_table, recommend
+from mdm_jax import evaluation, variance
+from mdm_jax.evaluation import Efficiency
+
+SETTINGS = mode.Settings(
+    rows=4,
+    levels_per_row=2,
+    probes=1,
+    grid_rows=2,
+    grid_levels=6,
+    grid_masks=2,
+    groups=4,
+    redraws=12,
+    warm_up=2,
+    chunk=16,
+)
+
+
+def refuse(_table):
+    raise ValueError("this method wants an odd batch")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    config = quickstart.get_config("smoke")
+    config.variance.order = ("stratified",)
+    workdir = tmp_path_factory.mktemp("variance")
+    methods = mode.named(["stratified, ppots binned"])
+    methods["odd"] = mode.Method(refuse)
+    experiment = make_experiment(config)
+    one_device = np.array(jax.devices()[:1]).reshape(1, 1, 1)  # compiles faster than eight
+    mesh = jax.sharding.Mesh(one_device, experiment.mesh.axis_names)
+    experiment = dataclasses.replace(experiment, mesh=mesh)
+    record = mode.measure(experiment, workdir, methods, SETTINGS)
+    return record, workdir
+
+
+def test_every_method_is_in_the_record(measured):
+    record, _ = measured
+    assert list(record["methods"]) == [
+        BASELINE,
+        "stratified, ppots binned",
+        "odd",
+        mode.CONFIGURED,
+    ]
+    assert record["step"] is None
+    assert record["parameters"] == "a fresh model"
+    assert record["methods"][BASELINE]["efficiency"]["passes"] == 1
+    assert record["methods"][mode.CONFIGURED]["chain"] == "chain(stratified)"
+    assert record["methods"]["odd"]["refused"] == "this method wants an odd batch"
+    own = record["methods"][mode.CONFIGURED]["gradient"]
+    assert own["total"] == pytest.approx(own["pattern"] + own["rate"] + own["data"])
+
+
+def test_files_hold_what_the_record_holds(measured):
+    record, workdir = measured
+    folder = workdir / "variance"
+    assert {str(path) for path in folder.iterdir()} == set(record["files"])
+    assert len(record["files"]) == 9
+    assert json.loads((folder / "variance.json").read_text("utf-8")) == record
+    with (folder / "variance.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == list(record["methods"])
+    for line in lines:
+        method = record["methods"][line["method"]]
+        if not method["refused"]:
+            assert float(line["gradient_pattern"]) == method["gradient"]["pattern"]
+            figure = method["efficiency"]["variance_times_passes"]
+            assert line["variance_times_passes"] == ("" if figure is None else str(figure))
+
+
+def test_table_names_every_method_and_the_recommendation(measured):
+    record, _ = measured
+    text = format_table(record)
+    for name in record["methods"]:
+        assert any(line.startswith(name) for line in text.splitlines())
+    assert "not measured: this method wants an odd batch" in text
+    assert text.splitlines()[-1].startswith("recommended: ")
+
+
+def test_table_of_methods_builds_and_covers_the_library(measured):
+    """Every listed method builds from a level table; every public transform is in some chain."""
+    values = np.array([4.0, 3.0, 2.5, 2.0, 1.5, 1.0])
+    moments = evaluation.nested.CrossedMoments(values, values, values, 3 * values, values**2)
+    rates = evaluation.rate_grid(6)
+    table = evaluation.LevelTable(
+        masking_rates=rates,
+        quantiles=1 - rates,
+        base_density=np.ones(6),
+        loss=evaluation.levels.Moments(moments, moments),
+        gradient=evaluation.levels.Moments(moments, moments),
+        nats_per_token=values,
+        rows=2,
+        masks_per_level=2,
+        passes=1,
+        rows_left_out=0,
+    )
+    names = set()
+    for name, method in mode.METHODS.items():
+        built = method.build(table)
+        assert built.bias == ("truncated" if name == "clipped" else "exact"), name
+        names |= {member.name for member in built.members or (built,)}
+    public = {
+        name
+        for name in dir(variance)
+        if getattr(getattr(variance, name), "__annotations__", {}).get("return")
+        in (variance.VarianceTransform, "VarianceTransform")
+    }
+    assert public - {"chain", "stateless", "importance"} == names
+
+
+def test_names_are_looked_up():
+    assert list(mode.named(["mirror", BASELINE])) == [BASELINE, "mirror"]
+    with pytest.raises(ValueError, match="did you mean 'mirror'"):
+        mode.named(["miror"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What the recommendation reads of a result."""
+
+    efficiency: Efficiency | None
+    bias: str = "exact"
+
+
+def made(variances, passes=1, bias="exact", unsettled=""):
+    figure = Efficiency(np.asarray(variances, float), 1.0, passes, 8, 0.05, 3.0, unsettled)
+    return Made(figure, bias)
+
+
+def test_recommendation_is_the_least_variance_per_compute_of_the_exact_ones():
+    noise = np.array([-0.1, 0.0, 0.1, 0.05])
+    results = {
+        BASELINE: made(4 + noise),
+        "one": made(3 - noise),
+        "two views": made(1 + noise / 2, passes=2),
+        "two noisy views": made(1.1 + 4 * noise[::-1], passes=2),
+        "clipped": made(0.1 + noise / 100, bias="truncated"),
+        "wild": made(0.2 + noise, unsettled="the variance has not settled: ..."),
+        "refused": Made(None, ""),
+    }
+    found = recommend(results)
+    assert found["name"] == "two views"
+    assert found["tied"] == ["two noisy views"]
+    assert found["versus"][BASELINE]["ratio"] == pytest.approx(2.0125 / 4.0125, rel=0.01)
+    assert found["versus"]["one"]["standard_errors"] < -5
+    assert "50% below independent draws" in found["text"]
+    assert "not told apart from: two noisy views" in found["text"]
+    nothing = recommend({"wild": results["wild"], "clipped": results["clipped"]})
+    assert nothing["name"] is None
+    assert "no exact method" in nothing["text"]
