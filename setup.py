@@ -18,6 +18,7 @@ REQUIRED = [
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.30",
+    "scipy>=1.11",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.9",
     "array_record>=0.8",

@@ -111,12 +111,38 @@ def test_chain_label_views_and_members():
             (variance.chain(variance.stratified()), variance.chain(variance.systematic())),
             ("stratified", "systematic"),
         ),
+        ((variance.complement(), variance.stratified()), ("complement", "stratified", "views")),
+        (
+            (variance.complement(), variance.stratified_levels(3)),
+            ("complement", "stratified_levels", "first"),
+        ),
+        ((variance.stratified_levels(), variance.antithetic_pairs()), ("levels", "pairs", "views")),
+        ((variance.ppots(), variance.stratified()), ("ppots", "stratified", "order")),
+        ((variance.clipped(0.3, 0.8), variance.ppots()), ("clipped", "ppots", "one warp")),
     ],
 )
 def test_chain_refuses_nonsense_and_names_the_clash(members, words):
     with pytest.raises(ValueError) as error:
         variance.chain(*members)
     assert all(word in str(error.value) for word in words)
+
+
+def test_chain_takes_one_of_each_kind_in_order():
+    """Strata first, then their reflection, one warp, and replications of the four views."""
+    chained = variance.chain(
+        variance.stratified(),
+        variance.complement(),
+        variance.ppots(),
+        variance.mirror(),
+        variance.rotate(3),
+    )
+    assert chained.views == 12
+    spec = DrawSpec(4, 1, (5,))
+    draw = jax.eval_shape(
+        lambda key: variance.draw_batch(key, chained, chained.init(spec), spec), jax.random.key(0)
+    )
+    assert draw.u.shape == draw.log_weight.shape == (12, 4, 1)
+    assert draw.noise.shape == (12, 4, 5)
 
 
 def test_chain_refuses_what_is_no_transform():

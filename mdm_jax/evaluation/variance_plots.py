@@ -109,10 +109,11 @@ def level_densities(
             density = optimal_density(table, target)
             axes.plot(table.masking_rates, density, style, color="black", label=label)
     for number, (name, (rates, density)) in enumerate(drawn.items()):
-        axes.plot(rates, density, color=f"C{number}", linewidth=1, label=name)
-    axes.set(xlabel="masking rate", ylabel="density", xlim=(0, 1))
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+        axes.plot(rates, density, color=f"C{number % 10}", linewidth=1, label=name)
+    # Logarithmic: what sets the methods apart happens at small rates.
+    axes.set(xlabel="masking rate", ylabel="density", xscale="log", yscale="log")
+    axes.set(xlim=(table.masking_rates[0], 1.0), ylim=(0.1, 20.0))
+    axes.legend(fontsize="x-small")
     return axes
 
 
