@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments import build
+from experiments.configs import base
 from mdm_jax import corruption, models, objectives, streams, training, variance
 from mdm_jax.batches import Batch
 from mdm_jax.draws import DrawSpec, LossStats
@@ -35,9 +36,9 @@ LENGTH, BATCH, VOCAB = 128, 16, 32_000
 
 def main(_: list[str]) -> None:
     """Measures every single-view transform of the build table, each as a chain of its own."""
-    chains = {"none": variance.chain()}
+    chains, defaults = {"none": variance.chain()}, base.get_config().variance
     for name, factory in build.VARIANCE.items():
-        transform = factory(**build.default_settings(name))
+        transform = factory(**build.settings(defaults, name))
         if transform.views == 1 and name != "identity":
             chains[name] = variance.chain(transform)
     model = models.Transformer(models.TransformerConfig(VOCAB, 256, 6, 8))
