@@ -115,7 +115,8 @@ class Settings:
     Attributes:
         rows, levels_per_row, masks_per_level, probes: design of the decomposition.
         grid_rows, grid_levels, grid_masks: design of the statistics by level.
-        groups, redraws, data_batches: design of the batch gradient's variance.
+        groups, redraws, data_batches: design of the batch gradient's variance; with as many
+            batches as groups the standard errors cover the choice of the batches.
         warm_up: batches that an adaptive transform learns from before it is measured.
         chunk: rows of a forward call in the decomposition.
     """
@@ -128,8 +129,8 @@ class Settings:
     grid_levels: int = 12
     grid_masks: int = 4
     groups: int = 8
-    redraws: int = 8
-    data_batches: int = 2
+    redraws: int = 12
+    data_batches: int = 8
     warm_up: int = 50
     chunk: int = 32
 

@@ -24,6 +24,7 @@ SETTINGS = mode.Settings(
     grid_masks=2,
     groups=4,
     redraws=12,
+    data_batches=4,
     warm_up=2,
     chunk=16,
 )

@@ -116,13 +116,13 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         {
-            "steps": 600,
+            "steps": 500,
             "batch_size": 16,  # rows of the global batch; each view is a forward pass more
             "num_microbatches": 1,
             "log_every": 10,
-            "evaluate_every": 200,
+            "evaluate_every": 250,
             "sample_every": 0,
-            "checkpoint_every": 200,
+            "checkpoint_every": 250,
             "keep_last": 2,
             "max_skipped_in_a_row": 10,
             "prefetch": 2,

@@ -163,7 +163,8 @@ def efficiency(
         state: its state; read, never written.
         spec: shape of a training batch.
         batches: training batches of ``spec.batch_size`` rows; group g uses batch g modulo their
-            number. With several, the result is the mean noise over them.
+            number. With several, the result is the mean noise over them; only with as many batches
+            as groups does the standard error cover which batches they happen to be.
         key: typed key. Methods measured with one key see the same base draws in the same groups, so
             differences are more certain than either figure; see :func:`compare`.
         groups: independent repetitions, at least 2, a multiple of the number of batches; their
