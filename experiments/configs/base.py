@@ -154,8 +154,8 @@ def get_config() -> ConfigDict:
             "grid_levels": 12,
             "grid_masks": 4,
             "groups": 8,
-            "redraws": 8,
-            "data_batches": 2,
+            "redraws": 12,
+            "data_batches": 8,  # as many as groups: errors then cover the batches
             "warm_up": 50,
             "chunk": 32,
         }
