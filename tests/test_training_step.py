@@ -349,6 +349,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(parts):
         chex.assert_tree_all_finite([getattr(state, name) for name in kept])
 
 
+def test_a_skipped_step_is_counted_by_an_adaptive_transform():
+    """P-POTS learns from finite steps only, and its count of refused ones reaches the state."""
+    optimizer = optax.adam(0.1)
+    chain = variance.chain(variance.ppots(num_bins=4, warmup_steps=0))
+    spec, step = tiny.step_fn(ROWS, optimizer, _poisonable, chain)
+    step, state = tiny.jit(step), tiny.new_state(spec, optimizer, chain)
+    for number, poison in enumerate([0, 1, 1, 0]):
+        before = state.variance["ppots"]
+        state, _ = step(state, _poisoned(tiny.batch(ROWS, number), poison))
+        after = state.variance["ppots"]
+        assert int(after.rejected) - int(before.rejected) == poison
+        assert int(after.steps) - int(before.steps) == 1 - poison
+        moved = not np.array_equal(after.second, before.second)
+        assert moved == (not poison)
+    chex.assert_tree_all_finite(state.variance)
+
+
 def test_a_gradient_that_overflows_is_skipped():
     """The loss is finite; the square of the gradient's norm is not."""
 

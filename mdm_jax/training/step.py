@@ -125,7 +125,9 @@ def make_train_step(
         done = state.step - state.skipped
         decay = jnp.minimum(ema_decay, (1.0 + done) / (10.0 + done))
         ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema, params)
-        variance = transform.update(state.variance, draw, stats)
+        # A skipped step teaches nothing: a transform is shown NaN, which it refuses and counts.
+        shown = stats._replace(raw=jnp.where(finite, stats.raw, jnp.nan))
+        variance = transform.update(state.variance, draw, shown)
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -136,7 +138,7 @@ def make_train_step(
             params=keep(params, state.params),
             ema=keep(ema, state.ema),
             opt_state=keep(opt_state, state.opt_state),
-            variance=keep(variance, state.variance),
+            variance=_keep_counters(finite, variance, state.variance),
             skipped=state.skipped + jnp.where(finite, 0, 1),
             skipped_in_a_row=skipped_in_a_row,
         )
@@ -151,3 +153,12 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def _keep_counters(finite: Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new``, but on a skipped step only its integers, whatever a transform does with NaN."""
+
+    def choose(n: Array, o: Array) -> Array:
+        return n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(finite, n, o)
+
+    return jax.tree.map(choose, new, old)
