@@ -1,5 +1,6 @@
 """The noise coordinate logSNR, laws over it, named masked schedules and sampling grids."""
 
+from mdm_jax.pytrees import pytree_dataclass as pytree_dataclass
 from mdm_jax.schedules import grids as grids
 from mdm_jax.schedules import masked as masked
 from mdm_jax.schedules.coordinates import MaskingLevel as MaskingLevel
@@ -30,6 +31,5 @@ from mdm_jax.schedules.masked_schedule import LostSupport as LostSupport
 from mdm_jax.schedules.masked_schedule import MaskedSchedule as MaskedSchedule
 from mdm_jax.schedules.masked_schedule import law_of as law_of
 from mdm_jax.schedules.piecewise import piecewise as piecewise
-from mdm_jax.schedules.pytrees import pytree_dataclass as pytree_dataclass
 from mdm_jax.schedules.tabulated import tabulated as tabulated
 from mdm_jax.schedules.truncated import truncated as truncated

@@ -17,9 +17,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.parameters import as_parameter, check_finite, check_interval, is_concrete
-from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 

@@ -8,9 +8,9 @@ in :mod:`mdm_jax.schedules.masked`, not here.
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import MaskingLevel, logsnr_from_log_masking_rate
 from mdm_jax.schedules.masked_schedule import Instant, MaskedSchedule
-from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 _HALF_PI = jnp.pi / 2

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import (
     MaskingLevel,
     as_float,
@@ -22,7 +23,6 @@ from mdm_jax.schedules.coordinates import (
     survival_probability,
 )
 from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine, inside
-from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine
 from mdm_jax.schedules.parameters import is_concrete
-from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine, inside
 from mdm_jax.schedules.parameters import as_parameter, check_interval, is_concrete
-from mdm_jax.schedules.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 

@@ -4,7 +4,6 @@ A density lives on the quantile ``u`` in (0, 1), near 1 = clean. For the usual u
 the rate is ``1 - u``, so that a density over the rate is one over ``u`` read backwards.
 """
 
-import dataclasses
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.draws import GRID_BITS, Draw
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 
 _SIZE = 2**GRID_BITS
@@ -36,8 +36,7 @@ class QuantileDensity(Protocol):
         """The inverse of ``cdf``, within the support and strictly inside (0, 1)."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class PiecewiseDensity:
     """Uniform within each of J cells that cover (0, 1).
 
