@@ -1,6 +1,7 @@
 """Turns a config into objects: tables from names to factories, and nothing else."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,17 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.configs import base
-from mdm_jax import corruption, data, models, objectives, samplers, schedules, training, variance
+from mdm_jax import (
+    corruption,
+    data,
+    evaluation,
+    models,
+    objectives,
+    samplers,
+    schedules,
+    training,
+    variance,
+)
 
 DATA = {
     "embedded": data.embedded_text,
@@ -35,9 +46,11 @@ VARIANCE = {
     "stratified_levels": variance.stratified_levels,
     "complement": variance.complement,
     "ppots": variance.ppots,
+    "ppots_level_variance": functools.partial(variance.ppots, target=variance.level_variance),
     "ppots_parametric": variance.ppots_parametric,
     "log_uniform": variance.log_uniform,
     "clipped": variance.clipped,
+    "clipped_adaptive": variance.clipped_adaptive,
     "clipped_mixture": variance.clipped_mixture,
     "mirror": variance.mirror,
     "rotate": variance.rotate,
@@ -45,6 +58,11 @@ VARIANCE = {
     "repeat": variance.repeat,
 }
 SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
+CLIP_CRITERIA = {
+    "gradient_noise_to_signal": evaluation.gradient_noise_to_signal,
+    "relative_variance": evaluation.relative_variance,
+    "raw_variance": evaluation.raw_variance,
+}
 OPTIMIZERS = {"adamw": training.adamw, "muon": training.muon}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -111,6 +129,19 @@ def transform(config: ConfigDict) -> variance.VarianceTransform:
     order = config.variance.order
     members = [lookup(VARIANCE, name, "variance.order") for name in order]
     return variance.chain(*(f(**settings(config.variance, n)) for f, n in zip(members, order)))
+
+
+def monitors(config: ConfigDict, objective: objectives.Objective) -> list[training.Monitor]:
+    """The running estimates that go to the metrics."""
+    table = {
+        "levels": functools.partial(training.level_monitor, objective),
+        "gradient_noise": training.gradient_noise_monitor,
+        "baseline": training.baseline_monitor,
+    }
+    return [
+        lookup(table, name, "train.monitors")(**settings(config.monitors, name))
+        for name in config.train.monitors
+    ]
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:

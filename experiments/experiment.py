@@ -30,6 +30,7 @@ class Experiment:
         dataset: data and tokenizer.
         model: network.
         objective, transform: what is estimated, and how its variance is reduced.
+        monitors: running estimates that go to the metrics.
         spec: shape of the global draw.
         mesh: device mesh.
     """
@@ -39,6 +40,7 @@ class Experiment:
     model: nn.Module
     objective: Objective
     transform: VarianceTransform
+    monitors: tuple[training.Monitor, ...]
     spec: DrawSpec
     mesh: jax.sharding.Mesh
 
@@ -61,6 +63,7 @@ class Experiment:
             seed=self.config.seed,
             ema_decay=self.config.optimizer.ema_decay,
             num_microbatches=self.config.train.num_microbatches,
+            monitors=self.monitors,
         )
 
     def train_batches(self) -> data.Prefetcher:
@@ -127,7 +130,8 @@ class Experiment:
     def _new_state(self) -> TrainState:
         key = streams.stream(streams.step_key(self.config.seed, 0), "init")
         params = training.linen_init(self.model, self.dataset.length)(key)
-        return training.new_state(params, build.optimizer(self.config), self.transform, self.spec)
+        optimizer = build.optimizer(self.config)
+        return training.new_state(params, optimizer, self.transform, self.spec, self.monitors)
 
     def _parameters(self) -> PyTree:
         init = training.linen_init(self.model, self.dataset.length)
@@ -153,6 +157,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
         model=build.model(config, dataset.vocab_size),
         objective=objective,
         transform=build.transform(config),
+        monitors=tuple(build.monitors(config, objective)),
         spec=objective.spec(c.batch_size, dataset.length),
         mesh=mesh,
     )

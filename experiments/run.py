@@ -1,6 +1,8 @@
 """The three modes of the launcher: train, evaluate, sample. Also called by notebooks and tests."""
 
 import contextlib
+import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +10,14 @@ from typing import Any
 import jax
 import tqdm
 
+from experiments import build
 from experiments.experiment import Experiment, open_workdir
 from experiments.generation import prepare_samples, show_samples
 from experiments.report import write_report
 from experiments.workdir import check as check_workdir
 from experiments.workdir import claim, read_config, write_json
-from mdm_jax import data, training
-from mdm_jax.evaluation import Likelihood
+from mdm_jax import data, training, variance
+from mdm_jax.evaluation import ClipChoice, Likelihood, make_clip_search
 from mdm_jax.training import CheckpointError, Restored, TrainState
 from mdm_jax.typing import PyTree
 
@@ -32,6 +35,7 @@ def check_settings(experiment: Experiment) -> None:
     _, source = experiment.held_out(c.final_split)
     experiment.batches(source, c.max_rows)
     prepare_samples(experiment)
+    _clip_hook(experiment, pathlib.Path(), None)
     _loop_options(experiment, pathlib.Path())
 
 
@@ -205,7 +209,63 @@ def _hooks(
         key = experiment.key(step, "sample")
         show_samples(experiment, workdir, step, ema, key, writer, generate)
 
-    return training.Hooks(evaluate_step if len(source) else None, sample_step)
+    monitors = experiment.monitors
+    return training.Hooks(
+        evaluate_step if len(source) else None,
+        sample_step,
+        jax.jit(functools.partial(training.read_monitors, monitors)) if monitors else None,
+        _clip_hook(experiment, workdir, writer),
+    )
+
+
+def _clip_hook(
+    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter | None
+) -> Callable | None:
+    """Chooses the range of ``clipped_adaptive`` from validation rows; None without it.
+
+    Every choice goes to ``clip_search.jsonl`` with the scores of all ranges, and the range in use
+    is part of the state.
+    """
+    c = experiment.config
+    if "clipped_adaptive" not in c.variance.order:
+        return None
+    criterion = build.lookup(build.CLIP_CRITERIA, c.clip_search.criterion, "clip_search.criterion")
+    source, rows = experiment.dataset.valid, c.evaluate.batch_size
+    count = min(c.clip_search.batches, len(source) // rows)
+    if count < 2:
+        raise ValueError(
+            f"clipped_adaptive is searched on at least 2 validation batches of {rows} rows "
+            f"(evaluate.batch_size, clip_search.batches = {c.clip_search.batches}), and there are "
+            f"{len(source)} rows; take smaller batches, or variance.clipped with a fixed range"
+        )
+    search = make_clip_search(
+        experiment.model.apply,
+        experiment.objective,
+        (rows, experiment.dataset.length),
+        criterion=criterion,
+    )
+
+    def adapt(step: int, state: TrainState, check: Callable) -> TrainState:
+        batches = list(experiment.batches(source, count * rows))
+        key = experiment.key(step, "clip_search")
+        choice = search(state.ema, batches, key, step=step, progress=lambda _: check())
+        _append_choice(workdir / "clip_search.jsonl", choice)
+        writer.scalars(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
+        moved = variance.set_clip_range(state.variance, choice.low, choice.high)
+        # Where the old range lay, so that the step is not compiled for another placement.
+        placed = jax.tree.map(lambda n, o: jax.device_put(n, o.sharding), moved, state.variance)
+        return state.replace(variance=placed)
+
+    return adapt
+
+
+def _append_choice(path: pathlib.Path, choice: ClipChoice) -> None:
+    """Adds a line; those of this step and later ones, from before a resume, are replaced."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < choice.step]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("\n".join([*kept, json.dumps(choice.to_dict()), ""]), "utf-8")
+    temporary.replace(path)
 
 
 def _scalars(result: Likelihood) -> dict[str, float]:

@@ -107,30 +107,24 @@ def batches(count=4, rows=1500):
     return tuple(found)
 
 
-def search(**options):
-    arguments = {"objective": blocks_objective(), "batches": batches()} | options
-    return evaluation.search_clipping(
-        functools.partial(block_apply, 2),
-        toy.toy_params(),
-        arguments.pop("objective"),
-        arguments.pop("batches"),
-        jax.random.key(0),
-        **arguments,
+def search(objective=None, given=None, step=0, progress=None, block_size=2, **options):
+    given = given or batches()
+    find = evaluation.make_clip_search(
+        functools.partial(block_apply, block_size),
+        objective or blocks_objective(),
+        given[0].tokens.shape,
+        **options,
     )
+    return find(toy.toy_params(), given, jax.random.key(0), step=step, progress=progress)
 
 
 def test_loss_moments_of_the_implementation_match_the_exact_ones():
     """Within 5 standard errors over 4 batches of 1500 rows, and a bound on these."""
     objective = blocks_objective()
-    moments = clip_search.block_loss_moments(
-        functools.partial(block_apply, 2),
-        toy.toy_params(),
-        objective,
-        objective.spec(1500, 4),
-        batches(),
-        jax.random.key(1),
-        RANGES[1:],
+    measure = clip_search.block_loss_moments(
+        functools.partial(block_apply, 2), objective, objective.spec(1500, 4)
     )
+    moments = measure(toy.toy_params(), batches(), jax.random.key(1), RANGES[1:])
     error = np.maximum(moments.standard_error, 0.01 * np.array(RAW[1:]))
     assert np.all(np.abs(moments.variance - RAW[1:]) < 5 * error)
     assert np.all(moments.standard_error < 0.1 * np.array(RAW[1:]))
@@ -158,7 +152,7 @@ def test_search_by_gradient_prefers_the_upper_half():
     many = tuple(
         jax.tree.map(lambda f, i=i: f[i * 40 : i * 40 + 40], batches()[0]) for i in range(30)
     )
-    choice = search(batches=many, intervals=((1e-3, 1.0), (0.5, 1.0)))
+    choice = search(given=many, intervals=((1e-3, 1.0), (0.5, 1.0)))
     assert choice.criterion == "gradient_noise_to_signal"
     assert (choice.low, choice.high) == (0.5, 1.0)
     _, gradients, size = block_losses(2)
@@ -206,14 +200,7 @@ def test_feasibility_of_block_size_and_range():
 def test_blocks_of_one_token_choose_the_autoregressive_loss():
     """At rate 1 there is no masking variance left; the bound of single-token blocks is exact."""
     objective = blocks_objective(num_levels=4)
-    choice = evaluation.search_clipping(
-        functools.partial(block_apply, 1),
-        toy.toy_params(),
-        objective,
-        batches(2, 600),
-        jax.random.key(0),
-        criterion=evaluation.raw_variance,
-    )
+    choice = search(objective, batches(2, 600), block_size=1, criterion=evaluation.raw_variance)
     assert (choice.low, choice.high) == (1.0, 1.0)
     # Per-block variance 0.27402548, of which nothing comes from masks.
     np.testing.assert_allclose(choice.scores[1], 0.27402548, rtol=0.05)
@@ -221,10 +208,46 @@ def test_blocks_of_one_token_choose_the_autoregressive_loss():
 
 def test_searches_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="at least 2 batches"):
-        search(batches=batches()[:1])
+        search(given=batches()[:1])
     law = schedules.law_of(masked.cosine_md4())
     with pytest.raises(ValueError, match="uniform law"):
         search(objective=blocks_objective(law=law))
     empty = tuple(b._replace(eligible=np.zeros_like(b.eligible)) for b in batches())
     with pytest.raises(ValueError, match="0 scored blocks"):
-        search(batches=empty, criterion=evaluation.raw_variance)
+        search(given=empty, criterion=evaluation.raw_variance)
+
+
+def test_a_search_compiles_once_and_moves_the_range_in_the_state():
+    """As the trainer uses it: the step keeps its shapes, the state its structure."""
+    calls = []
+
+    def apply(params, *inputs):
+        calls.append(1)
+        return block_apply(2, params, *inputs)
+
+    find = evaluation.make_clip_search(
+        apply, blocks_objective(), (1500, 4), criterion=evaluation.relative_variance
+    )
+    few = batches()[:2]
+    choice = find(toy.toy_params(), few, jax.random.key(0), step=3)
+    traced = len(calls)
+    find(jax.tree.map(lambda leaf: leaf + 0.1, toy.toy_params()), few, jax.random.key(1))
+    assert len(calls) == traced
+    chain = variance.chain(variance.stratified(), variance.clipped_adaptive())
+    spec = blocks_objective().spec(8, 4)
+    before = chain.init(spec)
+    after = variance.set_clip_range(before, choice.low, choice.high)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    draw = jax.jit(lambda state: variance.draw_batch(jax.random.key(2), chain, state, spec))
+    rates = 1 - draw(after).u
+    assert choice.low - 1e-6 <= rates.min() and rates.max() <= choice.high + 1e-6
+    np.testing.assert_allclose(draw(after).log_weight, np.log(choice.high - choice.low), rtol=1e-6)
+    assert draw._cache_size() == 1
+
+
+def test_a_range_needs_a_place_and_two_ends():
+    with pytest.raises(ValueError, match="dict with stratified"):
+        variance.set_clip_range({"stratified": variance.EmptyState()}, 0.3, 0.8)
+    state = variance.clipped_adaptive().init(blocks_objective().spec(8, 4))
+    with pytest.raises(ValueError, match="0 <= low < high <= 1"):
+        variance.set_clip_range(state, 1.0, 1.0)

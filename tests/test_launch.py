@@ -320,3 +320,62 @@ def test_help_explains():
 def test_workdir_of_the_repository_is_left_alone():
     """Runs above write where they are told to and nowhere else."""
     assert not (pathlib.Path(launching.ROOT) / "metrics.jsonl").exists()
+
+
+# --- what the trainer watches and adapts ----------------------------------------------------------
+
+
+def test_clipping_is_searched_at_evaluation_and_survives_an_interrupt(tmp_path):
+    """Stopped after the first search and resumed: the same choices, ranges and parameters."""
+    arguments = [
+        f"--config={QUICKSTART}",
+        "--config.train.steps=8",
+        "--config.train.log_every=2",
+        "--config.train.evaluate_every=4",
+        "--config.train.checkpoint_every=4",
+        "--config.variance.order=('stratified', 'clipped_adaptive')",
+        "--config.clip_search.criterion=relative_variance",
+        "--config.clip_search.batches=2",
+        "--config.evaluate.batch_size=4",
+        "--config.train.monitors=('levels', 'gradient_noise', 'baseline')",
+    ]
+    out, _ = launching.finish(*arguments, f"--workdir={tmp_path / 'whole'}")
+    assert "[truncated]" in out
+    lines = [json.loads(x) for x in (tmp_path / "whole/clip_search.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8]
+    assert all(len(line["scores"]) == 36 for line in lines)
+    state = _restored(tmp_path / "whole")[0].state
+    low, high = (float(state[f"variance/clipped_adaptive/{n}"]) for n in ("low", "high"))
+    np.testing.assert_allclose([low, high], [lines[-1]["low"], lines[-1]["high"]], rtol=1e-6)
+
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    for name in ("checkpoints/last/8", "checkpoints/manifests/last/8.json"):
+        path = stopped / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    launching.finish(*arguments, f"--workdir={stopped}")
+    assert (stopped / "clip_search.jsonl").read_text() == (
+        tmp_path / "whole/clip_search.jsonl"
+    ).read_text()
+    chex.assert_trees_all_equal(_restored(stopped)[0].state, state)
+    for kind in ("monitor", "adapt", "train"):
+        first, second = (
+            training.read_metrics(w / "metrics.jsonl", kind) for w in (stopped, tmp_path / "whole")
+        )
+        assert first == second
+    record = training.read_metrics(stopped / "metrics.jsonl", "monitor")[-1]
+    for name in ("normalised_loss", "gradient_noise", "controlled_loss"):
+        assert np.isfinite(record[name])
+
+
+def test_too_few_validation_rows_for_a_clip_search_are_refused_early(tmp_path, monkeypatch, capsys):
+    code, _, err = launching.call(
+        monkeypatch,
+        capsys,
+        f"--config={QUICKSTART}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.variance.order=('clipped_adaptive',)",
+        "--config.evaluate.batch_size=100000",
+    )
+    assert code != 0 and "at least 2 validation batches" in err
+    assert not (tmp_path / "run").exists()

@@ -78,12 +78,11 @@ def step_fn(rows: int, optimizer=None, apply=apply_fn, chain=None, seed: int = 3
     return spec, step
 
 
-def new_state(spec, optimizer=None, chain=None, seed: int = 0) -> training.TrainState:
+def new_state(spec, optimizer=None, chain=None, seed: int = 0, monitors=()) -> training.TrainState:
     """State at step 0."""
     optimizer = optax.sgd(1.0) if optimizer is None else optimizer
-    return training.new_state(
-        params(seed), optimizer, transform() if chain is None else chain, spec
-    )
+    chain = transform() if chain is None else chain
+    return training.new_state(params(seed), optimizer, chain, spec, monitors)
 
 
 def transformer(**settings) -> models.Transformer:

@@ -25,6 +25,7 @@ SINGLES = {
     "importance": lambda: variance.importance(DENSITY),
     "log_uniform": lambda: variance.log_uniform(1e-2),
     "clipped": lambda: variance.clipped(0.3, 0.8),
+    "clipped_adaptive": lambda: variance.clipped_adaptive(0.3, 0.8),
     "clipped_mixture": lambda: variance.clipped_mixture(0.3, 0.8, 0.2),
     "ppots_parametric": lambda: variance.ppots_parametric(EPR),
     "ppots_binned": lambda: variance.ppots_binned(BINS, STEEP),
@@ -79,8 +80,9 @@ STATES = {
 ALL = (
     SINGLES | CHAINS | LEARNERS | {name: LEARNERS[learner] for name, (learner, _) in STATES.items()}
 )
-EXACT = [name for name in ALL if name != "clipped"]
-RANGES = {"clipped": (1 - 0.8, 1 - 0.3)}
+TRUNCATED = ("clipped", "clipped_adaptive")
+EXACT = [name for name in ALL if name not in TRUNCATED]
+RANGES = dict.fromkeys(TRUNCATED, (1 - 0.8, 1 - 0.3))
 """Quantiles that a truncated member covers."""
 
 
@@ -96,6 +98,7 @@ def densities():
         "importance": DENSITY,
         "log_uniform": log_uniform_density(1e-2),
         "clipped": variance.ClippedDensity(0.3, 0.8),
+        "clipped_adaptive": variance.ClippedDensity(0.3, 0.8),
         "clipped_mixture": variance.piecewise_density((0, 0.2, 0.7, 1), (0.04, 0.9, 0.06)),
         "ppots_parametric": variance.epr_density(EPR, 0.1),
         "ppots_binned": binned,

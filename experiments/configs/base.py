@@ -91,9 +91,17 @@ def get_config() -> ConfigDict:
                 "warmup_steps": 100,
             },
             # The fields of variance.EprParameters in order, as variance.fit_epr returns them.
+            "ppots_level_variance": {  # as ppots, for chains that stratify
+                "num_bins": 32,
+                "smallest_rate": 1e-3,
+                "decay": 0.999,
+                "floor": 0.1,
+                "warmup_steps": 100,
+            },
             "ppots_parametric": {"parameters": (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), "floor": 0.1},
             "log_uniform": {"smallest_rate": 1e-3},
             "clipped": {"low": 0.3, "high": 0.8},
+            "clipped_adaptive": {"low": 1e-3, "high": 1.0},  # searched for, see clip_search
             "clipped_mixture": {"low": 0.3, "high": 0.8, "share": 0.3},
             "rotate": {"views": 4},
             "rotate_ranks": {"views": 4},
@@ -126,8 +134,24 @@ def get_config() -> ConfigDict:
             "keep_last": 2,
             "max_skipped_in_a_row": 10,
             "prefetch": 2,
+            "monitors": ("levels",),  # levels | gradient_noise | baseline: running estimates
             "profile_at": 0,  # first step of a profile, 0 for none
             "profile_steps": 5,
+        }
+    )
+    config.monitors = ConfigDict(
+        {
+            "levels": {"bins": 10, "decay": 0.99},
+            "gradient_noise": {"decay": 0.95},  # costs a copy of the parameters
+            "baseline": {"bins": 16, "decay": 0.99, "forget": 0.9},
+        }
+    )
+    # With clipped_adaptive in variance.order: how its range is chosen, before each evaluation.
+    config.clip_search = ConfigDict(
+        {
+            # gradient_noise_to_signal | relative_variance | raw_variance (as published)
+            "criterion": "gradient_noise_to_signal",
+            "batches": 8,  # validation batches of evaluate.batch_size rows, for each of 36 ranges
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -5,9 +5,9 @@ from mdm_jax.evaluation.clip_search import ClipChoice as ClipChoice
 from mdm_jax.evaluation.clip_search import candidate_intervals as candidate_intervals
 from mdm_jax.evaluation.clip_search import check_feasible as check_feasible
 from mdm_jax.evaluation.clip_search import gradient_noise_to_signal as gradient_noise_to_signal
+from mdm_jax.evaluation.clip_search import make_clip_search as make_clip_search
 from mdm_jax.evaluation.clip_search import raw_variance as raw_variance
 from mdm_jax.evaluation.clip_search import relative_variance as relative_variance
-from mdm_jax.evaluation.clip_search import search_clipping as search_clipping
 from mdm_jax.evaluation.decompose import Decomposition as Decomposition
 from mdm_jax.evaluation.decompose import decompose as decompose
 from mdm_jax.evaluation.decompose import decompose_by_probes as decompose_by_probes
@@ -35,6 +35,3 @@ from mdm_jax.evaluation.levels import warp_density as warp_density
 from mdm_jax.evaluation.likelihood import LevelCurve as LevelCurve
 from mdm_jax.evaluation.likelihood import Likelihood as Likelihood
 from mdm_jax.evaluation.likelihood import make_likelihood as make_likelihood
-from mdm_jax.evaluation.monitors import Monitor as Monitor
-from mdm_jax.evaluation.monitors import gradient_noise_monitor as gradient_noise_monitor
-from mdm_jax.evaluation.monitors import level_monitor as level_monitor

@@ -37,12 +37,18 @@ from mdm_jax.typing import Array, PyTree
 SMALLEST_RATE = 1e-3
 """Where the widest candidate begins."""
 
+Progress = Callable[[int], None]
+"""Called with the number of batches done since the last call."""
+
 _WIDTHS = (50, 60, 70, 80, 90)  # percent
 _STEP = 5
 
 Interval = tuple[float, float]
-Criterion = Callable[..., np.ndarray]
-"""``criterion(apply_fn, params, objective, spec, batches, key, intervals, progress) -> scores``."""
+Score = Callable[[PyTree, Sequence[Batch], Array, Sequence[Interval], Progress | None], np.ndarray]
+"""``score(params, batches, key, intervals, progress) -> [intervals]``."""
+
+Criterion = Callable[[ApplyFn, Objective, DrawSpec], Score]
+"""``criterion(apply_fn, objective, spec) -> score``; compiles at the first call of ``score``."""
 
 
 class ClipChoice(NamedTuple):
@@ -131,45 +137,40 @@ def check_feasible(block_size: int, low: float, high: float) -> None:
         )
 
 
-def search_clipping(
+Search = Callable[..., ClipChoice]
+
+
+def make_clip_search(
     apply_fn: ApplyFn,
-    params: PyTree,
     objective: Objective,
-    batches: Sequence[Batch],
-    key: Array,
+    batch_shape: tuple[int, int],
     *,
     criterion: Criterion | None = None,
     intervals: Sequence[Interval] | None = None,
-    step: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> ClipChoice:
-    """Scores ranges of the masking rate on validation batches and takes the best.
+) -> Search:
+    """``search(params, batches, key, step=0, progress=None) -> ClipChoice``, compiled once.
 
-    All ranges see the same rows and base noise. Blocks draw their rates independently.
+    Scores ranges of the masking rate on validation batches and takes the best. All ranges see the
+    same rows and base noise. Blocks draw their rates independently. ``batches`` are at least two of
+    one shape (100 in the published code), ``step`` is kept for the record, and ``progress`` is
+    called with the number of batches done since its last call; for the gradient's criterion every
+    range is a pass over all batches.
 
     Args:
         apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``, without dropout.
-        params: parameters.
         objective: with one level per block and a uniform law of the masking rate.
-        batches: at least two validation batches of one shape; 100 in the published code.
-        key: typed key.
+        batch_shape: (rows, length) of a validation batch.
         criterion: one of this module's, :func:`gradient_noise_to_signal` if not given.
         intervals: candidates, :func:`candidate_intervals` of the block size if not given.
-        step: training step, for the record.
-        progress: called with the number of batches done since the last call; for the gradient's
-            criterion every range is a pass over all batches.
 
     Raises:
-        ValueError: if the law is not uniform, a range is infeasible, there are fewer than two
-            batches, or no score is finite.
+        ValueError: if the law is not uniform or a range is infeasible; in ``search``, if there are
+            fewer than two batches or no score is finite.
     """
-    if len(batches) < 2:
-        raise ValueError(f"at least 2 batches are needed to score a range, got {len(batches)}")
-    rows, length = batches[0].tokens.shape
+    rows, length = batch_shape
     spec = objective.spec(rows, length)
     block_size = length // spec.num_levels
-    rates = np.array([0.1, 0.5, 0.9])
-    if not np.allclose(base_density(objective, rates), 1.0, rtol=1e-3):
+    if not np.allclose(base_density(objective, np.array([0.1, 0.5, 0.9])), 1.0, rtol=1e-3):
         raise ValueError(
             "the search draws masking rates uniformly from a range; give an objective with a "
             "uniform law (linear schedule), not one that prefers some rates already"
@@ -178,88 +179,84 @@ def search_clipping(
     for low, high in chosen:
         check_feasible(block_size, low, high)
     criterion = gradient_noise_to_signal if criterion is None else criterion
-    scores = criterion(apply_fn, params, objective, spec, batches, key, chosen, progress)
-    if not np.any(np.isfinite(scores)):
-        raise ValueError(f"no range has a finite score under {criterion.__name__}")
-    best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf)))
-    return ClipChoice(
-        *chosen[best],
-        criterion=criterion.__name__,
-        block_size=block_size,
-        step=step,
-        intervals=chosen,
-        scores=tuple(float(s) if np.isfinite(s) else None for s in scores),
-    )
+    score = criterion(apply_fn, objective, spec)
+
+    def search(
+        params: PyTree,
+        batches: Sequence[Batch],
+        key: Array,
+        step: int = 0,
+        progress: Progress | None = None,
+    ) -> ClipChoice:
+        if len(batches) < 2:
+            raise ValueError(f"at least 2 batches are needed to score a range, got {len(batches)}")
+        scores = score(params, batches, key, chosen, progress)
+        if not np.any(np.isfinite(scores)):
+            raise ValueError(f"no range has a finite score under {criterion.__name__}")
+        best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf)))
+        return ClipChoice(
+            *chosen[best],
+            criterion=criterion.__name__,
+            block_size=block_size,
+            step=step,
+            intervals=chosen,
+            scores=tuple(float(s) if np.isfinite(s) else None for s in scores),
+        )
+
+    return search
 
 
-def raw_variance(
-    apply_fn: ApplyFn,
-    params: PyTree,
-    objective: Objective,
-    spec: DrawSpec,
-    batches: Sequence[Batch],
-    key: Array,
-    intervals: Sequence[Interval],
-    progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Variance of the block losses, nats per token squared, averaged over batches, [intervals]."""
-    return block_loss_moments(
-        apply_fn, params, objective, spec, batches, key, intervals, progress
-    ).variance
+def raw_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
+    """Variance of the block losses, nats per token squared, averaged over batches."""
+    moments = block_loss_moments(apply_fn, objective, spec)
+    return lambda *arguments: moments(*arguments).variance
 
 
-def relative_variance(
-    apply_fn: ApplyFn,
-    params: PyTree,
-    objective: Objective,
-    spec: DrawSpec,
-    batches: Sequence[Batch],
-    key: Array,
-    intervals: Sequence[Interval],
-    progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """:func:`raw_variance` over the squared mean loss, [intervals]."""
-    moments = block_loss_moments(
-        apply_fn, params, objective, spec, batches, key, intervals, progress
-    )
-    return moments.variance / moments.mean**2
+def relative_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
+    """:func:`raw_variance` over the squared mean loss."""
+    moments = block_loss_moments(apply_fn, objective, spec)
+
+    def score(*arguments: Any) -> np.ndarray:
+        found = moments(*arguments)
+        return found.variance / found.mean**2
+
+    return score
 
 
-def gradient_noise_to_signal(
-    apply_fn: ApplyFn,
-    params: PyTree,
-    objective: Objective,
-    spec: DrawSpec,
-    batches: Sequence[Batch],
-    key: Array,
-    intervals: Sequence[Interval],
-    progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included, [intervals].
+def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
+    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included.
 
     Infinite where no signal can be told from the noise. Holds three gradients at a time.
     """
-
     estimator = make_estimator(apply_fn, objective)
 
     @jax.jit
     def draw(key: Array, interval: Array) -> Draw:
         return _in_interval(iid(stream(key, "draw"), spec), interval)
 
-    placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
-    scores = []
-    for interval in np.asarray(intervals, np.float32):
-        mean, terms = start(params).mean, []
-        for number, batch in enumerate(placed):
-            one = draw(jax.random.fold_in(key, number), interval)
-            mean, term = estimator.accumulate(mean, np.float32(number), params, batch, one, 1)
-            terms.append(float(term))
-            if progress is not None:
-                progress(1)
-        noise = float(np.mean(terms[1:]))
-        signal = float(square_norm(mean)) - noise / len(terms)
-        scores.append(noise / signal if signal > 0 else math.inf)
-    return np.asarray(scores)
+    def score(
+        params: PyTree,
+        batches: Sequence[Batch],
+        key: Array,
+        intervals: Sequence[Interval],
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+        scores = []
+        for interval in np.asarray(intervals, np.float32):
+            mean, terms = start(params).mean, []
+            for number, batch in enumerate(placed):
+                one = draw(jax.random.fold_in(key, number), interval)
+                mean, term = estimator.accumulate(mean, np.float32(number), params, batch, one, 1)
+                terms.append(float(term))
+                if progress is not None:
+                    progress(1)
+            noise = float(np.mean(terms[1:]))
+            signal = float(square_norm(mean)) - noise / len(terms)
+            scores.append(noise / signal if signal > 0 else math.inf)
+        return np.asarray(scores)
+
+    return score
 
 
 class BlockMoments(NamedTuple):
@@ -277,18 +274,13 @@ class BlockMoments(NamedTuple):
 
 
 def block_loss_moments(
-    apply_fn: ApplyFn,
-    params: PyTree,
-    objective: Objective,
-    spec: DrawSpec,
-    batches: Sequence[Batch],
-    key: Array,
-    intervals: Sequence[Interval],
-    progress: Callable[[int], None] | None = None,
-) -> BlockMoments:
+    apply_fn: ApplyFn, objective: Objective, spec: DrawSpec
+) -> Callable[..., BlockMoments]:
     """Mean and variance of the block losses ``S_b / (m L')`` under each range.
 
-    Blocks without eligible tokens are left out.
+    Returns:
+        ``moments(params, batches, key, intervals, progress=None) -> BlockMoments``. Blocks without
+        eligible tokens are left out; ValueError if a batch has fewer than two others.
     """
 
     @jax.jit
@@ -303,20 +295,29 @@ def block_loss_moments(
 
         return jax.lax.map(one, intervals)
 
-    means, variances = [], []
-    for number, batch in enumerate(batches):
-        one = jax.random.fold_in(key, number)
+    def moments(
+        params: PyTree,
+        batches: Sequence[Batch],
+        key: Array,
+        intervals: Sequence[Interval],
+        progress: Progress | None = None,
+    ) -> BlockMoments:
+        means, variances = [], []
         ranges = jnp.asarray(intervals, jnp.float32)
-        value, scored = losses(params, jax.tree.map(jnp.asarray, batch), one, ranges)
-        kept = np.asarray(value, np.float64)[:, np.asarray(scored)[0]]
-        if kept.shape[1] < 2:
-            raise ValueError(f"batch {number} has {kept.shape[1]} scored blocks; 2 are needed")
-        means.append(kept.mean(1))
-        variances.append(kept.var(1, ddof=1))
-        if progress is not None:
-            progress(1)
-    spread = np.std(variances, axis=0, ddof=1) / math.sqrt(len(batches))
-    return BlockMoments(np.mean(means, axis=0), np.mean(variances, axis=0), spread)
+        for number, batch in enumerate(batches):
+            one = jax.random.fold_in(key, number)
+            value, scored = losses(params, jax.tree.map(jnp.asarray, batch), one, ranges)
+            kept = np.asarray(value, np.float64)[:, np.asarray(scored)[0]]
+            if kept.shape[1] < 2:
+                raise ValueError(f"batch {number} has {kept.shape[1]} scored blocks; 2 are needed")
+            means.append(kept.mean(1))
+            variances.append(kept.var(1, ddof=1))
+            if progress is not None:
+                progress(1)
+        spread = np.std(variances, axis=0, ddof=1) / math.sqrt(len(batches))
+        return BlockMoments(np.mean(means, axis=0), np.mean(variances, axis=0), spread)
+
+    return moments
 
 
 def _with(apply_fn: ApplyFn, params: PyTree) -> Callable[..., Array]:

@@ -31,6 +31,8 @@ def training_curve(
 ) -> Any:
     """Training and evaluation loss over steps, bits per ``unit``.
 
+    With the monitor "levels", the training loss without the noise of its levels is drawn too.
+
     Args:
         axes: matplotlib axes.
         records: the rows of a ``metrics.jsonl`` (``training.read_metrics``).
@@ -38,6 +40,17 @@ def training_curve(
         references: horizontal lines to compare with, by name.
     """
     train = [(r["step"], r["bits_per_unit"]) for r in records if r["kind"] == "train"]
+    # Nats per token as bits per unit: both are in every training record of the same step.
+    units = {
+        r["step"]: r["bits_per_unit"] / r["loss"]
+        for r in records
+        if r["kind"] == "train" and r["loss"]
+    }
+    steady = [
+        (r["step"], r["normalised_loss"] * units[r["step"]])
+        for r in records
+        if r["kind"] == "monitor" and "normalised_loss" in r and r["step"] in units
+    ]
     evaluated = [
         (r["step"], r["bits_per_unit"], r.get("standard_error", 0.0))
         for r in records
@@ -45,6 +58,8 @@ def training_curve(
     ]
     if train:
         axes.plot(*zip(*train), color="0.7", linewidth=1, label="training objective")
+    if steady:
+        axes.plot(*zip(*steady), color="C0", linewidth=1, alpha=0.6, label="normalised by level")
     if evaluated:
         steps, bits, errors = zip(*evaluated)
         axes.errorbar(

@@ -43,8 +43,8 @@ def new_baseline(bins: int = 16) -> Baseline:
     """
     if bins < 1:
         raise ValueError(f"a baseline needs at least 1 bin, got {bins}")
-    zeros = jnp.zeros((bins,), jnp.float32)
-    return Baseline(zeros, zeros, jnp.zeros((), jnp.int32))
+    mean, weight = (jnp.zeros((bins,), jnp.float32) for _ in range(2))  # both can be donated
+    return Baseline(mean, weight, jnp.zeros((), jnp.int32))
 
 
 def update_baseline(

@@ -13,6 +13,11 @@ from mdm_jax.training.loop import train as train
 from mdm_jax.training.metrics import MetricWriter as MetricWriter
 from mdm_jax.training.metrics import Progress as Progress
 from mdm_jax.training.metrics import read_metrics as read_metrics
+from mdm_jax.training.monitors import Monitor as Monitor
+from mdm_jax.training.monitors import baseline_monitor as baseline_monitor
+from mdm_jax.training.monitors import gradient_noise_monitor as gradient_noise_monitor
+from mdm_jax.training.monitors import level_monitor as level_monitor
+from mdm_jax.training.monitors import read_monitors as read_monitors
 from mdm_jax.training.optimizers import adamw as adamw
 from mdm_jax.training.optimizers import muon as muon
 from mdm_jax.training.optimizers import warmup_cosine as warmup_cosine

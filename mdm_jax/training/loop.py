@@ -72,16 +72,22 @@ class LoopOptions:
 
 @dataclasses.dataclass
 class Hooks:
-    """What the loop calls besides the step. All get the averaged parameters.
+    """What the loop calls besides the step.
 
     Attributes:
         evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss"; it calls ``check``
             now and then, which raises where the user asked to stop.
         sample: ``sample(step, ema, check)``.
+        monitor: ``monitor(state.monitors) -> scalars`` on the device, jitted; read and written
+            whenever metrics are.
+        adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings
+            that are chosen from held-out data and live in the state.
     """
 
     evaluate: Callable[[int, PyTree, Callable], dict[str, float]] | None = None
     sample: Callable[[int, PyTree, Callable], None] | None = None
+    monitor: Callable[[PyTree], dict[str, jax.Array]] | None = None
+    adapt: Callable[[int, TrainState, Callable], TrainState] | None = None
 
 
 def train(
@@ -132,10 +138,12 @@ def train(
             step, current, batches.get_state(), {**(notes or {}), "progress": remember}
         )
 
-    def call_hooks(current: TrainState, check: Callable) -> None:
+    def call_hooks(current: TrainState, check: Callable) -> TrainState:
         started = time.monotonic()
         while hooks_due:
-            if hooks_due[0] == "evaluate":
+            if hooks_due[0] == "adapt":
+                current = hooks.adapt(step, current, check)
+            elif hooks_due[0] == "evaluate":
                 values = hooks.evaluate(step, current.ema, check)
                 writer.scalars(step, "evaluate", values)
                 checkpoints.save_best(step, current.ema, values)
@@ -143,10 +151,11 @@ def train(
                 hooks.sample(step, current.ema, check)
             hooks_due.pop(0)  # not before it is done: an interrupted one runs again
         loop.pause(time.monotonic() - started)
+        return current
 
     with interrupt or Interrupt() as stop:
         try:
-            call_hooks(state, stop.check)  # what an interrupt left undone
+            state = call_hooks(state, stop.check)  # what an interrupt left undone
             while step < options.total_steps and not stop.requested:
                 if options.profile_at and step == options.profile_at:
                     jax.profiler.start_trace(options.profile_directory)
@@ -161,12 +170,15 @@ def train(
                     profiling = False
                     loop.progress.note(f"profile written to {options.profile_directory}")
                 if _due(step, options.log_every) or step == options.total_steps:
-                    loop.write(step, stop_after=options.max_skipped_in_a_row)
+                    watched = hooks.monitor(state.monitors) if hooks.monitor else {}
+                    loop.write(step, watched, stop_after=options.max_skipped_in_a_row)
+                if hooks.adapt and _due(step, options.evaluate_every):
+                    hooks_due.append("adapt")
                 if hooks.evaluate and _due(step, options.evaluate_every):
                     hooks_due.append("evaluate")
                 if hooks.sample and _due(step, options.sample_every):
                     hooks_due.append("sample")
-                call_hooks(state, stop.check)
+                state = call_hooks(state, stop.check)
                 if _due(step, options.checkpoint_every):
                     started = time.monotonic()
                     save(state)
@@ -207,8 +219,12 @@ class _Log:
         """Takes time that was not training out of the speed shown."""
         self._clock += seconds
 
-    def write(self, step: int, stop_after: int) -> None:
-        """Writes the means over the window; raises TrainingStopped where nothing is finite."""
+    def write(self, step: int, watched: dict[str, jax.Array], stop_after: int) -> None:
+        """Writes the means over the window and what the monitors read.
+
+        Raises:
+            TrainingStopped: after too many steps in a row without a finite one.
+        """
         self.collect()
         rows = np.asarray(self.window, np.float64)
         columns = dict(zip(StepMetrics._fields, rows.T))
@@ -222,6 +238,9 @@ class _Log:
         self._clock, self._timed_from = now, step
         # Speed goes to the terminal and TensorBoard records of its own: it is not reproducible.
         self._writer.scalars(step, "train", values)
+        if watched:
+            known = {n: float(v) for n, v in jax.device_get(watched).items() if np.isfinite(v)}
+            self._writer.scalars(step, "monitor", known)
         speed = self._options.tokens_per_step / seconds
         self._writer.scalars(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
         shown = {

@@ -1,6 +1,6 @@
 """Everything that a training run carries from step to step, as one pytree of arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import flax.linen as nn
 import flax.struct
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mdm_jax.draws import DrawSpec
+from mdm_jax.training.monitors import Monitor
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance import VarianceTransform
 
@@ -23,6 +24,7 @@ class TrainState:
         ema: exponential moving average of the parameters, used for evaluation and sampling.
         opt_state: optax state.
         variance: state of the variance transform.
+        monitors: states of the monitors by name; empty without any.
         skipped: [] int32, steps skipped because loss, gradient or update was not finite.
         skipped_in_a_row: [] int32, how many of the latest steps were.
     """
@@ -32,6 +34,7 @@ class TrainState:
     ema: PyTree
     opt_state: PyTree
     variance: PyTree
+    monitors: dict[str, PyTree]
     skipped: Array
     skipped_in_a_row: Array
 
@@ -41,6 +44,7 @@ def new_state(
     optimizer: optax.GradientTransformation,
     transform: VarianceTransform,
     spec: DrawSpec,
+    monitors: Iterable[Monitor] = (),
 ) -> TrainState:
     """The state at step 0; the EMA starts at the parameters."""
     return TrainState(
@@ -49,6 +53,7 @@ def new_state(
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         variance=transform.init(spec),
+        monitors={monitor.name: monitor.init(params) for monitor in monitors},
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )

@@ -1,7 +1,7 @@
 """One training step as one pure function."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from mdm_jax import draws, streams
 from mdm_jax.batches import Batch
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.objectives import LossSums, Objective, stop_gradient_stats, sum_losses, token_mean
+from mdm_jax.training.monitors import Monitor
 from mdm_jax.training.state import TrainState
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance import VarianceTransform, draw_batch
@@ -57,6 +58,7 @@ def make_train_step(
     seed: int,
     ema_decay: float = 0.999,
     num_microbatches: int = 1,
+    monitors: Sequence[Monitor] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -73,6 +75,8 @@ def make_train_step(
         seed: of the run.
         ema_decay: of the parameter average; shorter during the first steps.
         num_microbatches: must divide the batch size.
+        monitors: running estimates, updated after the backward pass; read them from
+            ``TrainState.monitors`` with :func:`~mdm_jax.training.read_monitors`.
 
     Raises:
         ValueError: if the settings do not fit together.
@@ -84,6 +88,10 @@ def make_train_step(
             f"num_microbatches must be a divisor of the batch size {spec.batch_size}, "
             f"got {num_microbatches}"
         )
+
+    names = [monitor.name for monitor in monitors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"monitors need names of their own, got {', '.join(names)}")
 
     def weighted_sum(
         params: PyTree, batch: Batch, draw: Draw
@@ -128,6 +136,9 @@ def make_train_step(
         # A skipped step teaches nothing: a transform is shown NaN, which it refuses and counts.
         shown = stats._replace(raw=jnp.where(finite, stats.raw, jnp.nan))
         variance = transform.update(state.variance, draw, shown)
+        watched = {
+            m.name: m.update(state.monitors[m.name], draw, shown, gradients) for m in monitors
+        }
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -139,6 +150,7 @@ def make_train_step(
             ema=keep(ema, state.ema),
             opt_state=keep(opt_state, state.opt_state),
             variance=_keep_counters(finite, variance, state.variance),
+            monitors=_keep_counters(finite, watched, state.monitors),
             skipped=state.skipped + jnp.where(finite, 0, 1),
             skipped_in_a_row=skipped_in_a_row,
         )

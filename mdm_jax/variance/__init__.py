@@ -5,6 +5,9 @@ from mdm_jax.variance.chain import chain as chain
 from mdm_jax.variance.chain import identity as identity
 from mdm_jax.variance.clipped import ClippedDensity as ClippedDensity
 from mdm_jax.variance.clipped import clipped as clipped
+from mdm_jax.variance.clipped_adaptive import ClipRange as ClipRange
+from mdm_jax.variance.clipped_adaptive import clipped_adaptive as clipped_adaptive
+from mdm_jax.variance.clipped_adaptive import set_clip_range as set_clip_range
 from mdm_jax.variance.clipped_mixture import clipped_mixture as clipped_mixture
 from mdm_jax.variance.coarse_strata import coarse_strata as coarse_strata
 from mdm_jax.variance.complement import complement as complement

@@ -1,12 +1,9 @@
 """Levels from a part of the interval only."""
 
-import dataclasses
-import math
-
-import jax
 import jax.numpy as jnp
 
 from mdm_jax.draws import GRID_BITS
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 from mdm_jax.variance.importance import importance
 from mdm_jax.variance.quantile_density import open_interval
@@ -40,16 +37,15 @@ def check_range(name: str, low: float, high: float) -> None:
         raise ValueError(f"{name} needs masking rates 0 <= low < high <= 1, got {low} and {high}")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class ClippedDensity:
-    """Uniform for masking rates 1 - u in [low, high], zero elsewhere."""
+    """Uniform for masking rates 1 - u in [low, high], zero elsewhere; both may be traced."""
 
-    low: float = dataclasses.field(metadata={"static": True})
-    high: float = dataclasses.field(metadata={"static": True})
+    low: ArrayLike
+    high: ArrayLike
 
     @property
-    def support(self) -> tuple[float, float]:
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
         """Quantiles between which all mass lies."""
         return 1.0 - self.high, 1.0 - self.low
 
@@ -59,7 +55,7 @@ class ClippedDensity:
         below, above = self.support
         slack = 2.0**-GRID_BITS
         inside = (u >= below - slack) & (u <= above + slack)
-        return jnp.where(inside, -math.log(self.high - self.low), -jnp.inf)
+        return jnp.where(inside, -jnp.log(self.high - self.low), -jnp.inf)
 
     def cdf(self, u: ArrayLike) -> Array:
         """Probability of a smaller quantile."""

@@ -1,11 +1,8 @@
 """Masking rates uniform on a logarithmic scale."""
 
-import dataclasses
-import math
-
-import jax
 import jax.numpy as jnp
 
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
 from mdm_jax.variance.importance import importance
 from mdm_jax.variance.quantile_density import open_interval
@@ -43,12 +40,11 @@ def log_uniform_density(smallest_rate: float) -> "LogUniformDensity":
     return LogUniformDensity(smallest_rate)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class LogUniformDensity:
     """Density ``1 / (T max(m, smallest_rate))`` of m = 1 - u, ``T = 1 - ln smallest_rate``."""
 
-    smallest_rate: float = dataclasses.field(metadata={"static": True})
+    smallest_rate: ArrayLike
 
     @property
     def support(self) -> tuple[float, float]:
@@ -56,9 +52,9 @@ class LogUniformDensity:
         return 0.0, 1.0
 
     @property
-    def total(self) -> float:
+    def total(self) -> Array:
         """T, the constant weight on masked cross-entropies above the smallest rate."""
-        return 1.0 - math.log(self.smallest_rate)
+        return 1.0 - jnp.log(self.smallest_rate)
 
     def log_pdf(self, u: ArrayLike) -> Array:
         """Log density, nats."""
