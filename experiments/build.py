@@ -36,6 +36,8 @@ CORRUPTIONS = {
     "bernoulli": corruption.bernoulli,
     "rao_blackwell": corruption.rao_blackwell,
     "rao_blackwell_clipped": corruption.rao_blackwell_clipped,
+    "bernoulli_shifted_rate": corruption.bernoulli_shifted_rate,
+    "bernoulli_shifted_logit": corruption.bernoulli_shifted_logit,
 }
 VARIANCE = {
     "identity": variance.identity,
@@ -115,13 +117,23 @@ def model(config: ConfigDict, vocab_size: int) -> models.Transformer:
     return models.Transformer(models.TransformerConfig(vocab_size=vocab_size, **fields))
 
 
-def objective(config: ConfigDict, mask_id: int) -> objectives.Objective:
+def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:
     """The masked bound with the configured process and law."""
-    name = config.corruption.name
-    process = lookup(CORRUPTIONS, name, "corruption.name")
+    process = corruption_process(config, dataset)
     schedule = lookup(schedules.MASKED_SCHEDULES, config.law.name, "law.name")
     law = schedules.law_of(schedule(**settings(config.law, config.law.name)))
-    return objectives.masked_nelbo(process(mask_id, **settings(config.corruption, name)), law)
+    return objectives.masked_nelbo(process, law)
+
+
+def corruption_process(config: ConfigDict, dataset: data.Dataset) -> corruption.Corruption:
+    """The configured process; one that masks rare tokens more often learns which are rare."""
+    name = config.corruption.name
+    factory = lookup(CORRUPTIONS, name, "corruption.name")
+    chosen = settings(config.corruption, name)
+    if "rare" in inspect.signature(factory).parameters:
+        share = chosen.pop("rare_share")
+        chosen["rare"] = data.rare_tokens(dataset.train, dataset.vocab_size, share)
+    return factory(dataset.mask_id, **chosen)
 
 
 def transform(config: ConfigDict) -> variance.VarianceTransform:

@@ -18,7 +18,7 @@ from mdm_jax.evaluation import Likelihood, make_likelihood
 from mdm_jax.objectives import Objective
 from mdm_jax.training import TrainState
 from mdm_jax.typing import Array, PyTree
-from mdm_jax.variance import BIAS_LABELS, VarianceTransform
+from mdm_jax.variance import VarianceTransform, worst_bias
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class Experiment:
 
     def bias(self) -> str:
         """The worse of the objective's and the chain's bias labels."""
-        return max(self.objective.bias, self.transform.bias, key=BIAS_LABELS.index)
+        return worst_bias(self.objective.bias, self.transform.bias)
 
     def describe(self) -> str:
         """What is about to be trained, for the terminal and the report."""
@@ -146,7 +146,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
             or data do not fit.
     """
     dataset = build.dataset(config)
-    objective = build.objective(config, dataset.mask_id)
+    objective = build.objective(config, dataset)
     mesh = training.make_mesh(**config.mesh)
     c = config.train
     training.check_batch_size(mesh, c.batch_size, c.num_microbatches)

@@ -25,7 +25,7 @@ from mdm_jax.batches import Batch
 from mdm_jax.evaluation import Decomposition, Efficiency, Estimator, LevelTable
 from mdm_jax.objectives import Objective, stop_gradient_stats
 from mdm_jax.typing import Array, PyTree
-from mdm_jax.variance import BIAS_LABELS, VarianceTransform
+from mdm_jax.variance import VarianceTransform, worst_bias
 
 __all__ = ["METHODS", "Method", "Settings", "format_table", "measure", "named"]
 
@@ -254,7 +254,7 @@ class _Meter:
             result = dataclasses.replace(
                 result,
                 chain=transform.name,
-                bias=max(objective.bias, transform.bias, key=BIAS_LABELS.index),
+                bias=worst_bias(objective.bias, transform.bias),
             )
             return self._measured(result, objective, transform, own=name == CONFIGURED)
         except ValueError as error:
@@ -320,7 +320,7 @@ class _Meter:
             if corruption != config.corruption.name:
                 changed = config.copy_and_resolve_references()
                 changed.corruption.name = corruption
-                objective = build.objective(changed, self.experiment.dataset.mask_id)
+                objective = build.objective(changed, self.experiment.dataset)
             self.estimators[corruption] = evaluation.make_estimator(
                 self.experiment.model.apply, objective
             )

@@ -5,6 +5,7 @@ and so on. The data layer, which brings Grain and TFDS, is imported by ``import 
 """
 
 from mdm_jax import batches as batches
+from mdm_jax import bias as bias
 from mdm_jax import corruption as corruption
 from mdm_jax import draws as draws
 from mdm_jax import models as models

@@ -70,3 +70,13 @@ def test_bad_arguments_are_refused():
         data.ngram_entropies([[0, 1]], 3, eligible=[True])
     with pytest.raises(ValueError, match="eligible alike"):
         data.ngram_entropies(np.zeros((2, 2, 2), int), 3)
+
+
+def test_rare_tokens_are_the_least_frequent_up_to_a_share():
+    """Counts 0, 1, 2, 5, 12 of 20: up to a fifth of the tokens that is 0, 1 and 2."""
+    stream = np.repeat([1, 2, 3, 4], [1, 2, 5, 12]).astype(np.int32)
+    source = TokenSpans(stream, range(0, 20, 10), 10, pad_id=0, character_counts=np.ones(5, int))
+    np.testing.assert_array_equal(data.rare_tokens(source, 5, 0.2), [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(data.rare_tokens(source, 5, 0.4), [1, 1, 1, 1, 0])
+    with pytest.raises(ValueError, match="0 < share < 1"):
+        data.rare_tokens(source, 5, 1.0)

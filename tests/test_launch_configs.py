@@ -113,3 +113,13 @@ def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
     workdir.write_json(tmp_path / "config.json", saved)
     found = saved_config.get_config(str(tmp_path))
     assert found.train.steps == 7 and found.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "name, bias", [("bernoulli_shifted_logit", "exact"), ("bernoulli_shifted_rate", "biased")]
+)
+def test_token_dependent_masking_learns_the_rare_tokens_from_the_data(name, bias):
+    config = _get_config("quickstart", "smoke")
+    config.corruption.name = name
+    _take_a_step(config)
+    assert make_experiment(config).bias() == bias

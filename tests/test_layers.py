@@ -15,6 +15,7 @@ LAYER = {
     "streams": 0,
     "draws": 0,
     "batches": 0,
+    "bias": 0,
     "pytrees": 0,
     "schedules": 1,
     "models": 1,

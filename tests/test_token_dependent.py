@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_corruption import NELBO, PROBABILITIES, model_fn
 
-from mdm_jax import corruption, evaluation, objectives, variance
+from mdm_jax import corruption, evaluation, objectives, schedules, variance
 from mdm_jax.corruption import token_dependent
 from mdm_jax.models import toy
-from mdm_jax.objectives import baseline, element_weighted, sum_losses, token_mean
+from mdm_jax.objectives import baseline, sum_losses, token_mean
 
 RARE = np.array([False, False, True, False])  # token 2
 EPS = 1e-3
@@ -48,7 +48,7 @@ def enumerated(process, rates_of):
             np.asarray(out.target_mask)[possible], np.broadcast_to(bits, (*shape, 4))[possible]
         )
         probability = np.prod(np.where(bits[None], q[:, None], 1 - q[:, None]), axis=-1)
-        if isinstance(out, token_dependent.ElementWeighted):
+        if out.element_log_weight is not None:
             nats = mask_cross_entropies()[row]
             weight = np.exp(np.asarray(out.element_log_weight, np.float64))
             loss = np.sum(np.where(bits, nats, 0.0) * weight, axis=-1)
@@ -101,8 +101,8 @@ def test_per_token_correction_of_a_logit_shift_is_biased_too():
     def corrupt(x, logsnr, noise, eligible):
         out = exact.corrupt(x, logsnr, noise, eligible)
         logit = -logsnr + jnp.where(jnp.asarray(RARE)[x], jnp.log(2.0), 0.0)
-        return token_dependent.ElementWeighted(
-            out.inputs, out.target_mask, -jax.nn.log_sigmoid(logit)
+        return out._replace(
+            log_weight=jnp.zeros_like(logsnr), element_log_weight=-jax.nn.log_sigmoid(logit)
         )
 
     mean, _ = enumerated(exact._replace(corrupt=corrupt), shifted_logit(np.log(2.0)))
@@ -151,19 +151,14 @@ def test_prompt_and_padding_are_never_touched():
     )
 
 
-def test_published_form_runs_labelled_biased_and_nowhere_else():
-    process = token_dependent.bernoulli_shifted_rate(toy.MASK_ID, RARE)
-    objective = element_weighted.element_weighted_nelbo(process)
-    assert objective.bias == "biased"
-    spec = objective.spec(3, 4)
-    draw = variance.draw_batch(
-        jax.random.key(0), variance.stratified(), variance.EmptyState(), spec
-    )
-    stats = loss_stats(objective, draw)
-    assert stats.raw.shape == (1, 3, 1)
-    plain = objectives.masked_nelbo(process)
-    with pytest.raises(TypeError, match="element_weighted_nelbo"):
-        plain.loss(model_fn, toy.toy_batch(), draw)
+def test_published_form_is_labelled_biased_whatever_the_law():
+    process = corruption.bernoulli_shifted_rate(toy.MASK_ID, RARE)
+    assert objectives.masked_nelbo(process).bias == "biased"
+    law = schedules.truncated(schedules.logistic(), -3.0, 3.0)
+    assert objectives.masked_nelbo(process, law).bias == "biased"
+    exact = corruption.bernoulli_shifted_logit(toy.MASK_ID, RARE, 1.0)
+    assert objectives.masked_nelbo(exact).bias == "exact"
+    assert objectives.masked_nelbo(exact, law).bias == "truncated"
 
 
 def test_element_weights_equal_the_bound_where_nothing_is_rare():
@@ -171,7 +166,7 @@ def test_element_weights_equal_the_bound_where_nothing_is_rare():
     nothing = np.zeros(4, bool)
     plain = objectives.masked_nelbo(corruption.bernoulli(toy.MASK_ID))
     process = token_dependent.bernoulli_shifted_rate(toy.MASK_ID, nothing)
-    weighted = element_weighted.element_weighted_nelbo(process)
+    weighted = objectives.masked_nelbo(process)
     ratio = objectives.masked_nelbo(token_dependent.bernoulli_shifted_logit(3, nothing, 2.0))
     draw = variance.draw_batch(
         jax.random.key(1), variance.mirror(), variance.EmptyState(), plain.spec(3, 4)

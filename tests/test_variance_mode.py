@@ -120,7 +120,8 @@ def test_table_of_methods_builds_and_covers_the_library(measured):
         if getattr(getattr(variance, name), "__annotations__", {}).get("return")
         in (variance.VarianceTransform, "VarianceTransform")
     }
-    assert public - {"chain", "stateless", "importance"} == names
+    # The mode measures a clipped range once; searching for it is the trainer's business.
+    assert public - {"chain", "stateless", "importance", "clipped_adaptive"} == names
 
 
 def test_names_are_looked_up():

@@ -17,11 +17,13 @@ class Corrupted(NamedTuple):
         target_mask: [..., L] bool, elements that carry a loss.
         log_weight: [..., S] log factor per level which makes the sum of the targets' losses an
             unbiased estimate of the level's loss under a uniform masking rate.
+        element_log_weight: [..., L] log factor of each element's own loss, where a process has one.
     """
 
     inputs: Array
     target_mask: Array
     log_weight: Array
+    element_log_weight: Array | None = None
 
 
 class Corruption(NamedTuple):
@@ -35,12 +37,14 @@ class Corruption(NamedTuple):
             ``level_ids`` [..., L] int32 names each element's level instead.
         event_shape: ``event_shape(L)`` of the base noise of one row.
         mask_id: the mask token, or None where the process has none.
+        bias: label (:mod:`mdm_jax.bias`) of the bound estimated with the process's own weights.
     """
 
     name: str
     corrupt: Callable[..., Corrupted]
     event_shape: Callable[[int], tuple[int, ...]]
     mask_id: int | None
+    bias: str = "exact"
 
 
 def spread_levels(values: Array, length: int, level_ids: Array | None = None) -> Array:

@@ -10,8 +10,6 @@ What the method ISAD of arXiv 2511.18159 does could not be established; the per-
 reading of a training script of its repository.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -19,38 +17,11 @@ from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum
 from mdm_jax.typing import Array, ArrayLike
 
 
-class ElementWeighted(NamedTuple):
-    """A corrupted batch whose targets carry weights of their own.
-
-    Attributes:
-        inputs: [..., L] what the network sees.
-        target_mask: [..., L] bool.
-        element_log_weight: [..., L] log factor of each element's loss.
-    """
-
-    inputs: Array
-    target_mask: Array
-    element_log_weight: Array
-
-    @property
-    def log_weight(self) -> Array:
-        """There is none per level.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            "this process weighs every element on its own; use objectives.element_weighted_nelbo, "
-            "which reads element_log_weight and is labelled biased"
-        )
-
-
 def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) -> Corruption:
     """Masks rare tokens at ``min(m + delta, 1)``, others at m, with weight 1/q_i on each loss.
 
     Biased for the bound: the expectation is ``sum_i E[ce_i | other positions masked at q]``.
-    Usable with ``objectives.element_weighted_nelbo`` only. :func:`bernoulli_shifted_logit` is the
-    exact variant.
+    Labelled "biased"; :func:`bernoulli_shifted_logit` is the exact variant.
 
     Args:
         mask_id: the mask token.
@@ -64,14 +35,16 @@ def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) ->
     if not 0 <= delta <= 1:
         raise ValueError(f"bernoulli_shifted_rate needs 0 <= delta <= 1, got {delta}")
 
-    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> ElementWeighted:
+    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
         rate = spread_levels(jax.nn.sigmoid(-logsnr), x.shape[-1], level_ids)
         shifted = jnp.where(rare[x], jnp.minimum(rate + delta, 1.0), rate)
         mask = eligible & (noise < shifted)
-        log_weight = -jnp.log(jnp.broadcast_to(shifted, mask.shape))
-        return ElementWeighted(jnp.where(mask, mask_id, x), mask, log_weight)
+        own = -jnp.log(jnp.broadcast_to(shifted, mask.shape))
+        return Corrupted(jnp.where(mask, mask_id, x), mask, jnp.zeros_like(logsnr), own)
 
-    return Corruption("bernoulli_shifted_rate", corrupt, lambda length: (length,), mask_id)
+    return Corruption(
+        "bernoulli_shifted_rate", corrupt, lambda length: (length,), mask_id, "biased"
+    )
 
 
 def bernoulli_shifted_logit(

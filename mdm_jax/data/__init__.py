@@ -12,7 +12,7 @@ from mdm_jax.data.pipeline import (
 )
 from mdm_jax.data.plain_text import embedded_text, text
 from mdm_jax.data.prefetch import Prefetcher
-from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, split_entropies
+from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, rare_tokens, split_entropies
 from mdm_jax.data.tfds_source import tfds, tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (
     ByteTokenizer,
@@ -40,6 +40,7 @@ __all__ = [
     "jsonl",
     "load_tokenizer",
     "ngram_entropies",
+    "rare_tokens",
     "split_entropies",
     "stream_fingerprint",
     "text",

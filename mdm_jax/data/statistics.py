@@ -105,6 +105,34 @@ def split_entropies(
     )
 
 
+def rare_tokens(
+    source: RowSource, vocab_size: int, share: float, max_rows: int | None = 2000
+) -> np.ndarray:
+    """The least frequent tokens that together make up at most ``share`` of a split, [K] bool.
+
+    Ids that do not occur among the eligible tokens are rare too. For
+    ``corruption.bernoulli_shifted_logit`` and its kin.
+
+    Args:
+        source: rows.
+        vocab_size: K.
+        share: in (0, 1).
+        max_rows: as in :func:`mdm_jax.data.evaluation_batches`.
+
+    Raises:
+        ValueError: unless 0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"rare_tokens needs 0 < share < 1, got {share}")
+    counts = np.zeros(vocab_size, np.int64)
+    for batch in evaluation_batches(source, 256, max_rows):
+        counts += np.bincount(batch.tokens[batch.eligible], minlength=vocab_size)
+    order = np.argsort(counts, kind="stable")
+    rare = np.empty(vocab_size, bool)
+    rare[order] = np.cumsum(counts[order]) <= share * counts.sum()
+    return rare
+
+
 def _entropy_bits(symbols: np.ndarray) -> float:
     counts = np.unique(symbols, return_counts=True)[1]
     frequency = counts / counts.sum()

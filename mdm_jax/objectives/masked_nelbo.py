@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from mdm_jax import schedules
 from mdm_jax.batches import Batch
+from mdm_jax.bias import worst_bias
 from mdm_jax.corruption import Corruption, cross_entropy, spread_levels, sum_levels
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.objectives.objective import Objective, call_model
@@ -20,9 +21,10 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
 
         NELBO = int g(m) dm = E_{lambda ~ law} [ logistic(lambda) / law(lambda) * w S ],
 
-    where w is the corruption's own weight (1/m, n/k, ...). The law changes the variance of the
-    estimate, never its mean, as long as it covers the real line; a law of bounded support leaves
-    the bound's part outside out, and the objective is then labelled "truncated".
+    where w is the corruption's own weight (1/m, n/k, ...; a weight per element goes into S). The
+    law changes the variance of the estimate, never its mean, as long as it covers the real line; a
+    law of bounded support leaves the bound's part outside out, and the objective is then labelled
+    "truncated". A process that is labelled "biased" makes the objective so.
 
     Per-example stats have shape [V, B, S]. Rows without eligible elements contribute zero to
     numerator and denominator; prompt and padding positions carry neither loss nor gradient.
@@ -47,6 +49,8 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
         logits = call_model(model_fn, corrupted.inputs, logsnr, batch.documents, views)
         targets = jnp.broadcast_to(tokens, corrupted.inputs.shape)
         nats = cross_entropy(logits, targets, corruption.mask_id)
+        if corrupted.element_log_weight is not None:
+            nats = nats * jnp.exp(corrupted.element_log_weight)
         log_weight = corrupted.log_weight + _UNIFORM_RATE.log_pdf(logsnr) - chosen.log_pdf(logsnr)
         scored = sum_levels(eligible.astype(jnp.float32), levels)
         return LossStats(
@@ -62,6 +66,5 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
 
     low, high = chosen.support
     whole = bool(low == -jnp.inf and high == jnp.inf)
-    return Objective(
-        "masked_nelbo", chosen, corruption, spec, loss, "exact" if whole else "truncated"
-    )
+    bias = worst_bias("exact" if whole else "truncated", corruption.bias)
+    return Objective("masked_nelbo", chosen, corruption, spec, loss, bias)

@@ -1,5 +1,7 @@
 """Variance reduction by transforms of the draw that compose like optax transformations."""
 
+from mdm_jax.bias import BIAS_LABELS as BIAS_LABELS
+from mdm_jax.bias import worst_bias as worst_bias
 from mdm_jax.variance.antithetic import antithetic_pairs as antithetic_pairs
 from mdm_jax.variance.chain import chain as chain
 from mdm_jax.variance.chain import identity as identity
@@ -42,7 +44,6 @@ from mdm_jax.variance.rotate_ranks import rotate_ranks as rotate_ranks
 from mdm_jax.variance.stratified import stratified as stratified
 from mdm_jax.variance.stratified_levels import stratified_levels as stratified_levels
 from mdm_jax.variance.systematic import systematic as systematic
-from mdm_jax.variance.transform import BIAS_LABELS as BIAS_LABELS
 from mdm_jax.variance.transform import EmptyState as EmptyState
 from mdm_jax.variance.transform import Phase as Phase
 from mdm_jax.variance.transform import VarianceTransform as VarianceTransform

@@ -2,10 +2,11 @@
 
 import itertools
 
+from mdm_jax.bias import BIAS_LABELS, worst_bias
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
-from mdm_jax.variance.transform import BIAS_LABELS, Phase, VarianceTransform, stateless
+from mdm_jax.variance.transform import Phase, VarianceTransform, stateless
 
 
 def chain(*transforms: VarianceTransform) -> VarianceTransform:
@@ -47,7 +48,7 @@ def chain(*transforms: VarianceTransform) -> VarianceTransform:
         init=init,
         draw=draw,
         update=update,
-        bias=max((t.bias for t in members), key=BIAS_LABELS.index),
+        bias=worst_bias(*(t.bias for t in members)),
         views=views,
         replaces=frozenset().union(*(t.replaces for t in members)),
         members=members,

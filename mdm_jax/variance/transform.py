@@ -15,14 +15,6 @@ import jax
 from mdm_jax.draws import Draw, DrawSpec, LossStats, iid
 from mdm_jax.typing import Array, PyTree
 
-BIAS_LABELS = ("exact", "truncated", "biased")
-"""From best to worst; a chain carries the worst label of its members.
-
-``exact``: the expectation of losses and gradients is that of independent draws, for every model.
-``truncated``: it is the expectation over a stated part of the noise range.
-``biased``: it is something else, by design.
-"""
-
 InitFn = Callable[[DrawSpec], PyTree]
 DrawFn = Callable[[Array, PyTree, Draw, DrawSpec], Draw]
 UpdateFn = Callable[[PyTree, Draw, LossStats], PyTree]
@@ -56,7 +48,7 @@ class VarianceTransform(NamedTuple):
             from the key itself. Reads the state and cannot write it, so a
             batch can be redrawn any number of times without disturbing training.
         update: ``update(state, draw, stats) -> state`` after the step, from raw losses.
-        bias: one of :data:`BIAS_LABELS`.
+        bias: one of :data:`mdm_jax.bias.BIAS_LABELS`; a chain carries the worst of its members.
         views: factor on the number of views, and thereby on forward passes per row.
         replaces: names of the Draw fields that are drawn anew, whatever stood there before.
         members: the parts of a chain, empty otherwise.
