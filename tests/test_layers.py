@@ -71,12 +71,13 @@ def test_config_builder_stays_a_table():
     assert len((ROOT / "experiments" / "build.py").read_text("utf-8").splitlines()) <= 200
 
 
-def test_readme_loop_runs(tmp_path):
-    """The README's example, as shown, learns: it ends well below the uniform entropy."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
-    assert len(code.splitlines()) < 45
+@pytest.mark.parametrize("number", [0, 1])
+def test_readme_loop_runs(tmp_path, number):
+    """The README's examples, as shown, learn: they end well below the uniform entropy."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert len(blocks) == 2 and len(blocks[number].splitlines()) < 45
     script = tmp_path / "loop.py"
-    script.write_text(code, "utf-8")
+    script.write_text(blocks[number], "utf-8")
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     loss = float(re.search(r"([\d.]+) nats per token", run.stdout)[1])
