@@ -173,27 +173,8 @@ class Transformer(nn.Module):
         x = jnp.take(table, inputs, axis=0).astype(jnp.float32)
         mask = None if documents is None else attention_mask(documents)
         positions = jnp.arange(inputs.shape[-1])
-        condition = self._condition(logsnr) if c.condition_on_logsnr else None
-
-        if c.scan_layers:
-            scanned = nn.scan(
-                _ScanBlock,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast,) * 3,
-                length=c.depth,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            x, _ = scanned(c, name="blocks")(x, mask, positions, condition)
-        else:
-            for i in range(c.depth):
-                x = Block(c, name=f"block_{i}")(x, mask, positions, condition)
-
-        norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")
-        x = norm(x)
-        if condition is not None:
-            scale, shift = _modulation(c, 2, condition)
-            x = x * (1 + scale) + shift
+        condition = level_condition(c, logsnr) if c.condition_on_logsnr else None
+        x = run_blocks(c, x, mask, positions, condition)
         if c.tie_embeddings:
             return jnp.einsum(
                 "nld,kd->nlk",
@@ -210,18 +191,60 @@ class Transformer(nn.Module):
             name="head",
         )(x)
 
-    def _condition(self, logsnr: Array | None) -> Array:
-        if logsnr is None or logsnr.shape[-1] != 1:
-            shape = None if logsnr is None else logsnr.shape
-            raise ValueError(
-                "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1]; "
-                f"got {shape}"
-            )
-        c = self.config
-        project = {"dtype": c.dtype, "param_dtype": c.param_dtype, "use_bias": True}
-        h = logsnr_features(logsnr[:, 0], c.width)
-        h = jax.nn.silu(Linear(c.width, axes=("embed", "mlp"), name="level_1", **project)(h))
-        return Linear(c.width, axes=("mlp", "embed"), name="level_2", **project)(h)
+
+def run_blocks(
+    c: TransformerConfig,
+    x: Array,
+    mask: Array | None,
+    positions: Array,
+    condition: Array | None,
+) -> Array:
+    """All blocks and the final norm, [N, L, width] in and out; called inside a compact module.
+
+    Args:
+        c: shape and arithmetic.
+        x: embedded inputs.
+        mask: [N, 1, L, L] bool, where attention may look; None for everywhere.
+        positions: [L] or [N, L] for the rotary positions.
+        condition: [N, width] from :func:`level_condition`, or None.
+    """
+    if c.scan_layers:
+        scanned = nn.scan(
+            _ScanBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 3,
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = scanned(c, name="blocks")(x, mask, positions, condition)
+    else:
+        for i in range(c.depth):
+            x = Block(c, name=f"block_{i}")(x, mask, positions, condition)
+    norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")
+    x = norm(x)
+    if condition is None:
+        return x
+    scale, shift = _modulation(c, 2, condition)
+    return x * (1 + scale) + shift
+
+
+def level_condition(c: TransformerConfig, logsnr: Array | None) -> Array:
+    """Features of the noise level for the adaptive norms, [N, width]; inside a compact module.
+
+    Raises:
+        ValueError: unless there is one level per row, logsnr [N, 1].
+    """
+    if logsnr is None or logsnr.shape[-1] != 1:
+        shape = None if logsnr is None else logsnr.shape
+        raise ValueError(
+            "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1]; "
+            f"got {shape}"
+        )
+    project = {"dtype": c.dtype, "param_dtype": c.param_dtype, "use_bias": True}
+    h = logsnr_features(logsnr[:, 0], c.width)
+    h = jax.nn.silu(Linear(c.width, axes=("embed", "mlp"), name="level_1", **project)(h))
+    return Linear(c.width, axes=("mlp", "embed"), name="level_2", **project)(h)
 
 
 class _ScanBlock(nn.Module):
