@@ -25,7 +25,8 @@ PyTree = Any
 """Nested containers of arrays."""
 
 ModelFn = Callable[..., Array]
-"""``model_fn(inputs [N, L] int32, logsnr [N, S] float32, documents [N, L] int32 | None)``
--> logits [N, L, K]. Objectives and samplers see a network only through this signature."""
+"""``model_fn(inputs [N, L], logsnr [N, S] float32, documents [N, L] int32 | None)``: for masked
+processes int32 tokens -> logits [N, L, K], for Gaussian ones floats -> one number per element
+[N, L]. Objectives and samplers see a network only through this signature."""
 
 __all__ = ["Array", "ArrayLike", "ModelFn", "PyTree"]

@@ -1,5 +1,8 @@
 """Training objectives: noise law, weighting and per-example loss."""
 
+from mdm_jax.objectives import baseline as baseline
+from mdm_jax.objectives.gaussian_loss import gaussian_loss as gaussian_loss
+from mdm_jax.objectives.gaussian_loss import scaled_integers as scaled_integers
 from mdm_jax.objectives.masked_nelbo import masked_nelbo as masked_nelbo
 from mdm_jax.objectives.objective import LossSums as LossSums
 from mdm_jax.objectives.objective import Objective as Objective

@@ -8,11 +8,11 @@ Every factory checks its parameters (traced ones are left alone) and stands in
 :data:`MASKED_SCHEDULES` under its own name. Time t runs from 0, clean, to 1.
 """
 
-import difflib
 from collections.abc import Callable
 
 from mdm_jax.schedules import masked_curves as curves
 from mdm_jax.schedules.masked_schedule import MaskedSchedule
+from mdm_jax.schedules.names import unknown_schedule
 from mdm_jax.schedules.parameters import as_parameter, check_finite, check_interval, is_concrete
 from mdm_jax.typing import ArrayLike
 
@@ -166,15 +166,12 @@ def by_name(name: str, **parameters: ArrayLike) -> MaskedSchedule:
     """The schedule of that name; ``parameters`` are those of its factory.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known ones.
+        ValueError: for an unknown name, with the nearest known ones, or the place of the Gaussian
+            schedule that has it.
         TypeError: for a parameter the factory does not have.
     """
     if name not in MASKED_SCHEDULES:
-        near = difflib.get_close_matches(name, MASKED_SCHEDULES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
-            f"unknown masked schedule {name!r}; {hint}known: {', '.join(sorted(MASKED_SCHEDULES))}"
-        )
+        raise unknown_schedule(name, "masked")
     return MASKED_SCHEDULES[name](**parameters)
 
 
