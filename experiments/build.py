@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,13 +12,10 @@ from ml_collections import ConfigDict
 
 from experiments.configs import base
 from mdm_jax import (
-    corruption,
     data,
     evaluation,
     models,
     objectives,
-    samplers,
-    schedules,
     training,
     variance,
 )
@@ -30,14 +27,6 @@ DATA = {
     "tfds_text": data.tfds_text,
     "tfds_images": data.tfds_images,
     "digits": data.digits,
-}
-CORRUPTIONS = {
-    "fixed_count": corruption.fixed_count,
-    "bernoulli": corruption.bernoulli,
-    "rao_blackwell": corruption.rao_blackwell,
-    "rao_blackwell_clipped": corruption.rao_blackwell_clipped,
-    "bernoulli_shifted_rate": corruption.bernoulli_shifted_rate,
-    "bernoulli_shifted_logit": corruption.bernoulli_shifted_logit,
 }
 VARIANCE = {
     "identity": variance.identity,
@@ -59,7 +48,6 @@ VARIANCE = {
     "rotate_ranks": variance.rotate_ranks,
     "repeat": variance.repeat,
 }
-SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
 CLIP_CRITERIA = {
     "gradient_noise_to_signal": evaluation.gradient_noise_to_signal,
     "relative_variance": evaluation.relative_variance,
@@ -109,31 +97,12 @@ def dataset(config: ConfigDict) -> data.Dataset:
     return factory(**{k: v for k, v in arguments.items() if k in known})
 
 
-def model(config: ConfigDict, vocab_size: int) -> models.Transformer:
-    """The network."""
-    fields = dict(config.model)
+def network(config: ConfigDict, vocab_size: int) -> models.TransformerConfig:
+    """Shape and arithmetic of the network's blocks."""
+    fields = {k: v for k, v in config.model.items() if k != "patch_size"}
     for name in ("dtype", "param_dtype"):
         fields[name] = lookup(DTYPES, fields[name], f"model.{name}")
-    return models.Transformer(models.TransformerConfig(vocab_size=vocab_size, **fields))
-
-
-def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:
-    """The masked bound with the configured process and law."""
-    process = corruption_process(config, dataset)
-    schedule = lookup(schedules.MASKED_SCHEDULES, config.law.name, "law.name")
-    law = schedules.law_of(schedule(**settings(config.law, config.law.name)))
-    return objectives.masked_nelbo(process, law)
-
-
-def corruption_process(config: ConfigDict, dataset: data.Dataset) -> corruption.Corruption:
-    """The configured process; one that masks rare tokens more often learns which are rare."""
-    name = config.corruption.name
-    factory = lookup(CORRUPTIONS, name, "corruption.name")
-    chosen = settings(config.corruption, name)
-    if "rare" in inspect.signature(factory).parameters:
-        share = chosen.pop("rare_share")
-        chosen["rare"] = data.rare_tokens(dataset.train, dataset.vocab_size, share)
-    return factory(dataset.mask_id, **chosen)
+    return models.TransformerConfig(vocab_size=vocab_size, **fields)
 
 
 def transform(config: ConfigDict) -> variance.VarianceTransform:
@@ -163,25 +132,3 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     factory = lookup(OPTIMIZERS, c.name, "optimizer.name")
     common = {"b1": c.b1, "b2": c.b2, "weight_decay": c.weight_decay}
     return factory(schedule, clip_norm=c.clip_norm or None, **common, **settings(c, c.name))
-
-
-def generator(config: ConfigDict, apply_fn: Callable, mask_id: int) -> Callable:
-    """``generate(params, key, canvas, documents) -> tokens`` with the configured sampler."""
-    c = config.sample
-    filters = [samplers.temperature(c.temperature)]
-    filters += [samplers.top_k(c.top_k)] if c.top_k else []
-    filters += [samplers.top_p(c.top_p)] if c.top_p < 1 else []
-    sampler = lookup(SAMPLERS, c.sampler, "sample.sampler")(samplers.compose(*filters))
-    levels = None if c.sampler == "first_hitting" else grid(config)
-    return samplers.make_generator(apply_fn, sampler, levels, mask_id=mask_id)
-
-
-def grid(config: ConfigDict):
-    """Levels of a sampler that steps along a grid."""
-    c = config.sample
-    table = {"uniform_masking_rate": None, **schedules.MASKED_SCHEDULES}
-    factory = lookup(table, c.grid, "sample.grid")
-    if factory is None:
-        return schedules.grids.uniform_masking_rate(c.num_steps)
-    schedule = factory(**settings(config.law, c.grid))
-    return schedules.grids.open_ends(schedules.grids.from_schedule(schedule, c.num_steps))

@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build
+from experiments import build, build_gaussian, build_masked
 from mdm_jax import data, streams, training
 from mdm_jax.batches import Batch
 from mdm_jax.draws import DrawSpec
-from mdm_jax.evaluation import Likelihood, make_likelihood
+from mdm_jax.evaluation import Likelihood
 from mdm_jax.objectives import Objective
 from mdm_jax.training import TrainState
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance import VarianceTransform, worst_bias
+
+PROCESSES = {"masked": build_masked, "gaussian": build_gaussian}
+"""What builds the parts of a run that depend on its process."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +33,7 @@ class Experiment:
         config: resolved config.
         dataset: data and tokenizer.
         model: network.
+        apply_fn: ``apply_fn(params, inputs, logsnr, documents)``, as objectives see it.
         objective, transform: what is estimated, and how its variance is reduced.
         monitors: running estimates that go to the metrics.
         spec: shape of the global draw.
@@ -38,11 +43,17 @@ class Experiment:
     config: ConfigDict
     dataset: data.Dataset
     model: nn.Module
+    apply_fn: Callable[..., Array]
     objective: Objective
     transform: VarianceTransform
     monitors: tuple[training.Monitor, ...]
     spec: DrawSpec
     mesh: jax.sharding.Mesh
+
+    @property
+    def process(self):
+        """The builder of the run's process."""
+        return PROCESSES[self.config.process]
 
     def initial_state(self) -> TrainState:
         """The sharded state at step 0, a function of the config alone."""
@@ -55,7 +66,7 @@ class Experiment:
     def train_step(self) -> Callable[[TrainState, Batch], tuple]:
         """The pure step function, not yet jitted."""
         return training.make_train_step(
-            self.model.apply,
+            self.apply_fn,
             self.objective,
             self.transform,
             build.optimizer(self.config),
@@ -100,9 +111,11 @@ class Experiment:
 
     def likelihood(self, passes: int, replicates: int) -> Callable[..., Likelihood]:
         """The fixed estimator, whatever chain the run trains with."""
-        return make_likelihood(
-            self.model.apply, self.dataset.mask_id, passes=passes, replicates=replicates
-        )
+        return self.process.likelihood(self.config, self.dataset, self.apply_fn, passes, replicates)
+
+    def generator(self) -> Callable:
+        """``generate(params, key, canvas, documents) -> tokens`` with the configured sampler."""
+        return self.process.generator(self.config, self.dataset, self.apply_fn)
 
     def key(self, step: int, name: str) -> Array:
         """Key of a named stream at a step."""
@@ -120,22 +133,31 @@ class Experiment:
                 self.dataset.description,
                 f"model: {counts:,} parameters, {type(self.model).__name__}, rows of "
                 f"{self.dataset.length} elements, {self.dataset.vocab_size} ids",
-                f"objective: {self.objective.name} over {self.objective.corruption.name}, law "
-                f"{self.config.law.name}; variance: {self.transform.name}, "
+                f"objective: {self.objective.name} over {self.objective.corruption.name}, "
+                f"{self._source_of_levels()}; variance: {self.transform.name}, "
                 f"{self.transform.views} forward passes per row [{self.bias()}]",
                 f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}",
             ]
         )
 
+    def _source_of_levels(self) -> str:
+        if self.config.process == "masked":
+            return f"law {self.config.law.name}"
+        c = self.config.gaussian
+        return f"recipe {c.recipe}" + (f", law {c.law}" if c.law else "")
+
     def _new_state(self) -> TrainState:
         key = streams.stream(streams.step_key(self.config.seed, 0), "init")
-        params = training.linen_init(self.model, self.dataset.length)(key)
+        params = self._init()(key)
         optimizer = build.optimizer(self.config)
         return training.new_state(params, optimizer, self.transform, self.spec, self.monitors)
 
     def _parameters(self) -> PyTree:
-        init = training.linen_init(self.model, self.dataset.length)
-        return nn.meta.unbox(init(jax.random.key(0)))
+        return nn.meta.unbox(self._init()(jax.random.key(0)))
+
+    def _init(self) -> Callable[[Array], PyTree]:
+        dtype = jnp.int32 if self.objective.corruption.mask_id is not None else jnp.float32
+        return training.linen_init(self.model, self.dataset.length, dtype)
 
 
 def make_experiment(config: ConfigDict) -> Experiment:
@@ -146,7 +168,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
             or data do not fit.
     """
     dataset = build.dataset(config)
-    objective = build.objective(config, dataset)
+    process = build.lookup(PROCESSES, config.process, "process")
+    objective, model = process.objective(config, dataset), process.model(config, dataset)
     mesh = training.make_mesh(**config.mesh)
     c = config.train
     training.check_batch_size(mesh, c.batch_size, c.num_microbatches)
@@ -154,7 +177,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
     return Experiment(
         config=config,
         dataset=dataset,
-        model=build.model(config, dataset.vocab_size),
+        model=model,
+        apply_fn=process.apply_fn(config, model),
         objective=objective,
         transform=build.transform(config),
         monitors=tuple(build.monitors(config, objective)),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments import build
 from experiments.experiment import Experiment, is_conditional
 from mdm_jax import data
 from mdm_jax.batches import Batch
@@ -30,7 +29,7 @@ def prepare_samples(experiment: Experiment) -> Callable:
         )
     if experiment.dataset.tokenizer is not None:
         _text_jobs(experiment)
-    return build.generator(experiment.config, experiment.model.apply, experiment.dataset.mask_id)
+    return experiment.generator()
 
 
 def show_samples(

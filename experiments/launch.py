@@ -106,9 +106,10 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
     print(
         f"{record['split']}: {record['bits_per_unit']:.4f}"
         + (f" ± {error:.4f}" if error is not None else "")
-        + f" bits per {record['unit']}, perplexity per token {record['perplexity']:.4f}; all "
-        f"numbers in {workdir / 'evaluation.json'}"
+        + f" bits per {record['unit']}; all numbers in {workdir / 'evaluation.json'}"
     )
+    for line in experiment.process.details(record):
+        print(line)
     return 0
 
 

@@ -28,12 +28,15 @@ def write_report(
         "bigram entropy": record["bigram_bits_per_unit"],
     }
     curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
+    shown = [curve]
     records = training.read_metrics(workdir / "metrics.jsonl")
     plots.save(lambda axes: plots.training_curve(axes, records, unit, entropies), curve, (7, 4))
     over_rows = _number(record["data_standard_error_bits_per_unit"])
-    edges = np.array(record["levels"]["masking_rate_edges"])
-    nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
-    plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
+    if "levels" in record:
+        edges = np.array(record["levels"]["masking_rate_edges"])
+        nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
+        plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
+        shown.append(levels)
 
     text = "\n".join(
         [
@@ -43,12 +46,12 @@ def write_report(
             f"   (± Monte Carlo; over rows ± {over_rows})",
             f"  unigram entropy of the split {entropies['unigram entropy']:.3f}, "
             f"bigram entropy {entropies['bigram entropy']:.3f} bits per {unit}",
-            f"  perplexity per token {_pm(record, 'perplexity')}",
+            *experiment.process.details(record),
             "",
             format_samples(drawn["samples"]).strip() if drawn["samples"] else "",
             "",
             f"samples:     {', '.join(drawn['files'])}",
-            f"plots:       {curve}, {levels}",
+            f"plots:       {', '.join(map(str, shown))}",
             f"TensorBoard: tensorboard --logdir {workdir / 'tensorboard'}",
             f"metrics:     {workdir / 'metrics.jsonl'}",
             f"checkpoint:  {workdir / 'checkpoints'}",

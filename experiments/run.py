@@ -17,7 +17,7 @@ from experiments.report import write_report
 from experiments.workdir import check as check_workdir
 from experiments.workdir import claim, read_config, write_json
 from mdm_jax import data, training, variance
-from mdm_jax.evaluation import ClipChoice, Likelihood, make_clip_search
+from mdm_jax.evaluation import ClipChoice, make_clip_search
 from mdm_jax.training import CheckpointError, Restored, TrainState
 from mdm_jax.typing import PyTree
 
@@ -123,7 +123,7 @@ def evaluate(
         "unit": experiment.dataset.unit,
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
-        **result.to_dict(),
+        **experiment.process.record(result),
     }
     write_json(workdir / "evaluation.json", record)
     return record
@@ -202,7 +202,8 @@ def _hooks(
     def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
         # The same key every time: differences between evaluations are not masking noise.
         batches = experiment.batches(source, c.max_rows)
-        return _scalars(estimate(ema, experiment.key(0, "evaluate"), batches, check))
+        found = estimate(ema, experiment.key(0, "evaluate"), batches, check)
+        return _scalars(experiment.process.record(found))
 
     def sample_step(step: int, ema: PyTree, check: Callable) -> None:
         check()
@@ -239,7 +240,7 @@ def _clip_hook(
             f"{len(source)} rows; take smaller batches, or variance.clipped with a fixed range"
         )
     search = make_clip_search(
-        experiment.model.apply,
+        experiment.apply_fn,
         experiment.objective,
         (rows, experiment.dataset.length),
         criterion=criterion,
@@ -268,10 +269,12 @@ def _append_choice(path: pathlib.Path, choice: ClipChoice) -> None:
     temporary.replace(path)
 
 
-def _scalars(result: Likelihood) -> dict[str, float]:
-    return {
-        "loss": result.nats_per_token,
-        "bits_per_unit": result.bits_per_unit,
-        "standard_error": result.standard_error_bits_per_unit,
-        "perplexity": result.perplexity,
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    names = {
+        "loss": "nats_per_element",
+        "bits_per_unit": "bits_per_unit",
+        "standard_error": "standard_error_bits_per_unit",
+        "perplexity": "perplexity",
     }
+    found = {name: record[theirs] for name, theirs in names.items() if theirs in record}
+    return {name: float("nan") if value is None else value for name, value in found.items()}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import build
+from experiments import build, build_masked
 from experiments.experiment import Experiment, open_workdir
 from experiments.variance_report import BASELINE, format_table, recommend, write_report
 from experiments.workdir import write_json
@@ -45,7 +45,7 @@ class Method(NamedTuple):
 
     Attributes:
         build: from the levels measured under its process to a transform; most ignore them.
-        corruption: name of the process in ``build.CORRUPTIONS``, or None for the run's own.
+        corruption: name of the process in ``build_masked.CORRUPTIONS``, or None for the run's own.
     """
 
     build: Callable[[LevelTable], VarianceTransform]
@@ -298,7 +298,7 @@ class _Meter:
         )
 
     def _warmed_up(self, objective, transform, state: PyTree, spec) -> PyTree:
-        apply_fn = self.experiment.model.apply
+        apply_fn = self.experiment.apply_fn
 
         @jax.jit
         def learn(params: PyTree, state: PyTree, batch: Batch, key: Array) -> PyTree:
@@ -320,9 +320,9 @@ class _Meter:
             if corruption != config.corruption.name:
                 changed = config.copy_and_resolve_references()
                 changed.corruption.name = corruption
-                objective = build.objective(changed, self.experiment.dataset)
+                objective = build_masked.objective(changed, self.experiment.dataset)
             self.estimators[corruption] = evaluation.make_estimator(
-                self.experiment.model.apply, objective
+                self.experiment.apply_fn, objective
             )
         return self.estimators[corruption]
 

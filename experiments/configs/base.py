@@ -53,8 +53,27 @@ def get_config() -> ConfigDict:
             "scan_layers": False,
             "qk_norm": True,
             "rope_base": 100.0,
+            "patch_size": 2,  # process gaussian
             "dtype": "float32",  # operands of matrix products: float32 | bfloat16
             "param_dtype": "float32",
+        }
+    )
+    config.process = "masked"  # masked | gaussian
+    config.gaussian = ConfigDict(
+        {
+            # process gaussian: what is minimised, and the network's output (schedules.recipes)
+            # ddpm | iddpm | vdm | v_prediction | edm | edm2 | flow | sd3
+            "recipe": "vdm",
+            "law": "",  # another law to draw levels from, a Gaussian schedule's name; "": its own
+            "low": -10.0,  # noisiest and cleanest logSNR of the run
+            "high": 10.0,
+            "sigma_data": 0.5,  # standard deviation of the data, for the scale of the inputs
+            "vdm": {"low": -10.0, "high": 10.0},
+            "edm": {"mean": -1.2, "std": 1.2, "sigma_data": 0.5},
+            "edm2": {"mean": -0.4, "std": 1.0, "sigma_data": 0.5},
+            "sd3": {"mean": 0.0, "std": 1.0},
+            "lognormal": {"mean": -1.2, "std": 1.2},
+            "uniform_logsnr": {"low": -10.0, "high": 10.0},
         }
     )
     config.corruption = ConfigDict(
@@ -190,9 +209,14 @@ def get_config() -> ConfigDict:
     )
     config.sample = ConfigDict(
         {
-            "sampler": "first_hitting",  # first_hitting | ancestral
-            "num_steps": 64,  # ancestral
-            "grid": "uniform_masking_rate",  # ancestral: a grid's or a masked schedule's name
+            # masked: first_hitting | ancestral; gaussian: ddim | ddpm_ancestral | dpm_solver_pp_2m
+            # | edm_heun | euler_flow | heun_flow
+            "sampler": "first_hitting",
+            "num_steps": 64,  # of all but first_hitting
+            # masked: uniform_masking_rate or a masked schedule; gaussian: uniform_logsnr, edm or a
+            # Gaussian schedule
+            "grid": "uniform_masking_rate",
+            "ddim": {"eta": 0.0},
             "num_samples": 3,
             "temperature": 1.0,
             "top_k": 0,  # 0: all tokens

@@ -64,11 +64,19 @@ def num_params(params: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def linen_init(model: nn.Module, length: int) -> Callable[[Array], PyTree]:
-    """``init(key) -> variables`` of a linen model, with logical axis names still attached."""
+def linen_init(
+    model: nn.Module, length: int, dtype: jnp.dtype = jnp.int32
+) -> Callable[[Array], PyTree]:
+    """``init(key) -> variables`` of a linen model, with logical axis names still attached.
+
+    Args:
+        model: called as ``model(inputs [1, length], logsnr [1, 1], documents [1, length])``.
+        length: of a row.
+        dtype: of the inputs; a float type for Gaussian diffusion.
+    """
 
     def init(key: Array) -> PyTree:
-        inputs = jnp.zeros((1, length), jnp.int32)
-        return model.init(key, inputs, jnp.zeros((1, 1)), jnp.ones_like(inputs))
+        documents = jnp.ones((1, length), jnp.int32)
+        return model.init(key, jnp.zeros((1, length), dtype), jnp.zeros((1, 1)), documents)
 
     return init

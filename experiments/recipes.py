@@ -1,0 +1,176 @@
+"""Trains the famous recipes of Gaussian diffusion side by side and tabulates what they end at.
+
+    python -m experiments.recipes --workdir=runs/recipes [--steps=1500] [--recipes=vdm,edm]
+
+Every recipe gets the same network, data order, steps and optimiser; only its law, weighting and
+output differ (``experiments/configs/digits_gaussian.py``). Runs resume where they were stopped.
+The table, ``recipes.md`` and ``recipes.json`` in the workdir, holds
+
+* the bound in bits per dimension on the test split, by one estimator for all;
+* the squared Frechet distance between samples and test pictures in the leading principal
+  components of the training pictures, beside the distance of as many training pictures;
+* noise of the batch gradient over its signal, with independent levels and with the run's chain: how
+  many batches must be averaged until noise equals signal. Gradients of different recipes have
+  different scales, so only this ratio can be compared.
+"""
+
+import argparse
+import math
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from experiments import run
+from experiments.configs import digits_gaussian
+from experiments.experiment import Experiment, make_experiment
+from experiments.generation import prepare_samples
+from experiments.workdir import WorkdirError, write_json
+from mdm_jax import data, evaluation, training, variance
+from mdm_jax.evaluation import picture_quality
+from mdm_jax.schedules.recipes import RECIPES
+from mdm_jax.training import CheckpointError, TrainingStopped
+from mdm_jax.typing import PyTree
+
+COMPONENTS = 16
+
+
+def main() -> int:
+    """Trains what is not trained yet, measures, and prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Recipes of Gaussian diffusion, side by side.")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of all runs")
+    parser.add_argument("--recipes", default=",".join(sorted(RECIPES)), help="which, with commas")
+    parser.add_argument("--steps", type=int, help="training steps; the config's own if not given")
+    parser.add_argument("--samples", type=int, default=512, help="pictures for the distance")
+    parser.add_argument("--smoke", action="store_true", help="tiny network and a few steps")
+    given = parser.parse_args()
+    logging.set_verbosity(logging.WARNING)
+    records = {}
+    for name in given.recipes.split(","):
+        workdir = given.workdir / name
+        try:
+            experiment = make_experiment(configure(name, given.steps, given.smoke))
+            print(f"--- {name}\n{experiment.describe()}", flush=True)
+            if not run.train(experiment, workdir):
+                print(f"stopped and saved in {workdir}; the same command resumes")
+                return 130
+            records[name] = measure(experiment, workdir, given.samples)
+        except (ValueError, OSError, WorkdirError, CheckpointError, TrainingStopped) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        write_json(given.workdir / "recipes.json", records)
+    text = table(records)
+    (given.workdir / "recipes.md").write_text(text, "utf-8")
+    print(text)
+    return 0
+
+
+def configure(recipe: str, steps: int | None = None, smoke: bool = False) -> ConfigDict:
+    """The config of one recipe's run.
+
+    Raises:
+        ValueError: if there is no such recipe.
+    """
+    config = digits_gaussian.get_config(recipe)
+    if smoke:
+        config = digits_gaussian.get_config("smoke")
+        config.gaussian.recipe = recipe
+    if steps is not None:
+        config.train.steps = steps
+    return config
+
+
+def measure(experiment: Experiment, workdir: pathlib.Path, samples: int) -> dict[str, Any]:
+    """Everything that the table shows of a finished run."""
+    record = run.evaluate(experiment, workdir)
+    step, params = run.load_parameters(experiment, workdir)
+    found, floor = distances(experiment, params, samples)
+    chains = {"independent": variance.identity(), "chain": experiment.transform}
+    noise = {name: gradient_noise(experiment, params, chain) for name, chain in chains.items()}
+    return {
+        "step": step,
+        "bits_per_dimension": record["bits_per_unit"],
+        "standard_error": record["standard_error_bits_per_unit"],
+        "distance": found,
+        "distance_of_data": floor,
+        "chain": experiment.transform.name,
+        "gradient_noise": noise,
+    }
+
+
+def distances(experiment: Experiment, params: PyTree, samples: int) -> tuple[float, float]:
+    """Distance to the test pictures of as many samples, and of as many training pictures."""
+    top = experiment.dataset.vocab_size - 2
+    train, test = (
+        _rows(split) / top for split in (experiment.dataset.train, experiment.dataset.test)
+    )
+    components = min(COMPONENTS, len(train) - 1)
+    space = picture_quality.principal_space(train, components)
+    canvas = np.full((samples, experiment.dataset.length), experiment.dataset.mask_id, np.int32)
+    drawn = prepare_samples(experiment)(params, experiment.key(0, "distance"), canvas) / top
+    held_out = space.project(test)
+    some = np.random.default_rng(0).permutation(len(train))[:samples]
+    return (
+        picture_quality.frechet_distance(space.project(drawn), held_out),
+        picture_quality.frechet_distance(space.project(train[some]), held_out),
+    )
+
+
+def gradient_noise(
+    experiment: Experiment, params: PyTree, transform: variance.VarianceTransform
+) -> dict[str, Any]:
+    """Noise over signal of the batch gradient, data fixed, times forward passes."""
+    source, size = experiment.dataset.train, experiment.spec.batch_size
+    generator = np.random.default_rng(experiment.config.seed)
+    place = training.batch_sharding(experiment.mesh)
+    batches = [
+        training.place_batch(data.gather(source, generator.integers(0, len(source), size)), place)
+        for _ in range(8)
+    ]
+    estimator = evaluation.make_estimator(experiment.apply_fn, experiment.objective)
+    state = transform.init(experiment.spec)
+    figure = evaluation.efficiency(
+        *(estimator, params, transform, state, experiment.spec, batches),
+        experiment.key(0, "efficiency"),
+        groups=8,
+        redraws=12,
+    )
+    ratio = error = None
+    if figure.settled and figure.signal > 0:
+        value, spread = figure.variance_times_passes
+        ratio, error = value / figure.signal, spread / figure.signal
+    return {"value": ratio, "standard_error": error, "unsettled": figure.unsettled}
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """The records as a Markdown table."""
+    lines = [
+        "| recipe | bits/dim | distance (data) | gradient noise/signal | with the chain |",
+        "|---|---|---|---|---|",
+    ]
+    for name, r in records.items():
+        noise = [_ratio(r["gradient_noise"][kind]) for kind in ("independent", "chain")]
+        error = r["standard_error"]
+        lines.append(
+            f"| {name} | {r['bits_per_dimension']:.3f}"
+            + (f" ± {error:.3f}" if error is not None else "")
+            + f" | {r['distance']:.3f} ({r['distance_of_data']:.3f}) | {noise[0]} | {noise[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(noise: dict[str, Any]) -> str:
+    if noise["value"] is None or not math.isfinite(noise["value"]):
+        return "not settled"
+    return f"{noise['value']:.3g} ± {noise['standard_error']:.2g}"
+
+
+def _rows(source: data.RowSource) -> np.ndarray:
+    return np.asarray(data.gather(source, np.arange(len(source))).tokens, np.float64)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
