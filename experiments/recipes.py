@@ -89,7 +89,7 @@ def measure(experiment: Experiment, workdir: pathlib.Path, samples: int) -> dict
     step, params = run.load_parameters(experiment, workdir)
     found, floor = distances(experiment, params, samples)
     chains = {"independent": variance.identity(), "chain": experiment.transform}
-    noise = {name: gradient_noise(experiment, params, chain) for name, chain in chains.items()}
+    figures = {name: gradient_noise(experiment, params, chain) for name, chain in chains.items()}
     return {
         "step": step,
         "bits_per_dimension": record["bits_per_unit"],
@@ -97,7 +97,7 @@ def measure(experiment: Experiment, workdir: pathlib.Path, samples: int) -> dict
         "distance": found,
         "distance_of_data": floor,
         "chain": experiment.transform.name,
-        "gradient_noise": noise,
+        "gradient_noise": _over_signal(figures),
     }
 
 
@@ -121,8 +121,8 @@ def distances(experiment: Experiment, params: PyTree, samples: int) -> tuple[flo
 
 def gradient_noise(
     experiment: Experiment, params: PyTree, transform: variance.VarianceTransform
-) -> dict[str, Any]:
-    """Noise over signal of the batch gradient, data fixed, times forward passes."""
+) -> evaluation.Efficiency:
+    """Variance of the batch gradient with the data fixed, and its squared mean."""
     source, size = experiment.dataset.train, experiment.spec.batch_size
     generator = np.random.default_rng(experiment.config.seed)
     place = training.batch_sharding(experiment.mesh)
@@ -132,17 +132,27 @@ def gradient_noise(
     ]
     estimator = evaluation.make_estimator(experiment.apply_fn, experiment.objective)
     state = transform.init(experiment.spec)
-    figure = evaluation.efficiency(
+    return evaluation.efficiency(
         *(estimator, params, transform, state, experiment.spec, batches),
         experiment.key(0, "efficiency"),
         groups=8,
         redraws=12,
     )
-    ratio = error = None
-    if figure.settled and figure.signal > 0:
-        value, spread = figure.variance_times_passes
-        ratio, error = value / figure.signal, spread / figure.signal
-    return {"value": ratio, "standard_error": error, "unsettled": figure.unsettled}
+
+
+def _over_signal(figures: dict[str, evaluation.Efficiency]) -> dict[str, dict[str, Any]]:
+    """Variance times passes over the squared mean gradient, which all exact methods share."""
+    signal = float(np.mean([figure.signal for figure in figures.values()]))
+    found = {}
+    for name, figure in figures.items():
+        known = figure.settled and signal > 0
+        value, error = figure.variance_times_passes if known else (math.nan, math.nan)
+        found[name] = {
+            "value": value / signal if known else None,
+            "standard_error": error / signal if known else None,
+            "unsettled": figure.unsettled,
+        }
+    return found
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:

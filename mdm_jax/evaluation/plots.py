@@ -81,6 +81,64 @@ def level_curve(axes: Any, edges: np.ndarray, nats: np.ndarray) -> Any:
     return axes
 
 
+def schedule_curves(axes: Any, laws: Mapping[str, Any], points: int = 401) -> Any:
+    """logSNR over time of schedules, 0 = clean to 1 = noise; a law is its own schedule.
+
+    Args:
+        axes: matplotlib axes.
+        laws: by name (``schedules.TwoSidedLaw``).
+        points: of each curve.
+    """
+    for name, (time, logsnr) in _curves(laws, points):
+        axes.plot(time, logsnr, label=name)
+    axes.set(xlabel="time, the quantile of the noise", ylabel="logSNR", xlim=(0, 1))
+    axes.legend(fontsize="small")
+    return axes
+
+
+def noise_curves(axes: Any, laws: Mapping[str, Any], points: int = 401) -> Any:
+    """The same schedules as noise over signal, ``sigma / alpha = exp(-logSNR / 2)``, over time."""
+    for name, (time, logsnr) in _curves(laws, points):
+        axes.plot(time, np.exp(-logsnr / 2), label=name)
+    axes.set(xlabel="time, the quantile of the noise", ylabel="sigma / alpha", xlim=(0, 1))
+    axes.set(yscale="log")
+    axes.legend(fontsize="small")
+    return axes
+
+
+def law_densities(axes: Any, laws: Mapping[str, Any], low: float = -15, high: float = 15) -> Any:
+    """Densities over the logSNR: what a schedule spends training on."""
+    logsnr = np.linspace(low, high, 601)
+    for name, law in laws.items():
+        axes.plot(logsnr, np.exp(np.asarray(law.log_pdf(logsnr))), label=name)
+    axes.set(xlabel="logSNR", ylabel="density", xlim=(low, high))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    return axes
+
+
+def trajectories(axes: Any, levels: np.ndarray, states: np.ndarray, **style: Any) -> Any:
+    """Paths of a sampler, one number each, over the logSNR from noise on the left to data.
+
+    Args:
+        axes: matplotlib axes.
+        levels: [N + 1] logSNR of the grid; a last level of +inf is drawn one step on.
+        states: [N + 1, paths] numbers at the levels.
+        style: of ``axes.plot``.
+
+    Raises:
+        ValueError: if states and levels do not have the same length.
+    """
+    levels, states = np.array(levels, np.float64), np.asarray(states)
+    if len(levels) != len(states):
+        raise ValueError(f"{len(levels)} levels need as many states, got {len(states)}")
+    if np.isinf(levels[-1]):
+        levels[-1] = 2 * levels[-2] - levels[-3]
+    axes.plot(levels, states, **({"color": "0.4", "linewidth": 0.7, "alpha": 0.6} | style))
+    axes.set(xlabel="logSNR", ylabel="state")
+    return axes
+
+
 def picture_grid(pictures: np.ndarray) -> np.ndarray:
     """Tiles pictures [N, H, W] or [N, H, W, C] in [0, 1] into one, a near-square grid."""
     count, height, width = pictures.shape[:3]
@@ -98,3 +156,9 @@ def picture(axes: Any, image: np.ndarray) -> Any:
     axes.imshow(image, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_axis_off()
     return axes
+
+
+def _curves(laws: Mapping[str, Any], points: int):
+    time = (np.arange(points) + 0.5) / points
+    for name, law in laws.items():
+        yield name, (time, np.asarray(law.icdf(1 - time)))
