@@ -8,6 +8,8 @@ from mdm_jax.evaluation.clip_search import gradient_noise_to_signal as gradient_
 from mdm_jax.evaluation.clip_search import make_clip_search as make_clip_search
 from mdm_jax.evaluation.clip_search import raw_variance as raw_variance
 from mdm_jax.evaluation.clip_search import relative_variance as relative_variance
+from mdm_jax.evaluation.decoders import grey_value_decoder as grey_value_decoder
+from mdm_jax.evaluation.decoders import normal_decoder as normal_decoder
 from mdm_jax.evaluation.decompose import Decomposition as Decomposition
 from mdm_jax.evaluation.decompose import decompose as decompose
 from mdm_jax.evaluation.decompose import decompose_by_probes as decompose_by_probes
@@ -26,6 +28,10 @@ from mdm_jax.evaluation.exact import exact_variance as exact_variance
 from mdm_jax.evaluation.exact import mask_cross_entropies as mask_cross_entropies
 from mdm_jax.evaluation.exact import mask_losses as mask_losses
 from mdm_jax.evaluation.exact import rate_losses as rate_losses
+from mdm_jax.evaluation.gaussian_likelihood import GaussianLikelihood as GaussianLikelihood
+from mdm_jax.evaluation.gaussian_likelihood import (
+    make_gaussian_likelihood as make_gaussian_likelihood,
+)
 from mdm_jax.evaluation.levels import LevelTable as LevelTable
 from mdm_jax.evaluation.levels import binned_moments as binned_moments
 from mdm_jax.evaluation.levels import measure_levels as measure_levels
@@ -35,3 +41,5 @@ from mdm_jax.evaluation.levels import warp_density as warp_density
 from mdm_jax.evaluation.likelihood import LevelCurve as LevelCurve
 from mdm_jax.evaluation.likelihood import Likelihood as Likelihood
 from mdm_jax.evaluation.likelihood import make_likelihood as make_likelihood
+from mdm_jax.evaluation.ode_likelihood import OdeLikelihood as OdeLikelihood
+from mdm_jax.evaluation.ode_likelihood import ode_likelihood as ode_likelihood

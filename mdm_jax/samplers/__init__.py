@@ -1,6 +1,11 @@
-"""Reverse processes: one loop, interchangeable samplers, composable token filters."""
+"""Reverse processes, masked and Gaussian: one loop each, interchangeable samplers."""
 
+from mdm_jax.samplers.align_steps import AlignedSteps as AlignedSteps
+from mdm_jax.samplers.align_steps import align_steps as align_steps
 from mdm_jax.samplers.ancestral import ancestral as ancestral
+from mdm_jax.samplers.denoiser import Denoise as Denoise
+from mdm_jax.samplers.denoiser import bind_denoiser as bind_denoiser
+from mdm_jax.samplers.denoiser import initial_std as initial_std
 from mdm_jax.samplers.filters import LogitFilter as LogitFilter
 from mdm_jax.samplers.filters import compose as compose
 from mdm_jax.samplers.filters import draw_tokens as draw_tokens
@@ -8,6 +13,23 @@ from mdm_jax.samplers.filters import temperature as temperature
 from mdm_jax.samplers.filters import top_k as top_k
 from mdm_jax.samplers.filters import top_p as top_p
 from mdm_jax.samplers.first_hitting import first_hitting as first_hitting
+from mdm_jax.samplers.gaussian import GaussianContext as GaussianContext
+from mdm_jax.samplers.gaussian import GaussianSampler as GaussianSampler
+from mdm_jax.samplers.gaussian import GaussianState as GaussianState
+from mdm_jax.samplers.gaussian import make_gaussian_generator as make_gaussian_generator
+from mdm_jax.samplers.gaussian import sample_gaussian as sample_gaussian
+from mdm_jax.samplers.gaussian import sample_gaussian_with_trace as sample_gaussian_with_trace
+from mdm_jax.samplers.gaussian_ddim import ddim as ddim
+from mdm_jax.samplers.gaussian_ddim import ddpm_ancestral as ddpm_ancestral
+from mdm_jax.samplers.gaussian_edm import edm_heun as edm_heun
+from mdm_jax.samplers.gaussian_flow import euler_flow as euler_flow
+from mdm_jax.samplers.gaussian_flow import heun_flow as heun_flow
+from mdm_jax.samplers.gaussian_multistep import dpm_solver_pp_2m as dpm_solver_pp_2m
+from mdm_jax.samplers.guidance import guided as guided
+from mdm_jax.samplers.klub import curve_cost as curve_cost
+from mdm_jax.samplers.klub import klub as klub
+from mdm_jax.samplers.klub import normal_cost as normal_cost
+from mdm_jax.samplers.klub import pair_cost as pair_cost
 from mdm_jax.samplers.sampler import Sampler as Sampler
 from mdm_jax.samplers.sampler import SamplerState as SamplerState
 from mdm_jax.samplers.sampler import StepContext as StepContext
@@ -15,3 +37,6 @@ from mdm_jax.samplers.sampler import blank_canvas as blank_canvas
 from mdm_jax.samplers.sampler import make_generator as make_generator
 from mdm_jax.samplers.sampler import sample as sample
 from mdm_jax.samplers.sampler import sample_with_trace as sample_with_trace
+from mdm_jax.samplers.step_search import SearchResult as SearchResult
+from mdm_jax.samplers.step_search import exhaustive_search as exhaustive_search
+from mdm_jax.samplers.step_search import pattern_search as pattern_search
