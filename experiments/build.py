@@ -11,14 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.configs import base
-from mdm_jax import (
-    data,
-    evaluation,
-    models,
-    objectives,
-    training,
-    variance,
-)
+from mdm_jax import data, evaluation, models, objectives, schedules, training, variance
 
 DATA = {
     "embedded": data.embedded_text,
@@ -39,6 +32,12 @@ VARIANCE = {
     "ppots": variance.ppots,
     "ppots_level_variance": functools.partial(variance.ppots, target=variance.level_variance),
     "ppots_parametric": variance.ppots_parametric,
+    "ema_bins": variance.ema_bins,
+    "ema_bins_second_moment": functools.partial(variance.ema_bins, target=variance.second_moment),
+    "loss_history": variance.loss_history,
+    "learned_quantile": variance.learned_quantile,
+    "uncertainty_weighting": variance.uncertainty_weighting,
+    "cdcd_warp": variance.cdcd_warp,
     "log_uniform": variance.log_uniform,
     "clipped": variance.clipped,
     "clipped_adaptive": variance.clipped_adaptive,
@@ -105,11 +104,21 @@ def network(config: ConfigDict, vocab_size: int) -> models.TransformerConfig:
     return models.TransformerConfig(vocab_size=vocab_size, **fields)
 
 
-def transform(config: ConfigDict) -> variance.VarianceTransform:
-    """The variance chain, in the configured order."""
-    order = config.variance.order
-    members = [lookup(VARIANCE, name, "variance.order") for name in order]
-    return variance.chain(*(f(**settings(config.variance, n)) for f, n in zip(members, order)))
+def transform(config: ConfigDict, law: schedules.Law) -> variance.VarianceTransform:
+    """The variance chain, in the configured order.
+
+    Members work on quantiles; those that want to know the level of one are told the run's law.
+    """
+    members = []
+    for name in config.variance.order:
+        factory, chosen = lookup(VARIANCE, name, "variance.order"), settings(config.variance, name)
+        known = inspect.signature(factory).parameters
+        if "coordinate" in known:
+            chosen["coordinate"] = lambda u: -law.icdf(u) / 8  # EDM2's log(sigma) / 4
+        if "log_factor" in known and config.process == "gaussian":
+            chosen["log_factor"] = lambda u: -law.icdf(u)  # to the error of the clean data
+        members.append(factory(**chosen))
+    return variance.chain(*members)
 
 
 def monitors(config: ConfigDict, objective: objectives.Objective) -> list[training.Monitor]:

@@ -18,6 +18,7 @@ CORRUPTIONS = {
     "bernoulli_shifted_rate": corruption.bernoulli_shifted_rate,
     "bernoulli_shifted_logit": corruption.bernoulli_shifted_logit,
 }
+WEIGHTINGS = {"min_snr": objectives.min_snr_factor, "p2": objectives.p2_factor}
 SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
 
 
@@ -35,7 +36,11 @@ def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective
     """The masked bound with the configured process and law."""
     process = corruption_process(config, dataset)
     law = schedules.law_of(schedule(config, config.law.name, "law.name"))
-    return objectives.masked_nelbo(process, law)
+    bound, name = objectives.masked_nelbo(process, law), config.weighting.name
+    if not name:
+        return bound
+    factor = lookup(WEIGHTINGS, name, "weighting.name")(**settings(config.weighting, name))
+    return objectives.reweighted(bound, factor, name)
 
 
 def corruption_process(config: ConfigDict, dataset: data.Dataset) -> corruption.Corruption:

@@ -180,7 +180,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
         model=model,
         apply_fn=process.apply_fn(config, model),
         objective=objective,
-        transform=build.transform(config),
+        transform=build.transform(config, objective.law),
         monitors=tuple(build.monitors(config, objective)),
         spec=objective.spec(c.batch_size, dataset.length),
         mesh=mesh,

@@ -1,7 +1,6 @@
 """The three modes of the launcher: train, evaluate, sample. Also called by notebooks and tests."""
 
 import contextlib
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -210,13 +209,28 @@ def _hooks(
         key = experiment.key(step, "sample")
         show_samples(experiment, workdir, step, ema, key, writer, generate)
 
-    monitors = experiment.monitors
     return training.Hooks(
         evaluate_step if len(source) else None,
         sample_step,
-        jax.jit(functools.partial(training.read_monitors, monitors)) if monitors else None,
+        _monitor_hook(experiment),
         _clip_hook(experiment, workdir, writer),
     )
+
+
+def _monitor_hook(experiment: Experiment) -> Callable:
+    monitors, transform, levels = (
+        experiment.monitors,
+        experiment.transform,
+        experiment.spec.num_levels,
+    )
+
+    @jax.jit
+    def read(state: TrainState) -> dict[str, jax.Array]:
+        return training.read_monitors(monitors, state.monitors) | training.read_level_profile(
+            transform, state.variance, levels
+        )
+
+    return read
 
 
 def _clip_hook(

@@ -69,6 +69,7 @@ def _take_a_step(config):
 REGISTERED = {
     "corruption.name": build_masked.CORRUPTIONS,
     "law.name": schedules.MASKED_SCHEDULES,
+    "weighting.name": build_masked.WEIGHTINGS,
     "variance.order": build.VARIANCE,
     "optimizer.name": build.OPTIMIZERS,
     "model.dtype": build.DTYPES,

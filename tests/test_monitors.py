@@ -238,3 +238,26 @@ def test_a_skipped_step_reaches_only_the_counters_of_monitors():
 def test_two_monitors_of_one_name_are_refused():
     with pytest.raises(ValueError, match="names of their own, got baseline, baseline"):
         tiny.step_fn(16, monitors=(training.baseline_monitor(), training.baseline_monitor(4)))
+
+
+def test_level_profile_of_exact_truncated_and_biased_warps():
+    spec = tiny.objective().spec(16, tiny.LENGTH)
+
+    def read(*members):
+        chain = variance.chain(*members)
+        found = training.read_level_profile(chain, chain.init(spec), bins=4)
+        return (
+            [np.array([found[f"{n}_{i:02d}"] for i in range(4)]) for n in NAMES] if found else found
+        )
+
+    NAMES = ("level_density", "effective_weight")
+    assert read(variance.stratified(), variance.mirror()) == {}
+    density = variance.piecewise_density((0.0, 0.5, 1.0), (1.0, 3.0))
+    drawn, effective = read(variance.stratified(), variance.importance(density))
+    np.testing.assert_allclose(drawn, [0.5, 0.5, 1.5, 1.5], rtol=1e-6)
+    np.testing.assert_allclose(effective, 1, rtol=1e-6)
+    drawn, effective = read(variance.clipped(0.5, 1.0))  # rates, so the lower half of quantiles
+    np.testing.assert_allclose(drawn, [2, 2, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(effective, [1, 1, 0, 0], rtol=1e-6)
+    drawn, effective = read(variance.uncertainty_weighting())
+    np.testing.assert_allclose([drawn, effective], 1)

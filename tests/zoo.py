@@ -1,12 +1,13 @@
 """Every variance transform in one list; a new one joins all property tests by one line here."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import variance
+from mdm_jax import draws, variance
 from mdm_jax.variance.log_uniform import log_uniform_density
 
 EPR = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
@@ -30,6 +31,12 @@ SINGLES = {
     "ppots_parametric": lambda: variance.ppots_parametric(EPR),
     "ppots_binned": lambda: variance.ppots_binned(BINS, STEEP),
     "ppots": lambda: variance.ppots(num_bins=8),
+    "ema_bins": lambda: variance.ema_bins(num_bins=8),
+    "loss_history": lambda: variance.loss_history(num_bins=8),
+    "learned_quantile": lambda: variance.learned_quantile(resolution=4),
+    "uncertainty_weighting": lambda: variance.uncertainty_weighting(num_features=8),
+    "cdcd_warp": lambda: variance.cdcd_warp(num_bins=8),
+    "cdtd_warp": lambda: variance.cdtd_warp(variance.piecewise_linear_curve(8)),
     "mirror": variance.mirror,
     "rotate": lambda: variance.rotate(3),
     "rotate_ranks": lambda: variance.rotate_ranks(3),
@@ -54,6 +61,12 @@ LEARNERS = {
     "ppots_level_variance": lambda: variance.ppots(
         num_bins=6, warmup_steps=0, target=variance.level_variance
     ),
+    "ema_small": lambda: variance.ema_bins(num_bins=6, warmup_steps=0, floor=0.1),
+    "history_small": lambda: variance.loss_history(num_bins=6, length=2, floor=0.1),
+    "quantile_small": lambda: variance.learned_quantile(resolution=4),
+    "uncertainty_small": lambda: variance.uncertainty_weighting(num_features=8),
+    "cdcd_small": lambda: variance.cdcd_warp(num_bins=6),
+    "cdtd_logistic": lambda: variance.cdtd_warp(variance.logistic_curve()),
 }
 """Adaptive warps without warm-up, for loaded states."""
 
@@ -61,6 +74,47 @@ LEARNERS = {
 def _loaded(second, mean=0.0, weight=1.0):
     full = [jnp.broadcast_to(jnp.asarray(a, jnp.float32), (6,)) for a in (second, mean, weight)]
     return variance.PpotsState(*full, jnp.int32(5), jnp.int32(0))
+
+
+def _history(*values):
+    kept = jnp.broadcast_to(jnp.asarray(values, jnp.float32)[:, None], (6, 2))
+    counts = jnp.full(6, 3, jnp.int32)
+    return variance.LossHistory(kept, counts, jnp.int32(5), jnp.int32(0))
+
+
+def _fresh(learner, levels=2):
+    return LEARNERS[learner]().init(draws.DrawSpec(1, levels, (1,)))
+
+
+def _steep_net():
+    """Few levels below 0.5, and the more the cleaner."""
+    state = _fresh("quantile_small")
+    units = jnp.linspace(0.0, 1.0, state.net.height.size)
+    net = dataclasses.replace(
+        state.net, height=state.net.height - 3 * units, log_steepness=1.0 + 2.0 * (1 - units)
+    )
+    return state._replace(net=net)
+
+
+def _scaled():
+    """The clean half weighs more than the noisy one."""
+    state = _fresh("uncertainty_small")
+    return state._replace(coefficients=jnp.array([1.5, -1.0, 0.5, 1.0, -0.5, 0.7, -0.2, 0.3]))
+
+
+def _warped():
+    state = _fresh("cdcd_small")
+    heights = jnp.log(jnp.array([[0.05, 0.1, 0.3, 0.6, 1.0, 2.0]]))
+    return state._replace(curves=state.curves._replace(heights=heights))
+
+
+def _tied():
+    state = _fresh("cdtd_logistic")
+    return state._replace(
+        curves=variance.LogisticShape(
+            jnp.array([0.5, -0.5]), jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0])
+        )
+    )
 
 
 STATES = {
@@ -74,6 +128,15 @@ STATES = {
     "ppots_steep": ("ppots_small", _loaded([1, 10, 100, 1e3, 1e4, 1e5])),
     "ppots_no_variance": ("ppots_level_variance", _loaded(4.0, 2.0)),
     "ppots_variance": ("ppots_level_variance", _loaded([4, 5, 7, 20, 90, 500], 2.0)),
+    "ema_steep": ("ema_small", _loaded(0.0, [1, 2, 4, 9, 30, 200])),
+    "ema_half_visited": ("ema_small", _loaded(0.0, [1, 2, 0, 0, 0, 3], [1, 0.5, 0, 0, 0, 0.1])),
+    "history_steep": ("history_small", _history(1, 2, 4, 9, 30, 200)),
+    "history_zeros": ("history_small", _history(0, 0, 0, 0, 0, 0)),
+    "history_huge": ("history_small", _history(0, 0, 0, 0, 0, 1e30)),
+    "quantile_steep": ("quantile_small", _steep_net()),
+    "uncertainty_loaded": ("uncertainty_small", _scaled()),
+    "cdcd_loaded": ("cdcd_small", _warped()),
+    "cdtd_loaded": ("cdtd_logistic", _tied()),
 }
 """Name -> (learner, state): adaptive warps that have seen extremes."""
 
@@ -81,7 +144,21 @@ ALL = (
     SINGLES | CHAINS | LEARNERS | {name: LEARNERS[learner] for name, (learner, _) in STATES.items()}
 )
 TRUNCATED = ("clipped", "clipped_adaptive")
-EXACT = [name for name in ALL if name not in TRUNCATED]
+DRIFTING = ("uncertainty_loaded", "cdcd_loaded", "cdtd_loaded")
+"""Biased members with states in which their bias shows."""
+BIASED = (
+    "uncertainty_weighting",
+    "cdcd_warp",
+    "cdtd_warp",
+    "uncertainty_small",
+    "cdcd_small",
+    "cdtd_logistic",
+    *DRIFTING,
+)
+EXACT = [name for name in ALL if name not in TRUNCATED + BIASED]
+UNBIASED = [name for name in ALL if name not in BIASED]
+TIED_LEVELS = ("cdtd_warp", "cdtd_logistic", "cdtd_loaded")
+"""Members that tie the levels of one row, which only a biased one may."""
 RANGES = dict.fromkeys(TRUNCATED, (1 - 0.8, 1 - 0.3))
 """Quantiles that a truncated member covers."""
 
@@ -105,15 +182,18 @@ def densities():
         "levels_ppots_rotate": binned,
         "pairs_complement_log_uniform": log_uniform_density(1e-2),
     }
-    edges = variance.log_spaced_edges(6, 1e-3)
-    targets = {
-        "ppots_small": variance.second_moment,
-        "ppots_level_variance": variance.level_variance,
+    edges, equal = variance.log_spaced_edges(6, 1e-3), np.linspace(0, 1, 7)
+    moments = variance.level_moments
+    of_state = {
+        "ppots_small": lambda state: (edges, moments(state).second),
+        "ppots_level_variance": lambda state: (edges, variance.level_variance(moments(state))),
+        "ema_small": lambda state: (equal, moments(state).mean ** 2),
+        "history_small": lambda state: (equal, jnp.mean(state.values**2, axis=1)),
     }
     for name, (learner, loaded) in STATES.items():
-        moment = targets[learner](variance.level_moments(loaded))
-        found[name] = variance.moment_density(edges, moment, 0.1)
-    return found
+        if learner in of_state:
+            found[name] = variance.moment_density(*of_state[learner](loaded), 0.1)
+    return found | {"quantile_steep": STATES["quantile_steep"][1].net}
 
 
 def quick(function, **options):

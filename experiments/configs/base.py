@@ -100,6 +100,10 @@ def get_config() -> ConfigDict:
             "uniform_logsnr": {"low": -10.0, "high": 10.0},
         }
     )
+    # process masked: a factor on the bound's integrand, which is then no bound: "" | min_snr | p2
+    config.weighting = ConfigDict(
+        {"name": "", "min_snr": {"gamma": 5.0}, "p2": {"k": 1.0, "gamma": 1.0}}
+    )
     # Variance transforms in reading order: couple, warp, replicate. () is independent noise.
     config.variance = ConfigDict(
         {
@@ -122,6 +126,17 @@ def get_config() -> ConfigDict:
                 "warmup_steps": 100,
             },
             "ppots_parametric": {"parameters": (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), "floor": 0.1},
+            "ema_bins": {"num_bins": 100, "decay": 0.99, "floor": 0.01, "warmup_steps": 100},
+            "ema_bins_second_moment": {
+                "num_bins": 100,
+                "decay": 0.99,
+                "floor": 0.01,
+                "warmup_steps": 100,
+            },
+            "loss_history": {"num_bins": 32, "length": 10, "floor": 1e-3},
+            "learned_quantile": {"resolution": 32, "learning_rate": 1e-2, "decay": 0.99},
+            "uncertainty_weighting": {"num_features": 128, "learning_rate": 1e-2, "seed": 0},
+            "cdcd_warp": {"num_bins": 100, "learning_rate": 1e-2},
             "log_uniform": {"smallest_rate": 1e-3},
             "clipped": {"low": 0.3, "high": 0.8},
             "clipped_adaptive": {"low": 1e-3, "high": 1.0},  # searched for, see clip_search

@@ -10,3 +10,6 @@ from mdm_jax.objectives.objective import describe as describe
 from mdm_jax.objectives.objective import stop_gradient_stats as stop_gradient_stats
 from mdm_jax.objectives.objective import sum_losses as sum_losses
 from mdm_jax.objectives.objective import token_mean as token_mean
+from mdm_jax.objectives.reweighted import min_snr_factor as min_snr_factor
+from mdm_jax.objectives.reweighted import p2_factor as p2_factor
+from mdm_jax.objectives.reweighted import reweighted as reweighted

@@ -17,6 +17,7 @@ from mdm_jax.training.monitors import Monitor as Monitor
 from mdm_jax.training.monitors import baseline_monitor as baseline_monitor
 from mdm_jax.training.monitors import gradient_noise_monitor as gradient_noise_monitor
 from mdm_jax.training.monitors import level_monitor as level_monitor
+from mdm_jax.training.monitors import read_level_profile as read_level_profile
 from mdm_jax.training.monitors import read_monitors as read_monitors
 from mdm_jax.training.optimizers import adamw as adamw
 from mdm_jax.training.optimizers import muon as muon

@@ -78,15 +78,15 @@ class Hooks:
         evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss"; it calls ``check``
             now and then, which raises where the user asked to stop.
         sample: ``sample(step, ema, check)``.
-        monitor: ``monitor(state.monitors) -> scalars`` on the device, jitted; read and written
-            whenever metrics are.
+        monitor: ``monitor(state) -> scalars`` on the device, jitted; read and written whenever
+            metrics are.
         adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings
             that are chosen from held-out data and live in the state.
     """
 
     evaluate: Callable[[int, PyTree, Callable], dict[str, float]] | None = None
     sample: Callable[[int, PyTree, Callable], None] | None = None
-    monitor: Callable[[PyTree], dict[str, jax.Array]] | None = None
+    monitor: Callable[[TrainState], dict[str, jax.Array]] | None = None
     adapt: Callable[[int, TrainState, Callable], TrainState] | None = None
 
 
@@ -170,7 +170,7 @@ def train(
                     profiling = False
                     loop.progress.note(f"profile written to {options.profile_directory}")
                 if _due(step, options.log_every) or step == options.total_steps:
-                    watched = hooks.monitor(state.monitors) if hooks.monitor else {}
+                    watched = hooks.monitor(state) if hooks.monitor else {}
                     loop.write(step, watched, stop_after=options.max_skipped_in_a_row)
                 if hooks.adapt and _due(step, options.evaluate_every):
                     hooks_due.append("adapt")

@@ -16,6 +16,7 @@ from mdm_jax.draws import Draw, LossStats
 from mdm_jax.objectives import Objective, sum_losses
 from mdm_jax.objectives.baseline import Baseline, new_baseline, reported_loss, update_baseline
 from mdm_jax.typing import Array, PyTree
+from mdm_jax.variance import Phase, VarianceTransform
 
 
 class Monitor(NamedTuple):
@@ -45,12 +46,43 @@ def read_monitors(monitors: Iterable[Monitor], states: dict[str, PyTree]) -> dic
     found = {}
     for monitor in monitors:
         for name, value in monitor.read(states[monitor.name]).items():
-            value = jnp.asarray(value)
-            if value.ndim == 0:
-                found[name] = value
-            else:
-                found |= {f"{name}_{number:02d}": one for number, one in enumerate(value)}
+            found |= _scalars(name, jnp.asarray(value))
     return found
+
+
+def read_level_profile(
+    transform: VarianceTransform, state: PyTree, num_levels: int = 1, bins: int = 10
+) -> dict[str, Array]:
+    """What a chain's warp does to the levels at the moment, as scalars on the device.
+
+    At the middle of each of ``bins`` equal bins of the quantile, noisy to clean: ``level_density``,
+    the density it draws from relative to the objective's law, and ``effective_weight``, the factor
+    on the objective's weighting (p times w), which is 1 for exact transforms and moves for adaptive
+    weightings. Empty where no level is warped. Costs nothing between readings.
+
+    Args:
+        transform: of the run.
+        state: ``TrainState.variance``.
+        num_levels: S; where levels differ the mean over them is read.
+        bins: of the quantile.
+    """
+    members = transform.members or (transform,)
+    if transform.profile is None or not any(t.phase == Phase.WARP for t in members):
+        return {}
+    middle = (jnp.arange(bins) + 0.5) / bins
+    u = jnp.broadcast_to(middle[:, None], (bins, num_levels))
+    profile = transform.profile(state, u)
+    density = jnp.exp(profile.log_density)
+    effective = jnp.exp(profile.log_density + profile.log_weight)
+    return _scalars("level_density", density.mean(-1)) | _scalars(
+        "effective_weight", effective.mean(-1)
+    )
+
+
+def _scalars(name: str, value: Array) -> dict[str, Array]:
+    if value.ndim == 0:
+        return {name: value}
+    return {f"{name}_{number:02d}": one for number, one in enumerate(value)}
 
 
 class LevelSums(NamedTuple):

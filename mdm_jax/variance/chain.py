@@ -6,7 +6,14 @@ from mdm_jax.bias import BIAS_LABELS, worst_bias
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
-from mdm_jax.variance.transform import Phase, VarianceTransform, stateless
+from mdm_jax.variance.transform import (
+    LevelProfile,
+    Phase,
+    ProfileFn,
+    VarianceTransform,
+    flat_profile,
+    stateless,
+)
 
 
 def chain(*transforms: VarianceTransform) -> VarianceTransform:
@@ -17,7 +24,8 @@ def chain(*transforms: VarianceTransform) -> VarianceTransform:
     the random numbers of the others unchanged.
 
     Keeps: what every member keeps. Couples: what any member couples.
-    Costs: the product of the members' views. Bias: the worst label of its members.
+    Costs: the product of the members' views. Bias: the worst label of its members. Its level
+    profile is that of its warp, and flat if it holds none.
 
     Raises:
         ValueError: if a name occurs twice, if a member stands after one of a later phase, or if two
@@ -52,6 +60,7 @@ def chain(*transforms: VarianceTransform) -> VarianceTransform:
         views=views,
         replaces=frozenset().union(*(t.replaces for t in members)),
         members=members,
+        profile=_profile(members),
     )
 
 
@@ -70,6 +79,20 @@ def _members(transform: VarianceTransform) -> tuple[VarianceTransform, ...]:
             f"chain takes variance transforms such as mirror(), got {transform!r}{hint}"
         )
     return transform.members or (transform,)
+
+
+def _profile(members: tuple[VarianceTransform, ...]) -> ProfileFn | None:
+    warps = [t for t in members if t.phase == Phase.WARP]
+    if not warps:
+        return lambda _state, u: flat_profile(u)
+    (warp,) = warps
+    if warp.profile is None:
+        return None
+
+    def profile(state: dict[str, PyTree], u: Array) -> LevelProfile:
+        return warp.profile(state[warp.name], u)
+
+    return profile
 
 
 def _check(members: tuple[VarianceTransform, ...]) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance.clipped import ClippedDensity, check_range
-from mdm_jax.variance.quantile_density import warp
+from mdm_jax.variance.quantile_density import density_profile, warp
 from mdm_jax.variance.transform import Phase, VarianceTransform
 
 _NAME = "clipped_adaptive"
@@ -45,7 +45,7 @@ def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
         return ClipRange(jnp.float32(low), jnp.float32(high))
 
     def draw(_key: Array, state: ClipRange, current: Draw, _spec: DrawSpec) -> Draw:
-        return warp(current, ClippedDensity(state.low, state.high))
+        return warp(current, ClippedDensity(*state))
 
     return VarianceTransform(
         name=_NAME,
@@ -54,6 +54,7 @@ def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
         draw=draw,
         update=lambda state, _draw, _stats: state,
         bias="truncated",
+        profile=lambda state, u: density_profile(ClippedDensity(*state), u),
     )
 
 

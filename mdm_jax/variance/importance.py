@@ -2,7 +2,7 @@
 
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.typing import Array
-from mdm_jax.variance.quantile_density import QuantileDensity, warp
+from mdm_jax.variance.quantile_density import QuantileDensity, density_profile, warp
 from mdm_jax.variance.transform import Phase, VarianceTransform, stateless
 
 
@@ -27,4 +27,6 @@ def importance(density: QuantileDensity) -> VarianceTransform:
         return warp(current, density)
 
     bias = "exact" if low <= 0 and high >= 1 else "truncated"
-    return stateless("importance", Phase.WARP, draw, bias=bias)
+    return stateless(
+        "importance", Phase.WARP, draw, bias=bias, profile=lambda u: density_profile(density, u)
+    )

@@ -7,7 +7,8 @@ moment. Which moment, depends on what else the chain does:
 
 * levels independent: ``E f^2 = v + g^2 + c`` (:func:`second_moment`),
 * levels stratified, which removes g^2 at leading order: ``v + c`` (:func:`level_variance`),
-* what the published scripts use: ``v + g^2`` (:func:`published_second_moment`).
+* what the published scripts use: ``v + g^2`` (:func:`published_second_moment`),
+* what Kingma and Gao use: ``g^2``, a density proportional to the loss (:func:`squared_mean`).
 
 For gradients put ``E ||G||^2`` in the place of ``E f^2``. With several views at one level f is
 their average, which makes the moments those of the coupled views.
@@ -71,6 +72,15 @@ def published_second_moment(moments: LevelMoments) -> Array:
             "masks per row, or another target"
         )
     return jnp.maximum(jnp.asarray(moments.second) - jnp.asarray(moments.data), 0.0)
+
+
+def squared_mean(moments: LevelMoments) -> Array:
+    """``g^2``, whose root is the mean loss: levels in proportion to what they contribute.
+
+    Optimal where ``E f^2 / g^2`` is the same at all levels, as for Gaussian data and an ideal
+    denoiser.
+    """
+    return jnp.square(moments.mean)
 
 
 def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> PiecewiseDensity:

@@ -1,5 +1,6 @@
 """P-POTS that learns while training."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.typing import Array
+from mdm_jax.variance.learning import LevelLosses, accept, integrand
 from mdm_jax.variance.moments import (
     LevelMoments,
     Target,
@@ -14,8 +16,13 @@ from mdm_jax.variance.moments import (
     moment_density,
     second_moment,
 )
-from mdm_jax.variance.quantile_density import log_spaced_edges, warp
-from mdm_jax.variance.transform import Phase, VarianceTransform
+from mdm_jax.variance.quantile_density import (
+    PiecewiseDensity,
+    density_profile,
+    log_spaced_edges,
+    warp,
+)
+from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
 
 
 class PpotsState(NamedTuple):
@@ -78,12 +85,36 @@ def ppots(
     Raises:
         ValueError: if a setting is out of range, or the target needs what is not known here.
     """
-    check_floor("ppots", floor)
-    if not 0 <= decay < 1:
-        raise ValueError(f"ppots needs a decay in [0, 1), got {decay}")
-    if warmup_steps < 0:
-        raise ValueError(f"ppots needs warmup_steps >= 0, got {warmup_steps}")
+    check_decay("ppots", decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
+    return running_bins("ppots", edges, lambda count: decay**count, floor, warmup_steps, target)
+
+
+def running_bins(
+    name: str,
+    edges: np.ndarray,
+    keep: Callable[[Array], Array],
+    floor: float,
+    warmup_steps: int,
+    target: Target,
+) -> VarianceTransform:
+    """Levels from bins whose masses follow running moments: :func:`ppots` and its like.
+
+    Args:
+        name: of the transform.
+        edges: [J + 1] quantiles from 0 to 1.
+        keep: from the number of draws in each bin [J] to the share of the old moments that stays.
+        floor: as for :func:`ppots`, like the rest.
+        warmup_steps: number of batches with uniform levels.
+        target: from moments to the moment whose root is followed.
+
+    Raises:
+        ValueError: if a setting is out of range, or the target needs what is not known here.
+    """
+    check_floor(name, floor)
+    if warmup_steps < 0:
+        raise ValueError(f"{name} needs warmup_steps >= 0, got {warmup_steps}")
+    num_bins = len(edges) - 1
     target(LevelMoments(jnp.ones(num_bins), jnp.ones(num_bins)))  # raises where it needs more
 
     def init(_spec: DrawSpec) -> PpotsState:
@@ -91,26 +122,37 @@ def ppots(
         moments = (jnp.zeros(num_bins, jnp.float32) for _ in range(3))
         return PpotsState(*moments, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def draw(_key: Array, state: PpotsState, current: Draw, _spec: DrawSpec) -> Draw:
+    def density(state: PpotsState) -> PiecewiseDensity:
         share = jnp.where(state.steps < warmup_steps, 1.0, floor)
-        return warp(current, moment_density(edges, target(level_moments(state)), share))
+        return moment_density(edges, target(level_moments(state)), share)
+
+    def draw(_key: Array, state: PpotsState, current: Draw, _spec: DrawSpec) -> Draw:
+        return warp(current, density(state))
 
     def update(state: PpotsState, current: Draw, stats: LossStats) -> PpotsState:
-        count, total, squares = _bin_sums(edges, current, stats)
-        finite = jnp.all(jnp.isfinite(total)) & jnp.all(jnp.isfinite(squares))
+        count, total, squares = _bin_sums(edges, current.u, integrand(current, stats))
         some = jnp.where(count > 0, count, 1.0)
-        keep = decay**count
+        old = keep(count)
         learnt = PpotsState(
-            second=keep * state.second + (1 - keep) * squares / some,
-            mean=keep * state.mean + (1 - keep) * total / some,
-            weight=keep * state.weight + (1 - keep),
+            second=old * state.second + (1 - old) * squares / some,
+            mean=old * state.mean + (1 - old) * total / some,
+            weight=old * state.weight + (1 - old),
             steps=state.steps + 1,
             rejected=state.rejected,
         )
-        old = state._replace(rejected=state.rejected + 1)
-        return PpotsState(*(jnp.where(finite, new, kept) for new, kept in zip(learnt, old)))
+        finite = jnp.all(jnp.isfinite(total)) & jnp.all(jnp.isfinite(squares))
+        return accept(finite, learnt, state)
 
-    return VarianceTransform("ppots", Phase.WARP, init, draw, update)
+    def profile(state: PpotsState, u: Array) -> LevelProfile:
+        return density_profile(density(state), u)
+
+    return VarianceTransform(name, Phase.WARP, init, draw, update, profile=profile)
+
+
+def check_decay(name: str, decay: float) -> None:
+    """Raises ValueError unless ``decay`` is in [0, 1)."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"{name} needs a decay in [0, 1), got {decay}")
 
 
 def level_moments(state: PpotsState) -> LevelMoments:
@@ -125,21 +167,14 @@ def level_moments(state: PpotsState) -> LevelMoments:
     return LevelMoments(debiased(state.second), debiased(state.mean))
 
 
-def _bin_sums(edges: np.ndarray, draw: Draw, stats: LossStats) -> tuple[Array, Array, Array]:
-    """Per bin: number of draws with something to score, sum of the integrand and of its square."""
-    empty = stats.scored == 0
-    integrand = stats.raw * stats.weight / jnp.where(empty, 1.0, stats.scored)
-    integrand = jnp.where(empty, 0.0, integrand)
-    # Views of a row at the same level are one estimate: average them before squaring.
-    same = (draw.u[:, None] == draw.u[None]).astype(integrand.dtype)
-    once = 1.0 / jnp.sum(same, axis=1)
-    joined = once * jnp.sum(same * integrand[None], axis=1)
-    bins = jnp.searchsorted(jnp.asarray(edges[1:-1]), draw.u, side="right")
+def _bin_sums(edges: np.ndarray, u: Array, losses: LevelLosses) -> tuple[Array, Array, Array]:
+    """Per bin: number of estimates, sum of the integrand and of its square."""
+    bins = jnp.searchsorted(jnp.asarray(edges[1:-1]), u, side="right")
     inside = bins[..., None] == jnp.arange(len(edges) - 1).reshape(1, 1, 1, -1)
 
     def gather(values: Array) -> Array:
         # Not a scatter, whose order of summation is left open on accelerators.
         return jnp.sum(jnp.where(inside, values[..., None], 0.0), axis=(0, 1, 2))
 
-    count = jnp.where(empty, 0.0, once)
-    return gather(count), gather(once * joined), gather(once * jnp.square(joined))
+    value, count = losses
+    return gather(count), gather(count * value), gather(count * jnp.square(value))

@@ -13,6 +13,7 @@ import numpy as np
 from mdm_jax.draws import GRID_BITS, Draw
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, ArrayLike
+from mdm_jax.variance.transform import LevelProfile
 
 _SIZE = 2**GRID_BITS
 _NARROWEST = 2.0 ** -(GRID_BITS - 1)  # four float32 numbers next to 1
@@ -169,6 +170,13 @@ def warp(draw: Draw, density: QuantileDensity) -> Draw:
     """``draw`` with its quantiles drawn from ``density``, and ``-log density`` added as weight."""
     u = density.icdf(draw.u)
     return draw._replace(u=u, log_weight=draw.log_weight - density.log_pdf(u))
+
+
+def density_profile(density: QuantileDensity, u: ArrayLike) -> LevelProfile:
+    """The profile of :func:`warp`: paid in full within the support, nothing drawn outside."""
+    log_density = density.log_pdf(u)
+    drawn = jnp.isfinite(log_density)
+    return LevelProfile(log_density, jnp.where(drawn, -log_density, 0.0))
 
 
 def open_interval(u: Array) -> Array:

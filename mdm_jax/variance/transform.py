@@ -15,9 +15,26 @@ import jax
 from mdm_jax.draws import Draw, DrawSpec, LossStats, iid
 from mdm_jax.typing import Array, PyTree
 
+
+class LevelProfile(NamedTuple):
+    """What a transform does to the levels, at given quantiles.
+
+    Attributes:
+        log_density: log of the density it draws them from, nats; -inf where it draws none.
+        log_weight: log of the factor it puts on their losses.
+
+    The sum is the log of the factor on the effective weighting: zero everywhere for an exact
+    transform, -inf where a truncated one draws nothing, and a function for a biased one.
+    """
+
+    log_density: Array
+    log_weight: Array
+
+
 InitFn = Callable[[DrawSpec], PyTree]
 DrawFn = Callable[[Array, PyTree, Draw, DrawSpec], Draw]
 UpdateFn = Callable[[PyTree, Draw, LossStats], PyTree]
+ProfileFn = Callable[[PyTree, Array], LevelProfile]
 
 
 class Phase(enum.IntEnum):
@@ -52,6 +69,10 @@ class VarianceTransform(NamedTuple):
         views: factor on the number of views, and thereby on forward passes per row.
         replaces: names of the Draw fields that are drawn anew, whatever stood there before.
         members: the parts of a chain, empty otherwise.
+        profile: ``profile(state, u) -> LevelProfile`` of the quantiles ``u`` [..., S], or None if
+            not known. A transform that treats all S levels alike takes any shape; one that does
+            not (:func:`~mdm_jax.variance.cdtd_warp`) gives each entry of the last axis that
+            level's profile. Couplings and replications have none: they leave the density flat.
     """
 
     name: str
@@ -63,6 +84,7 @@ class VarianceTransform(NamedTuple):
     views: int = 1
     replaces: frozenset[str] = frozenset()
     members: tuple["VarianceTransform", ...] = ()
+    profile: ProfileFn | None = None
 
 
 def stateless(
@@ -73,8 +95,9 @@ def stateless(
     views: int = 1,
     replaces: frozenset[str] = frozenset(),
     bias: str = "exact",
+    profile: Callable[[Array], LevelProfile] | None = None,
 ) -> VarianceTransform:
-    """A transform without state, from ``draw(key, draw, spec) -> draw``."""
+    """A transform without state: ``draw(key, draw, spec) -> draw`` and ``profile(u)``."""
     return VarianceTransform(
         name=name,
         phase=phase,
@@ -84,7 +107,13 @@ def stateless(
         bias=bias,
         views=views,
         replaces=replaces,
+        profile=None if profile is None else lambda _, u: profile(u),
     )
+
+
+def flat_profile(u: Array) -> LevelProfile:
+    """The profile of uniform levels that nothing is paid for."""
+    return LevelProfile(jax.numpy.zeros_like(u), jax.numpy.zeros_like(u))
 
 
 def draw_batch(key: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec) -> Draw:
