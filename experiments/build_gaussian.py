@@ -129,12 +129,16 @@ def grid(config: ConfigDict) -> Array:
     elif c.grid == "edm":
         return spacings.edm(c.num_steps, np.exp(-g.high / 2), np.exp(-g.low / 2))
     else:
-        law = _between(_law(config, c.grid, "sample.grid"), g.low, g.high)
+        law = _between(
+            _law(config, c.grid, "sample.grid", ("uniform_logsnr", "edm")), g.low, g.high
+        )
         levels = spacings.uniform_time(law, c.num_steps)
     return np.append(np.asarray(levels)[:-1], np.inf)
 
 
-def _law(config: ConfigDict, name: str, field: str) -> Law:
+def _law(config: ConfigDict, name: str, field: str, others: tuple[str, ...] = ()) -> Law:
+    if name not in schedules.MASKED_SCHEDULES or name in schedules.GAUSSIAN_SCHEDULES:
+        lookup(dict.fromkeys((*schedules.GAUSSIAN_SCHEDULES, *others)), name, field)
     try:
         return schedules.gaussian.by_name(name, **settings(config.gaussian, name))
     except (ValueError, TypeError) as error:

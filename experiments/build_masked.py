@@ -19,6 +19,7 @@ CORRUPTIONS = {
     "bernoulli_shifted_logit": corruption.bernoulli_shifted_logit,
 }
 WEIGHTINGS = {"min_snr": objectives.min_snr_factor, "p2": objectives.p2_factor}
+_OWN_GRID = "uniform_masking_rate"
 SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
 
 
@@ -90,14 +91,18 @@ def generator(config: ConfigDict, dataset: data.Dataset, apply_fn: Callable) -> 
 def grid(config: ConfigDict):
     """Levels of a sampler that steps along a grid."""
     c = config.sample
-    if c.grid == "uniform_masking_rate":
+    if c.grid == _OWN_GRID:
         return schedules.grids.uniform_masking_rate(c.num_steps)
-    chosen = schedule(config, c.grid, "sample.grid")
+    chosen = schedule(config, c.grid, "sample.grid", (_OWN_GRID,))
     return schedules.grids.open_ends(schedules.grids.from_schedule(chosen, c.num_steps))
 
 
-def schedule(config: ConfigDict, name: str, field: str) -> schedules.MaskedSchedule:
-    """A masked schedule by name, with its settings."""
+def schedule(
+    config: ConfigDict, name: str, field: str, others: tuple[str, ...] = ()
+) -> schedules.MaskedSchedule:
+    """A masked schedule by name, with its settings; ``others`` are named in an error too."""
+    if name not in schedules.GAUSSIAN_SCHEDULES:  # those are answered with where they live
+        lookup(dict.fromkeys((*schedules.MASKED_SCHEDULES, *others)), name, field)
     try:
         return schedules.masked.by_name(name, **settings(config.law, name))
     except ValueError as error:

@@ -134,13 +134,14 @@ class Experiment:
                 f"model: {counts:,} parameters, {type(self.model).__name__}, rows of "
                 f"{self.dataset.length} elements, {self.dataset.vocab_size} ids",
                 f"objective: {self.objective.name} over {self.objective.corruption.name}, "
-                f"{self._source_of_levels()}; variance: {self.transform.name}, "
+                f"{self.source_of_levels()}; variance: {self.transform.name}, "
                 f"{self.transform.views} forward passes per row [{self.bias()}]",
                 f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}",
             ]
         )
 
-    def _source_of_levels(self) -> str:
+    def source_of_levels(self) -> str:
+        """Law or recipe that the levels come from, for people."""
         if self.config.process == "masked":
             return f"law {self.config.law.name}"
         c = self.config.gaussian

@@ -33,6 +33,9 @@ CONFIGURED = "this run"
 """The chain, process and state that the run itself trains with."""
 
 
+_MASKED_ONLY = ("bernoulli", "rao_blackwell")
+"""Processes that are methods by themselves, and mean nothing for Gaussian diffusion."""
+
 _INFINITE = (
     "weights 1/m down to m = 0 have infinite variance, whatever these redraws show; use fixed "
     "counts, Rao-Blackwell weights or a law that stays away from 0"
@@ -74,6 +77,8 @@ def _stratified_binned(table: LevelTable) -> VarianceTransform:
 
 
 _online = functools.partial(variance.ppots, num_bins=16, warmup_steps=10, decay=0.99)
+_ema = functools.partial(variance.ema_bins, num_bins=16, warmup_steps=10)
+_history = functools.partial(variance.loss_history, num_bins=16)
 _clipped = functools.partial(variance.clipped, 0.3, 0.8)
 _mixture = functools.partial(variance.clipped_mixture, 0.3, 0.8, 0.3)
 
@@ -98,6 +103,9 @@ METHODS: dict[str, Method] = {
     "stratified, ppots binned, mirror": Method(
         lambda table: variance.chain(_stratified_binned(table), variance.mirror())
     ),
+    "ema bins": Method(_fixed(_ema)),
+    "loss history": Method(_fixed(_history)),
+    "learned quantile": Method(_fixed(variance.learned_quantile)),
     "clipped": Method(_fixed(_clipped)),
     "clipped mixture": Method(_fixed(_mixture)),
     "rao-blackwell": Method(_fixed(variance.identity), "rao_blackwell"),
@@ -180,13 +188,13 @@ def measure(
         "step": step,
         "parameters": "a fresh model" if step is None else f"a checkpoint of step {step}",
         "batch_size": experiment.spec.batch_size,
-        "law": experiment.config.law.name,
+        "levels_from": experiment.source_of_levels(),
         "settings": dataclasses.asdict(settings),
         "methods": {name: result.to_dict() for name, result in results.items()},
         "levels": {name: table.to_dict() for name, table in meter.tables.items()},
         "recommendation": recommend(results),
     }
-    own = experiment.config.corruption.name
+    own = experiment.objective.corruption.name
     record["files"] = write_report(workdir / "variance", record, results, meter.levels(own))
     write_json(workdir / "variance" / "variance.json", record)
     return record
@@ -246,9 +254,11 @@ class _Meter:
         self.warm_up = [place(rows(size)) for _ in range(min(settings.warm_up, 8))]
 
     def method(self, name: str, method: Method) -> Result:
-        corruption = method.corruption or self.experiment.config.corruption.name
+        corruption = self._process(method)
         result = Result(chain=name, corruption=corruption, bias="")
         try:
+            if corruption not in build_masked.CORRUPTIONS and method.corruption in _MASKED_ONLY:
+                raise ValueError(f"{method.corruption} masks are no method for {corruption}")
             objective = self.estimator(corruption).objective
             transform = method.build(self.levels(corruption))
             result = dataclasses.replace(
@@ -259,6 +269,11 @@ class _Meter:
             return self._measured(result, objective, transform, own=name == CONFIGURED)
         except ValueError as error:
             return dataclasses.replace(result, refused=str(error))
+
+    def _process(self, method: Method) -> str:
+        own = self.experiment.objective.corruption.name
+        masked = self.experiment.objective.corruption.mask_id is not None
+        return (method.corruption or own) if masked else own
 
     def _measured(
         self, result: Result, objective: Objective, transform: VarianceTransform, own: bool
@@ -317,7 +332,7 @@ class _Meter:
         if corruption not in self.estimators:
             config = self.experiment.config
             objective = self.experiment.objective
-            if corruption != config.corruption.name:
+            if corruption != objective.corruption.name:
                 changed = config.copy_and_resolve_references()
                 changed.corruption.name = corruption
                 objective = build_masked.objective(changed, self.experiment.dataset)

@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.configs import base
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
 
 FREE_SECTIONS = ("evaluate", "measure", "sample")
@@ -47,7 +49,7 @@ def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False)
                 f"{workdir} is not empty and holds no run (no config.json); name a new directory"
             )
         return
-    changed = differences(_fixed(old), _fixed(resolved(config)))
+    changed = _changes(old, resolved(config))
     if changed and not allow_change:
         raise WorkdirError(
             f"{workdir} holds a run with another config:\n  "
@@ -64,7 +66,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """
     new, old = resolved(config), read_config(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    changed = old is not None and differences(_fixed(old), _fixed(new))
+    changed = old is not None and _changes(old, new)
     if changed:
         number = 1
         while (workdir / f"config.{number}.json").exists():
@@ -129,6 +131,22 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     temporary.replace(path)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between a run's settings and new ones; what it did not know had its default."""
+    known = _filled(old, resolved(base.get_config()))
+    return differences(_fixed(known), _fixed(new))
+
+
+def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    filled = dict(config)
+    for name, default in defaults.items():
+        if name not in config:
+            filled[name] = default
+        elif isinstance(default, dict) and isinstance(config[name], dict):
+            filled[name] = _filled(config[name], default)
+    return filled
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def test_pairs_are_answered(tmp_path):
 
 
 def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_path):
-    from experiments import build, run
+    from experiments import build_masked, run
     from experiments.configs import quickstart
     from experiments.experiment import make_experiment
 
@@ -295,7 +295,7 @@ def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_pat
         made.append(1)
         return lambda params, key, canvas, documents: np.zeros_like(canvas)
 
-    monkeypatch.setattr(build, "generator", generator)
+    monkeypatch.setattr(build_masked, "generator", generator)
     writer = training.MetricWriter(tmp_path)
     hooks = run._hooks(make_experiment(quickstart.get_config("smoke")), tmp_path, writer)
     for step in (1, 2):

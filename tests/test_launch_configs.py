@@ -118,6 +118,10 @@ def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
     workdir.write_json(tmp_path / "config.json", saved)
     found = saved_config.get_config(str(tmp_path))
     assert found.train.steps == 7 and found.to_dict() == config.to_dict()
+    workdir.check(tmp_path, found)
+    found.train.profile_at = 3  # no longer the default
+    with pytest.raises(workdir.WorkdirError, match="train.profile_at: 0 -> 3"):
+        workdir.check(tmp_path, found)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Filters and the categorical draw, in particular its tail."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +159,8 @@ def test_draw_keeps_the_tail():
     logits = jnp.asarray(np.log(probs), jnp.float32)
     assert draws * (1 - truncated_gumbel_law(probs, 2.0**-23)[0]) < 0.4
 
-    @jax.jit
+    # Long vectors, many times: worth the optimisation that conftest switches off.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def count(keys):
         draw = lambda key: samplers.draw_tokens(key[None], logits[None])[0]  # noqa: E731
         return jnp.sum(jax.lax.map(draw, keys) > 0)
