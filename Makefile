@@ -12,10 +12,10 @@ quickstart: $(VENV)/installed
 	$(RUN) -m experiments.launch --config=experiments/configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist loadfile -m "slow or not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

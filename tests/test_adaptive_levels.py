@@ -361,7 +361,13 @@ FIXED_POINTS = {
 }
 
 
-@pytest.mark.parametrize("name", FIXED_POINTS)
+_LONG = ("learned_quantile", "cdcd_warp")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in FIXED_POINTS],
+)
 def test_fixed_point(name):
     """Total variation from W sqrt(E l^2), or from the slope of the clean error, below .05.
 
@@ -496,7 +502,12 @@ def stages(toy_name, name, rows=40, drawn=8_000):
     return losses.mean(1), error, losses.var(1), expected, state
 
 
-@pytest.mark.parametrize("toy_name", TOYS)
+def _default_on(toy):
+    """Both toys, the other one in the slow suite."""
+    return [name if name == toy else pytest.param(name, marks=pytest.mark.slow) for name in TOYS]
+
+
+@pytest.mark.parametrize("toy_name", _default_on("masked"))
 @pytest.mark.parametrize("name", ["ema_bins", "loss_history", "learned_quantile"])
 def test_exact_mechanisms_stay_unbiased_at_every_stage(name, toy_name):
     """5 standard errors; and on the Gaussian toy variance has fallen by the last stage."""
@@ -508,7 +519,7 @@ def test_exact_mechanisms_stay_unbiased_at_every_stage(name, toy_name):
         assert spread[-1] < 0.6 * 95.6613174465  # uniform logSNR: table 8.6
 
 
-@pytest.mark.parametrize("toy_name", TOYS)
+@pytest.mark.parametrize("toy_name", _default_on("gaussian"))
 @pytest.mark.parametrize("name", ["uncertainty_weighting", "cdcd_warp", "cdtd_warp"])
 def test_biased_mechanisms_change_what_is_estimated(name, toy_name):
     mean, error, _, expected, state = stages(toy_name, name)

@@ -15,7 +15,8 @@ def network(shape=(4, 6, 1), patch_size=2, **settings):
 
 
 def variables(model, length, seed=0):
-    made = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, length)), jnp.zeros((1, 1))))
+    init = jax.jit(model.init)
+    made = nn.meta.unbox(init(jax.random.key(0), jnp.zeros((1, length)), jnp.zeros((1, 1))))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), made)
 
@@ -23,8 +24,8 @@ def variables(model, length, seed=0):
 def test_a_new_network_outputs_zero_in_the_shape_of_its_input():
     model = network((4, 4, 3))
     inputs = jax.random.normal(jax.random.key(0), (5, 48))
-    fresh = model.init(jax.random.key(1), inputs, jnp.zeros((5, 1)))
-    outputs = model.apply(fresh, inputs, jnp.zeros((5, 1)))
+    fresh = jax.jit(model.init)(jax.random.key(1), inputs, jnp.zeros((5, 1)))
+    outputs = jax.jit(model.apply)(fresh, inputs, jnp.zeros((5, 1)))
     np.testing.assert_array_equal(outputs, np.zeros((5, 48)))
 
 
@@ -36,7 +37,8 @@ def test_patches_are_put_back_where_they_were_taken():
     for name in ("attention", "mlp"):
         blocks[name] = jax.tree.map(jnp.zeros_like, blocks[name])
     inputs = jax.random.normal(jax.random.key(2), (24,))
-    jacobian = jax.jacobian(lambda x: model.apply(params, x[None], jnp.zeros((1, 1)))[0])(inputs)
+    apply = lambda x: model.apply(params, x[None], jnp.zeros((1, 1)))[0]  # noqa: E731
+    jacobian = jax.jit(jax.jacobian(apply))(inputs)
     reached = np.abs(np.asarray(jacobian)) > 1e-9
     row, column = np.divmod(np.arange(24), 6)
     patch = row // 2 * 3 + column // 2
@@ -47,7 +49,7 @@ def test_the_output_depends_on_the_level_and_the_place():
     model = network()
     params = variables(model, 24)
     inputs = jnp.ones((2, 24))
-    outputs = model.apply(params, inputs, jnp.array([[-3.0], [3.0]]))
+    outputs = jax.jit(model.apply)(params, inputs, jnp.array([[-3.0], [3.0]]))
     assert np.max(np.abs(outputs[0] - outputs[1])) > 1e-3
     assert np.std(np.asarray(outputs[0]).reshape(2, 2, 3, 2).mean((1, 3))) > 1e-3
 

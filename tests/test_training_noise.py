@@ -23,7 +23,12 @@ def _equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), jax.device_get(second))
 
 
-@pytest.mark.parametrize("name", zoo.ALL)
+_STATED = zoo.LEARNERS | zoo.STATES  # the code of a member above, in other states
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _STATED else n for n in zoo.ALL]
+)
 def test_draw_is_bit_identical_on_one_and_eight_devices(name):
     chain = zoo.ALL[name]()
     state = chain.init(SPEC)

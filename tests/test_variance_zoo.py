@@ -187,14 +187,19 @@ def bad_stats(draw):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *kinds)
 
 
-LEARNING = (
-    *zoo.SINGLES,
-    *zoo.CHAINS,
-    *zoo.LEARNERS,
-    "ppots_steep",
-    "quantile_steep",
-    *zoo.DRIFTING,
-)
+LEARNING = [
+    name
+    for name in (
+        *zoo.SINGLES,
+        *zoo.CHAINS,
+        *zoo.LEARNERS,
+        "ppots_steep",
+        "quantile_steep",
+        *zoo.DRIFTING,
+    )
+    if jax.tree.leaves(jax.eval_shape(functools.partial(zoo.state, name, SPEC)))
+]
+"""What has a state that a loss could spoil."""
 
 
 @functools.cache
