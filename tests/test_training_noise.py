@@ -23,12 +23,8 @@ def _equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), jax.device_get(second))
 
 
-_STATED = zoo.LEARNERS | zoo.STATES  # the code of a member above, in other states
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _STATED else n for n in zoo.ALL]
-)
+@pytest.mark.slow  # test_variance_zoo compares all members on eight devices in one program
+@pytest.mark.parametrize("name", zoo.ALL)
 def test_draw_is_bit_identical_on_one_and_eight_devices(name):
     chain = zoo.ALL[name]()
     state = chain.init(SPEC)
