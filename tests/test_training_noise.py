@@ -23,7 +23,7 @@ def _equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), jax.device_get(second))
 
 
-@pytest.mark.slow  # test_variance_zoo compares all members on eight devices in one program
+@pytest.mark.slow  # test_variance_zoo compares the single members on eight devices
 @pytest.mark.parametrize("name", zoo.ALL)
 def test_draw_is_bit_identical_on_one_and_eight_devices(name):
     chain = zoo.ALL[name]()
