@@ -32,6 +32,9 @@ class TransformerConfig:
         qk_norm: RMS norms on queries and keys (Henry et al. 2020), which keep attention from
             saturating at high learning rates.
         rope_base: wavelength base of the rotary positions.
+        self_conditioning: takes an earlier estimate of the clean tokens as a second input (Chen et
+            al. 2022, Analog Bits), through the embedding table and a projection that starts at
+            zero, so that a new network ignores it.
         dtype: of the operands of matrix products; accumulation, softmax and norms are float32.
         param_dtype: of the parameters.
 
@@ -51,6 +54,7 @@ class TransformerConfig:
     scan_layers: bool = False
     qk_norm: bool = False
     rope_base: float = 10_000.0
+    self_conditioning: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -155,22 +159,32 @@ class Transformer(nn.Module):
         inputs: [N, L] int32 tokens, mask token included.
         logsnr: [N, S] noise levels, read only if the config conditions on them (then S must be 1).
         documents: [N, L] int32 document numbers, 0 for padding; None for one whole document.
+        estimate: [N, L, K] probabilities of an earlier estimate of the clean tokens, for a config
+            with self_conditioning; None (or zeros) for no estimate. Parameters are the same.
 
     Returns:
         [N, L, K] float32 logits. Whoever takes a softmax excludes the mask token
         (``corruption.exclude_token``).
+
+    Raises:
+        ValueError: for an estimate of another shape, or one that the config does not ask for.
     """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, inputs: Array, logsnr: Array | None = None, documents: Array | None = None
+        self,
+        inputs: Array,
+        logsnr: Array | None = None,
+        documents: Array | None = None,
+        estimate: Array | None = None,
     ) -> Array:
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         table = self.param("embedding", init, (c.vocab_size, c.width), c.param_dtype)
         x = jnp.take(table, inputs, axis=0).astype(jnp.float32)
+        x = add_estimate(c, x, table, estimate)
         mask = None if documents is None else attention_mask(documents)
         positions = jnp.arange(inputs.shape[-1])
         condition = level_condition(c, logsnr) if c.condition_on_logsnr else None
@@ -190,6 +204,35 @@ class Transformer(nn.Module):
             kernel_init=nn.initializers.zeros,
             name="head",
         )(x)
+
+
+def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array | None) -> Array:
+    """Embedded tokens [N, L, width] plus the projected embedding of an estimate [N, L, K]."""
+    shape = (*x.shape[:-1], c.vocab_size)
+    if estimate is not None and not (c.self_conditioning and estimate.shape == shape):
+        raise ValueError(
+            f"an estimate of the clean tokens needs a config with self_conditioning (here "
+            f"{c.self_conditioning}) and the shape {shape}, got {estimate.shape}"
+        )
+    if not c.self_conditioning:
+        return x
+    if estimate is None:
+        embedded = jnp.zeros_like(x)
+    else:
+        embedded = jnp.einsum(
+            "nlk,kd->nld",
+            estimate.astype(c.dtype),
+            table.astype(c.dtype),
+            preferred_element_type=jnp.float32,
+        )
+    return x + Linear(
+        c.width,
+        axes=("embed", "embed"),
+        dtype=c.dtype,
+        param_dtype=c.param_dtype,
+        kernel_init=nn.initializers.zeros,
+        name="estimate",
+    )(embedded)
 
 
 def run_blocks(
