@@ -1,18 +1,22 @@
 """Row sources held in memory: spans of a token stream, stored rows, pictures."""
 
+import abc
+
 import numpy as np
 
 from mdm_jax.batches import Batch
 
 
-class _VectorisedRows:
+class _VectorisedRows(abc.ABC):
     """A row source defined by ``rows``, which reads many rows at once."""
 
+    @abc.abstractmethod
     def rows(self, indices: np.ndarray) -> Batch:
-        raise NotImplementedError
+        """The rows of these numbers, stacked; IndexError outside [0, len)."""
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of rows."""
 
     def __getitem__(self, index: int) -> Batch:
         """One row; IndexError outside [0, len)."""

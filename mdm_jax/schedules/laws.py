@@ -12,6 +12,7 @@ factories check the parameters, the classes themselves do not. A law of one's ow
 :class:`TwoSidedLaw`; anything with the four members of :class:`Law` can be used for training.
 """
 
+import abc
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -53,32 +54,32 @@ class Tails(NamedTuple):
     above: Array
 
 
-class TwoSidedLaw:
+class TwoSidedLaw(abc.ABC):
     """Base of the laws here: ``cdf`` and ``icdf`` from tail probabilities.
 
     A subclass defines ``support``, ``log_pdf``, ``tails`` and ``quantile``.
     """
 
     @property
+    @abc.abstractmethod
     def support(self) -> tuple[ArrayLike, ArrayLike]:
         """(low, high) logSNR between which all mass lies; either may be infinite."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def log_pdf(self, logsnr: ArrayLike) -> Array:
         """Log density with respect to the logSNR, nats; -inf outside the support.
 
         The test for being outside allows for a few units of rounding, so a level that ``icdf``
         returned is always inside.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tails(self, logsnr: ArrayLike) -> Tails:
         """Probabilities below and above a level."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def quantile(self, below: Array, above: Array) -> Array:
         """The level with these tail probabilities, ``below + above = 1``."""
-        raise NotImplementedError
 
     def cdf(self, logsnr: ArrayLike) -> Array:
         """Probability of a smaller (noisier) logSNR."""
