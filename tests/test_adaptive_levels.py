@@ -1,8 +1,4 @@
-"""Noise levels that adapt to the loss: hand-sized examples, fixed points, and what is estimated.
-
-The Gaussian toy is N(0.3, 0.5^2) with its ideal denoiser: the mean error of eps is
-``sigmoid(lambda + 2 log 0.5)`` per element and its mean square three times the square of that.
-"""
+"""Noise levels that adapt to the loss: hand-sized examples, and what is refused."""
 
 import functools
 
@@ -12,60 +8,24 @@ import numpy as np
 import pytest
 import toy_oracle as oracle
 import zoo
+from adaptive_toys import (
+    FINE,
+    SHIFT,
+    density,
+    eps_error,
+    fresh,
+    learn,
+    logsnr_of,
+    one_batch,
+    x0_error,
+)
 
-from mdm_jax import corruption, objectives, schedules, variance
-from mdm_jax.batches import Batch
-from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.models import toy, toy_gaussian
-from mdm_jax.schedules import gaussian, parameterisations, paths, weightings
+from mdm_jax import variance
+from mdm_jax.draws import Draw, DrawSpec
+from mdm_jax.schedules import gaussian
 from mdm_jax.variance.learned_quantile import second_moment_gradient
 from mdm_jax.variance.loss_curves import squared_misfit
 from mdm_jax.variance.uncertainty_weighting import uncertainty_loss
-
-SHIFT = 2 * np.log(0.5)
-LAW = schedules.uniform(-10.0, 10.0)
-FINE = (np.arange(20_000) + 0.5) / 20_000
-
-
-def one_batch(u, raw, scored=1.0, targets=None):
-    """Draw and statistics with the given levels and losses [V, B] or [V, B, S]."""
-    u, raw = (jnp.asarray(a, jnp.float32) for a in (u, raw))
-    u, raw = (a[..., None] if a.ndim == 2 else a for a in (u, raw))
-    draw = Draw(u, jnp.zeros_like(u), jnp.full((*u.shape[:2], 1), 0.5))
-    scored = jnp.full_like(u, scored)
-    targets = scored if targets is None else jnp.asarray(targets, jnp.float32).reshape(u.shape)
-    return draw, LossStats(raw, jnp.ones_like(u), scored, targets)
-
-
-def fresh(transform, levels=1):
-    return transform.init(DrawSpec(1, levels, (1,)))
-
-
-def learn(transform, batch, levels=1):
-    """State after one batch."""
-    return zoo.quick(lambda *batch: transform.update(fresh(transform, levels), *batch))(*batch)
-
-
-def density(transform, state, u):
-    """Density of the levels at quantiles [N]; of level 0 where there are several."""
-    u = jnp.asarray(u, jnp.float32)[:, None]
-    found = jax.jit(lambda u: transform.profile(state, u).log_density)(u)
-    return np.exp(np.asarray(found, np.float64)[:, 0])
-
-
-def logsnr_of(u):
-    return 20.0 * u - 10.0
-
-
-def eps_error(u):
-    return jax.nn.sigmoid(logsnr_of(u) + SHIFT)
-
-
-def x0_error(u):
-    return 0.25 * jax.nn.sigmoid(-logsnr_of(u) - SHIFT)
-
-
-# Hand-sized examples.
 
 
 def test_piecewise_linear_curve():
@@ -294,252 +254,6 @@ def test_network_starts_at_the_identity_and_inverts_itself(resolution):
     with jax.enable_x64():
         ends = double(net)._value(jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(ends, [0, 1], atol=1e-12)
-
-
-# Fixed points.
-
-
-NOISES = {"exact": 0.0, "noisy": 0.5}
-
-
-def adapt(transform, loss, steps, rows=128, start=None):
-    """States after ``steps`` stratified batches of ``loss(u)``, without and with noise: [2, ...].
-
-    Noise is a factor that is uniform on (0.5, 1.5).
-    """
-    spec = DrawSpec(rows, 1, (1,))
-    chain = variance.chain(variance.stratified(), transform)
-
-    def run(state, noise, key):
-        def step(state, key):
-            draw = variance.draw_batch(key, chain, state, spec)
-            raw = loss(draw.u) * (1 + noise * (2 * draw.noise - 1))
-            ones = jnp.ones_like(raw)
-            return chain.update(state, draw, LossStats(raw, ones, ones, ones)), None
-
-        return jax.lax.scan(step, state, jax.random.split(key, steps))[0]
-
-    empty = chain.init(spec)
-    given = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), empty[transform.name])
-    noises = jnp.array(list(NOISES.values()))
-    many = jax.jit(jax.vmap(lambda state, noise: run(empty | state, noise, jax.random.key(0))))
-    return many({transform.name: given if start is None else start}, noises)[transform.name]
-
-
-def split(states):
-    """The states of :func:`adapt` by name."""
-    return {n: jax.tree.map(lambda leaf, i=i: leaf[i], states) for i, n in enumerate(NOISES)}
-
-
-def slope_law(u):
-    z = logsnr_of(u) + SHIFT
-    return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
-
-
-def total_variation(transform, state, target, cells=25):
-    found, wanted = density(transform, state, FINE), np.asarray(target(FINE), np.float64)
-    found, wanted = (a.reshape(cells, -1).mean(1) for a in (found, wanted))
-    return 0.5 * np.abs(found / found.sum() - wanted / wanted.sum()).sum()
-
-
-FIXED_POINTS = {
-    "ema_bins": ([variance.ema_bins(25)], eps_error, eps_error, 500),
-    "ema_bins_second": (
-        [variance.ema_bins(25, target=variance.second_moment)],
-        eps_error,
-        eps_error,
-        500,
-    ),
-    "loss_history": ([variance.loss_history(25, 50)], eps_error, eps_error, 500),
-    "learned_quantile": ([variance.learned_quantile(16)], eps_error, eps_error, 500),
-    "cdcd_warp": (
-        [variance.cdcd_warp(25, learning_rate=rate) for rate in (1e-2, 1e-3)],
-        x0_error,
-        slope_law,
-        2500,
-    ),
-}
-
-
-_LONG = ("learned_quantile", "cdcd_warp")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in FIXED_POINTS],
-)
-def test_fixed_point(name):
-    """Total variation from W sqrt(E l^2), or from the slope of the clean error, below .05.
-
-    The regression under noise stays at .06 with these steps, however many rows it has.
-    """
-    phases, loss, target, steps = FIXED_POINTS[name]
-    state = None
-    for transform in phases:
-        state = adapt(transform, loss, steps, start=state)
-    assert total_variation(transform, fresh(transform), target) > 0.3
-    for kind, found in split(state).items():
-        bound = 0.07 if (name, kind) == ("cdcd_warp", "noisy") else 0.05
-        assert found.rejected == 0 and found.steps == steps * len(phases)
-        assert total_variation(transform, found, target) < bound
-
-
-def test_logistic_curve_finds_its_parameters():
-    """F = 2 / (1 + (odds / e^.4)^-3)."""
-
-    def loss(u):
-        return 2 * jax.nn.sigmoid(3 * (jnp.log1p(-u) - jnp.log(u) - 0.4))
-
-    transform = variance.cdtd_warp(variance.logistic_curve())
-    shape = adapt(transform, loss, 2000).curves
-    sharp = 1 + jax.nn.softplus(shape.steepness)
-    found = np.stack([shape.middle, sharp, jax.nn.softplus(shape.scale)])[..., 0]
-    np.testing.assert_allclose(found[:, 0], [0.4, 3, 2], rtol=2e-2)
-    np.testing.assert_allclose(found[:, 1], [0.4, 3, 2], rtol=1e-1)
-
-
-EDM2_LEVELS = np.array([-6.0, -2, 0, 2, 6])
-EDM2_SCALE = [1.3844381721, 1.2926403984, 0.9162907319, 0.3057248919, 0.0073904924]
-
-
-def test_uncertainty_follows_the_mean_loss():
-    """EDM's F-loss for unit data and sigma_data = .5; and zero for data of that deviation."""
-
-    def loss(u, std):
-        square = jnp.exp(-logsnr_of(u))
-        clean = std**2 * square / (std**2 + square)
-        return (square + 0.25) / (square * 0.25) * clean
-
-    places = jnp.asarray((EDM2_LEVELS + 10) / 20, jnp.float32)
-    transform = variance.uncertainty_weighting(lambda u: -logsnr_of(u) / 8, learning_rate=3e-3)
-    np.testing.assert_allclose(np.log(loss(places, 1.0)), EDM2_SCALE, rtol=1e-4)
-    for std, expected in ((1.0, EDM2_SCALE), (0.5, np.zeros(5))):
-        states = adapt(transform, lambda u, std=std: loss(u, std), 1500)
-        found = jax.jit(jax.vmap(lambda state: transform.profile(state, places)))(states)
-        np.testing.assert_allclose(-found.log_weight[0], expected, atol=0.03)
-        np.testing.assert_allclose(-found.log_weight[1], expected, atol=0.1)
-        np.testing.assert_array_equal(found.log_density, 0)
-
-
-# What is estimated.
-
-
-@functools.cache
-def gaussian_toy():
-    """The bound of N(0.3, 0.5^2) between logSNR -10 and 10 under its ideal network."""
-    data, path = toy_gaussian.narrow_normal(), paths.vp()
-    recipe = schedules.Recipe(LAW, weightings.elbo(), parameterisations.eps(), path)
-
-    def model_fn(inputs, logsnr, documents):
-        level = jnp.broadcast_to(logsnr, inputs.shape)
-        return data.predict_noise(inputs * jnp.exp(-path.log_alpha(level)), level)
-
-    def batch(key, rows):
-        ones = jnp.ones((rows, 1), jnp.int32)
-        return Batch(data.sample(key, (rows, 1)), ones > 0, ones, ones[:, 0])
-
-    return objectives.gaussian_loss(recipe), model_fn, batch, 4.306937936097
-
-
-@functools.cache
-def masked_toy():
-    """The bound of the enumerated masked toy, rows in proportion to their probabilities."""
-    objective = objectives.masked_nelbo(corruption.fixed_count(toy.MASK_ID))
-    params, rows = toy.toy_params(), np.repeat(np.arange(3), [5, 3, 2])
-
-    def batch(key, count):
-        del key
-        return jax.tree.map(lambda a: a[np.resize(rows, count)], toy.toy_batch())
-
-    return objective, lambda *a: toy.Toy().apply(params, *a), batch, oracle.MEAN
-
-
-TOYS = {"gaussian": gaussian_toy, "masked": masked_toy}
-MECHANISMS = {
-    "ema_bins": lambda: variance.ema_bins(10, warmup_steps=5),
-    "loss_history": lambda: variance.loss_history(5, 5),
-    "learned_quantile": lambda: variance.learned_quantile(8, learning_rate=0.03),
-    "uncertainty_weighting": lambda: variance.uncertainty_weighting(learning_rate=0.05),
-    "cdcd_warp": lambda: variance.cdcd_warp(10, learning_rate=0.1),
-    "cdtd_warp": lambda: variance.cdtd_warp(learning_rate=0.1),
-}
-STAGES = (1, 10, 150)
-
-
-@functools.cache
-def stages(toy_name, name, rows=40, drawn=8_000):
-    """Mean weighted loss and its standard error, states held fixed, after each of STAGES steps.
-
-    Also the variance of one row, and the objective's true value.
-    """
-    objective, model_fn, make_batch, expected = TOYS[toy_name]()
-    transform = MECHANISMS[name]()
-    length = make_batch(jax.random.key(0), 1).tokens.shape[1]
-    spec, many = objective.spec(rows, length), objective.spec(drawn, length)
-
-    def step(i, state):
-        key = jax.random.key(i)
-        draw = variance.draw_batch(key, transform, state, spec)
-        stats = objective.loss(model_fn, make_batch(jax.random.fold_in(key, 1), rows), draw)
-        return transform.update(state, draw, stats)
-
-    @zoo.quick
-    def advance(state, done, stage):
-        return jax.lax.fori_loop(done, stage, step, state)
-
-    @zoo.quick
-    def estimate(state, key):
-        draw = variance.draw_batch(key, transform, state, many)
-        stats = objective.loss(model_fn, make_batch(jax.random.fold_in(key, 1), drawn), draw)
-        return (jnp.exp(draw.log_weight) * stats.weight * stats.raw).ravel()
-
-    losses, state, done = [], transform.init(spec), 0
-    for stage in STAGES:
-        state, done = advance(state, done, stage), stage
-        losses.append(estimate(state, jax.random.key(1000 + stage)))
-    losses = np.stack(losses).astype(np.float64)
-    error = losses.std(1, ddof=1) / drawn**0.5
-    return losses.mean(1), error, losses.var(1), expected, state
-
-
-def _default_on(toy):
-    """Both toys, the other one in the slow suite."""
-    return [name if name == toy else pytest.param(name, marks=pytest.mark.slow) for name in TOYS]
-
-
-@pytest.mark.parametrize("toy_name", _default_on("masked"))
-@pytest.mark.parametrize("name", ["ema_bins", "loss_history", "learned_quantile"])
-def test_exact_mechanisms_stay_unbiased_at_every_stage(name, toy_name):
-    """5 standard errors; and on the Gaussian toy variance has fallen by the last stage."""
-    mean, error, spread, expected, state = stages(toy_name, name)
-    assert np.all(np.abs(mean - expected) < 5 * error), (mean, error)
-    assert np.all(error < 0.04 * expected)
-    assert state.steps == STAGES[-1] and state.rejected == 0
-    if toy_name == "gaussian":
-        assert spread[-1] < 0.6 * 95.6613174465  # uniform logSNR: table 8.6
-
-
-@pytest.mark.parametrize("toy_name", _default_on("gaussian"))
-@pytest.mark.parametrize("name", ["uncertainty_weighting", "cdcd_warp", "cdtd_warp"])
-def test_biased_mechanisms_change_what_is_estimated(name, toy_name):
-    mean, error, _, expected, state = stages(toy_name, name)
-    assert np.abs(mean[-1] - expected) > 5 * error[-1]
-    assert state.steps == STAGES[-1]
-    assert MECHANISMS[name]().bias == "biased"
-
-
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_a_bad_loss_changes_nothing_and_is_counted(name):
-    """One NaN among the losses of a state that has learnt."""
-    *_, state = stages("masked", name)
-    transform = MECHANISMS[name]()
-    batch = one_batch([[0.1, 0.5, 0.9]], [[1.0, np.nan, 1.0]])
-    update = zoo.quick(transform.update)
-    after = update(state, *batch)
-    assert after.rejected == state.rejected + 1
-    jax.tree.map(np.testing.assert_array_equal, after._replace(rejected=state.rejected), state)
-    good = update(state, *one_batch([[0.1, 0.5, 0.9]], [[1.0, 2.0, 1.0]]))
-    assert good.steps == state.steps + 1
 
 
 # Several levels per row.
