@@ -38,6 +38,7 @@ VARIANCE = {
     "learned_quantile": variance.learned_quantile,
     "uncertainty_weighting": variance.uncertainty_weighting,
     "cdcd_warp": variance.cdcd_warp,
+    "cdtd_warp": variance.cdtd_warp,
     "log_uniform": variance.log_uniform,
     "clipped": variance.clipped,
     "clipped_adaptive": variance.clipped_adaptive,

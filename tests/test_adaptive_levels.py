@@ -173,7 +173,7 @@ def test_slope_of_the_clean_error_is_a_logistic_law():
     transform = variance.cdcd_warp(100)
     state = fresh(transform)
     curves = state.curves._replace(heights=jnp.log(jnp.asarray(rises, jnp.float32))[None])
-    state = state._replace(curves=curves)
+    state = state._replace(averages=curves)
     start = Draw(jnp.array([[[0.1], [0.5], [0.9]]]), jnp.zeros((1, 3, 1)), jnp.zeros((1, 3, 1)))
     drawn = transform.draw(jax.random.key(0), state, start, DrawSpec(3, 1, (1,)))
     expected = [-0.8118821051, 1.3859163174, 3.5829999847]
@@ -272,7 +272,7 @@ def test_levels_of_a_row_share_their_fraction_of_the_loss():
     curves = state.curves._replace(heights=jnp.log(jnp.asarray(rises, jnp.float32)))
     u = jnp.array([[[0.25, 0.9], [0.5, 0.1], [0.75, 0.4]]])  # the second level's own is not used
     start = Draw(u, jnp.zeros_like(u), jnp.zeros((1, 3, 2)))
-    state = state._replace(curves=curves)
+    state = state._replace(averages=curves)
     drawn = zoo.quick(transform.draw, static_argnums=3)(
         jax.random.key(0), state, start, DrawSpec(3, 2, (2,))
     )
@@ -344,6 +344,7 @@ def test_learned_quantile_does_not_depend_on_the_unit_of_the_loss():
         (lambda: variance.cdtd_warp(normalisers=(1.0, 0.0)), "positive normalisers"),
         (lambda: fresh(variance.cdtd_warp(groups=(0, 1, 0)), 2), "3 groups do not fit 2 levels"),
         (lambda: fresh(variance.cdtd_warp(normalisers=(1.0,)), 2), "1 normalisers do not fit 2"),
+        (lambda: variance.cdcd_warp(decay=1.0), "decay in"),
     ],
 )
 def test_errors_say_what_is_allowed(call, words):

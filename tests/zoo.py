@@ -105,13 +105,13 @@ def _scaled():
 def _warped():
     state = _fresh("cdcd_small")
     heights = jnp.log(jnp.array([[0.05, 0.1, 0.3, 0.6, 1.0, 2.0]]))
-    return state._replace(curves=state.curves._replace(heights=heights))
+    return state._replace(averages=state.averages._replace(heights=heights))
 
 
 def _tied():
     state = _fresh("cdtd_logistic")
     return state._replace(
-        curves=variance.LogisticShape(
+        averages=variance.LogisticShape(
             jnp.array([0.5, -0.5]), jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0])
         )
     )

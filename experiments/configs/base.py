@@ -136,7 +136,8 @@ def get_config() -> ConfigDict:
             "loss_history": {"num_bins": 32, "length": 10, "floor": 1e-3},
             "learned_quantile": {"resolution": 32, "learning_rate": 1e-2, "decay": 0.99},
             "uncertainty_weighting": {"num_features": 128, "learning_rate": 1e-2, "seed": 0},
-            "cdcd_warp": {"num_bins": 100, "learning_rate": 1e-2},
+            "cdcd_warp": {"num_bins": 100, "learning_rate": 1e-2, "decay": 0.99},
+            "cdtd_warp": {"learning_rate": 1e-2, "decay": 0.99},
             "log_uniform": {"smallest_rate": 1e-3},
             "clipped": {"low": 0.3, "high": 0.8},
             "clipped_adaptive": {"low": 1e-3, "high": 1.0},  # searched for, see clip_search

@@ -13,6 +13,7 @@ from mdm_jax.variance.transform import VarianceTransform
 def cdcd_warp(
     num_bins: int = 100,
     learning_rate: float = 1e-2,
+    decay: float = 0.99,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
     """Draws levels so that each share of the draws covers the same share of the rise of the loss.
@@ -36,6 +37,8 @@ def cdcd_warp(
     Args:
         num_bins: K, cells of the curve, free in width and height.
         learning_rate: of Adam.
+        decay: per batch, of the average of the curves that levels are drawn from; 0 draws from the
+            curve as fitted.
         log_factor: log of a factor on the loss, elementwise in the quantile, before it is fitted.
 
     Raises:
@@ -46,5 +49,6 @@ def cdcd_warp(
         piecewise_linear_curve(num_bins),
         lambda levels: np.zeros(levels, int),
         learning_rate,
+        decay,
         log_factor,
     )

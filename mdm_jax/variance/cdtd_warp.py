@@ -17,6 +17,7 @@ def cdtd_warp(
     groups: Sequence[int] | None = None,
     normalisers: Sequence[float] | None = None,
     learning_rate: float = 1e-2,
+    decay: float = 0.99,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
     """Draws the levels of a row at one common fraction of the loss, a curve for each data type.
@@ -46,6 +47,8 @@ def cdtd_warp(
         normalisers: for each level the unit of its loss, such as the entropy of a marginal; 1 if
             not given.
         learning_rate: of Adam.
+        decay: per batch, of the averages of the curves that levels are drawn from; 0 draws from the
+            curves as fitted.
         log_factor: log of a factor on the loss as a function of the quantile, see ``cdcd_warp``.
 
     Raises:
@@ -75,7 +78,7 @@ def cdtd_warp(
         return factor - jnp.log(jnp.asarray(units, u.dtype)).reshape(1, 1, -1)
 
     family = piecewise_linear_curve() if curve is None else curve
-    each = curve_warp("cdtd_warp", family, curve_of_level, learning_rate, calibrated)
+    each = curve_warp("cdtd_warp", family, curve_of_level, learning_rate, decay, calibrated)
 
     def draw(key: Array, state: CurveState, current: Draw, spec: DrawSpec) -> Draw:
         common = jnp.broadcast_to(current.u[..., :1], current.u.shape)

@@ -20,13 +20,15 @@ class CurveState(NamedTuple):
     """Fitted curves of the loss.
 
     Attributes:
-        curves: parameters of the family, each with a leading axis of G curves.
+        curves: parameters of the family, each with a leading axis of G curves, as fitted.
+        averages: their exponential moving averages, from which levels are drawn.
         optimizer: Adam's moments.
         steps: number of batches learnt from.
         rejected: number of batches that were not finite and changed nothing else.
     """
 
     curves: PyTree
+    averages: PyTree
     optimizer: PyTree
     steps: Array
     rejected: Array
@@ -37,6 +39,7 @@ def curve_warp(
     curve: LossCurve,
     curve_of_level: Callable[[int], np.ndarray],
     learning_rate: float,
+    decay: float,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
     """Draws levels from the slopes of fitted curves and pays no weight.
@@ -46,14 +49,17 @@ def curve_warp(
         curve: family of the curves.
         curve_of_level: from S to the number of each level's curve, [S] integers from 0 to G - 1.
         learning_rate: of Adam.
+        decay: of the averages per batch; 0 draws from the curves as fitted.
         log_factor: log of a factor on the loss as a function of the quantile [V, B, S], before it
             is fitted.
 
     Raises:
-        ValueError: if the learning rate is not positive.
+        ValueError: unless the learning rate is positive and the decay in [0, 1).
     """
     if not learning_rate > 0:
         raise ValueError(f"{name} needs learning_rate > 0, got {learning_rate}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"{name} needs a decay in [0, 1), got {decay}")
     optimizer = optax.adam(learning_rate, b2=0.99)
 
     def init(spec: DrawSpec) -> CurveState:
@@ -61,6 +67,7 @@ def curve_warp(
         curves = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), curve.init())
         return CurveState(
             curves=curves,
+            averages=curves,
             optimizer=optimizer.init(curves),
             steps=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
@@ -77,7 +84,7 @@ def curve_warp(
 
     def draw(_key: Array, state: CurveState, current: Draw, _spec: DrawSpec) -> Draw:
         # F rises with the noise, u falls with it: small quantiles stay small.
-        noise = per_level(curve.quantile, state.curves, 1.0 - current.u)
+        noise = per_level(curve.quantile, state.averages, 1.0 - current.u)
         return current._replace(u=open_interval(1.0 - noise))
 
     def update(state: CurveState, current: Draw, stats: LossStats) -> CurveState:
@@ -94,8 +101,10 @@ def curve_warp(
 
         gradient = jax.grad(misfit)(state.curves)
         updates, opt_state = optimizer.update(gradient, state.optimizer, state.curves)
+        curves = optax.apply_updates(state.curves, updates)
         learnt = CurveState(
-            curves=optax.apply_updates(state.curves, updates),
+            curves=curves,
+            averages=optax.incremental_update(curves, state.averages, 1.0 - decay),
             optimizer=opt_state,
             steps=state.steps + 1,
             rejected=state.rejected,
@@ -103,7 +112,7 @@ def curve_warp(
         return accept(all_finite(learnt), learnt, state)
 
     def profile(state: CurveState, u: Array) -> LevelProfile:
-        log_density = per_level(curve.log_density, state.curves, 1.0 - u)
+        log_density = per_level(curve.log_density, state.averages, 1.0 - u)
         return LevelProfile(log_density, jnp.zeros_like(u))
 
     return VarianceTransform(name, Phase.WARP, init, draw, update, bias="biased", profile=profile)
