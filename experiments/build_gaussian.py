@@ -24,6 +24,8 @@ SAMPLERS = {
     "euler_flow": samplers.euler_flow,
     "heun_flow": samplers.heun_flow,
 }
+LEVEL = "sigmoid(-logSNR)"
+"""Label of the noise axis of plots."""
 
 
 def recipe(config: ConfigDict) -> Recipe:

@@ -21,6 +21,8 @@ CORRUPTIONS = {
 WEIGHTINGS = {"min_snr": objectives.min_snr_factor, "p2": objectives.p2_factor}
 _OWN_GRID = "uniform_masking_rate"
 SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
+LEVEL = "masking rate"
+"""Label of the noise axis of plots."""
 
 
 def model(config: ConfigDict, dataset: data.Dataset) -> models.Transformer:

@@ -195,7 +195,9 @@ def measure(
         "recommendation": recommend(results),
     }
     own = experiment.objective.corruption.name
-    record["files"] = write_report(workdir / "variance", record, results, meter.levels(own))
+    record["files"] = write_report(
+        workdir / "variance", record, results, meter.levels(own), experiment.process.LEVEL
+    )
     write_json(workdir / "variance" / "variance.json", record)
     return record
 

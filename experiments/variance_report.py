@@ -42,6 +42,7 @@ def write_report(
     record: Mapping[str, Any],
     results: Mapping[str, Any],
     table: LevelTable,
+    level: str,
 ) -> list[str]:
     """Writes ``variance.csv`` and the plots; returns the files, the JSON record's included.
 
@@ -50,6 +51,7 @@ def write_report(
         record: from ``variance.measure``.
         results: what was measured, by method.
         table: levels under the run's own process.
+        level: label of the noise axis.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(directory / "variance.csv", record)
@@ -76,18 +78,20 @@ def write_report(
             (8, height),
         ),
         "levels_loss": (
-            lambda axes: variance_plots.level_moments(axes, table, table.loss, "loss"),
+            lambda axes: variance_plots.level_moments(axes, table, table.loss, "loss", level),
             (6, 4),
         ),
         "levels_gradient": (
-            lambda axes: variance_plots.level_moments(axes, table, table.gradient, "gradient"),
+            lambda axes: variance_plots.level_moments(
+                axes, table, table.gradient, "gradient", level
+            ),
             (6, 4),
         ),
         "densities": (
-            lambda axes: variance_plots.level_densities(axes, table, table.gradient, drawn),
+            lambda axes: variance_plots.level_densities(axes, table, table.gradient, drawn, level),
             (6, 4),
         ),
-        "level_loss": (lambda axes: variance_plots.level_loss(axes, table), (6, 4)),
+        "level_loss": (lambda axes: variance_plots.level_loss(axes, table, level), (6, 4)),
     }
     paths = [directory / "variance.json", directory / "variance.csv"]
     for name, (draw, size) in figures.items():

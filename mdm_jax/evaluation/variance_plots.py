@@ -10,6 +10,8 @@ from mdm_jax.evaluation.efficiency import Efficiency
 from mdm_jax.evaluation.levels import LevelTable, Moments, optimal_density
 
 _PARTS = (("pattern", "A: pattern"), ("rate", "B: rate"), ("data", "C: data"))
+RATE = "masking rate"
+"""Label of the noise axis; ``sigmoid(-logSNR)`` is its name in general."""
 
 
 def component_bars(axes: Any, results: Mapping[str, Decomposition], what: str) -> Any:
@@ -59,14 +61,17 @@ def efficiency_bars(axes: Any, results: Mapping[str, Efficiency]) -> Any:
     return axes
 
 
-def level_moments(axes: Any, table: LevelTable, moments: Moments, what: str) -> Any:
-    """g, root of v and root of c over the masking rate, in the unit of the loss.
+def level_moments(
+    axes: Any, table: LevelTable, moments: Moments, what: str, level: str = RATE
+) -> Any:
+    """g, root of v and root of c over the noise level, in the unit of the loss.
 
     Args:
         axes: matplotlib axes.
         table: where it was measured.
         moments: ``table.loss`` or ``table.gradient``.
         what: "loss" or "gradient", for the label.
+        level: what the table's rates are, for the label.
     """
     curves = (
         ("mean_square", "g (mean)"),
@@ -79,7 +84,7 @@ def level_moments(axes: Any, table: LevelTable, moments: Moments, what: str) -> 
         low, middle, high = (np.sqrt(np.maximum(square + s * error, 0.0)) for s in (-1, 0, 1))
         axes.plot(table.masking_rates, middle, color=f"C{number}", marker="o", ms=3, label=label)
         axes.fill_between(table.masking_rates, low, high, color=f"C{number}", alpha=0.2)
-    axes.set(xlabel="masking rate", ylabel=f"{what} of one row", xlim=(0, 1))
+    axes.set(xlabel=level, ylabel=f"{what} of one row", xlim=(0, 1))
     axes.set_ylim(bottom=0)
     axes.legend()
     return axes
@@ -90,14 +95,16 @@ def level_densities(
     table: LevelTable,
     moments: Moments,
     drawn: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    level: str = RATE,
 ) -> Any:
-    """The optimal densities of the masking rate and those that methods draw from.
+    """The optimal densities of the noise level and those that methods draw from.
 
     Args:
         axes: matplotlib axes.
         table: where it was measured.
         moments: ``table.loss`` or ``table.gradient``.
         drawn: (rates, density) by method, as ``warp_density`` gives them.
+        level: what the table's rates are, for the label.
     """
     value = moments.value
     targets = (
@@ -111,20 +118,20 @@ def level_densities(
     for number, (name, (rates, density)) in enumerate(drawn.items()):
         axes.plot(rates, density, color=f"C{number % 10}", linewidth=1, label=name)
     # Logarithmic: what sets the methods apart happens at small rates.
-    axes.set(xlabel="masking rate", ylabel="density", xscale="log", yscale="log")
+    axes.set(xlabel=level, ylabel="density", xscale="log", yscale="log")
     axes.set(xlim=(table.masking_rates[0], 1.0), ylim=(0.1, 20.0))
     axes.legend(fontsize="x-small")
     return axes
 
 
-def level_loss(axes: Any, table: LevelTable) -> Any:
-    """Mean loss per scored token over the masking rate, nats, with standard errors."""
+def level_loss(axes: Any, table: LevelTable, level: str = RATE) -> Any:
+    """Mean loss per scored element over the noise level, nats, with standard errors."""
     scale = table.nats_per_token / np.where(table.loss.value.mean, table.loss.value.mean, 1.0)
     error = np.asarray(table.loss.standard_error.mean) * scale
     axes.errorbar(
         table.masking_rates, table.nats_per_token, yerr=error, marker="o", ms=3, capsize=2
     )
-    axes.set(xlabel="masking rate", ylabel="nats per token", xlim=(0, 1))
+    axes.set(xlabel=level, ylabel="nats per element", xlim=(0, 1))
     axes.set_ylim(bottom=0)
     return axes
 
