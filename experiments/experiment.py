@@ -17,7 +17,7 @@ from mdm_jax.batches import Batch
 from mdm_jax.draws import DrawSpec
 from mdm_jax.evaluation import Likelihood
 from mdm_jax.objectives import Objective
-from mdm_jax.training import TrainState
+from mdm_jax.training import CheckpointError, TrainState
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance import VarianceTransform, worst_bias
 
@@ -197,3 +197,23 @@ def is_conditional(dataset: data.Dataset) -> bool:
 def open_workdir(workdir: str | pathlib.Path, keep_last: int) -> training.Checkpoints:
     """The checkpoints below a working directory."""
     return training.Checkpoints(pathlib.Path(workdir) / "checkpoints", keep_last)
+
+
+def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
+    """(step, averaged parameters) of a run: the best by validation loss, else the last.
+
+    Raises:
+        CheckpointError: if the directory has neither.
+    """
+    checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
+    try:
+        abstract = experiment.abstract_state()
+        best = checkpoints.best_metrics()
+        if best is not None:
+            return int(best["step"]), checkpoints.restore_best(abstract.ema)
+        restored = checkpoints.restore_last(abstract)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
+    return int(restored.state.step), restored.state.ema

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from experiments import run
 from experiments.configs import digits_gaussian
-from experiments.experiment import Experiment, make_experiment
+from experiments.experiment import Experiment, load_parameters, make_experiment
 from experiments.generation import prepare_samples
 from experiments.workdir import WorkdirError, write_json
 from mdm_jax import data, evaluation, training, variance
@@ -86,7 +86,7 @@ def configure(recipe: str, steps: int | None = None, smoke: bool = False) -> Con
 def measure(experiment: Experiment, workdir: pathlib.Path, samples: int) -> dict[str, Any]:
     """Everything that the table shows of a finished run."""
     record = run.evaluate(experiment, workdir)
-    step, params = run.load_parameters(experiment, workdir)
+    step, params = load_parameters(experiment, workdir)
     found, floor = distances(experiment, params, samples)
     chains = {"independent": variance.identity(), "chain": experiment.transform}
     figures = {name: gradient_noise(experiment, params, chain) for name, chain in chains.items()}

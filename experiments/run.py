@@ -10,14 +10,15 @@ import jax
 import tqdm
 
 from experiments import build
-from experiments.experiment import Experiment, open_workdir
+from experiments.experiment import Experiment, load_parameters, open_workdir
 from experiments.generation import prepare_samples, show_samples
 from experiments.report import write_report
+from experiments.warm_start import check_source, initial_state
 from experiments.workdir import check as check_workdir
 from experiments.workdir import claim, read_config, write_json
 from mdm_jax import data, training, variance
 from mdm_jax.evaluation import ClipChoice, make_clip_search
-from mdm_jax.training import CheckpointError, Restored, TrainState
+from mdm_jax.training import Restored, TrainState
 from mdm_jax.typing import PyTree
 
 
@@ -35,6 +36,8 @@ def check_settings(experiment: Experiment) -> None:
     experiment.batches(source, c.max_rows)
     prepare_samples(experiment)
     _clip_hook(experiment, pathlib.Path(), None)
+    if experiment.config.train.init_from:
+        check_source(experiment, pathlib.Path(experiment.config.train.init_from))
     _loop_options(experiment, pathlib.Path())
 
 
@@ -68,7 +71,7 @@ def train(
         stack.callback(checkpoints.close)
         restored = checkpoints.restore_last(abstract)
         if restored is None:
-            state, progress = experiment.initial_state(), {}
+            state, progress = initial_state(experiment), {}
         else:
             state, progress = _continue(restored, stream, batches), restored.notes["progress"]
         claim(workdir, c)
@@ -139,26 +142,6 @@ def report(experiment: Experiment, workdir: pathlib.Path, check: Callable | None
     record = evaluate(experiment, workdir, check)
     drawn = sample(experiment, workdir)
     return write_report(experiment, workdir, record, drawn)
-
-
-def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
-    """(step, averaged parameters): the best by validation loss, else those of the last state.
-
-    Raises:
-        CheckpointError: if the directory has neither.
-    """
-    checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
-    try:
-        abstract = experiment.abstract_state()
-        best = checkpoints.best_metrics()
-        if best is not None:
-            return int(best["step"]), checkpoints.restore_best(abstract.ema)
-        restored = checkpoints.restore_last(abstract)
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
-    return int(restored.state.step), restored.state.ema
 
 
 def _save_tokenizer(experiment: Experiment, workdir: pathlib.Path) -> None:

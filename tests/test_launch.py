@@ -219,17 +219,17 @@ def test_a_run_goes_on_longer_when_told_to_and_refuses_another_stream(whole, tmp
 
 
 def test_damaged_best_parameters_give_way_to_the_last(whole, tmp_path, caplog):
-    from experiments import run, saved_config
-    from experiments.experiment import make_experiment
+    from experiments import saved_config
+    from experiments.experiment import load_parameters, make_experiment
 
     workdir = tmp_path / "copy"
     shutil.copytree(whole[0], workdir)
     experiment = make_experiment(saved_config.get_config(str(workdir)))
-    step, best = run.load_parameters(experiment, workdir)
+    step, best = load_parameters(experiment, workdir)
     assert step == STEPS  # the last evaluation was the best
     (saved,) = (workdir / "checkpoints" / "best").iterdir()
     next(p for p in saved.rglob("*") if p.stat().st_size > 5000).write_bytes(b"")
-    step, last = run.load_parameters(experiment, workdir)
+    step, last = load_parameters(experiment, workdir)
     assert step == STEPS and "damaged-best-30-0" in caplog.text
     chex.assert_trees_all_equal(best, last)
     assert len(jax.tree.leaves(best)[0].sharding.device_set) == 8  # trained on one

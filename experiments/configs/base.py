@@ -164,6 +164,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": 500,
+            "init_from": "",  # working directory of a run whose parameters to start from
             "batch_size": 16,  # rows of the global batch; each view is a forward pass more
             "num_microbatches": 1,
             "log_every": 10,

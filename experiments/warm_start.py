@@ -1,0 +1,50 @@
+"""A run that starts from the parameters of another one: fine-tuning, or another way of training.
+
+A plain masked model goes on as a block or autoregressive model this way, since all of them are one
+network under different attention masks.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from experiments.experiment import Experiment, load_parameters
+from experiments.workdir import WorkdirError, read_config
+from mdm_jax.data import load_tokenizer
+from mdm_jax.training import TrainState
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state at step 0, with the parameters of ``train.init_from`` if that names a run.
+
+    Optimiser, averages and variance transforms start afresh.
+
+    Raises:
+        WorkdirError: if there is no run, or its tokenizer numbers tokens otherwise.
+        CheckpointError: if it has no checkpoint, or one of another network.
+    """
+    state = experiment.initial_state()
+    source = experiment.config.train.init_from
+    if not source:
+        return state
+    directory = pathlib.Path(source)
+    check_source(experiment, directory)
+    step, params = load_parameters(experiment, directory)
+    print(f"parameters of {directory}, step {step}", flush=True)
+    # Two copies: both are donated to the step.
+    return state.replace(params=jax.tree.map(jnp.copy, params), ema=params)
+
+
+def check_source(experiment: Experiment, directory: pathlib.Path) -> None:
+    """Raises WorkdirError unless a run with the same tokens lies in ``directory``."""
+    if read_config(directory) is None:
+        raise WorkdirError(f"train.init_from: {directory} holds no run (no config.json)")
+    saved, tokenizer = directory / "tokenizer.json", experiment.dataset.tokenizer
+    if tokenizer is None or not saved.exists():
+        return
+    if load_tokenizer(saved).fingerprint != tokenizer.fingerprint:
+        raise WorkdirError(
+            f"train.init_from: the tokenizer of {directory} is another than this run's, so its "
+            f"parameters mean other tokens; pass --config.data.tokenizer={saved}"
+        )

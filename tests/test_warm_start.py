@@ -1,0 +1,55 @@
+"""Starting from another run's parameters."""
+
+import chex
+import jax
+import launching
+import pytest
+from launching import QUICKSTART
+
+from experiments import saved_config, warm_start
+from experiments.experiment import load_parameters, make_experiment
+from experiments.workdir import WorkdirError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Directory of a short run."""
+    workdir = tmp_path_factory.mktemp("warm") / "run"
+    launching.finish(
+        f"--config={QUICKSTART}", f"--workdir={workdir}", "--config.train.steps=4", code=0
+    )
+    return workdir
+
+
+def goes_on(trained, **data):
+    """A run of another batch size and chain that starts from it."""
+    config = saved_config.get_config(str(trained))
+    config.train.update(init_from=str(trained), batch_size=16)
+    config.variance.order = ()
+    config.data.update(**data)
+    return make_experiment(config)
+
+
+def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, capsys):
+    experiment = goes_on(trained)
+    state = warm_start.initial_state(experiment)
+    step, expected = load_parameters(experiment, trained)
+    assert f"parameters of {trained}, step {step}" in capsys.readouterr().out
+    fresh = experiment.initial_state()
+    chex.assert_trees_all_equal(state.params, expected)
+    chex.assert_trees_all_equal(state.ema, expected)
+    for one, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema)):
+        pointers = [a.addressable_data(0).unsafe_buffer_pointer() for a in (one, other)]
+        assert pointers[0] != pointers[1]  # both are donated
+    chex.assert_trees_all_equal(state.opt_state, fresh.opt_state)
+    assert int(state.step) == 0
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(fresh.params, expected)
+
+
+def test_a_run_of_other_tokens_or_none_at_all_is_refused(trained, tmp_path):
+    with pytest.raises(WorkdirError, match="tokenizer of .* is another"):
+        warm_start.initial_state(goes_on(trained, tokenizer="byte"))
+    experiment = goes_on(trained)
+    with pytest.raises(WorkdirError, match="holds no run"):
+        warm_start.check_source(experiment, tmp_path)
