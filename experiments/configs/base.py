@@ -243,3 +243,16 @@ def get_config() -> ConfigDict:
         }
     )
     return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """Changes a config to seconds of work, for tests: the variant "smoke" of every config."""
+    config.model.update(width=16, depth=1, num_heads=2)
+    config.train.update(steps=4, batch_size=8, evaluate_every=2, checkpoint_every=2, log_every=2)
+    config.optimizer.warmup_steps = 2
+    config.evaluate.update(
+        batch_size=8, passes=2, replicates=2, max_rows=8, final_passes=2, final_replicates=2
+    )
+    config.sample.update(num_samples=min(config.sample.num_samples, 4), num_steps=4)
+    config.measure.update(rows=4, levels_per_row=2, grid_rows=2, grid_levels=6, grid_masks=2)
+    config.measure.update(groups=3, redraws=4, data_batches=1, warm_up=2, chunk=8)

@@ -15,15 +15,7 @@ def get_config(variant: str = ""):
     config.train.update(steps=600, batch_size=32)
     config.sample.update(num_samples=25, gap=0)
     if variant == "smoke":
-        config.model.update(width=16, depth=1, num_heads=2)
-        config.train.update(
-            steps=4, batch_size=8, evaluate_every=2, checkpoint_every=2, log_every=2
-        )
-        config.optimizer.warmup_steps = 2
-        config.evaluate.update(
-            batch_size=8, passes=2, replicates=2, max_rows=8, final_passes=2, final_replicates=2
-        )
-        config.sample.update(num_samples=4)
+        base.shrink(config)
     elif variant:
         raise ValueError(f"digits_masked has the variant 'smoke', not {variant!r}")
     return config
