@@ -11,7 +11,8 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from mdm_jax.models import Transformer, TransformerConfig
-from mdm_jax.models.layers import Linear, Norm, attention_mask, logsnr_features, rotary
+from mdm_jax.models.attention_masks import within_documents
+from mdm_jax.models.layers import Linear, Norm, logsnr_features, rotary
 from mdm_jax.training import LOGICAL_RULES, linen_init, num_params
 
 VARIANTS = {
@@ -126,7 +127,7 @@ def test_documents_do_not_see_each_other_nor_padding(name):
 
 def test_positions_of_a_document_see_all_of_it():
     """Both directions, and nothing else."""
-    mask = np.asarray(attention_mask(DOCUMENTS))[0, 0]
+    mask = np.asarray(within_documents(DOCUMENTS))[0, 0]
     documents = np.asarray(DOCUMENTS[0])
     same = (documents[:, None] == documents[None]) & (documents[:, None] > 0)
     np.testing.assert_array_equal(mask, same | (np.eye(LENGTH, dtype=bool) & (documents == 0)))
@@ -182,10 +183,10 @@ def test_an_unconditioned_model_ignores_the_level():
     np.testing.assert_array_equal(_apply("plain", _inputs(), levels), _apply("plain", _inputs()))
 
 
-@pytest.mark.parametrize("logsnr", [None, jnp.zeros((ROWS, 2))], ids=["none", "two"])
-def test_a_conditioned_model_needs_one_level_per_row(logsnr):
+@pytest.mark.parametrize("logsnr", [None, jnp.zeros((ROWS, 3))], ids=["none", "three"])
+def test_a_conditioned_model_needs_levels_that_divide_the_row(logsnr):
     model, params = _made("conditioned")
-    with pytest.raises(ValueError, match=r"one noise level per row, logsnr \[N, 1\]"):
+    with pytest.raises(ValueError, match=r"one noise level per row, logsnr \[N, 1\], or one per"):
         model.apply(params, _inputs(), logsnr, None)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import schedules
+from mdm_jax import draws, schedules, variance
 from mdm_jax.schedules import grids, masked
 
 FULL_RANGE = ["linear", "cosine_md4", "cosine_mdlm", "sqrt"]
@@ -82,6 +82,75 @@ def test_cosine_grid():
     assert np.all(np.diff(steps) > 0)  # the noisy end in the smallest steps
 
 
+LEARNED = {
+    "flat": variance.piecewise_density((0.0, 1.0), (1.0,)),
+    "bins": variance.piecewise_density((0.0, 0.25, 0.5, 1.0), (1.0, 4.0, 5.0)),
+    "parametric": variance.epr_density((0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), 0.1),
+    "clipped": variance.ClippedDensity(0.3, 0.8),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("law", [schedules.logistic(), schedules.uniform(-5.0, 7.0)], ids=repr)
+def test_from_log_density(name, law, n=16):
+    """Equal shares under the density's own distribution function; its support's ends at the ends.
+
+    The cells are 1/4096 wide at most, and a density's edge may lie within one.
+    """
+    density = LEARNED[name]
+    grid = grids.from_log_density(density.log_pdf, n, law)
+    assert (grid.shape, grid.dtype) == ((n + 1,), jnp.float32)
+    np.testing.assert_allclose(density.cdf(law.cdf(grid)), np.arange(n + 1) / n, atol=6e-4)
+    ends = np.asarray(law.cdf(grid[jnp.array([0, -1])]))
+    np.testing.assert_allclose(ends, density.support, atol=3e-4)
+    if density.support == (0, 1):
+        np.testing.assert_array_equal(grid[jnp.array([0, -1])], law.support)
+
+
+def test_from_log_density_of_what_training_learned():
+    """A transform's profile; a constant does not count, a flat density is the law's own grid."""
+    transform = variance.ppots(num_bins=4, warmup_steps=0)
+    state = transform.init(draws.DrawSpec(4, 1, (1,)))
+    state = state._replace(second=jnp.array([1.0, 4.0, 16.0, 900.0]), weight=jnp.ones(4))
+    grid = grids.from_log_density(lambda u: transform.profile(state, u).log_density, 12)
+    shifted = grids.from_log_density(lambda u: transform.profile(state, u).log_density + 90, 12)
+    np.testing.assert_allclose(shifted, grid, rtol=1e-4)
+    plain = grids.from_log_density(lambda u: np.zeros_like(u), 12)
+    np.testing.assert_allclose(plain, grids.uniform_masking_rate(12), rtol=1e-5, atol=1e-6)
+    # The more is drawn at low masking rates, the more steps go there.
+    assert np.sum(schedules.masking_rate(grid) < 0.05) > np.sum(
+        schedules.masking_rate(plain) < 0.05
+    )
+
+
+def test_from_log_density_resolves_both_ends():
+    """Density 1 / (2 sqrt(u)) and its mirror image: quantiles (i / n)^2."""
+    share = np.arange(9) / 8
+    rising = grids.from_log_density(lambda u: -0.5 * np.log(u), 8)
+    falling = grids.from_log_density(lambda u: -0.5 * np.log1p(-u), 8)
+    np.testing.assert_allclose(schedules.survival_probability(rising), share**2, atol=2e-4)
+    np.testing.assert_allclose(schedules.masking_rate(falling), share[::-1] ** 2, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "log_density",
+    [
+        lambda u: np.full_like(u, -np.inf),
+        lambda u: np.full_like(u, np.nan),
+        lambda u: np.where(u < 0.5, np.inf, 0.0),
+        lambda u: 0.0,
+    ],
+)
+def test_bad_densities_are_refused(log_density):
+    with pytest.raises(ValueError, match="from_log_density needs an elementwise log density"):
+        grids.from_log_density(log_density, 4)
+
+
+def test_traced_densities_are_refused():
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(lambda a: grids.from_log_density(lambda u: a * u, 4))(1.0)
+
+
 def test_explicit_and_check():
     grid = grids.explicit([-np.inf, -1, 0.5, np.inf])
     assert grid.dtype == jnp.float32
@@ -112,6 +181,7 @@ def test_bad_step_counts_are_refused():
         lambda n: grids.from_schedule(masked.linear(), n),
         lambda n: grids.cosine(masked.linear(), n),
         lambda n: grids.from_law(schedules.logistic(), n),
+        lambda n: grids.from_log_density(np.zeros_like, n),
     ):
         for n in (0, -3):
             with pytest.raises(ValueError, match="n >= 1"):

@@ -25,6 +25,7 @@ from mdm_jax.evaluation import nested
 from mdm_jax.evaluation.estimator import Estimator
 from mdm_jax.evaluation.nested import Components, Estimate, RowTerms
 from mdm_jax.evaluation.nested_draws import evaluate_cells, nested_draw, scored_rows
+from mdm_jax.evaluation.standard_errors import finite_or_none
 from mdm_jax.evaluation.welford import add, square_norm, start
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
@@ -79,11 +80,11 @@ class Decomposition:
         parts = {}
         for name in ("pattern", "rate", "data", "total"):
             value, error = getattr(self, name)
-            parts |= {name: value, f"{name}_standard_error": _finite(error)}
+            parts |= {name: value, f"{name}_standard_error": finite_or_none(error)}
         counts = ("passes", "rows", "levels_per_row", "masks_per_level", "rows_left_out")
         return (
             parts
-            | {"signal": self.signal, "noise_to_signal": _finite(self.noise_to_signal)}
+            | {"signal": self.signal, "noise_to_signal": finite_or_none(self.noise_to_signal)}
             | {name: getattr(self, name) for name in counts}
         )
 
@@ -292,7 +293,3 @@ def _result(
 ) -> Decomposition:
     estimates = [Estimate(float(value), float(error)) for value, error in zip(parts, errors)]
     return Decomposition(*estimates, signal, views, *shape, left_out)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

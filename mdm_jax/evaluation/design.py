@@ -19,6 +19,26 @@ from mdm_jax.streams import stream
 from mdm_jax.typing import Array
 
 
+def row_keys(key: Array, first_row: Array | int, num_rows: int, replicate: Array | int) -> Array:
+    """[B] typed keys: functions of the key, the row's number in the stream and the replicate."""
+    rows = first_row + jnp.arange(num_rows)
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), replicate))(rows)
+
+
+def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> tuple[Array, Array]:
+    """What view j of one replicate masks: (mask [B, L] bool, count k_j [B] int32).
+
+    Args:
+        keys: [B] typed keys, the same for every view of a replicate.
+        eligible: [B, L] bool; a row without eligible elements masks nothing.
+        view: j in {0..passes-1}, may be traced.
+        passes: F.
+    """
+    lap = view_lap(jnp.sum(eligible, axis=-1), view, passes)
+    first_count, ranks = draw_design(keys, eligible, lap)
+    return view_mask(first_count, ranks, eligible, view, passes)
+
+
 def draw_design(keys: Array, eligible: Array, lap: Array) -> tuple[Array, Array]:
     """Randomness of one replicate: ``k_0`` [B] uniform on {1..n} and ranks [B, L] of a permutation.
 

@@ -26,6 +26,7 @@ from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.evaluation.estimator import Estimator
 from mdm_jax.evaluation.nested import Estimate
 from mdm_jax.evaluation.nested_draws import scored_rows
+from mdm_jax.evaluation.standard_errors import finite_or_none, standard_error_of_mean
 from mdm_jax.evaluation.welford import square_norm, start
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
@@ -124,10 +125,10 @@ class Efficiency:
             value, error = self.variance
             figures = {
                 "variance": value,
-                "variance_standard_error": _finite(error),
-                "noise_to_signal": _finite(self.noise_to_signal),
+                "variance_standard_error": finite_or_none(error),
+                "noise_to_signal": finite_or_none(self.noise_to_signal),
                 "variance_times_passes": value * self.passes,
-                "variance_times_passes_standard_error": _finite(error * self.passes),
+                "variance_times_passes_standard_error": finite_or_none(error * self.passes),
             }
         return figures | {
             "unsettled": self.unsettled,
@@ -135,8 +136,8 @@ class Efficiency:
             "signal": self.signal,
             "passes": self.passes,
             "redraws": self.redraws,
-            "top_share": _finite(self.top_share),
-            "tail_index": _finite(self.tail_index),
+            "top_share": finite_or_none(self.top_share),
+            "tail_index": finite_or_none(self.tail_index),
         }
 
 
@@ -343,8 +344,4 @@ def why_unsettled(terms: np.ndarray, top_share: float, tail_index: float) -> str
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return Estimate(float(values.mean()), standard_error_of_mean(values))

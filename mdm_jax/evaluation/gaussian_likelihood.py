@@ -26,6 +26,11 @@ import numpy as np
 
 from mdm_jax.batches import Batch
 from mdm_jax.evaluation.decoders import Decoder
+from mdm_jax.evaluation.standard_errors import (
+    finite_or_none,
+    standard_error_of_mean,
+    standard_error_of_ratio,
+)
 from mdm_jax.schedules import Output, Path
 from mdm_jax.schedules.coordinates import log_masking_rate, survival_probability
 from mdm_jax.schedules.parameters import check_finite, check_interval
@@ -105,14 +110,15 @@ class GaussianLikelihood:
     def standard_error_parts_bits_per_dimension(self) -> dict[str, float]:
         """Monte Carlo standard error of each part."""
         errors = [
-            _spread(part.sum(1)) / (self.elements * _LN2) for part in self.replicate_row_parts
+            standard_error_of_mean(part.sum(1)) / (self.elements * _LN2)
+            for part in self.replicate_row_parts
         ]
         return dict(zip(PARTS, errors))
 
     @property
     def standard_error_nats(self) -> float:
         """Monte Carlo standard error of ``nats``."""
-        return _spread(self.replicate_row_parts.sum((0, 2)))
+        return standard_error_of_mean(self.replicate_row_parts.sum((0, 2)))
 
     @property
     def standard_error_nats_per_dimension(self) -> float:
@@ -127,11 +133,7 @@ class GaussianLikelihood:
     @property
     def data_standard_error_nats_per_dimension(self) -> float:
         """Standard error of ``nats_per_dimension`` from the spread over rows."""
-        if self.rows < 2:
-            return math.nan
-        residual = self.per_row_nats - self.nats_per_dimension * self.row_elements
-        factor = self.rows / (self.rows - 1)
-        return float(math.sqrt(factor * np.sum(residual**2)) / self.elements)
+        return standard_error_of_ratio(self.per_row_nats, self.row_elements)
 
     @property
     def data_standard_error_bits_per_dimension(self) -> float:
@@ -147,8 +149,11 @@ class GaussianLikelihood:
         parts = ("parts_bits_per_dimension", "standard_error_parts_bits_per_dimension")
         return (
             {name: getattr(self, name) for name in counts}
-            | {name: _finite(getattr(self, name)) for name in names}
-            | {name: {k: _finite(v) for k, v in getattr(self, name).items()} for name in parts}
+            | {name: finite_or_none(getattr(self, name)) for name in names}
+            | {
+                name: {k: finite_or_none(v) for k, v in getattr(self, name).items()}
+                for name in parts
+            }
         )
 
     def summary(self) -> str:
@@ -309,14 +314,3 @@ def _check_shape(batch: Batch, shape: tuple[int, ...] | None) -> tuple[int, ...]
             "fill the last batch with rows that have no eligible element"
         )
     return found
-
-
-def _spread(totals: np.ndarray) -> float:
-    """Standard error of the mean of [R] totals."""
-    if len(totals) < 2:
-        return math.nan
-    return float(totals.std(ddof=1) / math.sqrt(len(totals)))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -24,7 +24,12 @@ import numpy as np
 
 from mdm_jax.batches import Batch
 from mdm_jax.corruption import cross_entropy
-from mdm_jax.evaluation.design import draw_design, logsnr_of_count, view_lap, view_mask
+from mdm_jax.evaluation.design import logsnr_of_count, pass_masks, row_keys
+from mdm_jax.evaluation.standard_errors import (
+    finite_or_none,
+    standard_error_of_mean,
+    standard_error_of_ratio,
+)
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
 
@@ -130,9 +135,7 @@ class Likelihood:
     @property
     def standard_error_nats(self) -> float:
         """Monte Carlo standard error of ``nats``."""
-        if self.replicates < 2:
-            return math.nan
-        return float(self.replicate_nats.std(ddof=1) / math.sqrt(self.replicates))
+        return standard_error_of_mean(self.replicate_nats)
 
     @property
     def standard_error_nats_per_token(self) -> float:
@@ -157,7 +160,7 @@ class Likelihood:
     @property
     def data_standard_error_nats_per_token(self) -> float:
         """Standard error of ``nats_per_token`` from the spread over rows."""
-        return _cluster_standard_error(self.per_row_nats, self.row_tokens)
+        return standard_error_of_ratio(self.per_row_nats, self.row_tokens)
 
     @property
     def data_standard_error_bits_per_token(self) -> float:
@@ -167,7 +170,7 @@ class Likelihood:
     @property
     def data_standard_error_bits_per_unit(self) -> float:
         """Standard error of ``bits_per_unit`` from the spread over rows."""
-        return _cluster_standard_error(self.per_row_nats, self.row_units) / _LN2
+        return standard_error_of_ratio(self.per_row_nats, self.row_units) / _LN2
 
     def to_dict(self) -> dict:
         """Everything but the per-row arrays as JSON values; undefined numbers become None."""
@@ -177,12 +180,12 @@ class Likelihood:
         counts = ("rows", "rows_seen", "tokens", "units", "passes", "replicates")
         levels = {
             "masking_rate_edges": self.levels.edges.tolist(),
-            "nats_per_masked_token": [_finite(v) for v in self.levels.nats],
+            "nats_per_masked_token": [finite_or_none(v) for v in self.levels.nats],
             "masked_tokens": [int(v) for v in self.levels.targets],
         }
         return (
             {name: getattr(self, name) for name in counts}
-            | {name: _finite(getattr(self, name)) for name in names + errors + data_errors}
+            | {name: finite_or_none(getattr(self, name)) for name in names + errors + data_errors}
             | {"levels": levels}
         )
 
@@ -230,51 +233,76 @@ def make_likelihood(
         ValueError: for passes, replicates or level_bins below 1, batches of different shapes, or no
             eligible token in all the data.
     """
-    for name, value in (("passes", passes), ("replicates", replicates), ("level_bins", level_bins)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
     @jax.jit
     def score(params, key, batch, first_row, replicate, view):
         tokens, eligible = jnp.asarray(batch.tokens), jnp.asarray(batch.eligible)
-        rows = first_row + jnp.arange(tokens.shape[0])
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), replicate))(
-            rows
-        )
-        num_eligible = jnp.sum(eligible, axis=-1)
-        first_count, ranks = draw_design(keys, eligible, view_lap(num_eligible, view, passes))
-        mask, count = view_mask(first_count, ranks, eligible, view, passes)
-        logsnr = logsnr_of_count(count, num_eligible)
+        keys = row_keys(key, first_row, tokens.shape[0], replicate)
+        mask, count = pass_masks(keys, eligible, view, passes)
+        logsnr = logsnr_of_count(count, jnp.sum(eligible, axis=-1))
         inputs = jnp.where(mask, mask_id, tokens)
         logits = apply_fn(params, inputs, logsnr[:, None], batch.documents)
         nats = cross_entropy(logits, tokens, mask_id)
-        return count, jnp.sum(jnp.where(mask, nats, 0.0), axis=-1)
+        return count[:, None], jnp.sum(jnp.where(mask, nats, 0.0), axis=-1, keepdims=True)
+
+    return make_evaluation(score, passes=passes, replicates=replicates, level_bins=level_bins)
+
+
+def make_evaluation(
+    score: Callable[..., tuple[Array, Array]],
+    *,
+    passes: int,
+    replicates: int,
+    level_bins: int,
+    exact: bool = False,
+) -> Callable[..., Likelihood]:
+    """Runs a compiled pass over a data set and pools what it finds.
+
+    Args:
+        score: ``score(params, key, batch, first_row, replicate, view) -> (count [B, S], nats
+            [B, S])`` for S contiguous segments of every row: how many of a segment's n eligible
+            tokens are masked, and their summed cross-entropy, of which ``n / count`` times as much
+            estimates the segment's bound.
+        passes: F, as in :func:`make_likelihood`.
+        replicates: R, likewise.
+        level_bins: likewise.
+        exact: the pass draws nothing: one stands for all passes and replicates, which are equal.
+
+    Returns:
+        ``evaluate``, as :func:`make_likelihood` describes it.
+
+    Raises:
+        ValueError: likewise.
+    """
+    for name, value in (("passes", passes), ("replicates", replicates), ("level_bins", level_bins)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    num_passes, num_runs = (1, 1) if exact else (passes, replicates)
 
     def evaluate(
         params: PyTree,
-        key: Array,
+        key: Array | None,
         batches: Iterable[Batch],
         progress: Callable[[int], None] | None = None,
     ) -> Likelihood:
-        key = stream(key, "likelihood")
+        key = None if exact else stream(key, "likelihood")
         shape, seen, parts = None, 0, []
         for batch in batches:
-            shape = _check_shape(batch, shape, passes)
+            shape = _check_shape(batch, shape, num_passes)
             num_rows = shape[0]
-            eligible_count = np.asarray(batch.eligible).sum(-1)
-            if eligible_count.any():
+            if np.any(batch.eligible):
                 batch = jax.tree.map(jnp.asarray, batch)
                 passed = [
-                    [score(params, key, batch, seen, r, j) for j in range(passes)]
-                    for r in range(replicates)
+                    [score(params, key, batch, seen, r, j) for j in range(num_passes)]
+                    for r in range(num_runs)
                 ]
-                parts.append(_collect(passed, batch, eligible_count, seen, level_bins))
+                parts.append(_collect(passed, batch, seen, level_bins))
             seen += num_rows
             if progress is not None:
                 progress(num_rows)
         if not parts:
             raise ValueError(f"nothing to score: none of {seen} rows has an eligible token")
-        return _pool(parts, seen, passes, level_bins)
+        return _pool(parts, seen, num_passes, replicates // num_runs, level_bins)
 
     return evaluate
 
@@ -288,16 +316,19 @@ class _Part(NamedTuple):
     level_targets: np.ndarray
 
 
-def _collect(passed, batch: Batch, num_eligible: np.ndarray, first_row: int, bins: int) -> _Part:
+def _collect(passed, batch: Batch, first_row: int, bins: int) -> _Part:
     count = np.array([[np.asarray(c) for c, _ in row] for row in passed], np.int64)
     loss = np.array([[np.asarray(s) for _, s in row] for row in passed], np.float64)
-    scored = num_eligible > 0
-    n, count, loss = num_eligible[scored].astype(np.int64), count[..., scored], loss[..., scored]
+    rows, segments = count.shape[-2:]
+    n = np.asarray(batch.eligible).reshape(rows, segments, -1).sum(-1).astype(np.int64)
+    scored = n.any(-1)
+    n, count, loss = n[scored], count[..., scored, :], loss[..., scored, :]
+    count = np.where(n > 0, count, 0)
     # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers.
-    level = -(-count * bins // n) - 1
+    level = np.maximum(-(-count * bins // np.maximum(n, 1)) - 1, 0)
     return _Part(
-        row_nats=(n / count * loss).mean(axis=1),
-        tokens=n,
+        row_nats=(n / np.maximum(count, 1) * loss).sum(-1).mean(axis=1),
+        tokens=n.sum(-1),
         units=np.asarray(batch.units, np.int64)[scored],
         index=first_row + np.flatnonzero(scored),
         level_nats=np.bincount(level.ravel(), loss.ravel(), minlength=bins),
@@ -305,12 +336,12 @@ def _collect(passed, batch: Batch, num_eligible: np.ndarray, first_row: int, bin
     )
 
 
-def _pool(parts: list[_Part], rows_seen: int, passes: int, bins: int) -> Likelihood:
+def _pool(parts: list[_Part], rows_seen: int, passes: int, repeats: int, bins: int) -> Likelihood:
     nats = sum(part.level_nats for part in parts)
     targets = sum(part.level_targets for part in parts)
     mean = np.divide(nats, targets, out=np.full(bins, np.nan), where=targets > 0)
     return Likelihood(
-        replicate_row_nats=np.concatenate([part.row_nats for part in parts], axis=1),
+        replicate_row_nats=np.tile(np.concatenate([p.row_nats for p in parts], 1), (repeats, 1)),
         row_tokens=np.concatenate([part.tokens for part in parts]),
         row_units=np.concatenate([part.units for part in parts]),
         row_index=np.concatenate([part.index for part in parts]),
@@ -339,19 +370,6 @@ def _check_shape(batch: Batch, shape: tuple | None, passes: int) -> tuple[int, i
 
 def _ratio(total: float, count: int) -> float:
     return total / count if count > 0 else math.nan
-
-
-def _cluster_standard_error(nats: np.ndarray, size: np.ndarray) -> float:
-    # Standard error of the ratio sum(nats) / sum(size) with rows as the sampling unit.
-    rows, total = len(nats), size.sum()
-    if rows < 2 or total <= 0:
-        return math.nan
-    residual = nats - nats.sum() / total * size
-    return float(math.sqrt(rows / (rows - 1) * np.sum(residual**2)) / total)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _line(label: str, result: Likelihood, name: str) -> str:

@@ -94,27 +94,16 @@ def rotary(x: Array, positions: Array, base: float = 10_000.0) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attention_mask(documents: Array) -> Array:
-    """[N, 1, L, L] bool: attend within one document, never to padding (document 0).
-
-    A padding position attends to itself so that no softmax runs over an empty set; its output is
-    seen by nobody.
-    """
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    padding = (documents == 0)[:, None, :, None]
-    itself = jnp.eye(documents.shape[-1], dtype=bool)[None, None]
-    return jnp.where(padding, itself, same)
-
-
 def logsnr_features(logsnr: Array, width: int) -> Array:
-    """Sinusoidal features of a log signal-to-noise ratio, [N, width] from [N].
+    """Sinusoidal features of a log signal-to-noise ratio, [..., width] from [...].
 
     The input is clipped to [-20, 20], where both rates are within 2e-9 of 0 and 1; so the ends
     of a sampling grid, which are infinite, are as good as any other level.
     """
     half = width // 2
     frequency = jnp.exp(jnp.linspace(jnp.log(0.05), jnp.log(8.0), half))
-    angle = jnp.clip(logsnr.astype(jnp.float32), -20.0, 20.0)[:, None] * frequency[None]
+    level = jnp.clip(logsnr.astype(jnp.float32), -20.0, 20.0)[..., None]
+    angle = level * frequency.reshape((1,) * logsnr.ndim + (-1,))
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 

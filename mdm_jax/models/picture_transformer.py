@@ -60,7 +60,8 @@ class PictureTransformer(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, "embed"))
         x = x + self.param("positions", init, (1, rows * columns, c.width), c.param_dtype)
         places = jnp.arange(rows * columns)
-        x = run_blocks(c, x, None, places, level_condition(c, logsnr))
+        # One level per picture: segments of a row of numbers are not runs of patches.
+        x, _ = run_blocks(c, x, None, places, level_condition(c, logsnr, 1))
         zeros = nn.initializers.zeros
         y = Linear(size, axes=("embed", None), kernel_init=zeros, name="head", **project)(x)
         y = jnp.swapaxes(y.reshape(-1, rows, columns, p, p, channels), 2, 3)

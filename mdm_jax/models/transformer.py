@@ -1,12 +1,14 @@
-"""A bidirectional pre-norm transformer for masked diffusion."""
+"""A pre-norm transformer for discrete diffusion: bidirectional, in blocks, or causal."""
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.layers import Linear, Norm, attention_mask, logsnr_features, rotary
+from mdm_jax.models.attention_masks import within_documents
+from mdm_jax.models.layers import Linear, Norm, logsnr_features, rotary
 from mdm_jax.typing import Array
 
 _CHOICES = {"norm": ("rms", "layer"), "mlp": ("gelu", "swiglu")}
@@ -78,13 +80,27 @@ class TransformerConfig:
         return max(8, round(self.width * self.mlp_ratio * share / 8) * 8)
 
 
+class KeyValues(NamedTuple):
+    """Keys and values of some tokens, [N, Q, H, D], or [depth, N, Q, H, D] of all layers.
+
+    Attributes:
+        keys: rotated to their position.
+        values: as they are.
+    """
+
+    keys: Array
+    values: Array
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions."""
+    """Multi-head attention with rotary positions, over the tokens themselves and cached ones."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None, positions: Array) -> Array:
+    def __call__(
+        self, x: Array, mask: Array | None, positions: Array, cached: KeyValues | None
+    ) -> tuple[Array, KeyValues]:
         c = self.config
         shape = (*x.shape[:2], c.num_heads, c.width // c.num_heads)
         project = {"axes": ("embed", "heads"), "dtype": c.dtype, "param_dtype": c.param_dtype}
@@ -96,15 +112,19 @@ class Attention(nn.Module):
             norm = {"axes": (None,), "param_dtype": c.param_dtype}
             q, k = Norm(name="query_norm", **norm)(q), Norm(name="key_norm", **norm)(k)
         q, k = (rotary(a, positions, c.rope_base).astype(c.dtype) for a in (q, k))
-        y = jax.nn.dot_product_attention(q, k, v.astype(c.dtype), mask=mask)
-        return Linear(
+        own = everything = KeyValues(k, v.astype(c.dtype))
+        if cached is not None:
+            everything = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), cached, own)
+        y = jax.nn.dot_product_attention(q, *everything, mask=mask)
+        out = Linear(
             c.width,
             axes=("heads", "embed"),
             dtype=c.dtype,
             param_dtype=c.param_dtype,
             kernel_init=_residual_init(c),
             name="out",
-        )(y.reshape(x.shape))
+        )
+        return out(y.reshape(x.shape)), own
 
 
 class FeedForward(nn.Module):
@@ -138,26 +158,39 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: Array | None, positions: Array, condition: Array | None
-    ) -> Array:
+        self,
+        x: Array,
+        mask: Array | None,
+        positions: Array,
+        condition: Array | None,
+        cached: KeyValues | None,
+    ) -> tuple[Array, KeyValues]:
         c = self.config
         norm = {"kind": c.norm, "learned": condition is None, "param_dtype": c.param_dtype}
+        attention, mlp = Attention(c, name="attention"), FeedForward(c, name="mlp")
         if condition is None:
-            x = x + Attention(c, name="attention")(Norm(name="norm_1", **norm)(x), mask, positions)
-            return x + FeedForward(c, name="mlp")(Norm(name="norm_2", **norm)(x))
-        parts = _modulation(c, 6, condition)
+            y, own = attention(Norm(name="norm_1", **norm)(x), mask, positions, cached)
+            x = x + y
+            return x + mlp(Norm(name="norm_2", **norm)(x)), own
+        parts = _modulation(c, 6, condition, x.shape[1])
         h = Norm(name="norm_1", **norm)(x) * (1 + parts[0]) + parts[1]
-        x = x + parts[2] * Attention(c, name="attention")(h, mask, positions)
+        y, own = attention(h, mask, positions, cached)
+        x = x + parts[2] * y
         h = Norm(name="norm_2", **norm)(x) * (1 + parts[3]) + parts[4]
-        return x + parts[5] * FeedForward(c, name="mlp")(h)
+        return x + parts[5] * mlp(h), own
 
 
 class Transformer(nn.Module):
     """Bidirectional transformer: ``apply(params, inputs, logsnr, documents) -> logits``.
 
+    :meth:`attend` runs the same parameters under any attention mask and against a cache, which is
+    what block diffusion and autoregressive models do (``models.block_apply``,
+    ``models.causal_apply``).
+
     Args of the call:
         inputs: [N, L] int32 tokens, mask token included.
-        logsnr: [N, S] noise levels, read only if the config conditions on them (then S must be 1).
+        logsnr: [N, S] noise levels of S contiguous segments of equal length (1 for the whole row);
+            read only if the config conditions on them.
         documents: [N, L] int32 document numbers, 0 for padding; None for one whole document.
         estimate: [N, L, K] probabilities of an earlier estimate of the clean tokens, for a config
             with self_conditioning; None (or zeros) for no estimate. Parameters are the same.
@@ -167,12 +200,12 @@ class Transformer(nn.Module):
         (``corruption.exclude_token``).
 
     Raises:
-        ValueError: for an estimate of another shape, or one that the config does not ask for.
+        ValueError: for an estimate of another shape, or one that the config does not ask for; for
+            levels that are missing or do not divide the row, if the config conditions on them.
     """
 
     config: TransformerConfig
 
-    @nn.compact
     def __call__(
         self,
         inputs: Array,
@@ -180,30 +213,68 @@ class Transformer(nn.Module):
         documents: Array | None = None,
         estimate: Array | None = None,
     ) -> Array:
+        mask = None if documents is None else within_documents(documents)
+        positions = jnp.arange(inputs.shape[-1])
+        logits, _ = self.attend(inputs, logsnr, positions, mask, estimate=estimate)
+        return logits
+
+    @nn.compact
+    def attend(
+        self,
+        inputs: Array,
+        logsnr: Array | None,
+        positions: Array,
+        mask: Array | None,
+        cached: KeyValues | None = None,
+        estimate: Array | None = None,
+        num_outputs: int | None = None,
+    ) -> tuple[Array, KeyValues]:
+        """Runs tokens at given positions, which may look at each other and at cached ones.
+
+        Args:
+            inputs: [N, Q] int32 tokens.
+            logsnr: [N, S] noise levels of S contiguous segments of equal length, or None.
+            positions: [Q] or [N, Q] integer positions in the row, for the rotary embedding.
+            mask: [N or 1, 1, Q, M + Q] bool, where a query may look: at M cached tokens, then at
+                the Q new ones (:mod:`mdm_jax.models.attention_masks`); None for everywhere.
+            cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
+            estimate: [N, Q, K], as in a call.
+            num_outputs: logits are computed for the first so many of the Q places only.
+
+        Returns:
+            Logits [N, num_outputs, K] float32, and the keys and values of the new tokens
+            [depth, N, Q, H, D]. Whichever of the two is not used costs nothing under jit.
+
+        Raises:
+            ValueError: as a call.
+        """
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         table = self.param("embedding", init, (c.vocab_size, c.width), c.param_dtype)
         x = jnp.take(table, inputs, axis=0).astype(jnp.float32)
         x = add_estimate(c, x, table, estimate)
-        mask = None if documents is None else attention_mask(documents)
-        positions = jnp.arange(inputs.shape[-1])
-        condition = level_condition(c, logsnr) if c.condition_on_logsnr else None
-        x = run_blocks(c, x, mask, positions, condition)
+        condition = None
+        if c.condition_on_logsnr:
+            condition = level_condition(c, logsnr, inputs.shape[-1])
+        x, key_values = run_blocks(c, x, mask, positions, condition, cached)
+        x = x[:, :num_outputs]
         if c.tie_embeddings:
-            return jnp.einsum(
+            logits = jnp.einsum(
                 "nld,kd->nlk",
                 x.astype(c.dtype),
                 table.astype(c.dtype),
                 preferred_element_type=jnp.float32,
             )
-        return Linear(
+            return logits, key_values
+        head = Linear(
             c.vocab_size,
             axes=("embed", "vocab"),
             dtype=c.dtype,
             param_dtype=c.param_dtype,
             kernel_init=nn.initializers.zeros,
             name="head",
-        )(x)
+        )
+        return head(x), key_values
 
 
 def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array | None) -> Array:
@@ -227,7 +298,7 @@ def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array |
         )
     return x + Linear(
         c.width,
-        axes=("embed", "embed"),
+        axes=("embed", "mlp"),
         dtype=c.dtype,
         param_dtype=c.param_dtype,
         kernel_init=nn.initializers.zeros,
@@ -241,51 +312,57 @@ def run_blocks(
     mask: Array | None,
     positions: Array,
     condition: Array | None,
-) -> Array:
-    """All blocks and the final norm, [N, L, width] in and out; called inside a compact module.
+    cached: KeyValues | None = None,
+) -> tuple[Array, KeyValues]:
+    """All blocks and the final norm, inside a compact module: outputs and [depth, ...] keys.
 
     Args:
         c: shape and arithmetic.
-        x: embedded inputs.
-        mask: [N, 1, L, L] bool, where attention may look; None for everywhere.
-        positions: [L] or [N, L] for the rotary positions.
-        condition: [N, width] from :func:`level_condition`, or None.
+        x: [N, Q, width] embedded inputs.
+        mask: [N or 1, 1, Q, M + Q] bool, where attention may look; None for everywhere.
+        positions: [Q] or [N, Q] for the rotary positions.
+        condition: [N, S, width] from :func:`level_condition`, or None.
+        cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
     """
     if c.scan_layers:
         scanned = nn.scan(
             _ScanBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = scanned(c, name="blocks")(x, mask, positions, condition)
+        x, key_values = scanned(c, name="blocks")(x, mask, positions, condition, cached)
     else:
+        layers = []
         for i in range(c.depth):
-            x = Block(c, name=f"block_{i}")(x, mask, positions, condition)
+            before = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
+            x, own = Block(c, name=f"block_{i}")(x, mask, positions, condition, before)
+            layers.append(own)
+        key_values = jax.tree.map(lambda *each: jnp.stack(each), *layers)
     norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")
     x = norm(x)
     if condition is None:
-        return x
-    scale, shift = _modulation(c, 2, condition)
-    return x * (1 + scale) + shift
+        return x, key_values
+    scale, shift = _modulation(c, 2, condition, x.shape[1])
+    return x * (1 + scale) + shift, key_values
 
 
-def level_condition(c: TransformerConfig, logsnr: Array | None) -> Array:
-    """Features of the noise level for the adaptive norms, [N, width]; inside a compact module.
+def level_condition(c: TransformerConfig, logsnr: Array | None, length: int) -> Array:
+    """Features of the noise levels for the adaptive norms, [N, S, width]; in a compact module.
 
     Raises:
-        ValueError: unless there is one level per row, logsnr [N, 1].
+        ValueError: unless the number S of levels per row divides ``length``.
     """
-    if logsnr is None or logsnr.shape[-1] != 1:
+    if logsnr is None or logsnr.ndim != 2 or length % logsnr.shape[-1]:
         shape = None if logsnr is None else logsnr.shape
         raise ValueError(
-            "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1]; "
-            f"got {shape}"
+            "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1], or "
+            f"one per segment, logsnr [N, S] with S a divisor of {length}; got {shape}"
         )
     project = {"dtype": c.dtype, "param_dtype": c.param_dtype, "use_bias": True}
-    h = logsnr_features(logsnr[:, 0], c.width)
+    h = logsnr_features(logsnr, c.width)
     h = jax.nn.silu(Linear(c.width, axes=("embed", "mlp"), name="level_1", **project)(h))
     return Linear(c.width, axes=("mlp", "embed"), name="level_2", **project)(h)
 
@@ -294,11 +371,11 @@ class _ScanBlock(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, mask, positions, condition):
-        return Block(self.config, name="block")(x, mask, positions, condition), None
+    def __call__(self, x, mask, positions, condition, cached):
+        return Block(self.config, name="block")(x, mask, positions, condition, cached)
 
 
-def _modulation(c: TransformerConfig, parts: int, condition: Array) -> list[Array]:
+def _modulation(c: TransformerConfig, parts: int, condition: Array, length: int) -> list[Array]:
     # Zero initialisation makes every conditioned block start as the identity.
     modulation = Linear(
         parts * c.width,
@@ -309,7 +386,10 @@ def _modulation(c: TransformerConfig, parts: int, condition: Array) -> list[Arra
         kernel_init=nn.initializers.zeros,
         name="modulation",
     )(jax.nn.silu(condition))
-    return jnp.split(modulation[:, None], parts, axis=-1)
+    levels = condition.shape[1]
+    if levels > 1:
+        modulation = jnp.repeat(modulation, length // levels, axis=1)
+    return jnp.split(modulation, parts, axis=-1)
 
 
 def _residual_init(c: TransformerConfig):

@@ -25,6 +25,8 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
     drawn, so tail tokens are not multiplied by a small probability (Zheng et al. 2024 describe what
     happens otherwise).
 
+    Bias: discretised.
+
     Args:
         token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``.
 
@@ -39,12 +41,7 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
 
     def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
         tokens = state.tokens
-        shape = tokens.shape[1:]
-        noise = jax.vmap(lambda key: open_uniform(key, shape))(row_streams(context.keys, "reveal"))
-        probability = reveal_probability(context.logsnr, context.next_logsnr)
-        # Exactly 1 at the end of every valid grid; forced because a traced grid is not checked.
-        probability = jnp.where(context.index == context.num_steps - 1, 1.0, probability)
-        reveal = (tokens == context.mask_id) & (noise < probability)
+        reveal = places_to_reveal(context, tokens)
 
         def fill(tokens: Array) -> Array:
             logits = choose(denoise(tokens, context.logsnr))
@@ -55,7 +52,21 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
         tokens = jax.lax.cond(jnp.any(reveal), fill, lambda tokens: tokens, tokens)
         return SamplerState(tokens, ())
 
-    return Sampler("ancestral", init, step, no_mask_left)
+    return Sampler("ancestral", init, step, no_mask_left, bias="discretised")
+
+
+def places_to_reveal(context: StepContext, tokens: Array) -> Array:
+    """[B, L] bool: which masked places an ancestral step fills, decided before any token is."""
+    probability = reveal_probability(context.logsnr, context.next_logsnr)
+    # Exactly 1 at the end of every valid grid; forced because a traced grid is not checked.
+    probability = jnp.where(context.index == context.num_steps - 1, 1.0, probability)
+    return (tokens == context.mask_id) & (place_noise(context.keys, tokens) < probability)
+
+
+def place_noise(keys: Array, tokens: Array) -> Array:
+    """[B, L] uniforms that decide which places change; each row's from its own key."""
+    shape = tokens.shape[1:]
+    return jax.vmap(lambda key: open_uniform(key, shape))(row_streams(keys, "reveal"))
 
 
 def reveal_probability(logsnr: Array, next_logsnr: Array) -> Array:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.schedules.parameters import is_concrete
 from mdm_jax.typing import Array
 
 LogitFilter = Callable[[Array], Array]
@@ -83,6 +84,29 @@ def compose(*filters: LogitFilter) -> LogitFilter:
         return logits
 
     return apply
+
+
+def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead: str) -> None:
+    """Refuses filters that leave nothing to draw, such as ``temperature(0)`` and ``top_k(1)``.
+
+    Args:
+        name: of the sampler that needs a distribution.
+        token_filter: tried on almost equal tokens, of which none leaves more.
+        vocab_size: number of these tokens, at least 2.
+        instead: what to use where tokens are to be the most likely ones.
+
+    Raises:
+        ValueError: if a single token is left (where the filter's settings are concrete).
+    """
+    with jax.ensure_compile_time_eval():
+        filtered = token_filter(jnp.linspace(0.0, -1e-3, vocab_size))
+        left = jnp.sum(filtered > jnp.finfo(jnp.float32).min)
+        alone = is_concrete(left) and int(left) < 2
+    if alone:
+        raise ValueError(
+            f"{name} draws from a distribution, but its filter (temperature 0, or top_k of 1) "
+            f"leaves a single token; raise the temperature, or use {instead}"
+        )
 
 
 def draw_tokens(keys: Array, logits: Array) -> Array:

@@ -23,7 +23,7 @@ def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:
     Given n masked tokens at masking rate m, their reveal levels are independent and uniform on
     (0, m). The next one is the largest, ``m U^(1/n)``, at a place uniform among the n; the network
     is evaluated at that level. Every row has its own clock, kept in ``state.memory`` as the log of
-    its masking rate [B] float32. Takes no grid.
+    its masking rate [B] float32. Takes no grid. Bias: exact.
 
     Args:
         token_filter: e.g. ``temperature(0.8)``; with one, the sample is of the filtered model.
@@ -50,7 +50,7 @@ def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:
         reveal = masked & (jnp.arange(tokens.shape[1])[None] == place[:, None])
         return SamplerState(jnp.where(reveal, drawn[:, None], tokens), log_rate)
 
-    return Sampler("first_hitting", init, step, no_mask_left, lambda length: length)
+    return Sampler("first_hitting", init, step, no_mask_left, lambda length: length, "exact")
 
 
 def next_log_rate(u: Array, log_rate: Array, masked_count: Array) -> Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.samplers.denoiser import Denoise, bind_denoiser, initial_std
+from mdm_jax.samplers.progress import Progress, reporter
 from mdm_jax.samplers.sampler import row_streams
 from mdm_jax.schedules import Output, Path, grids
 from mdm_jax.schedules.parameters import is_concrete
@@ -88,6 +89,7 @@ def sample_gaussian(
     start: ArrayLike | None = None,
     data_std: ArrayLike = 1.0,
     row_offset: ArrayLike = 0,
+    progress: Progress | None = None,
 ) -> Array:
     """Draws data [B, ...]: the state at the last level of the grid, divided by alpha.
 
@@ -109,6 +111,7 @@ def sample_gaussian(
         data_std: standard deviation of the data, for the scale of the first state (see
             :func:`initial_std`).
         row_offset: number of the first row, for sampling a large batch in parts.
+        progress: called after each step with the number of steps done and that of all.
 
     Raises:
         ValueError: for an empty shape, a start of another shape, or a grid that does not increase
@@ -116,7 +119,7 @@ def sample_gaussian(
     """
     data, _ = _run(
         *(key, model_fn, sampler, grid, shape, output, path),
-        *(documents, start, data_std, row_offset, lambda _: None),
+        *(documents, start, data_std, row_offset, lambda _: None, progress),
     )
     return data
 
@@ -135,6 +138,7 @@ def sample_gaussian_with_trace(
     start: ArrayLike | None = None,
     data_std: ArrayLike = 1.0,
     row_offset: ArrayLike = 0,
+    progress: Progress | None = None,
 ) -> tuple[Array, PyTree]:
     """:func:`sample_gaussian`, with ``trace(state)`` of every step stacked on a leading axis.
 
@@ -144,7 +148,7 @@ def sample_gaussian_with_trace(
     """
     return _run(
         *(key, model_fn, sampler, grid, shape, output, path),
-        *(documents, start, data_std, row_offset, trace),
+        *(documents, start, data_std, row_offset, trace, progress),
     )
 
 
@@ -157,6 +161,7 @@ def make_gaussian_generator(
     output: Output,
     path: Path,
     data_std: ArrayLike = 1.0,
+    progress: Progress | None = None,
 ) -> Callable[..., Array]:
     """:func:`sample_gaussian` compiled once per batch size.
 
@@ -168,6 +173,7 @@ def make_gaussian_generator(
         output: what the network predicts.
         path: of the network's inputs.
         data_std: as in :func:`sample_gaussian`.
+        progress: as in :func:`sample_gaussian`.
 
     Returns:
         ``generate(params, key, batch_size, documents=None, start=None, row_offset=0) -> data``
@@ -190,6 +196,7 @@ def make_gaussian_generator(
             start=start,
             data_std=data_std,
             row_offset=row_offset,
+            progress=progress,
         )
 
     return jax.jit(generate, static_argnames="batch_size")
@@ -213,6 +220,7 @@ def _run(
     data_std,
     row_offset,
     trace,
+    progress,
 ):
     _check_grid(sampler, grid, output, path)
     _check_shape(shape, start)
@@ -241,8 +249,10 @@ def _run(
             path=path,
         )
         state = sampler.step(context, denoise, state)
+        report(index + 1)
         return state, trace(state)
 
+    report = reporter(progress, num_steps)
     state = GaussianState(x, jnp.zeros_like(x), sampler.init(x))
     state, record = jax.lax.scan(advance, state, jnp.arange(num_steps))
     return state.x * jnp.exp(-path.log_alpha(levels[-1])), record

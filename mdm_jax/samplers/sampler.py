@@ -18,15 +18,28 @@ import numpy as np
 
 from mdm_jax import schedules
 from mdm_jax.corruption import exclude_token
+from mdm_jax.samplers.canvas import blank_canvas as blank_canvas
+from mdm_jax.samplers.canvas import check_canvas
+from mdm_jax.samplers.progress import Progress, reporter
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, ArrayLike, ModelFn, PyTree
 
 LOGSNR_LIMIT = math.log(2.0**24 - 1)
 """Largest |logSNR| shown to a network: that of the outermost quantiles met in training."""
 
-Denoise = Callable[[Array, Array], Array]
-"""``denoise(tokens [B, L], logsnr [] or [B] or [B, S]) -> float32 logits [B, L, K]``: the network
-with its documents bound, the mask token excluded and infinite noise levels made finite."""
+Denoise = Callable[..., Array]
+"""``denoise(tokens [N, L], logsnr [] or [N] or [N, S], rows=None) -> float32 logits [N, L, K]``:
+the network with its documents bound, the mask token excluded and infinite noise levels made finite.
+``rows`` [N] int32 names the rows of the canvas that the tokens belong to, where these are not all
+of them in order. Further keyword arguments, such as ``estimate``, are handed to the network."""
+
+SAMPLER_LABELS = ("exact", "discretised", "biased")
+"""What is known of the law of the samples, against the law in which the places are filled one at a
+time in uniformly random order, each token drawn from the (filtered) network: that of the reverse
+process in continuous time, whose likelihood the objective bounds.
+
+``exact``: the same law. ``discretised``: approaches it as steps are added. ``biased``: another law.
+"""
 
 
 class SamplerState(NamedTuple):
@@ -77,6 +90,7 @@ class Sampler(NamedTuple):
             sampling stops when all are.
         num_steps: ``num_steps(length) -> int`` where the sampler knows itself how many steps it
             needs at most; None where the grid says so.
+        bias: one of :data:`SAMPLER_LABELS`; the worst unless claimed otherwise.
     """
 
     name: str
@@ -84,13 +98,7 @@ class Sampler(NamedTuple):
     step: Callable[[StepContext, Denoise, SamplerState], SamplerState]
     finished: Callable[[SamplerState, int], Array]
     num_steps: Callable[[int], int] | None = None
-
-
-def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
-    """All-mask canvas [batch_size, length] int32 for free sampling; ValueError on empty sizes."""
-    if batch_size < 1 or length < 1:
-        raise ValueError(f"a canvas needs at least one row and place, got {batch_size} x {length}")
-    return jnp.full((batch_size, length), mask_id, jnp.int32)
+    bias: str = "biased"
 
 
 def sample(
@@ -103,6 +111,7 @@ def sample(
     mask_id: int,
     documents: ArrayLike | None = None,
     row_offset: ArrayLike = 0,
+    progress: Progress | None = None,
 ) -> Array:
     """Fills the masked places of a canvas; returns tokens [B, L] int32 without any mask token.
 
@@ -119,13 +128,18 @@ def sample(
         documents: [B, L] document numbers handed to the network, 0 on padding. Padding should hold
             some token that is not the mask: it is then a given place like any other.
         row_offset: number of the first row, for sampling a large batch in parts.
+        progress: called after each step with the number of steps done and that of all; an early
+            stop ends the calls before the two meet.
 
     Raises:
         ValueError: for a canvas that is not a non-empty integer matrix, documents of another shape,
             a negative mask_id, or a grid that is missing, superfluous, not increasing or does not
             end at +inf (values are checked where they are concrete).
     """
-    tokens, _ = _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, None)
+    tokens, _ = _run(
+        *(key, model_fn, sampler, grid, canvas, mask_id),
+        *(documents, row_offset, lambda _: None, progress),
+    )
     return tokens
 
 
@@ -140,6 +154,7 @@ def sample_with_trace(
     mask_id: int,
     documents: ArrayLike | None = None,
     row_offset: ArrayLike = 0,
+    progress: Progress | None = None,
 ) -> tuple[Array, PyTree]:
     """:func:`sample`, with ``trace(state)`` of every step stacked on a leading axis.
 
@@ -147,11 +162,18 @@ def sample_with_trace(
         tokens as :func:`sample` returns them, and the traces of the states after each step
         [num_steps, ...]; steps that an early stop left out repeat the last.
     """
-    return _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, trace)
+    return _run(
+        *(key, model_fn, sampler, grid, canvas, mask_id), *(documents, row_offset, trace, progress)
+    )
 
 
 def make_generator(
-    apply_fn: Callable[..., Array], sampler: Sampler, grid: ArrayLike | None, *, mask_id: int
+    apply_fn: Callable[..., Array],
+    sampler: Sampler,
+    grid: ArrayLike | None,
+    *,
+    mask_id: int,
+    progress: Progress | None = None,
 ) -> Callable[..., Array]:
     """:func:`sample` compiled once per canvas shape.
 
@@ -160,6 +182,7 @@ def make_generator(
         sampler: as in :func:`sample`.
         grid: concrete values, as in :func:`sample`.
         mask_id: the mask token.
+        progress: as in :func:`sample`.
 
     Returns:
         ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
@@ -172,8 +195,8 @@ def make_generator(
 
     @jax.jit
     def generate(params, key, canvas, documents=None, row_offset=0):
-        def model_fn(inputs, logsnr, docs):
-            return apply_fn(params, inputs, logsnr, docs)
+        def model_fn(inputs, logsnr, docs, **further):
+            return apply_fn(params, inputs, logsnr, docs, **further)
 
         return sample(
             key,
@@ -184,6 +207,7 @@ def make_generator(
             mask_id=mask_id,
             documents=documents,
             row_offset=row_offset,
+            progress=progress,
         )
 
     return generate
@@ -199,9 +223,9 @@ def no_mask_left(state: SamplerState, mask_id: int) -> Array:
     return ~jnp.any(state.tokens == mask_id, axis=-1)
 
 
-def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, trace):
+def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, observe, progress):
     _check_mask_id(mask_id)
-    canvas, documents = _check_canvas(canvas, documents)
+    canvas, documents = check_canvas(canvas, documents)
     levels = _check_grid(sampler, grid)
     num_steps = len(levels) - 1 if levels is not None else sampler.num_steps(canvas.shape[1])
     free = canvas == mask_id
@@ -229,9 +253,10 @@ def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, t
         index, state, record = carry
         state = advance(index, state)
         record = jax.tree.map(lambda r, now: r.at[index].set(now), record, observe(state))
+        report(index + 1)
         return index + 1, state, record
 
-    observe = (lambda _: None) if trace is None else trace
+    report = reporter(progress, num_steps)
     state = sampler.init(row_streams(row_keys, "init"), canvas, mask_id)
     record = jax.tree.map(
         lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype),
@@ -243,11 +268,12 @@ def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, t
 
 
 def _bind(model_fn: ModelFn, documents: Array | None, mask_id: int) -> Denoise:
-    def denoise(tokens: Array, logsnr: Array) -> Array:
+    def denoise(tokens: Array, logsnr: Array, rows: Array | None = None, **further) -> Array:
         level = jnp.clip(jnp.asarray(logsnr, jnp.float32), -LOGSNR_LIMIT, LOGSNR_LIMIT)
         if level.ndim < 2:
             level = jnp.broadcast_to(level.reshape(-1, 1), (tokens.shape[0], 1))
-        return exclude_token(model_fn(tokens, level, documents), mask_id)
+        picked = documents if documents is None or rows is None else documents[rows]
+        return exclude_token(model_fn(tokens, level, picked, **further), mask_id)
 
     return denoise
 
@@ -267,23 +293,6 @@ def _fill_after(steps: Array, record: Array, last: Array) -> Array:
 def _check_mask_id(mask_id: int) -> None:
     if mask_id < 0:
         raise ValueError(f"mask_id must be a token id, got {mask_id}")
-
-
-def _check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array, Array | None]:
-    canvas = jnp.asarray(canvas)
-    if canvas.ndim != 2 or 0 in canvas.shape or not jnp.issubdtype(canvas.dtype, jnp.integer):
-        raise ValueError(
-            "canvas must be a non-empty integer array [B, L] with mask_id at the places to "
-            f"generate (see blank_canvas), got {canvas.dtype} of shape {canvas.shape}"
-        )
-    if documents is None:
-        return canvas.astype(jnp.int32), None
-    documents = jnp.asarray(documents)
-    if documents.shape != canvas.shape:
-        raise ValueError(
-            f"documents must have the shape of the canvas {canvas.shape}, got {documents.shape}"
-        )
-    return canvas.astype(jnp.int32), documents
 
 
 def _check_grid(sampler: Sampler, grid: ArrayLike | None) -> Array | None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.schedules.laws import Law
+from mdm_jax.schedules.laws import Law, logistic
 from mdm_jax.schedules.masked_schedule import MaskedSchedule
 from mdm_jax.schedules.parameters import is_concrete
 from mdm_jax.typing import Array, ArrayLike
@@ -73,6 +73,41 @@ def from_law(law: Law, n: int) -> Array:
     return _evaluate(law, levels)
 
 
+def from_log_density(
+    log_density: Callable[[np.ndarray], ArrayLike], n: int, law: Law | None = None
+) -> Array:
+    """[n + 1] levels that cut a density over the quantile of a law into n equal parts.
+
+    For a density that was learned in training: a level is then as likely to be drawn there between
+    two neighbours of the grid as between any other two. The distribution function is summed over
+    some 8000 cells, finer towards both ends, and inverted; the first and the last level are the
+    ends of the density's support, to within a cell.
+
+    Args:
+        log_density: elementwise log density of the quantile u in (0, 1), near 1 = clean, up to a
+            constant; -inf where there is none. For a variance transform
+            ``lambda u: transform.profile(state, u).log_density``, for a density its ``log_pdf``.
+        n: steps.
+        law: whose quantiles they are, by default uniform masking rates (``logistic()``).
+
+    Raises:
+        TypeError: if the density or the law is traced.
+        ValueError: unless n >= 1, or if the density is nowhere positive, infinite or NaN, or n is
+            so large that neighbours round to the same float32.
+    """
+    done, _ = _steps(n)
+    law = logistic() if law is None else law
+
+    def levels() -> np.ndarray:
+        u = _density_quantiles(log_density, done / n)
+        low, high = law.support
+        inner = np.clip(u, 2.0**-24, 1 - 2.0**-24)
+        found = np.array(law.icdf(np.asarray(inner, jnp.result_type(float))), np.float64)
+        return np.where(u == 0, float(low), np.where(u == 1, float(high), found))
+
+    return _evaluate(law, levels)
+
+
 def explicit(values: ArrayLike) -> Array:
     """The given levels as a grid; see :func:`check_grid`."""
     return check_grid(values)
@@ -116,6 +151,31 @@ def _evaluate(source: Law | MaskedSchedule, levels: Callable[[], ArrayLike]) -> 
         )
     with jax.ensure_compile_time_eval():  # a grid of known numbers may be built while tracing
         return check_grid(levels())
+
+
+def _density_quantiles(
+    log_density: Callable[[np.ndarray], ArrayLike], shares: np.ndarray
+) -> np.ndarray:
+    """Quantiles below which the density has the given shares of its mass, rising from 0 to 1."""
+    half = 1 / (1 + np.exp(np.linspace(16.0, 0.0, 2049)))  # down to 1e-7, where float32 ends at 1
+    edges = np.concatenate([[0], half, 1 - half[-2::-1], np.linspace(0, 1, 4097)])
+    edges = np.unique(edges)  # sorted; 1 is among the last
+    middle = (edges[1:] + edges[:-1]) / 2
+    value = log_density(np.asarray(middle, jnp.result_type(float)))
+    if not is_concrete(value):
+        raise TypeError("the density of a grid is traced; build the grid outside jit")
+    value = np.asarray(value, np.float64)
+    if value.shape != middle.shape or np.any(np.isnan(value)) or not np.isfinite(value.max()):
+        raise ValueError(
+            "from_log_density needs an elementwise log density that is finite, or -inf, on (0, 1) "
+            f"and finite somewhere; got shape {value.shape}, largest value {value.max()}"
+        )
+    mass = np.diff(edges) * np.exp(value - value.max())
+    below = np.concatenate([[0.0], np.cumsum(mass)])
+    quantiles = np.interp(shares * below[-1], below, edges)
+    some = np.flatnonzero(mass)
+    quantiles[0], quantiles[-1] = edges[some[0]], edges[some[-1] + 1]
+    return quantiles
 
 
 def _steps(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,76 @@
+"""Uniform-token diffusion: tokens are kept, or replaced by a token drawn uniformly.
+
+At logSNR lambda a token survives with probability ``sigmoid(lambda)``; otherwise, at the rate
+``m = sigmoid(-lambda)``, it becomes one of the K tokens, all equally likely, itself included:
+
+    q(z | x) = (1 - m) [z = x] + m / K .
+
+At m = 0 nothing is replaced and at m = 1 nothing is left of x, so a bound over all levels has
+neither a reconstruction nor a prior term.
+
+References: Austin et al. 2021 (D3PM, uniform transitions), Schiff et al. 2024 (UDLM), Sahoo et al.
+2025 (Duo); DiffusionGemma is trained on this corruption too.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels
+from mdm_jax.draws import GRID_BITS
+from mdm_jax.typing import Array, ArrayLike
+
+
+def uniform_tokens(num_tokens: int) -> Corruption:
+    """Replaces each eligible token at the rate m by a token uniform on {0..num_tokens - 1}.
+
+    Two base noises per element, event shape (L, 2): the first one replaces where it falls below m,
+    the second one says by what, token ``floor(K v)``. So reflected noise (``variance.mirror``)
+    replaces disjoint sets up to m = 1/2, and by tokens from the other end of the vocabulary. On the
+    grid of ``draws.open_uniform`` every token has its probability to within 2**-23.
+
+    All eligible elements are targets, replaced or not: the network is not told which is which.
+    There is no mask token and no weight.
+
+    Args:
+        num_tokens: K >= 2, the real tokens. Special ids from K on, such as the mask token of this
+            package's tokenizers, are never drawn; they may stand in places that are not eligible.
+
+    Raises:
+        ValueError: for fewer than two tokens or more than the grid can tell apart.
+    """
+    check_num_tokens("uniform_tokens", num_tokens)
+
+    def corrupt(
+        x: Array,
+        logsnr: Array,
+        noise: Array,
+        eligible: Array,
+        level_ids: Array | None = None,
+    ) -> Corrupted:
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"uniform_tokens needs integer tokens, got {x.dtype}")
+        rate = spread_levels(jax.nn.sigmoid(-logsnr), x.shape[-1], level_ids)
+        replace = eligible & (noise[..., 0] < rate)
+        # Rounding can take K v up to K.
+        drawn = jnp.minimum(jnp.floor(noise[..., 1] * num_tokens), num_tokens - 1).astype(x.dtype)
+        inputs = jnp.where(replace, drawn, x)
+        mask = jnp.broadcast_to(eligible, inputs.shape)
+        return Corrupted(inputs, mask, jnp.zeros_like(logsnr))
+
+    return Corruption("uniform_tokens", corrupt, lambda length: (length, 2), None)
+
+
+def own_evidence(logsnr: ArrayLike, num_tokens: int) -> Array:
+    """``log q(v | v) / q(v | w) = log(1 + K exp(lambda))`` for w != v, nats, elementwise.
+
+    What a noisy token says for the clean token being the same one, against any other.
+    """
+    return jax.nn.softplus(jnp.asarray(logsnr) + math.log(num_tokens))
+
+
+def check_num_tokens(name: str, num_tokens: int) -> None:
+    """Raises ValueError unless 2 <= num_tokens <= 2**GRID_BITS."""
+    if not 2 <= num_tokens <= 2**GRID_BITS:
+        raise ValueError(f"{name} needs 2 <= num_tokens <= 2**{GRID_BITS}, got {num_tokens}")

@@ -1,0 +1,94 @@
+"""Plots of text quality against the number of steps. Functions draw on axes, as in ``plots.py``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PANELS = (
+    ("generative_perplexity", "generative perplexity"),
+    ("token_entropy", "token entropy (nats)"),
+)
+"""Figures of ``TextQuality.to_dict`` that :func:`quality_by_steps` draws side by side."""
+
+_X = {"num_steps": "steps", "forward_passes": "forward passes per text"}
+
+
+def quality_curve(
+    axes: Any,
+    records: Sequence[Mapping[str, Any]],
+    figure: str,
+    label: str | None = None,
+    *,
+    against: str = "num_steps",
+    reference: float | None = None,
+) -> Any:
+    """One figure of each sampler against its number of steps, on a base-2 logarithmic axis.
+
+    Args:
+        axes: matplotlib axes.
+        records: ``{"sampler": name, "num_steps": int, "forward_passes": float, "quality": dict}``
+            with the dict of ``TextQuality.to_dict``, in any order. Records whose figure is missing
+            or None are left out; with ``<figure>_standard_error`` error bars are drawn.
+        figure: which.
+        label: of the vertical axis; the figure's name if not given.
+        against: "num_steps" or "forward_passes".
+        reference: a horizontal line, the same figure of held-out text.
+
+    Raises:
+        ValueError: for another ``against``, or one that is not positive.
+    """
+    if against not in _X:
+        raise ValueError(f"against must be one of {', '.join(_X)}, got {against!r}")
+    for number, sampler in enumerate(dict.fromkeys(r["sampler"] for r in records)):
+        points = sorted(
+            (r[against], r["quality"][figure], r["quality"].get(f"{figure}_standard_error") or 0.0)
+            for r in records
+            if r["sampler"] == sampler and r["quality"].get(figure) is not None
+        )
+        if points:
+            x, y, error = zip(*points)
+            if x[0] <= 0:
+                raise ValueError(f"{sampler}: {against} must be positive, got {x[0]}")
+            axes.errorbar(
+                x,
+                y,
+                yerr=error,
+                color=f"C{number % 10}",
+                marker="o",
+                ms=3,
+                capsize=2,
+                label=sampler,
+            )
+    if reference is not None:
+        axes.axhline(reference, color="0.4", linestyle="--", linewidth=1, label="held-out text")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xlabel=_X[against], ylabel=label or figure)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small")
+    return axes
+
+
+def quality_by_steps(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    against: str = "num_steps",
+    references: Mapping[str, float] | None = None,
+    size: tuple[float, float] = (10, 4),
+) -> Any:
+    """A new figure: generative perplexity on the left, token entropy on the right, by sampler.
+
+    Args:
+        records: as for :func:`quality_curve`.
+        against: "num_steps" or "forward_passes".
+        references: figures of held-out text, such as its ``TextQuality.to_dict()``.
+        size: inches. ``figure.savefig(path)`` writes it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS):
+        reference = (references or {}).get(name)
+        quality_curve(axes, records, name, label, against=against, reference=reference)
+    return figure

@@ -1,0 +1,158 @@
+"""Generation block by block: any sampler inside a block, the finished blocks remembered."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.models.attention_masks import check_blocks
+from mdm_jax.models.block import BlockDecoder
+from mdm_jax.samplers.canvas import check_canvas
+from mdm_jax.samplers.sampler import Sampler, sample
+from mdm_jax.schedules.parameters import is_concrete
+from mdm_jax.typing import Array, ArrayLike, PyTree
+
+
+def sample_blocks(
+    key: Array,
+    decoder: BlockDecoder,
+    params: PyTree,
+    sampler: Sampler,
+    grid: ArrayLike | None,
+    canvas: ArrayLike,
+    *,
+    mask_id: int,
+    documents: ArrayLike | None = None,
+    row_offset: ArrayLike = 0,
+    prefix: int = 0,
+) -> Array:
+    """Fills the masked places of a canvas from left to right; tokens [B, L] without any mask token.
+
+    Within a block ``sample`` runs as it does on a whole row, and stops when the block is finished
+    in every row; one more pass remembers the finished block. So a sampler that follows the law of
+    the block (:func:`~mdm_jax.samplers.first_hitting`) follows that of the model: its product over
+    blocks. Given tokens never change, wherever they stand, but a block does not see what is given
+    in the blocks after it. Rows are independent, as in ``sample``.
+
+    A sampler, and whatever wraps its network, knows the block alone: it counts steps and confidence
+    per block, and does not see the prompt in the blocks before.
+
+    Args:
+        key: typed key. Row i draws in block b from ``fold_in(fold_in(key, b), row_offset + i)``.
+        decoder: e.g. ``models.cached_block_decoder(model, block_size)``.
+        params: of the network.
+        sampler: as in ``sample``.
+        grid: levels that every block goes through, as in ``sample``.
+        canvas: [B, L] integers; ``mask_id`` where a token is to be generated. L is a multiple of
+            the block size, and as long as memory allows: a decoder with a window needs no more of
+            it for longer rows.
+        mask_id: the mask token.
+        documents: [B, L] document numbers, 0 on padding; None for one whole document.
+        row_offset: number of the first row, for sampling a large batch in parts.
+        prefix: number of places at the beginning that are given in every row. The whole blocks
+            among them go through the network in one pass instead of one by one; nothing else
+            changes. Whoever traces the canvas vouches for it.
+
+    Raises:
+        ValueError: as ``sample``; if the block size does not divide the length; if the prefix is
+            longer than the canvas or not all given.
+    """
+    canvas, documents = check_canvas(canvas, documents)
+    num_rows, length = canvas.shape
+    size = decoder.block_size
+    num_blocks = check_blocks(length, size)
+    check_prefix(canvas, prefix, mask_id)
+    if documents is None:
+        documents = jnp.ones_like(canvas)
+    row_numbers = jnp.broadcast_to(jnp.arange(num_rows)[:, None], (num_rows, size))
+    memory, given = decoder.init(num_rows, length), prefix // size * size
+    if given:
+        memory = decoder.append(params, memory, canvas[:, :given], documents[:, :given])
+
+    def fill(memory: PyTree, block: tuple[Array, Array, Array]) -> tuple[PyTree, Array]:
+        index, start, own_documents = block
+
+        def model_fn(tokens: Array, logsnr: Array, rows: Array, **further: Array) -> Array:
+            if rows is row_numbers:  # the sampler asks for all rows in order
+                return decoder.logits(params, memory, tokens, logsnr, own_documents, **further)
+            rows = rows[:, 0]
+            known = decoder.take_rows(memory, rows)
+            return decoder.logits(params, known, tokens, logsnr, own_documents[rows], **further)
+
+        # The loop hands on to the network what it takes for documents: here, the rows' numbers.
+        tokens = sample(
+            *(jax.random.fold_in(key, index), model_fn, sampler, grid, start),
+            mask_id=mask_id,
+            documents=row_numbers,
+            row_offset=row_offset,
+        )
+        memory = jax.lax.cond(
+            index < num_blocks - 1,
+            lambda memory: decoder.append(params, memory, tokens, own_documents),
+            lambda memory: memory,
+            memory,
+        )
+        return memory, tokens
+
+    def cut(values: Array) -> Array:
+        return jnp.swapaxes(values[:, given:].reshape(num_rows, -1, size), 0, 1)
+
+    if given == length:
+        return canvas
+    blocks = (jnp.arange(given // size, num_blocks), cut(canvas), cut(documents))
+    _, filled = jax.lax.scan(fill, memory, blocks)
+    filled = jnp.swapaxes(filled, 0, 1).reshape(num_rows, -1)
+    return jnp.concatenate([canvas[:, :given], filled], axis=1)
+
+
+def make_block_generator(
+    decoder: BlockDecoder,
+    sampler: Sampler,
+    grid: ArrayLike | None,
+    *,
+    mask_id: int,
+    prefix: int = 0,
+) -> Callable[..., Array]:
+    """:func:`sample_blocks` compiled once per canvas shape.
+
+    Args:
+        decoder: e.g. ``models.cached_block_decoder(model, block_size)``.
+        sampler: as in :func:`sample_blocks`.
+        grid: concrete values, as in :func:`sample_blocks`.
+        mask_id: the mask token.
+        prefix: as in :func:`sample_blocks`; checked at every call.
+
+    Returns:
+        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``, which
+        raises as :func:`sample_blocks` does.
+    """
+
+    @jax.jit
+    def run(params, key, canvas, documents, row_offset):
+        return sample_blocks(
+            *(key, decoder, params, sampler, grid, canvas),
+            mask_id=mask_id,
+            documents=documents,
+            row_offset=row_offset,
+            prefix=prefix,
+        )
+
+    def generate(params, key, canvas, documents=None, row_offset=0):
+        canvas, documents = check_canvas(canvas, documents)
+        check_prefix(canvas, prefix, mask_id)
+        return run(params, key, canvas, documents, row_offset)
+
+    return generate
+
+
+def check_prefix(canvas: ArrayLike, prefix: int, mask_id: int) -> None:
+    """Raises ValueError unless ``prefix`` places of the canvas are given (where it is concrete)."""
+    length = np.shape(canvas)[-1]
+    if not 0 <= prefix <= length:
+        raise ValueError(f"prefix must be in [0, {length}], the canvas's length, got {prefix}")
+    if is_concrete(canvas) and np.any(np.asarray(canvas)[:, :prefix] == mask_id):
+        raise ValueError(
+            f"the first {prefix} places of every row must be given, but some hold the mask token "
+            f"{mask_id}; shorten the prefix"
+        )

@@ -1,0 +1,118 @@
+"""Canvases: what is given and what is to be generated, as one array of tokens.
+
+A canvas [B, L] int32 holds the mask token at every place to fill and given tokens elsewhere.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.schedules.parameters import is_concrete
+from mdm_jax.typing import Array, ArrayLike
+
+
+def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
+    """All-mask canvas [batch_size, length] int32 for free sampling; ValueError on empty sizes."""
+    if batch_size < 1 or length < 1:
+        raise ValueError(f"a canvas needs at least one row and place, got {batch_size} x {length}")
+    return jnp.full((batch_size, length), mask_id, jnp.int32)
+
+
+def prompt_canvas(prompt: ArrayLike, length: int, mask_id: int) -> Array:
+    """Canvas [B, length] int32 that begins with a prompt and is to be generated after it.
+
+    Args:
+        prompt: [P] for one row or [B, P], integers without the mask token.
+        length: of the rows, prompt included.
+        mask_id: the mask token.
+
+    Raises:
+        ValueError: if the prompt is longer than the rows, holds the mask token, or is not a matrix
+            or vector of integers.
+    """
+    given = _piece(prompt, "the prompt", mask_id)
+    if given.shape[1] > length:
+        raise ValueError(
+            f"the prompt has {given.shape[1]} tokens but the canvas only {length} places: cut the "
+            "prompt, or ask for a longer canvas"
+        )
+    gap = blank_canvas(given.shape[0], length, mask_id)[:, given.shape[1] :]
+    return jnp.concatenate([given, gap], axis=1)
+
+
+def canvas_with_gaps(
+    pieces: Sequence[ArrayLike], gap_lengths: Sequence[int], mask_id: int
+) -> Array:
+    """Canvas [B, L] int32 for infilling: piece, gap, piece, gap, ..., piece.
+
+    Args:
+        pieces: one more than there are gaps, each [P] (the same in all rows) or [B, P], integers
+            without the mask token. An empty one where the row begins or ends with a gap.
+        gap_lengths: number of places to generate in each gap.
+        mask_id: the mask token.
+
+    Raises:
+        ValueError: if there is no gap or one that is not positive, or if pieces do not fit their
+            number, each other, or :func:`prompt_canvas`.
+    """
+    if len(gap_lengths) == 0:
+        raise ValueError("canvas_with_gaps needs at least one gap length; got an empty list")
+    if min(gap_lengths) < 1:
+        raise ValueError(f"gap lengths must be positive, got {list(gap_lengths)}")
+    if len(pieces) != len(gap_lengths) + 1:
+        raise ValueError(
+            f"{len(gap_lengths)} gaps stand between {len(gap_lengths) + 1} pieces, got "
+            f"{len(pieces)}; give an empty piece where the row begins or ends with a gap"
+        )
+    given = [_piece(piece, f"piece {i}", mask_id) for i, piece in enumerate(pieces)]
+    rows = max(piece.shape[0] for piece in given)
+    if any(piece.shape[0] not in (1, rows) for piece in given):
+        raise ValueError(
+            f"pieces must have one row or as many as each other, got {[p.shape[0] for p in given]}"
+        )
+    parts = [jnp.broadcast_to(given[0], (rows, given[0].shape[1]))]
+    for piece, gap in zip(given[1:], gap_lengths, strict=True):
+        parts += [blank_canvas(rows, gap, mask_id)]
+        parts += [jnp.broadcast_to(piece, (rows, piece.shape[1]))]
+    return jnp.concatenate(parts, axis=1)
+
+
+def check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array, Array | None]:
+    """Canvas [B, L] as int32, documents as an array.
+
+    Raises:
+        ValueError: for a canvas that is not a non-empty integer matrix, or documents of another
+            shape.
+    """
+    canvas = jnp.asarray(canvas)
+    if canvas.ndim != 2 or 0 in canvas.shape or not jnp.issubdtype(canvas.dtype, jnp.integer):
+        raise ValueError(
+            "canvas must be a non-empty integer array [B, L] with mask_id at the places to "
+            f"generate (see blank_canvas), got {canvas.dtype} of shape {canvas.shape}"
+        )
+    if documents is None:
+        return canvas.astype(jnp.int32), None
+    documents = jnp.asarray(documents)
+    if documents.shape != canvas.shape:
+        raise ValueError(
+            f"documents must have the shape of the canvas {canvas.shape}, got {documents.shape}"
+        )
+    return canvas.astype(jnp.int32), documents
+
+
+def _piece(tokens: ArrayLike, name: str, mask_id: int) -> Array:
+    tokens = np.asarray(tokens) if is_concrete(tokens) else tokens
+    if tokens.size == 0:
+        tokens = tokens.astype(np.int32)  # an empty list says nothing of its type
+    integers = jnp.issubdtype(tokens.dtype, jnp.integer)
+    if tokens.ndim not in (1, 2) or not integers or (tokens.ndim == 2 and tokens.shape[0] == 0):
+        raise ValueError(
+            f"{name} must be integers [P] or [B, P], got {tokens.dtype} of shape {tokens.shape}"
+        )
+    if is_concrete(tokens) and np.any(tokens == mask_id):
+        raise ValueError(
+            f"{name} holds the mask token {mask_id}, which marks places to generate; leave it out, "
+            "or write the canvas by hand"
+        )
+    return jnp.asarray(jnp.atleast_2d(tokens), jnp.int32)
