@@ -40,6 +40,8 @@ def recipe(config: ConfigDict) -> Recipe:
 def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:
     """The weighted squared error of the recipe."""
     _check_pictures(dataset)
+    if config.model.self_conditioning:
+        raise ValueError("process=gaussian does not take model.self_conditioning")
     values = objectives.scaled_integers(_num_values(dataset))
     return objectives.gaussian_loss(recipe(config), values)
 
@@ -50,7 +52,9 @@ def model(config: ConfigDict, dataset: data.Dataset) -> models.PictureTransforme
     return models.PictureTransformer(network(config, 1), shape, patch)
 
 
-def apply_fn(config: ConfigDict, model: models.PictureTransformer) -> Callable[..., Array]:
+def apply_fn(
+    config: ConfigDict, model: models.PictureTransformer, _dataset: data.Dataset
+) -> Callable[..., Array]:
     """``apply_fn(params, inputs, logsnr, documents) -> output``, inputs scaled to unit variance."""
     path, sigma_data = recipe(config).path, config.gaussian.sigma_data
 
@@ -103,7 +107,9 @@ def details(record: dict[str, Any]) -> list[str]:
     return ["  of which " + ", ".join(terms)]
 
 
-def generator(config: ConfigDict, dataset: data.Dataset, apply_fn: Callable) -> Callable:
+def generator(
+    config: ConfigDict, dataset: data.Dataset, _model: models.PictureTransformer, apply_fn: Callable
+) -> Callable:
     """``generate(params, key, canvas, documents) -> grey values``, of the canvas's shape."""
     c, chosen = config.sample, recipe(config)
     sampler = lookup(SAMPLERS, c.sampler, "sample.sampler")(**settings(c, c.sampler))

@@ -1,5 +1,6 @@
 """Turns the config of a masked run into objects; ``config.process = "masked"``."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,22 @@ CORRUPTIONS = {
 }
 WEIGHTINGS = {"min_snr": objectives.min_snr_factor, "p2": objectives.p2_factor}
 _OWN_GRID = "uniform_masking_rate"
-SAMPLERS = {"ancestral": samplers.ancestral, "first_hitting": samplers.first_hitting}
+SAMPLERS = {
+    "ancestral": samplers.ancestral,
+    "cached_ancestral": samplers.cached_ancestral,
+    "first_hitting": samplers.first_hitting,
+    "by_confidence": functools.partial(samplers.by_score, samplers.confidence),
+    "by_margin": functools.partial(samplers.by_score, samplers.margin),
+    "by_entropy": functools.partial(samplers.by_score, samplers.negative_entropy),
+    "entropy_bounded": samplers.entropy_bounded,
+    "low_confidence_remasking": samplers.low_confidence_remasking,
+    "random_remasking": samplers.random_remasking,
+    "remdm_cap": samplers.remdm_cap,
+    "remdm_rescale": samplers.remdm_rescale,
+    "remdm_confidence": samplers.remdm_confidence,
+    "remdm_loop": samplers.remdm_loop,
+    "predictor_corrector": samplers.predictor_corrector,
+}
 LEVEL = "masking rate"
 """Label of the noise axis of plots."""
 
@@ -30,7 +46,9 @@ def model(config: ConfigDict, dataset: data.Dataset) -> models.Transformer:
     return models.Transformer(network(config, dataset.vocab_size))
 
 
-def apply_fn(_config: ConfigDict, model: models.Transformer) -> Callable[..., Array]:
+def apply_fn(
+    _config: ConfigDict, model: models.Transformer, _dataset: data.Dataset
+) -> Callable[..., Array]:
     """``apply_fn(params, inputs, logsnr, documents) -> logits``."""
     return model.apply
 
@@ -39,7 +57,16 @@ def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective
     """The masked bound with the configured process and law."""
     process = corruption_process(config, dataset)
     law = schedules.law_of(schedule(config, config.law.name, "law.name"))
-    bound, name = objectives.masked_nelbo(process, law), config.weighting.name
+    return finished(config, dataset, objectives.masked_nelbo(process, law))
+
+
+def finished(
+    config: ConfigDict, dataset: data.Dataset, bound: objectives.Objective
+) -> objectives.Objective:
+    """A bound with the configured weighting, and self-conditioning if the network takes it."""
+    if config.model.self_conditioning:
+        bound = objectives.self_conditioned(bound, dataset.vocab_size - 1)
+    name = config.weighting.name
     if not name:
         return bound
     factor = lookup(WEIGHTINGS, name, "weighting.name")(**settings(config.weighting, name))
@@ -79,15 +106,40 @@ def details(record: dict[str, Any]) -> list[str]:
     return [f"  perplexity per token {record['perplexity']:.3f} ± {shown}"]
 
 
-def generator(config: ConfigDict, dataset: data.Dataset, apply_fn: Callable) -> Callable:
+def generator(
+    config: ConfigDict, dataset: data.Dataset, _model: models.Transformer, apply_fn: Callable
+) -> Callable:
     """``generate(params, key, canvas, documents) -> tokens`` with the configured sampler."""
+    chosen = sampler(config)
+    if config.model.self_conditioning:
+        chosen = samplers.self_conditioned(chosen, dataset.vocab_size - 1, dataset.vocab_size)
+    return samplers.make_generator(
+        apply_fn, chosen, grid_of(config, chosen), mask_id=dataset.mask_id
+    )
+
+
+def sampler(config: ConfigDict) -> samplers.Sampler:
+    """The configured sampler, with its filters and whatever stands between it and the network."""
+    c = config.sample
+    factory = lookup(SAMPLERS, c.sampler, "sample.sampler")
+    chosen = factory(token_filter=token_filter(config), **settings(c, c.sampler))
+    wrappers = [samplers.prompt_guidance(c.guidance)] if c.guidance else []
+    wrappers += [samplers.no_repeat_ngrams(c.no_repeat_ngrams)] if c.no_repeat_ngrams else []
+    return samplers.wrapped(chosen, *wrappers) if wrappers else chosen
+
+
+def token_filter(config: ConfigDict) -> samplers.LogitFilter:
+    """Temperature, top-k and nucleus, in this order."""
     c = config.sample
     filters = [samplers.temperature(c.temperature)]
     filters += [samplers.top_k(c.top_k)] if c.top_k else []
     filters += [samplers.top_p(c.top_p)] if c.top_p < 1 else []
-    sampler = lookup(SAMPLERS, c.sampler, "sample.sampler")(samplers.compose(*filters))
-    levels = None if c.sampler == "first_hitting" else grid(config)
-    return samplers.make_generator(apply_fn, sampler, levels, mask_id=dataset.mask_id)
+    return samplers.compose(*filters)
+
+
+def grid_of(config: ConfigDict, chosen: samplers.Sampler):
+    """Levels for a sampler, None for one that sets its own."""
+    return None if chosen.num_steps is not None else grid(config)
 
 
 def grid(config: ConfigDict):

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, build_gaussian, build_masked
+from experiments import (
+    build,
+    build_autoregressive,
+    build_block,
+    build_gaussian,
+    build_masked,
+    build_uniform,
+)
 from mdm_jax import data, streams, training
 from mdm_jax.batches import Batch
 from mdm_jax.draws import DrawSpec
@@ -21,7 +28,13 @@ from mdm_jax.training import CheckpointError, TrainState
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance import VarianceTransform, worst_bias
 
-PROCESSES = {"masked": build_masked, "gaussian": build_gaussian}
+PROCESSES = {
+    "masked": build_masked,
+    "block": build_block,
+    "uniform": build_uniform,
+    "autoregressive": build_autoregressive,
+    "gaussian": build_gaussian,
+}
 """What builds the parts of a run that depend on its process."""
 
 
@@ -115,7 +128,7 @@ class Experiment:
 
     def generator(self) -> Callable:
         """``generate(params, key, canvas, documents) -> tokens`` with the configured sampler."""
-        return self.process.generator(self.config, self.dataset, self.apply_fn)
+        return self.process.generator(self.config, self.dataset, self.model, self.apply_fn)
 
     def key(self, step: int, name: str) -> Array:
         """Key of a named stream at a step."""
@@ -142,7 +155,9 @@ class Experiment:
 
     def source_of_levels(self) -> str:
         """Law or recipe that the levels come from, for people."""
-        if self.config.process == "masked":
+        if self.config.process == "autoregressive":
+            return "no noise"
+        if self.config.process != "gaussian":
             return f"law {self.config.law.name}"
         c = self.config.gaussian
         return f"recipe {c.recipe}" + (f", law {c.law}" if c.law else "")
@@ -157,7 +172,7 @@ class Experiment:
         return nn.meta.unbox(self._init()(jax.random.key(0)))
 
     def _init(self) -> Callable[[Array], PyTree]:
-        dtype = jnp.int32 if self.objective.corruption.mask_id is not None else jnp.float32
+        dtype = jnp.float32 if self.config.process == "gaussian" else jnp.int32
         return training.linen_init(self.model, self.dataset.length, dtype)
 
 
@@ -179,7 +194,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
         config=config,
         dataset=dataset,
         model=model,
-        apply_fn=process.apply_fn(config, model),
+        apply_fn=process.apply_fn(config, model, dataset),
         objective=objective,
         transform=build.transform(config, objective.law),
         monitors=tuple(build.monitors(config, objective)),

@@ -171,8 +171,10 @@ def measure(
         settings: how much to measure.
 
     Raises:
-        ValueError: if the settings do not fit the data.
+        ValueError: if the settings do not fit the data, or the run has no noise.
     """
+    if experiment.config.process == "autoregressive":
+        raise ValueError("an autoregressive run has no noise whose variance could be measured")
     settings = Settings() if settings is None else settings
     chosen = {BASELINE: METHODS[BASELINE], **(METHODS if methods is None else methods)}
     chosen[CONFIGURED] = Method(lambda _table: experiment.transform, None)
@@ -274,7 +276,7 @@ class _Meter:
 
     def _process(self, method: Method) -> str:
         own = self.experiment.objective.corruption.name
-        masked = self.experiment.objective.corruption.mask_id is not None
+        masked = self.experiment.config.process in ("masked", "block")
         return (method.corruption or own) if masked else own
 
     def _measured(
@@ -337,7 +339,7 @@ class _Meter:
             if corruption != objective.corruption.name:
                 changed = config.copy_and_resolve_references()
                 changed.corruption.name = corruption
-                objective = build_masked.objective(changed, self.experiment.dataset)
+                objective = self.experiment.process.objective(changed, self.experiment.dataset)
             self.estimators[corruption] = evaluation.make_estimator(
                 self.experiment.apply_fn, objective
             )

@@ -18,7 +18,7 @@ from mdm_jax.models.causal import (
     causal_apply,
     recomputing_causal_decoder,
 )
-from mdm_jax.models.transformer import KeyValues
+from mdm_jax.models.transformer_blocks import KeyValues
 from mdm_jax.training import linen_init
 
 ROWS, LENGTH, SIZE = 3, 12, 2

@@ -35,7 +35,9 @@ NEEDS_DATA = {"mnist_gaussian"}
 
 
 def test_the_files_are_found():
-    assert {"base", "quickstart", "digits_masked"} <= set(NAMES)
+    assert {"base", "quickstart", "digits_masked", "text_block", "text_uniform", "text_ar"} <= set(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NEEDS_DATA))

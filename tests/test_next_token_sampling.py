@@ -50,10 +50,9 @@ def test_filters_act_on_every_place():
     """Temperature zero is the greedy path; the top token of three and all of three."""
     blank = samplers.blank_canvas(3, 4, MASK)
     greedy = np.asarray(toy_generator(0, "temperature", 0.0)(jax.random.key(0), blank))
-    expected = []
+    expected, model_fn = [], tiny.jit(functools.partial(block_toy.causal_apply, toy.toy_params()))
     for place in range(4):
-        start = jnp.array([[*expected, *[0] * (4 - place)]])
-        logits = block_toy.causal_apply(toy.toy_params(), start)
+        logits = model_fn(jnp.array([[*expected, *[0] * (4 - place)]]))
         expected.append(int(jnp.argmax(logits[0, place])))
     assert greedy.tolist() == [expected] * 3
     first = toy_generator(0, "top_k", 1)(jax.random.key(0), blank)
@@ -83,7 +82,7 @@ def test_the_mask_token_is_never_drawn():
     assert (tokens < MASK).all() and len(np.unique(tokens)) == 3
 
 
-@pytest.mark.parametrize("prefix", [1, 3, 4])
+@pytest.mark.parametrize("prefix", [2, 4])
 def test_a_prefix_changes_nothing(prefix):
     canvas = np.full((3, 4), MASK, np.int32)
     canvas[:, :prefix] = np.array(toy.ROWS)[:, :prefix]

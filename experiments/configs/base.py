@@ -53,12 +53,19 @@ def get_config() -> ConfigDict:
             "scan_layers": False,
             "qk_norm": True,
             "rope_base": 100.0,
+            "self_conditioning": False,  # processes masked and uniform
             "patch_size": 2,  # process gaussian
             "dtype": "float32",  # operands of matrix products: float32 | bfloat16
             "param_dtype": "float32",
         }
     )
-    config.process = "masked"  # masked | gaussian
+    config.process = "masked"  # masked | block | uniform | autoregressive | gaussian
+    config.block = ConfigDict(
+        {
+            "size": 16,  # tokens of a block, a divisor of data.length; 1 is autoregressive
+            "window": 0,  # blocks that a block sees, itself included; 0 for all
+        }
+    )
     config.gaussian = ConfigDict(
         {
             # process gaussian: what is minimised, and the network's output (schedules.recipes)
@@ -226,14 +233,33 @@ def get_config() -> ConfigDict:
     )
     config.sample = ConfigDict(
         {
-            # masked: first_hitting | ancestral; gaussian: ddim | ddpm_ancestral | dpm_solver_pp_2m
-            # | edm_heun | euler_flow | heun_flow
+            # masked, block: first_hitting | ancestral | cached_ancestral | by_confidence |
+            # by_margin | by_entropy | entropy_bounded | low_confidence_remasking |
+            # random_remasking | remdm_cap | remdm_rescale | remdm_confidence | remdm_loop |
+            # predictor_corrector
+            # uniform: uniform_ancestral | uniform_corrected
+            # gaussian: ddim | ddpm_ancestral | dpm_solver_pp_2m | edm_heun | euler_flow | heun_flow
             "sampler": "first_hitting",
-            "num_steps": 64,  # of all but first_hitting
+            "num_steps": 64,  # of samplers that step along a grid
             # masked: uniform_masking_rate or a masked schedule; gaussian: uniform_logsnr, edm or a
             # Gaussian schedule
             "grid": "uniform_masking_rate",
             "ddim": {"eta": 0.0},
+            "cached_ancestral": {"rows_per_pass": 8},
+            "by_confidence": {"tokens_per_step": 1},
+            "by_margin": {"tokens_per_step": 1},
+            "by_entropy": {"tokens_per_step": 1},
+            "entropy_bounded": {"gamma": 0.5},  # nats
+            "low_confidence_remasking": {"block_size": 32, "steps_per_block": 16},
+            "random_remasking": {"block_size": 32, "steps_per_block": 16},
+            "remdm_cap": {"eta": 0.02},
+            "remdm_rescale": {"eta": 0.1},
+            "remdm_loop": {"eta": 0.02, "on": 0.55, "off": 0.05, "survival_on": 0.9},
+            "predictor_corrector": {"corrector_steps": 1, "eta": 0.1},
+            "uniform_ancestral": {"greedy_tail": False},
+            "uniform_corrected": {"prediction": 0.9},
+            "guidance": 0.0,  # masked: scale of classifier-free guidance by the given tokens
+            "no_repeat_ngrams": 0,  # masked: n-grams of this length never repeat; 0 for free
             "num_samples": 3,
             "temperature": 1.0,
             "top_k": 0,  # 0: all tokens

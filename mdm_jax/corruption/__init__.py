@@ -2,6 +2,7 @@
 
 from mdm_jax.corruption.gaussian import gaussian as gaussian
 from mdm_jax.corruption.gaussian import normal_noise as normal_noise
+from mdm_jax.corruption.leave_one_out import leave_one_out as leave_one_out
 from mdm_jax.corruption.masked import bernoulli as bernoulli
 from mdm_jax.corruption.masked import count_at_rate as count_at_rate
 from mdm_jax.corruption.masked import cross_entropy as cross_entropy
@@ -18,3 +19,4 @@ from mdm_jax.corruption.process import spread_levels as spread_levels
 from mdm_jax.corruption.process import sum_levels as sum_levels
 from mdm_jax.corruption.token_dependent import bernoulli_shifted_logit as bernoulli_shifted_logit
 from mdm_jax.corruption.token_dependent import bernoulli_shifted_rate as bernoulli_shifted_rate
+from mdm_jax.corruption.uniform_tokens import uniform_tokens as uniform_tokens

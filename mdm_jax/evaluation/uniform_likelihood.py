@@ -5,8 +5,8 @@ the quantiles of one law, that of the replacement rate ``m = v^3``, v uniform. A
 squared loss grows like 1/m or somewhat faster, and a uniform rate would have infinite variance. The
 least variance is that of a density near ``m^(-1/2)``; this one, ``m^(-2/3) / 3``, comes close, and
 its rare large values are smaller, so that fewer replicates tell the error. Base noise is drawn anew
-for every level: turning it by 1/F of the circle, as ``variance.rotate`` does, gained between nothing
-and a few per cent on the toy, whose variance is that of single replaced tokens.
+for every level: turning it by 1/F of the circle, as ``variance.rotate`` does, gained nothing worth
+having on the toy.
 
 The whole design is repeated R times with fresh randomness; the spread of the totals gives the Monte
 Carlo standard error.
@@ -120,7 +120,7 @@ def make_uniform_likelihood(
 
 
 def pass_numbers(row_key: Array, j: Array, passes: int, length: int) -> tuple[Array, Array]:
-    """Quantile [], uniform in the cell [j / F, (j + 1) / F), and base noise [length, 2] of pass j."""
+    """Quantile [], uniform in [j / F, (j + 1) / F), and base noise [length, 2] of pass j."""
     key = jax.random.fold_in(row_key, j)
     cell = (j + open_uniform(stream(key, "level"), ())) / passes
     smallest = 2.0 ** -(GRID_BITS + 1)  # where the ends of the grid are

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from mdm_jax.models.attention_masks import block_causal_between, same_document
-from mdm_jax.models.transformer import KeyValues, Transformer, TransformerConfig
+from mdm_jax.models.transformer import Transformer
+from mdm_jax.models.transformer_blocks import KeyValues
+from mdm_jax.models.transformer_config import TransformerConfig
 from mdm_jax.typing import Array, PyTree
 
 

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mdm_jax.models.layers import Linear
-from mdm_jax.models.transformer import TransformerConfig, level_condition, run_blocks
+from mdm_jax.models.transformer_blocks import level_condition, run_blocks
+from mdm_jax.models.transformer_config import TransformerConfig
 from mdm_jax.typing import Array
 
 

@@ -8,11 +8,16 @@ from mdm_jax.samplers.filters import LogitFilter, check_random, compose
 from mdm_jax.samplers.remdm import (
     check_probability,
     largest_remasking,
-    never_finished,
     reveal_and_remask,
     reveal_with_remasking,
 )
-from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
+from mdm_jax.samplers.sampler import (
+    Denoise,
+    Sampler,
+    SamplerState,
+    StepContext,
+    never_finished,
+)
 from mdm_jax.typing import Array
 
 

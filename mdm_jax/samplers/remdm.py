@@ -23,7 +23,14 @@ import jax.numpy as jnp
 
 from mdm_jax.samplers.ancestral import place_noise, reveal_probability
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
-from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext, row_streams
+from mdm_jax.samplers.sampler import (
+    Denoise,
+    Sampler,
+    SamplerState,
+    StepContext,
+    never_finished,
+    row_streams,
+)
 from mdm_jax.typing import Array
 
 
@@ -161,12 +168,6 @@ def reveal_with_remasking(logsnr: Array, next_logsnr: Array, remask: Array) -> A
     """
     odds = jnp.exp(jnp.minimum(logsnr, 80.0))  # finite, as 0 times infinity is not
     return reveal_probability(logsnr, next_logsnr) + remask * odds
-
-
-def never_finished(state: SamplerState, mask_id: int) -> Array:
-    """[B] bool; ``finished`` for samplers that may put a mask back until the last step."""
-    del mask_id
-    return jnp.zeros(state.tokens.shape[0], bool)
 
 
 def check_probability(name: str, eta: float) -> None:

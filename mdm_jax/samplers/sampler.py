@@ -18,7 +18,6 @@ import numpy as np
 
 from mdm_jax import schedules
 from mdm_jax.corruption import exclude_token
-from mdm_jax.samplers.canvas import blank_canvas as blank_canvas
 from mdm_jax.samplers.canvas import check_canvas
 from mdm_jax.samplers.progress import Progress, reporter
 from mdm_jax.streams import stream
@@ -221,6 +220,12 @@ def row_streams(keys: Array, name: str) -> Array:
 def no_mask_left(state: SamplerState, mask_id: int) -> Array:
     """[B] bool; ``finished`` for samplers that never put a mask back."""
     return ~jnp.any(state.tokens == mask_id, axis=-1)
+
+
+def never_finished(state: SamplerState, mask_id: int) -> Array:
+    """[B] bool; ``finished`` for samplers that may change any place until the last step."""
+    del mask_id
+    return jnp.zeros(state.tokens.shape[0], bool)
 
 
 def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, observe, progress):

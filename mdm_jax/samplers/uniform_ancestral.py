@@ -1,6 +1,7 @@
 """Ancestral sampling of uniform-token diffusion along any grid of noise levels."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def step_evidence(logsnr: Array, next_logsnr: Array, num_tokens: int) -> Array:
     return jax.nn.softplus(log_odds + math.log(num_tokens))
 
 
-def uniform_start(name: str, num_tokens: int):
+def uniform_start(name: str, num_tokens: int) -> Callable[[Array, Array, int], SamplerState]:
     """``init`` of a sampler that starts from uniform tokens at the marked places."""
     check_num_tokens(name, num_tokens)
 

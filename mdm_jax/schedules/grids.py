@@ -159,7 +159,7 @@ def _density_quantiles(
     """Quantiles below which the density has the given shares of its mass, rising from 0 to 1."""
     half = 1 / (1 + np.exp(np.linspace(16.0, 0.0, 2049)))  # down to 1e-7, where float32 ends at 1
     edges = np.concatenate([[0], half, 1 - half[-2::-1], np.linspace(0, 1, 4097)])
-    edges = np.unique(edges)  # sorted; 1 is among the last
+    edges = np.unique(edges)  # sorted, from 0 to 1
     middle = (edges[1:] + edges[:-1]) / 2
     value = log_density(np.asarray(middle, jnp.result_type(float)))
     if not is_concrete(value):

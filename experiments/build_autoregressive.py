@@ -1,0 +1,60 @@
+"""Turns the config of the baseline, ``config.process = "autoregressive"``, into objects.
+
+The same network under a causal mask. There is no noise: variance chains and noise laws play no
+part.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from experiments import build_masked
+from experiments.build_masked import LEVEL as LEVEL
+from experiments.build_masked import details as details
+from experiments.build_masked import model as model
+from experiments.build_masked import record as record
+from mdm_jax import data, evaluation, models, objectives, samplers
+from mdm_jax.typing import Array
+
+
+def apply_fn(
+    _config: ConfigDict, model: models.Transformer, dataset: data.Dataset
+) -> Callable[..., Array]:
+    """``apply_fn(params, tokens, logsnr, documents) -> logits``, each from the tokens before."""
+    return models.causal_apply(model, dataset.mask_id)
+
+
+def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:
+    """The next-token loss.
+
+    Raises:
+        ValueError: for settings that are about noise.
+    """
+    if config.variance.order:
+        raise ValueError(
+            "process=autoregressive has no noise to couple or warp: "
+            f'--config.variance.order="()" instead of {config.variance.order}'
+        )
+    if config.model.self_conditioning or config.weighting.name:
+        raise ValueError(
+            "process=autoregressive takes neither model.self_conditioning nor weighting.name"
+        )
+    return objectives.next_token(dataset.mask_id)
+
+
+def likelihood(
+    _config: ConfigDict, dataset: data.Dataset, apply_fn: Callable, _passes: int, _replicates: int
+) -> Callable[..., evaluation.Likelihood]:
+    """The exact likelihood; passes and replicates have no part in it."""
+    return evaluation.make_next_token_likelihood(apply_fn, dataset.mask_id)
+
+
+def generator(
+    config: ConfigDict, dataset: data.Dataset, model: models.Transformer, _apply_fn: Callable
+) -> Callable:
+    """Generation token by token with cached keys and values, from left to right."""
+    return samplers.make_next_token_generator(
+        models.cached_causal_decoder(model, dataset.mask_id),
+        mask_id=dataset.mask_id,
+        token_filter=build_masked.token_filter(config),
+    )

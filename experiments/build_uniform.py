@@ -1,0 +1,56 @@
+"""Turns the config of a uniform-token run into objects; ``config.process = "uniform"``."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from experiments import build_masked
+from experiments.build import lookup, settings
+from experiments.build_masked import apply_fn as apply_fn
+from experiments.build_masked import details as details
+from experiments.build_masked import model as model
+from experiments.build_masked import record as record
+from mdm_jax import data, evaluation, models, objectives, samplers, schedules
+
+SAMPLERS = {
+    "uniform_ancestral": samplers.uniform_ancestral,
+    "uniform_corrected": samplers.uniform_corrected,
+}
+LEVEL = "replacement rate"
+"""Label of the noise axis of plots."""
+
+
+def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:
+    """The bound over all ids but the mask token, with the configured law."""
+    law = schedules.law_of(build_masked.schedule(config, config.law.name, "law.name"))
+    bound = objectives.uniform_nelbo(num_tokens(dataset), law)
+    return build_masked.finished(config, dataset, bound)
+
+
+def likelihood(
+    _config: ConfigDict, dataset: data.Dataset, apply_fn: Callable, passes: int, replicates: int
+) -> Callable[..., evaluation.Likelihood]:
+    """The fixed estimator of the bound, whatever chain the run trains with."""
+    return evaluation.make_uniform_likelihood(
+        apply_fn, num_tokens(dataset), passes=passes, replicates=replicates
+    )
+
+
+def generator(
+    config: ConfigDict, dataset: data.Dataset, _model: models.Transformer, apply_fn: Callable
+) -> Callable:
+    """``generate(params, key, canvas, documents) -> tokens``; the mask token marks free places."""
+    c, count = config.sample, num_tokens(dataset)
+    factory = lookup(SAMPLERS, c.sampler, "sample.sampler")
+    chosen = factory(
+        count, token_filter=build_masked.token_filter(config), **settings(c, c.sampler)
+    )
+    if config.model.self_conditioning:
+        chosen = samplers.self_conditioned(chosen, count, dataset.vocab_size)
+    grid = build_masked.grid(config)
+    return samplers.make_generator(apply_fn, chosen, grid, mask_id=dataset.mask_id)
+
+
+def num_tokens(dataset: data.Dataset) -> int:
+    """K: every id but the mask token, which is the last one."""
+    return dataset.vocab_size - 1

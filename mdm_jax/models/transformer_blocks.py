@@ -1,0 +1,232 @@
+"""The blocks of a transformer: attention over new and cached tokens, feed-forward, conditioning."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.models.layers import Linear, Norm, logsnr_features, rotary
+from mdm_jax.models.transformer_config import TransformerConfig
+from mdm_jax.typing import Array
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of some tokens, [N, Q, H, D], or [depth, N, Q, H, D] of all layers.
+
+    Attributes:
+        keys: rotated to their position.
+        values: as they are.
+    """
+
+    keys: Array
+    values: Array
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions, over the tokens themselves and cached ones."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, mask: Array | None, positions: Array, cached: KeyValues | None
+    ) -> tuple[Array, KeyValues]:
+        c = self.config
+        shape = (*x.shape[:2], c.num_heads, c.width // c.num_heads)
+        project = {"axes": ("embed", "heads"), "dtype": c.dtype, "param_dtype": c.param_dtype}
+        q, k, v = (
+            Linear(c.width, name=name, **project)(x).reshape(shape)
+            for name in ("query", "key", "value")
+        )
+        if c.qk_norm:
+            norm = {"axes": (None,), "param_dtype": c.param_dtype}
+            q, k = Norm(name="query_norm", **norm)(q), Norm(name="key_norm", **norm)(k)
+        q, k = (rotary(a, positions, c.rope_base).astype(c.dtype) for a in (q, k))
+        own = everything = KeyValues(k, v.astype(c.dtype))
+        if cached is not None:
+            everything = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), cached, own)
+        y = jax.nn.dot_product_attention(q, *everything, mask=mask)
+        out = Linear(
+            c.width,
+            axes=("heads", "embed"),
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            kernel_init=_residual_init(c),
+            name="out",
+        )
+        return out(y.reshape(x.shape)), own
+
+
+class FeedForward(nn.Module):
+    """GeLU or SwiGLU feed-forward layer."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        enter = {"axes": ("embed", "mlp"), "dtype": c.dtype, "param_dtype": c.param_dtype}
+        h = Linear(c.hidden, name="up", **enter)(x)
+        if c.mlp == "swiglu":
+            h = jax.nn.silu(Linear(c.hidden, name="gate", **enter)(x)) * h
+        else:
+            h = jax.nn.gelu(h)
+        return Linear(
+            c.width,
+            axes=("mlp", "embed"),
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            kernel_init=_residual_init(c),
+            name="down",
+        )(h)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals; adaLN-zero if conditioned."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | None,
+        positions: Array,
+        condition: Array | None,
+        cached: KeyValues | None,
+    ) -> tuple[Array, KeyValues]:
+        c = self.config
+        norm = {"kind": c.norm, "learned": condition is None, "param_dtype": c.param_dtype}
+        attention, mlp = Attention(c, name="attention"), FeedForward(c, name="mlp")
+        if condition is None:
+            y, own = attention(Norm(name="norm_1", **norm)(x), mask, positions, cached)
+            x = x + y
+            return x + mlp(Norm(name="norm_2", **norm)(x)), own
+        parts = _modulation(c, 6, condition, x.shape[1])
+        h = Norm(name="norm_1", **norm)(x) * (1 + parts[0]) + parts[1]
+        y, own = attention(h, mask, positions, cached)
+        x = x + parts[2] * y
+        h = Norm(name="norm_2", **norm)(x) * (1 + parts[3]) + parts[4]
+        return x + parts[5] * mlp(h), own
+
+
+def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array | None) -> Array:
+    """Embedded tokens [N, L, width] plus the projected embedding of an estimate [N, L, K]."""
+    shape = (*x.shape[:-1], c.vocab_size)
+    if estimate is not None and not (c.self_conditioning and estimate.shape == shape):
+        raise ValueError(
+            f"an estimate of the clean tokens needs a config with self_conditioning (here "
+            f"{c.self_conditioning}) and the shape {shape}, got {estimate.shape}"
+        )
+    if not c.self_conditioning:
+        return x
+    if estimate is None:
+        embedded = jnp.zeros_like(x)
+    else:
+        embedded = jnp.einsum(
+            "nlk,kd->nld",
+            estimate.astype(c.dtype),
+            table.astype(c.dtype),
+            preferred_element_type=jnp.float32,
+        )
+    return x + Linear(
+        c.width,
+        axes=("embed", "mlp"),
+        dtype=c.dtype,
+        param_dtype=c.param_dtype,
+        kernel_init=nn.initializers.zeros,
+        name="estimate",
+    )(embedded)
+
+
+def run_blocks(
+    c: TransformerConfig,
+    x: Array,
+    mask: Array | None,
+    positions: Array,
+    condition: Array | None,
+    cached: KeyValues | None = None,
+) -> tuple[Array, KeyValues]:
+    """All blocks and the final norm, inside a compact module: outputs and [depth, ...] keys.
+
+    Args:
+        c: shape and arithmetic.
+        x: [N, Q, width] embedded inputs.
+        mask: [N or 1, 1, Q, M + Q] bool, where attention may look; None for everywhere.
+        positions: [Q] or [N, Q] for the rotary positions.
+        condition: [N, S, width] from :func:`level_condition`, or None.
+        cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
+    """
+    if c.scan_layers:
+        scanned = nn.scan(
+            _ScanBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, key_values = scanned(c, name="blocks")(x, mask, positions, condition, cached)
+    else:
+        layers = []
+        for i in range(c.depth):
+            before = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
+            x, own = Block(c, name=f"block_{i}")(x, mask, positions, condition, before)
+            layers.append(own)
+        key_values = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")
+    x = norm(x)
+    if condition is None:
+        return x, key_values
+    scale, shift = _modulation(c, 2, condition, x.shape[1])
+    return x * (1 + scale) + shift, key_values
+
+
+def level_condition(c: TransformerConfig, logsnr: Array | None, length: int) -> Array:
+    """Features of the noise levels for the adaptive norms, [N, S, width]; in a compact module.
+
+    Raises:
+        ValueError: unless the number S of levels per row divides ``length``.
+    """
+    if logsnr is None or logsnr.ndim != 2 or length % logsnr.shape[-1]:
+        shape = None if logsnr is None else logsnr.shape
+        raise ValueError(
+            "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1], or "
+            f"one per segment, logsnr [N, S] with S a divisor of {length}; got {shape}"
+        )
+    project = {"dtype": c.dtype, "param_dtype": c.param_dtype, "use_bias": True}
+    h = logsnr_features(logsnr, c.width)
+    h = jax.nn.silu(Linear(c.width, axes=("embed", "mlp"), name="level_1", **project)(h))
+    return Linear(c.width, axes=("mlp", "embed"), name="level_2", **project)(h)
+
+
+class _ScanBlock(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, mask, positions, condition, cached):
+        return Block(self.config, name="block")(x, mask, positions, condition, cached)
+
+
+def _modulation(c: TransformerConfig, parts: int, condition: Array, length: int) -> list[Array]:
+    # Zero initialisation makes every conditioned block start as the identity.
+    modulation = Linear(
+        parts * c.width,
+        axes=("embed", "mlp"),
+        use_bias=True,
+        dtype=c.dtype,
+        param_dtype=c.param_dtype,
+        kernel_init=nn.initializers.zeros,
+        name="modulation",
+    )(jax.nn.silu(condition))
+    levels = condition.shape[1]
+    if levels > 1:
+        modulation = jnp.repeat(modulation, length // levels, axis=1)
+    return jnp.split(modulation, parts, axis=-1)
+
+
+def _residual_init(c: TransformerConfig):
+    # Each of the 2 * depth residual branches adds the same share of the final variance.
+    scale = 1.0 / (2 * c.depth)
+    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
