@@ -173,6 +173,23 @@ def test_a_sampler_may_ask_for_some_rows_only():
     assert 0 < picked == logits
 
 
+def test_compiles_once_per_shape():
+    traces = []
+    decoder = recomputing_block_decoder(block_toy.block_apply(2), 2)
+
+    def init(*shape):
+        traces.append(shape)
+        return decoder.init(*shape)
+
+    generate = make_block_generator(
+        decoder._replace(init=init), *SAMPLERS["first_hitting"], mask_id=MASK
+    )
+    for seed in range(3):
+        canvas = samplers.blank_canvas(2, 4, MASK)
+        generate(toy.toy_params(), jax.random.key(seed), canvas, row_offset=seed)
+    assert traces == [(2, 4)]
+
+
 # --- with a cache -------------------------------------------------------------------------------
 
 LENGTH, SIZE = 16, 2

@@ -1,0 +1,77 @@
+"""Block diffusion, uniform tokens and the autoregressive baseline, as the launcher builds them."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import build_masked, build_uniform, run
+from experiments.configs import quickstart, text_ar, text_block, text_uniform
+from experiments.experiment import make_experiment
+from experiments.generation import show_samples
+
+CONFIGS = {"block": text_block, "uniform": text_uniform, "autoregressive": text_ar}
+
+
+@pytest.mark.parametrize("process", CONFIGS)
+def test_a_run_trains_evaluates_and_writes(process, tmp_path, capsys):
+    experiment = make_experiment(CONFIGS[process].get_config("smoke"))
+    assert experiment.config.process == process
+    assert run.train(experiment, tmp_path / "run")
+    record = run.evaluate(experiment, tmp_path / "run")
+    assert 0 < record["bits_per_unit"] < 10
+    if process == "autoregressive":
+        assert record["standard_error_bits_per_unit"] == 0
+    drawn = run.sample(experiment, tmp_path / "run")
+    assert len(drawn["samples"]) == (2 if process == "autoregressive" else 3)
+    for sample in drawn["samples"]:
+        assert "▁" not in sample["text"]
+        if sample["kind"] == "infilled":
+            kept = [(g, t) for g, t in zip(sample["given"], sample["text"]) if g != "▁"]
+            assert len(kept) == 24 and all(g == t for g, t in kept)
+
+
+def test_block_sizes_by_variant():
+    sizes = [text_block.get_config(v).block.size for v in ("1", "4", "16", "L")]
+    assert sizes == [1, 4, 16, text_block.get_config().data.length]
+    config = text_block.get_config("smoke")
+    config.block.size = 5
+    with pytest.raises(ValueError, match="block.size must divide a row of 32 tokens, got 5"):
+        make_experiment(config)
+
+
+def test_settings_that_mean_nothing_to_a_process_are_refused():
+    config = text_ar.get_config("smoke")
+    config.variance.order = ("stratified",)
+    with pytest.raises(ValueError, match="no noise to couple or warp"):
+        make_experiment(config)
+    config = text_uniform.get_config("smoke")
+    config.sample.sampler = "ancestral"
+    with pytest.raises(ValueError, match="sample.sampler: unknown name 'ancestral'"):
+        make_experiment(config).generator()
+
+
+@pytest.mark.parametrize("name", sorted({*build_masked.SAMPLERS, *build_uniform.SAMPLERS}))
+def test_every_sampler_is_built_from_its_settings(name):
+    uniform = name in build_uniform.SAMPLERS
+    config = (text_uniform if uniform else quickstart).get_config("smoke")
+    config.sample.sampler = name
+    config.data.length = 32
+    experiment = make_experiment(config)
+    assert callable(experiment.generator())
+    if not uniform:
+        assert build_masked.sampler(config).name in (name, "by_score")
+
+
+def test_self_conditioning_from_the_config(tmp_path):
+    """The network has the further input, and samples under wrappers."""
+    config = quickstart.get_config("smoke")
+    config.model.self_conditioning = True
+    config.sample.update(guidance=1.0, no_repeat_ngrams=2, sampler="ancestral")
+    experiment = make_experiment(config)
+    assert "self-conditioned" in experiment.describe()
+    params = experiment.initial_state().ema
+    plain = make_experiment(quickstart.get_config("smoke")).initial_state().ema
+    count = [sum(np.size(leaf) for leaf in jax.tree.leaves(tree)) for tree in (params, plain)]
+    assert count[0] > count[1]
+    drawn = show_samples(experiment, tmp_path, 0, params, jax.random.key(0))
+    assert all("▁" not in sample["text"] for sample in drawn["samples"])
