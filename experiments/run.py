@@ -12,6 +12,7 @@ import tqdm
 from experiments import build
 from experiments.experiment import Experiment, load_parameters, open_workdir
 from experiments.generation import prepare_samples, show_samples
+from experiments.quality import check_quality, measure_quality
 from experiments.report import write_report
 from experiments.warm_start import check_source, initial_state
 from experiments.workdir import check as check_workdir
@@ -35,9 +36,12 @@ def check_settings(experiment: Experiment) -> None:
     _, source = experiment.held_out(c.final_split)
     experiment.batches(source, c.max_rows)
     prepare_samples(experiment)
+    if experiment.config.sample.quality_steps:
+        check_quality(experiment)
     _clip_hook(experiment, pathlib.Path(), None)
     if experiment.config.train.init_from:
-        check_source(experiment, pathlib.Path(experiment.config.train.init_from))
+        source = pathlib.Path(experiment.config.train.init_from)
+        check_source(experiment, source, "train.init_from")
     _loop_options(experiment, pathlib.Path())
 
 
@@ -134,7 +138,11 @@ def evaluate(
 def sample(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """Draws samples under the best parameters; written to ``samples/`` and returned."""
     step, params = load_parameters(experiment, workdir)
-    return show_samples(experiment, workdir, step, params, experiment.key(step, "sample"))
+    key = experiment.key(step, "sample")
+    drawn = show_samples(experiment, workdir, step, params, key)
+    if experiment.config.sample.quality_steps:
+        drawn["files"] += measure_quality(experiment, workdir, step, params, key)
+    return drawn
 
 
 def report(experiment: Experiment, workdir: pathlib.Path, check: Callable | None = None) -> str:

@@ -29,22 +29,22 @@ def initial_state(experiment: Experiment) -> TrainState:
     if not source:
         return state
     directory = pathlib.Path(source)
-    check_source(experiment, directory)
+    check_source(experiment, directory, "train.init_from")
     step, params = load_parameters(experiment, directory)
     print(f"parameters of {directory}, step {step}", flush=True)
     # Two copies: both are donated to the step.
     return state.replace(params=jax.tree.map(jnp.copy, params), ema=params)
 
 
-def check_source(experiment: Experiment, directory: pathlib.Path) -> None:
+def check_source(experiment: Experiment, directory: pathlib.Path, field: str) -> None:
     """Raises WorkdirError unless a run with the same tokens lies in ``directory``."""
     if read_config(directory) is None:
-        raise WorkdirError(f"train.init_from: {directory} holds no run (no config.json)")
+        raise WorkdirError(f"{field}: {directory} holds no run (no config.json)")
     saved, tokenizer = directory / "tokenizer.json", experiment.dataset.tokenizer
     if tokenizer is None or not saved.exists():
         return
     if load_tokenizer(saved).fingerprint != tokenizer.fingerprint:
         raise WorkdirError(
-            f"train.init_from: the tokenizer of {directory} is another than this run's, so its "
+            f"{field}: the tokenizer of {directory} is another than this run's, so its "
             f"parameters mean other tokens; pass --config.data.tokenizer={saved}"
         )

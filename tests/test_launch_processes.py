@@ -1,10 +1,13 @@
 """Block diffusion, uniform tokens and the autoregressive baseline, as the launcher builds them."""
 
+import json
+import pathlib
+
 import jax
 import numpy as np
 import pytest
 
-from experiments import build_masked, build_uniform, run
+from experiments import build_masked, build_uniform, quality, run
 from experiments.configs import quickstart, text_ar, text_block, text_uniform
 from experiments.experiment import make_experiment
 from experiments.generation import show_samples
@@ -75,3 +78,27 @@ def test_self_conditioning_from_the_config(tmp_path):
     assert count[0] > count[1]
     drawn = show_samples(experiment, tmp_path, 0, params, jax.random.key(0))
     assert all("▁" not in sample["text"] for sample in drawn["samples"])
+
+
+def test_quality_against_steps_under_a_judge(tmp_path):
+    judge = make_experiment(text_ar.get_config("smoke"))
+    assert run.train(judge, tmp_path / "judge")
+    config = quickstart.get_config("smoke")
+    config.sample.update(sampler="ancestral", judge=str(tmp_path / "judge"))
+    config.sample.update(quality_steps=(1, 4), quality_texts=8)
+    experiment = make_experiment(config)
+    params = experiment.initial_state().ema
+    for _ in range(2):  # the second time nothing is overwritten
+        files = quality.measure_quality(experiment, tmp_path, 0, params, jax.random.key(0))
+    assert [pathlib.Path(f).name for f in files] == [
+        "ancestral-1-2.json",
+        "ancestral-4-2.json",
+        "quality.png",
+    ]
+    found = json.loads(pathlib.Path(files[0]).read_text())["quality"]
+    assert found["texts"] == 8 and 1 < found["generative_perplexity"] < 1e4
+    assert found["divergence_1"] > found["divergence_1_reference"] > 0
+    config.process = "autoregressive"
+    config.variance.order = ()
+    with pytest.raises(ValueError, match="one step per token"):
+        quality.check_quality(make_experiment(config))

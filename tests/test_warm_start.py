@@ -52,4 +52,4 @@ def test_a_run_of_other_tokens_or_none_at_all_is_refused(trained, tmp_path):
         warm_start.initial_state(goes_on(trained, tokenizer="byte"))
     experiment = goes_on(trained)
     with pytest.raises(WorkdirError, match="holds no run"):
-        warm_start.check_source(experiment, tmp_path)
+        warm_start.check_source(experiment, tmp_path, "train.init_from")

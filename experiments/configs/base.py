@@ -265,6 +265,10 @@ def get_config() -> ConfigDict:
             "top_k": 0,  # 0: all tokens
             "top_p": 1.0,
             "gap": 32,  # length of the gap in the infilled passage; 0 for no infilling
+            # Text: numbers of steps at which the quality of free samples is measured and plotted.
+            "quality_steps": (),
+            "quality_texts": 64,
+            "judge": "",  # workdir of the run whose model gives the generative perplexity
             "prompts": "",  # file of texts, one a line, ▁ where a token is to be generated
         }
     )

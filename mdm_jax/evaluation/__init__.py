@@ -44,6 +44,7 @@ from mdm_jax.evaluation.gaussian_likelihood import (
     make_gaussian_likelihood as make_gaussian_likelihood,
 )
 from mdm_jax.evaluation.generative_perplexity import GenerativePerplexity as GenerativePerplexity
+from mdm_jax.evaluation.generative_perplexity import Score as Score
 from mdm_jax.evaluation.generative_perplexity import generative_perplexity as generative_perplexity
 from mdm_jax.evaluation.generative_perplexity import likelihood_score as likelihood_score
 from mdm_jax.evaluation.levels import LevelTable as LevelTable
