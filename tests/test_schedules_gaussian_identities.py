@@ -55,6 +55,8 @@ def mode_of_minus_one():
     base = gaussian.cosine()
 
     class Doubled(schedules.TwoSidedLaw):
+        support = (-np.inf, np.inf)
+
         def log_pdf(self, logsnr):
             return base.log_pdf(logsnr / 2) - np.log(2)
 

@@ -10,9 +10,10 @@ import joint_law
 import numpy as np
 import pytest
 
-from mdm_jax.evaluation import diversity, ngram_divergence, text_quality
-from mdm_jax.evaluation import generative_perplexity as generative
+from mdm_jax.evaluation import diversity, text_quality
 from mdm_jax.evaluation import subset_designs as designs
+from mdm_jax.evaluation.generative_perplexity import generative_perplexity, likelihood_score
+from mdm_jax.evaluation.ngram_divergence import jensen_shannon, ngram_divergence
 from mdm_jax.evaluation.ngrams import as_texts, ngrams
 from mdm_jax.evaluation.quality_plot import quality_by_steps, quality_curve
 from mdm_jax.evaluation.subset_likelihood import make_subset_likelihood
@@ -140,9 +141,9 @@ def test_texts_without_tokens_are_left_out():
 
 def test_jensen_shannon_closed_forms():
     first, second = np.array([0.5, 0.5, 0.0]), np.array([0.5, 0.0, 0.5])
-    assert ngram_divergence.jensen_shannon(first, first) == 0.0
-    assert ngram_divergence.jensen_shannon(first, second) == pytest.approx(0.5 * math.log(2))
-    apart = ngram_divergence.jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
+    assert jensen_shannon(first, first) == 0.0
+    assert jensen_shannon(first, second) == pytest.approx(0.5 * math.log(2))
+    apart = jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
     assert apart == pytest.approx(math.log(2))
 
 
@@ -150,27 +151,27 @@ def test_divergence_and_its_reference():
     """Even held-out rows are compared with, odd ones are the reference, cut to one number."""
     even, odd = [[0, 0, 1, 1], [1, 1, 0, 0]], [[0, 0, 0, 1], [0, 1, 0, 0]]
     held_out = [even[0], odd[0], even[1], odd[1], [7, 7, 7, 7]]
-    found = ngram_divergence.ngram_divergence([[0, 1, 0, 1], [2, 2, 2, 2]], held_out, 1)
+    found = ngram_divergence([[0, 1, 0, 1], [2, 2, 2, 2]], held_out, 1)
     half = np.array([0.5, 0.5, 0.0])
-    value = ngram_divergence.jensen_shannon(np.array([0.25, 0.25, 0.5]), half)
-    reference = ngram_divergence.jensen_shannon(np.array([0.75, 0.25, 0.0]), half)
+    value = jensen_shannon(np.array([0.25, 0.25, 0.5]), half)
+    reference = jensen_shannon(np.array([0.75, 0.25, 0.0]), half)
     assert found == (pytest.approx(value), pytest.approx(reference), 1, 2, (8, 8, 8))
     # One generated text: the others are cut to their first.
-    single = ngram_divergence.ngram_divergence([[1, 0, 1, 0, 1]], held_out, 2)
+    single = ngram_divergence([[1, 0, 1, 0, 1]], held_out, 2)
     assert single.texts == 1 and single.ngrams == (4, 3, 3)
     # 10 01 10 01 against 00 01 11; 00 00 01 against 00 01 11.
     laws = np.array([[0, 2, 0, 2], [1, 1, 1, 0], [2, 1, 0, 0]]) / np.array([[4], [3], [3]])
-    assert single.value == pytest.approx(ngram_divergence.jensen_shannon(laws[0], laws[1]))
-    assert single.reference == pytest.approx(ngram_divergence.jensen_shannon(laws[2], laws[1]))
+    assert single.value == pytest.approx(jensen_shannon(laws[0], laws[1]))
+    assert single.reference == pytest.approx(jensen_shannon(laws[2], laws[1]))
 
 
 def test_divergence_extremes():
     tokens = np.tile([[0, 1, 2, 3]], (4, 1))
-    same = ngram_divergence.ngram_divergence(tokens[:2], tokens, 2)
+    same = ngram_divergence(tokens[:2], tokens, 2)
     assert same.value == 0.0 and same.reference == 0.0
-    apart = ngram_divergence.ngram_divergence(tokens[:2] + 9, tokens, 2)
+    apart = ngram_divergence(tokens[:2] + 9, tokens, 2)
     assert apart.value == pytest.approx(math.log(2))
-    short = ngram_divergence.ngram_divergence(tokens[:2], tokens, 5)
+    short = ngram_divergence(tokens[:2], tokens, 5)
     assert math.isnan(short.value) and short.ngrams == (0, 0, 0)
 
 
@@ -183,14 +184,12 @@ def uniform_score(tokens, documents):
 def test_generative_perplexity():
     tokens = DISJOINT[:3]
     valid = np.arange(5) < np.array([5, 2, 4])[:, None]
-    result = generative.generative_perplexity(uniform_score, tokens, valid, batch_size=2)
+    result = generative_perplexity(uniform_score, tokens, valid, batch_size=2)
     assert result.perplexity == pytest.approx(8) and result.tokens == 11
     assert result.standard_error == pytest.approx(0, abs=1e-12)
     assert result.token_entropy == diversity.token_entropy(tokens, valid)
     nats = np.array([6.0, 1.0, 4.0, 9.0])  # the last is of a filling row
-    found = generative.generative_perplexity(
-        lambda tokens, documents: nats, tokens, valid, batch_size=4
-    )
+    found = generative_perplexity(lambda tokens, documents: nats, tokens, valid, batch_size=4)
     assert found.nats_per_token == 1.0
     residual = nats[:3] - np.array([5, 2, 4])
     error = math.sqrt(1.5 * np.sum(residual**2)) / 11
@@ -202,8 +201,8 @@ def test_a_likelihood_is_a_score():
     evaluate = make_subset_likelihood(joint_law.apply_joint, 3, designs.every_subset())
     tokens = joint_law.STATES[[5, 50, 70]].astype(np.int32)
     valid = np.array([[True] * 4, [True, True, False, False], [False] * 4])
-    score = generative.likelihood_score(evaluate, jnp.asarray(joint_law.LAW), jax.random.key(0))
-    result = generative.generative_perplexity(score, tokens, valid, batch_size=2)
+    score = likelihood_score(evaluate, jnp.asarray(joint_law.LAW), jax.random.key(0))
+    result = generative_perplexity(score, tokens, valid, batch_size=2)
     padded = np.where(valid, tokens, 0)
     nats = joint_law.conditional_nats(padded[:2], valid[:2]).sum()
     assert result.tokens == 6 and result.nats_per_token == pytest.approx(nats / 6, rel=1e-5)
@@ -218,7 +217,7 @@ def test_a_likelihood_is_a_score():
 )
 def test_scores_that_cannot_be_used(score, message):
     with pytest.raises(ValueError, match=message):
-        generative.generative_perplexity(score, SAME)
+        generative_perplexity(score, SAME)
 
 
 def test_all_figures_together():
@@ -237,7 +236,7 @@ def test_all_figures_together():
     assert quality.entropy == diversity.token_entropy(tokens, valid)
     assert quality.distinct == {n: diversity.distinct_ngrams(tokens, n, valid) for n in (1, 2)}
     assert quality.self_bleu == diversity.self_bleu(tokens, valid, order=2, max_texts=5)
-    expected = ngram_divergence.ngram_divergence(tokens, held_out, 2, valid=valid)
+    expected = ngram_divergence(tokens, held_out, 2, valid=valid)
     assert quality.divergence[2] == expected
     stored = json.loads(json.dumps(quality.to_dict(), allow_nan=False))
     assert stored["generative_perplexity"] == pytest.approx(math.exp(0.5))
@@ -273,9 +272,9 @@ def test_errors():
     with pytest.raises(ValueError, match="at least two texts with tokens, got 1"):
         diversity.self_bleu(SAME[:1])
     with pytest.raises(ValueError, match="at least two held-out texts"):
-        ngram_divergence.ngram_divergence(SAME, SAME[:1], 1)
+        ngram_divergence(SAME, SAME[:1], 1)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        generative.generative_perplexity(uniform_score, SAME, batch_size=0)
+        generative_perplexity(uniform_score, SAME, batch_size=0)
 
 
 def record(sampler, steps, perplexity, entropy, error=None, passes=None):
