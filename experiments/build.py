@@ -27,6 +27,7 @@ VARIANCE = {
     "systematic": variance.systematic,
     "antithetic_pairs": variance.antithetic_pairs,
     "coarse_strata": variance.coarse_strata,
+    "stratified_blocks": variance.stratified_blocks,
     "stratified_levels": variance.stratified_levels,
     "complement": variance.complement,
     "ppots": variance.ppots,

@@ -28,11 +28,15 @@ class DrawSpec(NamedTuple):
         num_levels: S, independent noise levels per row.
         event_shape: shape of one row's base noise; ``(L,)`` for masks, ``(L, 2)`` for a process
             that consumes two numbers per element.
+        separate_levels: whether the loss of each level depends on its own quantile and its own
+            segment of the noise alone, as in block diffusion. Then the levels of one row may be
+            tied to each other; otherwise that would change the law of a level's context.
     """
 
     batch_size: int
     num_levels: int
     event_shape: tuple[int, ...]
+    separate_levels: bool = False
 
 
 class Draw(NamedTuple):

@@ -136,7 +136,7 @@ def test_one_block_is_the_plain_bound():
     """With the same draw, two views, prompt and empty row included."""
     plain = objectives.masked_nelbo(corruption.fixed_count(toy.MASK_ID))
     block = fixed_count(toy.LENGTH)
-    assert block.spec(3, 4) == plain.spec(3, 4)
+    assert block.spec(3, 4) == plain.spec(3, 4)._replace(separate_levels=True)
     eligible = jnp.array([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]], bool)
     batch, draw = toy.toy_batch()._replace(eligible=eligible), draw_of(block, 3)
     model_fn = functools.partial(toy.Toy().apply, toy.toy_params())
@@ -212,7 +212,7 @@ def test_stratified_levels_cover_every_block_of_the_batch():
     """
     objective, rows, batches = fixed_count(1), 16, 500
     spec = objective.spec(rows, toy.LENGTH)
-    assert spec == DrawSpec(rows, 4, (4,))
+    assert spec == DrawSpec(rows, 4, (4,), separate_levels=True)
     chain = variance.stratified()
     keys = jax.random.split(jax.random.key(0), batches)
     u = quick(jax.vmap(lambda key: variance.draw_batch(key, chain, (), spec).u[0]))(keys)
@@ -233,6 +233,11 @@ def test_stratified_levels_cover_every_block_of_the_batch():
         variance.chain(variance.stratified(), variance.mirror()),
         variance.chain(variance.complement(), variance.rotate_ranks(2)),
         variance.chain(variance.stratified_levels(2), variance.clipped_mixture(0.3, 0.8, 0.3)),
+        variance.chain(
+            variance.stratified_blocks(),
+            variance.clipped_mixture(0.3, 0.8, 0.3),
+            variance.mirror(),
+        ),
     ],
     ids=lambda chain: "-".join(member.name for member in chain.members),
 )

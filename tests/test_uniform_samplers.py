@@ -46,8 +46,8 @@ def step_matrix(start, stop, prediction=1.0):
         places = []
         for token, each in zip(z, c):
             law = oracle.reverse_matrix(np.tile(each, (3, 1)), start, stop, 3)[token]
-            if stop < 1:
-                law = prediction * law + (1 - prediction) * each @ oracle.kernel(stop, 3)
+            anew = oracle.reverse_matrix(np.tile(each, (3, 1)), start, 1.0, 3)[token]
+            law = prediction * law + (1 - prediction) * anew @ oracle.kernel(stop, 3)
             places.append(law)
         matrix.append(np.outer(*places).ravel())
     return np.array(matrix)
@@ -152,7 +152,7 @@ def test_forgetting_costs_an_ideal_network():
     """Its errors are those of drawing tokens apart, and forgetting adds more of these."""
     for steps in (8, 64):
         plain, mixed = (oracle.total_variation(exact_law(steps, p), data_law()) for p in (1.0, 0.6))
-        assert 1.1 * plain < mixed < 4 * plain
+        assert 1.1 * plain < mixed < 5 * plain
 
 
 def test_samplers_condition_on_what_is_given():

@@ -21,6 +21,7 @@ SINGLES = {
     "systematic": variance.systematic,
     "antithetic_pairs": variance.antithetic_pairs,
     "coarse_strata": variance.coarse_strata,
+    "stratified_blocks": variance.stratified_blocks,
     "stratified_levels": variance.stratified_levels,
     "complement": variance.complement,
     "importance": lambda: variance.importance(DENSITY),
@@ -50,6 +51,9 @@ CHAINS = {
     "nested": lambda: variance.chain(variance.chain(variance.stratified()), variance.mirror()),
     "levels_ppots_rotate": lambda: variance.chain(
         variance.stratified_levels(2), variance.ppots_binned(BINS, STEEP), variance.rotate(2)
+    ),
+    "blocks_importance_mirror": lambda: variance.chain(
+        variance.stratified_blocks(), variance.importance(DENSITY), variance.mirror()
     ),
     "pairs_complement_log_uniform": lambda: variance.chain(
         variance.antithetic_pairs(), variance.complement(), variance.log_uniform(1e-2)
@@ -157,8 +161,10 @@ BIASED = (
 )
 EXACT = [name for name in ALL if name not in TRUNCATED + BIASED]
 UNBIASED = [name for name in ALL if name not in BIASED]
+SEPARATE_LEVELS = ("stratified_blocks", "blocks_importance_mirror")
+"""Members that tie the levels of one row, where the spec says that these are separate."""
 TIED_LEVELS = ("cdtd_warp", "cdtd_logistic", "cdtd_loaded")
-"""Members that tie the levels of one row, which only a biased one may."""
+"""Biased members that tie the levels of one row."""
 RANGES = dict.fromkeys(TRUNCATED, (1 - 0.8, 1 - 0.3))
 """Quantiles that a truncated member covers."""
 
@@ -180,6 +186,7 @@ def densities():
         "ppots_parametric": variance.epr_density(EPR, 0.1),
         "ppots_binned": binned,
         "levels_ppots_rotate": binned,
+        "blocks_importance_mirror": DENSITY,
         "pairs_complement_log_uniform": log_uniform_density(1e-2),
     }
     edges, equal = variance.log_spaced_edges(6, 1e-3), np.linspace(0, 1, 7)

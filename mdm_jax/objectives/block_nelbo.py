@@ -61,7 +61,8 @@ def block_nelbo(corruption: Corruption, block_size: int, law: Law | None = None)
         return segments.loss(with_clean_row, batch, draw)
 
     def spec(batch_size: int, length: int) -> DrawSpec:
-        return DrawSpec(batch_size, _blocks(length), corruption.event_shape(length))
+        shape = corruption.event_shape(length)
+        return DrawSpec(batch_size, _blocks(length), shape, separate_levels=True)
 
     def _blocks(length: int) -> int:
         if length % block_size:

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from mdm_jax.corruption.uniform_tokens import check_num_tokens
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
-from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext, row_streams
+from mdm_jax.samplers.sampler import (
+    Denoise,
+    Sampler,
+    SamplerState,
+    StepContext,
+    never_finished,
+    row_streams,
+)
 from mdm_jax.typing import Array
 
 
@@ -27,13 +34,15 @@ def uniform_ancestral(
     Args:
         num_tokens: K of ``corruption.uniform_tokens``.
         token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``, acts on c.
-        greedy_tail: whether the last step, to clean tokens, takes each place's most likely one.
+        greedy_tail: whether the last step, to clean tokens, takes each place's most likely one
+            under ``q(x | z_t, c)``, the token that is there being evidence. Duo takes that of the
+            network's output c itself, in one more pass at a rate of 1e-5.
 
     Raises:
         ValueError: for fewer than two tokens, or a marker that is one of them.
 
-    References: Austin et al. 2021 (D3PM, uniform transitions), Schiff et al. 2024 (UDLM); the
-    greedy last step is that of Sahoo et al. 2025 (Duo).
+    References: Austin et al. 2021 (D3PM, uniform transitions), Schiff et al. 2024 (UDLM), Sahoo et
+    al. 2025 (Duo; ancestral steps, with a greedy tail or without).
     """
     choose = compose() if token_filter is None else token_filter
 
@@ -111,9 +120,3 @@ def is_last(context: StepContext) -> Array:
 def next_level(context: StepContext) -> Array:
     """The level after the step; +inf after the last one, also on a grid that was not checked."""
     return jnp.where(is_last(context), jnp.inf, context.next_logsnr)
-
-
-def never_finished(state: SamplerState, mask_id: int) -> Array:
-    """[B] bool; every step may change every free place."""
-    del mask_id
-    return jnp.zeros(state.tokens.shape[0], bool)

@@ -58,6 +58,7 @@ from mdm_jax.variance.repeat import repeat as repeat
 from mdm_jax.variance.rotate import rotate as rotate
 from mdm_jax.variance.rotate_ranks import rotate_ranks as rotate_ranks
 from mdm_jax.variance.stratified import stratified as stratified
+from mdm_jax.variance.stratified_blocks import stratified_blocks as stratified_blocks
 from mdm_jax.variance.stratified_levels import stratified_levels as stratified_levels
 from mdm_jax.variance.systematic import systematic as systematic
 from mdm_jax.variance.transform import EmptyState as EmptyState
