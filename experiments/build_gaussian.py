@@ -12,7 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.build import lookup, network, settings
-from mdm_jax import corruption, data, evaluation, models, objectives, samplers, schedules
+from mdm_jax import (
+    corruption,
+    data,
+    evaluation,
+    models,
+    objectives,
+    processes,
+    samplers,
+    schedules,
+)
 from mdm_jax.schedules import Law, Recipe, recipes, spacings
 from mdm_jax.typing import Array
 
@@ -123,7 +132,7 @@ def generator(
 
     def generate(params, key, canvas, documents=None):
         del documents
-        values = np.asarray(draw(params, key, len(canvas)))
+        values = processes.to_host(draw(params, key, len(canvas)))
         return np.clip(np.round((values + 1) * top / 2), 0, top).astype(np.int32)
 
     return generate

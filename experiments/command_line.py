@@ -30,6 +30,7 @@ def with_config(argv: list[str]) -> list[str]:
         CommandLineError: naming the nearest valid names.
         flags.Error: as absl raises it.
     """
+    argv = _expanded(argv)
     path = config_path(argv)
     if path is None and "--help" not in argv:
         flags.FLAGS(argv, known_only=True)
@@ -53,6 +54,25 @@ def with_config(argv: list[str]) -> list[str]:
     for name in overrides:
         check_field(config, name)
     return argv
+
+
+def _expanded(argv: list[str]) -> list[str]:
+    """``--config.mesh=data=2,fsdp=4`` as one override for each axis."""
+    found = []
+    for argument in argv:
+        match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
+        if match is None:
+            found.append(argument)
+            continue
+        for part in match.group(1).split(","):
+            axis = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part)
+            if axis is None:
+                raise CommandLineError(
+                    f"{argument}: a mesh is written as --config.mesh=data=2,fsdp=4,tensor=1, with "
+                    "-1 for the axis data to take the devices that are left"
+                )
+            found.append(f"--config.mesh.{axis[1]}={axis[2]}")
+    return found
 
 
 def config_path(argv: list[str]) -> str | None:

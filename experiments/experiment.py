@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from experiments import (
@@ -82,7 +83,7 @@ class Experiment:
             self.apply_fn,
             self.objective,
             self.transform,
-            build.optimizer(self.config),
+            _optimizer(self.config),
             self.spec,
             seed=self.config.seed,
             ema_decay=self.config.optimizer.ema_decay,
@@ -92,16 +93,39 @@ class Experiment:
 
     def train_batches(self) -> data.Prefetcher:
         """Endless placed batches, prefetched, with a position that can be saved."""
-        c = self.config
+        c, sharding = self.config, training.batch_sharding(self.mesh)
         iterator = data.train_iterator(
             self.dataset.train,
             c.train.batch_size,
             c.seed,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            rows=training.local_rows(sharding, c.train.batch_size),
         )
-        place = functools.partial(training.place_batch, sharding=training.batch_sharding(self.mesh))
+        place = functools.partial(
+            training.place_batch, sharding=sharding, batch_size=c.train.batch_size
+        )
         return data.Prefetcher(iterator, depth=c.train.prefetch, place=place)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of a training batch."""
+        size, sharding = self.config.train.batch_size, training.batch_sharding(self.mesh)
+        row = data.gather(self.dataset.train, np.arange(1))
+        return jax.tree.map(
+            lambda field: jax.ShapeDtypeStruct(
+                (size, *field.shape[1:]), jnp.asarray(field).dtype, sharding=sharding
+            ),
+            row,
+        )
+
+    def memory(self) -> training.MemoryEstimate:
+        """What a training step will need on each device, before anything is compiled."""
+        abstract = self.abstract_state()
+        draw = jax.eval_shape(
+            lambda state: training.step_draw(0, jnp.int32(0), self.transform, state, self.spec),
+            abstract.variance,
+        )
+        loss = training.weighted_sum(self.apply_fn, self.objective)
+        count = self.config.train.num_microbatches
+        return training.estimate_memory(abstract, self.abstract_batch(), loss, draw, count)
 
     def held_out(self, split: str) -> tuple[str, data.RowSource]:
         """A split by name, or the validation split where that one is empty; its name and rows.
@@ -149,7 +173,9 @@ class Experiment:
                 f"objective: {self.objective.name} over {self.objective.corruption.name}, "
                 f"{self.source_of_levels()}; variance: {self.transform.name}, "
                 f"{self.transform.views} forward passes per row [{self.bias()}]",
-                f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}",
+                f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}"
+                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+                *training.kept_whole(self._new_state, self.mesh),
             ]
         )
 
@@ -165,8 +191,10 @@ class Experiment:
     def _new_state(self) -> TrainState:
         key = streams.stream(streams.step_key(self.config.seed, 0), "init")
         params = self._init()(key)
-        optimizer = build.optimizer(self.config)
-        return training.new_state(params, optimizer, self.transform, self.spec, self.monitors)
+        dtype = build.lookup(build.DTYPES, self.config.optimizer.ema_dtype, "optimizer.ema_dtype")
+        return training.new_state(
+            *(params, _optimizer(self.config), self.transform, self.spec, self.monitors), dtype
+        )
 
     def _parameters(self) -> PyTree:
         return nn.meta.unbox(self._init()(jax.random.key(0)))
@@ -189,7 +217,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
     mesh = training.make_mesh(**config.mesh)
     c = config.train
     training.check_batch_size(mesh, c.batch_size, c.num_microbatches)
-    build.optimizer(config)  # raises early where its settings do not fit the number of steps
+    training.check_num_heads(mesh, config.model.num_heads)
+    _optimizer(config)  # raises early where its settings do not fit the number of steps
     return Experiment(
         config=config,
         dataset=dataset,
@@ -201,6 +230,16 @@ def make_experiment(config: ConfigDict) -> Experiment:
         spec=objective.spec(c.batch_size, dataset.length),
         mesh=mesh,
     )
+
+
+def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The configured optimiser, its moments in the configured dtypes."""
+    c = config.optimizer
+    first, second = (
+        build.lookup(build.DTYPES, c[name], f"optimizer.{name}")
+        for name in ("first_moment_dtype", "second_moment_dtype")
+    )
+    return training.store_moments(build.optimizer(config), first, second, c.b2)
 
 
 def is_conditional(dataset: data.Dataset) -> bool:
@@ -225,10 +264,10 @@ def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int,
         abstract = experiment.abstract_state()
         best = checkpoints.best_metrics()
         if best is not None:
-            return int(best["step"]), checkpoints.restore_best(abstract.ema)
+            return int(best["step"]), checkpoints.restore_best(training.averaged(abstract))
         restored = checkpoints.restore_last(abstract)
     finally:
         checkpoints.close()
     if restored is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
-    return int(restored.state.step), restored.state.ema
+    return int(restored.state.step), training.averaged(restored.state)

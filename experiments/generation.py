@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.experiment import Experiment, is_conditional
-from mdm_jax import data
+from mdm_jax import data, processes
 from mdm_jax.batches import Batch
 from mdm_jax.evaluation import plots
 from mdm_jax.training import MetricWriter
@@ -50,21 +50,25 @@ def show_samples(
         "infilled", "answer" or "prompt"), "given" where something was, and "text".
     """
     directory = workdir / "samples"
-    directory.mkdir(parents=True, exist_ok=True)
-    stem = _free_stem(directory, f"step-{step}")
+    if processes.is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+    stem = processes.from_first(
+        _free_stem(directory, f"step-{step}") if processes.is_first() else None
+    )
     generate = generate or prepare_samples(experiment)
     if experiment.dataset.tokenizer is None:
         return _show_pictures(experiment, generate, params, key, directory / stem, step, writer)
     jobs = _text_jobs(experiment)
     canvas = np.stack([job["canvas"] for job in jobs])
     documents = np.stack([job["documents"] for job in jobs])
-    tokens = np.asarray(generate(params, key, canvas, documents))
+    tokens = processes.to_host(generate(params, key, canvas, documents))
     records = [_text_record(job, row, experiment.dataset) for job, row in zip(jobs, tokens)]
     lines, text = directory / f"{stem}.jsonl", directory / f"{stem}.txt"
-    lines.write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8"
-    )
-    text.write_text(format_samples(records), "utf-8")
+    if processes.is_first():
+        lines.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8"
+        )
+        text.write_text(format_samples(records), "utf-8")
     if writer is not None:
         writer.text(step, "samples", format_samples(records))
     return {"samples": records, "files": [str(lines), str(text)]}
@@ -144,11 +148,12 @@ def _show_pictures(experiment, generate, params, key, stem, step, writer) -> dic
     dataset = experiment.dataset
     count = experiment.config.sample.num_samples
     canvas = np.full((count, dataset.length), dataset.mask_id, np.int32)
-    tokens = np.asarray(generate(params, key, canvas, np.ones_like(canvas)))
+    tokens = processes.to_host(generate(params, key, canvas, np.ones_like(canvas)))
     pictures = tokens.reshape(count, *dataset.event_shape) / (dataset.mask_id - 1)
     image = plots.picture_grid(pictures)
     path = stem.with_suffix(".png")
-    plots.save(lambda axes: plots.picture(axes, image), path, (4, 4))
+    if processes.is_first():
+        plots.save(lambda axes: plots.picture(axes, image), path, (4, 4))
     if writer is not None:
         writer.image(step, "samples", image)
     return {"samples": [], "files": [str(path)]}

@@ -10,17 +10,25 @@ Evaluate, sample, or measure the variance of training methods: --workdir=runs/mi
 --mode=evaluate (or sample, variance). The config is the run's own unless --config is given;
 --config.evaluate.*, --config.sample.* and --config.measure.* are free.
 
+Devices:            --config.mesh=data=2,fsdp=4,tensor=1
+Several processes:  found by themselves under Slurm and on TPUs; elsewhere, for each process,
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I (docs/scaling.md).
+
 --verbosity=1 shows where an error came from.
 """
 
+import contextlib
+import os
 import pathlib
 import shlex
 import sys
+import time
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import command_line, run, variance
+from experiments import command_line, run, startup, variance
 from experiments.experiment import Experiment, make_experiment
 from experiments.generation import format_samples
 from experiments.workdir import WorkdirError, check, claim
@@ -39,6 +47,22 @@ _MODE = flags.DEFINE_enum(
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir whose run has another config."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "Several processes: HOST:PORT of process 0, the same for all."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Several processes: how many; 1 does not look for a cluster.", 1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Several processes: number of this one, from 0.", 0
+)
+_CACHE = flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "Where compiled programs are kept for the next start; by default below ~/.cache/mdm_jax, or "
+    "$JAX_COMPILATION_CACHE_DIR; '' for no cache.",
+)
+_STARTED = time.monotonic()
 
 _USER_ERRORS = (ValueError, OSError, ImportError, WorkdirError, CheckpointError, TrainingStopped)
 _STOPPED = 130  # what shells report after Ctrl-C
@@ -54,7 +78,17 @@ def main(argv: list[str]) -> int:
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None:
         return _fail("--config is required to train, as in experiments/configs/quickstart.py")
-    workdir = pathlib.Path(_WORKDIR.value)
+    try:
+        startup.use_compilation_cache(_CACHE.value)
+        startup.start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except (ValueError, RuntimeError) as error:
+        return _fail(str(error))
+    if jax.process_count() == 1:
+        return _run(pathlib.Path(_WORKDIR.value))
+    return _run_as_one_of_several(pathlib.Path(_WORKDIR.value))
+
+
+def _run(workdir: pathlib.Path) -> int:
     try:
         check(workdir, _CONFIG.value, _ALLOW.value)
         experiment = _build(_CONFIG.value)
@@ -65,6 +99,28 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nstopped at once; what was saved before is whole", file=sys.stderr)
         return _STOPPED
+
+
+def _run_as_one_of_several(workdir: pathlib.Path) -> int:
+    """As :func:`_run`; only process 0 speaks, and one that fails ends the others too."""
+    if _MODE.value == "variance":
+        return _fail("--mode=variance runs in one process; start it with --num_processes=1")
+    try:
+        with contextlib.ExitStack() as stack:
+            if jax.process_index():
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            code = _run(workdir)
+    except BaseException as error:
+        logging.debug("where it came from:", exc_info=True)
+        code = _fail(f"process {jax.process_index()} stopped, perhaps as another one did: {error}")
+    if code not in (0, _STOPPED):
+        # Leaving properly would wait for processes that wait for this one. Its closed connections,
+        # or missing heartbeats, tell them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _build(config: ConfigDict) -> Experiment:
@@ -80,7 +136,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
     print(experiment.describe(), flush=True)
     with Interrupt() as interrupt:
         try:
-            if run.train(experiment, workdir, interrupt, _ALLOW.value):
+            if run.train(experiment, workdir, interrupt, _ALLOW.value, _STARTED):
                 print(run.report(experiment, workdir, interrupt.check))
                 return 0
         except Interrupted:

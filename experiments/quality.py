@@ -10,7 +10,7 @@ from experiments import saved_config
 from experiments.experiment import Experiment, load_parameters, make_experiment
 from experiments.warm_start import check_source
 from experiments.workdir import write_json
-from mdm_jax import data, evaluation
+from mdm_jax import data, evaluation, processes
 from mdm_jax.typing import Array, PyTree
 
 
@@ -43,7 +43,8 @@ def measure_quality(
     check_quality(experiment)
     c, dataset = experiment.config.sample, experiment.dataset
     directory = workdir / "quality"
-    directory.mkdir(parents=True, exist_ok=True)
+    if processes.is_first():
+        directory.mkdir(parents=True, exist_ok=True)
     _, source = experiment.held_out(experiment.config.evaluate.final_split)
     rows = data.gather(source, np.arange(min(c.quality_texts, len(source))))
     compare = {
@@ -53,22 +54,26 @@ def measure_quality(
     }
     canvas = np.full((c.quality_texts, dataset.length), dataset.mask_id, np.int32)
     files = []
-    for count in tqdm.tqdm(c.quality_steps, desc="quality", unit="setting"):
+    silent = not processes.is_first()
+    for count in tqdm.tqdm(c.quality_steps, desc="quality", unit="setting", disable=silent):
         config = experiment.config.copy_and_resolve_references()
         config.sample.num_steps = count
         generate = experiment.process.generator(
             config, dataset, experiment.model, experiment.apply_fn
         )
-        tokens = np.asarray(generate(params, key, canvas, np.ones_like(canvas)))
+        tokens = processes.to_host(generate(params, key, canvas, np.ones_like(canvas)))
         quality = evaluation.measure_text_quality(tokens, **compare)
         files.append(_free_path(directory, f"{c.sampler}-{count}"))
         record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}
-        write_json(files[-1], record | {"quality": quality.to_dict()})
+        if processes.is_first():
+            write_json(files[-1], record | {"quality": quality.to_dict()})
     reference = evaluation.measure_text_quality(
         compare["held_out"], compare["held_out_valid"], score=compare["score"]
     )
-    records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
     plot = directory / "quality.png"
+    if not processes.is_first():
+        return [str(path) for path in (*files, plot)]
+    records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
     evaluation.quality_by_steps(records, references=reference.to_dict()).savefig(plot)
     return [str(path) for path in (*files, plot)]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import tqdm
+from ml_collections import ConfigDict
 
 from experiments import build
 from experiments.experiment import Experiment, load_parameters, open_workdir
@@ -15,9 +16,9 @@ from experiments.generation import prepare_samples, show_samples
 from experiments.quality import check_quality, measure_quality
 from experiments.report import write_report
 from experiments.warm_start import check_source, initial_state
+from experiments.workdir import WorkdirError, claim, read_config, write_json
 from experiments.workdir import check as check_workdir
-from experiments.workdir import claim, read_config, write_json
-from mdm_jax import data, training, variance
+from mdm_jax import data, processes, training, variance
 from mdm_jax.evaluation import ClipChoice, make_clip_search
 from mdm_jax.training import Restored, TrainState
 from mdm_jax.typing import PyTree
@@ -50,6 +51,7 @@ def train(
     workdir: pathlib.Path,
     interrupt: training.Interrupt | None = None,
     allow_config_change: bool = False,
+    launched_at: float | None = None,
 ) -> bool:
     """Trains, resuming where the directory's last whole checkpoint stands.
 
@@ -64,13 +66,16 @@ def train(
     c = experiment.config
     check_workdir(workdir, c, allow_config_change)
     check_settings(experiment)
+    processes.barrier("settings and directory are good")
     abstract = experiment.abstract_state()
     stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
     interrupt = interrupt or training.Interrupt()
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(experiment.train_batches())
         if read_config(workdir) is None:
-            claim(workdir, c)
+            _claim(workdir, c)
+        processes.barrier("directory claimed")
+        _check_shared(workdir)
         checkpoints = open_workdir(workdir, c.train.keep_last)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore_last(abstract)
@@ -78,20 +83,25 @@ def train(
             state, progress = initial_state(experiment), {}
         else:
             state, progress = _continue(restored, stream, batches), restored.notes["progress"]
-        claim(workdir, c)
-        _save_tokenizer(experiment, workdir)
-        start = int(state.step)
-        writer = training.MetricWriter(workdir, start, again=progress.get("hooks_due", ()))
+        _claim(workdir, c)
+        if processes.is_first():
+            _save_tokenizer(experiment, workdir)
+        start = int(jax.device_get(state.step))
+        writer = _writer(workdir, start, progress)
         stack.callback(writer.close)
         if start < c.train.steps:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = jax.jit(experiment.train_step(), donate_argnums=0, out_shardings=(shardings, None))
+        if start < c.train.steps:
+            print(f"memory: {experiment.memory().describe()}; compiling the step", flush=True)
+            step = training.compile_step(
+                experiment.train_step(), abstract, experiment.abstract_batch()
+            )
+            print(step.describe(), flush=True)
         training.train(
-            step,
+            step.call if start < c.train.steps else None,
             state,
             batches,
-            options=_loop_options(experiment, workdir),
+            options=_loop_options(experiment, workdir, launched_at),
             checkpoints=checkpoints,
             writer=writer,
             hooks=_hooks(experiment, workdir, writer),
@@ -99,7 +109,7 @@ def train(
             progress=progress,
             interrupt=interrupt,
         )
-    return not interrupt.requested
+    return not interrupt.stopping
 
 
 def evaluate(
@@ -112,10 +122,12 @@ def evaluate(
     step, params = load_parameters(experiment, workdir)
     split, source = experiment.held_out(c.final_split)
     rows = len(source) if not c.max_rows else min(c.max_rows, len(source))
-    with tqdm.tqdm(total=rows, desc=f"evaluating {split}", unit="row") as bar:
+    silent = not processes.is_first()
+    with tqdm.tqdm(total=rows, desc=f"evaluating {split}", unit="row", disable=silent) as bar:
 
         def progress(count: int) -> None:
-            bar.update(min(count, rows - bar.n))
+            if not silent:
+                bar.update(min(count, rows - bar.n))
             if check is not None:
                 check()
 
@@ -131,7 +143,8 @@ def evaluate(
         "bigram_bits_per_unit": entropies.bigram_per_unit,
         **experiment.process.record(result),
     }
-    write_json(workdir / "evaluation.json", record)
+    if processes.is_first():
+        write_json(workdir / "evaluation.json", record)
     return record
 
 
@@ -149,7 +162,26 @@ def report(experiment: Experiment, workdir: pathlib.Path, check: Callable | None
     """Evaluates, samples, plots, and returns the text that ends a training run."""
     record = evaluate(experiment, workdir, check)
     drawn = sample(experiment, workdir)
-    return write_report(experiment, workdir, record, drawn)
+    return write_report(experiment, workdir, record, drawn) if processes.is_first() else ""
+
+
+def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    if processes.is_first():
+        claim(workdir, config)
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+    if read_config(workdir) is None:
+        raise WorkdirError(
+            f"process {jax.process_index()} does not see the config.json that process 0 wrote to "
+            f"{workdir}; several processes need a --workdir on a file system that all of them share"
+        )
+
+
+def _writer(workdir: pathlib.Path, start: int, progress: dict[str, Any]) -> training.MetricWriter:
+    if not processes.is_first():
+        return training.SilentWriter()
+    return training.MetricWriter(workdir, start, again=progress.get("hooks_due", ()))
 
 
 def _save_tokenizer(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -164,7 +196,9 @@ def _continue(restored: Restored, stream: dict[str, Any], batches: data.Prefetch
     return restored.state
 
 
-def _loop_options(experiment: Experiment, workdir: pathlib.Path) -> training.LoopOptions:
+def _loop_options(
+    experiment: Experiment, workdir: pathlib.Path, launched_at: float | None = None
+) -> training.LoopOptions:
     c = experiment.config.train
     return training.LoopOptions(
         total_steps=c.steps,
@@ -178,6 +212,7 @@ def _loop_options(experiment: Experiment, workdir: pathlib.Path) -> training.Loo
         profile_at=c.profile_at,
         profile_steps=c.profile_steps,
         profile_directory=str(workdir / "profile"),
+        launched_at=launched_at,
     )
 
 
@@ -254,8 +289,11 @@ def _clip_hook(
     def adapt(step: int, state: TrainState, check: Callable) -> TrainState:
         batches = list(experiment.batches(source, count * rows))
         key = experiment.key(step, "clip_search")
-        choice = search(state.ema, batches, key, step=step, progress=lambda _: check())
-        _append_choice(workdir / "clip_search.jsonl", choice)
+        choice = search(
+            training.averaged(state), batches, key, step=step, progress=lambda _: check()
+        )
+        if processes.is_first():
+            _append_choice(workdir / "clip_search.jsonl", choice)
         writer.scalars(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
         moved = variance.set_clip_range(state.variance, choice.low, choice.high)
         # Where the old range lay, so that the step is not compiled for another placement.

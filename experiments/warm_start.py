@@ -7,10 +7,11 @@ network under different attention masks.
 import pathlib
 
 import jax
-import jax.numpy as jnp
 
+from experiments import build
 from experiments.experiment import Experiment, load_parameters
 from experiments.workdir import WorkdirError, read_config
+from mdm_jax import training
 from mdm_jax.data import load_tokenizer
 from mdm_jax.training import TrainState
 
@@ -32,8 +33,9 @@ def initial_state(experiment: Experiment) -> TrainState:
     check_source(experiment, directory, "train.init_from")
     step, params = load_parameters(experiment, directory)
     print(f"parameters of {directory}, step {step}", flush=True)
-    # Two copies: both are donated to the step.
-    return state.replace(params=jax.tree.map(jnp.copy, params), ema=params)
+    average = training.new_average(params, build.DTYPES[experiment.config.optimizer.ema_dtype])
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), average, state.ema)
+    return state.replace(params=params, ema=placed)
 
 
 def check_source(experiment: Experiment, directory: pathlib.Path, field: str) -> None:

@@ -14,8 +14,11 @@ from experiments.configs import base
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
 
-FREE_SECTIONS = ("evaluate", "measure", "sample")
-"""Sections that say how a model is looked at, not what it is; they may differ between calls."""
+FREE_SECTIONS = ("evaluate", "measure", "mesh", "sample")
+"""Sections that say how a model is looked at or where it is trained, not what it is.
+
+They may differ between calls.
+"""
 
 
 class WorkdirError(RuntimeError):

@@ -17,6 +17,7 @@ LAYER = {
     "batches": 0,
     "bias": 0,
     "pytrees": 0,
+    "processes": 0,
     "schedules": 1,
     "models": 1,
     "data": 1,

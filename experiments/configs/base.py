@@ -166,6 +166,10 @@ def get_config() -> ConfigDict:
             "weight_decay": 0.01,
             "clip_norm": 1.0,
             "ema_decay": 0.99,
+            # How state is stored between steps, float32 | bfloat16; arithmetic is in float32.
+            "first_moment_dtype": "float32",
+            "second_moment_dtype": "float32",  # bfloat16 needs b2 < 0.996
+            "ema_dtype": "float32",  # bfloat16 keeps its offset from the parameters
         }
     )
     config.train = ConfigDict(
@@ -201,6 +205,7 @@ def get_config() -> ConfigDict:
             "batches": 8,  # validation batches of evaluate.batch_size rows, for each of 36 ranges
         }
     )
+    # In one line: --config.mesh=data=2,fsdp=4,tensor=1. May differ when a run is resumed.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.evaluate = ConfigDict(
         {

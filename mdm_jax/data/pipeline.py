@@ -19,6 +19,7 @@ def train_iterator(
     shard_index: int = 0,
     shard_count: int = 1,
     prefetch: int = 0,
+    rows: np.ndarray | None = None,
 ) -> "grain.DatasetIterator":
     """Endless iterator over shuffled batches of ``source``.
 
@@ -39,14 +40,19 @@ def train_iterator(
         shard_count: number of parts; must divide ``batch_size``.
         prefetch: batches to read ahead on a thread of Grain's. Leave 0 inside a
             :class:`mdm_jax.data.Prefetcher`, which has its own.
+        rows: numbers of the rows of each global batch to return, in place of a contiguous shard,
+            such as ``training.local_rows``.
 
     Returns:
-        Iterator of Batch with a leading axis of ``batch_size // shard_count``, NumPy arrays.
+        Iterator of Batch with a leading axis of ``batch_size // shard_count``, or as long as
+        ``rows``; NumPy arrays.
 
     Raises:
         ValueError: if the source has fewer rows than a batch, or an argument is out of range.
     """
     local = _local_rows(batch_size, shard_index, shard_count)
+    if rows is not None:
+        local = _chosen_rows(rows, batch_size, shard_count)
     if len(source) < batch_size:
         raise ValueError(
             f"batch_size {batch_size} is larger than the source, which has {len(source)} rows; "
@@ -151,6 +157,15 @@ def _local_rows(batch_size: int, shard_index: int, shard_count: int) -> slice:
         raise ValueError(f"batch_size {batch_size} is not a multiple of shard_count {shard_count}")
     share = batch_size // shard_count
     return slice(shard_index * share, (shard_index + 1) * share)
+
+
+def _chosen_rows(rows: np.ndarray, batch_size: int, shard_count: int) -> np.ndarray:
+    chosen = np.asarray(rows)
+    if shard_count != 1:
+        raise ValueError("give rows or shards, not both")
+    if chosen.ndim != 1 or not chosen.size or chosen.min() < 0 or chosen.max() >= batch_size:
+        raise ValueError(f"rows must be numbers in [0, {batch_size}), got {rows}")
+    return chosen
 
 
 def _filled(source: RowSource, indices: np.ndarray, local: slice) -> Batch:

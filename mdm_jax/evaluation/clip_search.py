@@ -31,6 +31,7 @@ from mdm_jax.evaluation.estimator import ApplyFn, make_estimator
 from mdm_jax.evaluation.levels import base_density
 from mdm_jax.evaluation.welford import square_norm, start
 from mdm_jax.objectives import Objective
+from mdm_jax.processes import to_host
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
 
@@ -307,7 +308,8 @@ def block_loss_moments(
         for number, batch in enumerate(batches):
             one = jax.random.fold_in(key, number)
             value, scored = losses(params, jax.tree.map(jnp.asarray, batch), one, ranges)
-            kept = np.asarray(value, np.float64)[:, np.asarray(scored)[0]]
+            value, scored = to_host((value, scored))
+            kept = np.asarray(value, np.float64)[:, scored[0]]
             if kept.shape[1] < 2:
                 raise ValueError(f"batch {number} has {kept.shape[1]} scored blocks; 2 are needed")
             means.append(kept.mean(1))

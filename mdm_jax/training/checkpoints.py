@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from mdm_jax import processes
 from mdm_jax.typing import PyTree
 
 
@@ -42,6 +43,10 @@ class Restored(NamedTuple):
 
 class Checkpoints:
     """Saves, verifies and restores the states of one run.
+
+    With several processes all of them call every method at the same point, on a directory that all
+    of them see: each writes and reads the parts of the arrays that it holds, and the first one
+    writes and checks the manifests. A checkpoint fits any number of processes and any mesh.
 
     Args:
         directory: created if missing.
@@ -156,23 +161,26 @@ class _Store:
         """Returns False, having done nothing, if the step is already there."""
         if step in self.steps():
             return False
-        self._manifest(step).unlink(missing_ok=True)
+        if processes.is_first():
+            self._manifest(step).unlink(missing_ok=True)
         leaves = _named_leaves(tree)
         items = {self._item: ocp.args.StandardSave(leaves)}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
         self._manager.save(step, args=ocp.args.Composite(**items))
         self._manager.wait_until_finished()
-        self._write_manifest(step, leaves)
-        kept = {str(s) for s in self.steps()}
-        for path in self._manifests.glob("*.json"):
-            if path.stem not in kept:
-                path.unlink()
+        processes.barrier(f"saved {self.directory} {step}")
+        if processes.is_first():
+            self._write_manifest(step, leaves)
+            kept = {str(s) for s in self.steps()}
+            for path in self._manifests.glob("*.json"):
+                if path.stem not in kept:
+                    path.unlink()
         return True
 
     def restore(self, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict | None:
         """Tree (if asked for) and records of the newest whole checkpoint, by item name."""
         for step in reversed(self.steps()):
-            problem = self._problem(step)
+            problem = processes.from_first(self._problem(step) if processes.is_first() else None)
             if problem is None:
                 try:
                     return self._read(step, abstract_tree, records)
@@ -201,7 +209,8 @@ class _Store:
             found[self._item] = jax.tree.unflatten(
                 jax.tree.structure(abstract_tree), [found[self._item][name] for name in leaves]
             )
-            if not self._manifest(step).exists():  # killed between the save and its manifest
+            missing = not self._manifest(step).exists()  # killed between the save and its manifest
+            if missing and processes.is_first():
                 self._write_manifest(step, leaves)
         return found
 
@@ -242,9 +251,14 @@ class _Store:
         stem = f"damaged-{self.directory.name}-{step}"
         while (target := self.directory.parent / f"{stem}-{number}").exists():
             number += 1
-        source.rename(target)
-        self._manifest(step).unlink(missing_ok=True)
+        processes.barrier(f"setting aside {source} as {number}")
+        if processes.is_first():
+            source.rename(target)
+            self._manifest(step).unlink(missing_ok=True)
+        processes.barrier(f"set aside {source} as {number}")
         self._manager.reload()
+        if not processes.is_first():
+            return
         logging.warning(
             "checkpoint %s is damaged: %s. Moved it to %s; trying the one before, if any.",
             source,

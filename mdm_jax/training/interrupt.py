@@ -5,6 +5,10 @@ import signal
 import threading
 import types
 
+import jax
+
+from mdm_jax import processes
+
 
 class Interrupted(Exception):
     """Raised by :meth:`Interrupt.check` where work in progress can be thrown away."""
@@ -15,16 +19,35 @@ class Interrupt:
 
     The second SIGINT raises KeyboardInterrupt at once. It may be entered again inside itself; the
     handlers from before come back when the outermost block ends.
+
+    With several processes a signal to any of them stops all, at a point where they :meth:`agree`.
+
+    Attributes:
+        requested: whether this process was asked to stop.
     """
 
     def __init__(self):
         self.requested = False
+        self._agreed = False
         self._depth = 0
         self._previous: dict[int, object] = {}
 
+    @property
+    def stopping(self) -> bool:
+        """Whether all processes are to stop: as asked for, or as last agreed if several."""
+        return self.requested if jax.process_count() == 1 else self._agreed
+
+    def agree(self) -> None:
+        """Learns of stops that other processes were asked for; all call it at the same point."""
+        self._agreed = self._agreed or processes.any_of(self.requested)
+
     def check(self, *_: object) -> None:
-        """Raises Interrupted if a stop was asked for; fits any progress callback."""
-        if self.requested:
+        """Raises Interrupted if a stop was asked for; fits any progress callback.
+
+        With several processes, all call it at the same points.
+        """
+        self.agree()
+        if self.stopping:
             raise Interrupted
 
     def __enter__(self) -> "Interrupt":

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from mdm_jax import processes
 from mdm_jax.batches import Batch
+from mdm_jax.training.averages import averaged
 from mdm_jax.training.checkpoints import Checkpoints
 from mdm_jax.training.interrupt import Interrupt, Interrupted
 from mdm_jax.training.metrics import MetricWriter, Progress
@@ -47,6 +49,8 @@ class LoopOptions:
         profile_at: first step of a profile, 0 for none.
         profile_steps: its length.
         profile_directory: where it goes.
+        launched_at: ``time.monotonic()`` of the start of the program, to report how long the first
+            step took to come; None for no report.
     """
 
     total_steps: int
@@ -60,6 +64,7 @@ class LoopOptions:
     profile_at: int = 0
     profile_steps: int = 5
     profile_directory: str = ""
+    launched_at: float | None = None
 
     def __post_init__(self):
         for name in ("total_steps", "log_every", "max_skipped_in_a_row", "profile_steps"):
@@ -105,7 +110,9 @@ def train(
 ) -> TrainState:
     """Trains until ``options.total_steps`` or until interrupted; saves either way.
 
-    Nothing is fetched from the device between logging steps, so the host runs ahead of it.
+    Nothing is fetched from the device between logging steps, so the host runs ahead of it. Several
+    processes run the same loop; a request to stop that one of them gets takes effect for all at the
+    next logging step, or inside a hook.
 
     Args:
         step_fn: jitted step, state donated.
@@ -119,13 +126,13 @@ def train(
         interrupt: stop request; one of the loop's own if not given.
 
     Returns:
-        The final state. If ``interrupt.requested`` is set, training is unfinished and saved.
+        The final state. If ``interrupt.stopping`` is set, training is unfinished and saved.
 
     Raises:
         TrainingStopped: after too many non-finite steps in a row; the last good state is saved.
     """
     hooks = hooks or Hooks()
-    start = step = int(state.step)
+    start = step = int(jax.device_get(state.step))
     progress = progress or {}
     loop = _Log(options, writer, start, progress.get("window", []))
     hooks_due = [name for name in progress.get("hooks_due", []) if getattr(hooks, name)]
@@ -144,11 +151,12 @@ def train(
             if hooks_due[0] == "adapt":
                 current = hooks.adapt(step, current, check)
             elif hooks_due[0] == "evaluate":
-                values = hooks.evaluate(step, current.ema, check)
+                average = averaged(current)
+                values = hooks.evaluate(step, average, check)
                 writer.scalars(step, "evaluate", values)
-                checkpoints.save_best(step, current.ema, values)
+                checkpoints.save_best(step, average, values)
             else:
-                hooks.sample(step, current.ema, check)
+                hooks.sample(step, averaged(current), check)
             hooks_due.pop(0)  # not before it is done: an interrupted one runs again
         loop.pause(time.monotonic() - started)
         return current
@@ -156,7 +164,7 @@ def train(
     with interrupt or Interrupt() as stop:
         try:
             state = call_hooks(state, stop.check)  # what an interrupt left undone
-            while step < options.total_steps and not stop.requested:
+            while step < options.total_steps and not stop.stopping:
                 if options.profile_at and step == options.profile_at:
                     jax.profiler.start_trace(options.profile_directory)
                     profiling = True
@@ -164,6 +172,10 @@ def train(
                     state, metrics = step_fn(state, next(batches))
                 step += 1
                 loop.pending.append(metrics)
+                if step == start + 1 and options.launched_at is not None:
+                    jax.block_until_ready(metrics)
+                    seconds = time.monotonic() - options.launched_at
+                    loop.progress.note(f"first step done {seconds:.1f} s after the start")
                 if profiling and step == options.profile_at + options.profile_steps:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
@@ -172,6 +184,7 @@ def train(
                 if _due(step, options.log_every) or step == options.total_steps:
                     watched = hooks.monitor(state) if hooks.monitor else {}
                     loop.write(step, watched, stop_after=options.max_skipped_in_a_row)
+                    stop.agree()
                 if hooks.adapt and _due(step, options.evaluate_every):
                     hooks_due.append("adapt")
                 if hooks.evaluate and _due(step, options.evaluate_every):
@@ -204,7 +217,7 @@ class _Log:
     ):
         self.pending: list[StepMetrics] = []
         self.window = window
-        self.progress = Progress(options.total_steps, start)
+        self.progress = Progress(options.total_steps, start, silent=not processes.is_first())
         self._options = options
         self._writer = writer
         self._clock = time.monotonic()

@@ -64,6 +64,25 @@ class MetricWriter:
         self._board.close()
 
 
+class SilentWriter(MetricWriter):
+    """Takes what a :class:`MetricWriter` takes and writes nothing; for all processes but one."""
+
+    def __init__(self):
+        pass
+
+    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Nothing."""
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``, of one kind if given.
 
@@ -82,11 +101,15 @@ class Progress:
         total: steps of the whole run.
         start: steps already done.
         stream: where to write; standard error if not given.
+        silent: shows nothing at all.
     """
 
-    def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self, total: int, start: int = 0, stream: TextIO | None = None, silent: bool = False
+    ):
         self._stream = stream or sys.stderr
         self._total = total
+        self._silent = silent
         self._bar = (
             tqdm.tqdm(
                 total=total,
@@ -96,12 +119,14 @@ class Progress:
                 dynamic_ncols=True,
                 smoothing=0.1,
             )
-            if self._stream.isatty()
+            if self._stream.isatty() and not silent
             else None
         )
 
     def advance(self, step: int, values: dict[str, str], seconds_per_step: float) -> None:
         """Shows that ``step`` steps are done."""
+        if self._silent:
+            return
         text = " ".join(f"{name} {value}" for name, value in values.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -114,7 +139,7 @@ class Progress:
         """A line of text that does not break the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
-        else:
+        elif not self._silent:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:

@@ -67,11 +67,51 @@ def check_batch_size(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> 
         )
 
 
-def place_batch(batch: Batch, sharding: NamedSharding) -> Batch:
-    """Puts this process's rows on its devices, as its part of the global batch."""
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )
+def check_num_heads(mesh: Mesh, num_heads: int) -> None:
+    """Raises ValueError if the tensor axis would cut through attention heads."""
+    ways = mesh.shape["tensor"]
+    if num_heads % ways:
+        raise ValueError(
+            f"{num_heads} attention heads do not split over tensor={ways}; choose a divisor of "
+            f"{num_heads} for the mesh's tensor axis, or another number of heads"
+        )
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Ascending numbers of the rows of a global batch that this process's devices hold.
+
+    Where an axis other than those of the rows spans processes, several of them hold the same rows.
+    """
+    found = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in found]))
+
+
+def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int | None = None) -> Batch:
+    """Puts this process's rows on its devices, as its part of the global batch.
+
+    Args:
+        batch: the rows that :func:`local_rows` names, in this order.
+        sharding: of the rows.
+        batch_size: rows of the global batch; those of ``batch`` if not given.
+    """
+    size = len(batch.tokens) if batch_size is None else batch_size
+    rows = local_rows(sharding, size)
+    if len(batch.tokens) != len(rows):
+        raise ValueError(
+            f"this process holds {len(rows)} of {size} rows, but {len(batch.tokens)} were given"
+        )
+
+    def place(leaf: np.ndarray) -> jax.Array:
+        leaf = np.asarray(leaf)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = int(np.searchsorted(rows, start))
+            return leaf[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -110,6 +150,28 @@ def abstract_sharded(
         )
 
     return jax.tree.map(place, jax.eval_shape(init), is_leaf=_is_box)
+
+
+def kept_whole(init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES) -> list[str]:
+    """For people: which logical axes are not cut, since their mesh axis does not divide them.
+
+    Args:
+        init, mesh, rules: as for :func:`abstract_sharded`.
+    """
+    names, found = dict(rules), {}
+    boxes = jax.tree.leaves(jax.eval_shape(init), is_leaf=_is_box)
+    for box in filter(_is_box, boxes):
+        axes, leaf = box.get_partition_spec(), box.unbox()
+        for axis, size in zip(axes, getattr(leaf, "shape", ())):
+            ways = mesh.shape.get(names.get(axis), 1)
+            if size % ways:
+                found.setdefault((axis, size, names[axis], ways), []).append(leaf)
+    return [
+        f"{axis} of size {size} does not divide by {name}={ways}: {len(leaves)} arrays "
+        f"({sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**20:.1f} MiB) are whole "
+        f"along it on every device"
+        for (axis, size, name, ways), leaves in sorted(found.items())
+    ]
 
 
 def init_sharded(

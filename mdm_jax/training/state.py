@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mdm_jax.draws import DrawSpec
+from mdm_jax.training.averages import new_average
 from mdm_jax.training.monitors import Monitor
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance import VarianceTransform
@@ -21,7 +22,8 @@ class TrainState:
     Attributes:
         step: [] int32, number of steps begun, skipped ones included.
         params: parameters.
-        ema: exponential moving average of the parameters, used for evaluation and sampling.
+        ema: exponential moving average of the parameters, used for evaluation and sampling; read
+            it with :func:`~mdm_jax.training.averaged`, since it may be stored as an offset.
         opt_state: optax state.
         variance: state of the variance transform.
         monitors: states of the monitors by name; empty without any.
@@ -45,12 +47,13 @@ def new_state(
     transform: VarianceTransform,
     spec: DrawSpec,
     monitors: Iterable[Monitor] = (),
+    ema_dtype: jnp.dtype = jnp.float32,
 ) -> TrainState:
-    """The state at step 0; the EMA starts at the parameters."""
+    """The state at step 0; the EMA starts at the parameters (``ema_dtype``: see ``averages``)."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params),
+        ema=new_average(params, ema_dtype),
         opt_state=optimizer.init(params),
         variance=transform.init(spec),
         monitors={monitor.name: monitor.init(params) for monitor in monitors},

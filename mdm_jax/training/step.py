@@ -12,6 +12,7 @@ from mdm_jax import draws, streams
 from mdm_jax.batches import Batch
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.objectives import LossSums, Objective, stop_gradient_stats, sum_losses, token_mean
+from mdm_jax.training.averages import update_average
 from mdm_jax.training.monitors import Monitor
 from mdm_jax.training.state import TrainState
 from mdm_jax.typing import Array, PyTree
@@ -46,6 +47,17 @@ def step_draw(
 ) -> Draw:
     """The draw of a training step: a function of (seed, step) and the transform's state."""
     return draw_batch(streams.stream(streams.step_key(seed, step), "draw"), transform, state, spec)
+
+
+def weighted_sum(apply_fn: ApplyFn, objective: Objective) -> Callable[..., tuple]:
+    """``(params, batch, draw) -> (summed loss, (sums, stats))``: what a step differentiates."""
+
+    def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
+        stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
+        sums = sum_losses(draw, stats)
+        return sums.loss, (sums, stop_gradient_stats(stats))
+
+    return loss
 
 
 def make_train_step(
@@ -93,14 +105,7 @@ def make_train_step(
     if len(set(names)) < len(names):
         raise ValueError(f"monitors need names of their own, got {', '.join(names)}")
 
-    def weighted_sum(
-        params: PyTree, batch: Batch, draw: Draw
-    ) -> tuple[Array, tuple[LossSums, LossStats]]:
-        stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
-        sums = sum_losses(draw, stats)
-        return sums.loss, (sums, stop_gradient_stats(stats))
-
-    gradient = jax.grad(weighted_sum, has_aux=True)
+    gradient = jax.grad(weighted_sum(apply_fn, objective), has_aux=True)
 
     def accumulate(params: PyTree, batch: Batch, draw: Draw) -> tuple[PyTree, LossSums, LossStats]:
         if num_microbatches == 1:
@@ -132,7 +137,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         done = state.step - state.skipped
         decay = jnp.minimum(ema_decay, (1.0 + done) / (10.0 + done))
-        ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema, params)
+        ema = update_average(state.ema, state.params, params, decay)
         # A skipped step teaches nothing: a transform is shown NaN, which it refuses and counts.
         shown = stats._replace(raw=jnp.where(finite, stats.raw, jnp.nan))
         variance = transform.update(state.variance, draw, shown)

@@ -1,0 +1,106 @@
+"""What comes before the first use of JAX: processes of a cluster, and the compilation cache."""
+
+import importlib.util
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax
+
+HEARTBEAT_SECONDS = 60
+"""A process that was silent for so long counts as dead, and the others end."""
+
+
+def start_processes(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the other processes of the run, if there are any.
+
+    Without arguments a cluster is looked for in the environment (:func:`detected`); without one
+    nothing happens. ``num_processes`` of 1 means not to look.
+
+    Raises:
+        ValueError: if only some arguments are given, or the cluster does not say what is missing.
+    """
+    given = {
+        "--coordinator_address": coordinator_address,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if num_processes == 1 and coordinator_address is None:
+        return
+    if not missing:
+        if not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"--process_id must be in [0, {num_processes}) for --num_processes={num_processes},"
+                f" got {process_id}"
+            )
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+        return
+    if len(missing) < len(given):
+        raise ValueError(
+            f"several processes need {', '.join(given)} together; {', '.join(missing)} is missing"
+        )
+    cluster = detected(os.environ)
+    if cluster is None:
+        return
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"this looks like a process of {cluster}, but it could not join the others ({error}). "
+            f"Give {', '.join(given)}, or --num_processes=1 for a run of its own"
+        ) from error
+
+
+def detected(environment: Mapping[str, str]) -> str | None:
+    """The kind of cluster that started this process as one of several, or None.
+
+    Only marks that a scheduler leaves are looked at, so a workstation never waits for anybody: a
+    shell inside a Slurm allocation, for one, is not a task of ``srun``.
+    """
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    if all(name in environment for name in slurm) and _number(environment, "SLURM_NTASKS") > 1:
+        return "a Slurm step"
+    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+        return "an Open MPI job"
+    if "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        return "a multislice TPU job"
+    if len(environment.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        return "a TPU slice"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "an indexed Kubernetes job"
+    devices = any(pathlib.Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
+    if devices and importlib.util.find_spec("libtpu") and "JAX_PLATFORMS" not in environment:
+        return "a TPU machine"
+    return None
+
+
+def use_compilation_cache(directory: str | None) -> pathlib.Path | None:
+    """Keeps compiled programs on disk for the next start; returns where.
+
+    Args:
+        directory: None for JAX's own setting (``JAX_COMPILATION_CACHE_DIR``) if it has one, else
+            ``mdm_jax`` below the user's cache directory; "" for no cache.
+    """
+    if directory == "":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    if directory is None:
+        if jax.config.jax_compilation_cache_dir:
+            return pathlib.Path(jax.config.jax_compilation_cache_dir)
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        directory = str(pathlib.Path(home) / "mdm_jax" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    return pathlib.Path(directory)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    return int(value) if value.isdigit() else 0
