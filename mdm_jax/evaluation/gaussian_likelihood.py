@@ -26,6 +26,7 @@ import numpy as np
 
 from mdm_jax.batches import Batch
 from mdm_jax.evaluation.decoders import Decoder
+from mdm_jax.evaluation.scored_batches import ScoredRows, check_at_least_one, score_batches
 from mdm_jax.evaluation.standard_errors import (
     finite_or_none,
     standard_error_of_mean,
@@ -210,9 +211,7 @@ def make_gaussian_likelihood(
         ValueError: for passes or replicates below 1, levels that are not finite with low < high,
             batches of different shapes, or no eligible element in all the data.
     """
-    for name, value in (("passes", passes), ("replicates", replicates)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least_one(passes=passes, replicates=replicates)
     check_interval("make_gaussian_likelihood", low, high)
     check_finite("make_gaussian_likelihood", low=low, high=high)
 
@@ -255,27 +254,18 @@ def make_gaussian_likelihood(
         progress: Callable[[int], None] | None = None,
     ) -> GaussianLikelihood:
         key = stream(key, "gaussian_likelihood")
-        shape, seen, parts, elements, index = None, 0, [], [], []
-        for batch in batches:
-            shape = _check_shape(batch, shape)
-            count = np.asarray(batch.eligible).sum(-1)
-            scored = np.flatnonzero(count)
-            if scored.size:
-                batch = jax.tree.map(jnp.asarray, batch)
-                estimates = [score(params, key, batch, seen, r) for r in range(replicates)]
-                parts.append(np.stack([np.asarray(e, np.float64) for e in estimates], 1))
-                parts[-1] = parts[-1][..., scored]
-                elements.append(count[scored])
-                index.append(seen + scored)
-            seen += shape[0]
-            if progress is not None:
-                progress(shape[0])
-        if not parts:
-            raise ValueError(f"nothing to score: none of {seen} rows has an eligible element")
+
+        def score_all(batch: Batch, first_row: int, _rows: ScoredRows) -> list:
+            return [score(params, key, batch, first_row, r) for r in range(replicates)]
+
+        def collect(estimates: list, rows: ScoredRows) -> tuple[np.ndarray, ScoredRows]:
+            return np.array(estimates, np.float64).swapaxes(0, 1)[..., rows.place], rows
+
+        parts, seen = score_batches(params, batches, score_all, collect, progress, "element")
         return GaussianLikelihood(
-            replicate_row_parts=np.concatenate(parts, axis=-1),
-            row_elements=np.concatenate(elements),
-            row_index=np.concatenate(index),
+            replicate_row_parts=np.concatenate([part for part, _ in parts], axis=-1),
+            row_elements=np.concatenate([rows.size for _, rows in parts]),
+            row_index=np.concatenate([rows.index for _, rows in parts]),
             rows_seen=seen,
             passes=passes,
         )
@@ -299,18 +289,3 @@ def _data(batch: Batch, values: Callable[[Array], Array] | None) -> Array:
             "for example objectives.scaled_integers(num_values)"
         )
     return data
-
-
-def _check_shape(batch: Batch, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    found = tuple(batch.tokens.shape)
-    if len(found) != 2 or tuple(batch.eligible.shape) != found:
-        raise ValueError(
-            "a batch needs tokens and eligible of one shape [B, L], got "
-            f"{found} and {tuple(batch.eligible.shape)}"
-        )
-    if shape is not None and found != shape:
-        raise ValueError(
-            f"all batches must have the shape of the first, {shape}, got {found}; "
-            "fill the last batch with rows that have no eligible element"
-        )
-    return found

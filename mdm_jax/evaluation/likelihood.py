@@ -14,7 +14,6 @@ References: Ou et al. 2024 (RADD) and Nie et al. 2025 (LLaDA) for the fixed-coun
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,14 @@ from mdm_jax.corruption import cross_entropy
 from mdm_jax.evaluation.design import logsnr_of_count, pass_masks, row_keys
 from mdm_jax.evaluation.likelihood_result import LevelCurve as LevelCurve
 from mdm_jax.evaluation.likelihood_result import Likelihood as Likelihood
+from mdm_jax.evaluation.scored_batches import (
+    RowScores,
+    ScoredRows,
+    check_at_least_one,
+    count_scores,
+    pool,
+    score_batches,
+)
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
 
@@ -99,9 +106,7 @@ def make_evaluation(
     Raises:
         ValueError: likewise.
     """
-    for name, value in (("passes", passes), ("replicates", replicates), ("level_bins", level_bins)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
     num_passes, num_runs = (1, 1) if exact else (passes, replicates)
 
     def evaluate(
@@ -111,83 +116,28 @@ def make_evaluation(
         progress: Callable[[int], None] | None = None,
     ) -> Likelihood:
         key = None if exact else stream(key, "likelihood")
-        shape, seen, parts = None, 0, []
-        for batch in batches:
-            shape = _check_shape(batch, shape, num_passes)
-            num_rows = shape[0]
-            if np.any(batch.eligible):
-                batch = jax.tree.map(jnp.asarray, batch)
-                passed = [
-                    [score(params, key, batch, seen, r, j) for j in range(num_passes)]
-                    for r in range(num_runs)
-                ]
-                parts.append(_collect(passed, batch, seen, level_bins))
-            seen += num_rows
-            if progress is not None:
-                progress(num_rows)
-        if not parts:
-            raise ValueError(f"nothing to score: none of {seen} rows has an eligible token")
-        return _pool(parts, seen, num_passes, replicates // num_runs, level_bins)
+
+        def score_all(batch: Batch, first_row: int, _rows: ScoredRows) -> list:
+            length = batch.tokens.shape[1]
+            if num_passes * length >= 2**31:
+                raise ValueError(
+                    f"passes * length must stay below 2**31, got {num_passes} * {length}"
+                )
+            return [
+                [score(params, key, batch, first_row, r, j) for j in range(num_passes)]
+                for r in range(num_runs)
+            ]
+
+        def collect(passed: list, rows: ScoredRows) -> RowScores:
+            count = np.array([[c for c, _ in row] for row in passed], np.int64)
+            loss = np.array([[s for _, s in row] for row in passed], np.float64)
+            count, loss = count[..., rows.place, :], loss[..., rows.place, :]
+            size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
+            count = np.where(size > 0, count, 0)
+            nats = (size / np.maximum(count, 1) * loss).sum(-1).mean(axis=1)
+            nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
+            return count_scores(nats, rows, loss, count, level_bins)
+
+        return pool(*score_batches(params, batches, score_all, collect, progress))
 
     return evaluate
-
-
-class _Part(NamedTuple):
-    row_nats: np.ndarray
-    tokens: np.ndarray
-    units: np.ndarray
-    index: np.ndarray
-    level_nats: np.ndarray
-    level_targets: np.ndarray
-
-
-def _collect(passed, batch: Batch, first_row: int, bins: int) -> _Part:
-    count = np.array([[np.asarray(c) for c, _ in row] for row in passed], np.int64)
-    loss = np.array([[np.asarray(s) for _, s in row] for row in passed], np.float64)
-    rows, segments = count.shape[-2:]
-    n = np.asarray(batch.eligible).reshape(rows, segments, -1).sum(-1).astype(np.int64)
-    scored = n.any(-1)
-    n, count, loss = n[scored], count[..., scored, :], loss[..., scored, :]
-    count = np.where(n > 0, count, 0)
-    # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers.
-    level = np.maximum(-(-count * bins // np.maximum(n, 1)) - 1, 0)
-    return _Part(
-        row_nats=(n / np.maximum(count, 1) * loss).sum(-1).mean(axis=1),
-        tokens=n.sum(-1),
-        units=np.asarray(batch.units, np.int64)[scored],
-        index=first_row + np.flatnonzero(scored),
-        level_nats=np.bincount(level.ravel(), loss.ravel(), minlength=bins),
-        level_targets=np.bincount(level.ravel(), count.ravel(), minlength=bins),
-    )
-
-
-def _pool(parts: list[_Part], rows_seen: int, passes: int, repeats: int, bins: int) -> Likelihood:
-    nats = sum(part.level_nats for part in parts)
-    targets = sum(part.level_targets for part in parts)
-    mean = np.divide(nats, targets, out=np.full(bins, np.nan), where=targets > 0)
-    return Likelihood(
-        replicate_row_nats=np.tile(np.concatenate([p.row_nats for p in parts], 1), (repeats, 1)),
-        row_tokens=np.concatenate([part.tokens for part in parts]),
-        row_units=np.concatenate([part.units for part in parts]),
-        row_index=np.concatenate([part.index for part in parts]),
-        rows_seen=rows_seen,
-        passes=passes,
-        levels=LevelCurve(np.arange(bins + 1) / bins, mean, targets.astype(np.int64)),
-    )
-
-
-def _check_shape(batch: Batch, shape: tuple | None, passes: int) -> tuple[int, int]:
-    found = tuple(batch.tokens.shape)
-    if len(found) != 2 or tuple(batch.eligible.shape) != found:
-        raise ValueError(
-            "a batch needs tokens and eligible of one shape [B, L], got "
-            f"{found} and {tuple(batch.eligible.shape)}"
-        )
-    if shape is not None and found != shape:
-        raise ValueError(
-            f"all batches must have the shape of the first, {shape}, got {found}; "
-            "fill the last batch with rows that have no eligible token"
-        )
-    if passes * found[1] >= 2**31:
-        raise ValueError(f"passes * length must stay below 2**31, got {passes} * {found[1]}")
-    return found

@@ -27,7 +27,6 @@ Reference: Jeon et al. 2025, Information-Theoretic Discrete Diffusion (arXiv 251
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,15 @@ import numpy as np
 from mdm_jax.batches import Batch
 from mdm_jax.corruption import cross_entropy
 from mdm_jax.evaluation.design import logsnr_of_count, row_keys
-from mdm_jax.evaluation.likelihood import LevelCurve, Likelihood
+from mdm_jax.evaluation.likelihood_result import Likelihood
+from mdm_jax.evaluation.scored_batches import (
+    RowScores,
+    ScoredRows,
+    check_at_least_one,
+    count_scores,
+    pool,
+    score_batches,
+)
 from mdm_jax.evaluation.subset_designs import SubsetDesign
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
@@ -70,9 +77,7 @@ def make_subset_likelihood(
         ValueError: for replicates or level_bins below 1, a row that the design refuses, batches of
             different shapes, or no eligible token in all the data.
     """
-    for name, value in (("replicates", replicates), ("level_bins", level_bins)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least_one(replicates=replicates, level_bins=level_bins)
 
     @jax.jit
     def score(params, key, batch, first_row, replicate, view):
@@ -84,7 +89,7 @@ def make_subset_likelihood(
         logits = apply_fn(params, inputs, logsnr[:, None], batch.documents)
         nats = jnp.where(mask, cross_entropy(logits, batch.tokens, mask_id), 0.0)
         estimate = jnp.sum(weight * nats, axis=-1)
-        return _Pass(estimate, jnp.sum(nats, axis=-1), count)
+        return estimate, jnp.sum(nats, axis=-1), count
 
     def evaluate(
         params: PyTree,
@@ -93,100 +98,24 @@ def make_subset_likelihood(
         progress: Callable[[int], None] | None = None,
     ) -> Likelihood:
         key = stream(key, "likelihood")
-        shape, seen, passes, parts = None, 0, 0, []
-        for batch in batches:
-            shape = _check_shape(batch, shape)
-            size = np.asarray(batch.eligible).sum(-1)
-            sizes = {int(n) for n in size if n}
-            if sizes:
-                views = max(design.passes(n) for n in sizes)
-                repeats = 1 if all(design.fixed(n) for n in sizes) else replicates
-                batch = jax.tree.map(jnp.asarray, batch)
-                found = [
-                    [score(params, key, batch, seen, r, j) for j in range(views)]
-                    for r in range(repeats)
-                ]
-                parts.append(_collect(found, batch, size, seen, replicates, level_bins))
-                passes = max(passes, views)
-            seen += shape[0]
-            if progress is not None:
-                progress(shape[0])
-        if not parts:
-            raise ValueError(f"nothing to score: none of {seen} rows has an eligible token")
-        return _pool(parts, seen, passes, level_bins)
+
+        def score_all(batch: Batch, first_row: int, rows: ScoredRows) -> list:
+            sizes = {int(n) for n in rows.size}
+            repeats = 1 if all(design.fixed(n) for n in sizes) else replicates
+            views = max(design.passes(n) for n in sizes)
+            return [
+                [score(params, key, batch, first_row, r, j) for j in range(views)]
+                for r in range(repeats)
+            ]
+
+        def collect(passed: list, rows: ScoredRows) -> RowScores:
+            found = np.array(passed, np.float64)[..., rows.place]  # [R', F, 3, N]
+            estimate, loss, count = np.moveaxis(found, 2, 0)
+            nats = estimate.sum(axis=1)
+            nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
+            count = count.astype(np.int64)[..., None]
+            return count_scores(nats, rows, loss[..., None], count, level_bins)
+
+        return pool(*score_batches(params, batches, score_all, collect, progress))
 
     return evaluate
-
-
-class _Pass(NamedTuple):
-    estimate: Array  # [B] the pass's part of the estimate
-    loss: Array  # [B] summed cross-entropy of the masked tokens
-    count: Array  # [B] masked tokens
-
-
-class _Part(NamedTuple):
-    row_nats: np.ndarray
-    tokens: np.ndarray
-    units: np.ndarray
-    index: np.ndarray
-    level_nats: np.ndarray
-    level_targets: np.ndarray
-
-
-def _collect(
-    found: list[list[_Pass]],
-    batch: Batch,
-    size: np.ndarray,
-    first_row: int,
-    replicates: int,
-    bins: int,
-) -> _Part:
-    scored = size > 0
-    n = size[scored].astype(np.int64)
-
-    def field(name: str, dtype: type) -> np.ndarray:
-        values = [[np.asarray(getattr(p, name), dtype) for p in row] for row in found]
-        return np.array(values)[..., scored]
-
-    nats = field("estimate", np.float64).sum(axis=1)
-    loss, count = field("loss", np.float64), field("count", np.int64)
-    # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers; views without a mask add nothing.
-    level = np.maximum(-(-count * bins // n) - 1, 0)
-    return _Part(
-        row_nats=np.broadcast_to(nats, (replicates, nats.shape[1])),
-        tokens=n,
-        units=np.asarray(batch.units, np.int64)[scored],
-        index=first_row + np.flatnonzero(scored),
-        level_nats=np.bincount(level.ravel(), loss.ravel(), minlength=bins),
-        level_targets=np.bincount(level.ravel(), count.ravel(), minlength=bins),
-    )
-
-
-def _pool(parts: list[_Part], rows_seen: int, passes: int, bins: int) -> Likelihood:
-    nats = sum(part.level_nats for part in parts)
-    targets = sum(part.level_targets for part in parts)
-    mean = np.divide(nats, targets, out=np.full(bins, np.nan), where=targets > 0)
-    return Likelihood(
-        replicate_row_nats=np.concatenate([part.row_nats for part in parts], axis=1),
-        row_tokens=np.concatenate([part.tokens for part in parts]),
-        row_units=np.concatenate([part.units for part in parts]),
-        row_index=np.concatenate([part.index for part in parts]),
-        rows_seen=rows_seen,
-        passes=passes,
-        levels=LevelCurve(np.arange(bins + 1) / bins, mean, targets.astype(np.int64)),
-    )
-
-
-def _check_shape(batch: Batch, shape: tuple | None) -> tuple[int, int]:
-    found = tuple(batch.tokens.shape)
-    if len(found) != 2 or tuple(batch.eligible.shape) != found:
-        raise ValueError(
-            "a batch needs tokens and eligible of one shape [B, L], got "
-            f"{found} and {tuple(batch.eligible.shape)}"
-        )
-    if shape is not None and found != shape:
-        raise ValueError(
-            f"all batches must have the shape of the first, {shape}, got {found}; "
-            "fill the last batch with rows that have no eligible token"
-        )
-    return found

@@ -21,7 +21,14 @@ import numpy as np
 from mdm_jax import schedules
 from mdm_jax.batches import Batch
 from mdm_jax.draws import GRID_BITS, Draw, open_uniform
-from mdm_jax.evaluation.likelihood import LevelCurve, Likelihood
+from mdm_jax.evaluation.likelihood_result import Likelihood
+from mdm_jax.evaluation.scored_batches import (
+    RowScores,
+    ScoredRows,
+    check_at_least_one,
+    pool,
+    score_batches,
+)
 from mdm_jax.objectives.uniform_nelbo import uniform_nelbo
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
@@ -57,9 +64,7 @@ def make_uniform_likelihood(
         ValueError: for fewer than two tokens, passes, replicates or level_bins below 1, batches of
             different shapes, or no eligible token in all the data.
     """
-    for name, value in (("passes", passes), ("replicates", replicates), ("level_bins", level_bins)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
     law = schedules.law_of(schedules.masked.power(3.0))
     objective = uniform_nelbo(num_tokens, law)
 
@@ -84,37 +89,27 @@ def make_uniform_likelihood(
         progress: Callable[[int], None] | None = None,
     ) -> Likelihood:
         key = stream(key, "uniform_likelihood")
-        shape, seen, values, tokens, units, index = None, 0, [], [], [], []
-        for batch in batches:
-            shape = _check_shape(batch, shape)
-            count = np.asarray(batch.eligible).sum(-1)
-            scored = np.flatnonzero(count)
-            if scored.size:
-                batch = jax.tree.map(jnp.asarray, batch)
-                found = [
-                    [score(params, key, batch, seen, r, j) for j in range(passes)]
-                    for r in range(replicates)
-                ]
-                values.append(np.asarray(found, np.float64)[..., scored])  # [R, F, 3, rows]
-                tokens.append(count[scored])
-                units.append(np.asarray(batch.units, np.int64)[scored])
-                index.append(seen + scored)
-            seen += shape[0]
-            if progress is not None:
-                progress(shape[0])
-        if not values:
-            raise ValueError(f"nothing to score: none of {seen} rows has an eligible token")
-        rate, weight, raw = np.moveaxis(np.concatenate(values, axis=-1), 2, 0)
-        row_tokens = np.concatenate(tokens).astype(np.int64)
-        return Likelihood(
-            replicate_row_nats=(weight * raw).mean(axis=1),
-            row_tokens=row_tokens,
-            row_units=np.concatenate(units),
-            row_index=np.concatenate(index),
-            rows_seen=seen,
-            passes=passes,
-            levels=_level_curve(rate, weight, raw, row_tokens, level_bins),
-        )
+
+        def score_all(batch: Batch, first_row: int, _rows: ScoredRows) -> list:
+            return [
+                [score(params, key, batch, first_row, r, j) for j in range(passes)]
+                for r in range(replicates)
+            ]
+
+        def collect(passed: list, rows: ScoredRows) -> RowScores:
+            found = np.array(passed, np.float64)[..., rows.place]  # [R, F, 3, N]
+            rate, weight, raw = np.moveaxis(found, 2, 0)
+            # Bin b holds b/bins < m <= (b+1)/bins.
+            level = np.clip(np.ceil(rate * level_bins).astype(int) - 1, 0, level_bins - 1)
+            size = np.broadcast_to(rows.size, rate.shape)
+            nats, mass, targets = (
+                np.bincount(level.ravel(), values.ravel(), minlength=level_bins)
+                for values in (weight * raw, weight * size, size)
+            )
+            row_nats = (weight * raw).mean(axis=1)
+            return RowScores(row_nats, rows, nats, mass, targets, passes)
+
+        return pool(*score_batches(params, batches, score_all, collect, progress))
 
     return evaluate
 
@@ -126,29 +121,3 @@ def pass_numbers(row_key: Array, j: Array, passes: int, length: int) -> tuple[Ar
     smallest = 2.0 ** -(GRID_BITS + 1)  # where the ends of the grid are
     u = jnp.clip(cell, smallest, 1 - smallest)
     return u, open_uniform(stream(key, "noise"), (length, 2))
-
-
-def _level_curve(rate, weight, raw, row_tokens, bins: int) -> LevelCurve:
-    # Bin b holds b/bins < m <= (b+1)/bins.
-    level = np.clip(np.ceil(rate * bins).astype(int) - 1, 0, bins - 1).ravel()
-    size = np.broadcast_to(row_tokens, rate.shape)
-    nats = np.bincount(level, (weight * raw).ravel(), minlength=bins)
-    mass = np.bincount(level, (weight * size).ravel(), minlength=bins)
-    mean = np.divide(nats, mass, out=np.full(bins, np.nan), where=mass > 0)
-    targets = np.bincount(level, size.ravel(), minlength=bins)
-    return LevelCurve(np.arange(bins + 1) / bins, mean, targets.astype(np.int64))
-
-
-def _check_shape(batch: Batch, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    found = tuple(batch.tokens.shape)
-    if len(found) != 2 or tuple(batch.eligible.shape) != found:
-        raise ValueError(
-            "a batch needs tokens and eligible of one shape [B, L], got "
-            f"{found} and {tuple(batch.eligible.shape)}"
-        )
-    if shape is not None and found != shape:
-        raise ValueError(
-            f"all batches must have the shape of the first, {shape}, got {found}; "
-            "fill the last batch with rows that have no eligible token"
-        )
-    return found
