@@ -113,8 +113,9 @@ def _run_as_one_of_several(workdir: pathlib.Path) -> int:
             code = _run(workdir)
     except BaseException as error:
         logging.debug("where it came from:", exc_info=True)
-        code = _fail(f"process {jax.process_index()} stopped, perhaps as another one did: {error}")
+        code = _fail(str(error))
     if code not in (0, _STOPPED):
+        _fail(f"process {jax.process_index()} ends; the first to end says why")
         # Leaving properly would wait for processes that wait for this one. Its closed connections,
         # or missing heartbeats, tell them.
         sys.stdout.flush()

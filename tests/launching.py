@@ -1,7 +1,9 @@
 """The launcher for tests: in a process of its own, or inside this one for what fails early."""
 
+import contextlib
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,33 @@ def finish(*arguments: str, code: int = 0, devices: int = 1) -> tuple[str, str]:
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     return out, err
+
+
+def start_several(count: int, *arguments: str, devices: int = 1) -> list[subprocess.Popen]:
+    """The launcher in ``count`` processes of one run."""
+    together = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
+    return [
+        start(*arguments, *together, f"--process_id={number}", devices=devices)
+        for number in range(count)
+    ]
+
+
+def finish_several(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of each process; none is left behind."""
+    try:
+        found = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, found)]
+
+
+def free_port() -> int:
+    """A port that nobody listened to a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
