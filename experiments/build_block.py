@@ -54,9 +54,11 @@ def generator(
     config: ConfigDict, dataset: data.Dataset, model: models.Transformer, _apply_fn: Callable
 ) -> Callable:
     """Generation block by block with cached keys and values."""
-    if config.model.self_conditioning:
-        raise ValueError("model.self_conditioning is not offered for generation block by block")
     chosen = build_masked.sampler(config)
+    if config.model.self_conditioning:
+        chosen = samplers.self_conditioned(chosen, dataset.vocab_size - 1, dataset.vocab_size)
     decoder = models.cached_block_decoder(model, config.block.size, config.block.window or None)
     levels = build_masked.grid_of(config, chosen)
-    return samplers.make_block_generator(decoder, chosen, levels, mask_id=dataset.mask_id)
+    return samplers.make_block_generator(
+        decoder, chosen, levels, mask_id=dataset.mask_id, guided=bool(config.sample.guidance)
+    )

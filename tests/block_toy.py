@@ -19,7 +19,10 @@ BLOCK_MEAN = {1: 4.18540830, 2: 4.22728186, 4: 4.03072625}
 
 
 def block_apply(block_size):
-    """``apply_fn(params, inputs [N, 8], ...)``: the loop over blocks, each with what it may see."""
+    """``apply_fn(params, inputs [N, 8], ...)``: the loop over blocks, each with what it may see.
+
+    Padding in the blocks before is not seen: as if it were masked.
+    """
 
     def apply_fn(params, inputs, logsnr=None, documents=None):
         noised, clean = inputs[:, : toy.LENGTH], inputs[:, toy.LENGTH :]
@@ -27,6 +30,8 @@ def block_apply(block_size):
         parts = []
         for b in range(toy.LENGTH // block_size):
             earlier, own = (block < b)[None], (block == b)[None]
+            if documents is not None:
+                earlier = earlier & (documents > 0)
             seen = jnp.where(earlier, clean, jnp.where(own, noised, toy.MASK_ID))
             logits = _model(params).apply(params, seen)
             parts.append(logits[:, b * block_size : (b + 1) * block_size])

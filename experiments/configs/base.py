@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
             "scan_layers": False,
             "qk_norm": True,
             "rope_base": 100.0,
-            "self_conditioning": False,  # processes masked and uniform
+            "self_conditioning": False,  # processes masked, block, uniform
             "patch_size": 2,  # process gaussian
             "dtype": "float32",  # operands of matrix products: float32 | bfloat16
             "param_dtype": "float32",

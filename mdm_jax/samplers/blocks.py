@@ -9,7 +9,7 @@ import numpy as np
 from mdm_jax.models.attention_masks import check_blocks
 from mdm_jax.models.block import BlockDecoder
 from mdm_jax.samplers.canvas import check_canvas
-from mdm_jax.samplers.sampler import Sampler, sample
+from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext, sample
 from mdm_jax.schedules.parameters import is_concrete
 from mdm_jax.typing import Array, ArrayLike, PyTree
 
@@ -26,6 +26,7 @@ def sample_blocks(
     documents: ArrayLike | None = None,
     row_offset: ArrayLike = 0,
     prefix: int = 0,
+    guided: bool = False,
 ) -> Array:
     """Fills the masked places of a canvas from left to right; tokens [B, L] without any mask token.
 
@@ -35,8 +36,8 @@ def sample_blocks(
     blocks. Given tokens never change, wherever they stand, but a block does not see what is given
     in the blocks after it. Rows are independent, as in ``sample``.
 
-    A sampler, and whatever wraps its network, knows the block alone: it counts steps and confidence
-    per block, and does not see the prompt in the blocks before.
+    A sampler knows the block alone and counts steps and confidence per block; self-conditioning
+    starts anew in every block. What wraps its network sees the whole row that is written so far.
 
     Args:
         key: typed key. Row i draws in block b from ``fold_in(fold_in(key, b), row_offset + i)``.
@@ -53,10 +54,13 @@ def sample_blocks(
         prefix: number of places at the beginning that are given in every row. The whole blocks
             among them go through the network in one pass instead of one by one; nothing else
             changes. Whoever traces the canvas vouches for it.
+        guided: for a sampler with ``prompt_guidance``: keeps a second memory, in which the given
+            tokens of finished blocks are padding. The two grow together, so that finishing a block
+            takes two passes.
 
     Raises:
         ValueError: as ``sample``; if the block size does not divide the length; if the prefix is
-            longer than the canvas or not all given.
+            longer than the canvas or not all given; if a sampler is guided and ``guided`` not set.
     """
     canvas, documents = check_canvas(canvas, documents)
     num_rows, length = canvas.shape
@@ -66,34 +70,63 @@ def sample_blocks(
     if documents is None:
         documents = jnp.ones_like(canvas)
     row_numbers = jnp.broadcast_to(jnp.arange(num_rows)[:, None], (num_rows, size))
-    memory, given = decoder.init(num_rows, length), prefix // size * size
-    if given:
-        memory = decoder.append(params, memory, canvas[:, :given], documents[:, :given])
+    given = prefix // size * size
 
-    def fill(memory: PyTree, block: tuple[Array, Array, Array]) -> tuple[PyTree, Array]:
+    def remember(memories: list[PyTree], tokens: Array, canvas: Array, known: Array):
+        hidden = jnp.where(canvas == mask_id, known, 0)
+        return [
+            decoder.append(params, memory, tokens, seen)
+            for memory, seen in zip(memories, (known, hidden))
+        ]
+
+    memories = [decoder.init(num_rows, length) for _ in range(1 + guided)]
+    if given:
+        start = canvas[:, :given]
+        memories = remember(memories, start, start, documents[:, :given])
+    # Room before the row, so that what stands before any block is a slice of one size.
+    room, blank = length - size, jnp.full((num_rows, length), mask_id, jnp.int32)
+    written = jnp.concatenate([blank[:, size:], canvas[:, :given], blank[:, given:]], axis=1)
+
+    def fill(carry: tuple[list[PyTree], Array], block: tuple[Array, Array, Array]):
+        memories, written = carry
         index, start, own_documents = block
 
-        def model_fn(tokens: Array, logsnr: Array, rows: Array, **further: Array) -> Array:
+        def model_fn(
+            tokens: Array,
+            logsnr: Array,
+            rows: Array,
+            without_prompt: bool = False,
+            **further: Array,
+        ) -> Array:
+            if without_prompt and not guided:
+                raise ValueError(
+                    "prompt_guidance asks what the network says without the prompt, for which "
+                    "generation block by block keeps a memory only with guided=True"
+                )
+            memory = memories[without_prompt]
             if rows is row_numbers:  # the sampler asks for all rows in order
                 return decoder.logits(params, memory, tokens, logsnr, own_documents, **further)
             rows = rows[:, 0]
             known = decoder.take_rows(memory, rows)
             return decoder.logits(params, known, tokens, logsnr, own_documents[rows], **further)
 
+        before = jax.lax.dynamic_slice_in_dim(written, index * size, room, axis=1)
         # The loop hands on to the network what it takes for documents: here, the rows' numbers.
         tokens = sample(
-            *(jax.random.fold_in(key, index), model_fn, sampler, grid, start),
+            *(jax.random.fold_in(key, index), model_fn, _within(sampler, before), grid, start),
             mask_id=mask_id,
             documents=row_numbers,
             row_offset=row_offset,
         )
-        memory = jax.lax.cond(
+        memories = jax.lax.cond(
             index < num_blocks - 1,
-            lambda memory: decoder.append(params, memory, tokens, own_documents),
-            lambda memory: memory,
-            memory,
+            lambda memories: remember(memories, tokens, start, own_documents),
+            lambda memories: memories,
+            memories,
         )
-        return memory, tokens
+        place = room + index * size
+        written = jax.lax.dynamic_update_slice_in_dim(written, tokens, place, axis=1)
+        return (memories, written), tokens
 
     def cut(values: Array) -> Array:
         return jnp.swapaxes(values[:, given:].reshape(num_rows, -1, size), 0, 1)
@@ -101,7 +134,7 @@ def sample_blocks(
     if given == length:
         return canvas
     blocks = (jnp.arange(given // size, num_blocks), cut(canvas), cut(documents))
-    _, filled = jax.lax.scan(fill, memory, blocks)
+    _, filled = jax.lax.scan(fill, (memories, written), blocks)
     filled = jnp.swapaxes(filled, 0, 1).reshape(num_rows, -1)
     return jnp.concatenate([canvas[:, :given], filled], axis=1)
 
@@ -113,6 +146,7 @@ def make_block_generator(
     *,
     mask_id: int,
     prefix: int = 0,
+    guided: bool = False,
 ) -> Callable[..., Array]:
     """:func:`sample_blocks` compiled once per canvas shape.
 
@@ -122,6 +156,7 @@ def make_block_generator(
         grid: concrete values, as in :func:`sample_blocks`.
         mask_id: the mask token.
         prefix: as in :func:`sample_blocks`; checked at every call.
+        guided: as in :func:`sample_blocks`.
 
     Returns:
         ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``, which
@@ -136,6 +171,7 @@ def make_block_generator(
             documents=documents,
             row_offset=row_offset,
             prefix=prefix,
+            guided=guided,
         )
 
     def generate(params, key, canvas, documents=None, row_offset=0):
@@ -144,6 +180,15 @@ def make_block_generator(
         return run(params, key, canvas, documents, row_offset)
 
     return generate
+
+
+def _within(sampler: Sampler, before: Array) -> Sampler:
+    """The sampler in steps that are told what stands before the canvas."""
+
+    def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
+        return sampler.step(context._replace(before=before), denoise, state)
+
+    return sampler._replace(step=step)
 
 
 def check_prefix(canvas: ArrayLike, prefix: int, mask_id: int) -> None:

@@ -15,6 +15,10 @@ def prompt_guidance(scale: float) -> DenoiseWrapper:
     beyond rows that are masked throughout. Tokens ruled out in either pass keep the conditional
     logit.
 
+    In ``sample_blocks``, which needs ``guided=True`` for it, what is given in the blocks before is
+    not masked but left out, as padding is: a block model never met a mask token there. This takes
+    two passes, each over a memory of its own.
+
     Args:
         scale: guidance scale, 1 for none; LLaDA's ``w + 1``.
 
@@ -29,12 +33,17 @@ def prompt_guidance(scale: float) -> DenoiseWrapper:
 
     def wrapper(context: StepContext, denoise: Denoise) -> Denoise:
         def guided(tokens: Array, logsnr: Array, rows: Array | None = None) -> Array:
-            rows = all_rows(tokens, rows)
-            blind = jnp.where(context.free[rows], tokens, context.mask_id)
-            level = jnp.asarray(logsnr)
-            level = level if level.ndim == 0 else jnp.concatenate([level, level])
-            both = denoise(jnp.concatenate([tokens, blind]), level, jnp.concatenate([rows, rows]))
-            target, base = jnp.split(both, 2)
+            each = all_rows(tokens, rows)
+            blind = jnp.where(context.free[each], tokens, context.mask_id)
+            if context.before is not None:
+                target = denoise(tokens, logsnr, rows)
+                base = denoise(blind, logsnr, rows, without_prompt=True)
+            else:
+                level = jnp.asarray(logsnr)
+                level = level if level.ndim == 0 else jnp.concatenate([level, level])
+                twice = jnp.concatenate([each, each])
+                both = denoise(jnp.concatenate([tokens, blind]), level, twice)
+                target, base = jnp.split(both, 2)
             possible = jnp.isfinite(target) & jnp.isfinite(base)
             return jnp.where(possible, base + scale * (target - base), target)
 

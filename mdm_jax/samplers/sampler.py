@@ -64,6 +64,9 @@ class StepContext(NamedTuple):
         next_logsnr: [] float32 level after the step; NaN likewise.
         free: [B, L] bool, the places to generate.
         mask_id: the mask token.
+        before: [B, P] int32, what stands in the rows right before the canvas, with the mask token
+            where nothing does, if the canvas is a block of longer rows; None if it is all there is.
+            With blocks the network takes ``without_prompt=True``, too (see ``sample_blocks``).
     """
 
     keys: Array
@@ -73,6 +76,7 @@ class StepContext(NamedTuple):
     next_logsnr: Array
     free: Array
     mask_id: int
+    before: Array | None = None
 
 
 class Sampler(NamedTuple):

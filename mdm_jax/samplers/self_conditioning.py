@@ -1,5 +1,7 @@
 """Self-conditioned sampling: each step shows the network what it estimated in the last one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +21,8 @@ def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Samp
     sampler hears when it asks for these tokens at this level, as most do once per step; whatever
     else it asks for costs passes of its own.
 
-    The model function is ``model_fn(inputs, logsnr, documents, estimate=...)``.
+    The model function is ``model_fn(inputs, logsnr, documents, estimate=...)``. In
+    ``sample_blocks`` the estimate is that of the block, and zeros in its first step.
 
     Bias: biased. The estimate is one step old, while a bound is that of a network which sees one of
     the same noisy tokens (``objectives.two_pass``).
@@ -44,13 +47,15 @@ def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Samp
             level = counted_logsnr(state.tokens, context.free, context.mask_id)
         logits = denoise(state.tokens, level, estimate=estimate)
 
-        def conditioned(tokens: Array, logsnr: Array, rows: Array | None = None) -> Array:
+        def conditioned(
+            tokens: Array, logsnr: Array, rows: Array | None = None, **further: Any
+        ) -> Array:
             seen = estimate if rows is None else estimate[rows]
 
             def ask() -> Array:
-                return denoise(tokens, logsnr, rows, estimate=seen)
+                return denoise(tokens, logsnr, rows, estimate=seen, **further)
 
-            if rows is not None or jnp.shape(logsnr) != level.shape:
+            if rows is not None or further or jnp.shape(logsnr) != level.shape:
                 return ask()
             same = jnp.all(tokens == state.tokens) & jnp.all(logsnr == level)
             return jax.lax.cond(same, lambda: logits, ask)

@@ -1,8 +1,9 @@
 """Changing what a network says before a sampler hears it.
 
 A :data:`~mdm_jax.samplers.filters.LogitFilter` sees one place's logits and nothing else. A wrapper
-also sees the tokens of the row and which of them were given, and goes around the whole network, so
-that it works in every sampler.
+also sees the tokens of the row and which of them were given, in generation block by block also what
+stands before the block (``context.before``), and goes around the whole network, so that it works in
+every sampler.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
 from mdm_jax.typing import Array
 
 DenoiseWrapper = Callable[[StepContext, Denoise], Denoise]
-"""``wrapper(context, denoise) -> denoise`` of the same signature; rows must not see each other."""
+"""``wrapper(context, denoise) -> denoise`` of the same signature, with further keyword arguments
+handed on if the wrapper is to stand between the network and another; rows must not see each
+other."""
 
 
 def wrapped(sampler: Sampler, *wrappers: DenoiseWrapper) -> Sampler:
