@@ -100,7 +100,7 @@ def dataset(config: ConfigDict) -> data.Dataset:
 
 def network(config: ConfigDict, vocab_size: int) -> models.TransformerConfig:
     """Shape and arithmetic of the network's blocks."""
-    fields = {k: v for k, v in config.model.items() if k != "patch_size"}
+    fields = {k: v for k, v in config.model.items() if k not in ("patch_size", "logits_at")}
     for name in ("dtype", "param_dtype"):
         fields[name] = lookup(DTYPES, fields[name], f"model.{name}")
     return models.TransformerConfig(vocab_size=vocab_size, **fields)

@@ -18,10 +18,10 @@ from mdm_jax.typing import Array
 
 
 def apply_fn(
-    _config: ConfigDict, model: models.Transformer, dataset: data.Dataset
-) -> Callable[..., Array]:
-    """``apply_fn(params, tokens, logsnr, documents) -> logits``, each from the tokens before."""
-    return models.causal_apply(model, dataset.mask_id)
+    config: ConfigDict, model: models.Transformer, dataset: data.Dataset
+) -> Callable[..., Array | models.Readout]:
+    """``apply_fn(params, tokens, ...) -> logits`` or readout, each from the tokens before."""
+    return models.causal_apply(model, dataset.mask_id, chunking=build_masked.chunking(config))
 
 
 def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:

@@ -19,9 +19,10 @@ from mdm_jax.typing import Array
 
 def apply_fn(
     config: ConfigDict, model: models.Transformer, _dataset: data.Dataset
-) -> Callable[..., Array]:
-    """``apply_fn(params, [noised row, clean row], logsnr, documents) -> logits``."""
-    return models.block_apply(model, config.block.size, config.block.window or None)
+) -> Callable[..., Array | models.Readout]:
+    """``apply_fn(params, [noised row, clean row], logsnr, documents) -> logits`` or readout."""
+    window = config.block.window or None
+    return models.block_apply(model, config.block.size, window, build_masked.chunking(config))
 
 
 def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:

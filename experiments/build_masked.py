@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments.build import lookup, network, settings
@@ -47,10 +48,20 @@ def model(config: ConfigDict, dataset: data.Dataset) -> models.Transformer:
 
 
 def apply_fn(
-    _config: ConfigDict, model: models.Transformer, _dataset: data.Dataset
-) -> Callable[..., Array]:
-    """``apply_fn(params, inputs, logsnr, documents) -> logits``."""
-    return model.apply
+    config: ConfigDict, model: models.Transformer, _dataset: data.Dataset
+) -> Callable[..., Array | models.Readout]:
+    """``apply_fn(params, inputs, logsnr, documents) -> logits``, or a readout of them."""
+    chosen = chunking(config)
+    return model.apply if chosen is None else models.readout_apply(model, chosen)
+
+
+def chunking(config: ConfigDict) -> models.Chunking | None:
+    """How losses go through the positions that they score; None for logits of all of them."""
+    options = {"targets": True, "all": False}
+    if not lookup(options, config.model.logits_at, "model.logits_at"):
+        return None
+    # Every device but those that share a layer has rows of its own.
+    return models.Chunking(jax.device_count() // config.mesh.tensor)
 
 
 def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:
@@ -107,14 +118,14 @@ def details(record: dict[str, Any]) -> list[str]:
 
 
 def generator(
-    config: ConfigDict, dataset: data.Dataset, _model: models.Transformer, apply_fn: Callable
+    config: ConfigDict, dataset: data.Dataset, model: models.Transformer, _apply_fn: Callable
 ) -> Callable:
     """``generate(params, key, canvas, documents) -> tokens`` with the configured sampler."""
     chosen = sampler(config)
     if config.model.self_conditioning:
         chosen = samplers.self_conditioned(chosen, dataset.vocab_size - 1, dataset.vocab_size)
     return samplers.make_generator(
-        apply_fn, chosen, grid_of(config, chosen), mask_id=dataset.mask_id
+        model.apply, chosen, grid_of(config, chosen), mask_id=dataset.mask_id
     )
 
 

@@ -37,7 +37,7 @@ def likelihood(
 
 
 def generator(
-    config: ConfigDict, dataset: data.Dataset, _model: models.Transformer, apply_fn: Callable
+    config: ConfigDict, dataset: data.Dataset, model: models.Transformer, _apply_fn: Callable
 ) -> Callable:
     """``generate(params, key, canvas, documents) -> tokens``; the mask token marks free places."""
     c, count = config.sample, num_tokens(dataset)
@@ -48,7 +48,7 @@ def generator(
     if config.model.self_conditioning:
         chosen = samplers.self_conditioned(chosen, count, dataset.vocab_size)
     grid = build_masked.grid(config)
-    return samplers.make_generator(apply_fn, chosen, grid, mask_id=dataset.mask_id)
+    return samplers.make_generator(model.apply, chosen, grid, mask_id=dataset.mask_id)
 
 
 def num_tokens(dataset: data.Dataset) -> int:

@@ -24,9 +24,10 @@ Array = jax.Array
 PyTree = Any
 """Nested containers of arrays."""
 
-ModelFn = Callable[..., Array]
+ModelFn = Callable[..., Any]
 """``model_fn(inputs [N, L], logsnr [N, S] float32, documents [N, L] int32 | None)``: for masked
 processes int32 tokens -> logits [N, L, K], for Gaussian ones floats -> one number per element
-[N, L]. Objectives and samplers see a network only through this signature."""
+[N, L]. Objectives and samplers see a network only through this signature. Objectives and likelihood
+evaluations take a ``models.Readout`` for the logits too, of which they compute what they need."""
 
 __all__ = ["Array", "ArrayLike", "ModelFn", "PyTree"]

@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
             "qk_norm": True,
             "rope_base": 100.0,
             "self_conditioning": False,  # processes masked, block, uniform
+            # Where losses of tokens compute logits: targets (same losses, less memory) | all
+            "logits_at": "targets",
             "patch_size": 2,  # process gaussian
             "dtype": "float32",  # operands of matrix products: float32 | bfloat16
             "param_dtype": "float32",

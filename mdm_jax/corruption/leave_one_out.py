@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from mdm_jax.corruption.process import spread_levels
 from mdm_jax.corruption.uniform_tokens import check_num_tokens, own_evidence
+from mdm_jax.models.readout import as_logits
 from mdm_jax.typing import Array, ModelFn
 
 
@@ -32,7 +33,7 @@ def leave_one_out(model_fn: ModelFn, num_tokens: int) -> ModelFn:
     def without_own_token(
         inputs: Array, logsnr: Array, documents: Array | None = None, **further: Array
     ) -> Array:
-        logits = model_fn(inputs, logsnr, documents, **further)
+        logits = as_logits(model_fn(inputs, logsnr, documents, **further))
         evidence = spread_levels(own_evidence(logsnr, num_tokens), inputs.shape[-1])
         token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         return logits - jnp.where(token == inputs[..., None], evidence[..., None], 0.0)

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.corruption import cross_entropy, sum_levels
+from mdm_jax.corruption import sum_levels
 from mdm_jax.evaluation.design import logsnr_of_count, pass_masks, row_keys
 from mdm_jax.evaluation.likelihood import Likelihood, make_evaluation
 from mdm_jax.models.attention_masks import check_blocks
+from mdm_jax.objectives import token_nats
 from mdm_jax.typing import Array
 
 
@@ -63,8 +64,9 @@ def make_block_likelihood(
         logsnr = logsnr_of_count(count, jnp.sum(by_block, axis=-1)).reshape(num_rows, num_blocks)
         mask = mask.reshape(tokens.shape)
         inputs = jnp.concatenate([jnp.where(mask, mask_id, tokens), tokens], axis=-1)
-        nats = cross_entropy(apply_fn(params, inputs, logsnr, batch.documents), tokens, mask_id)
-        return count.reshape(logsnr.shape), sum_levels(jnp.where(mask, nats, 0.0), num_blocks)
+        outputs = apply_fn(params, inputs, logsnr, batch.documents)
+        nats = token_nats(outputs, tokens, mask, mask_id)
+        return count.reshape(logsnr.shape), sum_levels(nats, num_blocks)
 
     return make_evaluation(
         score,

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.batches import Batch
-from mdm_jax.corruption import cross_entropy
 from mdm_jax.evaluation.design import logsnr_of_count, pass_masks, row_keys
 from mdm_jax.evaluation.likelihood_result import LevelCurve as LevelCurve
 from mdm_jax.evaluation.likelihood_result import Likelihood as Likelihood
@@ -32,6 +31,7 @@ from mdm_jax.evaluation.scored_batches import (
     pool,
     score_batches,
 )
+from mdm_jax.objectives import token_nats
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
 
@@ -47,8 +47,9 @@ def make_likelihood(
     """Evaluation of the bound; the forward pass is compiled once.
 
     Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]``. The
-            level shown for k of n masked tokens is that of the rate (k - 1/2) / n.
+        apply_fn: ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]``, or
+            a readout of them (``models.readout_apply``). The level shown for k of n masked tokens
+            is that of the rate (k - 1/2) / n.
         mask_id: the mask token; it is excluded from the softmax.
         passes: F >= 1, forward passes per row and replicate. May exceed n.
         replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
@@ -59,7 +60,7 @@ def make_likelihood(
         (fill the last with rows that have no eligible token). The randomness of a row depends on
         the key and its number in the stream, not on the batch size: two models evaluated with one
         key see the same masks. ``progress(rows)`` is called after each batch (``tqdm.update``). A
-        forward pass holds the logits of one batch.
+        forward pass holds the logits of one batch, of a readout those of a chunk.
 
     Raises:
         ValueError: for passes, replicates or level_bins below 1, batches of different shapes, or no
@@ -73,9 +74,9 @@ def make_likelihood(
         mask, count = pass_masks(keys, eligible, view, passes)
         logsnr = logsnr_of_count(count, jnp.sum(eligible, axis=-1))
         inputs = jnp.where(mask, mask_id, tokens)
-        logits = apply_fn(params, inputs, logsnr[:, None], batch.documents)
-        nats = cross_entropy(logits, tokens, mask_id)
-        return count[:, None], jnp.sum(jnp.where(mask, nats, 0.0), axis=-1, keepdims=True)
+        outputs = apply_fn(params, inputs, logsnr[:, None], batch.documents)
+        nats = token_nats(outputs, tokens, mask, mask_id)
+        return count[:, None], jnp.sum(nats, axis=-1, keepdims=True)
 
     return make_evaluation(score, passes=passes, replicates=replicates, level_bins=level_bins)
 

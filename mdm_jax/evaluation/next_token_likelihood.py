@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.corruption import cross_entropy
 from mdm_jax.evaluation.likelihood import Likelihood, make_evaluation
+from mdm_jax.objectives import token_nats
 from mdm_jax.typing import Array
 
 
@@ -38,8 +38,8 @@ def make_next_token_likelihood(
     @jax.jit
     def score(params, key, batch, first_row, replicate, view):
         del key, first_row, replicate, view
-        logits = apply_fn(params, batch.tokens, None, batch.documents)
-        nats = jnp.where(batch.eligible, cross_entropy(logits, batch.tokens, mask_id), 0.0)
+        outputs = apply_fn(params, batch.tokens, None, batch.documents)
+        nats = token_nats(outputs, batch.tokens, batch.eligible, mask_id)
         count = jnp.sum(batch.eligible, axis=-1, keepdims=True)
         return count, jnp.sum(nats, axis=-1, keepdims=True)
 

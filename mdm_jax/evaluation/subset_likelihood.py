@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.batches import Batch
-from mdm_jax.corruption import cross_entropy
 from mdm_jax.evaluation.design import logsnr_of_count, row_keys
 from mdm_jax.evaluation.likelihood_result import Likelihood
 from mdm_jax.evaluation.scored_batches import (
@@ -45,6 +44,7 @@ from mdm_jax.evaluation.scored_batches import (
     score_batches,
 )
 from mdm_jax.evaluation.subset_designs import SubsetDesign
+from mdm_jax.objectives import token_nats
 from mdm_jax.streams import stream
 from mdm_jax.typing import Array, PyTree
 
@@ -86,8 +86,8 @@ def make_subset_likelihood(
         count = jnp.sum(mask, axis=-1)
         logsnr = logsnr_of_count(jnp.maximum(count, 1), jnp.sum(batch.eligible, axis=-1))
         inputs = jnp.where(mask, mask_id, batch.tokens)
-        logits = apply_fn(params, inputs, logsnr[:, None], batch.documents)
-        nats = jnp.where(mask, cross_entropy(logits, batch.tokens, mask_id), 0.0)
+        outputs = apply_fn(params, inputs, logsnr[:, None], batch.documents)
+        nats = token_nats(outputs, batch.tokens, mask, mask_id)
         estimate = jnp.sum(weight * nats, axis=-1)
         return estimate, jnp.sum(nats, axis=-1), count
 

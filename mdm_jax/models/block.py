@@ -22,6 +22,7 @@ from mdm_jax.models.cache import (
     new_cache,
     take_rows,
 )
+from mdm_jax.models.readout import Chunking, Readout, finish
 from mdm_jax.models.transformer import Transformer
 from mdm_jax.typing import Array, PyTree
 
@@ -50,14 +51,18 @@ class BlockDecoder(NamedTuple):
 
 
 def block_apply(
-    model: Transformer, block_size: int, window: int | None = None
-) -> Callable[..., Array]:
+    model: Transformer,
+    block_size: int,
+    window: int | None = None,
+    chunking: Chunking | None = None,
+) -> Callable[..., Array | Readout]:
     """The network as ``objectives.block_nelbo`` wants it: all blocks of a row in one pass.
 
     Args:
         model: the network; parameters of plain masked diffusion fit.
         block_size: L'.
         window: blocks that a block sees, itself included; None for all.
+        chunking: of losses; if given, what is returned is a readout in place of the logits.
 
     Returns:
         ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents, estimate=None)`` with the
@@ -76,7 +81,7 @@ def block_apply(
         logsnr: Array | None = None,
         documents: Array | None = None,
         estimate: Array | None = None,
-    ) -> Array:
+    ) -> Array | Readout:
         if inputs.shape[-1] % 2:
             raise ValueError(
                 "a block model reads the noised row and the clean row side by side, [N, 2L]; got "
@@ -89,9 +94,9 @@ def block_apply(
             logsnr = jnp.concatenate([logsnr, jnp.full_like(logsnr, jnp.inf)], axis=-1)
         if estimate is not None:
             estimate = jnp.pad(estimate, ((0, 0), (0, length), (0, 0)))
-        options = {"estimate": estimate, "num_outputs": length, "method": "attend"}
-        logits, _ = model.apply(params, inputs, logsnr, positions, mask, **options)
-        return logits
+        options = {"estimate": estimate, "num_outputs": length, "method": "attend_readout"}
+        readout, _ = model.apply(params, inputs, logsnr, positions, mask, **options)
+        return finish(readout, chunking)
 
     return apply_fn
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mdm_jax.models.attention_masks import causal, check_blocks
 from mdm_jax.models.block import WrittenRow
 from mdm_jax.models.cache import KeyValueCache, append, attend_with_cache, new_cache
+from mdm_jax.models.readout import Chunking, Readout, finish
 from mdm_jax.models.transformer import Transformer
 from mdm_jax.typing import Array, PyTree
 
@@ -37,14 +38,18 @@ class CausalDecoder(NamedTuple):
 
 
 def causal_apply(
-    model: Transformer, start_token: int, window: int | None = None
-) -> Callable[..., Array]:
+    model: Transformer,
+    start_token: int,
+    window: int | None = None,
+    chunking: Chunking | None = None,
+) -> Callable[..., Array | Readout]:
     """The network as ``objectives.next_token`` wants it.
 
     Args:
         model: the network; parameters of masked diffusion fit.
         start_token: what stands before the first token of a document, the mask token as a rule.
         window: tokens that a place sees, its own input included; None for all.
+        chunking: of losses; if given, what is returned is a readout in place of the logits.
 
     Returns:
         ``apply_fn(params, tokens [N, L], logsnr, documents) -> logits [N, L, K]``. Logits at place
@@ -57,15 +62,15 @@ def causal_apply(
         inputs: Array,
         logsnr: Array | None = None,
         documents: Array | None = None,
-    ) -> Array:
+    ) -> Array | Readout:
         del logsnr
         length = inputs.shape[-1]
         mask = causal(length, window, documents)
         shifted = shift_right(inputs, start_token, documents)
-        logits, _ = model.apply(
-            params, shifted, _clean(inputs), jnp.arange(length), mask, method="attend"
+        readout, _ = model.apply(
+            params, shifted, _clean(inputs), jnp.arange(length), mask, method="attend_readout"
         )
-        return logits
+        return finish(readout, chunking)
 
     return apply_fn
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mdm_jax.models.attention_masks import within_documents
-from mdm_jax.models.layers import Linear
+from mdm_jax.models.readout import Projection, Readout
 from mdm_jax.models.transformer_blocks import (
     KeyValues,
     add_estimate,
@@ -20,7 +20,8 @@ class Transformer(nn.Module):
 
     :meth:`attend` runs the same parameters under any attention mask and against a cache, which is
     what block diffusion and autoregressive models do (``models.block_apply``,
-    ``models.causal_apply``).
+    ``models.causal_apply``). :meth:`readout` and :meth:`attend_readout` stop before the logits,
+    for losses that want few of them (``models.readout_apply``).
 
     Args of the call:
         inputs: [N, L] int32 tokens, mask token included.
@@ -48,13 +49,27 @@ class Transformer(nn.Module):
         documents: Array | None = None,
         estimate: Array | None = None,
     ) -> Array:
+        return self.readout(inputs, logsnr, documents, estimate).logits()
+
+    def readout(
+        self,
+        inputs: Array,
+        logsnr: Array | None = None,
+        documents: Array | None = None,
+        estimate: Array | None = None,
+    ) -> Readout:
+        """A call whose logits are still to be computed."""
         mask = None if documents is None else within_documents(documents)
         positions = jnp.arange(inputs.shape[-1])
-        logits, _ = self.attend(inputs, logsnr, positions, mask, estimate=estimate)
-        return logits
+        return self.attend_readout(inputs, logsnr, positions, mask, estimate=estimate)[0]
+
+    def attend(self, *inputs: Array | None, **further) -> tuple[Array, KeyValues]:
+        """:meth:`attend_readout` with logits [N, num_outputs, K] float32 for the readout."""
+        readout, key_values = self.attend_readout(*inputs, **further)
+        return readout.logits(), key_values
 
     @nn.compact
-    def attend(
+    def attend_readout(
         self,
         inputs: Array,
         logsnr: Array | None,
@@ -63,7 +78,7 @@ class Transformer(nn.Module):
         cached: KeyValues | None = None,
         estimate: Array | None = None,
         num_outputs: int | None = None,
-    ) -> tuple[Array, KeyValues]:
+    ) -> tuple[Readout, KeyValues]:
         """Runs tokens at given positions, which may look at each other and at cached ones.
 
         Args:
@@ -74,10 +89,10 @@ class Transformer(nn.Module):
                 the Q new ones (:mod:`mdm_jax.models.attention_masks`); None for everywhere.
             cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
             estimate: [N, Q, K], as in a call.
-            num_outputs: logits are computed for the first so many of the Q places only.
+            num_outputs: the readout is that of the first so many of the Q places only.
 
         Returns:
-            Logits [N, num_outputs, K] float32, and the keys and values of the new tokens
+            Readout of [N, num_outputs] places, and the keys and values of the new tokens
             [depth, N, Q, H, D]. Whichever of the two is not used costs nothing under jit.
 
         Raises:
@@ -93,20 +108,18 @@ class Transformer(nn.Module):
             condition = level_condition(c, logsnr, inputs.shape[-1])
         x, key_values = run_blocks(c, x, mask, positions, condition, cached)
         x = x[:, :num_outputs]
-        if c.tie_embeddings:
-            logits = jnp.einsum(
-                "nld,kd->nlk",
-                x.astype(c.dtype),
-                table.astype(c.dtype),
-                preferred_element_type=jnp.float32,
-            )
-            return logits, key_values
-        head = Linear(
-            c.vocab_size,
-            axes=("embed", "vocab"),
-            dtype=c.dtype,
-            param_dtype=c.param_dtype,
-            kernel_init=nn.initializers.zeros,
-            name="head",
-        )
-        return head(x), key_values
+        if not c.tie_embeddings:
+            table = _Head(c, name="head")()
+        return Readout(x, table, Projection(c.tie_embeddings, c.dtype)), key_values
+
+
+class _Head(nn.Module):
+    """The kernel [width, K] of the vocabulary projection."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self) -> Array:
+        c = self.config
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed", "vocab"))
+        return self.param("kernel", zeros, (c.width, c.vocab_size), c.param_dtype)

@@ -17,4 +17,5 @@ from mdm_jax.objectives.reweighted import p2_factor as p2_factor
 from mdm_jax.objectives.reweighted import reweighted as reweighted
 from mdm_jax.objectives.self_conditioning import self_conditioned as self_conditioned
 from mdm_jax.objectives.self_conditioning import two_pass as two_pass
+from mdm_jax.objectives.token_loss import token_nats as token_nats
 from mdm_jax.objectives.uniform_nelbo import uniform_nelbo as uniform_nelbo

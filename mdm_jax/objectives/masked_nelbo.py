@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from mdm_jax import schedules
 from mdm_jax.batches import Batch
 from mdm_jax.bias import worst_bias
-from mdm_jax.corruption import Corruption, cross_entropy, spread_levels, sum_levels
+from mdm_jax.corruption import Corruption, spread_levels, sum_levels
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.objectives.objective import Objective, call_model
+from mdm_jax.models import Readout
+from mdm_jax.objectives.objective import Objective, score_tokens
+from mdm_jax.objectives.token_loss import token_nats
 from mdm_jax.schedules import Law
-from mdm_jax.typing import ModelFn
+from mdm_jax.typing import Array, ModelFn
 
 _UNIFORM_RATE = schedules.logistic()
 
@@ -42,23 +44,28 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
     chosen = _UNIFORM_RATE if law is None else law
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
-        views, levels = draw.u.shape[0], draw.u.shape[-1]
+        levels = draw.u.shape[-1]
         tokens, eligible = jnp.asarray(batch.tokens)[None], jnp.asarray(batch.eligible)[None]
         logsnr = chosen.icdf(draw.u)
         corrupted = corruption.corrupt(tokens, logsnr, draw.noise, eligible)
-        logits = call_model(model_fn, corrupted.inputs, logsnr, batch.documents, views)
-        targets = jnp.broadcast_to(tokens, corrupted.inputs.shape)
-        nats = cross_entropy(logits, targets, corruption.mask_id)
+        nats = score_tokens(
+            *(model_fn, corrupted.inputs, logsnr, batch.documents, score),
+            *(tokens, corrupted.target_mask),
+        )
         if corrupted.element_log_weight is not None:
-            nats = nats * jnp.exp(corrupted.element_log_weight)
+            weighted = nats * jnp.exp(corrupted.element_log_weight)
+            nats = jnp.where(corrupted.target_mask, weighted, 0.0)
         log_weight = corrupted.log_weight + _UNIFORM_RATE.log_pdf(logsnr) - chosen.log_pdf(logsnr)
         scored = sum_levels(eligible.astype(jnp.float32), levels)
         return LossStats(
-            raw=sum_levels(jnp.where(corrupted.target_mask, nats, 0.0), levels),
+            raw=sum_levels(nats, levels),
             weight=jnp.exp(log_weight),
             scored=jnp.broadcast_to(scored, draw.u.shape),
             targets=sum_levels(corrupted.target_mask.astype(jnp.int32), levels),
         )
+
+    def score(outputs: Array | Readout, targets: Array, where: Array) -> Array:
+        return token_nats(outputs, targets, where, corruption.mask_id)
 
     def spec(batch_size: int, length: int) -> DrawSpec:
         spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L

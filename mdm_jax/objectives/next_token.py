@@ -4,9 +4,11 @@ import jax.numpy as jnp
 
 from mdm_jax import schedules
 from mdm_jax.batches import Batch
-from mdm_jax.corruption import Corrupted, Corruption, cross_entropy
+from mdm_jax.corruption import Corrupted, Corruption
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.objectives.objective import Objective, call_model
+from mdm_jax.models import Readout
+from mdm_jax.objectives.objective import Objective, score_tokens
+from mdm_jax.objectives.token_loss import token_nats
 from mdm_jax.typing import Array, ModelFn
 
 
@@ -39,15 +41,17 @@ def next_token(mask_id: int) -> Objective:
         tokens = jnp.broadcast_to(jnp.asarray(batch.tokens)[None], shape)
         eligible = jnp.asarray(batch.eligible)
         logsnr = law.icdf(draw.u)
-        logits = call_model(model_fn, tokens, logsnr, batch.documents, views)
-        nats = cross_entropy(logits, tokens, mask_id)
+        nats = score_tokens(model_fn, tokens, logsnr, batch.documents, score, tokens, eligible)
         count = jnp.broadcast_to(jnp.sum(eligible, axis=-1)[None, :, None], draw.u.shape)
         return LossStats(
-            raw=jnp.sum(jnp.where(eligible[None], nats, 0.0), axis=-1, keepdims=True),
+            raw=jnp.sum(nats, axis=-1, keepdims=True),
             weight=jnp.ones(draw.u.shape, jnp.float32),
             scored=count.astype(jnp.float32),
             targets=count.astype(jnp.int32),
         )
+
+    def score(outputs: Array | Readout, targets: Array, where: Array) -> Array:
+        return token_nats(outputs, targets, where, mask_id)
 
     def spec(batch_size: int, length: int) -> DrawSpec:
         del length

@@ -93,6 +93,36 @@ def call_model(
     return unflatten_views(outputs, views)
 
 
+def score_tokens(
+    model_fn: ModelFn,
+    inputs: Array,
+    logsnr: Array,
+    documents: Array,
+    score: Callable[..., Array],
+    *known: Array,
+) -> Array:
+    """Runs a network of tokens on all views of all rows and scores what it returns; [V, B, L].
+
+    The scores are taken before views and rows are told apart again, so that the positions of a row
+    stay on its device.
+
+    Args:
+        model_fn: returns logits or a readout.
+        inputs: [V, B, ...].
+        logsnr: [V, B, S].
+        documents: [B, L].
+        score: ``score(outputs, *known)``, [N, L] each, such as ``token_nats``.
+        known: arrays that broadcast to [V, B, L], what the score reads of every position.
+    """
+    views = inputs.shape[0]
+    shape = (views, *documents.shape)
+    outputs = model_fn(
+        flatten_views(inputs), flatten_views(logsnr), repeat_views(jnp.asarray(documents), views)
+    )
+    flat = [flatten_views(jnp.broadcast_to(values, shape)) for values in known]
+    return unflatten_views(score(outputs, *flat), views)
+
+
 def describe(objective: Objective) -> str:
     """One line for logs."""
     return f"{objective.name} over {objective.corruption.name} [{objective.bias}]"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from mdm_jax.batches import Batch
 from mdm_jax.corruption.token_estimate import token_estimate
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
+from mdm_jax.models import as_logits
 from mdm_jax.objectives.objective import Objective, flatten_views
 from mdm_jax.typing import Array, ModelFn
 
@@ -51,7 +52,7 @@ def two_pass(model_fn: ModelFn, num_tokens: int, chosen: Array | None = None) ->
     """
 
     def second(inputs: Array, logsnr: Array, documents: Array | None = None) -> Array:
-        estimate = token_estimate(model_fn(inputs, logsnr, documents), num_tokens)
+        estimate = token_estimate(as_logits(model_fn(inputs, logsnr, documents)), num_tokens)
         if chosen is not None:
             estimate = jnp.where(chosen[:, None, None], estimate, 0.0)
         return model_fn(inputs, logsnr, documents, estimate=estimate)

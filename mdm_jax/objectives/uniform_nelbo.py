@@ -8,7 +8,8 @@ from mdm_jax.batches import Batch
 from mdm_jax.corruption.process import spread_levels, sum_levels
 from mdm_jax.corruption.uniform_tokens import uniform_tokens
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.objectives.objective import Objective, call_model
+from mdm_jax.models import PositionLoss, Readout, position_losses
+from mdm_jax.objectives.objective import Objective, score_tokens
 from mdm_jax.schedules import Law
 from mdm_jax.typing import Array, ModelFn
 
@@ -54,28 +55,37 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
     chosen = _UNIFORM_RATE if law is None else law
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
-        views, levels = draw.u.shape[0], draw.u.shape[-1]
+        levels = draw.u.shape[-1]
         tokens, eligible = jnp.asarray(batch.tokens)[None], jnp.asarray(batch.eligible)[None]
         logsnr = chosen.icdf(draw.u)
         corrupted = corruption.corrupt(tokens, logsnr, draw.noise, eligible)
-        logits = call_model(model_fn, corrupted.inputs, logsnr, batch.documents, views)
-        if logits.shape[-1] < num_tokens:
-            raise ValueError(
-                f"a bound over {num_tokens} tokens needs as many logits, got {logits.shape[-1]}"
-            )
         # Where nothing is scored an id may be a special one, for which there is no logit.
         noisy, clean = (
             jnp.where(corrupted.target_mask, ids, 0) for ids in (corrupted.inputs, tokens)
         )
         each_logsnr = spread_levels(logsnr, tokens.shape[-1])
-        nats = bound_rate(logits[..., :num_tokens], noisy, clean, each_logsnr)
+        nats = score_tokens(
+            *(model_fn, corrupted.inputs, logsnr, batch.documents, score),
+            *(noisy, clean, each_logsnr, corrupted.target_mask),
+        )
         scored = sum_levels(eligible.astype(jnp.float32), levels)
         return LossStats(
-            raw=sum_levels(jnp.where(corrupted.target_mask, nats, 0.0), levels),
+            raw=sum_levels(nats, levels),
             weight=jnp.exp(_UNIFORM_RATE.log_pdf(logsnr) - chosen.log_pdf(logsnr)),
             scored=jnp.broadcast_to(scored, draw.u.shape),
             targets=sum_levels(corrupted.target_mask.astype(jnp.int32), levels),
         )
+
+    def score(
+        outputs: Array | Readout, noisy: Array, clean: Array, each_logsnr: Array, where: Array
+    ) -> Array:
+        known, held_back = (noisy, clean, each_logsnr), isinstance(outputs, Readout)
+        found = outputs.num_tokens if held_back else outputs.shape[-1]
+        if found < num_tokens:
+            raise ValueError(f"a bound over {num_tokens} tokens needs as many logits, got {found}")
+        if held_back:
+            return position_losses(_bound_rate(num_tokens), outputs, where, *known)
+        return jnp.where(where, bound_rate(outputs[..., :num_tokens], *known), 0.0)
 
     def spec(batch_size: int, length: int) -> DrawSpec:
         spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L
@@ -126,3 +136,13 @@ def bound_rate(logits: Array, inputs: Array, tokens: Array, logsnr: Array) -> Ar
     excess = model - truth
     terms = jnp.where(token == inputs, 0.0, jnp.exp(truth) * (jnp.expm1(excess) - excess))
     return jnp.sum(terms, axis=-1) * (1 / odds + 1 / num_tokens)[..., 0]
+
+
+def _bound_rate(num_tokens: int) -> PositionLoss:
+    def rate(logits: Array, *known: Array) -> Array:
+        return bound_rate(logits[..., :num_tokens], *known)
+
+    def slope(logits: Array, _memory: tuple, *known: Array) -> Array:
+        return jax.grad(lambda logits: jnp.sum(rate(logits, *known)))(logits)
+
+    return PositionLoss(lambda logits, *known: (rate(logits, *known), ()), slope)
