@@ -148,23 +148,50 @@ def test_remdm_without_remasking_is_ancestral():
     np.testing.assert_array_equal(got, expected)
 
 
-def confidence_kernel() -> np.ndarray:
-    """The second of three steps: every token so far was drawn in the blank state."""
-    blank = np.take_along_axis(token_probabilities()[BLANK][None], STATES[..., None], -1)[..., 0]
-    doubt = np.where(STATES == MASK, 0, np.exp(-blank))
+def probabilities_of(states) -> np.ndarray:
+    """[256, 4] probability of the token at each place, drawn in ``states`` (one or [256])."""
+    probs = np.broadcast_to(token_probabilities()[states], (256, 4, 4))
+    return np.take_along_axis(probs, STATES[..., None], -1)[..., 0]
+
+
+def confidence_kernel(number: int, steps: int, memory: np.ndarray) -> np.ndarray:
+    """Step ``number`` of a uniform grid, with the confidence [256, 4] of the revealed places."""
+    before, after = number / steps, (number + 1) / steps
+    if number in (0, steps - 1):  # nothing to remask yet, or nothing allowed
+        return place_kernel((after - before) / (1 - before))
+    doubt = np.where(STATES == MASK, 0, np.exp(-memory))
     share = doubt / np.maximum(doubt.sum(1, keepdims=True), 1e-300)
-    largest = min(1, (1 - 2 / 3) / (1 / 3))
-    return place_kernel((2 / 3 - 1 / 3) / (1 - 1 / 3), largest * share)
+    largest = min(1, (1 - after) / before)
+    return place_kernel((after - before) / (1 - before), largest * share)
 
 
-def test_remdm_confidence_follows_its_law():
-    """Three steps: nothing to remask in the first, nothing allowed in the last."""
+def confidence_law(steps: int) -> np.ndarray:
+    """[256] law of up to four steps, over all states that a token may have been revealed in.
+
+    After the first step every confidence is from the blank state; after the second it is from the
+    state after the first one, where that had a mask.
+    """
+    blank = probabilities_of(BLANK)
+    first = law_of(confidence_kernel(0, steps, blank))
+    if steps < 4:
+        for number in range(1, steps):
+            first = first @ confidence_kernel(number, steps, blank)
+        return first
+    second, law = confidence_kernel(1, 4, blank), np.zeros(256)
+    for state in np.flatnonzero(first):
+        memory = np.where(STATES[state] == MASK, probabilities_of(state), blank)
+        law += first[state] * second[state] @ confidence_kernel(2, 4, memory)
+    return law @ confidence_kernel(3, 4, blank)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_remdm_confidence_follows_its_law(steps):
     sampler = remdm_confidence()
     canvas = samplers.blank_canvas(COUNT, 4, MASK)
     tokens, (states, memory) = draw_with_trace(
-        toy_model, sampler, uniform_grid(3), canvas, 2, tuple
+        toy_model, sampler, uniform_grid(steps), canvas, 2, tuple
     )
-    check_frequencies(tokens, law_of(place_kernel(1 / 3), confidence_kernel(), place_kernel(1.0)))
+    check_frequencies(tokens, confidence_law(steps))
     # Confidence is the probability of the token when it was revealed, in each step.
     before = np.concatenate([np.full((1, COUNT, 4), MASK), states[:-1]])
     new = (before == MASK) & (states != MASK)
