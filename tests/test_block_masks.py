@@ -32,30 +32,30 @@ EVERY = {
 def test_training_mask_of_four_places_in_blocks_of_two():
     halves = ["11000000", "00111100", "00001100", "00001111"]
     expected = np.array([[c == "1" for c in row] for row in halves for _ in range(2)])
-    np.testing.assert_array_equal(masks.block_training(4, 2)[0, 0], expected)
+    np.testing.assert_array_equal(masks.block_training(4, 2).dense()[0, 0], expected)
 
 
 @pytest.mark.parametrize("block_size, pairs", [(1, 20), (2, 24), (4, 32)])
 def test_number_of_allowed_pairs(block_size, pairs):
-    assert int(masks.block_training(4, block_size).sum()) == pairs
+    assert int(masks.block_training(4, block_size).dense().sum()) == pairs
     blocks = 12 // block_size
-    assert masks.block_training(12, block_size).sum() == block_size**2 * (blocks + blocks**2)
+    assert masks.block_training(12, block_size).dense().sum() == block_size**2 * (blocks + blocks**2)
 
 
 def test_causal_and_block_causal_matrices():
     triangle = np.tril(np.ones((4, 4), bool))
-    np.testing.assert_array_equal(masks.causal(4)[0, 0], triangle)
-    np.testing.assert_array_equal(masks.block_causal(4, 1)[0, 0], triangle)
-    np.testing.assert_array_equal(masks.block_causal(4, 4)[0, 0], True)
-    two = masks.block_causal(4, 2)[0, 0].astype(int).tolist()
+    np.testing.assert_array_equal(masks.causal(4).dense()[0, 0], triangle)
+    np.testing.assert_array_equal(masks.block_causal(4, 1).dense()[0, 0], triangle)
+    np.testing.assert_array_equal(masks.block_causal(4, 4).dense()[0, 0], True)
+    two = masks.block_causal(4, 2).dense()[0, 0].astype(int).tolist()
     assert two == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-    band = masks.causal(4, window=2)[0, 0].astype(int).tolist()
+    band = masks.causal(4, window=2).dense()[0, 0].astype(int).tolist()
     assert band == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
 
 def test_windows_of_the_training_mask():
     """Window 2 of three blocks: noised block 2 sees clean block 1 and itself, not clean block 0."""
-    mask = np.asarray(masks.block_training(6, 2, window=2))[0, 0]
+    mask = np.asarray(masks.block_training(6, 2, window=2).dense())[0, 0]
     by_block = mask[::2, ::2].astype(int).tolist()
     assert by_block == [
         [1, 0, 0, 0, 0, 0],
@@ -65,8 +65,8 @@ def test_windows_of_the_training_mask():
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1, 1],
     ]
-    whole = masks.block_training(6, 2)
-    np.testing.assert_array_equal(masks.block_training(6, 2, window=3), whole)
+    whole = masks.block_training(6, 2).dense()
+    np.testing.assert_array_equal(masks.block_training(6, 2, window=3).dense(), whole)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -78,9 +78,9 @@ def test_windows_of_the_training_mask():
 def test_documents_are_combined_by_and(name, documents, window):
     """Never across documents, never to padding, and never an empty set."""
     numbers = np.array(documents)
-    mask = np.asarray(EVERY[name](jnp.asarray([documents], jnp.int32), window))
+    mask = np.asarray(EVERY[name](jnp.asarray([documents], jnp.int32), window).dense())
     numbers = np.tile(numbers, mask.shape[-1] // LENGTH)
-    free = np.asarray(EVERY[name](jnp.ones((1, LENGTH), jnp.int32), window))[0, 0]
+    free = np.asarray(EVERY[name](jnp.ones((1, LENGTH), jnp.int32), window).dense())[0, 0]
     itself = np.eye(len(numbers), dtype=bool)
     same = (numbers[:, None] == numbers[None]) & (numbers > 0)[:, None]
     assert mask.shape == (1, 1, len(numbers), len(numbers))
@@ -96,10 +96,13 @@ def test_documents_are_combined_by_and(name, documents, window):
 @settings(max_examples=20, deadline=None)
 def test_rule_between_places_is_a_part_of_the_matrix(block_size, window, shuffle):
     """Keys in any order, two of them not written yet."""
-    whole = np.asarray(masks.block_causal(12, block_size, window))[0, 0]
+    rule = masks.block_causal(12, block_size, window)
+    whole = np.asarray(rule.dense())[0, 0]
     keys = np.array(shuffle)
-    queries = jnp.arange(5, 12)
-    part = np.asarray(masks.block_causal_between(queries, jnp.asarray(keys), block_size, window))
+    queries, one = jnp.arange(5, 12), jnp.ones((1, 14), jnp.int32)
+    cached = masks.cached(queries, jnp.asarray(keys), one[:, :7], one, block_size, window)
+    part = np.asarray(cached.dense())[0, 0]
+    np.testing.assert_array_equal(rule.between(queries, jnp.arange(3, 9))[0], whole[5:, 3:9])
     np.testing.assert_array_equal(part, np.where(keys < 0, False, whole[5:, keys]))
 
 

@@ -127,7 +127,7 @@ def test_documents_do_not_see_each_other_nor_padding(name):
 
 def test_positions_of_a_document_see_all_of_it():
     """Both directions, and nothing else."""
-    mask = np.asarray(within_documents(DOCUMENTS))[0, 0]
+    mask = np.asarray(within_documents(DOCUMENTS).dense())[0, 0]
     documents = np.asarray(DOCUMENTS[0])
     same = (documents[:, None] == documents[None]) & (documents[:, None] > 0)
     np.testing.assert_array_equal(mask, same | (np.eye(LENGTH, dtype=bool) & (documents == 0)))

@@ -1,9 +1,10 @@
-"""Who may attend to whom, as boolean arrays that any attention implementation can use.
+"""Who may attend to whom, as rules that become arrays only where an implementation needs them.
 
-Every mask is [N or 1, 1, queries, keys], True where a query may look. Whatever else it demands, a
-place always sees itself, so that no softmax runs over an empty set. Document numbers are combined
-by "and": attention stays within one document, and padding (document 0) sees itself alone and is
-seen by nobody else.
+A rule knows its queries and keys by index. ``rule.dense()`` is the boolean array [N or 1, 1,
+queries, keys], True where a query may look; ``rule.between(queries, keys)`` is a part of it.
+Whatever else it demands, a place always sees itself, so that no softmax runs over an empty set.
+Document numbers are combined by "and": attention stays within one document, and padding (document
+0) sees itself alone and is seen by nobody else.
 
 A window counts blocks: block b sees blocks b - window + 1 to b. It bounds what a generator has to
 remember, and rows of any length are treated alike (Child et al. 2019, banded attention).
@@ -11,27 +12,148 @@ remember, and rows of any length are treated alike (Child et al. 2019, banded at
 
 import jax.numpy as jnp
 
+from mdm_jax.models.attention_patterns import BlockCausal, BlockTraining, Everything, Pattern
+from mdm_jax.models.attention_patterns import check_blocks as check_blocks
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.typing import Array
 
 
-def within_documents(documents: Array) -> Array:
-    """[N, 1, L, L]: everything in the same document, in both directions.
+@pytree_dataclass
+class Rule:
+    """A pattern of places, within documents.
+
+    Attributes:
+        pattern: which places see which by their index alone; static.
+        documents: [N, L] int32 numbers of the queries, which are the keys too, 0 for padding; None
+            for one whole document.
+    """
+
+    pattern: Pattern
+    documents: Array | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.pattern.shape
+
+    def is_everything(self) -> bool:
+        """Whether nothing is hidden."""
+        return isinstance(self.pattern, Everything) and self.documents is None
+
+    def segments(self) -> Array | None:
+        """[N, L] int32: who has the same number may see each other, padding its own place alone."""
+        if self.documents is None:
+            return None
+        return _segments(self.documents, jnp.arange(self.documents.shape[-1]))
+
+    def between(self, queries: Array, keys: Array) -> Array:
+        """[N or 1, Q, M] bool, for the queries [Q] and keys [M] of these indices."""
+        seen = jnp.asarray(self.pattern.sees(queries[:, None], keys[None]))[None]
+        numbers = self.segments()
+        if numbers is None:
+            return seen
+        return seen & (numbers[:, queries, None] == numbers[:, None, keys])
+
+    def dense(self) -> Array:
+        """[N or 1, 1, Q, M] bool, all of it."""
+        return self.between(*map(jnp.arange, self.shape))[:, None]
+
+
+@pytree_dataclass
+class CachedRule:
+    """Block-causal attention of new tokens to themselves and to cached ones, wherever those lie.
+
+    Attributes:
+        pattern: of a row, of which queries and keys are places.
+        query_positions: [Q] positions in the row.
+        key_positions: [M] positions in the row; a negative one is seen by nobody.
+        query_documents: [N, Q] int32, 0 for padding.
+        key_documents: [N, M] int32.
+    """
+
+    pattern: BlockCausal
+    query_positions: Array
+    key_positions: Array
+    query_documents: Array
+    key_documents: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.query_positions.shape[0], self.key_positions.shape[0]
+
+    def between(self, queries: Array, keys: Array) -> Array:
+        """[N, Q, M] bool, for the queries [Q] and keys [M] of these indices."""
+        at, of = self.query_positions[queries], self.key_positions[keys]
+        seen = self.pattern.sees(at[:, None], of[None]) & (of >= 0)[None]
+        query_numbers = _segments(self.query_documents[:, queries], at)
+        key_numbers = _segments(self.key_documents[:, keys], of)
+        return seen[None] & (query_numbers[:, :, None] == key_numbers[:, None])
+
+    def dense(self) -> Array:
+        """[N, 1, Q, M] bool, all of it."""
+        return self.between(*map(jnp.arange, self.shape))[:, None]
+
+
+@pytree_dataclass
+class DenseRule:
+    """Any boolean array as a rule.
+
+    Attributes:
+        mask: [N or 1, 1 or H, Q, M] bool.
+    """
+
+    mask: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.mask.shape[-2:]
+
+    def dense(self) -> Array:
+        """The array."""
+        return self.mask
+
+
+AnyRule = Rule | CachedRule | DenseRule
+
+
+def as_rule(mask: AnyRule | Array | None, num_queries: int, num_keys: int) -> AnyRule:
+    """A rule from what networks take as a mask: a rule, a boolean array, or None for everywhere.
+
+    Raises:
+        ValueError: if the mask is for other numbers of queries and keys.
+    """
+    if mask is None:
+        return Rule(Everything((num_queries, num_keys)), None)
+    rule = mask if isinstance(mask, AnyRule) else DenseRule(mask)
+    if tuple(rule.shape) != (num_queries, num_keys):
+        raise ValueError(
+            f"a mask for {rule.shape[0]} queries and {rule.shape[1]} keys does not fit "
+            f"{num_queries} queries and {num_keys} keys (cached and new ones)"
+        )
+    return rule
+
+
+def within_documents(documents: Array) -> Rule:
+    """Everything in the same document, in both directions.
 
     Args:
         documents: [N, L] int32 document numbers, 0 for padding.
     """
-    return same_document(documents, documents, jnp.eye(documents.shape[-1], dtype=bool))
+    length = documents.shape[-1]
+    return Rule(Everything((length, length)), documents)
 
 
-def causal(length: int, window: int | None = None, documents: Array | None = None) -> Array:
+def causal(length: int, window: int | None = None, documents: Array | None = None) -> Rule:
     """Every place sees itself and what stands before it: :func:`block_causal` for single tokens."""
     return block_causal(length, 1, window, documents)
 
 
 def block_causal(
     length: int, block_size: int, window: int | None = None, documents: Array | None = None
-) -> Array:
-    """[N or 1, 1, L, L]: every place sees its own block and the blocks before it.
+) -> Rule:
+    """Every place sees its own block and the blocks before it.
 
     Args:
         length: L.
@@ -43,15 +165,13 @@ def block_causal(
         ValueError: if the block size does not divide the length or the window is below 1.
     """
     check_blocks(length, block_size, window)
-    places = jnp.arange(length)
-    mask = block_causal_between(places, places, block_size, window)[None, None]
-    return mask if documents is None else mask & within_documents(documents)
+    return Rule(BlockCausal(length, block_size, window), documents)
 
 
 def block_training(
     length: int, block_size: int, window: int | None = None, documents: Array | None = None
-) -> Array:
-    """[N or 1, 1, 2L, 2L]: all blocks of a block diffusion model in one pass.
+) -> Rule:
+    """All blocks of a block diffusion model in one pass, over 2L places.
 
     The first L places are the noised row, the other L the clean one. Noised block b sees itself and
     the clean blocks before b; clean block b sees the clean blocks up to b. So the noised outputs
@@ -63,54 +183,33 @@ def block_training(
     Reference: Arriola et al. 2025 (BD3-LM), vectorised training.
     """
     check_blocks(length, block_size, window)
-    place = jnp.arange(2 * length)
-    clean, block = place >= length, place % length // block_size
-    distance = block[:, None] - block[None]
-    near = distance < (length if window is None else window)
-    itself = ~clean[:, None] & ~clean[None] & (distance == 0)
-    earlier = ~clean[:, None] & clean[None] & (distance > 0) & near
-    history = clean[:, None] & clean[None] & (distance >= 0) & near
-    mask = (itself | earlier | history)[None, None]
-    if documents is None:
-        return mask
-    return mask & within_documents(jnp.concatenate([documents, documents], axis=-1))
+    if documents is not None:
+        documents = jnp.concatenate([documents, documents], axis=-1)
+    return Rule(BlockTraining(length, block_size, window), documents)
 
 
-def block_causal_between(
-    query_positions: Array, key_positions: Array, block_size: int, window: int | None = None
-) -> Array:
-    """[Q, M] bool: the rule of :func:`block_causal` for places anywhere in a row.
+def cached(
+    query_positions: Array,
+    key_positions: Array,
+    query_documents: Array,
+    key_documents: Array,
+    block_size: int,
+    window: int | None = None,
+) -> CachedRule:
+    """The rule of :func:`block_causal` for places anywhere in a row, a negative one being nowhere.
 
     Args:
         query_positions: [Q] positions in the row.
         key_positions: [M] positions in the row; a negative one is seen by nobody.
+        query_documents: [N, Q] int32 document numbers, 0 for padding.
+        key_documents: [N, M] int32.
         block_size: L'.
         window: number of blocks to look at, the own one included; None for all.
     """
-    query_block, key_block = query_positions // block_size, key_positions // block_size
-    distance = query_block[:, None] - key_block[None]
-    seen = (distance >= 0) & (key_positions >= 0)[None]
-    return seen if window is None else seen & (distance < window)
+    pattern = BlockCausal(query_positions.shape[0], block_size, window)
+    return CachedRule(pattern, query_positions, key_positions, query_documents, key_documents)
 
 
-def same_document(query_documents: Array, key_documents: Array, itself: Array) -> Array:
-    """[N, 1, Q, M]: queries and keys of one document; padding sees ``itself`` [Q, M] alone."""
-    same = query_documents[:, :, None] == key_documents[:, None]
-    padding = (query_documents == 0)[:, :, None]
-    return jnp.where(padding, itself[None], same)[:, None]
-
-
-def check_blocks(length: int, block_size: int, window: int | None = None) -> int:
-    """The number of blocks in a row.
-
-    Raises:
-        ValueError: if the block size does not divide the length or the window is below 1.
-    """
-    if block_size < 1 or length < 1 or length % block_size:
-        raise ValueError(
-            f"blocks of {block_size} tokens do not divide a row of {length} evenly; choose a "
-            "divisor of the length, or pad the row to a multiple of the block size"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"a window must hold at least 1 block (its own), got {window}")
-    return length // block_size
+def _segments(documents: Array, places: Array) -> Array:
+    # Documents are numbered from 1, so a padding place gets a number that nobody else has.
+    return jnp.where(documents == 0, -1 - places[None], documents)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mdm_jax.models.attention_masks import block_causal_between, same_document
+from mdm_jax.models.attention_masks import cached
 from mdm_jax.models.transformer import Transformer
 from mdm_jax.models.transformer_blocks import KeyValues
 from mdm_jax.models.transformer_config import TransformerConfig
@@ -117,8 +117,6 @@ def attend_with_cache(
     positions = cache.written + jnp.arange(tokens.shape[-1])
     keys = jnp.concatenate([cached_positions(cache), positions])
     key_documents = jnp.concatenate([cache.documents, documents], axis=-1)
-    itself = positions[:, None] == keys[None]
-    mask = block_causal_between(positions, keys, block_size, window)[None, None]
-    mask = mask & same_document(documents, key_documents, itself)
+    mask = cached(positions, keys, documents, key_documents, block_size, window)
     options = {"cached": cache.key_values, "estimate": estimate, "method": "attend"}
     return model.apply(params, tokens, logsnr, positions, mask, **options)

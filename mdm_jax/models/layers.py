@@ -10,13 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.models.products import product
 from mdm_jax.typing import Array
 
 Initializer = Callable[..., Array]
 
 
 class Linear(nn.Module):
-    """``x W (+ b)`` with operands in ``dtype`` and a float32 result.
+    """``x W (+ b)`` with operands in ``dtype`` and a float32 result, as are the gradients' sums.
 
     Asking for float32 accumulation is both the accurate and the fast choice for bfloat16: units
     that multiply it accumulate in float32 anyway.
@@ -37,12 +38,8 @@ class Linear(nn.Module):
             (x.shape[-1], self.features),
             self.param_dtype,
         )
-        y = jnp.einsum(
-            "...i,io->...o",
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        # What the backward pass keeps is x in the operands' dtype, and no copy of the kernel.
+        y = product("...i,io->...o", x.astype(self.dtype), kernel, self.dtype)
         if not self.use_bias:
             return y
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])

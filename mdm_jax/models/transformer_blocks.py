@@ -6,9 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.models.activations import constrain
+from mdm_jax.models.attention import attention
+from mdm_jax.models.attention_masks import AnyRule
 from mdm_jax.models.layers import Linear, Norm, logsnr_features, rotary
+from mdm_jax.models.products import product
+from mdm_jax.models.rematerialisation import rematerialised
 from mdm_jax.models.transformer_config import TransformerConfig
 from mdm_jax.typing import Array
+
+_ROWS, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
 
 
 class KeyValues(NamedTuple):
@@ -30,7 +37,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: Array | None, positions: Array, cached: KeyValues | None
+        self, x: Array, mask: AnyRule | Array | None, positions: Array, cached: KeyValues | None
     ) -> tuple[Array, KeyValues]:
         c = self.config
         shape = (*x.shape[:2], c.num_heads, c.width // c.num_heads)
@@ -43,10 +50,11 @@ class Attention(nn.Module):
             norm = {"axes": (None,), "param_dtype": c.param_dtype}
             q, k = Norm(name="query_norm", **norm)(q), Norm(name="key_norm", **norm)(k)
         q, k = (rotary(a, positions, c.rope_base).astype(c.dtype) for a in (q, k))
-        own = everything = KeyValues(k, v.astype(c.dtype))
+        q, k, v = (constrain(a, *_HEADS) for a in (q, k, v.astype(c.dtype)))
+        own = everything = KeyValues(k, v)
         if cached is not None:
             everything = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), cached, own)
-        y = jax.nn.dot_product_attention(q, *everything, mask=mask)
+        y = constrain(attention(q, *everything, mask, c.attention), *_HEADS)
         out = Linear(
             c.width,
             axes=("heads", "embed"),
@@ -72,6 +80,7 @@ class FeedForward(nn.Module):
             h = jax.nn.silu(Linear(c.hidden, name="gate", **enter)(x)) * h
         else:
             h = jax.nn.gelu(h)
+        h = constrain(h, "batch", None, "mlp")
         return Linear(
             c.width,
             axes=("mlp", "embed"),
@@ -91,7 +100,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Array,
-        mask: Array | None,
+        mask: AnyRule | Array | None,
         positions: Array,
         condition: Array | None,
         cached: KeyValues | None,
@@ -102,13 +111,13 @@ class Block(nn.Module):
         if condition is None:
             y, own = attention(Norm(name="norm_1", **norm)(x), mask, positions, cached)
             x = x + y
-            return x + mlp(Norm(name="norm_2", **norm)(x)), own
+            return constrain(x + mlp(Norm(name="norm_2", **norm)(x)), *_ROWS), own
         parts = _modulation(c, 6, condition, x.shape[1])
         h = Norm(name="norm_1", **norm)(x) * (1 + parts[0]) + parts[1]
         y, own = attention(h, mask, positions, cached)
         x = x + parts[2] * y
         h = Norm(name="norm_2", **norm)(x) * (1 + parts[3]) + parts[4]
-        return x + parts[5] * mlp(h), own
+        return constrain(x + parts[5] * mlp(h), *_ROWS), own
 
 
 def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array | None) -> Array:
@@ -124,12 +133,7 @@ def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array |
     if estimate is None:
         embedded = jnp.zeros_like(x)
     else:
-        embedded = jnp.einsum(
-            "nlk,kd->nld",
-            estimate.astype(c.dtype),
-            table.astype(c.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        embedded = product("nlk,kd->nld", estimate.astype(c.dtype), table, c.dtype)
     return x + Linear(
         c.width,
         axes=("embed", "mlp"),
@@ -143,7 +147,7 @@ def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array |
 def run_blocks(
     c: TransformerConfig,
     x: Array,
-    mask: Array | None,
+    mask: AnyRule | Array | None,
     positions: Array,
     condition: Array | None,
     cached: KeyValues | None = None,
@@ -153,14 +157,16 @@ def run_blocks(
     Args:
         c: shape and arithmetic.
         x: [N, Q, width] embedded inputs.
-        mask: [N or 1, 1, Q, M + Q] bool, where attention may look; None for everywhere.
+        mask: a rule (:mod:`mdm_jax.models.attention_masks`) or a boolean array [N or 1, 1, Q,
+            M + Q], where attention may look; None for everywhere.
         positions: [Q] or [N, Q] for the rotary positions.
         condition: [N, S, width] from :func:`level_condition`, or None.
         cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
     """
+    x = constrain(x, *_ROWS)
     if c.scan_layers:
         scanned = nn.scan(
-            _ScanBlock,
+            rematerialised(_ScanBlock, c.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
@@ -169,10 +175,10 @@ def run_blocks(
         )
         x, key_values = scanned(c, name="blocks")(x, mask, positions, condition, cached)
     else:
-        layers = []
+        layers, block = [], rematerialised(Block, c.remat)
         for i in range(c.depth):
             before = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
-            x, own = Block(c, name=f"block_{i}")(x, mask, positions, condition, before)
+            x, own = block(c, name=f"block_{i}")(x, mask, positions, condition, before)
             layers.append(own)
         key_values = jax.tree.map(lambda *each: jnp.stack(each), *layers)
     norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")

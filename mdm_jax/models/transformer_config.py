@@ -4,7 +4,14 @@ import dataclasses
 
 import jax.numpy as jnp
 
-_CHOICES = {"norm": ("rms", "layer"), "mlp": ("gelu", "swiglu")}
+from mdm_jax.models import attention, rematerialisation
+
+_CHOICES = {
+    "norm": ("rms", "layer"),
+    "mlp": ("gelu", "swiglu"),
+    "attention": attention.CHOICES,
+    "remat": tuple(rematerialisation.POLICIES),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +37,16 @@ class TransformerConfig:
         self_conditioning: takes an earlier estimate of the clean tokens as a second input (Chen et
             al. 2022, Analog Bits), through the embedding table and a projection that starts at
             zero, so that a new network ignores it.
-        dtype: of the operands of matrix products; accumulation, softmax and norms are float32.
+        attention: name of an implementation (:mod:`mdm_jax.models.attention`); "auto" for the best
+            on the backend of the process.
+        remat: what the backward pass computes anew, block by block: "none", "full", "dots" or
+            "dots_without_batch" (:mod:`mdm_jax.models.rematerialisation`).
+        dtype: of the operands of matrix products, in both passes; accumulation, softmax and norms
+            are float32.
         param_dtype: of the parameters.
 
     Raises:
-        ValueError: for sizes below 1, widths that do not divide, or unknown norms and mlps.
+        ValueError: for sizes below 1, widths that do not divide, or unknown names.
     """
 
     vocab_size: int
@@ -50,6 +62,8 @@ class TransformerConfig:
     qk_norm: bool = False
     rope_base: float = 10_000.0
     self_conditioning: bool = False
+    attention: str = "auto"
+    remat: str = "none"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 

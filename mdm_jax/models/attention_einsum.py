@@ -1,0 +1,110 @@
+"""Attention out of plain products, whole or a few rows at a time.
+
+Probabilities are float32 (float64 for float64 operands); products are those of
+:mod:`mdm_jax.models.products`. Queries, keys and values are put head first, [N, H, L, D], which on
+CPUs is faster than letting every product transpose them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.models.activations import num_parts
+from mdm_jax.models.attention_masks import AnyRule, CachedRule, Rule
+from mdm_jax.models.attention_patterns import BlockTraining
+from mdm_jax.models.products import product
+from mdm_jax.typing import Array
+
+SCORES_AT_ONCE = 2**19
+"""Scores that :func:`recompute_attention` holds at a time; 2 MiB of float32 stay in a cache."""
+
+
+def einsum_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
+    """All rows at once. Block training runs in halves, without the [2L, 2L] product.
+
+    Args and result as :func:`mdm_jax.models.attention.attention`.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    if isinstance(rule, Rule) and isinstance(rule.pattern, BlockTraining):
+        y = _block_training(q, k, v, rule)
+    else:
+        y = _attend(q, k, v, _mask(rule))
+    return jnp.swapaxes(y, 1, 2)
+
+
+def recompute_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
+    """A few rows at a time, with the probabilities computed anew in the backward pass.
+
+    So no array of all scores [N, H, Q, M] ever exists. Where all of them are few, and for cached
+    decoding, which nobody differentiates, this is :func:`einsum_attention`. On a mesh every step
+    takes rows from every device, so that no row moves.
+
+    Args and result as :func:`mdm_jax.models.attention.attention`.
+    """
+    rows, heads = q.shape[0], q.shape[2]
+    parts = num_parts(rows, "batch")
+    scores = heads * q.shape[1] * k.shape[1] // num_parts(heads, "heads")
+    own = rows // parts
+    fitting = max(1, min(own, SCORES_AT_ONCE // scores))
+    at_once = max(n for n in range(1, fitting + 1) if own % n == 0)
+    if at_once == own or isinstance(rule, CachedRule):
+        return einsum_attention(q, k, v, rule)
+
+    def cut(x: Array) -> Array:  # [steps, parts * at_once, ...], every part from its own rows
+        x = x if x.shape[0] == rows else jnp.broadcast_to(x, (rows, *x.shape[1:]))
+        x = x.reshape(parts, own // at_once, at_once, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(-1, parts * at_once, *x.shape[3:])
+
+    some = jax.checkpoint(einsum_attention, prevent_cse=False)
+    y = jax.lax.map(lambda each: some(*each), jax.tree.map(cut, (q, k, v, rule)))
+    y = y.reshape(own // at_once, parts, at_once, *q.shape[1:])
+    return jnp.swapaxes(y, 0, 1).reshape(q.shape)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """[N, H, Q, D] from keys and values [N, H, M, D] and a mask [N or 1, 1 or H, Q, M]."""
+    weights = _softmax([_scores("nhqd,nhkd->nhqk", q, k, mask)])[0]
+    return product("nhqk,nhkd->nhqd", weights.astype(v.dtype), v).astype(q.dtype)
+
+
+def _block_training(q: Array, k: Array, v: Array, rule: Rule) -> Array:
+    length, size = rule.pattern.length, rule.pattern.block_size
+    places, clean_places = jnp.arange(length), length + jnp.arange(length)
+    (q, q_clean), (k, k_clean), (v, v_clean) = (jnp.split(x, 2, axis=2) for x in (q, k, v))
+    clean = _attend(q_clean, k_clean, v_clean, rule.between(clean_places, clean_places)[:, None])
+
+    earlier = rule.between(places, clean_places)[:, None]
+    before = _scores("nhqd,nhkd->nhqk", q, k_clean, earlier)
+    blocks = (*q.shape[:2], length // size, size, q.shape[-1])
+    same = None
+    numbers = rule.segments()
+    if numbers is not None:
+        numbers = numbers[:, None, :length].reshape(-1, 1, length // size, size)
+        same = numbers[..., :, None] == numbers[..., None, :]
+    own = _scores("nhbqd,nhbkd->nhbqk", q.reshape(blocks), k.reshape(blocks), same)
+    own = own.reshape(*q.shape[:2], length, size)
+    before, own = _softmax([before, own])
+    y = product("nhqk,nhkd->nhqd", before.astype(v.dtype), v_clean)
+    own = own.astype(v.dtype).reshape(*blocks[:3], size, size)
+    noised = y + product("nhbqk,nhbkd->nhbqd", own, v.reshape(blocks)).reshape(y.shape)
+    return jnp.concatenate([noised.astype(clean.dtype), clean], axis=2)
+
+
+def _scores(spec: str, q: Array, k: Array, mask: Array | None) -> Array:
+    scores = product(spec, q, k) * q.shape[-1] ** -0.5
+    # Far below all scores, but finite: rows of a user's mask may be empty.
+    return scores if mask is None else jnp.where(mask, scores, -1e30)
+
+
+def _softmax(scores: list[Array]) -> list[Array]:
+    """One softmax over the last axes of several arrays."""
+    if len(scores) == 1:
+        return [jax.nn.softmax(scores[0], axis=-1)]
+    # The result does not depend on what is subtracted.
+    top = jnp.stack([jnp.max(jax.lax.stop_gradient(s), -1, keepdims=True) for s in scores]).max(0)
+    powers = [jnp.exp(s - top) for s in scores]
+    total = sum(jnp.sum(p, axis=-1, keepdims=True) for p in powers)
+    return [p / total for p in powers]
+
+
+def _mask(rule: AnyRule) -> Array | None:
+    return None if isinstance(rule, Rule) and rule.is_everything() else rule.dense()

@@ -1,0 +1,160 @@
+"""Matrix products with narrow operands and wide sums, in the forward *and* the backward pass.
+
+``jnp.einsum`` with ``preferred_element_type=float32`` does half of it: its backward products take
+the float32 cotangent against a bfloat16 operand and so run in float32, outside the units that
+multiply bfloat16. Here the cotangent is rounded to the operands' dtype first; sums stay float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from mdm_jax.typing import Array
+
+Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def product(spec: str, left: Array, right: Array, dtype: jnp.dtype | None = None) -> Array:
+    """``einsum(spec, left, right)`` with operands rounded to ``dtype`` and a wide result.
+
+    Gradients come in the dtype of the operand they belong to, so float32 weights get float32
+    gradients from bfloat16 products. Everything that ``einsum`` supports works: forward and
+    reverse mode, ``vmap``, ``scan``, sharding.
+
+    Args:
+        spec: as in "nhqd,nhkd->nhqk": every letter once in each of two of the three places, or in
+            all three; "..." may stand for leading axes of ``left`` and the result.
+        left, right: the operands.
+        dtype: of the multiplication; None for that of ``left``.
+
+    Returns:
+        The result in float32, or in float64 if ``dtype`` is.
+
+    Raises:
+        ValueError: for a spec of another form.
+    """
+    dtype = jnp.dtype(left.dtype if dtype is None else dtype)
+    a, b, out = _letters(spec, left.ndim)
+    shared = [x for x in a if x in b]
+    batch = [x for x in shared if x in out]
+    summed = [x for x in shared if x not in out]
+    free = [x for x in a if x not in b] + [x for x in b if x not in a]
+    if sorted(out) != sorted(batch + free) or any(len(set(x)) < len(x) for x in (a, b, out)):
+        raise ValueError(
+            f"a product sums over letters that both operands have and keeps the others, got {spec}"
+        )
+    places = [tuple(side.index(x) for x in group) for group in (summed, batch) for side in (a, b)]
+    dimensions = (tuple(places[:2]), tuple(places[2:]))
+    result = product_p.bind(left, right, dimensions=dimensions, dtype=dtype)
+    return _ordered(result, batch + free, out)
+
+
+def _letters(spec: str, ndim: int) -> tuple[str, str, str]:
+    operands, arrow, out = spec.replace(" ", "").partition("->")
+    a, comma, b = operands.partition(",")
+    if not (arrow and comma) or "," in b:
+        raise ValueError(f"a product needs two operands and a result, got {spec!r}")
+    if a.startswith("..."):
+        leading = "".join(chr(ord("A") + i) for i in range(ndim - len(a) + 3))
+        a, out = a.replace("...", leading), out.replace("...", leading)
+    return a, b, out
+
+
+def _ordered(x: Array, have: list[str], want: str) -> Array:
+    order = [have.index(letter) for letter in want]
+    return x if order == sorted(order) else jnp.transpose(x, order)
+
+
+def _multiply(left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype) -> Array:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return lax.dot_general(
+        left.astype(dtype), right.astype(dtype), dimensions, preferred_element_type=wide
+    )
+
+
+def _shape(
+    left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype
+) -> jax.core.ShapedArray:
+    out = jax.eval_shape(
+        functools.partial(_multiply, dimensions=dimensions, dtype=dtype), left, right
+    )
+    return jax.core.ShapedArray(out.shape, out.dtype)
+
+
+def _free(ndim: int, *used: tuple[int, ...]) -> list[int]:
+    return [axis for axis in range(ndim) if not any(axis in group for group in used)]
+
+
+def _left_slope(
+    slope: Array, left, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype
+) -> Array:
+    (left_sum, right_sum), (left_batch, right_batch) = dimensions
+    left_ndim, batch = len(left.aval.shape), tuple(range(len(left_batch)))
+    left_free = _free(left_ndim, left_sum, left_batch)
+    right_free = _free(right.ndim, right_sum, right_batch)
+    last = tuple(range(slope.ndim - len(right_free), slope.ndim))
+    back = ((last, tuple(right_free)), (batch, right_batch))
+    result = product_p.bind(slope, right, dimensions=back, dtype=dtype)
+    # Now [batch, free axes of left, summed axes in the order of right].
+    summed = [left_sum[right_sum.index(axis)] for axis in sorted(right_sum)]
+    order = np.argsort([*left_batch, *left_free, *summed])
+    return jnp.transpose(result, order).astype(left.aval.dtype)
+
+
+def _right_slope(
+    slope: Array, left: Array, right, *, dimensions: Dimensions, dtype: jnp.dtype
+) -> Array:
+    (left_sum, right_sum), (left_batch, right_batch) = dimensions
+    right_ndim, batch = len(right.aval.shape), tuple(range(len(left_batch)))
+    left_free = _free(left.ndim, left_sum, left_batch)
+    right_free = _free(right_ndim, right_sum, right_batch)
+    middle = tuple(range(len(batch), len(batch) + len(left_free)))
+    if left_batch or jax.default_backend() != "cpu":
+        back = ((tuple(left_free), middle), (left_batch, batch))
+    else:
+        # The CPU's fast kernels want the summed axes of the left operand last. Without the barrier
+        # the compiler would fold the transposition into the product again.
+        left = lax.optimization_barrier(jnp.transpose(left.astype(dtype), [*left_sum, *left_free]))
+        left_sum = tuple(range(len(left_sum)))
+        back = ((tuple(range(len(left_sum), left.ndim)), middle), ((), ()))
+    result = product_p.bind(left, slope, dimensions=back, dtype=dtype)
+    # Now [batch, summed axes in the order of left, free axes of right].
+    summed = [right_sum[left_sum.index(axis)] for axis in sorted(left_sum)]
+    order = np.argsort([*right_batch, *summed, *right_free])
+    return jnp.transpose(result, order).astype(right.aval.dtype)
+
+
+def _batched(operands, axes, *, dimensions: Dimensions, dtype: jnp.dtype) -> tuple[Array, int]:
+    # The new axis comes first; a free axis of one operand, or a batch axis of both.
+    mapped = [axis is not None for axis in axes]
+    left, right = (
+        jnp.moveaxis(x, axis, 0) if here else x
+        for x, axis, here in zip(operands, axes, mapped)
+    )
+    shifted = tuple(
+        tuple(tuple(d + here for d in group) for group, here in zip(pair, mapped))
+        for pair in dimensions
+    )
+    (sums, (left_batch, right_batch)) = shifted
+    if all(mapped):
+        batches, place = ((0, *left_batch), (0, *right_batch)), 0
+    else:
+        batches, place = (left_batch, right_batch), len(left_batch)
+        if mapped[1]:
+            place += len(_free(left.ndim, sums[0], left_batch))
+    return product_p.bind(left, right, dimensions=(sums, batches), dtype=dtype), place
+
+
+product_p = Primitive("product")
+"""The bilinear primitive under :func:`product`, known to rematerialisation policies."""
+
+product_p.def_impl(_multiply)
+product_p.def_abstract_eval(_shape)
+ad.defbilinear(product_p, _left_slope, _right_slope)
+batching.primitive_batchers[product_p] = _batched
+mlir.register_lowering(product_p, mlir.lower_fun(_multiply, multiple_results=False))
