@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 
 from experiments.configs import base
 from mdm_jax import data, evaluation, models, objectives, schedules, training, variance
+from mdm_jax.data import documents
 
 DATA = {
     "embedded": data.embedded_text,
     "text": data.text,
     "jsonl": data.jsonl,
+    "documents": documents.documents,
     "tfds_text": data.tfds_text,
     "tfds_images": data.tfds_images,
     "digits": data.digits,

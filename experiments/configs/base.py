@@ -15,14 +15,17 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.data = ConfigDict(
         {
-            # embedded | text | jsonl | tfds_text | tfds_images | tfds (with kind) | digits
+            # embedded | text | jsonl | documents | tfds_text | tfds_images | tfds (with kind) |
+            # digits
             "source": "embedded",
-            "path": "",  # text, jsonl: the file
+            "path": "",  # text, jsonl, documents: the file
             "name": "",  # tfds: the dataset, as in "lm1b" or "mnist"
             "kind": "text",  # tfds: "text" or "image"
             "data_dir": "",  # tfds: where prepared datasets lie; "" is TFDS's own default
             "splits": ("train[:90%]", "train[90%:95%]", "train[95%:]"),  # tfds
-            "text_field": "text",  # tfds text
+            "text_field": "text",  # tfds text, documents
+            "packing": "",  # tfds text, documents: first_fit puts short ones into shared rows
+            "long_documents": "split",  # tfds text, documents: split | error
             "image_field": "image",  # tfds image
             "levels": 256,  # tfds image: intensities
             "length": 128,  # text: tokens of a row
@@ -34,7 +37,7 @@ def get_config() -> ConfigDict:
             "answer_length": 0,  # jsonl: positions for the answer
             "prompt_field": "prompt",
             "answer_field": "answer",
-            "valid_path": "",  # jsonl: "" splits the file instead
+            "valid_path": "",  # jsonl, documents: "" splits the file instead
             "test_path": "",
             "too_long": "error",  # jsonl: error | truncate | drop
             "answer_padding": "eos_scored",  # jsonl: eos_scored | pad_hidden
@@ -57,6 +60,8 @@ def get_config() -> ConfigDict:
             # Where losses of tokens compute logits: targets (same losses, less memory) | all
             "logits_at": "targets",
             "patch_size": 2,  # process gaussian
+            "attention": "auto",  # auto | einsum | recompute | xla | cudnn | splash
+            "remat": "none",  # none | full | dots | dots_without_batch: run anew in backward
             "dtype": "float32",  # operands of matrix products: float32 | bfloat16
             "param_dtype": "float32",
         }

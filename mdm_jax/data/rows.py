@@ -86,6 +86,62 @@ class TokenSpans(_VectorisedRows):
         )
 
 
+class PackedSpans(_VectorisedRows):
+    """Rows of several spans of one token array each, padded at the end.
+
+    The spans of a row are its documents 1, 2, ..., in order; padding is document 0 and not
+    eligible.
+
+    Args:
+        tokens: [n] int32.
+        starts: [P] first token of each span.
+        ends: [P] one past its last.
+        rows: [P] the row of each span, every number below the largest in use.
+        length: L; the spans of a row have at most so many tokens together.
+        pad_id: id to fill up with.
+        character_counts: [K], characters per id; a row's ``units`` is their sum.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        rows: np.ndarray,
+        length: int,
+        pad_id: int,
+        character_counts: np.ndarray,
+    ):
+        order = np.argsort(rows, kind="stable")
+        self.tokens = tokens
+        self.length = length
+        self._starts, self._ends = starts[order], ends[order]
+        self._num_rows = int(rows.max()) + 1 if len(rows) else 0
+        self._first = np.searchsorted(rows[order], np.arange(self._num_rows + 1))
+        self._pad_id = pad_id
+        self._character_counts = character_counts
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """Rows ``indices`` [n] as a batch with a leading axis of n."""
+        indices = self._check(indices)
+        tokens = np.full((len(indices), self.length), self._pad_id, np.int32)
+        documents = np.zeros_like(tokens)
+        for place, row in enumerate(indices):
+            spans = slice(self._first[row], self._first[row + 1])
+            offset = 0
+            for number, (start, end) in enumerate(zip(self._starts[spans], self._ends[spans]), 1):
+                there = slice(offset, offset + end - start)
+                tokens[place, there] = self.tokens[start:end]
+                documents[place, there] = number
+                offset = there.stop
+        eligible = documents > 0
+        characters = self._character_counts[tokens] * eligible
+        return Batch(tokens, eligible, documents, characters.sum(axis=1, dtype=np.int32))
+
+
 class StoredRows(_VectorisedRows):
     """Rows that are stored as they will be read: a Batch with a leading axis of all rows."""
 

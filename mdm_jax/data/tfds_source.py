@@ -8,7 +8,8 @@ import numpy as np
 
 from mdm_jax.data.datasets import SPLITS, Dataset, check_positive, describe, fingerprint_of
 from mdm_jax.data.images import picture_dataset
-from mdm_jax.data.rows import TokenSpans
+from mdm_jax.data.packing import LongDocuments, Packing, document_rows, policy
+from mdm_jax.data.rows import PackedSpans, TokenSpans
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
 
 DEFAULT_SPLITS = ("train[:90%]", "train[90%:95%]", "train[95%:]")
@@ -38,14 +39,16 @@ def tfds_text(
     download: bool = True,
     tokenizer: str | Tokenizer = "char",
     bpe_vocab_size: int = 4096,
+    packing: Packing = "",
+    long_documents: LongDocuments = "split",
 ) -> Dataset:
-    """Rows of one document each, from a TFDS dataset with a text feature.
+    """Rows of documents, from a TFDS dataset with a text feature.
 
     Every example is a document: it is encoded, EOS is appended, and the tokens are cut into rows of
     ``length``. The last row of a document is filled up with padding, which is neither eligible nor
-    attended to. EOS is eligible and stands for no character. All text is read and encoded when the
-    dataset is made, and kept at 4 bytes per token; ask for a slice such as "train[:1%]" of a large
-    dataset.
+    attended to; with ``packing`` documents share rows (:mod:`mdm_jax.data.packing`). EOS is
+    eligible and stands for no character. All text is read and encoded when the dataset is made, and
+    kept at 4 bytes per token; ask for a slice such as "train[:1%]" of a large dataset.
 
     Args:
         name: name of the dataset, with config and version where needed ("lm1b", "my_data/a:1.0.0").
@@ -56,10 +59,13 @@ def tfds_text(
         download: whether TFDS may download and prepare the dataset where it is not there yet.
         tokenizer: as in :func:`mdm_jax.data.text`, fitted to the training documents.
         bpe_vocab_size: K for "bpe".
+        packing: "" for none, or "first_fit".
+        long_documents: longer than a row: "split" them, or raise an "error".
 
     Raises:
         ValueError: if the dataset, a split or the feature does not exist, is empty, is not
-            prepared as array_record, or is not UTF-8 text; or a setting is out of range.
+            prepared as array_record, or is not UTF-8 text; if a document is too long and that is
+            an error; or a setting is out of range.
         ImportError: if tensorflow-datasets is not installed.
     """
     check_positive("length", length)
@@ -69,19 +75,21 @@ def tfds_text(
         for part, source in sources.items()
     }
     codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
-    rows: dict[str, TokenSpans] = {}
+    rows: dict[str, TokenSpans | PackedSpans] = {}
     report: dict[str, int] = {}
     for part in SPLITS:
         documents = [np.append(codec.encode(text), codec.eos_id) for text in texts[part]]
-        rows[part] = _document_rows(documents, length, codec)
-        size = len(rows[part].tokens)
-        report[f"{part}_documents"] = len(documents)
+        rows[part], counts = document_rows(
+            *(documents, length, codec),
+            packing=packing,
+            long_documents=long_documents,
+            origin=f"tfds dataset {name!r}, {part} split",
+        )
+        report |= {f"{part}_{key}": value for key, value in counts.items()}
         report[f"{part}_empty_documents"] = sum(len(text) == 0 for text in texts[part])
-        report[f"{part}_tokens"] = size
-        report[f"{part}_rows"] = len(rows[part])
-        report[f"{part}_padded_positions"] = len(rows[part]) * length - size
-        report[f"{part}_unknown_characters"] = codec.count_unknown(rows[part].tokens)
     settings = {"source": "tfds_text", "length": length, "tokenizer": codec.fingerprint}
+    if packing:
+        settings["packing"] = packing
     info = sources["train"].dataset_info
     content = b"".join(rows[part].tokens.tobytes() + b"/" for part in SPLITS)
     return Dataset(
@@ -96,7 +104,7 @@ def tfds_text(
         description=describe(
             _headline(info, splits),
             codec,
-            "Documents end with EOS and are cut into rows, the last of each is padded.",
+            policy(packing, long_documents, report, length),
             report,
         ),
         report=report,
@@ -219,23 +227,6 @@ def _as_text(value: Any, origin: str) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{origin}: not UTF-8 at byte {error.start} ({error.reason})") from error
-
-
-def _document_rows(documents: list[np.ndarray], length: int, codec: Tokenizer) -> TokenSpans:
-    stops = np.cumsum([len(document) for document in documents])
-    starts, ends = [], []
-    for document, stop in zip(documents, stops.tolist()):
-        begins = range(stop - len(document), stop, length)
-        starts.extend(begins)
-        ends.extend(min(begin + length, stop) for begin in begins)
-    return TokenSpans(
-        np.concatenate(documents).astype(np.int32),
-        np.asarray(starts, np.int64),
-        length,
-        codec.pad_id,
-        codec.character_counts,
-        ends=np.asarray(ends, np.int64),
-    )
 
 
 def _headline(info: Any, splits: Sequence[str]) -> str:
