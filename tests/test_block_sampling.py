@@ -3,7 +3,6 @@
 import functools
 
 import block_toy
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,6 @@ from mdm_jax.models import toy
 from mdm_jax.models.block import block_apply, cached_block_decoder, recomputing_block_decoder
 from mdm_jax.samplers.blocks import make_block_generator, sample_blocks
 from mdm_jax.samplers.cached_ancestral import cached_ancestral
-from mdm_jax.training import linen_init
 
 MASK = toy.MASK_ID
 
@@ -204,8 +202,7 @@ DOCUMENTS[3, 11:] = 0
 def network(scan_layers):
     """A network that was made for rows of 8."""
     model = tiny.transformer(depth=2, scan_layers=scan_layers)
-    shapes = nn.meta.unbox(jax.eval_shape(linen_init(model, 8), jax.random.key(0)))
-    return model, tiny.perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    return model, tiny.parameters(model, 8)
 
 
 @pytest.mark.parametrize(

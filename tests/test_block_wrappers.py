@@ -4,9 +4,7 @@ laws on the toy, and the same tokens with a cache as without."""
 import functools
 
 import block_toy
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -18,7 +16,6 @@ from mdm_jax.models import toy
 from mdm_jax.models.block import block_apply, cached_block_decoder, recomputing_block_decoder
 from mdm_jax.samplers.blocks import make_block_generator
 from mdm_jax.samplers.no_repeat_ngrams import completes_repeat, no_repeat_ngrams
-from mdm_jax.training import linen_init
 
 MASK, SIZE = toy.MASK_ID, 2
 GRID = schedules.grids.uniform_masking_rate(3)
@@ -206,8 +203,7 @@ WRAPPERS = (samplers.prompt_guidance(2.0), no_repeat_ngrams(2))
 @functools.cache
 def network():
     model = tiny.transformer(depth=1, self_conditioning=True)
-    shapes = nn.meta.unbox(jax.eval_shape(linen_init(model, LENGTH), jax.random.key(0)))
-    return model, tiny.perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    return model, tiny.parameters(model, LENGTH)
 
 
 @pytest.mark.parametrize("name, window", [("ancestral", None), ("cached_ancestral", 3)])

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,6 @@ from mdm_jax.models.causal import (
     recomputing_causal_decoder,
 )
 from mdm_jax.models.transformer_blocks import KeyValues
-from mdm_jax.training import linen_init
 
 ROWS, LENGTH, SIZE = 3, 12, 2
 MODELS = {
@@ -87,8 +85,7 @@ def test_what_holds_nothing_is_refused():
 @functools.cache
 def made(name):
     model = tiny.transformer(**MODELS[name])
-    shapes = nn.meta.unbox(jax.eval_shape(linen_init(model, LENGTH), jax.random.key(0)))
-    return model, tiny.perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    return model, tiny.parameters(model, LENGTH)
 
 
 def rows(seed=0):

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,12 @@ def transformer(**settings) -> models.Transformer:
     """A small transformer over the same vocabulary."""
     chosen = {"vocab_size": VOCAB, "width": 16, "depth": 1, "num_heads": 2, **settings}
     return models.Transformer(models.TransformerConfig(**chosen))
+
+
+def parameters(model, length: int):
+    """Random parameters of a network for rows of ``length``; nothing is compiled for them."""
+    shapes = nn.meta.unbox(jax.eval_shape(training.linen_init(model, length), jax.random.key(0)))
+    return perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
 
 def perturbed(tree, seed: int = 0, scale: float = 0.3):

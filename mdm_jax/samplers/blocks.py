@@ -4,13 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mdm_jax.models.attention_masks import check_blocks
 from mdm_jax.models.block import BlockDecoder
-from mdm_jax.samplers.canvas import check_canvas
+from mdm_jax.samplers.canvas import check_canvas, check_prefix, checked_generator
 from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext, sample
-from mdm_jax.schedules.parameters import is_concrete
 from mdm_jax.typing import Array, ArrayLike, PyTree
 
 
@@ -174,12 +172,7 @@ def make_block_generator(
             guided=guided,
         )
 
-    def generate(params, key, canvas, documents=None, row_offset=0):
-        canvas, documents = check_canvas(canvas, documents)
-        check_prefix(canvas, prefix, mask_id)
-        return run(params, key, canvas, documents, row_offset)
-
-    return generate
+    return checked_generator(run, mask_id, prefix)
 
 
 def _within(sampler: Sampler, before: Array) -> Sampler:
@@ -189,15 +182,3 @@ def _within(sampler: Sampler, before: Array) -> Sampler:
         return sampler.step(context._replace(before=before), denoise, state)
 
     return sampler._replace(step=step)
-
-
-def check_prefix(canvas: ArrayLike, prefix: int, mask_id: int) -> None:
-    """Raises ValueError unless ``prefix`` places of the canvas are given (where it is concrete)."""
-    length = np.shape(canvas)[-1]
-    if not 0 <= prefix <= length:
-        raise ValueError(f"prefix must be in [0, {length}], the canvas's length, got {prefix}")
-    if is_concrete(canvas) and np.any(np.asarray(canvas)[:, :prefix] == mask_id):
-        raise ValueError(
-            f"the first {prefix} places of every row must be given, but some hold the mask token "
-            f"{mask_id}; shorten the prefix"
-        )

@@ -3,7 +3,7 @@
 A canvas [B, L] int32 holds the mask token at every place to fill and given tokens elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +99,38 @@ def check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array,
             f"documents must have the shape of the canvas {canvas.shape}, got {documents.shape}"
         )
     return canvas.astype(jnp.int32), documents
+
+
+def check_prefix(canvas: ArrayLike, prefix: int, mask_id: int) -> None:
+    """Raises ValueError unless ``prefix`` places of the canvas are given (where it is concrete)."""
+    length = np.shape(canvas)[-1]
+    if not 0 <= prefix <= length:
+        raise ValueError(f"prefix must be in [0, {length}], the canvas's length, got {prefix}")
+    if is_concrete(canvas) and np.any(np.asarray(canvas)[:, :prefix] == mask_id):
+        raise ValueError(
+            f"the first {prefix} places of every row must be given, but some hold the mask token "
+            f"{mask_id}; shorten the prefix"
+        )
+
+
+def checked_generator(run: Callable[..., Array], mask_id: int, prefix: int) -> Callable[..., Array]:
+    """A compiled ``run`` behind the checks that look at a canvas's values, at every call.
+
+    Args:
+        run: ``run(params, key, canvas, documents, row_offset) -> tokens [B, L]``.
+        mask_id: the mask token.
+        prefix: as for :func:`check_prefix`.
+
+    Returns:
+        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+    """
+
+    def generate(params, key, canvas, documents=None, row_offset=0):
+        canvas, documents = check_canvas(canvas, documents)
+        check_prefix(canvas, prefix, mask_id)
+        return run(params, key, canvas, documents, row_offset)
+
+    return generate
 
 
 def _piece(tokens: ArrayLike, name: str, mask_id: int) -> Array:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from mdm_jax.corruption import exclude_token
 from mdm_jax.models.causal import CausalDecoder
-from mdm_jax.samplers.blocks import check_prefix
-from mdm_jax.samplers.canvas import check_canvas
+from mdm_jax.samplers.canvas import check_canvas, check_prefix, checked_generator
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
 from mdm_jax.typing import Array, ArrayLike, PyTree
 
@@ -109,9 +108,4 @@ def make_next_token_generator(
             prefix=prefix,
         )
 
-    def generate(params, key, canvas, documents=None, row_offset=0):
-        canvas, documents = check_canvas(canvas, documents)
-        check_prefix(canvas, prefix, mask_id)
-        return run(params, key, canvas, documents, row_offset)
-
-    return generate
+    return checked_generator(run, mask_id, prefix)
