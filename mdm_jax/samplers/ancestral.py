@@ -1,19 +1,24 @@
 """Ancestral sampling along any grid of noise levels."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from mdm_jax.draws import open_uniform
-from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
+from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens_at
 from mdm_jax.samplers.sampler import (
     Denoise,
     Sampler,
     SamplerState,
     StepContext,
     no_mask_left,
+    read_places,
     row_streams,
 )
 from mdm_jax.typing import Array
+
+_PLACES_AT_ONCE = 8
 
 
 def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
@@ -42,12 +47,12 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
     def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
         tokens = state.tokens
         reveal = places_to_reveal(context, tokens)
+        keys = row_streams(context.keys, "token")
+        size = max(_PLACES_AT_ONCE, 2 * tokens.shape[1] // context.num_steps)
 
         def fill(tokens: Array) -> Array:
-            logits = choose(denoise(tokens, context.logsnr))
-            return jnp.where(
-                reveal, draw_tokens(row_streams(context.keys, "token"), logits), tokens
-            )
+            read = read_places(denoise, tokens, context.logsnr)
+            return fill_places(keys, reveal, tokens, choose, read, size)
 
         tokens = jax.lax.cond(jnp.any(reveal), fill, lambda tokens: tokens, tokens)
         return SamplerState(tokens, ())
@@ -61,6 +66,42 @@ def places_to_reveal(context: StepContext, tokens: Array) -> Array:
     # Exactly 1 at the end of every valid grid; forced because a traced grid is not checked.
     probability = jnp.where(context.index == context.num_steps - 1, 1.0, probability)
     return (tokens == context.mask_id) & (place_noise(context.keys, tokens) < probability)
+
+
+def fill_places(
+    keys: Array,
+    reveal: Array,
+    tokens: Array,
+    choose: LogitFilter,
+    read: Callable[[Array], Array],
+    size: int,
+) -> Array:
+    """Tokens [B, L] with one drawn at each place to reveal, ``size`` places of a row at a time.
+
+    Args:
+        keys: [B] typed keys, one per row.
+        reveal: [B, L] bool.
+        tokens: [B, L] int32.
+        choose: filter of the logits.
+        read: logits of places, from :func:`~mdm_jax.samplers.sampler.read_places`.
+        size: places that are read and drawn together; changes nothing but the time it takes.
+    """
+    num_rows, length = tokens.shape
+    size = min(size, length)
+    # Places to reveal come first; the place behind the last fills up the end, and is not written.
+    order = jnp.argsort(~reveal, axis=-1, stable=True)
+    order = jnp.where(jnp.arange(length)[None] < jnp.sum(reveal, -1, keepdims=True), order, length)
+    order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
+    rows = jnp.arange(num_rows)[:, None]
+
+    def fill(index: Array, tokens: Array) -> Array:
+        seats = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)
+        places = jnp.minimum(seats, length - 1)
+        drawn = draw_tokens_at(keys, choose(read(places)), places)
+        return tokens.at[rows, seats].set(drawn, mode="drop")
+
+    passes = -(-jnp.max(jnp.sum(reveal, axis=-1)) // size)
+    return jax.lax.fori_loop(0, passes, fill, tokens)
 
 
 def place_noise(keys: Array, tokens: Array) -> Array:

@@ -5,6 +5,7 @@ network's own distribution (the mask token is already excluded), before anything
 places are revealed.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,9 @@ from mdm_jax.typing import Array
 
 LogitFilter = Callable[[Array], Array]
 """``filter(logits [..., K]) -> logits [..., K]``."""
+
+_ONE_STAGE = 64
+"""Largest vocabulary for which a random number per token is worth its while."""
 
 
 def temperature(value: float) -> LogitFilter:
@@ -110,20 +114,55 @@ def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead:
 
 
 def draw_tokens(keys: Array, logits: Array) -> Array:
-    """One token per place from ``softmax(logits)``, int32.
+    """One token per place from ``softmax(logits)``, int32 [B, ...].
 
     Args:
         keys: [B] typed keys, one per row.
-        logits: [B, ..., K] float32.
-
-    The default float32 Gumbel draw is cut off near 16 and cannot produce tokens of probability
-    below 1e-7; the high-range mode reaches down to 1e-14.
+        logits: [B, ..., K] float32. Place i of a row, counted through the axes between, draws what
+            :func:`draw_tokens_at` draws there.
     """
+    flat = logits.reshape(logits.shape[0], -1, logits.shape[-1])
+    places = jnp.broadcast_to(jnp.arange(flat.shape[1])[None], flat.shape[:2])
+    return draw_tokens_at(keys, flat, places).reshape(logits.shape[:-1])
 
-    def draw(key: Array, row: Array) -> Array:
-        return jax.random.categorical(key, row, axis=-1, mode="high").astype(jnp.int32)
 
-    return jax.vmap(draw)(keys, logits)
+def draw_tokens_at(keys: Array, logits: Array, places: Array) -> Array:
+    """One token for each of some places of each row, from ``softmax(logits)``, int32 [B, C].
+
+    What a place draws depends on its row's key, its own number and its logits alone, so it makes no
+    difference which places are drawn together.
+
+    A vocabulary of more than 64 tokens is drawn from in two stages, a run of about sqrt(K) tokens
+    by its total mass and then a token of the run: the same law, for 2 sqrt(K) random numbers in
+    place of K. Both stages use Gumbel noise of high range, which reaches tokens of probability
+    1e-14; the default float32 noise is cut off near 16, and cannot produce those below 1e-7.
+
+    Args:
+        keys: [B] typed keys, one per row.
+        logits: [B, C, K] float32.
+        places: [B, C] integers, numbers of the places.
+    """
+    choose = _draw_in_two_stages if logits.shape[-1] > _ONE_STAGE else _draw
+
+    def row(key: Array, numbers: Array, values: Array) -> Array:
+        own = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+        return jax.vmap(choose)(own, values)
+
+    return jax.vmap(row)(keys, places, logits)
+
+
+def _draw(key: Array, logits: Array) -> Array:
+    return jax.random.categorical(key, logits, axis=-1, mode="high").astype(jnp.int32)
+
+
+def _draw_in_two_stages(key: Array, logits: Array) -> Array:
+    size = math.isqrt(logits.shape[-1] - 1) + 1
+    runs = jnp.pad(logits, (0, -logits.shape[-1] % size), constant_values=-jnp.inf)
+    runs = runs.reshape(-1, size)
+    masses = jnp.sum(jnp.exp(runs - jnp.max(logits)), axis=-1)
+    first, second = jax.random.split(key)
+    run = _draw(first, jnp.log(masses))
+    return run * size + _draw(second, runs[run])
 
 
 def _argmax(logits: Array) -> Array:

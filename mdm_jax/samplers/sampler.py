@@ -8,6 +8,7 @@ Rows are independent: everything random about a row is keyed by its own number, 
 of 8 is what a batch of one with ``row_offset=5`` returns.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from mdm_jax import schedules
 from mdm_jax.corruption import exclude_token
+from mdm_jax.models.readout import Readout
 from mdm_jax.samplers.canvas import check_canvas
 from mdm_jax.samplers.progress import Progress, reporter
 from mdm_jax.streams import stream
@@ -122,7 +124,8 @@ def sample(
 
     Args:
         key: typed key. Row i draws from ``fold_in(key, row_offset + i)`` alone.
-        model_fn: ``model_fn(inputs, logsnr [B, 1], documents) -> logits [B, L, K]``.
+        model_fn: ``model_fn(inputs, logsnr [B, 1], documents) -> logits [B, L, K]``, or a
+            ``models.Readout`` in their place.
         sampler: e.g. ``ancestral()`` or ``first_hitting()``.
         grid: [N + 1] logSNR levels, strictly increasing to +inf (nothing masked), for samplers
             that step along one; -inf is a legal first level. None for the others.
@@ -181,7 +184,9 @@ def make_generator(
     """:func:`sample` compiled once per canvas shape.
 
     Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``.
+        apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``, or a
+            ``models.Readout`` in their place, which spares samplers that reveal few places per step
+            the logits of all others.
         sampler: as in :func:`sample`.
         grid: concrete values, as in :func:`sample`.
         mask_id: the mask token.
@@ -216,6 +221,27 @@ def make_generator(
     return generate
 
 
+def read_places(
+    denoise: Denoise, tokens: Array, logsnr: Array, rows: Array | None = None
+) -> Callable[[Array], Array]:
+    """One pass of the network, whose logits are wanted at some places only.
+
+    Returns ``read(places [N, C] integers) -> float32 logits [N, C, K]``, what ``denoise`` says at
+    these places. The pass is made once, however often it is read from. Where the network returns a
+    ``models.Readout``, nothing is projected to the vocabulary but the places read.
+
+    Args:
+        denoise: the network; one that goes through wrappers says everything at once.
+        tokens: [N, L].
+        logsnr: as for ``denoise``.
+        rows: likewise.
+    """
+    if isinstance(denoise, _Network):
+        return denoise.reader(tokens, logsnr, rows)
+    logits = denoise(tokens, logsnr, rows)
+    return lambda places: _at_places(logits, places)
+
+
 def row_streams(keys: Array, name: str) -> Array:
     """One named stream per row: keys [B] -> keys [B]."""
     return jax.vmap(lambda key: stream(key, name))(keys)
@@ -238,7 +264,7 @@ def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, o
     levels = _check_grid(sampler, grid)
     num_steps = len(levels) - 1 if levels is not None else sampler.num_steps(canvas.shape[1])
     free = canvas == mask_id
-    denoise = _bind(model_fn, documents, mask_id)
+    denoise = _Network(model_fn, documents, mask_id)
     rows = jnp.asarray(row_offset, jnp.int32) + jnp.arange(canvas.shape[0])
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     step_keys = row_streams(row_keys, "steps")
@@ -276,15 +302,42 @@ def _run(key, model_fn, sampler, grid, canvas, mask_id, documents, row_offset, o
     return state.tokens, record
 
 
-def _bind(model_fn: ModelFn, documents: Array | None, mask_id: int) -> Denoise:
-    def denoise(tokens: Array, logsnr: Array, rows: Array | None = None, **further) -> Array:
+class _Network:
+    """The network as a :data:`Denoise`, with its documents bound."""
+
+    def __init__(self, model_fn: ModelFn, documents: Array | None, mask_id: int):
+        self._model_fn, self._documents, self._mask_id = model_fn, documents, mask_id
+
+    def __call__(
+        self, tokens: Array, logsnr: Array, rows: Array | None = None, **further: Array
+    ) -> Array:
+        output = self._run(tokens, logsnr, rows, **further)
+        logits = output.logits() if isinstance(output, Readout) else output
+        return exclude_token(logits, self._mask_id)
+
+    def reader(self, tokens: Array, logsnr: Array, rows: Array | None) -> Callable[[Array], Array]:
+        """:func:`read_places` of the network itself."""
+        output = self._run(tokens, logsnr, rows)
+        if not isinstance(output, Readout):
+            return lambda places: exclude_token(_at_places(output, places), self._mask_id)
+
+        def read(places: Array) -> Array:
+            there = dataclasses.replace(output, features=_at_places(output.features, places))
+            return exclude_token(there.logits(), self._mask_id)
+
+        return read
+
+    def _run(self, tokens, logsnr, rows, **further) -> Array | Readout:
         level = jnp.clip(jnp.asarray(logsnr, jnp.float32), -LOGSNR_LIMIT, LOGSNR_LIMIT)
         if level.ndim < 2:
             level = jnp.broadcast_to(level.reshape(-1, 1), (tokens.shape[0], 1))
+        documents = self._documents
         picked = documents if documents is None or rows is None else documents[rows]
-        return exclude_token(model_fn(tokens, level, picked, **further), mask_id)
+        return self._model_fn(tokens, level, picked, **further)
 
-    return denoise
+
+def _at_places(values: Array, places: Array) -> Array:
+    return jnp.take_along_axis(values, places[..., None], axis=1)
 
 
 def _keep_rows(keep: Array, old: SamplerState, new: SamplerState) -> SamplerState:
