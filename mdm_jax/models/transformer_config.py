@@ -40,7 +40,8 @@ class TransformerConfig:
         attention: name of an implementation (:mod:`mdm_jax.models.attention`); "auto" for the best
             on the backend of the process.
         remat: what the backward pass computes anew, block by block: "none", "full", "dots" or
-            "dots_without_batch" (:mod:`mdm_jax.models.rematerialisation`).
+            "dots_without_batch" (:mod:`mdm_jax.models.rematerialisation`). On CPUs it needs
+            ``scan_layers``: their compiler merges the two passes of an unrolled block again.
         dtype: of the operands of matrix products, in both passes; accumulation, softmax and norms
             are float32.
         param_dtype: of the parameters.
