@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from mdm_jax import training
 from mdm_jax.models import attention as attentions
 from mdm_jax.models import attention_cudnn, attention_einsum, attention_splash
 from mdm_jax.models import attention_masks as masks
+from mdm_jax.models.activations import sharded_apply
 from mdm_jax.models.attention import attention
 
 ROWS, LENGTH, HEADS, SIZE = 4, 12, 2, 8
@@ -274,3 +276,21 @@ def test_splash_agrees_with_products(kind):
     splash = both(functools.partial(attention_splash.splash_attention, interpret=True))
     for one, other in zip(splash, both(attention_einsum.einsum_attention)):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_splash_runs_on_the_devices_of_a_mesh():
+    """Each with its own rows and heads, which are whole rows to the kernel."""
+    numbers = jnp.asarray([[1] * 100 + [0] * 28, [1] * 60 + [2] * 68], jnp.int32)
+    rule = masks.causal(128, 40, numbers)
+    rng = np.random.default_rng(0)
+    given = [jnp.asarray(rng.normal(size=(2, 128, 2, 8)), jnp.float32) for _ in range(3)]
+    run = functools.partial(attention_splash.splash_attention, interpret=True)
+    mesh = training.make_mesh(2, 1, 4)  # four do not divide two heads, which stay whole
+    rules = (("batch", ("data", "fsdp")), ("heads", "tensor"))
+    placed, spread = (
+        jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))) for x in (given, numbers)
+    )
+    call = sharded_apply(lambda q, k, v, n: run(q, k, v, masks.causal(128, 40, n)), mesh, rules)
+    found = tiny.jit(call)(*placed, spread)
+    expected = tiny.jit(attention_einsum.einsum_attention)(*given, rule)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -51,6 +51,26 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def on_each_part(
+    function: Callable[..., Array], names: tuple[tuple[str | None, ...], ...], *arrays: Array
+) -> Array:
+    """``function(*arrays)``, device by device: for kernels that the compiler cannot cut itself.
+
+    Args:
+        function: of the parts of the arrays on one device; its result is cut like the first array.
+        names: logical names of every array's axes, cut as by :func:`constrain`.
+        arrays: the whole arrays.
+    """
+    layouts = [_layout(x.shape, axes) for x, axes in zip(arrays, names)]
+    if layouts[0] is None:
+        return function(*arrays)
+    specs = tuple(spec for _, spec in layouts)
+    mapped = jax.shard_map(
+        function, mesh=layouts[0][0], in_specs=specs, out_specs=specs[0], check_vma=False
+    )
+    return mapped(*arrays)
+
+
 def num_parts(size: int, name: str) -> int:
     """Into how many parts an axis of this size and name is cut; 1 outside :func:`sharded_apply`."""
     layout = _layout((size,), (name,))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from mdm_jax.models.activations import on_each_part
 from mdm_jax.models.attention_einsum import einsum_attention
 from mdm_jax.models.attention_masks import AnyRule, CachedRule, Rule
 from mdm_jax.models.attention_patterns import Pattern
@@ -41,7 +42,7 @@ class PatternMask(splash.Mask):
 
 
 def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule, interpret: bool = False) -> Array:
-    """The kernel, row by row of the batch; documents are its segments.
+    """The kernel, row by row of the batch and device by device; documents are its segments.
 
     Cached decoding, which has few queries at places known only when it runs, is left to
     :func:`~mdm_jax.models.attention_einsum.einsum_attention`.
@@ -59,18 +60,21 @@ def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule, interpret: boo
             f'attention "splash" {reason}; choose "auto", which falls back where it must, or '
             '"einsum"'
         )
-    mask = splash.MultiHeadMask([PatternMask(rule.pattern)] * q.shape[2])
-    kernel = splash.make_splash_mha(
-        mask,
-        block_sizes=_block_sizes(*rule.shape),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    numbers = rule.segments()
-    ids = None if numbers is None else splash.SegmentIds(numbers, numbers)
+
+    def run(q: Array, k: Array, v: Array, *numbers: Array) -> Array:
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([PatternMask(rule.pattern)] * q.shape[1]),
+            block_sizes=_block_sizes(*rule.shape),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(q, k, v, *(splash.SegmentIds(ids, ids) for ids in numbers))
+
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2).astype(q.dtype)
+    numbers = () if rule.documents is None else (rule.segments(),)
+    names = (("batch", "heads", None, None),) * 3 + (("batch", None),)
+    return on_each_part(run, names, q, k, v, *numbers).swapaxes(1, 2).astype(q.dtype)
 
 
 def splash_obstacle(q: Array, k: Array, rule: AnyRule, interpret: bool = False) -> str | None:
