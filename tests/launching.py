@@ -85,7 +85,9 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     from experiments import launch
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["launch", *map(str, arguments)])
+    # No cache: it would be kept in the user's home, and stay on for the tests that follow.
+    given = ["launch", "--compilation_cache_dir=", *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", given)
     capsys.readouterr()
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()

@@ -224,7 +224,6 @@ def test_meshes_of_one_line_that_do_not_fit(tmp_path, monkeypatch, capsys, text,
         f"--config={launching.QUICKSTART}",
         f"--workdir={workdir}",
         f"--config.mesh={text}",
-        "--compilation_cache_dir=",
     )
     assert code == 2 and not workdir.exists()
     assert any(part in err for part in message.split("|")), err
