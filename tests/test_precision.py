@@ -12,11 +12,11 @@ import tiny
 
 
 def curve(dtype, steps, rows=16, length=12, seed=0):
-    """Losses of a small network that learns to repeat a token's successor, [steps]."""
+    """Losses of a small network on rows that count up by one or two, at random, [steps]."""
     model = tiny.transformer(dtype=dtype, depth=2, width=32, qk_norm=True, scan_layers=True)
     rng = np.random.default_rng(seed)
-    first = rng.integers(0, tiny.VOCAB, (steps, rows, 1))
-    tokens = jnp.asarray((first + np.arange(length)) % tiny.VOCAB, jnp.int32)
+    counts = np.cumsum(rng.integers(1, 3, (steps, rows, length)), axis=-1)
+    tokens = jnp.asarray(counts % tiny.VOCAB, jnp.int32)
     hidden = jnp.asarray(rng.random((steps, rows, length)) < 0.5)
     params = nn.meta.unbox(tiny.jit(model.init)(jax.random.key(seed), tokens[0]))
     optimizer = optax.adamw(3e-3)
@@ -41,9 +41,10 @@ def curve(dtype, steps, rows=16, length=12, seed=0):
 def check(steps, seed=0):
     exact, other = curve(jnp.float32, steps, seed=seed), curve(jnp.float32, steps, seed=seed + 1)
     narrow = curve(jnp.bfloat16, steps, seed=seed)
-    assert exact[-5:].mean() < 0.8 * exact[0]  # it learns
+    assert exact[-5:].mean() < 0.95 * exact[0]  # it learns
+    np.testing.assert_allclose(narrow[:10], exact[:10], rtol=0.02)
     noise = np.sqrt(np.mean((exact - other) ** 2))  # other batches and another start
-    assert 0 < np.sqrt(np.mean((narrow - exact) ** 2)) < 0.3 * noise
+    assert 0 < np.sqrt(np.mean((narrow - exact) ** 2)) < 0.8 * noise
     return exact, narrow
 
 
@@ -56,4 +57,4 @@ def test_long_loss_curves_are_within_noise_of_float32():
     """And end at the same loss."""
     for seed in (10, 20):
         exact, narrow = check(600, seed)
-        np.testing.assert_allclose(narrow[-100:].mean(), exact[-100:].mean(), rtol=0.03)
+        np.testing.assert_allclose(narrow[-100:].mean(), exact[-100:].mean(), rtol=0.05)
