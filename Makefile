@@ -1,12 +1,14 @@
 # make quickstart   trains a small masked diffusion model on embedded text, on the CPU
 # make test         the default test suite; make test-slow: the long statistical runs too
+# make bench        benchmarks at the S and M shapes; writes BENCH, by default bench.json
 # make lint         style;  make format: apply it
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
+BENCH ?= bench.json
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow bench lint format clean
 
 quickstart: $(VENV)/installed
 	$(RUN) -m experiments.launch --config=experiments/configs/quickstart.py --workdir=$(WORKDIR)
@@ -16,6 +18,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
+
+bench: $(VENV)/installed
+	$(RUN) -m experiments.benchmarks --shapes=S,M --rounds=2 --seconds=10 --out=$(BENCH)
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

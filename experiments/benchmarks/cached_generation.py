@@ -15,20 +15,13 @@ import statistics
 import time
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from mdm_jax import models, samplers, training
-from mdm_jax.models.attention_masks import block_causal
-from mdm_jax.models.block import (
-    BlockDecoder,
-    WrittenRow,
-    cached_block_decoder,
-    recomputing_block_decoder,
-)
+from experiments.benchmarks.setting import random_params, whole_row_decoder
+from mdm_jax import models, samplers
+from mdm_jax.models.block import cached_block_decoder
 from mdm_jax.models.causal import cached_causal_decoder, causal_apply, recomputing_causal_decoder
 from mdm_jax.samplers.blocks import make_block_generator
 from mdm_jax.samplers.next_token import make_next_token_generator
@@ -51,14 +44,14 @@ def main(_: list[str]) -> None:
     mask_id, window = _VOCAB.value, _WINDOW.value
     shape = (_VOCAB.value + 1, _WIDTH.value, _DEPTH.value, _HEADS.value)
     model = models.Transformer(models.TransformerConfig(*shape))
-    params = _random_params(model)
+    params = random_params(model, 8)
     pairs = {}
     for size in _BLOCKS.value:
         pairs[f"blocks of {size}"] = tuple(
             make_block_generator(decoder, samplers.first_hitting(), None, mask_id=mask_id)
             for decoder in (
                 cached_block_decoder(model, size, window),
-                _whole_row_decoder(model, size, window),
+                whole_row_decoder(model, size, window),
             )
         )
     pairs["causal"] = tuple(
@@ -90,34 +83,6 @@ def main(_: list[str]) -> None:
         print(f"{name:16}{seconds}{figures['speed_up']:>9.1f}x{figures['same_tokens']:>13.2%}")
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-
-
-def _random_params(model: models.Transformer) -> PyTree:
-    """Fresh parameters, with a head that is not zero, so that tokens depend on what is seen."""
-    params = nn.meta.unbox(training.linen_init(model, 8)(jax.random.key(0)))
-    head = params["params"]["head"]["kernel"]
-    noise = jax.random.normal(jax.random.key(1), head.shape) * head.shape[0] ** -0.5
-    return {"params": {**params["params"], "head": {"kernel": noise}}}
-
-
-def _whole_row_decoder(
-    model: models.Transformer, block_size: int, window: int | None
-) -> BlockDecoder:
-    """Without a cache: the row, its next block noised, under the block-causal mask, in every pass.
-
-    Half the work of ``recomputing_block_decoder``, which knows nothing of the network but the
-    function for training.
-    """
-
-    def logits(params: PyTree, row: WrittenRow, tokens: Array, logsnr: Array, _: Array) -> Array:
-        noised = jax.lax.dynamic_update_slice_in_dim(row.tokens, tokens, row.written, axis=1)
-        length = noised.shape[-1]
-        mask = block_causal(length, block_size, window)
-        every, _ = model.apply(params, noised, logsnr, jnp.arange(length), mask, method="attend")
-        return jax.lax.dynamic_slice_in_dim(every, row.written, block_size, axis=1)
-
-    plain = recomputing_block_decoder(lambda *_: None, block_size)
-    return plain._replace(logits=logits)
 
 
 def _call(

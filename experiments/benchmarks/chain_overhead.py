@@ -15,21 +15,20 @@ import functools
 import json
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
-from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
 from experiments import build
+from experiments.benchmarks import setting
+from experiments.benchmarks.shapes import SHAPES
+from experiments.benchmarks.timing import interleaved
+from experiments.benchmarks.variants import PLAIN
 from experiments.configs import base
-from mdm_jax import corruption, models, objectives, streams, training, variance
-from mdm_jax.batches import Batch
+from mdm_jax import training, variance
 from mdm_jax.draws import DrawSpec, LossStats
-from mdm_jax.objectives import Objective
 from mdm_jax.typing import PyTree
 
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed steps without a chain.")
@@ -37,32 +36,21 @@ _WHOLE = flags.DEFINE_integer("whole_steps", 0, "Timed whole steps per chain, 0 
 _ALONE = flags.DEFINE_integer("alone", 200, "Timed calls of drawing and updating by themselves.")
 _OUT = flags.DEFINE_string("out", None, "Where to write the figures as JSON.")
 
-LENGTH, BATCH, VOCAB = 128, 16, 32_000
-
-
-class Setting(NamedTuple):
-    """The M shape: everything that a step needs but the chain."""
-
-    model: models.Transformer
-    objective: Objective
-    spec: DrawSpec
-    params: PyTree
-    batch: Batch
+M = SHAPES["M"]
 
 
 def main(_: list[str]) -> None:
     """Measures every single-view transform of the build table and every monitor."""
-    setting, chains = _setting(), {"none": variance.chain()}
+    spec, chains = setting.objective(M).spec(M.batch_size, M.length), {"none": variance.chain()}
+    params = setting.random_params(setting.model(M, PLAIN), M.length)
     defaults = base.get_config().variance
     for name, factory in build.VARIANCE.items():
         transform = factory(**build.settings(defaults, name))
         if transform.views == 1 and name != "identity":
             chains[name] = variance.chain(transform)
-    step = statistics.median(
-        _interleaved({"none": _step(setting, chains["none"])}, _STEPS.value)["none"]
-    )
-    alone = _medians({n: _draw_and_update(c, setting.spec) for n, c in chains.items()})
-    watched = _medians({m.name: _monitor(m, setting) for m in _monitors(setting)})
+    step = statistics.median(_interleaved({"none": _step(chains["none"])}, _STEPS.value)["none"])
+    alone = _medians({n: setting.draw_and_update(c, spec) for n, c in chains.items()})
+    watched = _medians({m.name: _monitor(m, spec, params) for m in _monitors()})
     record = {
         "device": str(jax.devices()[0]),
         "jax": jax.__version__,
@@ -71,7 +59,7 @@ def main(_: list[str]) -> None:
         "monitors": {name: {"alone": seconds / step} for name, seconds in watched.items()},
     }
     if _WHOLE.value:
-        steps = {name: _step(setting, chain) for name, chain in chains.items()}
+        steps = {name: _step(chain) for name, chain in chains.items()}
         whole = {n: statistics.median(t) for n, t in _interleaved(steps, _WHOLE.value).items()}
         for name, figures in record["chains"].items():
             figures["step"] = whole[name] / whole["none"]
@@ -84,57 +72,34 @@ def main(_: list[str]) -> None:
         pathlib.Path(_OUT.value).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
-def _setting() -> Setting:
-    model = models.Transformer(models.TransformerConfig(VOCAB, 256, 6, 8))
-    objective = objectives.masked_nelbo(corruption.fixed_count(VOCAB - 1))
-    tokens = jax.random.randint(jax.random.key(0), (BATCH, LENGTH), 0, VOCAB - 1)
-    whole = jnp.ones_like(tokens, bool)
-    batch = Batch(tokens, whole, whole.astype(jnp.int32), jnp.full((BATCH,), LENGTH, jnp.int32))
-    params = nn.meta.unbox(training.linen_init(model, LENGTH)(jax.random.key(1)))
-    return Setting(model, objective, objective.spec(BATCH, LENGTH), params, batch)
-
-
-def _step(setting: Setting, chain: variance.VarianceTransform) -> Callable[[], None]:
-    optimizer = training.adamw(lambda _: 1e-3)
-    model, objective, spec, params, batch = setting
-    step = jax.jit(training.make_train_step(model.apply, objective, chain, optimizer, spec, seed=0))
-    state = training.new_state(params, optimizer, chain, spec)
+def _step(chain: variance.VarianceTransform) -> Callable[[], None]:
+    task, optimizer = setting.objective(M), training.adamw(lambda _: 1e-3)
+    spec, batch, model = (
+        task.spec(M.batch_size, M.length),
+        setting.batch(M),
+        setting.model(M, PLAIN),
+    )
+    step = jax.jit(training.make_train_step(model.apply, task, chain, optimizer, spec, seed=0))
+    state = training.new_state(setting.random_params(model, M.length), optimizer, chain, spec)
     return lambda: jax.block_until_ready(step(state, batch))
 
 
-def _draw_and_update(chain: variance.VarianceTransform, spec: DrawSpec) -> Callable[[], None]:
-    state = chain.init(spec)
-
-    @jax.jit
-    def run(i):
-        draw = variance.draw_batch(streams.step_key(0, i), chain, state, spec)
-        # Sums keep the compiler from removing what is not used.
-        total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(draw))
-        return total, chain.update(state, draw, _stats(draw.u))
-
-    return lambda: jax.block_until_ready(run(3))
-
-
-def _monitors(setting: Setting) -> list[training.Monitor]:
+def _monitors() -> list[training.Monitor]:
     return [
-        training.level_monitor(setting.objective),
+        training.level_monitor(setting.objective(M)),
         training.baseline_monitor(),
         training.gradient_noise_monitor(),
     ]
 
 
-def _monitor(monitor: training.Monitor, setting: Setting) -> Callable[[], None]:
+def _monitor(monitor: training.Monitor, spec: DrawSpec, params: PyTree) -> Callable[[], None]:
     chain = variance.chain()
-    draw = variance.draw_batch(jax.random.key(0), chain, chain.init(setting.spec), setting.spec)
-    stats = _stats(draw.u)
+    draw = variance.draw_batch(jax.random.key(0), chain, chain.init(spec), spec)
+    ones = jnp.ones_like(draw.u)
+    stats = LossStats(ones, ones, ones, ones)
     update = jax.jit(monitor.update)
-    call = functools.partial(update, monitor.init(setting.params), draw, stats, setting.params)
+    call = functools.partial(update, monitor.init(params), draw, stats, params)
     return lambda: jax.block_until_ready(call())
-
-
-def _stats(like: jax.Array) -> LossStats:
-    ones = jnp.ones_like(like)
-    return LossStats(ones, ones, ones, ones)
 
 
 def _medians(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -144,13 +109,7 @@ def _medians(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
 def _interleaved(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
     for call in calls.values():
         call()  # compiles
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times
+    return interleaved(calls, rounds=repeats, seconds=0.0)
 
 
 if __name__ == "__main__":

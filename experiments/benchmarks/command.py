@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.benchmarks import machine
 from experiments.benchmarks.shapes import SHAPES, Shape
@@ -99,6 +99,7 @@ def _run(parts: Sequence[Part]) -> None:
     unknown = set(_SHAPES.value) - set(SHAPES)
     if unknown:
         raise app.UsageError(f"--shapes: unknown {sorted(unknown)}; known are {list(SHAPES)}")
+    logging.set_verbosity(logging.WARNING)
     options = Options(tuple(_VARIANTS.value), _ROUNDS.value, _SECONDS.value)
     found = machine.facts()
     record: dict[str, Any] = {"machine": found, "options": options._asdict(), "parts": {}}

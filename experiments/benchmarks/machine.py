@@ -46,6 +46,12 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
+def product_dtype() -> jnp.dtype:
+    """bfloat16 where there are units that multiply it, float32 elsewhere."""
+    narrow = bool({"avx512_bf16", "amx_bf16"} & _processor()[1])
+    return jnp.dtype(jnp.bfloat16 if narrow or jax.default_backend() != "cpu" else jnp.float32)
+
+
 def product(dtype: jnp.dtype) -> tuple[Callable[[], object], float]:
     """A large square matrix product with float32 results, and its floating-point operations.
 

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from experiments.benchmarks import stand_ins  # noqa: F401  must come before mdm_jax.training
 from experiments.benchmarks.shapes import Shape
 from experiments.benchmarks.variants import CHAINS, Variant
-from mdm_jax import corruption, models, objectives, training, variance
+from mdm_jax import corruption, models, objectives, streams, training, variance
 from mdm_jax.batches import Batch
-from mdm_jax.typing import PyTree
+from mdm_jax.draws import DrawSpec, LossStats
+from mdm_jax.models.attention_masks import block_causal
+from mdm_jax.models.block import WrittenRow
+from mdm_jax.typing import Array, PyTree
 
 
 def objective(shape: Shape) -> objectives.Objective:
@@ -66,6 +69,41 @@ def train_step(
     )
     params = random_params(network, shape.length)
     return step, training.new_state(params, optimizer, transform, spec), batch(shape)
+
+
+def whole_row_decoder(
+    network: models.Transformer, block_size: int, window: int | None = None
+) -> models.BlockDecoder:
+    """Without a cache: the row, its next block noised, under the block-causal mask, in every pass.
+
+    Half the work of ``models.recomputing_block_decoder``, which knows nothing of the network but
+    the function for training.
+    """
+
+    def logits(params: PyTree, row: WrittenRow, tokens: Array, logsnr: Array, _: Array) -> Array:
+        noised = jax.lax.dynamic_update_slice_in_dim(row.tokens, tokens, row.written, axis=1)
+        length = noised.shape[-1]
+        mask = block_causal(length, block_size, window)
+        every, _ = network.apply(params, noised, logsnr, jnp.arange(length), mask, method="attend")
+        return jax.lax.dynamic_slice_in_dim(every, row.written, block_size, axis=1)
+
+    plain = models.recomputing_block_decoder(lambda *_: None, block_size)
+    return plain._replace(logits=logits)
+
+
+def draw_and_update(chain: variance.VarianceTransform, spec: DrawSpec) -> Callable[[], object]:
+    """A call that makes a chain's draw and its update, and nothing else."""
+    state = chain.init(spec)
+
+    @jax.jit
+    def run(i: Array) -> tuple[Array, PyTree]:
+        draw = variance.draw_batch(streams.step_key(0, i), chain, state, spec)
+        ones = jnp.ones_like(draw.u)
+        # Sums keep the compiler from removing what is not used.
+        total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(draw))
+        return total, chain.update(state, draw, LossStats(ones, ones, ones, ones))
+
+    return lambda: jax.block_until_ready(run(3))
 
 
 def _rate(_: jax.Array) -> float:

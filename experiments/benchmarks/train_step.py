@@ -20,7 +20,7 @@ from experiments.benchmarks import machine, setting, yardstick
 from experiments.benchmarks.command import Options, Part, choose, main, markdown, spread, why
 from experiments.benchmarks.shapes import Shape, train_flops
 from experiments.benchmarks.timing import interleaved, ratios, summary
-from experiments.benchmarks.variants import TRAIN, TRAIN_SETS, YARDSTICK, Variant
+from experiments.benchmarks.variants import PLAIN, TRAIN, TRAIN_SETS, YARDSTICK, Variant
 
 
 class _Runner:
@@ -122,7 +122,7 @@ def _library(shape: Shape, variant: Variant) -> tuple[Callable[..., Any], Any, A
 
 def _plain(shape: Shape) -> tuple[Callable[..., Any], Any, Any]:
     init, step = yardstick.make_step(shape.mask_id, shape.num_heads)
-    params = setting.random_params(setting.model(shape, Variant("")), shape.length)
+    params = setting.random_params(setting.model(shape, PLAIN), shape.length)
     return step, init(params), setting.batch(shape).tokens
 
 

@@ -84,8 +84,13 @@ def make_step(
     return init, step
 
 
-def make_sampler(mask_id: int, num_heads: int, num_steps: int) -> Callable[..., Array]:
-    """``generate(params, key, canvas [B, L]) -> tokens [B, L]``: ancestral, uniform rates."""
+def make_sampler(
+    mask_id: int, num_heads: int, num_steps: int, num_run: int | None = None
+) -> Callable[..., Array]:
+    """``generate(params, key, canvas [B, L]) -> tokens [B, L]``: ancestral, uniform rates.
+
+    All steps do the same work; with ``num_run`` only so many of them are run, to time those.
+    """
 
     @jax.jit
     def generate(params: PyTree, key: Array, canvas: Array) -> Array:
@@ -97,7 +102,7 @@ def make_sampler(mask_id: int, num_heads: int, num_steps: int) -> Callable[..., 
             reveal = jax.random.uniform(reveal_key, tokens.shape) < 1 / (num_steps - i)
             return jnp.where((tokens == mask_id) & reveal, drawn, tokens)
 
-        return jax.lax.fori_loop(0, num_steps, step, canvas)
+        return jax.lax.fori_loop(0, num_steps if num_run is None else num_run, step, canvas)
 
     return generate
 

@@ -1,0 +1,146 @@
+"""The input pipeline: batches per second, and how long a training step waits for one.
+
+    python -m experiments.benchmarks.input_pipeline [--shapes=S,M] [--seconds=20] [--rounds=3]
+        [--out=FILE.json]
+
+Documents of random tokens, about a third of a row each, packed first fit, shuffled by Grain, placed
+on the devices. ``alone``: rows/s of pulling and placing batches with nothing else to do. Then
+training steps that take their batches from it, with and without prefetching, and steps that are
+handed the same batch again and again, take turns: the seconds in which a step waits for its batch,
+as a share of the step, and the whole over the step that never waits.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import setting
+from experiments.benchmarks.command import Options, Part, main, markdown, spread, why
+from experiments.benchmarks.shapes import Shape
+from experiments.benchmarks.timing import interleaved, ratios, summary
+from experiments.benchmarks.variants import CHOSEN
+from mdm_jax import training
+from mdm_jax.batches import Batch
+
+_ROWS = 4096
+_PULLS = 200
+_DEPTH = 2
+
+
+def measure(shape: Shape, options: Options) -> dict[str, Any]:
+    """Measures the pipeline at a shape; the variants of the options are not read."""
+    try:
+        import grain  # noqa: F401  which the data layer imports when it first needs it
+
+        from mdm_jax import data
+    except ImportError as error:
+        return {"unavailable": why(error)}
+    source, fill = _source(shape)
+    sharding = training.batch_sharding(training.make_mesh())
+
+    def place(batch: Batch) -> Batch:
+        return jax.block_until_ready(training.place_batch(batch, sharding))
+
+    def stream() -> Any:
+        return data.train_iterator(source, shape.batch_size, seed=0)
+
+    plain = stream()
+    next(plain)
+    seconds = []
+    for _ in range(_PULLS):
+        start = time.perf_counter()
+        place(next(plain))
+        seconds.append(time.perf_counter() - start)
+
+    step, state, fixed = setting.train_step(shape, CHOSEN)
+    fixed = place(fixed)
+    state = training.replicate(state, sharding.mesh)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, fixed).compile()
+    with data.Prefetcher(stream(), depth=_DEPTH, place=place) as prefetched:
+        sources: dict[str, Callable[[], Batch]] = {
+            "no pipeline": lambda: fixed,
+            "prefetched": lambda: next(prefetched),
+            "pulled by the step": lambda: place(next(plain)),
+        }
+        runners = {name: _Runner(compiled, state, take) for name, take in sources.items()}
+        for runner in runners.values():
+            runner()
+            runner.waits.clear()
+        times = interleaved(runners, rounds=max(options.rounds, 3), seconds=options.seconds)
+    return {
+        "fill": fill,
+        "rows_per_second_alone": shape.batch_size / summary(seconds)["median"],
+        "batch_seconds_alone": summary(seconds),
+        "steps": {
+            name: {
+                "seconds": summary(times[name]),
+                "wait_seconds": summary(runners[name].waits),
+                "wait_share": sum(runners[name].waits) / sum(times[name]),
+                "speed_over_no_pipeline": ratios(times["no pipeline"], times[name]),
+            }
+            for name in runners
+        },
+    }
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The record in Markdown."""
+    if "unavailable" in record:
+        return [f"not measured, {record['unavailable']}"]
+    rows = [
+        (
+            name,
+            spread(found["seconds"], 4),
+            f"{1e3 * found['wait_seconds']['median']:.3f}",
+            f"{found['wait_share']:.3%}",
+            spread(found["speed_over_no_pipeline"]),
+        )
+        for name, found in record["steps"].items()
+    ]
+    alone = record["batch_seconds_alone"]["median"]
+    title = (
+        f"Alone: {record['rows_per_second_alone']:.0f} rows/s ({1e3 * alone:.3f} ms a batch), rows "
+        f"filled to {record['fill']:.1%}"
+    )
+    header = ("batches", "step, s", "wait, ms", "wait / step", "speed over no pipeline")
+    return [title, "", *markdown(header, rows)]
+
+
+class _Runner:
+    """A training step that takes its batch from somewhere and notes how long that took."""
+
+    def __init__(self, step: Callable[..., Any], state: Any, take: Callable[[], Batch]):
+        # A copy of its own: the step gives the memory of its state away.
+        self._step, self._state, self._take = step, jax.tree.map(jnp.copy, state), take
+        self.waits: list[float] = []
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        batch = self._take()
+        self.waits.append(time.perf_counter() - start)
+        self._state, _ = jax.block_until_ready(self._step(self._state, batch))
+
+
+def _source(shape: Shape) -> tuple[Any, float]:
+    """Packed rows of random documents, and the share of their positions that hold tokens."""
+    from mdm_jax.data.packing import first_fit
+    from mdm_jax.data.rows import PackedSpans
+
+    stream = np.random.default_rng(0)
+    sizes = stream.integers(1, 2 * shape.length // 3, _ROWS)
+    ends = np.cumsum(sizes)
+    tokens = stream.integers(0, shape.mask_id, ends[-1]).astype(np.int32)
+    characters = np.ones(shape.vocab_size, np.int32)
+    rows = first_fit(sizes, shape.length)
+    source = PackedSpans(tokens, ends - sizes, ends, rows, shape.length, 0, characters)
+    return source, len(tokens) / (len(source) * shape.length)
+
+
+PART = Part("input_pipeline", measure, table)
+
+if __name__ == "__main__":
+    main(PART)
