@@ -1,5 +1,6 @@
 """Data sources, tokenizers and batch pipelines."""
 
+from mdm_jax.data import tasks
 from mdm_jax.data.bpe import BPETokenizer, SpecialTokens
 from mdm_jax.data.datasets import Dataset, RowSource, gather
 from mdm_jax.data.images import digits
@@ -43,6 +44,7 @@ __all__ = [
     "rare_tokens",
     "split_entropies",
     "stream_fingerprint",
+    "tasks",
     "text",
     "tfds",
     "tfds_images",

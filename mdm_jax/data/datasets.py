@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -47,6 +47,7 @@ class Dataset:
         fingerprint: SHA-256 of the content and of every setting that changes the rows.
         description: what it is, sizes, source, licence, and every policy that removed something.
         report: counts of what was read and of everything that was changed or left out.
+        check: ``check(prompt, answer)``, whether a text is a right answer; None where nobody knows.
     """
 
     train: RowSource
@@ -61,6 +62,7 @@ class Dataset:
     fingerprint: str
     description: str
     report: Mapping[str, int]
+    check: Callable[[str, str], bool] | None = None
 
     def __post_init__(self):
         if self.length < 1:

@@ -7,7 +7,7 @@ import numpy as np
 from mdm_jax.batches import Batch
 
 
-class _VectorisedRows(abc.ABC):
+class VectorisedRows(abc.ABC):
     """A row source defined by ``rows``, which reads many rows at once."""
 
     @abc.abstractmethod
@@ -34,7 +34,7 @@ class _VectorisedRows(abc.ABC):
         return f"{type(self).__name__}({len(self)} rows)"
 
 
-class TokenSpans(_VectorisedRows):
+class TokenSpans(VectorisedRows):
     """Rows that are spans of one token array, padded at the end where a span is short.
 
     Args:
@@ -86,7 +86,7 @@ class TokenSpans(_VectorisedRows):
         )
 
 
-class PackedSpans(_VectorisedRows):
+class PackedSpans(VectorisedRows):
     """Rows of several spans of one token array each, padded at the end.
 
     The spans of a row are its documents 1, 2, ..., in order; padding is document 0 and not
@@ -142,7 +142,7 @@ class PackedSpans(_VectorisedRows):
         return Batch(tokens, eligible, documents, characters.sum(axis=1, dtype=np.int32))
 
 
-class StoredRows(_VectorisedRows):
+class StoredRows(VectorisedRows):
     """Rows that are stored as they will be read: a Batch with a leading axis of all rows."""
 
     def __init__(self, batch: Batch):
@@ -157,7 +157,7 @@ class StoredRows(_VectorisedRows):
         return Batch(*(field[indices] for field in self._batch))
 
 
-class PictureRows(_VectorisedRows):
+class PictureRows(VectorisedRows):
     """Flattened pictures whose every element is eligible.
 
     Args:
