@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from mdm_jax.models.products import product
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.typing import Array, PyTree
 
@@ -44,12 +44,7 @@ class Projection:
         return self._product("", "gcd,gck->gdk", features, slopes)
 
     def _product(self, tied: str, untied: str, left: Array, right: Array) -> Array:
-        return jnp.einsum(
-            tied if self.tied else untied,
-            left.astype(self.dtype),
-            right.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return product(tied if self.tied else untied, left, right, self.dtype)
 
 
 @jax.tree_util.register_static
