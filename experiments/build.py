@@ -12,7 +12,30 @@ from ml_collections import ConfigDict
 
 from experiments.configs import base
 from mdm_jax import data, evaluation, models, objectives, schedules, training, variance
-from mdm_jax.data import documents
+from mdm_jax.data import documents, tasks
+
+TASKS = {
+    "sudoku": tasks.Sudoku,
+    "chain": tasks.Chain,
+    "run": tasks.Run,
+    "add": tasks.Add,
+    "countdown": tasks.Countdown,
+}
+
+
+def task_dataset(task: ConfigDict, prompt_length: int, answer_length: int) -> data.Dataset:
+    """Generated problems; ``task`` is the config of that name."""
+    chosen = lookup(TASKS, task.name, "data.task.name")(**settings(task, task.name))
+    if task.noise_every:
+        chosen = tasks.Noisy(chosen, task.noise_every)
+    names = ("answer_padding", "train_rows", "valid_rows", "test_rows")
+    return tasks.task_dataset(
+        chosen,
+        prompt_length=prompt_length,
+        answer_length=answer_length,
+        **{name: task[name] for name in names},
+    )
+
 
 DATA = {
     "embedded": data.embedded_text,
@@ -22,6 +45,7 @@ DATA = {
     "tfds_text": data.tfds_text,
     "tfds_images": data.tfds_images,
     "digits": data.digits,
+    "task": task_dataset,
 }
 VARIANCE = {
     "identity": variance.identity,

@@ -111,10 +111,18 @@ def record(result: evaluation.Likelihood) -> dict[str, Any]:
 
 
 def details(record: dict[str, Any]) -> list[str]:
-    """What a report says of a likelihood beyond bits per unit."""
+    """What a report says beyond bits per unit: perplexity, and accuracy where it was measured."""
     error = record["standard_error_perplexity"]
     shown = "unknown" if error is None else f"{error:.3f}"
-    return [f"  perplexity per token {record['perplexity']:.3f} ± {shown}"]
+    lines = [f"  perplexity per token {record['perplexity']:.3f} ± {shown}"]
+    if "accuracy" in record:
+        low, high = record["accuracy_interval"]
+        lines.append(
+            f"  accuracy {record['accuracy']:.3f} ± {record['standard_error_accuracy']:.3f} over "
+            f"{record['answers']} prompts (95 % interval {low:.3f} to {high:.3f}), answered by "
+            f"{record['answered_by']}"
+        )
+    return lines
 
 
 def generator(

@@ -11,6 +11,7 @@ import tqdm
 from ml_collections import ConfigDict
 
 from experiments import build
+from experiments.accuracy import check_accuracy, measure_accuracy
 from experiments.experiment import Experiment, load_parameters, open_workdir
 from experiments.generation import prepare_samples, show_samples
 from experiments.quality import check_quality, measure_quality
@@ -37,6 +38,7 @@ def check_settings(experiment: Experiment) -> None:
     _, source = experiment.held_out(c.final_split)
     experiment.batches(source, c.max_rows)
     prepare_samples(experiment)
+    check_accuracy(experiment)
     if experiment.config.sample.quality_steps:
         check_quality(experiment)
     _clip_hook(experiment, pathlib.Path(), None)
@@ -117,7 +119,8 @@ def evaluate(
     workdir: pathlib.Path,
     check: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """Likelihood bound of the final split under the best parameters; written and returned."""
+    """Likelihood bound of the final split under the best parameters, and accuracy where answers can
+    be checked; written and returned."""
     c = experiment.config.evaluate
     step, params = load_parameters(experiment, workdir)
     split, source = experiment.held_out(c.final_split)
@@ -142,6 +145,7 @@ def evaluate(
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
         **experiment.process.record(result),
+        **measure_accuracy(experiment, params, check),
     }
     if processes.is_first():
         write_json(workdir / "evaluation.json", record)

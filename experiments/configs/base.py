@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             # embedded | text | jsonl | documents | tfds_text | tfds_images | tfds (with kind) |
-            # digits
+            # digits | task
             "source": "embedded",
             "path": "",  # text, jsonl, documents: the file
             "name": "",  # tfds: the dataset, as in "lm1b" or "mnist"
@@ -33,14 +33,28 @@ def get_config() -> ConfigDict:
             "bpe_vocab_size": 4096,
             "fractions": (0.9, 0.05, 0.05),  # train, valid, test
             "train_stride": 1,  # text: tokens between the starts of training rows
-            "prompt_length": 0,  # jsonl: positions for the prompt
-            "answer_length": 0,  # jsonl: positions for the answer
+            "prompt_length": 0,  # jsonl, task: positions for the prompt; task: 0 for the longest
+            "answer_length": 0,  # jsonl, task: positions for the answer and its EOS
             "prompt_field": "prompt",
             "answer_field": "answer",
             "valid_path": "",  # jsonl, documents: "" splits the file instead
             "test_path": "",
             "too_long": "error",  # jsonl: error | truncate | drop
             "answer_padding": "eos_scored",  # jsonl: eos_scored | pad_hidden
+            # Generated problems with a checker (docs/tasks.md).
+            "task": {
+                "name": "sudoku",  # sudoku | chain | run | add | countdown
+                "noise_every": 0,  # characters of an answer before each random letter; 0: none
+                "answer_padding": "eos_once",  # eos_once | eos_scored
+                "train_rows": 20_000,  # problems, made as they are read
+                "valid_rows": 512,
+                "test_rows": 512,
+                "sudoku": {"rows": 2, "columns": 2, "blanks": (6, 11)},  # of a box; fewest, most
+                "chain": {"steps": 2, "distractors": 1, "modulus": 10, "result_only": False},
+                "run": {"steps": 4, "modulus": 10, "last_only": False},
+                "add": {"digits": 4},
+                "countdown": {"numbers": 3, "largest": 20},
+            },
         }
     )
     config.model = ConfigDict(
@@ -273,6 +287,7 @@ def get_config() -> ConfigDict:
             "guidance": 0.0,  # masked: scale of classifier-free guidance by the given tokens
             "no_repeat_ngrams": 0,  # masked: n-grams of this length never repeat; 0 for free
             "num_samples": 3,
+            "num_answers": 256,  # task: held-out prompts that are answered and checked; 0: all
             "temperature": 1.0,
             "top_k": 0,  # 0: all tokens
             "top_p": 1.0,
@@ -295,6 +310,8 @@ def shrink(config: ConfigDict) -> None:
     config.evaluate.update(
         batch_size=8, passes=2, replicates=2, max_rows=8, final_passes=2, final_replicates=2
     )
-    config.sample.update(num_samples=min(config.sample.num_samples, 4), num_steps=4)
+    config.sample.update(num_samples=min(config.sample.num_samples, 4), num_steps=4, num_answers=8)
+    if config.data.source == "task":
+        config.data.task.update(train_rows=64, valid_rows=16, test_rows=16)
     config.measure.update(rows=4, levels_per_row=2, grid_rows=2, grid_levels=6, grid_masks=2)
     config.measure.update(groups=3, redraws=4, data_batches=1, warm_up=2, chunk=8)

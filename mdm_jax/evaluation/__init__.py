@@ -79,6 +79,8 @@ from mdm_jax.evaluation.sliding_windows import Windows as Windows
 from mdm_jax.evaluation.sliding_windows import score_windows as score_windows
 from mdm_jax.evaluation.sliding_windows import sliding_windows as sliding_windows
 from mdm_jax.evaluation.subset_likelihood import make_subset_likelihood as make_subset_likelihood
+from mdm_jax.evaluation.task_accuracy import TaskAccuracy as TaskAccuracy
+from mdm_jax.evaluation.task_accuracy import measure_task_accuracy as measure_task_accuracy
 from mdm_jax.evaluation.text_quality import TextQuality as TextQuality
 from mdm_jax.evaluation.text_quality import measure_text_quality as measure_text_quality
 from mdm_jax.evaluation.uniform_likelihood import make_uniform_likelihood as make_uniform_likelihood

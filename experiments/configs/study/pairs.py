@@ -1,0 +1,21 @@
+"""Prompts and answers from a JSONL file, such as GSM8K.
+
+python -m experiments.launch --config=experiments/configs/study/pairs.py --workdir=runs/gsm8k \
+    --config.data.path=gsm8k_train.jsonl
+"""
+
+from experiments import study_settings
+from experiments.configs import base
+
+
+def get_config(variant: str = ""):
+    """Fields ``question`` and ``answer``, as in GSM8K, in characters; longer pairs are dropped.
+
+    ``variant`` is "" or "smoke", which needs a file too.
+    """
+    config = base.get_config()
+    config.data.update(source="jsonl", prompt_field="question", answer_field="answer")
+    config.data.update(prompt_length=384, answer_length=384, too_long="drop")
+    config.model.update(width=256, depth=6, num_heads=8)
+    config.train.update(steps=10_000, batch_size=16)
+    return study_settings.chosen(config, "study/pairs", variant)

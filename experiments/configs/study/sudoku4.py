@@ -1,0 +1,13 @@
+"""4 x 4 Sudoku: solved in about a minute on two CPU cores, the smoke test of the study.
+
+python -m experiments.launch --config=experiments/configs/study/sudoku4.py --workdir=runs/sudoku4
+"""
+
+from experiments import study_settings
+
+
+def get_config(variant: str = ""):
+    """Boxes of 2 x 2 with 6 to 11 blanks; ``variant`` is "" or "smoke"."""
+    config = study_settings.reasoning("sudoku", batch_size=64, steps=300)
+    config.data.task.sudoku.update(rows=2, columns=2, blanks=(6, 11))
+    return study_settings.chosen(config, "study/sudoku4", variant)

@@ -1,0 +1,16 @@
+"""The text that CPython carries, as in the quickstart.
+
+python -m experiments.launch --config=experiments/configs/study/text.py --workdir=runs/text
+"""
+
+from experiments import study_settings
+from experiments.configs import base
+
+
+def get_config(variant: str = ""):
+    """The quickstart's network and data; ``variant`` is "" or "smoke"."""
+    config = base.get_config()
+    if variant == "smoke":
+        config.data.update(length=32, train_stride=16)
+        config.sample.gap = 8
+    return study_settings.chosen(config, "study/text", variant)
