@@ -1,11 +1,11 @@
 # make quickstart   trains a small masked diffusion model on embedded text, on the CPU
 # make test         the default test suite; make test-slow: the long statistical runs too
-# make bench        benchmarks at the S and M shapes; writes BENCH, by default bench.json
+# make bench        benchmarks at the S and M shapes; writes BENCH, by default runs/bench.json
 # make lint         style;  make format: apply it
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
-BENCH ?= bench.json
+BENCH ?= runs/bench.json
 RUN := $(VENV)/bin/python
 
 .PHONY: quickstart test test-slow bench lint format clean

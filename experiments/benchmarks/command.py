@@ -120,4 +120,6 @@ def _run(parts: Sequence[Part]) -> None:
             record["device_peak_bytes"] = machine.device_peak_bytes()
             if _OUT.value:  # after every table: an interrupted run keeps what it has
                 text = json.dumps(record, indent=1) + "\n"
-                pathlib.Path(_OUT.value).write_text(text, "utf-8")
+                path = pathlib.Path(_OUT.value)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, "utf-8")
