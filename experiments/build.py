@@ -108,8 +108,9 @@ def dataset(config: ConfigDict) -> data.Dataset:
         source = lookup(kinds, kind, "data.kind")
     factory = lookup(DATA, source, "data.source")
     known = inspect.signature(factory).parameters
-    defaults = base.get_config().data
-    unused = {k: v for k, v in chosen.items() if k not in known and v != defaults[k]}
+    # As plain values: two ConfigDicts with the same settings are unequal if one of them is locked.
+    given, defaults = config.data.to_dict(), base.get_config().data.to_dict()
+    unused = {k: v for k, v in given.items() if k in chosen and k not in known and v != defaults[k]}
     if unused:
         raise ValueError(
             f"data.source={source!r} does not read "
