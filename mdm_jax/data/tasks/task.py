@@ -18,7 +18,7 @@ VOCABULARY = "".join(sorted("0123456789abcdefghijklmnopqrstuvwxyz+-*/=,;?#()[]:.
 """Characters of all tasks, so that a model of one task can go on with another."""
 
 _WORDS = 64  # read from the generator at a time
-_ATTEMPTS = 10_000  # a split of 10 % is missed so often with probability 1e-458
+_ATTEMPTS = 2000  # a split of 10 % is missed so often with probability 1e-91
 
 Item = TypeVar("Item")
 
