@@ -1,4 +1,4 @@
-"""4 x 4 Sudoku: solved in about a minute on two CPU cores, the smoke test of the study.
+"""4 x 4 Sudoku: nearly solved in minutes on two CPU cores, the smoke test of the study.
 
 python -m experiments.launch --config=experiments/configs/study/sudoku4.py --workdir=runs/sudoku4
 """
