@@ -20,7 +20,7 @@ from experiments import (
     build_masked,
     build_uniform,
 )
-from mdm_jax import data, streams, training
+from mdm_jax import data, models, streams, training
 from mdm_jax.batches import Batch
 from mdm_jax.draws import DrawSpec
 from mdm_jax.evaluation import Likelihood
@@ -80,7 +80,7 @@ class Experiment:
     def train_step(self) -> Callable[[TrainState, Batch], tuple]:
         """The pure step function, not yet jitted."""
         return training.make_train_step(
-            self.apply_fn,
+            self._sharded_apply(),
             self.objective,
             self.transform,
             _optimizer(self.config),
@@ -123,7 +123,7 @@ class Experiment:
             lambda state: training.step_draw(0, jnp.int32(0), self.transform, state, self.spec),
             abstract.variance,
         )
-        loss = training.weighted_sum(self.apply_fn, self.objective)
+        loss = training.weighted_sum(self._sharded_apply(), self.objective)
         count = self.config.train.num_microbatches
         return training.estimate_memory(abstract, self.abstract_batch(), loss, draw, count)
 
@@ -187,6 +187,9 @@ class Experiment:
             return f"law {self.config.law.name}"
         c = self.config.gaussian
         return f"recipe {c.recipe}" + (f", law {c.law}" if c.law else "")
+
+    def _sharded_apply(self) -> Callable[..., Array]:
+        return models.sharded_apply(self.apply_fn, self.mesh, training.LOGICAL_RULES)
 
     def _new_state(self) -> TrainState:
         key = streams.stream(streams.step_key(self.config.seed, 0), "init")

@@ -1,5 +1,6 @@
 """Flax networks. Everything outside sees only ``model_fn(inputs, logsnr, documents) -> logits``."""
 
+from mdm_jax.models.activations import sharded_apply as sharded_apply
 from mdm_jax.models.block import BlockDecoder as BlockDecoder
 from mdm_jax.models.block import block_apply as block_apply
 from mdm_jax.models.block import cached_block_decoder as cached_block_decoder

@@ -133,8 +133,7 @@ def _batched(operands, axes, *, dimensions: Dimensions, dtype: jnp.dtype) -> tup
     # The new axis comes first; a free axis of one operand, or a batch axis of both.
     mapped = [axis is not None for axis in axes]
     left, right = (
-        jnp.moveaxis(x, axis, 0) if here else x
-        for x, axis, here in zip(operands, axes, mapped)
+        jnp.moveaxis(x, axis, 0) if here else x for x, axis, here in zip(operands, axes, mapped)
     )
     shifted = tuple(
         tuple(tuple(d + here for d in group) for group, here in zip(pair, mapped))

@@ -9,18 +9,20 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mdm_jax.batches import Batch
+from mdm_jax.processes import ROW_AXES
 from mdm_jax.typing import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 
 LOGICAL_RULES = (
+    ("batch", ROW_AXES),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("layers", None),
 )
-"""Logical axis of a parameter -> mesh axis that it is cut along."""
+"""Logical axis of a parameter or an activation -> mesh axis, or axes, that it is cut along."""
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
