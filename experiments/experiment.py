@@ -26,7 +26,7 @@ from mdm_jax.draws import DrawSpec
 from mdm_jax.evaluation import Likelihood
 from mdm_jax.objectives import Objective
 from mdm_jax.training import CheckpointError, TrainState
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.typing import Array, ArrayLike, PyTree
 from mdm_jax.variance import VarianceTransform, worst_bias
 
 PROCESSES = {
@@ -77,19 +77,36 @@ class Experiment:
         """Shapes, dtypes and shardings of the state."""
         return training.abstract_sharded(self._new_state, self.mesh)
 
-    def train_step(self) -> Callable[[TrainState, Batch], tuple]:
-        """The pure step function, not yet jitted."""
-        return training.make_train_step(
-            self._sharded_apply(),
-            self.objective,
-            self.transform,
-            _optimizer(self.config),
-            self.spec,
-            seed=self.config.seed,
-            ema_decay=self.config.optimizer.ema_decay,
-            num_microbatches=self.config.train.num_microbatches,
-            monitors=self.monitors,
-        )
+    def train_step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
+        """The pure step ``(state, batch, seed=the config's)``, not yet jitted.
+
+        A seed that is passed is no part of the program, which is then one for all seeds.
+        """
+
+        def make(seed: ArrayLike) -> Callable[[TrainState, Batch], tuple]:
+            return training.make_train_step(
+                self._sharded_apply(),
+                self.objective,
+                self.transform,
+                _optimizer(self.config),
+                self.spec,
+                seed=seed,
+                ema_decay=self.config.optimizer.ema_decay,
+                num_microbatches=self.config.train.num_microbatches,
+                monitors=self.monitors,
+            )
+
+        own = make(self.config.seed)
+
+        def step(state: TrainState, batch: Batch, seed: Array | None = None) -> tuple:
+            return (own if seed is None else make(seed))(state, batch)
+
+        return step
+
+    def placed_seed(self) -> Array:
+        """The seed on every device."""
+        everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        return jax.device_put(np.uint32(self.config.seed), everywhere)
 
     def train_batches(self) -> data.Prefetcher:
         """Endless placed batches, prefetched, with a position that can be saved."""

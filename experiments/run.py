@@ -96,7 +96,10 @@ def train(
         if start < c.train.steps:
             print(f"memory: {experiment.memory().describe()}; compiling the step", flush=True)
             step = training.compile_step(
-                experiment.train_step(), abstract, experiment.abstract_batch()
+                experiment.train_step(),
+                abstract,
+                experiment.abstract_batch(),
+                experiment.placed_seed(),
             )
             print(step.describe(), flush=True)
         training.train(

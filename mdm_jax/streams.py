@@ -11,17 +11,17 @@ import jax
 from mdm_jax.typing import Array, ArrayLike
 
 
-def step_key(seed: int, step: ArrayLike) -> Array:
+def step_key(seed: ArrayLike, step: ArrayLike) -> Array:
     """Typed key of one training step.
 
     Args:
-        seed: non-negative Python integer below 2**32.
+        seed: non-negative integer below 2**32; traced, as uint32, it gives the same key.
         step: scalar integer, may be traced.
 
     Raises:
         ValueError: if the seed is out of range.
     """
-    if not 0 <= seed < 2**32:
+    if not isinstance(seed, jax.core.Tracer) and not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     return jax.random.fold_in(jax.random.key(seed), step)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mdm_jax.training.memory import format_bytes
-from mdm_jax.typing import PyTree
+from mdm_jax.typing import Array, PyTree
 
 
 class CompiledStep(NamedTuple):
@@ -33,19 +33,26 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step(
-    step: Callable[..., Any], abstract_state: PyTree, abstract_batch: PyTree
+    step: Callable[..., Any], abstract_state: PyTree, abstract_batch: PyTree, *constants: Array
 ) -> CompiledStep:
     """Compiles a train step, its state donated and placed as it was.
 
     Args:
         step: pure step function.
         abstract_state, abstract_batch: pytrees of jax.ShapeDtypeStruct with shardings.
+        constants: placed arrays, further arguments of the step. They are no part of the program, so
+            runs that differ in them alone, in the seed say, find each other's in the cache.
     """
     started = time.monotonic()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    compiled = jitted.lower(abstract_state, abstract_batch).compile()
-    return CompiledStep(compiled, time.monotonic() - started, _memory(compiled))
+    compiled = jitted.lower(abstract_state, abstract_batch, *constants).compile()
+
+    def call(state: PyTree, batch: PyTree) -> Any:
+        return compiled(state, batch, *constants)
+
+    seconds = time.monotonic() - started
+    return CompiledStep(call if constants else compiled, seconds, _memory(compiled))
 
 
 def _memory(compiled: Any) -> int | None:

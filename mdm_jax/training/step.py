@@ -15,7 +15,7 @@ from mdm_jax.objectives import LossSums, Objective, stop_gradient_stats, sum_los
 from mdm_jax.training.averages import update_average
 from mdm_jax.training.monitors import Monitor
 from mdm_jax.training.state import TrainState
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.typing import Array, ArrayLike, PyTree
 from mdm_jax.variance import VarianceTransform, draw_batch
 
 ApplyFn = Callable[..., Array]
@@ -43,7 +43,7 @@ class StepMetrics(NamedTuple):
 
 
 def step_draw(
-    seed: int, step: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec
+    seed: ArrayLike, step: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec
 ) -> Draw:
     """The draw of a training step: a function of (seed, step) and the transform's state."""
     return draw_batch(streams.stream(streams.step_key(seed, step), "draw"), transform, state, spec)
@@ -67,7 +67,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     spec: DrawSpec,
     *,
-    seed: int,
+    seed: ArrayLike,
     ema_decay: float = 0.999,
     num_microbatches: int = 1,
     monitors: Sequence[Monitor] = (),
