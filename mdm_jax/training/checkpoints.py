@@ -128,6 +128,16 @@ class Checkpoints:
             )
         return None
 
+    def restore_step(self, step: int, abstract_state: PyTree) -> PyTree:
+        """The full state of one of :meth:`steps`, whose files are not checked again.
+
+        Raises:
+            CheckpointError: if there is no such step, or it does not fit ``abstract_state``.
+        """
+        if step not in self.steps():
+            raise CheckpointError(f"no checkpoint of step {step}, there are {self.steps()}")
+        return self._last.read(step, abstract_state)
+
     def close(self) -> None:
         """Releases the managers' threads."""
         self._last.close()
@@ -194,6 +204,9 @@ class _Store:
                     problem = f"it cannot be read ({reason})"
             self._set_aside(step, problem)
         return None
+
+    def read(self, step: int, abstract_tree: PyTree) -> PyTree:
+        return self._read(step, abstract_tree, ())[self._item]
 
     def close(self) -> None:
         self._manager.close()
