@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 
+import compilation
 from absl import flags
 from absl.testing import flagsaver
 
@@ -22,8 +23,9 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-        f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join(
+            (f"--xla_force_host_platform_device_count={devices}", *compilation.FLAGS)
+        ),
         "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

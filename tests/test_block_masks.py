@@ -39,7 +39,9 @@ def test_training_mask_of_four_places_in_blocks_of_two():
 def test_number_of_allowed_pairs(block_size, pairs):
     assert int(masks.block_training(4, block_size).dense().sum()) == pairs
     blocks = 12 // block_size
-    assert masks.block_training(12, block_size).dense().sum() == block_size**2 * (blocks + blocks**2)
+    assert masks.block_training(12, block_size).dense().sum() == block_size**2 * (
+        blocks + blocks**2
+    )
 
 
 def test_causal_and_block_causal_matrices():

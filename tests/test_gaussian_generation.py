@@ -45,8 +45,8 @@ def test_rows_are_independent_and_the_end_is_the_estimate(sampler):
     alone = draw(model, sampler, grid, (1, 3), path, row_offset=5)
     np.testing.assert_allclose(alone[0], together[5], rtol=1e-6)
     assert len(np.unique(together)) == together.size
-    # The step to +inf adds no noise.
-    np.testing.assert_array_equal(together, estimates[-1])
+    # The step to +inf adds no noise; compilers may round its product with alpha = 1 apart.
+    np.testing.assert_allclose(together, estimates[-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name, path_name", [("2m", "vp"), ("edm", "ve")])

@@ -153,6 +153,7 @@ def test_evaluate_and_sample_need_nothing_but_the_workdir(whole, tmp_path):
 # --- kills and interrupts -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_the_same(whole, tmp_path):
     """SIGKILL twice, at a random step and a random time after it, then to the end."""
     rng = np.random.default_rng(7)
@@ -325,6 +326,7 @@ def test_workdir_of_the_repository_is_left_alone():
 # --- what the trainer watches and adapts ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clipping_is_searched_at_evaluation_and_survives_an_interrupt(tmp_path):
     """Stopped after the first search and resumed: the same choices, ranges and parameters."""
     arguments = [
