@@ -126,14 +126,14 @@ def details(record: dict[str, Any]) -> list[str]:
 
 
 def generator(
-    config: ConfigDict, dataset: data.Dataset, model: models.Transformer, _apply_fn: Callable
+    config: ConfigDict, dataset: data.Dataset, _model: models.Transformer, apply_fn: Callable
 ) -> Callable:
     """``generate(params, key, canvas, documents) -> tokens`` with the configured sampler."""
     chosen = sampler(config)
     if config.model.self_conditioning:
         chosen = samplers.self_conditioned(chosen, dataset.vocab_size - 1, dataset.vocab_size)
     return samplers.make_generator(
-        model.apply, chosen, grid_of(config, chosen), mask_id=dataset.mask_id
+        apply_fn, chosen, grid_of(config, chosen), mask_id=dataset.mask_id
     )
 
 

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import stand_ins  # noqa: F401  must come before mdm_jax.training
 from experiments.benchmarks.shapes import Shape
 from experiments.benchmarks.variants import CHAINS, Variant
 from mdm_jax import corruption, models, objectives, streams, training, variance

@@ -8,8 +8,6 @@ from collections.abc import Collection
 from typing import Any, TextIO
 
 import numpy as np
-import tensorboardX
-import tqdm
 
 
 class MetricWriter:
@@ -30,6 +28,9 @@ class MetricWriter:
     def __init__(
         self, directory: str | os.PathLike, resume_step: int = 0, again: Collection[str] = ()
     ):
+        # Here, so that a training step can be imported without packages that only display it.
+        import tensorboardX
+
         root = pathlib.Path(directory)
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / "metrics.jsonl"
@@ -107,8 +108,11 @@ class Progress:
     def __init__(
         self, total: int, start: int = 0, stream: TextIO | None = None, silent: bool = False
     ):
+        import tqdm  # as in MetricWriter
+
         self._stream = stream or sys.stderr
         self._total = total
+        self._interval = tqdm.tqdm.format_interval
         self._silent = silent
         self._bar = (
             tqdm.tqdm(
@@ -132,7 +136,7 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        left = tqdm.tqdm.format_interval((self._total - step) * seconds_per_step)
+        left = self._interval((self._total - step) * seconds_per_step)
         print(f"step {step}/{self._total} {text} left {left}", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
