@@ -28,8 +28,9 @@ from experiments import run
 from experiments.configs import digits_gaussian
 from experiments.experiment import Experiment, load_parameters, make_experiment
 from experiments.generation import prepare_samples
+from experiments.gradient_noise import drawn_batches
 from experiments.workdir import WorkdirError, write_json
-from mdm_jax import data, evaluation, training, variance
+from mdm_jax import data, evaluation, variance
 from mdm_jax.evaluation import picture_quality
 from mdm_jax.schedules.recipes import RECIPES
 from mdm_jax.training import CheckpointError, TrainingStopped
@@ -123,13 +124,7 @@ def gradient_noise(
     experiment: Experiment, params: PyTree, transform: variance.VarianceTransform
 ) -> evaluation.Efficiency:
     """Variance of the batch gradient with the data fixed, and its squared mean."""
-    source, size = experiment.dataset.train, experiment.spec.batch_size
-    generator = np.random.default_rng(experiment.config.seed)
-    place = training.batch_sharding(experiment.mesh)
-    batches = [
-        training.place_batch(data.gather(source, generator.integers(0, len(source), size)), place)
-        for _ in range(8)
-    ]
+    batches = drawn_batches(experiment, 8, experiment.config.seed)
     estimator = evaluation.make_estimator(experiment.apply_fn, experiment.objective)
     state = transform.init(experiment.spec)
     return evaluation.efficiency(

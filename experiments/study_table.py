@@ -1,0 +1,281 @@
+"""What the runs of a study amount to: means, spreads, paired intervals, and tables of them."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import study_runs
+from experiments.study_runs import Run
+from experiments.study_suites import Suite, Task
+from experiments.workdir import provenance, write_json
+from mdm_jax.evaluation.bootstrap import paired_seeds
+from mdm_jax.evaluation.standard_errors import finite_or_none
+
+BUDGETS = {"passes": "equal forward passes", "steps": "equal steps"}
+
+
+def write(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
+    """Writes ``study.json`` and ``study.md`` from whatever is finished; returns the former."""
+    root.mkdir(parents=True, exist_ok=True)
+    results = {
+        budget: {
+            task: summarise(suite, task, records(suite, root, task, budget)) for task in suite.tasks
+        }
+        for budget in suite.budgets
+    }
+    finished, total = count(suite, root)
+    record = {
+        "finished": finished,
+        "planned": total,
+        "provenance": provenance(min(suite.seeds)),
+        "results": results,
+    }
+    write_json(root / "study.json", record)
+    (root / "study.md").write_text(markdown(suite, record), "utf-8")
+    return record
+
+
+def records(
+    suite: Suite, root: pathlib.Path, task: str, budget: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of the finished runs by method, in the order of the seeds."""
+    found = {}
+    for method in suite.methods:
+        runs = [Run(task, method, budget, seed) for seed in suite.seeds]
+        read = [study_runs.read_record(root, study_runs.found_under(suite, run)) for run in runs]
+        found[method] = [record for record in read if record is not None]
+    return found
+
+
+def summarise(
+    suite: Suite, task: str, found: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Every method of one task under one budget, each compared with the baseline seed by seed.
+
+    Args:
+        suite: what was planned.
+        task: its name.
+        found: records by method, from :func:`records`.
+
+    Returns:
+        JSON values by method; None where nothing is finished.
+    """
+    chosen = suite.tasks[task]
+    baseline = scores(chosen, found.get(suite.baseline, ()))
+    results = {}
+    for method, runs in found.items():
+        own = scores(chosen, runs)
+        if not runs:
+            results[method] = None
+            continue
+        values = np.array(list(own.values()), np.float64)
+        both = [seed for seed in own if seed in baseline]
+        paired = None
+        if both and method != suite.baseline:
+            paired = paired_seeds([own[s] for s in both], [baseline[s] for s in both]).to_dict()
+        results[method] = {
+            "scores": {str(seed): score for seed, score in own.items()},
+            "failed": [run["seed"] for run in runs if run["failed"]],
+            "mean": float(values.mean()) if len(values) else None,
+            "standard_deviation": float(values.std(ddof=1)) if len(values) > 1 else None,
+            "worst": _worst(chosen, values),
+            "worst_beats_best_of_baseline": None
+            if paired is None
+            else _worst_beats_best(chosen, values, np.array(list(baseline.values()))),
+            "against_baseline": paired,
+            "training_seconds": float(np.mean([run["training_seconds"] for run in runs])),
+            "steps": runs[0]["steps"],
+            "batch_size": runs[0]["batch_size"],
+            "forward_passes": runs[0]["forward_passes"],
+            "bits_per_unit": _mean([_field(run, "bits_per_unit") for run in runs]),
+            "gradient": gradient(runs),
+        }
+    for method, result in results.items():
+        if result is not None:
+            same = results.get(suite.methods[method].same_as or method)
+            result["gradient_variance_over_baseline"] = _ratio(same, results.get(suite.baseline))
+    return results
+
+
+def scores(task: Task, runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The task's score by seed; runs that diverged have none."""
+    return {run["seed"]: run["evaluation"][task.score] for run in runs if not run["failed"]}
+
+
+def gradient(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Variance of the batch gradient by checkpoint, the mean over the runs that have it.
+
+    ``total`` is that of the batch as it was trained on, rows drawn anew too; ``noise`` that of
+    levels and masks, times the forward passes per row. ``reference`` is the total of the baseline
+    at the same parameters and equal forward passes, and ``over_reference`` the ratio. Where an
+    estimate had not settled, its groups' mean is given all the same and ``settled`` is False.
+    """
+    measured = [run["gradient"] for run in runs if run["gradient"]]
+    found = []
+    for number in range(min(map(len, measured), default=0)):
+        points = [each[number] for each in measured]
+        point = {
+            "step": points[0]["step"],
+            "forward_passes": points[0]["step"] * runs[0]["batch_size"] * runs[0]["views"],
+            "settled": all(not p["total"]["unsettled"] for p in points),
+        }
+        for name in ("total", "noise", "reference"):
+            groups = [np.array(p[name]["group_variances"]) for p in points if p[name]]
+            times = points[0][name]["passes"] if groups and name == "noise" else 1
+            joined = times * np.concatenate(groups) if groups else None
+            point[name] = None if joined is None else float(joined.mean())
+            point[f"{name}_standard_error"] = (
+                None if joined is None else float(joined.std(ddof=1) / np.sqrt(len(joined)))
+            )
+        both = point["reference"] is not None and point["reference"] > 0
+        point["over_reference"] = point["total"] / point["reference"] if both else None
+        found.append(point)
+    return found
+
+
+def count(suite: Suite, root: pathlib.Path) -> tuple[int, int]:
+    """Finished and planned runs."""
+    runs = study_runs.plan(suite)
+    return sum(study_runs.read_record(root, run) is not None for run in runs), len(runs)
+
+
+def progress(suite: Suite, root: pathlib.Path) -> str:
+    """Finished and planned runs by task and method, for the terminal."""
+    runs, names = study_runs.plan(suite), {**suite.pretrainings, **suite.tasks}
+    rows = [["", *names]]
+    for method in dict.fromkeys(run.method for run in runs):
+        row = [method]
+        for task in names:
+            mine = [run for run in runs if (run.task, run.method) == (task, method)]
+            done = sum(study_runs.read_record(root, run) is not None for run in mine)
+            row.append(f"{done}/{len(mine)}" if mine else "")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    finished, total = count(suite, root)
+    return "\n".join([*lines, f"{finished} of {total} runs are finished"])
+
+
+def line(suite: Suite, run: Run, record: Mapping[str, Any], done: int, total: int, left: float):
+    """One finished run, for the terminal; ``left`` in seconds."""
+    task = {**suite.pretrainings, **suite.tasks}[run.task]
+    ended = "diverged" if record["failed"] else f"{task.score} {_field(record, task.score):.4f}"
+    return (
+        f"[{done}/{total}] {run.name}: {ended}, trained {record['training_seconds']:.0f} s; "
+        f"about {left / 60:.0f} min left"
+    )
+
+
+def markdown(suite: Suite, record: Mapping[str, Any]) -> str:
+    """All tables."""
+    made = record["provenance"]
+    parts = [
+        f"{record['finished']} of {record['planned']} runs finished; {len(suite.seeds)} seeds; "
+        f"revision {made['git_revision'][:12]}, jax {made['packages']['jax']}, {made['platform']}."
+    ]
+    for budget, results in record["results"].items():
+        parts.append(f"## Mean ± standard deviation over seeds, {BUDGETS[budget]}")
+        parts.append(_overview(suite, results))
+        for task in suite.tasks:
+            parts.append(f"### {task}, {BUDGETS[budget]}")
+            parts.append(_details(suite, results[task]))
+    notes = [f"* **{m.label}**: {m.note}." for m in suite.methods.values() if m.note]
+    return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
+
+
+def _overview(suite: Suite, results: Mapping[str, Any]) -> str:
+    heads = [
+        f"{name} ({task.score.replace('_', ' ')}, {'up' if task.higher_is_better else 'down'})"
+        for name, task in suite.tasks.items()
+    ]
+    rows = [
+        [method.label, *(_spread(results[task][name]) for task in suite.tasks)]
+        for name, method in suite.methods.items()
+    ]
+    return _table(["method", *heads], rows)
+
+
+def _details(suite: Suite, results: Mapping[str, Any]) -> str:
+    head = ["method", "mean ± s.d.", "worst seed", "against the baseline (95 %)", "p of signs"]
+    head += ["worst beats best baseline", "bits per unit", "variance ÷ baseline's", "at same θ"]
+    head += ["passes", "seconds"]
+    rows = []
+    for name, method in suite.methods.items():
+        r = results[name]
+        if r is None:
+            rows.append([method.label, "not yet run", *[""] * (len(head) - 2)])
+            continue
+        last = r["gradient"][-1] if r["gradient"] else {}
+        star = "" if last.get("settled", True) else "*"
+        rows.append(
+            [
+                method.label + (f" ({len(r['failed'])} diverged)" if r["failed"] else ""),
+                _spread(r),
+                _number(r["worst"]),
+                _interval(r["against_baseline"]),
+                _number(r["against_baseline"] and r["against_baseline"]["sign_flips"]),
+                {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
+                _number(r["bits_per_unit"]),
+                _number(r["gradient_variance_over_baseline"]) + star,
+                _number(last.get("over_reference")) + star,
+                f"{r['forward_passes']:,}",
+                f"{r['training_seconds']:.0f}",
+            ]
+        )
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def _interval(paired: Mapping[str, Any] | None) -> str:
+    if paired is None:
+        return ""
+    low, high = paired["bootstrap"]
+    mark = " **" if paired["significant"] else ""
+    return f"{paired['mean']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
+
+
+def _spread(result: Mapping[str, Any] | None) -> str:
+    if result is None or result["mean"] is None:
+        return "not yet run" if result is None else "diverged"
+    spread = result["standard_deviation"]
+    return f"{result['mean']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _worst(task: Task, values: np.ndarray) -> float | None:
+    if not len(values):
+        return None
+    return float(values.min() if task.higher_is_better else values.max())
+
+
+def _worst_beats_best(task: Task, values: np.ndarray, baseline: np.ndarray) -> bool | None:
+    if not len(values) or not len(baseline):
+        return None
+    if task.higher_is_better:
+        return bool(values.min() > baseline.max())
+    return bool(values.max() < baseline.min())
+
+
+def _ratio(result: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None) -> float | None:
+    if not (result and baseline and result["gradient"] and baseline["gradient"]):
+        return None
+    below = baseline["gradient"][-1]["total"]
+    return finite_or_none(result["gradient"][-1]["total"] / below) if below > 0 else None
+
+
+def _field(run: Mapping[str, Any], name: str) -> float | None:
+    return None if run["failed"] else run["evaluation"][name]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

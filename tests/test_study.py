@@ -1,0 +1,329 @@
+"""The stability study: its plan, its accounting, its statistics, and a suite killed and resumed."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import launching
+import numpy as np
+import pytest
+
+from experiments import study_plots, study_runs, study_table
+from experiments.build import transform
+from experiments.configs import base
+from experiments.study_runs import Run
+from experiments.study_suites import METHODS, SUITES, Suite, Task, tuning
+from mdm_jax import streams
+from mdm_jax.evaluation import bootstrap
+
+ROOT = pathlib.Path("study")
+
+
+# --- bootstrap
+
+
+def test_all_resamples_of_three_values():
+    picks, probability = bootstrap.resampled(3)
+    assert len(picks) == math.comb(5, 3) and probability.sum() == pytest.approx(1, abs=1e-14)
+    assert dict(zip(map(tuple, picks), probability))[(0, 1, 2)] == pytest.approx(6 / 27)
+    assert dict(zip(map(tuple, picks), probability))[(1, 1, 2)] == pytest.approx(3 / 27)
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])
+def test_the_interval_is_that_of_all_ordered_resamples(coverage):
+    values = np.array([0.3, -1.0, 2.5, 0.7])
+    means = np.sort([np.mean(c) for c in itertools.product(values, repeat=4)])  # 256 equally likely
+    tail = (1 - coverage) / 2
+    ends = [means[math.ceil(p * 256 - 1e-9) - 1] for p in (tail, 1 - tail)]
+    assert bootstrap.bootstrap_interval(values, coverage=coverage) == pytest.approx(ends, abs=1e-12)
+
+
+def test_the_bootstrap_mean_has_the_closed_form_spread():
+    """Mean of the values, and their variance with ddof 0 over N."""
+    values = np.random.default_rng(0).normal(size=5)
+    picks, probability = bootstrap.resampled(5)
+    means = values[picks].mean(1)
+    assert probability @ means == pytest.approx(values.mean())
+    assert probability @ (means - values.mean()) ** 2 == pytest.approx(values.var() / 5)
+
+
+def test_drawn_resamples_agree_with_normal_quantiles():
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = bootstrap.bootstrap_interval(values, resamples=4000)
+    reach = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.012)
+    assert (low, high) == bootstrap.bootstrap_interval(values, resamples=4000)
+
+
+def test_another_statistic_and_a_single_value():
+    values = [1.0, 2.0, 4.0]
+    found = bootstrap.bootstrap_interval(values, lambda s: s.max(1), coverage=0.9)
+    assert found == (2.0, 4.0)  # P(max = 1) = 1/27 < 0.05
+    assert bootstrap.bootstrap_interval([3.0]) == (3.0, 3.0)
+
+
+def test_pairing_takes_out_what_seeds_share():
+    shared = np.array([0.1, 0.9, 0.4, 0.7, 0.2])
+    found = bootstrap.paired_seeds(shared + [0.02, 0.03, 0.02, 0.04, 0.03], shared)
+    assert found.mean == pytest.approx(0.028)
+    assert found.standard_error == pytest.approx(np.std([2, 3, 2, 4, 3], ddof=1) / 100 / 5**0.5)
+    reach = 2.7764451051977987 * found.standard_error  # Student's 0.975 quantile, 4 degrees
+    assert found.student == pytest.approx((0.028 - reach, 0.028 + reach))
+    assert found.bootstrap == pytest.approx((0.022, 0.034), abs=1e-9)
+    assert found.sign_flips == 2 / 32 and found.significant
+
+
+def test_no_difference_is_not_significant():
+    found = bootstrap.paired_seeds([1.0, 2.0], [1.0, 2.0])
+    assert found.mean == 0 and found.sign_flips == 1 and not found.significant
+    one = bootstrap.paired_seeds([1.0], [0.5])
+    assert one.to_dict()["standard_error"] is None and not one.significant
+    assert bootstrap.sign_flip_probability([1.0, -0.5, 0.1]) == pytest.approx(6 / 8)
+
+
+@pytest.mark.parametrize("values, hint", [([], "finite"), ([1.0, math.nan], "finite")])
+def test_a_bootstrap_of_nothing_is_refused(values, hint):
+    with pytest.raises(ValueError, match=hint):
+        bootstrap.bootstrap_interval(values)
+    with pytest.raises(ValueError, match="coverage"):
+        bootstrap.bootstrap_interval([1.0], coverage=1.0)
+    with pytest.raises(ValueError, match="per seed"):
+        bootstrap.paired_seeds([1.0, 2.0], [1.0])
+
+
+# --- plan and accounting
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_views_of_a_method_are_those_of_its_chain(name):
+    config = base.get_config()
+    config.update_from_flattened_dict(dict(METHODS[name].settings))
+    config.variance.order = METHODS[name].order
+    assert transform(config, None).views == METHODS[name].views
+
+
+@pytest.mark.parametrize("name", sorted(SUITES))
+def test_forward_passes_are_equal_and_the_rest_is_the_method(name):
+    suite = SUITES[name]
+    assert len(set(study_runs.plan(suite))) == len(study_runs.plan(suite))
+    for task in suite.tasks:
+        wanted = [Run(task, m, "passes", suite.seeds[0]) for m in suite.methods]
+        found = {r: study_runs.found_under(suite, r) for r in wanted}
+        passes = {study_runs.forward_passes(suite, run) for run in found.values()}
+        assert len(passes) == 1, task
+        if "steps" not in suite.budgets:
+            continue
+        sizes = set()
+        for run in wanted:
+            more = study_runs.found_under(suite, dataclasses.replace(run, budget="steps"))
+            config = study_runs.configure(suite, more, ROOT)
+            sizes.add((config.train.steps, config.train.batch_size))
+            views = suite.methods[run.method].views
+            assert study_runs.forward_passes(suite, more) == views * min(passes)
+        assert len(sizes) == 1, task
+
+
+def test_methods_share_seed_network_and_hyper_parameters():
+    suite, free = SUITES["small"], {"variance", "corruption", "law", "process", "train"}
+    configs = [
+        study_runs.configure(suite, Run("text", m, "passes", 3), ROOT) for m in suite.methods
+    ]
+    for config in configs:
+        for section in set(config) - free:
+            assert config[section] == configs[0][section], section
+        assert config.seed == 3
+
+
+def test_fine_tuning_starts_from_the_pretraining_of_its_kind():
+    suite = SUITES["small"]
+    run = Run("sudoku4_noisy", "mirror", "passes", 0)
+    source = study_runs.pretraining(suite, run)
+    assert source in study_runs.plan(suite) and source.method == suite.pretrained_by
+    config = study_runs.configure(suite, run, ROOT)
+    assert config.train.init_from == str(study_runs.directory(ROOT, source))
+    other = study_runs.pretraining(suite, dataclasses.replace(run, method="autoregressive"))
+    assert other in study_runs.plan(suite) and other.method == "autoregressive"
+    assert study_runs.pretraining(suite, Run("text", "mirror", "passes", 0)) is None
+
+
+def test_views_that_do_not_divide_a_batch_are_refused():
+    tasks = {"t": Task("study.sudoku4", settings={"train.batch_size": 6})}
+    suite = dataclasses.replace(SUITES["small"], tasks=tasks)
+    with pytest.raises(ValueError, match="4 views do not divide the batch of 6"):
+        study_runs.configure(suite, Run("t", "fixed_counts_rotated", "passes", 0), ROOT)
+
+
+def test_tuning_is_of_the_baseline_on_other_seeds():
+    suite = tuning(SUITES["small"], (0.01, 0.02), (100,))
+    runs = [run for run in study_runs.plan(suite) if run.budget != study_runs.PRETRAINING]
+    assert len(runs) == 2 * len(suite.tasks) and not set(suite.seeds) & set(SUITES["small"].seeds)
+    peaks = {
+        study_runs.configure(suite, run, ROOT).optimizer.peak for run in runs if run.task == "text"
+    }
+    assert peaks == {0.01, 0.02}
+
+
+def test_a_traced_seed_gives_the_same_key():
+    """So that one compiled step serves all seeds."""
+    traced = jax.jit(lambda s: jax.random.key_data(streams.step_key(s, 5)))
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        expected = jax.random.key_data(streams.step_key(seed, 5))
+        assert np.array_equal(traced(np.uint32(seed)), expected)
+
+
+# --- aggregation
+
+
+def _record(seed, accuracy, total=(), views=1, failed=""):
+    def part(value):
+        return {"group_variances": [value - 1, value + 1], "unsettled": "", "passes": views}
+
+    points = [
+        {"step": 10, "total": part(t), "noise": part(t / 2), "reference": part(8.0)} for t in total
+    ]
+    evaluation = None if failed else {"accuracy": accuracy, "bits_per_unit": 2 * accuracy}
+    return {
+        "seed": seed,
+        "failed": failed,
+        "evaluation": evaluation,
+        "gradient": points,
+        "training_seconds": 10.0 + seed,
+        "steps": 20,
+        "batch_size": 4,
+        "views": views,
+        "forward_passes": 80 * views,
+    }
+
+
+def _suite(score="accuracy"):
+    methods = {name: METHODS[name] for name in ("standard", "ema", "mirror", "clipped")}
+    return Suite(tasks={"t": Task("study.sudoku4", score)}, methods=methods, seeds=(0, 1, 2))
+
+
+def _found():
+    standard = [_record(0, 0.5, [6.0, 4.0]), _record(1, 0.7), _record(2, 0.6)]
+    mirror = [_record(0, 0.8, [3.0, 1.0], views=2), _record(1, 0.75), _record(2, 0.0, failed="NaN")]
+    return {"standard": standard, "ema": standard, "mirror": mirror, "clipped": []}
+
+
+def test_aggregation_by_hand():
+    found = study_table.summarise(_suite(), "t", _found())
+    s, m = found["standard"], found["mirror"]
+    assert s["mean"] == pytest.approx(0.6) and s["standard_deviation"] == pytest.approx(0.1)
+    assert s["worst"] == 0.5 and s["against_baseline"] is None and s["training_seconds"] == 11
+    assert m["failed"] == [2] and m["mean"] == pytest.approx(0.775) and m["worst"] == 0.75
+    assert m["worst_beats_best_of_baseline"] is True
+    assert m["against_baseline"]["differences"] == pytest.approx([0.3, 0.05])  # by seed
+    assert m["bits_per_unit"] == pytest.approx(1.55)
+    assert found["ema"]["against_baseline"]["mean"] == 0
+    assert found["clipped"] is None
+    assert [p["total"] for p in m["gradient"]] == [3.0, 1.0]
+    assert m["gradient"][-1]["noise"] == 2 * 0.5  # two passes per row
+    assert m["gradient"][-1]["over_reference"] == 1 / 8
+    assert m["gradient"][-1]["forward_passes"] == 10 * 4 * 2
+    assert m["gradient_variance_over_baseline"] == 1 / 4
+
+
+def test_a_score_in_bits_is_better_below():
+    found = study_table.summarise(_suite("bits_per_unit"), "t", _found())
+    assert found["standard"]["worst"] == 1.4 and found["mirror"]["worst"] == 1.6
+    assert found["mirror"]["worst_beats_best_of_baseline"] is False
+
+
+def test_tables_say_what_was_not_run():
+    suite = _suite()
+    record = {
+        "finished": 6,
+        "planned": 12,
+        "provenance": {"git_revision": "x" * 40, "packages": {"jax": "1"}, "platform": "p"},
+        "results": {"passes": {"t": study_table.summarise(suite, "t", _found())}},
+    }
+    text = study_table.markdown(suite, record)
+    assert "| MIRROR | 0.7750 ± 0.0354 |" in text and "MIRROR (1 diverged)" in text
+    assert "| clipped | not yet run |" in text
+    assert "bit for bit" in text  # why EMA was not run
+
+
+def test_bands_reach_from_the_worst_to_the_best_seed():
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    passes = np.array([1.0, 2.0])
+    seeds = [(passes, np.array([4.0, 2.0])), (passes, np.array([6.0, 3.0]))]
+    study_plots.training_bands(axes, {"a": seeds})
+    assert axes.lines[0].get_ydata().tolist() == [5.0, 2.5]
+    low, high = axes.collections[0].get_datalim(axes.transData).intervaly
+    assert (low, high) == (2.0, 6.0)
+
+
+# --- the command
+
+
+def _start(root):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.study", "--suite=smoke", f"--workdir={root}"]
+        + ["--processes=1"],
+        cwd=launching.ROOT,
+        env=launching.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a signal to the group is what a terminal sends
+    )
+
+
+def _finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out
+
+
+def _wait_for(pattern, root, process):
+    while not any(root.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def _without_times(root):
+    """The tables without the last column, the seconds."""
+    lines = (root / "study.md").read_text().splitlines()
+    return [line.rpartition(" | ")[0] if line.startswith("|") else line for line in lines]
+
+
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, tmp_path):
+    process = _start(tmp_path)
+    _wait_for("runs/sudoku4/recommended/passes-0/checkpoints/last/2", tmp_path, process)
+    os.killpg(process.pid, stop)
+    if stop == signal.SIGINT:
+        assert "the same command line resumes" in _finish(process, 130)
+        assert "not yet run" not in (tmp_path / "study.md").read_text().split("\n\n")[2]
+    process.communicate()
+
+    out = _finish(_start(tmp_path))
+    assert "4 of 4 runs are finished" in out and "standard/passes-0:" not in out  # was skipped
+    record = json.loads((tmp_path / "study.json").read_text())
+    found = record["results"]["passes"]["sudoku4"]
+    assert found["ema"]["scores"] == found["standard"]["scores"]
+    assert len(set(found["recommended"]["scores"].values())) == 2
+    assert [p["step"] for p in found["recommended"]["gradient"]] == [2, 4]
+    assert found["recommended"]["gradient"][-1]["over_reference"] > 0
+    assert found["standard"]["forward_passes"] == found["recommended"]["forward_passes"] == 32
+    assert not any(tmp_path.glob("runs/*/*/*/checkpoints"))
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 2
+
+    table = _without_times(tmp_path)
+    shutil.rmtree(tmp_path / "runs/sudoku4/recommended/passes-0")
+    assert "[1/1] sudoku4/recommended/passes-0" in _finish(_start(tmp_path))  # without a stop
+    assert _without_times(tmp_path) == table
