@@ -44,8 +44,8 @@ def along_training(
 
     Checkpoints that interruptions left are passed over.
 
-    ``noise`` is that of levels and masks with the data fixed, times the forward passes per row;
-    ``total`` has the rows drawn anew too and is what the optimiser sees of a batch. At the last
+    ``noise`` is that of levels and masks with the data fixed; ``total`` has the rows drawn anew too
+    and is what the optimiser sees of a batch. At the last
     step ``reference`` is the total of another way of training at the same parameters.
 
     Args:

@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
         files = study_plots.write(suite, root, record)
     except _ERRORS as error:
         return _fail(str(error))
+    except KeyboardInterrupt:  # asked twice; the workers were too
+        return _fail("stopped at once; what was saved before is whole", _STOPPED)
     print(f"written to {root / 'study.md'}, {root / 'study.json'} and {len(files)} plots")
     if code == _STOPPED:
         print("stopped; the same command line resumes")
@@ -123,9 +125,7 @@ def _work(suite: Suite, root: pathlib.Path) -> int:
                 study_runs.execute(suite, run, root, interrupt, _KEEP.value)
                 if interrupt.stopping or os.getppid() != parent:
                     return _STOPPED
-    except Interrupted:
-        return _STOPPED
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         return _STOPPED
     except _ERRORS as error:
         return _fail(str(error))
@@ -177,9 +177,9 @@ def _tail(path: pathlib.Path, lines: int = 10) -> list[str]:
     return path.read_text("utf-8", errors="replace").splitlines()[-lines:]
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

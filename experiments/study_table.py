@@ -95,7 +95,9 @@ def summarise(
     for method, result in results.items():
         if result is not None:
             same = results.get(suite.methods[method].same_as or method)
-            result["gradient_variance_over_baseline"] = _ratio(same, results.get(suite.baseline))
+            result["over_baseline"] = {
+                name: _ratio(name, same, results.get(suite.baseline)) for name in ("total", "noise")
+            }
     return results
 
 
@@ -107,10 +109,11 @@ def scores(task: Task, runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 def gradient(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Variance of the batch gradient by checkpoint, the mean over the runs that have it.
 
-    ``total`` is that of the batch as it was trained on, rows drawn anew too; ``noise`` that of
-    levels and masks, times the forward passes per row. ``reference`` is the total of the baseline
-    at the same parameters and equal forward passes, and ``over_reference`` the ratio. Where an
-    estimate had not settled, its groups' mean is given all the same and ``settled`` is False.
+    All are of batches of equally many forward passes, fewer rows where they have several views.
+    ``total`` is what the optimiser sees, rows drawn anew too; ``noise`` that of levels and masks
+    with the rows fixed. ``reference`` is the total of the baseline at the same parameters, and
+    ``over_reference`` the ratio. Where an estimate had not settled, its groups' mean is given all
+    the same and ``settled`` is False.
     """
     measured = [run["gradient"] for run in runs if run["gradient"]]
     found = []
@@ -123,8 +126,7 @@ def gradient(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for name in ("total", "noise", "reference"):
             groups = [np.array(p[name]["group_variances"]) for p in points if p[name]]
-            times = points[0][name]["passes"] if groups and name == "noise" else 1
-            joined = times * np.concatenate(groups) if groups else None
+            joined = np.concatenate(groups) if groups else None
             point[name] = None if joined is None else float(joined.mean())
             point[f"{name}_standard_error"] = (
                 None if joined is None else float(joined.std(ddof=1) / np.sqrt(len(joined)))
@@ -199,8 +201,8 @@ def _overview(suite: Suite, results: Mapping[str, Any]) -> str:
 
 def _details(suite: Suite, results: Mapping[str, Any]) -> str:
     head = ["method", "mean ± s.d.", "worst seed", "against the baseline (95 %)", "p of signs"]
-    head += ["worst beats best baseline", "bits per unit", "variance ÷ baseline's", "at same θ"]
-    head += ["passes", "seconds"]
+    head += ["worst beats best baseline", "bits per unit"]
+    head += ["variance ÷ baseline's", "at same θ", "noise ÷ baseline's", "passes", "seconds"]
     rows = []
     for name, method in suite.methods.items():
         r = results[name]
@@ -218,8 +220,9 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
                 _number(r["against_baseline"] and r["against_baseline"]["sign_flips"]),
                 {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
                 _number(r["bits_per_unit"]),
-                _number(r["gradient_variance_over_baseline"]) + star,
+                _number(r["over_baseline"]["total"]) + star,
                 _number(last.get("over_reference")) + star,
+                _number(r["over_baseline"]["noise"]) + star,
                 f"{r['forward_passes']:,}",
                 f"{r['training_seconds']:.0f}",
             ]
@@ -265,11 +268,14 @@ def _worst_beats_best(task: Task, values: np.ndarray, baseline: np.ndarray) -> b
     return bool(values.max() < baseline.min())
 
 
-def _ratio(result: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None) -> float | None:
+def _ratio(
+    name: str, result: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None
+) -> float | None:
+    """Of the variances at the last checkpoints."""
     if not (result and baseline and result["gradient"] and baseline["gradient"]):
         return None
-    below = baseline["gradient"][-1]["total"]
-    return finite_or_none(result["gradient"][-1]["total"] / below) if below > 0 else None
+    above, below = (each["gradient"][-1][name] for each in (result, baseline))
+    return finite_or_none(above / below) if above is not None and below else None
 
 
 def _field(run: Mapping[str, Any], name: str) -> float | None:

@@ -227,10 +227,10 @@ def test_aggregation_by_hand():
     assert found["ema"]["against_baseline"]["mean"] == 0
     assert found["clipped"] is None
     assert [p["total"] for p in m["gradient"]] == [3.0, 1.0]
-    assert m["gradient"][-1]["noise"] == 2 * 0.5  # two passes per row
+    assert m["gradient"][-1]["noise"] == 0.5  # of a batch with half the rows
     assert m["gradient"][-1]["over_reference"] == 1 / 8
     assert m["gradient"][-1]["forward_passes"] == 10 * 4 * 2
-    assert m["gradient_variance_over_baseline"] == 1 / 4
+    assert m["over_baseline"] == {"total": 1 / 4, "noise": 1 / 4}
 
 
 def test_a_score_in_bits_is_better_below():
