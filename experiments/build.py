@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import base
 from mdm_jax import data, evaluation, models, objectives, schedules, training, variance
-from mdm_jax.data import documents, tasks
+from mdm_jax.data import tasks
 
 TASKS = {
     "sudoku": tasks.Sudoku,
@@ -41,7 +41,7 @@ DATA = {
     "embedded": data.embedded_text,
     "text": data.text,
     "jsonl": data.jsonl,
-    "documents": documents.documents,
+    "documents": data.documents,
     "tfds_text": data.tfds_text,
     "tfds_images": data.tfds_images,
     "digits": data.digits,

@@ -3,7 +3,9 @@
 from mdm_jax.data import tasks
 from mdm_jax.data.bpe import BPETokenizer, SpecialTokens
 from mdm_jax.data.datasets import Dataset, RowSource, gather
+from mdm_jax.data.documents import documents
 from mdm_jax.data.images import digits
+from mdm_jax.data.packing import fill_fraction, first_fit
 from mdm_jax.data.pairs import jsonl
 from mdm_jax.data.pipeline import (
     check_same_stream,
@@ -35,8 +37,11 @@ __all__ = [
     "Tokenizer",
     "check_same_stream",
     "digits",
+    "documents",
     "embedded_text",
     "evaluation_batches",
+    "fill_fraction",
+    "first_fit",
     "gather",
     "jsonl",
     "load_tokenizer",
