@@ -249,10 +249,10 @@ SUITES: dict[str, Suite] = {
         seeds=(0, 1),
         budgets=("passes",),
         measured_points=2,
-        evaluations=2,
+        evaluations=1,
         groups=2,
         redraws=2,
-        settings={"train.log_every": 1, "optimizer.name": "adamw"},
+        settings={"train.log_every": 1, "train.monitors": (), "optimizer.name": "adamw"},
     ),
 }
 

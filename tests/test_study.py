@@ -308,7 +308,7 @@ def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, tmp_path):
     os.killpg(process.pid, stop)
     if stop == signal.SIGINT:
         assert "the same command line resumes" in _finish(process, 130)
-        assert "not yet run" not in (tmp_path / "study.md").read_text().split("\n\n")[2]
+        assert "| standard | not yet run" not in (tmp_path / "study.md").read_text()
     process.communicate()
 
     out = _finish(_start(tmp_path))
