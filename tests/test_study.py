@@ -269,11 +269,13 @@ def test_bands_reach_from_the_worst_to_the_best_seed():
 
 
 def _start(root):
+    # As the other tests compile, but on one device, as a study does.
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.study", "--suite=smoke", f"--workdir={root}"]
         + ["--processes=1"],
         cwd=launching.ROOT,
-        env=launching.environment(),
+        env=launching.environment() | {"XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
