@@ -7,6 +7,9 @@ from mdm_jax.evaluation.answers import answer_rows as answer_rows
 from mdm_jax.evaluation.answers import log_likelihood_ratios as log_likelihood_ratios
 from mdm_jax.evaluation.answers import score_answers as score_answers
 from mdm_jax.evaluation.block_likelihood import make_block_likelihood as make_block_likelihood
+from mdm_jax.evaluation.bootstrap import PairedSeeds as PairedSeeds
+from mdm_jax.evaluation.bootstrap import bootstrap_interval as bootstrap_interval
+from mdm_jax.evaluation.bootstrap import paired_seeds as paired_seeds
 from mdm_jax.evaluation.clip_search import ClipChoice as ClipChoice
 from mdm_jax.evaluation.clip_search import candidate_intervals as candidate_intervals
 from mdm_jax.evaluation.clip_search import check_feasible as check_feasible
