@@ -15,7 +15,7 @@ from mdm_jax.data.datasets import (
     fingerprint_of,
     split_bounds,
 )
-from mdm_jax.data.packing import LongDocuments, Packing, document_rows, policy
+from mdm_jax.data.packing import LongDocuments, Packing, policy, split_rows
 from mdm_jax.data.plain_text import read_utf8
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, utf8
 
@@ -73,17 +73,12 @@ def documents(
         others = [[] if p is None else _read(p, text_field) for p in (valid_path, test_path)]
         parts = dict(zip(SPLITS, (texts, *others)))
     codec = make_tokenizer(tokenizer, parts["train"], bpe_vocab_size)
-    rows, report = {}, {}
-    for name in SPLITS:
-        rows[name], counts = document_rows(
-            [np.append(codec.encode(text), codec.eos_id) for text in parts[name]],
-            *(length, codec),
-            packing=packing,
-            long_documents=long_documents,
-            origin=f"{path}, {name} split",
-        )
-        report |= {f"{name}_{key}": value for key, value in counts.items()}
-        report[f"{name}_empty_documents"] = sum(not text for text in parts[name])
+    rows, report = split_rows(
+        *({name: parts[name] for name in SPLITS}, length, codec),
+        packing=packing,
+        long_documents=long_documents,
+        origin=str(path),
+    )
     settings = {
         "source": "documents",
         "length": length,

@@ -9,7 +9,7 @@ The bound is that of the documents one by one, too: of a uniformly random order 
 row each document sees a uniformly random order of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -154,6 +154,39 @@ def document_rows(
         "unknown_characters": codec.count_unknown(tokens),
     }
     return rows, counts
+
+
+def split_rows(
+    texts: Mapping[str, Sequence[str]],
+    length: int,
+    codec: Tokenizer,
+    *,
+    packing: Packing,
+    long_documents: LongDocuments,
+    origin: str,
+) -> tuple[dict[str, TokenSpans | PackedSpans], dict[str, int]]:
+    """:func:`document_rows` of every split's texts, each ended by EOS, and one report of them all.
+
+    Args:
+        texts: documents by split.
+        length, codec, packing, long_documents, origin: as for :func:`document_rows`.
+
+    Raises:
+        ValueError: as :func:`document_rows`, naming the split.
+    """
+    rows: dict[str, TokenSpans | PackedSpans] = {}
+    report: dict[str, int] = {}
+    for split, documents in texts.items():
+        rows[split], counts = document_rows(
+            [np.append(codec.encode(text), codec.eos_id) for text in documents],
+            *(length, codec),
+            packing=packing,
+            long_documents=long_documents,
+            origin=f"{origin}, {split} split",
+        )
+        report |= {f"{split}_{key}": value for key, value in counts.items()}
+        report[f"{split}_empty_documents"] = sum(len(text) == 0 for text in documents)
+    return rows, report
 
 
 def fill_fraction(report: dict[str, int], split: str, length: int) -> float:

@@ -8,8 +8,7 @@ import numpy as np
 
 from mdm_jax.data.datasets import SPLITS, Dataset, check_positive, describe, fingerprint_of
 from mdm_jax.data.images import picture_dataset
-from mdm_jax.data.packing import LongDocuments, Packing, document_rows, policy
-from mdm_jax.data.rows import PackedSpans, TokenSpans
+from mdm_jax.data.packing import LongDocuments, Packing, policy, split_rows
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
 
 DEFAULT_SPLITS = ("train[:90%]", "train[90%:95%]", "train[95%:]")
@@ -75,18 +74,12 @@ def tfds_text(
         for part, source in sources.items()
     }
     codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
-    rows: dict[str, TokenSpans | PackedSpans] = {}
-    report: dict[str, int] = {}
-    for part in SPLITS:
-        documents = [np.append(codec.encode(text), codec.eos_id) for text in texts[part]]
-        rows[part], counts = document_rows(
-            *(documents, length, codec),
-            packing=packing,
-            long_documents=long_documents,
-            origin=f"tfds dataset {name!r}, {part} split",
-        )
-        report |= {f"{part}_{key}": value for key, value in counts.items()}
-        report[f"{part}_empty_documents"] = sum(len(text) == 0 for text in texts[part])
+    rows, report = split_rows(
+        *({part: texts[part] for part in SPLITS}, length, codec),
+        packing=packing,
+        long_documents=long_documents,
+        origin=f"tfds dataset {name!r}",
+    )
     settings = {"source": "tfds_text", "length": length, "tokenizer": codec.fingerprint}
     if packing:
         settings["packing"] = packing
