@@ -48,7 +48,7 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
         tokens = state.tokens
         reveal = places_to_reveal(context, tokens)
         keys = row_streams(context.keys, "token")
-        size = max(_PLACES_AT_ONCE, 2 * tokens.shape[1] // context.num_steps)
+        size = places_at_once(context, tokens.shape[1])
 
         def fill(tokens: Array) -> Array:
             read = read_places(denoise, tokens, context.logsnr)
@@ -66,6 +66,11 @@ def places_to_reveal(context: StepContext, tokens: Array) -> Array:
     # Exactly 1 at the end of every valid grid; forced because a traced grid is not checked.
     probability = jnp.where(context.index == context.num_steps - 1, 1.0, probability)
     return (tokens == context.mask_id) & (place_noise(context.keys, tokens) < probability)
+
+
+def places_at_once(context: StepContext, length: int) -> int:
+    """A number of places that is seldom exceeded in one step of one row."""
+    return max(_PLACES_AT_ONCE, 2 * length // context.num_steps)
 
 
 def fill_places(

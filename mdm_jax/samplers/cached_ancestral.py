@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.samplers.ancestral import places_to_reveal
-from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
+from mdm_jax.samplers.ancestral import fill_places, places_at_once, places_to_reveal
+from mdm_jax.samplers.filters import LogitFilter, compose
 from mdm_jax.samplers.sampler import (
     Denoise,
     Sampler,
     SamplerState,
     StepContext,
     no_mask_left,
+    read_places,
     row_streams,
 )
 from mdm_jax.typing import Array
@@ -52,6 +53,7 @@ def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None
     def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
         batch_size = state.tokens.shape[0]
         size = min(rows_per_pass, batch_size)
+        places = places_at_once(context, state.tokens.shape[1])
         reveal = places_to_reveal(context, state.tokens)
         needed = jnp.any(reveal, axis=-1)
         # Rows to run come first; the number behind the last row fills up the last pass.
@@ -61,9 +63,10 @@ def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None
         def run(index: Array, tokens: Array) -> Array:
             seats = jax.lax.dynamic_slice_in_dim(order, index * size, size)
             rows = jnp.minimum(seats, batch_size - 1)
-            logits = choose(denoise(tokens[rows], context.logsnr, rows))
-            drawn = draw_tokens(row_streams(context.keys[rows], "token"), logits)
-            return tokens.at[seats].set(jnp.where(reveal[rows], drawn, tokens[rows]), mode="drop")
+            read = read_places(denoise, tokens[rows], context.logsnr, rows)
+            keys = row_streams(context.keys[rows], "token")
+            filled = fill_places(keys, reveal[rows], tokens[rows], choose, read, places)
+            return tokens.at[seats].set(filled, mode="drop")
 
         passes = -(-jnp.sum(needed) // size)
         return SamplerState(jax.lax.fori_loop(0, passes, run, state.tokens), ())

@@ -12,6 +12,7 @@ from mdm_jax.samplers.sampler import (
     SamplerState,
     StepContext,
     no_mask_left,
+    read_places,
     row_streams,
 )
 from mdm_jax.typing import Array
@@ -44,8 +45,8 @@ def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:
         log_rate = next_log_rate(u, state.memory, left)
         place = _uniform_place(row_streams(context.keys, "place"), masked, left)
 
-        logits = denoise(tokens, schedules.logsnr_from_log_masking_rate(log_rate))
-        here = jnp.take_along_axis(logits, place[:, None, None], axis=1)[:, 0]
+        read = read_places(denoise, tokens, schedules.logsnr_from_log_masking_rate(log_rate))
+        here = read(place[:, None])[:, 0]
         drawn = draw_tokens(row_streams(context.keys, "token"), choose(here))
         reveal = masked & (jnp.arange(tokens.shape[1])[None] == place[:, None])
         return SamplerState(jnp.where(reveal, drawn[:, None], tokens), log_rate)
