@@ -70,13 +70,23 @@ def network():
     )
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 40])
-def test_a_readout_gives_the_tokens_that_logits_give(network, num_steps):
+@pytest.mark.parametrize(
+    "sampler, num_steps",
+    [
+        (samplers.ancestral(), 1),
+        (samplers.ancestral(), 3),
+        (samplers.ancestral(), 40),
+        (samplers.cached_ancestral(2), 3),
+        (samplers.first_hitting(), None),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_readout_gives_the_tokens_that_logits_give(network, sampler, num_steps):
     model, params = network
     canvas = samplers.blank_canvas(ROWS, LENGTH, tiny.MASK_ID)
-    grid = schedules.grids.uniform_masking_rate(num_steps)
+    grid = None if num_steps is None else schedules.grids.uniform_masking_rate(num_steps)
     drawn = [
-        samplers.make_generator(apply, samplers.ancestral(), grid, mask_id=tiny.MASK_ID)(
+        samplers.make_generator(apply, sampler, grid, mask_id=tiny.MASK_ID)(
             params, jax.random.key(3), canvas
         )
         for apply in (model.apply, models.readout_apply(model))
@@ -85,13 +95,18 @@ def test_a_readout_gives_the_tokens_that_logits_give(network, num_steps):
     assert len(np.unique(drawn[0])) > 1 and not (drawn[0] == tiny.MASK_ID).any()
 
 
-def test_a_readout_is_never_projected_at_all_places(network):
+@pytest.mark.parametrize(
+    "sampler",
+    [samplers.ancestral(), samplers.cached_ancestral(ROWS), samplers.first_hitting()],
+    ids=lambda sampler: sampler.name,
+)
+def test_a_readout_is_never_projected_at_all_places(network, sampler):
     model, params = network
     canvas = samplers.blank_canvas(ROWS, LENGTH, tiny.MASK_ID)
 
     def program(apply):
-        grid = schedules.grids.uniform_masking_rate(40)
-        generate = samplers.make_generator(apply, samplers.ancestral(), grid, mask_id=tiny.MASK_ID)
+        grid = None if sampler.num_steps else schedules.grids.uniform_masking_rate(40)
+        generate = samplers.make_generator(apply, sampler, grid, mask_id=tiny.MASK_ID)
         return str(jax.make_jaxpr(generate)(params, jax.random.key(3), canvas))
 
     every = f"f32[{ROWS},{LENGTH},{tiny.VOCAB}]"
