@@ -7,6 +7,7 @@ methods are compared and one is recommended. Nothing is trained and no state is 
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -214,6 +215,9 @@ class Result:
         bias: the worse label of objective and chain.
         loss, gradient: A, B, C of one forward pass.
         efficiency: of the batch gradient, data fixed.
+        training: of the batch gradient with rows drawn anew too, which is what the optimiser sees,
+            in batches of as many forward passes as the run has rows; None where the views do not
+            divide these.
         density: (masking rates, density) that it draws from, None for the objective's own law.
         refused: why it could not be measured, or an empty string; everything else is None then.
     """
@@ -224,6 +228,7 @@ class Result:
     loss: Decomposition | None = None
     gradient: Decomposition | None = None
     efficiency: Efficiency | None = None
+    training: Efficiency | None = None
     density: tuple[np.ndarray, np.ndarray] | None = None
     refused: str = ""
 
@@ -232,7 +237,7 @@ class Result:
         found: dict[str, Any] = {
             name: getattr(self, name) for name in ("chain", "corruption", "bias", "refused")
         }
-        for name in ("loss", "gradient", "efficiency"):
+        for name in ("loss", "gradient", "efficiency", "training"):
             part = getattr(self, name)
             found[name] = None if part is None else part.to_dict()
         return found
@@ -255,6 +260,7 @@ class _Meter:
 
         self.rows, self.grid_rows = rows(settings.rows), rows(settings.grid_rows)
         self.batches = [place(rows(size)) for _ in range(settings.data_batches)]
+        self.pool = jax.tree.map(jnp.asarray, rows(settings.groups * size))
         self.warm_up = [place(rows(size)) for _ in range(min(settings.warm_up, 8))]
 
     def method(self, name: str, method: Method) -> Result:
@@ -308,12 +314,35 @@ class _Meter:
             redraws=settings.redraws,
             num_microbatches=experiment.config.train.num_microbatches,
         )
-        if result.corruption == "bernoulli" and objective.bias == "exact" and figure.settled:
-            figure = dataclasses.replace(figure, unsettled=_INFINITE)
+        training_figure = self._while_training(objective, transform, common)
+        if result.corruption == "bernoulli" and objective.bias == "exact":
+            figure, training_figure = map(_infinite, (figure, training_figure))
         warps = any(t.phase == variance.Phase.WARP for t in transform.members or (transform,))
         density = evaluation.warp_density(key, transform, state, spec, objective) if warps else None
         return dataclasses.replace(
-            result, loss=loss, gradient=gradient, efficiency=figure, density=density
+            result,
+            loss=loss,
+            gradient=gradient,
+            efficiency=figure,
+            training=training_figure,
+            density=density,
+        )
+
+    def _while_training(self, objective, transform, common) -> Efficiency | None:
+        """Rows drawn anew; a K-th of them under K views."""
+        rows, settings = self.experiment.spec.batch_size, self.settings
+        if rows % transform.views:
+            return None
+        rows //= transform.views
+        estimator, params, transform, state, _ = common
+        return evaluation.efficiency_with_data(
+            *(estimator, params, transform, state),
+            objective.spec(rows, self.experiment.dataset.length),
+            self.pool,
+            streams.stream(self.experiment.key(0, "variance"), "training"),
+            groups=settings.groups,
+            redraws=settings.redraws,
+            num_microbatches=math.gcd(rows, self.experiment.config.train.num_microbatches),
         )
 
     def _warmed_up(self, objective, transform, state: PyTree, spec) -> PyTree:
@@ -370,6 +399,11 @@ class _Meter:
                 chunk=settings.chunk,
             )
         return self.tables[corruption]
+
+
+def _infinite(figure: Efficiency | None) -> Efficiency | None:
+    settled = figure is not None and figure.settled
+    return dataclasses.replace(figure, unsettled=_INFINITE) if settled else figure
 
 
 def _parameters(

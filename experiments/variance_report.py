@@ -27,6 +27,9 @@ COLUMNS = (
     "variance_standard_error",
     "noise_to_signal",
     "unsettled",
+    "training_variance",
+    "training_variance_standard_error",
+    "training_unsettled",
     "refused",
     *(
         f"{of}_{part}{suffix}"
@@ -112,6 +115,8 @@ def write_csv(path: pathlib.Path, record: Mapping[str, Any]) -> None:
                 parts = method[of] or {}
                 line |= {f"{of}_{k}": v for k, v in parts.items() if f"{of}_{k}" in COLUMNS}
             line |= {k: v for k, v in (method["efficiency"] or {}).items() if k in COLUMNS}
+            line |= {f"training_{k}": v for k, v in (method["training"] or {}).items()}
+            line = {key: value for key, value in line.items() if key in COLUMNS}
             writer.writerow({key: "" if value is None else value for key, value in line.items()})
 
 
@@ -170,15 +175,13 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
 def format_table(record: Mapping[str, Any]) -> str:
     """The record as a table for the terminal."""
     header = ("method", "bias", "passes", "A", "B", "C", "noise/signal", "variance x passes", "")
-    base = (record["methods"].get(BASELINE) or {}).get("efficiency") or {}
-    rows = [header] + [
-        _row(name, method, base.get("variance_times_passes"))
-        for name, method in record["methods"].items()
-    ]
+    header += ("training", "")
+    base = record["methods"].get(BASELINE) or {}
+    rows = [header] + [_row(name, method, base) for name, method in record["methods"].items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = [
         "  ".join(
-            cell.ljust(width) if i in (0, 1, 8) else cell.rjust(width)
+            cell.ljust(width) if i in (0, 1, 8, 10) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows
@@ -188,33 +191,44 @@ def format_table(record: Mapping[str, Any]) -> str:
             f"gradient variance of {record['parameters']}, batches of {record['batch_size']} rows",
             *lines,
             "A pattern, B rate, C data: shares of one row's gradient variance (all its views).",
-            "variance x passes: of the batch gradient with the data fixed, per forward pass; the",
-            "last column compares it with independent draws. An estimate is not settled where its",
-            "groups disagree, a few redraws carry it, its tail index is low, redraws are few, or",
-            "the variance is known to be infinite (Bernoulli masks down to rate 0).",
+            "variance x passes: of the batch gradient with the data fixed, per forward pass.",
+            "training: of the batch gradient with rows drawn anew, as the optimiser sees it, in",
+            "batches of equally many forward passes. Factors compare with independent draws. An",
+            "estimate is not settled where its groups disagree, a few redraws carry it, its tail",
+            "index is low, redraws are few, or the variance is known to be infinite (Bernoulli",
+            "masks down to rate 0).",
             f"recommended: {record['recommendation']['text']}",
         ]
     )
 
 
-def _row(name: str, method: Mapping[str, Any], base: float | None) -> tuple[str, ...]:
+def _row(name: str, method: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, ...]:
     if method["refused"]:
-        return (name, method["bias"], *[""] * 6, f"not measured: {method['refused']}")
+        return (name, method["bias"], *[""] * 6, f"not measured: {method['refused']}", "", "")
     gradient, figure = method["gradient"], method["efficiency"]
     total = gradient["total"]
     shares = [f"{gradient[part] / total:.0%}" if total else "" for part in _PARTS]
     noise = "" if figure["noise_to_signal"] is None else f"{figure['noise_to_signal']:.3g}"
-    value = figure["variance_times_passes"]
+    return (
+        *(name, method["bias"], str(figure["passes"]), *shares, noise),
+        *_figure(figure, base.get("efficiency"), "variance_times_passes"),
+        *_figure(method["training"], base.get("training"), "variance"),
+    )
+
+
+def _figure(
+    figure: Mapping[str, Any] | None, base: Mapping[str, Any] | None, field: str
+) -> tuple[str, str]:
+    """An estimate with its error and its ratio to the baseline's, or why there is none."""
+    if figure is None:
+        return "views do not divide the batch", ""
+    value, error = figure[field], figure[f"{field}_standard_error"]
     if value is None:
         spread = np.asarray(figure["group_variances"])
         relative = spread.std(ddof=1) / np.sqrt(len(spread)) / max(spread.mean(), 1e-300)
-        text, tail = "not settled", figure["tail_index"]
-        note = f"± {relative:.0%}, top 1% {figure['top_share']:.0%}, tail " + (
-            "none" if tail is None else f"{tail:.1f}"
-        )
-    else:
-        text = f"{value:.4g}"
-        error = figure["variance_times_passes_standard_error"]
-        text += f" ± {error:.2g}" if error is not None else ""
-        note = f"{value / base:.2f}x" if base else ""
-    return (name, method["bias"], str(figure["passes"]), *shares, noise, text, note)
+        tail = "none" if figure["tail_index"] is None else f"{figure['tail_index']:.1f}"
+        note = f"± {relative:.0%}, top 1% {figure['top_share']:.0%}, tail {tail}"
+        return "not settled", note
+    text = f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    known = base is not None and base[field]
+    return text, f"{value / base[field]:.2f}x" if known else ""

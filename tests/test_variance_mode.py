@@ -37,7 +37,7 @@ def refuse(_table):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     config = quickstart.get_config("smoke")
-    config.variance.order = ("stratified",)
+    config.variance.order = ("stratified", "mirror")
     workdir = tmp_path_factory.mktemp("variance")
     methods = mode.named(["stratified, ppots binned"])
     methods["odd"] = mode.Method(refuse)
@@ -60,7 +60,7 @@ def test_every_method_is_in_the_record(measured):
     assert record["step"] is None
     assert record["parameters"] == "a fresh model"
     assert record["methods"][BASELINE]["efficiency"]["passes"] == 1
-    assert record["methods"][mode.CONFIGURED]["chain"] == "chain(stratified)"
+    assert record["methods"][mode.CONFIGURED]["chain"] == "chain(stratified, mirror)"
     assert record["methods"]["odd"]["refused"] == "this method wants an odd batch"
     own = record["methods"][mode.CONFIGURED]["gradient"]
     assert own["total"] == pytest.approx(own["pattern"] + own["rate"] + own["data"])
@@ -81,6 +81,22 @@ def test_files_hold_what_the_record_holds(measured):
             assert float(line["gradient_pattern"]) == method["gradient"]["pattern"]
             figure = method["efficiency"]["variance_times_passes"]
             assert line["variance_times_passes"] == ("" if figure is None else str(figure))
+            figure = method["training"]["variance"]
+            assert line["training_variance"] == ("" if figure is None else str(figure))
+
+
+def test_training_batches_have_equally_many_passes_and_rows_of_their_own(measured):
+    """Rows drawn anew add variance; two views have half the rows, so their figure is of a batch."""
+    record, _ = measured
+    alone, views = (record["methods"][name] for name in (BASELINE, mode.CONFIGURED))
+    assert (alone["training"]["passes"], views["training"]["passes"]) == (1, 2)
+
+    def plain(figure):  # of few redraws of a fresh model, which may not have settled
+        return np.mean(figure["group_variances"])
+
+    assert plain(alone["training"]) > 1.05 * plain(alone["efficiency"])
+    # Two views of the whole batch cost twice the passes of the training batch.
+    assert plain(views["training"]) > 1.05 * 2 * plain(views["efficiency"])
 
 
 def test_table_names_every_method_and_the_recommendation(measured):
