@@ -211,3 +211,60 @@ def test_fingerprint_depends_on_every_setting(write):
         {"tokenizer": "byte"},
     ]
     assert len({only_train(path, **change).fingerprint for change in changes}) == len(changes)
+
+
+# --- answers whose result stands after a marker
+
+MARKED = [
+    ("two and one", "2+1=<<2+1=3>>3#### 3"),
+    ("half of 2,500", "it is\n#### 1,250"),
+    ("q", "#### b"),
+]
+LONG = {"prompt_length": 6, "answer_length": 24, "answer_marker": "####"}
+
+
+def held_out(write, marked=MARKED, **settings):
+    """All of them as the validation split too; prompts are cut to six characters."""
+    path = write(marked)
+    return data.jsonl(path, **{**LONG, "too_long": "truncate", **settings}, valid_path=path)
+
+
+def test_every_reference_is_right_under_the_prompt_that_its_row_shows(write):
+    dataset = held_out(write)
+    codec = dataset.tokenizer
+    for (_, answer), row in zip(MARKED, data.gather(dataset.valid, range(3)).tokens):
+        prompt = codec.decode(row[:6][row[:6] != codec.pad_id])
+        assert len(prompt) <= 6 and dataset.check(prompt, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("#### 1250", True),
+        ("so $1,250\n#### $1,250.00", True),
+        ("####1250.", True),
+        ("#### 3 #### 1250", True),
+        ("1250", False),
+        ("#### 1251", False),
+        ("#### -1250", False),
+        ("#### 12500", False),
+        ("#### 1250 clips", False),
+        ("####", False),
+    ],
+)
+def test_numbers_are_compared_as_numbers(write, answer, right):
+    assert held_out(write).check(" 2,500", answer) is right
+
+
+def test_results_that_are_no_numbers_and_prompts_with_several(write):
+    dataset = held_out(write, [*MARKED, ("q", "#### c"), ("r", "#### nan")])
+    assert all(dataset.check("q", f"####{one}") for one in [" b", "c"])
+    assert not dataset.check("q", "#### 3") and dataset.check("r", "#### nan")
+    with pytest.raises(ValueError, match="no reference answer to the prompt 'unknown'"):
+        dataset.check("unknown", "#### 3")
+
+
+def test_without_a_marker_nobody_knows_and_an_answer_without_it_names_its_line(write):
+    assert held_out(write, answer_marker="").check is None
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: the answer has no '####'"):
+        held_out(write, [MARKED[0], ("q", "3")])

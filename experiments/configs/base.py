@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
             "test_path": "",
             "too_long": "error",  # jsonl: error | truncate | drop
             "answer_padding": "eos_scored",  # jsonl: eos_scored | pad_hidden
+            "answer_marker": "",  # jsonl: answers are checked by what follows it; GSM8K: "####"
             # Generated problems with a checker (docs/tasks.md).
             "task": {
                 "name": "sudoku",  # sudoku | chain | run | add | countdown

@@ -1,15 +1,17 @@
 """Prompt and answer pairs from a JSONL file, for conditional training."""
 
+import collections
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from mdm_jax.batches import Batch
+from mdm_jax.data.answer_checks import ResultAfterMarker, result_after
 from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
@@ -57,6 +59,7 @@ def jsonl(
     bpe_vocab_size: int = 4096,
     too_long: TooLong = "error",
     answer_padding: AnswerPadding = "eos_scored",
+    answer_marker: str = "",
 ) -> Dataset:
     """Rows ``[PAD ... prompt][answer EOS ...]`` from a file of one JSON object per line.
 
@@ -89,10 +92,14 @@ def jsonl(
             prompt and the beginning of the answer, and a cut answer has no EOS; "drop" leaves the
             pair out. Both are counted in the report, by split.
         answer_padding: see above.
+        answer_marker: text that the result stands after in every answer, such as ``"####"`` in
+            GSM8K. An answer is then right if its result is that of the file (``Dataset.check``,
+            numbers compared as numbers); "" for data whose answers cannot be checked.
 
     Raises:
         ValueError: naming file and line, if a line is malformed, lacks a field or has one that is
-            not a string, or does not fit and ``too_long`` is "error"; naming the file, if it is
+            not a string, has an answer without the marker, or does not fit and ``too_long`` is
+            "error"; naming the file, if it is
             empty or a split would be; or if a setting is out of range.
         FileNotFoundError: if there is no such file.
     """
@@ -113,6 +120,7 @@ def jsonl(
 
     train_texts = [text for pair in parts["train"] for text in (pair.prompt, pair.answer)]
     codec = make_tokenizer(tokenizer, train_texts, bpe_vocab_size)
+    check = _checker(parts, codec, layout, answer_marker) if answer_marker else None
     sources, report = {}, {}
     train_prompts = {pair.prompt for pair in parts["train"]}
     for name in SPLITS:
@@ -151,7 +159,26 @@ def jsonl(
             report,
         ),
         report=report,
+        check=check,
     )
+
+
+def _checker(
+    parts: Mapping[str, Sequence[_Pair]], codec: Tokenizer, layout: _Layout, marker: str
+) -> ResultAfterMarker:
+    """References are found by the prompt as a row shows it: cut, and without unknown characters."""
+    results = collections.defaultdict(set)
+    for pair in (pair for name in SPLITS for pair in parts[name]):
+        result = result_after(pair.answer, marker)
+        if result is None:
+            raise ValueError(
+                f"{pair.origin}: the answer has no {marker!r}, after which answer_marker says the "
+                'result stands; mend the line, or use answer_marker="" for answers that cannot be '
+                "checked"
+            )
+        shown = codec.decode(codec.encode(pair.prompt)[-layout.prompt_length :])
+        results[shown].add(result)
+    return ResultAfterMarker(marker, {shown: frozenset(found) for shown, found in results.items()})
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

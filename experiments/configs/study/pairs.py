@@ -1,7 +1,7 @@
 """Prompts and answers from a JSONL file, such as GSM8K.
 
 python -m experiments.launch --config=experiments/configs/study/pairs.py --workdir=runs/gsm8k \
-    --config.data.path=gsm8k_train.jsonl
+    --config.data.path=gsm8k_train.jsonl --config.data.answer_marker="####"
 """
 
 from experiments import study_settings
@@ -11,6 +11,7 @@ from experiments.configs import base
 def get_config(variant: str = ""):
     """Fields ``question`` and ``answer``, as in GSM8K, in characters; longer pairs are dropped.
 
+    With ``data.answer_marker`` reports have the accuracy of the results after it.
     ``variant`` is "" or "smoke", which needs a file too.
     """
     config = base.get_config()
