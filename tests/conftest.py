@@ -1,8 +1,10 @@
 """Strict numerics and eight host devices for every test; set before JAX wakes up."""
 
 import os
+import tempfile
 
 import compilation
+import launching
 
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -22,6 +24,14 @@ jax.config.update("jax_debug_key_reuse", True)
 
 _LONGEST = ("test_launch", "test_variance_zoo", "test_adaptive_levels", "test_notebooks")
 """Files that begin first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_configure(config):
+    """One compilation cache for the launchers of all workers, who inherit its name."""
+    if not hasattr(config, "workerinput"):
+        cache = tempfile.TemporaryDirectory(prefix="mdm_jax-tests-")
+        os.environ[launching.CACHE] = cache.name
+        config.add_cleanup(cache.cleanup)
 
 
 def pytest_collection_modifyitems(items):

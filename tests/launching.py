@@ -6,7 +6,6 @@ import pathlib
 import socket
 import subprocess
 import sys
-import tempfile
 
 import compilation
 from absl import flags
@@ -15,7 +14,8 @@ from absl.testing import flagsaver
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 QUICKSTART = "experiments/configs/quickstart.py:smoke"
 DIGITS = "experiments/configs/digits_masked.py:smoke"
-_CACHE = tempfile.TemporaryDirectory(prefix="mdm_jax-tests-")
+CACHE = "MDM_JAX_TESTS_CACHE"
+"""Environment variable with the directory of the session's compilation cache."""
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -26,7 +26,7 @@ def environment(devices: int = 1) -> dict[str, str]:
         "XLA_FLAGS": " ".join(
             (f"--xla_force_host_platform_device_count={devices}", *compilation.FLAGS)
         ),
-        "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
+        "JAX_COMPILATION_CACHE_DIR": os.environ[CACHE],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "MPLBACKEND": "Agg",
