@@ -14,6 +14,9 @@ SPECS = {
     "nld,kd->nlk": ((2, 5, 4), (6, 4)),
     "abij,bjia->ab": ((2, 3, 4, 5), (3, 5, 4, 2)),
     "ij,jik->k": ((4, 5), (5, 4, 3)),
+    # Summed over leading axes, with the smaller operand on the left and on the right.
+    "gcd,gck->gdk": ((2, 5, 3), (2, 5, 4)),
+    "cnhd,hck->dkn": ((3, 2, 4, 5), (4, 3, 2)),
 }
 
 

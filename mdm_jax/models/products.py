@@ -77,6 +77,34 @@ def _multiply(left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.d
     )
 
 
+def _multiply_on_cpu(
+    left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype
+) -> Array:
+    # The CPU's fast kernels want the summed axes of the left operand last, as they are in a forward
+    # pass. Gradients of weights, keys and values sum over leading axes: the smaller operand is
+    # transposed and put first. Without the barriers the compiler would fold that into the product.
+    (left_sum, right_sum), (left_batch, right_batch) = dimensions
+    if set(left_sum) == set(range(left.ndim - len(left_sum), left.ndim)):
+        return _multiply(left, right, dimensions=dimensions, dtype=dtype)
+    left_free = _free(left.ndim, left_sum, left_batch)
+    right_free = _free(right.ndim, right_sum, right_batch)
+    batch = tuple(range(len(left_batch)))
+
+    def summed_last(x: Array, free: list[int], summed: tuple[int, ...], batches: tuple[int, ...]):
+        x = jnp.transpose(x.astype(dtype), [*batches, *free, *summed])
+        return lax.optimization_barrier(x), tuple(range(x.ndim - len(summed), x.ndim))
+
+    if left.size <= right.size:
+        left, last = summed_last(left, left_free, left_sum, left_batch)
+        by_left = ((last, right_sum), (batch, right_batch))
+        return _multiply(left, right, dimensions=by_left, dtype=dtype)
+    right, last = summed_last(right, right_free, right_sum, right_batch)
+    by_right = ((last, left_sum), (batch, left_batch))
+    y = lax.optimization_barrier(_multiply(right, left, dimensions=by_right, dtype=dtype))
+    split = len(batch) + len(right_free)
+    return jnp.transpose(y, [*batch, *range(split, y.ndim), *range(len(batch), split)])
+
+
 def _shape(
     left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype
 ) -> jax.core.ShapedArray:
@@ -114,14 +142,7 @@ def _right_slope(
     left_free = _free(left.ndim, left_sum, left_batch)
     right_free = _free(right_ndim, right_sum, right_batch)
     middle = tuple(range(len(batch), len(batch) + len(left_free)))
-    if left_batch or jax.default_backend() != "cpu":
-        back = ((tuple(left_free), middle), (left_batch, batch))
-    else:
-        # The CPU's fast kernels want the summed axes of the left operand last. Without the barrier
-        # the compiler would fold the transposition into the product again.
-        left = lax.optimization_barrier(jnp.transpose(left.astype(dtype), [*left_sum, *left_free]))
-        left_sum = tuple(range(len(left_sum)))
-        back = ((tuple(range(len(left_sum), left.ndim)), middle), ((), ()))
+    back = ((tuple(left_free), middle), (left_batch, batch))
     result = product_p.bind(left, slope, dimensions=back, dtype=dtype)
     # Now [batch, summed axes in the order of left, free axes of right].
     summed = [right_sum[left_sum.index(axis)] for axis in sorted(left_sum)]
@@ -157,3 +178,6 @@ product_p.def_abstract_eval(_shape)
 ad.defbilinear(product_p, _left_slope, _right_slope)
 batching.primitive_batchers[product_p] = _batched
 mlir.register_lowering(product_p, mlir.lower_fun(_multiply, multiple_results=False))
+mlir.register_lowering(
+    product_p, mlir.lower_fun(_multiply_on_cpu, multiple_results=False), platform="cpu"
+)
