@@ -1,14 +1,18 @@
 """Notebooks run from top to bottom, in a process of their own."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
+import launching
+import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
+from experiments import study_runs, study_table
+from experiments.study_runs import Run
+from experiments.study_suites import SUITES
+
+FOLDER = launching.ROOT / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
 
@@ -28,16 +32,82 @@ def code_of(path):
     return "\n".join(lines) + "\n"
 
 
-def test_the_notebooks_are_found():
-    assert "noise_levels.ipynb" in NAMES
+def write_study(root):
+    """A study of the suite ``small`` that is not finished, with numbers made up."""
+    generator, suite = np.random.default_rng(0), SUITES["small"]
+    for run in study_runs.plan(suite):
+        if run.method in ("clipped", "autoregressive") or run.task not in suite.tasks:
+            continue
+        score = 0.5 + 0.05 * run.seed + 0.1 * (run.method == "recommended")
+        score += 0.01 * generator.normal()
+        _write_run(suite, root, run, score, generator)
+    study_table.write(suite, root)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs(name, tmp_path):
-    script = tmp_path / "notebook.py"
+def _write_run(suite, root, run: Run, score, generator):
+    folder, config = study_runs.directory(root, run), study_runs.configure(suite, run, root)
+    steps, views = config.train.steps, suite.methods[run.method].views
+
+    def part(scale):
+        return {"group_variances": list(scale * generator.uniform(1, 2, 8)), "unsettled": ""}
+
+    gradient = [
+        {"step": step, "total": part(4 / views), "noise": part(2 / views), "reference": part(4)}
+        for step in (steps // 2, steps)
+    ]
+    record = {
+        "seed": run.seed,
+        "failed": "",
+        "evaluation": {"accuracy": score, "bits_per_unit": 3 - score},
+        "gradient": gradient if study_runs.is_measured(suite, run) else [],
+        "training_seconds": 1.0,
+        "steps": steps,
+        "batch_size": config.train.batch_size,
+        "views": views,
+        "forward_passes": study_runs.forward_passes(suite, run),
+    }
+    folder.mkdir(parents=True)
+    (folder / study_runs.RECORD).write_text(json.dumps(record), "utf-8")
+    lines = [
+        {"kind": "evaluate", "step": steps * part // 4, "bits_per_unit": 3 - score * part / 4}
+        for part in (1, 2, 3, 4)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", "utf-8")
+
+
+def run_notebook(name, folder, **variables):
+    """What it prints, with tiny settings and no study to read unless ``variables`` name one."""
+    script = folder / "notebook.py"
     script.write_text(code_of(FOLDER / name), "utf-8")
-    environment = {**os.environ, "MPLBACKEND": "Agg", "MDM_JAX_SMOKE": "1"}
+    environment = launching.environment() | {"MDM_JAX_SMOKE": "1"} | variables
     run = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, script], capture_output=True, text=True, env=environment, cwd=folder
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_the_notebooks_are_found():
+    assert NAMES == ["noise_levels.ipynb", "quickstart.ipynb", "stability.ipynb", "variance.ipynb"]
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"stability.ipynb"}))
+def test_a_notebook_runs(name, tmp_path):
+    run_notebook(name, tmp_path)
+
+
+def test_the_notebook_of_the_study_reads_one_that_is_not_finished(tmp_path):
+    write_study(tmp_path / "study")
+    out = run_notebook("stability.ipynb", tmp_path, MDM_JAX_STUDY=str(tmp_path / "study"))
+    study = json.loads((tmp_path / "study" / "study.json").read_text("utf-8"))
+    paired = study["results"]["passes"]["sudoku4"]["recommended"]["against_baseline"]
+    line = next(row for row in out.splitlines() if row.startswith("  recommended chain"))
+    low, high = paired["bootstrap"]
+    assert f"{paired['mean']:+.4f}  bootstrap [{low:+.4f}, {high:+.4f}]" in line
+    assert line.endswith("significant") and paired["significant"]
+    assert "smoke" not in out
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_study_makes_one(tmp_path):
+    assert "4 of 4 runs are finished" in run_notebook("stability.ipynb", tmp_path)
