@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from mdm_jax.models import Transformer, TransformerConfig
 from mdm_jax.models.attention_masks import within_documents
-from mdm_jax.models.layers import Linear, Norm, logsnr_features, rotary
+from mdm_jax.models.layers import Linear, Norm, gelu, logsnr_features, rotate, rotation
 from mdm_jax.training import LOGICAL_RULES, linen_init, num_params
 
 VARIANTS = {
@@ -258,6 +258,10 @@ def test_norms_are_computed_in_float32(kind):
 # --- rotary positions ---------------------------------------------------------------------------
 
 
+def rotary(x, positions, base=10_000.0):
+    return rotate(x, rotation(positions, x.shape[-1], base))
+
+
 def test_rotary_products_depend_on_the_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for _ in range(2))
@@ -283,6 +287,41 @@ def test_rotary_positions_may_differ_between_rows():
     for row in range(2):
         alone = rotary(x[row : row + 1], positions[row])
         np.testing.assert_allclose(together[row : row + 1], alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2, 700], [[0, 5], [3, 9000]]])
+def test_known_positions_turn_as_traced_ones(positions):
+    """Both round the angle p f to float32; the sine of either then errs by a few 2^-24."""
+    known = rotation(np.asarray(positions), 8)
+    traced = jax.jit(lambda p: rotation(p, 8))(jnp.asarray(positions))
+    assert all(isinstance(table, np.ndarray) for table in known)
+    frequency = 10_000.0 ** (-np.arange(4) / 4)
+    angle = (np.asarray(positions)[..., None] * frequency).reshape(*known.sin.shape)
+    for table, other, exact in zip(known, traced, (np.sin(angle), np.cos(angle))):
+        assert table.dtype == other.dtype == jnp.float32 and table.shape == other.shape
+        bound = 1e-6 + 2**-22 * np.abs(angle)
+        assert np.all(np.abs(table - exact) < bound) and np.all(np.abs(other - exact) < bound)
+
+
+# --- gelu ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 3e-7), ("float64", 1e-14)])
+def test_gelu_and_its_slope_are_those_of_jax(dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.concatenate([jnp.linspace(-12, 12, 801), jnp.asarray([-1e4, -0.0, 1e4])])
+        x = x.astype(dtype)
+        tangent = jnp.cos(x)
+        found = jax.jvp(gelu, (x,), (tangent,))
+        expected = jax.jvp(jax.nn.gelu, (x,), (tangent,))
+        pulled = jax.vjp(gelu, x)[1](tangent)[0]
+        second = [jax.grad(lambda a, f=f: jnp.sum(jax.grad(lambda b: jnp.sum(f(b)))(a) ** 2))
+                  for f in (gelu, jax.nn.gelu)]  # fmt: skip
+        assert found[0].dtype == dtype
+        scale = np.maximum(1, np.abs(x))
+        for one, other in [*zip(found, expected), (pulled, expected[1])]:
+            assert np.max(np.abs(one - other) / scale) < tolerance
+        assert np.max(np.abs(second[0](x[:801]) - second[1](x[:801]))) < 40 * tolerance
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -5,8 +5,11 @@ Probabilities are float32 (float64 for float64 operands); products are those of
 CPUs is faster than letting every product transpose them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mdm_jax.models.activations import num_parts
 from mdm_jax.models.attention_masks import AnyRule, CachedRule, Rule
@@ -16,6 +19,8 @@ from mdm_jax.typing import Array
 
 SCORES_AT_ONCE = 2**19
 """Scores that :func:`recompute_attention` holds at a time; 2 MiB of float32 stay in a cache."""
+
+_KEPT = "attention"  # arrays of a number of each query, or of D: what a backward pass may keep
 
 
 def einsum_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
@@ -54,7 +59,8 @@ def recompute_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
         x = x.reshape(parts, own // at_once, at_once, *x.shape[1:])
         return jnp.swapaxes(x, 0, 1).reshape(-1, parts * at_once, *x.shape[3:])
 
-    some = jax.checkpoint(einsum_attention, prevent_cse=False)
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    some = jax.checkpoint(einsum_attention, prevent_cse=False, policy=policy)
     y = jax.lax.map(lambda each: some(*each), jax.tree.map(cut, (q, k, v, rule)))
     y = y.reshape(own // at_once, parts, at_once, *q.shape[1:])
     return jnp.swapaxes(y, 0, 1).reshape(q.shape)
@@ -62,8 +68,8 @@ def recompute_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """[N, H, Q, D] from keys and values [N, H, M, D] and a mask [N or 1, 1 or H, Q, M]."""
-    weights = _softmax([_scores("nhqd,nhkd->nhqk", q, k, mask)])[0]
-    return product("nhqk,nhkd->nhqd", weights.astype(v.dtype), v).astype(q.dtype)
+    (powers,), total = _powers([_scores("nhqd,nhkd->nhqk", q, k, mask)])
+    return _normalised(product("nhqk,nhkd->nhqd", powers.astype(v.dtype), v), total).astype(q.dtype)
 
 
 def _block_training(q: Array, k: Array, v: Array, rule: Rule) -> Array:
@@ -82,10 +88,11 @@ def _block_training(q: Array, k: Array, v: Array, rule: Rule) -> Array:
         same = numbers[..., :, None] == numbers[..., None, :]
     own = _scores("nhbqd,nhbkd->nhbqk", q.reshape(blocks), k.reshape(blocks), same)
     own = own.reshape(*q.shape[:2], length, size)
-    before, own = _softmax([before, own])
+    (before, own), total = _powers([before, own])
     y = product("nhqk,nhkd->nhqd", before.astype(v.dtype), v_clean)
     own = own.astype(v.dtype).reshape(*blocks[:3], size, size)
-    noised = y + product("nhbqk,nhbkd->nhbqd", own, v.reshape(blocks)).reshape(y.shape)
+    y = y + product("nhbqk,nhbkd->nhbqd", own, v.reshape(blocks)).reshape(y.shape)
+    noised = _normalised(y, total)
     return jnp.concatenate([noised.astype(clean.dtype), clean], axis=2)
 
 
@@ -95,15 +102,18 @@ def _scores(spec: str, q: Array, k: Array, mask: Array | None) -> Array:
     return scores if mask is None else jnp.where(mask, scores, -1e30)
 
 
-def _softmax(scores: list[Array]) -> list[Array]:
-    """One softmax over the last axes of several arrays."""
-    if len(scores) == 1:
-        return [jax.nn.softmax(scores[0], axis=-1)]
+def _powers(scores: list[Array]) -> tuple[list[Array], Array]:
+    """One softmax over the last axes of several arrays, not yet divided by its total."""
     # The result does not depend on what is subtracted.
-    top = jnp.stack([jnp.max(jax.lax.stop_gradient(s), -1, keepdims=True) for s in scores]).max(0)
+    top = [jnp.max(jax.lax.stop_gradient(s), axis=-1, keepdims=True) for s in scores]
+    top = checkpoint_name(functools.reduce(jnp.maximum, top), _KEPT)
     powers = [jnp.exp(s - top) for s in scores]
-    total = sum(jnp.sum(p, axis=-1, keepdims=True) for p in powers)
-    return [p / total for p in powers]
+    return powers, checkpoint_name(sum(jnp.sum(p, axis=-1, keepdims=True) for p in powers), _KEPT)
+
+
+def _normalised(y: Array, total: Array) -> Array:
+    # After the product with the values there are D numbers of a query to divide instead of M.
+    return checkpoint_name(y, _KEPT) / total
 
 
 def _mask(rule: AnyRule) -> Array | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.models.attention_masks import block_training, check_blocks
 from mdm_jax.models.cache import (
@@ -89,7 +90,7 @@ def block_apply(
             )
         length = inputs.shape[-1] // 2
         mask = block_training(length, block_size, window, documents)
-        positions = jnp.tile(jnp.arange(length), 2)
+        positions = np.tile(np.arange(length), 2)
         if logsnr is not None:
             logsnr = jnp.concatenate([logsnr, jnp.full_like(logsnr, jnp.inf)], axis=-1)
         if estimate is not None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.models.attention_masks import causal, check_blocks
 from mdm_jax.models.block import WrittenRow
@@ -68,7 +69,7 @@ def causal_apply(
         mask = causal(length, window, documents)
         shifted = shift_right(inputs, start_token, documents)
         readout, _ = model.apply(
-            params, shifted, _clean(inputs), jnp.arange(length), mask, method="attend_readout"
+            params, shifted, _clean(inputs), np.arange(length), mask, method="attend_readout"
         )
         return finish(readout, chunking)
 

@@ -4,16 +4,21 @@ Every parameter carries logical axis names, which ``mdm_jax.training.sharding`` 
 ``vocab``, ``embed`` (the residual width), ``heads`` (heads times head size), ``mlp``, ``layers``.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.models.products import product
 from mdm_jax.typing import Array
 
 Initializer = Callable[..., Array]
+KERNEL_INIT: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+"""Of a kernel whose outputs have the variance of its inputs."""
 
 
 class Linear(nn.Module):
@@ -28,7 +33,7 @@ class Linear(nn.Module):
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+    kernel_init: Initializer = KERNEL_INIT
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -45,6 +50,19 @@ class Linear(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
         bias = self.param("bias", zeros, (self.features,), self.param_dtype)
         return y + _last_axis(bias, y)
+
+
+class Kernel(nn.Module):
+    """The kernel of a :class:`Linear` alone, for products that take several at a time."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> Array:
+        init = nn.with_logical_partitioning(KERNEL_INIT, self.axes)
+        return self.param("kernel", init, self.shape, self.param_dtype)
 
 
 class Norm(nn.Module):
@@ -72,23 +90,57 @@ class Norm(nn.Module):
         return x * _last_axis(scale, x)
 
 
-def rotary(x: Array, positions: Array, base: float = 10_000.0) -> Array:
-    """Rotary position embedding (Su et al. 2021).
+class Rotation(NamedTuple):
+    """Rotary positions as sines and cosines, [1 or N, L, 1, D/2] for heads of size D."""
+
+    sin: Array
+    cos: Array
+
+
+def rotation(positions: Array | np.ndarray, size: int, base: float = 10_000.0) -> Rotation:
+    """Rotary position embedding (Su et al. 2021) of some positions.
 
     Args:
-        x: [N, L, H, D] queries or keys, D even.
-        positions: [L] or [N, L] integer positions.
+        positions: [L] or [N, L] integers. Of a NumPy array the result is one, a constant of the
+            program; a CPU would compute it anew for every element of every layer otherwise.
+        size: D, of a head, even.
         base: wavelength base.
     """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency.reshape(
+    xp = np if isinstance(positions, np.ndarray) else jnp
+    half = size // 2
+    frequency = xp.float32(base) ** (-xp.arange(half, dtype=xp.float32) / half)
+    angle = positions[..., None].astype(xp.float32) * frequency.reshape(
         (1,) * positions.ndim + (-1,)
     )
-    angle = angle.reshape((-1, angle.shape[-2], 1, half))  # [1 or N, L, 1, half]
-    sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
+    angle = angle.reshape((-1, angle.shape[-2], 1, half))
+    return Rotation(xp.sin(angle), xp.cos(angle))
+
+
+def rotate(x: Array, by: Rotation) -> Array:
+    """Queries or keys [N, L, H, D] turned by :func:`rotation`."""
+    half = x.shape[-1] // 2
+    sin, cos = (jnp.asarray(each, x.dtype) for each in by)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """``x Phi(x)`` by its approximation with tanh (Hendrycks & Gimpel 2016), as ``jax.nn.gelu``.
+
+    The backward pass keeps ``x`` alone. It spells the tanh out as a logistic function and back,
+    since a compiler that finds the same expression in both passes would keep its result too.
+    """
+    return x * jax.nn.sigmoid(2 * _gelu_argument(x))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (change,) = primals, tangents
+    tanh = jnp.tanh(_gelu_argument(x))
+    inner = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * jnp.square(x))
+    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - jnp.square(tanh)) * inner
+    return gelu(x), change * slope
 
 
 def logsnr_features(logsnr: Array, width: int) -> Array:
@@ -102,6 +154,13 @@ def logsnr_features(logsnr: Array, width: int) -> Array:
     level = jnp.clip(logsnr.astype(jnp.float32), -20.0, 20.0)[..., None]
     angle = level * frequency.reshape((1,) * logsnr.ndim + (-1,))
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+_GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_argument(x: Array) -> Array:
+    return _GELU_SCALE * (x + _GELU_CUBIC * x**3)
 
 
 def _last_axis(vector: Array, like: Array) -> Array:

@@ -4,6 +4,7 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.models.layers import Linear
 from mdm_jax.models.transformer_blocks import level_condition, run_blocks
@@ -60,7 +61,7 @@ class PictureTransformer(nn.Module):
         x = Linear(c.width, axes=(None, "embed"), name="embed", **project)(patches)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, "embed"))
         x = x + self.param("positions", init, (1, rows * columns, c.width), c.param_dtype)
-        places = jnp.arange(rows * columns)
+        places = np.arange(rows * columns)
         # One level per picture: segments of a row of numbers are not runs of patches.
         x, _ = run_blocks(c, x, None, places, level_condition(c, logsnr, 1))
         zeros = nn.initializers.zeros

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.models.attention_masks import within_documents
 from mdm_jax.models.readout import Projection, Readout
@@ -60,7 +61,7 @@ class Transformer(nn.Module):
     ) -> Readout:
         """A call whose logits are still to be computed."""
         mask = None if documents is None else within_documents(documents)
-        positions = jnp.arange(inputs.shape[-1])
+        positions = np.arange(inputs.shape[-1])
         return self.attend_readout(inputs, logsnr, positions, mask, estimate=estimate)[0]
 
     def attend(self, *inputs: Array | None, **further) -> tuple[Array, KeyValues]:

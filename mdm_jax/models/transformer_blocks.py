@@ -5,11 +5,21 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.models.activations import constrain
 from mdm_jax.models.attention import attention
 from mdm_jax.models.attention_masks import AnyRule
-from mdm_jax.models.layers import Linear, Norm, logsnr_features, rotary
+from mdm_jax.models.layers import (
+    Kernel,
+    Linear,
+    Norm,
+    Rotation,
+    gelu,
+    logsnr_features,
+    rotate,
+    rotation,
+)
 from mdm_jax.models.products import product
 from mdm_jax.models.rematerialisation import rematerialised
 from mdm_jax.models.transformer_config import TransformerConfig
@@ -37,19 +47,21 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: AnyRule | Array | None, positions: Array, cached: KeyValues | None
+        self, x: Array, mask: AnyRule | Array | None, turn: Rotation, cached: KeyValues | None
     ) -> tuple[Array, KeyValues]:
         c = self.config
         shape = (*x.shape[:2], c.num_heads, c.width // c.num_heads)
-        project = {"axes": ("embed", "heads"), "dtype": c.dtype, "param_dtype": c.param_dtype}
-        q, k, v = (
-            Linear(c.width, name=name, **project)(x).reshape(shape)
-            for name in ("query", "key", "value")
-        )
+        kernel = {"axes": ("embed", "heads"), "param_dtype": c.param_dtype}
+        kernels = [
+            Kernel((c.width, c.width), name=name, **kernel)() for name in ("query", "key", "value")
+        ]
+        # One product: x is read once, and its slope is summed inside the product.
+        qkv = product("nli,ico->nlco", x.astype(c.dtype), jnp.stack(kernels, axis=1), c.dtype)
+        q, k, v = (qkv[:, :, i].reshape(shape) for i in range(3))
         if c.qk_norm:
             norm = {"axes": (None,), "param_dtype": c.param_dtype}
             q, k = Norm(name="query_norm", **norm)(q), Norm(name="key_norm", **norm)(k)
-        q, k = (rotary(a, positions, c.rope_base).astype(c.dtype) for a in (q, k))
+        q, k = (rotate(a, turn).astype(c.dtype) for a in (q, k))
         q, k, v = (constrain(a, *_HEADS) for a in (q, k, v.astype(c.dtype)))
         own = everything = KeyValues(k, v)
         if cached is not None:
@@ -79,7 +91,7 @@ class FeedForward(nn.Module):
         if c.mlp == "swiglu":
             h = jax.nn.silu(Linear(c.hidden, name="gate", **enter)(x)) * h
         else:
-            h = jax.nn.gelu(h)
+            h = gelu(h)
         h = constrain(h, "batch", None, "mlp")
         return Linear(
             c.width,
@@ -101,7 +113,7 @@ class Block(nn.Module):
         self,
         x: Array,
         mask: AnyRule | Array | None,
-        positions: Array,
+        turn: Rotation,
         condition: Array | None,
         cached: KeyValues | None,
     ) -> tuple[Array, KeyValues]:
@@ -109,12 +121,12 @@ class Block(nn.Module):
         norm = {"kind": c.norm, "learned": condition is None, "param_dtype": c.param_dtype}
         attention, mlp = Attention(c, name="attention"), FeedForward(c, name="mlp")
         if condition is None:
-            y, own = attention(Norm(name="norm_1", **norm)(x), mask, positions, cached)
+            y, own = attention(Norm(name="norm_1", **norm)(x), mask, turn, cached)
             x = x + y
             return constrain(x + mlp(Norm(name="norm_2", **norm)(x)), *_ROWS), own
         parts = _modulation(c, 6, condition, x.shape[1])
         h = Norm(name="norm_1", **norm)(x) * (1 + parts[0]) + parts[1]
-        y, own = attention(h, mask, positions, cached)
+        y, own = attention(h, mask, turn, cached)
         x = x + parts[2] * y
         h = Norm(name="norm_2", **norm)(x) * (1 + parts[3]) + parts[4]
         return constrain(x + parts[5] * mlp(h), *_ROWS), own
@@ -148,7 +160,7 @@ def run_blocks(
     c: TransformerConfig,
     x: Array,
     mask: AnyRule | Array | None,
-    positions: Array,
+    positions: Array | np.ndarray,
     condition: Array | None,
     cached: KeyValues | None = None,
 ) -> tuple[Array, KeyValues]:
@@ -159,11 +171,12 @@ def run_blocks(
         x: [N, Q, width] embedded inputs.
         mask: a rule (:mod:`mdm_jax.models.attention_masks`) or a boolean array [N or 1, 1, Q,
             M + Q], where attention may look; None for everywhere.
-        positions: [Q] or [N, Q] for the rotary positions.
+        positions: [Q] or [N, Q] for the rotary positions; in NumPy where they are known.
         condition: [N, S, width] from :func:`level_condition`, or None.
         cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
     """
     x = constrain(x, *_ROWS)
+    turn = rotation(positions, c.width // c.num_heads, c.rope_base)
     if c.scan_layers:
         scanned = nn.scan(
             rematerialised(_ScanBlock, c.remat, scanned=True),
@@ -173,12 +186,12 @@ def run_blocks(
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, key_values = scanned(c, name="blocks")(x, mask, positions, condition, cached)
+        x, key_values = scanned(c, name="blocks")(x, mask, turn, condition, cached)
     else:
         layers, block = [], rematerialised(Block, c.remat)
         for i in range(c.depth):
             before = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
-            x, own = block(c, name=f"block_{i}")(x, mask, positions, condition, before)
+            x, own = block(c, name=f"block_{i}")(x, mask, turn, condition, before)
             layers.append(own)
         key_values = jax.tree.map(lambda *each: jnp.stack(each), *layers)
     norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")
@@ -211,8 +224,8 @@ class _ScanBlock(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, mask, positions, condition, cached):
-        return Block(self.config, name="block")(x, mask, positions, condition, cached)
+    def __call__(self, x, mask, turn, condition, cached):
+        return Block(self.config, name="block")(x, mask, turn, condition, cached)
 
 
 def _modulation(c: TransformerConfig, parts: int, condition: Array, length: int) -> list[Array]:
