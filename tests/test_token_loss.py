@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mdm_jax import training
 from mdm_jax.models import Chunking, PositionLoss, Readout, position_losses
-from mdm_jax.models.readout import Projection
-from mdm_jax.objectives.token_loss import token_nats
+from mdm_jax.models.readout import ForeseenReadout, Projection
+from mdm_jax.objectives.token_loss import _cross_entropy, token_nats
 from mdm_jax.objectives.uniform_nelbo import _bound_rate, bound_rate
 
 N, L, D, K, MASK = 8, 6, 5, 11, 10
@@ -144,6 +144,65 @@ def test_forward_mode_and_rematerialisation():
         return tiny.jit(run)(*inputs)
 
     assert_close(along(Chunking(2, 4)), along(None))
+
+
+FORESEEN = {
+    "right": (lambda slope: slope, 1),
+    "in proportion": (lambda slope: -2.5 * slope, 1),
+    "in proportion where there is a loss": (lambda s: jnp.where(places(21), s, 7.0), 1),
+    "wrong": (lambda slope: slope + 0.01, 2),
+    "wrong at one place": (
+        lambda s: s * (1 + 1e-4 * (jnp.cumsum(places(21)).reshape(N, L) == 9)),
+        2,
+    ),
+    "of none": (jnp.zeros_like, 2),
+    "nonsense": (lambda slope: slope.at[0, 0].set(jnp.nan), 2),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", FORESEEN)
+def test_a_foreseen_gradient_is_used_where_it_is_right_and_nowhere_else(name, tied):
+    """Against logits in float64; how often a chunk's slopes were computed is counted inside."""
+    foresee, passes = FORESEEN[name]
+    features, weights, targets, slope = arrays(tied=tied)
+    where, seen = jnp.asarray(places(21)).at[0, 0].set(True), []
+    given = _cross_entropy(MASK)
+
+    def counted(*args):
+        jax.debug.callback(lambda: seen.append(1))
+        return given.slope(*args)
+
+    def run(x, w):
+        settings = (Projection(tied, jnp.float32), Chunking(2, 4), foresee(slope))
+        loss = given._replace(slope=counted)
+        losses = position_losses(loss, ForeseenReadout(x, w, *settings), where, targets)
+        return jnp.sum(slope * losses)
+
+    found = tiny.jit(jax.value_and_grad(run, (0, 1)))(features, weights)
+    jax.effects_barrier()
+    turns = int(jnp.max(-(-jnp.sum(where.reshape(2, -1), axis=1) // 4)))
+    assert len(seen) == passes * turns
+    with jax.enable_x64():
+        wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (features, weights, slope)]
+
+        def dense(x, w):
+            return total(x, w, targets, wide[2], where, None, Projection(tied, jnp.float64))
+
+        assert_close(found, jax.value_and_grad(dense, (0, 1))(*wide[:2]))
+
+
+def test_forward_mode_does_without_foresight():
+    features, weights, targets, slope = arrays()
+
+    def run(x, w, foreseen):
+        settings = (Projection(False, jnp.float32), Chunking(2, 4))
+        kind = ForeseenReadout(x, w, *settings, slope) if foreseen else Readout(x, w, *settings)
+        return token_nats(kind, targets, places(21), MASK)
+
+    along = lambda f: jax.jvp(functools.partial(run, foreseen=f), (features, weights),  # noqa: E731
+                              (0.3 * features + 1, weights - 2))  # fmt: skip
+    assert_close(tiny.jit(lambda: along(True))(), tiny.jit(lambda: along(False))())
 
 
 def test_values_can_be_mapped_over():

@@ -107,6 +107,32 @@ class Readout:
         return self.projection(self.features, self.weights)
 
 
+@pytree_dataclass
+class ForeseenReadout(Readout):
+    """A readout of whose losses it is known what they will be multiplied with.
+
+    Then their gradient can be computed along with them, from the same logits. It changes what a
+    loss costs, never its value: gradients that come out otherwise are computed anew.
+
+    Attributes:
+        expected: [N, L] float32, in proportion to the loss's slopes with respect to those of single
+            positions.
+    """
+
+    expected: Array | None = None
+
+
+@pytree_dataclass
+class GivenLosses(Readout):
+    """Stands for a network whose losses of single positions are these, whatever is asked of it.
+
+    Attributes:
+        losses: [N, L] float32.
+    """
+
+    losses: Array | None = None
+
+
 def as_logits(outputs: Array | Readout) -> Array:
     """What a network returned, as logits [N, L, K]; an array is handed back as it is."""
     return outputs.logits() if isinstance(outputs, Readout) else outputs

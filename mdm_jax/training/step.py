@@ -13,9 +13,10 @@ from mdm_jax.batches import Batch
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.objectives import LossSums, Objective, stop_gradient_stats, sum_losses, token_mean
 from mdm_jax.training.averages import update_average
+from mdm_jax.training.foresight import foreseeing
 from mdm_jax.training.monitors import Monitor
 from mdm_jax.training.state import TrainState
-from mdm_jax.typing import Array, ArrayLike, PyTree
+from mdm_jax.typing import Array, ArrayLike, ModelFn, PyTree
 from mdm_jax.variance import VarianceTransform, draw_batch
 
 ApplyFn = Callable[..., Array]
@@ -56,6 +57,18 @@ def weighted_sum(apply_fn: ApplyFn, objective: Objective) -> Callable[..., tuple
         stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
         sums = sum_losses(draw, stats)
         return sums.loss, (sums, stop_gradient_stats(stats))
+
+    return loss
+
+
+def _foreseen_sum(apply_fn: ApplyFn, objective: Objective) -> Callable[..., tuple]:
+    # The same sum, with a network that is told what will be made of its losses.
+    def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
+        def of(model_fn: ModelFn) -> Array:
+            return sum_losses(draw, objective.loss(model_fn, batch, draw)).loss
+
+        network = foreseeing(lambda *inputs: apply_fn(params, *inputs), of)
+        return weighted_sum(lambda _, *inputs: network(*inputs), objective)(params, batch, draw)
 
     return loss
 
@@ -105,7 +118,7 @@ def make_train_step(
     if len(set(names)) < len(names):
         raise ValueError(f"monitors need names of their own, got {', '.join(names)}")
 
-    gradient = jax.grad(weighted_sum(apply_fn, objective), has_aux=True)
+    gradient = jax.grad(_foreseen_sum(apply_fn, objective), has_aux=True)
 
     def accumulate(params: PyTree, batch: Batch, draw: Draw) -> tuple[PyTree, LossSums, LossStats]:
         if num_microbatches == 1:
