@@ -11,6 +11,7 @@ def reasoning(name: str, batch_size: int, steps: int) -> ConfigDict:
     config.data.source = "task"
     config.data.task.name = name
     config.train.update(steps=steps, batch_size=batch_size)
+    config.model.learned_positions = 256  # grids are learnt several times sooner with them
     config.evaluate.update(batch_size=64, max_rows=256)
     config.sample.update(sampler="by_confidence", temperature=0.0, gap=0)
     return config

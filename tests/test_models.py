@@ -15,20 +15,19 @@ from mdm_jax.models.attention_masks import within_documents
 from mdm_jax.models.layers import Linear, Norm, gelu, logsnr_features, rotate, rotation
 from mdm_jax.training import LOGICAL_RULES, linen_init, num_params
 
+ROWS, LENGTH = 4, 10
 VARIANTS = {
     "plain": {},
     "swiglu_layer_norm": {"mlp": "swiglu", "norm": "layer"},
     "tied": {"tie_embeddings": True},
     "conditioned": {"condition_on_logsnr": True},
     "qk_norm": {"qk_norm": True},
+    "learned_positions": {"learned_positions": LENGTH},
     "scanned": {"scan_layers": True, "depth": 3},
     "scanned_conditioned": {"scan_layers": True, "depth": 2, "condition_on_logsnr": True},
     "bfloat16": {"dtype": jnp.bfloat16},
     "low_parameters": {"param_dtype": jnp.bfloat16},
 }
-ROWS, LENGTH = 4, 10
-
-
 WHOLE = jnp.ones((ROWS, LENGTH), jnp.int32)
 
 
@@ -87,6 +86,35 @@ def test_every_parameter_has_a_logical_axis_for_every_dimension(name):
     layered = [box for box in boxes if "layers" in box.get_partition_spec()]
     assert bool(layered) == model.config.scan_layers
     assert all(box.unbox().shape[0] == model.config.depth for box in layered)
+
+
+def test_learned_positions_tell_places_apart_where_rotary_ones_cannot():
+    """Of equal tokens every value is the same, however far apart they are."""
+    inputs = jnp.zeros((ROWS, LENGTH), jnp.int32)
+    rotary, learned = (_apply(name, inputs) for name in ("plain", "learned_positions"))
+    np.testing.assert_allclose(rotary, np.broadcast_to(rotary[:, :1], rotary.shape), atol=1e-5)
+    assert np.all(np.abs(learned[:, 1:] - learned[:, :-1]).max(-1) > 1e-3)
+
+
+def test_learned_positions_of_a_part_are_those_of_its_places():
+    model, params = _made("learned_positions")
+    inputs, alone = _inputs()[:1], jnp.eye(LENGTH, dtype=bool)[None, None]
+    whole, _ = model.apply(params, inputs, None, np.arange(LENGTH), alone, method="attend")
+    part, _ = model.apply(
+        *(params, inputs[:, 4:7], None, jnp.arange(4, 7), alone[..., :3, :3]), method="attend"
+    )
+    np.testing.assert_allclose(part, whole[:, 4:7], atol=1e-5)
+
+
+def test_rows_longer_than_the_learned_positions_are_refused():
+    model, params = _made("learned_positions")
+    with pytest.raises(ValueError, match="11 tokens is longer than learned_positions=10"):
+        model.apply(params, jnp.zeros((1, 11), jnp.int32))
+    far = jnp.arange(1, LENGTH + 1)
+    logits, _ = jax.jit(functools.partial(model.apply, method="attend"))(
+        params, jnp.zeros((1, LENGTH), jnp.int32), None, far, None
+    )
+    assert np.all(np.isnan(logits))
 
 
 @pytest.mark.parametrize("name", ["scanned", "scanned_conditioned"])
@@ -335,6 +363,7 @@ def test_gelu_and_its_slope_are_those_of_jax(dtype, tolerance):
         ({"num_heads": 0}, "num_heads must be at least 1"),
         ({"width": 12, "num_heads": 4}, r"width 12 must be a multiple of 2 \* num_heads = 8"),
         ({"norm": "batch"}, "norm must be one of .*'rms'.*, got 'batch'"),
+        ({"learned_positions": -1}, "learned_positions must not be negative, got -1"),
         ({"mlp": "relu"}, "mlp must be one of .*'swiglu'.*, got 'relu'"),
     ],
 )

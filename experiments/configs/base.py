@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
             "scan_layers": False,
             "qk_norm": True,
             "rope_base": 100.0,
+            "learned_positions": 0,  # longest row with a learned vector per place; 0: rotary only
             "self_conditioning": False,  # processes masked, block, uniform
             # Where losses of tokens compute logits: targets (same losses, less memory) | all
             "logits_at": "targets",

@@ -38,7 +38,8 @@ class Transformer(nn.Module):
 
     Raises:
         ValueError: for an estimate of another shape, or one that the config does not ask for; for
-            levels that are missing or do not divide the row, if the config conditions on them.
+            levels that are missing or do not divide the row, if the config conditions on them; for
+            rows longer than the config's learned positions.
     """
 
     config: TransformerConfig
@@ -103,6 +104,8 @@ class Transformer(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         table = self.param("embedding", init, (c.vocab_size, c.width), c.param_dtype)
         x = jnp.take(table, inputs, axis=0).astype(jnp.float32)
+        if c.learned_positions:
+            x = x + _LearnedPositions(c, name="positions")(positions)
         x = add_estimate(c, x, table, estimate)
         condition = None
         if c.condition_on_logsnr:
@@ -112,6 +115,26 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             table = _Head(c, name="head")()
         return Readout(x, table, Projection(c.tie_embeddings, c.dtype)), key_values
+
+
+class _LearnedPositions(nn.Module):
+    """A vector for each position of a row: [Q] or [N, Q] positions to [1 or N, Q, width]."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, positions: Array) -> Array:
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        table = self.param("table", init, (c.learned_positions, c.width), c.param_dtype)
+        if isinstance(positions, np.ndarray) and positions.max() >= c.learned_positions:
+            raise ValueError(
+                f"a row of {positions.max() + 1} tokens is longer than learned_positions="
+                f"{c.learned_positions}; raise that, or set it to 0 for rotary positions alone"
+            )
+        # Traced positions beyond the table are NaN, which the loss shows at once.
+        vectors = jnp.take(table, positions, axis=0).astype(jnp.float32)
+        return vectors if positions.ndim == 2 else vectors[None]
 
 
 class _Head(nn.Module):

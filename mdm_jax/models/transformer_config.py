@@ -34,6 +34,9 @@ class TransformerConfig:
         qk_norm: RMS norms on queries and keys (Henry et al. 2020), which keep attention from
             saturating at high learning rates.
         rope_base: wavelength base of the rotary positions.
+        learned_positions: longest row for which every position has a learned vector, added to its
+            token's; 0 for none. Rotary positions tell how far apart two tokens are and nothing
+            else; grids and other fixed layouts are learnt sooner with both.
         self_conditioning: takes an earlier estimate of the clean tokens as a second input (Chen et
             al. 2022, Analog Bits), through the embedding table and a projection that starts at
             zero, so that a new network ignores it.
@@ -62,6 +65,7 @@ class TransformerConfig:
     scan_layers: bool = False
     qk_norm: bool = False
     rope_base: float = 10_000.0
+    learned_positions: int = 0
     self_conditioning: bool = False
     attention: str = "auto"
     remat: str = "none"
@@ -72,6 +76,10 @@ class TransformerConfig:
         for name in ("vocab_size", "width", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.learned_positions < 0:
+            raise ValueError(
+                f"learned_positions must not be negative, got {self.learned_positions}"
+            )
         if self.width % (2 * self.num_heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads} "
