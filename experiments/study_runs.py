@@ -44,7 +44,7 @@ class Run:
 
 
 def plan(suite: Suite) -> list[Run]:
-    """All runs, pretraining first, then seed by seed, so that any prefix compares all methods.
+    """All runs: pretraining, then by budget and seed, so that any prefix compares all methods.
 
     A method of one forward pass has the same run under both budgets; it is listed under "passes".
     """
@@ -53,12 +53,14 @@ def plan(suite: Suite) -> list[Run]:
         for task in suite.pretrainings
         for method in sorted({_pretraining_method(suite, m) for m in suite.methods.values()})
     ]
-    for seed in suite.seeds:
-        for task in suite.tasks:
-            for name, method in suite.methods.items():
-                if not method.same_as:
-                    runs += [Run(task, name, b, seed) for b in _own_budgets(suite, method)]
-    return runs
+    return runs + [
+        Run(task, name, budget, seed)
+        for budget in suite.budgets
+        for seed in suite.seeds
+        for task in suite.tasks
+        for name, method in suite.methods.items()
+        if not method.same_as and budget in _own_budgets(suite, method)
+    ]
 
 
 def found_under(suite: Suite, run: Run) -> Run:

@@ -162,14 +162,14 @@ class Suite:
 
 
 _SMALL_NETWORK = {"model.width": 96, "model.depth": 3}
-_SUDOKU4 = Task(
-    "study.sudoku4",
-    settings=_SMALL_NETWORK | {"train.steps": 600, "train.batch_size": 16},
+_SUDOKU6 = Task(
+    "study.sudoku6",
+    settings=_SMALL_NETWORK | {"train.steps": 240, "train.batch_size": 16},
 )
 _TEXT = Task(
     "study.text",
     "bits_per_unit",
-    {"model.width": 64, "model.depth": 2, "train.steps": 500, "train.batch_size": 16},
+    {"model.width": 64, "model.depth": 2, "train.steps": 300, "train.batch_size": 16},
 )
 _FINE_TUNING = Task(
     "study.sudoku4",
@@ -177,7 +177,7 @@ _FINE_TUNING = Task(
     | {
         "data.task.noise_every": 2,
         "data.task.train_rows": 500,
-        "train.steps": 400,
+        "train.steps": 240,
         "train.batch_size": 8,
         "optimizer.peak": 5e-3,
     },
@@ -185,7 +185,7 @@ _FINE_TUNING = Task(
 )
 _PRETRAINING = Task(
     "study.sudoku4",
-    settings=_SMALL_NETWORK | {"train.steps": 600, "train.batch_size": 16},
+    settings=_SMALL_NETWORK | {"train.steps": 300, "train.batch_size": 16},
 )
 _QUICK = {
     "evaluate.max_rows": 256,
@@ -202,10 +202,13 @@ _GPU_NETWORK = {"model.width": 384, "model.depth": 8, "model.num_heads": 6}
 
 SUITES: dict[str, Suite] = {
     "small": Suite(
-        tasks={"sudoku4": _SUDOKU4, "text": _TEXT, "sudoku4_noisy": _FINE_TUNING},
+        tasks={"sudoku6": _SUDOKU6, "text": _TEXT, "sudoku4_noisy": _FINE_TUNING},
         methods=METHODS,
         seeds=(0, 1, 2, 3, 4),
         pretrainings={"sudoku4_pretraining": _PRETRAINING},
+        measured_points=3,
+        groups=8,
+        redraws=12,
         settings=_QUICK,
     ),
     "full": Suite(

@@ -100,7 +100,7 @@ def test_the_notebook_of_the_study_reads_one_that_is_not_finished(tmp_path):
     write_study(tmp_path / "study")
     out = run_notebook("stability.ipynb", tmp_path, MDM_JAX_STUDY=str(tmp_path / "study"))
     study = json.loads((tmp_path / "study" / "study.json").read_text("utf-8"))
-    paired = study["results"]["passes"]["sudoku4"]["recommended"]["against_baseline"]
+    paired = study["results"]["passes"]["sudoku6"]["recommended"]["against_baseline"]
     line = next(row for row in out.splitlines() if row.startswith("  recommended chain"))
     low, high = paired["bootstrap"]
     assert f"{paired['mean']:+.4f}  bootstrap [{low:+.4f}, {high:+.4f}]" in line
