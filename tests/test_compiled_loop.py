@@ -331,3 +331,16 @@ def test_a_run_with_everything_stored_small():
     config.optimizer.ema_dtype = "float8"
     with pytest.raises(ValueError, match=r"optimizer\.ema_dtype"):
         make_experiment(config).abstract_state()
+
+
+def test_settings_of_the_compiler_are_known_to_it_and_can_be_replaced():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
+    lowered = jax.jit(lambda a: jnp.sum(jax.nn.softmax(a @ a, axis=-1), axis=0)).lower(x)
+    tuned, plain = (lowered.compile(compiler_options=o) for o in (training.compiler_options(), {}))
+    np.testing.assert_allclose(tuned(x), plain(x), rtol=1e-6)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=place)
+    step = lambda state, batch: (state + batch, None)  # noqa: E731
+    assert training.compile_step(step, shape, shape, options={}).seconds > 0
+    with pytest.raises(Exception, match="No such compile option"):
+        training.compile_step(step, shape, shape, options={"xla_no_such_setting": "1"})

@@ -59,7 +59,11 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
     step, state, fixed = setting.train_step(shape, CHOSEN)
     fixed = place(fixed)
     state = training.replicate(state, sharding.mesh)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, fixed).compile()
+    compiled = (
+        jax.jit(step, donate_argnums=0)
+        .lower(state, fixed)
+        .compile(compiler_options=training.compiler_options())
+    )
     with data.Prefetcher(stream(), depth=_DEPTH, place=place) as prefetched:
         sources: dict[str, Callable[[], Batch]] = {
             "no pipeline": lambda: fixed,

@@ -1,5 +1,6 @@
 """The parts that benchmarks are put together from: batch, parameters, training step."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.shapes import Shape
+from experiments.benchmarks.shapes import Shape, matmul_params
 from experiments.benchmarks.variants import CHAINS, Variant
 from mdm_jax import corruption, models, objectives, streams, training, variance
 from mdm_jax.batches import Batch
@@ -54,6 +55,20 @@ def chain(variant: Variant) -> variance.VarianceTransform:
     return variance.chain(*(CHAINS[name]() for name in variant.chain))
 
 
+def microbatches(shape: Shape) -> int:
+    """Parts of a batch whose gradients are accumulated: as many as pay on this machine.
+
+    On CPUs the activations of about 1024 tokens stay in a cache and use the same memory again,
+    which is worth a pass over the gradients per part as long as the parameters are few: 8 parts on
+    S (1.3 times the speed), 1 on M (2 parts are 5% slower). Between the two nothing was measured.
+    """
+    tokens = shape.batch_size * shape.length
+    few = matmul_params(shape) + shape.vocab_size * shape.width < 2048 * 1024
+    if jax.default_backend() != "cpu" or not few:
+        return 1
+    return math.gcd(shape.batch_size, max(1, tokens // 1024))
+
+
 def train_step(
     shape: Shape, variant: Variant
 ) -> tuple[Callable[..., Any], training.TrainState, Batch]:
@@ -64,7 +79,7 @@ def train_step(
     step = training.make_train_step(
         *(apply_fn(network, variant), task, transform, optimizer, spec),
         seed=0,
-        num_microbatches=variant.num_microbatches,
+        num_microbatches=variant.num_microbatches or microbatches(shape),
     )
     params = random_params(network, shape.length)
     return step, training.new_state(params, optimizer, transform, spec), batch(shape)

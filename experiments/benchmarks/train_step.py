@@ -22,17 +22,20 @@ from experiments.benchmarks.command import Options, Part, choose, main, markdown
 from experiments.benchmarks.shapes import Shape, train_flops
 from experiments.benchmarks.timing import interleaved, ratios, summary
 from experiments.benchmarks.variants import PLAIN, TRAIN, TRAIN_SETS, YARDSTICK, Variant
+from mdm_jax import training
 
 
 class _Runner:
     """A compiled step that keeps its state, and what compiling it took."""
 
-    def __init__(self, step: Callable[..., Any], state: Any, batch: Any):
+    def __init__(
+        self, step: Callable[..., Any], state: Any, batch: Any, tuned: dict[str, str] | None
+    ):
         self._state, self._batch = jax.block_until_ready((state, batch))
         start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
         traced = time.perf_counter()
-        self._compiled = lowered.compile()
+        self._compiled = lowered.compile(compiler_options=tuned)
         self.seconds_to_trace = traced - start
         self.seconds_to_compile = time.perf_counter() - traced
         self.memory = machine.peak_bytes(self._compiled)
@@ -54,7 +57,9 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
         try:
             step, state, batch = _plain(shape) if variant is None else _library(shape, variant)
             dtypes[name] = _dtype(shape, variant)
-            runners[name] = _Runner(step, state, batch)
+            # The yardstick is compiled as jax.jit does it.
+            tuned = None if variant is None else training.compiler_options()
+            runners[name] = _Runner(step, state, batch, tuned)
         # Whatever a machine or a version lacks, out of memory included, is reported.
         except Exception as error:
             records[name]["unavailable"] = why(error)

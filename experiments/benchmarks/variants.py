@@ -21,14 +21,15 @@ class Variant(NamedTuple):
         config: fields of ``TransformerConfig`` that are not at their default.
         readout: losses through a ``models.Readout``, at masked places only, instead of logits.
         chain: names of variance transforms, from ``variants.CHAINS``.
-        num_microbatches: parts of the batch whose gradients are accumulated.
+        num_microbatches: parts of the batch whose gradients are accumulated; None for as many as
+            ``setting.microbatches`` finds best on this machine.
     """
 
     summary: str
     config: Mapping[str, Any] = {}
     readout: bool = False
     chain: tuple[str, ...] = ("stratified",)
-    num_microbatches: int = 1
+    num_microbatches: int | None = 1
 
 
 YARDSTICK = "yardstick"
@@ -40,9 +41,10 @@ PLAIN = Variant("logits of all places, float32, einsum", _FLOAT32 | {"attention"
 """Without any of the means of being fast."""
 
 CHOSEN = Variant(
-    "logits at masked places, attention and dtype as chosen for this machine",
+    "logits at masked places; attention, dtype and parts of the batch as chosen for this machine",
     {"dtype": machine.product_dtype()},
     readout=True,
+    num_microbatches=None,
 )
 """What one would use here."""
 
@@ -73,6 +75,7 @@ TRAIN: Mapping[str, Variant | None] = {
     "remat full": _chosen("library, keeps the inputs of blocks alone", {"remat": "full"}),
     "no chain": _chosen("library, independent noise", chain=()),
     "chain with ppots": _chosen("library, learnt level density", chain=("stratified", "ppots")),
+    "one microbatch": _chosen("library, all rows at a time", num_microbatches=1),
     "two microbatches": _chosen("library, gradients accumulated", num_microbatches=2),
 }
 TRAIN_SETS = {

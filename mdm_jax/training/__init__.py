@@ -10,6 +10,7 @@ from mdm_jax.training.checkpoints import Restored as Restored
 from mdm_jax.training.checkpoints import abstract as abstract
 from mdm_jax.training.compilation import CompiledStep as CompiledStep
 from mdm_jax.training.compilation import compile_step as compile_step
+from mdm_jax.training.compilation import compiler_options as compiler_options
 from mdm_jax.training.interrupt import Interrupt as Interrupt
 from mdm_jax.training.interrupt import Interrupted as Interrupted
 from mdm_jax.training.loop import Hooks as Hooks

@@ -1,13 +1,29 @@
 """The step compiled ahead of time: it cannot be compiled again unnoticed."""
 
+import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from mdm_jax.training.memory import format_bytes
 from mdm_jax.typing import Array, PyTree
+
+
+def compiler_options() -> dict[str, str]:
+    """Settings of the compiler with which a training step is fastest on this process's backend.
+
+    On CPUs products go to its kernel library, and reductions, which it would hand over as well, do
+    not: then they are fused with the functions before them. A step on S takes up to 3% less time so and
+    a quarter less memory. No setting changes results beyond the order of sums. Empty for other
+    backends, and for versions of jaxlib that were not measured, since an unknown setting is an
+    error.
+    """
+    measured = importlib.metadata.version("jaxlib").startswith("0.10.")
+    if jax.default_backend() != "cpu" or not measured:
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 class CompiledStep(NamedTuple):
@@ -33,7 +49,11 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step(
-    step: Callable[..., Any], abstract_state: PyTree, abstract_batch: PyTree, *constants: Array
+    step: Callable[..., Any],
+    abstract_state: PyTree,
+    abstract_batch: PyTree,
+    *constants: Array,
+    options: Mapping[str, str] | None = None,
 ) -> CompiledStep:
     """Compiles a train step, its state donated and placed as it was.
 
@@ -42,11 +62,14 @@ def compile_step(
         abstract_state, abstract_batch: pytrees of jax.ShapeDtypeStruct with shardings.
         constants: placed arrays, further arguments of the step. They are no part of the program, so
             runs that differ in them alone, in the seed say, find each other's in the cache.
+        options: of the compiler, in place of :func:`compiler_options`.
     """
     started = time.monotonic()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    compiled = jitted.lower(abstract_state, abstract_batch, *constants).compile()
+    lowered = jitted.lower(abstract_state, abstract_batch, *constants)
+    chosen = compiler_options() if options is None else dict(options)
+    compiled = lowered.compile(compiler_options=chosen)
 
     def call(state: PyTree, batch: PyTree) -> Any:
         return compiled(state, batch, *constants)
