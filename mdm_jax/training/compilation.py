@@ -15,10 +15,10 @@ def compiler_options() -> dict[str, str]:
     """Settings of the compiler with which a training step is fastest on this process's backend.
 
     On CPUs products go to its kernel library, and reductions, which it would hand over as well, do
-    not: then they are fused with the functions before them. A step on S takes up to 3% less time so and
-    a quarter less memory. No setting changes results beyond the order of sums. Empty for other
-    backends, and for versions of jaxlib that were not measured, since an unknown setting is an
-    error.
+    not: then they are fused with the functions before them. A step of a small model takes up to 3%
+    less time so and a quarter less memory. No setting changes results beyond the order of sums.
+    Empty for other backends, and for versions of jaxlib that were not measured, since an unknown
+    setting is an error.
     """
     measured = importlib.metadata.version("jaxlib").startswith("0.10.")
     if jax.default_backend() != "cpu" or not measured:
