@@ -164,12 +164,12 @@ class Suite:
 _SMALL_NETWORK = {"model.width": 96, "model.depth": 3}
 _SUDOKU6 = Task(
     "study.sudoku6",
-    settings=_SMALL_NETWORK | {"train.steps": 240, "train.batch_size": 16},
+    settings=_SMALL_NETWORK | {"train.steps": 360, "train.batch_size": 16},
 )
 _TEXT = Task(
     "study.text",
     "bits_per_unit",
-    {"model.width": 64, "model.depth": 2, "train.steps": 300, "train.batch_size": 16},
+    {"model.width": 64, "model.depth": 2, "train.steps": 240, "train.batch_size": 16},
 )
 _FINE_TUNING = Task(
     "study.sudoku4",
@@ -177,7 +177,7 @@ _FINE_TUNING = Task(
     | {
         "data.task.noise_every": 2,
         "data.task.train_rows": 500,
-        "train.steps": 240,
+        "train.steps": 360,
         "train.batch_size": 8,
         "optimizer.peak": 5e-3,
     },
