@@ -56,7 +56,7 @@ class Chunking:
         groups: G, the devices that rows are spread over (data times fsdp). A group is a contiguous
             part of the rows, and no position leaves its group. Where G does not divide the number
             of rows their greatest common divisor is taken.
-        positions: of each group whose logits exist at a time; None chooses by the backend: 16 MiB
+        positions: of each group whose logits exist at a time; None chooses by the backend: 32 MiB
             of logits on CPUs, whose caches hold them, 512 MiB elsewhere, and at most an eighth of
             the positions.
 
@@ -77,7 +77,7 @@ class Chunking:
         """C, of a group of so many positions and of so many logits each."""
         if self.positions is not None:
             return min(self.positions, positions)
-        budget = 2**24 if jax.default_backend() == "cpu" else 2**29
+        budget = 2**25 if jax.default_backend() == "cpu" else 2**29
         return max(1, min(budget // (4 * num_tokens), -(-positions // 8)))
 
 
