@@ -72,7 +72,7 @@ def training_bands(axes: Any, curves: Mapping[str, Sequence[tuple[np.ndarray, np
         passes = seeds[0][0][:length]
         bits = np.stack([bits[:length] for _, bits in seeds])
         color, style = f"C{number % 10}", _STYLES[number // 10]
-        axes.plot(passes, bits.mean(0), style, color=color, label=label)
+        axes.plot(passes, bits.mean(0), style, color=color, label=label, marker=".")
         axes.fill_between(passes, bits.min(0), bits.max(0), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="forward passes", ylabel="validation bound, bits per unit")
     axes.legend(fontsize="small")

@@ -89,12 +89,14 @@ METHODS: dict[str, Method] = {
         4,
         _FIXED | {"variance.rotate_ranks.views": 4},
     ),
+    "stratified_mirror": Method(
+        "fixed counts + stratified + MIRROR", ("stratified", "mirror"), 2, _FIXED
+    ),
     "recommended": Method(
         "recommended chain",
         tuple(base.get_config().variance.order),
-        2,
-        _FIXED,
-        note="the default of `experiments/configs/base.py`",
+        settings=_FIXED,
+        note="fixed counts and stratified rates, the default of `experiments/configs/base.py`",
     ),
     "autoregressive": Method(
         "autoregressive",
@@ -133,6 +135,7 @@ class Suite:
     """All runs of a study.
 
     Attributes:
+        name: of the suite.
         tasks, methods: by name.
         seeds: of initial parameters, order of the data, and noise.
         budgets: "passes": batches have a K-th of the rows under K views; "steps": all rows.
@@ -146,6 +149,7 @@ class Suite:
         settings: config fields of every run.
     """
 
+    name: str
     tasks: Mapping[str, Task]
     methods: Mapping[str, Method]
     seeds: tuple[int, ...]
@@ -169,7 +173,7 @@ _SUDOKU6 = Task(
 _TEXT = Task(
     "study.text",
     "bits_per_unit",
-    {"model.width": 64, "model.depth": 2, "train.steps": 240, "train.batch_size": 16},
+    {"model.width": 64, "model.depth": 2, "train.steps": 360, "train.batch_size": 16},
 )
 _FINE_TUNING = Task(
     "study.sudoku4",
@@ -177,7 +181,7 @@ _FINE_TUNING = Task(
     | {
         "data.task.noise_every": 2,
         "data.task.train_rows": 500,
-        "train.steps": 360,
+        "train.steps": 180,
         "train.batch_size": 8,
         "optimizer.peak": 5e-3,
     },
@@ -202,6 +206,7 @@ _GPU_NETWORK = {"model.width": 384, "model.depth": 8, "model.num_heads": 6}
 
 SUITES: dict[str, Suite] = {
     "small": Suite(
+        name="small",
         tasks={"sudoku6": _SUDOKU6, "text": _TEXT, "sudoku4_noisy": _FINE_TUNING},
         methods=METHODS,
         seeds=(0, 1, 2, 3, 4),
@@ -212,6 +217,7 @@ SUITES: dict[str, Suite] = {
         settings=_QUICK,
     ),
     "full": Suite(
+        name="full",
         tasks={
             "sudoku6": Task(
                 "study.sudoku6",
@@ -247,6 +253,7 @@ SUITES: dict[str, Suite] = {
         settings=_QUICK | {"evaluate.max_rows": 0, "optimizer.peak": 5e-3, "sample.num_answers": 0},
     ),
     "smoke": Suite(
+        name="smoke",
         tasks={"sudoku4": Task("study.sudoku4:smoke", "bits_per_unit")},
         methods={name: METHODS[name] for name in ("standard", "ema", "recommended")},
         seeds=(0, 1),
@@ -278,6 +285,7 @@ def tuning(suite: Suite, peaks: tuple[float, ...], seeds: tuple[int, ...]) -> Su
     }
     return dataclasses.replace(
         suite,
+        name="tune",
         methods=methods,
         seeds=seeds,
         budgets=("passes",),

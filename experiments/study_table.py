@@ -27,6 +27,7 @@ def write(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
     }
     finished, total = count(suite, root)
     record = {
+        "suite": suite.name,
         "finished": finished,
         "planned": total,
         "provenance": provenance(min(suite.seeds)),

@@ -206,7 +206,8 @@ def _record(seed, accuracy, total=(), views=1, failed=""):
 
 def _suite(score="accuracy"):
     methods = {name: METHODS[name] for name in ("standard", "ema", "mirror", "clipped")}
-    return Suite(tasks={"t": Task("study.sudoku4", score)}, methods=methods, seeds=(0, 1, 2))
+    tasks = {"t": Task("study.sudoku4", score)}
+    return Suite(name="made up", tasks=tasks, methods=methods, seeds=(0, 1, 2))
 
 
 def _found():

@@ -137,7 +137,7 @@ def get_config() -> ConfigDict:
     # Variance transforms in reading order: couple, warp, replicate. () is independent noise.
     config.variance = ConfigDict(
         {
-            "order": ("stratified", "mirror"),
+            "order": ("stratified",),
             "coarse_strata": {"cells": placeholder(int)},  # None: the root of the batch size
             "stratified_levels": {"views": 2},
             "ppots": {
@@ -199,7 +199,7 @@ def get_config() -> ConfigDict:
         {
             "steps": 500,
             "init_from": "",  # working directory of a run whose parameters to start from
-            "batch_size": 16,  # rows of the global batch; each view is a forward pass more
+            "batch_size": 32,  # rows of the global batch; each view is a forward pass more
             "num_microbatches": 1,
             "log_every": 10,
             "evaluate_every": 250,

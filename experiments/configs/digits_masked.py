@@ -12,7 +12,7 @@ def get_config(variant: str = ""):
     config = base.get_config()
     config.data.source = "digits"
     config.model.update(width=96, depth=3, num_heads=4)
-    config.train.update(steps=600, batch_size=32)
+    config.train.update(steps=600, batch_size=64)
     config.sample.update(num_samples=25, gap=0)
     if variant == "smoke":
         base.shrink(config)
