@@ -96,9 +96,10 @@ def summarise(
     for method, result in results.items():
         if result is not None:
             same = results.get(suite.methods[method].same_as or method)
-            result["over_baseline"] = {
-                name: _ratio(name, same, results.get(suite.baseline)) for name in ("total", "noise")
-            }
+            for name in ("total", "noise"):
+                ratio, error = _ratio(name, same, results.get(suite.baseline))
+                result[f"{name}_over_baseline"] = ratio
+                result[f"{name}_over_baseline_standard_error"] = error
     return results
 
 
@@ -221,9 +222,9 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
                 _number(r["against_baseline"] and r["against_baseline"]["sign_flips"]),
                 {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
                 _number(r["bits_per_unit"]),
-                _number(r["over_baseline"]["total"]) + star,
+                _measured(r, "total_over_baseline") + star,
                 _number(last.get("over_reference")) + star,
-                _number(r["over_baseline"]["noise"]) + star,
+                _measured(r, "noise_over_baseline") + star,
                 f"{r['forward_passes']:,}",
                 f"{r['training_seconds']:.0f}",
             ]
@@ -255,6 +256,11 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def _measured(result: Mapping[str, Any], name: str) -> str:
+    error = result[f"{name}_standard_error"]
+    return _number(result[name]) + (f" ± {error:.2g}" if error else "")
+
+
 def _worst(task: Task, values: np.ndarray) -> float | None:
     if not len(values):
         return None
@@ -271,12 +277,18 @@ def _worst_beats_best(task: Task, values: np.ndarray, baseline: np.ndarray) -> b
 
 def _ratio(
     name: str, result: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None
-) -> float | None:
-    """Of the variances at the last checkpoints."""
+) -> tuple[float | None, float | None]:
+    """Of the variances at the last checkpoints, and its standard error to first order."""
     if not (result and baseline and result["gradient"] and baseline["gradient"]):
-        return None
-    above, below = (each["gradient"][-1][name] for each in (result, baseline))
-    return finite_or_none(above / below) if above is not None and below else None
+        return None, None
+    points = [each["gradient"][-1] for each in (result, baseline)]
+    above, below = (point[name] for point in points)
+    if above is None or not below:
+        return None, None
+    if result is baseline:
+        return 1.0, 0.0
+    errors = [point[f"{name}_standard_error"] / point[name] for point in points]
+    return above / below, finite_or_none(above / below * float(np.hypot(*errors)))
 
 
 def _field(run: Mapping[str, Any], name: str) -> float | None:

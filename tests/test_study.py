@@ -231,7 +231,12 @@ def test_aggregation_by_hand():
     assert m["gradient"][-1]["noise"] == 0.5  # of a batch with half the rows
     assert m["gradient"][-1]["over_reference"] == 1 / 8
     assert m["gradient"][-1]["forward_passes"] == 10 * 4 * 2
-    assert m["over_baseline"] == {"total": 1 / 4, "noise": 1 / 4}
+    assert m["total_over_baseline"] == m["noise_over_baseline"] == 1 / 4
+    spread = m["gradient"][-1]["total_standard_error"] / m["gradient"][-1]["total"]
+    other = s["gradient"][-1]["total_standard_error"] / s["gradient"][-1]["total"]
+    error = 1 / 4 * math.hypot(spread, other)
+    assert spread > 0 and m["total_over_baseline_standard_error"] == pytest.approx(error)
+    assert (s["total_over_baseline"], s["total_over_baseline_standard_error"]) == (1, 0)
 
 
 def test_a_score_in_bits_is_better_below():
