@@ -215,7 +215,7 @@ SUITES: dict[str, Suite] = {
         pretrainings={"sudoku4_pretraining": _PRETRAINING},
         measured_points=3,
         groups=8,
-        redraws=12,
+        redraws=6,
         settings=_QUICK,
     ),
     "full": Suite(
