@@ -98,6 +98,13 @@ METHODS: dict[str, Method] = {
         settings=_FIXED,
         note="fixed counts and stratified rates, the default of `experiments/configs/base.py`",
     ),
+    "recommended_for_answers": Method(
+        "recommended chain for answers",
+        ("stratified", "clipped"),
+        settings=_FIXED,
+        note="the recommended chain over rates in [0.3, 0.8]: truncated, for models that are judged by "
+        "their answers and not by a likelihood",
+    ),
     "autoregressive": Method(
         "autoregressive",
         settings={"process": "autoregressive"},
