@@ -102,8 +102,8 @@ METHODS: dict[str, Method] = {
         "recommended chain for answers",
         ("stratified", "clipped"),
         settings=_FIXED,
-        note="the recommended chain over rates in [0.3, 0.8]: truncated, for models that are judged "
-        "by their answers and not by a likelihood",
+        note="the recommended chain over rates in [0.3, 0.8]: truncated, for models that "
+        "are judged by their answers and not by a likelihood",
     ),
     "autoregressive": Method(
         "autoregressive",
