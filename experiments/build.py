@@ -59,6 +59,7 @@ VARIANCE = {
     "ppots": variance.ppots,
     "ppots_level_variance": functools.partial(variance.ppots, target=variance.level_variance),
     "ppots_parametric": variance.ppots_parametric,
+    "ppots_slopes": variance.ppots_slopes,
     "ema_bins": variance.ema_bins,
     "ema_bins_second_moment": functools.partial(variance.ema_bins, target=variance.second_moment),
     "loss_history": variance.loss_history,

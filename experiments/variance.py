@@ -78,6 +78,7 @@ def _stratified_binned(table: LevelTable) -> VarianceTransform:
 
 
 _online = functools.partial(variance.ppots, num_bins=16, warmup_steps=10, decay=0.99)
+_slopes = functools.partial(variance.ppots_slopes, num_bins=16, warmup_steps=10)
 _ema = functools.partial(variance.ema_bins, num_bins=16, warmup_steps=10)
 _history = functools.partial(variance.loss_history, num_bins=16)
 _clipped = functools.partial(variance.clipped, 0.3, 0.8)
@@ -99,6 +100,8 @@ METHODS: dict[str, Method] = {
     "stratified, rotate ranks": Method(_fixed(variance.stratified, variance.rotate_ranks)),
     "ppots": Method(_fixed(_online)),
     "ppots, parametric": Method(_parametric),
+    "ppots, slopes": Method(_fixed(_slopes)),
+    "stratified, ppots slopes": Method(_fixed(variance.stratified, _slopes)),
     "ppots, binned": Method(lambda table: _binned(table, variance.second_moment)),
     "stratified, ppots binned": Method(_stratified_binned),
     "stratified, ppots binned, mirror": Method(

@@ -62,12 +62,16 @@ class LossStats(NamedTuple):
             uniform quantiles, an unbiased estimate of the level's loss in nats.
         scored: [V, B, S] number of eligible elements, the unit of normalisation.
         targets: [V, B, S] number of elements that actually carried a loss.
+        slopes: [V, B, S] sum over the target elements of the squared slope of the element's loss at
+            the network's outputs, up to a factor that is the same for all; None where an objective
+            does not tell.
     """
 
     raw: Array
     weight: Array
     scored: Array
     targets: Array
+    slopes: Array | None = None
 
 
 def check_spec(spec: DrawSpec) -> DrawSpec:

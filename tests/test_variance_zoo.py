@@ -157,7 +157,8 @@ def some_stats(draw, value=1.0):
     """Statistics of a loss that depends on level and noise."""
     shape = draw.u.shape
     raw = value * (1.0 + draw.u + draw.noise[..., :1])
-    return LossStats(raw, jnp.ones(shape), jnp.full(shape, 4.0), jnp.full(shape, 2))
+    counts = jnp.full(shape, 4.0), jnp.full(shape, 2)
+    return LossStats(raw, jnp.ones(shape), *counts, slopes=jnp.square(raw))
 
 
 def test_state_structure_is_stable_and_a_step_traces_once():
@@ -184,9 +185,10 @@ def test_state_structure_is_stable_and_a_step_traces_once():
 def bad_stats(draw):
     """Statistics with one bad loss of each kind, and one where nothing is a number, stacked."""
     stats = some_stats(draw)
-    kinds = [LossStats(*(jnp.full_like(draw.u, jnp.nan),) * 4)]
+    kinds = [LossStats(*(jnp.full_like(draw.u, jnp.nan),) * 5)]
     for value in (jnp.nan, jnp.inf, -jnp.inf, 1e30):  # the square of the last one overflows
-        kinds.append(stats._replace(raw=stats.raw.at[0, 3, 1].set(value)))
+        raw = stats.raw.at[0, 3, 1].set(value)
+        kinds.append(stats._replace(raw=raw, slopes=jnp.square(raw)))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *kinds)
 
 

@@ -32,6 +32,7 @@ SINGLES = {
     "ppots_parametric": lambda: variance.ppots_parametric(EPR),
     "ppots_binned": lambda: variance.ppots_binned(BINS, STEEP),
     "ppots": lambda: variance.ppots(num_bins=8),
+    "ppots_slopes": lambda: variance.ppots_slopes(num_bins=8),
     "ema_bins": lambda: variance.ema_bins(num_bins=8),
     "loss_history": lambda: variance.loss_history(num_bins=8),
     "learned_quantile": lambda: variance.learned_quantile(resolution=4),

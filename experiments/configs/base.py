@@ -147,7 +147,6 @@ def get_config() -> ConfigDict:
                 "floor": 0.1,
                 "warmup_steps": 100,
             },
-            # The fields of variance.EprParameters in order, as variance.fit_epr returns them.
             "ppots_level_variance": {  # as ppots, for chains that stratify
                 "num_bins": 32,
                 "smallest_rate": 1e-3,
@@ -155,6 +154,14 @@ def get_config() -> ConfigDict:
                 "floor": 0.1,
                 "warmup_steps": 100,
             },
+            "ppots_slopes": {  # as ppots, from the loss's slopes at the outputs
+                "num_bins": 32,
+                "smallest_rate": 1e-3,
+                "decay": 0.99,
+                "floor": 0.2,
+                "warmup_steps": 50,
+            },
+            # The fields of variance.EprParameters in order, as variance.fit_epr returns them.
             "ppots_parametric": {"parameters": (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), "floor": 0.1},
             "ema_bins": {"num_bins": 100, "decay": 0.99, "floor": 0.01, "warmup_steps": 100},
             "ema_bins_second_moment": {

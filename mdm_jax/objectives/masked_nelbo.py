@@ -1,5 +1,6 @@
 """The masked diffusion bound."""
 
+import jax
 import jax.numpy as jnp
 
 from mdm_jax import schedules
@@ -52,9 +53,14 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
             *(model_fn, corrupted.inputs, logsnr, batch.documents, score),
             *(tokens, corrupted.target_mask),
         )
+        # Of logits: (1 - p)^2 <= |p - one_hot|^2 <= 2 (1 - p)^2, p the right token's probability.
+        slopes = jnp.square(jnp.expm1(-jax.lax.stop_gradient(nats)))
         if corrupted.element_log_weight is not None:
-            weighted = nats * jnp.exp(corrupted.element_log_weight)
-            nats = jnp.where(corrupted.target_mask, weighted, 0.0)
+            factor = jnp.exp(corrupted.element_log_weight)
+            nats, slopes = (
+                jnp.where(corrupted.target_mask, a, 0.0)
+                for a in (nats * factor, slopes * jnp.square(factor))
+            )
         log_weight = corrupted.log_weight + _UNIFORM_RATE.log_pdf(logsnr) - chosen.log_pdf(logsnr)
         scored = sum_levels(eligible.astype(jnp.float32), levels)
         return LossStats(
@@ -62,6 +68,7 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
             weight=jnp.exp(log_weight),
             scored=jnp.broadcast_to(scored, draw.u.shape),
             targets=sum_levels(corrupted.target_mask.astype(jnp.int32), levels),
+            slopes=sum_levels(slopes, levels),
         )
 
     def score(outputs: Array | Readout, targets: Array, where: Array) -> Array:

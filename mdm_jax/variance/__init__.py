@@ -50,6 +50,7 @@ from mdm_jax.variance.ppots import ppots as ppots
 from mdm_jax.variance.ppots_binned import ppots_binned as ppots_binned
 from mdm_jax.variance.ppots_parametric import epr_density as epr_density
 from mdm_jax.variance.ppots_parametric import ppots_parametric as ppots_parametric
+from mdm_jax.variance.ppots_slopes import ppots_slopes as ppots_slopes
 from mdm_jax.variance.quantile_density import PiecewiseDensity as PiecewiseDensity
 from mdm_jax.variance.quantile_density import QuantileDensity as QuantileDensity
 from mdm_jax.variance.quantile_density import log_spaced_edges as log_spaced_edges
