@@ -96,13 +96,14 @@ METHODS: dict[str, Method] = {
         "recommended chain",
         tuple(base.get_config().variance.order),
         settings=_FIXED,
-        note="fixed counts and stratified rates, the default of `experiments/configs/base.py`",
+        note="fixed counts, stratified rates, P-POTS by the loss's slopes at the outputs: the "
+        "default of `experiments/configs/base.py`",
     ),
     "recommended_for_answers": Method(
         "recommended chain for answers",
         ("stratified", "clipped"),
         settings=_FIXED,
-        note="the recommended chain over rates in [0.3, 0.8]: truncated, for models that "
+        note="fixed counts, stratified rates in [0.3, 0.8]: truncated, for models that "
         "are judged by their answers and not by a likelihood",
     ),
     "autoregressive": Method(

@@ -221,7 +221,7 @@ def test_a_run_of_another_config_is_refused_with_what_differs(launch, tmp_path):
     code, _, err = launch(f"--config={QUICKSTART}", f"--workdir={tmp_path}", *changes)
     assert code == 2 and "Traceback" not in err
     assert "optimizer.peak: 0.02 -> 0.5" in err
-    assert 'variance.order: ["stratified"] -> ["systematic"]' in err
+    assert 'variance.order: ["stratified", "ppots_slopes"] -> ["systematic"]' in err
     assert "--allow_config_change" in err
     assert (tmp_path / "config.json").read_text() == saved
     code, _, err = launch(f"--workdir={tmp_path}", "--mode=evaluate", "--config.seed=4")

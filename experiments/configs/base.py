@@ -137,7 +137,7 @@ def get_config() -> ConfigDict:
     # Variance transforms in reading order: couple, warp, replicate. () is independent noise.
     config.variance = ConfigDict(
         {
-            "order": ("stratified",),
+            "order": ("stratified", "ppots_slopes"),
             "coarse_strata": {"cells": placeholder(int)},  # None: the root of the batch size
             "stratified_levels": {"views": 2},
             "ppots": {

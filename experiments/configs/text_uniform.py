@@ -10,6 +10,7 @@ def get_config(variant: str = ""):
     """The quickstart's network, data and steps; ``variant`` is "" or "smoke"."""
     config = base.get_config()
     config.process = "uniform"
+    config.variance.order = ("stratified",)  # ppots_slopes reads losses of masked tokens
     # The network is not told which tokens are replaced, so it is told how many.
     config.model.condition_on_logsnr = True
     # A uniform rate would have infinite variance here too, see objectives.uniform_nelbo.
