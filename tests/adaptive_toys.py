@@ -24,7 +24,7 @@ def one_batch(u, raw, scored=1.0, targets=None):
     draw = Draw(u, jnp.zeros_like(u), jnp.full((*u.shape[:2], 1), 0.5))
     scored = jnp.full_like(u, scored)
     targets = scored if targets is None else jnp.asarray(targets, jnp.float32).reshape(u.shape)
-    return draw, LossStats(raw, jnp.ones_like(u), scored, targets)
+    return draw, LossStats(raw, jnp.ones_like(u), scored, targets, slopes=jnp.square(raw))
 
 
 def fresh(transform, levels=1):

@@ -51,6 +51,7 @@ MECHANISMS = {
     "ema_bins": lambda: variance.ema_bins(10, warmup_steps=5),
     "loss_history": lambda: variance.loss_history(5, 5),
     "learned_quantile": lambda: variance.learned_quantile(8, learning_rate=0.03),
+    "ppots_slopes": lambda: variance.ppots_slopes(10, warmup_steps=5),
     "uncertainty_weighting": lambda: variance.uncertainty_weighting(learning_rate=0.05),
     "cdcd_warp": lambda: variance.cdcd_warp(10, learning_rate=0.1),
     "cdtd_warp": lambda: variance.cdtd_warp(learning_rate=0.1),
@@ -97,6 +98,14 @@ def stages(toy_name, name, rows=40, drawn=8_000):
 def _default_on(toy):
     """Both toys, the other one in the slow suite."""
     return [name if name == toy else pytest.param(name, marks=pytest.mark.slow) for name in TOYS]
+
+
+def test_ppots_slopes_stays_unbiased_at_every_stage_of_masked_tokens():
+    """Whose losses alone have slopes; within 5 standard errors."""
+    mean, error, _, expected, state = stages("masked", "ppots_slopes")
+    assert np.all(np.abs(mean - expected) < 5 * error), (mean, error)
+    assert np.all(error < 0.04 * expected)
+    assert state.steps == STAGES[-1] and state.rejected == 0
 
 
 @pytest.mark.parametrize("toy_name", _default_on("masked"))

@@ -25,8 +25,8 @@ ARGUMENTS = [
     "--config.train.evaluate_every=8",
     "--config.optimizer.name=adamw",  # compiles in half the time
     "--config.optimizer.peak=0.01",
-    "--config.variance.order=('stratified', 'ppots', 'mirror')",
-    "--config.variance.ppots.warmup_steps=2",
+    "--config.variance.order=('stratified', 'ppots_slopes', 'mirror')",
+    "--config.variance.ppots_slopes.warmup_steps=2",
     "--config.sample.num_samples=1",
     "--config.sample.gap=0",
 ]

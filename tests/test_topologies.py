@@ -15,7 +15,7 @@ from experiments.experiment import make_experiment
 from mdm_jax import data, training
 
 CASES = {
-    "masked": ("stratified", "ppots", "mirror"),
+    "masked": ("stratified", "ppots_slopes", "mirror"),
     "block": ("stratified_levels", "ema_bins"),
     "gaussian": ("stratified", "ema_bins", "mirror"),
 }
@@ -31,7 +31,7 @@ def configure(case, mesh):
     config = (digits_gaussian if case == "gaussian" else quickstart).get_config("smoke")
     config.process = case
     config.variance.order = CASES[case]
-    for name in ("ppots", "ema_bins"):
+    for name in ("ppots_slopes", "ema_bins"):
         config.variance[name].warmup_steps = 0  # the second draw is already warped
     if case == "block":
         config.block.size = 8
