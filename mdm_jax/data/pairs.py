@@ -99,8 +99,8 @@ def jsonl(
     Raises:
         ValueError: naming file and line, if a line is malformed, lacks a field or has one that is
             not a string, has an answer without the marker, or does not fit and ``too_long`` is
-            "error"; naming the file, if it is
-            empty or a split would be; or if a setting is out of range.
+            "error"; naming the file, if it is empty or a split would be; or if a setting is out of
+            range.
         FileNotFoundError: if there is no such file.
     """
     check_positive("prompt_length", prompt_length)

@@ -138,4 +138,4 @@ def level_loss(axes: Any, table: LevelTable, level: str = RATE) -> Any:
 
 def _name_rows(axes: Any, names: Sequence[str] | Mapping[str, Any]) -> None:
     axes.set_yticks(np.arange(len(names)), list(names), fontsize="small")
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top; rows without a bar have their place
