@@ -21,6 +21,8 @@ import jax  # noqa: E402
 # [B] times [B, L] by accident is how diffusion code goes wrong; typed keys make reuse an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+# Programs carry one frame of the source, not all of them, which takes a tenth of the time.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 _LONGEST = ("test_launch", "test_variance_zoo", "test_adaptive_levels", "test_notebooks")
 """Files that begin first, so that no worker is left alone with one of them at the end."""

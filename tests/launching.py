@@ -29,6 +29,7 @@ def environment(devices: int = 1) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": os.environ[CACHE],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS": "0",
         "MPLBACKEND": "Agg",
     }
 

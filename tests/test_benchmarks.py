@@ -60,6 +60,7 @@ def test_the_yardstick_computes_the_loss_and_the_gradient_of_the_library(tiny_ne
     )
 
 
+@pytest.mark.slow
 def test_every_variant_of_the_step_has_the_yardsticks_parameters_and_loss():
     """One step of each, from the same parameters and noise; only dtypes may make a difference."""
     losses, counts = {}, {}
@@ -155,6 +156,7 @@ def test_what_cannot_be_measured_is_reported_and_the_rest_is_measured(monkeypatc
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_sampling_and_its_table(monkeypatch):
     monkeypatch.setattr(sampling, "SETS", {"default": ("ancestral", "blocks, cached")})
     found = sampling.measure(TINY, QUICK, num_steps=2)
@@ -165,6 +167,7 @@ def test_sampling_and_its_table(monkeypatch):
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_probe_sees_less_variance_where_there_is_less(monkeypatch):
     monkeypatch.setattr(variance_probe, "_CALLS_ALONE", 2)
     options = command.Options(("stratified",), rounds=24, seconds=0.0)
@@ -176,6 +179,7 @@ def test_the_probe_sees_less_variance_where_there_is_less(monkeypatch):
     assert len(variance_probe.table(found)) == 6
 
 
+@pytest.mark.slow
 def test_the_pipeline_feeds_steps_and_says_how_long_they_waited(monkeypatch):
     monkeypatch.setattr(input_pipeline, "_ROWS", 64)
     monkeypatch.setattr(input_pipeline, "_PULLS", 3)

@@ -25,6 +25,8 @@ ARGUMENTS = [
     "--config.train.log_every=1",
     "--config.train.checkpoint_every=2",  # so often that a kill may well come in a save
     "--config.train.evaluate_every=10",
+    "--config.optimizer.name=adamw",  # compiles in half the time
+    "--config.optimizer.peak=0.01",
 ]
 
 
@@ -194,6 +196,7 @@ def test_interrupted_the_run_saves_says_how_to_resume_and_ends_the_same(whole, t
 # --- changed settings and damage ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_longer_when_told_to_and_refuses_another_stream(whole, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(whole[0], workdir)

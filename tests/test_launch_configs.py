@@ -7,10 +7,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from variants import slow_except
 
 from experiments import build, build_masked, configs, run, saved_config, workdir
 from experiments.experiment import make_experiment
-from mdm_jax import schedules
+from mdm_jax import schedules, variance
 from mdm_jax.batches import Batch
 
 FOLDER = pathlib.Path(configs.__file__).parent
@@ -40,10 +41,17 @@ def test_the_files_are_found():
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - NEEDS_DATA))
+STUDY = {name for name in NAMES if name.startswith("study.")}
+"""Tasks for the network of ``base``; one is trained by default in test_task_accuracy.py."""
+
+
+@pytest.mark.parametrize(
+    "name", slow_except({*NAMES} - NEEDS_DATA - STUDY, sorted({*NAMES} - NEEDS_DATA))
+)
 def test_a_config_builds_and_one_step_keeps_the_state(name):
-    """The full model over the data of the smoke variant, where there is one."""
+    """A layer of the full model over the data of the smoke variant, where there is one."""
     config = _get_config(name)
+    config.model.depth = 1
     if _has_variants(name):
         config.data = _get_config(name, "smoke").data
     _take_a_step(config)
@@ -52,19 +60,46 @@ def test_a_config_builds_and_one_step_keeps_the_state(name):
 def _take_a_step(config):
     experiment = make_experiment(config)
     run.check_settings(experiment)
-    rows, length = config.train.batch_size, experiment.dataset.length
-    batch = Batch(
+    state = experiment.abstract_state()
+    after, metrics = jax.eval_shape(experiment.train_step(), state, _batch(experiment))
+    _assert_same_shapes(state, after)
+    assert all(leaf.shape == () for leaf in metrics)
+    assert experiment.describe()
+
+
+def _batch(experiment):
+    rows, length = experiment.config.train.batch_size, experiment.dataset.length
+    return Batch(
         tokens=jax.ShapeDtypeStruct((rows, length), jnp.int32),
         eligible=jax.ShapeDtypeStruct((rows, length), jnp.bool_),
         documents=jax.ShapeDtypeStruct((rows, length), jnp.int32),
         units=jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    state = experiment.abstract_state()
-    after, metrics = jax.eval_shape(experiment.train_step(), state, batch)
+
+
+def _assert_same_shapes(state, after):
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
-    assert all(leaf.shape == () for leaf in metrics)
+
+
+def _draw_and_learn(config):
+    """The part of a step that knows of noise, on logits of zero; the network takes longest."""
+    experiment = make_experiment(config)
+    run.check_settings(experiment)
+    transform, spec = experiment.transform, experiment.spec
+    vocab = experiment.dataset.vocab_size
+
+    def learn(state, batch):
+        draw = variance.draw_batch(jax.random.key(0), transform, state, spec)
+        stats = experiment.objective.loss(
+            lambda inputs, *_: jnp.zeros((*inputs.shape, vocab)), batch, draw
+        )
+        assert stats.raw.shape == draw.u.shape
+        return transform.update(state, draw, stats)
+
+    state = jax.eval_shape(lambda: transform.init(spec))
+    _assert_same_shapes(state, jax.eval_shape(learn, state, _batch(experiment)))
     assert experiment.describe()
 
 
@@ -91,8 +126,10 @@ def test_every_registered_name_can_be_chosen(field, name):
         config.sample.sampler = "ancestral"
     if section == "sample":
         run.check_settings(make_experiment(config))
-    else:
+    elif section in ("optimizer", "model"):
         _take_a_step(config)
+    else:
+        _draw_and_learn(config)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if _has_variants(name)])

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from variants import slow_except
 
 from experiments import build_masked, build_uniform, quality, run
 from experiments.configs import quickstart, text_ar, text_block, text_uniform
@@ -15,7 +16,7 @@ from experiments.generation import show_samples
 CONFIGS = {"block": text_block, "uniform": text_uniform, "autoregressive": text_ar}
 
 
-@pytest.mark.parametrize("process", CONFIGS)
+@pytest.mark.parametrize("process", slow_except({"autoregressive"}, CONFIGS))
 def test_a_run_trains_evaluates_and_writes(process, tmp_path, capsys):
     experiment = make_experiment(CONFIGS[process].get_config("smoke"))
     assert experiment.config.process == process
@@ -80,6 +81,7 @@ def test_self_conditioning_from_the_config(tmp_path):
     assert all("▁" not in sample["text"] for sample in drawn["samples"])
 
 
+@pytest.mark.slow
 def test_quality_against_steps_under_a_judge(tmp_path):
     judge = make_experiment(text_ar.get_config("smoke"))
     assert run.train(judge, tmp_path / "judge")

@@ -48,6 +48,7 @@ def check(steps, seed=0):
     return exact, narrow
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_within_noise_of_float32():
     check(40)
 

@@ -152,6 +152,7 @@ def end_second(started):
     started[1].send_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_told_to_stop_and_one_process_goes_on(whole, tmp_path):
     """SIGTERM to process 1; both save and end together, halves of every parameter in each."""
     workdir = tmp_path / "run"
