@@ -7,6 +7,7 @@ import sys
 import launching
 import numpy as np
 import pytest
+from variants import slow_except
 
 from experiments import study_runs, study_table
 from experiments.study_runs import Run
@@ -91,7 +92,10 @@ def test_the_notebooks_are_found():
     assert NAMES == ["noise_levels.ipynb", "quickstart.ipynb", "stability.ipynb", "variance.ipynb"]
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"stability.ipynb"}))
+@pytest.mark.parametrize(
+    "name",
+    slow_except({"quickstart.ipynb", "variance.ipynb"}, sorted({*NAMES} - {"stability.ipynb"})),
+)
 def test_a_notebook_runs(name, tmp_path):
     run_notebook(name, tmp_path)
 

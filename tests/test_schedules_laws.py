@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import test_schedules_gaussian
+from variants import slow_except
 
 from mdm_jax import draws, schedules
 from mdm_jax.schedules import masked
@@ -59,7 +60,13 @@ ZOO = {
         for name, make in SCHEDULES.items()
     },
 }
-every_law = pytest.mark.parametrize("name", sorted(ZOO))
+# The others share their code with one that is kept.
+SIBLINGS = {
+    *("logistic_shifted", "schedule_linear", "schedule_linear_sigma_from_zero", "schedule_sqrt"),
+    *("schedule_loglinear", "schedule_power_steep", "tabulated_bounded", "truncated_one_side"),
+    *("piecewise_edges", "truncated_logistic"),
+}
+every_law = pytest.mark.parametrize("name", slow_except(set(ZOO) - SIBLINGS, sorted(ZOO)))
 EXTREMES = np.array([2.0**-24, 3 * 2.0**-24, 1 - 3 * 2.0**-24, 1 - 2.0**-24])
 QUANTILES = np.concatenate([EXTREMES[:2], np.linspace(0.001, 0.999, 207), EXTREMES[2:]])
 RANDOM = np.random.default_rng(7).integers(2**23, size=20_000)  # points of the draw grid

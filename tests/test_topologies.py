@@ -104,12 +104,11 @@ def draw_of(experiment, state, number, place=None):
     "case,mesh_name",
     [
         ("masked", "all"),
-        ("block", "all"),
-        ("gaussian", "all"),
         *(
             pytest.param(case, mesh, marks=pytest.mark.slow)
             for case in CASES
-            for mesh in ("data", "fsdp")
+            for mesh in MESHES
+            if (case, mesh) != ("masked", "all")
         ),
     ],
 )

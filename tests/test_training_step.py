@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from variants import slow_except
 
 from mdm_jax import training, variance
 
@@ -44,7 +45,7 @@ def _draw(step):
 # --- microbatches -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_microbatches_equal_the_full_batch(parts):
     """SGD at rate 1 makes the parameters' change the gradient itself."""
     whole, metrics = _one_step()
@@ -153,7 +154,13 @@ def _transformer_step():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+    "sizes",
+    [
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"data": 4, "fsdp": 2}, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+    ids=str,
 )
 def test_eight_devices_equal_one(sizes):
     start = _transformer_start()
@@ -263,7 +270,7 @@ def test_prompt_tokens_are_context_and_never_masked_or_scored():
 # --- compilation and state structure ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", slow_except({"muon"}, ["adamw", "muon"]))
 def test_one_trace_and_a_stable_state(optimizer):
     chosen = getattr(training, optimizer)(training.warmup_cosine(1e-2, 2, 20))
     _, step = tiny.step_fn(ROWS, apply=MODEL.apply, optimizer=chosen)
@@ -321,7 +328,7 @@ def _counting():
     )
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(parts):
     optimizer, chain = optax.adam(0.1), _counting()
     spec, step = tiny.step_fn(
