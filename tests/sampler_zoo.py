@@ -53,10 +53,13 @@ REMASKING = (
 """Members that may put a mask back."""
 
 SIBLINGS = (
+    "ancestral",  # cached_ancestral draws the same tokens
     "ancestral_cosine",
     "by_confidence",
     "by_margin_in_turn",
+    "by_score_along_grid",
     "random_remasking",
+    "remdm_confidence",
     "remdm_rescale",
 )
 """Members that share the step of another one, for the slow suite."""

@@ -46,7 +46,9 @@ def test_without_a_mesh_nothing_happens():
     assert run() == (8, 1) and num_parts(8, "batch") == 1
 
 
-@pytest.mark.parametrize("remat, scanned", [("none", False), ("full", True)])
+@pytest.mark.parametrize(
+    "remat, scanned", [pytest.param("none", False, marks=pytest.mark.slow), ("full", True)]
+)
 def test_networks_give_the_same_on_a_mesh(remat, scanned, monkeypatch):
     """Losses and gradients, with rows over four devices and heads over two."""
     monkeypatch.setattr(attention_einsum, "SCORES_AT_ONCE", 1)

@@ -9,6 +9,7 @@ import pytest
 import toy_oracle as oracle
 import zoo
 from adaptive_toys import LAW, one_batch
+from variants import slow_except
 
 from mdm_jax import corruption, objectives, schedules, variance
 from mdm_jax.batches import Batch
@@ -109,7 +110,9 @@ def test_ppots_slopes_stays_unbiased_at_every_stage_of_masked_tokens():
 
 
 @pytest.mark.parametrize("toy_name", _default_on("masked"))
-@pytest.mark.parametrize("name", ["ema_bins", "loss_history", "learned_quantile"])
+@pytest.mark.parametrize(
+    "name", slow_except({"learned_quantile"}, ["ema_bins", "loss_history", "learned_quantile"])
+)
 def test_exact_mechanisms_stay_unbiased_at_every_stage(name, toy_name):
     """5 standard errors; and on the Gaussian toy variance has fallen by the last stage."""
     mean, error, spread, expected, state = stages(toy_name, name)
@@ -121,7 +124,9 @@ def test_exact_mechanisms_stay_unbiased_at_every_stage(name, toy_name):
 
 
 @pytest.mark.parametrize("toy_name", _default_on("gaussian"))
-@pytest.mark.parametrize("name", ["uncertainty_weighting", "cdcd_warp", "cdtd_warp"])
+@pytest.mark.parametrize(
+    "name", slow_except({"cdcd_warp"}, ["uncertainty_weighting", "cdcd_warp", "cdtd_warp"])
+)
 def test_biased_mechanisms_change_what_is_estimated(name, toy_name):
     mean, error, _, expected, state = stages(toy_name, name)
     assert np.abs(mean[-1] - expected) > 5 * error[-1]
@@ -129,11 +134,15 @@ def test_biased_mechanisms_change_what_is_estimated(name, toy_name):
     assert MECHANISMS[name]().bias == "biased"
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+LEARNT = ("learned_quantile", "ppots_slopes", "cdcd_warp")
+"""Tried by default; test_variance_zoo has all under bad losses, and the exact ones on the toy."""
+
+
+@pytest.mark.parametrize("name", slow_except(LEARNT, MECHANISMS))
 def test_a_bad_loss_changes_nothing_and_is_counted(name):
     """One NaN among the losses of a state that has learnt."""
-    *_, state = stages("masked", name)
     transform = MECHANISMS[name]()
+    *_, state = stages("gaussian" if transform.bias == "biased" else "masked", name)
     batch = one_batch([[0.1, 0.5, 0.9]], [[1.0, np.nan, 1.0]])
     update = zoo.quick(transform.update)
     after = update(state, *batch)

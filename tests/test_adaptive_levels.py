@@ -69,7 +69,7 @@ def test_ema_bins_by_hand():
 def test_ema_bins_follow_either_moment():
     """Bins never visited count as average; the mean square moves once per step as well."""
     batch = one_batch([[0.1, 0.2, 0.4]], [[2.0, 4.0, 6.0]])
-    state = variance.ema_bins(3, decay=0.5).update(fresh(variance.ema_bins(3)), *batch)
+    state = learn(variance.ema_bins(3, decay=0.5), batch)
     np.testing.assert_allclose(state.mean, [1.5, 3.0, 0], rtol=1e-6)
     np.testing.assert_allclose(state.second, [5.0, 18.0, 0], rtol=1e-6)
     np.testing.assert_allclose(state.weight, [0.5, 0.5, 0])
@@ -84,9 +84,9 @@ def test_ema_bins_follow_either_moment():
 def test_loss_history_by_hand():
     """Two bins of two: histories (1, 1), (3, 4)."""
     transform = variance.loss_history(2, 2, floor=0.001)
-    half = transform.update(fresh(transform), *one_batch([[0.1, 0.9, 0.2]], [[1.0, 3.0, 1.0]]))
+    half = learn(transform, one_batch([[0.1, 0.9, 0.2]], [[1.0, 3.0, 1.0]]))
     np.testing.assert_allclose(density(transform, half, [0.2, 0.8]), 1, rtol=1e-6)
-    state = transform.update(half, *one_batch([[0.7]], [[4.0]]))
+    state = zoo.quick(transform.update)(half, *one_batch([[0.7]], [[4.0]]))
     np.testing.assert_array_equal(state.values, [[1, 1], [3, 4]])
     found = density(transform, state, [0.25, 0.75])
     np.testing.assert_allclose(found / 2, (0.220760728002, 0.779239271998), rtol=1e-6)
@@ -108,7 +108,7 @@ def test_loss_history_takes_a_batch_in_its_order():
         np.testing.assert_array_equal(np.sort(ring), np.sort(values[-4:]))
     assert state.count.max() < 8 and state.count.min() >= 4
     two = [[0.1, 0.5], [0.1, 0.9]], [[2.0, 3.0], [4.0, 5.0]]  # a pair of views, and two levels
-    paired = transform.update(fresh(transform), *one_batch(*two))
+    paired = learn(transform, one_batch(*two))
     np.testing.assert_array_equal(paired.values[:, 0], [3, 3, 5])
     np.testing.assert_array_equal(paired.count, [1, 1, 1])
 
@@ -242,7 +242,7 @@ def test_network_gradient_is_that_of_the_second_moment():
         np.testing.assert_allclose(along, difference, rtol=1e-6)
 
 
-@pytest.mark.parametrize("resolution", [1, 4, 32])
+@pytest.mark.parametrize("resolution", [1, 4, pytest.param(32, marks=pytest.mark.slow)])
 def test_network_starts_at_the_identity_and_inverts_itself(resolution):
     u = jnp.asarray(np.append(FINE[::50], [2.0**-24, 1 - 2.0**-24]), jnp.float32)
     net = variance.monotone_net(resolution)

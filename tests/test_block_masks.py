@@ -173,7 +173,14 @@ def vectorised(name, window=None):
 LEVELS = jnp.asarray([[-2.0, 0.0, 3.0], [1.0, -jnp.inf, 0.5]])
 
 
-@pytest.mark.parametrize("name, window", [("plain", 2), ("conditioned", None)])
+@pytest.mark.parametrize(
+    "name, window",
+    [
+        ("conditioned", 2),
+        pytest.param("plain", 2, marks=pytest.mark.slow),
+        pytest.param("conditioned", None, marks=pytest.mark.slow),
+    ],
+)
 def test_one_pass_equals_the_loop_over_blocks(name, window):
     noised, clean = rows()
     inputs = jnp.concatenate([noised, clean], axis=-1)

@@ -230,8 +230,13 @@ def test_stratified_levels_cover_every_block_of_the_batch():
 @pytest.mark.parametrize(
     "transform",
     [
-        variance.chain(variance.stratified(), variance.mirror()),
-        variance.chain(variance.complement(), variance.rotate_ranks(2)),
+        *(
+            pytest.param(chain, marks=pytest.mark.slow)
+            for chain in (
+                variance.chain(variance.stratified(), variance.mirror()),
+                variance.chain(variance.complement(), variance.rotate_ranks(2)),
+            )
+        ),
         variance.chain(variance.stratified_levels(2), variance.clipped_mixture(0.3, 0.8, 0.3)),
         variance.chain(
             variance.stratified_blocks(),

@@ -11,6 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from variants import slow_except
 
 from mdm_jax import samplers, schedules
 from mdm_jax.models import toy
@@ -42,7 +43,7 @@ def toy_generator(block_size, sampler="first_hitting", prefix=0):
 # --- the law ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("block_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_samples_follow_the_product_of_the_block_laws(block_size):
     """100,000 rows against the enumerated law of all 81, chi-square; the data rows within 5
     standard errors. Laws of other block sizes are far away."""
@@ -87,7 +88,9 @@ def test_given_tokens_stay_and_no_mask_is_left(kind, places, seed):
     np.testing.assert_array_equal(tokens[canvas != MASK], canvas[canvas != MASK])
 
 
-@pytest.mark.parametrize("sampler", ["first_hitting", "cached_ancestral"])
+@pytest.mark.parametrize(
+    "sampler", slow_except({"cached_ancestral"}, ["first_hitting", "cached_ancestral"])
+)
 def test_rows_do_not_influence_each_other(sampler):
     generate = toy_generator(2, sampler)
     rng = np.random.default_rng(0)
@@ -208,8 +211,8 @@ def network(scan_layers):
 @pytest.mark.parametrize(
     "sampler, scan_layers, window",
     [
-        ("first_hitting", False, None),
-        ("first_hitting", True, 3),
+        pytest.param("first_hitting", False, None, marks=pytest.mark.slow),
+        pytest.param("first_hitting", True, 3, marks=pytest.mark.slow),
         ("cached_ancestral", False, 2),
     ],
 )

@@ -86,7 +86,14 @@ def known_places(row, block, places):
     return tuple((i, row[i]) for i in places if row[i] is not None and i < 2 * block + 2)
 
 
-@pytest.mark.parametrize("start", [(2, None, None, None), (0, 1, None, None), (1, None, 0, None)])
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param((2, None, None, None), marks=pytest.mark.slow),
+        pytest.param((0, 1, None, None), marks=pytest.mark.slow),
+        (1, None, 0, None),
+    ],
+)
 def test_guidance_hides_the_prompt_of_the_blocks_before(start):
     """40,000 rows against enumeration: the network without the prompt sees what was generated."""
     scale = 2.5
@@ -118,7 +125,7 @@ def test_a_prefix_is_hidden_too():
     np.testing.assert_array_equal(ahead(toy.toy_params(), jax.random.key(1), canvas), first)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_ngram_of_the_written_row_comes_again(n):
     """40,000 rows against enumeration; with n = 1 a fourth token must fall back to the network."""
 
@@ -206,7 +213,10 @@ def network():
     return model, tiny.parameters(model, LENGTH)
 
 
-@pytest.mark.parametrize("name, window", [("ancestral", None), ("cached_ancestral", 3)])
+@pytest.mark.parametrize(
+    "name, window",
+    [pytest.param("ancestral", None, marks=pytest.mark.slow), ("cached_ancestral", 3)],
+)
 def test_cached_generation_draws_the_tokens_of_the_uncached_one(name, window):
     """Guided, constrained and self-conditioned at once."""
     model, params = network()

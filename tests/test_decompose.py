@@ -208,7 +208,12 @@ def measured(name):
 
 
 @pytest.mark.parametrize(
-    "name, loss", [("identity", LOSS), ("mirror", MIRRORED_LOSS), ("stratified", LOSS)]
+    "name, loss",
+    [
+        ("identity", LOSS),
+        pytest.param("mirror", MIRRORED_LOSS, marks=pytest.mark.slow),
+        pytest.param("stratified", LOSS, marks=pytest.mark.slow),
+    ],
 )
 def test_probes_find_loss_and_gradient_components(name, loss):
     """Within 4 of the reported standard errors (1500 rows); stratified rows have iid's law."""
@@ -246,6 +251,7 @@ def test_streaming_gradients_agree_with_enumeration_and_with_the_nested_estimato
     np.testing.assert_allclose(streamed.data.value, each.data.sum(), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_importance_weights_belong_to_the_loss():
     """u = v^2 with weight 2 sqrt(u): components against enumeration over cells of the law."""
 

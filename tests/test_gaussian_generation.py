@@ -35,7 +35,11 @@ def refused(model_fn, sampler, grid, shape, path, output=X0, start=None):
 
 @pytest.mark.parametrize(
     "sampler",
-    [samplers.ddim(0.6), samplers.ddpm_ancestral(1.0), samplers.edm_heun(churn=2.0)],
+    [
+        pytest.param(samplers.ddim(0.6), marks=pytest.mark.slow),
+        samplers.ddpm_ancestral(1.0),
+        samplers.edm_heun(churn=2.0),
+    ],
     ids=lambda sampler: sampler.name,
 )
 def test_rows_are_independent_and_the_end_is_the_estimate(sampler):

@@ -103,6 +103,7 @@ def test_the_prior_term():
         np.testing.assert_allclose(prior_divergence(square, -10.0), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_bound_does_not_depend_on_the_path_or_the_output():
     law = LAWS["skewed"]
     data = np.asarray(law.sample(jax.random.key(1), (4, 3)), np.float64)
@@ -276,7 +277,10 @@ LOG_DENSITIES = {  # at -1, 0.2 and 0.9
 }
 
 
-@pytest.mark.parametrize("name, path_name", [("narrow", "ve"), ("pair", "flow"), ("skewed", "vp")])
+@pytest.mark.parametrize(
+    "name, path_name",
+    [("narrow", "ve"), pytest.param("pair", "flow", marks=pytest.mark.slow), ("skewed", "vp")],
+)
 def test_log_density_by_the_probability_flow(name, path_name):
     law, points = LAWS[name], np.array([-1.0, 0.2, 0.9])
     path = paths.by_name(path_name)

@@ -81,11 +81,13 @@ def test_variance_of_ancestral_samples(std, n):
         ({"second_order": False}, 18, 0.178962586642),
         ({"churn": 40.0, "second_order": False}, 18, 0.150770843925),
         ({}, 18, 0.278398632092),
-        ({"churn": 4.0}, 18, 0.298780274086),
+        pytest.param({"churn": 4.0}, 18, 0.298780274086, marks=pytest.mark.slow),
         ({"churn": 40.0}, 18, 0.316095314990),
-        ({"churn": 4.0, "churn_min": 100.0}, 18, 0.278398632092),
-        ({}, 36, 0.256144271642),
-        ({}, 72, 0.251437480044),
+        pytest.param(
+            {"churn": 4.0, "churn_min": 100.0}, 18, 0.278398632092, marks=pytest.mark.slow
+        ),
+        pytest.param({}, 36, 0.256144271642, marks=pytest.mark.slow),
+        pytest.param({}, 72, 0.251437480044, marks=pytest.mark.slow),
     ],
 )
 def test_edm_sampler_on_narrow_data(settings, n, variance):

@@ -31,6 +31,8 @@ DOCUMENTS = jnp.asarray(
     jnp.int32,
 )
 
+appended = tiny.jit(caches.append)
+
 # --- the ring -----------------------------------------------------------------------------------
 
 
@@ -44,7 +46,7 @@ def test_the_ring_holds_the_latest_tokens(sizes):
         number = jnp.arange(written, written + size)
         spread = jnp.broadcast_to(number[None, None, :, None, None], (2, 2, size, 2, 8))
         values = KeyValues(spread.astype(jnp.float32), -spread.astype(jnp.float32))
-        cache = caches.append(cache, values, jnp.broadcast_to(number[None] + 1, (2, size)))
+        cache = appended(cache, values, jnp.broadcast_to(number[None] + 1, (2, size)))
         written += size
     positions = np.asarray(caches.cached_positions(cache))
     kept = list(range(max(0, written - 5), written))
@@ -129,11 +131,11 @@ def decoding(name, window, first):
 @pytest.mark.parametrize(
     "name, window, first",
     [
-        ("unrolled", None, 0),
+        pytest.param("unrolled", None, 0, marks=pytest.mark.slow),
         ("unrolled", 3, 8),
         ("scanned", 2, 0),
         ("conditioned", None, 6),
-        ("conditioned", 1, 0),
+        pytest.param("conditioned", 1, 0, marks=pytest.mark.slow),
     ],
 )
 def test_block_decoding_equals_one_pass_over_all_blocks(name, window, first):
@@ -152,7 +154,12 @@ def test_block_decoding_equals_one_pass_over_all_blocks(name, window, first):
 
 @pytest.mark.parametrize(
     "name, window, first",
-    [("unrolled", None, 5), ("scanned", 4, 0), ("scanned", 4, 7), ("conditioned", 1, 0)],
+    [
+        ("unrolled", None, 5),
+        pytest.param("scanned", 4, 0, marks=pytest.mark.slow),
+        ("scanned", 4, 7),
+        pytest.param("conditioned", 1, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_causal_decoding_equals_one_pass_over_the_row(name, window, first):
     model, params = made(name)

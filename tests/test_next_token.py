@@ -12,6 +12,7 @@ import optax
 import pytest
 import tiny
 from block_toy import BLOCK_MEAN, BLOCK_NELBO, PROBABILITIES
+from variants import slow_except
 from zoo import quick
 
 from mdm_jax import corruption, evaluation, objectives, training, variance
@@ -144,13 +145,17 @@ def test_the_train_step_runs_as_it_does_elsewhere():
     assert np.isfinite(readings["controlled_loss"]) and readings["gradient_rejected"] == 0
 
 
-@pytest.mark.parametrize("name", ["rotate_ranks", "stratified_levels", "clipped_mixture"])
+@pytest.mark.parametrize(
+    "name",
+    slow_except({"clipped_mixture"}, ["rotate_ranks", "stratified_levels", "clipped_mixture"]),
+)
 def test_chains_leave_the_loss_as_it_is(name):
     """Couplings and views change nothing; an exact warp keeps the mean over its weights."""
     settings = {"clipped_mixture": (0.3, 0.8, 0.3)}.get(name, ())
     chain = variance.chain(getattr(variance, name)(*settings))
     spec = OBJECTIVE.spec(300, toy.LENGTH)
-    draw = variance.draw_batch(jax.random.key(0), chain, chain.init(spec), spec)
+    run = tiny.jit(lambda key: variance.draw_batch(key, chain, chain.init(spec), spec))
+    draw = run(jax.random.key(0))
     batch = jax.tree.map(lambda a: jnp.repeat(a, 100, axis=0), toy.toy_batch())
     stats = loss()(batch, draw)
     expected = np.repeat(BLOCK_NELBO[1], 100)

@@ -101,7 +101,8 @@ DOCUMENTS[3, 9:] = 0
 
 
 @pytest.mark.parametrize(
-    "scan_layers, window, prefix", [(False, None, 0), (True, 4, 1), (False, 3, 1)]
+    "scan_layers, window, prefix",
+    [pytest.param(False, None, 0, marks=pytest.mark.slow), (True, 4, 1), (False, 3, 1)],
 )
 def test_cached_generation_draws_the_tokens_of_the_uncached_one(scan_layers, window, prefix):
     """Rows longer than those of training, prompts, two documents and padding."""

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from test_corruption import NELBO, model_fn
+from variants import slow_except
 
 from mdm_jax import corruption, objectives, schedules, variance
 from mdm_jax.batches import Batch
@@ -22,7 +24,7 @@ FULL_LAWS = {
 }
 
 
-@pytest.mark.parametrize("name", FULL_LAWS)
+@pytest.mark.parametrize("name", slow_except({"linear", "cosine_squared"}, FULL_LAWS))
 def test_every_full_law_has_the_same_mean(name):
     """Importance weights make the mean loss the bound; 5 standard errors of 20000 draws."""
     objective = objectives.masked_nelbo(
@@ -73,13 +75,18 @@ def _mixed_batch():
 
 def _draw(spec, seed=0):
     transform = variance.chain(variance.stratified(), variance.mirror())
-    return variance.draw_batch(jax.random.key(seed), transform, transform.init(spec), spec)
+    draw = tiny.jit(lambda key: variance.draw_batch(key, transform, transform.init(spec), spec))
+    return draw(jax.random.key(seed))
+
+
+def _loss(objective, batch, draw):
+    return tiny.jit(lambda: objective.loss(model_fn, batch, draw))()
 
 
 def test_sums_normalise_by_eligible_tokens_of_the_whole_batch():
     objective = objectives.masked_nelbo(corruption.fixed_count(toy.MASK_ID))
     draw = _draw(objective.spec(4, 4))
-    stats = objective.loss(model_fn, _mixed_batch(), draw)
+    stats = _loss(objective, _mixed_batch(), draw)
     assert stats.raw.shape == (2, 4, 1)
     np.testing.assert_array_equal(stats.scored[:, :, 0], [[2, 2, 0, 4]] * 2)
     np.testing.assert_array_equal(stats.raw[:, 2], 0.0)
@@ -94,7 +101,7 @@ def test_segments_are_independent_terms():
     objective = objectives.masked_nelbo(corruption.fixed_count(toy.MASK_ID), num_levels=2)
     spec = objective.spec(3, 4)
     assert spec == DrawSpec(3, 2, (4,))
-    stats = objective.loss(model_fn, toy.toy_batch(), _draw(spec))
+    stats = _loss(objective, toy.toy_batch(), _draw(spec))
     assert stats.raw.shape == stats.weight.shape == (2, 3, 2)
     assert np.all(stats.targets >= 1)
     np.testing.assert_allclose(stats.weight, 2 / stats.targets, rtol=1e-6)
@@ -110,7 +117,7 @@ def test_unscored_positions_carry_no_gradient():
         stats = objective.loss(lambda *_: logits, batch, draw)
         return sum_losses(draw, stats).loss
 
-    gradient = np.asarray(jax.grad(loss)(jnp.zeros((8, 4, 3))))
+    gradient = np.asarray(tiny.jit(jax.grad(loss))(jnp.zeros((8, 4, 3))))
     touched = np.abs(gradient).sum(-1).reshape(4, 2, 4).sum(1) > 0
     assert not np.any(touched & ~np.asarray(batch.eligible))
     assert np.all(touched[3])  # the two mirrored views cover a whole row at most rates
@@ -127,16 +134,16 @@ def test_all_empty_batch_has_zero_loss_and_gradient():
         sums = sum_losses(draw, stats)
         return token_mean(sums.loss, sums.scored)
 
-    value, gradient = jax.value_and_grad(loss)(toy.toy_params())
+    value, gradient = tiny.jit(jax.value_and_grad(loss))(toy.toy_params())
     assert value == 0
     np.testing.assert_array_equal(gradient["params"]["theta"], 0.0)
 
 
 def test_all_masked_row_has_weight_one():
     objective = objectives.masked_nelbo(corruption.fixed_count(toy.MASK_ID))
-    tiny = jnp.full((1, 3, 1), 2.0**-24)  # quantile of the lowest logSNR: everything masked
-    draw = Draw(tiny, jnp.zeros_like(tiny), jnp.full((1, 3, 4), 0.5))
-    stats = objective.loss(model_fn, toy.toy_batch(), draw)
+    u = jnp.full((1, 3, 1), 2.0**-24)  # quantile of the lowest logSNR: everything masked
+    draw = Draw(u, jnp.zeros_like(u), jnp.full((1, 3, 4), 0.5))
+    stats = _loss(objective, toy.toy_batch(), draw)
     np.testing.assert_array_equal(stats.targets[0, :, 0], [4, 4, 4])
     np.testing.assert_allclose(stats.weight, 1.0, rtol=1e-6)
     np.testing.assert_allclose(stats.raw[0, :, 0], [4.54866716, 4.92656156, 3.91924897], rtol=1e-6)

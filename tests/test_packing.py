@@ -3,15 +3,13 @@
 import itertools
 import json
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 import tiny
 
 from experiments import build
 from experiments.configs import base
-from mdm_jax import corruption, data, objectives, training
+from mdm_jax import corruption, data, objectives
 from mdm_jax.batches import Batch
 from mdm_jax.data.documents import documents
 from mdm_jax.data.packing import cut_documents, fill_fraction, first_fit
@@ -182,7 +180,7 @@ def test_losses_of_packed_documents_are_those_of_rows_of_their_own():
     origin_apart = TokenSpans(places, starts, length, ends[-1], noise, ends=ends)
 
     model = tiny.transformer(depth=2, qk_norm=True)
-    params = tiny.perturbed(nn.meta.unbox(training.linen_init(model, length)(jax.random.key(0))))
+    params = tiny.parameters(model, length)
     bound = objectives.masked_nelbo(corruption.bernoulli(tiny.MASK_ID))
 
     @tiny.jit

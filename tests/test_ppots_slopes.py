@@ -36,14 +36,19 @@ def test_slopes_are_those_of_the_logits_but_for_a_factor_of_at_most_two(process)
     objective, batch, model_fn = objectives.masked_nelbo(process), _batch(), _network()
     identity = variance.identity()
     spec = objective.spec(ROWS, LENGTH)
-    draw = variance.draw_batch(jax.random.key(0), identity, identity.init(spec), spec)
 
-    def raw(shift):
-        """Of every row, where its logits are shifted."""
-        return objective.loss(lambda *inputs: model_fn(*inputs) + shift, batch, draw).raw[0, :, 0]
+    @tiny.jit
+    def both(key, shift):
+        """Statistics, and the slopes of the rows' losses where their logits are shifted."""
+        draw = variance.draw_batch(key, identity, identity.init(spec), spec)
 
-    stats = objective.loss(model_fn, batch, draw)
-    slope = jax.jacrev(lambda shift: jnp.sum(raw(shift)))(jnp.zeros((ROWS, LENGTH, TOKENS)))
+        def total(shift):
+            stats = objective.loss(lambda *inputs: model_fn(*inputs) + shift, batch, draw)
+            return jnp.sum(stats.raw[0, :, 0])
+
+        return objective.loss(model_fn, batch, draw), jax.jacrev(total)(shift)
+
+    stats, slope = both(jax.random.key(0), jnp.zeros((ROWS, LENGTH, TOKENS)))
     squared = np.sum(np.square(slope), axis=(1, 2))
     found = np.asarray(stats.slopes[0, :, 0])
     assert found.shape == (ROWS,) and np.all(

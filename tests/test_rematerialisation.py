@@ -55,7 +55,9 @@ def step(remat, scanned):
     return value, gradient, compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    "scanned", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"]
+)
 @pytest.mark.parametrize("remat", POLICIES)
 def test_losses_and_gradients_are_equal(remat, scanned):
     expected, slopes, memory = step("none", False)

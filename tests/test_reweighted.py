@@ -27,7 +27,7 @@ FACTORS = {
 
 
 @pytest.mark.parametrize("name", FACTORS)
-@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 def test_masked_bound_with_a_factor(name, scale):
     """E over the law of weight times loss is int g(m) factor(m) dm, whatever the law.
 

@@ -168,6 +168,7 @@ def test_first_hitting_clock_law():
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_named_grids_are_accepted():
     """The package's uniform-rate grid is the one these laws were computed on."""
     grid = np.asarray(schedules.grids.uniform_masking_rate(4))
@@ -219,7 +220,11 @@ def test_given_tokens_stay_and_no_mask_is_left(sampler, grid):
         assert (tokens[1] == canvas[1]).all()
 
 
-@pytest.mark.parametrize("sampler, grid", both(), ids=lambda x: getattr(x, "name", ""))
+@pytest.mark.parametrize(
+    "sampler, grid",
+    [both()[0], pytest.param(*both()[1], marks=pytest.mark.slow)],
+    ids=lambda x: getattr(x, "name", ""),
+)
 def test_rows_are_independent(sampler, grid):
     """Row i of a batch of 8 is the batch of one with row_offset=i, bit for bit."""
     model = Transformer(TransformerConfig(vocab_size=6, width=16, depth=1, num_heads=2))
@@ -242,6 +247,7 @@ def test_rows_are_independent(sampler, grid):
     assert (np.asarray(generate(params, jax.random.key(1), canvas, documents)) == whole).all()
 
 
+@pytest.mark.slow
 def test_finished_rows_are_left_alone():
     """A row that is full early keeps its clock while the others go on."""
     canvas = jnp.array([[0, 1, 2, MASK], [MASK] * 4], jnp.int32)
@@ -335,7 +341,9 @@ def test_traced_grid_still_reveals_everything():
     assert (np.asarray(run(jnp.array([-jnp.inf, -2.0, -1.0]))) != MASK).all()
 
 
-@pytest.mark.parametrize("sampler", [samplers.ancestral, samplers.first_hitting])
+@pytest.mark.parametrize(
+    "sampler", [samplers.ancestral, pytest.param(samplers.first_hitting, marks=pytest.mark.slow)]
+)
 def test_temperature_zero_is_greedy(sampler):
     """From one masked place on, the argmax; ancestral in one step gives every place's argmax."""
     greedy = sampler(samplers.temperature(0.0))

@@ -97,7 +97,7 @@ def ancestral_tokens():
     return generated(samplers.ancestral())
 
 
-@pytest.mark.parametrize("rows_per_pass", [1, 3, 100])
+@pytest.mark.parametrize("rows_per_pass", [1, 3, pytest.param(100, marks=pytest.mark.slow)])
 def test_tokens_are_those_of_ancestral(rows_per_pass, ancestral_tokens):
     """A network that sees the level and its documents."""
     got = generated(cached_ancestral(rows_per_pass))

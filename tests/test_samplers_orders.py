@@ -21,6 +21,7 @@ from toy_reverse import (
     total_variation,
     toy_model,
 )
+from variants import slow_except
 
 from mdm_jax import samplers, schedules
 from mdm_jax.samplers import scores
@@ -161,7 +162,7 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("name", slow_except({"one by one", "MaskGIT"}, COUNTED))
 def test_by_score_follows_its_law(name):
     """Places are a function of the state, tokens are independent: a product of matrices."""
     sampler, grid, score, counts = COUNTED[name]
@@ -313,7 +314,10 @@ def test_bad_settings(build, message):
         build()
 
 
-@pytest.mark.parametrize("token_filter", [GREEDY, samplers.top_k(1), samplers.top_p(0.3)])
+@pytest.mark.parametrize(
+    "token_filter",
+    [GREEDY, samplers.top_k(1), pytest.param(samplers.top_p(0.3), marks=pytest.mark.slow)],
+)
 def test_entropy_bounded_needs_a_distribution(token_filter):
     """A nucleus of 0.3 holds one token of three, whatever their probabilities."""
     canvas = samplers.blank_canvas(1, 4, MASK)

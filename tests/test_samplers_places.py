@@ -1,20 +1,19 @@
 """Logits and tokens at the places that a step reveals, and nowhere else."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from mdm_jax import models, samplers, schedules, training
+from mdm_jax import models, samplers, schedules
 from mdm_jax.samplers.ancestral import fill_places
 from mdm_jax.samplers.filters import draw_tokens, draw_tokens_at
 
 ROWS, LENGTH = 3, 12
 
 
-@pytest.mark.parametrize("vocab", [5, 65, 150])
+@pytest.mark.parametrize("vocab", [5, pytest.param(65, marks=pytest.mark.slow), 150])
 def test_drawn_tokens_follow_the_softmax(vocab):
     """Frequencies of every token within 5 standard errors; tokens ruled out never come."""
     logits = np.random.default_rng(vocab).normal(0.0, 1.5, vocab).astype(np.float32)
@@ -33,21 +32,22 @@ def test_drawn_tokens_follow_the_softmax(vocab):
 def test_a_long_vocabulary_whose_runs_are_all_ruled_out_but_one():
     logits = np.full((2, 3, 400), -np.inf, np.float32)
     logits[..., 333] = -7.0
-    drawn = draw_tokens(jax.random.split(jax.random.key(0), 2), jnp.asarray(logits))
+    drawn = tiny.jit(draw_tokens)(jax.random.split(jax.random.key(0), 2), logits)
     np.testing.assert_array_equal(drawn, 333)
 
 
 @pytest.mark.parametrize("vocab", [6, 90])
 def test_a_place_draws_the_same_whatever_is_drawn_with_it(vocab):
-    logits = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, vocab))
+    logits = np.random.default_rng(1).normal(size=(ROWS, LENGTH, vocab)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), ROWS)
-    every = np.asarray(draw_tokens(keys, logits))
+    every = np.asarray(tiny.jit(draw_tokens)(keys, logits))
     places = np.asarray([[3, 0], [7, 11], [2, 2]])
-    some = draw_tokens_at(keys, jnp.take_along_axis(logits, places[..., None], 1), places)
+    picked = np.take_along_axis(logits, places[..., None], 1)
+    some = tiny.jit(draw_tokens_at)(keys, picked, places)
     np.testing.assert_array_equal(some, np.take_along_axis(every, places, 1))
 
 
-@pytest.mark.parametrize("size", [1, 5, 12, 100])
+@pytest.mark.parametrize("size", [1, 5, pytest.param(12, marks=pytest.mark.slow), 100])
 def test_places_are_filled_where_asked_and_only_there(size):
     logits = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 6))
     keys = jax.random.split(jax.random.key(0), ROWS)
@@ -65,16 +65,14 @@ def test_places_are_filled_where_asked_and_only_there(size):
 @pytest.fixture(scope="module")
 def network():
     model = tiny.transformer()
-    return model, tiny.perturbed(
-        nn.meta.unbox(training.linen_init(model, LENGTH)(jax.random.key(0)))
-    )
+    return model, tiny.parameters(model, LENGTH)
 
 
 @pytest.mark.parametrize(
     "sampler, num_steps",
     [
         (samplers.ancestral(), 1),
-        (samplers.ancestral(), 3),
+        pytest.param(samplers.ancestral(), 3, marks=pytest.mark.slow),
         (samplers.ancestral(), 40),
         (samplers.cached_ancestral(2), 3),
         (samplers.first_hitting(), None),

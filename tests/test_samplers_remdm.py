@@ -184,7 +184,7 @@ def confidence_law(steps: int) -> np.ndarray:
     return law @ confidence_kernel(3, 4, blank)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("steps", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
 def test_remdm_confidence_follows_its_law(steps):
     sampler = remdm_confidence()
     canvas = samplers.blank_canvas(COUNT, 4, MASK)

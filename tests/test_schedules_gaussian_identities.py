@@ -21,6 +21,7 @@ def assert_same_law(one, other, rtol=1e-10):
     np.testing.assert_allclose(other.cdf(level), one.cdf(level), rtol=rtol, atol=rtol)
 
 
+@pytest.mark.slow
 def test_identities():
     with jax.enable_x64(True):
         g = gaussian
@@ -99,6 +100,7 @@ def test_chen_families():
         np.testing.assert_allclose(expit(got), want, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_wavegrad_density():
     """A mixture of uniform laws of alpha, one per segment of the table."""
     alpha = np.append(1, np.cumprod(np.sqrt(1 - np.linspace(0.01, 0.5, 6))))
@@ -116,7 +118,9 @@ def test_wavegrad_density():
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.8, 1.0), (2.0, 0.5)])
+@pytest.mark.parametrize(
+    ("alpha", "beta"), [pytest.param(0.8, 1.0, marks=pytest.mark.slow), (2.0, 0.5)]
+)
 def test_beta_time(alpha, beta):
     """The time of the base has the Beta distribution, as scipy knows it."""
     time = scipy.stats.beta(alpha, beta)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from variants import slow_except
 
 from mdm_jax import draws, schedules, variance
 from mdm_jax.schedules import grids, masked
@@ -24,7 +25,7 @@ def test_uniform_masking_rate(n):
     np.testing.assert_allclose(schedules.survival_probability(grid), 1 - rate, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", FULL_RANGE)
+@pytest.mark.parametrize("name", slow_except({"cosine_md4", "sqrt"}, FULL_RANGE))
 def test_from_schedule(name, n=64):
     schedule = masked.by_name(name)
     grid = grids.from_schedule(schedule, n)
@@ -91,7 +92,11 @@ LEARNED = {
 
 
 @pytest.mark.parametrize("name", LEARNED)
-@pytest.mark.parametrize("law", [schedules.logistic(), schedules.uniform(-5.0, 7.0)], ids=repr)
+@pytest.mark.parametrize(
+    "law",
+    [schedules.logistic(), pytest.param(schedules.uniform(-5.0, 7.0), marks=pytest.mark.slow)],
+    ids=repr,
+)
 def test_from_log_density(name, law, n=16):
     """Equal shares under the density's own distribution function; its support's ends at the ends.
 

@@ -22,6 +22,7 @@ from experiments.build import transform
 from experiments.configs import base
 from experiments.study_runs import Run
 from experiments.study_suites import METHODS, SUITES, Suite, Task, tuning
+from experiments.workdir import claim
 from mdm_jax import streams
 from mdm_jax.evaluation import bootstrap
 
@@ -274,12 +275,12 @@ def test_bands_reach_from_the_worst_to_the_best_seed():
 # --- the command
 
 
-def _start(root):
+def _start(root, *more):
     # As the other tests compile, but on one device, as a study does.
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.study", "--suite=smoke", f"--workdir={root}"]
-        + ["--processes=1"],
+        + ["--processes=1", *more],
         cwd=launching.ROOT,
         env=launching.environment() | {"XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
@@ -302,15 +303,38 @@ def _wait_for(pattern, root, process):
 
 
 def _without_times(root):
-    """The tables without the last column, the seconds."""
+    """The tables, written again, without the last column, the seconds."""
+    study_table.write(SUITES["smoke"], root)
     lines = (root / "study.md").read_text().splitlines()
     return [line.rpartition(" | ")[0] if line.startswith("|") else line for line in lines]
 
 
+def _pretend_finished(root):
+    """Records of all runs of the suite but one, so that this one alone is left to do."""
+    suite = SUITES["smoke"]
+    for run in study_runs.plan(suite):
+        if (run.method, run.seed) != ("recommended", 0):
+            folder, config = study_runs.directory(root, run), study_runs.configure(suite, run, root)
+            claim(folder, config)
+            record = _record(run.seed, 0.5 + run.seed, [6.0, 4.0] if run.seed == 0 else [])
+            record |= {"forward_passes": study_runs.forward_passes(suite, run)}
+            record |= {"steps": config.train.steps, "batch_size": config.train.batch_size}
+            (folder / study_runs.RECORD).write_text(json.dumps(record), "utf-8")
+            (folder / "metrics.jsonl").write_text("", "utf-8")
+
+
 @pytest.mark.parametrize(
-    "stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "stop, alone",
+    [
+        (signal.SIGKILL, True),
+        pytest.param(signal.SIGKILL, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+    ],
 )
-def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, tmp_path):
+def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, alone, tmp_path):
+    """All four runs, or one of them where the others are said to be finished."""
+    if alone:
+        _pretend_finished(tmp_path)
     process = _start(tmp_path)
     _wait_for("runs/sudoku4/recommended/passes-0/checkpoints/last/2", tmp_path, process)
     os.killpg(process.pid, stop)
@@ -321,6 +345,7 @@ def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, tmp_path):
 
     out = _finish(_start(tmp_path))
     assert "4 of 4 runs are finished" in out and "standard/passes-0:" not in out  # was skipped
+    assert f"/{1 if alone else 3}] sudoku4/recommended/passes-0" in out
     record = json.loads((tmp_path / "study.json").read_text())
     found = record["results"]["passes"]["sudoku4"]
     assert found["ema"]["scores"] == found["standard"]["scores"]
@@ -333,5 +358,6 @@ def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, tmp_path):
 
     table = _without_times(tmp_path)
     shutil.rmtree(tmp_path / "runs/sudoku4/recommended/passes-0")
-    assert "[1/1] sudoku4/recommended/passes-0" in _finish(_start(tmp_path))  # without a stop
+    out = _finish(_start(tmp_path, "--worker=0"))  # without a stop
+    assert out.count("===") == 1 and "=== sudoku4/recommended/passes-0" in out
     assert _without_times(tmp_path) == table

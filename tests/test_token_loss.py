@@ -54,14 +54,18 @@ def assert_close(found, wanted, rtol=2e-5):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "groups", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))]
+)
 def test_equals_the_dense_loss_for_every_number_of_positions(count, groups):
     inputs = (*arrays(), places(count))
     chunk = 4 if groups < 4 else 2
     assert_close(compiled(Chunking(groups, chunk))(*inputs), compiled(None)(*inputs))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 6, 7, 48, 100, None])
+@pytest.mark.parametrize(
+    "chunk", [1, 7, None, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 48, 100))]
+)
 def test_no_size_of_a_chunk_matters(chunk):
     inputs = (*arrays(), places(25))
     assert_close(compiled(Chunking(1, chunk))(*inputs), compiled(None)(*inputs))
@@ -160,7 +164,7 @@ FORESEEN = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORESEEN)
 def test_a_foreseen_gradient_is_used_where_it_is_right_and_nowhere_else(name, tied):
     """Against logits in float64; how often a chunk's slopes were computed is counted inside."""
@@ -214,7 +218,8 @@ def test_values_can_be_mapped_over():
         return token_nats(readout, targets, where, MASK)
 
     found = tiny.jit(jax.vmap(functools.partial(run, chunking=Chunking(2, 4))))(where)
-    assert_close(found, jnp.stack([run(w, Chunking()) for w in where]))
+    alone = tiny.jit(functools.partial(run, chunking=Chunking()))
+    assert_close(found, jnp.stack([alone(w) for w in where]))
 
 
 def test_bound_of_uniform_tokens():
@@ -238,7 +243,9 @@ def test_bound_of_uniform_tokens():
     assert_close(*both(features, weights), rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 2, 2), (4, 1, 2)))]
+)
 def test_on_eight_devices(shape):
     """Rows over data x fsdp, weights over fsdp x tensor; no logits and no positions move."""
     mesh = training.make_mesh(*shape)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from variants import slow_except
 
 from mdm_jax import data, training
 from mdm_jax.data.rows import StoredRows
@@ -159,7 +160,7 @@ def test_runs_killed_at_random_steps_end_the_same(whole, tmp_path):
     _assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("where", ["evaluate", "sample"])
+@pytest.mark.parametrize("where", slow_except({"evaluate"}, ["evaluate", "sample"]))
 def test_a_run_killed_in_a_hook_ends_the_same(whole, tmp_path, where):
     run = Run(tmp_path)
 
@@ -184,7 +185,9 @@ def test_a_finished_run_does_nothing_more(whole, tmp_path):
 # --- interrupts ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_resumes_to_the_same_end(whole, tmp_path, number, capfd):
     before = signal.getsignal(number)
     run = Run(tmp_path)
@@ -205,7 +208,7 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_end(whole, tmp_path, num
     _assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("where", ["evaluate", "sample"])
+@pytest.mark.parametrize("where", slow_except({"sample"}, ["evaluate", "sample"]))
 def test_an_interrupt_in_a_hook_runs_only_what_is_left_again(whole, tmp_path, where):
     """The evaluation before an interrupted sample is neither repeated nor lost."""
     run, interrupt, calls = Run(tmp_path), training.Interrupt(), []

@@ -96,7 +96,10 @@ def _recorder(rows):
     return objective, variance.chain(variance.stratified(), variance.mirror(), watch)
 
 
-@pytest.mark.parametrize("parts, devices", [(1, 1), (2, 1), (4, 1), (1, 8), (4, 8)])
+@pytest.mark.parametrize(
+    "parts, devices",
+    [(2, 1), (4, 8), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 1), (4, 1), (1, 8)))],
+)
 def test_the_step_uses_the_same_noise_for_the_same_row(parts, devices):
     """What the loss inside the jitted step is given, row by row, under any split."""
     rows = 32

@@ -178,7 +178,9 @@ def odd_model(inputs, logsnr, documents):
     return logits.at[..., 5:].set(50.0)
 
 
-@pytest.mark.parametrize("make", [uniform_ancestral, uniform_corrected])
+@pytest.mark.parametrize(
+    "make", [pytest.param(uniform_ancestral, marks=pytest.mark.slow), uniform_corrected]
+)
 def test_given_tokens_stay_and_rows_are_independent(make):
     """Prompts with special ids, gaps, full and blank rows; row i alone is row i of the batch."""
     rng = np.random.default_rng(1)

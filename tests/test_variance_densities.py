@@ -81,7 +81,7 @@ def test_totals_at_a_larger_epsilon():
     "spacing, totals",
     [
         (np.geomspace, (18.59073523, 18.24390587, 18.13074080)),
-        (np.linspace, (23.15249580, 20.94826890, 18.68298865)),
+        pytest.param(np.linspace, (23.15249580, 20.94826890, 18.68298865), marks=pytest.mark.slow),
     ],
 )
 def test_few_bins(spacing, totals):
@@ -118,8 +118,10 @@ def test_uniform_floor_costs_little(floor, total):
     "moment, floor, expected",
     [
         (lambda m: v(m) + c(m), 0, (17.0052, 14.0355, 13.4021)),
-        (lambda m: v(m) + c(m), 0.1, (14.8215, 13.5639, 13.4524)),
-        (s, 0, (15.7303, 15.6757, 15.6749)),
+        pytest.param(
+            lambda m: v(m) + c(m), 0.1, (14.8215, 13.5639, 13.4524), marks=pytest.mark.slow
+        ),
+        pytest.param(s, 0, (15.7303, 15.6757, 15.6749), marks=pytest.mark.slow),
     ],
 )
 def test_targets_under_stratified_levels(moment, floor, expected):

@@ -114,7 +114,15 @@ def test_antithetic_pairs(rows):
         assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("rows, cells", [(7, None), (7, 3), (8, 4), (5, 8), (1, None), (6, 1)])
+@pytest.mark.parametrize(
+    "rows, cells",
+    [
+        (7, None),
+        (5, 8),
+        (1, None),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((7, 3), (8, 4), (6, 1))),
+    ],
+)
 def test_coarse_strata_counts_and_marginals(rows, cells):
     """Every cell gets floor(B/J) rows or one more; every row reaches every cell equally often."""
     u = levels(variance.coarse_strata(cells), rows, 3000)[:, 0, :, 0]
@@ -127,7 +135,10 @@ def test_coarse_strata_counts_and_marginals(rows, cells):
         assert np.all(np.abs(share - 1 / size) < 5 * (1 / size / 3000) ** 0.5 + 1e-9)
 
 
-@pytest.mark.parametrize("rows, views", [(1, 4), (5, 1), (5, 3), (8, 2)])
+@pytest.mark.parametrize(
+    "rows, views",
+    [(1, 4), (5, 3), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((5, 1), (8, 2)))],
+)
 def test_stratified_levels_use_every_cell_once_and_every_stratum_per_row(rows, views):
     u = levels(variance.stratified_levels(views), rows, 400, num_levels=2)
     cells = np.floor(u * rows * views + 1e-6).astype(int)  # [count, V, B, S]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_oracle as oracle
+import zoo
 
 from mdm_jax import corruption, schedules, variance
 from mdm_jax.draws import DrawSpec
@@ -28,7 +29,9 @@ def moments_at_rates(transform, table):
     return mean, *(c - (mean**2).sum(-1) for c in cross)
 
 
-@pytest.mark.parametrize("transform", [variance.mirror(), variance.rotate(2)])
+@pytest.mark.parametrize(
+    "transform", [variance.mirror(), pytest.param(variance.rotate(2), marks=pytest.mark.slow)]
+)
 def test_joint_law_of_a_position_in_two_views(transform):
     """P(both), P(one), P(neither) and the correlation, the most negative one there is."""
     u = 1 - RATES
@@ -112,7 +115,7 @@ def test_additive_losses_leave_the_minimal_pattern_noise():
         (0.05, 2, 4.30097847),
         (0.05, 3, 2.28497526),
         (0.05, 4, 1.43135098),
-        (0.05, 8, 0.44174678),
+        pytest.param(0.05, 8, 0.44174678, marks=pytest.mark.slow),
     ],
 )
 def test_pattern_noise_of_rotated_views(eps, views, expected):
@@ -122,6 +125,7 @@ def test_pattern_noise_of_rotated_views(eps, views, expected):
     np.testing.assert_allclose(found.pattern, expected, rtol=5e-5)
 
 
+@pytest.mark.slow
 def test_mirror_at_equal_compute():
     """Batch of 8 rows and 2 views, 16 rows, and 8 rows with independent views: nats squared."""
     eps = 1e-3
@@ -176,7 +180,7 @@ def test_fixed_count_overlap_and_additive_correlation():
 
 
 @pytest.mark.parametrize("eligible", [(1, 1, 1, 1), (1, 0, 1, 1), (0, 1, 0, 1)])
-@pytest.mark.parametrize("views", [2, 3, 4])
+@pytest.mark.parametrize("views", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_rotated_ranks_keep_the_law_of_each_view(views, eligible):
     """Every subset of its size is equally likely in every view, prompt positions or not."""
     masks = fixed_count_masks(variance.rotate_ranks(views), eligible)
@@ -188,13 +192,22 @@ def test_rotated_ranks_keep_the_law_of_each_view(views, eligible):
         assert len(set(counts)) == 1
 
 
+def drawn(transform, spec):
+    """One draw, compiled."""
+
+    @zoo.quick
+    def run(key):
+        return variance.draw_batch(key, transform, transform.init(spec), spec)
+
+    return run(jax.random.key(0))
+
+
 @pytest.mark.parametrize("levels, length, views", [(1, 7, 3), (1, 8, 4), (2, 8, 2), (2, 7, 3)])
 def test_rotated_ranks(levels, length, views):
     """Rank r becomes (r - floor(j L / K)) mod L, in each segment where levels divide the row."""
     spec = DrawSpec(5, levels, (length,))
     transform = variance.rotate_ranks(views)
-    noise = variance.draw_batch(jax.random.key(0), transform, transform.init(spec), spec).noise
-    noise = np.asarray(noise)
+    noise = np.asarray(drawn(transform, spec).noise)
     parts = levels if length % levels == 0 else 1
     size = length // parts
     rank = np.argsort(np.argsort(noise.reshape(views, 5, parts, size), -1), -1)
@@ -209,8 +222,7 @@ def test_rotated_ranks(levels, length, views):
 def test_rotated_noise_is_turned_exactly():
     """frac(v + j/K) on the grid: no number repeats, none leaves the open interval."""
     spec = DrawSpec(50, 1, (40,))
-    transform = variance.rotate(3)
-    draw = variance.draw_batch(jax.random.key(0), transform, transform.init(spec), spec)
+    draw = drawn(variance.rotate(3), spec)
     noise = np.asarray(draw.noise, np.float64)
     for view in range(3):
         shift = np.floor(view * 2**23 / 3) / 2**23
@@ -220,8 +232,7 @@ def test_rotated_noise_is_turned_exactly():
 
 def test_repeat_draws_independent_noise_at_the_same_level():
     spec = DrawSpec(4000, 1, (2,))
-    transform = variance.repeat(3)
-    draw = variance.draw_batch(jax.random.key(1), transform, transform.init(spec), spec)
+    draw = drawn(variance.repeat(3), spec)
     np.testing.assert_array_equal(draw.u[0], draw.u[2])
     correlation = np.corrcoef(np.asarray(draw.noise[..., 0])) - np.eye(3)
     assert np.abs(correlation).max() < 5 / 4000**0.5
@@ -230,8 +241,7 @@ def test_repeat_draws_independent_noise_at_the_same_level():
 @pytest.mark.parametrize("process", ["bernoulli", "rao_blackwell"])
 def test_complement_predicts_every_token_once_per_pair(process):
     spec = DrawSpec(200, 1, (16,))
-    transform = variance.complement()
-    draw = variance.draw_batch(jax.random.key(2), transform, transform.init(spec), spec)
+    draw = drawn(variance.complement(), spec)
     ones = jnp.ones(draw.noise.shape, bool)
     out = getattr(corruption, process)(9).corrupt(
         jnp.zeros(ones.shape, int), schedules.logistic().icdf(draw.u), draw.noise, ones

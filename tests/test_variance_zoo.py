@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 import toy_oracle as oracle
 import zoo
+from variants import slow_except
 
 from mdm_jax import corruption, draws, evaluation, objectives, streams, variance
 from mdm_jax.batches import Batch
@@ -30,6 +31,8 @@ TEST_FUNCTIONS = {
 }
 """Name -> (function, an antiderivative)."""
 TOY_ROWS = np.arange(SPEC.batch_size) % 3
+LOADED = ("ema_steep", "history_steep", "ppots_steep", "quantile_steep")
+"""One of the states of each exact learner; the others are extremes of the same code."""
 
 
 def cached_draws(name):
@@ -55,6 +58,12 @@ def uniform_p_values(samples):
     rank = np.arange(count)[:, None]
     distance = np.maximum(ordered - rank / count, (rank + 1) / count - ordered).max(0)
     return scipy.stats.kstwobign.sf(distance * count**0.5)
+
+
+@functools.cache
+def jitted(method):
+    """A method of densities, compiled once for each of their types."""
+    return zoo.quick(lambda density, u: getattr(density, method)(u))
 
 
 def test_zoo_lists_every_public_factory():
@@ -95,14 +104,16 @@ def test_views_shapes_and_label(name):
     assert transform.bias in variance.BIAS_LABELS
 
 
-@pytest.mark.parametrize("name", zoo.UNBIASED)
+@pytest.mark.parametrize(
+    "name", slow_except({*zoo.UNBIASED} & {*zoo.SINGLES, *zoo.CHAINS, *LOADED}, zoo.UNBIASED)
+)
 def test_marginals_are_uniform(name):
     """Kolmogorov-Smirnov at 1e-6 for each slot alone: no slot is tied to a part of the interval.
 
     Levels of a warp are taken back by the distribution function of the density it claims.
     """
     draw, density = cached_draws(name), zoo.densities().get(name)
-    u = draw.u if density is None else np.asarray(density.cdf(draw.u))
+    u = draw.u if density is None else np.asarray(jitted("cdf")(density, draw.u))
     for values in (u, draw.noise):
         assert uniform_p_values(values.reshape(NUM_DRAWS, -1)).min() > 1e-6
 
@@ -112,7 +123,8 @@ def test_weight_is_the_density_that_was_sampled(name):
     draw, density = cached_draws(name), zoo.densities()[name]
     # A learned map is inverted here, to the rounding of the quantile.
     atol = 1e-4 if name == "quantile_steep" else 1e-5
-    np.testing.assert_allclose(draw.log_weight, -density.log_pdf(draw.u), rtol=0, atol=atol)
+    found = jitted("log_pdf")(density, draw.u)
+    np.testing.assert_allclose(draw.log_weight, -found, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", zoo.ALL)
@@ -161,8 +173,11 @@ def some_stats(draw, value=1.0):
     return LossStats(raw, jnp.ones(shape), *counts, slopes=jnp.square(raw))
 
 
-def test_state_structure_is_stable_and_a_step_traces_once():
-    transforms = {name: f() for name, f in zoo.ALL.items() if name not in zoo.STATES}
+@pytest.mark.parametrize(
+    "names", slow_except(("SINGLES",), ("SINGLES", "CHAINS", "LEARNERS")), ids=str.lower
+)
+def test_state_structure_is_stable_and_a_step_traces_once(names):
+    transforms = {name: factory() for name, factory in getattr(zoo, names).items()}
     states = {name: transform.init(SPEC) for name, transform in transforms.items()}
     chex.clear_trace_counter()  # it counts by name, over tests too
 
@@ -208,27 +223,39 @@ LEARNING = [
 
 
 @functools.cache
-def after_bad_losses():
+def after_bad_losses(names):
     """Name -> (state before, states after each kind, a draw made with the first of them)."""
+    transforms = {name: zoo.ALL[name]() for name in names}
+    before = {name: zoo.state(name, SPEC) for name in names}
 
-    def run(key):
-        found = {}
-        for name in LEARNING:
-            transform, before = zoo.ALL[name](), zoo.state(name, SPEC)
-            draw = variance.draw_batch(key, transform, before, SPEC)
-            one = functools.partial(transform.update, before, draw)
-            after = jax.vmap(one, axis_size=5)(bad_stats(draw))
-            first = jax.tree.map(lambda a: a[0], after)
-            found[name] = before, after, variance.draw_batch(key, transform, first, SPEC)
-        return found
+    @zoo.quick
+    def draw(key, states):
+        return {n: variance.draw_batch(key, t, states[n], SPEC) for n, t in transforms.items()}
 
-    return zoo.quick(run)(jax.random.key(0))
+    @zoo.quick
+    def update(states, drawn):
+        return {
+            name: jax.vmap(functools.partial(t.update, states[name], drawn[name]), axis_size=5)(
+                bad_stats(drawn[name])
+            )
+            for name, t in transforms.items()
+        }
+
+    after = update(before, draw(jax.random.key(0), before))
+    redrawn = draw(jax.random.key(0), jax.tree.map(lambda a: a[0], after))
+    return {name: (before[name], after[name], redrawn[name]) for name in names}
 
 
-@pytest.mark.parametrize("name", LEARNING)
+LEARNING_SINGLES = tuple(name for name in LEARNING if name in zoo.SINGLES)
+LEARNING_OTHERS = tuple(name for name in LEARNING if name not in zoo.SINGLES)
+"""Other settings and states of the same transforms."""
+
+
+@pytest.mark.parametrize("name", slow_except(LEARNING_SINGLES, LEARNING))
 def test_non_finite_losses_do_not_poison_the_next_draw(name):
     """One bad loss leaves the moments as they were, and is counted."""
-    before, states, redrawn = after_bad_losses()[name]
+    group = LEARNING_SINGLES if name in LEARNING_SINGLES else LEARNING_OTHERS
+    before, states, redrawn = after_bad_losses(group)[name]
     chex.assert_tree_all_finite(redrawn)
     for i in range(5):
         after = jax.tree.map(lambda a, i=i: a[i], states)
@@ -238,10 +265,21 @@ def test_non_finite_losses_do_not_poison_the_next_draw(name):
         chex.assert_trees_all_equal(before, after)
 
 
-def test_same_numbers_on_eight_devices():
+MESH_FEW = ("stratified", "ppots_slopes", "rotate_ranks", "levels_ppots_rotate", "ppots_steep")
+"""One of each phase: a coupling of rows, a warp, views, and chains."""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        MESH_FEW,
+        pytest.param((*zoo.SINGLES, "levels_ppots_rotate", "ppots_steep"), marks=pytest.mark.slow),
+    ],
+    ids=["few", "all"],
+)
+def test_same_numbers_on_eight_devices(names):
     """Draws bit for bit; learnt states up to the order of summation."""
     spec = DrawSpec(batch_size=16, num_levels=2, event_shape=(5,), separate_levels=True)
-    names = (*zoo.SINGLES, "levels_ppots_rotate", "ppots_steep")
     transforms = {name: zoo.ALL[name]() for name in names}
     states = {name: zoo.state(name, spec) for name in transforms}
 
@@ -328,8 +366,10 @@ def exact_toy():
     return bound(toy.THETA), np.stack(columns, axis=1)
 
 
-@pytest.mark.parametrize("process", ["fixed_count", "rao_blackwell"])
-@pytest.mark.parametrize("name", zoo.EXACT)
+@pytest.mark.parametrize("process", slow_except({"fixed_count"}, ["fixed_count", "rao_blackwell"]))
+@pytest.mark.parametrize(
+    "name", slow_except({*zoo.EXACT} & {*zoo.SINGLES, *zoo.CHAINS, *LOADED}, zoo.EXACT)
+)
 def test_exact_transforms_keep_loss_and_gradient_of_the_enumerated_toy(name, process):
     """Mean over draws of every row's loss and gradient against enumeration, 5 standard errors.
 
