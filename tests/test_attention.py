@@ -104,7 +104,7 @@ def implementations():
                 yield pytest.param(rule, name, dtype, marks=marks)
 
 
-@pytest.mark.parametrize("rule_name, name, dtype", implementations())
+@pytest.mark.parametrize("rule_name, name, dtype", [*implementations()])
 def test_values_and_gradients_are_those_of_the_dense_mask(name, rule_name, dtype, few_scores):
     rule = RULES[rule_name]()
     given = operands(rule, dtype=dtype)
