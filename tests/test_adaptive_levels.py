@@ -183,6 +183,7 @@ def test_slope_of_the_clean_error_is_a_logistic_law():
     np.testing.assert_allclose(at, 0.240900685933, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_score_function_gradient_of_a_family():
     """p proportional to sigmoid(lambda + eta), the bound: slope at .4, minimum at 2 ln .5."""
     nodes, weights = oracle.gauss(np.linspace(-10, 10, 41), 20)

@@ -237,7 +237,10 @@ def test_stratified_levels_cover_every_block_of_the_batch():
                 variance.chain(variance.complement(), variance.rotate_ranks(2)),
             )
         ),
-        variance.chain(variance.stratified_levels(2), variance.clipped_mixture(0.3, 0.8, 0.3)),
+        pytest.param(
+            variance.chain(variance.stratified_levels(2), variance.clipped_mixture(0.3, 0.8, 0.3)),
+            marks=pytest.mark.slow,
+        ),
         variance.chain(
             variance.stratified_blocks(),
             variance.clipped_mixture(0.3, 0.8, 0.3),

@@ -158,6 +158,7 @@ def test_mean_and_variance_by_quadrature_through_the_objective(proposal, name):
                 np.testing.assert_allclose(spread, expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_mean_and_variance_of_the_mixture():
     """M1 of table 8.6 from its moments: int W E[l] and int W^2 / p E[l^2]."""
     with jax.enable_x64():
@@ -187,6 +188,7 @@ ADAPTED = {  # variance of one draw under p ~ W E[l] and p ~ W sqrt(E[l^2]): tab
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data, mixture", [("G0", G0), ("G1", G1), ("M1", M1)])
 def test_variance_under_the_laws_that_adaptive_methods_end_at(data, mixture):
     """2000 cells of constant density, with the moments at their middles: off by a part in 1e4.
@@ -220,6 +222,7 @@ def _second_moment(mixture, level):
     return jnp.exp(2 * level) * mixture.fourth_moment(level)
 
 
+@pytest.mark.slow
 def test_couplings_keep_the_expected_loss():
     """100 batches of 64 rows of two elements: within 5 standard errors of quadrature."""
     recipe = recipes.flow()

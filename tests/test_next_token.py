@@ -111,6 +111,7 @@ def test_a_negative_mask_id_is_refused():
 # --- training -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_train_step_runs_as_it_does_elsewhere():
     """With a chain of two views and all monitors; the loss is that of the network before the step,
     whatever the chain drew."""

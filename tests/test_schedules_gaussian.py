@@ -215,6 +215,7 @@ def test_tables():
     )
 
 
+@pytest.mark.slow
 def test_a_table_is_met_at_its_steps():
     with jax.enable_x64(True):
         for law, table in (

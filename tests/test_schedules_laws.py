@@ -286,6 +286,7 @@ def assert_same_law(one, other, rtol=1e-10):
     np.testing.assert_allclose(other.cdf(level), one.cdf(level), rtol=rtol, atol=rtol)
 
 
+@pytest.mark.slow
 def test_identities():
     with jax.enable_x64(True):
         of, logit = schedules.law_of, schedules.logsnr_from_masking_rate

@@ -244,6 +244,7 @@ def test_learnt_density_approaches_the_optimum_of_fixed_counts():
     assert state.rejected == 0 and state.steps == 600
 
 
+@pytest.mark.slow
 def test_learning_under_bernoulli_weights_finds_the_rise_at_small_rates():
     """s ~ D / m, so the density grows towards small rates like 1 / sqrt(m)."""
     transform = variance.ppots(num_bins=8, smallest_rate=0.02, decay=0.999, warmup_steps=50)

@@ -72,6 +72,7 @@ def fourier_weights(table, p):
     return weights[:, 1:]
 
 
+@pytest.mark.slow
 def test_covariance_is_the_sum_over_degrees():
     """Var = sum W_d and Cov of views j apart = sum r^d W_d, for MIRROR and for rotations."""
     table = oracle.loss_table()
@@ -256,6 +257,7 @@ def test_complement_under_fixed_counts_predicts_one_token_twice():
     np.testing.assert_array_equal(masks.any(0), True)
 
 
+@pytest.mark.slow
 def test_complement_can_win_and_can_lose():
     """One-row variance of the pair with Rao-Blackwell weights, against two independent ones."""
     u, du = oracle.gauss(np.linspace(0, 1, 5), 6)
