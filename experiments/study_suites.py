@@ -114,6 +114,37 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+ATTEMPTS: dict[str, Method] = {
+    "truncated_slopes": Method(
+        "rates in [0.3, 0.8], stratified, P-POTS by slopes",
+        ("stratified", "ppots_slopes"),
+        settings={
+            "corruption.name": "fixed_count",
+            "law.name": "clipped",
+            "law.clipped.low": 0.3,
+            "law.clipped.high": 0.8,
+        },
+    ),
+    "higher_rates": Method(
+        "rates in [0.4, 0.9], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.4, "variance.clipped.high": 0.9},
+    ),
+    "wider_rates": Method(
+        "rates in [0.1, 0.9], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.1, "variance.clipped.high": 0.9},
+    ),
+    "truncated_mirror": Method(
+        "rates in [0.3, 0.8], stratified, MIRROR",
+        ("stratified", "clipped", "mirror"),
+        2,
+        _FIXED,
+    ),
+}
+"""What else was tried on Sudoku, whose seeds differ most: other ranges, and what may be combined
+with a range."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -304,4 +335,12 @@ def tuning(suite: Suite, peaks: tuple[float, ...], seeds: tuple[int, ...]) -> Su
     )
 
 
+SUITES["attempts"] = dataclasses.replace(
+    SUITES["small"],
+    name="attempts",
+    tasks={"sudoku6": _SUDOKU6},
+    methods={name: METHODS[name] for name in ("standard", "recommended_for_answers")} | ATTEMPTS,
+    budgets=("passes",),
+    pretrainings={},
+)
 SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))

@@ -222,9 +222,14 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
                 _number(r["against_baseline"] and r["against_baseline"]["sign_flips"]),
                 {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
                 _number(r["bits_per_unit"]),
-                _measured(r, "total_over_baseline") + star,
-                _number(last.get("over_reference")) + star,
-                _measured(r, "noise_over_baseline") + star,
+                *(
+                    cell and cell + star
+                    for cell in (
+                        _measured(r, "total_over_baseline"),
+                        _number(last.get("over_reference")),
+                        _measured(r, "noise_over_baseline"),
+                    )
+                ),
                 f"{r['forward_passes']:,}",
                 f"{r['training_seconds']:.0f}",
             ]

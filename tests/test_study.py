@@ -260,6 +260,20 @@ def test_tables_say_what_was_not_run():
     assert "bit for bit" in text  # why EMA was not run
 
 
+def test_a_star_stands_only_where_there_is_a_number():
+    found = _found()
+    found["standard"][0]["gradient"][-1]["total"]["unsettled"] = "groups disagree"
+    results = study_table.summarise(_suite(), "t", found)
+    for point in results["standard"]["gradient"]:
+        point["over_reference"] = None  # as the baseline's own runs have none
+    row = next(
+        line
+        for line in study_table._details(_suite(), results).splitlines()
+        if line.startswith("| standard |")
+    )
+    assert "| 1* |  | 1* |" in row
+
+
 def test_bands_reach_from_the_worst_to_the_best_seed():
     from matplotlib.figure import Figure
 
