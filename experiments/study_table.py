@@ -202,8 +202,8 @@ def _overview(suite: Suite, results: Mapping[str, Any]) -> str:
 
 
 def _details(suite: Suite, results: Mapping[str, Any]) -> str:
-    head = ["method", "mean ± s.d.", "worst seed", "against the baseline (95 %)", "p of signs"]
-    head += ["worst beats best baseline", "bits per unit"]
+    head = ["method", "mean ± s.d.", "worst seed", "against the baseline (95 %)"]
+    head += ["in standard errors", "p of signs", "worst beats best baseline", "bits per unit"]
     head += ["variance ÷ baseline's", "at same θ", "noise ÷ baseline's", "passes", "seconds"]
     rows = []
     for name, method in suite.methods.items():
@@ -219,6 +219,7 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
                 _spread(r),
                 _number(r["worst"]),
                 _interval(r["against_baseline"]),
+                _standard_errors(r["against_baseline"]),
                 _number(r["against_baseline"] and r["against_baseline"]["sign_flips"]),
                 {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
                 _number(r["bits_per_unit"]),
@@ -248,6 +249,12 @@ def _interval(paired: Mapping[str, Any] | None) -> str:
     low, high = paired["bootstrap"]
     mark = " **" if paired["significant"] else ""
     return f"{paired['mean']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
+
+
+def _standard_errors(paired: Mapping[str, Any] | None) -> str:
+    if paired is None or not paired["standard_error"]:
+        return ""
+    return f"{paired['mean'] / paired['standard_error']:+.1f}"
 
 
 def _spread(result: Mapping[str, Any] | None) -> str:
