@@ -216,6 +216,7 @@ class Result:
         chain: name of the transform.
         corruption: name of the process.
         bias: the worse label of objective and chain.
+        chain_bias: of the chain alone, what it adds to the objective's.
         loss, gradient: A, B, C of one forward pass.
         efficiency: of the batch gradient, data fixed.
         training: of the batch gradient with rows drawn anew too, which is what the optimiser sees,
@@ -228,6 +229,7 @@ class Result:
     chain: str
     corruption: str
     bias: str
+    chain_bias: str = "exact"
     loss: Decomposition | None = None
     gradient: Decomposition | None = None
     efficiency: Efficiency | None = None
@@ -238,7 +240,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the density stays with the plots."""
         found: dict[str, Any] = {
-            name: getattr(self, name) for name in ("chain", "corruption", "bias", "refused")
+            name: getattr(self, name)
+            for name in ("chain", "corruption", "bias", "chain_bias", "refused")
         }
         for name in ("loss", "gradient", "efficiency", "training"):
             part = getattr(self, name)
@@ -278,6 +281,7 @@ class _Meter:
                 result,
                 chain=transform.name,
                 bias=worst_bias(objective.bias, transform.bias),
+                chain_bias=transform.bias,
             )
             return self._measured(result, objective, transform, own=name == CONFIGURED)
         except ValueError as error:

@@ -135,7 +135,9 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     settled = {
         name: result.efficiency
         for name, result in results.items()
-        if result.bias == own and result.efficiency is not None and result.efficiency.settled
+        if (result.bias, result.chain_bias) == (own, "exact")
+        and result.efficiency is not None
+        and result.efficiency.settled
     }
     if not settled:
         text = "no exact method has a settled estimate; use more redraws"

@@ -156,11 +156,12 @@ class Made:
 
     efficiency: Efficiency | None
     bias: str = "exact"
+    chain_bias: str = "exact"
 
 
 def made(variances, passes=1, bias="exact", unsettled=""):
     figure = Efficiency(np.asarray(variances, float), 1.0, passes, 8, 0.05, 3.0, unsettled)
-    return Made(figure, bias)
+    return Made(figure, bias, bias)
 
 
 def test_recommendation_is_the_least_variance_per_compute_of_the_exact_ones():
@@ -184,12 +185,9 @@ def test_recommendation_is_the_least_variance_per_compute_of_the_exact_ones():
     nothing = recommend({"wild": results["wild"], "clipped": results["clipped"]})
     assert nothing["name"] is None
     assert "no exact method" in nothing["text"]
-    # Under a truncated objective every label is truncated, and what is no worse counts as exact.
-    own = {
-        name: dataclasses.replace(result, bias="truncated")
-        for name, result in results.items()
-        if name != "clipped"
-    }
-    assert (
-        recommend(own | {"biased": made(0.1 + noise / 100, bias="biased")})["name"] == "two views"
-    )
+    # Under a truncated objective every label is truncated; what adds nothing counts as exact.
+    own = {name: dataclasses.replace(result, bias="truncated") for name, result in results.items()}
+    assert own["clipped"].bias == own["one"].bias == "truncated"
+    assert recommend(own)["name"] == "two views"
+    worse = own | {"biased": made(0.1 + noise / 100, bias="biased")}
+    assert recommend(worse)["name"] == "two views"
