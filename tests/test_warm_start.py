@@ -15,7 +15,7 @@ def trained(tmp_path_factory):
     """Directory of a short run."""
     workdir = tmp_path_factory.mktemp("warm") / "run"
     config = quickstart.get_config("smoke")
-    config.train.update(steps=4, evaluate_every=0, checkpoint_every=0)
+    config.train.update(steps=4, evaluate_every=4, checkpoint_every=0)
     config.optimizer.name = "adamw"  # compiles in half the time
     assert run.train(make_experiment(config), workdir)
     return workdir
