@@ -66,6 +66,7 @@ def test_every_sampler_is_built_from_its_settings(name):
         assert build_masked.sampler(config).name in (name, "by_score")
 
 
+@pytest.mark.slow
 def test_self_conditioning_from_the_config(tmp_path):
     """The network has the further input, and samples under wrappers."""
     config = quickstart.get_config("smoke")

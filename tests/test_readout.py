@@ -86,6 +86,7 @@ def test_a_training_loss_is_the_same(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-7)
 
 
+@pytest.mark.slow  # the notebook "variance" measures one
 def test_the_variance_meter_measures_networks_with_a_readout():
     model, params = network()
     objective = objectives.masked_nelbo(PROCESS)
