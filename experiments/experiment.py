@@ -276,8 +276,10 @@ def open_workdir(workdir: str | pathlib.Path, keep_last: int) -> training.Checkp
 def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
     """(step, averaged parameters) of a run: the best by validation loss, else the last.
 
+    The run may have had another optimiser and another variance chain than ``experiment``.
+
     Raises:
-        CheckpointError: if the directory has neither.
+        CheckpointError: if the directory has neither, or they are of another network.
     """
     checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
     try:
@@ -285,9 +287,10 @@ def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int,
         best = checkpoints.best_metrics()
         if best is not None:
             return int(best["step"]), checkpoints.restore_best(training.averaged(abstract))
-        restored = checkpoints.restore_last(abstract)
+        fields = {"step": abstract.step, "params": abstract.params, "ema": abstract.ema}
+        restored = checkpoints.restore_last_fields(fields)
     finally:
         checkpoints.close()
     if restored is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
-    return int(restored.state.step), training.averaged(restored.state)
+    return int(restored["step"]), training.averaged(abstract.replace(**restored))

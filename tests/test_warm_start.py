@@ -6,16 +6,17 @@ import pytest
 
 from experiments import run, saved_config, warm_start
 from experiments.configs import quickstart
-from experiments.experiment import load_parameters, make_experiment
+from experiments.experiment import load_parameters, make_experiment, open_workdir
 from experiments.workdir import WorkdirError
+from mdm_jax import training
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Directory of a short run."""
+    """Directory of a short run that was never evaluated, so that its last state is all it has."""
     workdir = tmp_path_factory.mktemp("warm") / "run"
     config = quickstart.get_config("smoke")
-    config.train.update(steps=4, evaluate_every=4, checkpoint_every=0)
+    config.train.update(steps=4, evaluate_every=0, checkpoint_every=0)
     config.optimizer.name = "adamw"  # compiles in half the time
     assert run.train(make_experiment(config), workdir)
     return workdir
@@ -30,11 +31,17 @@ def goes_on(trained, **data):
     return make_experiment(config)
 
 
+def goes_on_as_it_was(trained):
+    return make_experiment(saved_config.get_config(str(trained)))
+
+
 def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, capsys):
     experiment = goes_on(trained)
     state = warm_start.initial_state(experiment)
     step, expected = load_parameters(experiment, trained)
     assert f"parameters of {trained}, step {step}" in capsys.readouterr().out
+    whole = open_workdir(trained, 1).restore_last(goes_on_as_it_was(trained).abstract_state())
+    chex.assert_trees_all_equal(training.averaged(whole.state), expected)
     fresh = experiment.initial_state()
     chex.assert_trees_all_equal(state.params, expected)
     chex.assert_trees_all_equal(state.ema, expected)

@@ -128,6 +128,20 @@ class Checkpoints:
             )
         return None
 
+    def restore_last_fields(self, abstract_fields: dict[str, PyTree]) -> dict[str, PyTree] | None:
+        """Some fields of the newest whole state, whatever optimiser or chain the others are of.
+
+        Args:
+            abstract_fields: pytrees of jax.ShapeDtypeStruct with shardings, by field of the state.
+
+        Raises:
+            CheckpointError: as :meth:`restore_last`, if these fields do not fit.
+        """
+        leaves = jax.tree.leaves(abstract_fields)
+        others = self._last.arrays_beside(abstract_fields, leaves[0].sharding)
+        found = self.restore_last({**abstract_fields, **others})
+        return None if found is None else {name: found.state[name] for name in abstract_fields}
+
     def restore_step(self, step: int, abstract_state: PyTree) -> PyTree:
         """The full state of one of :meth:`steps`, whose files are not checked again.
 
@@ -207,6 +221,21 @@ class _Store:
 
     def read(self, step: int, abstract_tree: PyTree) -> PyTree:
         return self._read(step, abstract_tree, ())[self._item]
+
+    def arrays_beside(self, fields: dict[str, PyTree], sharding: Any) -> dict[str, Any]:
+        """Shapes of what the newest checkpoint holds beside ``fields``, whole on every device."""
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        manifests = [path for path in map(self._manifest, self.steps()) if path.exists()]
+        if not manifests:
+            return {}
+        found = {}
+        for name, form in json.loads(manifests[-1].read_text("utf-8"))["arrays"].items():
+            if name.split("/")[0] not in fields:
+                dtype, bracket, shape = form.partition("[")
+                shape = json.loads(bracket + shape)
+                found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return found
 
     def close(self) -> None:
         self._manager.close()
