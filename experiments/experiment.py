@@ -287,10 +287,9 @@ def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int,
         best = checkpoints.best_metrics()
         if best is not None:
             return int(best["step"]), checkpoints.restore_best(training.averaged(abstract))
-        fields = {"step": abstract.step, "params": abstract.params, "ema": abstract.ema}
-        restored = checkpoints.restore_last_fields(fields)
+        restored = checkpoints.restore_last_fields(abstract, ("step", "params", "ema"))
     finally:
         checkpoints.close()
     if restored is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
-    return int(restored["step"]), training.averaged(abstract.replace(**restored))
+    return int(restored.step), training.averaged(restored)

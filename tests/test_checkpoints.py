@@ -250,6 +250,78 @@ def test_a_whole_checkpoint_that_does_not_fit_is_refused_and_kept(opened, change
 # --- best ---------------------------------------------------------------------------------------
 
 
+OTHER = {"moments": {"first": jnp.zeros((7,)), "count": jnp.int32(0)}}
+"""What a state with another optimiser has instead of "low"."""
+
+
+def _with_other_optimizer():
+    state = _state()
+    return abstract({"params": state["params"], "step": state["step"]} | OTHER)
+
+
+def _assert_fields(found, step):
+    expected = _state(step)
+    assert jax.tree.leaves([v for name, v in found.items() if name not in expected]) == []
+    assert found.get("low") is None
+    chex.assert_trees_all_equal(found["params"], expected["params"])
+    assert int(found["step"]) == step
+
+
+def test_fields_come_back_under_another_optimizer(opened):
+    directory, open_again = opened
+    fields = ("params", "step")
+    assert open_again().restore_last_fields(_with_other_optimizer(), fields) is None
+    _fill(open_again)
+    with pytest.raises(CheckpointError, match="moments/count is absent|wanted absent"):
+        open_again().restore_last(_with_other_optimizer())
+    _assert_fields(open_again().restore_last_fields(_with_other_optimizer(), fields), 8)
+    _assert_fields(open_again().restore_last_fields(abstract(_state()), fields), 8)
+    wider = abstract(_state(width=5))
+    with pytest.raises(CheckpointError, match=r"params/kernel is float32\[3, 4\]"):
+        open_again().restore_last_fields(wider, fields)
+    assert open_again().steps() == [4, 8] and not list(directory.glob("damaged-*"))
+
+
+def test_fields_of_a_damaged_checkpoint_come_from_the_one_before(opened):
+    directory, open_again = opened
+    _fill(open_again)
+    (directory / "manifests" / "last" / "8.json").write_text("{")
+    found = open_again().restore_last_fields(_with_other_optimizer(), ("params", "step"))
+    _assert_fields(found, 4)
+    assert len(list(directory.glob("damaged-last-8-*"))) == 1
+
+
+def test_fields_without_a_manifest_are_read_as_a_whole_state(opened):
+    """Killed between the first save and its manifest: nothing is set aside."""
+    directory, open_again = opened
+    _fill(open_again, steps=(4,))
+    (directory / "manifests" / "last" / "4.json").unlink()
+    found = open_again().restore_last_fields(abstract(_state()), ("params", "step"))
+    _assert_fields(found, 4)
+    assert not list(directory.glob("damaged-*"))
+
+
+def test_fields_keep_the_sharding_that_the_rest_is_asked_for_with(opened):
+    """What fits is asked for as the caller would lay it out, not whole on every device."""
+    _, open_again = opened
+    checkpoints = _fill(open_again)
+    mesh = jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split if leaf.ndim else whole)
+
+    state = jax.tree.map(place, {"params": _state()["params"], "step": _state()["step"]})
+    asked = checkpoints._last.as_saved(
+        {"params/kernel": state["params"]["kernel"], "step": state["step"]}, ("step",)
+    )
+    assert asked["params/kernel"].sharding == split  # not among the fields, and it fits
+    assert asked["low"].sharding == whole  # nobody said how
+    found = checkpoints.restore_last_fields(state, ("params",))
+    assert found["params"]["kernel"].sharding == split
+
+
 def test_the_best_is_the_lowest_finite_loss(opened):
     directory, open_again = opened
     checkpoints = open_again()

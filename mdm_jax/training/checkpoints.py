@@ -8,11 +8,13 @@ Layout below the directory given::
     damaged-last-<step>-<n>/ what failed its check, set aside, never deleted
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,19 +130,25 @@ class Checkpoints:
             )
         return None
 
-    def restore_last_fields(self, abstract_fields: dict[str, PyTree]) -> dict[str, PyTree] | None:
-        """Some fields of the newest whole state, whatever optimiser or chain the others are of.
+    def restore_last_fields(self, abstract_state: PyTree, fields: Sequence[str]) -> PyTree | None:
+        """The newest whole state, None in all but ``fields``; its optimiser may be another.
+
+        Everything is read. What fits ``abstract_state`` is laid out as it says, what does not is
+        whole on every device until this returns.
 
         Args:
-            abstract_fields: pytrees of jax.ShapeDtypeStruct with shardings, by field of the state.
+            abstract_state: pytree of jax.ShapeDtypeStruct with shardings.
+            fields: of the state, by name.
 
         Raises:
             CheckpointError: as :meth:`restore_last`, if these fields do not fit.
         """
-        leaves = jax.tree.leaves(abstract_fields)
-        others = self._last.arrays_beside(abstract_fields, leaves[0].sharding)
-        found = self.restore_last({**abstract_fields, **others})
-        return None if found is None else {name: found.state[name] for name in abstract_fields}
+        leaves = _named_leaves(abstract_state)
+        found = self.restore_last(self._last.as_saved(leaves, fields))
+        if found is None:
+            return None
+        kept = (found.state[name] if _field(name) in fields else None for name in leaves)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), kept)
 
     def restore_step(self, step: int, abstract_state: PyTree) -> PyTree:
         """The full state of one of :meth:`steps`, whose files are not checked again.
@@ -222,20 +230,33 @@ class _Store:
     def read(self, step: int, abstract_tree: PyTree) -> PyTree:
         return self._read(step, abstract_tree, ())[self._item]
 
-    def arrays_beside(self, fields: dict[str, PyTree], sharding: Any) -> dict[str, Any]:
-        """Shapes of what the newest checkpoint holds beside ``fields``, whole on every device."""
+    def as_saved(self, leaves: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+        """Leaves to ask for: of ``fields`` as given, of the others what the newest manifest has."""
+        saved = self._saved_shapes()
+        if saved is None:
+            return leaves
+        wanted = _shapes(leaves)
+        sharding = next(iter(leaves.values())).sharding
         if isinstance(sharding, jax.sharding.NamedSharding):
             sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-        manifests = [path for path in map(self._manifest, self.steps()) if path.exists()]
-        if not manifests:
-            return {}
-        found = {}
-        for name, form in json.loads(manifests[-1].read_text("utf-8"))["arrays"].items():
-            if name.split("/")[0] not in fields:
+        asked = {name: leaf for name, leaf in leaves.items() if _field(name) in fields}
+        for name, form in saved.items():
+            if _field(name) in fields:
+                continue
+            if wanted.get(name) == form:
+                asked[name] = leaves[name]
+            else:
                 dtype, bracket, shape = form.partition("[")
                 shape = json.loads(bracket + shape)
-                found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        return found
+                asked[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return asked
+
+    def _saved_shapes(self) -> dict[str, str] | None:
+        """Of the newest checkpoint whose manifest can be read, None if there is none."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return dict(json.loads(self._manifest(step).read_text("utf-8"))["arrays"])
+        return None
 
     def close(self) -> None:
         self._manager.close()
@@ -329,6 +350,10 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     # Names instead of containers: files stay readable without the classes that made them.
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+
+
+def _field(name: str) -> str:
+    return name.split("/")[0]
 
 
 def _shapes(leaves: dict[str, Any]) -> dict[str, str]:
