@@ -14,6 +14,9 @@ PUBLISHED = {"corruption.name": "bernoulli", "law.name": "clipped", "law.clipped
 arXiv 2511.18159 draw it. Below that end the variance of the weight 1/m would be infinite."""
 
 _FIXED = {"corruption.name": "fixed_count", "law.name": "linear"}
+_FLAT = {"weighting.name": "p2", "weighting.p2.k": 1.0, "weighting.p2.gamma": 1.0}
+"""A factor m on the bound's weight 1/m: ``1 / (1 + exp(logsnr))`` is the masking rate."""
+
 _PPOTS = {
     "variance.ppots.num_bins": 16,
     "variance.ppots.decay": 0.99,
@@ -141,9 +144,35 @@ ATTEMPTS: dict[str, Method] = {
         2,
         _FIXED,
     ),
+    "highest_rates": Method(
+        "rates in [0.5, 1], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.5, "variance.clipped.high": 1.0},
+    ),
+    "truncated_flat": Method(
+        "rates in [0.3, 0.8], stratified, flat weight",
+        ("stratified", "clipped"),
+        settings=_FIXED | _FLAT,
+    ),
 }
 """What else was tried on Sudoku, whose seeds differ most: other ranges, and what may be combined
 with a range."""
+
+FLAT_WEIGHTS: dict[str, Method] = {
+    "flat": Method(
+        "flat weight, stratified",
+        ("stratified",),
+        settings=_FIXED | _FLAT,
+        note="a cross-entropy at every masked place with the same weight at all rates, in place of "
+        "1/m: no bound, but the same minimiser, since every rate is trained",
+    ),
+    "flat_slopes": Method(
+        "flat weight, stratified, P-POTS by slopes",
+        ("stratified", "ppots_slopes"),
+        settings=_FIXED | _FLAT,
+    ),
+}
+"""Variance removed by the weight instead of the range of rates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,5 +371,28 @@ SUITES["attempts"] = dataclasses.replace(
     methods={name: METHODS[name] for name in ("standard", "recommended_for_answers")} | ATTEMPTS,
     budgets=("passes",),
     pretrainings={},
+)
+SUITES["confirmation"] = dataclasses.replace(
+    SUITES["small"],
+    name="confirmation",
+    methods={
+        name: METHODS[name]
+        for name in ("standard", "recommended", "recommended_for_answers", "autoregressive")
+    },
+    seeds=(5, 6, 7, 8, 9),
+    budgets=("passes",),
+    measured_seeds=(5, 6, 7),
+    measured_points=1,
+    redraws=24,
+    settings=_QUICK | {"sample.num_answers": 512},
+)
+SUITES["weights"] = dataclasses.replace(
+    SUITES["small"],
+    name="weights",
+    methods={
+        name: METHODS[name] for name in ("standard", "recommended", "recommended_for_answers")
+    }
+    | FLAT_WEIGHTS,
+    budgets=("passes",),
 )
 SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))
