@@ -389,9 +389,7 @@ SUITES["confirmation"] = dataclasses.replace(
 SUITES["weights"] = dataclasses.replace(
     SUITES["small"],
     name="weights",
-    methods={
-        name: METHODS[name] for name in ("standard", "recommended", "recommended_for_answers")
-    }
+    methods={name: METHODS[name] for name in ("standard", "recommended", "recommended_for_answers")}
     | FLAT_WEIGHTS,
     budgets=("passes",),
 )
