@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from experiments import startup, study_plots, study_runs, study_table
 from experiments.study_runs import Run
 from experiments.study_suites import SUITES, Suite
-from experiments.workdir import WorkdirError, check
+from experiments.workdir import WorkdirError
 from mdm_jax.training import CheckpointError, Interrupt, Interrupted
 
 _SUITE = flags.DEFINE_enum("suite", None, sorted(SUITES), "Which runs.", required=True)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     try:
         runs = study_runs.plan(suite)
         for run in runs:
-            check(study_runs.directory(root, run), study_runs.configure(suite, run, root))
+            study_runs.check_run(suite, run, root)
         print(study_table.progress(suite, root), flush=True)
         code = 0 if _ONLY_TABLES.value else _supervise(suite, runs, root)
         print(study_table.progress(suite, root))

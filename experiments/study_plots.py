@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import study_runs
-from experiments.study_runs import Run
 from experiments.study_suites import Suite
 from mdm_jax.evaluation import plots
-from mdm_jax.training import read_metrics
 
 _STYLES = ("-", "--", ":")
 
@@ -26,8 +23,11 @@ def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[p
     files = []
     for budget, results in record["results"].items():
         for task in suite.tasks:
-            found = {name: curves(suite, root, task, name, budget) for name in suite.methods}
-            found = {suite.methods[name].label: made for name, made in found.items() if made}
+            found = {
+                suite.methods[name].label: curves(result)
+                for name, result in results[task].items()
+                if result
+            }
             if found:
                 files.append(root / "plots" / f"training-{task}-{budget}.png")
                 plots.save(lambda axes, c=found: training_bands(axes, c), files[-1], (9, 5))
@@ -42,21 +42,14 @@ def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[p
     return files
 
 
-def curves(
-    suite: Suite, root: pathlib.Path, task: str, method: str, budget: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(forward passes, validation bits per unit) of each finished run, one per seed."""
-    found = []
-    for seed in suite.seeds:
-        run = study_runs.found_under(suite, Run(task, method, budget, seed))
-        record = study_runs.read_record(root, run)
-        if record is None:
-            continue
-        path = study_runs.directory(root, run) / "metrics.jsonl"
-        rows = [(r["step"], r["bits_per_unit"]) for r in read_metrics(path, "evaluate")]
-        steps, bits = np.array(rows, np.float64).reshape(-1, 2).T
-        found.append((steps * record["batch_size"] * record["views"], bits))
-    return found
+def curves(result: Mapping[str, Any] | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(forward passes, validation bits per unit) of each finished run, one per seed.
+
+    Args:
+        result: of one method in ``study.json``.
+    """
+    made = result["curves"].values() if result else ()
+    return [(np.array(c["forward_passes"]), np.array(c["bits_per_unit"])) for c in made]
 
 
 def training_bands(axes: Any, curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]) -> Any:
@@ -89,12 +82,12 @@ def variance_curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, Any]]]
     for number, (label, found) in enumerate(points.items()):
         color, style = f"C{number % 10}", _STYLES[number // 10]
         passes = np.array([point["forward_passes"] for point in found])
-        total = np.array([point["total"] for point in found])
-        errors = np.array([point["total_standard_error"] for point in found])
+        total = np.array([point["total"]["mean"] for point in found])
+        errors = np.array([point["total"]["standard_error"] for point in found], np.float64)
         axes.errorbar(passes, total, errors, color=color, linestyle=style, label=label)
         for point in found:
-            face = color if point["settled"] else "none"
-            axes.plot(point["forward_passes"], point["total"], "o", color=color, mfc=face)
+            face = color if point["total"]["settled"] else "none"
+            axes.plot(point["forward_passes"], point["total"]["mean"], "o", color=color, mfc=face)
     axes.set(xlabel="forward passes", ylabel="variance of the batch gradient", yscale="log")
     axes.legend(fontsize="small")
     return axes

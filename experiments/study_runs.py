@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,10 +15,13 @@ from experiments import run as launcher
 from experiments.experiment import make_experiment
 from experiments.gradient_noise import along_training
 from experiments.study_suites import METHODS, Method, Suite, Task
-from experiments.workdir import write_json
+from experiments.workdir import WorkdirError, changes, check, read_config, write_json
 from mdm_jax.training import Interrupt, TrainingStopped, read_metrics
 
 RECORD = "study.json"
+PARTS = ("runs", "task", "method", "budget-seed")
+"""Where a run is below the study's directory."""
+
 PRETRAINING = "pretraining"
 """Budget of the runs that others start from."""
 
@@ -110,8 +114,42 @@ def configure(suite: Suite, run: Run, root: pathlib.Path) -> ConfigDict:
     # Every interruption leaves a checkpoint more, for which none that is measured may go.
     c.keep_last = 100 if is_measured(suite, run) else 1
     source = pretraining(suite, run)
-    c.init_from = "" if source is None else str(directory(root, source))
+    c.init_from = "" if source is None else _path_of(source, run, root)
     return config
+
+
+def _path_of(source: Run, run: Run, root: pathlib.Path) -> str:
+    """As the run was started with, so that a study may be moved or named by another path."""
+    path, started = directory(root, source), read_config(directory(root, run))
+    before = pathlib.PurePath(started["train"]["init_from"]) if started else path
+    same = before.parts[-len(PARTS) :] == path.parts[-len(PARTS) :]
+    return str(before if same else path)
+
+
+def check_run(suite: Suite, run: Run, root: pathlib.Path) -> None:
+    """Refuses results that were made under other settings than the suite's; changes nothing.
+
+    The launcher lets a run be evaluated in several ways; here the scores are compared, so the
+    settings of the evaluation must agree too, and those of the measured variances.
+
+    Raises:
+        WorkdirError: listing what differs.
+    """
+    workdir, config = directory(root, run), configure(suite, run, root)
+    check(workdir, config)
+    changed = changes(workdir, config, ("evaluate", "sample"))
+    record = read_record(root, run)
+    for point in record["gradient"] if record else ():
+        made = (len(point["total"]["group_variances"]), point["total"]["redraws"])
+        if is_measured(suite, run) and made != (suite.groups, suite.redraws):
+            changed.append(f"groups, redraws: {made} -> {(suite.groups, suite.redraws)}")
+            break
+    if changed:
+        raise WorkdirError(
+            f"{workdir} was made under other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nName another --workdir, restore these settings, or remove this run's directory."
+        )
 
 
 def is_measured(suite: Suite, run: Run) -> bool:
@@ -139,6 +177,24 @@ def read_record(root: pathlib.Path, run: Run) -> dict[str, Any] | None:
     """What a finished run ended at, or None."""
     path = directory(root, run) / RECORD
     return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def validation_curve(
+    root: pathlib.Path, run: Run, record: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """The validation bound of a finished run over forward passes."""
+    rows = list(read_metrics(directory(root, run) / "metrics.jsonl", "evaluate"))
+    passes = record["batch_size"] * record["views"]
+    return {
+        "forward_passes": [row["step"] * passes for row in rows],
+        "bits_per_unit": [row["bits_per_unit"] for row in rows],
+    }
+
+
+def revision(root: pathlib.Path, run: Run) -> str:
+    """Of the source tree that a started run was started with."""
+    path = directory(root, run) / "run.json"
+    return json.loads(path.read_text("utf-8"))["git_revision"] if path.exists() else "unknown"
 
 
 def execute(

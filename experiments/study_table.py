@@ -10,8 +10,12 @@ from experiments import study_runs
 from experiments.study_runs import Run
 from experiments.study_suites import Suite, Task
 from experiments.workdir import provenance, write_json
-from mdm_jax.evaluation.bootstrap import paired_seeds
-from mdm_jax.evaluation.standard_errors import finite_or_none
+from mdm_jax.evaluation.bootstrap import holm, paired_seeds
+from mdm_jax.evaluation.standard_errors import (
+    finite_or_none,
+    standard_error_of_mean,
+    standard_error_of_ratio,
+)
 
 BUDGETS = {"passes": "equal forward passes", "steps": "equal steps"}
 
@@ -31,6 +35,7 @@ def write(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
         "finished": finished,
         "planned": total,
         "provenance": provenance(min(suite.seeds)),
+        "revisions": revisions(suite, root),
         "results": results,
     }
     write_json(root / "study.json", record)
@@ -38,15 +43,28 @@ def write(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
     return record
 
 
+def revisions(suite: Suite, root: pathlib.Path) -> dict[str, int]:
+    """How many finished runs each git revision has made."""
+    runs = [r for r in study_runs.plan(suite) if study_runs.read_record(root, r) is not None]
+    found = [study_runs.revision(root, run) for run in runs]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
 def records(
     suite: Suite, root: pathlib.Path, task: str, budget: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """The records of the finished runs by method, in the order of the seeds."""
+    """The records of the finished runs by method, in the order of the seeds, with their curves."""
     found = {}
     for method in suite.methods:
-        runs = [Run(task, method, budget, seed) for seed in suite.seeds]
-        read = [study_runs.read_record(root, study_runs.found_under(suite, run)) for run in runs]
-        found[method] = [record for record in read if record is not None]
+        runs = [
+            study_runs.found_under(suite, Run(task, method, budget, seed)) for seed in suite.seeds
+        ]
+        read = [(run, study_runs.read_record(root, run)) for run in runs]
+        found[method] = [
+            record | {"curve": study_runs.validation_curve(root, run, record)}
+            for run, record in read
+            if record is not None
+        ]
     return found
 
 
@@ -76,6 +94,7 @@ def summarise(
         paired = None
         if both and method != suite.baseline:
             paired = paired_seeds([own[s] for s in both], [baseline[s] for s in both]).to_dict()
+            paired["holm_p"] = None
         results[method] = {
             "scores": {str(seed): score for seed, score in own.items()},
             "failed": [run["seed"] for run in runs if run["failed"]],
@@ -91,15 +110,15 @@ def summarise(
             "batch_size": runs[0]["batch_size"],
             "forward_passes": runs[0]["forward_passes"],
             "bits_per_unit": _mean([_field(run, "bits_per_unit") for run in runs]),
+            "curves": {str(run["seed"]): run["curve"] for run in runs},
             "gradient": gradient(runs),
         }
+    _correct(suite, results)
     for method, result in results.items():
         if result is not None:
             same = results.get(suite.methods[method].same_as or method)
             for name in ("total", "noise"):
-                ratio, error = _ratio(name, same, results.get(suite.baseline))
-                result[f"{name}_over_baseline"] = ratio
-                result[f"{name}_over_baseline_standard_error"] = error
+                result[f"{name}_over_baseline"] = _over(name, same, results.get(suite.baseline))
     return results
 
 
@@ -109,32 +128,40 @@ def scores(task: Task, runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def gradient(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Variance of the batch gradient by checkpoint, the mean over the runs that have it.
+    """Variance of the batch gradient by checkpoint, over all groups of the runs that have it.
 
     All are of batches of equally many forward passes, fewer rows where they have several views.
     ``total`` is what the optimiser sees, rows drawn anew too; ``noise`` that of levels and masks
-    with the rows fixed. ``reference`` is the total of the baseline at the same parameters, and
-    ``over_reference`` the ratio. Where an estimate had not settled, its groups' mean is given all
-    the same and ``settled`` is False.
+    with the rows fixed; ``reference`` the total of the baseline at the same parameters. Each is
+    None or has its ``mean`` and ``standard_error``, whether it had ``settled`` in all runs, and its
+    ``groups`` by seed. ``over_reference`` is the ratio of total to reference, likewise.
+    ``noise_to_signal`` is the total over the squared norm of the mean gradient, None where that
+    is not above 0.
     """
-    measured = [run["gradient"] for run in runs if run["gradient"]]
+    measured = {run["seed"]: run["gradient"] for run in runs if run["gradient"]}
     found = []
-    for number in range(min(map(len, measured), default=0)):
-        points = [each[number] for each in measured]
+    for number in range(min(map(len, measured.values()), default=0)):
+        points = {seed: each[number] for seed, each in measured.items()}
+        step = next(iter(points.values()))["step"]
         point = {
-            "step": points[0]["step"],
-            "forward_passes": points[0]["step"] * runs[0]["batch_size"] * runs[0]["views"],
-            "settled": all(not p["total"]["unsettled"] for p in points),
+            "step": step,
+            "forward_passes": step * runs[0]["batch_size"] * runs[0]["views"],
         }
         for name in ("total", "noise", "reference"):
-            groups = [np.array(p[name]["group_variances"]) for p in points if p[name]]
-            joined = np.concatenate(groups) if groups else None
-            point[name] = None if joined is None else float(joined.mean())
-            point[f"{name}_standard_error"] = (
-                None if joined is None else float(joined.std(ddof=1) / np.sqrt(len(joined)))
-            )
-        both = point["reference"] is not None and point["reference"] > 0
-        point["over_reference"] = point["total"] / point["reference"] if both else None
+            parts = {seed: p[name] for seed, p in points.items() if p[name]}
+            groups = {str(seed): part["group_variances"] for seed, part in parts.items()}
+            point[name] = None
+            if groups:
+                joined = np.concatenate(list(groups.values()))
+                point[name] = {
+                    "mean": float(joined.mean()),
+                    "standard_error": finite_or_none(standard_error_of_mean(joined)),
+                    "settled": all(not part["unsettled"] for part in parts.values()),
+                    "groups": groups,
+                }
+        signal = np.mean([p["total"]["signal"] for p in points.values()])
+        point["noise_to_signal"] = point["total"]["mean"] / signal if signal > 0 else None
+        point["over_reference"] = _ratio(point["total"], point["reference"])
         found.append(point)
     return found
 
@@ -177,7 +204,9 @@ def markdown(suite: Suite, record: Mapping[str, Any]) -> str:
     made = record["provenance"]
     parts = [
         f"{record['finished']} of {record['planned']} runs finished; {len(suite.seeds)} seeds; "
-        f"revision {made['git_revision'][:12]}, jax {made['packages']['jax']}, {made['platform']}."
+        f"jax {made['packages']['jax']}, {made['platform']}; runs by revision: "
+        + ", ".join(f"{count} of {name[:12]}" for name, count in record["revisions"].items())
+        + "."
     ]
     for budget, results in record["results"].items():
         parts.append(f"## Mean ± standard deviation over seeds, {BUDGETS[budget]}")
@@ -203,8 +232,9 @@ def _overview(suite: Suite, results: Mapping[str, Any]) -> str:
 
 def _details(suite: Suite, results: Mapping[str, Any]) -> str:
     head = ["method", "mean ± s.d.", "worst seed", "against the baseline (95 %)"]
-    head += ["in standard errors", "p of signs", "worst beats best baseline", "bits per unit"]
-    head += ["variance ÷ baseline's", "at same θ", "noise ÷ baseline's", "passes", "seconds"]
+    head += ["in standard errors", "p of signs", "p (Holm)", "worst beats best baseline"]
+    head += ["bits per unit", "variance ÷ baseline's", "at same θ", "noise ÷ baseline's"]
+    head += ["noise to signal", "passes", "seconds"]
     rows = []
     for name, method in suite.methods.items():
         r = results[name]
@@ -212,25 +242,22 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
             rows.append([method.label, "not yet run", *[""] * (len(head) - 2)])
             continue
         last = r["gradient"][-1] if r["gradient"] else {}
-        star = "" if last.get("settled", True) else "*"
+        paired = r["against_baseline"]
         rows.append(
             [
                 method.label + (f" ({len(r['failed'])} diverged)" if r["failed"] else ""),
                 _spread(r),
                 _number(r["worst"]),
-                _interval(r["against_baseline"]),
-                _standard_errors(r["against_baseline"]),
-                _number(r["against_baseline"] and r["against_baseline"]["sign_flips"]),
+                _interval(paired),
+                _standard_errors(paired),
+                _number(paired and paired["sign_flips"]),
+                _number(paired and paired["holm_p"]),
                 {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
                 _number(r["bits_per_unit"]),
-                *(
-                    cell and cell + star
-                    for cell in (
-                        _measured(r, "total_over_baseline"),
-                        _number(last.get("over_reference")),
-                        _measured(r, "noise_over_baseline"),
-                    )
-                ),
+                _measured(r["total_over_baseline"]),
+                _measured(last.get("over_reference")),
+                _measured(r["noise_over_baseline"]),
+                _number(last.get("noise_to_signal")) + _star(last.get("total")),
                 f"{r['forward_passes']:,}",
                 f"{r['training_seconds']:.0f}",
             ]
@@ -268,9 +295,15 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _measured(result: Mapping[str, Any], name: str) -> str:
-    error = result[f"{name}_standard_error"]
-    return _number(result[name]) + (f" ± {error:.2g}" if error else "")
+def _measured(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return ""
+    error = ratio["standard_error"]
+    return _number(ratio["ratio"]) + (f" ± {error:.2g}" if error else "") + _star(ratio)
+
+
+def _star(estimate: Mapping[str, Any] | None) -> str:
+    return "" if estimate is None or estimate["settled"] else "*"
 
 
 def _worst(task: Task, values: np.ndarray) -> float | None:
@@ -287,20 +320,48 @@ def _worst_beats_best(task: Task, values: np.ndarray, baseline: np.ndarray) -> b
     return bool(values.max() < baseline.min())
 
 
-def _ratio(
+def _over(
     name: str, result: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None
-) -> tuple[float | None, float | None]:
-    """Of the variances at the last checkpoints, and its standard error to first order."""
+) -> dict[str, Any] | None:
+    """Ratio of the variances at the last checkpoints."""
     if not (result and baseline and result["gradient"] and baseline["gradient"]):
-        return None, None
-    points = [each["gradient"][-1] for each in (result, baseline)]
-    above, below = (point[name] for point in points)
-    if above is None or not below:
-        return None, None
-    if result is baseline:
-        return 1.0, 0.0
-    errors = [point[f"{name}_standard_error"] / point[name] for point in points]
-    return above / below, finite_or_none(above / below * float(np.hypot(*errors)))
+        return None
+    return _ratio(*(each["gradient"][-1][name] for each in (result, baseline)))
+
+
+def _ratio(
+    above: Mapping[str, Any] | None, below: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Of two variances, with its standard error to first order.
+
+    Groups of one seed have the same rows and the same keys, so they are paired; a ratio is settled
+    where both of its parts are.
+    """
+    seeds = [seed for seed in above["groups"] if seed in below["groups"]] if above and below else []
+    if not seeds:
+        return None
+    parts = [np.concatenate([each["groups"][seed] for seed in seeds]) for each in (above, below)]
+    if parts[1].sum() <= 0:
+        return None
+    error = standard_error_of_ratio(*parts) if len(parts[0]) == len(parts[1]) else np.nan
+    return {
+        "ratio": float(parts[0].mean() / parts[1].mean()),
+        "standard_error": finite_or_none(error),
+        "settled": above["settled"] and below["settled"],
+    }
+
+
+def _correct(suite: Suite, results: Mapping[str, Any]) -> None:
+    """Adds Holm's p-values over the comparisons of one table; of equal runs there is one."""
+    compared = [
+        name
+        for name, result in results.items()
+        if result and result["against_baseline"] and not suite.methods[name].same_as
+    ]
+    found = [results[name]["against_baseline"] for name in compared]
+    known = [paired for paired in found if paired["student_p"] is not None]
+    for paired, p in zip(known, holm([paired["student_p"] for paired in known])):
+        paired["holm_p"] = p
 
 
 def _field(run: Mapping[str, Any], name: str) -> float | None:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -60,6 +61,15 @@ def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False)
             + "\nName another --workdir, restore these settings, or pass "
             "--allow_config_change to go on with the new ones."
         )
+
+
+def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) -> list[str]:
+    """``name: old -> new`` for what these sections of the directory's config have otherwise."""
+    old, new = read_config(workdir), resolved(config)
+    if old is None:
+        return []
+    known = _filled(old, resolved(base.get_config()))
+    return differences(*({name: each[name] for name in sections} for each in (known, new)))
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:

@@ -22,8 +22,8 @@ from experiments.build import transform
 from experiments.configs import base
 from experiments.study_runs import Run
 from experiments.study_suites import METHODS, SUITES, Suite, Task, tuning
-from experiments.workdir import claim
-from mdm_jax import streams
+from experiments.workdir import WorkdirError, claim
+from mdm_jax import evaluation, streams
 from mdm_jax.evaluation import bootstrap
 
 ROOT = pathlib.Path("study")
@@ -186,7 +186,8 @@ def test_a_traced_seed_gives_the_same_key():
 
 def _record(seed, accuracy, total=(), views=1, failed=""):
     def part(value):
-        return {"group_variances": [value - 1, value + 1], "unsettled": "", "passes": views}
+        groups = [value - 1, value + 1]
+        return {"group_variances": groups, "unsettled": "", "signal": 2.0, "redraws": 2}
 
     points = [
         {"step": 10, "total": part(t), "noise": part(t / 2), "reference": part(8.0)} for t in total
@@ -194,6 +195,7 @@ def _record(seed, accuracy, total=(), views=1, failed=""):
     evaluation = None if failed else {"accuracy": accuracy, "bits_per_unit": 2 * accuracy}
     return {
         "seed": seed,
+        "curve": {"forward_passes": [40, 80], "bits_per_unit": [2.0 + seed, 1.0 + seed]},
         "failed": failed,
         "evaluation": evaluation,
         "gradient": points,
@@ -228,16 +230,19 @@ def test_aggregation_by_hand():
     assert m["bits_per_unit"] == pytest.approx(1.55)
     assert found["ema"]["against_baseline"]["mean"] == 0
     assert found["clipped"] is None
-    assert [p["total"] for p in m["gradient"]] == [3.0, 1.0]
-    assert m["gradient"][-1]["noise"] == 0.5  # of a batch with half the rows
-    assert m["gradient"][-1]["over_reference"] == 1 / 8
-    assert m["gradient"][-1]["forward_passes"] == 10 * 4 * 2
-    assert m["total_over_baseline"] == m["noise_over_baseline"] == 1 / 4
-    spread = m["gradient"][-1]["total_standard_error"] / m["gradient"][-1]["total"]
-    other = s["gradient"][-1]["total_standard_error"] / s["gradient"][-1]["total"]
-    error = 1 / 4 * math.hypot(spread, other)
-    assert spread > 0 and m["total_over_baseline_standard_error"] == pytest.approx(error)
-    assert (s["total_over_baseline"], s["total_over_baseline_standard_error"]) == (1, 0)
+    assert m["curves"]["1"] == {"forward_passes": [40, 80], "bits_per_unit": [3.0, 2.0]}
+    last = m["gradient"][-1]
+    assert [p["total"]["mean"] for p in m["gradient"]] == [3.0, 1.0]
+    assert last["noise"]["mean"] == 0.5  # of a batch with half the rows
+    assert last["noise_to_signal"] == 0.5
+    assert last["forward_passes"] == 10 * 4 * 2
+    # Groups are paired: (0, 2) over (7, 9), and over (3, 5) of the baseline's own.
+    assert last["over_reference"]["ratio"] == 1 / 8
+    assert m["total_over_baseline"]["ratio"] == m["noise_over_baseline"]["ratio"] == 1 / 4
+    errors = np.array([0.0, 2.0]) - np.array([3.0, 5.0]) / 4
+    error = np.sqrt(2 * np.sum(errors**2)) / 8
+    assert m["total_over_baseline"]["standard_error"] == pytest.approx(error)
+    assert (s["total_over_baseline"]["ratio"], s["total_over_baseline"]["standard_error"]) == (1, 0)
 
 
 def test_a_score_in_bits_is_better_below():
@@ -251,7 +256,8 @@ def test_tables_say_what_was_not_run():
     record = {
         "finished": 6,
         "planned": 12,
-        "provenance": {"git_revision": "x" * 40, "packages": {"jax": "1"}, "platform": "p"},
+        "provenance": {"packages": {"jax": "1"}, "platform": "p"},
+        "revisions": {"x" * 40: 6},
         "results": {"passes": {"t": study_table.summarise(suite, "t", _found())}},
     }
     text = study_table.markdown(suite, record)
@@ -261,18 +267,58 @@ def test_tables_say_what_was_not_run():
     assert "bit for bit" in text  # why EMA was not run
 
 
-def test_a_star_stands_only_where_there_is_a_number():
+@pytest.mark.parametrize("method, part", [("mirror", "total"), ("mirror", "reference")])
+def test_a_ratio_has_a_star_where_one_of_its_parts_had_not_settled(method, part):
     found = _found()
-    found["standard"][0]["gradient"][-1]["total"]["unsettled"] = "groups disagree"
+    found[method][0]["gradient"][-1][part]["unsettled"] = "groups disagree"
     results = study_table.summarise(_suite(), "t", found)
-    for point in results["standard"]["gradient"]:
-        point["over_reference"] = None  # as the baseline's own runs have none
-    row = next(
-        line
-        for line in study_table._details(_suite(), results).splitlines()
-        if line.startswith("| standard |")
+    r = results["mirror"]
+    assert r["total_over_baseline"]["settled"] is (part == "reference")
+    assert r["gradient"][-1]["over_reference"]["settled"] is False
+    assert r["noise_over_baseline"]["settled"] is True
+    row = study_table._details(_suite(), results)
+    row = next(line for line in row.splitlines() if line.startswith("| MIRROR"))
+    first, same, noise = row.split(" | ")[9:12]
+    assert first.endswith("*") is (part == "total") and same.endswith("*")
+    assert noise and not noise.endswith("*")
+
+
+def test_p_values_are_corrected_for_the_comparisons_of_a_table():
+    assert evaluation.holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    assert evaluation.holm([0.9, 0.8]) == [1, 1] and evaluation.holm([]) == []
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        evaluation.holm([0.1, np.nan])
+    # Student with one degree of freedom is Cauchy: p = 1 - 2 atan(t) / pi, at t = 0.175 / 0.125.
+    found = study_table.summarise(_suite(), "t", _found())
+    p = 1 - 2 * math.atan(1.4) / math.pi
+    assert found["mirror"]["against_baseline"]["student_p"] == pytest.approx(p)
+    assert found["mirror"]["against_baseline"]["holm_p"] == pytest.approx(p)  # ema is no other run
+    assert found["ema"]["against_baseline"]["holm_p"] is None
+
+
+def test_results_made_under_other_settings_are_refused(tmp_path):
+    suite = SUITES["smoke"]
+    run = next(r for r in study_runs.plan(suite) if study_runs.is_measured(suite, r))
+    folder = study_runs.directory(tmp_path, run)
+    study_runs.check_run(suite, run, tmp_path)  # nothing there yet
+    claim(folder, study_runs.configure(suite, run, tmp_path))
+    (folder / study_runs.RECORD).write_text(json.dumps(_record(0, 0.5, [4.0])), "utf-8")
+    study_runs.check_run(suite, run, tmp_path)
+    more = dataclasses.replace(suite, redraws=7)
+    with pytest.raises(WorkdirError, match=r"\(2, 2\) -> \(2, 7\)"):
+        study_runs.check_run(more, run, tmp_path)
+    other = dataclasses.replace(suite, settings={**suite.settings, "sample.num_answers": 99})
+    with pytest.raises(WorkdirError, match="sample.num_answers: .* -> 99"):
+        study_runs.check_run(other, run, tmp_path)
+
+
+def test_a_study_may_be_moved(tmp_path):
+    suite, run = SUITES["small"], Run("sudoku4_noisy", "standard", "passes", 0)
+    claim(
+        study_runs.directory(tmp_path / "a", run), study_runs.configure(suite, run, tmp_path / "a")
     )
-    assert "| 1* |  | 1* |" in row
+    (tmp_path / "a").rename(tmp_path / "b")
+    study_runs.check_run(suite, run, tmp_path / "b")
 
 
 def test_bands_reach_from_the_worst_to_the_best_seed():
@@ -366,7 +412,7 @@ def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, alone, tmp_p
     assert found["ema"]["scores"] == found["standard"]["scores"]
     assert len(set(found["recommended"]["scores"].values())) == 2
     assert [p["step"] for p in found["recommended"]["gradient"]] == [2, 4]
-    assert found["recommended"]["gradient"][-1]["over_reference"] > 0
+    assert found["recommended"]["gradient"][-1]["over_reference"]["ratio"] > 0
     assert found["standard"]["forward_passes"] == found["recommended"]["forward_passes"] == 32
     assert not any(tmp_path.glob("runs/*/*/*/checkpoints"))
     assert len(list((tmp_path / "plots").glob("*.png"))) == 2

@@ -9,6 +9,7 @@ from mdm_jax.evaluation.answers import score_answers as score_answers
 from mdm_jax.evaluation.block_likelihood import make_block_likelihood as make_block_likelihood
 from mdm_jax.evaluation.bootstrap import PairedSeeds as PairedSeeds
 from mdm_jax.evaluation.bootstrap import bootstrap_interval as bootstrap_interval
+from mdm_jax.evaluation.bootstrap import holm as holm
 from mdm_jax.evaluation.bootstrap import paired_seeds as paired_seeds
 from mdm_jax.evaluation.clip_search import ClipChoice as ClipChoice
 from mdm_jax.evaluation.clip_search import candidate_intervals as candidate_intervals

@@ -34,6 +34,7 @@ class PairedSeeds:
             spread is estimated too. NaN for one seed.
         sign_flips: share of the 2^N signs of the differences whose mean is at least as far from 0;
             no less than 2 / 2^N, so 0.0625 is the least that five seeds can say.
+        student_p: two-sided p-value of Student's test of mean 0; NaN for one seed.
     """
 
     differences: np.ndarray
@@ -42,6 +43,7 @@ class PairedSeeds:
     bootstrap: tuple[float, float]
     student: tuple[float, float]
     sign_flips: float
+    student_p: float
 
     @property
     def significant(self) -> bool:
@@ -61,6 +63,7 @@ class PairedSeeds:
             "bootstrap": [finite_or_none(end) for end in self.bootstrap],
             "student": [finite_or_none(end) for end in self.student],
             "sign_flips": self.sign_flips,
+            "student_p": finite_or_none(self.student_p),
             "significant": self.significant,
         }
 
@@ -86,7 +89,8 @@ def paired_seeds(
         )
     values = first - second
     mean, error = float(values.mean()), standard_error_of_mean(values)
-    reach = stats.t.ppf((1 + coverage) / 2, max(len(values) - 1, 1)) * error  # NaN for one seed
+    freedom = max(len(values) - 1, 1)
+    reach = stats.t.ppf((1 + coverage) / 2, freedom) * error  # NaN for one seed
     return PairedSeeds(
         differences=values,
         mean=mean,
@@ -94,7 +98,33 @@ def paired_seeds(
         bootstrap=bootstrap_interval(values, coverage=coverage),
         student=(mean - reach, mean + reach),
         sign_flips=sign_flip_probability(values),
+        student_p=_student_p(mean, error, freedom),
     )
+
+
+def _student_p(mean: float, error: float, freedom: int) -> float:
+    if error == 0:  # differences without any spread
+        return 0.0 if mean else 1.0
+    return float(2 * stats.t.sf(abs(mean) / error, freedom))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for that several comparisons are made (Holm 1979), in the same order.
+
+    Those below 0.05 are false with a probability of at most 5 % *together*, however the
+    comparisons depend on each other.
+
+    Raises:
+        ValueError: if a value is not in [0, 1].
+    """
+    values = np.asarray(p_values, np.float64)
+    if values.ndim != 1 or not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(f"holm needs p-values [N] in [0, 1], got {p_values}")
+    order = np.argsort(values, kind="stable")
+    corrected = np.empty_like(values)
+    steps = values[order] * np.arange(len(values), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()
 
 
 def bootstrap_interval(
