@@ -41,7 +41,8 @@ def test_piecewise_linear_curve():
     np.testing.assert_allclose(
         curve.quantile(logs, jnp.array([0.9, 0.625])), [0.8, 0.35], rtol=1e-5
     )
-    np.testing.assert_allclose(squared_misfit(curve, logs, xi, 1.1), 0.027, rtol=1e-4)
+    drawn = curve.log_density(logs, xi)
+    np.testing.assert_allclose(squared_misfit(curve, logs, xi, 1.1, drawn), 0.027, rtol=1e-4)
 
 
 def test_logistic_curve():
@@ -306,6 +307,30 @@ def test_a_factor_on_the_loss_is_on_what_is_fitted():
     found = learn(converted, one_batch(u, eps_error(u))).curves
     expected = learn(plain, one_batch(u, x0_error(u))).curves
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+
+
+def test_the_fit_repays_the_density_that_levels_were_drawn_from():
+    """The gradient of ``(F - l)^2 / q`` with q of the averages, whatever the fitted curve is."""
+    transform, curve = variance.cdcd_warp(3, decay=0.9), variance.piecewise_linear_curve(3)
+    steep = variance.PiecewiseLinear(
+        jnp.log(jnp.array([[2.0, 3.0, 5.0]])), jnp.log(jnp.array([[1.0, 0.5, 4.0]]))
+    )
+    state = fresh(transform)._replace(averages=steep)
+    u, loss = np.array([[0.1, 0.4, 0.9]]), np.array([[1.0, 3.0, 2.0]])
+    learnt = zoo.quick(transform.update)(state, *one_batch(u, loss))
+
+    def misfit(curves, weights):
+        each = curve.value(jax.tree.map(lambda leaf: leaf[0], curves), jnp.asarray(1 - u[0]))
+        return jnp.mean(weights * (each - loss[0]) ** 2)
+
+    def first_moments(q):  # Adam's, a tenth of the gradient after one step
+        gradient = jax.grad(misfit)(state.curves, jnp.exp(-q))
+        return 0.1 * np.concatenate([np.ravel(leaf) for leaf in gradient])
+
+    found = np.concatenate([np.ravel(leaf) for leaf in learnt.optimizer[0].mu])
+    drawn = transform.profile(state, jnp.asarray(u[0], jnp.float32)).log_density
+    np.testing.assert_allclose(found, first_moments(drawn), rtol=1e-4, atol=1e-6)
+    assert np.abs(first_moments(drawn) - first_moments(0 * drawn)).max() > 0.01
 
 
 def test_levels_without_targets_are_left_out_of_the_fit():

@@ -91,12 +91,14 @@ def curve_warp(
         value, count = losses = target_loss(current, stats)
         if log_factor is not None:
             value = value * jnp.exp(log_factor(current.u))
+        # Of the averages, which levels were drawn from, not of the curves that are fitted.
+        drawn = per_level(curve.log_density, state.averages, 1.0 - current.u)
 
         def misfit(curves: PyTree) -> Array:
-            def one(parameters: PyTree, u: Array, loss: Array) -> Array:
-                return squared_misfit(curve, parameters, 1.0 - u, loss)
+            def one(parameters: PyTree, u: Array, loss: Array, log_density: Array) -> Array:
+                return squared_misfit(curve, parameters, 1.0 - u, loss, log_density)
 
-            each = per_level(one, curves, current.u, value)
+            each = per_level(one, curves, current.u, value, drawn)
             return jnp.sum(count * each) / total_count(losses)
 
         gradient = jax.grad(misfit)(state.curves)

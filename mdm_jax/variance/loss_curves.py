@@ -130,14 +130,21 @@ def logistic_curve() -> LossCurve:
     return LossCurve(init, value, log_density, quantile)
 
 
-def squared_misfit(curve: LossCurve, parameters: PyTree, xi: Array, loss: Array) -> Array:
+def squared_misfit(
+    curve: LossCurve, parameters: PyTree, xi: Array, loss: Array, log_density: Array
+) -> Array:
     """``(F(xi) - loss)^2 / density(xi)``, elementwise: uniform in xi for levels of that density.
 
-    Only F is fitted; the density that divides is held fixed.
+    Args:
+        curve: the family.
+        parameters: of the curve F that is fitted.
+        xi: noise, any shape.
+        loss: at this noise, same shape.
+        log_density: log of the density over xi that the levels were *drawn* from, nats, same shape.
+            Nothing is fitted through it.
     """
-    held = jax.tree.map(jax.lax.stop_gradient, parameters)
-    log_density = curve.log_density(held, xi)
-    return jnp.square(curve.value(parameters, xi) - loss) * jnp.exp(-log_density)
+    drawn = jax.lax.stop_gradient(log_density)
+    return jnp.square(curve.value(parameters, xi) - loss) * jnp.exp(-drawn)
 
 
 def _at_least(shares: Array) -> Array:
