@@ -240,6 +240,20 @@ def test_clipped_mixture_is_exact():
 
 
 @pytest.mark.parametrize(
+    "low, high", [(1e-7, 1.0), (0.0, 1 - 1e-7), (1e-7, 0.5), (0.5, 1 - 1e-9), (0.3, 0.3 + 1e-6)]
+)
+def test_clipped_mixture_takes_ends_that_float32_cannot_tell_from_0_and_1(low, high):
+    transform = variance.clipped_mixture(low, high, 0.1)
+    assert transform.bias == "exact"
+    u = jnp.asarray([2.0**-24, 0.5, 1 - 2.0**-24])
+    profile = transform.profile(variance.EmptyState(), u)
+    assert np.all(np.isfinite(profile.log_density))
+    np.testing.assert_array_equal(profile.log_density, -profile.log_weight)
+    if low < 1e-6 and high == 1.0:
+        np.testing.assert_allclose(profile.log_density, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     "call, words",
     [
         (lambda: variance.piecewise_density([0, 0.5, 1], [1, 2, 3]), "3 edges need 2 masses"),
@@ -254,6 +268,10 @@ def test_clipped_mixture_is_exact():
         (lambda: variance.clipped(0.8, 0.3), "0 <= low < high <= 1"),
         (lambda: variance.clipped(-0.1, 0.3), "0 <= low < high <= 1"),
         (lambda: variance.clipped_mixture(0.2, 0.3, 0.0), "share in .0, 1."),
+        (
+            lambda: variance.clipped_mixture(0.3, 0.3 + 1e-8),
+            "clipped_mixture needs a range .* wide",
+        ),
         (lambda: variance.ppots_binned([0, 0.5, 1], [1, 2], 0.0), "floor in .0, 1."),
         (lambda: variance.ppots_binned([0, 0.5, 1], [1, -2]), "not negative"),
         (lambda: variance.ppots_binned([0, 0.5, 1], [1, np.inf]), "finite"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 import toy_oracle as oracle
 import zoo
 
@@ -271,8 +272,26 @@ def test_learning_under_bernoulli_weights_finds_the_rise_at_small_rates():
         (lambda: variance.fit_epr([0.1, 0.2, 0.3], [0] * 3, [0] * 3), "not everything zero"),
         (lambda: variance.fit_epr([0.1, 0.2, 0.3], [1] * 3, [1, 1, -1]), "not negative"),
         (lambda: variance.fit_epr([0.1, 0.2, 0.3], [1] * 3, [1] * 3, restarts=0), "at least 1"),
+        (lambda: variance.moment_density([0, 0.5, 1], [1.0], 0.1), r"2 bins .* shape \(1,\)"),
+        (lambda: variance.ppots_binned([0, 0.3, 0.6, 1], [2.0]), r"3 bins .* shape \(1,\)"),
+        (lambda: variance.ppots_binned([0, 0.5, 1], [1, 2, 3]), r"2 bins .* shape \(3,\)"),
+        (lambda: variance.ppots_binned([0, 0.5, 1], [[1, 2]]), r"2 bins .* shape \(1, 2\)"),
     ],
 )
 def test_errors_say_what_is_allowed(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_fit_without_a_finite_restart_is_refused(monkeypatch):
+    lost = scipy.optimize.OptimizeResult(x=np.zeros(7), fun=np.nan)
+    monkeypatch.setattr(scipy.optimize, "minimize", lambda *_, **__: lost)
+    with pytest.raises(ValueError, match="none of 2 restarts from seed 0 ended at a finite"):
+        variance.fit_epr([0.1, 0.2, 0.3], [1, 2, 3], [1, 2, 3], restarts=2)
+
+
+def test_losses_whose_squares_overflow_are_fitted_all_the_same():
+    rates, mean = np.arange(1, 6) / 6, np.array([3.0, 1, 1, 2, 4])
+    small, huge = (variance.fit_epr(rates, c * mean, 0 * mean, restarts=1) for c in (1.0, 1e200))
+    np.testing.assert_allclose(huge.divergence, small.divergence, rtol=1e-6)
+    assert small.divergence > 0

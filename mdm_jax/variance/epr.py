@@ -72,13 +72,15 @@ def fit_epr(
         seed: of the starts.
 
     Raises:
-        ValueError: if the arguments are out of range or nothing was measured (all zero).
+        ValueError: if the arguments are out of range, nothing was measured (all zero), or no
+            restart ends at a finite divergence.
     """
     rates, mean, variance = (np.asarray(a, np.float64) for a in (rates, mean, variance))
     _check(rates, mean, variance, restarts)
     step = np.diff(rates)
     trapezoid = 0.5 * (np.append(step, 0.0) + np.append(0.0, step))
-    curve = np.sqrt(mean**2 + variance)
+    curve = np.hypot(mean, np.sqrt(variance))
+    curve = curve / curve.max()  # squares of large losses would overflow
     measured = trapezoid * curve / np.sum(trapezoid * curve)
     held = measured > 0
 
@@ -91,7 +93,13 @@ def fit_epr(
     rng = np.random.default_rng(seed)
     starts = np.array(_START) + _SPREAD * rng.standard_normal((restarts, len(_START)))
     results = [scipy.optimize.minimize(divergence, s, method="L-BFGS-B") for s in starts]
-    best = min((r for r in results if np.isfinite(r.fun)), key=lambda r: r.fun)
+    finite = [result for result in results if np.isfinite(result.fun)]
+    if not finite:
+        raise ValueError(
+            f"fit_epr: none of {restarts} restarts from seed {seed} ended at a finite divergence; "
+            "take more restarts or another seed, or give the moments to ppots_binned as they are"
+        )
+    best = min(finite, key=lambda result: result.fun)
     return EprFit(_positive(best.x), float(best.fun))
 
 

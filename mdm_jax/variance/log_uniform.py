@@ -19,8 +19,10 @@ def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
     the law ``schedules.masked.log_uniform``.
 
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
-    Removes: the tail of Bernoulli's weight 1/m. It draws small rates far more often than the
-    optimum, which grows as 1/sqrt(m), and under fixed counts there is no tail to remove.
+    Removes: the tail of Bernoulli's weight 1/m above ``smallest_rate``. Below it the density stays
+    bounded, so down to m = 0 the second moment ``int dm / (m p)`` is infinite still: its divergent
+    part is T smallest_rate times that of uniform rates. It draws small rates far more often than
+    the optimum, which grows as 1/sqrt(m), and under fixed counts there is no tail to remove.
     Bias: exact.
     Reference: Sahoo et al. 2024 (MDLM), change of variables (its option for importance sampling).
 

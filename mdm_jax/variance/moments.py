@@ -94,9 +94,18 @@ def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> Pie
         edges: [J + 1] quantiles from 0 to 1.
         moment: [J] non-negative, may be traced.
         floor: share of the uniform density, in (0, 1], may be traced.
+
+    Raises:
+        ValueError: if the edges do not run from 0 to 1, or there is not one moment per bin.
     """
-    widths = jnp.diff(jnp.asarray(check_edges(edges)))
-    root = jnp.sqrt(jnp.maximum(jnp.asarray(moment, jnp.float32), 0.0))
+    edges, moment = check_edges(edges), jnp.asarray(moment, jnp.float32)
+    if moment.shape != (edges.size - 1,):  # one moment would be broadcast to all bins
+        raise ValueError(
+            f"{edges.size} edges make {edges.size - 1} bins and need a moment each, got moments of "
+            f"shape {moment.shape}"
+        )
+    widths = jnp.diff(jnp.asarray(edges))
+    root = jnp.sqrt(jnp.maximum(moment, 0.0))
     share = widths * (root / jnp.max(root))
     total = jnp.sum(share)
     usable = jnp.isfinite(total) & (total > 0)

@@ -31,8 +31,8 @@ def ppots_binned(
         floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
 
     Raises:
-        ValueError: if the edges do not cover (0, 1), shapes do not fit, a moment is negative or
-            not finite, or the floor is out of range.
+        ValueError: if the edges do not cover (0, 1), there is not one moment per bin, a moment is
+            negative or not finite, or the floor is out of range.
     """
     check_floor("ppots_binned", floor)
     moments = np.asarray(second_moments, np.float64)

@@ -16,7 +16,8 @@ from mdm_jax.typing import Array, ArrayLike
 from mdm_jax.variance.transform import LevelProfile
 
 _SIZE = 2**GRID_BITS
-_NARROWEST = 2.0 ** -(GRID_BITS - 1)  # four float32 numbers next to 1
+NARROWEST = 2.0 ** -(GRID_BITS - 1)
+"""Width of a cell at least: four float32 numbers next to 1."""
 
 
 @runtime_checkable
@@ -156,11 +157,11 @@ def check_edges(edges: ArrayLike) -> np.ndarray:
             "edges must run over the quantile from 0 to 1, both included, so that no level is "
             f"lost; got {edges}"
         )
-    wide = np.diff(edges) >= _NARROWEST
+    wide = np.diff(edges) >= NARROWEST
     if not np.all(wide):
         at = int(np.argmin(wide))
         raise ValueError(
-            f"edges must increase by at least {_NARROWEST:.2g}, but edges {at} and {at + 1} are "
+            f"edges must increase by at least {NARROWEST:.2g}, but edges {at} and {at + 1} are "
             f"{edges[at]} and {edges[at + 1]}; take fewer bins or a larger smallest rate"
         )
     return edges
