@@ -40,6 +40,7 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=["mdm_jax", "mdm_jax.*", "experiments", "experiments.*"]
     ),
+    package_data={"experiments": ["results/*.json"]},
     install_requires=REQUIRED,
     extras_require={"digits": DIGITS, "dev": DEV, "notebooks": NOTEBOOKS},
 )

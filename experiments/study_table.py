@@ -1,11 +1,14 @@
 """What the runs of a study amount to: means, spreads, paired intervals, and tables of them."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
 
+import experiments
 from experiments import study_runs
 from experiments.study_runs import Run
 from experiments.study_suites import Suite, Task
@@ -41,6 +44,21 @@ def write(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
     write_json(root / "study.json", record)
     (root / "study.md").write_text(markdown(suite, record), "utf-8")
     return record
+
+
+def published(name: str) -> dict[str, Any]:
+    """The ``study.json`` of a suite that comes with the package; ``docs/study.md`` discusses it.
+
+    Raises:
+        ValueError: naming those that there are, if it is none of them.
+    """
+    files = {
+        f.name.removesuffix(".json"): f
+        for f in (resources.files(experiments) / "results").iterdir()
+    }
+    if name not in files:
+        raise ValueError(f"no results of {name!r} come with the package, only of {sorted(files)}")
+    return json.loads(files[name].read_text("utf-8"))
 
 
 def revisions(suite: Suite, root: pathlib.Path) -> dict[str, int]:

@@ -50,7 +50,9 @@ def _write_run(suite, root, run: Run, score, generator):
     steps, views = config.train.steps, suite.methods[run.method].views
 
     def part(scale):
-        return {"group_variances": list(scale * generator.uniform(1, 2, 8)), "unsettled": ""}
+        groups = list(scale * generator.uniform(1, 2, suite.groups))
+        sizes = {"signal": 1.0, "redraws": suite.redraws}
+        return {"group_variances": groups, "unsettled": "", **sizes}
 
     gradient = [
         {"step": step, "total": part(4 / views), "noise": part(2 / views), "reference": part(4)}
@@ -77,7 +79,7 @@ def _write_run(suite, root, run: Run, score, generator):
 
 
 def run_notebook(name, folder, **variables):
-    """What it prints, with tiny settings and no study to read unless ``variables`` name one."""
+    """What it prints, with tiny settings; ``variables`` may name a study to read."""
     script = folder / "notebook.py"
     script.write_text(code_of(FOLDER / name), "utf-8")
     environment = launching.environment() | {"MDM_JAX_SMOKE": "1"} | variables
@@ -113,5 +115,17 @@ def test_the_notebook_of_the_study_reads_one_that_is_not_finished(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook_of_the_study_makes_one(tmp_path):
-    assert "4 of 4 runs are finished" in run_notebook("stability.ipynb", tmp_path)
+def test_the_notebook_of_the_study_reads_what_comes_with_the_package(tmp_path):
+    assert "257 of 257 runs are finished" in run_notebook("stability.ipynb", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["small"])
+def test_published_results_are_whole_and_of_the_present_suite(name):
+    record = study_table.published(name)
+    suite = SUITES[record["suite"]]
+    assert record["finished"] == record["planned"] == len(study_runs.plan(suite))
+    assert not any("+changes" in revision for revision in record["revisions"])
+    text = study_table.markdown(suite, record)
+    assert "not yet run" not in text and all(m.label in text for m in suite.methods.values())
+    with pytest.raises(ValueError, match="only of .*small"):
+        study_table.published("smal")
