@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import toy_oracle as oracle
 
 from mdm_jax import corruption, evaluation, objectives, schedules, variance
 from mdm_jax.draws import Draw, DrawSpec
@@ -149,6 +151,42 @@ def test_clipped_rao_blackwell_weights():
     np.testing.assert_allclose(total, 7.25723931, rtol=1e-6)
 
 
+@pytest.mark.parametrize("low, high", [(0.3, 1.0), (0.3, 0.8), (1e-3, 1.0), (0.0, 1.0)])
+def test_clipped_rao_blackwell_weights_of_long_rows(low, high):
+    """Also where the interval lies far in the tail of the law of m given k: float64 tails."""
+    count, k = np.array([1024] * 7 + [4096, 1]), np.array([1, 2, 100, 300, 512, 900, 1024, 4096, 1])
+    found = corruption.expected_inverse_rate(jnp.asarray(k), jnp.asarray(count), low, high)
+
+    def probability(a, b):
+        below = scipy.special.betainc(a, b, high) - scipy.special.betainc(a, b, low)
+        above = scipy.special.betaincc(a, b, low) - scipy.special.betaincc(a, b, high)
+        return np.where(a / (a + b) < low, above, below)
+
+    rest = count - k + 1
+    with np.errstate(invalid="ignore"):  # float64 has its own end, 700 nats below 1
+        expected = (count + 1) / k * probability(k, rest) / probability(k + 1, rest)
+    known = np.isfinite(expected)
+    assert known[2] and known.sum() > 5
+    np.testing.assert_allclose(np.asarray(found)[known], expected[known], rtol=2e-6)
+    assert np.all((found >= (1 - 1e-6) / high) & (found <= (1 + 1e-6) / max(low, 1e-9)))
+
+
+def test_clipped_rao_blackwell_wants_the_law_of_its_rates():
+    process = corruption.rao_blackwell_clipped(9, 0.3, 0.8)
+    law = schedules.law_of(schedules.masked.clipped(0.3, 0.8))
+    assert process.bias == objectives.masked_nelbo(process, law).bias == "truncated"
+    assert objectives.block_nelbo(process, 2, law).bias == "truncated"
+    for other in (None, schedules.law_of(schedules.masked.clipped(0.3, 1.0))):
+        with pytest.raises(ValueError, match="rates from 0.3 to 0.8 .* schedules.masked.clipped"):
+            objectives.masked_nelbo(process, other)
+    with pytest.raises(ValueError, match="the law covers 0 to 1"):
+        objectives.block_nelbo(process, 2)
+    whole = corruption.rao_blackwell_clipped(9, 0.0, 1.0)
+    assert whole.bias == objectives.masked_nelbo(whole).bias == "exact"
+    default = corruption.rao_blackwell_clipped(9, 1e-3, 1.0)
+    assert objectives.masked_nelbo(default, oracle.truncated_law(1e-3)).bias == "truncated"
+
+
 def test_clipped_rao_blackwell_process():
     noise = jnp.asarray([[0.1, 0.9, 0.9, 0.9]], jnp.float32)
     logsnr = jnp.zeros((1, 1))
@@ -271,8 +309,11 @@ def test_cross_entropy_excludes_the_mask_token():
 
 
 def test_negative_mask_id_is_refused():
+    for name in ("fixed_count", "bernoulli", "rao_blackwell"):
+        with pytest.raises(ValueError, match=f"{name}: mask_id must be a token id, got -1"):
+            getattr(corruption, name)(-1)
     with pytest.raises(ValueError, match="mask_id"):
-        corruption.fixed_count(-1)
+        corruption.rao_blackwell_clipped(-1, 0.0, 1.0)
 
 
 def test_empty_state_is_a_pytree_without_leaves():

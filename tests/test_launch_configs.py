@@ -122,6 +122,8 @@ def test_every_registered_name_can_be_chosen(field, name):
     config = _get_config("quickstart", "smoke")
     section, key = field.split(".")
     config[section][key] = (name,) if key == "order" else name
+    if name == "rao_blackwell_clipped":
+        config.law.name = "clipped"  # of the same rates
     if field == "sample.grid":
         config.sample.sampler = "ancestral"
     if section == "sample":
@@ -130,6 +132,13 @@ def test_every_registered_name_can_be_chosen(field, name):
         _take_a_step(config)
     else:
         _draw_and_learn(config)
+
+
+def test_clipped_weights_without_a_law_of_their_rates_are_refused():
+    config = _get_config("quickstart", "smoke")
+    config.corruption.name = "rao_blackwell_clipped"
+    with pytest.raises(ValueError, match="rates from 0.001 to 1 .* law.name='clipped'"):
+        make_experiment(config)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if _has_variants(name)])

@@ -1,5 +1,7 @@
 """The masked bound: exactness for any law, normalisation, prompts, padding, empty rows."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,49 @@ def test_segments_are_independent_terms():
     assert stats.raw.shape == stats.weight.shape == (2, 3, 2)
     assert np.all(stats.targets >= 1)
     np.testing.assert_allclose(stats.weight, 2 / stats.targets, rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels, expected", [(1, 1.0), (3, 0.75)])
+def test_several_levels_per_row_estimate_no_bound(levels, expected):
+    """Rows 000 and 111, the ideal network, Bernoulli masks: entropy ln 2, with a level per token
+    3/4 of it, by quadrature over levels and enumeration of masks."""
+    objective = objectives.masked_nelbo(corruption.bernoulli(2), num_levels=levels)
+    assert objective.bias == ("exact" if levels == 1 else "biased")
+    nodes, weights = np.polynomial.legendre.leggauss(3)
+    grid = np.array(list(itertools.product((nodes + 1) / 2, repeat=levels)))
+    mass = np.array(list(itertools.product(weights / 2, repeat=levels))).prod(1)
+    rate = np.broadcast_to(1 - grid, (len(grid), levels)).repeat(3 // levels, axis=1)[:, None]
+    bits = np.array(list(itertools.product([False, True], repeat=3)))
+    law = mass[:, None] * np.where(bits, rate, 1 - rate).prod(-1)
+    noise = np.where(bits, rate / 2, (1 + rate) / 2).reshape(1, -1, 3)
+    u = np.repeat(grid, len(bits), axis=0)[None]
+    rows = u.shape[1]
+
+    def ideal(inputs, *_):
+        """Whatever token is visible is everywhere."""
+        seen = jnp.stack([jnp.any(inputs == token, axis=-1) for token in (0, 1)], axis=-1)
+        return jnp.broadcast_to(jnp.where(seen, 60.0, 0.0)[:, None], (rows, 3, 2))
+
+    draw = Draw(*(jnp.asarray(a, jnp.float32) for a in (u, np.zeros_like(u), noise)))
+    ones = jnp.ones((rows, 3), jnp.int32)
+    batch = Batch(ones, ones > 0, ones, jnp.full(rows, 3))  # by symmetry one row will do
+    stats = tiny.jit(lambda: objective.loss(ideal, batch, draw))()
+    loss = np.asarray(stats.weight * stats.raw, np.float64).sum(-1).ravel()
+    np.testing.assert_allclose(law.ravel() @ loss, expected * np.log(2), rtol=1e-5)
+
+
+def test_levels_must_be_positive():
+    laws = schedules.law_of(masked.clipped(0.3, 0.8))
+    makers = (
+        lambda s: objectives.masked_nelbo(corruption.fixed_count(3), laws, num_levels=s),
+        lambda s: objectives.uniform_nelbo(3, laws, num_levels=s),
+        lambda s: objectives.gaussian_loss(schedules.recipes.vdm(), num_levels=s),
+    )
+    for make in makers:
+        assert (make(1).bias, make(2).bias) == ("truncated", "biased")
+        with pytest.raises(ValueError, match="needs num_levels >= 1 noise levels per row, got 0"):
+            make(0)
+    assert objectives.block_nelbo(corruption.fixed_count(3), 2).bias == "exact"
 
 
 def test_unscored_positions_carry_no_gradient():

@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
             # fixed_count | bernoulli | rao_blackwell | rao_blackwell_clipped |
             # bernoulli_shifted_logit (exact) | bernoulli_shifted_rate (as published, biased)
             "name": "fixed_count",
-            "rao_blackwell_clipped": {"low": 0.001, "high": 1.0},
+            "rao_blackwell_clipped": {"low": 0.001, "high": 1.0},  # with a law of the same rates
             # Tokens that together make up at most rare_share of the training rows are rare.
             "bernoulli_shifted_logit": {"rare_share": 0.1, "shift": 1.0, "max_shifted": 8},
             "bernoulli_shifted_rate": {"rare_share": 0.1, "delta": 0.2},

@@ -7,8 +7,14 @@ eligible ones, the negative evidence lower bound is, for every schedule,
     NELBO = int_0^1 (1/m) E[S | m] dm = sum_{k=1}^{n} (1/k) E[S | k masked]
 
 so a process only has to say which tokens it masks at m, and by which factor S is to be multiplied.
-The three processes here are exact (fixed counts, Rao-Blackwell) or become truncated together with
-a law that stays away from m = 0 (Bernoulli, whose variance is otherwise infinite).
+Fixed counts, Bernoulli and Rao-Blackwell masks are exact under every law that covers all rates; the
+last one's clipped form is truncated, and wants a law of its own rates.
+
+Near m = 0 Bernoulli's S/m has a second moment of the order of 1/m. A law that draws rates with
+density p makes that ``int dm / (m p)``: infinite for a bounded density down to 0, as that of
+uniform rates is; finite where p grows like a power of 1/m, as under ``schedules.masked.power`` with
+an exponent above 1 or ``cosine_squared``; and finite where rates next to 0 are not drawn, which
+leaves them out of the bound. The other processes have bounded weights.
 
 References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM), Ou et al. 2024 (RADD, any-order form).
 """
@@ -18,6 +24,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.corruption.inverse_rate import expected_inverse_rate
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
 from mdm_jax.typing import Array
 
@@ -27,6 +34,9 @@ def fixed_count(mask_id: int) -> Corruption:
 
     Under a uniform rate k is uniform on {1..n}; the weight is n/k. Exact and of finite variance:
     the default. A level without eligible tokens masks nothing and has raw loss zero.
+
+    Raises:
+        ValueError: if ``mask_id`` is negative.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -43,8 +53,13 @@ def fixed_count(mask_id: int) -> Corruption:
 def bernoulli(mask_id: int) -> Corruption:
     """Masks each eligible token independently at the rate m, with weight 1/m.
 
-    The weight's tail makes the variance infinite when m reaches 0: use a law truncated to rates
-    above some epsilon (which leaves out that part of the bound), or one of the other two processes.
+    The weight's tail makes the variance infinite under a law, or a warp, whose density of the rate
+    stays bounded down to m = 0, such as the uniform one. It is finite under laws with more small
+    rates, such as ``schedules.masked.power(2.0)``; under those that stop above some epsilon, which
+    leaves that part of the bound out; and in the other processes.
+
+    Raises:
+        ValueError: if ``mask_id`` is negative.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -62,6 +77,12 @@ def rao_blackwell(mask_id: int) -> Corruption:
     For m uniform on (0, 1) the posterior given k of n masked is Beta(k+1, n-k+1), hence
     ``E[1/m | k] = (n+1)/k``. Exact, finite variance, no epsilon. Its second moment is (n+1)/n times
     that of :func:`fixed_count`, because a share 1/(n+1) of the draws masks nothing.
+
+    The weights average over all rates. Under a law that leaves some out the expectation is that of
+    these weights over the rest, not the bound's part there: :func:`rao_blackwell_clipped`.
+
+    Raises:
+        ValueError: if ``mask_id`` is negative.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -77,11 +98,13 @@ def rao_blackwell(mask_id: int) -> Corruption:
 def rao_blackwell_clipped(mask_id: int, low: float, high: float) -> Corruption:
     """:func:`rao_blackwell` for rates uniform on [low, high].
 
-    The weight is ``E[1/m | k, m ~ U(low, high)]``, a ratio of incomplete beta functions; use it
-    with a law truncated to the same rates.
+    The weight is ``E[1/m | k, m ~ U(low, high)]``, a ratio of incomplete beta functions. It is
+    right under laws that cover just these rates, such as ``schedules.masked.clipped(low, high)``;
+    an objective refuses any other. The expectation is the bound's part from low to high:
+    "truncated", and "exact" for all rates.
 
     Raises:
-        ValueError: unless 0 <= low < high <= 1.
+        ValueError: unless 0 <= low < high <= 1, or if ``mask_id`` is negative.
     """
     if not 0 <= low < high <= 1:
         raise ValueError(f"rao_blackwell_clipped needs 0 <= low < high <= 1, got {low}, {high}")
@@ -93,7 +116,8 @@ def rao_blackwell_clipped(mask_id: int, low: float, high: float) -> Corruption:
         log_weight = jnp.log(expected_inverse_rate(masked, count, low, high))
         return Corrupted(jnp.where(mask, mask_id, x), mask, jnp.where(masked > 0, log_weight, 0.0))
 
-    return _masked("rao_blackwell_clipped", corrupt, mask_id)
+    bias = "exact" if (low, high) == (0, 1) else "truncated"
+    return _masked("rao_blackwell_clipped", corrupt, mask_id)._replace(bias=bias, rates=(low, high))
 
 
 def count_at_rate(rate: Array, count: Array) -> Array:
@@ -127,23 +151,6 @@ def bernoulli_mask(
     """Each eligible element masked where its base noise falls below the rate, [..., L] bool."""
     rate = spread_levels(jax.nn.sigmoid(-logsnr), noise.shape[-1], level_ids)
     return eligible & (noise < rate)
-
-
-def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) -> Array:
-    """``E[1/m | k of n masked]`` for m uniform on [low, high]; 1/rates, float32, same shape.
-
-    Equals ``(n+1)/k`` times a ratio of probabilities of the interval under Beta(k, n-k+1) and
-    Beta(k+1, n-k+1). Entries with k = 0 are meaningless (k is raised to 1 there).
-    """
-    k = jnp.maximum(masked, 1).astype(jnp.float32)
-    rest = count - k + 1.0
-
-    def probability(a: Array, b: Array) -> Array:
-        return jax.scipy.special.betainc(a, b, jnp.full_like(a, high)) - (
-            jax.scipy.special.betainc(a, b, jnp.full_like(a, low))
-        )
-
-    return (count + 1.0) / k * probability(k, rest) / probability(k + 1.0, rest)
 
 
 def cross_entropy(logits: Array, targets: Array, mask_id: int | None) -> Array:

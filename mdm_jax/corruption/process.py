@@ -38,6 +38,8 @@ class Corruption(NamedTuple):
         event_shape: ``event_shape(L)`` of the base noise of one row.
         mask_id: the mask token, or None where the process has none.
         bias: label (:mod:`mdm_jax.bias`) of the bound estimated with the process's own weights.
+        rates: (low, high), the masking rates that a law must cover, no more and no less, for these
+            weights to be right; None where they are right at every single rate.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Corruption(NamedTuple):
     event_shape: Callable[[int], tuple[int, ...]]
     mask_id: int | None
     bias: str = "exact"
+    rates: tuple[float, float] | None = None
 
 
 def spread_levels(values: Array, length: int, level_ids: Array | None = None) -> Array:

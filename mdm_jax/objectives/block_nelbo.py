@@ -36,8 +36,9 @@ def block_nelbo(corruption: Corruption, block_size: int, law: Law | None = None)
             support (clipped rates) makes the objective "truncated".
 
     Raises:
-        ValueError: if the block size is below 1 or the process has no mask token; from ``spec`` and
-            ``loss``, if L' does not divide L or the draw has another number of levels.
+        ValueError: if the block size is below 1, the process has no mask token or weights for other
+            rates than those of the law; from ``spec`` and ``loss``, if L' does not divide L or the
+            draw has another number of levels.
 
     Reference: Arriola et al. 2025 (BD3-LM).
     """

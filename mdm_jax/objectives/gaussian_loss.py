@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.batches import Batch
+from mdm_jax.bias import worst_bias
 from mdm_jax.corruption import gaussian, normal_noise, spread_levels, sum_levels
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.objectives.objective import Objective, call_model
+from mdm_jax.objectives.objective import Objective, bias_of_levels, call_model
 from mdm_jax.schedules.recipes import Recipe
 from mdm_jax.schedules.weighting_curves import Elbo
 from mdm_jax.typing import Array, ArrayLike, ModelFn
@@ -30,7 +31,8 @@ def gaussian_loss(
 
     over all levels if the law covers them ("exact": for discrete data the whole bound, prior and
     reconstruction having vanished) and between the ends of the law's support otherwise
-    ("truncated"). Every other weighting is labelled "biased": it is no likelihood.
+    ("truncated"). Every other weighting is labelled "biased": it is no likelihood;
+    nor are several levels per row.
 
     Per-example stats have shape [V, B, S]. Rows without eligible elements contribute zero; elements
     that are not eligible are given clean and carry neither loss nor gradient. The model function is
@@ -41,11 +43,18 @@ def gaussian_loss(
         values: data from ``batch.tokens``, elementwise; for pictures of K grey values
             ``scaled_integers(K)``. If not given the tokens must be floats and are the data.
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
+            1 is the bound; with more a segment's context is drawn at the levels of the other
+            segments, the expectation bounds nothing and the objective is labelled "biased".
+
+    Raises:
+        ValueError: if ``num_levels`` is not positive; from ``spec``, if it does not divide L; from
+            ``loss``, for data that are no floats or a network with another shape of output.
 
     References: Kingma et al. 2021 (VDM), equation 18; Kingma and Gao 2023 for general weights.
     """
     corruption = gaussian(recipe.path)
     output, path = recipe.output, recipe.path
+    bias = worst_bias(_bias(recipe), bias_of_levels("gaussian_loss", num_levels))
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
         views, levels = draw.u.shape[0], draw.u.shape[-1]
@@ -75,7 +84,7 @@ def gaussian_loss(
         spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L
         return DrawSpec(batch_size, num_levels, corruption.event_shape(length))
 
-    return Objective("gaussian_loss", recipe.law, corruption, spec, loss, _bias(recipe))
+    return Objective("gaussian_loss", recipe.law, corruption, spec, loss, bias)
 
 
 def scaled_integers(num_values: int) -> Callable[[ArrayLike], Array]:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax import schedules
 from mdm_jax.batches import Batch
@@ -9,7 +10,7 @@ from mdm_jax.bias import worst_bias
 from mdm_jax.corruption import Corruption, spread_levels, sum_levels
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.models import Readout
-from mdm_jax.objectives.objective import Objective, score_tokens
+from mdm_jax.objectives.objective import Objective, bias_of_levels, score_tokens
 from mdm_jax.objectives.token_loss import token_nats
 from mdm_jax.schedules import Law
 from mdm_jax.typing import Array, ModelFn
@@ -27,7 +28,7 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
     where w is the corruption's own weight (1/m, n/k, ...; a weight per element goes into S). The
     law changes the variance of the estimate, never its mean, as long as it covers the real line; a
     law of bounded support leaves the bound's part outside out, and the objective is then labelled
-    "truncated". A process that is labelled "biased" makes the objective so.
+    "truncated". A process that is labelled "truncated" or "biased" makes the objective so.
 
     Per-example stats have shape [V, B, S]. Rows without eligible elements contribute zero to
     numerator and denominator; prompt and padding positions carry neither loss nor gradient.
@@ -36,6 +37,13 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
         corruption: a masked process such as ``corruption.fixed_count(mask_id)``.
         law: law over logSNR, standard logistic (uniform masking rate) if not given.
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
+            1 is the bound; with more a segment's context is drawn at the levels of the other
+            segments, the expectation bounds nothing and the objective is labelled "biased"
+            (:func:`~mdm_jax.objectives.block_nelbo` has a level per block and a bound).
+
+    Raises:
+        ValueError: if the process has no mask token, or weights for other rates than those of the
+            law, or ``num_levels`` is not positive; from ``spec``, if it does not divide L.
 
     References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM); the masking-rate form is theirs
     after substituting the schedule away.
@@ -43,6 +51,8 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
     if corruption.mask_id is None:
         raise ValueError(f"masked_nelbo needs a process with a mask token, not {corruption.name!r}")
     chosen = _UNIFORM_RATE if law is None else law
+    _check_rates(corruption, chosen)
+    of_levels = bias_of_levels("masked_nelbo", num_levels)
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
         levels = draw.u.shape[-1]
@@ -80,5 +90,19 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
 
     low, high = chosen.support
     whole = bool(low == -jnp.inf and high == jnp.inf)
-    bias = worst_bias("exact" if whole else "truncated", corruption.bias)
+    bias = worst_bias("exact" if whole else "truncated", corruption.bias, of_levels)
     return Objective("masked_nelbo", chosen, corruption, spec, loss, bias)
+
+
+def _check_rates(corruption: Corruption, law: Law) -> None:
+    if corruption.rates is None:
+        return
+    highest, lowest = (float(jax.nn.sigmoid(-jnp.asarray(end))) for end in law.support)
+    if not np.allclose([lowest, highest], corruption.rates, rtol=1e-5, atol=1e-7):
+        low, high = corruption.rates
+        raise ValueError(
+            f"the weights of {corruption.name} are made for masking rates from {low:g} to {high:g} "
+            f"and the law covers {lowest:g} to {highest:g}; take a law of the same rates, "
+            f"schedules.masked.clipped({low:g}, {high:g}), which configs call law.name='clipped', "
+            "or a process for any rates"
+        )

@@ -23,7 +23,7 @@ class Objective(NamedTuple):
         spec: ``spec(batch_size, length) -> DrawSpec``, the randomness that the loss consumes.
         loss: ``loss(model_fn, batch, draw) -> LossStats`` with a leading view axis.
         bias: "exact" if the expected loss is a full likelihood bound, "truncated" if the law leaves
-            out part of the noise range, "biased" if the weighting is not that of the bound.
+            out part of the noise range, "biased" if weighting or contexts are not the bound's.
     """
 
     name: str
@@ -121,6 +121,27 @@ def score_tokens(
     )
     flat = [flatten_views(jnp.broadcast_to(values, shape)) for values in known]
     return unflatten_views(score(outputs, *flat), views)
+
+
+def bias_of_levels(name: str, num_levels: int) -> str:
+    """The label of S noise levels per row: "exact" for one, "biased" for several.
+
+    A bound shows a target to the network in a context of the target's own level. With several
+    levels per row a segment's context is drawn at the other segments' levels, and the expectation
+    bounds nothing: it can lie below the entropy of the data.
+
+    Args:
+        name: of the objective, for the error.
+        num_levels: S.
+
+    Raises:
+        ValueError: unless ``num_levels`` is positive.
+    """
+    if num_levels < 1:
+        raise ValueError(
+            f"{name} needs num_levels >= 1 noise levels per row, got {num_levels}; 1 is the bound"
+        )
+    return "exact" if num_levels == 1 else "biased"
 
 
 def describe(objective: Objective) -> str:

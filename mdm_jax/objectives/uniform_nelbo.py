@@ -5,11 +5,12 @@ import jax.numpy as jnp
 
 from mdm_jax import schedules
 from mdm_jax.batches import Batch
+from mdm_jax.bias import worst_bias
 from mdm_jax.corruption.process import spread_levels, sum_levels
 from mdm_jax.corruption.uniform_tokens import uniform_tokens
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.models import PositionLoss, Readout, position_losses
-from mdm_jax.objectives.objective import Objective, score_tokens
+from mdm_jax.objectives.objective import Objective, bias_of_levels, score_tokens
 from mdm_jax.schedules import Law
 from mdm_jax.typing import Array, ModelFn
 
@@ -45,14 +46,19 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
             network's logits from K on are ignored.
         law: law over logSNR, standard logistic (uniform replacement rate) if not given.
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
+            1 is the bound; with more a segment's context is drawn at the levels of the other
+            segments, the expectation bounds nothing and the objective is labelled "biased"
+            (:func:`~mdm_jax.objectives.block_nelbo` has a level per block and a bound).
 
     Raises:
-        ValueError: for fewer than two tokens.
+        ValueError: for fewer than two tokens, or if ``num_levels`` is not positive; from ``spec``,
+            if it does not divide L; from ``loss``, for a network of fewer logits than tokens.
 
     References: Schiff et al. 2024 (UDLM), the continuous-time bound; Sahoo et al. 2025 (Duo).
     """
     corruption = uniform_tokens(num_tokens)
     chosen = _UNIFORM_RATE if law is None else law
+    of_levels = bias_of_levels("uniform_nelbo", num_levels)
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
         levels = draw.u.shape[-1]
@@ -93,7 +99,7 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
 
     low, high = chosen.support
     whole = bool(low == -jnp.inf and high == jnp.inf)
-    bias = "exact" if whole else "truncated"
+    bias = worst_bias("exact" if whole else "truncated", of_levels)
     return Objective("uniform_nelbo", chosen, corruption, spec, loss, bias)
 
 
