@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -126,6 +126,19 @@ def dataset(config: ConfigDict) -> data.Dataset:
     return factory(**{k: v for k, v in arguments.items() if k in known})
 
 
+def check_unread(config: ConfigDict, sections: Sequence[str]) -> None:
+    """Raises ValueError where a name that the run's process does not look at was changed."""
+    defaults = base.get_config()
+    changed = [name for name in sections if config[name].name != defaults[name].name]
+    if changed:
+        raise ValueError(
+            f"process={config.process!r} does not read "
+            + ", ".join(f"{name}.name={config[name].name!r}" for name in changed)
+            + "; leave it at its default"
+            + (", and name laws and weightings by config.gaussian" * (config.process == "gaussian"))
+        )
+
+
 def network(config: ConfigDict, vocab_size: int) -> models.TransformerConfig:
     """Shape and arithmetic of the network's blocks."""
     fields = {k: v for k, v in config.model.items() if k not in ("patch_size", "logits_at")}
@@ -152,11 +165,16 @@ def transform(config: ConfigDict, law: schedules.Law) -> variance.VarianceTransf
 
 
 def monitors(config: ConfigDict, objective: objectives.Objective) -> list[training.Monitor]:
-    """The running estimates that go to the metrics."""
+    """The running estimates that go to the metrics.
+
+    Raises:
+        ValueError: for an unknown name, or one that does not go with the run's chain.
+    """
+    chain = transform(config, objective.law)
     table = {
         "levels": functools.partial(training.level_monitor, objective),
         "gradient_noise": training.gradient_noise_monitor,
-        "baseline": training.baseline_monitor,
+        "baseline": functools.partial(training.baseline_monitor, chain=chain),
     }
     return [
         lookup(table, name, "train.monitors")(**settings(config.monitors, name))

@@ -141,6 +141,17 @@ def test_clipped_weights_without_a_law_of_their_rates_are_refused():
         make_experiment(config)
 
 
+def test_a_baseline_of_the_loss_wants_an_exact_chain():
+    config = _get_config("quickstart", "smoke")
+    config.train.monitors = ("levels", "baseline")
+    assert [m.name for m in make_experiment(config).monitors] == ["levels", "baseline"]
+    config.variance.order = ("stratified", "clipped")
+    with pytest.raises(
+        ValueError, match="clipped.* is truncated; leave the monitor 'baseline' out"
+    ):
+        make_experiment(config)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if _has_variants(name)])
 def test_smoke_variants_are_small_and_unknown_ones_are_refused(name):
     config = _get_config(name, "smoke")

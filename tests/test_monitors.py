@@ -11,7 +11,7 @@ from test_decompose import apply_fn, toy_objective
 from test_efficiency import BATCH, PICKED, TOKENS, exact_noise
 
 from mdm_jax import objectives, training, variance
-from mdm_jax.draws import LossStats
+from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.models import toy
 
 
@@ -172,6 +172,36 @@ def test_controlled_loss_keeps_the_mean_and_loses_noise():
         training.baseline_monitor(forget=1.0)
     with pytest.raises(ValueError, match="at least 1 bin"):
         training.baseline_monitor(bins=0)
+
+
+@pytest.mark.parametrize("name", ["clipped", "uncertainty_weighting", "cdcd_warp"])
+def test_controlled_loss_refuses_chains_that_do_not_repay_their_density(name):
+    """With the true curve as baseline ``w b - mean(b)`` has another mean than zero there."""
+    make = {"clipped": lambda: variance.clipped(0.3, 0.8)}.get(name, getattr(variance, name))
+    chain = variance.chain(variance.stratified(), make())
+    with pytest.raises(ValueError, match=f"{name}.* is {chain.bias}"):
+        training.baseline_monitor(chain=chain)
+    training.baseline_monitor(chain=variance.chain(variance.stratified(), variance.ppots()))
+
+
+def test_the_correction_has_no_mean_under_exact_chains_alone():
+    """A baseline 1, 3 in two bins, losses of zero, 4096 strata: minus the correction's mean."""
+    baseline = objectives.baseline.new_baseline(2)._replace(mean=jnp.array([1.0, 3.0]))
+    rows = 4096
+
+    def reported(transform):
+        u = (jnp.arange(rows, dtype=jnp.float32) + 0.5).reshape(1, rows, 1) / rows
+        start = Draw(u, jnp.zeros_like(u), u)
+        spec = DrawSpec(rows, 1, (1,))
+        draw = transform.draw(jax.random.key(0), transform.init(spec), start, spec)
+        nothing = jnp.zeros_like(u)
+        stats = LossStats(nothing, nothing + 1, nothing + 1, nothing)
+        return objectives.baseline.reported_loss(baseline, draw, stats) / rows
+
+    exact = variance.importance(variance.piecewise_density((0, 0.25, 1), (1, 1)))
+    np.testing.assert_allclose(reported(exact), 0.0, atol=1e-3)
+    # Mean 2 of the baseline, less its integral 0.3 * 1 + 0.2 * 3 over quantiles from 0.2 to 0.7.
+    np.testing.assert_allclose(reported(variance.clipped(0.3, 0.8)), 2 - 0.9, atol=2e-3)
 
 
 # --- in the train step ----------------------------------------------------------------------------

@@ -8,8 +8,10 @@ control variate for the number that is logged:
     reported = sum_rows [ w (f - n b(u)) + n mean(b) ] ,
 
 with w the importance weight, n the scored tokens, and b a running mean of the per-token integrand
-in equal bins of the quantile u. Because w makes u uniform and b is of the past, its expectation is
-that of the loss.
+in equal bins of the quantile u. Where w is one over the density that u is drawn from, ``w b(u)``
+has the mean of b, and because b is of the past the expectation is that of the loss. That holds for
+chains labelled "exact". Under one that leaves levels out, or pays another weight than that, the
+correction has a mean of its own and the number is that of nothing.
 """
 
 from typing import NamedTuple
@@ -76,8 +78,8 @@ def update_baseline(
 def reported_loss(baseline: Baseline, draw: Draw, stats: LossStats) -> Array:
     """Sum over rows of the loss with its control variate, nats, averaged over views.
 
-    Divide by the scored tokens as for ``sum_losses(draw, stats).loss``, whose expectation it has.
-    The baseline must not have seen this batch.
+    Divide by the scored tokens as for ``sum_losses(draw, stats).loss``, whose expectation it has if
+    the draw is of a chain whose bias is "exact". The baseline must not have seen this batch.
     """
     member, _, scored = _bins(baseline, draw, stats)
     level = jnp.dot(member, baseline.mean, precision=jax.lax.Precision.HIGHEST)

@@ -271,11 +271,18 @@ class ControlledLoss(NamedTuple):
     rejected: Array
 
 
-def baseline_monitor(bins: int = 16, decay: float = 0.99, forget: float = 0.9) -> Monitor:
+def baseline_monitor(
+    bins: int = 16,
+    decay: float = 0.99,
+    forget: float = 0.9,
+    chain: VarianceTransform | None = None,
+) -> Monitor:
     """The training loss with an EMA baseline as control variate: same mean, less noise.
 
     The baseline is what ``objectives.baseline`` describes. It steadies the *reported* number only:
-    it does not depend on the parameters, so the gradient is what it is without it.
+    it does not depend on the parameters, so the gradient is what it is without it. The mean is that
+    of the loss under chains whose weights repay the density of the levels, those labelled "exact",
+    and is wrong under others.
 
     ``read`` gives ``controlled_loss`` and, for comparison, ``uncontrolled_loss``, nats per token,
     both averaged over about ``1 / (1 - forget)`` steps, and ``controlled_rejected``.
@@ -286,10 +293,17 @@ def baseline_monitor(bins: int = 16, decay: float = 0.99, forget: float = 0.9) -
         bins: of the quantile.
         decay: of a bin's mean, whenever it is visited.
         forget: decay of the two averages, per step.
+        chain: what the run's draws come from, so that one it does not hold for is refused.
 
     Raises:
-        ValueError: unless bins >= 1, 0 <= decay < 1 and 0 <= forget < 1.
+        ValueError: unless bins >= 1, 0 <= decay < 1 and 0 <= forget < 1, or if the chain's bias is
+            not "exact".
     """
+    if chain is not None and chain.bias != "exact":
+        raise ValueError(
+            f"baseline_monitor keeps the mean of the loss under exact chains, and {chain.name} is "
+            f"{chain.bias}; leave the monitor 'baseline' out, or take a chain labelled exact"
+        )
     if not 0 <= decay < 1 or not 0 <= forget < 1:
         raise ValueError(
             f"baseline_monitor needs 0 <= decay < 1 and 0 <= forget < 1, got {decay}, {forget}"
