@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from mdm_jax import training, variance
-from mdm_jax.training import CheckpointError, Checkpoints, abstract
+from mdm_jax.training import CheckpointError, CheckpointReader, Checkpoints, abstract
 
 
 def _state(seed=0, width=3):
@@ -217,6 +217,107 @@ def test_killed_while_saving_leaves_the_one_before(opened, caplog):
     checkpoints.save(12, _state(12), {"batches": 12}, {"window": [[12, 0.1]]})
     assert "12.orbax" not in caplog.text
     _assert_holds(open_again().restore_last(abstract(_state())), 12)
+
+
+# --- reading while another process trains -------------------------------------------------------
+
+
+def _tree(directory):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in directory.rglob("*")}
+
+
+def test_a_reader_changes_nothing(opened, caplog):
+    """Neither a save in progress, nor what is damaged, nor a manifest that is not written yet."""
+    directory, open_again = opened
+    _fill(open_again).save_best(4, _state(4), {"loss": 1.0})
+    shutil.copytree(directory / "last" / "8", directory / "last" / "12.orbax-checkpoint-tmp")
+    _flip(directory / "last" / "8")
+    (directory / "manifests" / "last" / "4.json").unlink()
+    before = _tree(directory)
+    reader = CheckpointReader(directory)
+    _assert_holds(reader.restore_last(abstract(_state())), 4)
+    chex.assert_trees_all_equal(reader.restore_best(abstract(_state())), _state(4))
+    chex.assert_trees_all_equal(reader.restore_step(4, abstract(_state())), _state(4))
+    reader.close()
+    assert _tree(directory) == before
+    assert f"{directory / 'last' / '8'} is damaged" in caplog.text and "stays" in caplog.text
+    _truncate(directory / "last" / "4")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints at steps \[4, 8\].*warn"):
+        CheckpointReader(directory).restore_last(abstract(_state()))
+
+
+def test_a_reader_makes_no_directory(tmp_path):
+    reader = CheckpointReader(tmp_path / "nowhere" / "checkpoints")
+    assert reader.steps() == [] and reader.best_metrics() is None
+    assert reader.restore_last(abstract(_state())) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_reader_follows_a_trainer_that_replaces_what_it_reads(opened, monkeypatch, when):
+    directory, open_again = opened
+    trainer = _fill(open_again)
+    trainer.save_best(4, _state(4), {"loss": 2.0})
+    reader = CheckpointReader(directory)
+    assert reader.best_metrics()["step"] == 4
+
+    def train_on():
+        for step in (12, 16):
+            trainer.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+        trainer.save_best(16, _state(16), {"loss": 1.0})
+
+    if when == "before":
+        train_on()
+    else:
+        read = reader._last._read
+
+        def slow_read(step, *arguments):
+            found = read(step, *arguments)
+            if step == 8:
+                train_on()
+            return found
+
+        monkeypatch.setattr(reader._last, "_read", slow_read)
+    _assert_holds(reader.restore_last(abstract(_state())), 16)
+    chex.assert_trees_all_equal(reader.restore_best(abstract(_state())), _state(16))
+    assert reader.best_metrics() == {"step": 16, "loss": 1.0}
+    reader.close()
+
+
+# --- steps that come again ----------------------------------------------------------------------
+
+
+def test_amended_notes_are_those_restored(opened):
+    directory, open_again = opened
+    checkpoints = _fill(open_again)
+    checkpoints.amend_notes(8, {"window": [], "hooks_due": []})
+    (directory / "manifests" / "last" / "4.json").unlink()
+    checkpoints.amend_notes(4, {"window": []})  # its manifest is not written yet: nothing to do
+    restored = open_again().restore_last(abstract(_state()))
+    assert restored.notes == {"window": [], "hooks_due": []}
+    chex.assert_trees_all_equal(restored.state, _state(8))
+    assert restored.position == {"batches": 8}
+
+
+def test_a_step_below_the_latest_is_not_taken_for_saved(opened):
+    _, open_again = opened
+    checkpoints = _fill(open_again)
+    with pytest.raises(CheckpointError, match=r"step 6 cannot be saved .* later steps \[4, 8\]"):
+        checkpoints.save(6, _state(6), {}, {})
+    assert open_again().steps() == [4, 8]
+
+
+def test_a_better_step_before_the_best_takes_its_place(opened):
+    """A run that was resumed before it, with other settings."""
+    directory, open_again = opened
+    open_again().save_best(8, _state(8), {"loss": 2.0})
+    checkpoints = open_again()
+    assert checkpoints.save_best(4, _state(4), {"loss": 1.0})
+    for found in (checkpoints, open_again()):
+        assert found.best_metrics() == {"step": 4, "loss": 1.0}
+        chex.assert_trees_all_equal(found.restore_best(abstract(_state())), _state(4))
+    assert [p.name for p in (directory / "best").iterdir()] == ["4"]
+    assert [p.name for p in (directory / "manifests" / "best").iterdir()] == ["4.json"]
 
 
 # --- misfits ------------------------------------------------------------------------------------

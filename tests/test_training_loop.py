@@ -1,5 +1,6 @@
 """The loop: kills, interrupts, resuming to the same bits, NaN, hooks, what is saved and when."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -39,9 +40,10 @@ def _step():
     return spec, tiny.jit(step)
 
 
-def _batches():
+def _batches(place=None):
     source = StoredRows(tiny.batch(50, seed=4))
-    return data.Prefetcher(data.train_iterator(source, ROWS, seed=5), depth=2)
+    rows = data.train_iterator(source, ROWS, seed=5)
+    return data.Prefetcher(rows, depth=2, place=place or (lambda batch: batch))
 
 
 class Run:
@@ -51,7 +53,17 @@ class Run:
         self.directory, self.options = directory, options
         self.samples = []
 
-    def start(self, *, before_step=None, evaluate=None, sample=None, interrupt=None, step=None):
+    def start(
+        self,
+        *,
+        before_step=None,
+        evaluate=None,
+        sample=None,
+        adapt=None,
+        interrupt=None,
+        step=None,
+        place=None,
+    ):
         """Runs until the end, or until something stops it; returns the state."""
         spec, whole = _step()
         state = tiny.new_state(spec, optax.adam(0.01))
@@ -74,7 +86,7 @@ class Run:
             check()
             self.samples.append(step)
 
-        with _batches() as batches:
+        with _batches(place) as batches:
             if restored is not None:
                 state, progress = restored.state, restored.notes["progress"]
                 batches.set_state(restored.position)
@@ -89,7 +101,9 @@ class Run:
                     options=self.options,
                     checkpoints=checkpoints,
                     writer=writer,
-                    hooks=training.Hooks(evaluate or default_evaluate, sample or default_sample),
+                    hooks=training.Hooks(
+                        evaluate or default_evaluate, sample or default_sample, adapt=adapt
+                    ),
                     progress=progress,
                     interrupt=interrupt,
                 )
@@ -173,6 +187,117 @@ def test_a_run_killed_in_a_hook_ends_the_same(whole, tmp_path, where):
         run.start(**{where: die})
     run.start()
     _assert_same_run(run, whole)
+
+
+def _loss(ema):
+    return {"loss": float(np.sum(np.asarray(ema["kernel"], np.float64) ** 2)), "more": 1.0}
+
+
+@pytest.mark.parametrize("where", slow_except({"sample"}, ["evaluate", "sample"]))
+def test_a_step_is_saved_before_its_hooks(whole, tmp_path, where):
+    """A kill in a hook costs no step, and what was done before it is not done again."""
+    run = Run(tmp_path, dataclasses.replace(OPTIONS, checkpoint_every=6))
+    calls, steps = [], []
+
+    def hook(step, ema, check, name):
+        if (step, name) == (12, where) and calls.count((12, where)) == 0:
+            calls.append((step, name))
+            raise Killed
+        calls.append((step, name))
+        return _loss(ema)
+
+    hooks = {name: functools.partial(hook, name=name) for name in ("evaluate", "sample")}
+    with pytest.raises(Killed):
+        run.start(**hooks)
+    restored, _ = run.last()
+    due = ["evaluate", "sample"] if where == "evaluate" else ["sample"]
+    assert int(restored.state.step) == 12
+    assert restored.notes["progress"]["hooks_due"] == due
+    run.start(before_step=steps.append, **hooks)
+    assert steps == list(range(12, STEPS))
+    assert calls.count((12, "evaluate")) == len(due) and calls.count((12, "sample")) == (
+        2 if where == "sample" else 1
+    )
+    _assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("where", slow_except({"sample", "data"}, ["evaluate", "sample", "data"]))
+def test_an_error_outside_a_step_saves_and_the_run_goes_on_when_it_is_mended(
+    whole, tmp_path, where
+):
+    run = Run(tmp_path, dataclasses.replace(OPTIONS, checkpoint_every=0))
+
+    def fail(step, ema, check):
+        if step == 12:
+            raise FileNotFoundError("prompts.txt")
+        return _loss(ema)
+
+    batches = iter(range(STEPS))
+
+    def place(batch):
+        if next(batches) == 12:
+            raise FileNotFoundError("prompts.txt")
+        return batch
+
+    with pytest.raises(FileNotFoundError, match="prompts.txt"):
+        run.start(**({"place": place} if where == "data" else {where: fail}))
+    assert int(run.last()[0].state.step) == 12
+    run.start()
+    _assert_same_run(run, whole)
+
+
+def test_an_error_inside_a_step_saves_nothing(tmp_path):
+    """Its buffers may have been given away."""
+
+    def fail(step):
+        if step == 7:
+            raise RuntimeError("out of memory")
+
+    run = Run(tmp_path)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.start(before_step=fail)
+    assert int(run.last()[0].state.step) == 5
+
+
+@pytest.mark.parametrize("every", [0, 6])
+def test_what_adapts_is_saved_before_the_evaluation(tmp_path, every):
+    """With a checkpoint at the step and without one, where the interrupt saves."""
+    run = Run(tmp_path, dataclasses.replace(OPTIONS, checkpoint_every=every))
+    interrupt, adapted = training.Interrupt(), []
+
+    def adapt(step, state, check):
+        adapted.append(step)
+        return state.replace(skipped=state.skipped + 100)
+
+    def evaluate(step, ema, check):
+        if step == 12:
+            interrupt.requested = True
+        check()
+        return _loss(ema)
+
+    run.start(adapt=adapt, evaluate=evaluate, interrupt=interrupt)
+    restored, _ = run.last()
+    assert adapted == [6, 12] and int(restored.state.skipped) == 200
+    assert restored.notes["progress"]["hooks_due"] == ["evaluate", "sample"]
+    run.start(adapt=adapt)
+    assert adapted == [6, 12, 18, 24] and int(run.last()[0].state.skipped) == 400
+    run.start(adapt=adapt, before_step=_kill_at(STEPS))
+    assert len(adapted) == 4
+
+
+def test_the_last_step_is_evaluated_too(tmp_path):
+    run = Run(tmp_path, training.LoopOptions(total_steps=5, log_every=5, evaluate_every=3))
+    adapted = []
+
+    def adapt(step, state, check):
+        adapted.append(step)
+        return state
+
+    run.start(adapt=adapt)
+    assert [r["step"] for r in run.records() if r["kind"] == "evaluate"] == adapted == [3, 5]
+    run = Run(tmp_path / "without", training.LoopOptions(total_steps=2, log_every=2))
+    run.start()
+    assert {r["kind"] for r in run.records()} == {"train"}
 
 
 def test_a_finished_run_does_nothing_more(whole, tmp_path):

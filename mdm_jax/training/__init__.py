@@ -4,7 +4,8 @@ from mdm_jax.training.averages import AverageOffset as AverageOffset
 from mdm_jax.training.averages import averaged as averaged
 from mdm_jax.training.averages import new_average as new_average
 from mdm_jax.training.averages import update_average as update_average
-from mdm_jax.training.checkpoints import CheckpointError as CheckpointError
+from mdm_jax.training.checkpoint_store import CheckpointError as CheckpointError
+from mdm_jax.training.checkpoints import CheckpointReader as CheckpointReader
 from mdm_jax.training.checkpoints import Checkpoints as Checkpoints
 from mdm_jax.training.checkpoints import Restored as Restored
 from mdm_jax.training.checkpoints import abstract as abstract

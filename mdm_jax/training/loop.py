@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from absl import logging
 
 from mdm_jax import processes
 from mdm_jax.batches import Batch
@@ -42,7 +43,8 @@ class LoopOptions:
     Attributes:
         total_steps: where training ends.
         log_every: metrics are fetched from the device and written this often.
-        evaluate_every, sample_every, checkpoint_every: likewise.
+        evaluate_every: likewise, and once more after the last step.
+        sample_every, checkpoint_every: likewise; the last step is always saved.
         max_skipped_in_a_row: stop after this many non-finite steps in a row.
         tokens_per_step: tokens that pass through the network each step, for the speed shown.
         unit: what ``bits`` in the progress bar are counted per, such as "character".
@@ -114,6 +116,10 @@ def train(
     processes run the same loop; a request to stop that one of them gets takes effect for all at the
     next logging step, or inside a hook.
 
+    A step that is saved is saved before it is evaluated and sampled from, and resumes with these
+    where they were left. An error of a hook or of ``batches`` in a run of one process saves the
+    state before it is raised; with several, others may not have met it.
+
     Args:
         step_fn: jitted step, state donated.
         state: where to start; its step counter is the truth.
@@ -138,39 +144,51 @@ def train(
     hooks_due = [name for name in progress.get("hooks_due", []) if getattr(hooks, name)]
     profiling = False
 
-    def save(current: TrainState) -> None:
-        loop.collect()
-        remember = {"window": loop.window, "hooks_due": list(hooks_due)}
-        checkpoints.save(
-            step, current, batches.get_state(), {**(notes or {}), "progress": remember}
-        )
+    def remembered() -> dict[str, Any]:
+        left = {"window": loop.window, "hooks_due": list(hooks_due)}
+        return {**(notes or {}), "progress": left}
 
-    def call_hooks(current: TrainState, check: Callable) -> TrainState:
+    def save() -> None:
+        loop.collect()
+        checkpoints.save(step, state, batches.get_state(), remembered())
+
+    def call_hooks(check: Callable, keep: bool) -> None:
+        nonlocal state
         started = time.monotonic()
+        if hooks_due[:1] == ["adapt"]:
+            state = hooks.adapt(step, state, check)
+            hooks_due.pop(0)
+        if keep:  # what adapts is part of the state; what comes now may end the process
+            save()
         while hooks_due:
-            if hooks_due[0] == "adapt":
-                current = hooks.adapt(step, current, check)
-            elif hooks_due[0] == "evaluate":
-                average = averaged(current)
+            if hooks_due[0] == "evaluate":
+                average = averaged(state)
                 values = hooks.evaluate(step, average, check)
                 writer.scalars(step, "evaluate", values)
                 checkpoints.save_best(step, average, values)
             else:
-                hooks.sample(step, averaged(current), check)
+                hooks.sample(step, averaged(state), check)
             hooks_due.pop(0)  # not before it is done: an interrupted one runs again
+            if keep:
+                checkpoints.amend_notes(step, remembered())
         loop.pause(time.monotonic() - started)
-        return current
 
     with interrupt or Interrupt() as stop:
+        whole = True  # whether the state is that of `step`, and no step has taken its buffers
         try:
-            state = call_hooks(state, stop.check)  # what an interrupt left undone
+            # What an interrupt or a kill left undone. The checkpoint has this state unless the
+            # state is yet to adapt.
+            call_hooks(stop.check, keep=bool(hooks_due) and "adapt" not in hooks_due)
             while step < options.total_steps and not stop.stopping:
                 if options.profile_at and step == options.profile_at:
                     jax.profiler.start_trace(options.profile_directory)
                     profiling = True
+                batch = next(batches)
+                whole = False
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = step_fn(state, next(batches))
+                    state, metrics = step_fn(state, batch)
                 step += 1
+                ending = step == options.total_steps
                 loop.pending.append(metrics)
                 if step == start + 1 and options.launched_at is not None:
                     jax.block_until_ready(metrics)
@@ -181,31 +199,38 @@ def train(
                     jax.profiler.stop_trace()
                     profiling = False
                     loop.progress.note(f"profile written to {options.profile_directory}")
-                if _due(step, options.log_every) or step == options.total_steps:
+                if _due(step, options.log_every) or ending:
                     watched = hooks.monitor(state) if hooks.monitor else {}
                     loop.write(step, watched, stop_after=options.max_skipped_in_a_row)
                     stop.agree()
-                if hooks.adapt and _due(step, options.evaluate_every):
+                whole = True
+                evaluating = _due(step, options.evaluate_every, ending)
+                if hooks.adapt and evaluating:
                     hooks_due.append("adapt")
-                if hooks.evaluate and _due(step, options.evaluate_every):
+                if hooks.evaluate and evaluating:
                     hooks_due.append("evaluate")
                 if hooks.sample and _due(step, options.sample_every):
                     hooks_due.append("sample")
-                state = call_hooks(state, stop.check)
-                if _due(step, options.checkpoint_every):
-                    started = time.monotonic()
-                    save(state)
-                    loop.pause(time.monotonic() - started)
+                call_hooks(stop.check, keep=ending or _due(step, options.checkpoint_every))
         except Interrupted:
             pass  # raised inside a hook; the state is whole and the hooks run again after resuming
         except TrainingStopped:
-            save(state)
+            save()
+            raise
+        except Exception:
+            # With several processes a save would wait for those that did not fail.
+            if whole and jax.process_count() == 1:
+                try:
+                    save()
+                    loop.progress.note(f"an error ends the run; its state at step {step} is saved")
+                except Exception:
+                    logging.warning("step %d could not be saved after an error", step)
             raise
         finally:
             if profiling:
                 jax.profiler.stop_trace()
             loop.progress.close()
-        save(state)
+        save()
     return state
 
 
@@ -274,5 +299,5 @@ class _Log:
             )
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, ending: bool = False) -> bool:
+    return every > 0 and (step % every == 0 or ending)
