@@ -24,13 +24,13 @@ def write_report(
     """
     unit = record["unit"]
     entropies = {
-        "unigram entropy": record["unigram_bits_per_unit"],
-        "bigram entropy": record["bigram_bits_per_unit"],
+        f"{name} entropy": record[f"{name}_bits_per_unit"] for name in ("unigram", "bigram")
     }
+    known = {name: value for name, value in entropies.items() if value is not None}
     curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
     shown = [curve]
     records = training.read_metrics(workdir / "metrics.jsonl")
-    plots.save(lambda axes: plots.training_curve(axes, records, unit, entropies), curve, (7, 4))
+    plots.save(lambda axes: plots.training_curve(axes, records, unit, known), curve, (7, 4))
     over_rows = _number(record["data_standard_error_bits_per_unit"])
     if "levels" in record:
         edges = np.array(record["levels"]["masking_rate_edges"])
@@ -44,8 +44,8 @@ def write_report(
             f"parameters of step {record['step']}):",
             f"  {_pm(record, 'bits_per_unit')} bits per {unit}"
             f"   (± Monte Carlo; over rows ± {over_rows})",
-            f"  unigram entropy of the split {entropies['unigram entropy']:.3f}, "
-            f"bigram entropy {entropies['bigram entropy']:.3f} bits per {unit}",
+            f"  unigram entropy of the split {_number(entropies['unigram entropy'])}, "
+            f"bigram entropy {_number(entropies['bigram entropy'])} bits per {unit}",
             *experiment.process.details(record),
             "",
             format_samples(drawn["samples"]).strip() if drawn["samples"] else "",

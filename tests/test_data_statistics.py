@@ -61,11 +61,19 @@ def test_split_entropies_leave_padding_out_and_convert_to_units():
     assert data.split_entropies(source, 5, max_rows=2).tokens == 8
 
 
+def test_rows_of_one_scored_token_have_no_bigram_entropy():
+    """As answers of one token after a prompt."""
+    for rows, eligible in (([[0], [1]], None), ([[0, 2, 1], [1, 2, 0]], [[1, 0, 0], [1, 0, 1]])):
+        found = data.ngram_entropies(rows, 3, eligible=eligible)
+        assert found.bigram is None and found.bigram_per_unit is None and found.pairs == 0
+    assert found.unigram == pytest.approx(-(np.log2(1 / 3) + 2 * np.log2(2 / 3)) / 3)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"\[0, 3\), got 0 to 3"):
         data.ngram_entropies([0, 3], 3)
-    with pytest.raises(ValueError, match="at least one pair"):
-        data.ngram_entropies([[0], [1]], 3)
+    with pytest.raises(ValueError, match="at least one eligible token"):
+        data.ngram_entropies([[0, 1]], 3, eligible=[[False, False]])
     with pytest.raises(ValueError, match="eligible alike"):
         data.ngram_entropies([[0, 1]], 3, eligible=[True])
     with pytest.raises(ValueError, match="eligible alike"):

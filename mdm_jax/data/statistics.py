@@ -17,14 +17,14 @@ class NgramEntropies(NamedTuple):
 
     Attributes:
         unigram: H(X_t), bits per token.
-        bigram: H(X_t | X_{t-1}), bits per token, over pairs inside one row.
+        bigram: H(X_t | X_{t-1}), bits per token, over pairs inside one row; None without pairs.
         tokens: number of tokens counted.
         pairs: number of pairs counted.
         units: characters or dimensions that the tokens stand for.
     """
 
     unigram: float
-    bigram: float
+    bigram: float | None
     tokens: int
     pairs: int
     units: int
@@ -35,9 +35,9 @@ class NgramEntropies(NamedTuple):
         return self.unigram * self.tokens / self.units
 
     @property
-    def bigram_per_unit(self) -> float:
-        """Bigram entropy in bits per character or dimension."""
-        return self.bigram * self.tokens / self.units
+    def bigram_per_unit(self) -> float | None:
+        """Bigram entropy in bits per character or dimension; None without pairs."""
+        return None if self.bigram is None else self.bigram * self.tokens / self.units
 
 
 def ngram_entropies(
@@ -57,7 +57,7 @@ def ngram_entropies(
         units: characters or dimensions that the counted tokens stand for; None: their number.
 
     Raises:
-        ValueError: if there is no eligible pair, a shape is wrong or a token is out of range.
+        ValueError: if no token is eligible, a shape is wrong or a token is out of range.
     """
     tokens = np.atleast_2d(np.asarray(tokens))
     keep = np.ones(tokens.shape, bool)
@@ -69,8 +69,8 @@ def ngram_entropies(
         )
     counted = tokens[keep].astype(np.int64)
     both = keep[:, 1:] & keep[:, :-1]
-    if not both.any():
-        raise ValueError("bigram entropy needs at least one pair of eligible neighbours, got none")
+    if not counted.size:
+        raise ValueError("entropies need at least one eligible token, got none")
     if counted.min() < 0 or counted.max() >= vocab_size:
         raise ValueError(
             f"tokens must be in [0, {vocab_size}), got {counted.min()} to {counted.max()}"
@@ -79,7 +79,7 @@ def ngram_entropies(
     after = tokens[:, 1:][both].astype(np.int64)
     return NgramEntropies(
         unigram=_entropy_bits(counted),
-        bigram=_entropy_bits(before * vocab_size + after) - _entropy_bits(before),
+        bigram=_bigram_bits(before, after, vocab_size) if len(before) else None,
         tokens=len(counted),
         pairs=len(before),
         units=len(counted) if units is None else int(units),
@@ -131,6 +131,10 @@ def rare_tokens(
     rare = np.empty(vocab_size, bool)
     rare[order] = np.cumsum(counts[order]) <= share * counts.sum()
     return rare
+
+
+def _bigram_bits(before: np.ndarray, after: np.ndarray, vocab_size: int) -> float:
+    return _entropy_bits(before * vocab_size + after) - _entropy_bits(before)
 
 
 def _entropy_bits(symbols: np.ndarray) -> float:

@@ -61,6 +61,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def check_batch_size(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
     """Raises ValueError unless every microbatch splits evenly over the data-parallel devices."""
+    if num_microbatches < 1:
+        raise ValueError(
+            f"num_microbatches must be at least 1, got {num_microbatches}; 1 takes the batch as a "
+            "whole"
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (ways * num_microbatches):
         raise ValueError(
