@@ -178,7 +178,7 @@ def test_candidates():
     assert found[:4] == ((1e-3, 1.0), (1e-3, 0.5), (0.05, 0.55), (0.1, 0.6))
     assert found[11] == (0.5, 1.0)
     assert found[-1] == (0.1, 1.0)
-    assert evaluation.candidate_intervals(1) == ((1e-3, 1.0), (1.0, 1.0))
+    assert evaluation.candidate_intervals(1) == ((1e-3, 1.0), (0.999, 1.0))
     with pytest.raises(ValueError, match="block_size"):
         evaluation.candidate_intervals(0)
 
@@ -191,18 +191,20 @@ def test_feasibility_of_block_size_and_range():
             evaluation.check_feasible(size, low, high)
     with pytest.raises(ValueError, match=r"out of 4 has a fraction in \[0.3, 0.45\]"):
         evaluation.check_feasible(4, 0.3, 0.45)
-    with pytest.raises(ValueError, match="needs 0 <= low < high <= 1"):
-        evaluation.check_feasible(4, 0.8, 0.3)
+    for low, high in ((0.8, 0.3), (1.0, 1.0)):
+        with pytest.raises(ValueError, match="needs 0 <= low < high <= 1"):
+            evaluation.check_feasible(4, low, high)
     with pytest.raises(ValueError, match="fraction in"):
         search(intervals=((0.6, 0.9),))
 
 
 def test_blocks_of_one_token_choose_the_autoregressive_loss():
-    """At rate 1 there is no masking variance left; the bound of single-token blocks is exact."""
+    """Near rate 1 hardly any masking variance is left; the bound of single tokens is exact. What is
+    chosen can be trained on."""
     objective = blocks_objective(num_levels=4)
     choice = search(objective, batches(2, 600), block_size=1, criterion=evaluation.raw_variance)
-    assert (choice.low, choice.high) == (1.0, 1.0)
-    # Per-block variance 0.27402548, of which nothing comes from masks.
+    assert (choice.low, choice.high) == (0.999, 1.0)
+    # Per-block variance 0.27402548 at rate 1, of which nothing comes from masks.
     np.testing.assert_allclose(choice.scores[1], 0.27402548, rtol=0.05)
 
 
@@ -243,6 +245,15 @@ def test_a_search_compiles_once_and_moves_the_range_in_the_state():
     assert choice.low - 1e-6 <= rates.min() and rates.max() <= choice.high + 1e-6
     np.testing.assert_allclose(draw(after).log_weight, np.log(choice.high - choice.low), rtol=1e-6)
     assert draw._cache_size() == 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_candidate_can_be_set(size):
+    state = variance.clipped_adaptive().init(blocks_objective().spec(8, 4))
+    for interval in evaluation.candidate_intervals(size):
+        found = variance.set_clip_range(state, *interval)
+        np.testing.assert_array_equal(np.array([found.low, found.high]), np.float32(interval))
+        assert found.high - found.low > 9e-4
 
 
 def test_a_range_needs_a_place_and_two_ends():

@@ -14,7 +14,9 @@ Three criteria score a range; the smallest score wins, the first of equals:
   squared norm of its mean, which is what slows training down.
 
 The published search also gives ranges above 1/2 the weight 1 instead of 1/m, and redraws masks
-until the masked fraction lies in the range, without correcting for it; neither is done here.
+until the masked fraction lies in the range, without correcting for it; neither is done here. Its
+candidate for blocks of one token, the single rate 1, is the range (0.999, 1) here, since whoever
+trains on a chosen range draws from its density.
 """
 
 import math
@@ -98,8 +100,8 @@ class ClipChoice(NamedTuple):
 def candidate_intervals(block_size: int) -> tuple[Interval, ...]:
     """The published candidates: the whole range, then every width from 0.5 to 0.9 in steps of 0.05.
 
-    36 ranges; for blocks of one token only (0.001, 1) and (1, 1), where the loss is that of an
-    autoregressive model.
+    36 ranges. For blocks of one token only the whole range and, for the published point (1, 1),
+    where the loss is that of an autoregressive model, (0.999, 1): a range that can be drawn from.
 
     Raises:
         ValueError: if the block size is not positive.
@@ -107,7 +109,7 @@ def candidate_intervals(block_size: int) -> tuple[Interval, ...]:
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if block_size == 1:
-        return ((SMALLEST_RATE, 1.0), (1.0, 1.0))
+        return ((SMALLEST_RATE, 1.0), (1.0 - SMALLEST_RATE, 1.0))
     # In percent, so that no end is off by a rounding.
     ranges = [(low, low + w) for w in _WIDTHS for low in range(0, 101 - w, _STEP)]
     narrow = tuple((max(low / 100, SMALLEST_RATE), high / 100) for low, high in ranges)
@@ -126,10 +128,10 @@ def check_feasible(block_size: int, low: float, high: float) -> None:
 
     In a range without one, a trainer that redraws masks until the fraction fits never ends.
     """
-    if block_size < 1 or not 0 <= low <= high <= 1 or (low == high and low < 1):
+    if block_size < 1 or not 0 <= low < high <= 1:
         raise ValueError(
-            f"a range of masking rates needs 0 <= low < high <= 1 or low = high = 1, got {low}, "
-            f"{high} for blocks of {block_size}"
+            f"a range of masking rates needs 0 <= low < high <= 1, got {low}, {high} for blocks of "
+            f"{block_size}"
         )
     if not reachable_counts(block_size, low, high):
         raise ValueError(
