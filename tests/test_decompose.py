@@ -384,25 +384,13 @@ def test_optimal_density_is_proportional_to_the_root_of_the_second_moment():
 
 
 def test_main_effect_and_interaction_of_the_rate():
-    """Toy under rates uniform on [1e-3, 1]: V_m, V_xm from exact g, and unbiased under noise."""
+    """Toy under rates uniform on [1e-3, 1]: V_m, V_xm from exact g."""
     losses = toy_losses()
     rates = 1e-3 + (1 - 1e-3) * (np.arange(400) + 0.5) / 400
     g = np.stack([evaluation.rate_losses(row, rates) / rates for row in losses])
     main = (PROBABILITIES @ g).var()
     interaction = PROBABILITIES @ g.var(1) - main
     np.testing.assert_allclose([main, interaction], [0.06798651, 0.07001818], rtol=2e-3)
-    rng = np.random.default_rng(0)
-    pick = rng.choice(3, (400, 8), p=PROBABILITIES)
-    values = g[pick][..., None, ::40] + 0  # every 40th level: [designs, rows, 1, 10]
-    values = np.moveaxis(values, -1, -2) + rng.standard_normal((400, 8, 10, 2))
-    coarse = g[:, ::40]
-    expected = (PROBABILITIES @ coarse).var()
-    found = nested.rate_split(values)
-    for part, exact in (
-        (found.main, expected),
-        (found.interaction, PROBABILITIES @ coarse.var(1) - expected),
-    ):
-        assert abs(part.mean() - exact) < 4 * part.std() / 20
 
 
 def test_grid_and_rates_are_checked():
@@ -414,8 +402,13 @@ def test_grid_and_rates_are_checked():
     with pytest.raises(ValueError, match="rate_grid needs"):
         evaluation.rate_grid(3)
     objective = toy_objective(law=schedules.law_of(masked.clipped(0.3, 0.8)))
+    for outside in ([0.1, 0.2, 0.5], [0.1, 0.5, 0.9], [0.1, 0.5], [0.3, 0.81]):
+        with pytest.raises(ValueError, match="beyond those of the law, which covers 0.3 to 0.8"):
+            evaluation.levels.quantiles_of(objective, np.array(outside))
+    ends = evaluation.levels.quantiles_of(objective, np.array([0.3, 0.55, 0.8]))
+    np.testing.assert_allclose(ends, [1, 0.5, 0], atol=1e-6)
     with pytest.raises(ValueError, match="not told apart by the law, which covers 0.3 to 0.8"):
-        evaluation.levels.quantiles_of(objective, np.array([0.1, 0.2, 0.5]))
+        evaluation.levels.quantiles_of(objective, np.array([0.5, 0.5 + 1e-9]))
     with pytest.raises(ValueError, match="must increase"):
         evaluation.levels.quantiles_of(objective, np.array([0.5, 0.4]))
 
@@ -433,6 +426,50 @@ def test_density_of_a_warp_is_read_off_its_weights():
     middle = (rates > 0.05) & (rates < 0.95)
     np.testing.assert_allclose(density[middle], 0.5 / np.sqrt(1 - rates[middle]), rtol=1e-4)
     assert len(rates) == 64 * 8
+
+
+def test_density_of_a_warp_that_pays_something_else_is_that_of_its_profile():
+    """Time warping pays nothing, a learned weighting more than its density; under a law p ~ m^-1/2
+    of the rate the one draws from its curve's slope times p, the other from p."""
+    objective = toy_objective(law=schedules.law_of(masked.power(2.0)))
+    spec = objective.spec(8, 4)
+    warp = variance.cdcd_warp(2)
+    curve = variance.PiecewiseLinear(jnp.log(jnp.ones((1, 2))), jnp.log(jnp.array([[1.0, 3.0]])))
+    steep = warp.init(spec)._replace(averages=curve)  # density 1/2 and 3/2 over 1 - u = sqrt(m)
+    weigh = variance.uncertainty_weighting(num_features=4)
+    heavy = weigh.init(spec)._replace(coefficients=jnp.arange(4.0))
+    for transform, state, expected in (
+        (warp, steep, lambda m: np.where(m < 0.25, 0.5, 1.5) * 0.5 / np.sqrt(m)),
+        (weigh, heavy, lambda m: 0.5 / np.sqrt(m)),
+    ):
+        rates, density = evaluation.warp_density(
+            jax.random.key(0), transform, state, spec, objective, draws=16
+        )
+        kept = (rates > 1e-4) & (np.abs(rates - 0.25) > 1e-3) & (rates < 1 - 1e-3)
+        np.testing.assert_allclose(density[kept], expected(rates[kept]), rtol=2e-3)
+        assert kept.mean() > 0.9
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
+def test_binned_moments_are_those_of_the_bins_of_the_quantile(exponent):
+    """Moments that are powers of 1 - u, so that interpolation of their logarithm's argument is
+    exact on a fine table, whatever rates the law has there."""
+    objective = toy_objective(law=schedules.law_of(masked.power(exponent)))
+    noise = np.geomspace(1e-3, 1, 400)  # 1 - u
+    rates = noise**exponent
+    quantiles = evaluation.levels.quantiles_of(objective, rates)
+    np.testing.assert_allclose(1 - quantiles, noise, rtol=1e-3)
+    moments = nested.CrossedMoments(*(noise**p for p in (-1.0, 0.0, -0.5, 1.0, 0.5)))
+    both = evaluation.levels.Moments(moments, moments)
+    table = evaluation.LevelTable(
+        rates, quantiles, noise, both, None, noise, rows=1, masks_per_level=2, passes=1,
+        rows_left_out=0,
+    )  # fmt: skip
+    edges = variance.log_spaced_edges(8, 1e-2)
+    found = evaluation.binned_moments(table, both, edges)
+    middle = np.sqrt((1 - edges[1:-1]) * (1 - edges[:-2]))
+    for values, power in ((found.second, 1.0), (found.data, -0.5), (found.mean, 0.25)):
+        np.testing.assert_allclose(values[:-1], middle**power, rtol=2e-3)
 
 
 @pytest.mark.slow

@@ -117,13 +117,14 @@ def decompose(
         key: typed key. Two transforms measured with one key see the same base noise.
         levels_per_row: levels of each row, at least 2.
         masks_per_level: masks of each level, at least 2.
-        chunk: evaluations per forward call; bounds the memory.
+        chunk: evaluations per forward call, at least 1; bounds the memory.
         resamples: bootstrap samples.
         progress: called with the number of evaluations done since the last call, of
             ``rows * levels_per_row * masks_per_level`` in all.
 
     Raises:
-        ValueError: if the design is too small, or a loss is not finite.
+        ValueError: if no row has an eligible token, the design is too small, ``chunk`` is below 1,
+            or a loss is not finite.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     values = evaluate_cells(
@@ -160,11 +161,15 @@ def decompose_by_probes(
     ``1 + probes`` forward passes per evaluation and no memory per parameter beyond the probes.
     Standard errors of the gradient's part contain the spread over probes.
 
-    Arguments and errors as :func:`decompose`. Forward-mode differentiation must be possible; where
-    it is not (functions with a custom reverse rule alone), use :func:`decompose_gradients`.
+    Arguments as :func:`decompose`, and ``probes``, at least 1. Forward-mode differentiation must be
+    possible; where it is not (functions with a custom reverse rule alone), use
+    :func:`decompose_gradients`.
 
     Returns:
         (of the loss, of the gradient).
+
+    Raises:
+        ValueError: as :func:`decompose`, or if ``probes`` is below 1.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     if probes < 1:

@@ -31,6 +31,7 @@ from mdm_jax.typing import Array, ArrayLike, PyTree
 from mdm_jax.variance import VarianceTransform, draw_batch
 
 _FIRST, _LAST = 2.0 ** -(GRID_BITS + 1), 1 - 2.0 ** -(GRID_BITS + 1)
+_ROUNDING = 1e-6  # of float32 rates at the ends of a law's support
 
 
 class Moments(NamedTuple):
@@ -115,15 +116,17 @@ def measure_levels(
         spec: of a training batch.
         rows: rows [N, L] drawn from the data.
         key: typed key.
-        masking_rates: [levels], increasing, in (0, 1].
+        masking_rates: [levels], increasing, in (0, 1] and within the law's support.
         masks_per_level: at least 2.
         probes: random directions along which the gradient is measured, 0 for the loss alone.
-        chunk: evaluations per forward call.
+        chunk: evaluations per forward call, at least 1.
         resamples: bootstrap samples.
         progress: called with the number of evaluations done since the last call.
 
     Raises:
-        ValueError: if the rates are not increasing in (0, 1], or the design is too small.
+        ValueError: if the rates are not increasing in (0, 1] or lie outside the law's support, no
+            row has an eligible token, the design is too small, ``chunk`` is below 1, or a loss is
+            not finite.
     """
     rates = np.asarray(masking_rates, np.float64)
     rows, left_out = scored_rows(rows)
@@ -164,7 +167,8 @@ def quantiles_of(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
     """Quantiles of the objective's law at masking rates, on the open interval; same shape.
 
     Raises:
-        ValueError: if the rates are not increasing in (0, 1], or outside the law's support.
+        ValueError: if the rates are not increasing in (0, 1], any is outside the law's support, or
+            two are too close for the law to tell them apart.
     """
     rates = np.asarray(masking_rates, np.float64)
     if (
@@ -173,13 +177,19 @@ def quantiles_of(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
         or not (np.all(np.diff(rates) > 0) and rates[0] > 0 and rates[-1] <= 1)
     ):
         raise ValueError(f"masking_rates must increase within (0, 1], got {rates}")
+    highest, lowest = (float(jax.nn.sigmoid(-jnp.asarray(end))) for end in objective.law.support)
+    given = f"masking_rates {rates[0]:g} to {rates[-1]:g}"
+    if rates[0] < lowest * (1 - _ROUNDING) or rates[-1] > highest * (1 + _ROUNDING):
+        raise ValueError(  # the law would clip them to its ends
+            f"{given} reach beyond those of the law, which covers {lowest:g} to {highest:g}; "
+            "give rates within"
+        )
     logsnr = logsnr_from_masking_rate(jnp.minimum(jnp.asarray(rates, jnp.float32), _LAST))
     quantiles = np.asarray(objective.law.cdf(logsnr), np.float64)
     if np.any(np.diff(quantiles) >= 0):
-        low, high = (float(jax.nn.sigmoid(-jnp.asarray(end))) for end in objective.law.support)
         raise ValueError(
-            f"masking_rates {rates[0]:g} to {rates[-1]:g} are not told apart by the law, which "
-            f"covers {high:g} to {low:g}"
+            f"{given} are not told apart by the law, which covers {lowest:g} to {highest:g}; "
+            "give fewer, farther apart"
         )
     return np.clip(quantiles, _FIRST, _LAST)
 
@@ -225,13 +235,15 @@ def warp_density(
     objective: Objective,
     draws: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The density that a transform draws masking rates from, read off its own weights.
+    """The density that a transform draws masking rates from.
 
-    A warp pays ``-log density`` into ``log_weight``; no transform needs to expose more than that.
+    Of a transform that tells its profile it is the profile's density. One that tells none is taken
+    at its weights: a warp that is exact pays ``-log density`` into ``log_weight``.
 
     Args:
         key: typed key.
-        transform: any transform; without a warp the density is that of the objective's law.
+        transform: any transform; without a warp the density is that of the objective's law. A warp
+            without profile must pay its density.
         state: of the transform.
         spec: of a training batch.
         objective: whose law turns quantiles into masking rates.
@@ -245,7 +257,11 @@ def warp_density(
     u, log_weight = (np.asarray(a, np.float64).ravel() for a in (draw.u, draw.log_weight))
     rates = np.asarray(jax.nn.sigmoid(-objective.law.icdf(jnp.asarray(u, jnp.float32))), np.float64)
     order = np.argsort(rates)
-    density = base_density(objective, rates) * np.exp(-log_weight)
+    log_density = -log_weight
+    if transform.profile is not None:
+        profile = transform.profile(state, draw.u)
+        log_density = np.asarray(profile.log_density, np.float64).ravel()
+    density = base_density(objective, rates) * np.exp(log_density)
     return rates[order], density[order]
 
 
@@ -292,17 +308,18 @@ def binned_moments(
 ) -> transforms.LevelMoments:
     """Moments of a table in bins of the quantile, as ``variance.ppots_binned`` takes them.
 
-    Interpolates over the logarithm of the masking rate at each bin's (geometric) middle; beyond the
-    grid the outermost values are kept. For an objective with a uniform masking rate, m = 1 - u.
+    Interpolates over the logarithm of 1 - u, the distance from the clean end, at each bin's
+    (geometric) middle; beyond the table's quantiles the outermost values are kept. Where the
+    masking rate is uniform it is 1 - u.
 
     Args:
         table: measured levels.
         moments: ``table.loss`` or ``table.gradient``.
         edges: [J + 1] quantiles from 0 to 1.
     """
-    rates = np.maximum(1.0 - np.asarray(edges, np.float64), 2.0 ** -(GRID_BITS + 1))
-    middle = np.log(rates[1:] * rates[:-1]) / 2
-    grid = np.log(table.masking_rates)
+    noise = np.maximum(1.0 - np.asarray(edges, np.float64), _FIRST)
+    middle = np.log(noise[1:] * noise[:-1]) / 2
+    grid = np.log1p(-table.quantiles)
 
     def at(values: np.ndarray) -> Array:
         return jnp.asarray(np.interp(middle, grid, np.maximum(values, 0.0)), jnp.float32)

@@ -177,37 +177,6 @@ def level_errors(values: np.ndarray, resamples: int, seed: int = 0) -> CrossedMo
     return CrossedMoments(*(np.std(np.stack(part), axis=0, ddof=1) for part in zip(*found)))
 
 
-class RateSplit(NamedTuple):
-    """Two-way analysis of the mean loss g(row, level).
-
-    Attributes:
-        main: V_m, variance over levels of the mean over rows: what stratifying the level removes.
-        interaction: V_xm, the rest of B, which it cannot remove.
-    """
-
-    main: np.ndarray
-    interaction: np.ndarray
-
-
-def rate_split(values: np.ndarray) -> RateSplit:
-    """Splits B of a crossed design [..., rows, levels, masks] into main effect and interaction.
-
-    The levels must represent the law of the level with equal weights: its quantiles at the
-    midpoints of equal cells. Unbiased for these levels, taken as fixed.
-    """
-    values = _checked(values)
-    count, levels, masks = values.shape[-3:]
-    cells, noise = values.mean(-1), values.var(-1, ddof=1).mean((-2, -1))
-    rows, columns = cells.mean(-1, keepdims=True), cells.mean(-2, keepdims=True)
-    rest = cells - rows - columns + cells.mean((-2, -1), keepdims=True)
-    # E[rest^2 summed] = (rows - 1) (levels V_xm + (levels - 1) noise / masks).
-    square = (rest**2).sum((-2, -1)) / (count - 1)
-    interaction = square / levels - (levels - 1) / levels * noise / masks
-    between = columns[..., 0, :].var(-1)
-    main = between - (interaction + (levels - 1) / levels * noise / masks) / count
-    return RateSplit(main, interaction)
-
-
 def _resampled_rows(count: int, resamples: int, seed: int):
     generator = np.random.default_rng(seed)
     for _ in range(resamples):
