@@ -133,9 +133,10 @@ def check_unread(config: ConfigDict, sections: Sequence[str]) -> None:
     if changed:
         raise ValueError(
             f"process={config.process!r} does not read "
-            + ", ".join(f"{name}.name={config[name].name!r}" for name in changed)
-            + "; leave it at its default"
-            + (", and name laws and weightings by config.gaussian" * (config.process == "gaussian"))
+            + ", ".join(
+                f"{name}.name={config[name].name!r}, leave it at {defaults[name].name!r}"
+                for name in changed
+            )
         )
 
 

@@ -16,6 +16,9 @@ from experiments.build_masked import record as record
 from mdm_jax import data, evaluation, models, objectives, samplers
 from mdm_jax.typing import Array
 
+UNREAD = ("corruption", "law", "weighting")
+"""Sections whose ``name`` this process does not look at."""
+
 
 def apply_fn(
     config: ConfigDict, model: models.Transformer, dataset: data.Dataset
@@ -35,10 +38,8 @@ def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective
             "process=autoregressive has no noise to couple or warp: "
             f'--config.variance.order="()" instead of {config.variance.order}'
         )
-    if config.model.self_conditioning or config.weighting.name:
-        raise ValueError(
-            "process=autoregressive takes neither model.self_conditioning nor weighting.name"
-        )
+    if config.model.self_conditioning:
+        raise ValueError("process=autoregressive does not take model.self_conditioning")
     return objectives.next_token(dataset.mask_id)
 
 

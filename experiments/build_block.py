@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments import build_masked
 from experiments.build_masked import LEVEL as LEVEL
+from experiments.build_masked import UNREAD as UNREAD
 from experiments.build_masked import details as details
 from experiments.build_masked import model as model
 from experiments.build_masked import record as record

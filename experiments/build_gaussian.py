@@ -35,6 +35,8 @@ SAMPLERS = {
 }
 LEVEL = "sigmoid(-logSNR)"
 """Label of the noise axis of plots."""
+UNREAD = ("corruption", "law", "weighting")
+"""Sections whose ``name`` this process does not look at."""
 
 
 def recipe(config: ConfigDict) -> Recipe:

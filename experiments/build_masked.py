@@ -40,6 +40,8 @@ SAMPLERS = {
 }
 LEVEL = "masking rate"
 """Label of the noise axis of plots."""
+UNREAD = ()
+"""Sections whose ``name`` this process does not look at."""
 
 
 def model(config: ConfigDict, dataset: data.Dataset) -> models.Transformer:
@@ -145,6 +147,15 @@ def sampler(config: ConfigDict) -> samplers.Sampler:
     wrappers = [samplers.prompt_guidance(c.guidance)] if c.guidance else []
     wrappers += [samplers.no_repeat_ngrams(c.no_repeat_ngrams)] if c.no_repeat_ngrams else []
     return samplers.wrapped(chosen, *wrappers) if wrappers else chosen
+
+
+def grid_samplers(sample: ConfigDict) -> list[str]:
+    """Names of the samplers that step along a grid of ``sample.num_steps`` levels."""
+    return [
+        name
+        for name, factory in SAMPLERS.items()
+        if factory(**settings(sample, name)).num_steps is None
+    ]
 
 
 def token_filter(config: ConfigDict) -> samplers.LogitFilter:

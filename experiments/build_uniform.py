@@ -18,6 +18,8 @@ SAMPLERS = {
 }
 LEVEL = "replacement rate"
 """Label of the noise axis of plots."""
+UNREAD = ("corruption",)
+"""Sections whose ``name`` this process does not look at."""
 
 
 def objective(config: ConfigDict, dataset: data.Dataset) -> objectives.Objective:

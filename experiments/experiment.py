@@ -148,15 +148,24 @@ class Experiment:
         """A split by name, or the validation split where that one is empty; its name and rows.
 
         Raises:
-            ValueError: if the name is unknown or both are empty.
+            ValueError: if the name is unknown, or that split and the validation split are empty.
         """
         sources = {"valid": self.dataset.valid, "test": self.dataset.test}
         source = build.lookup(sources, split, "evaluate.final_split")
-        if not len(source):
-            split, source = "valid", self.dataset.valid
-        if not len(source):
-            raise ValueError("the data have neither test nor validation rows to evaluate on")
-        return split, source
+        if len(source):
+            return split, source
+        if len(self.dataset.valid):
+            return "valid", self.dataset.valid
+        if len(self.dataset.test):
+            raise ValueError(
+                f"evaluate.final_split={split!r}: the data have no validation rows, only "
+                f"{len(self.dataset.test)} test rows; take --config.evaluate.final_split=test, or "
+                "give data.fractions a second part"
+            )
+        raise ValueError(
+            f"evaluate.final_split={split!r}: the data have neither test nor validation rows to "
+            "evaluate on"
+        )
 
     def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
         """Evaluation batches of a split."""
@@ -233,6 +242,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
     """
     dataset = build.dataset(config)
     process = build.lookup(PROCESSES, config.process, "process")
+    build.check_unread(config, process.UNREAD)
     objective, model = process.objective(config, dataset), process.model(config, dataset)
     mesh = training.make_mesh(**config.mesh)
     c = config.train
@@ -268,9 +278,14 @@ def is_conditional(dataset: data.Dataset) -> bool:
     return bool(np.any((np.asarray(rows.documents) > 0) & ~np.asarray(rows.eligible)))
 
 
-def open_workdir(workdir: str | pathlib.Path, keep_last: int) -> training.Checkpoints:
-    """The checkpoints below a working directory."""
-    return training.Checkpoints(pathlib.Path(workdir) / "checkpoints", keep_last)
+def checkpoint_directory(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Where the checkpoints of a run are."""
+    return pathlib.Path(workdir) / "checkpoints"
+
+
+def open_workdir(workdir: str | pathlib.Path) -> training.CheckpointReader:
+    """The checkpoints of a run, for looking at; it may be missing, or still training."""
+    return training.CheckpointReader(checkpoint_directory(workdir))
 
 
 def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
@@ -281,12 +296,13 @@ def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int,
     Raises:
         CheckpointError: if the directory has neither, or they are of another network.
     """
-    checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
+    checkpoints = open_workdir(workdir)
     try:
         abstract = experiment.abstract_state()
-        best = checkpoints.best_metrics()
-        if best is not None:
-            return int(best["step"]), checkpoints.restore_best(training.averaged(abstract))
+        if checkpoints.best_metrics() is not None:
+            params = checkpoints.restore_best(training.averaged(abstract))
+            # Of a run that is training these may be others than a moment ago.
+            return int(checkpoints.best_metrics()["step"]), params
         restored = checkpoints.restore_last_fields(abstract, ("step", "params", "ema"))
     finally:
         checkpoints.close()

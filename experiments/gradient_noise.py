@@ -99,7 +99,7 @@ def _rows(experiment: Experiment, count: int, size: int, seed: int) -> np.ndarra
 
 
 def _checkpoints(experiment: Experiment, workdir: pathlib.Path):
-    checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
+    checkpoints = open_workdir(workdir)
     try:
         abstract: PyTree = experiment.abstract_state()
         every = experiment.config.train.checkpoint_every

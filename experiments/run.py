@@ -12,10 +12,16 @@ from ml_collections import ConfigDict
 
 from experiments import build
 from experiments.accuracy import check_accuracy, measure_accuracy
-from experiments.experiment import Experiment, load_parameters, open_workdir
+from experiments.experiment import (
+    Experiment,
+    checkpoint_directory,
+    load_parameters,
+    open_workdir,
+)
 from experiments.generation import prepare_samples, show_samples
 from experiments.quality import check_quality, measure_quality
 from experiments.report import write_report
+from experiments.training_lock import training_lock
 from experiments.warm_start import check_source, initial_state
 from experiments.workdir import WorkdirError, claim, read_config, write_json
 from experiments.workdir import check as check_workdir
@@ -42,9 +48,6 @@ def check_settings(experiment: Experiment) -> None:
     if experiment.config.sample.quality_steps:
         check_quality(experiment)
     _clip_hook(experiment, pathlib.Path(), None)
-    if experiment.config.train.init_from:
-        source = pathlib.Path(experiment.config.train.init_from)
-        check_source(experiment, source, "train.init_from")
     _loop_options(experiment, pathlib.Path())
 
 
@@ -68,6 +71,7 @@ def train(
     c = experiment.config
     check_workdir(workdir, c, allow_config_change)
     check_settings(experiment)
+    _check_start(experiment, workdir)
     processes.barrier("settings and directory are good")
     abstract = experiment.abstract_state()
     stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
@@ -78,7 +82,8 @@ def train(
             _claim(workdir, c)
         processes.barrier("directory claimed")
         _check_shared(workdir)
-        checkpoints = open_workdir(workdir, c.train.keep_last)
+        stack.enter_context(training_lock(workdir))
+        checkpoints = training.Checkpoints(checkpoint_directory(workdir), c.train.keep_last)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore_last(abstract)
         if restored is None:
@@ -170,6 +175,21 @@ def report(experiment: Experiment, workdir: pathlib.Path, check: Callable | None
     record = evaluate(experiment, workdir, check)
     drawn = sample(experiment, workdir)
     return write_report(experiment, workdir, record, drawn) if processes.is_first() else ""
+
+
+def _check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Raises WorkdirError for a run that is to start from another one and cannot.
+
+    One that has checkpoints goes on from these, wherever the other one is by now.
+    """
+    source = experiment.config.train.init_from
+    if not source:
+        return
+    checkpoints = open_workdir(workdir)
+    started = bool(checkpoints.steps())
+    checkpoints.close()
+    if not started:
+        check_source(experiment, pathlib.Path(source), "train.init_from")
 
 
 def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:

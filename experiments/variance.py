@@ -419,7 +419,7 @@ def _parameters(
     """(step or None for a fresh model, parameters, state of the run's own chain if it has one)."""
     restored = None
     if (workdir / "checkpoints").exists():
-        checkpoints = open_workdir(workdir, experiment.config.train.keep_last)
+        checkpoints = open_workdir(workdir)
         try:
             restored = checkpoints.restore_last(experiment.abstract_state())
         finally:

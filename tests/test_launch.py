@@ -234,7 +234,7 @@ def test_damaged_best_parameters_give_way_to_the_last(whole, tmp_path, caplog):
     assert saved.name == str(best_step)
     next(p for p in saved.rglob("*") if p.stat().st_size > 5000).write_bytes(b"")
     step, last = load_parameters(experiment, workdir)
-    assert step == STEPS and f"damaged-best-{best_step}-0" in caplog.text
+    assert step == STEPS and f"best/{best_step} is damaged" in caplog.text
     shutil.copytree(whole[0], tmp_path / "without", ignore=shutil.ignore_patterns("best*"))
     chex.assert_trees_all_equal(load_parameters(experiment, tmp_path / "without")[1], last)
     assert len(jax.tree.leaves(best)[0].sharding.device_set) == 8  # trained on one

@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, caps
     state = warm_start.initial_state(experiment)
     step, expected = load_parameters(experiment, trained)
     assert f"parameters of {trained}, step {step}" in capsys.readouterr().out
-    whole = open_workdir(trained, 1).restore_last(goes_on_as_it_was(trained).abstract_state())
+    whole = open_workdir(trained).restore_last(goes_on_as_it_was(trained).abstract_state())
     chex.assert_trees_all_equal(training.averaged(whole.state), expected)
     fresh = experiment.initial_state()
     chex.assert_trees_all_equal(state.params, expected)
@@ -52,6 +52,18 @@ def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, caps
     assert int(state.step) == 0
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(fresh.params, expected)
+
+
+def test_a_run_that_has_begun_goes_on_when_the_other_one_has_moved(trained, tmp_path):
+    """Training reads its own checkpoint, and so do the other modes."""
+    config = saved_config.get_config(str(trained))
+    config.train.init_from = str(tmp_path / "moved")
+    experiment = make_experiment(config)
+    run.check_settings(experiment)
+    run._check_start(experiment, trained)
+    with pytest.raises(WorkdirError, match="train.init_from: .*moved holds no run"):
+        run._check_start(experiment, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_other_tokens_or_none_at_all_is_refused(trained, tmp_path):
