@@ -23,6 +23,7 @@ import pathlib
 import shlex
 import sys
 import time
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -84,8 +85,15 @@ def main(argv: list[str]) -> int:
     except (ValueError, RuntimeError) as error:
         return _fail(str(error))
     if jax.process_count() == 1:
-        return _run(pathlib.Path(_WORKDIR.value))
+        return _run_alone(pathlib.Path(_WORKDIR.value))
     return _run_as_one_of_several(pathlib.Path(_WORKDIR.value))
+
+
+def _run_alone(workdir: pathlib.Path) -> int:
+    try:
+        return _run(workdir)
+    except KeyboardInterrupt:
+        return _stopped_at_once()
 
 
 def _run(workdir: pathlib.Path) -> int:
@@ -96,9 +104,6 @@ def _run(workdir: pathlib.Path) -> int:
     except _USER_ERRORS as error:
         logging.debug("where it came from:", exc_info=True)
         return _fail(str(error))
-    except KeyboardInterrupt:
-        print("\nstopped at once; what was saved before is whole", file=sys.stderr)
-        return _STOPPED
 
 
 def _run_as_one_of_several(workdir: pathlib.Path) -> int:
@@ -111,17 +116,26 @@ def _run_as_one_of_several(workdir: pathlib.Path) -> int:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             code = _run(workdir)
+    except KeyboardInterrupt:
+        _leave(_stopped_at_once())
     except BaseException as error:
         logging.debug("where it came from:", exc_info=True)
         code = _fail(str(error))
     if code not in (0, _STOPPED):
         _fail(f"process {jax.process_index()} ends; the first to end says why")
-        # Leaving properly would wait for processes that wait for this one. Its closed connections,
-        # or missing heartbeats, tell them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends one of several processes that the others do not know to be ending.
+
+    Leaving properly would wait for processes that wait for this one. Its closed connections, or
+    missing heartbeats, tell them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _build(config: ConfigDict) -> Experiment:
@@ -191,6 +205,11 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _command() -> str:
     return shlex.join(["python", "-m", "experiments.launch", *sys.argv[1:]])
+
+
+def _stopped_at_once() -> int:
+    print("\nstopped at once; what was saved before is whole", file=sys.stderr)
+    return _STOPPED
 
 
 def _fail(message: str) -> int:

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import tqdm
 
-from experiments import saved_config
+from experiments import build_masked, saved_config
 from experiments.experiment import Experiment, load_parameters, make_experiment
 from experiments.warm_start import check_source
 from experiments.workdir import write_json
@@ -21,6 +21,12 @@ def check_quality(experiment: Experiment) -> None:
         raise ValueError("sample.quality_steps is about text, and this run's data are pictures")
     if experiment.config.process == "autoregressive":
         raise ValueError("sample.quality_steps: an autoregressive model has one step per token")
+    if c.sampler in build_masked.SAMPLERS and c.sampler not in build_masked.grid_samplers(c):
+        raise ValueError(
+            f"sample.quality_steps: {c.sampler!r} sets its own number of steps, so that quality "
+            "would be the same at all of them; those that take any number are "
+            f"{', '.join(build_masked.grid_samplers(c))} (--config.sample.sampler)"
+        )
     if min(c.quality_steps) < 1 or c.quality_texts < 2:
         raise ValueError(
             "sample.quality_steps must be positive and sample.quality_texts at least 2, got "

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import pathlib
+import types
 
 import launching
 import pytest
@@ -113,6 +115,7 @@ def test_an_unknown_grid_is_refused(refused):
         (["--config.train.batch_size=80000"], "larger than the source"),
         (["--config.train.batch_size=7"], "does not split over 8 data-parallel devices"),
         (["--config.train.num_microbatches=4"], "use a multiple of 32"),
+        (["--config.train.num_microbatches=0"], "num_microbatches must be at least 1, got 0"),
         (["--config.mesh.data=3"], "does not use the 8 devices"),
         (["--config.mesh.fsdp=3"], "does not use the 8 devices"),
         (["--config.train.steps=2"], "warmup_steps must lie in [0, total_steps)"),
@@ -132,6 +135,14 @@ def test_an_unknown_grid_is_refused(refused):
         (["--config.model.mlp=relu"], "mlp must be one of"),
         (["--config.seed=-1"], "seed must be in [0, 2**32)"),
         (["--config.data.fractions=(1.0,0.0,0.0)"], "neither test nor validation rows"),
+        (
+            ["--config.data.fractions=(0.9,0.0,0.1)", "--config.evaluate.final_split=valid"],
+            "final_split='valid': the data have no validation rows, only",
+        ),
+        (["--config.sample.quality_steps=(4,16)"], "'first_hitting' sets its own number of steps"),
+        (["--config.train.init_from=/nowhere"], "train.init_from: /nowhere holds no run"),
+        (["--mode=evaluate"], "has no checkpoint yet"),
+        (["--mode=sample"], "has no checkpoint yet"),
         (
             ["--config.variance.order=('mirror','stratified')"],
             "the order is couple, warp, replicate",
@@ -312,6 +323,27 @@ def test_an_interrupt_during_the_final_evaluation_says_how_to_go_on(stopped):
 def test_a_second_interrupt_is_no_traceback(stopped):
     code, _, err = stopped("train", KeyboardInterrupt())
     assert code == 130 and "what was saved before is whole" in err and "Traceback" not in err
+
+
+def test_one_of_several_processes_that_is_stopped_at_once_does_not_wait(monkeypatch, capsys):
+    """As one that fails does not: the others might wait for it, and it for them."""
+    from experiments import launch
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(launch, "_run", stop)
+    monkeypatch.setattr(launch, "_MODE", types.SimpleNamespace(value="train"))
+    monkeypatch.setattr(launch.os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        launch._run_as_one_of_several(pathlib.Path("run"))
+    assert left.value.code == 130
+    assert "stopped at once" in capsys.readouterr().err
+    monkeypatch.setattr(launch, "_run", lambda _: 130)  # saved, as all have agreed
+    assert launch._run_as_one_of_several(pathlib.Path("run")) == 130
 
 
 def test_errors_of_the_program_keep_their_traceback(stopped):

@@ -120,6 +120,8 @@ def test_every_sampler_can_be_chosen_and_one_fills_a_canvas_with_grey_values():
         ("--config.sample.sampler=first_hitting", "sample.sampler: unknown name"),
         ("--config.data.source=embedded", "needs pictures"),
         ("--config.process=gausian", "did you mean 'gaussian'"),
+        ("--config.weighting.name=p2", "does not read weighting.name='p2', leave it at ''"),
+        ("--config.law.name=power", "does not read law.name='power', leave it at 'linear'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(setting, words, tmp_path, monkeypatch, capsys):

@@ -48,7 +48,15 @@ def test_settings_that_mean_nothing_to_a_process_are_refused():
     config.variance.order = ("stratified",)
     with pytest.raises(ValueError, match="no noise to couple or warp"):
         make_experiment(config)
+    config.variance.order = ()
+    config.weighting.name = "p2"
+    with pytest.raises(ValueError, match="'autoregressive' does not read weighting.name='p2'"):
+        make_experiment(config)
     config = text_uniform.get_config("smoke")
+    config.corruption.name = "bernoulli"
+    with pytest.raises(ValueError, match="'uniform' does not read corruption.name='bernoulli'"):
+        make_experiment(config)
+    config.corruption.name = "fixed_count"
     config.sample.sampler = "ancestral"
     with pytest.raises(ValueError, match="sample.sampler: unknown name 'ancestral'"):
         make_experiment(config).generator()
@@ -80,6 +88,18 @@ def test_self_conditioning_from_the_config(tmp_path):
     assert count[0] > count[1]
     drawn = show_samples(experiment, tmp_path, 0, params, jax.random.key(0))
     assert all("▁" not in sample["text"] for sample in drawn["samples"])
+
+
+def test_samplers_with_steps_of_their_own_have_no_quality_by_steps():
+    config = quickstart.get_config("smoke")
+    found = build_masked.grid_samplers(config.sample)
+    assert {"ancestral", "cached_ancestral", "remdm_cap"} <= set(found)
+    assert not {"first_hitting", "by_margin", "low_confidence_remasking"} & set(found)
+    config.sample.quality_steps = (2, 4)
+    with pytest.raises(ValueError, match="'first_hitting' sets its own .* are ancestral, cached"):
+        quality.check_quality(make_experiment(config))
+    config.sample.sampler = "ancestral"
+    quality.check_quality(make_experiment(config))
 
 
 @pytest.mark.slow
