@@ -24,6 +24,7 @@ from experiments.workdir import write_json
 from mdm_jax import data, evaluation, streams, training, variance
 from mdm_jax.batches import Batch
 from mdm_jax.evaluation import Decomposition, Efficiency, Estimator, LevelTable
+from mdm_jax.evaluation.inverse_rate_tail import inverse_rates_diverge
 from mdm_jax.objectives import Objective, stop_gradient_stats
 from mdm_jax.typing import Array, PyTree
 from mdm_jax.variance import VarianceTransform, worst_bias
@@ -37,9 +38,13 @@ CONFIGURED = "this run"
 _MASKED_ONLY = ("bernoulli", "rao_blackwell")
 """Processes that are methods by themselves, and mean nothing for Gaussian diffusion."""
 
+_INVERSE_RATES = ("bernoulli", "bernoulli_shifted_logit")
+"""Processes with weights 1/m."""
+
 _INFINITE = (
-    "weights 1/m down to m = 0 have infinite variance, whatever these redraws show; use fixed "
-    "counts, Rao-Blackwell weights or a law that stays away from 0"
+    "weights 1/m under a density that stays bounded down to m = 0 have infinite variance, whatever "
+    "these redraws show; use fixed counts, Rao-Blackwell weights, a law with more small rates "
+    "(power) or one that stays away from 0"
 )
 """Known, and rarely seen in a few hundred redraws of long rows."""
 
@@ -69,7 +74,8 @@ def _binned(table: LevelTable, target: Callable) -> VarianceTransform:
 def _parametric(table: LevelTable) -> VarianceTransform:
     value = table.loss.value
     spread = np.maximum(value.pattern, 0.0)  # the published target, v + g^2 of the loss
-    fit = variance.fit_epr(table.masking_rates, value.mean, spread)
+    # Over 1 - u, which is the masking rate where that is uniform.
+    fit = variance.fit_epr(1.0 - table.quantiles, value.mean, spread)
     return variance.chain(variance.ppots_parametric(fit.parameters))
 
 
@@ -322,7 +328,9 @@ class _Meter:
             num_microbatches=experiment.config.train.num_microbatches,
         )
         training_figure = self._while_training(objective, transform, common)
-        if result.corruption == "bernoulli" and objective.bias == "exact":
+        if result.corruption in _INVERSE_RATES and inverse_rates_diverge(
+            objective, transform, state, spec
+        ):
             figure, training_figure = map(_infinite, (figure, training_figure))
         warps = any(t.phase == variance.Phase.WARP for t in transform.members or (transform,))
         density = evaluation.warp_density(key, transform, state, spec, objective) if warps else None

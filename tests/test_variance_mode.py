@@ -144,6 +144,24 @@ def test_table_of_methods_builds_and_covers_the_library(measured):
     assert public - {"chain", "stateless", "importance"} - other == names
 
 
+def test_the_parametric_density_is_fitted_over_the_quantile(monkeypatch):
+    """Under another law than the uniform rate 1 - u is another number than the rate."""
+    seen = []
+    monkeypatch.setattr(variance, "fit_epr", lambda *given: seen.append(given) or FITTED)
+    rates = evaluation.rate_grid(6)
+    values = np.linspace(4.0, 1.0, 6)
+    moments = evaluation.nested.CrossedMoments(values, values, values, 3 * values, values**2)
+    both = evaluation.levels.Moments(moments, moments)
+    table = evaluation.LevelTable(
+        rates, 1 - np.sqrt(rates), rates, both, both, values, 2, 2, 1, rows_left_out=0
+    )
+    mode.METHODS["ppots, parametric"].build(table)
+    np.testing.assert_allclose(seen[0][0], np.sqrt(rates))
+
+
+FITTED = variance.EprFit(variance.EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), 0.0)
+
+
 def test_names_are_looked_up():
     assert list(mode.named(["mirror", BASELINE])) == [BASELINE, "mirror"]
     with pytest.raises(ValueError, match="did you mean 'mirror'"):
