@@ -57,7 +57,8 @@ def bernoulli_shifted_logit(
         1/m  prod_i (m / q_i)^M_i ((1 - m) / (1 - q_i))^(1 - M_i) .
 
     Exact for every model, and of infinite variance under the same laws as Bernoulli masks (see
-    ``corruption.bernoulli``): q stays below 1 wherever m does, which ``m + delta`` would not. The product degenerates as the number of shifted positions grows; cap it.
+    ``corruption.bernoulli``): q stays below 1 wherever m does, which ``m + delta`` would not.
+    The product degenerates as the number of shifted positions grows; cap it.
 
     Args:
         mask_id: the mask token.
