@@ -259,6 +259,12 @@ def test_an_error_inside_a_step_saves_nothing(tmp_path):
     assert int(run.last()[0].state.step) == 5
 
 
+def test_an_error_before_the_first_step_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        Run(tmp_path).start(place=lambda batch: 1 / 0)
+    assert training.CheckpointReader(tmp_path / "checkpoints").steps() == []
+
+
 @pytest.mark.parametrize("every", [0, 6])
 def test_what_adapts_is_saved_before_the_evaluation(tmp_path, every):
     """With a checkpoint at the step and without one, where the interrupt saves."""

@@ -219,7 +219,7 @@ def train(
             raise
         except Exception:
             # With several processes a save would wait for those that did not fail.
-            if whole and jax.process_count() == 1:
+            if whole and step > start and jax.process_count() == 1:
                 try:
                     save()
                     loop.progress.note(f"an error ends the run; its state at step {step} is saved")
