@@ -386,6 +386,17 @@ SUITES["confirmation"] = dataclasses.replace(
     redraws=24,
     settings=_QUICK | {"sample.num_answers": 512},
 )
+SUITES["longer"] = dataclasses.replace(
+    SUITES["confirmation"],
+    name="longer",
+    tasks={
+        "sudoku6": dataclasses.replace(
+            _SUDOKU6, settings={**_SUDOKU6.settings, "train.steps": 2 * 360}
+        )
+    },
+    pretrainings={},
+    seeds=(5, 6, 7),
+)
 SUITES["weights"] = dataclasses.replace(
     SUITES["small"],
     name="weights",
