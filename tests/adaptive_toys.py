@@ -5,7 +5,6 @@ The Gaussian toy is N(0.3, 0.5^2) with its ideal denoiser: the mean error of eps
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import zoo
 
@@ -19,12 +18,12 @@ FINE = (np.arange(20_000) + 0.5) / 20_000
 
 def one_batch(u, raw, scored=1.0, targets=None):
     """Draw and statistics with the given levels and losses [V, B] or [V, B, S]."""
-    u, raw = (jnp.asarray(a, jnp.float32) for a in (u, raw))
+    u, raw = (np.asarray(a, np.float32) for a in (u, raw))
     u, raw = (a[..., None] if a.ndim == 2 else a for a in (u, raw))
-    draw = Draw(u, jnp.zeros_like(u), jnp.full((*u.shape[:2], 1), 0.5))
-    scored = jnp.full_like(u, scored)
-    targets = scored if targets is None else jnp.asarray(targets, jnp.float32).reshape(u.shape)
-    return draw, LossStats(raw, jnp.ones_like(u), scored, targets, slopes=jnp.square(raw))
+    draw = Draw(u, np.zeros_like(u), np.full((*u.shape[:2], 1), 0.5, np.float32))
+    scored = np.full_like(u, scored)
+    targets = scored if targets is None else np.asarray(targets, np.float32).reshape(u.shape)
+    return draw, LossStats(raw, np.ones_like(u), scored, targets, slopes=np.square(raw))
 
 
 def fresh(transform, levels=1):
@@ -33,13 +32,13 @@ def fresh(transform, levels=1):
 
 def learn(transform, batch, levels=1):
     """State after one batch."""
-    return zoo.quick(lambda *batch: transform.update(fresh(transform, levels), *batch))(*batch)
+    return zoo.quick(transform.update)(fresh(transform, levels), *batch)
 
 
 def density(transform, state, u):
     """Density of the levels at quantiles [N]; of level 0 where there are several."""
-    u = jnp.asarray(u, jnp.float32)[:, None]
-    found = jax.jit(lambda u: transform.profile(state, u).log_density)(u)
+    u = np.asarray(u, np.float32)[:, None]
+    found = zoo.quick(transform.profile)(state, u).log_density
     return np.exp(np.asarray(found, np.float64)[:, 0])
 
 

@@ -54,6 +54,7 @@ REMASKING = (
 
 SIBLINGS = (
     "ancestral",  # cached_ancestral draws the same tokens
+    "cached_ancestral",  # wrapped is made of it
     "ancestral_cosine",
     "by_confidence",
     "by_margin_in_turn",

@@ -30,7 +30,7 @@ def test_grid_is_open_symmetric_and_exact():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 7, 98, 4096), pytest.param((2, 3, 49, 1000), marks=pytest.mark.slow)], ids=str
+    "sizes", [(1, 98, 4096), pytest.param((2, 3, 7, 49, 1000), marks=pytest.mark.slow)], ids=str
 )
 @pytest.mark.parametrize("transform", [variance.stratified(), variance.systematic()])
 def test_one_quantile_per_cell_for_every_batch_size(transform, sizes):
@@ -49,12 +49,13 @@ def test_one_quantile_per_cell_for_every_batch_size(transform, sizes):
 
 
 def test_systematic_lattice_length_for_all_sizes_up_to_4096():
-    for size in range(1, 4097):
+    for size in range(2, 4097):
         lattice = (np.arange(size, dtype=np.int64) << GRID_BITS) // size
-        assert len(np.unique(lattice)) == size
+        assert np.diff(lattice).min() > 0
         assert lattice[-1] < 2**GRID_BITS
 
 
+@pytest.mark.slow
 def test_variance_of_the_mean_quantile():
     """f(u) = u, B = 16: iid 1/(12 B), systematic 1/(12 B^2), jittered cells 1/(12 B^3).
 
@@ -85,7 +86,12 @@ def test_stratified_rows_are_permuted_and_levels_independent():
 def test_mirror_reflects_noise_and_keeps_levels():
     spec = DrawSpec(3, 1, (4,))
     transform = variance.mirror()
-    draw = variance.draw_batch(jax.random.key(0), transform, transform.init(spec), spec)
+
+    @zoo.quick
+    def run(key):
+        return variance.draw_batch(key, transform, transform.init(spec), spec)
+
+    draw = jax.tree.map(np.asarray, run(jax.random.key(0)))
     assert draw.u.shape == (2, 3, 1)
     np.testing.assert_array_equal(draw.u[0], draw.u[1])
     np.testing.assert_array_equal(draw.noise[0] + draw.noise[1], np.ones((3, 4), np.float32))
@@ -173,6 +179,9 @@ def test_split_rows_and_join_rows_are_inverse():
 
 
 def test_noise_of_a_row_does_not_depend_on_the_batch_size():
-    small, large = (draws.iid(jax.random.key(4), DrawSpec(b, 2, (6,))) for b in (4, 32))
+    iid = zoo.quick(draws.iid, static_argnums=1)
+    small, large = (
+        jax.tree.map(np.asarray, iid(jax.random.key(4), DrawSpec(b, 2, (6,)))) for b in (4, 32)
+    )
     np.testing.assert_array_equal(small.noise, large.noise[:, :4])
     np.testing.assert_array_equal(small.u, large.u[:, :4])

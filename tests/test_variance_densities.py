@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_oracle as oracle
+import zoo
 from toy_oracle import c, decomposition, drawn, fine_density, g, s, v, warped
 
 from mdm_jax import variance
@@ -80,13 +81,16 @@ def test_totals_at_a_larger_epsilon():
 @pytest.mark.parametrize(
     "spacing, totals",
     [
-        (np.geomspace, (18.59073523, 18.24390587, 18.13074080)),
-        pytest.param(np.linspace, (23.15249580, 20.94826890, 18.68298865), marks=pytest.mark.slow),
+        (np.geomspace, {5: 18.59073523, 50: 18.13074080}),
+        pytest.param(np.geomspace, {10: 18.24390587}, marks=pytest.mark.slow),
+        pytest.param(
+            np.linspace, {5: 23.15249580, 10: 20.94826890, 50: 18.68298865}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_few_bins(spacing, totals):
     """5, 10 and 50 bins: log-spaced ones are nearly optimal, equal ones are not."""
-    for bins, total in zip((5, 10, 50), totals):
+    for bins, total in totals.items():
         edges = oracle.rate_bins(EPS, bins, spacing)
         masses = np.diff(edges) * np.sqrt(oracle.mean_over_bins(edges, EPS, s, 60))
         density = variance.piecewise_density(edges, masses)
@@ -99,11 +103,17 @@ def test_bin_masses():
     edges = oracle.rate_bins(EPS, 5)
     moments = oracle.mean_over_bins(edges, EPS, s, 40)
     expected = [0.60214782, 0.22073001, 0.10200519, 0.05012055, 0.02499644]
-    found = variance.moment_density(edges, moments, 1e-7).masses
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    u = oracle.draw_at(variance.ppots_binned(edges, moments, 1e-7), [0.3, 0.999], [[0.5]] * 2).u
-    density = variance.moment_density(edges, moments, 1e-7)
-    np.testing.assert_array_equal(u[0, :, 0], density.icdf(jnp.array([0.3, 0.999])))
+    transform = variance.ppots_binned(edges, moments, 1e-7)
+
+    @zoo.quick
+    def run(u):
+        density = variance.moment_density(edges, moments, 1e-7)
+        drawn = oracle.draw_at(transform, u, jnp.full((2, 1), 0.5))
+        return density.masses, density.icdf(u), drawn.u[0, :, 0]
+
+    masses, wanted, found = run(np.array([0.3, 0.999], np.float32))
+    np.testing.assert_allclose(masses, expected, atol=1e-6)
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("floor, total", [(0.1, 18.16976094), (0.5, 19.53055910)])
@@ -153,18 +163,24 @@ def test_weights_average_to_one_exactly_and_nothing_is_out_of_reach(masses):
     points, edges = np.asarray(density.points), np.asarray(density.edges, np.float64)
     assert points[0] == 0 and points[-1] == 2**23
     assert np.diff(points).min() >= 1
+
+    @zoo.quick
+    def run(u):
+        out = density.icdf(u)
+        return out, density.cell(out), density.log_pdf(out)
+
     first = (points[:-1] + 0.5) / 2**23
     last = (points[1:] - 0.5) / 2**23
     for u in (first, last):
-        out = np.asarray(density.icdf(jnp.asarray(u, jnp.float32)), np.float64)
-        np.testing.assert_array_equal(density.cell(jnp.asarray(out, jnp.float32)), np.arange(6))
+        out, cell, log_pdf = (np.asarray(a) for a in run(np.float32(u)))
+        np.testing.assert_array_equal(cell, np.arange(6))
         assert np.all((out >= edges[:-1]) & (out < edges[1:]) & (out > 0))
-        mean = np.sum(np.diff(points) / 2**23 * np.exp(-np.asarray(density.log_pdf(out), float)))
+        mean = np.sum(np.diff(points) / 2**23 * np.exp(-log_pdf.astype(np.float64)))
         np.testing.assert_allclose(mean, 1.0, rtol=2e-6)
 
 
 def test_inverse_and_distribution_function_agree():
-    u = jnp.asarray(np.linspace(0.001, 0.999, 997), jnp.float32)
+    u = np.linspace(0.001, 0.999, 997, dtype=np.float32)
     densities = (
         variance.piecewise_density(variance.log_spaced_edges(6, 1e-2), [1, 2, 3, 3, 2, 1]),
         log_uniform_density(1e-2),
@@ -172,10 +188,16 @@ def test_inverse_and_distribution_function_agree():
     )
     for density in densities:
         assert isinstance(density, variance.QuantileDensity)
-        np.testing.assert_allclose(density.cdf(density.icdf(u)), u, atol=2e-5)
         low, high = density.support
         places, weights = oracle.gauss(np.linspace(low, high, 200), 3)
-        mass = weights @ np.exp(np.asarray(density.log_pdf(jnp.asarray(places, jnp.float32))))
+
+        @zoo.quick
+        def run(u, places, density=density):
+            return density.cdf(density.icdf(u)), density.log_pdf(places)
+
+        back, log_pdf = run(u, np.float32(places))
+        np.testing.assert_allclose(back, u, atol=2e-5)
+        mass = weights @ np.exp(np.asarray(log_pdf))
         np.testing.assert_allclose(mass, 1.0, rtol=2e-2 if low == 0 else 1e-6)
 
 

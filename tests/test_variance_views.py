@@ -160,11 +160,16 @@ def test_two_rotated_ranks_are_as_good_as_reversed_ones():
 
 def fixed_count_masks(transform, eligible=(1, 1, 1, 1)):
     """Masks of every (level, order), [V, 4 levels, 24 orders, 4]."""
-    draw = oracle.fixed_count_draws(transform, np.array([0.125, 0.375, 0.625, 0.875]))
-    ok = jnp.broadcast_to(jnp.array(eligible, bool), draw.noise.shape)
-    logsnr = schedules.logistic().icdf(draw.u)
-    out = corruption.fixed_count(9).corrupt(jnp.zeros(ok.shape, int), logsnr, draw.noise, ok)
-    return np.asarray(out.target_mask).reshape(-1, 4, 24, 4)
+
+    @zoo.quick
+    def run(eligible):
+        draw = oracle.fixed_count_draws(transform, np.array([0.125, 0.375, 0.625, 0.875]))
+        ok = jnp.broadcast_to(eligible, draw.noise.shape)
+        logsnr = schedules.logistic().icdf(draw.u)
+        out = corruption.fixed_count(9).corrupt(jnp.zeros(ok.shape, int), logsnr, draw.noise, ok)
+        return out.target_mask
+
+    return np.asarray(run(np.array(eligible, bool))).reshape(-1, 4, 24, 4)
 
 
 def test_fixed_count_overlap_and_additive_correlation():
@@ -243,11 +248,15 @@ def test_repeat_draws_independent_noise_at_the_same_level():
 def test_complement_predicts_every_token_once_per_pair(process):
     spec = DrawSpec(200, 1, (16,))
     draw = drawn(variance.complement(), spec)
-    ones = jnp.ones(draw.noise.shape, bool)
-    out = getattr(corruption, process)(9).corrupt(
-        jnp.zeros(ones.shape, int), schedules.logistic().icdf(draw.u), draw.noise, ones
-    )
-    np.testing.assert_array_equal(np.asarray(out.target_mask).sum(0), 1)
+
+    @zoo.quick
+    def masks(draw):
+        ones = jnp.ones(draw.noise.shape, bool)
+        logsnr = schedules.logistic().icdf(draw.u)
+        chosen = getattr(corruption, process)(9)
+        return chosen.corrupt(jnp.zeros(ones.shape, int), logsnr, draw.noise, ones).target_mask
+
+    np.testing.assert_array_equal(np.asarray(masks(draw)).sum(0), 1)
 
 
 def test_complement_under_fixed_counts_predicts_one_token_twice():

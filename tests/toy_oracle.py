@@ -146,21 +146,29 @@ def run_views(transform, process, u, eps=0.0):
     # Few shapes, so that little has to be compiled.
     count = 128 if asked <= 128 else 4096
     u = np.append(u, np.full(count - asked, 0.5))
-    law = truncated_law(eps)
-    rate = masking_rate(law, draw_at(transform, u, np.full((count, 1), 0.5)).u)[..., 0]
-    cells = noise_cells(rate, views)
-    draw = draw_at(transform, u, (cells[:, :-1] + cells[:, 1:]) / 2)
-    logsnr, ones = law.icdf(draw.u), jnp.ones(draw.noise.shape, bool)
-    out = process.corrupt(jnp.zeros(ones.shape, int), logsnr, draw.noise, ones)
-    masked = np.asarray(out.target_mask, int)  # [V, N, cells]
+    law, shape = truncated_law(eps), (views, count, 16, 4)
 
-    shape = (views, count, 16, 4)
-    noise = jnp.asarray(np.where(BITS, rate[..., None, None] / 2, (1 + rate[..., None, None]) / 2))
-    spread = jnp.broadcast_to(logsnr[:, :, None], (*shape[:3], 1))
-    each = process.corrupt(jnp.zeros(shape, int), spread, noise, jnp.ones(shape, bool))
-    np.testing.assert_array_equal(each.target_mask, np.broadcast_to(BITS, shape))
-    weight = np.exp(np.asarray(each.log_weight[..., 0], np.float64))
-    weight = weight * np.exp(np.asarray(draw.log_weight, np.float64))
+    @quick
+    def rates(u):
+        return jax.nn.sigmoid(-law.icdf(draw_at(transform, u, jnp.full((count, 1), 0.5)).u))
+
+    @quick
+    def corrupt(u, cells, noise):
+        draw = draw_at(transform, u, cells)
+        logsnr, ones = law.icdf(draw.u), jnp.ones(draw.noise.shape, bool)
+        out = process.corrupt(jnp.zeros(ones.shape, int), logsnr, draw.noise, ones)
+        spread = jnp.broadcast_to(logsnr[:, :, None], (*shape[:3], 1))
+        each = process.corrupt(jnp.zeros(shape, int), spread, noise, jnp.ones(shape, bool))
+        return out.target_mask, each.target_mask, each.log_weight[..., 0], draw.log_weight
+
+    rate = np.asarray(rates(np.float32(u)), np.float64)[..., 0]
+    cells = noise_cells(rate, views)
+    noise = np.where(BITS, rate[..., None, None] / 2, (1 + rate[..., None, None]) / 2)
+    middles = (cells[:, :-1] + cells[:, 1:]) / 2
+    seen = corrupt(np.float32(u), np.float32(middles), np.float32(noise))
+    masked, each = (np.asarray(mask, int) for mask in seen[:2])  # [V, N, cells], [V, N, 16, 4]
+    np.testing.assert_array_equal(each, np.broadcast_to(BITS, shape))
+    weight = np.exp(np.asarray(seen[2], np.float64)) * np.exp(np.asarray(seen[3], np.float64))
 
     chance = np.diff(cells)
     pairs = np.empty((views, views, count, 16, 16))
@@ -211,10 +219,6 @@ def draw_at(transform, u, noise):
     spec = DrawSpec(len(u), 1, noise.shape[1:])
     start = Draw(u[None, :, None], jnp.zeros((1, len(u), 1)), noise[None])
     return transform.draw(jax.random.key(0), transform.init(spec), start, spec)
-
-
-def masking_rate(law, u):
-    return np.asarray(jax.nn.sigmoid(-law.icdf(u)), np.float64)
 
 
 def noise_cells(rate, views):

@@ -56,8 +56,9 @@ def draw_with_trace(model, sampler, grid, canvas, seed, trace, mask_id=MASK):
 def token_probabilities() -> np.ndarray:
     """[256, 4, 4] float64: the toy's distribution at each place of each state, 0 for the mask."""
     with jax.enable_x64(True):
-        logits = toy.Toy(jnp.float64).apply(toy.toy_params(jnp.float64), jnp.asarray(STATES))
-        probs = np.asarray(jax.nn.softmax(logits, axis=-1))
+        params, model = toy.toy_params(jnp.float64), toy.Toy(jnp.float64)
+        run = jax.jit(lambda states: jax.nn.softmax(model.apply(params, states), axis=-1))
+        probs = np.asarray(run(STATES))
     return np.pad(probs, [(0, 0), (0, 0), (0, 1)])
 
 
