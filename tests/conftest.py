@@ -1,6 +1,7 @@
 """Strict numerics and eight host devices for every test; set before JAX wakes up."""
 
 import os
+import sys
 import tempfile
 
 import compilation
@@ -13,6 +14,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         *compilation.FLAGS,
     )
 )
+# Bytecode is kept even where a variable forbids it: two dozen processes import the same sources.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mdm_jax.evaluation.standard_errors import finite_or_none, standard_error_of_mean
 
@@ -81,6 +80,8 @@ def paired_seeds(
         ValueError: if the two cannot be paired, are empty or not finite, or coverage is out of
             range.
     """
+    from scipy import special  # which the package needs nowhere else, and is slow to import
+
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(
@@ -90,7 +91,7 @@ def paired_seeds(
     values = first - second
     mean, error = float(values.mean()), standard_error_of_mean(values)
     freedom = max(len(values) - 1, 1)
-    reach = stats.t.ppf((1 + coverage) / 2, freedom) * error  # NaN for one seed
+    reach = special.stdtrit(freedom, (1 + coverage) / 2) * error  # NaN for one seed
     return PairedSeeds(
         differences=values,
         mean=mean,
@@ -105,7 +106,9 @@ def paired_seeds(
 def _student_p(mean: float, error: float, freedom: int) -> float:
     if error == 0:  # differences without any spread
         return 0.0 if mean else 1.0
-    return float(2 * stats.t.sf(abs(mean) / error, freedom))
+    from scipy import special
+
+    return float(2 * special.stdtr(freedom, -abs(mean) / error))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 
 from mdm_jax.typing import ArrayLike
 
@@ -75,6 +74,8 @@ def fit_epr(
         ValueError: if the arguments are out of range, nothing was measured (all zero), or no
             restart ends at a finite divergence.
     """
+    from scipy import optimize  # slow to import
+
     rates, mean, variance = (np.asarray(a, np.float64) for a in (rates, mean, variance))
     _check(rates, mean, variance, restarts)
     step = np.diff(rates)
@@ -92,7 +93,7 @@ def fit_epr(
 
     rng = np.random.default_rng(seed)
     starts = np.array(_START) + _SPREAD * rng.standard_normal((restarts, len(_START)))
-    results = [scipy.optimize.minimize(divergence, s, method="L-BFGS-B") for s in starts]
+    results = [optimize.minimize(divergence, s, method="L-BFGS-B") for s in starts]
     finite = [result for result in results if np.isfinite(result.fun)]
     if not finite:
         raise ValueError(
