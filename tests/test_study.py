@@ -384,20 +384,51 @@ def _pretend_finished(root):
             (folder / "metrics.jsonl").write_text("", "utf-8")
 
 
-@pytest.mark.parametrize(
-    "stop, alone",
-    [
-        (signal.SIGKILL, True),
-        pytest.param(signal.SIGKILL, False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
-    ],
-)
-def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, alone, tmp_path):
-    """All four runs, or one of them where the others are said to be finished."""
-    if alone:
-        _pretend_finished(tmp_path)
+RECOMMENDED = "runs/sudoku4/recommended/passes-0"
+
+
+def _assert_complete(out, root, pending):
+    """What the smoke suite's tables, plots and output say once ``pending`` runs were finished."""
+    assert "4 of 4 runs are finished" in out and "standard/passes-0:" not in out  # was skipped
+    assert f"/{pending}] sudoku4/recommended/passes-0" in out
+    record = json.loads((root / "study.json").read_text())
+    found = record["results"]["passes"]["sudoku4"]
+    assert found["ema"]["scores"] == found["standard"]["scores"]
+    assert len(set(found["recommended"]["scores"].values())) == 2
+    assert [p["step"] for p in found["recommended"]["gradient"]] == [2, 4]
+    assert found["recommended"]["gradient"][-1]["over_reference"]["ratio"] > 0
+    assert found["standard"]["forward_passes"] == found["recommended"]["forward_passes"] == 32
+    assert not any(root.glob("runs/*/*/*/checkpoints"))
+    assert len(list((root / "plots").glob("*.png"))) == 2
+
+
+def _as_if_killed_at_step_2(run):
+    """Takes away what a finished run of four steps wrote after its second."""
+    for name in ("last/4", "manifests/last/4.json", "best", "manifests/best"):
+        path = run / "checkpoints" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (study_runs.RECORD, "evaluation.json"):
+        (run / name).unlink()
+
+
+def test_a_run_of_a_study_cut_off_and_resumed_ends_as_one_that_was_not(tmp_path):
+    """One run of four; the others are said to be finished."""
+    _pretend_finished(tmp_path)
+    out = _finish(_start(tmp_path, "--worker=0", "--keep_checkpoints"))  # without a stop
+    assert out.count("===") == 1 and "=== sudoku4/recommended/passes-0" in out
+    table = _without_times(tmp_path)
+    _as_if_killed_at_step_2(tmp_path / RECOMMENDED)
+    out = _finish(_start(tmp_path))
+    assert "resuming at step 2" in (tmp_path / "logs/worker-0.log").read_text()
+    _assert_complete(out, tmp_path, pending=1)
+    assert _without_times(tmp_path) == table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, tmp_path):
     process = _start(tmp_path)
-    _wait_for("runs/sudoku4/recommended/passes-0/checkpoints/last/2", tmp_path, process)
+    _wait_for(f"{RECOMMENDED}/checkpoints/last/2", tmp_path, process)
     os.killpg(process.pid, stop)
     if stop == signal.SIGINT:
         assert "the same command line resumes" in _finish(process, 130)
@@ -405,20 +436,9 @@ def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, alone, tmp_p
     process.communicate()
 
     out = _finish(_start(tmp_path))
-    assert "4 of 4 runs are finished" in out and "standard/passes-0:" not in out  # was skipped
-    assert f"/{1 if alone else 3}] sudoku4/recommended/passes-0" in out
-    record = json.loads((tmp_path / "study.json").read_text())
-    found = record["results"]["passes"]["sudoku4"]
-    assert found["ema"]["scores"] == found["standard"]["scores"]
-    assert len(set(found["recommended"]["scores"].values())) == 2
-    assert [p["step"] for p in found["recommended"]["gradient"]] == [2, 4]
-    assert found["recommended"]["gradient"][-1]["over_reference"]["ratio"] > 0
-    assert found["standard"]["forward_passes"] == found["recommended"]["forward_passes"] == 32
-    assert not any(tmp_path.glob("runs/*/*/*/checkpoints"))
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 2
-
+    _assert_complete(out, tmp_path, pending=3)
     table = _without_times(tmp_path)
-    shutil.rmtree(tmp_path / "runs/sudoku4/recommended/passes-0")
+    shutil.rmtree(tmp_path / RECOMMENDED)
     out = _finish(_start(tmp_path, "--worker=0"))  # without a stop
     assert out.count("===") == 1 and "=== sudoku4/recommended/passes-0" in out
     assert _without_times(tmp_path) == table
