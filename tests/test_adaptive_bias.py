@@ -113,9 +113,7 @@ def test_ppots_slopes_stays_unbiased_at_every_stage_of_masked_tokens():
 
 
 @pytest.mark.parametrize("toy_name", _default_on("masked"))
-@pytest.mark.parametrize(
-    "name", slow_except((), ["ema_bins", "loss_history", "learned_quantile"])
-)
+@pytest.mark.parametrize("name", slow_except((), ["ema_bins", "loss_history", "learned_quantile"]))
 def test_exact_mechanisms_stay_unbiased_at_every_stage(name, toy_name):
     """5 standard errors; and on the Gaussian toy variance has fallen by the last stage."""
     mean, error, spread, expected, state = stages(toy_name, name)

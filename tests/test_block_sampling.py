@@ -76,13 +76,13 @@ def test_a_prompt_conditions_what_comes_after_it():
 
 @given(
     kind=st.sampled_from([(1, "first_hitting"), (2, "cached_ancestral"), (4, "first_hitting")]),
-    places=st.lists(st.integers(0, MASK), min_size=12, max_size=12),
+    places=st.lists(st.integers(0, MASK), min_size=32, max_size=32),
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=25, deadline=None)
 def test_given_tokens_stay_and_no_mask_is_left(kind, places, seed):
     """Whatever is given, wherever: prompts that end inside a block, gaps, full rows."""
-    canvas = np.array(places, np.int32).reshape(3, 4)
+    canvas = np.array(places, np.int32).reshape(8, 4)
     tokens = np.asarray(toy_generator(*kind)(jax.random.key(seed), canvas))
     assert tokens.dtype == np.int32 and ((tokens >= 0) & (tokens < MASK)).all()
     np.testing.assert_array_equal(tokens[canvas != MASK], canvas[canvas != MASK])
@@ -117,9 +117,16 @@ def test_a_prefix_changes_nothing():
     """Its whole blocks in one pass; what is left of it waits for its block."""
     canvas = np.array([[2, 0, 1, MASK], [1, 1, 0, MASK]], np.int32)
     expected = toy_generator(2)(jax.random.key(2), canvas)
-    for prefix in (2, 3):
-        found = toy_generator(2, prefix=prefix)(jax.random.key(2), canvas)
-        np.testing.assert_array_equal(found, expected)
+    found = toy_generator(2, prefix=3)(jax.random.key(2), canvas)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.slow
+def test_a_prefix_may_be_whole_blocks_or_the_row():
+    canvas = np.array([[2, 0, 1, MASK], [1, 1, 0, MASK]], np.int32)
+    expected = toy_generator(2)(jax.random.key(2), canvas)
+    found = toy_generator(2, prefix=2)(jax.random.key(2), canvas)
+    np.testing.assert_array_equal(found, expected)
     full = np.array([[2, 0, 1, 1]], np.int32)
     np.testing.assert_array_equal(toy_generator(2, prefix=4)(jax.random.key(0), full), full)
 
@@ -213,7 +220,8 @@ def network(scan_layers):
     [
         pytest.param("first_hitting", False, None, marks=pytest.mark.slow),
         pytest.param("first_hitting", True, 3, marks=pytest.mark.slow),
-        ("cached_ancestral", False, 2),
+        # test_block_wrappers has this one with guidance on top.
+        pytest.param("cached_ancestral", False, 2, marks=pytest.mark.slow),
     ],
 )
 def test_cached_generation_draws_the_tokens_of_the_uncached_one(sampler, scan_layers, window):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import scipy.special
 import toy_oracle as oracle
+import zoo
 
-from mdm_jax import corruption, evaluation, objectives, schedules, variance
+from mdm_jax import corruption, objectives, schedules, variance
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.models import toy
 from mdm_jax.variance import EmptyState
@@ -21,13 +22,6 @@ PROBABILITIES = np.array(toy.ROW_PROBABILITIES)
 
 def model_fn(*inputs):
     return toy.Toy().apply(toy.toy_params(), *inputs)
-
-
-def toy_losses():
-    """S(x, M) of the three rows, [3, 16]."""
-    batch = toy.toy_batch()
-    rows = [jax.tree.map(lambda a, i=i: a[i], batch) for i in range(3)]
-    return np.stack([evaluation.mask_losses(model_fn, row, toy.MASK_ID) for row in rows])
 
 
 def bit_count(mask):
@@ -51,15 +45,17 @@ def fixed_count_draws(transform):
 def enumerated_losses(transform):
     """Loss of every toy row for every fixed-count draw, views averaged, [3, counts, orders]."""
     objective = objectives.masked_nelbo(corruption.fixed_count(toy.MASK_ID))
-    draw, spec = fixed_count_draws(transform)
-    losses = []
-    for i in range(3):
-        batch = jax.tree.map(
-            lambda a, i=i: jnp.broadcast_to(a[i], (spec.batch_size, *a.shape[1:])), toy.toy_batch()
-        )
-        stats = objective.loss(model_fn, batch, draw)
-        losses.append(np.asarray(stats.weight * stats.raw, np.float64).mean((0, 2)))
-    return np.stack(losses).reshape(3, 4, 24)
+
+    @zoo.quick
+    def run(batch):
+        draw, spec = fixed_count_draws(transform)
+        every = lambda a: jnp.repeat(a, spec.batch_size, axis=0)  # noqa: E731
+        draw = jax.tree.map(lambda a: jnp.tile(a, (1, 3, 1)), draw)
+        stats = objective.loss(model_fn, jax.tree.map(every, batch), draw)
+        return stats.weight * stats.raw
+
+    losses = np.asarray(run(toy.toy_batch()), np.float64).mean((0, 2))
+    return losses.reshape(3, 4, 24)
 
 
 def decompose(losses):
@@ -87,11 +83,16 @@ def test_fixed_count_by_enumeration_of_its_own_masks(transform, expected):
 
 
 def test_every_subset_of_each_size_is_equally_likely():
-    draw, spec = fixed_count_draws(variance.mirror())
-    x = jnp.zeros((1, 1, 4), jnp.int32)
-    logsnr = schedules.logistic().icdf(draw.u)
-    out = corruption.fixed_count(9).corrupt(x, logsnr, draw.noise, jnp.ones((1, 1, 4), bool))
-    masks = np.asarray(out.target_mask).reshape(2, 4, 24, 4)
+
+    @zoo.quick
+    def run():
+        draw, _ = fixed_count_draws(variance.mirror())
+        x = jnp.zeros((1, 1, 4), jnp.int32)
+        logsnr = schedules.logistic().icdf(draw.u)
+        process = corruption.fixed_count(9)
+        return process.corrupt(x, logsnr, draw.noise, jnp.ones((1, 1, 4), bool)).target_mask
+
+    masks = np.asarray(run()).reshape(2, 4, 24, 4)
     # u is the quantile of the logSNR, so the first quarter holds the highest rates.
     for view, position in itertools.product(range(2), range(4)):
         sizes = masks[view, position].sum(-1)
@@ -105,7 +106,7 @@ def test_every_subset_of_each_size_is_equally_likely():
 
 def test_rao_blackwell_weights_and_variance():
     """Weight (n+1)/k: exact mean, the table's variance, (n+1)/n of fixed count's second moment."""
-    losses, k = toy_losses(), bit_count(range(16))
+    losses, k = oracle.loss_table(), bit_count(range(16))
     mask_law = np.array([1 / (5 * math.comb(4, int(c))) for c in k])  # m uniform on (0, 1)
     np.testing.assert_allclose(mask_law.sum(), 1)
     weight = np.array([5 / c if c else 0 for c in k])
@@ -121,11 +122,12 @@ def test_rao_blackwell_weights_and_variance():
 def test_rao_blackwell_process_uses_these_weights():
     """The implementation's weight for every mask, at several rates (it must not see the rate)."""
     bits = (np.arange(16)[:, None] >> np.arange(4)) & 1
-    noise = jnp.asarray(np.where(bits, 0.1, 0.9), jnp.float32)
-    eligible, x = jnp.ones((16, 4), bool), jnp.zeros((16, 4), jnp.int32)
+    noise = np.where(bits, 0.1, 0.9).astype(np.float32)
+    eligible, x = np.ones((16, 4), bool), np.zeros((16, 4), np.int32)
+    corrupt = zoo.quick(corruption.rao_blackwell(9).corrupt)
     for rate in (0.2, 0.5, 0.8):
-        logsnr = jnp.full((16, 1), schedules.logsnr_from_masking_rate(rate))
-        out = corruption.rao_blackwell(9).corrupt(x, logsnr, noise, eligible)
+        logsnr = np.full((16, 1), schedules.logsnr_from_masking_rate(rate))
+        out = corrupt(x, logsnr, noise, eligible)
         np.testing.assert_array_equal(out.target_mask, bits.astype(bool))
         np.testing.assert_array_equal(out.inputs, np.where(bits, 9, 0))
         k = bits.sum(-1)
@@ -136,11 +138,12 @@ def test_rao_blackwell_process_uses_these_weights():
 
 def test_clipped_rao_blackwell_weights():
     """E[1/m | k] for m uniform on [1e-3, 1] and four tokens, and the variance it leads to."""
-    k = jnp.arange(1, 5)
-    weight = corruption.expected_inverse_rate(k, jnp.full((4,), 4), 1e-3, 1.0)
+    weight = zoo.quick(corruption.expected_inverse_rate, static_argnums=(2, 3))(
+        np.arange(1, 5), np.full(4, 4), 1e-3, 1.0
+    )
     expected = [4.98007968, 2.49998504, 1.66666666, 1.25000000]
     np.testing.assert_allclose(weight, expected, rtol=2e-6)
-    eps, losses, size = 1e-3, toy_losses(), bit_count(range(16))
+    eps, losses, size = 1e-3, oracle.loss_table(), bit_count(range(16))
     nodes, quadrature = np.polynomial.legendre.leggauss(40)
     m = (nodes + 1) / 2 * (1 - eps) + eps
     law = np.stack([m ** int(c) * (1 - m) ** (4 - int(c)) for c in size]) @ (quadrature / 2)
@@ -155,7 +158,8 @@ def test_clipped_rao_blackwell_weights():
 def test_clipped_rao_blackwell_weights_of_long_rows(low, high):
     """Also where the interval lies far in the tail of the law of m given k: float64 tails."""
     count, k = np.array([1024] * 7 + [4096, 1]), np.array([1, 2, 100, 300, 512, 900, 1024, 4096, 1])
-    found = corruption.expected_inverse_rate(jnp.asarray(k), jnp.asarray(count), low, high)
+    run = zoo.quick(corruption.expected_inverse_rate, static_argnums=(2, 3))
+    found = run(k, count, low, high)
 
     def probability(a, b):
         below = scipy.special.betainc(a, b, high) - scipy.special.betainc(a, b, low)
@@ -188,18 +192,17 @@ def test_clipped_rao_blackwell_wants_the_law_of_its_rates():
 
 
 def test_clipped_rao_blackwell_process():
-    noise = jnp.asarray([[0.1, 0.9, 0.9, 0.9]], jnp.float32)
-    logsnr = jnp.zeros((1, 1))
-    ones = jnp.ones((1, 4), bool)
+    noise = np.asarray([[0.1, 0.9, 0.9, 0.9]], np.float32)
+    logsnr, ones = np.zeros((1, 1), np.float32), np.ones((1, 4), bool)
     process = corruption.rao_blackwell_clipped(9, 1e-3, 1.0)
-    out = process.corrupt(jnp.zeros((1, 4), jnp.int32), logsnr, noise, ones)
+    out = zoo.quick(process.corrupt)(np.zeros((1, 4), np.int32), logsnr, noise, ones)
     np.testing.assert_allclose(np.exp(out.log_weight), [[4.98007968]], rtol=2e-6)
     with pytest.raises(ValueError, match="0 <= low < high <= 1"):
         corruption.rao_blackwell_clipped(9, 0.5, 0.5)
 
 
 def test_dividing_by_the_realised_count_is_low_by_one_in_n_plus_one():
-    losses, k = toy_losses(), bit_count(range(16))
+    losses, k = oracle.loss_table(), bit_count(range(16))
     law = np.array([1 / (5 * math.comb(4, int(c))) for c in k])
     estimate = PROBABILITIES @ ((np.where(k > 0, 4 / np.maximum(k, 1), 0) * losses) @ law)
     np.testing.assert_allclose(estimate, 3.22458100, rtol=1e-6)
@@ -219,16 +222,13 @@ def test_bernoulli_masks_weight_and_truncated_law(eps, expected_mean, expected_t
     noise = np.where(bits[None], rate[:, None, None] / 2, (1 + rate[:, None, None]) / 2)
     shape = (len(rate), 16, 4)
     logsnr = np.broadcast_to(np.log1p(-rate) - np.log(rate), (16, len(rate))).T[..., None]
-    out = corruption.bernoulli(9).corrupt(
-        jnp.zeros(shape, jnp.int32),
-        jnp.asarray(logsnr, jnp.float32),
-        jnp.asarray(noise, jnp.float32),
-        jnp.ones(shape, bool),
+    out = zoo.quick(corruption.bernoulli(9).corrupt)(
+        np.zeros(shape, np.int32), np.float32(logsnr), np.float32(noise), np.ones(shape, bool)
     )
     np.testing.assert_array_equal(out.target_mask, np.broadcast_to(bits, shape))
     size = bits.sum(-1)
     law = rate[:, None] ** size * (1 - rate[:, None]) ** (4 - size) * weights[:, None]
-    values = np.exp(np.asarray(out.log_weight[..., 0], np.float64)) * toy_losses()[:, None]
+    values = np.exp(np.asarray(out.log_weight[..., 0], np.float64)) * oracle.loss_table()[:, None]
     mean = (values * law).sum((1, 2))
     second = (values**2 * law).sum((1, 2))
     np.testing.assert_allclose(PROBABILITIES @ mean, expected_mean, rtol=2e-6)
@@ -238,16 +238,15 @@ def test_bernoulli_masks_weight_and_truncated_law(eps, expected_mean, expected_t
 
 def test_eligibility_prompt_empty_and_full_rows():
     """Prompt is never masked; k is clipped to [1, n]; a row without targets masks nothing."""
-    key = jax.random.key(0)
-    x = jnp.arange(24).reshape(4, 6)
-    eligible = jnp.array([[0, 0, 1, 1, 1, 0], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]], bool)
-    noise = jax.random.uniform(key, (4, 6), minval=1e-6)
+    x = np.arange(24, dtype=np.int32).reshape(4, 6)
+    eligible = np.array([[0, 0, 1, 1, 1, 0], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]], bool)
+    noise = np.random.default_rng(0).uniform(1e-6, 1, (4, 6)).astype(np.float32)
     for name in ("fixed_count", "rao_blackwell", "bernoulli"):
-        process = getattr(corruption, name)(99)
+        corrupt = zoo.quick(getattr(corruption, name)(99).corrupt)
         for logsnr in (-30.0, 0.0, 30.0):
-            out = process.corrupt(x, jnp.full((4, 1), logsnr), noise, eligible)
+            out = corrupt(x, np.full((4, 1), logsnr, np.float32), noise, eligible)
             mask = np.asarray(out.target_mask)
-            assert not np.any(mask & ~np.asarray(eligible))
+            assert not np.any(mask & ~eligible)
             assert not mask[1].any()
             np.testing.assert_array_equal(out.inputs, np.where(mask, 99, x))
             assert np.all(np.isfinite(out.log_weight))
@@ -260,24 +259,22 @@ def test_eligibility_prompt_empty_and_full_rows():
 
 def test_levels_per_segment():
     """Each contiguous segment, or each level of level_ids, is corrupted by its own level alone."""
-    key, length = jax.random.key(1), 12
-    noise = jax.random.uniform(key, (3, length), minval=1e-6)
-    x, eligible = jnp.zeros((3, length), jnp.int32), jnp.ones((3, length), bool)
-    logsnr = jnp.broadcast_to(jnp.array([30.0, 0.0, -30.0]), (3, 3))
-    out = corruption.fixed_count(7).corrupt(x, logsnr, noise, eligible)
+    length, corrupt = 12, zoo.quick(corruption.fixed_count(7).corrupt)
+    noise = np.random.default_rng(1).uniform(1e-6, 1, (3, length)).astype(np.float32)
+    x, eligible = np.zeros((3, length), np.int32), np.ones((3, length), bool)
+    logsnr = np.tile(np.float32([30.0, 0.0, -30.0]), (3, 1))
+    out = corrupt(x, logsnr, noise, eligible)
     mask = np.asarray(out.target_mask).reshape(3, 3, 4)
     np.testing.assert_array_equal(mask.sum(-1), [[1, 3, 4]] * 3)
     np.testing.assert_allclose(np.exp(out.log_weight), [[4, 4 / 3, 1]] * 3, rtol=1e-6)
     for segment in range(3):
         part = slice(4 * segment, 4 * segment + 4)
-        alone = corruption.fixed_count(7).corrupt(
-            x[:, part], logsnr[:, segment, None], noise[:, part], eligible[:, part]
-        )
+        alone = corrupt(x[:, part], logsnr[:, segment, None], noise[:, part], eligible[:, part])
         np.testing.assert_array_equal(mask[:, segment], alone.target_mask)
 
     order = np.random.default_rng(0).permutation(length)
-    ids = jnp.asarray(np.repeat(np.arange(3), 4)[order])[None]
-    shuffled = corruption.fixed_count(7).corrupt(x, logsnr, noise[:, order], eligible, ids)
+    ids = np.repeat(np.arange(3), 4)[order][None]
+    shuffled = corrupt(x, logsnr, noise[:, order], eligible, ids)
     np.testing.assert_array_equal(shuffled.target_mask, mask.reshape(3, length)[:, order])
     np.testing.assert_allclose(shuffled.log_weight, out.log_weight)
     with pytest.raises(ValueError, match="5 noise levels do not divide"):
@@ -295,17 +292,22 @@ def test_sum_and_spread_levels_are_adjoint():
 
 
 def test_cross_entropy_excludes_the_mask_token():
-    logits = jnp.array([[[1.0, 2.0, 3.0, 50.0]]])
-    nats = corruption.cross_entropy(logits, jnp.array([[2]]), mask_id=3)
+    logits, token = np.array([[[1.0, 2.0, 3.0, 50.0]]], np.float32), np.array([[2]])
+
+    @zoo.quick
+    def run(logits):
+        nats = corruption.cross_entropy(logits, token, mask_id=3)
+        without = corruption.cross_entropy(logits[..., :3], token, mask_id=3)
+        gradient = jax.grad(lambda a: corruption.cross_entropy(a, token, 3).sum())(logits)
+        return nats, without, gradient
+
+    nats, without, gradient = run(logits)
     expected = -np.log(np.exp(3) / np.exp([1, 2, 3]).sum())
     np.testing.assert_allclose(nats, [[expected]], rtol=1e-6)
-    without = corruption.cross_entropy(logits[..., :3], jnp.array([[2]]), mask_id=3)
     np.testing.assert_allclose(nats, without, rtol=1e-6)
-    gradient = jax.grad(lambda a: corruption.cross_entropy(a, jnp.array([[2]]), 3).sum())(logits)
-    assert gradient[0, 0, 3] == 0
-    assert corruption.cross_entropy(logits.astype(jnp.bfloat16), jnp.array([[2]]), 3).dtype == (
-        jnp.float32
-    )
+    assert np.asarray(gradient)[0, 0, 3] == 0
+    halved = jax.ShapeDtypeStruct(logits.shape, jnp.bfloat16)
+    assert jax.eval_shape(run, halved)[0].dtype == jnp.float32
 
 
 def test_negative_mask_id_is_refused():
