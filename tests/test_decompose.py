@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from test_corruption import PROBABILITIES, fixed_count_draws, toy_losses
+from test_corruption import PROBABILITIES, fixed_count_draws
+from toy_oracle import gradient_table, loss_table
 
 from mdm_jax import corruption, evaluation, objectives, schedules, streams, variance
 from mdm_jax.batches import Batch
@@ -54,19 +55,17 @@ def enumerated_gradients(name):
     """Gradient of every toy row for every fixed-count draw, [3, counts, orders, 3]."""
     transform = getattr(variance, name)()
     objective = toy_objective()
-    draw, spec = fixed_count_draws(transform)
 
-    @functools.partial(jax.jit)
-    @functools.partial(jax.jacrev)
+    @jax.jit
+    @jax.jacrev
     def losses(params, batch):
+        draw, _ = fixed_count_draws(transform)
         stats = objective.loss(lambda *a: apply_fn(params, *a), batch, draw)
         return jnp.mean(stats.weight * stats.raw, axis=(0, 2))
 
     found = []
     for i in range(3):
-        batch = jax.tree.map(
-            lambda a, i=i: jnp.broadcast_to(a[i], (spec.batch_size, *a.shape[1:])), toy.toy_batch()
-        )
+        batch = jax.tree.map(lambda a, i=i: np.asarray(a)[[i] * 96], toy.toy_batch())
         found.append(np.asarray(losses(toy.toy_params(), batch)["params"]["theta"], np.float64))
     return np.stack(found).reshape(3, 4, 24, 3)
 
@@ -170,26 +169,11 @@ def test_bernoulli_components_by_quadrature(eps, loss, gradient, total):
         b = PROBABILITIES @ ((cell**2).sum(-1) @ law - (row**2).sum(-1))
         return a, b, np.sum(PROBABILITIES @ row**2 - (PROBABILITIES @ row) ** 2)
 
-    np.testing.assert_allclose(components(toy_losses()[..., None]), loss, rtol=2e-5)
+    np.testing.assert_allclose(components(loss_table()[..., None]), loss, rtol=2e-5)
     if gradient is not None:
-        found = components(mask_gradients())
+        found = components(gradient_table())
         np.testing.assert_allclose(found, gradient, rtol=1e-4)
         np.testing.assert_allclose(sum(found), total, rtol=2e-5)
-
-
-def mask_gradients():
-    """d S(x, M) / d theta, [3, 16, 3]."""
-    bits = ((np.arange(16)[:, None] >> np.arange(4)) & 1).astype(bool)
-    tokens = np.array(toy.ROWS)
-    inputs = np.where(bits, toy.MASK_ID, tokens[:, None]).reshape(48, 4)
-
-    def losses(params):
-        targets = jnp.asarray(np.repeat(tokens, 16, axis=0))
-        nats = corruption.cross_entropy(apply_fn(params, inputs), targets, toy.MASK_ID)
-        return jnp.sum(jnp.where(np.tile(bits, (3, 1)), nats, 0.0), axis=-1)
-
-    found = jax.jacrev(losses)(toy.toy_params())["params"]["theta"]
-    return np.asarray(found, np.float64).reshape(3, 16, 3)
 
 
 @functools.cache
@@ -269,7 +253,7 @@ def test_importance_weights_belong_to_the_loss():
         masks_per_level=2,
         chunk=6000,
     )
-    losses = toy_losses()
+    losses = loss_table()
     size = np.array([int(m).bit_count() for m in range(16)])
     v = (np.arange(4000) + 0.5) / 4000
     count = 1 + np.floor(4 * (1 - v**2)).astype(int)
@@ -385,7 +369,7 @@ def test_optimal_density_is_proportional_to_the_root_of_the_second_moment():
 
 def test_main_effect_and_interaction_of_the_rate():
     """Toy under rates uniform on [1e-3, 1]: V_m, V_xm from exact g."""
-    losses = toy_losses()
+    losses = loss_table()
     rates = 1e-3 + (1 - 1e-3) * (np.arange(400) + 0.5) / 400
     g = np.stack([evaluation.rate_losses(row, rates) / rates for row in losses])
     main = (PROBABILITIES @ g).var()
