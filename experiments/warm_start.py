@@ -25,14 +25,14 @@ def initial_state(experiment: Experiment) -> TrainState:
         WorkdirError: if there is no run, or its tokenizer numbers tokens otherwise.
         CheckpointError: if it has no checkpoint, or one of another network.
     """
-    state = experiment.initial_state()
     source = experiment.config.train.init_from
     if not source:
-        return state
+        return experiment.initial_state()
     directory = pathlib.Path(source)
     check_source(experiment, directory, "train.init_from")
     step, params = load_parameters(experiment, directory)
     print(f"parameters of {directory}, step {step}", flush=True)
+    state = experiment.initial_state()
     average = training.new_average(params, build.DTYPES[experiment.config.optimizer.ema_dtype])
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), average, state.ema)
     return state.replace(params=params, ema=placed)

@@ -81,6 +81,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def on_one_device(monkeypatch) -> None:
+    """Experiments are made for the first of this process's devices: they compile faster so."""
+    import jax
+    import numpy as np
+
+    from mdm_jax import training
+    from mdm_jax.training import sharding
+
+    def make_mesh(**_):
+        return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+
+    monkeypatch.setattr(training, "make_mesh", make_mesh)
+
+
 def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of the launcher inside this process."""
     import grain  # noqa: F401  (defines flags when imported, which the flag saver would remove)

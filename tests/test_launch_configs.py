@@ -42,7 +42,7 @@ def test_the_files_are_found():
 
 
 STUDY = {name for name in NAMES if name.startswith("study.")}
-"""Tasks for the network of ``base``; one is trained by default in test_task_accuracy.py."""
+"""Tasks for the network of ``base``; one is trained by default in test_study.py."""
 
 
 @pytest.mark.parametrize(

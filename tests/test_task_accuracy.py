@@ -8,6 +8,7 @@ import jax
 import launching
 import numpy as np
 import pytest
+import saved_run
 
 from experiments import run, warm_start
 from experiments.accuracy import measure_accuracy
@@ -157,18 +158,24 @@ def test_other_processes_answer_too(process, answered_by):
     assert record["accuracy"] == 0  # untrained
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        launching.on_one_device(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(directory, output) of a run of the launcher on a task."""
+def reported(tmp_path_factory):
+    """(directory, text) of the report on a run on a task, whose parameters are random."""
     workdir = tmp_path_factory.mktemp("task") / "sudoku"
-    config = "experiments/configs/study/sudoku4.py:smoke"
-    fast = "--config.optimizer.name=adamw"  # compiles in half the time
-    out, _ = launching.finish(f"--config={config}", f"--workdir={workdir}", fast, code=0)
-    return workdir, out
+    experiment = make_experiment(sudoku4.get_config("smoke"))
+    saved_run.save(experiment, workdir)
+    return workdir, run.report(experiment, workdir)
 
 
-def test_a_run_reports_the_accuracy_of_its_answers(trained):
-    workdir, out = trained
+def test_a_run_reports_the_accuracy_of_its_answers(reported):
+    workdir, out = reported
     record = json.loads((workdir / "evaluation.json").read_text())
     assert 0 <= record["accuracy"] <= 1 and record["answers"] == 8
     assert record["answered_by"] == "by_confidence" and record["temperature"] == 0
@@ -177,8 +184,8 @@ def test_a_run_reports_the_accuracy_of_its_answers(trained):
     assert line in out and line in (workdir / "report.txt").read_text()
 
 
-def test_evaluation_answers_by_other_settings(trained):
-    workdir, _ = trained
+def test_evaluation_answers_by_other_settings(reported):
+    workdir, _ = reported
     config = sudoku4.get_config("smoke")
     config.sample.update(sampler="ancestral", num_answers=0, temperature=0.5)
     experiment = make_experiment(config)
@@ -190,8 +197,8 @@ def test_evaluation_answers_by_other_settings(trained):
         run.check_settings(make_experiment(config))
 
 
-def test_a_noisy_task_goes_on_from_the_parameters_of_another(trained):
-    workdir, _ = trained
+def test_a_noisy_task_goes_on_from_the_parameters_of_another(reported):
+    workdir, _ = reported
     config = sudoku6_noisy.get_config("smoke")
     config.train.init_from = str(workdir)
     experiment = make_experiment(config)
