@@ -238,9 +238,9 @@ def decompose_gradients(
 
     grand, found = start(params), []
     for index in range(rows.tokens.shape[0]):
-        row = jax.tree.map(lambda field, i=index: jnp.asarray(field[i : i + 1]), rows)
-        grand, terms = visit(params, grand, row, jnp.asarray(index, jnp.int32))
-        found.append([float(term) for term in terms])
+        row = jax.tree.map(lambda field, i=index: field[i : i + 1], rows)
+        grand, terms = visit(params, grand, row, np.int32(index))
+        found.append(jax.device_get(terms))
         if progress is not None:
             progress(levels_per_row * masks_per_level)
     pattern, between, spread = np.asarray(found, np.float64).T

@@ -199,9 +199,14 @@ def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
 
     ``law(logsnr) / (m (1 - m))``; taken next to the end at m = 1.
     """
-    rates = jnp.minimum(jnp.asarray(masking_rates, jnp.float32), _LAST)
-    log_pdf = objective.law.log_pdf(logsnr_from_masking_rate(rates))
-    return np.asarray(jnp.exp(log_pdf - jnp.log(rates) - jnp.log1p(-rates)), np.float64)
+
+    @jax.jit
+    def density(rates: Array) -> Array:
+        rates = jnp.minimum(rates, _LAST)
+        log_pdf = objective.law.log_pdf(logsnr_from_masking_rate(rates))
+        return jnp.exp(log_pdf - jnp.log(rates) - jnp.log1p(-rates))
+
+    return np.asarray(density(jnp.asarray(masking_rates, jnp.float32)), np.float64)
 
 
 def optimal_density(table: LevelTable, target: np.ndarray) -> np.ndarray:
@@ -253,14 +258,18 @@ def warp_density(
         (masking rates, density), sorted by rate; one entry per level of every view drawn.
     """
     keys = jax.random.split(stream(key, "density"), draws)
-    draw = jax.jit(jax.vmap(lambda k: draw_batch(k, transform, state, spec)))(keys)
-    u, log_weight = (np.asarray(a, np.float64).ravel() for a in (draw.u, draw.log_weight))
-    rates = np.asarray(jax.nn.sigmoid(-objective.law.icdf(jnp.asarray(u, jnp.float32))), np.float64)
+
+    @jax.jit
+    def rates_and_log_density(keys: Array) -> tuple[Array, Array]:
+        draw = jax.vmap(lambda k: draw_batch(k, transform, state, spec))(keys)
+        log_density = -draw.log_weight
+        if transform.profile is not None:
+            log_density = transform.profile(state, draw.u).log_density
+        return jax.nn.sigmoid(-objective.law.icdf(draw.u)), log_density
+
+    found = rates_and_log_density(keys)
+    rates, log_density = (np.asarray(a, np.float64).ravel() for a in found)
     order = np.argsort(rates)
-    log_density = -log_weight
-    if transform.profile is not None:
-        profile = transform.profile(state, draw.u)
-        log_density = np.asarray(profile.log_density, np.float64).ravel()
     density = base_density(objective, rates) * np.exp(log_density)
     return rates[order], density[order]
 
