@@ -13,6 +13,7 @@ import tiny
 from variants import slow_except
 
 from mdm_jax import training, variance
+from mdm_jax.draws import split_rows
 
 ROWS = 16
 
@@ -64,14 +65,12 @@ def test_a_mean_of_means_would_be_noticed():
     @tiny.jit
     @jax.value_and_grad
     def mean_of_means(params):
-        def mean(j):
-            rows = np.arange(j, ROWS, 4)
-            part = jax.tree.map(lambda leaf: leaf[rows], batch)
-            draw = jax.tree.map(lambda leaf: leaf[:, rows], _draw(0))
+        def mean(part, draw):
             stats = objective.loss(lambda *a: tiny.apply_fn(params, *a), part, draw)
             return jnp.sum(stats.raw * stats.weight) / jnp.maximum(jnp.sum(stats.scored), 1.0)
 
-        return sum(map(mean, range(4))) / 4
+        parts, draws_of = split_rows(batch, 4, axis=0), split_rows(_draw(0), 4, axis=1)
+        return jnp.mean(jax.vmap(mean)(parts, draws_of))
 
     loss, wrong = mean_of_means(tiny.params())
     assert abs(float(loss - metrics.loss)) > 0.01 * float(metrics.loss)
@@ -270,7 +269,7 @@ def test_prompt_tokens_are_context_and_never_masked_or_scored():
 # --- compilation and state structure ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", slow_except({"muon"}, ["adamw", "muon"]))
+@pytest.mark.parametrize("optimizer", slow_except({"adamw"}, ["adamw", "muon"]))
 def test_one_trace_and_a_stable_state(optimizer):
     chosen = getattr(training, optimizer)(training.warmup_cosine(1e-2, 2, 20))
     _, step = tiny.step_fn(ROWS, apply=MODEL.apply, optimizer=chosen)

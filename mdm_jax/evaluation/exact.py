@@ -8,7 +8,6 @@ never masked. All sums are float64 on the host.
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.batches import Batch
@@ -18,7 +17,7 @@ from mdm_jax.typing import ModelFn
 MAX_ELIGIBLE = 15
 """Largest number of eligible positions that is enumerated: 32768 forward passes."""
 
-_CHUNK = 1024
+_CHUNK, _SMALLEST_CHUNK = 1024, 64
 
 
 def mask_cross_entropies(model_fn: ModelFn, row: Batch, mask_id: int) -> np.ndarray:
@@ -50,7 +49,9 @@ def mask_cross_entropies(model_fn: ModelFn, row: Batch, mask_id: int) -> np.ndar
     inputs = np.repeat(tokens[None], 2**n, axis=0)
     inputs[:, positions] = np.where(masked, mask_id, tokens[positions])
     # The empty mask scores nothing; it is run at the level of one masked token.
-    logsnr = logsnr_of_count(np.maximum(masked.sum(1), 1), max(n, 1))[:, None]
+    counts = np.minimum(np.arange(1, MAX_ELIGIBLE + 1), max(n, 1))  # one shape for all rows
+    levels = np.asarray(logsnr_of_count(counts, max(n, 1)))
+    logsnr = levels[np.maximum(masked.sum(1), 1) - 1, None]
     logits = _run(model_fn, inputs, logsnr, np.asarray(row.documents), positions)
     if logits.shape[-1] > mask_id:
         logits[..., mask_id] = -np.inf
@@ -129,15 +130,15 @@ def mask_bits(n: int) -> np.ndarray:
 
 def _run(model_fn, inputs, logsnr, documents, positions) -> np.ndarray:
     total = len(inputs)
-    chunk = min(total, _CHUNK)  # both powers of two
+    # Rows with few eligible positions share a program: what is missing is the last input again.
+    chunk = min(max(total, _SMALLEST_CHUNK), _CHUNK)
     run = jax.jit(model_fn)
-    parts = []
+    docs, parts = np.repeat(documents[None], chunk, axis=0), []
     for start in range(0, total, chunk):
-        docs = jnp.asarray(np.repeat(documents[None], chunk, axis=0))
-        part = slice(start, start + chunk)
-        logits = run(jnp.asarray(inputs[part]), jnp.asarray(logsnr[part]), docs)
-        parts.append(np.asarray(logits[:, positions], np.float64))
-    return np.concatenate(parts)
+        part = np.minimum(np.arange(start, start + chunk), total - 1)
+        logits = np.asarray(run(inputs[part], logsnr[part], docs))
+        parts.append(logits[:, positions].astype(np.float64))
+    return np.concatenate(parts)[:total]
 
 
 def _log_law(cross_entropies: np.ndarray) -> float:
