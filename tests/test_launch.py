@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import launching
 import numpy as np
 import pytest
+from absl import flags
 from launching import DIGITS, QUICKSTART
 
 from mdm_jax import training
@@ -23,11 +24,13 @@ ARGUMENTS = [
     f"--config={QUICKSTART}",
     f"--config.train.steps={STEPS}",
     "--config.train.log_every=1",
-    "--config.train.checkpoint_every=2",  # so often that a kill may well come in a save
+    "--config.train.checkpoint_every=5",
     "--config.train.evaluate_every=10",
     "--config.optimizer.name=adamw",  # compiles in half the time
     "--config.optimizer.peak=0.01",
 ]
+SAVED_OFTEN = [*ARGUMENTS, "--config.train.checkpoint_every=2"]
+"""So often that a kill may well come in a save."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +76,9 @@ def _assert_same_run(workdir, whole):
     assert first == second
 
 
-def _run_until(workdir, pattern, then):
+def _run_until(workdir, pattern, then, arguments=ARGUMENTS):
     """Starts the run, calls ``then(process)`` when a line of stderr matches; (status, out, err)."""
-    process = launching.start(*ARGUMENTS, f"--workdir={workdir}")
+    process = launching.start(*arguments, f"--workdir={workdir}")
     seen = []
     for line in process.stderr:
         seen.append(line)
@@ -132,19 +135,27 @@ def test_the_workdir_says_what_made_it(whole):
     assert re.fullmatch(r"3\.\d+\.\d+\S*", run["python"])
 
 
-def test_evaluate_and_sample_need_nothing_but_the_workdir(whole, tmp_path):
+def test_evaluate_and_sample_need_nothing_but_the_workdir(whole, tmp_path, monkeypatch, capsys):
+    """In this process, whose programs may round otherwise than the run's."""
     workdir, _, _ = whole
+    launching.on_one_device(monkeypatch)
     before = json.loads((workdir / "evaluation.json").read_text())
     config = (workdir / "config.json").read_text()
-    out, _ = launching.finish(f"--workdir={workdir}", "--mode=evaluate")
-    assert json.loads((workdir / "evaluation.json").read_text()) == before
+    code, out, _ = launching.call(monkeypatch, capsys, f"--workdir={workdir}", "--mode=evaluate")
+    assert code == 0
+    after = json.loads((workdir / "evaluation.json").read_text())
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before)):
+        assert new == (old if isinstance(old, str) else pytest.approx(old, rel=1e-6))
     assert f"test: {before['bits_per_unit']:.4f} ± " in out
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The ▁▁▁▁ of", "utf-8")
     samples = sorted((workdir / "samples").iterdir())
-    out, _ = launching.finish(
-        f"--workdir={workdir}", "--mode=sample", f"--config.sample.prompts={prompts}"
+    code, out, _ = launching.call(
+        *(monkeypatch, capsys, f"--workdir={workdir}", "--mode=sample"),
+        f"--config.sample.prompts={prompts}",
     )
+    assert code == 0
     assert "--- prompt ---" in out and "[given] The ▁▁▁▁ of▁▁▁" in out
     text = out.split("[given]")[1].split("\n", 1)[1]  # may hold line breaks
     assert re.match(r"The .{4} of", text, re.DOTALL) and len(text) >= 32
@@ -167,10 +178,10 @@ def test_killed_at_random_moments_the_run_ends_the_same(whole, tmp_path):
             time.sleep(delay)
             process.kill()
 
-        code, _, err = _run_until(workdir, rf"step {step}/{STEPS} ", kill)
+        code, _, err = _run_until(workdir, rf"step {step}/{STEPS} ", kill, SAVED_OFTEN)
         assert code == -signal.SIGKILL, err
         assert not (workdir / "evaluation.json").exists()
-    out, _ = launching.finish(*ARGUMENTS, f"--workdir={workdir}")
+    out, _ = launching.finish(*SAVED_OFTEN, f"--workdir={workdir}")
     resumed = int(re.search(r"resuming at step (\d+)", out)[1])
     assert 12 <= resumed < STEPS and resumed % 2 == 0
     _assert_same_run(workdir, whole[0])
@@ -217,7 +228,7 @@ def test_a_run_goes_on_longer_when_told_to_and_refuses_another_stream(whole, tmp
     state.write_bytes(state.read_bytes()[:-7])
     out, err = launching.finish(*longer, *allowed)
     assert state.name in err and "damaged-last-30-0" in err  # named, and the one before is used
-    assert "resuming at step 28" in out
+    assert "resuming at step 25" in out
     assert int(_restored(workdir)[0].state["step"]) == STEPS + 4
     assert json.loads((workdir / "config.1.json").read_text())["train"]["steps"] == STEPS
 
@@ -313,15 +324,21 @@ def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_pat
     assert names == ["step-1.jsonl", "step-1.txt", "step-2.jsonl", "step-2.txt"]
 
 
+HELP = ("resume it with the same line", "--config.train.steps=2000", "--workdir:", "--mode:")
+
+
 def test_help_explains():
+    """What absl prints for ``--help``."""
+    from experiments import launch
+
+    text = launch.__doc__ + flags.FLAGS.module_help(launch)
+    assert [part for part in HELP if part not in text] == []
+
+
+@pytest.mark.slow
+def test_help_is_printed():
     out, err = launching.finish("--help", code=1)  # absl's own status
-    for part in (
-        "resume it with the same line",
-        "--config.train.steps=2000",
-        "--workdir:",
-        "--mode:",
-    ):
-        assert part in out + err
+    assert [part for part in HELP if part not in out + err] == []
 
 
 def test_workdir_of_the_repository_is_left_alone():
