@@ -1,5 +1,7 @@
 """Running estimates of a training run: their means, what they refuse, and their place in a step."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -189,6 +191,7 @@ def test_the_correction_has_no_mean_under_exact_chains_alone():
     baseline = objectives.baseline.new_baseline(2)._replace(mean=jnp.array([1.0, 3.0]))
     rows = 4096
 
+    @functools.partial(jax.jit, static_argnums=0)
     def reported(transform):
         u = (jnp.arange(rows, dtype=jnp.float32) + 0.5).reshape(1, rows, 1) / rows
         start = Draw(u, jnp.zeros_like(u), u)
@@ -216,10 +219,16 @@ def all_monitors():
     )
 
 
-def stepped(monitors, batches, **settings):
-    spec, step = tiny.step_fn(16, monitors=monitors, **settings)
+@functools.cache
+def compiled_step(watched, parts):
+    monitors = all_monitors() if watched else ()
+    spec, step = tiny.step_fn(16, monitors=monitors, num_microbatches=parts)
+    return spec, jax.jit(step, donate_argnums=0)
+
+
+def stepped(monitors, batches, parts=1):
+    spec, step = compiled_step(bool(monitors), parts)
     state = tiny.new_state(spec, monitors=monitors)
-    step = jax.jit(step, donate_argnums=0)
     for batch in batches:
         state, _ = step(state, batch)
     return state
@@ -242,7 +251,7 @@ def test_monitors_watch_and_change_nothing():
 def test_monitors_see_the_whole_batch_under_microbatches():
     batches = [tiny.batch(16, seed=seed) for seed in range(2)]
     whole = stepped(all_monitors(), batches)
-    parts = stepped(all_monitors(), batches, num_microbatches=4)
+    parts = stepped(all_monitors(), batches, parts=4)
     chex.assert_trees_all_close(whole.monitors, parts.monitors, rtol=2e-4, atol=1e-5)
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from mdm_jax import models
 
@@ -15,10 +16,10 @@ def network(shape=(4, 6, 1), patch_size=2, **settings):
 
 
 def variables(model, length, seed=0):
-    init = jax.jit(model.init)
-    made = nn.meta.unbox(init(jax.random.key(0), jnp.zeros((1, length)), jnp.zeros((1, 1))))
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), made)
+    init = (model.init, jax.random.key(0), jnp.zeros((1, length)), jnp.zeros((1, 1)))
+    shapes = nn.meta.unbox(jax.eval_shape(*init))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    return tiny.perturbed(zeros, seed)
 
 
 def test_a_new_network_outputs_zero_in_the_shape_of_its_input():
@@ -48,10 +49,10 @@ def test_patches_are_put_back_where_they_were_taken():
 def test_the_output_depends_on_the_level_and_the_place():
     model = network()
     params = variables(model, 24)
-    inputs = jnp.ones((2, 24))
-    outputs = jax.jit(model.apply)(params, inputs, jnp.array([[-3.0], [3.0]]))
+    levels = np.array([[-3.0], [3.0]], np.float32)
+    outputs = np.asarray(jax.jit(model.apply)(params, np.ones((2, 24), np.float32), levels))
     assert np.max(np.abs(outputs[0] - outputs[1])) > 1e-3
-    assert np.std(np.asarray(outputs[0]).reshape(2, 2, 3, 2).mean((1, 3))) > 1e-3
+    assert np.std(outputs[0].reshape(2, 2, 3, 2).mean((1, 3))) > 1e-3
 
 
 def test_what_does_not_fit_is_refused():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
+import tiny
 from scipy.special import expit
 
 from mdm_jax import schedules
@@ -127,13 +128,21 @@ def test_beta_time(alpha, beta):
     with jax.enable_x64(True):
         base = gaussian.cosine()
         law = gaussian.beta_time(base, alpha, beta)
-        level = law.icdf(U)
-        np.testing.assert_allclose(schedules.time_at(base, level), time.isf(U), rtol=1e-8)
-        np.testing.assert_allclose(law.cdf(level), U, rtol=1e-8)
-        want = time.logpdf(schedules.time_at(base, level)[1:-1]) + base.log_pdf(level)[1:-1]
-        np.testing.assert_allclose(law.log_pdf(level)[1:-1], want, rtol=1e-9)
+        level = tiny.jit(law.icdf)(U)
+
+        @tiny.jit
+        def read(level):
+            log_pdf = law.log_pdf(level), base.log_pdf(level)
+            return schedules.time_at(base, level), law.cdf(level), *log_pdf
+
+        found, below, log_pdf, of_base = (np.asarray(a) for a in read(level))
+        np.testing.assert_allclose(found, time.isf(U), rtol=1e-8)
+        np.testing.assert_allclose(below, U, rtol=1e-8)
+        want = time.logpdf(found[1:-1]) + of_base[1:-1]
+        np.testing.assert_allclose(log_pdf[1:-1], want, rtol=1e-9)
     single = gaussian.beta_time(gaussian.cosine(), alpha, beta)
-    np.testing.assert_allclose(single.icdf(U.astype(np.float32)), level, rtol=2e-5, atol=2e-5)
+    found = tiny.jit(single.icdf)(U.astype(np.float32))
+    np.testing.assert_allclose(found, level, rtol=2e-5, atol=2e-5)
 
 
 def test_speed():
@@ -146,8 +155,13 @@ def test_speed():
         np.testing.assert_allclose(law.boundary, boundary, atol=2e-3)
         time = np.array([0.1, 0.5, 0.95])
         assert time[1] < law.boundary < time[2]
-        level = schedules.logsnr_at(base, time)
-        change = np.exp(law.log_pdf(level) - base.log_pdf(level))
+
+        @tiny.jit
+        def log_change(time):
+            level = schedules.logsnr_at(base, time)
+            return law.log_pdf(level) - base.log_pdf(level)
+
+        change = np.exp(log_change(time))
         np.testing.assert_allclose(change[0] / change[1:], [1, 5], rtol=1e-10)
         mass = change[0] * law.boundary + change[2] * (1 - law.boundary)
         np.testing.assert_allclose(mass, 1, rtol=1e-10)
@@ -177,7 +191,8 @@ def test_parameters_may_be_traced():
     assert all(np.isfinite(g) for g in grads)
     np.testing.assert_allclose(grads[1], -1.0, rtol=1e-5)  # -2 / ratio
     with jax.enable_x64(True):
-        want = (mode(0.501) - mode(0.499)) / 0.002
+        run = tiny.jit(mode)
+        want = (run(0.501) - run(0.499)) / 0.002
     np.testing.assert_allclose(grads[2], want, rtol=1e-3)
 
 

@@ -20,7 +20,8 @@ N, L, D, K, MASK = 8, 6, 5, 11, 10
 COUNTS = (0, 1, 3, 4, 5, 12, 47, 48)  # of 48 positions in chunks of 4 (or 2, within groups)
 
 
-def arrays(dtype=jnp.float32, tied=False):
+@functools.cache
+def arrays(tied=False):
     rng = np.random.default_rng(1)
     features = jnp.asarray(rng.normal(size=(N, L, D)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(K, D) if tied else (D, K)), jnp.float32)
@@ -29,9 +30,8 @@ def arrays(dtype=jnp.float32, tied=False):
     return features, weights, targets, slope
 
 
-def places(count: int, seed: int = 0) -> jax.Array:
-    rank = np.random.default_rng(seed).permutation(N * L).reshape(N, L)
-    return jnp.asarray(rank < count)
+def places(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(N * L).reshape(N, L) < count
 
 
 def total(features, weights, targets, slope, where, chunking, projection):
@@ -49,8 +49,9 @@ def compiled(chunking, tied=False, dtype=jnp.float32):
 
 
 def assert_close(found, wanted, rtol=2e-5):
+    found, wanted = jax.device_get((found, wanted))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b)) + 1e-30))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.max(np.abs(b)) + 1e-30))
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -164,13 +165,33 @@ FORESEEN = {
 }
 
 
+def foreseen_places():
+    where = places(21)
+    where[0, 0] = True
+    return where
+
+
+@functools.cache
+def in_float64(tied):
+    """Loss and gradients from logits in float64."""
+    features, weights, targets, slope = (np.asarray(a) for a in arrays(tied=tied))
+    with jax.enable_x64():
+        wide = [jnp.asarray(a, jnp.float64) for a in (features, weights, slope)]
+
+        def dense(x, w):
+            where = foreseen_places()
+            return total(x, w, targets, wide[2], where, None, Projection(tied, jnp.float64))
+
+        return jax.device_get(tiny.jit(jax.value_and_grad(dense, (0, 1)))(*wide[:2]))
+
+
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORESEEN)
 def test_a_foreseen_gradient_is_used_where_it_is_right_and_nowhere_else(name, tied):
     """Against logits in float64; how often a chunk's slopes were computed is counted inside."""
     foresee, passes = FORESEEN[name]
     features, weights, targets, slope = arrays(tied=tied)
-    where, seen = jnp.asarray(places(21)).at[0, 0].set(True), []
+    where, seen = foreseen_places(), []
     given = _cross_entropy(MASK)
 
     def counted(*args):
@@ -185,15 +206,9 @@ def test_a_foreseen_gradient_is_used_where_it_is_right_and_nowhere_else(name, ti
 
     found = tiny.jit(jax.value_and_grad(run, (0, 1)))(features, weights)
     jax.effects_barrier()
-    turns = int(jnp.max(-(-jnp.sum(where.reshape(2, -1), axis=1) // 4)))
+    turns = int(np.max(-(-np.sum(where.reshape(2, -1), axis=1) // 4)))
     assert len(seen) == passes * turns
-    with jax.enable_x64():
-        wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (features, weights, slope)]
-
-        def dense(x, w):
-            return total(x, w, targets, wide[2], where, None, Projection(tied, jnp.float64))
-
-        assert_close(found, jax.value_and_grad(dense, (0, 1))(*wide[:2]))
+    assert_close(found, in_float64(tied))
 
 
 def test_forward_mode_does_without_foresight():
@@ -259,9 +274,8 @@ def test_on_eight_devices(shape):
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     cut = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     loss = functools.partial(total, projection=Projection(False, jnp.float32))
-    wanted = jax.value_and_grad(loss, (0, 1))(
-        features, weights, targets, slope, where, chunking=None
-    )
+    dense = tiny.jit(jax.value_and_grad(functools.partial(loss, chunking=None), (0, 1)))
+    wanted = jax.device_get(dense(features, weights, targets, slope, where))
     run = jax.jit(
         jax.value_and_grad(functools.partial(loss, chunking=Chunking(groups, 2)), (0, 1)),
         in_shardings=(rows, cut, rows, rows, rows),
