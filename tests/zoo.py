@@ -209,24 +209,29 @@ def quick(function, **options):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
+def draw_keys(count, seed=0):
+    """The keys of :func:`all_draws`."""
+    return jax.random.split(jax.random.key(seed), count)
+
+
 @functools.cache
 def all_draws(spec, count, seed=0):
     """``count`` independent draws of every member of ALL, name -> Draw [count, V, B, ...]."""
+    keys = draw_keys(count, seed)
 
     def draw(key):
         found = {
             name: variance.draw_batch(key, factory(), state(name, spec), spec)
-            for name, factory in ALL.items()
-            if name not in STATES
+            for name, factory in (SINGLES | CHAINS).items()
         }
         for learner, factory in LEARNERS.items():
-            loaded = {name: state for name, (owner, state) in STATES.items() if owner == learner}
+            loaded = {name: own for name, (owner, own) in STATES.items() if owner == learner}
+            loaded[learner] = state(learner, spec)
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loaded.values())
             one = functools.partial(variance.draw_batch, key, factory(), spec=spec)
-            drawn = jax.vmap(lambda state, one=one: one(state=state))(stacked)
+            drawn = jax.vmap(lambda own, one=one: one(state=own))(stacked)
             for i, name in enumerate(loaded):
                 found[name] = jax.tree.map(lambda a, i=i: a[i], drawn)
         return found
 
-    keys = jax.random.split(jax.random.key(seed), count)
     return jax.tree.map(np.asarray, quick(jax.vmap(draw))(keys))
