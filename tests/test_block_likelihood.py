@@ -41,7 +41,7 @@ def test_expectation_over_all_designs_is_the_bound(block_size, passes):
     np.testing.assert_allclose(values, BLOCK_NELBO[block_size], rtol=1e-7)
 
 
-@pytest.mark.parametrize("block_size, passes", [(2, 1), (4, 3)])
+@pytest.mark.parametrize("block_size, passes", [(2, 1), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_mean_and_standard_error_are_honest(block_size, passes):
     """Copies of x1: 5 exact standard errors for the mean, chi-square for the error."""
     evaluate = evaluation_of(block_size, passes=passes, replicates=REPLICATES)

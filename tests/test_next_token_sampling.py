@@ -102,7 +102,10 @@ DOCUMENTS[3, 9:] = 0
 
 @pytest.mark.parametrize(
     "scan_layers, window, prefix",
-    [pytest.param(False, None, 0, marks=pytest.mark.slow), (True, 4, 1), (False, 3, 1)],
+    [
+        (True, 4, 1),
+        *(pytest.param(False, *c, marks=pytest.mark.slow) for c in ((None, 0), (3, 1))),
+    ],
 )
 def test_cached_generation_draws_the_tokens_of_the_uncached_one(scan_layers, window, prefix):
     """Rows longer than those of training, prompts, two documents and padding."""

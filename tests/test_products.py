@@ -1,9 +1,12 @@
 """Products with narrow operands: equal to einsum in float32, and narrow in both passes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from variants import slow_except
 
 from mdm_jax.models.products import product
@@ -38,8 +41,12 @@ def operands(spec, seed=0, integers=False):
 
 
 def both_passes(function, left, right, slope):
-    out, pull = jax.vjp(function, left, right)
-    return out, *pull(slope(out))
+    @tiny.jit
+    def run(left, right):
+        out, pull = jax.vjp(function, left, right)
+        return out, *pull(slope(out))
+
+    return jax.device_get(run(left, right))
 
 
 @pytest.mark.parametrize("spec", slow_except(FEW, SPECS))
@@ -59,14 +66,23 @@ def test_forward_mode_and_vmap_are_those_of_einsum(spec):
     left, right = operands(spec)
     ours, theirs = (lambda a, b, f=f: f(spec, a, b) for f in (product, plain))
     tangents = operands(spec, seed=1)
-    found, expected = (jax.jvp(f, (left, right), tuple(tangents))[1] for f in (ours, theirs))
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    for axes in [(0, None), (None, 1), (1, 0)]:
-        pair = [
-            x if axis is None else jnp.stack([x, 2 * x, x - 1], axis)
-            for x, axis in zip((left, right), axes)
+
+    @tiny.jit
+    def run(left, right):
+        both = [
+            [jax.jvp(f, (left, right), tuple(tangents))[1] for f in (ours, theirs)],
         ]
-        found, expected = (jax.vmap(f, axes)(*pair) for f in (ours, theirs))
+        for axes in [(0, None), (None, 1), (1, 0)]:
+            pair = [
+                x if axis is None else jnp.stack([x, 2 * x, x - 1], axis)
+                for x, axis in zip((left, right), axes)
+            ]
+            both.append([jax.vmap(f, axes)(*pair) for f in (ours, theirs)])
+        return both
+
+    forward, *mapped = run(left, right)
+    np.testing.assert_allclose(*forward, rtol=1e-6, atol=1e-6)
+    for found, expected in mapped:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -75,19 +91,17 @@ def test_bfloat16_gradients_are_within_the_operands_rounding(spec):
     """Against float64. Rounding an operand errs by 2^-8 of it, so a sum of products of two by at
     most (2^-7 + 2^-16) of the sum of absolute products; sums in float32 add next to nothing."""
     left, right = operands(spec)
-    slope = jnp.asarray(
-        np.random.default_rng(3).normal(size=plain(spec, left, right).shape), jnp.float32
-    )
+    shape = jax.eval_shape(functools.partial(plain, spec), left, right).shape
+    slope = np.random.default_rng(3).normal(size=shape).astype(np.float32)
     found = both_passes(
         lambda a, b: product(spec, a, b, jnp.bfloat16), left, right, lambda _: slope
     )
     with jax.enable_x64():
-        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (left, right, slope)]
+        wide = [np.asarray(x, np.float64) for x in (left, right, slope)]
         exact = both_passes(lambda a, b: plain(spec, a, b), *wide[:2], lambda _: wide[2])
         sizes = both_passes(
-            lambda a, b: plain(spec, a, b), *map(jnp.abs, wide[:2]), lambda _: jnp.abs(wide[2])
+            lambda a, b: plain(spec, a, b), *map(np.abs, wide[:2]), lambda _: np.abs(wide[2])
         )
-        exact, sizes = ([np.asarray(x) for x in group] for group in (exact, sizes))
     for one, other, size in zip(found, exact, sizes):
         assert one.dtype == jnp.float32  # float32 weights get float32 gradients
         assert np.all(np.abs(one - other) <= (2**-7 + 2**-15) * size)
