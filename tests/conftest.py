@@ -21,6 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+import pytest  # noqa: E402
 
 # [B] times [B, L] by accident is how diffusion code goes wrong; typed keys make reuse an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,6 +32,23 @@ jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 _LONGEST = ("test_launch", "test_variance_zoo", "test_adaptive_levels", "test_notebooks")
 """Files that begin first, so that no worker is left alone with one of them at the end."""
+
+
+_KEYLESS = (
+    "test_schedules",
+    "test_gaussian_weightings",
+    "test_gaussian_outputs",
+    "test_gaussian_paths",
+    "test_products",
+    "test_token_loss",
+)
+"""Files without random keys, whose programs are not walked in search of keys used twice."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def follow_keys(request):
+    with jax.debug_key_reuse(not request.path.stem.startswith(_KEYLESS)):
+        yield
 
 
 def pytest_configure(config):
@@ -42,3 +61,11 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.path.stem.startswith(_LONGEST))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """For modules whose experiments need one of the devices only."""
+    with pytest.MonkeyPatch.context() as patch:
+        launching.on_one_device(patch)
+        yield

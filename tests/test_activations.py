@@ -55,7 +55,7 @@ def test_networks_give_the_same_on_a_mesh(remat, scanned, monkeypatch):
     model = tiny.transformer(depth=2, remat=remat, scan_layers=scanned)
     inputs = jnp.asarray(np.random.default_rng(0).integers(0, tiny.VOCAB, (8, 6)), jnp.int32)
     documents = jnp.ones((8, 6), jnp.int32).at[:, 4:].set(2)
-    params = tiny.perturbed(nn.meta.unbox(tiny.jit(model.init)(jax.random.key(0), inputs)))
+    params = tiny.parameters(model, 6)
     mesh = make_mesh(2, 2, 2)
 
     def loss(apply, params, *batch):

@@ -472,14 +472,16 @@ def test_a_state_of_eight_devices_restores_on_one_and_on_other_meshes(opened):
     def init():
         return variables(jax.random.key(0))
 
-    def made(**sizes):
-        return training.init_sharded(init, training.make_mesh(**sizes))[0]
+    def shapes(**sizes):
+        return training.abstract_sharded(init, training.make_mesh(**sizes))
 
-    saved = made(data=2, fsdp=2, tensor=2)
+    same = shapes(data=2, fsdp=2, tensor=2)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, same)
+    saved = jax.device_put(tiny.parameters(model, tiny.LENGTH), shardings)
     open_again().save(1, saved, {}, {})
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     alone = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), saved)
-    targets = {"one": alone, "other": abstract(made(data=1, fsdp=8)), "same": abstract(saved)}
+    targets = {"one": alone, "other": shapes(data=1, fsdp=8), "same": same}
     for name, target in targets.items():
         found = open_again().restore_last(target).state
         chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(saved))

@@ -38,7 +38,7 @@ def test_canvas_with_gaps():
     assert got.dtype == jnp.int32
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.tuples(st.lists(WORDS, max_size=3), st.integers(1, 3)), min_size=1, max_size=4),
     st.lists(WORDS, max_size=3),

@@ -98,7 +98,7 @@ def test_total_batch_variances():
         np.testing.assert_allclose(rest / 4 + EXPECTED[name, 4][0], total, rtol=1e-7)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("rows", [2, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
 def test_antithetic_pairs(rows):
     """floor(B/2) pairs that sum to 1 exactly, a row alone if B is odd; nobody is tied for good."""
     u = levels(variance.antithetic_pairs(), rows, 600, num_levels=2)[:, 0]
