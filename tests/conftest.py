@@ -22,7 +22,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-import pytest  # noqa: E402
 
 # [B] times [B, L] by accident is how diffusion code goes wrong; typed keys make reuse an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -5,7 +5,6 @@ import math
 
 import chex
 import jax
-import launching
 import numpy as np
 import pytest
 import saved_run
@@ -17,6 +16,8 @@ from experiments.experiment import load_parameters, make_experiment
 from mdm_jax import data, samplers
 from mdm_jax.data import load_tokenizer, tasks
 from mdm_jax.evaluation import TaskAccuracy, measure_task_accuracy
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 TASK = tasks.Countdown()
 DATA = tasks.task_dataset(TASK, train_rows=8, valid_rows=8, test_rows=10)
@@ -158,15 +159,8 @@ def test_other_processes_answer_too(process, answered_by):
     assert record["accuracy"] == 0  # untrained
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        launching.on_one_device(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def reported(tmp_path_factory):
+def reported(one_device, tmp_path_factory):
     """(directory, text) of the report on a run on a task, whose parameters are random."""
     workdir = tmp_path_factory.mktemp("task") / "sudoku"
     experiment = make_experiment(sudoku4.get_config("smoke"))
