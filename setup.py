@@ -32,7 +32,7 @@ NOTEBOOKS = [*DIGITS, "ipykernel>=6.29", "nbclient>=0.10"]
 setuptools.setup(
     name="mdm_jax",
     version="0.1.0",
-    description="Masked diffusion models in JAX, with the variance of their training measured and removed.",
+    description="Masked diffusion in JAX, with the variance of its training measured and removed.",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -397,6 +397,7 @@ SUITES["longer"] = dataclasses.replace(
     },
     pretrainings={},
     seeds=(5, 6, 7),
+    measured_seeds=(5,),
 )
 SUITES["weights"] = dataclasses.replace(
     SUITES["small"],
