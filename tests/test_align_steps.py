@@ -201,6 +201,7 @@ def test_pairs_of_a_network_that_ignores_its_input_cost_nothing():
     np.testing.assert_array_equal(cost(*ENDS), np.zeros(4))
 
 
+@pytest.mark.slow
 def test_align_steps_runs_on_pairs():
     law, path = toy_gaussian.standard_normal(), paths.vp()
     denoise = samplers.bind_denoiser(network(law, path), parameterisations.x0(), path)

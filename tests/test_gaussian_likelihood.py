@@ -323,6 +323,7 @@ def test_exact_and_estimated_divergence_of_correlated_data():
     np.testing.assert_allclose(alone.log_density, probed.log_density[2:], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_flow_in_float32_and_its_order():
     model, points = oracle(LAWS["skewed"], paths.vp()), np.array([[-1.0], [0.2], [0.9]])
     with jax.enable_x64():
