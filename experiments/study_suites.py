@@ -387,6 +387,11 @@ SUITES["confirmation"] = dataclasses.replace(
     redraws=24,
     settings=_QUICK | {"sample.num_answers": 512},
 )
+SUITES["confirmation_rates"] = dataclasses.replace(
+    SUITES["confirmation"],
+    name="confirmation_rates",
+    methods={"standard": METHODS["standard"], "highest_rates": ATTEMPTS["highest_rates"]},
+)
 SUITES["longer"] = dataclasses.replace(
     SUITES["confirmation"],
     name="longer",
