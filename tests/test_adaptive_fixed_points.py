@@ -71,7 +71,7 @@ FIXED_POINTS = {
 }
 
 
-_LONG = ("ema_bins_second", "learned_quantile", "cdcd_warp")
+_LONG = ("ema_bins_second", "learned_quantile", "cdcd_warp", "loss_history")
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ print(input_pipeline.measure(SHAPES["S"], command.Options()))
 """
 
 
+@pytest.mark.slow
 def test_steps_are_measured_where_only_the_small_stack_is_installed():
     lacking = {"tqdm", "tensorboardX", "matplotlib", "grain", "ml_collections", "tokenizers"}
     lacking |= {"tensorflow_datasets", "array_record", "clu"}

@@ -306,6 +306,7 @@ def test_the_clip_search_takes_the_objective(block_size, criterion, intervals, b
 # --- training -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plain_model_goes_on_as_a_block_model():
     """The train step runs on a plain model's parameters and lowers the block loss."""
     model = tiny.transformer()

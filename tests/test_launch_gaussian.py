@@ -79,7 +79,7 @@ def one_step(config):
     return experiment
 
 
-@pytest.mark.parametrize("recipe", slow_except({"edm", "vdm"}, sorted(RECIPES)))
+@pytest.mark.parametrize("recipe", slow_except({"vdm"}, sorted(RECIPES)))
 def test_recipes_differ_in_law_weighting_and_output_alone(recipe):
     config, base = digits_gaussian.get_config(recipe), digits_gaussian.get_config()
     config.gaussian.recipe = base.gaussian.recipe

@@ -181,6 +181,7 @@ def bigram_repeats(tokens, free) -> np.ndarray:
     return (np.triu(same, 1) & (new[:, :, None] | new[:, None])).sum((1, 2))
 
 
+@pytest.mark.slow
 def test_one_at_a_time_never_repeats():
     """Two gaps around a piece of prompt; without the constraint every row repeats."""
     canvas = canvas_with_gaps([[0, 1, 1], [0, 2], []], [4, 5], 12)

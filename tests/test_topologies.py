@@ -100,18 +100,10 @@ def draw_of(experiment, state, number, place=None):
     return jax.device_get(make(state.variance))
 
 
-@pytest.mark.parametrize(
-    "case,mesh_name",
-    [
-        ("masked", "all"),
-        *(
-            pytest.param(case, mesh, marks=pytest.mark.slow)
-            for case in CASES
-            for mesh in MESHES
-            if (case, mesh) != ("masked", "all")
-        ),
-    ],
-)
+# A default test of the step itself on a mesh of eight is in test_training_step.
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("case", CASES)
 def test_a_mesh_changes_nothing(case, mesh_name):
     experiment, (state, batches) = build(case, mesh_name), start(case)
     expected = on_one_device(case)

@@ -80,7 +80,7 @@ def paired_seeds(
         ValueError: if the two cannot be paired, are empty or not finite, or coverage is out of
             range.
     """
-    from scipy import special  # which the package needs nowhere else, and is slow to import
+    from scipy import special  # slow to import
 
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
