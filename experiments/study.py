@@ -8,8 +8,9 @@ WORKDIR/runs. Tables (study.md), all numbers (study.json) and plots are in WORKD
 whenever the command ends; --only_tables writes them from what is finished and runs nothing.
 
 Suites: smoke (seconds), tune (learning rates of standard training), small (hours on two CPU
-cores), full (a GPU). What they hold is in experiments/study_suites.py, how results are analysed in
-docs/study.md.
+cores), confirmation (fresh seeds of four methods), attempts and confirmation_rates (other ranges of
+rates), longer, weights, full (a GPU). What they hold is in experiments/study_suites.py, how results
+are analysed in docs/study.md.
 """
 
 import fcntl
