@@ -37,10 +37,8 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=setuptools.find_packages(
-        include=["mdm_jax", "mdm_jax.*", "experiments", "experiments.*"]
-    ),
-    package_data={"experiments": ["results/*.json"]},
+    packages=setuptools.find_packages(include=["mdm_jax", "mdm_jax.*"]),
+    entry_points={"console_scripts": ["mdm = mdm_jax.launch.main:run"]},
     install_requires=REQUIRED,
     extras_require={"digits": DIGITS, "dev": DEV, "notebooks": NOTEBOOKS},
 )

@@ -24,17 +24,18 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import run
-from experiments.configs import digits_gaussian
-from experiments.experiment import Experiment, load_parameters, make_experiment
-from experiments.generation import prepare_samples
-from experiments.gradient_noise import drawn_batches
-from experiments.workdir import WorkdirError, write_json
-from mdm_jax import data, evaluation, variance
+from experiments.study.gradient_noise import drawn_batches
+from mdm_jax import data, meter, variance
 from mdm_jax.evaluation import picture_quality
-from mdm_jax.schedules.recipes import RECIPES
-from mdm_jax.training import CheckpointError, TrainingStopped
-from mdm_jax.typing import PyTree
+from mdm_jax.gaussian.recipes import RECIPES
+from mdm_jax.launch import train as launch_train
+from mdm_jax.launch.configs import digits_gaussian
+from mdm_jax.launch.experiment import Experiment, load_parameters, make_experiment
+from mdm_jax.launch.sample import prepare_samples
+from mdm_jax.launch.workdir import WorkdirError, write_json
+from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.loop import TrainingStopped
+from mdm_jax.types import PyTree
 
 COMPONENTS = 16
 
@@ -55,7 +56,7 @@ def main() -> int:
         try:
             experiment = make_experiment(configure(name, given.steps, given.smoke))
             print(f"--- {name}\n{experiment.describe()}", flush=True)
-            if not run.train(experiment, workdir):
+            if not launch_train.train(experiment, workdir):
                 print(f"stopped and saved in {workdir}; the same command resumes")
                 return 130
             records[name] = measure(experiment, workdir, given.samples)
@@ -86,7 +87,7 @@ def configure(recipe: str, steps: int | None = None, smoke: bool = False) -> Con
 
 def measure(experiment: Experiment, workdir: pathlib.Path, samples: int) -> dict[str, Any]:
     """Everything that the table shows of a finished run."""
-    record = run.evaluate(experiment, workdir)
+    record = launch_train.evaluate(experiment, workdir)
     step, params = load_parameters(experiment, workdir)
     found, floor = distances(experiment, params, samples)
     chains = {"independent": variance.identity(), "chain": experiment.transform}
@@ -122,12 +123,12 @@ def distances(experiment: Experiment, params: PyTree, samples: int) -> tuple[flo
 
 def gradient_noise(
     experiment: Experiment, params: PyTree, transform: variance.VarianceTransform
-) -> evaluation.Efficiency:
+) -> meter.Efficiency:
     """Variance of the batch gradient with the data fixed, and its squared mean."""
     batches = drawn_batches(experiment, 8, experiment.config.seed)
-    estimator = evaluation.make_estimator(experiment.apply_fn, experiment.objective)
+    estimator = meter.make_estimator(experiment.apply_fn, experiment.objective)
     state = transform.init(experiment.spec)
-    return evaluation.efficiency(
+    return meter.efficiency(
         *(estimator, params, transform, state, experiment.spec, batches),
         experiment.key(0, "efficiency"),
         groups=8,
@@ -135,7 +136,7 @@ def gradient_noise(
     )
 
 
-def _over_signal(figures: dict[str, evaluation.Efficiency]) -> dict[str, dict[str, Any]]:
+def _over_signal(figures: dict[str, meter.Efficiency]) -> dict[str, dict[str, Any]]:
     """Variance times passes over the squared mean gradient, which all exact methods share."""
     signal = float(np.mean([figure.signal for figure in figures.values()]))
     found = {}

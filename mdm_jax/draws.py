@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mdm_jax import streams
-from mdm_jax.typing import Array, ArrayLike, PyTree
+from mdm_jax import rng
+from mdm_jax.types import Array, ArrayLike, PyTree
 
 GRID_BITS = 23
 """The grid has ``2**GRID_BITS`` points; 24 significant bits are all that float32 has."""
@@ -105,9 +105,9 @@ def iid(key: Array, spec: DrawSpec) -> Draw:
     check_spec(spec)
     levels = (1, spec.batch_size, spec.num_levels)
     return Draw(
-        u=open_uniform(streams.stream(key, "level"), levels),
+        u=open_uniform(rng.stream(key, "level"), levels),
         log_weight=jnp.zeros(levels, jnp.float32),
-        noise=open_uniform(streams.stream(key, "noise"), (1, spec.batch_size, *spec.event_shape)),
+        noise=open_uniform(rng.stream(key, "noise"), (1, spec.batch_size, *spec.event_shape)),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
-from mdm_jax.typing import PyTree
+from mdm_jax.types import PyTree
 
 T = TypeVar("T", bound=type)
 

@@ -1,5 +1,6 @@
 """A package's functions may bear the name of the module that they live in, as in optax. Then the
-package's attribute is the function, and a module is imported by its dotted path only."""
+package's attribute is the function, and a module is imported by its dotted path only.
+"""
 
 import ast
 import importlib

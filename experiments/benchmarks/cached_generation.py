@@ -21,11 +21,15 @@ from absl import app, flags
 
 from experiments.benchmarks.setting import random_params, whole_row_decoder
 from mdm_jax import models, samplers
-from mdm_jax.models.block import cached_block_decoder
-from mdm_jax.models.causal import cached_causal_decoder, causal_apply, recomputing_causal_decoder
+from mdm_jax.models.decoders import (
+    cached_block_decoder,
+    cached_causal_decoder,
+    causal_apply,
+    recomputing_causal_decoder,
+)
 from mdm_jax.samplers.blocks import make_block_generator
 from mdm_jax.samplers.next_token import make_next_token_generator
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.types import Array, PyTree
 
 _BATCH = flags.DEFINE_integer("batch", 4, "Rows.")
 _LENGTH = flags.DEFINE_integer("length", 192, "Tokens of a row.")

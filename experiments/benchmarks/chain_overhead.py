@@ -21,15 +21,14 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments import build
 from experiments.benchmarks import setting
 from experiments.benchmarks.shapes import SHAPES
 from experiments.benchmarks.timing import interleaved
 from experiments.benchmarks.variants import PLAIN
-from experiments.configs import base
 from mdm_jax import training, variance
 from mdm_jax.draws import DrawSpec, LossStats
-from mdm_jax.typing import PyTree
+from mdm_jax.launch import build, config
+from mdm_jax.types import PyTree
 
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed steps without a chain.")
 _WHOLE = flags.DEFINE_integer("whole_steps", 0, "Timed whole steps per chain, 0 for none.")
@@ -43,7 +42,7 @@ def main(_: list[str]) -> None:
     """Measures every single-view transform of the build table and every monitor."""
     spec, chains = setting.objective(M).spec(M.batch_size, M.length), {"none": variance.chain()}
     params = setting.random_params(setting.model(M, PLAIN), M.length)
-    defaults = base.get_config().variance
+    defaults = config.get_config().variance
     for name, factory in build.VARIANCE.items():
         transform = factory(**build.settings(defaults, name))
         if transform.views == 1 and name != "identity":

@@ -23,8 +23,9 @@ from experiments.benchmarks.command import Options, Part, main, markdown, spread
 from experiments.benchmarks.shapes import Shape
 from experiments.benchmarks.timing import interleaved, ratios, summary
 from experiments.benchmarks.variants import CHOSEN
-from mdm_jax import training
-from mdm_jax.batches import Batch
+from mdm_jax import data, training
+from mdm_jax import sharding as mdm_jax_sharding
+from mdm_jax.types import Batch
 
 _ROWS = 4096
 _PULLS = 200
@@ -36,14 +37,13 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
     try:
         import grain  # noqa: F401  which the data layer imports when it first needs it
 
-        from mdm_jax import data
     except ImportError as error:
         return {"unavailable": why(error)}
     source, fill = _source(shape)
-    sharding = training.batch_sharding(training.make_mesh())
+    sharding = mdm_jax_sharding.batch_sharding(mdm_jax_sharding.make_mesh())
 
     def place(batch: Batch) -> Batch:
-        return jax.block_until_ready(training.place_batch(batch, sharding))
+        return jax.block_until_ready(mdm_jax_sharding.place_batch(batch, sharding))
 
     def stream() -> Any:
         return data.train_iterator(source, shape.batch_size, seed=0)
@@ -58,7 +58,7 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
 
     step, state, fixed = setting.train_step(shape, CHOSEN)
     fixed = place(fixed)
-    state = training.replicate(state, sharding.mesh)
+    state = mdm_jax_sharding.replicate(state, sharding.mesh)
     compiled = (
         jax.jit(step, donate_argnums=0)
         .lower(state, fixed)
@@ -131,8 +131,8 @@ class _Runner:
 
 def _source(shape: Shape) -> tuple[Any, float]:
     """Packed rows of random documents, and the share of their positions that hold tokens."""
+    from mdm_jax.data.datasets import PackedSpans
     from mdm_jax.data.packing import first_fit
-    from mdm_jax.data.rows import PackedSpans
 
     stream = np.random.default_rng(0)
     sizes = stream.integers(1, 2 * shape.length // 3, _ROWS)

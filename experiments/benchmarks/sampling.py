@@ -22,9 +22,10 @@ from experiments.benchmarks.command import Options, Part, choose, main, markdown
 from experiments.benchmarks.shapes import SAMPLE_ROWS, Shape
 from experiments.benchmarks.timing import interleaved, ratios, summary
 from experiments.benchmarks.variants import CHOSEN, PLAIN, YARDSTICK, Variant
-from mdm_jax import models, samplers, schedules
+from mdm_jax import models, samplers
 from mdm_jax.samplers.blocks import make_block_generator
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.schedules import grids
+from mdm_jax.types import Array, PyTree
 
 STEPS = 64
 YARDSTICK_STEPS = 8
@@ -57,7 +58,7 @@ def _ancestral(shape: Shape, network: models.Transformer, variant: Variant, num_
     return samplers.make_generator(
         setting.apply_fn(network, variant),
         samplers.ancestral(),
-        schedules.grids.uniform_masking_rate(num_steps),
+        grids.uniform_masking_rate(num_steps),
         mask_id=shape.mask_id,
     )
 
@@ -66,7 +67,7 @@ def _cached_ancestral(shape: Shape, network: models.Transformer, variant: Varian
     return samplers.make_generator(
         setting.apply_fn(network, variant),
         samplers.cached_ancestral(rows_per_pass=SAMPLE_ROWS),
-        schedules.grids.uniform_masking_rate(num_steps),
+        grids.uniform_masking_rate(num_steps),
         mask_id=shape.mask_id,
     )
 
@@ -83,7 +84,7 @@ def _uncached_blocks(shape: Shape, network: models.Transformer, _: Variant, num_
 
 def _in_blocks(shape: Shape, decoder: models.BlockDecoder, num_steps: int) -> Generate:
     num_blocks = shape.sample_length // decoder.block_size
-    grid = schedules.grids.uniform_masking_rate(max(num_steps // num_blocks, 1))
+    grid = grids.uniform_masking_rate(max(num_steps // num_blocks, 1))
     return make_block_generator(decoder, samplers.ancestral(), grid, mask_id=shape.mask_id)
 
 

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.shapes import Shape, matmul_params
 from experiments.benchmarks.variants import CHAINS, Variant
-from mdm_jax import corruption, models, objectives, streams, training, variance
-from mdm_jax.batches import Batch
+from mdm_jax import corruption, models, objectives, rng, training, variance
 from mdm_jax.draws import DrawSpec, LossStats
-from mdm_jax.models.attention_masks import block_causal
-from mdm_jax.models.block import WrittenRow
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.models.decoders import WrittenRow
+from mdm_jax.models.masks import block_causal
+from mdm_jax.types import Array, Batch, PyTree
 
 
 def objective(shape: Shape) -> objectives.Objective:
@@ -111,7 +110,7 @@ def draw_and_update(chain: variance.VarianceTransform, spec: DrawSpec) -> Callab
 
     @jax.jit
     def run(i: Array) -> tuple[Array, PyTree]:
-        draw = variance.draw_batch(streams.step_key(0, i), chain, state, spec)
+        draw = variance.draw_batch(rng.step_key(0, i), chain, state, spec)
         ones = jnp.ones_like(draw.u)
         # Sums keep the compiler from removing what is not used.
         total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(draw))

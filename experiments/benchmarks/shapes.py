@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from mdm_jax.models import TransformerConfig
+from mdm_jax.models.transformer import TransformerConfig
 
 
 class Shape(NamedTuple):

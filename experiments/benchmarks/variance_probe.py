@@ -22,9 +22,9 @@ from experiments.benchmarks.command import Options, Part, choose, main, markdown
 from experiments.benchmarks.shapes import Shape
 from experiments.benchmarks.timing import interleaved, summary
 from experiments.benchmarks.variants import CHOSEN, Variant
-from mdm_jax import streams, variance
-from mdm_jax.objectives import sum_losses, token_mean
-from mdm_jax.typing import Array, PyTree
+from mdm_jax import rng, variance
+from mdm_jax.objectives.objective import sum_losses, token_mean
+from mdm_jax.types import Array, PyTree
 
 INDEPENDENT = "independent"
 CHAINS: Mapping[str, Variant] = {
@@ -119,7 +119,7 @@ class _Probe:
 
         @jax.jit
         def add(params: PyTree, index: Array, total: PyTree) -> tuple[PyTree, Array]:
-            draw = variance.draw_batch(streams.step_key(1, index), chain, state, spec)
+            draw = variance.draw_batch(rng.step_key(1, index), chain, state, spec)
             gradient = jax.grad(loss)(params, draw)
             squares = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient))
             return jax.tree.map(jnp.add, total, gradient), squares

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.types import Array, PyTree
 
 
 class PlainState(NamedTuple):

@@ -1,21 +1,3 @@
-"""Masked diffusion on 8 x 8 digits of 17 intensities (scikit-learn), with pictures of the samples.
+"""``--config=digits_masked``, under its old path."""
 
-pip install -e '.[digits]'
-python -m experiments.launch --config=experiments/configs/digits_masked.py --workdir=runs/digits
-"""
-
-from experiments.configs import base
-
-
-def get_config(variant: str = ""):
-    """The digits; ``variant`` is "" or "smoke"."""
-    config = base.get_config()
-    config.data.source = "digits"
-    config.model.update(width=96, depth=3, num_heads=4)
-    config.train.update(steps=600, batch_size=64)
-    config.sample.update(num_samples=25, gap=0)
-    if variant == "smoke":
-        base.shrink(config)
-    elif variant:
-        raise ValueError(f"digits_masked has the variant 'smoke', not {variant!r}")
-    return config
+from mdm_jax.launch.configs.digits_masked import get_config as get_config

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.typing import Array
+from mdm_jax.types import Array
 
 
 class Corrupted(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
-from mdm_jax.typing import Array, ArrayLike
+from mdm_jax.types import Array, ArrayLike
 
 
 def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) -> Corruption:

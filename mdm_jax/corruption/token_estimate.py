@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.typing import Array
+from mdm_jax.types import Array
 
 
 def token_estimate(logits: Array, num_tokens: int) -> Array:

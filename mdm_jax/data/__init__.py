@@ -1,6 +1,5 @@
 """Data sources, tokenizers and batch pipelines."""
 
-from mdm_jax.data import tasks
 from mdm_jax.data.bpe import BPETokenizer, SpecialTokens
 from mdm_jax.data.datasets import Dataset, RowSource, gather
 from mdm_jax.data.documents import documents
@@ -8,14 +7,14 @@ from mdm_jax.data.images import digits
 from mdm_jax.data.packing import fill_fraction, first_fit
 from mdm_jax.data.pairs import jsonl
 from mdm_jax.data.pipeline import (
+    Prefetcher,
     check_same_stream,
     evaluation_batches,
     stream_fingerprint,
     train_iterator,
 )
-from mdm_jax.data.plain_text import embedded_text, text
-from mdm_jax.data.prefetch import Prefetcher
 from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, rare_tokens, split_entropies
+from mdm_jax.data.text import embedded_text, text
 from mdm_jax.data.tfds_source import tfds, tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (
     ByteTokenizer,
@@ -24,36 +23,3 @@ from mdm_jax.data.tokenizers import (
     load_tokenizer,
     tokenizer_from_json,
 )
-
-__all__ = [
-    "BPETokenizer",
-    "ByteTokenizer",
-    "CharTokenizer",
-    "Dataset",
-    "NgramEntropies",
-    "Prefetcher",
-    "RowSource",
-    "SpecialTokens",
-    "Tokenizer",
-    "check_same_stream",
-    "digits",
-    "documents",
-    "embedded_text",
-    "evaluation_batches",
-    "fill_fraction",
-    "first_fit",
-    "gather",
-    "jsonl",
-    "load_tokenizer",
-    "ngram_entropies",
-    "rare_tokens",
-    "split_entropies",
-    "stream_fingerprint",
-    "tasks",
-    "text",
-    "tfds",
-    "tfds_images",
-    "tfds_text",
-    "tokenizer_from_json",
-    "train_iterator",
-]

@@ -16,7 +16,7 @@ from mdm_jax.data.datasets import (
     split_bounds,
 )
 from mdm_jax.data.packing import LongDocuments, Packing, policy, split_rows
-from mdm_jax.data.plain_text import read_utf8
+from mdm_jax.data.text import read_utf8
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, utf8
 
 

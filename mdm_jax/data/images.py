@@ -2,8 +2,14 @@
 
 import numpy as np
 
-from mdm_jax.data.datasets import SPLITS, Dataset, describe, fingerprint_of, split_bounds
-from mdm_jax.data.rows import PictureRows
+from mdm_jax.data.datasets import (
+    SPLITS,
+    Dataset,
+    PictureRows,
+    describe,
+    fingerprint_of,
+    split_bounds,
+)
 
 _SPLIT_SEED = 0
 

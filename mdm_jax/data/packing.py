@@ -14,8 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from mdm_jax.data.datasets import check_positive
-from mdm_jax.data.rows import PackedSpans, TokenSpans
+from mdm_jax.data.datasets import PackedSpans, TokenSpans, check_positive
 from mdm_jax.data.tokenizers import Tokenizer
 
 Packing = Literal["", "first_fit"]

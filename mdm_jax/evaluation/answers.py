@@ -12,13 +12,12 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mdm_jax.batches import Batch
+from mdm_jax.data.datasets import StoredRows
 from mdm_jax.data.pipeline import evaluation_batches
-from mdm_jax.data.rows import StoredRows
-from mdm_jax.evaluation.likelihood import Likelihood
+from mdm_jax.estimates import standard_error_of_mean
 from mdm_jax.evaluation.paired import PairedDifference, paired_difference
-from mdm_jax.evaluation.standard_errors import standard_error_of_mean
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.likelihood.result import Likelihood
+from mdm_jax.types import Array, Batch, PyTree
 
 Evaluate = Callable[..., Likelihood]
 """``evaluate(params, key, batches, progress=None) -> Likelihood``."""

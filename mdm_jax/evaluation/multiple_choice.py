@@ -12,15 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mdm_jax.evaluation.answers import (
-    AnswerScores,
-    Evaluate,
-    answer_rows,
-    row_batches,
-    spread_rows,
-)
-from mdm_jax.evaluation.standard_errors import finite_or_none, standard_error_of_mean
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.estimates import finite_or_none, standard_error_of_mean
+from mdm_jax.evaluation.answers import AnswerScores, Evaluate, answer_rows, row_batches, spread_rows
+from mdm_jax.types import Array, PyTree
 
 Rule = Callable[[AnswerScores], np.ndarray]
 """Figure [R, Q, C] by which candidates are compared, smallest best; NaN where there is none."""

@@ -12,15 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from mdm_jax.batches import Batch
-from mdm_jax.evaluation.likelihood import Likelihood
-from mdm_jax.evaluation.nested import Estimate
-from mdm_jax.evaluation.standard_errors import (
-    finite_or_none,
-    standard_error_of_mean,
-    standard_error_of_ratio,
-)
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
+from mdm_jax.likelihood.result import Likelihood
+from mdm_jax.meter.nested import Estimate
+from mdm_jax.types import Array, Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,10 +4,15 @@ from collections.abc import Callable
 
 import jax
 
-from mdm_jax.models.attention_cudnn import cudnn_attention, cudnn_obstacle, xla_attention
-from mdm_jax.models.attention_einsum import einsum_attention, recompute_attention
-from mdm_jax.models.attention_masks import AnyRule, CachedRule, as_rule
-from mdm_jax.typing import Array
+from mdm_jax.models.attention_kernels import (
+    cudnn_attention,
+    cudnn_obstacle,
+    einsum_attention,
+    recompute_attention,
+    xla_attention,
+)
+from mdm_jax.models.masks import AnyRule, CachedRule, as_rule
+from mdm_jax.types import Array
 
 
 def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:

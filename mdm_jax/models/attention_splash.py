@@ -9,11 +9,10 @@ import jax
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from mdm_jax.models.activations import on_each_part
-from mdm_jax.models.attention_einsum import einsum_attention
-from mdm_jax.models.attention_masks import AnyRule, CachedRule, Rule
-from mdm_jax.models.attention_patterns import Pattern
-from mdm_jax.typing import Array
+from mdm_jax.models.attention_kernels import einsum_attention
+from mdm_jax.models.masks import AnyRule, CachedRule, Pattern, Rule
+from mdm_jax.sharding import on_each_part
+from mdm_jax.types import Array
 
 LANES = 128
 """Queries and keys come in multiples of this."""

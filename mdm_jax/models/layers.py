@@ -2,6 +2,8 @@
 
 Every parameter carries logical axis names, which ``mdm_jax.training.sharding`` maps to mesh axes:
 ``vocab``, ``embed`` (the residual width), ``heads`` (heads times head size), ``mlp``, ``layers``.
+
+What the backward pass computes anew instead of keeping it from the forward pass.
 """
 
 import math
@@ -13,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.models.products import product
-from mdm_jax.typing import Array
+from mdm_jax.models.products import product, product_p
+from mdm_jax.types import Array
 
 Initializer = Callable[..., Array]
 KERNEL_INIT: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -165,3 +167,37 @@ def _gelu_argument(x: Array) -> Array:
 
 def _last_axis(vector: Array, like: Array) -> Array:
     return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def _products(primitive, *_, **__) -> bool:
+    return primitive in (jax.lax.dot_general_p, product_p)
+
+
+def _products_without_batch(primitive, *_, **params) -> bool:
+    dimensions = params.get("dimension_numbers", params.get("dimensions"))
+    return _products(primitive) and dimensions[1] == ((), ())
+
+
+POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _products,
+    "dots_without_batch": _products_without_batch,
+}
+"""By name, what is kept of a block. "none": everything that is needed; "full": its input alone, so
+the whole block runs again; "dots": the results of all products; "dots_without_batch": of those with
+weights, so that attention and all elementwise functions run again.
+"""
+
+
+def rematerialised(module: type[nn.Module], name: str, scanned: bool = False) -> type[nn.Module]:
+    """The same module under a policy: equal values and gradients, less memory, more products.
+
+    Args:
+        module: class of a module.
+        name: of ``POLICIES``.
+        scanned: it is the body of a scan, which by itself keeps the two passes apart.
+    """
+    if name == "none":
+        return module
+    return nn.remat(module, prevent_cse=not scanned, policy=POLICIES[name])

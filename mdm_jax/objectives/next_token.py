@@ -3,13 +3,12 @@
 import jax.numpy as jnp
 
 from mdm_jax import schedules
-from mdm_jax.batches import Batch
-from mdm_jax.corruption import Corrupted, Corruption
+from mdm_jax.corruption.process import Corrupted, Corruption
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.models import Readout
+from mdm_jax.models.cross_entropy import Readout
+from mdm_jax.objectives.masked import token_nats
 from mdm_jax.objectives.objective import Objective, score_tokens
-from mdm_jax.objectives.token_loss import token_nats
-from mdm_jax.typing import Array, ModelFn
+from mdm_jax.types import Array, Batch, ModelFn
 
 
 def next_token(mask_id: int) -> Objective:

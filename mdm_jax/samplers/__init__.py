@@ -1,74 +1,44 @@
 """Reverse processes, masked and Gaussian: one loop each, interchangeable samplers."""
 
-from mdm_jax.samplers.align_steps import AlignedSteps as AlignedSteps
-from mdm_jax.samplers.align_steps import align_steps as align_steps
-from mdm_jax.samplers.ancestral import ancestral as ancestral
-from mdm_jax.samplers.blocks import make_block_generator as make_block_generator
-from mdm_jax.samplers.blocks import sample_blocks as sample_blocks
-from mdm_jax.samplers.by_score import by_score as by_score
-from mdm_jax.samplers.by_score import by_score_along_grid as by_score_along_grid
-from mdm_jax.samplers.cached_ancestral import cached_ancestral as cached_ancestral
-from mdm_jax.samplers.canvas import blank_canvas as blank_canvas
-from mdm_jax.samplers.canvas import canvas_with_gaps as canvas_with_gaps
-from mdm_jax.samplers.canvas import prompt_canvas as prompt_canvas
-from mdm_jax.samplers.denoiser import Denoise as Denoise
-from mdm_jax.samplers.denoiser import bind_denoiser as bind_denoiser
-from mdm_jax.samplers.denoiser import initial_std as initial_std
-from mdm_jax.samplers.entropy_bounded import entropy_bounded as entropy_bounded
-from mdm_jax.samplers.filters import LogitFilter as LogitFilter
-from mdm_jax.samplers.filters import compose as compose
-from mdm_jax.samplers.filters import draw_tokens as draw_tokens
-from mdm_jax.samplers.filters import temperature as temperature
-from mdm_jax.samplers.filters import top_k as top_k
-from mdm_jax.samplers.filters import top_p as top_p
-from mdm_jax.samplers.first_hitting import first_hitting as first_hitting
-from mdm_jax.samplers.gaussian import GaussianContext as GaussianContext
-from mdm_jax.samplers.gaussian import GaussianSampler as GaussianSampler
-from mdm_jax.samplers.gaussian import GaussianState as GaussianState
-from mdm_jax.samplers.gaussian import make_gaussian_generator as make_gaussian_generator
-from mdm_jax.samplers.gaussian import sample_gaussian as sample_gaussian
-from mdm_jax.samplers.gaussian import sample_gaussian_with_trace as sample_gaussian_with_trace
-from mdm_jax.samplers.gaussian_ddim import ddim as ddim
-from mdm_jax.samplers.gaussian_ddim import ddpm_ancestral as ddpm_ancestral
-from mdm_jax.samplers.gaussian_edm import edm_heun as edm_heun
-from mdm_jax.samplers.gaussian_flow import euler_flow as euler_flow
-from mdm_jax.samplers.gaussian_flow import heun_flow as heun_flow
-from mdm_jax.samplers.gaussian_multistep import dpm_solver_pp_2m as dpm_solver_pp_2m
-from mdm_jax.samplers.guidance import guided as guided
-from mdm_jax.samplers.klub import curve_cost as curve_cost
-from mdm_jax.samplers.klub import klub as klub
-from mdm_jax.samplers.klub import normal_cost as normal_cost
-from mdm_jax.samplers.klub import pair_cost as pair_cost
-from mdm_jax.samplers.next_token import make_next_token_generator as make_next_token_generator
-from mdm_jax.samplers.next_token import sample_next_tokens as sample_next_tokens
-from mdm_jax.samplers.no_repeat_ngrams import no_repeat_ngrams as no_repeat_ngrams
-from mdm_jax.samplers.predictor_corrector import predictor_corrector as predictor_corrector
-from mdm_jax.samplers.progress import Progress as Progress
-from mdm_jax.samplers.prompt_guidance import prompt_guidance as prompt_guidance
-from mdm_jax.samplers.remdm import remdm_cap as remdm_cap
-from mdm_jax.samplers.remdm import remdm_confidence as remdm_confidence
-from mdm_jax.samplers.remdm import remdm_rescale as remdm_rescale
-from mdm_jax.samplers.remdm_loop import remdm_loop as remdm_loop
-from mdm_jax.samplers.sampler import SAMPLER_LABELS as SAMPLER_LABELS
-from mdm_jax.samplers.sampler import Sampler as Sampler
-from mdm_jax.samplers.sampler import SamplerState as SamplerState
-from mdm_jax.samplers.sampler import StepContext as StepContext
-from mdm_jax.samplers.sampler import make_generator as make_generator
-from mdm_jax.samplers.sampler import sample as sample
-from mdm_jax.samplers.sampler import sample_with_trace as sample_with_trace
-from mdm_jax.samplers.scores import Score as Score
-from mdm_jax.samplers.scores import confidence as confidence
-from mdm_jax.samplers.scores import margin as margin
-from mdm_jax.samplers.scores import negative_entropy as negative_entropy
-from mdm_jax.samplers.self_conditioning import self_conditioned as self_conditioned
-from mdm_jax.samplers.semi_autoregressive import (
-    low_confidence_remasking as low_confidence_remasking,
+from mdm_jax.samplers.ancestral import ancestral, cached_ancestral
+from mdm_jax.samplers.blocks import make_block_generator, sample_blocks
+from mdm_jax.samplers.by_score import (
+    Score,
+    by_score,
+    by_score_along_grid,
+    confidence,
+    entropy_bounded,
+    low_confidence_remasking,
+    margin,
+    negative_entropy,
+    random_remasking,
 )
-from mdm_jax.samplers.semi_autoregressive import random_remasking as random_remasking
-from mdm_jax.samplers.step_search import SearchResult as SearchResult
-from mdm_jax.samplers.step_search import exhaustive_search as exhaustive_search
-from mdm_jax.samplers.step_search import pattern_search as pattern_search
-from mdm_jax.samplers.uniform_ancestral import uniform_ancestral as uniform_ancestral
-from mdm_jax.samplers.uniform_corrected import uniform_corrected as uniform_corrected
-from mdm_jax.samplers.wrappers import DenoiseWrapper as DenoiseWrapper
-from mdm_jax.samplers.wrappers import wrapped as wrapped
+from mdm_jax.samplers.canvas import blank_canvas, canvas_with_gaps, prompt_canvas
+from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens, temperature, top_k, top_p
+from mdm_jax.samplers.first_hitting import first_hitting
+from mdm_jax.samplers.next_token import make_next_token_generator, sample_next_tokens
+from mdm_jax.samplers.remasking import (
+    predictor_corrector,
+    remdm_cap,
+    remdm_confidence,
+    remdm_loop,
+    remdm_rescale,
+)
+from mdm_jax.samplers.sampler import (
+    SAMPLER_LABELS,
+    Progress,
+    Sampler,
+    SamplerState,
+    StepContext,
+    make_generator,
+    sample,
+    sample_with_trace,
+)
+from mdm_jax.samplers.uniform import uniform_ancestral, uniform_corrected
+from mdm_jax.samplers.wrappers import (
+    DenoiseWrapper,
+    no_repeat_ngrams,
+    prompt_guidance,
+    self_conditioned,
+    wrapped,
+)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.attention_masks import check_blocks
-from mdm_jax.models.block import BlockDecoder
+from mdm_jax.models.decoders import BlockDecoder
+from mdm_jax.models.masks import check_blocks
 from mdm_jax.samplers.canvas import check_canvas, check_prefix, checked_generator
 from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext, sample
-from mdm_jax.typing import Array, ArrayLike, PyTree
+from mdm_jax.types import Array, ArrayLike, PyTree
 
 
 def sample_blocks(

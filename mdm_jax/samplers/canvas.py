@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.schedules.parameters import is_concrete
-from mdm_jax.typing import Array, ArrayLike
+from mdm_jax.checks import is_concrete
+from mdm_jax.types import Array, ArrayLike
 
 
 def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:

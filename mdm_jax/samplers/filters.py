@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.schedules.parameters import is_concrete
-from mdm_jax.typing import Array
+from mdm_jax.checks import is_concrete
+from mdm_jax.types import Array
 
 LogitFilter = Callable[[Array], Array]
 """``filter(logits [..., K]) -> logits [..., K]``."""

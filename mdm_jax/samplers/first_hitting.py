@@ -15,7 +15,7 @@ from mdm_jax.samplers.sampler import (
     read_places,
     row_streams,
 )
-from mdm_jax.typing import Array
+from mdm_jax.types import Array
 
 
 def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.corruption import exclude_token
-from mdm_jax.models.causal import CausalDecoder
+from mdm_jax.corruption.masked import exclude_token
+from mdm_jax.models.decoders import CausalDecoder
 from mdm_jax.samplers.canvas import check_canvas, check_prefix, checked_generator
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
-from mdm_jax.typing import Array, ArrayLike, PyTree
+from mdm_jax.types import Array, ArrayLike, PyTree
 
 
 def sample_next_tokens(

@@ -1,4 +1,6 @@
-"""What a sampler is, and the one loop that runs all of them.
+"""Telling the host how far a compiled loop has come.
+
+What a sampler is, and the one loop that runs all of them.
 
 A sampler fills the masked places of a *canvas*: an array of tokens in which the mask token marks
 what is to be generated. Free sampling is an all-mask canvas; a prompt is a canvas that starts with
@@ -17,13 +19,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import schedules
-from mdm_jax.corruption import exclude_token
-from mdm_jax.models.readout import Readout
+from mdm_jax.corruption.masked import exclude_token
+from mdm_jax.models.cross_entropy import Readout
+from mdm_jax.rng import stream
 from mdm_jax.samplers.canvas import check_canvas
-from mdm_jax.samplers.progress import Progress, reporter
-from mdm_jax.streams import stream
-from mdm_jax.typing import Array, ArrayLike, ModelFn, PyTree
+from mdm_jax.schedules import grids
+from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
+
+Progress = Callable[[int, int], None]
+"""``progress(steps_done, num_steps)``, for display: called on the host after each step."""
+
+
+def reporter(progress: Progress | None, num_steps: int) -> Callable[[Array], None]:
+    """``report(steps_done)`` for a traced loop: calls ``progress`` on the host, if there is any."""
+    if progress is None:
+        return lambda steps_done: None  # noqa: ARG005
+
+    def tell(steps_done: Array) -> None:
+        progress(int(steps_done), num_steps)
+
+    return lambda steps_done: jax.debug.callback(tell, steps_done)
+
 
 LOGSNR_LIMIT = math.log(2.0**24 - 1)
 """Largest |logSNR| shown to a network: that of the outermost quantiles met in training."""
@@ -366,7 +382,7 @@ def _check_grid(sampler: Sampler, grid: ArrayLike | None) -> Array | None:
         raise ValueError(f"{sampler.name} needs a grid of logSNR levels that ends at +inf")
     if isinstance(grid, jax.core.Tracer):
         return grid.astype(jnp.float32)
-    levels, last = schedules.grids.check_grid(grid), np.asarray(grid)[-1]
+    levels, last = grids.check_grid(grid), np.asarray(grid)[-1]
     if last != np.inf:
         raise ValueError(
             "the grid must end at logSNR +inf (masking rate 0) so that no mask is left, got "

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.typing import Array, ArrayLike
+from mdm_jax.types import Array, ArrayLike
 
 
 class MaskingLevel(NamedTuple):

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import is_concrete
 from mdm_jax.schedules.laws import Law, logistic
-from mdm_jax.schedules.masked_schedule import MaskedSchedule
-from mdm_jax.schedules.parameters import is_concrete
-from mdm_jax.typing import Array, ArrayLike
+from mdm_jax.schedules.masked import MaskedSchedule
+from mdm_jax.types import Array, ArrayLike
 
 
 def uniform_masking_rate(n: int) -> Array:

@@ -1,56 +1,21 @@
 """Training: state, one jitted step, loop, checkpoints, metrics, meshes."""
 
-from mdm_jax.training.averages import AverageOffset as AverageOffset
-from mdm_jax.training.averages import averaged as averaged
-from mdm_jax.training.averages import new_average as new_average
-from mdm_jax.training.averages import update_average as update_average
-from mdm_jax.training.checkpoint_store import CheckpointError as CheckpointError
-from mdm_jax.training.checkpoints import CheckpointReader as CheckpointReader
-from mdm_jax.training.checkpoints import Checkpoints as Checkpoints
-from mdm_jax.training.checkpoints import Restored as Restored
-from mdm_jax.training.checkpoints import abstract as abstract
-from mdm_jax.training.compilation import CompiledStep as CompiledStep
-from mdm_jax.training.compilation import compile_step as compile_step
-from mdm_jax.training.compilation import compiler_options as compiler_options
-from mdm_jax.training.interrupt import Interrupt as Interrupt
-from mdm_jax.training.interrupt import Interrupted as Interrupted
-from mdm_jax.training.loop import Hooks as Hooks
-from mdm_jax.training.loop import LoopOptions as LoopOptions
-from mdm_jax.training.loop import TrainingStopped as TrainingStopped
-from mdm_jax.training.loop import train as train
-from mdm_jax.training.memory import MemoryEstimate as MemoryEstimate
-from mdm_jax.training.memory import estimate_memory as estimate_memory
-from mdm_jax.training.memory import format_bytes as format_bytes
-from mdm_jax.training.metrics import MetricWriter as MetricWriter
-from mdm_jax.training.metrics import Progress as Progress
-from mdm_jax.training.metrics import SilentWriter as SilentWriter
-from mdm_jax.training.metrics import read_metrics as read_metrics
-from mdm_jax.training.monitors import Monitor as Monitor
-from mdm_jax.training.monitors import baseline_monitor as baseline_monitor
-from mdm_jax.training.monitors import gradient_noise_monitor as gradient_noise_monitor
-from mdm_jax.training.monitors import level_monitor as level_monitor
-from mdm_jax.training.monitors import read_level_profile as read_level_profile
-from mdm_jax.training.monitors import read_monitors as read_monitors
-from mdm_jax.training.optimizers import adamw as adamw
-from mdm_jax.training.optimizers import muon as muon
-from mdm_jax.training.optimizers import warmup_cosine as warmup_cosine
-from mdm_jax.training.precision import store_moments as store_moments
-from mdm_jax.training.sharding import LOGICAL_RULES as LOGICAL_RULES
-from mdm_jax.training.sharding import abstract_sharded as abstract_sharded
-from mdm_jax.training.sharding import batch_sharding as batch_sharding
-from mdm_jax.training.sharding import check_batch_size as check_batch_size
-from mdm_jax.training.sharding import check_num_heads as check_num_heads
-from mdm_jax.training.sharding import init_sharded as init_sharded
-from mdm_jax.training.sharding import kept_whole as kept_whole
-from mdm_jax.training.sharding import local_rows as local_rows
-from mdm_jax.training.sharding import make_mesh as make_mesh
-from mdm_jax.training.sharding import place_batch as place_batch
-from mdm_jax.training.sharding import replicate as replicate
-from mdm_jax.training.state import TrainState as TrainState
-from mdm_jax.training.state import linen_init as linen_init
-from mdm_jax.training.state import new_state as new_state
-from mdm_jax.training.state import num_params as num_params
-from mdm_jax.training.step import StepMetrics as StepMetrics
-from mdm_jax.training.step import make_train_step as make_train_step
-from mdm_jax.training.step import step_draw as step_draw
-from mdm_jax.training.step import weighted_sum as weighted_sum
+from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.checkpoints import CheckpointReader, Checkpoints, Restored, abstract
+from mdm_jax.training.compilation import CompiledStep, compile_step, compiler_options
+from mdm_jax.training.ema import AverageOffset, averaged, new_average, update_average
+from mdm_jax.training.interrupt import Interrupt, Interrupted
+from mdm_jax.training.loop import Hooks, LoopOptions, TrainingStopped, train
+from mdm_jax.training.memory import MemoryEstimate, estimate_memory, format_bytes
+from mdm_jax.training.metrics import MetricWriter, Progress, SilentWriter, read_metrics
+from mdm_jax.training.monitors import (
+    Monitor,
+    baseline_monitor,
+    gradient_noise_monitor,
+    level_monitor,
+    read_level_profile,
+    read_monitors,
+)
+from mdm_jax.training.optimizers import adamw, muon, store_moments, warmup_cosine
+from mdm_jax.training.state import TrainState, linen_init, new_state, num_params
+from mdm_jax.training.step import StepMetrics, make_train_step, step_draw, weighted_sum

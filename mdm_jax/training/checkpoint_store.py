@@ -11,8 +11,8 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mdm_jax import processes
-from mdm_jax.typing import PyTree
+from mdm_jax import distributed
+from mdm_jax.types import PyTree
 
 
 class CheckpointError(RuntimeError):
@@ -48,7 +48,9 @@ class StoreReader:
         while left := [step for step in self.steps() if step not in tried]:
             step = left[-1]
             tried.add(step)
-            problem = processes.from_first(self._problem(step) if processes.is_first() else None)
+            problem = distributed.from_first(
+                self._problem(step) if distributed.is_first() else None
+            )
             if problem is None:
                 try:
                     found = self._read(step, abstract_tree, records)
@@ -104,14 +106,14 @@ class StoreReader:
     def _meanwhile(self, step: int) -> str | None:
         """What a trainer has removed while it was read."""
         problem = None
-        if processes.is_first():
+        if distributed.is_first():
             gone = not (self.directory / str(step)).exists()
             problem = "it was removed" if gone else self._problem(step, digests=False)
-        return processes.from_first(problem)
+        return distributed.from_first(problem)
 
     def _pass_over(self, step: int, problem: str) -> None:
         self._manager.reload()
-        if step in self.steps() and processes.is_first():
+        if step in self.steps() and distributed.is_first():
             logging.warning(
                 "checkpoint %s is damaged: %s. It stays where it is; trying another one, if any.",
                 self.directory / str(step),
@@ -206,7 +208,7 @@ class Store(StoreReader):
         steps = self.steps()
         if step in steps or (not force and any(other > step for other in steps)):
             return False
-        if processes.is_first():
+        if distributed.is_first():
             self._manifest(step).unlink(missing_ok=True)
         leaves = named_leaves(tree)
         items = {self._item: ocp.args.StandardSave(leaves)}
@@ -214,8 +216,8 @@ class Store(StoreReader):
         # Unforced, Orbax would not write below its latest step, and only say so by what it returns.
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._manager.wait_until_finished()
-        processes.barrier(f"saved {self.directory} {step}")
-        if processes.is_first():
+        distributed.barrier(f"saved {self.directory} {step}")
+        if distributed.is_first():
             content = {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}
             self._write_manifest(step, content)
             kept = {str(s) for s in self.steps()}
@@ -226,7 +228,7 @@ class Store(StoreReader):
 
     def amend(self, step: int, records: dict[str, dict[str, Any]]) -> None:
         """From now on a step that is there has these records; nothing else of it is written."""
-        if processes.is_first() and self._manifest(step).exists():
+        if distributed.is_first() and self._manifest(step).exists():
             self._write_manifest(step, self._load_manifest(step) | {"amended": records})
 
     def _open(self) -> ocp.CheckpointManager:
@@ -249,13 +251,13 @@ class Store(StoreReader):
         stem = f"damaged-{self.directory.name}-{step}"
         while (target := self.directory.parent / f"{stem}-{number}").exists():
             number += 1
-        processes.barrier(f"setting aside {source} as {number}")
-        if processes.is_first():
+        distributed.barrier(f"setting aside {source} as {number}")
+        if distributed.is_first():
             source.rename(target)
             self._manifest(step).unlink(missing_ok=True)
-        processes.barrier(f"set aside {source} as {number}")
+        distributed.barrier(f"set aside {source} as {number}")
         self._manager.reload()
-        if not processes.is_first():
+        if not distributed.is_first():
             return
         logging.warning(
             "checkpoint %s is damaged: %s. Moved it to %s; trying the one before, if any.",
@@ -267,7 +269,7 @@ class Store(StoreReader):
     def _read(self, step: int, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict:
         found = super()._read(step, abstract_tree, records)
         missing = not self._manifest(step).exists()  # killed between the save and its manifest
-        if abstract_tree is not None and missing and processes.is_first():
+        if abstract_tree is not None and missing and distributed.is_first():
             shapes = _shapes(named_leaves(abstract_tree))
             content = {"files": _files(self.directory / str(step)), "arrays": shapes}
             self._write_manifest(step, content)

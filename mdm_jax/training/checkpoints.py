@@ -24,7 +24,7 @@ from mdm_jax.training.checkpoint_store import (
     field_of,
     named_leaves,
 )
-from mdm_jax.typing import PyTree
+from mdm_jax.types import PyTree
 
 
 class Restored(NamedTuple):

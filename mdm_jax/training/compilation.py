@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mdm_jax.training.memory import format_bytes
-from mdm_jax.typing import Array, PyTree
+from mdm_jax.types import Array, PyTree
 
 
 def compiler_options() -> dict[str, str]:

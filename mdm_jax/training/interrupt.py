@@ -7,7 +7,7 @@ import types
 
 import jax
 
-from mdm_jax import processes
+from mdm_jax import distributed
 
 
 class Interrupted(Exception):
@@ -39,7 +39,7 @@ class Interrupt:
 
     def agree(self) -> None:
         """Learns of stops that other processes were asked for; all call it at the same point."""
-        self._agreed = self._agreed or processes.any_of(self.requested)
+        self._agreed = self._agreed or distributed.any_of(self.requested)
 
     def check(self, *_: object) -> None:
         """Raises Interrupted if a stop was asked for; fits any progress callback.

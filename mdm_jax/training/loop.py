@@ -10,15 +10,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from mdm_jax import processes
-from mdm_jax.batches import Batch
-from mdm_jax.training.averages import averaged
+from mdm_jax import distributed
 from mdm_jax.training.checkpoints import Checkpoints
+from mdm_jax.training.ema import averaged
 from mdm_jax.training.interrupt import Interrupt, Interrupted
 from mdm_jax.training.metrics import MetricWriter, Progress
 from mdm_jax.training.state import TrainState
 from mdm_jax.training.step import StepMetrics
-from mdm_jax.typing import PyTree
+from mdm_jax.types import Batch, PyTree
 
 
 class TrainingStopped(RuntimeError):
@@ -242,7 +241,7 @@ class _Log:
     ):
         self.pending: list[StepMetrics] = []
         self.window = window
-        self.progress = Progress(options.total_steps, start, silent=not processes.is_first())
+        self.progress = Progress(options.total_steps, start, silent=not distributed.is_first())
         self._options = options
         self._writer = writer
         self._clock = time.monotonic()

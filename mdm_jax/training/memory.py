@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 
 from mdm_jax import draws
-from mdm_jax.processes import ROW_AXES
-from mdm_jax.typing import PyTree
+from mdm_jax.distributed import ROW_AXES
+from mdm_jax.types import PyTree
 
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 

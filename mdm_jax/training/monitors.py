@@ -13,10 +13,16 @@ import jax.numpy as jnp
 import optax
 
 from mdm_jax.draws import Draw, LossStats
-from mdm_jax.objectives import Objective, sum_losses
-from mdm_jax.objectives.baseline import Baseline, new_baseline, reported_loss, update_baseline
-from mdm_jax.typing import Array, PyTree
-from mdm_jax.variance import Phase, VarianceTransform
+from mdm_jax.objectives.objective import (
+    Baseline,
+    Objective,
+    new_baseline,
+    reported_loss,
+    sum_losses,
+    update_baseline,
+)
+from mdm_jax.types import Array, PyTree
+from mdm_jax.variance.transform import Phase, VarianceTransform
 
 
 class Monitor(NamedTuple):

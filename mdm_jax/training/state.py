@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from mdm_jax.draws import DrawSpec
-from mdm_jax.training.averages import new_average
+from mdm_jax.training.ema import new_average
 from mdm_jax.training.monitors import Monitor
-from mdm_jax.typing import Array, PyTree
-from mdm_jax.variance import VarianceTransform
+from mdm_jax.types import Array, PyTree
+from mdm_jax.variance.transform import VarianceTransform
 
 
 @flax.struct.dataclass

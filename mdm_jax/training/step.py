@@ -8,16 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mdm_jax import draws, streams
-from mdm_jax.batches import Batch
+from mdm_jax import draws, rng
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.objectives import LossSums, Objective, stop_gradient_stats, sum_losses, token_mean
-from mdm_jax.training.averages import update_average
-from mdm_jax.training.foresight import foreseeing
+from mdm_jax.models.cross_entropy import foreseeing
+from mdm_jax.objectives.objective import (
+    LossSums,
+    Objective,
+    stop_gradient_stats,
+    sum_losses,
+    token_mean,
+)
+from mdm_jax.training.ema import update_average
 from mdm_jax.training.monitors import Monitor
 from mdm_jax.training.state import TrainState
-from mdm_jax.typing import Array, ArrayLike, ModelFn, PyTree
-from mdm_jax.variance import VarianceTransform, draw_batch
+from mdm_jax.types import Array, ArrayLike, Batch, ModelFn, PyTree
+from mdm_jax.variance.transform import VarianceTransform, draw_batch
 
 ApplyFn = Callable[..., Array]
 """``apply_fn(params, inputs, logsnr, documents) -> logits``."""
@@ -47,7 +52,7 @@ def step_draw(
     seed: ArrayLike, step: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec
 ) -> Draw:
     """The draw of a training step: a function of (seed, step) and the transform's state."""
-    return draw_batch(streams.stream(streams.step_key(seed, step), "draw"), transform, state, spec)
+    return draw_batch(rng.stream(rng.step_key(seed, step), "draw"), transform, state, spec)
 
 
 def weighted_sum(apply_fn: ApplyFn, objective: Objective) -> Callable[..., tuple]:

@@ -1,73 +1,77 @@
 """Variance reduction by transforms of the draw that compose like optax transformations."""
 
-from mdm_jax.bias import BIAS_LABELS as BIAS_LABELS
-from mdm_jax.bias import worst_bias as worst_bias
-from mdm_jax.variance.antithetic import antithetic_pairs as antithetic_pairs
-from mdm_jax.variance.cdcd_warp import cdcd_warp as cdcd_warp
-from mdm_jax.variance.cdtd_warp import cdtd_warp as cdtd_warp
-from mdm_jax.variance.chain import chain as chain
-from mdm_jax.variance.chain import identity as identity
-from mdm_jax.variance.clipped import ClippedDensity as ClippedDensity
-from mdm_jax.variance.clipped import clipped as clipped
-from mdm_jax.variance.clipped_adaptive import ClipRange as ClipRange
-from mdm_jax.variance.clipped_adaptive import clipped_adaptive as clipped_adaptive
-from mdm_jax.variance.clipped_adaptive import set_clip_range as set_clip_range
-from mdm_jax.variance.clipped_mixture import clipped_mixture as clipped_mixture
-from mdm_jax.variance.coarse_strata import coarse_strata as coarse_strata
-from mdm_jax.variance.complement import complement as complement
-from mdm_jax.variance.curve_warp import CurveState as CurveState
-from mdm_jax.variance.ema_bins import ema_bins as ema_bins
-from mdm_jax.variance.epr import EprFit as EprFit
-from mdm_jax.variance.epr import EprParameters as EprParameters
-from mdm_jax.variance.epr import epr_curve as epr_curve
-from mdm_jax.variance.epr import fit_epr as fit_epr
-from mdm_jax.variance.importance import importance as importance
-from mdm_jax.variance.learned_quantile import LearnedQuantile as LearnedQuantile
-from mdm_jax.variance.learned_quantile import learned_quantile as learned_quantile
-from mdm_jax.variance.log_uniform import LogUniformDensity as LogUniformDensity
-from mdm_jax.variance.log_uniform import log_uniform as log_uniform
-from mdm_jax.variance.loss_curves import LogisticShape as LogisticShape
-from mdm_jax.variance.loss_curves import LossCurve as LossCurve
-from mdm_jax.variance.loss_curves import PiecewiseLinear as PiecewiseLinear
-from mdm_jax.variance.loss_curves import logistic_curve as logistic_curve
-from mdm_jax.variance.loss_curves import piecewise_linear_curve as piecewise_linear_curve
-from mdm_jax.variance.loss_history import LossHistory as LossHistory
-from mdm_jax.variance.loss_history import loss_history as loss_history
-from mdm_jax.variance.mirror import mirror as mirror
-from mdm_jax.variance.moments import LevelMoments as LevelMoments
-from mdm_jax.variance.moments import Target as Target
-from mdm_jax.variance.moments import gradient_stats as gradient_stats
-from mdm_jax.variance.moments import level_variance as level_variance
-from mdm_jax.variance.moments import moment_density as moment_density
-from mdm_jax.variance.moments import published_second_moment as published_second_moment
-from mdm_jax.variance.moments import second_moment as second_moment
-from mdm_jax.variance.moments import squared_mean as squared_mean
-from mdm_jax.variance.monotone_net import MonotoneNet as MonotoneNet
-from mdm_jax.variance.monotone_net import monotone_net as monotone_net
-from mdm_jax.variance.ppots import PpotsState as PpotsState
-from mdm_jax.variance.ppots import level_moments as level_moments
-from mdm_jax.variance.ppots import ppots as ppots
-from mdm_jax.variance.ppots_binned import ppots_binned as ppots_binned
-from mdm_jax.variance.ppots_parametric import epr_density as epr_density
-from mdm_jax.variance.ppots_parametric import ppots_parametric as ppots_parametric
-from mdm_jax.variance.ppots_slopes import ppots_slopes as ppots_slopes
-from mdm_jax.variance.quantile_density import PiecewiseDensity as PiecewiseDensity
-from mdm_jax.variance.quantile_density import QuantileDensity as QuantileDensity
-from mdm_jax.variance.quantile_density import log_spaced_edges as log_spaced_edges
-from mdm_jax.variance.quantile_density import piecewise_density as piecewise_density
-from mdm_jax.variance.repeat import repeat as repeat
-from mdm_jax.variance.rotate import rotate as rotate
-from mdm_jax.variance.rotate_ranks import rotate_ranks as rotate_ranks
-from mdm_jax.variance.stratified import stratified as stratified
-from mdm_jax.variance.stratified_blocks import stratified_blocks as stratified_blocks
-from mdm_jax.variance.stratified_levels import stratified_levels as stratified_levels
-from mdm_jax.variance.systematic import systematic as systematic
-from mdm_jax.variance.transform import EmptyState as EmptyState
-from mdm_jax.variance.transform import LevelProfile as LevelProfile
-from mdm_jax.variance.transform import Phase as Phase
-from mdm_jax.variance.transform import VarianceTransform as VarianceTransform
-from mdm_jax.variance.transform import draw_batch as draw_batch
-from mdm_jax.variance.transform import replicate_views as replicate_views
-from mdm_jax.variance.transform import stateless as stateless
-from mdm_jax.variance.uncertainty_weighting import UncertaintyState as UncertaintyState
-from mdm_jax.variance.uncertainty_weighting import uncertainty_weighting as uncertainty_weighting
+from mdm_jax.variance.couplings import (
+    antithetic_pairs,
+    coarse_strata,
+    complement,
+    stratified,
+    stratified_blocks,
+    systematic,
+)
+from mdm_jax.variance.densities import (
+    PiecewiseDensity,
+    QuantileDensity,
+    log_spaced_edges,
+    piecewise_density,
+)
+from mdm_jax.variance.epr import EprFit, EprParameters, epr_curve, fit_epr
+from mdm_jax.variance.learned.bins import LossHistory, ema_bins, loss_history
+from mdm_jax.variance.learned.curves import (
+    CurveState,
+    LogisticShape,
+    LossCurve,
+    PiecewiseLinear,
+    cdcd_warp,
+    cdtd_warp,
+    logistic_curve,
+    piecewise_linear_curve,
+)
+from mdm_jax.variance.learned.quantile_net import (
+    LearnedQuantile,
+    MonotoneNet,
+    learned_quantile,
+    monotone_net,
+)
+from mdm_jax.variance.learned.uncertainty import UncertaintyState, uncertainty_weighting
+from mdm_jax.variance.moments import (
+    LevelMoments,
+    Target,
+    gradient_stats,
+    level_variance,
+    moment_density,
+    published_second_moment,
+    second_moment,
+    squared_mean,
+)
+from mdm_jax.variance.ppots import (
+    PpotsState,
+    epr_density,
+    level_moments,
+    ppots,
+    ppots_binned,
+    ppots_parametric,
+    ppots_slopes,
+)
+from mdm_jax.variance.transform import (
+    EmptyState,
+    LevelProfile,
+    Phase,
+    VarianceTransform,
+    chain,
+    draw_batch,
+    identity,
+    replicate_views,
+    stateless,
+)
+from mdm_jax.variance.views import mirror, repeat, rotate, rotate_ranks, stratified_levels
+from mdm_jax.variance.warps import (
+    ClippedDensity,
+    ClipRange,
+    LogUniformDensity,
+    clipped,
+    clipped_adaptive,
+    clipped_mixture,
+    importance,
+    log_uniform,
+    set_clip_range,
+)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mdm_jax.typing import ArrayLike
+from mdm_jax.types import ArrayLike
 
 _START = (-0.3, 0.4, -1.0, 0.3, 0.2, -0.2, 0.2)
 _SPREAD = 0.6

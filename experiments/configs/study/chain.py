@@ -3,13 +3,13 @@
 python -m experiments.launch --config=experiments/configs/study/chain.py --workdir=runs/chain
 """
 
-from experiments import study_settings
+from experiments.study import settings
 
 
 def get_config(variant: str = ""):
     """Two steps and one distractor modulo 10; ``variant`` is "" or "smoke"."""
-    config = study_settings.reasoning("chain", batch_size=64, steps=5000)
+    config = settings.reasoning("chain", batch_size=64, steps=5000)
     config.model.depth = 4
     config.data.task.update(train_rows=100_000)
     config.data.task.chain.update(steps=2, distractors=1, modulus=10)
-    return study_settings.chosen(config, "study/chain", variant)
+    return settings.chosen(config, "study/chain", variant)

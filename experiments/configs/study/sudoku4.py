@@ -3,11 +3,11 @@
 python -m experiments.launch --config=experiments/configs/study/sudoku4.py --workdir=runs/sudoku4
 """
 
-from experiments import study_settings
+from experiments.study import settings
 
 
 def get_config(variant: str = ""):
     """Boxes of 2 x 2 with 6 to 11 blanks; ``variant`` is "" or "smoke"."""
-    config = study_settings.reasoning("sudoku", batch_size=64, steps=300)
+    config = settings.reasoning("sudoku", batch_size=64, steps=300)
     config.data.task.sudoku.update(rows=2, columns=2, blanks=(6, 11))
-    return study_settings.chosen(config, "study/sudoku4", variant)
+    return settings.chosen(config, "study/sudoku4", variant)

@@ -4,7 +4,7 @@ matters.
 python -m experiments.launch --config=experiments/configs/study/sudoku6.py --workdir=runs/sudoku6
 """
 
-from experiments import study_settings
+from experiments.study import settings
 
 
 def get_config(variant: str = ""):
@@ -12,11 +12,11 @@ def get_config(variant: str = ""):
 
     ``variant`` is "", "hard" (20 to 26 blanks, to fine-tune on) or "smoke".
     """
-    config = study_settings.reasoning("sudoku", batch_size=64, steps=700)
+    config = settings.reasoning("sudoku", batch_size=64, steps=700)
     config.model.depth = 4
     config.data.task.sudoku.update(rows=2, columns=3, blanks=(12, 20))
     if variant == "hard":
-        study_settings.fine_tune(config)
+        settings.fine_tune(config)
         config.data.task.sudoku.blanks = (20, 26)
         return config
-    return study_settings.chosen(config, "study/sudoku6", variant, "hard")
+    return settings.chosen(config, "study/sudoku6", variant, "hard")

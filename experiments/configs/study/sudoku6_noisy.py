@@ -6,13 +6,13 @@ python -m experiments.launch --config=experiments/configs/study/sudoku6_noisy.py
 Without ``train.init_from`` the same task is trained from scratch.
 """
 
-from experiments import study_settings
 from experiments.configs.study import sudoku6
+from experiments.study import settings
 
 
 def get_config(variant: str = ""):
     """A letter of ``wxyz`` after every three digits; ``variant`` is "" or "smoke"."""
     config = sudoku6.get_config()
-    study_settings.fine_tune(config)
+    settings.fine_tune(config)
     config.data.task.noise_every = 3
-    return study_settings.chosen(config, "study/sudoku6_noisy", variant)
+    return settings.chosen(config, "study/sudoku6_noisy", variant)

@@ -1,0 +1,107 @@
+"""Variance of a run's batch gradient, on rows that are the same for all methods."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mdm_jax import data, meter, rng, sharding
+from mdm_jax.launch.experiment import Experiment, open_workdir
+from mdm_jax.types import Batch, PyTree
+
+
+def drawn_batches(experiment: Experiment, count: int, seed: int, size: int = 0) -> list[Batch]:
+    """Placed training batches of rows drawn with replacement.
+
+    Args:
+        experiment: the run.
+        count: how many.
+        seed: of the rows.
+        size: rows drawn for each batch, of which the run's batch takes the first; its own size if
+            not given. Runs with smaller batches so see a part of the rows of those with larger.
+    """
+    rows = experiment.spec.batch_size
+    chosen = _rows(experiment, count, size or rows, seed)[:, :rows]
+    place = sharding.batch_sharding(experiment.mesh)
+    source = experiment.dataset.train
+    return [sharding.place_batch(data.gather(source, index), place) for index in chosen]
+
+
+def along_training(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    *,
+    batch_size: int,
+    groups: int,
+    redraws: int,
+    reference: Experiment | None = None,
+    check: Callable[..., None] | None = None,
+) -> list[dict[str, Any]]:
+    """Variance of the batch gradient under the run's own chain, at every checkpoint of its plan.
+
+    Checkpoints that interruptions left are passed over.
+
+    ``noise`` is that of levels and masks with the data fixed; ``total`` has the rows drawn anew too
+    and is what the optimiser sees of a batch. At the last
+    step ``reference`` is the total of another way of training at the same parameters.
+
+    Args:
+        experiment: the run.
+        workdir: of it.
+        batch_size: rows of a batch of one forward pass each; rows are drawn in this number.
+        groups, redraws: as for ``evaluation.efficiency``.
+        reference: the other way, a run over the same data; its state is fresh.
+        check: called now and then; may raise.
+
+    Returns:
+        JSON values by checkpoint, in order.
+    """
+    own = meter.make_estimator(experiment.apply_fn, experiment.objective)
+    batches = drawn_batches(experiment, groups, 0, batch_size)
+    pool = _pool(experiment, groups * batch_size)
+    sizes = {"groups": groups, "redraws": redraws, "progress": check}
+    found = []
+    for step, params, state in _checkpoints(experiment, workdir):
+        key = experiment.key(0, "gradient noise")
+        common = (own, params, experiment.transform, state, experiment.spec)
+        record = {"step": step, "noise": None, "reference": None}
+        if experiment.config.process != "autoregressive":  # without noise there is none of it
+            record["noise"] = meter.efficiency(
+                *common, batches, rng.stream(key, "noise"), **sizes
+            ).to_dict()
+        total_key = rng.stream(key, "total")
+        record["total"] = meter.efficiency_with_data(*common, pool, total_key, **sizes).to_dict()
+        found.append(record)
+    if found and reference is not None:
+        state = reference.transform.init(reference.spec)
+        estimator = meter.make_estimator(reference.apply_fn, reference.objective)
+        found[-1]["reference"] = meter.efficiency_with_data(
+            *(estimator, params, reference.transform, state, reference.spec),
+            *(pool, total_key),
+            **sizes,
+        ).to_dict()
+    return found
+
+
+def _pool(experiment: Experiment, rows: int) -> Batch:
+    index = _rows(experiment, 1, rows, seed=0)[0]
+    return jax.tree.map(jax.numpy.asarray, data.gather(experiment.dataset.train, index))
+
+
+def _rows(experiment: Experiment, count: int, size: int, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, len(experiment.dataset.train), (count, size))
+
+
+def _checkpoints(experiment: Experiment, workdir: pathlib.Path):
+    checkpoints = open_workdir(workdir)
+    try:
+        abstract: PyTree = experiment.abstract_state()
+        every = experiment.config.train.checkpoint_every
+        for step in (s for s in checkpoints.steps() if s % every == 0):
+            state = checkpoints.restore_step(step, abstract)
+            yield step, state.params, state.variance
+    finally:
+        checkpoints.close()

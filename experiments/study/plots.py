@@ -1,0 +1,93 @@
+"""Curves of a study: the validation bound with bands over seeds, gradient variance on the way."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.study.suites import Suite
+from mdm_jax.plots import runs
+
+_STYLES = ("-", "--", ":")
+
+
+def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[pathlib.Path]:
+    """Writes what can be drawn so far below ``root/plots``; returns the files.
+
+    Args:
+        suite: what was planned.
+        root: the study's directory.
+        record: from ``study_table.write``.
+    """
+    files = []
+    for budget, results in record["results"].items():
+        for task in suite.tasks:
+            found = {
+                suite.methods[name].label: curves(result)
+                for name, result in results[task].items()
+                if result
+            }
+            if found:
+                files.append(root / "plots" / f"training-{task}-{budget}.png")
+                runs.save(lambda axes, c=found: training_bands(axes, c), files[-1], (9, 5))
+            points = {
+                suite.methods[name].label: result["gradient"]
+                for name, result in results[task].items()
+                if result and result["gradient"]
+            }
+            if points and budget == "passes":
+                files.append(root / "plots" / f"gradient-variance-{task}.png")
+                runs.save(lambda axes, p=points: variance_curves(axes, p), files[-1], (9, 5))
+    return files
+
+
+def curves(result: Mapping[str, Any] | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(forward passes, validation bits per unit) of each finished run, one per seed.
+
+    Args:
+        result: of one method in ``study.json``.
+    """
+    made = result["curves"].values() if result else ()
+    return [(np.array(c["forward_passes"]), np.array(c["bits_per_unit"])) for c in made]
+
+
+def training_bands(axes: Any, curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]) -> Any:
+    """Mean over seeds, in a band from the worst to the best seed.
+
+    Args:
+        axes: matplotlib axes.
+        curves: by method, one (forward passes, bits) per seed; a seed that ended early is drawn
+            as far as all of its method's go.
+    """
+    for number, (label, seeds) in enumerate(curves.items()):
+        length = min(len(bits) for _, bits in seeds)
+        passes = seeds[0][0][:length]
+        bits = np.stack([bits[:length] for _, bits in seeds])
+        color, style = f"C{number % 10}", _STYLES[number // 10]
+        axes.plot(passes, bits.mean(0), style, color=color, label=label, marker=".")
+        axes.fill_between(passes, bits.min(0), bits.max(0), color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="forward passes", ylabel="validation bound, bits per unit")
+    axes.legend(fontsize="small")
+    return axes
+
+
+def variance_curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Variance of the batch gradient at equal forward passes, rows included, along training.
+
+    Args:
+        axes: matplotlib axes.
+        points: by method, of ``study_table.gradient``; open circles have not settled.
+    """
+    for number, (label, found) in enumerate(points.items()):
+        color, style = f"C{number % 10}", _STYLES[number // 10]
+        passes = np.array([point["forward_passes"] for point in found])
+        total = np.array([point["total"]["mean"] for point in found])
+        errors = np.array([point["total"]["standard_error"] for point in found], np.float64)
+        axes.errorbar(passes, total, errors, color=color, linestyle=style, label=label)
+        for point in found:
+            face = color if point["total"]["settled"] else "none"
+            axes.plot(point["forward_passes"], point["total"]["mean"], "o", color=color, mfc=face)
+    axes.set(xlabel="forward passes", ylabel="variance of the batch gradient", yscale="log")
+    axes.legend(fontsize="small")
+    return axes

@@ -1,0 +1,290 @@
+"""From a suite to runs of the launcher, each resumable, with one record when it is finished."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.study.gradient_noise import along_training
+from experiments.study.suites import METHODS, Method, Suite, Task
+from mdm_jax.launch import train as launcher
+from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch.workdir import WorkdirError, changes, check, read_config, write_json
+from mdm_jax.training.interrupt import Interrupt
+from mdm_jax.training.loop import TrainingStopped
+from mdm_jax.training.metrics import read_metrics
+
+RECORD = "study.json"
+PARTS = ("runs", "task", "method", "budget-seed")
+"""Where a run is below the study's directory."""
+
+PRETRAINING = "pretraining"
+"""Budget of the runs that others start from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of a study.
+
+    Attributes:
+        task, method: names in the suite.
+        budget: "passes", "steps" or "pretraining".
+        seed: of parameters, order of the data and noise.
+    """
+
+    task: str
+    method: str
+    budget: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Directory below the study's, and what people are shown."""
+        return f"{self.task}/{self.method}/{self.budget}-{self.seed}"
+
+
+def plan(suite: Suite) -> list[Run]:
+    """All runs: pretraining, then by budget and seed, so that any prefix compares all methods.
+
+    A method of one forward pass has the same run under both budgets; it is listed under "passes".
+    """
+    runs = [
+        Run(task, method, PRETRAINING, 0)
+        for task in suite.pretrainings
+        for method in sorted({_pretraining_method(suite, m) for m in suite.methods.values()})
+    ]
+    return runs + [
+        Run(task, name, budget, seed)
+        for budget in suite.budgets
+        for seed in suite.seeds
+        for task in suite.tasks
+        for name, method in suite.methods.items()
+        if not method.same_as and budget in _own_budgets(suite, method)
+    ]
+
+
+def found_under(suite: Suite, run: Run) -> Run:
+    """The run of the plan that stands for ``run``: of the method it equals, and of the budget."""
+    method = suite.methods[run.method]
+    name = method.same_as or run.method
+    budgets = _own_budgets(suite, suite.methods[name])
+    return dataclasses.replace(
+        run, method=name, budget=run.budget if run.budget in budgets else budgets[0]
+    )
+
+
+def pretraining(suite: Suite, run: Run) -> Run | None:
+    """The run whose parameters ``run`` starts from, if any."""
+    source = "" if run.budget == PRETRAINING else suite.tasks[run.task].pretraining
+    if not source:
+        return None
+    return Run(source, _pretraining_method(suite, suite.methods[run.method]), PRETRAINING, 0)
+
+
+def configure(suite: Suite, run: Run, root: pathlib.Path) -> ConfigDict:
+    """The launcher's config of a run.
+
+    Raises:
+        ValueError: if the views do not divide the batch, or the steps are not a multiple of the
+            suite's measurements and evaluations.
+    """
+    task, method = _task(suite, run), _method(suite, run)
+    module, _, variant = task.config.partition(":")
+    config = importlib.import_module(f"experiments.configs.{module}").get_config(variant)
+    config.update_from_flattened_dict({**task.settings, **suite.settings, **method.settings})
+    config.variance.order = method.order
+    config.seed = run.seed
+    c = config.train
+    if run.budget == "passes":
+        if c.batch_size % method.views:
+            raise ValueError(
+                f"{run.name}: {method.views} views do not divide the batch of {c.batch_size} rows, "
+                "so forward passes cannot be made equal; change the task's train.batch_size"
+            )
+        c.batch_size //= method.views
+    for parts in (points(suite, run), suite.evaluations):
+        if c.steps % parts:
+            raise ValueError(f"{run.name}: {c.steps} steps cannot be cut into {parts} equal parts")
+    c.evaluate_every = c.steps // suite.evaluations
+    c.checkpoint_every = c.steps // points(suite, run)
+    # Every interruption leaves a checkpoint more, for which none that is measured may go.
+    c.keep_last = 100 if is_measured(suite, run) else 1
+    source = pretraining(suite, run)
+    c.init_from = "" if source is None else _path_of(source, run, root)
+    return config
+
+
+def _path_of(source: Run, run: Run, root: pathlib.Path) -> str:
+    """As the run was started with, so that a study may be moved or named by another path."""
+    path, started = directory(root, source), read_config(directory(root, run))
+    before = pathlib.PurePath(started["train"]["init_from"]) if started else path
+    same = before.parts[-len(PARTS) :] == path.parts[-len(PARTS) :]
+    return str(before if same else path)
+
+
+def check_run(suite: Suite, run: Run, root: pathlib.Path) -> None:
+    """Refuses results that were made under other settings than the suite's; changes nothing.
+
+    The launcher lets a run be evaluated in several ways; here the scores are compared, so the
+    settings of the evaluation must agree too, and those of the measured variances.
+
+    Raises:
+        WorkdirError: listing what differs.
+    """
+    workdir, config = directory(root, run), configure(suite, run, root)
+    check(workdir, config)
+    changed = changes(workdir, config, ("evaluate", "sample"))
+    record = read_record(root, run)
+    for point in record["gradient"] if record else ():
+        made = (len(point["total"]["group_variances"]), point["total"]["redraws"])
+        if is_measured(suite, run) and made != (suite.groups, suite.redraws):
+            changed.append(f"groups, redraws: {made} -> {(suite.groups, suite.redraws)}")
+            break
+    if changed:
+        raise WorkdirError(
+            f"{workdir} was made under other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nName another --workdir, restore these settings, or remove this run's directory."
+        )
+
+
+def is_measured(suite: Suite, run: Run) -> bool:
+    """Whether the gradient variance of the run is measured."""
+    return run.budget == "passes" and run.seed in suite.measured_seeds
+
+
+def points(suite: Suite, run: Run) -> int:
+    """At how many steps the run is saved."""
+    return suite.measured_points if is_measured(suite, run) else 2
+
+
+def forward_passes(suite: Suite, run: Run, root: pathlib.Path = pathlib.Path()) -> int:
+    """Rows that go through the network while training, each view counted."""
+    c = configure(suite, run, root).train
+    return c.steps * c.batch_size * _method(suite, run).views
+
+
+def directory(root: pathlib.Path, run: Run) -> pathlib.Path:
+    """The launcher's working directory of a run."""
+    return root / "runs" / run.name
+
+
+def read_record(root: pathlib.Path, run: Run) -> dict[str, Any] | None:
+    """What a finished run ended at, or None."""
+    path = directory(root, run) / RECORD
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def validation_curve(
+    root: pathlib.Path, run: Run, record: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """The validation bound of a finished run over forward passes."""
+    rows = list(read_metrics(directory(root, run) / "metrics.jsonl", "evaluate"))
+    passes = record["batch_size"] * record["views"]
+    return {
+        "forward_passes": [row["step"] * passes for row in rows],
+        "bits_per_unit": [row["bits_per_unit"] for row in rows],
+    }
+
+
+def revision(root: pathlib.Path, run: Run) -> str:
+    """Of the source tree that a started run was started with."""
+    path = directory(root, run) / "run.json"
+    return json.loads(path.read_text("utf-8"))["git_revision"] if path.exists() else "unknown"
+
+
+def execute(
+    suite: Suite,
+    run: Run,
+    root: pathlib.Path,
+    interrupt: Interrupt,
+    keep_checkpoints: bool = False,
+) -> dict[str, Any] | None:
+    """Trains, evaluates and measures one run, from wherever it stands, and writes its record.
+
+    A run that diverges has a record too, which says so. Checkpoints are removed once the record is
+    written, except those that other runs start from.
+
+    Returns:
+        The record; None if it was interrupted, and saved.
+
+    Raises:
+        Interrupted: if stopped after training.
+        ValueError, OSError, WorkdirError, CheckpointError: with a message for the user.
+    """
+    started, workdir = time.monotonic(), directory(root, run)
+    config = configure(suite, run, root)
+    experiment = make_experiment(config)
+    views = _method(suite, run).views
+    if experiment.transform.views != views:
+        raise ValueError(f"{run.method}: {experiment.transform.views} views, not {views}")
+    record = dataclasses.asdict(run) | {
+        "steps": config.train.steps,
+        "batch_size": config.train.batch_size,
+        "views": views,
+        "forward_passes": config.train.steps * config.train.batch_size * views,
+        "failed": "",
+        "evaluation": None,
+        "gradient": [],
+    }
+    try:
+        if not launcher.train(experiment, workdir, interrupt):
+            return None
+    except TrainingStopped as error:
+        record["failed"] = str(error)
+    else:
+        record["evaluation"] = launcher.evaluate(experiment, workdir, interrupt.check)
+        if is_measured(suite, run):
+            record["gradient"] = along_training(
+                experiment,
+                workdir,
+                batch_size=config.train.batch_size * views,
+                groups=suite.groups,
+                redraws=suite.redraws,
+                reference=_reference(suite, run, root),
+                check=interrupt.check,
+            )
+    record["training_seconds"] = training_seconds(workdir)
+    record["seconds_since_last_start"] = time.monotonic() - started
+    write_json(workdir / RECORD, record)
+    if not keep_checkpoints and run.budget != PRETRAINING:
+        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    return record
+
+
+def training_seconds(workdir: pathlib.Path) -> float:
+    """Time of the steps alone, over all sessions: no compilation, evaluation or saving."""
+    total, before = 0.0, 0
+    for record in read_metrics(workdir / "metrics.jsonl", "speed"):
+        total += record["step_seconds"] * (record["step"] - before)
+        before = record["step"]
+    return total
+
+
+def _reference(suite: Suite, run: Run, root: pathlib.Path):
+    if run.method in (suite.baseline, "autoregressive") or suite.baseline not in suite.methods:
+        return None
+    return make_experiment(configure(suite, dataclasses.replace(run, method=suite.baseline), root))
+
+
+def _own_budgets(suite: Suite, method: Method) -> tuple[str, ...]:
+    return suite.budgets if method.views > 1 else suite.budgets[:1]
+
+
+def _pretraining_method(suite: Suite, method: Method) -> str:
+    masked = method.settings.get("process", "masked") == "masked"
+    return suite.pretrained_by if masked else "autoregressive"
+
+
+def _task(suite: Suite, run: Run) -> Task:
+    return (suite.pretrainings if run.budget == PRETRAINING else suite.tasks)[run.task]
+
+
+def _method(suite: Suite, run: Run) -> Method:
+    return (METHODS if run.budget == PRETRAINING else suite.methods)[run.method]

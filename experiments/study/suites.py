@@ -1,0 +1,414 @@
+"""The suites of the stability study, as data: tasks, methods, seeds and budgets.
+
+Nothing here runs anything; ``experiments/study_runs.py`` turns a suite into runs of the launcher.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mdm_jax.launch import config as launch_config
+
+PUBLISHED = {"corruption.name": "bernoulli", "law.name": "clipped", "law.clipped.low": 1e-3}
+"""Independent masks at a rate uniform on [0.001, 1], as LLaDA and the training scripts of
+arXiv 2511.18159 draw it. Below that end the variance of the weight 1/m would be infinite."""
+
+_FIXED = {"corruption.name": "fixed_count", "law.name": "linear"}
+_FLAT = {"weighting.name": "p2", "weighting.p2.k": 1.0, "weighting.p2.gamma": 1.0}
+"""A factor m on the bound's weight 1/m: ``1 / (1 + exp(logsnr))`` is the masking rate."""
+
+_PPOTS = {
+    "variance.ppots.num_bins": 16,
+    "variance.ppots.decay": 0.99,
+    "variance.ppots.warmup_steps": 20,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        label: of tables and plots.
+        order: the variance chain.
+        views: forward passes per row.
+        settings: config fields by dotted name.
+        same_as: name of a method that this one trains as, bit for bit; it is not run again.
+        note: below the tables: what stands in for a method of the paper, and what is known of it.
+    """
+
+    label: str
+    order: tuple[str, ...] = ()
+    views: int = 1
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    same_as: str = ""
+    note: str = ""
+
+
+METHODS: dict[str, Method] = {
+    "standard": Method(
+        "standard",
+        settings=PUBLISHED,
+        note="independent rates on [0.001, 1], independent masks, weight 1/m (LLaDA)",
+    ),
+    "clipped": Method(
+        "clipped",
+        ("clipped",),
+        settings=PUBLISHED | {"law.name": "linear"},
+        note="rates in [0.3, 0.8] (BD3-LM); truncated: the bound's part outside is not trained",
+    ),
+    "strats": Method(
+        "StraTS",
+        ("coarse_strata",),
+        settings=PUBLISHED,
+        note="as many strata as the root of the batch, as the published script has it; that this "
+        "is the paper's StraTS is our inference",
+    ),
+    "isad": Method(
+        "ISAD",
+        settings=PUBLISHED | {"corruption.name": "bernoulli_shifted_rate"},
+        note="rare tokens masked with a rate 0.2 higher and weight 1/q, as the published script "
+        "has it; biased: the context of a token follows another law",
+    ),
+    "ema": Method(
+        "EMA",
+        same_as="standard",
+        note="an average of past losses subtracted from the loss leaves every gradient as it is, "
+        "bit for bit, so this row is that of standard training and was not run again",
+    ),
+    "mirror": Method("MIRROR", ("mirror",), 2, PUBLISHED),
+    "ppots": Method(
+        "P-POTS",
+        ("ppots",),
+        settings=PUBLISHED | _PPOTS,
+        note="bins that learn while training, with an exact weight; the paper fits a curve to a "
+        "calibration run instead (`ppots_parametric`)",
+    ),
+    "ppots_mirror": Method("P-POTS + MIRROR", ("ppots", "mirror"), 2, PUBLISHED | _PPOTS),
+    "fixed_counts": Method("fixed counts", settings=_FIXED),
+    "fixed_counts_rotated": Method(
+        "fixed counts + rotated views",
+        ("rotate_ranks",),
+        4,
+        _FIXED | {"variance.rotate_ranks.views": 4},
+    ),
+    "stratified_mirror": Method(
+        "fixed counts + stratified + MIRROR", ("stratified", "mirror"), 2, _FIXED
+    ),
+    "recommended": Method(
+        "recommended chain",
+        tuple(launch_config.get_config().variance.order),
+        settings=_FIXED,
+        note="fixed counts, stratified rates, P-POTS by the loss's slopes at the outputs: the "
+        "default of `experiments/configs/base.py`",
+    ),
+    "recommended_for_answers": Method(
+        "recommended chain for answers",
+        ("stratified", "clipped"),
+        settings=_FIXED,
+        note="fixed counts, stratified rates in [0.3, 0.8]: truncated, for models that "
+        "are judged by their answers and not by a likelihood",
+    ),
+    "autoregressive": Method(
+        "autoregressive",
+        settings={"process": "autoregressive"},
+        note="the same network under a causal mask; its likelihood is exact, where the others "
+        "have a bound",
+    ),
+}
+
+ATTEMPTS: dict[str, Method] = {
+    "truncated_slopes": Method(
+        "rates in [0.3, 0.8], stratified, P-POTS by slopes",
+        ("stratified", "ppots_slopes"),
+        settings={
+            "corruption.name": "fixed_count",
+            "law.name": "clipped",
+            "law.clipped.low": 0.3,
+            "law.clipped.high": 0.8,
+        },
+    ),
+    "higher_rates": Method(
+        "rates in [0.4, 0.9], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.4, "variance.clipped.high": 0.9},
+    ),
+    "wider_rates": Method(
+        "rates in [0.1, 0.9], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.1, "variance.clipped.high": 0.9},
+    ),
+    "truncated_mirror": Method(
+        "rates in [0.3, 0.8], stratified, MIRROR",
+        ("stratified", "clipped", "mirror"),
+        2,
+        _FIXED,
+    ),
+    "highest_rates": Method(
+        "rates in [0.5, 1], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.5, "variance.clipped.high": 1.0},
+    ),
+    "truncated_flat": Method(
+        "rates in [0.3, 0.8], stratified, flat weight",
+        ("stratified", "clipped"),
+        settings=_FIXED | _FLAT,
+    ),
+}
+"""What else was tried on Sudoku, whose seeds differ most: other ranges, and what may be combined
+with a range."""
+
+FLAT_WEIGHTS: dict[str, Method] = {
+    "flat": Method(
+        "flat weight, stratified",
+        ("stratified",),
+        settings=_FIXED | _FLAT,
+        note="a cross-entropy at every masked place with the same weight at all rates, in place of "
+        "1/m: no bound, but the same minimiser, since every rate is trained",
+    ),
+    "flat_slopes": Method(
+        "flat weight, stratified, P-POTS by slopes",
+        ("stratified", "ppots_slopes"),
+        settings=_FIXED | _FLAT,
+    ),
+}
+"""Variance removed by the weight instead of the range of rates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained on.
+
+    Attributes:
+        config: ``module`` or ``module:variant`` below ``experiments/configs``.
+        score: field of ``evaluation.json`` that methods are compared by.
+        settings: config fields by dotted name; here the frozen hyper-parameters are.
+        pretraining: name of the task, among the suite's pretrainings, whose parameters runs start
+            from. Masked methods share one such run, the autoregressive model has its own.
+    """
+
+    config: str
+    score: str = "accuracy"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pretraining: str = ""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the score."""
+        return self.score == "accuracy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """All runs of a study.
+
+    Attributes:
+        name: of the suite.
+        tasks, methods: by name.
+        seeds: of initial parameters, order of the data, and noise.
+        budgets: "passes": batches have a K-th of the rows under K views; "steps": all rows.
+        baseline: the method that others are compared with.
+        pretrainings: tasks trained once, by ``pretrained_by``.
+        pretrained_by: the one of :data:`METHODS` that the masked pretraining uses.
+        measured_seeds: seeds whose gradient variance is measured while training.
+        measured_points: at how many steps, the last among them; a divisor of the steps.
+        evaluations: of the validation bound, likewise.
+        groups, redraws: design of the measurement (``evaluation.efficiency``).
+        settings: config fields of every run.
+    """
+
+    name: str
+    tasks: Mapping[str, Task]
+    methods: Mapping[str, Method]
+    seeds: tuple[int, ...]
+    budgets: tuple[str, ...] = ("passes", "steps")
+    baseline: str = "standard"
+    pretrainings: Mapping[str, Task] = dataclasses.field(default_factory=dict)
+    pretrained_by: str = "fixed_counts"
+    measured_seeds: tuple[int, ...] = (0,)
+    measured_points: int = 4
+    evaluations: int = 4
+    groups: int = 8
+    redraws: int = 6
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_SMALL_NETWORK = {"model.width": 96, "model.depth": 3}
+# Every optimizer.peak of the small tasks is what the suite "tune" found best, by the table in
+# docs/study.md; that of "full" is not tuned.
+_SUDOKU6 = Task(
+    "study.sudoku6",
+    settings=_SMALL_NETWORK | {"train.steps": 360, "train.batch_size": 16, "optimizer.peak": 1e-2},
+)
+_TEXT = Task(
+    "study.text",
+    "bits_per_unit",
+    {"model.width": 64, "model.depth": 2, "train.steps": 360, "train.batch_size": 16}
+    | {"optimizer.peak": 2e-2},
+)
+_FINE_TUNING = Task(
+    "study.sudoku4",
+    settings=_SMALL_NETWORK
+    | {
+        "data.task.noise_every": 2,
+        "data.task.train_rows": 500,
+        "train.steps": 180,
+        "train.batch_size": 8,
+        "optimizer.peak": 4e-2,
+    },
+    pretraining="sudoku4_pretraining",
+)
+_PRETRAINING = Task(
+    "study.sudoku4",
+    settings=_SMALL_NETWORK | {"train.steps": 300, "train.batch_size": 16},
+)
+_QUICK = {
+    "evaluate.max_rows": 256,
+    "evaluate.passes": 2,
+    "evaluate.replicates": 2,
+    "evaluate.final_passes": 4,
+    "evaluate.final_replicates": 2,
+    "evaluate.batch_size": 64,
+    "sample.num_answers": 256,
+    "train.log_every": 20,
+}
+
+_GPU_NETWORK = {"model.width": 384, "model.depth": 8, "model.num_heads": 6}
+
+SUITES: dict[str, Suite] = {
+    "small": Suite(
+        name="small",
+        tasks={"sudoku6": _SUDOKU6, "text": _TEXT, "sudoku4_noisy": _FINE_TUNING},
+        methods=METHODS,
+        seeds=(0, 1, 2, 3, 4),
+        pretrainings={"sudoku4_pretraining": _PRETRAINING},
+        measured_points=3,
+        groups=8,
+        redraws=6,
+        settings=_QUICK,
+    ),
+    "full": Suite(
+        name="full",
+        tasks={
+            "sudoku6": Task(
+                "study.sudoku6",
+                settings=_GPU_NETWORK | {"train.steps": 6000, "train.batch_size": 64},
+            ),
+            "chain": Task(
+                "study.chain",
+                settings=_GPU_NETWORK | {"train.steps": 20_000, "train.batch_size": 64},
+            ),
+            "text": Task(
+                "study.text",
+                "bits_per_unit",
+                _GPU_NETWORK | {"train.steps": 4000, "train.batch_size": 64, "data.length": 256},
+            ),
+            "sudoku6_noisy": Task(
+                "study.sudoku6_noisy",
+                settings=_GPU_NETWORK | {"train.steps": 2000},
+                pretraining="sudoku6_pretraining",
+            ),
+        },
+        methods=METHODS,
+        seeds=tuple(range(10)),
+        pretrainings={
+            "sudoku6_pretraining": Task(
+                "study.sudoku6",
+                settings=_GPU_NETWORK | {"train.steps": 6000, "train.batch_size": 64},
+            )
+        },
+        measured_seeds=(0, 1, 2),
+        measured_points=5,
+        groups=16,
+        redraws=16,
+        settings=_QUICK | {"evaluate.max_rows": 0, "optimizer.peak": 5e-3, "sample.num_answers": 0},
+    ),
+    "smoke": Suite(
+        name="smoke",
+        tasks={"sudoku4": Task("study.sudoku4:smoke", "bits_per_unit")},
+        methods={name: METHODS[name] for name in ("standard", "ema", "recommended")},
+        seeds=(0, 1),
+        budgets=("passes",),
+        measured_points=2,
+        evaluations=1,
+        groups=2,
+        redraws=2,
+        settings={"train.log_every": 1, "train.monitors": (), "optimizer.name": "adamw"},
+    ),
+}
+
+
+def tuning(suite: Suite, peaks: tuple[float, ...], seeds: tuple[int, ...]) -> Suite:
+    """Standard training of the suite's tasks at several learning rates, on seeds of its own.
+
+    What wins by the mean score is written into the tasks of the suite by hand and stays for all
+    methods.
+    """
+    standard = suite.methods[suite.baseline]
+    methods = {
+        f"standard_{peak:g}": dataclasses.replace(
+            standard,
+            label=f"standard, peak {peak:g}",
+            settings={**standard.settings, "optimizer.peak": peak},
+            note="",
+        )
+        for peak in peaks
+    }
+    return dataclasses.replace(
+        suite,
+        name="tune",
+        methods=methods,
+        seeds=seeds,
+        budgets=("passes",),
+        baseline=next(iter(methods)),
+        measured_seeds=(),
+    )
+
+
+SUITES["attempts"] = dataclasses.replace(
+    SUITES["small"],
+    name="attempts",
+    tasks={"sudoku6": _SUDOKU6},
+    methods={name: METHODS[name] for name in ("standard", "recommended_for_answers")} | ATTEMPTS,
+    budgets=("passes",),
+    pretrainings={},
+)
+SUITES["confirmation"] = dataclasses.replace(
+    SUITES["small"],
+    name="confirmation",
+    methods={
+        name: METHODS[name]
+        for name in ("standard", "recommended", "recommended_for_answers", "autoregressive")
+    },
+    seeds=(5, 6, 7, 8, 9),
+    budgets=("passes",),
+    measured_seeds=(5, 6, 7),
+    measured_points=1,
+    redraws=24,
+    settings=_QUICK | {"sample.num_answers": 512},
+)
+SUITES["confirmation_rates"] = dataclasses.replace(
+    SUITES["confirmation"],
+    name="confirmation_rates",
+    methods={"standard": METHODS["standard"], "highest_rates": ATTEMPTS["highest_rates"]},
+)
+SUITES["longer"] = dataclasses.replace(
+    SUITES["confirmation"],
+    name="longer",
+    tasks={
+        "sudoku6": dataclasses.replace(
+            _SUDOKU6, settings={**_SUDOKU6.settings, "train.steps": 2 * 360}
+        )
+    },
+    pretrainings={},
+    seeds=(5, 6, 7),
+    measured_seeds=(5,),
+)
+SUITES["weights"] = dataclasses.replace(
+    SUITES["small"],
+    name="weights",
+    methods={name: METHODS[name] for name in ("standard", "recommended", "recommended_for_answers")}
+    | FLAT_WEIGHTS,
+    budgets=("passes",),
+)
+SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))

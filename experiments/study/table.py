@@ -1,0 +1,387 @@
+"""What the runs of a study amount to: means, spreads, paired intervals, and tables of them."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+import experiments
+from experiments.study import runs as study_runs
+from experiments.study.runs import Run
+from experiments.study.suites import Suite, Task
+from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
+from mdm_jax.evaluation.seeds import holm, paired_seeds
+from mdm_jax.launch.workdir import provenance, write_json
+
+BUDGETS = {"passes": "equal forward passes", "steps": "equal steps"}
+
+
+def write(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
+    """Writes ``study.json`` and ``study.md`` from whatever is finished; returns the former."""
+    root.mkdir(parents=True, exist_ok=True)
+    results = {
+        budget: {
+            task: summarise(suite, task, records(suite, root, task, budget)) for task in suite.tasks
+        }
+        for budget in suite.budgets
+    }
+    finished, total = count(suite, root)
+    record = {
+        "suite": suite.name,
+        "finished": finished,
+        "planned": total,
+        "provenance": provenance(min(suite.seeds)),
+        "revisions": revisions(suite, root),
+        "results": results,
+    }
+    write_json(root / "study.json", record)
+    (root / "study.md").write_text(markdown(suite, record), "utf-8")
+    return record
+
+
+def published(name: str) -> dict[str, Any]:
+    """The ``study.json`` of a suite that comes with the package; ``docs/study.md`` discusses it.
+
+    Raises:
+        ValueError: naming those that there are, if it is none of them.
+    """
+    files = {
+        f.name.removesuffix(".json"): f
+        for f in (resources.files(experiments) / "results").iterdir()
+    }
+    if name not in files:
+        raise ValueError(f"no results of {name!r} come with the package, only of {sorted(files)}")
+    return json.loads(files[name].read_text("utf-8"))
+
+
+def revisions(suite: Suite, root: pathlib.Path) -> dict[str, int]:
+    """How many finished runs each git revision has made."""
+    runs = [r for r in study_runs.plan(suite) if study_runs.read_record(root, r) is not None]
+    found = [study_runs.revision(root, run) for run in runs]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def records(
+    suite: Suite, root: pathlib.Path, task: str, budget: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of the finished runs by method, in the order of the seeds, with their curves."""
+    found = {}
+    for method in suite.methods:
+        runs = [
+            study_runs.found_under(suite, Run(task, method, budget, seed)) for seed in suite.seeds
+        ]
+        read = [(run, study_runs.read_record(root, run)) for run in runs]
+        found[method] = [
+            record | {"curve": study_runs.validation_curve(root, run, record)}
+            for run, record in read
+            if record is not None
+        ]
+    return found
+
+
+def summarise(
+    suite: Suite, task: str, found: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Every method of one task under one budget, each compared with the baseline seed by seed.
+
+    Args:
+        suite: what was planned.
+        task: its name.
+        found: records by method, from :func:`records`.
+
+    Returns:
+        JSON values by method; None where nothing is finished.
+    """
+    chosen = suite.tasks[task]
+    baseline = scores(chosen, found.get(suite.baseline, ()))
+    results = {}
+    for method, runs in found.items():
+        own = scores(chosen, runs)
+        if not runs:
+            results[method] = None
+            continue
+        values = np.array(list(own.values()), np.float64)
+        both = [seed for seed in own if seed in baseline]
+        paired = None
+        if both and method != suite.baseline:
+            paired = paired_seeds([own[s] for s in both], [baseline[s] for s in both]).to_dict()
+            paired["holm_p"] = None
+        results[method] = {
+            "scores": {str(seed): score for seed, score in own.items()},
+            "failed": [run["seed"] for run in runs if run["failed"]],
+            "mean": float(values.mean()) if len(values) else None,
+            "standard_deviation": float(values.std(ddof=1)) if len(values) > 1 else None,
+            "worst": _worst(chosen, values),
+            "worst_beats_best_of_baseline": None
+            if paired is None
+            else _worst_beats_best(chosen, values, np.array(list(baseline.values()))),
+            "against_baseline": paired,
+            "training_seconds": float(np.mean([run["training_seconds"] for run in runs])),
+            "steps": runs[0]["steps"],
+            "batch_size": runs[0]["batch_size"],
+            "forward_passes": runs[0]["forward_passes"],
+            "bits_per_unit": _mean([_field(run, "bits_per_unit") for run in runs]),
+            "curves": {str(run["seed"]): run["curve"] for run in runs},
+            "gradient": gradient(runs),
+        }
+    _correct(suite, results)
+    for method, result in results.items():
+        if result is not None:
+            same = results.get(suite.methods[method].same_as or method)
+            for name in ("total", "noise"):
+                result[f"{name}_over_baseline"] = _over(name, same, results.get(suite.baseline))
+    return results
+
+
+def scores(task: Task, runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The task's score by seed; runs that diverged have none."""
+    return {run["seed"]: run["evaluation"][task.score] for run in runs if not run["failed"]}
+
+
+def gradient(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Variance of the batch gradient by checkpoint, over all groups of the runs that have it.
+
+    All are of batches of equally many forward passes, fewer rows where they have several views.
+    ``total`` is what the optimiser sees, rows drawn anew too; ``noise`` that of levels and masks
+    with the rows fixed; ``reference`` the total of the baseline at the same parameters. Each is
+    None or has its ``mean`` and ``standard_error``, whether it had ``settled`` in all runs, and its
+    ``groups`` by seed. ``over_reference`` is the ratio of total to reference, likewise.
+    ``noise_to_signal`` is the total over the squared norm of the mean gradient, None where that
+    is not above 0.
+    """
+    measured = {run["seed"]: run["gradient"] for run in runs if run["gradient"]}
+    found = []
+    for number in range(min(map(len, measured.values()), default=0)):
+        points = {seed: each[number] for seed, each in measured.items()}
+        step = next(iter(points.values()))["step"]
+        point = {
+            "step": step,
+            "forward_passes": step * runs[0]["batch_size"] * runs[0]["views"],
+        }
+        for name in ("total", "noise", "reference"):
+            parts = {seed: p[name] for seed, p in points.items() if p[name]}
+            groups = {str(seed): part["group_variances"] for seed, part in parts.items()}
+            point[name] = None
+            if groups:
+                joined = np.concatenate(list(groups.values()))
+                point[name] = {
+                    "mean": float(joined.mean()),
+                    "standard_error": finite_or_none(standard_error_of_mean(joined)),
+                    "settled": all(not part["unsettled"] for part in parts.values()),
+                    "groups": groups,
+                }
+        signal = np.mean([p["total"]["signal"] for p in points.values()])
+        point["noise_to_signal"] = point["total"]["mean"] / signal if signal > 0 else None
+        point["over_reference"] = _ratio(point["total"], point["reference"])
+        found.append(point)
+    return found
+
+
+def count(suite: Suite, root: pathlib.Path) -> tuple[int, int]:
+    """Finished and planned runs."""
+    runs = study_runs.plan(suite)
+    return sum(study_runs.read_record(root, run) is not None for run in runs), len(runs)
+
+
+def progress(suite: Suite, root: pathlib.Path) -> str:
+    """Finished and planned runs by task and method, for the terminal."""
+    runs, names = study_runs.plan(suite), {**suite.pretrainings, **suite.tasks}
+    rows = [["", *names]]
+    for method in dict.fromkeys(run.method for run in runs):
+        row = [method]
+        for task in names:
+            mine = [run for run in runs if (run.task, run.method) == (task, method)]
+            done = sum(study_runs.read_record(root, run) is not None for run in mine)
+            row.append(f"{done}/{len(mine)}" if mine else "")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    finished, total = count(suite, root)
+    return "\n".join([*lines, f"{finished} of {total} runs are finished"])
+
+
+def line(suite: Suite, run: Run, record: Mapping[str, Any], done: int, total: int, left: float):
+    """One finished run, for the terminal; ``left`` in seconds."""
+    task = {**suite.pretrainings, **suite.tasks}[run.task]
+    ended = "diverged" if record["failed"] else f"{task.score} {_field(record, task.score):.4f}"
+    return (
+        f"[{done}/{total}] {run.name}: {ended}, trained {record['training_seconds']:.0f} s; "
+        f"about {left / 60:.0f} min left"
+    )
+
+
+def markdown(suite: Suite, record: Mapping[str, Any]) -> str:
+    """All tables."""
+    made = record["provenance"]
+    parts = [
+        f"{record['finished']} of {record['planned']} runs finished; {len(suite.seeds)} seeds; "
+        f"jax {made['packages']['jax']}, {made['platform']}; runs by revision: "
+        + ", ".join(f"{count} of {name[:12]}" for name, count in record["revisions"].items())
+        + "."
+    ]
+    for budget, results in record["results"].items():
+        parts.append(f"## Mean ± standard deviation over seeds, {BUDGETS[budget]}")
+        parts.append(_overview(suite, results))
+        for task in suite.tasks:
+            parts.append(f"### {task}, {BUDGETS[budget]}")
+            parts.append(_details(suite, results[task]))
+    notes = [f"* **{m.label}**: {m.note}." for m in suite.methods.values() if m.note]
+    return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
+
+
+def _overview(suite: Suite, results: Mapping[str, Any]) -> str:
+    heads = [
+        f"{name} ({task.score.replace('_', ' ')}, {'up' if task.higher_is_better else 'down'})"
+        for name, task in suite.tasks.items()
+    ]
+    rows = [
+        [method.label, *(_spread(results[task][name]) for task in suite.tasks)]
+        for name, method in suite.methods.items()
+    ]
+    return _table(["method", *heads], rows)
+
+
+def _details(suite: Suite, results: Mapping[str, Any]) -> str:
+    head = ["method", "mean ± s.d.", "worst seed", "against the baseline (95 %)"]
+    head += ["in standard errors", "p of signs", "p (Holm)", "worst beats best baseline"]
+    head += ["bits per unit", "variance ÷ baseline's", "at same θ", "noise ÷ baseline's"]
+    head += ["noise to signal", "passes", "seconds"]
+    rows = []
+    for name, method in suite.methods.items():
+        r = results[name]
+        if r is None:
+            rows.append([method.label, "not yet run", *[""] * (len(head) - 2)])
+            continue
+        last = r["gradient"][-1] if r["gradient"] else {}
+        paired = r["against_baseline"]
+        rows.append(
+            [
+                method.label + (f" ({len(r['failed'])} diverged)" if r["failed"] else ""),
+                _spread(r),
+                _number(r["worst"]),
+                _interval(paired),
+                _standard_errors(paired),
+                _number(paired and paired["sign_flips"]),
+                _number(paired and paired["holm_p"]),
+                {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
+                _number(r["bits_per_unit"]),
+                _measured(r["total_over_baseline"]),
+                _measured(last.get("over_reference")),
+                _measured(r["noise_over_baseline"]),
+                _number(last.get("noise_to_signal")) + _star(last.get("total")),
+                f"{r['forward_passes']:,}",
+                f"{r['training_seconds']:.0f}",
+            ]
+        )
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def _interval(paired: Mapping[str, Any] | None) -> str:
+    if paired is None:
+        return ""
+    low, high = paired["bootstrap"]
+    mark = " **" if paired["significant"] else ""
+    return f"{paired['mean']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
+
+
+def _standard_errors(paired: Mapping[str, Any] | None) -> str:
+    if paired is None or not paired["standard_error"]:
+        return ""
+    return f"{paired['mean'] / paired['standard_error']:+.1f}"
+
+
+def _spread(result: Mapping[str, Any] | None) -> str:
+    if result is None or result["mean"] is None:
+        return "not yet run" if result is None else "diverged"
+    spread = result["standard_deviation"]
+    return f"{result['mean']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _measured(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return ""
+    error = ratio["standard_error"]
+    return _number(ratio["ratio"]) + (f" ± {error:.2g}" if error else "") + _star(ratio)
+
+
+def _star(estimate: Mapping[str, Any] | None) -> str:
+    return "" if estimate is None or estimate["settled"] else "*"
+
+
+def _worst(task: Task, values: np.ndarray) -> float | None:
+    if not len(values):
+        return None
+    return float(values.min() if task.higher_is_better else values.max())
+
+
+def _worst_beats_best(task: Task, values: np.ndarray, baseline: np.ndarray) -> bool | None:
+    if not len(values) or not len(baseline):
+        return None
+    if task.higher_is_better:
+        return bool(values.min() > baseline.max())
+    return bool(values.max() < baseline.min())
+
+
+def _over(
+    name: str, result: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Ratio of the variances at the last checkpoints."""
+    if not (result and baseline and result["gradient"] and baseline["gradient"]):
+        return None
+    return _ratio(*(each["gradient"][-1][name] for each in (result, baseline)))
+
+
+def _ratio(
+    above: Mapping[str, Any] | None, below: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Of two variances, with its standard error to first order.
+
+    Groups of one seed have the same rows and the same keys, so they are paired; a ratio is settled
+    where both of its parts are.
+    """
+    seeds = [seed for seed in above["groups"] if seed in below["groups"]] if above and below else []
+    if not seeds:
+        return None
+    parts = [np.concatenate([each["groups"][seed] for seed in seeds]) for each in (above, below)]
+    if parts[1].sum() <= 0:
+        return None
+    error = standard_error_of_ratio(*parts) if len(parts[0]) == len(parts[1]) else np.nan
+    return {
+        "ratio": float(parts[0].mean() / parts[1].mean()),
+        "standard_error": finite_or_none(error),
+        "settled": above["settled"] and below["settled"],
+    }
+
+
+def _correct(suite: Suite, results: Mapping[str, Any]) -> None:
+    """Adds Holm's p-values over the comparisons of one table; of equal runs there is one."""
+    compared = [
+        name
+        for name, result in results.items()
+        if result and result["against_baseline"] and not suite.methods[name].same_as
+    ]
+    found = [results[name]["against_baseline"] for name in compared]
+    known = [paired for paired in found if paired["student_p"] is not None]
+    for paired, p in zip(known, holm([paired["student_p"] for paired in known])):
+        paired["holm_p"] = p
+
+
+def _field(run: Mapping[str, Any], name: str) -> float | None:
+    return None if run["failed"] else run["evaluation"][name]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,68 @@
+"""Checks of arguments: known numbers when an object is built, and names of registries."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from mdm_jax.types import ArrayLike
+
+
+def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
+    """A known number as a Python float, a traced scalar as it is.
+
+    Raises:
+        TypeError: if ``value`` is not a number or an array of numbers.
+        ValueError: if it is not a scalar. Batches of laws are made with ``jax.vmap``.
+    """
+    if isinstance(value, bool | str) or value is None:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int | float | np.number):
+        return float(value)
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if value.shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {value.shape}; batch with jax.vmap")
+    return float(value) if is_concrete(value) else value
+
+
+def is_concrete(*values: ArrayLike) -> bool:
+    """Whether all values are known now, and can be checked."""
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def check_interval(name: str, low: ArrayLike, high: ArrayLike, what: str = "logSNR") -> None:
+    """Raises ValueError unless low < high. NaN fails, infinite ends pass."""
+    if is_concrete(low, high) and not low < high:
+        raise ValueError(f"{name} needs low < high ({what}), got low={low}, high={high}")
+
+
+def check_finite(name: str, **values: ArrayLike) -> None:
+    """Raises ValueError for the first of the named values that is known and not finite."""
+    for key, value in values.items():
+        if is_concrete(value) and not np.isfinite(value):
+            raise ValueError(f"{name} needs a finite {key}, got {value}")
+
+
+def unknown_name(
+    name: str,
+    known: Iterable[str],
+    kind: str,
+    elsewhere: Mapping[str, str] | None = None,
+) -> ValueError:
+    """The error for an unknown name, with close matches.
+
+    Args:
+        name: what was given.
+        known: the names that are allowed.
+        kind: what they name, as in "masked schedule".
+        elsewhere: where names of another registry stand, by name.
+    """
+    known = sorted(known)
+    message = f"unknown {kind} {name!r}; "
+    if elsewhere and name in elsewhere:
+        message += f"{name!r} is {elsewhere[name]}; "
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.4):
+        message += f"did you mean {' or '.join(near)}? "
+    return ValueError(f"{message}known: {', '.join(known)}")

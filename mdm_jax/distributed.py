@@ -1,0 +1,93 @@
+"""Several processes of one run: what they agree on, and arrays that live in more than one.
+
+Every function is trivial with one process. With several they are collectives: all processes must
+call them at the same point of the program.
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mdm_jax.types import PyTree
+
+ROW_AXES = ("data", "fsdp")
+"""Mesh axes over which the rows of a batch are spread."""
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks to people."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether ``flag`` is set in any process."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag, np.int32))))
+
+
+def from_first(value: Any) -> Any:
+    """The first process's ``value``, which is plain JSON; other processes' is not looked at."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode() if is_first() else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    padded = text if is_first() else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Whole NumPy arrays of every leaf, wherever its parts lie."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if whole or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(fetch, tree)
+
+
+def spread_rows(batch: PyTree, like: PyTree) -> PyTree:
+    """A batch that every process holds whole, with its rows over the devices that hold ``like``.
+
+    Args:
+        batch: NumPy arrays with a leading axis of rows, the same in every process.
+        like: parameters; where their mesh has no axis of :data:`ROW_AXES`, or its size does not
+            divide the number of rows, every device gets all rows.
+    """
+    mesh = _mesh_of(like)
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
+    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+
+    def place(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf
+        values = np.asarray(leaf)
+        spec = PartitionSpec(axes) if values.shape[0] % ways == 0 else PartitionSpec()
+        return jax.make_array_from_callback(
+            values.shape, NamedSharding(mesh, spec), lambda index: values[index]
+        )
+
+    return jax.tree.map(place, batch)
+
+
+def _mesh_of(tree: PyTree) -> Mesh | None:
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None

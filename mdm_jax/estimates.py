@@ -1,0 +1,79 @@
+"""Standard errors of means and ratios, and numbers as JSON takes them.
+
+Running means of gradients and the sum of squared deviations, in one pass.
+
+Adding sample i to a running mean of the samples before it yields the number
+
+    (i - 1) / i * |G_i - mean of G_1 .. G_{i-1}|^2 ,
+
+zero for the first. For independent samples of one law each of them, from the second on, has the
+expectation ``tr Cov(G)``, and together they add up to the sum of squared deviations from the final
+mean. No difference of large sums is taken.
+
+Reference: Welford 1962; recursive residuals.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.types import Array, PyTree
+
+
+def standard_error_of_mean(values: np.ndarray) -> float:
+    """Standard error of the mean of independent values [R]; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def standard_error_of_ratio(totals: np.ndarray, sizes: np.ndarray) -> float:
+    """Standard error of ``sum(totals) / sum(sizes)`` with rows [N] as the sampling unit.
+
+    To first order (linearised); NaN for fewer than two rows or without size.
+    """
+    rows, size = len(totals), sizes.sum()
+    if rows < 2 or size <= 0:
+        return math.nan
+    residual = totals - totals.sum() / size * sizes
+    return float(math.sqrt(rows / (rows - 1) * np.sum(residual**2)) / size)
+
+
+def finite_or_none(value: float) -> float | None:
+    """A number as JSON takes it: None for NaN and the infinities."""
+    return float(value) if math.isfinite(value) else None
+
+
+class RunningMean(NamedTuple):
+    """Mean of the samples so far.
+
+    Attributes:
+        count: [] float32 number of samples.
+        mean: like one sample, in float32.
+    """
+
+    count: Array
+    mean: PyTree
+
+
+def start(like: PyTree) -> RunningMean:
+    """Nothing seen yet; samples will have the structure of ``like``."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), like)
+    return RunningMean(jnp.zeros((), jnp.float32), zeros)
+
+
+def add(running: RunningMean, sample: PyTree) -> tuple[RunningMean, Array]:
+    """The mean with one more sample, and that sample's term of the squared deviations."""
+    count = running.count + 1
+    change = jax.tree.map(lambda x, m: x.astype(jnp.float32) - m, sample, running.mean)
+    mean = jax.tree.map(lambda m, d: m + d / count, running.mean, change)
+    return RunningMean(count, mean), square_norm(change) * (count - 1) / count
+
+
+def square_norm(tree: PyTree) -> Array:
+    """Sum of squares over all leaves, float32."""
+    squares = (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    return sum(squares, jnp.zeros(()))

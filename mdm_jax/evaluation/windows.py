@@ -1,0 +1,209 @@
+"""Likelihood of texts longer than the context, scored in overlapping windows.
+
+The first window scores all its tokens; each later one begins ``stride`` tokens on and scores only
+those that no earlier window did, with the tokens before them visible. So no token is scored twice,
+and every token outside the first window has at least ``window - stride`` tokens of left context.
+
+By the chain rule the sum over windows is a bound on ``-log p`` of the whole text under a model that
+forgets what lies further back. It falls with the overlap, at the price of more windows, so two
+numbers can only be compared at the same window and stride: the result states both.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mdm_jax.estimates import finite_or_none, standard_error_of_ratio
+from mdm_jax.evaluation.answers import Evaluate, row_batches
+from mdm_jax.likelihood.result import Likelihood
+from mdm_jax.types import Array, Batch, PyTree
+
+
+class Windows(NamedTuple):
+    """Texts cut into windows.
+
+    Attributes:
+        rows: [W, window] the windows as a batch; eligible are the tokens that each scores.
+        text: [W] number of the text that each is part of.
+        start: [W] place of its first token in the text.
+        window: tokens of a window.
+        stride: tokens between the starts of consecutive windows.
+    """
+
+    rows: Batch
+    text: np.ndarray
+    start: np.ndarray
+    window: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowedLikelihood:
+    """A bound on the negative log-likelihood of long texts.
+
+    Attributes:
+        likelihood: of the windows. Its standard errors over rows take windows as independent,
+            which those of one text are not; the one here takes texts.
+        row_text: [N] text of each scored window.
+        window: tokens of a window.
+        stride: tokens between the starts of consecutive windows.
+    """
+
+    likelihood: Likelihood
+    row_text: np.ndarray
+    window: int
+    stride: int
+
+    @property
+    def text_nats(self) -> np.ndarray:
+        """[texts] bound of each text, nats; 0 for one without scored tokens."""
+        return np.bincount(self.row_text, self.likelihood.per_row_nats)
+
+    @property
+    def text_tokens(self) -> np.ndarray:
+        """[texts] scored tokens of each text."""
+        return np.bincount(self.row_text, self.likelihood.row_tokens).astype(np.int64)
+
+    @property
+    def texts(self) -> int:
+        """Number of texts with scored tokens."""
+        return int(np.count_nonzero(self.text_tokens))
+
+    @property
+    def data_standard_error_nats_per_token(self) -> float:
+        """Standard error of nats per token from the spread over texts; NaN for a single one."""
+        return self._error_over_texts(self.likelihood.row_tokens)
+
+    @property
+    def data_standard_error_bits_per_unit(self) -> float:
+        """Standard error of bits per unit from the spread over texts; NaN for a single one."""
+        return self._error_over_texts(self.likelihood.row_units) / math.log(2)
+
+    def to_dict(self) -> dict:
+        """JSON values: those of the likelihood, window, stride, and errors by text."""
+        token, unit = (
+            self.data_standard_error_nats_per_token,
+            self.data_standard_error_bits_per_unit,
+        )
+        return self.likelihood.to_dict() | {
+            "texts": self.texts,
+            "window": self.window,
+            "stride": self.stride,
+            "data_standard_error_nats_per_token": finite_or_none(token),
+            "data_standard_error_bits_per_token": finite_or_none(token / math.log(2)),
+            "data_standard_error_bits_per_unit": finite_or_none(unit),
+        }
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        return (
+            f"{self.texts} texts in windows of {self.window} tokens, stride {self.stride}: "
+            f"at least {self.window - self.stride} tokens of left context\n"
+            f"{self.likelihood.summary()}\n"
+            f"  nats per token, texts as independent: data "
+            f"± {self.data_standard_error_nats_per_token:.4f}"
+        )
+
+    def _error_over_texts(self, sizes: np.ndarray) -> float:
+        scored = self.text_tokens > 0
+        return standard_error_of_ratio(
+            self.text_nats[scored], np.bincount(self.row_text, sizes)[scored]
+        )
+
+
+def sliding_windows(
+    texts: Sequence[ArrayLike],
+    window: int,
+    stride: int,
+    *,
+    pad_id: int,
+    eligible: Sequence[ArrayLike] | None = None,
+    character_counts: ArrayLike | None = None,
+) -> Windows:
+    """Cuts texts of any length into windows; the last one of a text ends where the text ends.
+
+    Args:
+        texts: token ids of each text.
+        window: L, the context of the network.
+        stride: 1 <= stride <= window; ``window`` for windows without overlap.
+        pad_id: id to fill up texts shorter than a window.
+        eligible: of each text, which tokens are scored at all (not those of a prompt); all of them
+            if not given. Windows that score nothing are left out.
+        character_counts: [K] characters of each token id, for bits per character; if not given a
+            token counts as one unit.
+
+    Raises:
+        ValueError: if the sizes are out of range, masks and texts do not match, or there is nothing
+            to score.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"the stride must lie in [1, window]: a larger one would leave tokens out; "
+            f"got stride {stride} and window {window}"
+        )
+    texts = [np.asarray(text, np.int32) for text in texts]
+    wanted = [np.ones(t.shape, bool) for t in texts] if eligible is None else eligible
+    wanted = [np.asarray(mask, bool) for mask in wanted]
+    if [t.shape for t in texts] != [mask.shape for mask in wanted] or any(
+        t.ndim != 1 for t in texts
+    ):
+        raise ValueError(
+            f"texts must be token ids [n] with eligible masks of the same lengths, got shapes "
+            f"{[t.shape for t in texts]} and {[mask.shape for mask in wanted]}"
+        )
+    rows, owners, starts = [], [], []
+    for number, (tokens, mask) in enumerate(zip(texts, wanted)):
+        scored = 0
+        while scored < len(tokens):
+            end = min(scored + (stride if scored else window), len(tokens))
+            start = max(end - window, 0)
+            new = mask[start:end] & (np.arange(start, end) >= scored)
+            if new.any():
+                rows.append(_row(tokens[start:end], new, window, pad_id, character_counts))
+                owners.append(number)
+                starts.append(start)
+            scored = end
+    if not rows:
+        raise ValueError(f"nothing to score: none of {len(texts)} texts has an eligible token")
+    batch = Batch(*(np.stack(field) for field in zip(*rows)))
+    return Windows(batch, np.array(owners), np.array(starts), window, stride)
+
+
+def score_windows(
+    evaluate: Evaluate,
+    params: PyTree,
+    key: Array,
+    windows: Windows,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> WindowedLikelihood:
+    """The bound of the texts by any estimator.
+
+    Args:
+        evaluate: ``evaluate(params, key, batches, progress) -> Likelihood``.
+        params: parameters.
+        key: typed key.
+        windows: of :func:`sliding_windows`.
+        batch_size: windows per forward pass.
+        progress: called with the number of windows done.
+    """
+    result = evaluate(params, key, row_batches(windows.rows, batch_size), progress)
+    text = windows.text[result.row_index]
+    return WindowedLikelihood(result, text, windows.window, windows.stride)
+
+
+def _row(tokens, new, window: int, pad_id: int, character_counts) -> Batch:
+    rest = (0, window - len(tokens))
+    units = new.sum()
+    if character_counts is not None:
+        units = np.asarray(character_counts)[tokens[new]].sum()
+    return Batch(
+        tokens=np.pad(tokens, rest, constant_values=pad_id),
+        eligible=np.pad(new, rest),
+        documents=np.pad(np.ones(len(tokens), np.int32), rest),
+        units=np.int32(units),
+    )

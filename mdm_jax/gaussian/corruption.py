@@ -1,0 +1,85 @@
+"""Gaussian corruption: data plus noise, on any path.
+
+EDM's input scaling as a wrapper of the network.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels
+from mdm_jax.gaussian.parameterisations import check_sigma_data, edm_preconditioning
+from mdm_jax.gaussian.paths import Path
+from mdm_jax.types import Array, ArrayLike, ModelFn
+
+
+def gaussian(path: Path) -> Corruption:
+    """``alpha x + sigma eps`` with ``eps`` the normal quantiles of the base noise.
+
+    The base noise is uniform, as for masks, so that every coupling of draws works here too:
+    reflecting it turns eps into -eps exactly (:func:`normal_noise`).
+
+    ``corrupt`` takes float data; elements that are not eligible stay clean, carry no loss and see
+    no noise. There is no mask token and no weight.
+
+    Args:
+        path: such as ``schedules.paths.vp()``.
+    """
+
+    def corrupt(
+        x: Array,
+        logsnr: Array,
+        noise: Array,
+        eligible: Array,
+        level_ids: Array | None = None,
+    ) -> Corrupted:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"gaussian corruption needs float data, got {x.dtype}; map tokens to numbers, "
+                "for example with objectives.scaled_integers(num_values)"
+            )
+        length = x.shape[-1]
+        alpha = spread_levels(path.alpha(logsnr), length, level_ids)
+        sigma = spread_levels(path.sigma(logsnr), length, level_ids)
+        noisy = alpha * x + sigma * normal_noise(noise)
+        mask = jnp.broadcast_to(eligible, noisy.shape)
+        return Corrupted(jnp.where(mask, noisy, x), mask, jnp.zeros_like(logsnr))
+
+    return Corruption(f"gaussian_{path.name}", corrupt, lambda length: (length,), None)
+
+
+def normal_noise(noise: ArrayLike) -> Array:
+    """Standard normal numbers with the given quantiles: the eps of :func:`gaussian`.
+
+    On the grid of ``draws.open_uniform`` they are finite, within 5.3, and exactly antisymmetric:
+    ``normal_noise(1 - v) == -normal_noise(v)``.
+
+    Args:
+        noise: base noise in (0, 1), any shape.
+    """
+    return jax.scipy.special.ndtri(noise)
+
+
+def precondition(model_fn: ModelFn, path: Path, sigma_data: ArrayLike = 0.5) -> ModelFn:
+    """The network fed with inputs of unit variance at every level (Karras et al. 2022, c_in).
+
+    On any path the input becomes ``c_in x / alpha``, the variance-preserving input of data scaled
+    by ``1 / sigma_data``. Together with the output ``schedules.parameterisations.edm(sigma_data)``
+    this is EDM's preconditioning; the noise label stays the logSNR, which is -8 c_noise.
+
+    Every element is scaled as if it were noisy, also those that are not eligible.
+
+    Args:
+        model_fn: network to wrap; inputs [N, L], logsnr [N, S].
+        path: of the noisy inputs.
+        sigma_data: standard deviation of the data.
+
+    Raises:
+        ValueError: unless sigma_data is positive and finite.
+    """
+    sigma_data = check_sigma_data("precondition", sigma_data)
+
+    def preconditioned(inputs: Array, logsnr: Array, documents: Array | None = None) -> Array:
+        scale = edm_preconditioning(logsnr, sigma_data).input * jnp.exp(-path.log_alpha(logsnr))
+        return model_fn(spread_levels(scale, inputs.shape[-1]) * inputs, logsnr, documents)
+
+    return preconditioned

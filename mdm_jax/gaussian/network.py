@@ -1,0 +1,69 @@
+"""A transformer over patches of a picture, for Gaussian diffusion."""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.models.layers import Linear
+from mdm_jax.models.transformer import TransformerConfig, level_condition, run_blocks
+from mdm_jax.types import Array
+
+
+class PictureTransformer(nn.Module):
+    """Diffusion transformer (Peebles & Xie 2022): ``apply(params, inputs, logsnr) -> [N, L]``.
+
+    Pictures come and go as rows of H W C numbers, as batches hold them. Every block is conditioned
+    on the noise level by adaLN-zero, positions are learned, and the head starts at zero, so that a
+    new network outputs zero.
+
+    Attributes:
+        config: of the blocks; ``vocab_size`` is not used.
+        event_shape: (H, W, C) or (H, W) of a picture.
+        patch_size: side of a patch; divides H and W.
+
+    Args of the call:
+        inputs: [N, L] floats, L = H W C, noisy pictures.
+        logsnr: [N, 1] noise levels.
+        documents: ignored; pictures have no padding.
+
+    Returns:
+        [N, L] float32, the network's output in the parameterisation it is trained in.
+
+    Raises:
+        ValueError: if patches do not divide the picture or rows have another length.
+    """
+
+    config: TransformerConfig
+    event_shape: tuple[int, ...]
+    patch_size: int = 2
+
+    @nn.compact
+    def __call__(
+        self, inputs: Array, logsnr: Array | None = None, documents: Array | None = None
+    ) -> Array:
+        del documents
+        c, p = self.config, self.patch_size
+        height, width, channels = (*self.event_shape, 1)[:3]
+        if inputs.shape[-1] != math.prod(self.event_shape):
+            raise ValueError(
+                f"rows must have {math.prod(self.event_shape)} numbers, a picture of shape "
+                f"{self.event_shape}; got {inputs.shape}"
+            )
+        if p < 1 or height % p or width % p:
+            raise ValueError(f"patches of side {p} do not divide pictures of {height} x {width}")
+        rows, columns, size = height // p, width // p, p * p * channels
+        pictures = inputs.reshape(-1, rows, p, columns, p, channels)
+        patches = jnp.swapaxes(pictures, 2, 3).reshape(-1, rows * columns, size)
+        project = {"dtype": c.dtype, "param_dtype": c.param_dtype, "use_bias": True}
+        x = Linear(c.width, axes=(None, "embed"), name="embed", **project)(patches)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, "embed"))
+        x = x + self.param("positions", init, (1, rows * columns, c.width), c.param_dtype)
+        places = np.arange(rows * columns)
+        # One level per picture: segments of a row of numbers are not runs of patches.
+        x, _ = run_blocks(c, x, None, places, level_condition(c, logsnr, 1))
+        zeros = nn.initializers.zeros
+        y = Linear(size, axes=("embed", None), kernel_init=zeros, name="head", **project)(x)
+        y = jnp.swapaxes(y.reshape(-1, rows, columns, p, p, channels), 2, 3)
+        return y.reshape(inputs.shape)

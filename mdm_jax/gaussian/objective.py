@@ -1,0 +1,109 @@
+"""The weighted squared error of Gaussian diffusion."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.corruption.process import spread_levels, sum_levels
+from mdm_jax.draws import Draw, DrawSpec, LossStats
+from mdm_jax.gaussian.corruption import gaussian, normal_noise
+from mdm_jax.gaussian.recipes import Recipe
+from mdm_jax.gaussian.weightings import Elbo
+from mdm_jax.objectives.objective import Objective, bias_of_levels, call_model
+from mdm_jax.types import Array, ArrayLike, Batch, ModelFn, worst_bias
+
+
+def gaussian_loss(
+    recipe: Recipe, values: Callable[[Array], Array] | None = None, num_levels: int = 1
+) -> Objective:
+    """``E_{lambda ~ p} [ W(lambda) / p(lambda) l ]`` with l the squared error of eps, nats per row.
+
+    The network outputs ``recipe.output``, and the error is taken there. With
+    ``|dy|^2 = c |deps|^2``, per-example ``raw`` is ``|y - y_hat|^2 / c`` summed over elements, and
+    ``weight`` is W / p. So adaptive transforms see the same l whatever the network predicts, and
+    nothing is converted through x0 or eps at levels where that loses digits.
+
+    For the evidence lower bound (``W = 1/2``) the expectation is the diffusion term
+
+        1/2 int E|eps - eps_hat|^2 dlambda ,
+
+    over all levels if the law covers them ("exact": for discrete data the whole bound, prior and
+    reconstruction having vanished) and between the ends of the law's support otherwise
+    ("truncated"). Every other weighting is labelled "biased": it is no likelihood;
+    nor are several levels per row.
+
+    Per-example stats have shape [V, B, S]. Rows without eligible elements contribute zero; elements
+    that are not eligible are given clean and carry neither loss nor gradient. The model function is
+    ``model_fn(inputs [N, L] float, logsnr [N, S], documents) -> y [N, L]``.
+
+    Args:
+        recipe: law, weighting, output and path.
+        values: data from ``batch.tokens``, elementwise; for pictures of K grey values
+            ``scaled_integers(K)``. If not given the tokens must be floats and are the data.
+        num_levels: S, independent noise levels per row, for contiguous segments of equal length.
+            1 is the bound; with more a segment's context is drawn at the levels of the other
+            segments, the expectation bounds nothing and the objective is labelled "biased".
+
+    Raises:
+        ValueError: if ``num_levels`` is not positive; from ``spec``, if it does not divide L; from
+            ``loss``, for data that are no floats or a network with another shape of output.
+
+    References: Kingma et al. 2021 (VDM), equation 18; Kingma and Gao 2023 for general weights.
+    """
+    corruption = gaussian(recipe.path)
+    output, path = recipe.output, recipe.path
+    bias = worst_bias(_bias(recipe), bias_of_levels("gaussian_loss", num_levels))
+
+    def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
+        views, levels = draw.u.shape[0], draw.u.shape[-1]
+        data = jnp.asarray(batch.tokens if values is None else values(batch.tokens))[None]
+        eligible = jnp.asarray(batch.eligible)[None]
+        logsnr = recipe.law.icdf(draw.u)
+        corrupted = corruption.corrupt(data, logsnr, draw.noise, eligible)
+        predicted = call_model(model_fn, corrupted.inputs, logsnr, batch.documents, views)
+        each_logsnr = spread_levels(logsnr, data.shape[-1])
+        target = output.target(path, each_logsnr, data, normal_noise(draw.noise))
+        if predicted.shape != target.shape:
+            raise ValueError(
+                f"the network must output one number per element, {target.shape}, "
+                f"got {predicted.shape}"
+            )
+        error = jnp.where(corrupted.target_mask, predicted.astype(target.dtype) - target, 0.0)
+        change = output.log_eps_weight(path, logsnr)
+        scored = sum_levels(eligible.astype(jnp.float32), levels)
+        return LossStats(
+            raw=sum_levels(jnp.square(error), levels) * jnp.exp(-change),
+            weight=jnp.exp(recipe.log_importance_weight(logsnr)),
+            scored=jnp.broadcast_to(scored, draw.u.shape),
+            targets=sum_levels(corrupted.target_mask.astype(jnp.int32), levels),
+        )
+
+    def spec(batch_size: int, length: int) -> DrawSpec:
+        spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L
+        return DrawSpec(batch_size, num_levels, corruption.event_shape(length))
+
+    return Objective("gaussian_loss", recipe.law, corruption, spec, loss, bias)
+
+
+def scaled_integers(num_values: int) -> Callable[[ArrayLike], Array]:
+    """Maps integers 0 .. num_values - 1 to equally spaced numbers from -1 to 1.
+
+    Raises:
+        ValueError: unless num_values >= 2.
+    """
+    if num_values < 2:
+        raise ValueError(f"scaled_integers needs num_values >= 2, got {num_values}")
+    middle = (num_values - 1) / 2
+
+    def values(tokens: ArrayLike) -> Array:
+        return (jnp.asarray(tokens).astype(float) - middle) / middle
+
+    return values
+
+
+def _bias(recipe: Recipe) -> str:
+    if not isinstance(recipe.weighting, Elbo):
+        return "biased"
+    low, high = (np.asarray(end) for end in recipe.law.support)
+    return "exact" if low == -np.inf and high == np.inf else "truncated"

@@ -1,0 +1,331 @@
+"""Recipes of Gaussian diffusion: the losses of the literature differ in these four and no more.
+
+A :class:`Recipe` names the law that levels are drawn from, the effective weight that is minimised,
+what the network outputs and the path of its input. The presets below are published models in these
+terms; ``schedules.explain`` puts any number of them side by side.
+
+A recipe of Gaussian diffusion in numbers, and as text.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mdm_jax.checks import is_concrete
+from mdm_jax.gaussian import parameterisations, paths, weightings
+from mdm_jax.gaussian import schedules as gaussian_schedules
+from mdm_jax.gaussian.parameterisations import Output
+from mdm_jax.gaussian.paths import Path
+from mdm_jax.gaussian.weightings import Weighting
+from mdm_jax.pytrees import pytree_dataclass
+from mdm_jax.schedules.laws import Law, logistic, uniform
+from mdm_jax.types import Array, ArrayLike
+
+
+@pytree_dataclass
+class Recipe:
+    """A Gaussian diffusion loss. Frozen; ``dataclasses.replace`` changes one part.
+
+    Attributes:
+        law: p, what training levels are drawn from.
+        weighting: W, the effective weight; see :mod:`~mdm_jax.schedules.weightings`. It does not
+            change when the law is replaced.
+        output: what the network predicts.
+        path: of the noisy input.
+    """
+
+    law: Law
+    weighting: Weighting
+    output: Output
+    path: Path
+
+    def log_importance_weight(self, logsnr: ArrayLike) -> Array:
+        """``log(W / p)``, the factor of the eps error of a level drawn from the law."""
+        return self.weighting.log_weight(logsnr) - self.law.log_pdf(logsnr)
+
+    def log_output_weight(self, logsnr: ArrayLike) -> Array:
+        """``log(W / (p c))``, the factor of the squared error of the network's own output."""
+        change = self.output.log_eps_weight(self.path, logsnr)
+        return self.log_importance_weight(logsnr) - change
+
+
+def ddpm() -> Recipe:
+    """Ho et al. 2020: linear betas, eps, unit weight."""
+    return _unit_weight(gaussian_schedules.ddpm_linear(), parameterisations.eps(), paths.vp())
+
+
+def iddpm() -> Recipe:
+    """Nichol and Dhariwal 2021 (their simple loss): cosine law, eps, unit weight."""
+    return _unit_weight(gaussian_schedules.cosine(), parameterisations.eps(), paths.vp())
+
+
+def vdm(low: ArrayLike = -5.0, high: ArrayLike = 13.3) -> Recipe:
+    """Kingma et al. 2021: the bound, eps, logSNR uniform between fixed ends.
+
+    Args:
+        low: noisiest logSNR.
+        high: cleanest logSNR.
+    """
+    law = uniform(low, high)
+    return Recipe(law, weightings.elbo(), parameterisations.eps(), paths.vp())
+
+
+def v_prediction() -> Recipe:
+    """Salimans and Ho 2022: cosine law, v, unit weight. The objective of :func:`flow`, scaled."""
+    return _unit_weight(gaussian_schedules.cosine(), parameterisations.v(), paths.vp())
+
+
+def edm(mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5) -> Recipe:
+    """Karras et al. 2022: log sigma normal, preconditioned output F, unit weight.
+
+    Args:
+        mean: of log sigma.
+        std: of log sigma.
+        sigma_data: standard deviation of the data.
+    """
+    law = gaussian_schedules.lognormal(mean, std)
+    return _unit_weight(law, parameterisations.edm(sigma_data), paths.ve())
+
+
+def edm2(mean: ArrayLike = -0.4, std: ArrayLike = 1.0, sigma_data: ArrayLike = 0.5) -> Recipe:
+    """Karras et al. 2024 without the learned weight: :func:`edm` with another law."""
+    return edm(mean, std, sigma_data)
+
+
+def flow() -> Recipe:
+    """Liu et al. 2023, Lipman et al. 2023: uniform flow time, flow velocity, unit weight."""
+    return _unit_weight(logistic(0.0, 2.0), parameterisations.flow(), paths.flow())
+
+
+def sd3(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Recipe:
+    """Esser et al. 2024: :func:`flow` with logit-normal flow times.
+
+    Args:
+        mean: of the logit of the flow time, positive is noisier.
+        std: of the logit of the flow time.
+    """
+    return _unit_weight(
+        gaussian_schedules.lognormal(mean, std), parameterisations.flow(), paths.flow()
+    )
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "ddpm": ddpm,
+    "iddpm": iddpm,
+    "vdm": vdm,
+    "v_prediction": v_prediction,
+    "edm": edm,
+    "edm2": edm2,
+    "flow": flow,
+    "sd3": sd3,
+}
+"""Name -> factory, for configurations."""
+
+
+def by_name(name: str, **parameters: ArrayLike) -> Recipe:
+    """The recipe of that name; ``parameters`` are those of its factory.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones.
+        TypeError: for a parameter the factory does not have.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown recipe {name!r}; {hint}known: {', '.join(sorted(RECIPES))}")
+    return RECIPES[name](**parameters)
+
+
+def _unit_weight(law: Law, output: Output, path: Path) -> Recipe:
+    return Recipe(law, weightings.from_recipe(law, output, path), output, path)
+
+
+WINDOW = (-20.0, 20.0)
+"""logSNR between which losses are integrated and weights are compared."""
+
+LEVELS = np.arange(-12.0, 12.5, 2.0)
+"""logSNR of the table's rows."""
+
+_POINTS = 4001
+
+
+class RecipeSummary(NamedTuple):
+    """What a recipe does at which level; see :func:`summarise`.
+
+    Attributes:
+        parts: law, weighting, output and path, as words.
+        levels: [n] logSNR of the following.
+        density: [n] p.
+        weight: [n] W.
+        importance: [n] W / p, NaN where both are zero and infinite where only p is.
+        output_weight: [n] W / (p c), the factor on the network's own error.
+        drawn: (low, high) logSNR between which the middle 90 % of draws fall.
+        loss: (low, high) logSNR between which the middle 90 % of the loss lies.
+        monotone: whether W never rises with the logSNR on its support, in the window.
+        peak: logSNR of the largest W in the window.
+        bound: whether W is constant there: the evidence lower bound.
+        lost: (below, above) share of the loss at levels that are weighted and never drawn.
+        support: (low, high) logSNR of the law.
+        effective_draws: E[f]^2 / E[f^2] for f = W / p E[l]; 1 where draws follow the loss.
+    """
+
+    parts: tuple[str, str, str, str]
+    levels: np.ndarray
+    density: np.ndarray
+    weight: np.ndarray
+    importance: np.ndarray
+    output_weight: np.ndarray
+    drawn: tuple[float, float]
+    loss: tuple[float, float]
+    monotone: bool
+    peak: float
+    bound: bool
+    lost: tuple[float, float]
+    support: tuple[float, float]
+    effective_draws: float
+
+
+def explain(recipes: Recipe | Mapping[str, Recipe]) -> str:
+    """A readable account of one recipe, or of several side by side.
+
+    For each: where its levels lie, what it weighs them by, whether the weight is that of a bound
+    with noise augmentation, and which levels it asks for and never draws; then a table of p, W,
+    W / p and W / (p c) by level, c being the error of the network's output over that of eps.
+    :func:`summarise` has the numbers, and says what "loss" means here.
+
+    Args:
+        recipes: one, or several by name. Their parameters must be known numbers.
+    """
+    if isinstance(recipes, Recipe):
+        recipes = {"recipe": recipes}
+    summaries = {name: summarise(recipe) for name, recipe in recipes.items()}
+    paragraphs = [_paragraph(name, summary) for name, summary in summaries.items()]
+    return "\n\n".join([*paragraphs, _table(summaries)])
+
+
+def summarise(recipe: Recipe, levels: np.ndarray = LEVELS) -> RecipeSummary:
+    """The recipe's numbers. Loss is that of N(0, 1) data under the ideal denoiser.
+
+    There ``E[l | lambda] = sigmoid(lambda)`` per element.
+
+    Args:
+        recipe: of known parameters.
+        levels: [n] logSNR to tabulate.
+
+    Raises:
+        TypeError: if a parameter of the recipe is traced.
+    """
+    if not is_concrete(*jax.tree.leaves(recipe)):
+        raise TypeError("a recipe is summarised outside of jit, from known parameters")
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        grid = np.linspace(*WINDOW, _POINTS)
+        log_weight, log_density = _curves(recipe, grid)
+        low, high = (float(end) for end in recipe.law.support)
+        weight_low, weight_high = (float(end) for end in recipe.weighting.support)
+        drawn = tuple(float(x) for x in recipe.law.icdf(np.array([0.05, 0.95])))
+        row_weight, row_density = _curves(recipe, levels)
+        change = np.asarray(recipe.output.log_eps_weight(recipe.path, levels))
+    carried = (grid >= weight_low) & (grid <= weight_high)
+    inner = log_weight[carried]
+    loss = np.exp(log_weight - np.logaddexp(0.0, -grid))
+    outside = (loss * (grid < low), loss * (grid > high))
+    covered = np.exp(log_density) > 0
+    ratio = np.where(covered, loss**2 / np.where(covered, np.exp(log_density), 1.0), 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        importance = np.exp(row_weight) / np.exp(row_density)
+    return RecipeSummary(
+        parts=tuple(
+            _words(part) for part in (recipe.law, recipe.weighting, recipe.output, recipe.path)
+        ),
+        levels=levels,
+        density=np.exp(row_density),
+        weight=np.exp(row_weight),
+        importance=importance,
+        output_weight=importance * np.exp(-change),
+        drawn=drawn,
+        loss=_middle(grid, loss),
+        monotone=bool(np.all(np.diff(inner) <= 1e-9)),
+        peak=float(grid[carried][np.argmax(inner)]),
+        bound=bool(np.ptp(inner) < 1e-9),
+        lost=tuple(float(part.sum() / loss.sum()) for part in outside),
+        support=(low, high),
+        effective_draws=float(
+            np.square(np.where(covered, loss, 0.0).sum()) * (grid[1] - grid[0]) / ratio.sum()
+        ),
+    )
+
+
+def _paragraph(name: str, summary: RecipeSummary) -> str:
+    law, weighting, output, path = summary.parts
+    if summary.bound:
+        kind = "constant: the evidence lower bound"
+    elif summary.monotone:
+        kind = "never rises with logSNR: a bound with noise augmentation"
+    else:
+        kind = f"not monotone, largest at {summary.peak:.2f}: no bound"
+    below, above = summary.lost
+    low, high = summary.support
+    lost = []
+    if below > 0:
+        lost.append(f"{below:.2%} of the loss lies below {low:.4g} and is never drawn")
+    if above > 0:
+        lost.append(f"{above:.2%} of the loss lies above {high:.4g} and is never drawn")
+    return "\n".join(
+        [
+            name,
+            f"  law p           {law}; 90 % of draws in [{_range(summary.drawn)}]",
+            f"  weighting W     {weighting}; {kind}",
+            f"  output, path    {output}, {path}",
+            f"  loss            90 % in [{_range(summary.loss)}]; one draw is worth "
+            f"{summary.effective_draws:.3f} of a draw from p ~ W E[l]",
+            f"  support lost    {'; '.join(lost) or 'none'}",
+        ]
+    )
+
+
+def _table(summaries: Mapping[str, RecipeSummary]) -> str:
+    columns = ("p", "W", "W/p", "W/(p c)")
+    width = 11 * len(columns)
+    lines = [" " * 8 + "".join(f"  {name:^{width - 2}.{width - 2}}" for name in summaries)]
+    lines.append(f"{'logSNR':>8}" + "".join(f"{c:>11}" for c in columns) * len(summaries))
+    for row, level in enumerate(next(iter(summaries.values())).levels):
+        cells = [
+            value[row]
+            for s in summaries.values()
+            for value in (s.density, s.weight, s.importance, s.output_weight)
+        ]
+        lines.append(f"{level:8.1f}" + "".join(_cell(c) for c in cells))
+    return "\n".join(lines)
+
+
+def _curves(recipe: Recipe, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    weight, density = recipe.weighting.log_weight(levels), recipe.law.log_pdf(levels)
+    return np.asarray(weight), np.asarray(density)
+
+
+def _middle(grid: np.ndarray, mass: np.ndarray) -> tuple[float, float]:
+    below = np.cumsum(mass) / mass.sum()
+    return tuple(float(x) for x in grid[np.searchsorted(below, (0.05, 0.95))])
+
+
+def _words(part: object) -> str:
+    """A law, weighting, output or path as its name and what is in it."""
+    if isinstance(part, tuple):
+        return ", ".join(_words(member) for member in part)
+    if not dataclasses.is_dataclass(part):
+        return f"{float(part) + 0.0:.4g}" if np.ndim(part) == 0 else f"array{np.shape(part)}"
+    inside = [_words(getattr(part, field.name)) for field in dataclasses.fields(part)]
+    name = getattr(part, "name", type(part).__name__)
+    return f"{name}({', '.join(filter(None, inside))})" if inside else name
+
+
+def _range(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.1f}, {ends[1]:.1f}"
+
+
+def _cell(value: float) -> str:
+    return f"{'-':>11}" if np.isnan(value) else f"{value:11.3g}"

@@ -1,0 +1,226 @@
+"""Spacings of sampling grids on the Gaussian side: how N steps are spread over the noise levels.
+
+Conventions are those of :mod:`~mdm_jax.schedules.grids`: a grid of n steps is [n + 1] strictly
+increasing logSNR, noisy to clean. Where a spacing ends at sigma = 0, the last level is +inf: the
+last step goes from the cleanest level at which the network is called to its estimate of the data.
+``grid[:-1]`` stops short of that step. A learned law is a spacing too, by ``grids.from_law``.
+"""
+
+import operator
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from mdm_jax.gaussian.schedules.curve_law import logsnr_at
+from mdm_jax.gaussian.schedules.tables import check_table
+from mdm_jax.schedules.grids import check_grid, from_law
+from mdm_jax.schedules.laws import TwoSidedLaw, piecewise
+from mdm_jax.types import Array, ArrayLike
+
+QUANTITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "logsnr": lambda logsnr: logsnr,
+    "ou_time": lambda logsnr: 0.5 * np.logaddexp(0, -logsnr),
+    "variance": lambda logsnr: np.exp(-np.logaddexp(0, logsnr)),
+    "correlation": lambda logsnr: np.exp(-0.5 * np.logaddexp(0, -logsnr)),
+    "fisher": lambda logsnr: np.arctan(np.exp(-0.5 * logsnr)),
+    "sigma": lambda logsnr: np.exp(-0.5 * logsnr),
+}
+"""Monotone functions of the logSNR to be uniform in: Ornstein-Uhlenbeck time, sigma^2 and alpha of
+the variance-preserving path, Fisher arc length arccos(alpha), and sigma / alpha."""
+
+
+def uniform_time(law: TwoSidedLaw, n: int, clean: float = 0.0, noisy: float = 0.0) -> Array:
+    """[n + 1] levels of a schedule at times falling in equal steps from 1 - noisy to clean.
+
+    Args:
+        law: a Gaussian schedule.
+        n: steps.
+        clean: time of the last level.
+        noisy: distance of the first level's time from 1.
+
+    Raises:
+        TypeError: if the law's parameters are traced.
+        ValueError: unless n >= 1, clean and noisy >= 0, and clean + noisy < 1.
+    """
+    done = _fractions(n)
+    if not (clean >= 0 and noisy >= 0 and clean + noisy < 1):
+        raise ValueError(
+            f"uniform_time needs offsets >= 0 that leave time between them, got clean={clean}, "
+            f"noisy={noisy}"
+        )
+    if clean == noisy == 0:
+        return from_law(law, n)
+    time = clean * done + (1 - noisy) * (1 - done)
+    rest = (1 - clean) * done + noisy * (1 - done)
+    with jax.ensure_compile_time_eval():  # a grid of known numbers may be built while tracing
+        return check_grid(logsnr_at(law, time, rest))
+
+
+def uniform_logsnr(n: int, low: float, high: float) -> Array:
+    """[n + 1] levels in equal steps from ``low`` to ``high``.
+
+    Raises:
+        ValueError: unless n >= 1 and low < high, both finite.
+    """
+    return uniform_in("logsnr", n, low, high)
+
+
+def uniform_in(
+    quantity: str | Callable[[np.ndarray], ArrayLike], n: int, low: float, high: float
+) -> Array:
+    """[n + 1] levels from ``low`` to ``high``, between which a quantity changes in equal steps.
+
+    Santos & Lin (2023) place times so; any monotone function of the logSNR will do, such as the
+    distribution function of a learned law.
+
+    Args:
+        quantity: a name in :data:`QUANTITIES`, or an elementwise function of float64 levels that
+            rises or falls throughout [low, high].
+        n: steps.
+        low: noisiest level, finite.
+        high: cleanest level, finite.
+
+    Raises:
+        ValueError: for an unknown name, bad ends, or a quantity that is not monotone.
+    """
+    if isinstance(quantity, str):
+        if quantity not in QUANTITIES:
+            raise ValueError(f"unknown quantity {quantity!r}; known: {', '.join(QUANTITIES)}")
+        quantity = QUANTITIES[quantity]
+    done = _fractions(n)
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise ValueError(f"uniform_in needs finite low < high, got {low}, {high}")
+
+    def measure(logsnr: np.ndarray) -> np.ndarray:
+        return np.asarray(quantity(logsnr), np.float64)
+
+    table = measure(np.linspace(low, high, 257))
+    sign = np.sign(table[-1] - table[0])
+    if not (np.all(np.isfinite(table)) and sign != 0 and np.all(sign * np.diff(table) >= 0)):
+        raise ValueError(
+            f"uniform_in: the quantity must rise or fall throughout [{low}, {high}], "
+            f"but goes from {table[0]} to {table[-1]} otherwise"
+        )
+    target = sign * (table[0] + (table[-1] - table[0]) * done)
+    left, right = np.full(n + 1, float(low)), np.full(n + 1, float(high))
+    for _ in range(60):
+        middle = 0.5 * (left + right)
+        short = sign * measure(middle) < target
+        left, right = np.where(short, middle, left), np.where(short, right, middle)
+    levels = 0.5 * (left + right)
+    levels[0], levels[-1] = low, high
+    return check_grid(levels)
+
+
+def edm(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Array:
+    """[n + 1] levels of EDM: n values of sigma, uniform in sigma^(1 / rho), and then sigma = 0.
+
+    Karras et al. (2022), eq. 5. The last level is +inf.
+
+    Raises:
+        ValueError: unless n >= 2, 0 < sigma_min < sigma_max and rho > 0.
+    """
+    if operator.index(n) < 2:
+        raise ValueError(f"edm needs n >= 2 steps, from sigma_max over sigma_min to 0, got {n}")
+    if not (0 < sigma_min < sigma_max < np.inf and rho > 0):
+        raise ValueError(
+            f"edm needs 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}"
+        )
+    done = _fractions(n - 1)
+    root = sigma_max ** (1 / rho) * (1 - done) + sigma_min ** (1 / rho) * done
+    return check_grid(np.append(-2 * rho * np.log(root), np.inf))
+
+
+def uniform_information(loss: ArrayLike, edges: ArrayLike, n: int) -> Array:
+    """[n + 1] levels between which the data's information grows in equal steps.
+
+    The information I(data; noisy) gains half the noise-prediction error per unit of logSNR
+    (I-MMSE), whatever its units.
+
+    Args:
+        loss: [K] tracked mean squared error of the predicted noise in each bin, not negative.
+        edges: [K + 1] logSNR, or the two outer ends.
+        n: steps.
+
+    Raises:
+        ValueError: if shapes do not fit, or errors are negative, not finite or all zero.
+    """
+    loss, edges = np.asarray(loss, np.float64), np.asarray(edges, np.float64)
+    if loss.ndim == 1 and edges.shape == (2,):
+        edges = np.linspace(*edges, loss.size + 1)
+    if loss.ndim != 1 or edges.shape != (loss.size + 1,):
+        raise ValueError(
+            f"uniform_information needs loss [K] and edges [K + 1] or 2, got {loss.shape} and "
+            f"{edges.shape}"
+        )
+    return from_law(piecewise(loss * np.diff(edges), edges), n)
+
+
+def uniform_mmse(mmse: ArrayLike, logsnr: ArrayLike, n: int) -> Array:
+    """[n + 1] levels between which the error of the predicted data falls in equal steps.
+
+    Args:
+        mmse: [K] tracked mean squared error of the predicted data. True errors fall with the
+            logSNR; where estimates rise, they are held at the smallest so far.
+        logsnr: [K] levels of the estimates, increasing; the grid runs from the first to the last.
+        n: steps.
+
+    Raises:
+        ValueError: if shapes do not fit, values are not finite, or the error never falls.
+    """
+    mmse, logsnr = np.asarray(mmse, np.float64), np.asarray(logsnr, np.float64)
+    if mmse.ndim != 1 or mmse.shape != logsnr.shape or mmse.size < 2:
+        raise ValueError(
+            f"uniform_mmse needs mmse [K] and logsnr [K], K >= 2, got {mmse.shape} and "
+            f"{logsnr.shape}"
+        )
+    return from_law(piecewise(-np.diff(np.minimum.accumulate(mmse)), logsnr), n)
+
+
+def table_indices(num_table: int, n: int, spacing: str) -> np.ndarray:
+    """[n] indices, rising, of the n steps of a table at which a sampler calls the network.
+
+    Args:
+        num_table: length of the table; index 0 is its cleanest level.
+        n: steps, at most ``num_table``.
+        spacing: "leading" takes every (num_table // n)-th from 0, "linspace" includes both ends,
+            "trailing" counts back from the last in steps of num_table / n.
+
+    Raises:
+        ValueError: unless 1 <= n <= num_table and the spacing is known.
+    """
+    if not 1 <= operator.index(n) <= num_table:
+        raise ValueError(f"table_indices needs 1 <= n <= {num_table} steps, got {n}")
+    if spacing == "leading":
+        return np.arange(n) * (num_table // n)
+    if spacing == "linspace":
+        return np.round(np.linspace(0, num_table - 1, n)).astype(int)
+    if spacing == "trailing":
+        return np.round(np.arange(1, n + 1) * (num_table / n)).astype(int) - 1
+    raise ValueError(f"unknown spacing {spacing!r}; known: leading, linspace, trailing")
+
+
+def from_table(table: ArrayLike, n: int, spacing: str) -> Array:
+    """[n + 1] levels of a noise table at :func:`table_indices`, and +inf, clean data, at the end.
+
+    Args:
+        table: logSNR [num_table], falling, as from ``gaussian.ddpm_table``; the last may be -inf.
+        n: steps.
+        spacing: "leading", "linspace" or "trailing". Under "leading" the sampler never starts at
+            the last level, so a zero terminal SNR is lost on it.
+
+    Raises:
+        ValueError: for a bad table, number of steps or spacing.
+    """
+    table = np.asarray(table, np.float64)
+    check_table(table[:-1] if table.size and table[-1] == -np.inf else table)
+    levels = table[table_indices(table.size, n, spacing)]
+    return check_grid(np.append(levels[::-1], np.inf))
+
+
+def _fractions(n: int) -> np.ndarray:
+    """0, 1/n, ..., 1 in float64."""
+    if operator.index(n) < 1:
+        raise ValueError(f"a grid needs n >= 1 steps, got {n}")
+    return np.arange(n + 1, dtype=np.float64) / n

@@ -1,0 +1,247 @@
+"""Discrete noise tables, and the continuous laws that interpolate them.
+
+A table is a NumPy float64 array [num_steps] of the logSNR after k = 1, 2, ... steps of noising, so
+it falls. Step k stands at time k / num_steps; time 0 is clean data and in no table.
+"""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.checks import is_concrete
+from mdm_jax.gaussian.schedules.curve_law import CurveLaw
+from mdm_jax.pytrees import pytree_dataclass
+from mdm_jax.schedules.coordinates import (
+    log_survival_probability,
+    logsnr_from_log_survival_probability,
+)
+from mdm_jax.schedules.masked import Instant
+from mdm_jax.types import Array, ArrayLike
+
+
+@pytree_dataclass
+class InterpolatedDecay(CurveLaw):
+    """-log alpha^2 linear in time between the points of a table.
+
+    Attributes:
+        decay: [num_steps + 1] -log alpha^2, rising from 0.
+    """
+
+    decay: Array
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        return logsnr_from_log_survival_probability(-self.decay[-1]), jnp.inf
+
+    def logsnr_formula(self, at: Instant) -> Array:
+        return logsnr_from_log_survival_probability(-_interpolate(self.decay, at))
+
+    def time_formula(self, logsnr: Array) -> Instant:
+        return _locate(self.decay, -log_survival_probability(logsnr))[0]
+
+    def log_pdf_formula(self, logsnr: Array) -> Array:
+        _, slope = _locate(self.decay, -log_survival_probability(logsnr))
+        return jax.nn.log_sigmoid(-logsnr) - jnp.log(slope)
+
+
+@pytree_dataclass
+class InterpolatedAmplitude(CurveLaw):
+    """alpha linear in time between the points of a table.
+
+    Attributes:
+        loss: [num_steps + 1] 1 - alpha, rising from 0.
+    """
+
+    loss: Array
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        return self._logsnr(self.loss[-1]), jnp.inf
+
+    def logsnr_formula(self, at: Instant) -> Array:
+        return self._logsnr(_interpolate(self.loss, at))
+
+    def time_formula(self, logsnr: Array) -> Instant:
+        return _locate(self.loss, _amplitude_loss(logsnr))[0]
+
+    def log_pdf_formula(self, logsnr: Array) -> Array:
+        _, slope = _locate(self.loss, _amplitude_loss(logsnr))
+        log_survival, log_noise = jax.nn.log_sigmoid(logsnr), jax.nn.log_sigmoid(-logsnr)
+        return 0.5 * log_survival + log_noise - jnp.log(2 * slope)
+
+    def _logsnr(self, loss: Array) -> Array:
+        return 2 * jnp.log1p(-loss) - jnp.log(loss) - jnp.log(2 - loss)
+
+
+def ddpm_table(
+    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> np.ndarray:
+    """logSNR [num_steps] of DDPM's betas, linear from ``beta_start`` to ``beta_end``.
+
+    Ho et al. (2020): alpha_k^2 is the product of 1 - beta_i for i <= k.
+
+    Raises:
+        ValueError: unless num_steps >= 2 and the betas lie between 0 and 1.
+    """
+    return table_from_betas(np.linspace(beta_start, beta_end, _count(num_steps)))
+
+
+def iddpm_cosine_table(
+    num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+) -> np.ndarray:
+    """logSNR [num_steps] of the cosine schedule of Nichol & Dhariwal (2021) with clipped betas.
+
+    Raises:
+        ValueError: unless num_steps >= 2, offset >= 0 and 0 < max_beta < 1.
+    """
+    if not offset >= 0:
+        raise ValueError(f"iddpm_cosine_table needs offset >= 0, got {offset}")
+    rest = np.arange(_count(num_steps), -1, -1) / num_steps
+    power = np.square(np.sin(np.pi / 2 * rest / (1 + offset)))
+    return table_from_betas(np.minimum(1 - power[1:] / power[:-1], max_beta))
+
+
+def table_from_betas(betas: ArrayLike) -> np.ndarray:
+    """logSNR [num_steps] of the variances added in each step of a variance-preserving chain.
+
+    Raises:
+        ValueError: unless ``betas`` is [num_steps], num_steps >= 2, each strictly in (0, 1).
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 2:
+        raise ValueError(f"betas are [num_steps], at least 2, got shape {betas.shape}")
+    if not np.all((betas > 0) & (betas < 1)):
+        at = int(np.argmin((betas > 0) & (betas < 1)))
+        raise ValueError(f"betas lie strictly between 0 and 1, but number {at + 1} is {betas[at]}")
+    return _logsnr_of_decay(-np.cumsum(np.log1p(-betas)))
+
+
+def zero_terminal_table(table: ArrayLike) -> np.ndarray:
+    """The table with alpha moved and stretched so that its last level is pure noise, -inf.
+
+    Lin et al. (2024), "Common diffusion noise schedules and sample steps are flawed". The first
+    level stays. At -inf the noise says nothing about the data: train on v or on the data, and let
+    the sampler start exactly there (``spacings.from_table`` with "trailing").
+
+    Raises:
+        ValueError: unless the levels are finite and fall strictly.
+    """
+    table = check_table(table)
+    first, last = _amplitude(table[0]), _amplitude(table[-1])
+    amplitude = (_amplitude(table) - last) * first / (first - last)
+    noise = _amplitude_loss_numpy(table[0]) + (first - _amplitude(table)) * first / (first - last)
+    with np.errstate(divide="ignore"):
+        logsnr = 2 * np.log(amplitude) - np.log(noise) - np.log1p(amplitude)
+    logsnr[0] = table[0]
+    return logsnr
+
+
+def interpolated_table(table: ArrayLike) -> InterpolatedDecay:
+    """Law of a continuous time along a table: log alpha^2 linear in between, and from 0 at t = 0.
+
+    The rule of DPM-Solver (Lu et al. 2022) for models trained on discrete steps.
+
+    Raises:
+        ValueError: unless the levels are finite and fall strictly. For a zero terminal SNR apply
+            ``gaussian.zero_terminal`` to the law instead of rescaling the table.
+    """
+    decay = np.logaddexp(0.0, -check_table(table))
+    return InterpolatedDecay(jnp.asarray(np.append(0.0, decay), dtype=float))
+
+
+def ddpm_discrete(
+    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> InterpolatedDecay:
+    """The law that interpolates :func:`ddpm_table`; differs from ``ddpm_linear`` by up to 0.07."""
+    return interpolated_table(ddpm_table(num_steps, beta_start, beta_end))
+
+
+def iddpm_discrete(
+    num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+) -> InterpolatedDecay:
+    """The law that interpolates :func:`iddpm_cosine_table`."""
+    return interpolated_table(iddpm_cosine_table(num_steps, offset, max_beta))
+
+
+def wavegrad(
+    num_steps: int = 1000, beta_start: float = 1e-6, beta_end: float = 0.01
+) -> InterpolatedAmplitude:
+    """alpha uniform within a segment, chosen uniformly, of a table of alpha. WaveGrad (2021).
+
+    The table is that of linear betas, preceded by alpha = 1. The defaults are recalled from the
+    paper's base model; few segments (``num_steps=6``) make the staircase visible.
+
+    Raises:
+        ValueError: unless num_steps >= 2 and the betas lie between 0 and 1.
+    """
+    loss = _amplitude_loss_numpy(ddpm_table(num_steps, beta_start, beta_end))
+    return InterpolatedAmplitude(jnp.asarray(np.append(0.0, loss), dtype=float))
+
+
+def check_table(table: ArrayLike) -> np.ndarray:
+    """The table as float64 [num_steps].
+
+    Raises:
+        TypeError: for a traced table.
+        ValueError: unless it has one axis, at least two levels, all finite and falling strictly.
+    """
+    if not is_concrete(table):
+        raise TypeError("a noise table is built and checked outside of jit")
+    table = np.asarray(table, np.float64)
+    if table.ndim != 1 or table.size < 2:
+        raise ValueError(f"a noise table is logSNR [num_steps], at least 2, got {table.shape}")
+    if not (np.all(np.isfinite(table)) and np.all(np.diff(table) < 0)):
+        raise ValueError(
+            "a noise table holds finite logSNR that fall strictly (clean to noisy); "
+            f"got {table[:3]} ... {table[-3:]}"
+        )
+    return table
+
+
+def _interpolate(table: Array, at: Instant) -> Array:
+    """Linear between points that are equally spaced in time, from the nearer end."""
+    cells = table.size - 1
+    early = at.t < 0.5
+    from_start, from_end = at.t * cells, at.rest * cells
+    left = jnp.where(early, jnp.floor(from_start), cells - 1 - jnp.floor(from_end))
+    cell = jnp.clip(jax.lax.stop_gradient(left), 0, cells - 1).astype(int)
+    rise = jnp.diff(table)[cell]
+    upward = table[cell] + rise * (from_start - cell.astype(table.dtype))
+    downward = table[cell + 1] - rise * (from_end - (cells - 1 - cell).astype(table.dtype))
+    return jnp.where(early, upward, downward)
+
+
+def _locate(table: Array, value: Array) -> tuple[Instant, Array]:
+    """The time at which the interpolated table has a value, and its slope there."""
+    cells = table.size - 1
+    found = jnp.searchsorted(table, jax.lax.stop_gradient(value), side="right") - 1
+    cell = jnp.clip(found, 0, cells - 1)
+    rise = jnp.diff(table)[cell]
+    before = cell.astype(table.dtype) + (value - table[cell]) / rise
+    after = (cells - 1 - cell).astype(table.dtype) + (table[cell + 1] - value) / rise
+    return Instant(before / cells, after / cells), rise * cells
+
+
+def _amplitude_loss(logsnr: Array) -> Array:
+    """1 - alpha."""
+    return jax.nn.sigmoid(-logsnr) / (1 + jnp.exp(0.5 * jax.nn.log_sigmoid(logsnr)))
+
+
+def _amplitude_loss_numpy(logsnr: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, logsnr)) / (1 + _amplitude(logsnr))
+
+
+def _amplitude(logsnr: np.ndarray) -> np.ndarray:
+    return np.exp(-0.5 * np.logaddexp(0.0, -logsnr))
+
+
+def _logsnr_of_decay(decay: np.ndarray) -> np.ndarray:
+    return -decay - np.log(-np.expm1(-decay))
+
+
+def _count(num_steps: int) -> int:
+    if operator.index(num_steps) < 2:
+        raise ValueError(f"a noise table needs num_steps >= 2, got {num_steps}")
+    return num_steps

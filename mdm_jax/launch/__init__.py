@@ -1,0 +1,1 @@
+"""The launcher: configs, working directories, training, evaluation, samples, variance."""

@@ -1,0 +1,190 @@
+"""What an evaluation of the likelihood returns: numbers of a data set, with their uncertainty."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
+
+_LN2 = math.log(2.0)
+
+
+class LevelCurve(NamedTuple):
+    """Mean cross-entropy by masking rate.
+
+    Attributes:
+        edges: [bins + 1] masking rates; bin b holds the passes with edges[b] < k/n <= edges[b+1].
+        nats: [bins] mean cross-entropy of a masked token, NaN where no pass fell into the bin.
+        targets: [bins] number of masked tokens behind the mean.
+    """
+
+    edges: np.ndarray
+    nats: np.ndarray
+    targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Likelihood:
+    """An upper bound on the negative log-likelihood of a data set, with its uncertainty.
+
+    Totals are pooled over rows before any ratio is taken. ``standard_error_*`` is the Monte Carlo
+    error of the estimate, from the spread over replicates of the whole design (NaN for one
+    replicate). ``data_standard_error_*`` is the spread over rows, taken as independent: what
+    another sample of as many rows might change (it contains the Monte Carlo noise of the rows).
+
+    Attributes:
+        replicate_row_nats: [R, N] float64, each replicate's estimate of each scored row, nats.
+        row_tokens: [N] eligible tokens of each scored row.
+        row_units: [N] units of measurement of each scored row.
+        row_index: [N] number of each scored row in the data stream.
+        rows_seen: rows in the stream, those without eligible tokens included.
+        passes: F, forward passes per row and replicate.
+        levels: loss by masking rate.
+    """
+
+    replicate_row_nats: np.ndarray
+    row_tokens: np.ndarray
+    row_units: np.ndarray
+    row_index: np.ndarray
+    rows_seen: int
+    passes: int
+    levels: LevelCurve
+
+    @property
+    def replicates(self) -> int:
+        """R, independent repetitions of the design."""
+        return self.replicate_row_nats.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Number of scored rows; rows without eligible tokens are not scored."""
+        return self.row_tokens.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(self.row_tokens.sum())
+
+    @property
+    def units(self) -> int:
+        """Characters, or pixels times channels, that the scored tokens stand for."""
+        return int(self.row_units.sum())
+
+    @property
+    def per_row_nats(self) -> np.ndarray:
+        """[N] bound of each scored row, nats."""
+        return self.replicate_row_nats.mean(0)
+
+    @property
+    def replicate_nats(self) -> np.ndarray:
+        """[R] each replicate's total, nats."""
+        return self.replicate_row_nats.sum(1)
+
+    @property
+    def nats(self) -> float:
+        """Bound of the whole data set, nats."""
+        return float(self.replicate_nats.mean())
+
+    @property
+    def nats_per_token(self) -> float:
+        """Total nats over total tokens."""
+        return _ratio(self.nats, self.tokens)
+
+    @property
+    def bits_per_token(self) -> float:
+        """Total bits over total tokens."""
+        return self.nats_per_token / _LN2
+
+    @property
+    def bits_per_unit(self) -> float:
+        """Total bits over total units: bits per character, or per dimension."""
+        return _ratio(self.nats, self.units) / _LN2
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the pooled nats per token."""
+        return float(np.exp(self.nats_per_token))
+
+    @property
+    def standard_error_nats(self) -> float:
+        """Monte Carlo standard error of ``nats``."""
+        return standard_error_of_mean(self.replicate_nats)
+
+    @property
+    def standard_error_nats_per_token(self) -> float:
+        """Monte Carlo standard error of ``nats_per_token``."""
+        return _ratio(self.standard_error_nats, self.tokens)
+
+    @property
+    def standard_error_bits_per_token(self) -> float:
+        """Monte Carlo standard error of ``bits_per_token``."""
+        return self.standard_error_nats_per_token / _LN2
+
+    @property
+    def standard_error_bits_per_unit(self) -> float:
+        """Monte Carlo standard error of ``bits_per_unit``."""
+        return _ratio(self.standard_error_nats, self.units) / _LN2
+
+    @property
+    def standard_error_perplexity(self) -> float:
+        """Monte Carlo standard error of ``perplexity``, to first order."""
+        return self.perplexity * self.standard_error_nats_per_token
+
+    @property
+    def data_standard_error_nats_per_token(self) -> float:
+        """Standard error of ``nats_per_token`` from the spread over rows."""
+        return standard_error_of_ratio(self.per_row_nats, self.row_tokens)
+
+    @property
+    def data_standard_error_bits_per_token(self) -> float:
+        """Standard error of ``bits_per_token`` from the spread over rows."""
+        return self.data_standard_error_nats_per_token / _LN2
+
+    @property
+    def data_standard_error_bits_per_unit(self) -> float:
+        """Standard error of ``bits_per_unit`` from the spread over rows."""
+        return standard_error_of_ratio(self.per_row_nats, self.row_units) / _LN2
+
+    def to_dict(self) -> dict:
+        """Everything but the per-row arrays as JSON values; undefined numbers become None."""
+        names = ("nats", "nats_per_token", "bits_per_token", "bits_per_unit", "perplexity")
+        errors = tuple(f"standard_error_{name}" for name in names)
+        data_errors = tuple(f"data_standard_error_{name}" for name in names[1:4])
+        counts = ("rows", "rows_seen", "tokens", "units", "passes", "replicates")
+        levels = {
+            "masking_rate_edges": self.levels.edges.tolist(),
+            "nats_per_masked_token": [finite_or_none(v) for v in self.levels.nats],
+            "masked_tokens": [int(v) for v in self.levels.targets],
+        }
+        return (
+            {name: getattr(self, name) for name in counts}
+            | {name: finite_or_none(getattr(self, name)) for name in names + errors + data_errors}
+            | {"levels": levels}
+        )
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        design = f"{self.replicates} replicates of {self.passes} passes per row"
+        lines = [
+            f"likelihood bound over {self.rows} rows, {self.tokens} tokens, {self.units} units"
+            f" ({self.rows_seen - self.rows} rows without eligible tokens left out)",
+            _line("bits per unit", self, "bits_per_unit"),
+            _line("bits per token", self, "bits_per_token"),
+            _line("nats per token", self, "nats_per_token"),
+            f"  perplexity      {self.perplexity:.4f} ± {self.standard_error_perplexity:.4f}",
+            f"  (± Monte Carlo standard error from {design}; data: from the spread over rows)",
+        ]
+        return "\n".join(lines)
+
+
+def _ratio(total: float, count: int) -> float:
+    return total / count if count > 0 else math.nan
+
+
+def _line(label: str, result: Likelihood, name: str) -> str:
+    value = getattr(result, name)
+    error = getattr(result, f"standard_error_{name}")
+    data = getattr(result, f"data_standard_error_{name}")
+    return f"  {label:<15} {value:.4f} ± {error:.4f} (data ± {data:.4f})"

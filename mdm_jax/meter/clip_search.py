@@ -1,0 +1,335 @@
+"""Data-driven choice of the range of masking rates for block diffusion.
+
+Small blocks train with less noise if rates are drawn from part of (0, 1) only (Arriola et al. 2025,
+BD3-LM, "clipped" schedules); which part is searched for on validation data. A range so chosen makes
+the training objective ``variance.clipped(low, high)``, which is truncated: report no likelihood
+from it. ``variance.clipped_mixture`` takes the same range and stays exact.
+
+Three criteria score a range; the smallest score wins, the first of equals:
+
+* :func:`raw_variance`, as published: the variance of the block losses, data variance included. The
+  losses of different ranges have different means, so it favours high, narrow ranges by scale alone;
+* :func:`relative_variance`: the same over the squared mean loss;
+* :func:`gradient_noise_to_signal`: the trace of the covariance of the batch gradient over the
+  squared norm of its mean, which is what slows training down.
+
+The published search also gives ranges above 1/2 the weight 1 instead of 1/m, and redraws masks
+until the masked fraction lies in the range, without correcting for it; neither is done here. Its
+candidate for blocks of one token, the single rate 1, is the range (0.999, 1) here, since whoever
+trains on a chosen range draws from its density.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.distributed import to_host
+from mdm_jax.draws import GRID_BITS, Draw, DrawSpec, iid
+from mdm_jax.estimates import square_norm, start
+from mdm_jax.meter.levels import base_density
+from mdm_jax.meter.subject import ApplyFn, make_estimator
+from mdm_jax.objectives.objective import Objective
+from mdm_jax.rng import stream
+from mdm_jax.types import Array, Batch, PyTree
+
+SMALLEST_RATE = 1e-3
+"""Where the widest candidate begins."""
+
+Progress = Callable[[int], None]
+"""Called with the number of batches done since the last call."""
+
+_WIDTHS = (50, 60, 70, 80, 90)  # percent
+_STEP = 5
+
+Interval = tuple[float, float]
+Score = Callable[[PyTree, Sequence[Batch], Array, Sequence[Interval], Progress | None], np.ndarray]
+"""``score(params, batches, key, intervals, progress) -> [intervals]``."""
+
+Criterion = Callable[[ApplyFn, Objective, DrawSpec], Score]
+"""``criterion(apply_fn, objective, spec) -> score``; compiles at the first call of ``score``."""
+
+
+class ClipChoice(NamedTuple):
+    """Outcome of a search; plain values, to be kept in a checkpoint's notes.
+
+    Attributes:
+        low, high: the chosen masking rates.
+        criterion: name of the criterion.
+        block_size: tokens of a block.
+        step: training step of the parameters that were searched with.
+        intervals: all candidates.
+        scores: score of each, None where it is not finite.
+    """
+
+    low: float
+    high: float
+    criterion: str
+    block_size: int
+    step: int
+    intervals: tuple[Interval, ...]
+    scores: tuple[float | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return self._asdict() | {
+            "intervals": [list(i) for i in self.intervals],
+            "scores": list(self.scores),
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "ClipChoice":
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if a field is missing or unknown.
+        """
+        if set(record) != set(cls._fields):
+            raise ValueError(
+                f"a clip choice has the fields {', '.join(cls._fields)}, got "
+                f"{', '.join(sorted(record))}"
+            )
+        intervals = tuple((float(low), float(high)) for low, high in record["intervals"])
+        return cls(**record | {"intervals": intervals, "scores": tuple(record["scores"])})
+
+
+def candidate_intervals(block_size: int) -> tuple[Interval, ...]:
+    """The published candidates: the whole range, then every width from 0.5 to 0.9 in steps of 0.05.
+
+    36 ranges. For blocks of one token only the whole range and, for the published point (1, 1),
+    where the loss is that of an autoregressive model, (0.999, 1): a range that can be drawn from.
+
+    Raises:
+        ValueError: if the block size is not positive.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if block_size == 1:
+        return ((SMALLEST_RATE, 1.0), (1.0 - SMALLEST_RATE, 1.0))
+    # In percent, so that no end is off by a rounding.
+    ranges = [(low, low + w) for w in _WIDTHS for low in range(0, 101 - w, _STEP)]
+    narrow = tuple((max(low / 100, SMALLEST_RATE), high / 100) for low, high in ranges)
+    return ((SMALLEST_RATE, 1.0), *narrow)
+
+
+def reachable_counts(block_size: int, low: float, high: float) -> range:
+    """Numbers k >= 1 of masked tokens whose fraction k / block_size lies in [low, high]."""
+    slack = 1e-9  # 0.3 * 10 is 3.0000000000000004
+    first = max(1, math.ceil(low * block_size - slack))
+    return range(first, min(block_size, math.floor(high * block_size + slack)) + 1)
+
+
+def check_feasible(block_size: int, low: float, high: float) -> None:
+    """Raises ValueError unless the range is a range and some number of masked tokens lies in it.
+
+    In a range without one, a trainer that redraws masks until the fraction fits never ends.
+    """
+    if block_size < 1 or not 0 <= low < high <= 1:
+        raise ValueError(
+            f"a range of masking rates needs 0 <= low < high <= 1, got {low}, {high} for blocks of "
+            f"{block_size}"
+        )
+    if not reachable_counts(block_size, low, high):
+        raise ValueError(
+            f"no number of masked tokens out of {block_size} has a fraction in [{low}, {high}]; "
+            "widen the range or take larger blocks"
+        )
+
+
+Search = Callable[..., ClipChoice]
+
+
+def make_clip_search(
+    apply_fn: ApplyFn,
+    objective: Objective,
+    batch_shape: tuple[int, int],
+    *,
+    criterion: Criterion | None = None,
+    intervals: Sequence[Interval] | None = None,
+) -> Search:
+    """``search(params, batches, key, step=0, progress=None) -> ClipChoice``, compiled once.
+
+    Scores ranges of the masking rate on validation batches and takes the best. All ranges see the
+    same rows and base noise. Blocks draw their rates independently. ``batches`` are at least two of
+    one shape (100 in the published code), ``step`` is kept for the record, and ``progress`` is
+    called with the number of batches done since its last call; for the gradient's criterion every
+    range is a pass over all batches.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``, without dropout.
+        objective: with one level per block and a uniform law of the masking rate.
+        batch_shape: (rows, length) of a validation batch.
+        criterion: one of this module's, :func:`gradient_noise_to_signal` if not given.
+        intervals: candidates, :func:`candidate_intervals` of the block size if not given.
+
+    Raises:
+        ValueError: if the law is not uniform or a range is infeasible; in ``search``, if there are
+            fewer than two batches or no score is finite.
+    """
+    rows, length = batch_shape
+    spec = objective.spec(rows, length)
+    block_size = length // spec.num_levels
+    if not np.allclose(base_density(objective, np.array([0.1, 0.5, 0.9])), 1.0, rtol=1e-3):
+        raise ValueError(
+            "the search draws masking rates uniformly from a range; give an objective with a "
+            "uniform law (linear schedule), not one that prefers some rates already"
+        )
+    chosen = candidate_intervals(block_size) if intervals is None else tuple(intervals)
+    for low, high in chosen:
+        check_feasible(block_size, low, high)
+    criterion = gradient_noise_to_signal if criterion is None else criterion
+    score = criterion(apply_fn, objective, spec)
+
+    def search(
+        params: PyTree,
+        batches: Sequence[Batch],
+        key: Array,
+        step: int = 0,
+        progress: Progress | None = None,
+    ) -> ClipChoice:
+        if len(batches) < 2:
+            raise ValueError(f"at least 2 batches are needed to score a range, got {len(batches)}")
+        scores = score(params, batches, key, chosen, progress)
+        if not np.any(np.isfinite(scores)):
+            raise ValueError(f"no range has a finite score under {criterion.__name__}")
+        best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf)))
+        return ClipChoice(
+            *chosen[best],
+            criterion=criterion.__name__,
+            block_size=block_size,
+            step=step,
+            intervals=chosen,
+            scores=tuple(float(s) if np.isfinite(s) else None for s in scores),
+        )
+
+    return search
+
+
+def raw_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
+    """Variance of the block losses, nats per token squared, averaged over batches."""
+    moments = block_loss_moments(apply_fn, objective, spec)
+    return lambda *arguments: moments(*arguments).variance
+
+
+def relative_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
+    """:func:`raw_variance` over the squared mean loss."""
+    moments = block_loss_moments(apply_fn, objective, spec)
+
+    def score(*arguments: Any) -> np.ndarray:
+        found = moments(*arguments)
+        return found.variance / found.mean**2
+
+    return score
+
+
+def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
+    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included.
+
+    Infinite where no signal can be told from the noise. Holds three gradients at a time.
+    """
+    estimator = make_estimator(apply_fn, objective)
+
+    @jax.jit
+    def draw(key: Array, interval: Array) -> Draw:
+        return _in_interval(iid(stream(key, "draw"), spec), interval)
+
+    def score(
+        params: PyTree,
+        batches: Sequence[Batch],
+        key: Array,
+        intervals: Sequence[Interval],
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+        scores = []
+        for interval in np.asarray(intervals, np.float32):
+            mean, terms = start(params).mean, []
+            for number, batch in enumerate(placed):
+                one = draw(jax.random.fold_in(key, number), interval)
+                mean, term = estimator.accumulate(mean, np.float32(number), params, batch, one, 1)
+                terms.append(float(term))
+                if progress is not None:
+                    progress(1)
+            noise = float(np.mean(terms[1:]))
+            signal = float(square_norm(mean)) - noise / len(terms)
+            scores.append(noise / signal if signal > 0 else math.inf)
+        return np.asarray(scores)
+
+    return score
+
+
+class BlockMoments(NamedTuple):
+    """Moments of the per-token block losses under each range, [intervals].
+
+    Attributes:
+        mean: nats per token.
+        variance: over rows, blocks and draws of a batch, averaged over batches.
+        standard_error: of the variance, from the spread over batches.
+    """
+
+    mean: np.ndarray
+    variance: np.ndarray
+    standard_error: np.ndarray
+
+
+def block_loss_moments(
+    apply_fn: ApplyFn, objective: Objective, spec: DrawSpec
+) -> Callable[..., BlockMoments]:
+    """Mean and variance of the block losses ``S_b / (m L')`` under each range.
+
+    Returns:
+        ``moments(params, batches, key, intervals, progress=None) -> BlockMoments``. Blocks without
+        eligible tokens are left out; ValueError if a batch has fewer than two others.
+    """
+
+    @jax.jit
+    def losses(params: PyTree, batch: Batch, key: Array, intervals: Array) -> tuple[Array, Array]:
+        draw = iid(stream(key, "draw"), spec)
+
+        def one(interval: Array) -> tuple[Array, Array]:
+            moved = _in_interval(draw, interval)
+            stats = objective.loss(_with(apply_fn, params), batch, moved)
+            value = stats.weight * stats.raw / jnp.maximum(stats.scored, 1)
+            return value[0], stats.scored[0] > 0
+
+        return jax.lax.map(one, intervals)
+
+    def moments(
+        params: PyTree,
+        batches: Sequence[Batch],
+        key: Array,
+        intervals: Sequence[Interval],
+        progress: Progress | None = None,
+    ) -> BlockMoments:
+        means, variances = [], []
+        ranges = jnp.asarray(intervals, jnp.float32)
+        for number, batch in enumerate(batches):
+            one = jax.random.fold_in(key, number)
+            value, scored = losses(params, jax.tree.map(jnp.asarray, batch), one, ranges)
+            value, scored = to_host((value, scored))
+            kept = np.asarray(value, np.float64)[:, scored[0]]
+            if kept.shape[1] < 2:
+                raise ValueError(f"batch {number} has {kept.shape[1]} scored blocks; 2 are needed")
+            means.append(kept.mean(1))
+            variances.append(kept.var(1, ddof=1))
+            if progress is not None:
+                progress(1)
+        spread = np.std(variances, axis=0, ddof=1) / math.sqrt(len(batches))
+        return BlockMoments(np.mean(means, axis=0), np.mean(variances, axis=0), spread)
+
+    return moments
+
+
+def _with(apply_fn: ApplyFn, params: PyTree) -> Callable[..., Array]:
+    return lambda *inputs: apply_fn(params, *inputs)
+
+
+def _in_interval(draw: Draw, interval: Array) -> Draw:
+    # u = 1 - m for a uniform masking rate; no weight, as the range itself is the target.
+    low, high = interval[0], interval[1]
+    end = 2.0 ** -(GRID_BITS + 1)
+    u = (1 - high) + (high - low) * draw.u
+    return draw._replace(u=jnp.clip(u, end, 1 - end))

@@ -1,0 +1,413 @@
+"""The three operators that tasks of arithmetic share.
+
+Letters in an answer that nothing predicts, for entropy that no context removes.
+
+Once a deterministic task is solved, its loss is zero at every masking rate and so is its training
+variance. Tokens whose entropy stays behave like the wording of a derivation in natural language.
+
+A sum evaluated from left to right, with its running values as the answer.
+
+Arithmetic over named definitions in random order, with a derivation as the answer.
+
+Addition of two numbers.
+
+Numbers and a target that they make, each used once.
+"""
+
+import dataclasses
+import math
+import re
+import string
+from typing import Any, NamedTuple
+
+from mdm_jax.tasks.task import Choices, Pair, Task, check_range
+
+OPERATORS = "+-*"
+
+
+def apply(operator: str, left: int, right: int) -> int:
+    """``left operator right``."""
+    if operator == "+":
+        return left + right
+    return left - right if operator == "-" else left * right
+
+
+def commutes(operator: str) -> bool:
+    """Whether the order of its operands does not matter."""
+    return operator != "-"
+
+
+LETTERS = "wxyz"
+"""What is inserted; no answer of a task contains one."""
+
+_REMOVE = str.maketrans("", "", LETTERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy(Task):
+    """Another task with a uniform letter of ``wxyz`` after every ``every`` characters of an answer.
+
+    An instance, its canonical form, and hence its split are the other task's.
+
+    Attributes:
+        task: the other task.
+        every: characters between letters.
+
+    Raises:
+        ValueError: if ``every`` is out of range, or the task is noisy already.
+    """
+
+    task: Task
+    every: int
+
+    def __post_init__(self):
+        if isinstance(self.task, Noisy):
+            raise ValueError(f"Noisy wraps a task that is not noisy itself, got {self.task!r}")
+        check_range(self, every=(self.every, 1, self.task.answer_length))
+
+    @property
+    def prompt_length(self) -> int:
+        return self.task.prompt_length
+
+    @property
+    def answer_length(self) -> int:
+        return self.task.answer_length + self.task.answer_length // self.every
+
+    def draw(self, choices: Choices) -> Any:
+        return self.task.draw(choices)
+
+    def canonical(self, instance: Any) -> str:
+        return self.task.canonical(instance)
+
+    def write(self, instance: Any, choices: Choices) -> Pair:
+        prompt, answer = self.task.write(instance, choices)
+        pieces = [answer[i : i + self.every] for i in range(0, len(answer), self.every)]
+        return Pair(
+            prompt,
+            "".join(p + choices.one_of(LETTERS) * (len(p) == self.every) for p in pieces),
+        )
+
+    def check(self, prompt: str, answer: str) -> bool:
+        """Whether the answer without its letters is right, wherever they stand."""
+        return self.task.check(prompt, answer.translate(_REMOVE))
+
+    def letter_nats(self, answer: str) -> float:
+        """Entropy of the letters of a right answer, nats: what no model's loss can go below."""
+        return math.log(len(LETTERS)) * sum(letter in LETTERS for letter in answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Task):
+    """``4+3*2-5=`` to ``749``: the value after each operator, from left to right, modulo p.
+
+    An instance is the prompt without its ``=``.
+
+    Attributes:
+        steps: operators.
+        modulus: p, 2 to 10, so that each value is one digit.
+        last_only: the answer is the last value alone.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    steps: int = 4
+    modulus: int = 10
+    last_only: bool = False
+
+    def __post_init__(self):
+        check_range(self, steps=(self.steps, 1, 500), modulus=(self.modulus, 2, 10))
+
+    @property
+    def prompt_length(self) -> int:
+        return 2 * self.steps + 2
+
+    @property
+    def answer_length(self) -> int:
+        return 1 if self.last_only else self.steps
+
+    def draw(self, choices: Choices) -> str:
+        first = str(choices.below(self.modulus))
+        rest = [
+            f"{choices.one_of(OPERATORS)}{choices.below(self.modulus)}" for _ in range(self.steps)
+        ]
+        return first + "".join(rest)
+
+    def canonical(self, instance: str) -> str:
+        """The sum, with its first two numbers sorted where their order does not matter."""
+        first, operator, second = instance[:3]
+        if commutes(operator):
+            first, second = sorted((first, second))
+        return f"mod {self.modulus};{first}{operator}{second}{instance[3:]}"
+
+    def write(self, instance: str, _choices: Choices) -> Pair:
+        values = self._values(instance)
+        return Pair(f"{instance}=", values[-1:] if self.last_only else values)
+
+    def _values(self, instance: str) -> str:
+        value, found = int(instance[0]), []
+        for operator, number in re.findall(r"([-+*])(\d)", instance):
+            value = apply(operator, value, int(number)) % self.modulus
+            found.append(str(value))
+        return "".join(found)
+
+    def check(self, prompt: str, answer: str) -> bool:
+        """Whether the last value and the number of values are right."""
+        last = self._values(prompt.removesuffix("="))[-1]
+        return len(answer) == self.answer_length and answer.isdigit() and answer[-1] == last
+
+
+_NAMES = "".join(letter for letter in string.ascii_lowercase if letter not in LETTERS)
+_NODES = string.ascii_uppercase  # names before the names of a prompt are chosen
+_EXPRESSION = re.compile(r"(\w+)([-+*])(\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Task):
+    """``c=i-g;i=g*7;g=2;?c`` to ``g=2,i=2*7=4,c=4-2=2#2``, all modulo p.
+
+    One leaf, then ``steps`` needed nodes, each of which combines the one before it with a constant
+    or any node still earlier, then ``distractors`` that hang off needed nodes and play no part.
+    An instance is the right-hand sides in this order, with nodes called A, B, C, ...
+
+    Attributes:
+        steps: needed nodes beside the leaf.
+        distractors: nodes that are not needed.
+        modulus: p, at least 2. Up to 10, all answers have one length.
+        result_only: the answer is the result without its derivation, as in ``2``.
+
+    Raises:
+        ValueError: if a setting is out of range, or there are more nodes than letters.
+    """
+
+    steps: int = 2
+    distractors: int = 1
+    modulus: int = 10
+    result_only: bool = False
+
+    def __post_init__(self):
+        check_range(
+            self,
+            steps=(self.steps, 1, len(_NAMES) - 1),
+            distractors=(self.distractors, 0, len(_NAMES) - 1 - self.steps),
+            modulus=(self.modulus, 2, 1000),
+        )
+
+    @property
+    def prompt_length(self) -> int:
+        digits = self._digits
+        return 2 + digits + (self.steps + self.distractors) * (5 + digits) + 3
+
+    @property
+    def answer_length(self) -> int:
+        digits = self._digits
+        return digits if self.result_only else 3 + 2 * digits + self.steps * (5 + 3 * digits)
+
+    @property
+    def _digits(self) -> int:
+        return len(str(self.modulus - 1))
+
+    def draw(self, choices: Choices) -> tuple[str, ...]:
+        found = [str(choices.below(self.modulus))]
+        for node in range(self.steps):
+            found.append(self._combine(node, _NODES[:node], choices))
+        for _ in range(self.distractors):
+            node = choices.below(self.steps + 1)
+            others = _NODES[: self.steps + 1].replace(_NODES[node], "")
+            found.append(self._combine(node, others, choices))
+        return tuple(found)
+
+    def _combine(self, node: int, others: str, choices: Choices) -> str:
+        """One node with a constant, or another one of ``others`` where there are any."""
+        constant = str(1 + choices.below(self.modulus - 1))
+        other = choices.one_of(others) if others and choices.below(2) else constant
+        left, right = choices.shuffled([_NODES[node], other])
+        return f"{left}{choices.one_of(OPERATORS)}{right}"
+
+    def canonical(self, instance: tuple[str, ...]) -> str:
+        """The needed nodes in order, then the others sorted; operands sorted where they commute."""
+        sides = [_sorted_operands(side) for side in instance]
+        needed, others = sides[: self.steps + 1], sides[self.steps + 1 :]
+        return ";".join([f"mod {self.modulus}", *needed, "", *sorted(others)])
+
+    def write(self, instance: tuple[str, ...], choices: Choices) -> Pair:
+        letters = choices.shuffled(_NAMES)[: len(instance)]
+        names = str.maketrans(_NODES[: len(instance)], "".join(letters))
+        definitions = [f"{name}={side.translate(names)}" for name, side in zip(letters, instance)]
+        prompt = ";".join([*choices.shuffled(definitions), f"?{letters[self.steps]}"])
+        values, derivation = {}, []
+        for name, side in zip(letters, instance[: self.steps + 1]):
+            written, values[name] = self._step(side.translate(names), values)
+            derivation.append(f"{name}={written}")
+        result = values[letters[self.steps]]
+        return Pair(prompt, str(result) if self.result_only else f"{','.join(derivation)}#{result}")
+
+    def _step(self, side: str, values: dict[str, int]) -> tuple[str, int]:
+        """A right-hand side with its operands' values and its own, and that value."""
+        if side.isdigit():
+            return side, int(side)
+        left, operator, right = _EXPRESSION.fullmatch(side).groups()
+        left, right = (values[x] if x in values else int(x) for x in (left, right))
+        value = apply(operator, left, right) % self.modulus
+        return f"{left}{operator}{right}={value}", value
+
+    def check(self, prompt: str, answer: str) -> bool:
+        """Whether what follows the last ``#``, or the whole result, is the value asked for."""
+        _, mark, result = answer.rpartition("#")
+        return (bool(mark) or self.result_only) and result == str(self._value(prompt))
+
+    def _value(self, prompt: str) -> int:
+        *definitions, query = prompt.split(";")
+        sides = dict(definition.split("=") for definition in definitions)
+        values: dict[str, int] = {}
+
+        def find(name: str) -> int:
+            if name not in values:
+                for other in sides[name]:
+                    if other in sides:
+                        find(other)
+                values[name] = self._step(sides[name], values)[1]
+            return values[name]
+
+        return find(query.removeprefix("?"))
+
+
+def _sorted_operands(side: str) -> str:
+    match = _EXPRESSION.fullmatch(side)
+    if match is None or not commutes(match[2]):
+        return side
+    return match[2].join(sorted((match[1], match[3])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Add(Task):
+    """``357+689=`` to ``1046``: two n-digit numbers, their sum in n + 1 digits, zeros kept.
+
+    An instance is the two numbers.
+
+    Attributes:
+        digits: n.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+
+    digits: int = 4
+
+    def __post_init__(self):
+        check_range(self, digits=(self.digits, 1, 100))
+
+    @property
+    def prompt_length(self) -> int:
+        return 2 * self.digits + 2
+
+    @property
+    def answer_length(self) -> int:
+        return self.digits + 1
+
+    def draw(self, choices: Choices) -> tuple[str, str]:
+        first, second = (
+            "".join(str(choices.below(10)) for _ in range(self.digits)) for _ in range(2)
+        )
+        return first, second
+
+    def canonical(self, instance: tuple[str, str]) -> str:
+        """The two numbers, sorted."""
+        return "+".join(sorted(instance))
+
+    def write(self, instance: tuple[str, str], _choices: Choices) -> Pair:
+        return Pair(f"{'+'.join(instance)}=", self._sum(*instance))
+
+    def _sum(self, first: str, second: str) -> str:
+        return str(int(first) + int(second)).zfill(self.digits + 1)
+
+    def check(self, prompt: str, answer: str) -> bool:
+        """Whether it is the sum, digit for digit."""
+        return answer == self._sum(*prompt.removesuffix("=").split("+"))
+
+
+_LARGEST = 999
+_NUMBER = "(0|[1-9][0-9]{0,2})"
+_STEP = re.compile(f"{_NUMBER}([-+*]){_NUMBER}={_NUMBER}")
+
+
+class CountdownInstance(NamedTuple):
+    """The numbers in the order in which the derivation takes them, and that derivation."""
+
+    numbers: tuple[int, ...]
+    steps: tuple[str, ...]
+    target: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Countdown(Task):
+    """``4,17,1:68`` to ``1*17=17,17*4=68``: steps with + - * that lead to the target.
+
+    Intermediate results lie in 0 to 999. Several answers can be right, of different lengths.
+
+    Attributes:
+        numbers: k.
+        largest: of the numbers, which are drawn from 1 to this.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    numbers: int = 3
+    largest: int = 20
+
+    def __post_init__(self):
+        check_range(self, numbers=(self.numbers, 2, 20), largest=(self.largest, 1, _LARGEST))
+
+    @property
+    def prompt_length(self) -> int:
+        return self.numbers * (self._digits + 1) + 3
+
+    @property
+    def answer_length(self) -> int:
+        # Later steps start from a result of up to three digits, the first from a number.
+        return (self.numbers - 1) * (self._digits + 9) + self._digits - 4
+
+    @property
+    def _digits(self) -> int:
+        return len(str(self.largest))
+
+    def draw(self, choices: Choices) -> CountdownInstance:
+        numbers = [1 + choices.below(self.largest) for _ in range(self.numbers)]
+        value, steps = numbers[0], []
+        for number in numbers[1:]:
+            left, right = choices.shuffled([value, number])
+            found = [(op, apply(op, left, right)) for op in OPERATORS]
+            found = [(op, result) for op, result in found if 0 <= result <= _LARGEST]
+            if not found:  # large numbers, the smaller of them first
+                left, right = max(left, right), min(left, right)
+                found = [("-", left - right)]
+            operator, value = choices.one_of(found)
+            steps.append(f"{left}{operator}{right}={value}")
+        return CountdownInstance(tuple(numbers), tuple(steps), value)
+
+    def canonical(self, instance: CountdownInstance) -> str:
+        """The numbers, sorted, and the target."""
+        return f"{','.join(map(str, sorted(instance.numbers)))}:{instance.target}"
+
+    def write(self, instance: CountdownInstance, choices: Choices) -> Pair:
+        numbers = ",".join(map(str, choices.shuffled(instance.numbers)))
+        return Pair(f"{numbers}:{instance.target}", ",".join(instance.steps))
+
+    def check(self, prompt: str, answer: str) -> bool:
+        """Whether steps that use each number once lead to the target; any that do are right."""
+        numbers, target = prompt.split(":")
+        left_over = sorted(map(int, numbers.split(",")))
+        for step in answer.split(","):
+            match = _STEP.fullmatch(step)
+            if match is None:
+                return False
+            left, right, value = int(match[1]), int(match[3]), int(match[4])
+            for operand in (left, right):
+                if operand not in left_over:
+                    return False
+                left_over.remove(operand)
+            if apply(match[2], left, right) != value:
+                return False
+            left_over.append(value)
+        return left_over == [int(target)]

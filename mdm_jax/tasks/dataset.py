@@ -1,0 +1,160 @@
+"""Generated tasks as a data source."""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from mdm_jax.data.datasets import (
+    SPLITS,
+    Dataset,
+    VectorisedRows,
+    check_positive,
+    describe,
+    fingerprint_of,
+)
+from mdm_jax.data.tokenizers import CharTokenizer
+from mdm_jax.tasks.task import VOCABULARY, Task, example
+from mdm_jax.types import Batch
+
+AnswerPadding = Literal["eos_once", "eos_scored"]
+
+_FINGERPRINTED = 8  # examples of each split
+
+
+class TaskRows(VectorisedRows):
+    """Rows ``[PAD ... prompt][answer EOS ...]`` of a task's examples, made when first read.
+
+    The prompt is right-aligned in ``prompt_length`` positions and never eligible; the padding
+    before it is not attended to.
+
+    Args:
+        task: the task.
+        split: "train", "valid" or "test".
+        size: examples 0 to size - 1 of the split.
+        tokenizer: of :data:`VOCABULARY`.
+        prompt_length: positions for the prompt.
+        answer_length: positions for the answer and its EOS.
+        answer_padding: see :func:`task_dataset`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        split: str,
+        size: int,
+        tokenizer: CharTokenizer,
+        prompt_length: int,
+        answer_length: int,
+        answer_padding: AnswerPadding,
+    ):
+        self.task, self.split = task, split
+        self._tokenizer, self._prompt_length = tokenizer, prompt_length
+        self._scores_padding = answer_padding == "eos_scored"
+        shape = (size, prompt_length + answer_length)
+        # Threads may make a row twice: it is the same both times, and marked when it is whole.
+        self._made = np.zeros(size, bool)
+        self._rows = Batch(
+            tokens=np.zeros(shape, np.int32),
+            eligible=np.zeros(shape, bool),
+            documents=np.zeros(shape, np.int32),
+            units=np.zeros(size, np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """Rows ``indices`` [n] as a batch with a leading axis of n."""
+        indices = self._check(indices)
+        for index in indices[~self._made[indices]].tolist():
+            self._make(index)
+        return Batch(*(field[indices] for field in self._rows))
+
+    def _make(self, index: int) -> None:
+        prompt, answer = example(self.task, self.split, index)
+        middle = self._prompt_length
+        begin, end = middle - len(prompt), middle + len(answer) + 1
+        tokens, eligible, documents, units = self._rows
+        visible_end = tokens.shape[1] if self._scores_padding else end
+        tokens[index, :begin] = self._tokenizer.pad_id
+        tokens[index, begin:middle] = self._tokenizer.encode(prompt)
+        tokens[index, middle : end - 1] = self._tokenizer.encode(answer)
+        tokens[index, end - 1 :] = self._tokenizer.eos_id
+        eligible[index, middle:visible_end] = True
+        documents[index, begin:visible_end] = 1
+        units[index] = len(answer)
+        self._made[index] = True
+
+
+def task_dataset(
+    task: Task,
+    *,
+    prompt_length: int = 0,
+    answer_length: int = 0,
+    answer_padding: AnswerPadding = "eos_once",
+    train_rows: int = 20_000,
+    valid_rows: int = 512,
+    test_rows: int = 512,
+) -> Dataset:
+    """Examples of a generated task, never two of one instance in different splits.
+
+    A row is a function of (task, split, index), so a longer split begins with a shorter one. Within
+    a split examples may repeat where a task has few of them.
+
+    Args:
+        task: the task.
+        prompt_length: positions for the prompt; 0: as many as the longest has characters.
+        answer_length: positions for the answer and its EOS; 0: as many as the longest needs.
+        answer_padding: what becomes of the EOS after the first, which fill up the row.
+            "eos_once": neither scored nor attended to. The length of the answer is then given away,
+            which says nothing where all answers to a prompt have one length (all tasks but
+            countdown). "eos_scored": eligible like the answer, so the model has to find its length.
+        train_rows, valid_rows, test_rows: examples of each split.
+
+    Raises:
+        ValueError: if a length is too small for the task, or another setting is out of range.
+    """
+    needed = {"prompt_length": task.prompt_length, "answer_length": task.answer_length + 1}
+    lengths = {"prompt_length": prompt_length, "answer_length": answer_length}
+    for name, given in lengths.items():
+        if given and given < needed[name]:
+            raise ValueError(
+                f"{name} must be at least {needed[name]} for {task!r}, or 0 for just that; got "
+                f"{given}"
+            )
+        lengths[name] = given or needed[name]
+    if answer_padding not in get_args(AnswerPadding):
+        raise ValueError(
+            f"answer_padding must be one of {', '.join(get_args(AnswerPadding))}, got "
+            f"{answer_padding!r}"
+        )
+    sizes = dict(zip(SPLITS, (train_rows, valid_rows, test_rows)))
+    for name, size in sizes.items():
+        check_positive(f"{name}_rows", size)
+    codec = CharTokenizer(VOCABULARY)
+    settings = {**lengths, "answer_padding": answer_padding}
+    sources = {name: TaskRows(task, name, size, codec, **settings) for name, size in sizes.items()}
+    first = [example(task, name, i) for name in SPLITS for i in range(_FINGERPRINTED)]
+    report = {f"{name}_rows": size for name, size in sizes.items()}
+    return Dataset(
+        **sources,
+        tokenizer=codec,
+        vocab_size=codec.vocab_size,
+        mask_id=codec.mask_id,
+        length=sum(lengths.values()),
+        unit="character",
+        event_shape=None,
+        fingerprint=fingerprint_of(
+            repr(first).encode(), {"source": "task", "task": repr(task), **settings, **report}
+        ),
+        description=describe(
+            f"Generated problems, {task!r}, as in {' to '.join(first[0])}",
+            codec,
+            f"Prompt in {lengths['prompt_length']} positions, answer in "
+            f"{lengths['answer_length']}; after the answer: {answer_padding}. Splits are disjoint "
+            "by canonical instance.",
+            report,
+        ),
+        report=report,
+        check=task.check,
+    )

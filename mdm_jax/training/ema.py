@@ -1,0 +1,69 @@
+"""The running average of the parameters, in full precision or in half the memory.
+
+An average with decay d moves by a share 1 - d of its distance to the parameters. Stored in bfloat16
+as it is, it would stand still: the smallest relative change that a bfloat16 number can make is
+about 2^-8, far above what a step asks for. So what is stored is its *offset* from the parameters,
+which is small, and of which eight bits are plenty:
+
+    offset' = average' - p' = d (average - p') = d (offset + p - p')
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.types import Array, PyTree
+
+
+class AverageOffset(NamedTuple):
+    """An average as its offset from the parameters.
+
+    Attributes:
+        offset: pytree like the parameters, in the dtype of the storage.
+    """
+
+    offset: PyTree
+
+
+def new_average(params: PyTree, dtype: jnp.dtype = jnp.float32) -> PyTree:
+    """The average at step 0, which is the parameters.
+
+    Args:
+        params: parameters.
+        dtype: float32 keeps the average itself; bfloat16 keeps an :class:`AverageOffset`.
+
+    Raises:
+        ValueError: for another dtype.
+    """
+    if dtype == jnp.float32:
+        return jax.tree.map(jnp.copy, params)
+    if dtype == jnp.bfloat16:
+        return AverageOffset(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params))
+    raise ValueError(f"averages are kept in float32 or bfloat16, got {jnp.dtype(dtype).name}")
+
+
+def update_average(average: PyTree, old: PyTree, new: PyTree, decay: Array) -> PyTree:
+    """The average after a step from parameters ``old`` to ``new``; arithmetic in float32."""
+    if not isinstance(average, AverageOffset):
+        return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, new)
+
+    def move(offset: Array, before: Array, after: Array) -> Array:
+        moved = offset.astype(jnp.float32) + (before - after).astype(jnp.float32)
+        return (decay * moved).astype(offset.dtype)
+
+    return AverageOffset(jax.tree.map(move, average.offset, old, new))
+
+
+def averaged(state: PyTree) -> PyTree:
+    """The averaged parameters of a TrainState, or their shapes if its leaves are only shapes."""
+    if not isinstance(state.ema, AverageOffset):
+        return state.ema
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state.params)):
+        return state.params
+    return _add(state.params, state.ema.offset)
+
+
+@jax.jit
+def _add(params: PyTree, offset: PyTree) -> PyTree:
+    return jax.tree.map(lambda p, o: p + o.astype(p.dtype), params, offset)

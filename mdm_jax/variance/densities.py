@@ -1,0 +1,204 @@
+"""Densities over the quantile: what a warp samples from and pays for.
+
+A density lives on the quantile ``u`` in (0, 1), near 1 = clean. For the usual uniform masking rate
+the rate is ``1 - u``, so that a density over the rate is one over ``u`` read backwards.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.draws import GRID_BITS, Draw
+from mdm_jax.pytrees import pytree_dataclass
+from mdm_jax.types import Array, ArrayLike
+from mdm_jax.variance.transform import LevelProfile
+
+_SIZE = 2**GRID_BITS
+NARROWEST = 2.0 ** -(GRID_BITS - 1)
+"""Width of a cell at least: four float32 numbers next to 1."""
+
+
+@runtime_checkable
+class QuantileDensity(Protocol):
+    """A probability density on the unit interval. Methods are elementwise and jit-able."""
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(low, high): the interval on which the density is positive."""
+
+    def log_pdf(self, u: ArrayLike) -> Array:
+        """Log density at ``u``, nats; -inf outside the support."""
+
+    def cdf(self, u: ArrayLike) -> Array:
+        """Probability of a smaller quantile."""
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """The inverse of ``cdf``, within the support and strictly inside (0, 1)."""
+
+
+@pytree_dataclass
+class PiecewiseDensity:
+    """Uniform within each of J cells that cover (0, 1).
+
+    The probability of a cell is a whole number of grid points, at least one, and the density is
+    computed from that number. So sampling and weighting use the same density to the last bit, the
+    weights average to 1 exactly, and no cell is ever out of reach, whatever the masses were.
+
+    Attributes:
+        edges: [J + 1] float32, strictly increasing from 0 to 1.
+        points: [J + 1] int32, number of grid points below each edge, from 0 to 2**23.
+    """
+
+    edges: Array
+    points: Array
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """The whole interval."""
+        return 0.0, 1.0
+
+    @property
+    def masses(self) -> Array:
+        """[J] probability of each cell."""
+        return jnp.diff(self.points) / _SIZE
+
+    def cell(self, u: ArrayLike) -> Array:
+        """Index of the cell [edges[j], edges[j + 1]) that holds each quantile, int32."""
+        return _find(self.edges, jnp.asarray(u, self.edges.dtype))
+
+    def log_pdf(self, u: ArrayLike) -> Array:
+        """Log density, nats."""
+        return jnp.log(self.masses / jnp.diff(self.edges))[self.cell(u)]
+
+    def cdf(self, u: ArrayLike) -> Array:
+        """Probability of a smaller quantile."""
+        u = jnp.asarray(u, self.edges.dtype)
+        cell = self.cell(u)
+        left, right = self.edges[cell], self.edges[cell + 1]
+        return self.points[cell] / _SIZE + self.masses[cell] * ((u - left) / (right - left))
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """The quantile with the given probability below it."""
+        place = jnp.asarray(u, self.edges.dtype) * _SIZE  # exact: a power of two
+        cell = _find(self.points, jnp.floor(place).astype(self.points.dtype))
+        start, count = self.points[cell], self.points[cell + 1] - self.points[cell]
+        left, right = self.edges[cell], self.edges[cell + 1]
+        inside = left + (place - start) / count * (right - left)
+        # Strictly below the right edge, where the next cell and its density begin.
+        return open_interval(jnp.clip(inside, left, jnp.nextafter(right, left)))
+
+
+def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
+    """Density with the given mass in each cell.
+
+    Masses may be traced (running moments inside a jitted step); then only shapes are checked.
+    They are rounded to whole grid points, 2**-23, and every cell keeps at least one point.
+
+    Args:
+        edges: [J + 1] quantiles, increasing from 0 to 1; cells are in the order of ``u``, the first
+            one holds the highest masking rates.
+        masses: [J] positive, up to a common factor.
+
+    Raises:
+        ValueError: if shapes do not fit, the edges do not run from 0 to 1 in steps of at least
+            2**-22, or a mass is not positive and finite.
+    """
+    edges = check_edges(edges)
+    cells = edges.size - 1
+    if not isinstance(masses, jax.Array):
+        masses = np.asarray(masses, np.float64)
+    if masses.shape != (cells,):
+        raise ValueError(
+            f"piecewise_density: {edges.size} edges need {cells} masses, got shape {masses.shape}"
+        )
+    if not isinstance(masses, jax.core.Tracer):
+        known = np.asarray(masses)
+        if not (np.all(np.isfinite(known)) and np.all(known > 0)):
+            raise ValueError(
+                "piecewise_density: masses must be positive and finite, since a cell without mass "
+                f"would be lost; got {known}. clipped() leaves out a range on purpose"
+            )
+    points = _grid_points(jnp.asarray(masses / masses.max(), jnp.float32))
+    return PiecewiseDensity(jnp.asarray(edges), points)
+
+
+def log_spaced_edges(num_bins: int = 32, smallest_rate: float = 1e-3) -> np.ndarray:
+    """Edges over the quantile whose cells are equally wide in the logarithm of the rate ``1 - u``.
+
+    The cell next to u = 1 holds the rates in (0, smallest_rate), so that the cells cover all of
+    (0, 1). Losses with weight 1/m grow towards small rates; cells of equal width in m waste most of
+    what a density can gain there.
+
+    Args:
+        num_bins: J, at least 2.
+        smallest_rate: masking rate in (0, 1) below which the density is constant.
+
+    Returns:
+        [J + 1] float32 from 0 to 1.
+
+    Raises:
+        ValueError: if an argument is out of range or a cell would be narrower than 2**-22.
+    """
+    if num_bins < 2:
+        raise ValueError(f"log_spaced_edges needs at least 2 bins, got {num_bins}")
+    if not 0 < smallest_rate < 1:
+        raise ValueError(f"log_spaced_edges needs 0 < smallest_rate < 1, got {smallest_rate}")
+    rates = np.geomspace(1.0, smallest_rate, num_bins)
+    return check_edges(np.concatenate([1.0 - rates, [1.0]]))
+
+
+def check_edges(edges: ArrayLike) -> np.ndarray:
+    """``edges`` as float32; ValueError unless they run from 0 to 1 in steps of 2**-22 or more."""
+    edges = np.asarray(edges, np.float32)
+    if edges.ndim != 1 or edges.size < 2 or edges[0] != 0 or edges[-1] != 1:
+        raise ValueError(
+            "edges must run over the quantile from 0 to 1, both included, so that no level is "
+            f"lost; got {edges}"
+        )
+    wide = np.diff(edges) >= NARROWEST
+    if not np.all(wide):
+        at = int(np.argmin(wide))
+        raise ValueError(
+            f"edges must increase by at least {NARROWEST:.2g}, but edges {at} and {at + 1} are "
+            f"{edges[at]} and {edges[at + 1]}; take fewer bins or a larger smallest rate"
+        )
+    return edges
+
+
+def warp(draw: Draw, density: QuantileDensity) -> Draw:
+    """``draw`` with its quantiles drawn from ``density``, and ``-log density`` added as weight."""
+    u = density.icdf(draw.u)
+    return draw._replace(u=u, log_weight=draw.log_weight - density.log_pdf(u))
+
+
+def density_profile(density: QuantileDensity, u: ArrayLike) -> LevelProfile:
+    """The profile of :func:`warp`: paid in full within the support, nothing drawn outside."""
+    log_density = density.log_pdf(u)
+    drawn = jnp.isfinite(log_density)
+    return LevelProfile(log_density, jnp.where(drawn, -log_density, 0.0))
+
+
+def open_interval(u: Array) -> Array:
+    """``u`` moved to the outermost grid point where rounding took it further, to 0 or 1."""
+    tiny = 2.0 ** -(GRID_BITS + 1)
+    return jnp.clip(u, tiny, 1.0 - tiny)
+
+
+@jax.jit
+def _grid_points(masses: Array) -> Array:
+    """Cumulative masses [J] as whole numbers of grid points [J + 1], at least one per cell."""
+    total = jnp.cumsum(masses)
+    points = jnp.round(total / total[-1] * _SIZE).astype(jnp.int32)
+    # Both bounds rise by at least 1 per cell, so their minimum does.
+    cells = masses.size
+    order = jnp.arange(1, cells + 1)
+    lower = order + jax.lax.cummax(jnp.maximum(points - order, 0))
+    points = jnp.minimum(lower, _SIZE - cells + order)
+    return jnp.concatenate([jnp.zeros(1, points.dtype), points])
+
+
+def _find(table: Array, values: Array) -> Array:
+    cell = jnp.searchsorted(table, values, side="right") - 1
+    return jnp.clip(cell, 0, table.size - 2)

@@ -1,0 +1,291 @@
+"""Importance sampling of the level.
+
+Levels from a part of the interval only.
+
+Levels from a part of the interval that is chosen anew during training.
+
+A preferred range of levels, and now and then any.
+
+Masking rates uniform on a logarithmic scale.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.draws import GRID_BITS, Draw, DrawSpec
+from mdm_jax.pytrees import pytree_dataclass
+from mdm_jax.types import Array, ArrayLike, PyTree
+from mdm_jax.variance.densities import (
+    NARROWEST,
+    QuantileDensity,
+    density_profile,
+    open_interval,
+    piecewise_density,
+    warp,
+)
+from mdm_jax.variance.transform import Phase, VarianceTransform, stateless
+
+
+def importance(density: QuantileDensity) -> VarianceTransform:
+    """Draws quantiles from ``density`` and pays ``-log density`` into ``log_weight``.
+
+    The quantiles that stand before it go through the inverse of the distribution function, so that
+    strata become strata of equal probability under the density.
+
+    Keeps: E[weight f(u)] = int f, for every positive density. Couples: nothing. Costs: one view.
+    Removes: variance of level and pattern where the density follows the root of the integrand's
+    second moment, see :func:`~mdm_jax.variance.second_moment`; a poor density adds variance.
+    Bias: exact if the density covers (0, 1), truncated to its support otherwise.
+    Reference: importance sampling (Kahn and Marshall 1953).
+
+    Args:
+        density: of the quantile u, near 1 = clean; for a uniform masking rate m = 1 - u.
+    """
+    low, high = density.support
+
+    def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:
+        return warp(current, density)
+
+    bias = "exact" if low <= 0 and high >= 1 else "truncated"
+    return stateless(
+        "importance", Phase.WARP, draw, bias=bias, profile=lambda u: density_profile(density, u)
+    )
+
+
+def clipped(low: float, high: float) -> VarianceTransform:
+    """Draws masking rates m = 1 - u in [low, high] only, with the weight ``high - low``.
+
+    Keeps: ``int_low^high g(m) dm``, the bound's part in the range. Couples: nothing.
+    Costs: one view. Removes: what the rates outside contribute, to the variance *and* to the bound:
+    ``int_0^low g + int_high^1 g`` is missing, and no weight can bring it back.
+    Bias: truncated. Report no likelihood from it. :func:`clipped_mixture` is the exact variant.
+    Reference: Arriola et al. 2025 (BD3-LM), clipped schedules. Their code leaves out the factor
+    ``high - low`` and thereby trains on the average over the range instead of the integral.
+
+    Args:
+        low: smallest masking rate.
+        high: largest masking rate.
+
+    Raises:
+        ValueError: unless 0 <= low < high <= 1.
+    """
+    check_range("clipped", low, high)
+    return importance(ClippedDensity(low, high))._replace(name="clipped")
+
+
+def check_range(name: str, low: float, high: float) -> None:
+    """Raises ValueError unless 0 <= low < high <= 1."""
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"{name} needs masking rates 0 <= low < high <= 1, got {low} and {high}")
+
+
+@pytree_dataclass
+class ClippedDensity:
+    """Uniform for masking rates 1 - u in [low, high], zero elsewhere; both may be traced."""
+
+    low: ArrayLike
+    high: ArrayLike
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        """Quantiles between which all mass lies."""
+        return 1.0 - self.high, 1.0 - self.low
+
+    def log_pdf(self, u: ArrayLike) -> Array:
+        """Log density, nats; -inf outside the support, whose ends allow for rounding."""
+        u = jnp.asarray(u)
+        below, above = self.support
+        slack = 2.0**-GRID_BITS
+        inside = (u >= below - slack) & (u <= above + slack)
+        return jnp.where(inside, -jnp.log(self.high - self.low), -jnp.inf)
+
+    def cdf(self, u: ArrayLike) -> Array:
+        """Probability of a smaller quantile."""
+        below, above = self.support
+        return jnp.clip((jnp.asarray(u) - below) / (above - below), 0.0, 1.0)
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """The quantile with the given probability below it."""
+        below, above = self.support
+        inside = below + (above - below) * jnp.asarray(u)
+        return open_interval(jnp.clip(inside, below, above))
+
+
+_NAME = "clipped_adaptive"
+
+
+class ClipRange(NamedTuple):
+    """The range in use, [] float32 masking rates."""
+
+    low: Array
+    high: Array
+
+
+def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
+    """:func:`~mdm_jax.variance.clipped` with its range in the state instead of in the code.
+
+    Whoever chooses a range, ``evaluation.search_clipping`` on held-out data for instance, writes it
+    with :func:`set_clip_range`; the step is not compiled again and the range is in the checkpoint.
+
+    Keeps: ``int_low^high g(m) dm``, the bound's part in the range in use; the objective moves with
+    it. Couples: nothing. Costs: one view.
+    Removes: what the rates outside contribute, to the variance *and* to the bound.
+    Bias: truncated.
+    Reference: Arriola et al. 2025 (BD3-LM), data-driven clipping.
+
+    Args:
+        low: smallest masking rate until a range is chosen.
+        high: largest masking rate until then.
+
+    Raises:
+        ValueError: unless 0 <= low < high <= 1.
+    """
+    check_range(_NAME, low, high)
+
+    def init(_spec: DrawSpec) -> ClipRange:
+        return ClipRange(jnp.float32(low), jnp.float32(high))
+
+    def draw(_key: Array, state: ClipRange, current: Draw, _spec: DrawSpec) -> Draw:
+        return warp(current, ClippedDensity(*state))
+
+    return VarianceTransform(
+        name=_NAME,
+        phase=Phase.WARP,
+        init=init,
+        draw=draw,
+        update=lambda state, _draw, _stats: state,
+        bias="truncated",
+        profile=lambda state, u: density_profile(ClippedDensity(*state), u),
+    )
+
+
+def set_clip_range(state: PyTree, low: float, high: float) -> PyTree:
+    """The state of :func:`clipped_adaptive`, or of a chain with it, with another range.
+
+    Raises:
+        ValueError: unless 0 <= low < high <= 1, or if the chain has no such member.
+    """
+    check_range("set_clip_range", low, high)
+    if isinstance(state, ClipRange):
+        return ClipRange(jnp.float32(low), jnp.float32(high))
+    if not isinstance(state, dict) or _NAME not in state:
+        raise ValueError(
+            f"set_clip_range needs the state of clipped_adaptive() or of a chain that holds it, "
+            f"got {type(state).__name__}"
+            + (f" with {', '.join(state)}" if isinstance(state, dict) else "")
+        )
+    return state | {_NAME: set_clip_range(state[_NAME], low, high)}
+
+
+_LEAST = 2 * NARROWEST  # so that it is wide enough after the rounding of both ends, too
+
+
+def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTransform:
+    """Masking rates from [low, high], but with probability ``share`` from all of (0, 1).
+
+    The density is ``(1 - share) U[low, high] + share U[0, 1]``, hence the weight ``1 / share``
+    outside the range and ``1 / (share + (1 - share) / (high - low))`` inside.
+
+    Keeps: E[weight f(u)] = int f, the whole bound. Couples: nothing. Costs: one view.
+    Removes: what a preference for the range can remove; it pays by weights of ``1 / share``
+    outside, so a small share buys little variance there for a high price.
+    Bias: exact.
+    Reference: defensive importance sampling (Hesterberg 1995), for the ranges of BD3-LM.
+
+    Args:
+        low: smallest masking rate of the range; one below 2**-21 is taken as 0, which float32
+            quantiles cannot tell from it.
+        high: largest masking rate of the range; one above 1 - 2**-21 is taken as 1.
+        share: probability in (0, 1] of drawing from the whole interval.
+
+    Raises:
+        ValueError: unless 0 <= low < high <= 1, high - low >= 2**-21 and 0 < share <= 1.
+    """
+    check_range("clipped_mixture", low, high)
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"clipped_mixture needs a share in (0, 1], got {share}; with none at all the range "
+            "would be clipped(low, high), which is not exact"
+        )
+    low, high = (0.0 if low < _LEAST else low), (1.0 if high > 1.0 - _LEAST else high)
+    if high - low < _LEAST:
+        raise ValueError(
+            f"clipped_mixture needs a range of masking rates at least {_LEAST:.2g} wide, got "
+            f"{low} to {high}; widen it"
+        )
+    widths = np.array([1.0 - high, high - low, low])
+    masses = share * widths + np.array([0.0, 1.0 - share, 0.0])
+    kept = widths > 0
+    edges = np.concatenate([[0.0], np.cumsum(widths[kept])])
+    edges[-1] = 1.0
+    density = piecewise_density(edges, masses[kept])
+    return importance(density)._replace(name="clipped_mixture")
+
+
+def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
+    """Draws ``ln m`` uniformly for rates m = 1 - u above ``smallest_rate``, and m uniformly below.
+
+    The density of the rate is ``1 / (T max(m, smallest_rate))`` with ``T = 1 - ln smallest_rate``,
+    so together with a corruption's weight 1/m the masked cross-entropies have the constant weight T
+    above ``smallest_rate``. MDLM stops there and leaves the lower rates out; here the flat foot
+    takes the share 1/T of the draws and keeps the bound whole. The published form, truncated, is
+    the law ``schedules.masked.log_uniform``.
+
+    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
+    Removes: the tail of Bernoulli's weight 1/m above ``smallest_rate``. Below it the density stays
+    bounded, so down to m = 0 the second moment ``int dm / (m p)`` is infinite still: its divergent
+    part is T smallest_rate times that of uniform rates. It draws small rates far more often than
+    the optimum, which grows as 1/sqrt(m), and under fixed counts there is no tail to remove.
+    Bias: exact.
+    Reference: Sahoo et al. 2024 (MDLM), change of variables (its option for importance sampling).
+
+    Args:
+        smallest_rate: masking rate in (0, 1) below which the density is constant.
+
+    Raises:
+        ValueError: if ``smallest_rate`` is not in (0, 1).
+    """
+    return importance(log_uniform_density(smallest_rate))._replace(name="log_uniform")
+
+
+def log_uniform_density(smallest_rate: float) -> "LogUniformDensity":
+    """The density of :func:`log_uniform`; arguments and errors as there."""
+    if not 0 < smallest_rate < 1:
+        raise ValueError(f"log_uniform needs 0 < smallest_rate < 1, got {smallest_rate}")
+    return LogUniformDensity(smallest_rate)
+
+
+@pytree_dataclass
+class LogUniformDensity:
+    """Density ``1 / (T max(m, smallest_rate))`` of m = 1 - u, ``T = 1 - ln smallest_rate``."""
+
+    smallest_rate: ArrayLike
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """The whole interval."""
+        return 0.0, 1.0
+
+    @property
+    def total(self) -> Array:
+        """T, the constant weight on masked cross-entropies above the smallest rate."""
+        return 1.0 - jnp.log(self.smallest_rate)
+
+    def log_pdf(self, u: ArrayLike) -> Array:
+        """Log density, nats."""
+        return -jnp.log(self.total * jnp.maximum(1.0 - jnp.asarray(u), self.smallest_rate))
+
+    def cdf(self, u: ArrayLike) -> Array:
+        """Probability of a smaller quantile."""
+        ratio = (1.0 - jnp.asarray(u)) / self.smallest_rate
+        foot, body = jnp.minimum(ratio, 1.0), jnp.log(jnp.maximum(ratio, 1.0))
+        return 1.0 - (foot + body) / self.total
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """The quantile with the given probability below it."""
+        place = (1.0 - jnp.asarray(u)) * self.total
+        growth = jnp.exp(jnp.maximum(place - 1.0, 0.0))
+        rate = self.smallest_rate * jnp.minimum(place, 1.0) * growth
+        return open_interval(1.0 - rate)

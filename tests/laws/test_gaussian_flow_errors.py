@@ -1,0 +1,153 @@
+"""Gaussian samplers without noise against the probability flow: known values, ratios, orders."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gaussian_runs import (
+    GRID_12,
+    M2,
+    SAMPLERS,
+    START,
+    constant,
+    cosine,
+    draw,
+    draw_from,
+    edm,
+    flow_time,
+    oracle,
+    uniform_logsnr,
+    uniform_sigma,
+    uniform_softplus,
+)
+from scipy import optimize, stats
+
+from mdm_jax.gaussian import parameterisations, paths
+from mdm_jax.gaussian import samplers as gaussian_samplers
+from mdm_jax.testing import mixtures
+
+
+def test_euler_methods_are_one_and_known_values():
+    with jax.enable_x64():
+        path = paths.vp()
+        run = functools.partial(draw_from, START, oracle("mixture", path), grid=GRID_12, path=path)
+        ddim = run(sampler=gaussian_samplers.ddim())
+        np.testing.assert_allclose(ddim[0, 0], 0.365203269239, atol=1e-12)
+        for other in (
+            gaussian_samplers.euler_flow(),
+            gaussian_samplers.edm_heun(second_order=False),
+        ):
+            np.testing.assert_allclose(run(sampler=other), ddim, atol=1e-12)
+        second = run(sampler=gaussian_samplers.dpm_solver_pp_2m(lower_order_final=False))
+        np.testing.assert_allclose(second[0, 0], 0.397492194534, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 10, 50])
+def test_ddim_on_normal_data_over_the_whole_cosine_schedule(n):
+    # On the variance-preserving path the ideal v for N(0, 1) is zero, also at logSNR -inf.
+    time = np.arange(n, -1, -1) / n
+    with np.errstate(divide="ignore"):
+        grid = -2 * np.log(np.tan(np.pi / 2 * time))
+    grid[0] = -np.inf
+    with jax.enable_x64():
+        ratio = draw(
+            *(constant(0.0), gaussian_samplers.ddim(), grid, (1, 1), paths.vp()),
+            output=parameterisations.v(),
+            start=np.ones((1, 1)),
+        )
+        np.testing.assert_allclose(ratio, math.cos(math.pi / 2 / n) ** n, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "grid, ratio",
+    [
+        (cosine(), 0.888564255099),
+        (flow_time(), 0.884686108036),
+        (uniform_logsnr(), 0.818849450506),
+        (edm(), 0.808434751412),
+        (uniform_softplus(), 0.644700441902),
+        (uniform_sigma(), 0.196701131802),
+    ],
+)
+def test_standard_deviation_of_ddim_by_spacing(grid, ratio):
+    angles = np.arctan(np.exp(-grid / 2))
+    np.testing.assert_allclose(np.prod(np.cos(np.diff(angles))), ratio, atol=1e-12)
+    path = paths.flow()
+    with jax.enable_x64():
+        model = oracle("standard", path)
+        start = np.full((1, 1), np.sqrt(1 + np.exp(8.0)))
+        out = draw_from(start, model, gaussian_samplers.ddim(), grid, path)
+        np.testing.assert_allclose(out, ratio * np.sqrt(1 + np.exp(-8.0)), atol=1e-12)
+
+
+def test_ddim_ratio_of_narrow_data():
+    path = paths.vp()
+    with jax.enable_x64():
+        start = np.full((1, 1), np.sqrt(0.25 + np.exp(6.0)))
+        out = draw_from(start, oracle("narrow", path), gaussian_samplers.ddim(), GRID_12, path)
+        np.testing.assert_allclose(out / np.sqrt(0.25 + np.exp(-6.0)), 0.883626130044, atol=1e-11)
+
+
+# Relative errors for N(0, 0.5^2) and absolute ones for M2 from z = 9, for N steps on [-6, 6].
+ERRORS = {
+    "ddim": (
+        {64: -2.2926165940e-02, 128: -1.1529483698e-02},
+        {64: -5.14378749e-03, 128: -2.56356598e-03},
+    ),
+    "2m": (
+        {64: 5.0987590861e-04, 128: 1.2834651825e-04},
+        {64: 2.31307102e-04, 128: 5.64427073e-05},
+    ),
+    "edm": (
+        {64: 1.1234611157e-03, 128: 2.7754037914e-04},
+        {64: 2.95799672e-04, 128: 7.21102147e-05},
+    ),
+    "heun_flow": (
+        {64: 3.1368903498e-04, 128: 7.9067605599e-05},
+        {64: 5.19095320e-05, 128: 1.26593937e-05},
+    ),
+}
+
+
+@functools.cache
+def flow_end(z=9.0):
+    """Where the probability flow of M2 takes z from logSNR -6 to 6: to the same quantile."""
+
+    def cdf(z, logsnr):
+        return float(np.sum(M2.weights * stats.norm.cdf(z, M2.means, scale(logsnr))))
+
+    def scale(logsnr):
+        return np.sqrt(M2.std**2 + np.exp(-logsnr))
+
+    return optimize.brentq(lambda end: cdf(end, 6.0) - cdf(z, -6.0), -10, 10, xtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_and_orders_of_convergence(name):
+    path = paths.vp()
+    order = 1 if name == "ddim" else 2
+    assert flow_end() == pytest.approx(0.520053494000, abs=1e-11)
+
+    def both(x, logsnr, documents):
+        z = x * jnp.exp(-path.log_alpha(logsnr))
+        return jax.vmap(lambda law, z, level: law.denoise(z, level))(laws, z, logsnr)
+
+    laws = mixtures.GaussianMixture(
+        np.array([[0.5, 0.5], M2.weights]), np.array([[0.0, 0.0], M2.means]), np.array([0.5, 0.25])
+    )
+    exact = math.sqrt((0.25 + math.exp(-6)) / (0.25 + math.exp(6)))
+    sampler = gaussian_samplers.dpm_solver_pp_2m(False) if name == "2m" else SAMPLERS[name]
+    with jax.enable_x64():
+        found = {}
+        for n in ERRORS[name][0]:
+            grid = np.linspace(-6, 6, n + 1)
+            end = draw_from(np.array([[1.0], [9.0]]), both, sampler, grid, path)[:, 0]
+            found[n] = end[0] / exact - 1, end[1] - flow_end()
+    for kind, tolerance in ((0, 2e-10), (1, 2e-10)):
+        for n, expected in ERRORS[name][kind].items():
+            np.testing.assert_allclose(found[n][kind], expected, atol=tolerance, err_msg=str(n))
+        slope = math.log2(found[64][kind] / found[128][kind])
+        assert slope == pytest.approx(order, abs=0.1)

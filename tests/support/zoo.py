@@ -1,0 +1,237 @@
+"""Every variance transform in one list; a new one joins all property tests by one line here."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax import draws, variance
+from mdm_jax.variance.warps import log_uniform_density
+
+EPR = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
+BINS = variance.log_spaced_edges(6, 1e-2)
+STEEP = (1.0, 2.0, 4.0, 9.0, 30.0, 200.0)
+DENSITY = variance.piecewise_density((0.0, 0.2, 0.7, 0.95, 1.0), (1.0, 2.0, 2.0, 1.0))
+
+SINGLES = {
+    "identity": variance.identity,
+    "stratified": variance.stratified,
+    "systematic": variance.systematic,
+    "antithetic_pairs": variance.antithetic_pairs,
+    "coarse_strata": variance.coarse_strata,
+    "stratified_blocks": variance.stratified_blocks,
+    "stratified_levels": variance.stratified_levels,
+    "complement": variance.complement,
+    "importance": lambda: variance.importance(DENSITY),
+    "log_uniform": lambda: variance.log_uniform(1e-2),
+    "clipped": lambda: variance.clipped(0.3, 0.8),
+    "clipped_adaptive": lambda: variance.clipped_adaptive(0.3, 0.8),
+    "clipped_mixture": lambda: variance.clipped_mixture(0.3, 0.8, 0.2),
+    "ppots_parametric": lambda: variance.ppots_parametric(EPR),
+    "ppots_binned": lambda: variance.ppots_binned(BINS, STEEP),
+    "ppots": lambda: variance.ppots(num_bins=8),
+    "ppots_slopes": lambda: variance.ppots_slopes(num_bins=8),
+    "ema_bins": lambda: variance.ema_bins(num_bins=8),
+    "loss_history": lambda: variance.loss_history(num_bins=8),
+    "learned_quantile": lambda: variance.learned_quantile(resolution=4),
+    "uncertainty_weighting": lambda: variance.uncertainty_weighting(num_features=8),
+    "cdcd_warp": lambda: variance.cdcd_warp(num_bins=8),
+    "cdtd_warp": lambda: variance.cdtd_warp(variance.piecewise_linear_curve(8)),
+    "mirror": variance.mirror,
+    "rotate": lambda: variance.rotate(3),
+    "rotate_ranks": lambda: variance.rotate_ranks(3),
+    "repeat": lambda: variance.repeat(2),
+}
+
+CHAINS = {
+    "empty": variance.chain,
+    "stratified_mirror": lambda: variance.chain(variance.stratified(), variance.mirror()),
+    "systematic_mirror": lambda: variance.chain(variance.systematic(), variance.mirror()),
+    "nested": lambda: variance.chain(variance.chain(variance.stratified()), variance.mirror()),
+    "levels_ppots_rotate": lambda: variance.chain(
+        variance.stratified_levels(2), variance.ppots_binned(BINS, STEEP), variance.rotate(2)
+    ),
+    "blocks_importance_mirror": lambda: variance.chain(
+        variance.stratified_blocks(), variance.importance(DENSITY), variance.mirror()
+    ),
+    "pairs_complement_log_uniform": lambda: variance.chain(
+        variance.antithetic_pairs(), variance.complement(), variance.log_uniform(1e-2)
+    ),
+}
+
+LEARNERS = {
+    "ppots_small": lambda: variance.ppots(num_bins=6, warmup_steps=0),
+    "ppots_level_variance": lambda: variance.ppots(
+        num_bins=6, warmup_steps=0, target=variance.level_variance
+    ),
+    "ema_small": lambda: variance.ema_bins(num_bins=6, warmup_steps=0, floor=0.1),
+    "history_small": lambda: variance.loss_history(num_bins=6, length=2, floor=0.1),
+    "quantile_small": lambda: variance.learned_quantile(resolution=4),
+    "uncertainty_small": lambda: variance.uncertainty_weighting(num_features=8),
+    "cdcd_small": lambda: variance.cdcd_warp(num_bins=6),
+    "cdtd_logistic": lambda: variance.cdtd_warp(variance.logistic_curve()),
+}
+"""Adaptive warps without warm-up, for loaded states."""
+
+
+def _loaded(second, mean=0.0, weight=1.0):
+    full = [jnp.broadcast_to(jnp.asarray(a, jnp.float32), (6,)) for a in (second, mean, weight)]
+    return variance.PpotsState(*full, jnp.int32(5), jnp.int32(0))
+
+
+def _history(*values):
+    kept = jnp.broadcast_to(jnp.asarray(values, jnp.float32)[:, None], (6, 2))
+    counts = jnp.full(6, 3, jnp.int32)
+    return variance.LossHistory(kept, counts, jnp.int32(5), jnp.int32(0))
+
+
+def _fresh(learner, levels=2):
+    return LEARNERS[learner]().init(draws.DrawSpec(1, levels, (1,)))
+
+
+def _steep_net():
+    """Few levels below 0.5, and the more the cleaner."""
+    state = _fresh("quantile_small")
+    units = jnp.linspace(0.0, 1.0, state.net.height.size)
+    net = dataclasses.replace(
+        state.net, height=state.net.height - 3 * units, log_steepness=1.0 + 2.0 * (1 - units)
+    )
+    return state._replace(net=net)
+
+
+def _scaled():
+    """The clean half weighs more than the noisy one."""
+    state = _fresh("uncertainty_small")
+    return state._replace(coefficients=jnp.array([1.5, -1.0, 0.5, 1.0, -0.5, 0.7, -0.2, 0.3]))
+
+
+def _warped():
+    state = _fresh("cdcd_small")
+    heights = jnp.log(jnp.array([[0.05, 0.1, 0.3, 0.6, 1.0, 2.0]]))
+    return state._replace(averages=state.averages._replace(heights=heights))
+
+
+def _tied():
+    state = _fresh("cdtd_logistic")
+    return state._replace(
+        averages=variance.LogisticShape(
+            jnp.array([0.5, -0.5]), jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0])
+        )
+    )
+
+
+STATES = {
+    "ppots_fresh": ("ppots_small", _loaded(0.0, 0.0, 0.0)),
+    "ppots_zeros": ("ppots_small", _loaded(0.0)),
+    "ppots_large": ("ppots_small", _loaded(1e30)),
+    "ppots_overflow": ("ppots_small", _loaded(jnp.inf)),
+    "ppots_huge_first_bin": ("ppots_small", _loaded([1e30, 1, 1, 1, 1, 1])),
+    "ppots_huge_last_bin": ("ppots_small", _loaded([0, 0, 0, 0, 0, 1e30])),
+    "ppots_few_visited": ("ppots_small", _loaded([4.0, 0, 0, 9.0, 0, 0], 0, [1, 0, 0, 0.5, 0, 0])),
+    "ppots_steep": ("ppots_small", _loaded([1, 10, 100, 1e3, 1e4, 1e5])),
+    "ppots_no_variance": ("ppots_level_variance", _loaded(4.0, 2.0)),
+    "ppots_variance": ("ppots_level_variance", _loaded([4, 5, 7, 20, 90, 500], 2.0)),
+    "ema_steep": ("ema_small", _loaded(0.0, [1, 2, 4, 9, 30, 200])),
+    "ema_half_visited": ("ema_small", _loaded(0.0, [1, 2, 0, 0, 0, 3], [1, 0.5, 0, 0, 0, 0.1])),
+    "history_steep": ("history_small", _history(1, 2, 4, 9, 30, 200)),
+    "history_zeros": ("history_small", _history(0, 0, 0, 0, 0, 0)),
+    "history_huge": ("history_small", _history(0, 0, 0, 0, 0, 1e30)),
+    "quantile_steep": ("quantile_small", _steep_net()),
+    "uncertainty_loaded": ("uncertainty_small", _scaled()),
+    "cdcd_loaded": ("cdcd_small", _warped()),
+    "cdtd_loaded": ("cdtd_logistic", _tied()),
+}
+"""Name -> (learner, state): adaptive warps that have seen extremes."""
+
+ALL = (
+    SINGLES | CHAINS | LEARNERS | {name: LEARNERS[learner] for name, (learner, _) in STATES.items()}
+)
+TRUNCATED = ("clipped", "clipped_adaptive")
+DRIFTING = ("uncertainty_loaded", "cdcd_loaded", "cdtd_loaded")
+"""Biased members with states in which their bias shows."""
+BIASED = (
+    "uncertainty_weighting",
+    "cdcd_warp",
+    "cdtd_warp",
+    "uncertainty_small",
+    "cdcd_small",
+    "cdtd_logistic",
+    *DRIFTING,
+)
+EXACT = [name for name in ALL if name not in TRUNCATED + BIASED]
+UNBIASED = [name for name in ALL if name not in BIASED]
+SEPARATE_LEVELS = ("stratified_blocks", "blocks_importance_mirror")
+"""Members that tie the levels of one row, where the spec says that these are separate."""
+TIED_LEVELS = ("cdtd_warp", "cdtd_logistic", "cdtd_loaded")
+"""Biased members that tie the levels of one row."""
+RANGES = dict.fromkeys(TRUNCATED, (1 - 0.8, 1 - 0.3))
+"""Quantiles that a truncated member covers."""
+
+
+def state(name, spec):
+    """The state to test a member of ALL with."""
+    return STATES[name][1] if name in STATES else ALL[name]().init(spec)
+
+
+def densities():
+    """Name -> density of the quantile, for every member of ALL that has a warp."""
+    binned = variance.moment_density(BINS, STEEP, 0.1)
+    found = {
+        "importance": DENSITY,
+        "log_uniform": log_uniform_density(1e-2),
+        "clipped": variance.ClippedDensity(0.3, 0.8),
+        "clipped_adaptive": variance.ClippedDensity(0.3, 0.8),
+        "clipped_mixture": variance.piecewise_density((0, 0.2, 0.7, 1), (0.04, 0.9, 0.06)),
+        "ppots_parametric": variance.epr_density(EPR, 0.1),
+        "ppots_binned": binned,
+        "levels_ppots_rotate": binned,
+        "blocks_importance_mirror": DENSITY,
+        "pairs_complement_log_uniform": log_uniform_density(1e-2),
+    }
+    edges, equal = variance.log_spaced_edges(6, 1e-3), np.linspace(0, 1, 7)
+    moments = variance.level_moments
+    of_state = {
+        "ppots_small": lambda state: (edges, moments(state).second),
+        "ppots_level_variance": lambda state: (edges, variance.level_variance(moments(state))),
+        "ema_small": lambda state: (equal, moments(state).mean ** 2),
+        "history_small": lambda state: (equal, jnp.mean(state.values**2, axis=1)),
+    }
+    for name, (learner, loaded) in STATES.items():
+        if learner in of_state:
+            found[name] = variance.moment_density(*of_state[learner](loaded), 0.1)
+    return found | {"quantile_steep": STATES["quantile_steep"][1].net}
+
+
+def quick(function, **options):
+    """``jax.jit`` that compiles fast and runs slowly, for functions that run once."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def draw_keys(count, seed=0):
+    """The keys of :func:`all_draws`."""
+    return jax.random.split(jax.random.key(seed), count)
+
+
+@functools.cache
+def all_draws(spec, count, seed=0):
+    """``count`` independent draws of every member of ALL, name -> Draw [count, V, B, ...]."""
+    keys = draw_keys(count, seed)
+
+    def draw(key):
+        found = {
+            name: variance.draw_batch(key, factory(), state(name, spec), spec)
+            for name, factory in (SINGLES | CHAINS).items()
+        }
+        for learner, factory in LEARNERS.items():
+            loaded = {name: own for name, (owner, own) in STATES.items() if owner == learner}
+            loaded[learner] = state(learner, spec)
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loaded.values())
+            one = functools.partial(variance.draw_batch, key, factory(), spec=spec)
+            drawn = jax.vmap(lambda own, one=one: one(state=own))(stacked)
+            for i, name in enumerate(loaded):
+                found[name] = jax.tree.map(lambda a, i=i: a[i], drawn)
+        return found
+
+    return jax.tree.map(np.asarray, quick(jax.vmap(draw))(keys))

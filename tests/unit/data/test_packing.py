@@ -1,0 +1,201 @@
+"""Documents in shared rows: which row, nothing lost, and losses as in rows of their own."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from mdm_jax import corruption, data, objectives
+from mdm_jax.data import datasets
+from mdm_jax.data.datasets import PackedSpans, TokenSpans
+from mdm_jax.data.documents import documents
+from mdm_jax.data.packing import cut_documents, fill_fraction, first_fit
+from mdm_jax.draws import Draw
+from mdm_jax.launch import build
+from mdm_jax.launch import config as launch_config
+from mdm_jax.types import Batch
+
+WORDS = ["", "a", "bb", "abc", "abcd", "cabba", "bcbcbcb", "aabbccaabbcc"]
+TEXTS = [f"{word}{i:02d}" for i, word in enumerate(WORDS * 5)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    place = tmp_path_factory.mktemp("packing") / "documents.jsonl"
+    place.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), "utf-8")
+    return place
+
+
+def by_hand(sizes, length):
+    """First fit, as the definition says it."""
+    room, rows = [], []
+    for size in sizes:
+        row = next((i for i, free in enumerate(room) if free >= size), len(room))
+        if row == len(room):
+            room.append(length)
+        room[row] -= size
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 65, 300])
+@pytest.mark.parametrize("length", [1, 6, 31])
+def test_first_fit_is_the_first_row_with_room(count, length):
+    sizes = np.random.default_rng(count).integers(1, length + 1, count)
+    rows = first_fit(sizes, length)
+    assert rows.tolist() == by_hand(sizes.tolist(), length)
+    assert (np.bincount(rows, sizes, 1) <= length).all()
+
+
+def test_first_fit_of_a_worked_example():
+    assert first_fit([5, 7, 3, 2, 3, 4], 8).tolist() == [0, 1, 0, 2, 2, 3]
+
+
+@pytest.mark.parametrize("sizes", [[0, 1], [3, 9]])
+def test_first_fit_refuses_what_cannot_be_placed(sizes):
+    with pytest.raises(ValueError, match="1 to 8 tokens"):
+        first_fit(sizes, 8)
+
+
+def test_long_documents_are_cut_into_full_rows_and_a_rest():
+    pieces = cut_documents([3, 20, 0, 8, 9], 8, "split", "here")
+    assert pieces.starts.tolist() == [0, 3, 11, 19, 23, 31, 39]
+    assert pieces.ends.tolist() == [3, 11, 19, 23, 31, 39, 40]
+    assert pieces.num_split == 2
+
+
+def test_long_documents_are_named_when_they_are_errors():
+    with pytest.raises(ValueError, match=r"here: 2 of 4 .* document 1 .* 20 tokens.*'split'"):
+        cut_documents([3, 20, 8, 9], 8, "error", "here")
+    with pytest.raises(ValueError, match="'split' or 'error', got 'drop'"):
+        cut_documents([3], 8, "drop", "here")
+
+
+def texts_of(source, codec, pieces=False):
+    """Texts of a source's documents; those split over rows are joined again by their EOS."""
+    found, open_text = [], ""
+    for row in (source[i] for i in range(len(source))):
+        for number in range(1, row.documents.max() + 1):
+            ids = row.tokens[row.documents == number]
+            open_text += codec.decode(ids)
+            if pieces or ids[-1] == codec.eos_id:
+                found.append(open_text)
+                open_text = ""
+    return found
+
+
+@pytest.mark.parametrize("packing", ["", "first_fit"])
+def test_every_document_is_in_the_rows_exactly_once(path, packing):
+    dataset = documents(path, 16, packing=packing, fractions=(0.8, 0.1, 0.1))
+    parts = {n: texts_of(getattr(dataset, n), dataset.tokenizer) for n in datasets.SPLITS}
+    assert sorted(itertools.chain(*parts.values())) == sorted(TEXTS)
+    for name, texts in parts.items():
+        source, report = getattr(dataset, name), dataset.report
+        batch = data.gather(source, range(len(source)))
+        assert batch.units.sum() == sum(map(len, texts))
+        assert (batch.eligible == (batch.documents > 0)).all()
+        assert (batch.tokens[~batch.eligible] == dataset.tokenizer.pad_id).all()
+        assert report[f"{name}_documents"] == len(texts)
+        assert report[f"{name}_padded_positions"] == (~batch.eligible).sum()
+        assert fill_fraction(report, name, 16) == pytest.approx(batch.eligible.mean())
+
+
+def test_packing_fills_rows_and_has_a_fingerprint_of_its_own(path):
+    apart, packed = (documents(path, 16, packing=p) for p in ("", "first_fit"))
+    assert len(packed.train) < 0.6 * len(apart.train)
+    assert fill_fraction(packed.report, "train", 16) > 0.9
+    assert apart.fingerprint != packed.fingerprint
+    again = documents(path, 16, packing="first_fit")
+    assert again.fingerprint == packed.fingerprint
+    rows = range(len(packed.train))
+    for one, other in zip(data.gather(packed.train, rows), data.gather(again.train, rows)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_stream_of_packed_rows_resumes(path):
+    source = documents(path, 16, packing="first_fit", fractions=(1, 0, 0)).train
+    stream = data.train_iterator(source, 4, seed=5)
+    next(stream)
+    state = stream.get_state()
+    expected = next(stream)
+    resumed = data.train_iterator(source, 4, seed=5)
+    resumed.set_state(state)
+    for one, other in zip(next(resumed), expected):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_launcher_reaches_packing_by_config(path):
+    config = launch_config.get_config()
+    config.data.update(source="documents", path=str(path), length=16, packing="first_fit")
+    dataset = build.dataset(config)
+    assert isinstance(dataset.train, PackedSpans) and "first fit" in dataset.description
+    config.data.long_documents = "error"
+    config.data.length = 12
+    with pytest.raises(ValueError, match="do not fit a row of 12 tokens"):
+        build.dataset(config)
+    config.data.packing = "best_fit"
+    with pytest.raises(ValueError, match="'' .none. or 'first_fit', got 'best_fit'"):
+        build.dataset(config)
+    config.data.update(source="embedded", packing="first_fit", length=16)
+    with pytest.raises(ValueError, match="does not read .*data.packing="):
+        build.dataset(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n\n{"text": "b"}\n', r":2: empty line"),
+        ('{"text": "a"}\n{"body": "b"}\n', r":2: expected .* string under 'text'"),
+        ('{"text": 3}\n', r":1: expected"),
+        ("[1]\n", r":1: expected"),
+        ('{"text": \n', r":1: not JSON"),
+        ("", "the file is empty"),
+    ],
+)
+def test_malformed_files_are_refused_with_their_line(tmp_path, content, message):
+    place = tmp_path / "bad.jsonl"
+    place.write_text(content, "utf-8")
+    with pytest.raises(ValueError, match=message):
+        documents(place, 8)
+
+
+def test_losses_of_packed_documents_are_those_of_rows_of_their_own():
+    """The same tokens under the same noise: sums per document agree, wherever the document stands.
+
+    Positions are not restarted, so this also shows that the rotary embedding does not mind.
+    """
+    sizes, length = np.asarray([3, 6, 2, 5, 4, 1]), 8
+    ends = np.cumsum(sizes)
+    starts, stream = ends - sizes, np.random.default_rng(0)
+    tokens = stream.integers(0, tiny.MASK_ID, ends[-1]).astype(np.int32)
+    noise = np.append(stream.random(ends[-1]), 0.5).astype(np.float32)  # the last for padding
+    counts = np.ones(tiny.VOCAB, np.int32)
+    numbers = first_fit(sizes, length)
+    packed = PackedSpans(tokens, starts, ends, numbers, length, 0, counts)
+    apart = TokenSpans(tokens, starts, length, 0, counts, ends=ends)
+    # Where each position of a row came from: the same sources over the numbers of the tokens.
+    places = np.arange(ends[-1], dtype=np.int32)
+    origin_packed = PackedSpans(places, starts, ends, numbers, length, ends[-1], noise)
+    origin_apart = TokenSpans(places, starts, length, ends[-1], noise, ends=ends)
+
+    model = tiny.transformer(depth=2, qk_norm=True)
+    params = tiny.parameters(model, length)
+    bound = objectives.masked_nelbo(corruption.bernoulli(tiny.MASK_ID))
+
+    @tiny.jit
+    def losses(batch: Batch, noise):
+        rows = batch.tokens.shape[0]
+        level = np.full((1, rows, 1), 0.2, np.float32)
+        draw = Draw(level, np.zeros_like(level), noise[None])
+        return bound.loss(lambda *inputs: model.apply(params, *inputs), batch, draw).raw[0, :, 0]
+
+    def run(source, origins):
+        rows = range(len(source))
+        where = data.gather(origins, rows).tokens
+        return np.asarray(losses(data.gather(source, rows), noise[where]))
+
+    shared, own = run(packed, origin_packed), run(apart, origin_apart)
+    assert len(shared) == 4 and len(own) == 6 and (own > 0).sum() >= 5
+    np.testing.assert_allclose(shared, np.bincount(numbers, own), rtol=2e-5)

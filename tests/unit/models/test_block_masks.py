@@ -1,0 +1,286 @@
+"""Attention masks of block and causal models, and the transformer under them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdm_jax.models import masks
+from mdm_jax.models.decoders import block_apply, causal_apply, shift_right
+from mdm_jax.training.state import linen_init
+
+LENGTH, SIZE = 6, 2
+EVERY = {
+    "within_documents": lambda documents, _: masks.within_documents(documents),
+    "causal": lambda documents, window: masks.causal(LENGTH, window, documents),
+    "block_causal": lambda documents, window: masks.block_causal(LENGTH, SIZE, window, documents),
+    "block_training": lambda documents, window: masks.block_training(
+        LENGTH, SIZE, window, documents
+    ),
+}
+
+# --- the matrices -------------------------------------------------------------------------------
+
+
+def test_training_mask_of_four_places_in_blocks_of_two():
+    halves = ["11000000", "00111100", "00001100", "00001111"]
+    expected = np.array([[c == "1" for c in row] for row in halves for _ in range(2)])
+    np.testing.assert_array_equal(masks.block_training(4, 2).dense()[0, 0], expected)
+
+
+@pytest.mark.parametrize("block_size, pairs", [(1, 20), (2, 24), (4, 32)])
+def test_number_of_allowed_pairs(block_size, pairs):
+    assert int(masks.block_training(4, block_size).dense().sum()) == pairs
+    blocks = 12 // block_size
+    assert masks.block_training(12, block_size).dense().sum() == block_size**2 * (
+        blocks + blocks**2
+    )
+
+
+def test_causal_and_block_causal_matrices():
+    triangle = np.tril(np.ones((4, 4), bool))
+    np.testing.assert_array_equal(masks.causal(4).dense()[0, 0], triangle)
+    np.testing.assert_array_equal(masks.block_causal(4, 1).dense()[0, 0], triangle)
+    np.testing.assert_array_equal(masks.block_causal(4, 4).dense()[0, 0], True)
+    two = masks.block_causal(4, 2).dense()[0, 0].astype(int).tolist()
+    assert two == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    band = masks.causal(4, window=2).dense()[0, 0].astype(int).tolist()
+    assert band == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_windows_of_the_training_mask():
+    """Window 2 of three blocks: noised block 2 sees clean block 1 and itself, not clean block 0."""
+    mask = np.asarray(masks.block_training(6, 2, window=2).dense())[0, 0]
+    by_block = mask[::2, ::2].astype(int).tolist()
+    assert by_block == [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 0, 1, 0, 0],
+        [0, 0, 1, 0, 1, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
+    whole = masks.block_training(6, 2).dense()
+    np.testing.assert_array_equal(masks.block_training(6, 2, window=3).dense(), whole)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@given(
+    documents=st.lists(st.integers(0, 3), min_size=LENGTH, max_size=LENGTH),
+    window=st.sampled_from([None, 1, 2, 5]),
+)
+@settings(max_examples=15, deadline=None)
+def test_documents_are_combined_by_and(name, documents, window):
+    """Never across documents, never to padding, and never an empty set."""
+    numbers = np.array(documents)
+    mask = np.asarray(EVERY[name](jnp.asarray([documents], jnp.int32), window).dense())
+    numbers = np.tile(numbers, mask.shape[-1] // LENGTH)
+    free = np.asarray(EVERY[name](jnp.ones((1, LENGTH), jnp.int32), window).dense())[0, 0]
+    itself = np.eye(len(numbers), dtype=bool)
+    same = (numbers[:, None] == numbers[None]) & (numbers > 0)[:, None]
+    assert mask.shape == (1, 1, len(numbers), len(numbers))
+    np.testing.assert_array_equal(mask[0, 0], free & (same | itself))
+    assert mask.any(-1).all()
+
+
+@given(
+    block_size=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    window=st.one_of(st.none(), st.integers(1, 6)),
+    shuffle=st.permutations(range(-2, 12)),
+)
+@settings(max_examples=10, deadline=None)
+def test_rule_between_places_is_a_part_of_the_matrix(block_size, window, shuffle):
+    """Keys in any order, two of them not written yet."""
+    rule = masks.block_causal(12, block_size, window)
+    whole = np.asarray(rule.dense())[0, 0]
+    keys = np.array(shuffle)
+    queries, one = np.arange(5, 12), np.ones((1, 14), np.int32)
+    cached = masks.cached(queries, keys, one[:, :7], one, block_size, window)
+    part = np.asarray(cached.dense())[0, 0]
+    np.testing.assert_array_equal(rule.between(queries, np.arange(3, 9))[0], whole[5:, 3:9])
+    np.testing.assert_array_equal(part, np.where(keys < 0, False, whole[5:, keys]))
+
+
+@pytest.mark.parametrize("call", [masks.block_causal, masks.block_training])
+def test_blocks_that_do_not_fit_are_refused(call):
+    with pytest.raises(ValueError, match="blocks of 4 tokens do not divide a row of 6 evenly"):
+        call(6, 4)
+    with pytest.raises(ValueError, match="blocks of 0 tokens"):
+        call(6, 0)
+    with pytest.raises(ValueError, match="at least 1 block .its own., got 0"):
+        call(6, 2, window=0)
+
+
+# --- the transformer under them -----------------------------------------------------------------
+
+MODELS = {
+    "plain": {"depth": 2},
+    "conditioned": {"depth": 2, "condition_on_logsnr": True, "scan_layers": True},
+    "self_conditioning": {"self_conditioning": True},
+}
+DOCUMENTS = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
+
+
+@functools.cache
+def made(name):
+    model = tiny.transformer(**MODELS[name])
+    shapes = nn.meta.unbox(jax.eval_shape(linen_init(model, LENGTH), jax.random.key(0)))
+    return model, tiny.perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+
+
+def rows(seed=0):
+    """(noised, clean) rows, [2, 6] each."""
+    rng = np.random.default_rng(seed)
+    clean = rng.integers(0, tiny.MASK_ID, (2, LENGTH))
+    noised = np.where(rng.random(clean.shape) < 0.5, tiny.MASK_ID, clean)
+    return jnp.asarray(noised, jnp.int32), jnp.asarray(clean, jnp.int32)
+
+
+@functools.cache
+def loop_over_blocks(name, window=None):
+    """[clean blocks before b, noised block b] through the network, block by block."""
+    model, params = made(name)
+
+    @tiny.jit
+    def run(noised, clean, levels, documents):
+        parts = []
+        for start in range(0, LENGTH, SIZE):
+            end = start + SIZE
+            inputs = jnp.concatenate([clean[:, :start], noised[:, start:end]], axis=-1)
+            mask = masks.block_causal(end, SIZE, window, documents[:, :end])
+            level = jnp.full((2, end // SIZE), jnp.inf)
+            level = level.at[:, -1].set(levels[:, start // SIZE])
+            logits, _ = model.apply(params, inputs, level, jnp.arange(end), mask, method="attend")
+            parts.append(logits[:, start:])
+        return jnp.concatenate(parts, axis=1)
+
+    return run
+
+
+@functools.cache
+def vectorised(name, window=None):
+    model, params = made(name)
+    return tiny.jit(functools.partial(block_apply(model, SIZE, window), params))
+
+
+LEVELS = jnp.asarray([[-2.0, 0.0, 3.0], [1.0, -jnp.inf, 0.5]])
+
+
+@pytest.mark.parametrize(
+    "name, window",
+    [
+        ("conditioned", 2),
+        pytest.param("plain", 2, marks=pytest.mark.slow),
+        pytest.param("conditioned", None, marks=pytest.mark.slow),
+    ],
+)
+def test_one_pass_equals_the_loop_over_blocks(name, window):
+    noised, clean = rows()
+    inputs = jnp.concatenate([noised, clean], axis=-1)
+    logits = vectorised(name, window)(inputs, LEVELS, DOCUMENTS)
+    expected = loop_over_blocks(name, window)(noised, clean, LEVELS, DOCUMENTS)
+    assert logits.shape == (2, LENGTH, tiny.VOCAB)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_block_reads_its_own_level():
+    noised, clean = rows()
+    inputs = jnp.concatenate([noised, clean], axis=-1)
+    one, run = jnp.ones_like(DOCUMENTS), vectorised("conditioned", 2)
+    before, after = (np.asarray(run(inputs, u, one)) for u in (LEVELS, LEVELS.at[:, 1].add(1.5)))
+    moved = np.abs(after - before).max((0, 2)) > 1e-4
+    assert moved[2:4].all()
+    # Later blocks see block 1 clean, whatever its level.
+    np.testing.assert_array_equal(after[:, [0, 1, 4, 5]], before[:, [0, 1, 4, 5]])
+    shared, spread = (run(inputs, u, one) for u in (LEVELS[:, :1], LEVELS[:, [0, 0, 0]]))
+    np.testing.assert_allclose(shared, spread, rtol=1e-5, atol=1e-6)
+
+
+def test_segments_of_a_plain_row_read_their_own_level():
+    """A call with S levels: equal levels are one level, and a level acts on its own segment."""
+    model, params = made("conditioned")
+    run = tiny.jit(functools.partial(model.apply, params))
+    inputs, _ = rows()
+    one, three = run(inputs, LEVELS[:, :1]), run(inputs, jnp.repeat(LEVELS[:, :1], 3, axis=1))
+    np.testing.assert_allclose(one, three, rtol=1e-5, atol=1e-6)
+    moved = run(inputs, jnp.repeat(LEVELS[:, :1], 3, axis=1).at[:, 2].add(1.5))
+    assert (np.abs(moved - three).max((0, 2)) > 1e-4).all()  # attention carries it everywhere
+    with pytest.raises(ValueError, match=r"S a divisor of 6; got \(2, 4\)"):
+        run(inputs, jnp.zeros((2, 4)))
+
+
+def test_one_block_is_the_plain_model():
+    """The same parameters, so a plain model can be trained further as a block model."""
+    model, params = made("conditioned")
+    noised, clean = rows()
+    inputs = jnp.concatenate([noised, clean], axis=-1)
+    whole = tiny.jit(block_apply(model, LENGTH))(params, inputs, LEVELS[:, :1], DOCUMENTS)
+    plain = tiny.jit(model.apply)(params, noised, LEVELS[:, :1], DOCUMENTS)
+    np.testing.assert_allclose(whole, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_causal_model_sees_what_is_before():
+    """Of every place: all earlier tokens of its document, not its own token, nothing later."""
+    model, params = made("plain")
+    run = tiny.jit(functools.partial(causal_apply(model, tiny.MASK_ID), params))
+    _, clean = rows()
+    logits = np.asarray(run(clean, None, DOCUMENTS))
+    for place in range(LENGTH):
+        changed = run(clean.at[:, place].set((clean[:, place] + 1) % tiny.MASK_ID), None, DOCUMENTS)
+        moved = np.abs(np.asarray(changed) - logits).max(-1) > 1e-4
+        documents = np.asarray(DOCUMENTS)
+        same = documents == documents[:, place : place + 1]
+        later = (np.arange(LENGTH) > place)[None]
+        np.testing.assert_array_equal(moved, same & later & (documents > 0))
+
+
+def test_shifted_rows_begin_every_document_with_the_start_token():
+    tokens = jnp.asarray([[5, 4, 3, 2, 1, 0]] * 2)
+    assert shift_right(tokens, 9, DOCUMENTS).tolist() == [[9, 5, 4, 9, 2, 9], [9, 5, 4, 3, 2, 1]]
+    assert shift_right(tokens, 9).tolist() == [[9, 5, 4, 3, 2, 1]] * 2
+
+
+def test_estimates_belong_to_the_noised_row():
+    """As in a plain call; the clean row has none."""
+    model, params = made("self_conditioning")
+    noised, clean = rows()
+    inputs = jnp.concatenate([noised, clean], axis=-1)
+    rng = np.random.default_rng(1)
+    estimate = jnp.asarray(rng.dirichlet(np.ones(tiny.VOCAB), (2, LENGTH)), jnp.float32)
+    run = tiny.jit(block_apply(model, LENGTH))
+    plain = tiny.jit(model.apply)
+    without, given = run(params, inputs), run(params, inputs, estimate=estimate)
+    assert np.abs(given - without).max() > 1e-3
+    np.testing.assert_allclose(without, plain(params, noised), rtol=1e-5, atol=1e-5)
+    expected = plain(params, noised, estimate=estimate)
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+    nothing = plain(params, noised, estimate=jnp.zeros_like(estimate))
+    np.testing.assert_array_equal(nothing, plain(params, noised))
+    # A fresh network ignores the estimate.
+    fresh = nn.meta.unbox(tiny.jit(linen_init(model, LENGTH))(jax.random.key(0)))["params"]
+    start = {"params": {**params["params"], "estimate": fresh["estimate"]}}
+    np.testing.assert_array_equal(plain(start, noised, estimate=estimate), plain(start, noised))
+
+
+def test_estimates_that_do_not_fit_are_refused():
+    model, params = made("self_conditioning")
+    noised, _ = rows()
+    with pytest.raises(ValueError, match=r"the shape \(2, 6, 7\), got \(2, 6, 6\)"):
+        model.apply(params, noised, estimate=jnp.ones((2, LENGTH, 6)))
+    model, params = made("plain")
+    with pytest.raises(ValueError, match=r"self_conditioning \(here False\)"):
+        model.apply(params, noised, estimate=jnp.ones((2, LENGTH, tiny.VOCAB)))
+
+
+def test_rows_of_odd_length_are_refused():
+    model, params = made("plain")
+    with pytest.raises(ValueError, match=r"side by side, \[N, 2L\]; got \(2, 5\)"):
+        block_apply(model, 1)(params, jnp.zeros((2, 5), jnp.int32))
+    with pytest.raises(ValueError, match="blocks of 4 tokens do not divide a row of 6"):
+        block_apply(model, 4)(params, jnp.zeros((2, 12), jnp.int32))

@@ -1,0 +1,107 @@
+"""Policies and scanned layers change what a training step costs, never what it computes."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mdm_jax.models.layers import POLICIES
+
+ROWS, LENGTH, DEPTH = 4, 16, 3
+INPUTS = jnp.asarray(np.random.default_rng(0).integers(0, tiny.VOCAB, (ROWS, LENGTH)), jnp.int32)
+
+
+def network(**settings):
+    return tiny.transformer(depth=DEPTH, condition_on_logsnr=True, **settings)
+
+
+@functools.cache
+def parameters(scanned):
+    """The same numbers, stacked or layer by layer."""
+    shapes = nn.meta.unbox(
+        jax.eval_shape(network(scan_layers=True).init, jax.random.key(0), INPUTS, LEVELS)
+    )
+    stacked = tiny.perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))["params"]
+    return {"params": stacked if scanned else unrolled(stacked)}
+
+
+def unrolled(stacked):
+    blocks = stacked["blocks"]["block"]
+    others = {name: leaf for name, leaf in stacked.items() if name != "blocks"}
+    return others | {
+        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(DEPTH)
+    }
+
+
+LEVELS = jnp.linspace(-2.0, 2.0, ROWS)[:, None]
+
+
+@functools.cache
+def step(remat, scanned):
+    """Loss, gradients layer by layer, and bytes of temporary memory."""
+    model, params = network(remat=remat, scan_layers=scanned), parameters(scanned)
+
+    def loss(params):
+        logits = model.apply(params, INPUTS, LEVELS)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    value, gradient = compiled(params)
+    gradient = unrolled(gradient["params"]) if scanned else gradient["params"]
+    return value, gradient, compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "scanned", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"]
+)
+@pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
+def test_losses_and_gradients_are_equal(remat, scanned):
+    expected, slopes, _ = step("none", scanned)
+    value, gradient, _ = step(remat, scanned)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
+        gradient,
+        slopes,
+    )
+
+
+@pytest.mark.slow  # test_models has it of whole networks
+def test_scanned_layers_compute_what_unrolled_ones_do():
+    np.testing.assert_allclose(step("none", True)[0], step("none", False)[0], rtol=1e-6)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
+        step("none", True)[1],
+        step("none", False)[1],
+    )
+
+
+def test_what_is_not_kept_takes_no_memory():
+    """Compiled, with layers in a scan; without one the CPU's compiler merges the passes again."""
+    memory = {remat: step(remat, True)[2] for remat in POLICIES}
+    assert memory["full"] < memory["dots_without_batch"] < memory["dots"] < memory["none"]
+    assert memory["full"] < 0.5 * memory["none"]
+
+
+def test_what_is_kept_between_the_passes():
+    """Bytes that the forward pass hands to the backward one, layer by layer, on any backend."""
+    params, kept = parameters(False), {}
+    for remat in POLICIES:
+        model = network(remat=remat)
+        pull = jax.eval_shape(
+            lambda p, m=model: jax.vjp(lambda q: m.apply(q, INPUTS, LEVELS), p)[1], params
+        )
+        kept[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+    assert kept["full"] < kept["dots_without_batch"] < kept["dots"] < kept["none"]
+    width, weights = 16, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    inputs_of_blocks = DEPTH * 4 * ROWS * LENGTH * width
+    assert kept["full"] < weights + inputs_of_blocks + kept["none"] / 4
+
+
+def test_unknown_policies_are_refused():
+    with pytest.raises(ValueError, match="remat must be one of .*'full', 'dots'.*, got 'some'"):
+        network(remat="some")

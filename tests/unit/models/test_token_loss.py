@@ -1,0 +1,297 @@
+"""Losses of tokens from a readout against those from logits: values, gradients, sharding."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mdm_jax import sharding
+from mdm_jax.models.cross_entropy import (
+    Chunking,
+    ForeseenReadout,
+    PositionLoss,
+    Projection,
+    Readout,
+    position_losses,
+)
+from mdm_jax.objectives.masked import _cross_entropy, token_nats
+from mdm_jax.objectives.uniform import _bound_rate, bound_rate
+
+N, L, D, K, MASK = 8, 6, 5, 11, 10
+COUNTS = (0, 1, 3, 4, 5, 12, 47, 48)  # of 48 positions in chunks of 4 (or 2, within groups)
+
+
+@functools.cache
+def arrays(tied=False):
+    rng = np.random.default_rng(1)
+    features = jnp.asarray(rng.normal(size=(N, L, D)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(K, D) if tied else (D, K)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, MASK, (N, L)), jnp.int32)
+    slope = jnp.asarray(rng.normal(size=(N, L)), jnp.float32)
+    return features, weights, targets, slope
+
+
+def places(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(N * L).reshape(N, L) < count
+
+
+def total(features, weights, targets, slope, where, chunking, projection):
+    readout = Readout(features, weights, projection)
+    outputs = (
+        readout.logits() if chunking is None else dataclasses.replace(readout, chunking=chunking)
+    )
+    return jnp.sum(slope * token_nats(outputs, targets, where, MASK))
+
+
+@functools.cache
+def compiled(chunking, tied=False, dtype=jnp.float32):
+    settings = {"chunking": chunking, "projection": Projection(tied, dtype)}
+    return tiny.jit(jax.value_and_grad(functools.partial(total, **settings), (0, 1)))
+
+
+def assert_close(found, wanted, rtol=2e-5):
+    found, wanted = jax.device_get((found, wanted))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.max(np.abs(b)) + 1e-30))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    "groups", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))]
+)
+def test_equals_the_dense_loss_for_every_number_of_positions(count, groups):
+    inputs = (*arrays(), places(count))
+    chunk = 4 if groups < 4 else 2
+    assert_close(compiled(Chunking(groups, chunk))(*inputs), compiled(None)(*inputs))
+
+
+@pytest.mark.parametrize(
+    "chunk", [1, 7, None, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 48, 100))]
+)
+def test_no_size_of_a_chunk_matters(chunk):
+    inputs = (*arrays(), places(25))
+    assert_close(compiled(Chunking(1, chunk))(*inputs), compiled(None)(*inputs))
+
+
+def test_groups_that_do_not_divide_the_rows_become_their_common_divisor():
+    inputs = (*arrays(), places(20))
+    assert_close(compiled(Chunking(6, 4))(*inputs), compiled(None)(*inputs))
+
+
+def test_tied_weights():
+    inputs = (*arrays(tied=True), places(25))
+    assert_close(compiled(Chunking(2, 4), True)(*inputs), compiled(None, True)(*inputs))
+
+
+def test_bfloat16_operands_and_wide_sums():
+    """Against float32 logits of the rounded operands; the slopes are rounded once, to 2**-9."""
+    features, weights, *rest = (*arrays(), places(25))
+    rounded = [a.astype(jnp.bfloat16).astype(jnp.float32) for a in (features, weights)]
+    found = compiled(Chunking(2, 4), False, jnp.bfloat16)(features, weights, *rest)
+    wanted = compiled(None)(*rounded, *rest)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    assert [g.dtype for g in found[1]] == [jnp.float32, jnp.float32]
+    assert_close(found[1], wanted[1], rtol=2.0**-8)
+
+
+def test_the_mask_token_gets_no_probability_and_no_gradient():
+    features, weights, *rest = (*arrays(), places(25))
+    run = compiled(Chunking(2, 4))
+    value, (_, slope) = run(features, weights, *rest)
+    moved, _ = run(features, weights.at[:, MASK].add(3.0), *rest)
+    assert value == moved
+    assert not np.any(slope[:, MASK]) and np.all(np.any(slope[:, :MASK], axis=0))
+
+
+def test_what_is_not_asked_for_plays_no_part():
+    features, weights, targets, slope = arrays()
+    where = places(20)
+    other = jnp.where(where[..., None], features, 100.0)
+    odd, steep = jnp.where(where, targets, 999), jnp.where(where, slope, 1e9)
+    run = compiled(Chunking(2, 4))
+    found = run(other, weights, odd, steep, where)
+    assert_close(found, run(features, weights, targets, slope, where))
+    assert not np.any(np.asarray(found[1][0])[~np.asarray(where)])
+
+
+def test_the_cost_follows_the_number_of_positions():
+    """The chunks that are computed, counted from inside."""
+    features, weights, _, _ = arrays()
+    seen = []
+
+    def value(logits):
+        jax.debug.callback(lambda: seen.append(1))
+        return logits[..., 0], ()
+
+    loss = PositionLoss(value, None)
+    readout = Readout(features, weights, Projection(False, jnp.float32), Chunking(1, 4))
+    run = tiny.jit(lambda where: position_losses(loss, readout, where))
+    for count, turns in ((0, 0), (1, 1), (4, 1), (5, 2), (48, 12)):
+        seen.clear()
+        jax.block_until_ready(run(places(count)))
+        jax.effects_barrier()
+        assert len(seen) == turns
+
+
+def test_forward_mode_and_rematerialisation():
+    """The variance meter's slopes are tangents; a step may run under ``jax.checkpoint``."""
+    inputs, tangents = (*arrays(), places(21)), tuple(0.3 * a + 1 for a in arrays()[:2])
+
+    def along(chunking):
+        loss = functools.partial(
+            total, chunking=chunking, projection=Projection(False, jnp.float32)
+        )
+
+        def run(x, w, *rest):
+            _, slope = jax.linearize(lambda x, w: loss(x, w, *rest), x, w)
+            again = jax.checkpoint(lambda x, w: loss(x, w, *rest))
+            return slope(*tangents), jax.grad(again, (0, 1))(x, w)
+
+        return tiny.jit(run)(*inputs)
+
+    assert_close(along(Chunking(2, 4)), along(None))
+
+
+FORESEEN = {
+    "right": (lambda slope: slope, 1),
+    "in proportion": (lambda slope: -2.5 * slope, 1),
+    "in proportion where there is a loss": (lambda s: jnp.where(places(21), s, 7.0), 1),
+    "wrong": (lambda slope: slope + 0.01, 2),
+    "wrong at one place": (
+        lambda s: s * (1 + 1e-4 * (jnp.cumsum(places(21)).reshape(N, L) == 9)),
+        2,
+    ),
+    "of none": (jnp.zeros_like, 2),
+    "nonsense": (lambda slope: slope.at[0, 0].set(jnp.nan), 2),
+}
+
+
+def foreseen_places():
+    where = places(21)
+    where[0, 0] = True
+    return where
+
+
+@functools.cache
+def in_float64(tied):
+    """Loss and gradients from logits in float64."""
+    features, weights, targets, slope = (np.asarray(a) for a in arrays(tied=tied))
+    with jax.enable_x64():
+        wide = [jnp.asarray(a, jnp.float64) for a in (features, weights, slope)]
+
+        def dense(x, w):
+            where = foreseen_places()
+            return total(x, w, targets, wide[2], where, None, Projection(tied, jnp.float64))
+
+        return jax.device_get(tiny.jit(jax.value_and_grad(dense, (0, 1)))(*wide[:2]))
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FORESEEN)
+def test_a_foreseen_gradient_is_used_where_it_is_right_and_nowhere_else(name, tied):
+    """Against logits in float64; how often a chunk's slopes were computed is counted inside."""
+    foresee, passes = FORESEEN[name]
+    features, weights, targets, slope = arrays(tied=tied)
+    where, seen = foreseen_places(), []
+    given = _cross_entropy(MASK)
+
+    def counted(*args):
+        jax.debug.callback(lambda: seen.append(1))
+        return given.slope(*args)
+
+    def run(x, w):
+        settings = (Projection(tied, jnp.float32), Chunking(2, 4), foresee(slope))
+        loss = given._replace(slope=counted)
+        losses = position_losses(loss, ForeseenReadout(x, w, *settings), where, targets)
+        return jnp.sum(slope * losses)
+
+    found = tiny.jit(jax.value_and_grad(run, (0, 1)))(features, weights)
+    jax.effects_barrier()
+    turns = int(np.max(-(-np.sum(where.reshape(2, -1), axis=1) // 4)))
+    assert len(seen) == passes * turns
+    assert_close(found, in_float64(tied))
+
+
+def test_forward_mode_does_without_foresight():
+    features, weights, targets, slope = arrays()
+
+    def run(x, w, foreseen):
+        settings = (Projection(False, jnp.float32), Chunking(2, 4))
+        kind = ForeseenReadout(x, w, *settings, slope) if foreseen else Readout(x, w, *settings)
+        return token_nats(kind, targets, places(21), MASK)
+
+    along = lambda f: jax.jvp(functools.partial(run, foreseen=f), (features, weights),  # noqa: E731
+                              (0.3 * features + 1, weights - 2))  # fmt: skip
+    assert_close(tiny.jit(lambda: along(True))(), tiny.jit(lambda: along(False))())
+
+
+def test_values_can_be_mapped_over():
+    features, weights, targets, _ = arrays()
+    where = jnp.stack([places(3), places(30), places(0)])
+
+    def run(where, chunking):
+        readout = Readout(features, weights, Projection(False, jnp.float32), chunking)
+        return token_nats(readout, targets, where, MASK)
+
+    found = tiny.jit(jax.vmap(functools.partial(run, chunking=Chunking(2, 4))))(where)
+    alone = tiny.jit(functools.partial(run, chunking=Chunking()))
+    assert_close(found, jnp.stack([alone(w) for w in where]))
+
+
+def test_bound_of_uniform_tokens():
+    """Its rate and its slope, against those of whole logits."""
+    features, weights, targets, slope = arrays()
+    noisy, where = (targets + 1) % MASK, places(30)
+    level = jnp.linspace(-9.0, 9.0, N * L).reshape(N, L)
+    readout = Readout(features, weights, Projection(False, jnp.float32), Chunking(2, 4))
+
+    def held_back(x, w):
+        outputs = dataclasses.replace(readout, features=x, weights=w)
+        nats = position_losses(_bound_rate(MASK), outputs, where, noisy, targets, level)
+        return jnp.sum(slope * nats)
+
+    def dense(x, w):
+        logits = dataclasses.replace(readout, features=x, weights=w).logits()
+        nats = bound_rate(logits[..., :MASK], noisy, targets, level)
+        return jnp.sum(slope * jnp.where(where, nats, 0.0))
+
+    both = tiny.jit(lambda *a: [jax.value_and_grad(f, (0, 1))(*a) for f in (held_back, dense)])
+    assert_close(*both(features, weights), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 2, 2), (4, 1, 2)))]
+)
+def test_on_eight_devices(shape):
+    """Rows over data x fsdp, weights over fsdp x tensor; no logits and no positions move."""
+    mesh = sharding.make_mesh(*shape)
+    groups = shape[0] * shape[1]
+    rng = np.random.default_rng(0)
+    k = 12
+    features, _, targets, slope = arrays()
+    features = jnp.concatenate([features, features[..., :1]], axis=-1)  # a width of 6 splits
+    weights = jnp.asarray(rng.normal(size=(6, k)), jnp.float32)
+    where = places(21)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    cut = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    loss = functools.partial(total, projection=Projection(False, jnp.float32))
+    dense = tiny.jit(jax.value_and_grad(functools.partial(loss, chunking=None), (0, 1)))
+    wanted = jax.device_get(dense(features, weights, targets, slope, where))
+    run = jax.jit(
+        jax.value_and_grad(functools.partial(loss, chunking=Chunking(groups, 2)), (0, 1)),
+        in_shardings=(rows, cut, rows, rows, rows),
+        out_shardings=(None, (rows, cut)),
+    )
+    inputs = features, weights, targets, slope, where
+    compiled = run.lower(*inputs).compile()
+    assert_close(compiled(*inputs), wanted)
+    if shape == (8, 1, 1):
+        # The number of turns before the loop, loss and weights' gradient after it; none inside.
+        text = compiled.as_text()
+        assert 1 <= text.count(" all-reduce(") <= 3
+        assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))

@@ -1,0 +1,94 @@
+"""Objectives with a factor on the weight of their levels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_oracle as oracle
+
+from mdm_jax import corruption, gaussian, objectives, schedules, variance
+from mdm_jax.gaussian import recipes, weightings
+from mdm_jax.gaussian import schedules as gaussian_schedules
+from mdm_jax.testing import toys
+
+FACTORS = {
+    "min_snr": (
+        lambda: objectives.min_snr_factor(5.0),
+        lambda level: np.minimum(1, 5 * np.exp(-level)),
+    ),
+    "p2": (
+        lambda: objectives.p2_factor(2.0, 0.5),
+        lambda level: (2 + np.exp(level)) ** -0.5,
+    ),
+    "sigmoid": (
+        lambda: weightings.sigmoid(1.0).log_weight,
+        lambda level: 1 / (1 + np.exp(level - 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
+def test_masked_bound_with_a_factor(name, scale):
+    """E over the law of weight times loss is int g(m) factor(m) dm, whatever the law.
+
+    Under fixed counts the mean over masks is a function of the count; its levels are integrated.
+    """
+    make, factor = FACTORS[name]
+    law = schedules.logistic(0.0, scale)
+    base = objectives.masked_nelbo(corruption.fixed_count(toys.MASK_ID), law)
+    objective = objectives.reweighted(base, make(), name)
+    assert objective.bias == "biased" and name in objective.name and objective.law is law
+    u, du = oracle.gauss(np.linspace(0, 1, 241), 2)
+    draws = oracle.fixed_count_draws(variance.identity(), u)
+    batch = jax.tree.map(lambda a: jnp.repeat(a, 24 * len(u), axis=0), toys.toy_batch())
+    draws = jax.tree.map(lambda a: jnp.tile(a, (1, 3, 1)), draws)
+    params = toys.toy_params()
+
+    @jax.jit
+    def run(draws):
+        both = [
+            o.loss(lambda *a: toys.Toy().apply(params, *a), batch, draws) for o in (base, objective)
+        ]
+        return both[0], both[1]
+
+    before, after = run(draws)
+    level = np.asarray(law.icdf(draws.u), np.float64)
+    np.testing.assert_allclose(after.weight, before.weight * factor(level), rtol=2e-5)
+    for field in ("raw", "scored", "targets"):
+        np.testing.assert_array_equal(getattr(after, field), getattr(before, field))
+    found = np.asarray(after.weight * after.raw, np.float64).reshape(3, len(u), 24).mean(2) @ du
+    rates, dm = oracle.gauss(np.linspace(0, 1, 401), 4)
+    count = np.ceil(rates * 4).astype(int)
+    mean = np.stack([oracle.loss_table()[:, k == oracle.SIZE].mean(1) * 4 / k for k in range(1, 5)])
+    expected = (mean[count - 1] * (dm * factor(np.log1p(-rates) - np.log(rates)))[:, None]).sum(0)
+    np.testing.assert_allclose(found, expected, rtol=2e-2 if scale > 1 else 1e-3)
+    assert np.all(np.abs(expected / oracle.NELBO - 1) > 0.02)
+
+
+def test_factor_on_a_gaussian_loss_is_that_of_its_weighting():
+    """min-SNR on the eps loss of the cosine law is the weighting of that name."""
+    law, level = gaussian_schedules.cosine(), np.linspace(-6, 6, 13)
+    for factor, weighting in (
+        (objectives.min_snr_factor(3.0), weightings.min_snr(law, 3.0)),
+        (objectives.p2_factor(2.0, 0.5), weightings.p2(law, 2.0, 0.5)),
+    ):
+        found = np.asarray(factor(level)) + np.asarray(law.log_pdf(level))
+        np.testing.assert_allclose(found, weighting.log_weight(level), rtol=1e-6)
+    objective = objectives.reweighted(
+        gaussian.gaussian_loss(recipes.iddpm()), objectives.min_snr_factor(), "min-SNR"
+    )
+    assert objectives.describe(objective) == "gaussian_loss, min-SNR over gaussian_vp [biased]"
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: objectives.min_snr_factor(0.0), "gamma > 0"),
+        (lambda: objectives.p2_factor(k=-1.0), "k > 0"),
+        (lambda: objectives.p2_factor(gamma=np.inf), "gamma"),
+    ],
+)
+def test_errors_say_what_is_allowed(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
