@@ -11,6 +11,11 @@ from ml_collections import ConfigDict
 from mdm_jax import data, models, objectives, samplers, schedules
 from mdm_jax import likelihood as mdm_jax_likelihood
 from mdm_jax.launch import build_masked
+from mdm_jax.launch.build_masked import LEVEL as LEVEL
+from mdm_jax.launch.build_masked import UNREAD as UNREAD
+from mdm_jax.launch.build_masked import details as details
+from mdm_jax.launch.build_masked import model as model
+from mdm_jax.launch.build_masked import record as record
 from mdm_jax.types import Array
 
 

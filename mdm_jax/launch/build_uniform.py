@@ -8,6 +8,10 @@ from mdm_jax import data, models, objectives, samplers, schedules
 from mdm_jax import likelihood as mdm_jax_likelihood
 from mdm_jax.launch import build_masked
 from mdm_jax.launch.build import lookup, settings
+from mdm_jax.launch.build_masked import apply_fn as apply_fn
+from mdm_jax.launch.build_masked import details as details
+from mdm_jax.launch.build_masked import model as model
+from mdm_jax.launch.build_masked import record as record
 
 SAMPLERS = {
     "uniform_ancestral": samplers.uniform_ancestral,
