@@ -1,6 +1,7 @@
 # make quickstart   trains a small masked diffusion model on embedded text, on the CPU
 # make test         the default test suite; make test-slow: the long statistical runs too
 # make bench        benchmarks at the S and M shapes; writes BENCH, by default runs/bench.json
+# make house        size and shape of the package, and the CPU time of its tests
 # make lint         style;  make format: apply it
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -8,10 +9,10 @@ WORKDIR ?= runs/quickstart
 BENCH ?= runs/bench.json
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow bench lint format clean
+.PHONY: quickstart test test-slow bench house lint format clean
 
 quickstart: $(VENV)/installed
-	$(RUN) -m experiments.launch --config=experiments/configs/quickstart.py --workdir=$(WORKDIR)
+	$(VENV)/bin/mdm train --config=quickstart --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -21,6 +22,9 @@ test-slow: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	$(RUN) -m experiments.benchmarks --shapes=S,M --rounds=2 --seconds=10 --out=$(BENCH)
+
+house: $(VENV)/installed-dev
+	$(RUN) -m experiments.house --suite
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
