@@ -1,0 +1,225 @@
+"""The benchmarks: a fair yardstick, honest arithmetic, and no package that a GPU machine lacks."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from experiments.benchmarks import (
+    command,
+    input_pipeline,
+    machine,
+    sampling,
+    setting,
+    shapes,
+    timing,
+    train_step,
+    variance_probe,
+    variants,
+    yardstick,
+)
+from mdm_jax import draws, objectives, training
+
+TINY = shapes.Shape("tiny", 8, 11, 16, 1, 2, 4, 8, False)
+QUICK = command.Options(("default",), rounds=1, seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def tiny_network():
+    network = setting.model(TINY, variants.PLAIN)
+    return network, tiny.perturbed(setting.random_params(network, TINY.length), scale=0.2)
+
+
+def test_the_yardstick_computes_the_loss_and_the_gradient_of_the_library(tiny_network):
+    network, params = tiny_network
+    task, batch = setting.objective(TINY), setting.batch(TINY)
+    draw = draws.iid(jax.random.key(0), task.spec(TINY.batch_size, TINY.length))
+
+    def library(params):
+        stats = task.loss(lambda *inputs: network.apply(params, *inputs), batch, draw)
+        sums = objectives.sum_losses(draw, stats)
+        return objectives.token_mean(sums.loss, sums.scored)
+
+    def plain(params):
+        rate = jax.nn.sigmoid(-task.law.icdf(draw.u[0, :, 0]))
+        return yardstick.loss(
+            params, batch.tokens, rate, draw.noise[0], TINY.mask_id, TINY.num_heads
+        )
+
+    expected = tiny.jit(jax.value_and_grad(library))(params)
+    with jax.numpy_rank_promotion("allow"):  # it is written as a script would be
+        found = tiny.jit(jax.value_and_grad(plain))(params)
+    assert float(expected[0]) > 1.0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), found, expected
+    )
+
+
+@pytest.mark.slow
+def test_every_variant_of_the_step_has_the_yardsticks_parameters_and_loss():
+    """One step of each, from the same parameters and noise; only dtypes may make a difference."""
+    losses, counts = {}, {}
+    names = ("dense", "library bfloat16", "two microbatches")
+    for name in names:
+        step, state, batch = setting.train_step(TINY, variants.TRAIN[name])
+        counts[name] = training.num_params(state.params)
+        losses[name] = float(tiny.jit(step)(state, batch)[1].loss)
+    assert len(set(counts.values())) == 1
+    embedding, norms = TINY.vocab_size * TINY.width, (2 * TINY.depth + 1) * TINY.width
+    assert counts["dense"] == shapes.matmul_params(TINY) + embedding + norms
+    for name in names:
+        assert losses[name] == pytest.approx(losses["dense"], rel=1e-2 if "bf" in name else 1e-5)
+
+
+def test_model_flops_are_those_of_the_products_in_the_program(tiny_network):
+    network, params = tiny_network
+    tokens = jnp.zeros((TINY.batch_size, TINY.length), jnp.int32)
+    program = jax.make_jaxpr(lambda p, x: yardstick.logits(p, x, TINY.num_heads))
+    with jax.numpy_rank_promotion("allow"):
+        found = program(params, tokens)
+    total = 0
+    for equation in found.jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            summed = equation.params["dimension_numbers"][0][0]
+            inner = np.prod([equation.invars[0].aval.shape[i] for i in summed])
+            total += 2 * inner * np.prod(equation.outvars[0].aval.shape)
+    assert total == shapes.forward_flops(TINY, TINY.batch_size, TINY.length)
+    assert shapes.train_flops(TINY) == 3 * total
+
+
+def test_the_yardstick_samples_what_is_masked_and_nothing_else(tiny_network):
+    _, params = tiny_network
+    canvas = jnp.full((2, 8), TINY.mask_id).at[:, 3].set(5)
+    with jax.numpy_rank_promotion("allow"):
+        tokens = yardstick.make_sampler(TINY.mask_id, TINY.num_heads, 3)(
+            params, jax.random.key(0), canvas
+        )
+    assert (tokens[:, 3] == 5).all() and not (tokens == TINY.mask_id).any()
+
+
+def test_rounds_take_turns_and_go_on_until_the_time_is_spent():
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in "abc"}
+    times = timing.interleaved(calls, rounds=2, seconds=0.0)
+    assert called == list("abcabc") and [len(t) for t in times.values()] == [2, 2, 2]
+    called.clear()
+    timing.interleaved(calls, rounds=1, seconds=0.01)
+    assert len(called) > 3 and called == list("abc") * (len(called) // 3)
+
+
+def test_medians_and_ratios_of_rounds():
+    found = timing.summary([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert (found["lower_quartile"], found["median"], found["upper_quartile"]) == (2.0, 3.0, 4.0)
+    assert found["least"] == 1.0 and found["count"] == 5
+    assert timing.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])["median"] == 2.0
+
+
+def test_variants_are_chosen_by_name_or_set_in_the_order_of_the_table():
+    chosen = command.choose(variants.TRAIN, ("no chain", "default"), variants.TRAIN_SETS)
+    assert list(chosen) == [n for n in variants.TRAIN if n in variants.TRAIN_SETS["default"]]
+    with pytest.raises(ValueError, match=r"unknown 'dens'; known are yardstick, .*sets default"):
+        command.choose(variants.TRAIN, ("dens",), variants.TRAIN_SETS)
+
+
+def test_every_named_set_and_chain_exists():
+    for table, sets in (
+        (variants.TRAIN, variants.TRAIN_SETS),
+        (sampling.GENERATORS, sampling.SETS),
+        (variance_probe.CHAINS, variance_probe.SETS),
+    ):
+        assert {name for names in sets.values() for name in names} <= set(table)
+    for variant in filter(None, variants.TRAIN.values()):
+        assert setting.chain(variant).bias == "exact"
+
+
+def test_what_cannot_be_measured_is_reported_and_the_rest_is_measured(monkeypatch):
+    table = {
+        "dense": variants.PLAIN,
+        "from elsewhere": variants.Variant("", {"attention": "not there"}),
+        "unknown field": variants.Variant("", {"no_such_field": 1}),
+    }
+    monkeypatch.setattr(train_step, "TRAIN", table)
+    monkeypatch.setattr(train_step, "TRAIN_SETS", {"default": tuple(table)})
+    monkeypatch.setattr(machine, "product", lambda dtype: (lambda: None, 1e6))
+    found = train_step.measure(TINY, QUICK)
+    kept = found["variants"]
+    assert kept["dense"]["seconds"]["median"] > 0 and kept["dense"]["memory_bytes"]["peak"] > 0
+    assert kept["from elsewhere"]["unavailable"].startswith("ValueError: attention must be one of")
+    assert kept["unknown field"]["unavailable"].startswith("TypeError:")
+    lines = train_step.table(found)
+    assert any("unknown field: not measured, TypeError" in line for line in lines)
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_sampling_and_its_table(monkeypatch):
+    monkeypatch.setattr(sampling, "SETS", {"default": ("ancestral", "blocks, cached")})
+    found = sampling.measure(TINY, QUICK, num_steps=2)
+    assert set(found["generators"]) == {"ancestral", "blocks, cached"}
+    assert not any("unavailable" in figures for figures in found["generators"].values())
+    assert found["block_size"] == TINY.sample_length
+    assert len(sampling.table(found)) == 6
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_the_probe_sees_less_variance_where_there_is_less(monkeypatch):
+    monkeypatch.setattr(variance_probe, "_CALLS_ALONE", 2)
+    options = command.Options(("stratified",), rounds=24, seconds=0.0)
+    found = variance_probe.measure(TINY, options)
+    chains = found["chains"]
+    assert found["redraws"] == 24 and list(chains) == ["independent", "stratified"]
+    assert chains["independent"]["variance_over_independent"] == 1.0
+    assert 0 < chains["stratified"]["variance_over_independent"] < 1.0
+    assert len(variance_probe.table(found)) == 6
+
+
+@pytest.mark.slow
+def test_the_pipeline_feeds_steps_and_says_how_long_they_waited(monkeypatch):
+    monkeypatch.setattr(input_pipeline, "_ROWS", 64)
+    monkeypatch.setattr(input_pipeline, "_PULLS", 3)
+    found = input_pipeline.measure(TINY._replace(batch_size=8), QUICK)
+    assert found["fill"] > 0.8 and found["rows_per_second_alone"] > 0
+    assert list(found["steps"]) == ["no pipeline", "prefetched", "pulled by the step"]
+    assert all(0 <= step["wait_share"] < 1 for step in found["steps"].values())
+    assert found["steps"]["no pipeline"]["wait_seconds"]["count"] == 3
+    assert len(input_pipeline.table(found)) == 7
+
+
+_LACKING = """
+import sys
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {lacking}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+
+sys.meta_path.insert(0, Lacking())
+import importlib.util
+found = importlib.util.find_spec
+def find_spec(name, package=None):
+    return None if name in {lacking} else found(name, package)
+importlib.util.find_spec = find_spec
+from experiments.benchmarks import command, input_pipeline, setting
+from experiments.benchmarks import sampling, train_step, variance_probe
+from experiments.benchmarks.shapes import SHAPES
+from experiments.benchmarks.variants import CHOSEN
+setting.chain(CHOSEN)
+print(input_pipeline.measure(SHAPES["S"], command.Options()))
+"""
+
+
+@pytest.mark.slow
+def test_steps_are_measured_where_only_the_small_stack_is_installed():
+    lacking = {"tqdm", "tensorboardX", "matplotlib", "grain", "ml_collections", "tokenizers"}
+    lacking |= {"tensorflow_datasets", "array_record", "clu"}
+    program = _LACKING.replace("{lacking}", repr(lacking))
+    command_line = [sys.executable, "-c", program]
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "unavailable" in done.stdout

@@ -1,0 +1,201 @@
+"""Every config file builds, fits together, and passes the shapes of one training step."""
+
+import importlib
+import inspect
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from variants import slow_except
+
+from mdm_jax import schedules, variance
+from mdm_jax.launch import build, build_masked, command_line, train, workdir
+from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.types import Batch
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments/configs"
+NAMES = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
+    if path.stem != "__init__"
+)
+
+
+def _get_config(name, *variant):
+    return importlib.import_module(f"experiments.configs.{name}").get_config(*variant)
+
+
+def _has_variants(name):
+    function = importlib.import_module(f"experiments.configs.{name}").get_config
+    return bool(inspect.signature(function).parameters)
+
+
+NEEDS_DATA = {"mnist_gaussian", "study.pairs"}
+"""Read prepared data; built on a local copy in test_launch_gaussian.py and test_tasks_data.py."""
+
+
+def test_the_files_are_found():
+    assert {"base", "quickstart", "digits_masked", "text_block", "text_uniform", "text_ar"} <= set(
+        NAMES
+    )
+
+
+STUDY = {name for name in NAMES if name.startswith("study.")}
+"""Tasks for the network of ``base``; one is trained by default in test_study.py."""
+BUILT = {*NAMES} - NEEDS_DATA
+
+
+# The quickstart is the base without any change.
+@pytest.mark.parametrize("name", slow_except(BUILT - STUDY - {"base"}, sorted(BUILT)))
+def test_a_config_builds_and_one_step_keeps_the_state(name):
+    """A layer of the full model over the data of the smoke variant, where there is one."""
+    config = _get_config(name)
+    config.model.depth = 1
+    if _has_variants(name):
+        config.data = _get_config(name, "smoke").data
+    _take_a_step(config)
+
+
+def _take_a_step(config):
+    experiment = make_experiment(config)
+    train.check_settings(experiment)
+    state = experiment.abstract_state()
+    after, metrics = jax.eval_shape(experiment.train_step(), state, _batch(experiment))
+    _assert_same_shapes(state, after)
+    assert all(leaf.shape == () for leaf in metrics)
+    assert experiment.describe()
+
+
+def _batch(experiment):
+    rows, length = experiment.config.train.batch_size, experiment.dataset.length
+    return Batch(
+        tokens=jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        eligible=jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+        documents=jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        units=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+
+
+def _assert_same_shapes(state, after):
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+def _draw_and_learn(config):
+    """The part of a step that knows of noise, on logits of zero; the network takes longest."""
+    experiment = make_experiment(config)
+    train.check_settings(experiment)
+    transform, spec = experiment.transform, experiment.spec
+    vocab = experiment.dataset.vocab_size
+
+    def learn(state, batch):
+        draw = variance.draw_batch(jax.random.key(0), transform, state, spec)
+        stats = experiment.objective.loss(
+            lambda inputs, *_: jnp.zeros((*inputs.shape, vocab)), batch, draw
+        )
+        assert stats.raw.shape == draw.u.shape
+        return transform.update(state, draw, stats)
+
+    state = jax.eval_shape(lambda: transform.init(spec))
+    _assert_same_shapes(state, jax.eval_shape(learn, state, _batch(experiment)))
+    assert experiment.source_of_levels() and experiment.bias()
+
+
+REGISTERED = {
+    "corruption.name": build_masked.CORRUPTIONS,
+    "law.name": schedules.MASKED_SCHEDULES,
+    "weighting.name": build_masked.WEIGHTINGS,
+    "variance.order": build.VARIANCE,
+    "optimizer.name": build.OPTIMIZERS,
+    "model.dtype": build.DTYPES,
+    "sample.sampler": build_masked.SAMPLERS,
+    "sample.grid": {"uniform_masking_rate": None, **schedules.MASKED_SCHEDULES},
+}
+
+
+QUICKSTARTS = {"muon", "float32"}
+"""Names that the quickstart has itself, whose own test takes the same step."""
+
+
+@pytest.mark.parametrize(
+    "field, name",
+    [
+        pytest.param(field, name, marks=[pytest.mark.slow] * (name in QUICKSTARTS))
+        for field, table in REGISTERED.items()
+        for name in table
+    ],
+)
+def test_every_registered_name_can_be_chosen(field, name):
+    config = _get_config("quickstart", "smoke")
+    section, key = field.split(".")
+    config[section][key] = (name,) if key == "order" else name
+    if name == "rao_blackwell_clipped":
+        config.law.name = "clipped"  # of the same rates
+    if field == "sample.grid":
+        config.sample.sampler = "ancestral"
+    if section == "sample":
+        train.check_settings(make_experiment(config))
+    elif section in ("optimizer", "model"):
+        _take_a_step(config)
+    else:
+        _draw_and_learn(config)
+
+
+def test_clipped_weights_without_a_law_of_their_rates_are_refused():
+    config = _get_config("quickstart", "smoke")
+    config.corruption.name = "rao_blackwell_clipped"
+    with pytest.raises(ValueError, match="rates from 0.001 to 1 .* law.name='clipped'"):
+        make_experiment(config)
+
+
+def test_a_baseline_of_the_loss_wants_an_exact_chain():
+    config = _get_config("quickstart", "smoke")
+    config.train.monitors = ("levels", "baseline")
+    assert [m.name for m in make_experiment(config).monitors] == ["levels", "baseline"]
+    config.variance.order = ("stratified", "clipped")
+    with pytest.raises(
+        ValueError, match="clipped.* is truncated; leave the monitor 'baseline' out"
+    ):
+        make_experiment(config)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if _has_variants(name)])
+def test_smoke_variants_are_small_and_unknown_ones_are_refused(name):
+    config = _get_config(name, "smoke")
+    assert config.train.steps <= 50 and config.model.width <= 32
+    with pytest.raises(ValueError, match=f"{name} has the variant.* not 'smokee'"):
+        _get_config(name, "smokee")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_comes_back_from_its_workdir(name, tmp_path):
+    """Through JSON and back: the same values of the same types, tuples included."""
+    config = _get_config(name)
+    workdir.claim(tmp_path, config)
+    assert command_line.get_config(str(tmp_path)).to_dict() == config.to_dict()
+
+
+def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
+    config = _get_config("base")
+    config.train.steps = 7
+    workdir.claim(tmp_path, config)
+    saved = workdir.read_config(tmp_path)
+    del saved["train"]["profile_at"], saved["mesh"]
+    workdir.write_json(tmp_path / "config.json", saved)
+    found = command_line.get_config(str(tmp_path))
+    assert found.train.steps == 7 and found.to_dict() == config.to_dict()
+    workdir.check(tmp_path, found)
+    found.train.profile_at = 3  # no longer the default
+    with pytest.raises(workdir.WorkdirError, match="train.profile_at: 0 -> 3"):
+        workdir.check(tmp_path, found)
+
+
+@pytest.mark.parametrize(
+    "name, bias", [("bernoulli_shifted_logit", "exact"), ("bernoulli_shifted_rate", "biased")]
+)
+def test_token_dependent_masking_learns_the_rare_tokens_from_the_data(name, bias):
+    config = _get_config("quickstart", "smoke")
+    config.corruption.name = name
+    assert make_experiment(config).bias() == bias

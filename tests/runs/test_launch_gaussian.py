@@ -1,0 +1,207 @@
+"""Gaussian runs: the launcher from training to pictures, every recipe, prepared TFDS pictures."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import launching
+import numpy as np
+import pytest
+from variants import slow_except
+
+from experiments import recipes
+from mdm_jax import schedules, training
+from mdm_jax.gaussian.recipes import RECIPES
+from mdm_jax.launch import build_gaussian, train
+from mdm_jax.launch.configs import digits_gaussian, mnist_gaussian
+from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.types import Batch
+
+DIGITS = "experiments/configs/digits_gaussian.py:smoke"
+
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture(scope="module")
+def finished(one_device, tmp_path_factory):
+    """Directory of a tiny run."""
+    workdir = tmp_path_factory.mktemp("gaussian") / "run"
+    config = digits_gaussian.get_config("smoke")
+    config.optimizer.name = "adamw"  # compiles in half the time
+    experiment = make_experiment(config)
+    assert train.train(experiment, workdir)
+    train.report(experiment, workdir)
+    return workdir
+
+
+def test_a_run_ends_with_the_bound_in_its_parts_and_pictures(finished):
+    workdir, out = finished, (finished / "report.txt").read_text("utf-8")
+    assert "recipe vdm" in out and "bits per dimension" in out
+    assert "of which reconstruction" in out and "perplexity" not in out
+    record = json.loads((workdir / "evaluation.json").read_text())
+    parts = record["parts_bits_per_dimension"]
+    assert sum(parts.values()) == pytest.approx(record["bits_per_unit"], rel=1e-6)
+    assert list((workdir / "samples").glob("*.png"))
+    assert (workdir / "plots/training.png").exists()
+    assert not (workdir / "plots/levels.png").exists()
+    evaluated = training.read_metrics(workdir / "metrics.jsonl", "evaluate")
+    assert [r["step"] for r in evaluated] == [2, 4]
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "sample"])
+def test_a_finished_run_can_be_looked_at_again(finished, mode, monkeypatch, capsys):
+    code, out, _ = launching.call(
+        monkeypatch,
+        capsys,
+        f"--workdir={finished}",
+        f"--mode={mode}",
+        "--config.sample.sampler=ddim",
+        "--config.sample.grid=edm",
+    )
+    assert code == 0
+    assert ("of which reconstruction" if mode == "evaluate" else "samples") in out
+
+
+def one_step(config):
+    experiment = make_experiment(config)
+    train.check_settings(experiment)
+    rows, length = config.train.batch_size, experiment.dataset.length
+    shape = (rows, length)
+    batch = Batch(
+        *(jax.ShapeDtypeStruct(shape, d) for d in (jnp.int32, jnp.bool_, jnp.int32)),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+    state = experiment.abstract_state()
+    after, _ = jax.eval_shape(experiment.train_step(), state, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    return experiment
+
+
+@pytest.mark.parametrize("recipe", slow_except({"vdm"}, sorted(RECIPES)))
+def test_recipes_differ_in_law_weighting_and_output_alone(recipe):
+    config, base = digits_gaussian.get_config(recipe), digits_gaussian.get_config()
+    config.gaussian.recipe = base.gaussian.recipe
+    assert config.to_dict() == base.to_dict()
+    experiment = one_step(recipes.configure(recipe, smoke=True))
+    assert experiment.bias() == ("truncated" if recipe == "vdm" else "biased")
+    low, high = build_gaussian.recipe(experiment.config).law.support
+    assert -8 <= low < high <= 8
+
+
+def test_another_law_leaves_what_is_minimised_alone():
+    config = digits_gaussian.get_config("v_prediction")
+    before = build_gaussian.recipe(config)
+    config.gaussian.law = "lognormal"
+    after = build_gaussian.recipe(config)
+    levels = np.linspace(-7, 7, 9)
+    assert not np.allclose(before.law.log_pdf(levels), after.law.log_pdf(levels), atol=0.1)
+    np.testing.assert_array_equal(
+        before.weighting.log_weight(levels), after.weighting.log_weight(levels)
+    )
+
+
+def test_every_sampler_can_be_chosen_and_one_fills_a_canvas_with_grey_values():
+    config = digits_gaussian.get_config("smoke")
+    config.sample.update(grid="uniform_logsnr", num_steps=3)
+    for name in build_gaussian.SAMPLERS:
+        config.sample.sampler = name
+        experiment = make_experiment(config)
+        experiment.generator()
+    params = experiment.initial_state().params
+    canvas = np.full((5, 64), experiment.dataset.mask_id)
+    drawn = experiment.generator()(params, jax.random.key(0), canvas)
+    assert drawn.shape == (5, 64) and drawn.dtype == np.int32
+    assert drawn.min() >= 0 and drawn.max() <= 16
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("--config.gaussian.recipe=edn", "did you mean 'edm'"),
+        ("--config.gaussian.law=linear", "gaussian.law"),
+        ("--config.sample.grid=flo", "sample.grid"),
+        ("--config.sample.sampler=first_hitting", "sample.sampler: unknown name"),
+        ("--config.data.source=embedded", "needs pictures"),
+        ("--config.process=gausian", "did you mean 'gaussian'"),
+        ("--config.weighting.name=p2", "does not read weighting.name='p2', leave it at ''"),
+        ("--config.law.name=power", "does not read law.name='power', leave it at 'linear'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(setting, words, tmp_path, monkeypatch, capsys):
+    code, _, err = launching.call(
+        monkeypatch, capsys, f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", setting
+    )
+    assert code == 2 and words in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_masked_run_refuses_a_gaussian_law_by_its_place(tmp_path, monkeypatch, capsys):
+    code, _, err = launching.call(
+        monkeypatch,
+        capsys,
+        f"--config={launching.QUICKSTART}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.law.name=flow",
+    )
+    assert code == 2 and "law.name" in err and "schedules.gaussian.flow" in err
+
+
+@pytest.mark.slow
+def test_a_recipe_is_measured(tmp_path):
+    """A few steps: every figure is there."""
+    experiment = make_experiment(recipes.configure("edm", steps=3, smoke=True))
+    assert train.train(experiment, tmp_path / "edm")
+    record = recipes.measure(experiment, tmp_path / "edm", samples=8)
+    assert np.isfinite([record["bits_per_dimension"], record["distance"]]).all()
+    assert record["distance_of_data"] < record["distance"]
+    assert set(record["gradient_noise"]) == {"independent", "chain"}
+    assert "| edm |" in recipes.table({"edm": record})
+
+
+def test_the_table_of_recipes():
+    noise = {"value": 9.871, "standard_error": 0.234, "unsettled": ""}
+    record = {"bits_per_dimension": 2.1704, "standard_error": 0.0026, "distance": 0.1364}
+    record |= {"distance_of_data": 0.1028}
+    record["gradient_noise"] = {"independent": noise, "chain": dict.fromkeys(noise)}
+    assert recipes.table({"edm": record}).splitlines()[-1] == (
+        "| edm | 2.170 ± 0.003 | 0.136 (0.103) | 9.87 ± 0.23 | not settled |"
+    )
+    with pytest.raises(ValueError, match="variants"):
+        recipes.configure("edn")
+
+
+def test_prepared_pictures_of_tfds(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+    image = pytest.importorskip("PIL.Image")
+    tfds.disable_progress_bar()
+
+    class LocalDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            picture = tfds.features.Image(shape=(8, 8, 1))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"image": picture})
+            )
+
+        def _split_generators(self, dl_manager):
+            return {name: self._generate_examples(40) for name in ("train", "test")}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                stream = io.BytesIO()
+                image.fromarray(np.full((8, 8), 6 * i, np.uint8)).save(stream, "png")
+                yield i, {"image": stream.getvalue()}
+
+    LocalDigits(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    config = mnist_gaussian.get_config("smoke")
+    config.data.update(name="local_digits", data_dir=str(tmp_path))
+    config.data.splits = ("train[:30]", "train[30:]", "test")
+    experiment = one_step(config)
+    assert experiment.dataset.length == 64 and experiment.model.patch_size == 4
+    assert isinstance(build_gaussian.recipe(config).law, schedules.Law)
+    assert mnist_gaussian.get_config("edm").data.name == "mnist"

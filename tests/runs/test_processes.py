@@ -1,0 +1,253 @@
+"""Several real processes, on the CPU: one run whatever their number, and whoever of them dies."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import launching
+import numpy as np
+import process_script
+import pytest
+
+from mdm_jax import training
+from mdm_jax.launch import startup
+
+STEPS = 12
+ARGUMENTS = [
+    f"--config={launching.QUICKSTART}",
+    f"--config.train.steps={STEPS}",
+    "--config.train.log_every=1",
+    "--config.train.checkpoint_every=4",
+    "--config.train.evaluate_every=8",
+    "--config.optimizer.name=adamw",  # compiles in half the time
+    "--config.optimizer.peak=0.01",
+    "--config.variance.order=('stratified', 'ppots_slopes', 'mirror')",
+    "--config.variance.ppots_slopes.warmup_steps=2",
+    "--config.sample.num_samples=1",
+    "--config.sample.gap=0",
+]
+
+
+def observed(count: int, devices: int) -> dict:
+    """What ``process_script`` prints in ``count`` processes."""
+    address = f"localhost:{launching.free_port()}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, process_script.__file__, address, str(count), str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**launching.environment(devices), "PYTHONPATH": str(launching.ROOT)},
+        )
+        for number in range(count)
+    ]
+    found = launching.finish_several(started)
+    assert all(code == 0 for code, _, _ in found), found
+    return json.loads(found[0][1].strip().splitlines()[-1])
+
+
+def assert_same_numbers(found: dict, expected: dict) -> None:
+    """Draws and rows bit for bit, results up to the order of summation."""
+    for name in ("draw", "rows", "row_index"):
+        assert found[name] == expected[name]
+    for name in ("losses", "parameters", "evaluation"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("count,devices", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_processes_draw_read_and_score_as_one(count, devices):
+    alone = process_script.observe()
+    record = observed(count, devices)
+    assert_same_numbers(record["found"], alone)
+    assert record["rows_of_all"] == alone["rows"]  # where each process needs all rows
+    assert record["first"] == {"of": 0} and record["any"] == [True, False]
+    assert record["stopping"] == [False, True]  # asked for in another process
+    assert record["local"] == process_script.ROWS // count
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The working directory of an uninterrupted run of one process."""
+    workdir = tmp_path_factory.mktemp("processes") / "whole"
+    launching.finish(*ARGUMENTS, f"--workdir={workdir}")
+    return workdir
+
+
+def finish(workdir, count, *more, devices=1):
+    """Runs to the end in ``count`` processes; stdout of process 0."""
+    if count == 1:
+        return launching.finish(*ARGUMENTS, f"--workdir={workdir}", *more, devices=devices)[0]
+    started = launching.start_several(
+        count, *ARGUMENTS, f"--workdir={workdir}", *more, devices=devices
+    )
+    found = launching.finish_several(started)
+    assert all(code == 0 for code, _, _ in found), found
+    assert all("loss" not in err and "report" not in out for _, out, err in found[1:])
+    return found[0][1]
+
+
+def stop_at(workdir, step, then, count, *more, devices=1):
+    """Starts ``count`` processes, calls ``then(processes)`` after ``step``; what became of each."""
+    started = launching.start_several(
+        count, *ARGUMENTS, f"--workdir={workdir}", *more, devices=devices
+    )
+    seen = []
+    for line in started[0].stderr:
+        seen.append(line)
+        if re.search(rf"step {step}/{STEPS} ", line):
+            then(started)
+            break
+    else:
+        raise AssertionError("".join(seen))
+    return launching.finish_several(started)
+
+
+def assert_same_run(workdir, whole):
+    """Losses, evaluation and the final state, up to the order of summation."""
+    for kind in ("train", "evaluate"):
+        first, second = (training.read_metrics(w / "metrics.jsonl", kind) for w in (workdir, whole))
+        assert [r["step"] for r in first] == [r["step"] for r in second]
+        for a, b in zip(first, second):
+            np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-4)
+    first, second = (json.loads((w / "evaluation.json").read_text()) for w in (workdir, whole))
+    assert first["rows"] == second["rows"] and first["step"] == second["step"]
+    np.testing.assert_allclose(first["bits_per_unit"], second["bits_per_unit"], rtol=2e-4)
+    a, b = (state_of(w) for w in (workdir, whole))
+    chex.assert_trees_all_close(a.state, b.state, rtol=2e-2, atol=2e-3)
+    assert a.position == b.position and a.notes["stream"] == b.notes["stream"]
+
+
+def state_of(workdir):
+    """The newest checkpoint."""
+    checkpoints = training.Checkpoints(workdir / "checkpoints")
+    step = checkpoints.steps()[-1]
+    manifest = json.loads((workdir / f"checkpoints/manifests/last/{step}.json").read_text())
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {}
+    for name, form in manifest["arrays"].items():
+        dtype, shape = form.split("[")
+        shapes[name] = jax.ShapeDtypeStruct(tuple(json.loads(f"[{shape}")), dtype, sharding=device)
+    restored = checkpoints.restore_last(shapes)
+    checkpoints.close()
+    return restored
+
+
+def kill_second(started):
+    started[1].send_signal(signal.SIGKILL)
+
+
+def kill_all(started):
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+
+
+def end_second(started):
+    started[1].send_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_told_to_stop_and_one_process_goes_on(whole, tmp_path):
+    """SIGTERM to process 1; both save and end together, halves of every parameter in each."""
+    workdir = tmp_path / "run"
+    found = stop_at(workdir, 3, end_second, 2, "--config.mesh=data=1,fsdp=2")
+    assert [code for code, _, _ in found] == [130, 130], found
+    assert "the same command line resumes" in found[0][1] and "resumes" not in found[1][1]
+    saved = int(state_of(workdir).state["step"])
+    assert 3 <= saved < STEPS
+    out = finish(workdir, 1)
+    assert f"resuming at step {saved}" in out
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_a_word(whole, tmp_path):
+    workdir = tmp_path / "run"
+    (first, _, said), (second, _, _) = stop_at(workdir, 5, kill_second, 2)
+    assert second == -signal.SIGKILL and first not in (0, 130)
+    assert "process 0 ends" in said or "distributed service detected fatal" in said
+    assert "resuming at step 4" in finish(workdir, 2)
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before,after,devices,then,mesh",
+    [
+        (2, 1, 2, kill_all, "data=2,fsdp=2"),
+        (4, 2, 1, kill_all, "data=2,fsdp=2"),
+        (4, 2, 2, kill_second, "data=2,fsdp=2,tensor=2"),
+    ],
+)
+def test_killed_runs_go_on_with_other_processes(
+    whole, tmp_path, before, after, devices, then, mesh
+):
+    workdir = tmp_path / "run"
+    found = stop_at(workdir, 5, then, before, f"--config.mesh={mesh}", devices=devices)
+    assert all(code not in (0, 130) for code, _, _ in found)
+    out = finish(workdir, after, devices=devices)
+    assert "resuming at step 4" in out
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_as_two(whole, tmp_path):
+    workdir = tmp_path / "run"
+    process = launching.start(*ARGUMENTS, f"--workdir={workdir}")
+    for line in process.stderr:
+        if f"step 5/{STEPS} " in line:
+            process.kill()
+            break
+    launching.finish_several([process])
+    assert "resuming at step 4" in finish(workdir, 2)
+    assert_same_run(workdir, whole)
+
+
+# --- starting -----------------------------------------------------------------------------------
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "2",
+}
+
+
+@pytest.mark.parametrize(
+    "environment,kind",
+    [
+        ({}, None),
+        (SLURM, "Slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_PROCID"}, None),  # a shell, not a task
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, "TPU slice"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "multislice"),
+        ({"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "a"}, None),
+    ],
+)
+def test_clusters_are_told_from_workstations(environment, kind):
+    found = startup.detected({"JAX_PLATFORMS": "cpu", **environment})
+    assert (found is None) if kind is None else kind in found
+
+
+def test_half_given_coordinates_are_refused(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", pytest.fail)
+    with pytest.raises(ValueError, match="--coordinator_address is missing"):
+        startup.start_processes(None, 2, 0)
+    with pytest.raises(ValueError, match=r"--process_id must be in \[0, 2\)"):
+        startup.start_processes("localhost:1", 2, 2)
+    startup.start_processes(None, None, None)  # a workstation
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    startup.start_processes(None, 1, None)  # told not to look

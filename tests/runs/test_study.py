@@ -1,0 +1,451 @@
+"""The stability study: its plan, its accounting, its statistics, and a suite killed and resumed."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import launching
+import numpy as np
+import pytest
+
+from experiments.study import plots
+from experiments.study import runs as study_runs
+from experiments.study import table as study_table
+from experiments.study.runs import Run
+from experiments.study.suites import METHODS, SUITES, Suite, Task, tuning
+from mdm_jax import evaluation as mdm_jax_evaluation
+from mdm_jax import rng
+from mdm_jax.evaluation import seeds as evaluation_seeds
+from mdm_jax.launch import config as launch_config
+from mdm_jax.launch.build import transform
+from mdm_jax.launch.workdir import WorkdirError, claim
+
+ROOT = pathlib.Path("study")
+
+
+# --- bootstrap
+
+
+def test_all_resamples_of_three_values():
+    picks, probability = evaluation_seeds.resampled(3)
+    assert len(picks) == math.comb(5, 3) and probability.sum() == pytest.approx(1, abs=1e-14)
+    assert dict(zip(map(tuple, picks), probability))[(0, 1, 2)] == pytest.approx(6 / 27)
+    assert dict(zip(map(tuple, picks), probability))[(1, 1, 2)] == pytest.approx(3 / 27)
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])
+def test_the_interval_is_that_of_all_ordered_resamples(coverage):
+    values = np.array([0.3, -1.0, 2.5, 0.7])
+    means = np.sort([np.mean(c) for c in itertools.product(values, repeat=4)])  # 256 equally likely
+    tail = (1 - coverage) / 2
+    ends = [means[math.ceil(p * 256 - 1e-9) - 1] for p in (tail, 1 - tail)]
+    assert evaluation_seeds.bootstrap_interval(values, coverage=coverage) == pytest.approx(
+        ends, abs=1e-12
+    )
+
+
+def test_the_bootstrap_mean_has_the_closed_form_spread():
+    """Mean of the values, and their variance with ddof 0 over N."""
+    values = np.random.default_rng(0).normal(size=5)
+    picks, probability = evaluation_seeds.resampled(5)
+    means = values[picks].mean(1)
+    assert probability @ means == pytest.approx(values.mean())
+    assert probability @ (means - values.mean()) ** 2 == pytest.approx(values.var() / 5)
+
+
+def test_drawn_resamples_agree_with_normal_quantiles():
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = evaluation_seeds.bootstrap_interval(values, resamples=4000)
+    reach = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.012)
+    assert (low, high) == evaluation_seeds.bootstrap_interval(values, resamples=4000)
+
+
+def test_another_statistic_and_a_single_value():
+    values = [1.0, 2.0, 4.0]
+    found = evaluation_seeds.bootstrap_interval(values, lambda s: s.max(1), coverage=0.9)
+    assert found == (2.0, 4.0)  # P(max = 1) = 1/27 < 0.05
+    assert evaluation_seeds.bootstrap_interval([3.0]) == (3.0, 3.0)
+
+
+def test_pairing_takes_out_what_seeds_share():
+    shared = np.array([0.1, 0.9, 0.4, 0.7, 0.2])
+    found = evaluation_seeds.paired_seeds(shared + [0.02, 0.03, 0.02, 0.04, 0.03], shared)
+    assert found.mean == pytest.approx(0.028)
+    assert found.standard_error == pytest.approx(np.std([2, 3, 2, 4, 3], ddof=1) / 100 / 5**0.5)
+    reach = 2.7764451051977987 * found.standard_error  # Student's 0.975 quantile, 4 degrees
+    assert found.student == pytest.approx((0.028 - reach, 0.028 + reach))
+    assert found.bootstrap == pytest.approx((0.022, 0.034), abs=1e-9)
+    assert found.sign_flips == 2 / 32 and found.significant
+
+
+def test_no_difference_is_not_significant():
+    found = evaluation_seeds.paired_seeds([1.0, 2.0], [1.0, 2.0])
+    assert found.mean == 0 and found.sign_flips == 1 and not found.significant
+    one = evaluation_seeds.paired_seeds([1.0], [0.5])
+    assert one.to_dict()["standard_error"] is None and not one.significant
+    assert evaluation_seeds.sign_flip_probability([1.0, -0.5, 0.1]) == pytest.approx(6 / 8)
+
+
+@pytest.mark.parametrize("values, hint", [([], "finite"), ([1.0, math.nan], "finite")])
+def test_a_bootstrap_of_nothing_is_refused(values, hint):
+    with pytest.raises(ValueError, match=hint):
+        evaluation_seeds.bootstrap_interval(values)
+    with pytest.raises(ValueError, match="coverage"):
+        evaluation_seeds.bootstrap_interval([1.0], coverage=1.0)
+    with pytest.raises(ValueError, match="per seed"):
+        evaluation_seeds.paired_seeds([1.0, 2.0], [1.0])
+
+
+# --- plan and accounting
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_views_of_a_method_are_those_of_its_chain(name):
+    config = launch_config.get_config()
+    config.update_from_flattened_dict(dict(METHODS[name].settings))
+    config.variance.order = METHODS[name].order
+    assert transform(config, None).views == METHODS[name].views
+
+
+@pytest.mark.parametrize("name", sorted(SUITES))
+def test_forward_passes_are_equal_and_the_rest_is_the_method(name):
+    suite = SUITES[name]
+    assert len(set(study_runs.plan(suite))) == len(study_runs.plan(suite))
+    for task in suite.tasks:
+        wanted = [Run(task, m, "passes", suite.seeds[0]) for m in suite.methods]
+        found = {r: study_runs.found_under(suite, r) for r in wanted}
+        passes = {study_runs.forward_passes(suite, run) for run in found.values()}
+        assert len(passes) == 1, task
+        if "steps" not in suite.budgets:
+            continue
+        sizes = set()
+        for run in wanted:
+            more = study_runs.found_under(suite, dataclasses.replace(run, budget="steps"))
+            config = study_runs.configure(suite, more, ROOT)
+            sizes.add((config.train.steps, config.train.batch_size))
+            views = suite.methods[run.method].views
+            assert study_runs.forward_passes(suite, more) == views * min(passes)
+        assert len(sizes) == 1, task
+
+
+def test_methods_share_seed_network_and_hyper_parameters():
+    suite, free = SUITES["small"], {"variance", "corruption", "law", "process", "train"}
+    configs = [
+        study_runs.configure(suite, Run("text", m, "passes", 3), ROOT) for m in suite.methods
+    ]
+    for config in configs:
+        for section in set(config) - free:
+            assert config[section] == configs[0][section], section
+        assert config.seed == 3
+
+
+def test_fine_tuning_starts_from_the_pretraining_of_its_kind():
+    suite = SUITES["small"]
+    run = Run("sudoku4_noisy", "mirror", "passes", 0)
+    source = study_runs.pretraining(suite, run)
+    assert source in study_runs.plan(suite) and source.method == suite.pretrained_by
+    config = study_runs.configure(suite, run, ROOT)
+    assert config.train.init_from == str(study_runs.directory(ROOT, source))
+    other = study_runs.pretraining(suite, dataclasses.replace(run, method="autoregressive"))
+    assert other in study_runs.plan(suite) and other.method == "autoregressive"
+    assert study_runs.pretraining(suite, Run("text", "mirror", "passes", 0)) is None
+
+
+def test_views_that_do_not_divide_a_batch_are_refused():
+    tasks = {"t": Task("study.sudoku4", settings={"train.batch_size": 6})}
+    suite = dataclasses.replace(SUITES["small"], tasks=tasks)
+    with pytest.raises(ValueError, match="4 views do not divide the batch of 6"):
+        study_runs.configure(suite, Run("t", "fixed_counts_rotated", "passes", 0), ROOT)
+
+
+def test_tuning_is_of_the_baseline_on_other_seeds():
+    suite = tuning(SUITES["small"], (0.01, 0.02), (100,))
+    runs = [run for run in study_runs.plan(suite) if run.budget != study_runs.PRETRAINING]
+    assert len(runs) == 2 * len(suite.tasks) and not set(suite.seeds) & set(SUITES["small"].seeds)
+    peaks = {
+        study_runs.configure(suite, run, ROOT).optimizer.peak for run in runs if run.task == "text"
+    }
+    assert peaks == {0.01, 0.02}
+
+
+def test_a_traced_seed_gives_the_same_key():
+    """So that one compiled step serves all seeds."""
+    traced = jax.jit(lambda s: jax.random.key_data(rng.step_key(s, 5)))
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        expected = jax.random.key_data(rng.step_key(seed, 5))
+        assert np.array_equal(traced(np.uint32(seed)), expected)
+
+
+# --- aggregation
+
+
+def _record(seed, accuracy, total=(), views=1, failed=""):
+    def part(value):
+        groups = [value - 1, value + 1]
+        return {"group_variances": groups, "unsettled": "", "signal": 2.0, "redraws": 2}
+
+    points = [
+        {"step": 10, "total": part(t), "noise": part(t / 2), "reference": part(8.0)} for t in total
+    ]
+    evaluation = None if failed else {"accuracy": accuracy, "bits_per_unit": 2 * accuracy}
+    return {
+        "seed": seed,
+        "curve": {"forward_passes": [40, 80], "bits_per_unit": [2.0 + seed, 1.0 + seed]},
+        "failed": failed,
+        "evaluation": evaluation,
+        "gradient": points,
+        "training_seconds": 10.0 + seed,
+        "steps": 20,
+        "batch_size": 4,
+        "views": views,
+        "forward_passes": 80 * views,
+    }
+
+
+def _suite(score="accuracy"):
+    methods = {name: METHODS[name] for name in ("standard", "ema", "mirror", "clipped")}
+    tasks = {"t": Task("study.sudoku4", score)}
+    return Suite(name="made up", tasks=tasks, methods=methods, seeds=(0, 1, 2))
+
+
+def _found():
+    standard = [_record(0, 0.5, [6.0, 4.0]), _record(1, 0.7), _record(2, 0.6)]
+    mirror = [_record(0, 0.8, [3.0, 1.0], views=2), _record(1, 0.75), _record(2, 0.0, failed="NaN")]
+    return {"standard": standard, "ema": standard, "mirror": mirror, "clipped": []}
+
+
+def test_aggregation_by_hand():
+    found = study_table.summarise(_suite(), "t", _found())
+    s, m = found["standard"], found["mirror"]
+    assert s["mean"] == pytest.approx(0.6) and s["standard_deviation"] == pytest.approx(0.1)
+    assert s["worst"] == 0.5 and s["against_baseline"] is None and s["training_seconds"] == 11
+    assert m["failed"] == [2] and m["mean"] == pytest.approx(0.775) and m["worst"] == 0.75
+    assert m["worst_beats_best_of_baseline"] is True
+    assert m["against_baseline"]["differences"] == pytest.approx([0.3, 0.05])  # by seed
+    assert m["bits_per_unit"] == pytest.approx(1.55)
+    assert found["ema"]["against_baseline"]["mean"] == 0
+    assert found["clipped"] is None
+    assert m["curves"]["1"] == {"forward_passes": [40, 80], "bits_per_unit": [3.0, 2.0]}
+    last = m["gradient"][-1]
+    assert [p["total"]["mean"] for p in m["gradient"]] == [3.0, 1.0]
+    assert last["noise"]["mean"] == 0.5  # of a batch with half the rows
+    assert last["noise_to_signal"] == 0.5
+    assert last["forward_passes"] == 10 * 4 * 2
+    # Groups are paired: (0, 2) over (7, 9), and over (3, 5) of the baseline's own.
+    assert last["over_reference"]["ratio"] == 1 / 8
+    assert m["total_over_baseline"]["ratio"] == m["noise_over_baseline"]["ratio"] == 1 / 4
+    errors = np.array([0.0, 2.0]) - np.array([3.0, 5.0]) / 4
+    error = np.sqrt(2 * np.sum(errors**2)) / 8
+    assert m["total_over_baseline"]["standard_error"] == pytest.approx(error)
+    assert (s["total_over_baseline"]["ratio"], s["total_over_baseline"]["standard_error"]) == (1, 0)
+
+
+def test_a_score_in_bits_is_better_below():
+    found = study_table.summarise(_suite("bits_per_unit"), "t", _found())
+    assert found["standard"]["worst"] == 1.4 and found["mirror"]["worst"] == 1.6
+    assert found["mirror"]["worst_beats_best_of_baseline"] is False
+
+
+def test_tables_say_what_was_not_run():
+    suite = _suite()
+    record = {
+        "finished": 6,
+        "planned": 12,
+        "provenance": {"packages": {"jax": "1"}, "platform": "p"},
+        "revisions": {"x" * 40: 6},
+        "results": {"passes": {"t": study_table.summarise(suite, "t", _found())}},
+    }
+    text = study_table.markdown(suite, record)
+    assert "| MIRROR | 0.7750 ± 0.0354 |" in text and "MIRROR (1 diverged)" in text
+    assert "| +0.1750 [+0.0500, +0.3000] | +1.4 |" in text  # 0.175 by 0.125
+    assert "| clipped | not yet run |" in text
+    assert "bit for bit" in text  # why EMA was not run
+
+
+@pytest.mark.parametrize("method, part", [("mirror", "total"), ("mirror", "reference")])
+def test_a_ratio_has_a_star_where_one_of_its_parts_had_not_settled(method, part):
+    found = _found()
+    found[method][0]["gradient"][-1][part]["unsettled"] = "groups disagree"
+    results = study_table.summarise(_suite(), "t", found)
+    r = results["mirror"]
+    assert r["total_over_baseline"]["settled"] is (part == "reference")
+    assert r["gradient"][-1]["over_reference"]["settled"] is False
+    assert r["noise_over_baseline"]["settled"] is True
+    row = study_table._details(_suite(), results)
+    row = next(line for line in row.splitlines() if line.startswith("| MIRROR"))
+    first, same, noise = row.split(" | ")[9:12]
+    assert first.endswith("*") is (part == "total") and same.endswith("*")
+    assert noise and not noise.endswith("*")
+
+
+def test_p_values_are_corrected_for_the_comparisons_of_a_table():
+    assert mdm_jax_evaluation.holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx(
+        [0.09, 0.04, 0.09, 0.5]
+    )
+    assert mdm_jax_evaluation.holm([0.9, 0.8]) == [1, 1] and mdm_jax_evaluation.holm([]) == []
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        mdm_jax_evaluation.holm([0.1, np.nan])
+    # Student with one degree of freedom is Cauchy: p = 1 - 2 atan(t) / pi, at t = 0.175 / 0.125.
+    found = study_table.summarise(_suite(), "t", _found())
+    p = 1 - 2 * math.atan(1.4) / math.pi
+    assert found["mirror"]["against_baseline"]["student_p"] == pytest.approx(p)
+    assert found["mirror"]["against_baseline"]["holm_p"] == pytest.approx(p)  # ema is no other run
+    assert found["ema"]["against_baseline"]["holm_p"] is None
+
+
+def test_results_made_under_other_settings_are_refused(tmp_path):
+    suite = SUITES["smoke"]
+    run = next(r for r in study_runs.plan(suite) if study_runs.is_measured(suite, r))
+    folder = study_runs.directory(tmp_path, run)
+    study_runs.check_run(suite, run, tmp_path)  # nothing there yet
+    claim(folder, study_runs.configure(suite, run, tmp_path))
+    (folder / study_runs.RECORD).write_text(json.dumps(_record(0, 0.5, [4.0])), "utf-8")
+    study_runs.check_run(suite, run, tmp_path)
+    more = dataclasses.replace(suite, redraws=7)
+    with pytest.raises(WorkdirError, match=r"\(2, 2\) -> \(2, 7\)"):
+        study_runs.check_run(more, run, tmp_path)
+    other = dataclasses.replace(suite, settings={**suite.settings, "sample.num_answers": 99})
+    with pytest.raises(WorkdirError, match="sample.num_answers: .* -> 99"):
+        study_runs.check_run(other, run, tmp_path)
+
+
+def test_a_study_may_be_moved(tmp_path):
+    suite, run = SUITES["small"], Run("sudoku4_noisy", "standard", "passes", 0)
+    claim(
+        study_runs.directory(tmp_path / "a", run), study_runs.configure(suite, run, tmp_path / "a")
+    )
+    (tmp_path / "a").rename(tmp_path / "b")
+    study_runs.check_run(suite, run, tmp_path / "b")
+
+
+def test_bands_reach_from_the_worst_to_the_best_seed():
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    passes = np.array([1.0, 2.0])
+    seeds = [(passes, np.array([4.0, 2.0])), (passes, np.array([6.0, 3.0]))]
+    plots.training_bands(axes, {"a": seeds})
+    assert axes.lines[0].get_ydata().tolist() == [5.0, 2.5]
+    low, high = axes.collections[0].get_datalim(axes.transData).intervaly
+    assert (low, high) == (2.0, 6.0)
+
+
+# --- the command
+
+
+def _start(root, *more):
+    # As the other tests compile, but on one device, as a study does.
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.study", "--suite=smoke", f"--workdir={root}"]
+        + ["--processes=1", *more],
+        cwd=launching.ROOT,
+        env=launching.environment() | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a signal to the group is what a terminal sends
+    )
+
+
+def _finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out
+
+
+def _wait_for(pattern, root, process):
+    while not any(root.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def _without_times(root):
+    """The tables, written again, without the last column, the seconds."""
+    study_table.write(SUITES["smoke"], root)
+    lines = (root / "study.md").read_text().splitlines()
+    return [line.rpartition(" | ")[0] if line.startswith("|") else line for line in lines]
+
+
+def _pretend_finished(root):
+    """Records of all runs of the suite but one, so that this one alone is left to do."""
+    suite = SUITES["smoke"]
+    for run in study_runs.plan(suite):
+        if (run.method, run.seed) != ("recommended", 0):
+            folder, config = study_runs.directory(root, run), study_runs.configure(suite, run, root)
+            claim(folder, config)
+            record = _record(run.seed, 0.5 + run.seed, [6.0, 4.0] if run.seed == 0 else [])
+            record |= {"forward_passes": study_runs.forward_passes(suite, run)}
+            record |= {"steps": config.train.steps, "batch_size": config.train.batch_size}
+            (folder / study_runs.RECORD).write_text(json.dumps(record), "utf-8")
+            (folder / "metrics.jsonl").write_text("", "utf-8")
+
+
+RECOMMENDED = "runs/sudoku4/recommended/passes-0"
+
+
+def _assert_complete(out, root, pending):
+    """What the smoke suite's tables, plots and output say once ``pending`` runs were finished."""
+    assert "4 of 4 runs are finished" in out and "standard/passes-0:" not in out  # was skipped
+    assert f"/{pending}] sudoku4/recommended/passes-0" in out
+    record = json.loads((root / "study.json").read_text())
+    found = record["results"]["passes"]["sudoku4"]
+    assert found["ema"]["scores"] == found["standard"]["scores"]
+    assert len(set(found["recommended"]["scores"].values())) == 2
+    assert [p["step"] for p in found["recommended"]["gradient"]] == [2, 4]
+    assert found["recommended"]["gradient"][-1]["over_reference"]["ratio"] > 0
+    assert found["standard"]["forward_passes"] == found["recommended"]["forward_passes"] == 32
+    assert not any(root.glob("runs/*/*/*/checkpoints"))
+    assert len(list((root / "plots").glob("*.png"))) == 2
+
+
+def _as_if_killed_at_step_2(run):
+    """Takes away what a finished run of four steps wrote after its second."""
+    for name in ("last/4", "manifests/last/4.json", "best", "manifests/best"):
+        path = run / "checkpoints" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (study_runs.RECORD, "evaluation.json"):
+        (run / name).unlink()
+
+
+def test_a_run_of_a_study_cut_off_and_resumed_ends_as_one_that_was_not(tmp_path):
+    """One run of four; the others are said to be finished."""
+    _pretend_finished(tmp_path)
+    out = _finish(_start(tmp_path, "--worker=0", "--keep_checkpoints"))  # without a stop
+    assert out.count("===") == 1 and "=== sudoku4/recommended/passes-0" in out
+    table = _without_times(tmp_path)
+    _as_if_killed_at_step_2(tmp_path / RECOMMENDED)
+    out = _finish(_start(tmp_path))
+    assert "resuming at step 2" in (tmp_path / "logs/worker-0.log").read_text()
+    _assert_complete(out, tmp_path, pending=1)
+    assert _without_times(tmp_path) == table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_study_stopped_and_resumed_ends_as_one_that_was_not(stop, tmp_path):
+    process = _start(tmp_path)
+    _wait_for(f"{RECOMMENDED}/checkpoints/last/2", tmp_path, process)
+    os.killpg(process.pid, stop)
+    if stop == signal.SIGINT:
+        assert "the same command line resumes" in _finish(process, 130)
+        assert "| standard | not yet run" not in (tmp_path / "study.md").read_text()
+    process.communicate()
+
+    out = _finish(_start(tmp_path))
+    _assert_complete(out, tmp_path, pending=3)
+    table = _without_times(tmp_path)
+    shutil.rmtree(tmp_path / RECOMMENDED)
+    out = _finish(_start(tmp_path, "--worker=0"))  # without a stop
+    assert out.count("===") == 1 and "=== sudoku4/recommended/passes-0" in out
+    assert _without_times(tmp_path) == table

@@ -1,0 +1,228 @@
+"""The mode ``variance`` on the smoke-sized quickstart; its recommendation on made-up numbers."""
+
+import csv
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax.numpy as jnp
+import launching
+import numpy as np
+import pytest
+
+from mdm_jax import meter, variance
+from mdm_jax.launch import measure as mode
+from mdm_jax.launch.configs import quickstart
+from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch.variance_report import BASELINE, format_table, recommend
+from mdm_jax.meter import levels, nested
+from mdm_jax.meter.efficiency import Efficiency
+
+SETTINGS = mode.Settings(
+    rows=4,
+    levels_per_row=2,
+    probes=1,
+    grid_rows=2,
+    grid_levels=6,
+    grid_masks=2,
+    groups=4,
+    redraws=12,
+    data_batches=4,
+    warm_up=2,
+    chunk=16,
+)
+
+
+def refuse(_table):
+    raise ValueError("this method wants an odd batch")
+
+
+class Small(nn.Module):
+    """Sees each token and the mean of its row."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, inputs, _logsnr, _documents):
+        x = nn.Embed(self.vocab_size, 8)(inputs)
+        return nn.Dense(self.vocab_size)(x + jnp.mean(x, 1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """(record, directory), of a network that compiles quickly."""
+    config = quickstart.get_config("smoke")
+    config.optimizer.name = "adamw"
+    config.variance.order = ("stratified", "mirror")
+    workdir = tmp_path_factory.mktemp("variance")
+    methods = mode.named(["stratified, ppots binned"])
+    methods["odd"] = mode.Method(refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        launching.on_one_device(patch)
+        experiment = make_experiment(config)
+    small = Small(experiment.dataset.vocab_size)
+    experiment = dataclasses.replace(experiment, model=small, apply_fn=small.apply)
+    record = mode.measure(experiment, workdir, methods, SETTINGS)
+    return record, workdir
+
+
+def test_every_method_is_in_the_record(measured):
+    record, _ = measured
+    assert list(record["methods"]) == [
+        BASELINE,
+        "stratified, ppots binned",
+        "odd",
+        mode.CONFIGURED,
+    ]
+    assert record["step"] is None
+    assert record["parameters"] == "a fresh model"
+    assert record["methods"][BASELINE]["efficiency"]["passes"] == 1
+    assert record["methods"][mode.CONFIGURED]["chain"] == "chain(stratified, mirror)"
+    assert record["methods"]["odd"]["refused"] == "this method wants an odd batch"
+    own = record["methods"][mode.CONFIGURED]["gradient"]
+    assert own["total"] == pytest.approx(own["pattern"] + own["rate"] + own["data"])
+
+
+def test_files_hold_what_the_record_holds(measured):
+    record, workdir = measured
+    folder = workdir / "variance"
+    assert {str(path) for path in folder.iterdir()} == set(record["files"])
+    assert len(record["files"]) == 9
+    assert json.loads((folder / "variance.json").read_text("utf-8")) == record
+    with (folder / "variance.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == list(record["methods"])
+    for line in lines:
+        method = record["methods"][line["method"]]
+        if not method["refused"]:
+            assert float(line["gradient_pattern"]) == method["gradient"]["pattern"]
+            figure = method["efficiency"]["variance_times_passes"]
+            assert line["variance_times_passes"] == ("" if figure is None else str(figure))
+            figure = method["training"]["variance"]
+            assert line["training_variance"] == ("" if figure is None else str(figure))
+
+
+def test_training_batches_have_equally_many_passes_and_rows_of_their_own(measured):
+    """Rows drawn anew add variance; two views have half the rows, so their figure is of a batch."""
+    record, _ = measured
+    alone, views = (record["methods"][name] for name in (BASELINE, mode.CONFIGURED))
+    assert (alone["training"]["passes"], views["training"]["passes"]) == (1, 2)
+
+    def plain(figure):  # of few redraws of a fresh model, which may not have settled
+        return np.mean(figure["group_variances"])
+
+    assert plain(alone["training"]) > 1.05 * plain(alone["efficiency"])
+    # Two views of the whole batch cost twice the passes of the training batch.
+    assert plain(views["training"]) > 1.05 * 2 * plain(views["efficiency"])
+
+
+def test_table_names_every_method_and_the_recommendation(measured):
+    record, _ = measured
+    text = format_table(record)
+    for name in record["methods"]:
+        assert any(line.startswith(name) for line in text.splitlines())
+    assert "not measured: this method wants an odd batch" in text
+    assert text.splitlines()[-1].startswith("recommended: ")
+
+
+def test_table_of_methods_builds_and_covers_the_library(measured):
+    """Every listed method builds from a level table; every public transform is in some chain."""
+    values = np.array([4.0, 3.0, 2.5, 2.0, 1.5, 1.0])
+    moments = nested.CrossedMoments(values, values, values, 3 * values, values**2)
+    rates = meter.rate_grid(6)
+    table = meter.LevelTable(
+        masking_rates=rates,
+        quantiles=1 - rates,
+        base_density=np.ones(6),
+        loss=levels.Moments(moments, moments),
+        gradient=levels.Moments(moments, moments),
+        nats_per_token=values,
+        rows=2,
+        masks_per_level=2,
+        passes=1,
+        rows_left_out=0,
+    )
+    names = set()
+    for name, method in mode.METHODS.items():
+        built = method.build(table)
+        assert built.bias == ("truncated" if name == "clipped" else "exact"), name
+        names |= {member.name for member in built.members or (built,)}
+    public = {
+        name
+        for name in dir(variance)
+        if getattr(getattr(variance, name), "__annotations__", {}).get("return")
+        in (variance.VarianceTransform, "VarianceTransform")
+    }
+    # The mode measures a clipped range once, searching for it is the trainer's business; it
+    # measures plain masked runs; and transforms that change the objective have no variance to
+    # compare.
+    other = {"clipped_adaptive", "stratified_blocks"}
+    other |= {"uncertainty_weighting", "cdcd_warp", "cdtd_warp"}
+    assert public - {"chain", "stateless", "importance"} - other == names
+
+
+def test_the_parametric_density_is_fitted_over_the_quantile(monkeypatch):
+    """Under another law than the uniform rate 1 - u is another number than the rate."""
+    seen = []
+    monkeypatch.setattr(variance, "fit_epr", lambda *given: seen.append(given) or FITTED)
+    rates = meter.rate_grid(6)
+    values = np.linspace(4.0, 1.0, 6)
+    moments = nested.CrossedMoments(values, values, values, 3 * values, values**2)
+    both = levels.Moments(moments, moments)
+    table = meter.LevelTable(
+        rates, 1 - np.sqrt(rates), rates, both, both, values, 2, 2, 1, rows_left_out=0
+    )
+    mode.METHODS["ppots, parametric"].build(table)
+    np.testing.assert_allclose(seen[0][0], np.sqrt(rates))
+
+
+FITTED = variance.EprFit(variance.EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), 0.0)
+
+
+def test_names_are_looked_up():
+    assert list(mode.named(["mirror", BASELINE])) == [BASELINE, "mirror"]
+    with pytest.raises(ValueError, match="did you mean 'mirror'"):
+        mode.named(["miror"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What the recommendation reads of a result."""
+
+    efficiency: Efficiency | None
+    bias: str = "exact"
+    chain_bias: str = "exact"
+
+
+def made(variances, passes=1, bias="exact", unsettled=""):
+    figure = Efficiency(np.asarray(variances, float), 1.0, passes, 8, 0.05, 3.0, unsettled)
+    return Made(figure, bias, bias)
+
+
+def test_recommendation_is_the_least_variance_per_compute_of_the_exact_ones():
+    noise = np.array([-0.1, 0.0, 0.1, 0.05])
+    results = {
+        BASELINE: made(4 + noise),
+        "one": made(3 - noise),
+        "two views": made(1 + noise / 2, passes=2),
+        "two noisy views": made(1.1 + 4 * noise[::-1], passes=2),
+        "clipped": made(0.1 + noise / 100, bias="truncated"),
+        "wild": made(0.2 + noise, unsettled="the variance has not settled: ..."),
+        "refused": Made(None, ""),
+    }
+    found = recommend(results)
+    assert found["name"] == "two views"
+    assert found["tied"] == ["two noisy views"]
+    assert found["versus"][BASELINE]["ratio"] == pytest.approx(2.0125 / 4.0125, rel=0.01)
+    assert found["versus"]["one"]["standard_errors"] < -5
+    assert "50% below independent draws" in found["text"]
+    assert "not told apart from: two noisy views" in found["text"]
+    nothing = recommend({"wild": results["wild"], "clipped": results["clipped"]})
+    assert nothing["name"] is None
+    assert "no exact method" in nothing["text"]
+    # Under a truncated objective every label is truncated; what adds nothing counts as exact.
+    own = {name: dataclasses.replace(result, bias="truncated") for name, result in results.items()}
+    assert own["clipped"].bias == own["one"].bias == "truncated"
+    assert recommend(own)["name"] == "two views"
+    worse = own | {"biased": made(0.1 + noise / 100, bias="biased")}
+    assert recommend(worse)["name"] == "two views"

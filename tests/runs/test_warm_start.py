@@ -1,0 +1,74 @@
+"""Starting from another run's parameters."""
+
+import chex
+import jax
+import pytest
+import saved_run
+
+from mdm_jax import training
+from mdm_jax.launch import command_line, train, warm_start
+from mdm_jax.launch.configs import quickstart
+from mdm_jax.launch.experiment import load_parameters, make_experiment, open_workdir
+from mdm_jax.launch.workdir import WorkdirError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Directory of a short run that was never evaluated, so that its last state is all it has."""
+    workdir = tmp_path_factory.mktemp("warm") / "run"
+    config = quickstart.get_config("smoke")
+    config.optimizer.name = "adamw"  # compiles in half the time
+    saved_run.save(make_experiment(config), workdir)
+    return workdir
+
+
+def goes_on(trained, **data):
+    """A run of another batch size and chain that starts from it."""
+    config = command_line.get_config(str(trained))
+    config.train.update(init_from=str(trained), batch_size=16)
+    config.variance.order = ()
+    config.data.update(**data)
+    return make_experiment(config)
+
+
+def goes_on_as_it_was(trained):
+    return make_experiment(command_line.get_config(str(trained)))
+
+
+def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, capsys):
+    experiment = goes_on(trained)
+    state = warm_start.initial_state(experiment)
+    step, expected = load_parameters(experiment, trained)
+    assert f"parameters of {trained}, step {step}" in capsys.readouterr().out
+    whole = open_workdir(trained).restore_last(goes_on_as_it_was(trained).abstract_state())
+    chex.assert_trees_all_equal(training.averaged(whole.state), expected)
+    fresh = experiment.initial_state()
+    chex.assert_trees_all_equal(state.params, expected)
+    chex.assert_trees_all_equal(state.ema, expected)
+    for one, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema)):
+        pointers = [a.addressable_data(0).unsafe_buffer_pointer() for a in (one, other)]
+        assert pointers[0] != pointers[1]  # both are donated
+    chex.assert_trees_all_equal(state.opt_state, fresh.opt_state)
+    assert int(state.step) == 0
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(fresh.params, expected)
+
+
+def test_a_run_that_has_begun_goes_on_when_the_other_one_has_moved(trained, tmp_path):
+    """Training reads its own checkpoint, and so do the other modes."""
+    config = command_line.get_config(str(trained))
+    config.train.init_from = str(tmp_path / "moved")
+    experiment = make_experiment(config)
+    train.check_settings(experiment)
+    train._check_start(experiment, trained)
+    with pytest.raises(WorkdirError, match="train.init_from: .*moved holds no run"):
+        train._check_start(experiment, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_other_tokens_or_none_at_all_is_refused(trained, tmp_path):
+    with pytest.raises(WorkdirError, match="tokenizer of .* is another"):
+        warm_start.initial_state(goes_on(trained, tokenizer="byte"))
+    experiment = goes_on(trained)
+    with pytest.raises(WorkdirError, match="holds no run"):
+        warm_start.check_source(experiment, tmp_path, "train.init_from")
