@@ -1,18 +1,4 @@
-"""The three operators that tasks of arithmetic share.
-
-Letters in an answer that nothing predicts, for entropy that no context removes.
-
-Once a deterministic task is solved, its loss is zero at every masking rate and so is its training
-variance. Tokens whose entropy stays behave like the wording of a derivation in natural language.
-
-A sum evaluated from left to right, with its running values as the answer.
-
-Arithmetic over named definitions in random order, with a derivation as the answer.
-
-Addition of two numbers.
-
-Numbers and a target that they make, each used once.
-"""
+"""Tasks of arithmetic: running sums, derivations, addition, countdown; and a noisy wrapper."""
 
 import dataclasses
 import math
@@ -38,16 +24,17 @@ def commutes(operator: str) -> bool:
 
 
 LETTERS = "wxyz"
-"""What is inserted; no answer of a task contains one."""
+"""Inserted by :class:`Noisy`; no answer of another task contains them."""
 
 _REMOVE = str.maketrans("", "", LETTERS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Noisy(Task):
-    """Another task with a uniform letter of ``wxyz`` after every ``every`` characters of an answer.
+    """Another task with a random letter of ``wxyz`` after every ``every`` characters of its answer.
 
-    An instance, its canonical form, and hence its split are the other task's.
+    Its loss never vanishes, as in natural language: each letter costs log 4 nats whatever is
+    learned. Instances, canonical forms and splits are those of the other task.
 
     Attributes:
         task: the other task.
@@ -63,15 +50,12 @@ class Noisy(Task):
     def __post_init__(self):
         if isinstance(self.task, Noisy):
             raise ValueError(f"Noisy wraps a task that is not noisy itself, got {self.task!r}")
-        check_range(self, every=(self.every, 1, self.task.answer_length))
+        check_range(self, every=(self.every, 1, self.task.lengths[1]))
 
     @property
-    def prompt_length(self) -> int:
-        return self.task.prompt_length
-
-    @property
-    def answer_length(self) -> int:
-        return self.task.answer_length + self.task.answer_length // self.every
+    def lengths(self) -> tuple[int, int]:
+        prompt, answer = self.task.lengths
+        return prompt, answer + answer // self.every
 
     def draw(self, choices: Choices) -> Any:
         return self.task.draw(choices)
@@ -88,11 +72,11 @@ class Noisy(Task):
         )
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether the answer without its letters is right, wherever they stand."""
+        """Whether the answer without its letters is correct."""
         return self.task.check(prompt, answer.translate(_REMOVE))
 
     def letter_nats(self, answer: str) -> float:
-        """Entropy of the letters of a right answer, nats: what no model's loss can go below."""
+        """Entropy of a correct answer's letters in nats: a lower bound of any model's loss."""
         return math.log(len(LETTERS)) * sum(letter in LETTERS for letter in answer)
 
 
@@ -119,12 +103,8 @@ class Run(Task):
         check_range(self, steps=(self.steps, 1, 500), modulus=(self.modulus, 2, 10))
 
     @property
-    def prompt_length(self) -> int:
-        return 2 * self.steps + 2
-
-    @property
-    def answer_length(self) -> int:
-        return 1 if self.last_only else self.steps
+    def lengths(self) -> tuple[int, int]:
+        return 2 * self.steps + 2, 1 if self.last_only else self.steps
 
     def draw(self, choices: Choices) -> str:
         first = str(choices.below(self.modulus))
@@ -145,16 +125,16 @@ class Run(Task):
         return Pair(f"{instance}=", values[-1:] if self.last_only else values)
 
     def _values(self, instance: str) -> str:
-        value, found = int(instance[0]), []
+        value, digits = int(instance[0]), []
         for operator, number in re.findall(r"([-+*])(\d)", instance):
             value = apply(operator, value, int(number)) % self.modulus
-            found.append(str(value))
-        return "".join(found)
+            digits.append(str(value))
+        return "".join(digits)
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether the last value and the number of values are right."""
+        """Whether the last value and the number of values are correct."""
         last = self._values(prompt.removesuffix("="))[-1]
-        return len(answer) == self.answer_length and answer.isdigit() and answer[-1] == last
+        return len(answer) == self.lengths[1] and answer.isdigit() and answer[-1] == last
 
 
 _NAMES = "".join(letter for letter in string.ascii_lowercase if letter not in LETTERS)
@@ -166,9 +146,9 @@ _EXPRESSION = re.compile(r"(\w+)([-+*])(\w+)")
 class Chain(Task):
     """``c=i-g;i=g*7;g=2;?c`` to ``g=2,i=2*7=4,c=4-2=2#2``, all modulo p.
 
-    One leaf, then ``steps`` needed nodes, each of which combines the one before it with a constant
-    or any node still earlier, then ``distractors`` that hang off needed nodes and play no part.
-    An instance is the right-hand sides in this order, with nodes called A, B, C, ...
+    One leaf, then ``steps`` needed nodes, each combining the one before it with a constant or an
+    earlier node, then ``distractors``: unneeded nodes that depend on needed ones. An instance is
+    the right-hand sides in this order, with nodes called A, B, C, ...
 
     Attributes:
         steps: needed nodes beside the leaf.
@@ -194,31 +174,28 @@ class Chain(Task):
         )
 
     @property
-    def prompt_length(self) -> int:
+    def lengths(self) -> tuple[int, int]:
         digits = self._digits
-        return 2 + digits + (self.steps + self.distractors) * (5 + digits) + 3
-
-    @property
-    def answer_length(self) -> int:
-        digits = self._digits
-        return digits if self.result_only else 3 + 2 * digits + self.steps * (5 + 3 * digits)
+        prompt = 2 + digits + (self.steps + self.distractors) * (5 + digits) + 3
+        derivation = 3 + 2 * digits + self.steps * (5 + 3 * digits)
+        return prompt, digits if self.result_only else derivation
 
     @property
     def _digits(self) -> int:
         return len(str(self.modulus - 1))
 
     def draw(self, choices: Choices) -> tuple[str, ...]:
-        found = [str(choices.below(self.modulus))]
+        sides = [str(choices.below(self.modulus))]
         for node in range(self.steps):
-            found.append(self._combine(node, _NODES[:node], choices))
+            sides.append(self._combine(node, _NODES[:node], choices))
         for _ in range(self.distractors):
             node = choices.below(self.steps + 1)
             others = _NODES[: self.steps + 1].replace(_NODES[node], "")
-            found.append(self._combine(node, others, choices))
-        return tuple(found)
+            sides.append(self._combine(node, others, choices))
+        return tuple(sides)
 
     def _combine(self, node: int, others: str, choices: Choices) -> str:
-        """One node with a constant, or another one of ``others`` where there are any."""
+        """A node combined with a constant or with one of ``others``."""
         constant = str(1 + choices.below(self.modulus - 1))
         other = choices.one_of(others) if others and choices.below(2) else constant
         left, right = choices.shuffled([_NODES[node], other])
@@ -252,7 +229,7 @@ class Chain(Task):
         return f"{left}{operator}{right}={value}", value
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether what follows the last ``#``, or the whole result, is the value asked for."""
+        """Whether the text after the last ``#``, or a bare result, is the value of the query."""
         _, mark, result = answer.rpartition("#")
         return (bool(mark) or self.result_only) and result == str(self._value(prompt))
 
@@ -298,12 +275,8 @@ class Add(Task):
         check_range(self, digits=(self.digits, 1, 100))
 
     @property
-    def prompt_length(self) -> int:
-        return 2 * self.digits + 2
-
-    @property
-    def answer_length(self) -> int:
-        return self.digits + 1
+    def lengths(self) -> tuple[int, int]:
+        return 2 * self.digits + 2, self.digits + 1
 
     def draw(self, choices: Choices) -> tuple[str, str]:
         first, second = (
@@ -332,7 +305,7 @@ _STEP = re.compile(f"{_NUMBER}([-+*]){_NUMBER}={_NUMBER}")
 
 
 class CountdownInstance(NamedTuple):
-    """The numbers in the order in which the derivation takes them, and that derivation."""
+    """Numbers in the order of the derivation, and the derivation."""
 
     numbers: tuple[int, ...]
     steps: tuple[str, ...]
@@ -343,7 +316,7 @@ class CountdownInstance(NamedTuple):
 class Countdown(Task):
     """``4,17,1:68`` to ``1*17=17,17*4=68``: steps with + - * that lead to the target.
 
-    Intermediate results lie in 0 to 999. Several answers can be right, of different lengths.
+    Intermediate results lie in 0 to 999. Several answers, of different lengths, can be correct.
 
     Attributes:
         numbers: k.
@@ -360,29 +333,22 @@ class Countdown(Task):
         check_range(self, numbers=(self.numbers, 2, 20), largest=(self.largest, 1, _LARGEST))
 
     @property
-    def prompt_length(self) -> int:
-        return self.numbers * (self._digits + 1) + 3
-
-    @property
-    def answer_length(self) -> int:
+    def lengths(self) -> tuple[int, int]:
         # Later steps start from a result of up to three digits, the first from a number.
-        return (self.numbers - 1) * (self._digits + 9) + self._digits - 4
-
-    @property
-    def _digits(self) -> int:
-        return len(str(self.largest))
+        digits = len(str(self.largest))
+        return self.numbers * (digits + 1) + 3, (self.numbers - 1) * (digits + 9) + digits - 4
 
     def draw(self, choices: Choices) -> CountdownInstance:
         numbers = [1 + choices.below(self.largest) for _ in range(self.numbers)]
         value, steps = numbers[0], []
         for number in numbers[1:]:
             left, right = choices.shuffled([value, number])
-            found = [(op, apply(op, left, right)) for op in OPERATORS]
-            found = [(op, result) for op, result in found if 0 <= result <= _LARGEST]
-            if not found:  # large numbers, the smaller of them first
+            results = [(op, apply(op, left, right)) for op in OPERATORS]
+            results = [(op, result) for op, result in results if 0 <= result <= _LARGEST]
+            if not results:  # large numbers, the smaller of them first
                 left, right = max(left, right), min(left, right)
-                found = [("-", left - right)]
-            operator, value = choices.one_of(found)
+                results = [("-", left - right)]
+            operator, value = choices.one_of(results)
             steps.append(f"{left}{operator}{right}={value}")
         return CountdownInstance(tuple(numbers), tuple(steps), value)
 
@@ -395,7 +361,7 @@ class Countdown(Task):
         return Pair(f"{numbers}:{instance.target}", ",".join(instance.steps))
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether steps that use each number once lead to the target; any that do are right."""
+        """Whether the steps use each number once and reach the target."""
         numbers, target = prompt.split(":")
         left_over = sorted(map(int, numbers.split(",")))
         for step in answer.split(","):

@@ -22,19 +22,10 @@ _FINGERPRINTED = 8  # examples of each split
 
 
 class TaskRows(VectorisedRows):
-    """Rows ``[PAD ... prompt][answer EOS ...]`` of a task's examples, made when first read.
+    """Rows ``[PAD ... prompt][answer EOS ...]`` of examples 0 to size - 1, made when first read.
 
-    The prompt is right-aligned in ``prompt_length`` positions and never eligible; the padding
-    before it is not attended to.
-
-    Args:
-        task: the task.
-        split: "train", "valid" or "test".
-        size: examples 0 to size - 1 of the split.
-        tokenizer: of :data:`VOCABULARY`.
-        prompt_length: positions for the prompt.
-        answer_length: positions for the answer and its EOS.
-        answer_padding: see :func:`task_dataset`.
+    The prompt is right-aligned and never eligible; the padding before it is not attended to. The
+    other arguments are those of :func:`task_dataset`, with a tokenizer of :data:`VOCABULARY`.
     """
 
     def __init__(
@@ -51,7 +42,7 @@ class TaskRows(VectorisedRows):
         self._tokenizer, self._prompt_length = tokenizer, prompt_length
         self._scores_padding = answer_padding == "eos_scored"
         shape = (size, prompt_length + answer_length)
-        # Threads may make a row twice: it is the same both times, and marked when it is whole.
+        # Threads may make a row twice: it is the same both times, and marked when complete.
         self._made = np.zeros(size, bool)
         self._rows = Batch(
             tokens=np.zeros(shape, np.int32),
@@ -64,7 +55,7 @@ class TaskRows(VectorisedRows):
         return len(self._made)
 
     def rows(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n] as a batch with a leading axis of n."""
+        """Rows ``indices`` [n] as a batch of n."""
         indices = self._check(indices)
         for index in indices[~self._made[indices]].tolist():
             self._make(index)
@@ -96,25 +87,24 @@ def task_dataset(
     valid_rows: int = 512,
     test_rows: int = 512,
 ) -> Dataset:
-    """Examples of a generated task, never two of one instance in different splits.
+    """Data set of a generated task; no instance is in two splits.
 
-    A row is a function of (task, split, index), so a longer split begins with a shorter one. Within
-    a split examples may repeat where a task has few of them.
+    A longer split begins with a shorter one. Where a task has few examples, a split repeats some.
 
     Args:
         task: the task.
-        prompt_length: positions for the prompt; 0: as many as the longest has characters.
-        answer_length: positions for the answer and its EOS; 0: as many as the longest needs.
-        answer_padding: what becomes of the EOS after the first, which fill up the row.
-            "eos_once": neither scored nor attended to. The length of the answer is then given away,
-            which says nothing where all answers to a prompt have one length (all tasks but
-            countdown). "eos_scored": eligible like the answer, so the model has to find its length.
+        prompt_length: positions for the prompt; 0: those of the longest.
+        answer_length: positions for the answer and its EOS; 0: those of the longest.
+        answer_padding: of the EOS tokens after the first. "eos_once": neither eligible nor attended
+            to, which reveals the answer's length (harmless where all answers to a prompt have one
+            length, as in all tasks but countdown). "eos_scored": eligible like the answer.
         train_rows, valid_rows, test_rows: examples of each split.
 
     Raises:
         ValueError: if a length is too small for the task, or another setting is out of range.
     """
-    needed = {"prompt_length": task.prompt_length, "answer_length": task.answer_length + 1}
+    longest_prompt, longest_answer = task.lengths
+    needed = {"prompt_length": longest_prompt, "answer_length": longest_answer + 1}
     lengths = {"prompt_length": prompt_length, "answer_length": answer_length}
     for name, given in lengths.items():
         if given and given < needed[name]:

@@ -10,15 +10,10 @@ _ORDERS = 100  # of taking cells away, before a grid is given up
 
 
 class _Groups(NamedTuple):
-    """The row, column and box of each cell, numbered together so that each has a number of its own.
+    """Rows, columns and boxes, numbered together."""
 
-    Attributes:
-        of_cell: for each cell, its three groups.
-        cells: for each group, its cells.
-    """
-
-    of_cell: tuple[tuple[int, int, int], ...]
-    cells: tuple[tuple[int, ...], ...]
+    of_cell: tuple[tuple[int, int, int], ...]  # for each cell, its three groups
+    cells: tuple[tuple[int, ...], ...]  # for each group, its cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +21,13 @@ class Sudoku(Task):
     """n² digits, 0 for blank, to the n² digits of the only valid grid with these givens.
 
     n = ``rows`` times ``columns``, the shape of a box: 2 x 2 makes 4 x 4 grids, 2 x 3 makes 6 x 6.
-    An instance is a full grid, found by a random depth-first search: every grid can come up, not
-    all equally often. So puzzles of one grid are all in one split, for any number of blanks.
+    An instance is a full grid, found by a random depth-first search (every grid is possible, not
+    all equally likely), so all puzzles of one grid are in one split.
 
     Attributes:
-        rows: of a box.
-        columns: of a box.
-        blanks: fewest and most blank cells. The number is uniform between them, but smaller where
-            cells, taken away in random order, leave no such puzzle with one solution.
+        rows, columns: of a box.
+        blanks: fewest and most blank cells; the number is uniform between them, but smaller where
+            no such puzzle with one solution is found.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -61,12 +55,8 @@ class Sudoku(Task):
         return self.rows * self.columns
 
     @property
-    def prompt_length(self) -> int:
-        return self.size**2
-
-    @property
-    def answer_length(self) -> int:
-        return self.size**2
+    def lengths(self) -> tuple[int, int]:
+        return self.size**2, self.size**2
 
     def draw(self, choices: Choices) -> str:
         groups = _groups(self.rows, self.columns)
@@ -108,7 +98,7 @@ class Sudoku(Task):
         )
 
     def _blank_cells(self, instance: str, order: list[int], wanted: int) -> set[int]:
-        """Cells whose digits follow from the rest, taken away in this order while they do."""
+        """Cells removed in this order as long as the solution stays unique."""
         groups = _groups(self.rows, self.columns)
         every_digit = (1 << self.size) - 1
         used, blank = [every_digit] * len(groups.cells), []
@@ -116,13 +106,12 @@ class Sudoku(Task):
             if len(blank) == wanted:
                 break
             bit = 1 << int(instance[cell]) - 1
-            place = groups.of_cell[cell]
-            _flip(used, place, bit)
-            a, b, c = place
+            a, b, c = cell_groups = groups.of_cell[cell]
+            _flip(used, cell_groups, bit)
             others = every_digit & ~(used[a] | used[b] | used[c] | bit)
-            # There was one solution; there is another one now if and only if this cell differs.
+            # The solution was unique; a second one must differ in this cell.
             if _try(blank, cell, others, used, groups, every_digit, limit=1):
-                _flip(used, place, bit)
+                _flip(used, cell_groups, bit)
             else:
                 blank.append(cell)
         return set(blank)
@@ -151,7 +140,7 @@ class Sudoku(Task):
         return _count(blank, used, groups, (1 << self.size) - 1, limit)
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether it is a valid grid that keeps the givens, be it the only one or not."""
+        """Whether it is a valid grid that keeps the givens."""
         digits = set("123456789"[: self.size])
         if len(answer) != len(prompt) or not digits.issuperset(answer):
             return False
@@ -176,9 +165,9 @@ def _groups(rows: int, columns: int) -> _Groups:
     return _Groups(of_cell, cells)
 
 
-def _flip(used: list[int], place: tuple[int, int, int], bit: int) -> None:
+def _flip(used: list[int], cell_groups: tuple[int, int, int], bit: int) -> None:
     """Puts a digit into three groups or takes it out; ``used`` holds a bit set for each group."""
-    a, b, c = place
+    a, b, c = cell_groups
     used[a] ^= bit
     used[b] ^= bit
     used[c] ^= bit
@@ -194,14 +183,14 @@ def _try(
     limit: int,
 ) -> int:
     """Ways to fill the blank cells with one of ``bits`` in ``cell``, counted up to ``limit``."""
-    found, place = 0, groups.of_cell[cell]
-    while bits and found < limit:
+    solutions, cell_groups = 0, groups.of_cell[cell]
+    while bits and solutions < limit:
         bit = bits & -bits
         bits ^= bit
-        _flip(used, place, bit)
-        found += _count(blank, used, groups, every_digit, limit - found)
-        _flip(used, place, bit)
-    return found
+        _flip(used, cell_groups, bit)
+        solutions += _count(blank, used, groups, every_digit, limit - solutions)
+        _flip(used, cell_groups, bit)
+    return solutions
 
 
 def _count(blank: list[int], used: list[int], groups: _Groups, every_digit: int, limit: int) -> int:

@@ -1,8 +1,7 @@
-"""What a generated task is: examples that are a function of (task, split, index), and a checker.
+"""Generated tasks: examples as a function of (task, split, index), and a checker.
 
-Splits are disjoint by instance, not by string: an instance belongs to the split that the hash of
-its canonical form picks, 80 % to train, 10 % each to valid and test. No twin of a training problem
-under other names or in another order is therefore ever met in the test split.
+Splits are disjoint by instance, not by string: the hash of an instance's canonical form picks its
+split (80 % train, 10 % valid, 10 % test), so no renamed or reordered training problem is tested.
 """
 
 import abc
@@ -15,7 +14,7 @@ import numpy as np
 from mdm_jax.data.datasets import SPLITS
 
 VOCABULARY = "".join(sorted("0123456789abcdefghijklmnopqrstuvwxyz+-*/=,;?#()[]:. "))
-"""Characters of all tasks, so that a model of one task can go on with another."""
+"""Characters of all tasks; a model of one task can be trained further on another."""
 
 _WORDS = 64  # read from the generator at a time
 _ATTEMPTS = 2000  # a split of 10 % is missed so often with probability 1e-91
@@ -24,19 +23,17 @@ Item = TypeVar("Item")
 
 
 class Pair(NamedTuple):
-    """An example: a prompt, and one answer that is right."""
+    """A prompt and one correct answer."""
 
     prompt: str
     answer: str
 
 
 class Choices:
-    """Random choices from NumPy's Philox generator.
-
-    Only its words are used, which NumPy never changes, and not the distributions, which it may.
+    """Random choices from NumPy's Philox words, which (unlike its distributions) never change.
 
     Args:
-        key: names the stream; equal keys give equal choices.
+        key: equal keys give equal choices.
     """
 
     def __init__(self, key: str):
@@ -45,39 +42,34 @@ class Choices:
         self._words: list[int] = []
 
     def below(self, bound: int) -> int:
-        """A whole number in [0, bound), uniform up to bound / 2**64."""
+        """A random integer in [0, bound)."""
         if not self._words:
             self._words = self._generator.random_raw(_WORDS).tolist()
         return self._words.pop() * bound >> 64
 
     def one_of(self, items: Sequence[Item]) -> Item:
-        """One of the items, all equally likely."""
+        """A random item."""
         return items[self.below(len(items))]
 
     def shuffled(self, items: Sequence[Item]) -> list[Item]:
         """The items in random order."""
-        found = list(items)
-        for last in range(len(found) - 1, 0, -1):
+        order = list(items)
+        for last in range(len(order) - 1, 0, -1):
             other = self.below(last + 1)
-            found[last], found[other] = found[other], found[last]
-        return found
+            order[last], order[other] = order[other], order[last]
+        return order
 
 
 class Task(abc.ABC):
-    """A family of problems. Subclasses are frozen dataclasses: their ``repr`` names the family.
+    """A family of problems. Subclasses are frozen dataclasses, whose ``repr`` names the family.
 
-    An instance is whatever the subclass makes of a problem before it is written down.
+    An instance is a problem before it is written as text, in a form of the subclass's choice.
     """
 
     @property
     @abc.abstractmethod
-    def prompt_length(self) -> int:
-        """Characters of the longest prompt."""
-
-    @property
-    @abc.abstractmethod
-    def answer_length(self) -> int:
-        """Characters of the longest answer."""
+    def lengths(self) -> tuple[int, int]:
+        """Characters of the longest prompt and of the longest answer."""
 
     @abc.abstractmethod
     def draw(self, choices: Choices) -> Any:
@@ -85,30 +77,29 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def canonical(self, instance: Any) -> str:
-        """The same text for instances that are one problem under other names or orders."""
+        """Equal for instances that are one problem under other names or in another order."""
 
     @abc.abstractmethod
     def write(self, instance: Any, choices: Choices) -> Pair:
-        """The instance as prompt and answer; what canonical forms leave out is chosen here."""
+        """Prompt and answer; what the canonical form leaves out is chosen here."""
 
     @abc.abstractmethod
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether any text is a right answer to a prompt that this task has written."""
+        """Whether any text is a correct answer to a prompt of this task."""
 
 
 def split_of(canonical: str) -> str:
-    """The split that an instance of this canonical form belongs to."""
+    """The split of an instance with this canonical form."""
     digest = hashlib.blake2b(canonical.encode("utf-8"), digest_size=8).digest()
     tenth = int.from_bytes(digest, "little") % 10
     return SPLITS[max(0, tenth - 7)]
 
 
 def example(task: Task, split: str, index: int) -> Pair:
-    """Example ``index`` of a split, a function of these three alone.
+    """Example ``index`` of a split, a function of the three arguments alone.
 
     Raises:
-        ValueError: for a split that does not exist, a negative index, or a task so small that the
-            split has no instance.
+        ValueError: for an unknown split, a negative index, or a task too small for the split.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -128,8 +119,8 @@ def example(task: Task, split: str, index: int) -> Pair:
 def check_range(task: Task, **settings: tuple[int, int, int]) -> None:
     """Raises ValueError unless each setting, (value, low, high), is an integer in [low, high]."""
     for name, (value, low, high) in settings.items():
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not whole or not low <= value <= high:
+        integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not integer or not low <= value <= high:
             raise ValueError(
                 f"{type(task).__name__}: {name} must be a whole number from {low} to {high}, "
                 f"got {value!r}"

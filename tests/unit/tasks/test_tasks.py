@@ -38,8 +38,9 @@ def test_examples_fit_are_right_and_use_the_vocabulary(task):
     for split in SPLITS:
         for prompt, answer in examples(task, split, 12):
             assert task.check(prompt, answer)
-            assert 0 < len(prompt) <= task.prompt_length
-            assert 0 < len(answer) <= task.answer_length
+            longest_prompt, longest_answer = task.lengths
+            assert 0 < len(prompt) <= longest_prompt
+            assert 0 < len(answer) <= longest_answer
             assert set(prompt + answer) <= set(tasks.VOCABULARY)
 
 
@@ -259,7 +260,7 @@ def test_noise_is_uniform_comes_after_every_few_characters_and_strips_back():
     noisy = tasks.Noisy(SUDOKU4, 3)
     letters = ""
     for prompt, answer in examples(noisy, "train", 100):
-        assert re.fullmatch(r"(\d{3}[w-z]){5}\d", answer) and len(answer) == noisy.answer_length
+        assert re.fullmatch(r"(\d{3}[w-z]){5}\d", answer) and len(answer) == noisy.lengths[1]
         assert SUDOKU4.check(prompt, re.sub("[w-z]", "", answer))
         letters += re.sub(r"\d", "", answer)
     assert noisy.letter_nats(answer) == pytest.approx(5 * math.log(4))

@@ -21,7 +21,7 @@ def dataset(task=COUNTDOWN, **settings):
 
 def test_a_row_is_the_prompt_on_the_right_then_the_answer_and_one_scored_eos():
     source = dataset()
-    codec, middle, lengths = source.tokenizer, COUNTDOWN.prompt_length, set()
+    codec, middle, lengths = source.tokenizer, COUNTDOWN.lengths[0], set()
     for index in range(24):
         row = source.train[index]
         prompt, answer = tasks.example(COUNTDOWN, "train", index)
@@ -38,14 +38,14 @@ def test_a_row_is_the_prompt_on_the_right_then_the_answer_and_one_scored_eos():
         lengths.add(len(answer))
     assert len(lengths) > 1
     assert [a.dtype for a in row] == [np.int32, bool, np.int32, np.int32]
-    assert source.length == middle + COUNTDOWN.answer_length + 1
+    assert source.length == middle + COUNTDOWN.lengths[1] + 1
     assert source.check is not None and source.check(prompt, answer)
 
 
 def test_scored_padding_gives_nothing_away_about_the_length_of_the_answer():
     rows = data.gather(dataset(answer_padding="eos_scored").train, np.arange(24))
-    assert (rows.eligible == (np.arange(rows.tokens.shape[1]) >= COUNTDOWN.prompt_length)).all()
-    assert (rows.documents[:, COUNTDOWN.prompt_length :] == 1).all()
+    assert (rows.eligible == (np.arange(rows.tokens.shape[1]) >= COUNTDOWN.lengths[0])).all()
+    assert (rows.documents[:, COUNTDOWN.lengths[0] :] == 1).all()
     hidden = data.gather(dataset().train, np.arange(24))
     assert (rows.tokens == hidden.tokens).all() and (rows.units == hidden.units).all()
 
@@ -117,7 +117,7 @@ def test_settings_from_the_config_reach_the_task():
     config.data.prompt_length = 90
     built = build.dataset(config)
     assert built.train.task == tasks.Chain(steps=5, distractors=1, modulus=7)
-    assert built.length == 90 + built.train.task.answer_length + 1
+    assert built.length == 90 + built.train.task.lengths[1] + 1
 
 
 @pytest.mark.parametrize(
