@@ -25,7 +25,7 @@ from mdm_jax.evaluation.ngrams import (
     token_entropy,
 )
 from mdm_jax.evaluation.paired import PairedDifference, compare_parameters, paired_difference
-from mdm_jax.evaluation.seeds import PairedSeeds, bootstrap_interval, holm, paired_seeds
+from mdm_jax.evaluation.seeds import PairedSeeds, holm, paired_seeds
 from mdm_jax.evaluation.text_quality import (
     GenerativePerplexity,
     Score,

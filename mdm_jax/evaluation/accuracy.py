@@ -1,4 +1,4 @@
-"""Share of held-out prompts that a model answers rightly, as a checker decides."""
+"""Accuracy of answers to held-out prompts, by a checker."""
 
 import dataclasses
 import math
@@ -12,16 +12,16 @@ from mdm_jax.distributed import to_host
 from mdm_jax.types import Array, Batch, PyTree
 
 Check = Callable[[str, str], bool]
-"""``check(prompt, answer)``, whether any text is a right answer."""
+"""``check(prompt, answer)``: whether a text is a correct answer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskAccuracy:
-    """Answers of a model, and which of them are right.
+    """Answers of a model, and which are correct.
 
     Attributes:
         prompts: N prompts.
-        answers: N texts, up to the first EOS; one with padding or masks in it shows them and is
+        answers: N texts, up to the first EOS; padding or masks in an answer are shown and make it
             wrong.
         correct: [N] bool.
     """
@@ -32,20 +32,16 @@ class TaskAccuracy:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of correct answers."""
         return float(self.correct.mean())
 
     @property
     def standard_error(self) -> float:
-        """Binomial, ``sqrt(a (1 - a) / N)``: what other prompts would change. 0 where a is 0 or 1,
-        which says little; see :meth:`interval` there."""
+        """Binomial, ``sqrt(a (1 - a) / N)``; 0 where a is 0 or 1, see :meth:`interval` there."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))
 
     def interval(self, deviations: float = 1.96) -> tuple[float, float]:
-        """The accuracies from which the one found is at most so many standard deviations away.
-
-        Wilson 1927; about 95 % by default, and never empty, unlike the standard error.
-        """
+        """Wilson's interval (1927), about 95 % by default; never empty."""
         count, square = len(self.correct), deviations**2
         middle = (self.accuracy + square / (2 * count)) / (1 + square / count)
         spread = math.hypot(self.standard_error, deviations / (2 * count))
@@ -75,14 +71,13 @@ def measure_task_accuracy(
 ) -> TaskAccuracy:
     """Answers every prompt once and checks the answers.
 
-    A row's eligible positions are its answer, those attended to before them its prompt. An answer
-    gets as many positions as are eligible in the row.
+    A row's eligible positions are its answer, the attended positions before them its prompt.
 
     Args:
-        generate: ``generate(params, key, canvas, documents, row_offset=...) -> tokens [B, L]`` of
-            any sampler, such as ``samplers.make_generator(...)``.
+        generate: ``generate(params, key, canvas, documents, row_offset=...) -> tokens [B, L]``,
+            such as ``samplers.make_generator(...)``.
         params: parameters.
-        key: typed key. The answer to a prompt depends on it and the row's number alone.
+        key: typed key. An answer depends on it and the row's number alone.
         batches: as of ``data.evaluation_batches``; rows without eligible positions are left out.
         check: as ``Dataset.check``.
         tokenizer: of the data.
@@ -95,23 +90,20 @@ def measure_task_accuracy(
     for batch in batches:
         tokens, eligible, documents = map(np.asarray, batch[:3])
         canvas = np.where(eligible, np.int32(tokenizer.mask_id), tokens)
-        found = to_host(generate(params, key, canvas, documents, row_offset=seen))
+        generated = to_host(generate(params, key, canvas, documents, row_offset=seen))
         for row in np.flatnonzero(eligible.any(1)):
             first = np.flatnonzero(eligible[row])[0]
-            given = (documents[row] > 0) & (np.arange(len(tokens[row])) < first)
-            ids = tokenizer.truncate_at_eos(found[row][eligible[row]])
-            prompts.append(tokenizer.decode(tokens[row][given]))
-            whole = not np.any((ids == tokenizer.pad_id) | (ids == tokenizer.mask_id))
-            answers.append(_shown(ids, tokenizer))
-            correct.append(whole and check(prompts[-1], answers[-1]))
+            is_prompt = (documents[row] > 0) & (np.arange(len(tokens[row])) < first)
+            ids = tokenizer.truncate_at_eos(generated[row][eligible[row]])
+            prompts.append(tokenizer.decode(tokens[row][is_prompt]))
+            finished = not np.any((ids == tokenizer.pad_id) | (ids == tokenizer.mask_id))
+            # Padding is shown as ▁, like masks.
+            shown = np.where(ids == tokenizer.pad_id, tokenizer.mask_id, ids)
+            answers.append(tokenizer.decode(shown))
+            correct.append(finished and check(prompts[-1], answers[-1]))
         seen += len(tokens)
         if progress is not None:
             progress(len(tokens))
     if not prompts:
         raise ValueError(f"nothing to answer: none of {seen} rows has an eligible position")
     return TaskAccuracy(tuple(prompts), tuple(answers), np.array(correct, bool))
-
-
-def _shown(ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Text of the ids, with ▁ for what is no text."""
-    return tokenizer.decode(np.where(ids == tokenizer.pad_id, tokenizer.mask_id, ids))

@@ -1,8 +1,7 @@
-"""Conditional likelihood of answers given prompts, one number per answer.
+"""Likelihood of answers given prompts, one number per answer.
 
-The prompt is visible and never scored; the answer's n tokens are the eligible ones. Any estimator
-that returns a ``Likelihood`` will do; one by ``exact_when_short`` leaves short answers without
-Monte Carlo error.
+Only the answer's tokens are eligible. Any estimator that returns a ``Likelihood`` works; with
+``exact_when_short`` short answers have no Monte Carlo error.
 """
 
 import dataclasses
@@ -29,8 +28,8 @@ class AnswerScores:
 
     Attributes:
         replicate_nats: [R, ...] each replicate's estimate for each answer, nats.
-        tokens: [...] scored tokens of each answer.
-        units: [...] units of measurement (characters) of each answer.
+        tokens: [...] eligible tokens of each answer.
+        units: [...] units (characters) of each answer.
     """
 
     replicate_nats: np.ndarray
@@ -61,16 +60,15 @@ def answer_rows(
 ) -> Batch:
     """Rows ``[PAD ... prompt][answer PAD ...]``, the layout of ``data.jsonl``, as one batch.
 
-    Only the answer's tokens are eligible; padding is not attended to. The end of an answer is
-    scored where the answer says so: append the tokenizer's ``eos_id``. (A network that was trained
-    with ``answer_padding="eos_scored"`` expects EOS up to ``answer_length``.)
+    Only the answer's tokens are eligible; padding is not attended to. To score the end of an answer
+    append the tokenizer's ``eos_id`` (up to ``answer_length`` for a network that was trained with
+    ``answer_padding="eos_scored"``).
 
     Args:
-        prompts: [N] of token ids; may be empty ones.
+        prompts: [N] of token ids; may be empty.
         answers: [N] of token ids; an empty one is a row without eligible tokens.
-        prompt_length: positions for the prompt.
-        answer_length: positions for the answer.
-        pad_id: id to fill up with.
+        prompt_length, answer_length: positions for prompt and answer.
+        pad_id: padding token.
         units: [N] characters of each answer; None: its number of tokens.
 
     Raises:
@@ -107,20 +105,16 @@ def score_answers(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> AnswerScores:
-    """Nats of each row's eligible tokens given the rest.
+    """Scores [N]: nats of each row's eligible tokens given the rest.
 
     Args:
-        evaluate: any estimator. For answers of a few tokens,
-            ``make_subset_likelihood(..., exact_when_short(rotated_counts(16), 7))``: one token
-            takes one pass and is exact.
+        evaluate: any estimator; for short answers
+            ``make_subset_likelihood(..., exact_when_short(rotated_counts(16), 7))``.
         params: parameters.
         key: typed key. The masks of a row depend on it and the row's number alone.
         rows: [N, L], of :func:`answer_rows` or of a dataset.
         batch_size: rows per forward pass.
         progress: called with the number of rows done.
-
-    Returns:
-        Scores [N].
     """
     result = evaluate(params, key, row_batches(rows, batch_size), progress)
     return spread_rows(result, len(rows.tokens))
@@ -137,23 +131,14 @@ def log_likelihood_ratios(
 ) -> PairedDifference:
     """``log p(second) - log p(first)`` of corresponding rows, on common subsets.
 
-    ``per_row_nats`` of the result estimates the ratio, exactly so under the conditions of
-    ``subset_likelihood``, else the difference of two bounds. How much sharing the subsets helps
-    depends on how much the rows share. Variances on ``models.toy``, four passes, with shared and
-    with independent subsets:
-
-        rows                          rotated_counts      harmonic_counts
-        (0,0,1,0) and (0,0,2,0)       0.165 and 0.477     0.233 and 3.536
-        (0,0,1,0) and (1,1,1,2)       0.905 and 0.794     0.747 and 4.148
+    ``per_row_nats`` of the result estimates the ratio, without bias under the conditions of
+    ``likelihood.subsets``, else the difference of two bounds. Common subsets help the more, the
+    more the rows have in common (``tests/unit/evaluation/test_answers.py`` has variances).
 
     Args:
-        evaluate: any estimator.
-        params: parameters.
-        key: typed key, for both.
+        evaluate, params, key, batch_size, progress: as for :func:`score_answers`.
         first: [N, L].
         second: [N, L], with the eligible positions of ``first``.
-        batch_size: rows per forward pass.
-        progress: called with the number of rows done, for both.
 
     Raises:
         ValueError: if the eligible positions differ: then no subset is common.

@@ -1,9 +1,8 @@
-"""Multiple choice: which of several answers the network finds most likely.
+"""Multiple choice: the most likely of several answers.
 
-All candidates of a question are scored on common noise: the masks depend on the question's number
-and, where candidates have the same length, are the same for them. The likelihoods are divided by
-nothing, by tokens or by characters (three rules that disagree, so the rule is always named), and
-the smallest wins.
+Candidates of a question are scored on common noise: their masks are a function of the question's
+number and of their length. What is compared is named, since the rules disagree: the negative
+log-likelihood, undivided or per token or per character.
 """
 
 import dataclasses
@@ -17,21 +16,21 @@ from mdm_jax.evaluation.answers import AnswerScores, Evaluate, answer_rows, row_
 from mdm_jax.types import Array, PyTree
 
 Rule = Callable[[AnswerScores], np.ndarray]
-"""Figure [R, Q, C] by which candidates are compared, smallest best; NaN where there is none."""
+"""Maps scores to the numbers [R, Q, C] compared, smallest best; NaN for no candidate."""
 
 
 def total_nats(scores: AnswerScores) -> np.ndarray:
-    """The likelihood itself; favours short answers."""
+    """The negative log-likelihood; favours short answers."""
     return scores.replicate_nats
 
 
 def nats_per_token(scores: AnswerScores) -> np.ndarray:
-    """Divided by the answer's tokens; depends on the tokenizer."""
+    """Nats per token; depends on the tokenizer."""
     return scores.replicate_nats / np.maximum(scores.tokens, 1)
 
 
 def nats_per_character(scores: AnswerScores) -> np.ndarray:
-    """Divided by the answer's characters (``units``); does not depend on the tokenizer.
+    """Nats per character (``units``); does not depend on the tokenizer.
 
     Raises:
         ValueError: if an answer with tokens has no characters.
@@ -43,17 +42,16 @@ def nats_per_character(scores: AnswerScores) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choices:
-    """What was chosen, and how often that was right.
+    """Chosen candidates and their accuracy.
 
-    A question whose smallest figure is shared by several candidates is a tie: ``chosen`` is the
-    first of them, and it counts as right with the probability of a fair draw among them.
+    In a tie ``chosen`` is the first candidate, and the credit that of a fair draw among the tied.
 
     Attributes:
-        rule: name of the figure compared.
+        rule: name of the rule.
         chosen: [Q] number of the chosen candidate.
-        ties: [Q] candidates that share the smallest figure; 1 where there is no tie.
-        credit: [Q] 1 for right, 0 for wrong, a fraction for a tie that includes the right answer.
-        margin: [Q] figure of the runner-up minus that of the chosen one; 0 for a tie.
+        ties: [Q] candidates with the smallest value; 1 where there is no tie.
+        credit: [Q] 1 for correct, 0 for wrong, a fraction for a tie with the correct answer.
+        margin: [Q] value of the runner-up minus that of the chosen one; 0 for a tie.
         margin_standard_error: [Q] its Monte Carlo error, paired over replicates.
         chance: accuracy of guessing.
     """
@@ -83,12 +81,12 @@ class Choices:
 
     @property
     def unsure_questions(self) -> int:
-        """Questions, ties left out, whose margin is within two Monte Carlo standard errors."""
+        """Questions without a tie whose margin is within two Monte Carlo standard errors."""
         unsure = self.margin <= 2 * self.margin_standard_error
         return int((unsure & (self.ties == 1)).sum())
 
     def to_dict(self) -> dict:
-        """JSON values; the choices themselves are left out."""
+        """JSON values without the choices themselves."""
         return {
             "rule": self.rule,
             "questions": len(self.credit),
@@ -122,22 +120,15 @@ def score_candidates(
     characters: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> AnswerScores:
-    """Nats of every candidate of every question.
+    """Scores [Q, C] of every candidate of every question, NaN beyond a question's candidates.
 
     Args:
-        evaluate: any estimator, see ``score_answers``.
-        params: parameters.
-        key: typed key.
+        evaluate, params, key, batch_size: as for ``score_answers``.
         prompts: [Q] of token ids.
-        candidates: for each question at least two answers, token ids; questions may differ in
-            their number.
-        batch_size: rows per forward pass.
+        candidates: for each question two or more answers, token ids.
         prompt_length, answer_length, pad_id: layout, see ``answer_rows``.
         characters: of each candidate; None: its number of tokens.
         progress: called with the number of rows done, of Q times the largest number of candidates.
-
-    Returns:
-        Scores [Q, C], NaN beyond a question's candidates.
 
     Raises:
         ValueError: for no question, fewer than two candidates, an empty candidate, or as
@@ -158,15 +149,15 @@ def score_candidates(
     if characters is None:
         characters = [[len(answer) for answer in answers] for answers in candidates]
     parts = []
-    # One stream of rows per place in the lists: row q is question q in each, hence common noise.
-    for place in range(width):
+    # One stream of rows per candidate number: row q is question q in each, hence common noise.
+    for number in range(width):
         rows = answer_rows(
             prompts,
-            [answers[place] if place < len(answers) else () for answers in candidates],
+            [answers[number] if number < len(answers) else () for answers in candidates],
             prompt_length=prompt_length,
             answer_length=answer_length,
             pad_id=pad_id,
-            units=[sizes[place] if place < len(sizes) else 0 for sizes in characters],
+            units=[sizes[number] if number < len(sizes) else 0 for sizes in characters],
         )
         result = evaluate(params, key, row_batches(rows, batch_size), progress)
         parts.append(spread_rows(result, len(prompts)))
@@ -182,11 +173,11 @@ def choose(scores: AnswerScores, correct: ArrayLike, rule: Rule = total_nats) ->
 
     Args:
         scores: [Q, C], of :func:`score_candidates`.
-        correct: [Q] number of the right candidate.
+        correct: [Q] number of the correct candidate.
         rule: ``total_nats``, ``nats_per_token``, ``nats_per_character``, or a function of yours.
 
     Raises:
-        ValueError: if a right candidate is not one of the question's.
+        ValueError: if a correct candidate is not one of the question's.
     """
     present, correct = scores.tokens > 0, np.asarray(correct)
     if correct.shape != present.shape[:1] or np.any((correct < 0) | (correct >= present.sum(1))):

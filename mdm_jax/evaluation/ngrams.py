@@ -1,15 +1,6 @@
-"""Rows of tokens as texts, and the n-grams in them.
+"""n-grams of generated texts: divergence from held-out text, entropy, distinct n-grams, self-BLEU.
 
-How far the n-grams of generated texts are from those of held-out ones.
-
-The divergence of two *samples* is positive even where they come from one law, the more so the
-fewer and the longer the n-grams. So each value comes with a reference of the same size: held-out
-texts in the place of the generated ones.
-
-How varied texts are: token entropy, distinct n-grams, self-BLEU.
-
-Every figure depends on how many texts there are and how long they are, so only sets of one size can
-be compared.
+All figures depend on the number and length of the texts: compare sets of one size only.
 """
 
 import math
@@ -21,6 +12,9 @@ from numpy.typing import ArrayLike
 
 from mdm_jax.estimates import standard_error_of_mean
 from mdm_jax.meter.nested import Estimate
+
+SMOOTHING = 0.1
+"""Matches assumed for an order without a match in BLEU (Chen & Cherry 2014, method 1)."""
 
 
 class Texts(NamedTuple):
@@ -44,16 +38,63 @@ class Ngrams(NamedTuple):
     """Occurrences of n-grams.
 
     Attributes:
-        number: [M] which n-gram; equal ones have equal numbers, 0 to the number of distinct ones.
-        row: [M] text that it occurs in.
+        number: [M] which n-gram, numbered from 0 without gaps.
+        row: [M] its text.
     """
 
     number: np.ndarray
     row: np.ndarray
 
 
+class NgramDivergence(NamedTuple):
+    """Jensen-Shannon divergence of n-gram frequencies, nats, in [0, log 2].
+
+    Attributes:
+        value: generated texts from one half of the held-out texts.
+        reference: the other half from the same half, which a perfect sampler would reach (samples
+            of one law diverge too); well below it means that held-out text was copied.
+        order: n.
+        texts: texts in each of the three sets.
+        ngrams: n-grams in the generated texts, the other half and the one half.
+    """
+
+    value: float
+    reference: float
+    order: int
+    texts: int
+    ngrams: tuple[int, int, int]
+
+
+class TokenEntropy(NamedTuple):
+    """Entropy of the tokens, nats.
+
+    Attributes:
+        per_text: mean over texts of the entropy of a text's own token frequencies; falls when texts
+            repeat themselves.
+        corpus: entropy of the frequencies in all texts together; the plug-in estimate is low by
+            about (K - 1) / (2 N) for N tokens of K kinds.
+    """
+
+    per_text: Estimate
+    corpus: float
+
+
+class SelfBleu(NamedTuple):
+    """Mean BLEU of each text against all others; 1 for identical texts.
+
+    Attributes:
+        value: in [0, 1].
+        order: longest n-grams.
+        texts: number of texts; more of them give a larger value.
+    """
+
+    value: float
+    order: int
+    texts: int
+
+
 def as_texts(tokens: ArrayLike, valid: ArrayLike | None = None) -> Texts:
-    """Tokens [N, L] and which of them count (all, if not given).
+    """Tokens [N, L] and the valid ones among them (default all).
 
     Raises:
         ValueError: if shapes are wrong, a token is negative or not an integer, or none is valid.
@@ -74,9 +115,7 @@ def as_texts(tokens: ArrayLike, valid: ArrayLike | None = None) -> Texts:
 
 
 def ngrams(sets: Sequence[Texts], order: int) -> list[Ngrams]:
-    """The n-grams of each set of texts, numbered alike in all sets.
-
-    An n-gram is ``order`` neighbouring valid tokens of one row.
+    """n-grams (``order`` neighbouring valid tokens of a row) of each set, in one numbering.
 
     Raises:
         ValueError: for an order below 1.
@@ -85,52 +124,20 @@ def ngrams(sets: Sequence[Texts], order: int) -> list[Ngrams]:
         raise ValueError(f"the order of n-grams must be at least 1, got {order}")
     size = 1 + max(int(texts.tokens.max()) for texts in sets)
     numbers = [texts.tokens for texts in sets]
-    whole = [texts.valid for texts in sets]
+    complete = [texts.valid for texts in sets]
     for last in range(1, order):
-        # A gram is known by the number of all but its last token, and that token.
+        # An n-gram is numbered by the number of its first n - 1 tokens, and its last token.
         numbers = [
-            found[:, : max(texts.tokens.shape[1] - last, 0)] * size + texts.tokens[:, last:]
-            for found, texts in zip(numbers, sets)
+            prefix[:, : max(texts.tokens.shape[1] - last, 0)] * size + texts.tokens[:, last:]
+            for prefix, texts in zip(numbers, sets)
         ]
-        whole = [
-            found[:, : max(texts.tokens.shape[1] - last, 0)] & texts.valid[:, last:]
-            for found, texts in zip(whole, sets)
+        complete = [
+            prefix[:, : max(texts.tokens.shape[1] - last, 0)] & texts.valid[:, last:]
+            for prefix, texts in zip(complete, sets)
         ]
-        numbers = _renumber(numbers, whole)
-    numbers = _renumber(numbers, whole)
-    return [Ngrams(number[there], np.nonzero(there)[0]) for number, there in zip(numbers, whole)]
-
-
-def _renumber(numbers: list[np.ndarray], whole: list[np.ndarray]) -> list[np.ndarray]:
-    """The same numbers from 0 up without gaps, 0 where there is no whole n-gram."""
-    found = np.concatenate([number[there] for number, there in zip(numbers, whole)])
-    _, compact = np.unique(found, return_inverse=True)
-    cuts = np.cumsum([there.sum() for there in whole])[:-1]
-    out = []
-    for there, part in zip(whole, np.split(compact, cuts)):
-        filled = np.zeros(there.shape, np.int64)
-        filled[there] = part
-        out.append(filled)
-    return out
-
-
-class NgramDivergence(NamedTuple):
-    """Jensen-Shannon divergence of n-gram frequencies, nats, in [0, log 2].
-
-    Attributes:
-        value: generated texts against one half of the held-out ones.
-        reference: the other half against the same one; where a perfect sampler would end up. A
-            little above it is good, well below it means that held-out text was copied.
-        order: n.
-        texts: number of texts in each of the three sets.
-        ngrams: n-grams in the generated, the other and the one half.
-    """
-
-    value: float
-    reference: float
-    order: int
-    texts: int
-    ngrams: tuple[int, int, int]
+        numbers = _renumber(numbers, complete)
+    numbers = _renumber(numbers, complete)
+    return [Ngrams(number[mask], np.nonzero(mask)[0]) for number, mask in zip(numbers, complete)]
 
 
 def ngram_divergence(
@@ -141,17 +148,16 @@ def ngram_divergence(
     valid: ArrayLike | None = None,
     held_out_valid: ArrayLike | None = None,
 ) -> NgramDivergence:
-    """Divergence of generated texts from held-out ones, and its reference.
+    """Divergence of generated from held-out texts, beside that of held-out texts themselves.
 
-    The held-out texts at even places are compared with; those at odd places give the reference. All
-    three sets are cut to the same number of texts, the first of each.
+    Even held-out texts are compared with, odd ones give the reference; all three sets have the same
+    number of texts.
 
     Args:
         tokens: [N, L] generated.
         held_out: [M, L'] texts of the same tokenizer, M >= 2, best of the same length.
         order: n.
-        valid: [N, L] bool; all if not given.
-        held_out_valid: [M, L'] bool; all if not given.
+        valid, held_out_valid: bool, like the tokens; default all.
 
     Raises:
         ValueError: if shapes are wrong, no token is valid, there are fewer than two held-out texts
@@ -161,17 +167,22 @@ def ngram_divergence(
     if len(held_out.tokens) < 2:
         raise ValueError("a reference needs at least two held-out texts, got one")
     count = min(len(generated.tokens), len(held_out.tokens) // 2)
-    one, other = (Texts(*(field[half::2] for field in held_out)) for half in (0, 1))
-    sets = [Texts(*(field[:count] for field in texts)) for texts in (generated, other, one)]
-    found = ngrams(sets, order)
-    size = 1 + max((int(part.number.max()) for part in found if len(part.number)), default=0)
-    mine, theirs, base = (_frequencies(part, size) for part in found)
+    even, odd = (Texts(*(field[half::2] for field in held_out)) for half in (0, 1))
+    sets = [Texts(*(field[:count] for field in texts)) for texts in (generated, odd, even)]
+    grams = ngrams(sets, order)
+    size = 1 + max((int(part.number.max()) for part in grams if len(part.number)), default=0)
+    frequencies = [
+        np.bincount(part.number, minlength=size) / len(part.number)
+        if len(part.number)
+        else np.full(size, np.nan)
+        for part in grams
+    ]
     return NgramDivergence(
-        jensen_shannon(mine, base),
-        jensen_shannon(theirs, base),
+        jensen_shannon(frequencies[0], frequencies[2]),
+        jensen_shannon(frequencies[1], frequencies[2]),
         order,
         count,
-        tuple(len(part.number) for part in found),
+        tuple(len(part.number) for part in grams),
     )
 
 
@@ -187,86 +198,48 @@ def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
     return max(0.0, float(sum(term.sum() for term in terms)) / 2)
 
 
-def _frequencies(found: Ngrams, size: int) -> np.ndarray:
-    counts = np.bincount(found.number, minlength=size).astype(np.float64)
-    return counts / len(found.number) if len(found.number) else np.full(size, np.nan)
-
-
-SMOOTHING = 0.1
-"""Matches that an order without a match is given in BLEU (Chen & Cherry 2014, method 1)."""
-
-
-class TokenEntropy(NamedTuple):
-    """Entropy of the tokens, nats.
-
-    Attributes:
-        per_text: mean over texts of the entropy of the text's own token frequencies. Falls when
-            texts repeat themselves; at most the logarithm of the text's length.
-        corpus: entropy of the frequencies in all texts together. The plug-in estimate is low by
-            about (K - 1) / (2 N) for N tokens of K kinds.
-    """
-
-    per_text: Estimate
-    corpus: float
-
-
-class SelfBleu(NamedTuple):
-    """Mean BLEU of each text against all others; 1 for identical texts.
-
-    Attributes:
-        value: in [0, 1].
-        order: longest n-grams.
-        texts: number of texts compared; more of them give a larger value.
-    """
-
-    value: float
-    order: int
-    texts: int
-
-
 def token_entropy(tokens: ArrayLike, valid: ArrayLike | None = None) -> TokenEntropy:
     """Entropy of token frequencies, within texts and over all.
 
-    A low value next to a low generative perplexity means repetition, not quality.
+    Low entropy beside a low generative perplexity means repetition, not quality.
 
     Args:
         tokens: [N, L].
-        valid: [N, L] bool; all if not given. Texts without tokens are left out.
+        valid: [N, L] bool; default all. Texts without tokens are left out.
 
     Raises:
         ValueError: if shapes are wrong or no token is valid.
     """
     texts = as_texts(tokens, valid)
-    (found,) = ngrams([texts], 1)
-    corpus = _entropy(np.bincount(found.number))
-    entropies = [
-        _entropy(np.unique(row[there], return_counts=True)[1])
-        for row, there in zip(*texts)
-        if there.any()
-    ]
-    entropies = np.array(entropies)
-    return TokenEntropy(
-        Estimate(float(entropies.mean()), standard_error_of_mean(entropies)), corpus
+    (grams,) = ngrams([texts], 1)
+    entropies = np.array(
+        [
+            _entropy(np.unique(row[mask], return_counts=True)[1])
+            for row, mask in zip(*texts)
+            if mask.any()
+        ]
     )
+    mean = Estimate(float(entropies.mean()), standard_error_of_mean(entropies))
+    return TokenEntropy(mean, _entropy(np.bincount(grams.number)))
 
 
 def distinct_ngrams(tokens: ArrayLike, order: int, valid: ArrayLike | None = None) -> float:
     """Distinct n-grams over all n-grams of the set ("distinct-n", Li et al. 2016).
 
-    In (0, 1]; NaN where no text is long enough. Falls as the set grows.
+    In (0, 1], falling with the size of the set; NaN where no text is long enough.
 
     Args:
         tokens: [N, L].
         order: n.
-        valid: [N, L] bool; all if not given.
+        valid: [N, L] bool; default all.
 
     Raises:
         ValueError: if shapes are wrong, no token is valid or the order is below 1.
     """
-    (found,) = ngrams([as_texts(tokens, valid)], order)
-    if not len(found.number):
+    (grams,) = ngrams([as_texts(tokens, valid)], order)
+    if not len(grams.number):
         return math.nan
-    return (int(found.number.max()) + 1) / len(found.number)
+    return (int(grams.number.max()) + 1) / len(grams.number)
 
 
 def self_bleu(
@@ -278,19 +251,17 @@ def self_bleu(
 ) -> SelfBleu:
     """BLEU of each text with all others as references, averaged (Zhu et al. 2018).
 
-    BLEU as defined by Papineni et al. 2002: the geometric mean, with equal weights over the orders
-    1 to n, of the n-gram precisions clipped at the largest count in one reference, times the
-    brevity penalty ``exp(min(0, 1 - r / c))`` for a text of length c and the closest reference
-    length r, the shorter of two. An order without a match counts ``SMOOTHING`` matches; orders that
-    the text is too short for are left out.
-
-    The cost is that of sorting the n-grams, not of comparing all pairs of texts.
+    BLEU as in Papineni et al. 2002: geometric mean over orders 1 to n of the n-gram precisions,
+    clipped at the largest count in one reference, times the brevity penalty
+    ``exp(min(0, 1 - r / c))`` for a text of length c and the closest reference length r, the
+    shorter of two. Orders without a match count ``SMOOTHING`` matches; orders that a text is too
+    short for are left out. The cost is that of sorting the n-grams.
 
     Args:
         tokens: [N, L].
-        valid: [N, L] bool; all if not given. Texts without tokens are left out.
+        valid: [N, L] bool; default all. Texts without tokens are left out.
         order: n.
-        max_texts: take the first so many texts; None for all.
+        max_texts: use the first so many texts; None for all.
 
     Raises:
         ValueError: if shapes are wrong, the order is below 1 or fewer than two texts have tokens.
@@ -305,23 +276,33 @@ def self_bleu(
     log_precision, orders = np.zeros(len(kept)), np.zeros(len(kept))
     for n in range(1, order + 1):
         matches, total = _clipped_matches(texts, n)
-        there = total > 0
         share = np.where(matches > 0, matches, SMOOTHING) / np.maximum(total, 1)
-        log_precision += np.where(there, np.log(share), 0.0)
-        orders += there
+        log_precision += np.where(total > 0, np.log(share), 0.0)
+        orders += total > 0
     length = texts.lengths
     brevity = np.minimum(0.0, 1 - _closest_other(length) / length)
     bleu = np.exp(log_precision / orders + brevity)
     return SelfBleu(float(bleu.mean()), order, len(kept))
 
 
+def _renumber(numbers: list[np.ndarray], complete: list[np.ndarray]) -> list[np.ndarray]:
+    """The same numbers from 0 up without gaps; 0 where there is no complete n-gram."""
+    used = np.concatenate([number[mask] for number, mask in zip(numbers, complete)])
+    _, compact = np.unique(used, return_inverse=True)
+    cuts = np.cumsum([mask.sum() for mask in complete])[:-1]
+    out = [np.zeros(mask.shape, np.int64) for mask in complete]
+    for filled, mask, part in zip(out, complete, np.split(compact, cuts)):
+        filled[mask] = part
+    return out
+
+
 def _clipped_matches(texts: Texts, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """[N] n-grams of each text found in the others, with multiplicity, and [N] n-grams it has."""
-    (found,) = ngrams([texts], order)
+    """[N] n-grams of each text that occur in the others, with multiplicity, and [N] its n-grams."""
+    (grams,) = ngrams([texts], order)
     rows = len(texts.tokens)
-    pairs, count = np.unique(found.number * rows + found.row, return_counts=True)
+    pairs, count = np.unique(grams.number * rows + grams.row, return_counts=True)
     gram, row = pairs // rows, pairs % rows
-    # The two largest counts of each n-gram say the largest in any other text.
+    # The two largest counts of each n-gram give the largest in any other text.
     by_count = np.lexsort((-count, gram))
     first = by_count[np.r_[True, np.diff(gram[by_count]) > 0]] if len(pairs) else by_count
     rank = np.arange(len(pairs)) - np.searchsorted(gram[by_count], gram[by_count])
@@ -330,11 +311,11 @@ def _clipped_matches(texts: Texts, order: int) -> tuple[np.ndarray, np.ndarray]:
     runner_up[gram[second]] = count[second]
     limit = np.where(first[gram] == np.arange(len(pairs)), runner_up[gram], count[first[gram]])
     matches = np.bincount(row, np.minimum(count, limit), minlength=rows)
-    return matches, np.bincount(found.row, minlength=rows)
+    return matches, np.bincount(grams.row, minlength=rows)
 
 
 def _closest_other(length: np.ndarray) -> np.ndarray:
-    """[N] of each text, the length closest to its own among the others; the shorter of two."""
+    """[N] the length closest to a text's own among the others; the shorter of two."""
     kinds, which, count = np.unique(length, return_inverse=True, return_counts=True)
     padded = np.r_[-np.inf, kinds.astype(np.float64), np.inf]
     shorter, longer = padded[:-2], padded[2:]

@@ -1,9 +1,8 @@
-"""Differences of two likelihoods that were measured on common noise.
+"""Differences of two likelihoods on common noise.
 
-Two networks that see the same masks make errors of the same sign on them, so the difference of two
-bounds is far more certain than either. What is subtracted row by row can be two checkpoints on one
-data set, or one network on two sets of rows that correspond: then the differences are estimates of
-log-likelihood ratios.
+Two networks with the same masks have correlated errors, so the difference of their bounds is far
+more certain than either bound. Rows are subtracted one by one: two checkpoints on one data set, or
+one network on two corresponding sets of rows (log-likelihood ratios).
 """
 
 import dataclasses
@@ -22,13 +21,12 @@ from mdm_jax.types import Array, Batch, PyTree
 class PairedDifference:
     """First minus second, nats: positive where the second is more likely.
 
-    ``standard_error_*`` is the Monte Carlo error from the spread of the paired differences over
-    replicates, ``data_standard_error_*`` their spread over rows. ``unpaired_*`` are what the errors
-    would be if the two had been measured with independent noise, on different rows.
+    ``standard_error_*`` is the Monte Carlo error of the paired differences (over replicates),
+    ``data_standard_error_*`` their error over rows; ``unpaired_*`` are the errors that independent
+    noise and different rows would have.
 
     Attributes:
-        first: one likelihood.
-        second: the other, of the same rows on the same noise.
+        first, second: likelihoods of the same rows on the same noise.
     """
 
     first: Likelihood
@@ -41,11 +39,7 @@ class PairedDifference:
 
     @property
     def per_row_nats(self) -> np.ndarray:
-        """[N] difference of each scored row.
-
-        Of one network on corresponding rows x (first) and y (second) it estimates
-        ``log p(y) - log p(x)``.
-        """
+        """[N] difference of each row; ``log p(second) - log p(first)`` for one network."""
         return self.replicate_row_nats.mean(0)
 
     @property
@@ -81,23 +75,23 @@ class PairedDifference:
 
     @property
     def unpaired_standard_error_nats_per_token(self) -> float:
-        """Monte Carlo standard error of two independent measurements' difference."""
+        """Monte Carlo standard error of the difference under independent noise."""
         return math.hypot(*(r.standard_error_nats_per_token for r in (self.first, self.second)))
 
     @property
     def unpaired_data_standard_error_nats_per_token(self) -> float:
-        """Standard error over rows, if each had been measured on rows of its own."""
+        """Standard error of the difference under different rows."""
         both = (self.first, self.second)
         return math.hypot(*(r.data_standard_error_nats_per_token for r in both))
 
     @property
     def rows_won_by_second(self) -> Estimate:
-        """Share of the rows on which the second is more likely, ties counted half."""
+        """Share of the rows on which the second is more likely; ties count half."""
         won = 0.5 + 0.5 * np.sign(self.per_row_nats)
         return Estimate(float(won.mean()), standard_error_of_mean(won))
 
     def to_dict(self) -> dict:
-        """Everything but the per-row arrays as JSON values; undefined numbers become None."""
+        """JSON values without the per-row arrays; undefined numbers are None."""
         names = ("nats", "nats_per_token", "standard_error_nats", "standard_error_nats_per_token")
         names += ("data_standard_error_nats_per_token", "unpaired_standard_error_nats_per_token")
         names += ("unpaired_data_standard_error_nats_per_token",)
@@ -129,19 +123,17 @@ class PairedDifference:
 
 
 def paired_difference(first: Likelihood, second: Likelihood) -> PairedDifference:
-    """First minus second, of two results made with *one key* by one estimator.
+    """First minus second, of two results of one estimator and *one key*.
 
-    A result whose replicates all agree has no noise to share: it (the exact likelihood of an
-    autoregressive model, say) can be paired with that of another estimator. Otherwise what the
-    results say about themselves is checked. That the key was the same cannot be, beyond the number
-    of tokens each masked; :func:`compare_parameters` leaves no room for the mistake.
+    An exact result (all replicates agree) can be paired with that of another estimator. That the
+    keys agree is checked only by the number of masked tokens; :func:`compare_parameters` is safe.
 
     Raises:
-        ValueError: naming what differs: scored rows, tokens per row or replicates, and, if both
-            have noise, passes or the masked tokens by level (which tell keys and designs apart).
+        ValueError: naming what differs: rows, tokens per row or replicates, and, if both have
+            noise, passes or the masked tokens by level.
     """
     same = [
-        ("the scored rows", first.row_index, second.row_index),
+        ("the rows", first.row_index, second.row_index),
         ("the eligible tokens of each row", first.row_tokens, second.row_tokens),
         ("the number of replicates", [first.replicates], [second.replicates]),
     ]
@@ -150,10 +142,10 @@ def paired_difference(first: Likelihood, second: Likelihood) -> PairedDifference
             ("the number of passes", [first.passes], [second.passes]),
             ("the masked tokens by level", first.levels.targets, second.levels.targets),
         ]
-    for what, mine, other in same:
-        if not np.array_equal(mine, other):
+    for what, one, other in same:
+        if not np.array_equal(one, other):
             raise ValueError(
-                f"the two results cannot be paired, {what} differ: {_short(mine)} and "
+                f"the two results cannot be paired, {what} differ: {_short(one)} and "
                 f"{_short(other)}; evaluate both with one estimator, one key and the same rows"
             )
     return PairedDifference(first, second)
@@ -167,13 +159,11 @@ def compare_parameters(
     batches: Iterable[Batch],
     progress: Callable[[int], None] | None = None,
 ) -> PairedDifference:
-    """Two checkpoints on the same rows and masks.
+    """Two checkpoints of one network on the same rows and masks.
 
     Args:
-        evaluate: ``evaluate(params, key, batches, progress) -> Likelihood``, such as
-            ``make_likelihood`` gives.
-        first: parameters.
-        second: parameters of the same network.
+        evaluate: ``evaluate(params, key, batches, progress) -> Likelihood``.
+        first, second: parameters.
         key: typed key.
         batches: read twice, so a sequence, not an iterator.
         progress: called as in ``evaluate``, for both.

@@ -1,8 +1,7 @@
-"""How far drawn pictures are from held-out ones: a distance between their principal components.
+"""Frechet distance between generated and held-out pictures in principal components.
 
-No pretrained network is asked, so numbers are comparable between runs on one data set and with
-nothing else. A distance between finite samples is positive even between two halves of the data;
-report that floor beside it.
+Without a pretrained network, so comparable only between runs on one data set. Finite samples of one
+law have a positive distance too: report that between two halves of the data beside it.
 """
 
 from typing import NamedTuple
@@ -14,7 +13,7 @@ class PrincipalSpace(NamedTuple):
     """An affine map to the leading principal components.
 
     Attributes:
-        mean: [L] of the rows it was fitted on.
+        mean: [L] of the fitted rows.
         basis: [L, k] orthonormal columns, by falling variance.
     """
 

@@ -1,12 +1,7 @@
-"""Perplexity of generated texts under a model that did not write them.
+"""Quality and diversity of generated texts, always together.
 
-Any callable will do; a network of ours becomes one by :func:`likelihood_score`. It never comes
-without the token entropy, since the perplexity of repetition is low too.
-
-Quality and diversity of generated texts, measured together.
-
-No figure means anything alone: greedy and repetitive texts have a low generative perplexity, random
-ones a high entropy. :class:`TextQuality` keeps them side by side.
+Greedy and repetitive texts have a low generative perplexity, random ones a high entropy: neither
+figure means anything alone.
 """
 
 import dataclasses
@@ -32,11 +27,11 @@ from mdm_jax.types import Array, Batch, PyTree
 
 Score = Callable[[np.ndarray, np.ndarray], ArrayLike]
 """``score(tokens [B, L] int32, documents [B, L] int32) -> nats [B]``: -log p of each row's tokens
-with a positive document under a model that did not generate them. Documents are 0 on padding."""
+under a model that did not generate them. Documents are positive, and 0 on padding."""
 
 
 class GenerativePerplexity(NamedTuple):
-    """What another model thinks of the texts, next to their entropy.
+    """Perplexity of texts under another model, with their entropy.
 
     Attributes:
         perplexity: ``exp(nats_per_token)``.
@@ -59,10 +54,10 @@ def generative_perplexity(
     """Perplexity and token entropy of generated texts.
 
     Args:
-        score: nats of each row, see ``Score``.
+        score: see ``Score``.
         tokens: [N, L].
-        valid: [N, L] bool; all if not given.
-        batch_size: rows per call; the last is filled up with rows of document 0.
+        valid: [N, L] bool; default all.
+        batch_size: rows per call; the last batch is padded with rows of document 0.
 
     Raises:
         ValueError: if shapes are wrong, no token is valid, batch_size is below 1, or the score is
@@ -78,15 +73,14 @@ def generative_perplexity(
     nats = []
     for start in range(0, len(padded), batch_size):
         part = slice(start, start + batch_size)
-        found = np.asarray(score(padded[part], documents[part]), np.float64)
-        if found.shape != (batch_size,):
+        row_nats = np.asarray(score(padded[part], documents[part]), np.float64)
+        if row_nats.shape != (batch_size,):
             raise ValueError(
-                f"the score must be one number per row, [{batch_size}], got {found.shape}"
+                f"the score must be one number per row, [{batch_size}], got {row_nats.shape}"
             )
-        nats.append(found)
-    nats = np.concatenate(nats)[:rows]
-    scored = texts.lengths > 0
-    nats, size = nats[scored], texts.lengths[scored]
+        nats.append(row_nats)
+    filled = texts.lengths > 0
+    nats, size = np.concatenate(nats)[:rows][filled], texts.lengths[filled]
     if not np.all(np.isfinite(nats)):
         raise ValueError(
             f"the score of {int((~np.isfinite(nats)).sum())} texts is not finite; a perplexity "
@@ -104,9 +98,9 @@ def generative_perplexity(
 
 
 def likelihood_score(evaluate: Evaluate, params: PyTree, key: Array | None = None) -> Score:
-    """A likelihood as a score: ``make_next_token_likelihood`` gives an exact one.
+    """A likelihood as a score; exact for ``make_next_token_likelihood``.
 
-    With an estimator that draws masks the perplexity is noisy and, of a bound, too high.
+    With an estimator that draws masks the perplexity is noisy and, being a bound, too high.
 
     Args:
         evaluate: ``evaluate(params, key, batches) -> Likelihood``.
@@ -126,11 +120,10 @@ def likelihood_score(evaluate: Evaluate, params: PyTree, key: Array | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class TextQuality:
-    """Figures of one set of texts; those that were not asked for are None or empty.
+    """Figures of one set of texts; None or empty where not measured.
 
     Attributes:
-        texts: number of texts.
-        tokens: number of tokens.
+        texts, tokens: how many there are.
         entropy: of the tokens, nats.
         distinct: distinct n-grams over all n-grams, by n.
         self_bleu: BLEU of each text against the others.
@@ -147,7 +140,7 @@ class TextQuality:
     perplexity: GenerativePerplexity | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat JSON values; undefined numbers become None."""
+        """Flat JSON values; undefined numbers are None."""
         per_text = self.entropy.per_text
         values: dict[str, Any] = {
             "texts": self.texts,
@@ -214,13 +207,13 @@ def measure_text_quality(
 
     Args:
         tokens: [N, L].
-        valid: [N, L] bool, false from the end of a text on; all if not given.
-        held_out: [M, L'] texts to compare the n-grams with; if not given there is no divergence.
-        held_out_valid: [M, L'] bool; all if not given.
-        score: another model, for the generative perplexity; none if not given.
+        valid: [N, L] bool, false after the end of a text; default all.
+        held_out: [M, L'] texts for the n-gram divergence; None for no divergence.
+        held_out_valid: [M, L'] bool; default all.
+        score: another model, for the generative perplexity; None for none.
         orders: n of distinct n-grams and of the divergence.
         bleu_order: n of self-BLEU, which needs at least two texts.
-        max_bleu_texts: take the first so many texts for self-BLEU; None for all.
+        max_bleu_texts: use the first so many texts for self-BLEU; None for all.
         batch_size: rows per call of ``score``.
 
     Raises:
@@ -228,12 +221,10 @@ def measure_text_quality(
     """
     texts = as_texts(tokens, valid)
     several = np.count_nonzero(texts.lengths) > 1
-    divergence = {}
-    if held_out is not None:
-        for n in orders:
-            divergence[n] = ngram_divergence(
-                tokens, held_out, n, valid=valid, held_out_valid=held_out_valid
-            )
+    divergence = {
+        n: ngram_divergence(tokens, held_out, n, valid=valid, held_out_valid=held_out_valid)
+        for n in (orders if held_out is not None else ())
+    }
     perplexity = None
     if score is not None:
         perplexity = generative_perplexity(score, tokens, valid, batch_size=batch_size)

@@ -1,12 +1,10 @@
-"""Likelihood of texts longer than the context, scored in overlapping windows.
+"""Likelihood of texts longer than the context, in overlapping windows.
 
-The first window scores all its tokens; each later one begins ``stride`` tokens on and scores only
-those that no earlier window did, with the tokens before them visible. So no token is scored twice,
-and every token outside the first window has at least ``window - stride`` tokens of left context.
-
-By the chain rule the sum over windows is a bound on ``-log p`` of the whole text under a model that
-forgets what lies further back. It falls with the overlap, at the price of more windows, so two
-numbers can only be compared at the same window and stride: the result states both.
+The first window scores all its tokens, each later one begins ``stride`` tokens on and scores those
+that no earlier window did. So every token counts once, and after the first window it has at least
+``window - stride`` tokens of left context. By the chain rule the sum over windows bounds ``-log p``
+of the text under a model with that context. It falls with the overlap: compare at one window and
+stride only.
 """
 
 import dataclasses
@@ -27,9 +25,9 @@ class Windows(NamedTuple):
     """Texts cut into windows.
 
     Attributes:
-        rows: [W, window] the windows as a batch; eligible are the tokens that each scores.
-        text: [W] number of the text that each is part of.
-        start: [W] place of its first token in the text.
+        rows: [W, window] the windows; eligible are the tokens that a window scores.
+        text: [W] number of its text.
+        start: [W] position of its first token in the text.
         window: tokens of a window.
         stride: tokens between the starts of consecutive windows.
     """
@@ -46,9 +44,9 @@ class WindowedLikelihood:
     """A bound on the negative log-likelihood of long texts.
 
     Attributes:
-        likelihood: of the windows. Its standard errors over rows take windows as independent,
-            which those of one text are not; the one here takes texts.
-        row_text: [N] text of each scored window.
+        likelihood: of the windows. Its errors over rows treat windows as independent, which those
+            of one text are not; the errors here are over texts.
+        row_text: [N] text of each window.
         window: tokens of a window.
         stride: tokens between the starts of consecutive windows.
     """
@@ -60,17 +58,17 @@ class WindowedLikelihood:
 
     @property
     def text_nats(self) -> np.ndarray:
-        """[texts] bound of each text, nats; 0 for one without scored tokens."""
+        """[texts] bound of each text, nats; 0 for one without eligible tokens."""
         return np.bincount(self.row_text, self.likelihood.per_row_nats)
 
     @property
     def text_tokens(self) -> np.ndarray:
-        """[texts] scored tokens of each text."""
+        """[texts] eligible tokens of each text."""
         return np.bincount(self.row_text, self.likelihood.row_tokens).astype(np.int64)
 
     @property
     def texts(self) -> int:
-        """Number of texts with scored tokens."""
+        """Number of texts with eligible tokens."""
         return int(np.count_nonzero(self.text_tokens))
 
     @property
@@ -85,10 +83,8 @@ class WindowedLikelihood:
 
     def to_dict(self) -> dict:
         """JSON values: those of the likelihood, window, stride, and errors by text."""
-        token, unit = (
-            self.data_standard_error_nats_per_token,
-            self.data_standard_error_bits_per_unit,
-        )
+        token = self.data_standard_error_nats_per_token
+        unit = self.data_standard_error_bits_per_unit
         return self.likelihood.to_dict() | {
             "texts": self.texts,
             "window": self.window,
@@ -124,21 +120,20 @@ def sliding_windows(
     eligible: Sequence[ArrayLike] | None = None,
     character_counts: ArrayLike | None = None,
 ) -> Windows:
-    """Cuts texts of any length into windows; the last one of a text ends where the text ends.
+    """Cuts texts of any length into windows; the last one ends where the text ends.
 
     Args:
         texts: token ids of each text.
         window: L, the context of the network.
-        stride: 1 <= stride <= window; ``window`` for windows without overlap.
-        pad_id: id to fill up texts shorter than a window.
-        eligible: of each text, which tokens are scored at all (not those of a prompt); all of them
-            if not given. Windows that score nothing are left out.
-        character_counts: [K] characters of each token id, for bits per character; if not given a
-            token counts as one unit.
+        stride: 1 <= stride <= window; ``window`` for no overlap.
+        pad_id: padding of texts shorter than a window.
+        eligible: of each text, the tokens to score (not a prompt, say); default all. Windows
+            without any are left out.
+        character_counts: [K] characters of each token id; default one unit per token.
 
     Raises:
-        ValueError: if the sizes are out of range, masks and texts do not match, or there is nothing
-            to score.
+        ValueError: if a size is out of range, masks and texts do not match, or no token is
+            eligible.
     """
     if not 1 <= stride <= window:
         raise ValueError(
@@ -181,15 +176,10 @@ def score_windows(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> WindowedLikelihood:
-    """The bound of the texts by any estimator.
+    """The bound of the texts by any estimator; other arguments as for ``score_answers``.
 
     Args:
-        evaluate: ``evaluate(params, key, batches, progress) -> Likelihood``.
-        params: parameters.
-        key: typed key.
         windows: of :func:`sliding_windows`.
-        batch_size: windows per forward pass.
-        progress: called with the number of windows done.
     """
     result = evaluate(params, key, row_batches(windows.rows, batch_size), progress)
     text = windows.text[result.row_index]

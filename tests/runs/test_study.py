@@ -1,7 +1,6 @@
 """The stability study: its plan, its accounting, its statistics, and a suite killed and resumed."""
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -22,88 +21,12 @@ from experiments.study import runs as study_runs
 from experiments.study import table as study_table
 from experiments.study.runs import Run
 from experiments.study.suites import METHODS, SUITES, Suite, Task, tuning
-from mdm_jax import evaluation as mdm_jax_evaluation
 from mdm_jax import rng
-from mdm_jax.evaluation import seeds as evaluation_seeds
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.build import transform
 from mdm_jax.launch.workdir import WorkdirError, claim
 
 ROOT = pathlib.Path("study")
-
-
-# --- bootstrap
-
-
-def test_all_resamples_of_three_values():
-    picks, probability = evaluation_seeds.resampled(3)
-    assert len(picks) == math.comb(5, 3) and probability.sum() == pytest.approx(1, abs=1e-14)
-    assert dict(zip(map(tuple, picks), probability))[(0, 1, 2)] == pytest.approx(6 / 27)
-    assert dict(zip(map(tuple, picks), probability))[(1, 1, 2)] == pytest.approx(3 / 27)
-
-
-@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])
-def test_the_interval_is_that_of_all_ordered_resamples(coverage):
-    values = np.array([0.3, -1.0, 2.5, 0.7])
-    means = np.sort([np.mean(c) for c in itertools.product(values, repeat=4)])  # 256 equally likely
-    tail = (1 - coverage) / 2
-    ends = [means[math.ceil(p * 256 - 1e-9) - 1] for p in (tail, 1 - tail)]
-    assert evaluation_seeds.bootstrap_interval(values, coverage=coverage) == pytest.approx(
-        ends, abs=1e-12
-    )
-
-
-def test_the_bootstrap_mean_has_the_closed_form_spread():
-    """Mean of the values, and their variance with ddof 0 over N."""
-    values = np.random.default_rng(0).normal(size=5)
-    picks, probability = evaluation_seeds.resampled(5)
-    means = values[picks].mean(1)
-    assert probability @ means == pytest.approx(values.mean())
-    assert probability @ (means - values.mean()) ** 2 == pytest.approx(values.var() / 5)
-
-
-def test_drawn_resamples_agree_with_normal_quantiles():
-    values = np.random.default_rng(1).normal(size=400)
-    low, high = evaluation_seeds.bootstrap_interval(values, resamples=4000)
-    reach = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.012)
-    assert (low, high) == evaluation_seeds.bootstrap_interval(values, resamples=4000)
-
-
-def test_another_statistic_and_a_single_value():
-    values = [1.0, 2.0, 4.0]
-    found = evaluation_seeds.bootstrap_interval(values, lambda s: s.max(1), coverage=0.9)
-    assert found == (2.0, 4.0)  # P(max = 1) = 1/27 < 0.05
-    assert evaluation_seeds.bootstrap_interval([3.0]) == (3.0, 3.0)
-
-
-def test_pairing_takes_out_what_seeds_share():
-    shared = np.array([0.1, 0.9, 0.4, 0.7, 0.2])
-    found = evaluation_seeds.paired_seeds(shared + [0.02, 0.03, 0.02, 0.04, 0.03], shared)
-    assert found.mean == pytest.approx(0.028)
-    assert found.standard_error == pytest.approx(np.std([2, 3, 2, 4, 3], ddof=1) / 100 / 5**0.5)
-    reach = 2.7764451051977987 * found.standard_error  # Student's 0.975 quantile, 4 degrees
-    assert found.student == pytest.approx((0.028 - reach, 0.028 + reach))
-    assert found.bootstrap == pytest.approx((0.022, 0.034), abs=1e-9)
-    assert found.sign_flips == 2 / 32 and found.significant
-
-
-def test_no_difference_is_not_significant():
-    found = evaluation_seeds.paired_seeds([1.0, 2.0], [1.0, 2.0])
-    assert found.mean == 0 and found.sign_flips == 1 and not found.significant
-    one = evaluation_seeds.paired_seeds([1.0], [0.5])
-    assert one.to_dict()["standard_error"] is None and not one.significant
-    assert evaluation_seeds.sign_flip_probability([1.0, -0.5, 0.1]) == pytest.approx(6 / 8)
-
-
-@pytest.mark.parametrize("values, hint", [([], "finite"), ([1.0, math.nan], "finite")])
-def test_a_bootstrap_of_nothing_is_refused(values, hint):
-    with pytest.raises(ValueError, match=hint):
-        evaluation_seeds.bootstrap_interval(values)
-    with pytest.raises(ValueError, match="coverage"):
-        evaluation_seeds.bootstrap_interval([1.0], coverage=1.0)
-    with pytest.raises(ValueError, match="per seed"):
-        evaluation_seeds.paired_seeds([1.0, 2.0], [1.0])
 
 
 # --- plan and accounting
@@ -289,12 +212,6 @@ def test_a_ratio_has_a_star_where_one_of_its_parts_had_not_settled(method, part)
 
 
 def test_p_values_are_corrected_for_the_comparisons_of_a_table():
-    assert mdm_jax_evaluation.holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx(
-        [0.09, 0.04, 0.09, 0.5]
-    )
-    assert mdm_jax_evaluation.holm([0.9, 0.8]) == [1, 1] and mdm_jax_evaluation.holm([]) == []
-    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
-        mdm_jax_evaluation.holm([0.1, np.nan])
     # Student with one degree of freedom is Cauchy: p = 1 - 2 atan(t) / pi, at t = 0.175 / 0.125.
     found = study_table.summarise(_suite(), "t", _found())
     p = 1 - 2 * math.atan(1.4) / math.pi

@@ -294,7 +294,7 @@ def test_arithmetic_of_pairs():
 @pytest.mark.parametrize(
     "other, what",
     [
-        ({"index": (0, 2)}, "the scored rows"),
+        ({"index": (0, 2)}, "the rows"),
         ({"tokens": (2, 4)}, "the eligible tokens of each row"),
         ({"passes": 3}, "the number of passes"),
         ({"nats": [[1.0, 1.0]]}, "the number of replicates"),
