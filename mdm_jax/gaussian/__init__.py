@@ -3,13 +3,14 @@
 from mdm_jax.gaussian.corruption import gaussian, normal_noise, precondition
 from mdm_jax.gaussian.likelihood import (
     GaussianLikelihood,
+    OdeLikelihood,
     grey_value_decoder,
     make_gaussian_likelihood,
     normal_decoder,
+    ode_likelihood,
 )
 from mdm_jax.gaussian.network import PictureTransformer
 from mdm_jax.gaussian.objective import gaussian_loss, scaled_integers
-from mdm_jax.gaussian.ode_likelihood import OdeLikelihood, ode_likelihood
 from mdm_jax.gaussian.parameterisations import Output, Preconditioning, edm_preconditioning
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.recipes import Recipe, RecipeSummary, explain, summarise

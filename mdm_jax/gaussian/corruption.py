@@ -1,7 +1,4 @@
-"""Gaussian corruption: data plus noise, on any path.
-
-EDM's input scaling as a wrapper of the network.
-"""
+"""Gaussian corruption: data plus noise, on any path; and EDM's input scaling of a network."""
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +10,11 @@ from mdm_jax.types import Array, ArrayLike, ModelFn
 
 
 def gaussian(path: Path) -> Corruption:
-    """``alpha x + sigma eps`` with ``eps`` the normal quantiles of the base noise.
+    """``alpha x + sigma eps`` with ``eps`` the normal quantiles of the uniform base noise.
 
-    The base noise is uniform, as for masks, so that every coupling of draws works here too:
-    reflecting it turns eps into -eps exactly (:func:`normal_noise`).
-
-    ``corrupt`` takes float data; elements that are not eligible stay clean, carry no loss and see
-    no noise. There is no mask token and no weight.
-
-    Args:
-        path: such as ``schedules.paths.vp()``.
+    Every coupling of draws works as for masks: reflected base noise gives -eps exactly. ``corrupt``
+    takes float data; elements that are not eligible stay clean and carry no loss. There is no mask
+    token and no weight.
     """
 
     def corrupt(
@@ -35,7 +27,7 @@ def gaussian(path: Path) -> Corruption:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"gaussian corruption needs float data, got {x.dtype}; map tokens to numbers, "
-                "for example with objectives.scaled_integers(num_values)"
+                "for example with gaussian.scaled_integers(num_values)"
             )
         length = x.shape[-1]
         alpha = spread_levels(path.alpha(logsnr), length, level_ids)
@@ -48,28 +40,23 @@ def gaussian(path: Path) -> Corruption:
 
 
 def normal_noise(noise: ArrayLike) -> Array:
-    """Standard normal numbers with the given quantiles: the eps of :func:`gaussian`.
+    """Standard normal numbers with the quantiles ``noise`` in (0, 1).
 
     On the grid of ``draws.open_uniform`` they are finite, within 5.3, and exactly antisymmetric:
     ``normal_noise(1 - v) == -normal_noise(v)``.
-
-    Args:
-        noise: base noise in (0, 1), any shape.
     """
     return jax.scipy.special.ndtri(noise)
 
 
 def precondition(model_fn: ModelFn, path: Path, sigma_data: ArrayLike = 0.5) -> ModelFn:
-    """The network fed with inputs of unit variance at every level (Karras et al. 2022, c_in).
+    """A network whose inputs are scaled to unit variance at every level (Karras et al. 2022, c_in).
 
-    On any path the input becomes ``c_in x / alpha``, the variance-preserving input of data scaled
-    by ``1 / sigma_data``. Together with the output ``schedules.parameterisations.edm(sigma_data)``
-    this is EDM's preconditioning; the noise label stays the logSNR, which is -8 c_noise.
-
-    Every element is scaled as if it were noisy, also those that are not eligible.
+    On any path the input becomes ``c_in x / alpha``, eligible or not. With the output
+    ``parameterisations.edm(sigma_data)`` this is EDM's preconditioning; the noise label stays the
+    logSNR, which is -8 c_noise.
 
     Args:
-        model_fn: network to wrap; inputs [N, L], logsnr [N, S].
+        model_fn: inputs [N, L], logsnr [N, S].
         path: of the noisy inputs.
         sigma_data: standard deviation of the data.
 

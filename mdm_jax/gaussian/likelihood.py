@@ -1,57 +1,62 @@
-"""Laws of the clean data given the cleanest noisy version: the last term of a Gaussian bound.
+"""Likelihood of Gaussian diffusion: the bound in its parts, and the probability flow's density.
 
-A decoder is ``decoder(x0 [..., L], z [..., L], logsnr) -> log p [..., L]``, nats per element, with
-``z = x0 + exp(-logsnr / 2) eps``. Any normalised law makes a valid bound; these need no network.
-
-The Gaussian diffusion bound of held-out data, in its three parts and with error bars.
-
-Between a noisiest level ``low`` and a cleanest level ``high`` the bound of a row is
+Between a noisiest level ``low`` and a cleanest level ``high`` the bound of a row is, in nats,
 
     NELBO(x0) = E[-log p(x0 | z_high)]                              reconstruction
               + 1/2 int_low^high E|eps - eps_hat|^2 dlambda         diffusion
               + KL(q(x_low | x0) || N(0, 1))                        prior, variance-preserving,
 
-nats, whatever the path of the network. The estimator is fixed and knows nothing of the training
-chain: F levels per row, one in each of F equal cells of [low, high]. Uniform in the logSNR the
-weight is constant, so that a network's errors at noisy levels are never multiplied. For normal data
-of unit variance on [-10, 10] and many cells, the variance is 1.8 times the least that any density
-of levels could reach.
+whatever the path of the network (Kingma et al. 2021, VDM, equations 11 to 17). The estimator is
+fixed, apart from the training chain: F levels per row, one in each of F equal cells of [low, high],
+repeated R times with fresh randomness for a Monte Carlo standard error. Its weight is constant; for
+N(0, 1) data on [-10, 10] and many cells its variance is 1.8 times the least of any level density.
 
-The whole design is repeated R times with fresh randomness; the spread of the totals gives the
-Monte Carlo standard error. Kingma et al. 2021 (VDM), equations 11 to 17.
+In variance-preserving coordinates, with the denoiser D a function of ``z = x / alpha``, the flow is
+
+    dx / dlambda = -1/2 sigmoid(lambda) x + 1/2 alpha D(z, lambda) ,
+    dlog p / dlambda = 1/2 sum_i [sigmoid(lambda) - dD_i / dz_i] .
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.checks import check_finite, check_interval
+from mdm_jax.checks import check_finite, check_interval, is_concrete
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
+from mdm_jax.gaussian import paths
 from mdm_jax.gaussian.objective import scaled_integers
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
+from mdm_jax.gaussian.samplers.sampler import bind_denoiser, row_keys
+from mdm_jax.gaussian.samplers.step_search import check_levels
 from mdm_jax.likelihood.estimators import ScoredRows, check_at_least_one, score_batches
+from mdm_jax.likelihood.estimators import row_keys as replicate_keys
 from mdm_jax.rng import stream
+from mdm_jax.samplers.sampler import row_streams
 from mdm_jax.schedules.coordinates import log_masking_rate, survival_probability
-from mdm_jax.types import Array, ArrayLike, Batch, PyTree
+from mdm_jax.types import Array, ArrayLike, Batch, ModelFn, PyTree
 
 Decoder = Callable[[Array, Array, ArrayLike], Array]
-"""``decoder(x0, z, logsnr) -> log probability`` (or density) of each element, nats."""
+"""``decoder(x0 [..., L], z [..., L], logsnr) -> log p(x0 | z) [..., L]``, nats per element, with
+``z = x0 + exp(-logsnr / 2) eps``. Any normalised law makes a valid bound."""
+
+PARTS = ("reconstruction", "diffusion", "prior")
+
+_LN2 = math.log(2.0)
+_VP = paths.vp()
 
 
 def grey_value_decoder(num_values: int) -> Decoder:
     """Over K equally spaced values from -1 to 1, in proportion to N(z; value, exp(-logsnr)).
 
-    This is the exact posterior for values that are uniform a priori and independent; the bound on
-    pictures is tight where exp(-logsnr / 2) is small against their distance 2 / (K - 1).
+    The exact posterior of independent, uniform values. The bound on pictures is tight where
+    exp(-logsnr / 2) is small against their distance 2 / (K - 1). ``scaled_integers(K)`` makes x0.
     Kingma et al. 2021 (VDM), equation 13 and appendix.
-
-    Args:
-        num_values: K, as for ``objectives.scaled_integers(K)``, which makes x0.
 
     Raises:
         ValueError: unless num_values >= 2.
@@ -62,12 +67,10 @@ def grey_value_decoder(num_values: int) -> Decoder:
         values = to_values(jnp.arange(num_values)).astype(z.dtype)
         precision = jnp.exp(jnp.asarray(logsnr, z.dtype))
 
-        def log_odds(value: Array) -> Array:
-            # log N(z; value) - log N(z; x0), as a product: no difference of large squares.
-            return 0.5 * precision * (value - x0) * (2 * z - value - x0)
-
         def add(total: Array, value: Array) -> tuple[Array, None]:
-            return jnp.logaddexp(total, log_odds(value)), None
+            # log N(z; value) - log N(z; x0), as a product: no difference of large squares.
+            log_odds = 0.5 * precision * (value - x0) * (2 * z - value - x0)
+            return jnp.logaddexp(total, log_odds), None
 
         # One value at a time: K numbers per element would not fit for pictures.
         total, _ = jax.lax.scan(add, jnp.full_like(z, -jnp.inf), values)
@@ -87,23 +90,18 @@ def normal_decoder() -> Decoder:
     return decoder
 
 
-PARTS = ("reconstruction", "diffusion", "prior")
-
-_LN2 = math.log(2.0)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussianLikelihood:
     """An upper bound on the negative log-likelihood of a data set, with its uncertainty.
 
-    Rows are pooled before any ratio is taken. ``standard_error_*`` is the Monte Carlo error, from
-    the spread over replicates (NaN for one replicate). ``data_standard_error_*`` is the spread over
-    rows, taken as independent: what another sample of as many rows might change.
+    Rows are pooled before any ratio is taken; a dimension is an eligible element.
+    ``standard_error_*`` is the Monte Carlo error, from the spread over replicates (NaN for one);
+    ``data_standard_error_*`` that from the spread over rows, taken as independent.
 
     Attributes:
         replicate_row_parts: [3, R, N] float64, each replicate's estimate of each scored row's
             reconstruction, diffusion and prior terms, nats. The prior has no Monte Carlo error.
-        row_elements: [N] eligible elements of each scored row: its dimensions.
+        row_elements: [N] eligible elements of each scored row.
         row_index: [N] number of each scored row in the data stream.
         rows_seen: rows in the stream, those without eligible elements included.
         passes: F, forward passes per row and replicate.
@@ -127,27 +125,25 @@ class GaussianLikelihood:
 
     @property
     def elements(self) -> int:
-        """Number of scored elements, the dimensions of "bits per dimension"."""
+        """Number of scored elements."""
         return int(self.row_elements.sum())
 
     @property
     def per_row_nats(self) -> np.ndarray:
-        """[N] bound of each scored row, nats."""
+        """[N] bound of each scored row."""
         return self.replicate_row_parts.sum(0).mean(0)
 
     @property
     def nats(self) -> float:
-        """Bound of the whole data set, nats."""
+        """Bound of the whole data set."""
         return float(self.per_row_nats.sum())
 
     @property
     def nats_per_dimension(self) -> float:
-        """Total nats over total elements."""
         return self.nats / self.elements
 
     @property
     def bits_per_dimension(self) -> float:
-        """Total bits over total elements."""
         return self.nats_per_dimension / _LN2
 
     @property
@@ -158,36 +154,27 @@ class GaussianLikelihood:
 
     @property
     def standard_error_parts_bits_per_dimension(self) -> dict[str, float]:
-        """Monte Carlo standard error of each part."""
-        errors = [
-            standard_error_of_mean(part.sum(1)) / (self.elements * _LN2)
-            for part in self.replicate_row_parts
-        ]
-        return dict(zip(PARTS, errors))
+        bits = self.replicate_row_parts.sum(2) / (self.elements * _LN2)
+        return dict(zip(PARTS, map(standard_error_of_mean, bits)))
 
     @property
     def standard_error_nats(self) -> float:
-        """Monte Carlo standard error of ``nats``."""
         return standard_error_of_mean(self.replicate_row_parts.sum((0, 2)))
 
     @property
     def standard_error_nats_per_dimension(self) -> float:
-        """Monte Carlo standard error of ``nats_per_dimension``."""
         return self.standard_error_nats / self.elements
 
     @property
     def standard_error_bits_per_dimension(self) -> float:
-        """Monte Carlo standard error of ``bits_per_dimension``."""
         return self.standard_error_nats_per_dimension / _LN2
 
     @property
     def data_standard_error_nats_per_dimension(self) -> float:
-        """Standard error of ``nats_per_dimension`` from the spread over rows."""
         return standard_error_of_ratio(self.per_row_nats, self.row_elements)
 
     @property
     def data_standard_error_bits_per_dimension(self) -> float:
-        """Standard error of ``bits_per_dimension`` from the spread over rows."""
         return self.data_standard_error_nats_per_dimension / _LN2
 
     def to_dict(self) -> dict:
@@ -196,15 +183,11 @@ class GaussianLikelihood:
         names = ("nats", "nats_per_dimension", "bits_per_dimension")
         names += tuple(f"standard_error_{name}" for name in names)
         names += tuple(f"data_standard_error_{unit}_per_dimension" for unit in ("nats", "bits"))
-        parts = ("parts_bits_per_dimension", "standard_error_parts_bits_per_dimension")
-        return (
-            {name: getattr(self, name) for name in counts}
-            | {name: finite_or_none(getattr(self, name)) for name in names}
-            | {
-                name: {k: finite_or_none(v) for k, v in getattr(self, name).items()}
-                for name in parts
-            }
-        )
+        result = {name: getattr(self, name) for name in counts}
+        result |= {name: finite_or_none(getattr(self, name)) for name in names}
+        for name in ("parts_bits_per_dimension", "standard_error_parts_bits_per_dimension"):
+            result[name] = {k: finite_or_none(v) for k, v in getattr(self, name).items()}
+        return result
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -235,16 +218,14 @@ def make_gaussian_likelihood(
     replicates: int = 8,
     values: Callable[[Array], Array] | None = None,
 ) -> Callable[..., GaussianLikelihood]:
-    """Evaluation of the bound; the forward pass is compiled once.
-
-    Elements that are not eligible are given clean and are not scored.
+    """A compiled evaluation of the bound. Elements that are not eligible are clean and not scored.
 
     Args:
         apply_fn: ``apply_fn(params, x [B, L], logsnr [B, 1], documents) -> y [B, L]``.
         output: what the network predicts.
         path: of the network's inputs.
         decoder: p(x0 | z_high), such as ``grey_value_decoder(256)``.
-        low: noisiest logSNR, finite; the prior term tells whether it is low enough.
+        low: noisiest logSNR, finite; the prior term shows whether it is low enough.
         high: cleanest logSNR, finite. For 256 grey values about 13.
         passes: F >= 1, forward passes per row and replicate.
         replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
@@ -267,19 +248,16 @@ def make_gaussian_likelihood(
     @jax.jit
     def score(params, key, batch, first_row, replicate):
         data, eligible = _data(batch, values), jnp.asarray(batch.eligible)
-        rows = first_row + jnp.arange(data.shape[0])
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), replicate))(
-            rows
-        )
+        keys = replicate_keys(key, first_row, data.shape[0], replicate)
 
-        def numbers(row_key: Array, j: Array) -> tuple[Array, Array]:
+        def random_numbers(row_key: Array, j: Array) -> tuple[Array, Array]:
             pass_key = jax.random.fold_in(row_key, j)
             offset = jax.random.uniform(stream(pass_key, "level"), (1,), data.dtype)
             shape = (2, *data.shape[1:])
             return offset, jax.random.normal(stream(pass_key, "noise"), shape, data.dtype)
 
         def one_pass(total: tuple[Array, Array], j: Array) -> tuple[tuple[Array, Array], None]:
-            offset, noise = jax.vmap(numbers, (0, None))(keys, j)
+            offset, noise = jax.vmap(random_numbers, (0, None))(keys, j)
             eps, decoder_noise = noise[:, 0], noise[:, 1]
             logsnr = low + (high - low) * (j + offset) / passes
             x = jnp.where(eligible, path.alpha(logsnr) * data + path.sigma(logsnr) * eps, data)
@@ -288,8 +266,8 @@ def make_gaussian_likelihood(
             square = jnp.square(error) * jnp.exp(-output.log_eps_weight(path, logsnr))
             z = data + math.exp(-0.5 * high) * decoder_noise
             terms = (-decoder(data, z, high), 0.5 * (high - low) * square)
-            scored = (jnp.sum(jnp.where(eligible, term, 0.0), -1) for term in terms)
-            return tuple(t + s / passes for t, s in zip(total, scored)), None
+            sums = (jnp.sum(jnp.where(eligible, term, 0.0), -1) for term in terms)
+            return tuple(t + s / passes for t, s in zip(total, sums)), None
 
         zero = jnp.zeros(data.shape[0], data.dtype)
         (reconstruction, diffusion), _ = jax.lax.scan(one_pass, (zero, zero), jnp.arange(passes))
@@ -335,6 +313,124 @@ def _data(batch: Batch, values: Callable[[Array], Array] | None) -> Array:
     if not jnp.issubdtype(data.dtype, jnp.floating):
         raise ValueError(
             f"the bound needs float data, got {data.dtype}; map tokens to numbers with values=, "
-            "for example objectives.scaled_integers(num_values)"
+            "for example gaussian.scaled_integers(num_values)"
         )
     return data
+
+
+class OdeLikelihood(NamedTuple):
+    """Log densities under the probability flow.
+
+    Attributes:
+        log_density: [B] log p of each row at the cleanest level of the grid, nats.
+        standard_error: [B] of the estimated divergence over its probes; 0 for the exact one, NaN
+            for a single probe. The error of the integration is not in it: refine the grid.
+        latent: [B, ...] the row carried to the noisiest level, variance-preserving.
+    """
+
+    log_density: Array
+    standard_error: Array
+    latent: Array
+
+
+def ode_likelihood(
+    key: Array,
+    model_fn: ModelFn,
+    data: ArrayLike,
+    grid: ArrayLike,
+    *,
+    output: Output,
+    path: Path,
+    probes: int | None = None,
+    documents: ArrayLike | None = None,
+    row_offset: ArrayLike = 0,
+) -> OdeLikelihood:
+    """Log density of each row by the probability flow; jit-able.
+
+    Data at the cleanest level are carried to the noisiest, where they are N(0, 1), by the
+    Runge-Kutta method of order 4, one step per interval of the grid. The density is that of data
+    plus noise of variance exp(-grid[-1]). Discrete data have none: dequantise them first, and the
+    result bounds their probability. Song et al. 2021 (arXiv 2011.13456), appendix D.2; FFJORD
+    (Grathwohl et al. 2019) for the estimated divergence.
+
+    Args:
+        key: row i draws from ``fold_in(key, row_offset + i)`` alone; unused without probes.
+        model_fn: ``model_fn(x [B, ...], logsnr [B, 1], documents) -> y [B, ...]``; rows must not
+            influence each other.
+        data: [B, ...] clean rows.
+        grid: [N + 1] finite logSNR levels, increasing.
+        output: what the network predicts.
+        path: of the network's inputs.
+        probes: number of Rademacher vectors for Hutchinson's estimate of the divergence; None for
+            the exact one, which costs a derivative per element.
+        documents: passed on to the network.
+        row_offset: number of the first row.
+
+    Raises:
+        ValueError: for probes below 1, data without rows, or a bad grid where it is concrete.
+    """
+    data = jnp.asarray(data)
+    if probes is not None and probes < 1:
+        raise ValueError(f"probes must be at least 1, or None for the exact trace, got {probes}")
+    if data.ndim < 2 or data.size == 0 or not jnp.issubdtype(data.dtype, jnp.floating):
+        raise ValueError(
+            f"ode_likelihood needs float data [rows, elements, ...], got {data.dtype} {data.shape}"
+        )
+    if is_concrete(grid):
+        check_levels(grid)
+    levels = jnp.asarray(grid, data.dtype)
+    denoise = bind_denoiser(model_fn, output, path, documents)
+    elements = math.prod(data.shape[1:])
+    directions = _directions(key, data, probes, row_offset)
+
+    def velocity(x: Array, logsnr: Array) -> tuple[Array, Array]:
+        """dx / dlambda [B, ...] and dlog p / dlambda [P, B]."""
+        z = x * jnp.exp(-_VP.log_alpha(logsnr))
+        x0, tangent = jax.linearize(lambda z: denoise(path.alpha(logsnr) * z, logsnr), z)
+
+        def quadratic_form(direction: Array) -> Array:
+            direction = jnp.broadcast_to(direction, z.shape)
+            return jnp.sum((direction * tangent(direction)).reshape(z.shape[0], -1), axis=-1)
+
+        trace = jax.lax.map(quadratic_form, directions)
+        if probes is None:
+            trace = jnp.sum(trace, axis=0, keepdims=True)
+        kept = jax.nn.sigmoid(logsnr)
+        return 0.5 * (_VP.alpha(logsnr) * x0 - kept * x), 0.5 * (elements * kept - trace)
+
+    def step(carry: tuple[Array, Array], ends: tuple[Array, Array]):
+        (x, total), (clean, noisy) = carry, ends
+        size = noisy - clean
+        middle = clean + 0.5 * size
+        first = velocity(x, clean)
+        second = velocity(x + 0.5 * size * first[0], middle)
+        third = velocity(x + 0.5 * size * second[0], middle)
+        fourth = velocity(x + size * third[0], noisy)
+        move, gain = (
+            size / 6 * (a + 2 * b + 2 * c + d) for a, b, c, d in zip(first, second, third, fourth)
+        )
+        return (x + move, total - gain), None
+
+    start = data * _VP.alpha(levels[-1])
+    total = jnp.zeros((1 if probes is None else probes, data.shape[0]), data.dtype)
+    (latent, total), _ = jax.lax.scan(step, (start, total), (levels[:0:-1], levels[-2::-1]))
+    flat = latent.reshape(data.shape[0], -1)
+    prior = -0.5 * jnp.sum(jnp.square(flat) + math.log(2 * math.pi), axis=-1)
+    log_density = prior + jnp.mean(total, axis=0) + elements * _VP.log_alpha(levels[-1])
+    if probes is None:
+        error = jnp.zeros_like(log_density)
+    elif probes == 1:
+        error = jnp.full_like(log_density, jnp.nan)
+    else:
+        error = jnp.std(total, axis=0, ddof=1) / math.sqrt(probes)
+    return OdeLikelihood(log_density, error, latent)
+
+
+def _directions(key: Array, data: Array, probes: int | None, row_offset: ArrayLike) -> Array:
+    """[P, B, ...] probes, the same along the whole trajectory; [elements, 1, ...] unit vectors."""
+    event = data.shape[1:]
+    if probes is None:
+        return jnp.eye(math.prod(event), dtype=data.dtype).reshape(-1, 1, *event)
+    keys = row_streams(row_keys(key, row_offset, data.shape[0]), "probes")
+    signs = jax.vmap(lambda k: jax.random.rademacher(k, (probes, *event), data.dtype))(keys)
+    return jnp.swapaxes(signs, 0, 1)

@@ -14,22 +14,14 @@ from mdm_jax.types import Array
 class PictureTransformer(nn.Module):
     """Diffusion transformer (Peebles & Xie 2022): ``apply(params, inputs, logsnr) -> [N, L]``.
 
-    Pictures come and go as rows of H W C numbers, as batches hold them. Every block is conditioned
-    on the noise level by adaLN-zero, positions are learned, and the head starts at zero, so that a
-    new network outputs zero.
+    Takes noisy pictures as rows [N, L] with L = H W C, one noise level each [N, 1], and returns
+    float32 [N, L] in the trained parameterisation. adaLN-zero conditioning, learned positions, and
+    a zero head, so that a new network outputs zero. ``documents`` is ignored.
 
     Attributes:
         config: of the blocks; ``vocab_size`` is not used.
         event_shape: (H, W, C) or (H, W) of a picture.
         patch_size: side of a patch; divides H and W.
-
-    Args of the call:
-        inputs: [N, L] floats, L = H W C, noisy pictures.
-        logsnr: [N, 1] noise levels.
-        documents: ignored; pictures have no padding.
-
-    Returns:
-        [N, L] float32, the network's output in the parameterisation it is trained in.
 
     Raises:
         ValueError: if patches do not divide the picture or rows have another length.
@@ -60,9 +52,9 @@ class PictureTransformer(nn.Module):
         x = Linear(c.width, axes=(None, "embed"), name="embed", **project)(patches)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, "embed"))
         x = x + self.param("positions", init, (1, rows * columns, c.width), c.param_dtype)
-        places = np.arange(rows * columns)
         # One level per picture: segments of a row of numbers are not runs of patches.
-        x, _ = run_blocks(c, x, None, places, level_condition(c, logsnr, 1))
+        condition = level_condition(c, logsnr, 1)
+        x, _ = run_blocks(c, x, None, np.arange(rows * columns), condition)
         zeros = nn.initializers.zeros
         y = Linear(size, axes=("embed", None), kernel_init=zeros, name="head", **project)(x)
         y = jnp.swapaxes(y.reshape(-1, rows, columns, p, p, channels), 2, 3)

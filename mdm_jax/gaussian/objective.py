@@ -19,40 +19,27 @@ def gaussian_loss(
 ) -> Objective:
     """``E_{lambda ~ p} [ W(lambda) / p(lambda) l ]`` with l the squared error of eps, nats per row.
 
-    The network outputs ``recipe.output``, and the error is taken there. With
-    ``|dy|^2 = c |deps|^2``, per-example ``raw`` is ``|y - y_hat|^2 / c`` summed over elements, and
-    ``weight`` is W / p. So adaptive transforms see the same l whatever the network predicts, and
-    nothing is converted through x0 or eps at levels where that loses digits.
+    The error is taken in the network's own output: with ``|dy|^2 = c |deps|^2``, the stats
+    [V, B, S] have ``raw = |y - y_hat|^2 / c``, summed over eligible elements, and
+    ``weight = W / p``: the same l for every output, and no conversion that loses digits.
 
-    For the evidence lower bound (``W = 1/2``) the expectation is the diffusion term
-
-        1/2 int E|eps - eps_hat|^2 dlambda ,
-
-    over all levels if the law covers them ("exact": for discrete data the whole bound, prior and
-    reconstruction having vanished) and between the ends of the law's support otherwise
-    ("truncated"). Every other weighting is labelled "biased": it is no likelihood;
-    nor are several levels per row.
-
-    Per-example stats have shape [V, B, S]. Rows without eligible elements contribute zero; elements
-    that are not eligible are given clean and carry neither loss nor gradient. The model function is
-    ``model_fn(inputs [N, L] float, logsnr [N, S], documents) -> y [N, L]``.
+    Bias: for W = 1/2 the expectation is the diffusion term ``1/2 int E|eps - eps_hat|^2 dlambda``
+    over the law's support: "exact" if that is all levels, else "truncated". Every other weighting,
+    and several levels per row, are "biased": no likelihood.
+    Reference: Kingma et al. 2021 (VDM), equation 18; Kingma and Gao 2023 for general weights.
 
     Args:
-        recipe: law, weighting, output and path.
-        values: data from ``batch.tokens``, elementwise; for pictures of K grey values
-            ``scaled_integers(K)``. If not given the tokens must be floats and are the data.
+        recipe: law, weighting, output and path. The network is
+            ``model_fn(inputs [N, L] float, logsnr [N, S], documents) -> y [N, L]``.
+        values: data from ``batch.tokens``, elementwise, such as ``scaled_integers(256)``. If not
+            given the tokens must be floats and are the data.
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
-            1 is the bound; with more a segment's context is drawn at the levels of the other
-            segments, the expectation bounds nothing and the objective is labelled "biased".
 
     Raises:
         ValueError: if ``num_levels`` is not positive; from ``spec``, if it does not divide L; from
             ``loss``, for data that are no floats or a network with another shape of output.
-
-    References: Kingma et al. 2021 (VDM), equation 18; Kingma and Gao 2023 for general weights.
     """
-    corruption = gaussian(recipe.path)
-    output, path = recipe.output, recipe.path
+    corruption, output, path = gaussian(recipe.path), recipe.output, recipe.path
     bias = worst_bias(_bias(recipe), bias_of_levels("gaussian_loss", num_levels))
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
@@ -87,7 +74,7 @@ def gaussian_loss(
 
 
 def scaled_integers(num_values: int) -> Callable[[ArrayLike], Array]:
-    """Maps integers 0 .. num_values - 1 to equally spaced numbers from -1 to 1.
+    """A map from integers 0 .. num_values - 1 to equally spaced numbers from -1 to 1.
 
     Raises:
         ValueError: unless num_values >= 2.

@@ -1,23 +1,16 @@
-"""EDM's preconditioning coefficients in terms of the logSNR.
-
-What a Gaussian denoiser outputs, and how one kind of output becomes another.
+"""Outputs of a Gaussian denoiser, and the conversion of one kind of output into another.
 
 Every output in use is linear in the clean data and the noise, ``y = A x0 + B eps``, with A and B
-functions of path and logSNR. With the noisy input ``x = alpha x0 + sigma eps`` at hand, any output
-follows from any other: with ``D = A sigma - B alpha``,
+functions of path and logSNR. Given ``x = alpha x0 + sigma eps`` and ``D = A sigma - B alpha``,
 
     y' = (D' / D) y + ((A B' - A' B) / D) x ,
-
-of which "predict x0 from eps" is one case. The same D says what an error in y means:
-
     |dy|^2 = (D / sigma)^2 |dx0|^2 = (D / alpha)^2 |deps|^2 .
 
-A loss is best computed in the output that the network gives, times a factor of the level: the
-way from eps to x0 multiplies rounding errors by exp(-lambda / 2), the way back by exp(lambda / 2).
+A loss is best computed in the network's own output, times a factor of the level: going from eps to
+x0 multiplies rounding errors by exp(-logsnr / 2), going back by exp(logsnr / 2).
 """
 
 import abc
-import difflib
 import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -25,134 +18,55 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.checks import as_parameter, check_finite, is_concrete
+from mdm_jax.checks import as_parameter, check_finite, is_concrete, unknown_name
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.types import Array, ArrayLike
 
 
-class Preconditioning(NamedTuple):
-    """EDM's coefficients at one level; ``D = skip x / alpha + out F(input x / alpha, noise)``.
-
-    Attributes:
-        skip: c_skip.
-        out: c_out.
-        input: c_in, which gives the input unit variance. It acts on x / alpha.
-        noise: c_noise, EDM's noise label ``log(sigma) / 4``.
-    """
-
-    skip: Array
-    out: Array
-    input: Array
-    noise: Array
-
-
-def edm_preconditioning(logsnr: ArrayLike, sigma_data: ArrayLike = 0.5) -> Preconditioning:
-    """c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1, from the logSNR.
-
-    Raises:
-        ValueError: unless sigma_data is positive and finite.
-    """
-    sigma_data = check_sigma_data("edm_preconditioning", sigma_data)
-    shifted = standardised_logsnr(logsnr, sigma_data)
-    return Preconditioning(
-        skip=jax.nn.sigmoid(shifted),
-        out=sigma_data * jnp.exp(0.5 * jax.nn.log_sigmoid(-shifted)),
-        input=jnp.exp(0.5 * jax.nn.log_sigmoid(shifted)) / sigma_data,
-        noise=-as_float(logsnr) / 8,
-    )
-
-
-def check_sigma_data(name: str, sigma_data: ArrayLike) -> ArrayLike:
-    """The standard deviation as a parameter; ValueError unless it is positive and finite."""
-    sigma_data = as_parameter(sigma_data, "sigma_data")
-    check_finite(name, sigma_data=sigma_data)
-    if is_concrete(sigma_data) and not sigma_data > 0:
-        raise ValueError(f"{name} needs sigma_data > 0, got {sigma_data}")
-    return sigma_data
-
-
-def standardised_logsnr(logsnr: ArrayLike, sigma_data: ArrayLike) -> Array:
-    """The logSNR of data divided by its standard deviation."""
-    if is_concrete(sigma_data):
-        return as_float(logsnr) + 2.0 * math.log(sigma_data)
-    return as_float(logsnr) + 2.0 * jnp.log(sigma_data)
-
-
-class Coefficients(NamedTuple):
-    """``y = data * x0 + noise * eps``.
-
-    Attributes:
-        data: A, factor of the clean data.
-        noise: B, factor of the noise.
-    """
-
-    data: Array
-    noise: Array
-
-
 class Output(abc.ABC):
-    """Base of the outputs. Methods are elementwise in the logSNR, on any path, and jit-able.
-
-    A subclass gives ``coefficients``, ``log_determinant`` and ``sign``.
-    """
+    """Base of the outputs. Methods are elementwise in the logSNR, on any path, and jit-able."""
 
     name: ClassVar[str]
     sign: ClassVar[int]
-    """Of the determinant D; it is the same at all levels."""
+    """Sign of the determinant D, the same at all levels."""
 
     @abc.abstractmethod
-    def coefficients(self, path: Path, logsnr: ArrayLike) -> Coefficients:
-        """A and B of the target."""
+    def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
+        """(A, B), the factors of the clean data and of the noise."""
 
     @abc.abstractmethod
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
         """``log |A sigma - B alpha|``, without the difference."""
 
     def target(self, path: Path, logsnr: ArrayLike, x0: Array, eps: Array) -> Array:
-        """What the network should output. The logSNR must broadcast against the data."""
+        """The training target. The logSNR must broadcast against the data."""
         data, noise = self.coefficients(path, logsnr)
         return data * x0 + noise * eps
 
     def to_x0(self, path: Path, logsnr: ArrayLike, y: Array, x: Array) -> Array:
-        """The clean data that an output of the network implies at the noisy input ``x``."""
-        return convert(y, x, path, logsnr, self, x0())
-
-    def to_eps(self, path: Path, logsnr: ArrayLike, y: Array, x: Array) -> Array:
-        """The noise that an output of the network implies at the noisy input ``x``."""
-        return convert(y, x, path, logsnr, self, eps())
-
-    def log_x0_weight(self, path: Path, logsnr: ArrayLike) -> Array:
-        """``log c`` with ``|dy|^2 = c |dx0|^2``: how the output weighs errors of the clean data."""
-        return 2.0 * (self.log_determinant(path, logsnr) - path.log_sigma(logsnr))
+        """The clean data implied by the output ``y`` at the noisy input ``x``."""
+        return convert(y, x, path, logsnr, self, CleanData())
 
     def log_eps_weight(self, path: Path, logsnr: ArrayLike) -> Array:
-        """``log c`` with ``|dy|^2 = c |deps|^2``; ``log_x0_weight - logsnr``, 0 for eps."""
+        """``log c`` with ``|dy|^2 = c |deps|^2``; for ``c |dx0|^2`` add the logSNR."""
         return 2.0 * (self.log_determinant(path, logsnr) - path.log_alpha(logsnr))
 
 
 def convert(
     y: Array, x: Array, path: Path, logsnr: ArrayLike, source: Output, target: Output
 ) -> Array:
-    """An output of kind ``source`` as one of kind ``target``, in one step.
+    """An output of kind ``source`` at the noisy input ``x`` as one of kind ``target``.
 
     Well-conditioned at all levels between v, flow velocity and EDM's F. From eps towards x0 the
-    factor of ``y`` is exp(-lambda / 2), from x0 towards eps exp(lambda / 2): that is the problem's,
-    not the method's.
-
-    Args:
-        y: network output.
-        x: the noisy input ``alpha x0 + sigma eps`` it was given.
-        path: of the noisy input.
-        logsnr: its level, broadcast against ``y``.
-        source: what ``y`` is.
-        target: what is wanted.
+    factor of ``y`` is exp(-logsnr / 2), from x0 towards eps exp(logsnr / 2), as in any such method.
     """
     determinant = source.log_determinant(path, logsnr)
     change = target.log_determinant(path, logsnr) - determinant
-    first, second = source.coefficients(path, logsnr), target.coefficients(path, logsnr)
-    cross = first.data * second.noise - second.data * first.noise
+    data, noise = source.coefficients(path, logsnr)
+    target_data, target_noise = target.coefficients(path, logsnr)
+    cross = data * target_noise - target_data * noise
     from_y = (source.sign * target.sign) * jnp.exp(change)
     return from_y * y + (source.sign * cross * jnp.exp(-determinant)) * x
 
@@ -164,10 +78,10 @@ class CleanData(Output):
     name: ClassVar[str] = "x0"
     sign: ClassVar[int] = 1
 
-    def coefficients(self, path: Path, logsnr: ArrayLike) -> Coefficients:
+    def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
         del path
         one = jnp.ones_like(as_float(logsnr))
-        return Coefficients(one, jnp.zeros_like(one))
+        return one, jnp.zeros_like(one)
 
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
         return path.log_sigma(logsnr)
@@ -180,10 +94,10 @@ class Noise(Output):
     name: ClassVar[str] = "eps"
     sign: ClassVar[int] = -1
 
-    def coefficients(self, path: Path, logsnr: ArrayLike) -> Coefficients:
+    def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
         del path
         one = jnp.ones_like(as_float(logsnr))
-        return Coefficients(jnp.zeros_like(one), one)
+        return jnp.zeros_like(one), one
 
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
         return path.log_alpha(logsnr)
@@ -196,8 +110,8 @@ class Velocity(Output):
     name: ClassVar[str] = "v"
     sign: ClassVar[int] = -1
 
-    def coefficients(self, path: Path, logsnr: ArrayLike) -> Coefficients:
-        return Coefficients(-path.sigma(logsnr), path.alpha(logsnr))
+    def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
+        return -path.sigma(logsnr), path.alpha(logsnr)
 
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
         return jnp.logaddexp(2.0 * path.log_alpha(logsnr), 2.0 * path.log_sigma(logsnr))
@@ -210,10 +124,10 @@ class FlowVelocity(Output):
     name: ClassVar[str] = "flow"
     sign: ClassVar[int] = -1
 
-    def coefficients(self, path: Path, logsnr: ArrayLike) -> Coefficients:
+    def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
         del path
         one = jnp.ones_like(as_float(logsnr))
-        return Coefficients(-one, one)
+        return -one, one
 
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
         return jnp.logaddexp(path.log_alpha(logsnr), path.log_sigma(logsnr))
@@ -226,9 +140,9 @@ class Score(Output):
     name: ClassVar[str] = "score"
     sign: ClassVar[int] = 1
 
-    def coefficients(self, path: Path, logsnr: ArrayLike) -> Coefficients:
+    def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
         log_sigma = path.log_sigma(logsnr)
-        return Coefficients(jnp.zeros_like(log_sigma), -jnp.exp(-log_sigma))
+        return jnp.zeros_like(log_sigma), -jnp.exp(-log_sigma)
 
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
         return path.log_alpha(logsnr) - path.log_sigma(logsnr)
@@ -247,51 +161,22 @@ class EdmOutput(Output):
     name: ClassVar[str] = "edm"
     sign: ClassVar[int] = 1
 
-    def coefficients(self, path: Path, logsnr: ArrayLike) -> Coefficients:
+    def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
         del path
-        shifted = standardised_logsnr(logsnr, self.sigma_data)
+        shifted = _standardised_logsnr(logsnr, self.sigma_data)
         data = jnp.exp(0.5 * jax.nn.log_sigmoid(-shifted)) / self.sigma_data
-        return Coefficients(data, -jnp.exp(0.5 * jax.nn.log_sigmoid(shifted)))
+        return data, -jnp.exp(0.5 * jax.nn.log_sigmoid(shifted))
 
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
-        shifted = standardised_logsnr(logsnr, self.sigma_data)
+        shifted = _standardised_logsnr(logsnr, self.sigma_data)
         return path.log_alpha(logsnr) - 0.5 * jax.nn.log_sigmoid(shifted)
 
 
-def x0() -> CleanData:
-    """The clean data."""
-    return CleanData()
-
-
-def eps() -> Noise:
-    """The noise."""
-    return Noise()
-
-
-def v() -> Velocity:
-    """The velocity ``alpha eps - sigma x0``."""
-    return Velocity()
-
-
-def flow() -> FlowVelocity:
-    """The flow velocity ``eps - x0``."""
-    return FlowVelocity()
-
-
-def score() -> Score:
-    """The score ``-eps / sigma``."""
-    return Score()
+x0, eps, v, flow, score = CleanData, Noise, Velocity, FlowVelocity, Score
 
 
 def edm(sigma_data: ArrayLike = 0.5) -> EdmOutput:
-    """EDM's preconditioned output F.
-
-    Args:
-        sigma_data: standard deviation of the data, 0.5 as in the paper.
-
-    Raises:
-        ValueError: unless sigma_data is positive and finite.
-    """
+    """EDM's F for data of that standard deviation; ValueError unless positive and finite."""
     return EdmOutput(check_sigma_data("edm", sigma_data))
 
 
@@ -310,11 +195,49 @@ def by_name(name: str, **parameters: ArrayLike) -> Output:
     """The output of that name; ``parameters`` are those of its factory.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known ones.
+        ValueError: for an unknown name, with close matches.
         TypeError: for a parameter the factory does not have.
     """
     if name not in OUTPUTS:
-        near = difflib.get_close_matches(name, OUTPUTS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown output {name!r}; {hint}known: {', '.join(sorted(OUTPUTS))}")
+        raise unknown_name(name, OUTPUTS, "output")
     return OUTPUTS[name](**parameters)
+
+
+class Preconditioning(NamedTuple):
+    """c_skip, c_out, c_in and c_noise of EDM: ``D = skip x / alpha + out F(input x / alpha)``."""
+
+    skip: Array
+    out: Array
+    input: Array
+    noise: Array
+
+
+def edm_preconditioning(logsnr: ArrayLike, sigma_data: ArrayLike = 0.5) -> Preconditioning:
+    """EDM's coefficients (Karras et al. 2022, table 1) from the logSNR; noise is log(sigma) / 4.
+
+    Raises:
+        ValueError: unless sigma_data is positive and finite.
+    """
+    sigma_data = check_sigma_data("edm_preconditioning", sigma_data)
+    shifted = _standardised_logsnr(logsnr, sigma_data)
+    return Preconditioning(
+        skip=jax.nn.sigmoid(shifted),
+        out=sigma_data * jnp.exp(0.5 * jax.nn.log_sigmoid(-shifted)),
+        input=jnp.exp(0.5 * jax.nn.log_sigmoid(shifted)) / sigma_data,
+        noise=-as_float(logsnr) / 8,
+    )
+
+
+def check_sigma_data(name: str, sigma_data: ArrayLike) -> ArrayLike:
+    """The standard deviation as a parameter; ValueError unless it is positive and finite."""
+    sigma_data = as_parameter(sigma_data, "sigma_data")
+    check_finite(name, sigma_data=sigma_data)
+    if is_concrete(sigma_data) and not sigma_data > 0:
+        raise ValueError(f"{name} needs sigma_data > 0, got {sigma_data}")
+    return sigma_data
+
+
+def _standardised_logsnr(logsnr: ArrayLike, sigma_data: ArrayLike) -> Array:
+    """The logSNR of data divided by its standard deviation."""
+    log_std = math.log(sigma_data) if is_concrete(sigma_data) else jnp.log(sigma_data)
+    return as_float(logsnr) + 2.0 * log_std

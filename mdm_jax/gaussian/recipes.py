@@ -1,23 +1,18 @@
-"""Recipes of Gaussian diffusion: the losses of the literature differ in these four and no more.
+"""Recipes of Gaussian diffusion: law, weighting, output and path, and a comparison of them.
 
-A :class:`Recipe` names the law that levels are drawn from, the effective weight that is minimised,
-what the network outputs and the path of its input. The presets below are published models in these
-terms; ``schedules.explain`` puts any number of them side by side.
-
-A recipe of Gaussian diffusion in numbers, and as text.
+The losses of the literature differ in these four and no more. The presets are published models in
+these terms; :func:`explain` puts any number of them side by side.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from mdm_jax.checks import is_concrete
-from mdm_jax.gaussian import parameterisations, paths, weightings
-from mdm_jax.gaussian import schedules as gaussian_schedules
+from mdm_jax.checks import is_concrete, unknown_name
+from mdm_jax.gaussian import parameterisations, paths, schedules, weightings
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.weightings import Weighting
@@ -31,9 +26,8 @@ class Recipe:
     """A Gaussian diffusion loss. Frozen; ``dataclasses.replace`` changes one part.
 
     Attributes:
-        law: p, what training levels are drawn from.
-        weighting: W, the effective weight; see :mod:`~mdm_jax.schedules.weightings`. It does not
-            change when the law is replaced.
+        law: p, of the training levels.
+        weighting: W, the effective weight; it does not change when the law is replaced.
         output: what the network predicts.
         path: of the noisy input.
     """
@@ -47,47 +41,30 @@ class Recipe:
         """``log(W / p)``, the factor of the eps error of a level drawn from the law."""
         return self.weighting.log_weight(logsnr) - self.law.log_pdf(logsnr)
 
-    def log_output_weight(self, logsnr: ArrayLike) -> Array:
-        """``log(W / (p c))``, the factor of the squared error of the network's own output."""
-        change = self.output.log_eps_weight(self.path, logsnr)
-        return self.log_importance_weight(logsnr) - change
-
 
 def ddpm() -> Recipe:
     """Ho et al. 2020: linear betas, eps, unit weight."""
-    return _unit_weight(gaussian_schedules.ddpm_linear(), parameterisations.eps(), paths.vp())
+    return _unit_weight(schedules.ddpm_linear(), parameterisations.eps(), paths.vp())
 
 
 def iddpm() -> Recipe:
     """Nichol and Dhariwal 2021 (their simple loss): cosine law, eps, unit weight."""
-    return _unit_weight(gaussian_schedules.cosine(), parameterisations.eps(), paths.vp())
+    return _unit_weight(schedules.cosine(), parameterisations.eps(), paths.vp())
 
 
 def vdm(low: ArrayLike = -5.0, high: ArrayLike = 13.3) -> Recipe:
-    """Kingma et al. 2021: the bound, eps, logSNR uniform between fixed ends.
-
-    Args:
-        low: noisiest logSNR.
-        high: cleanest logSNR.
-    """
-    law = uniform(low, high)
-    return Recipe(law, weightings.elbo(), parameterisations.eps(), paths.vp())
+    """Kingma et al. 2021: the bound, eps, logSNR uniform between two levels."""
+    return Recipe(uniform(low, high), weightings.elbo(), parameterisations.eps(), paths.vp())
 
 
 def v_prediction() -> Recipe:
     """Salimans and Ho 2022: cosine law, v, unit weight. The objective of :func:`flow`, scaled."""
-    return _unit_weight(gaussian_schedules.cosine(), parameterisations.v(), paths.vp())
+    return _unit_weight(schedules.cosine(), parameterisations.v(), paths.vp())
 
 
 def edm(mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5) -> Recipe:
-    """Karras et al. 2022: log sigma normal, preconditioned output F, unit weight.
-
-    Args:
-        mean: of log sigma.
-        std: of log sigma.
-        sigma_data: standard deviation of the data.
-    """
-    law = gaussian_schedules.lognormal(mean, std)
+    """Karras et al. 2022: log sigma ~ N(mean, std^2), preconditioned output F, unit weight."""
+    law = schedules.lognormal(mean, std)
     return _unit_weight(law, parameterisations.edm(sigma_data), paths.ve())
 
 
@@ -102,26 +79,12 @@ def flow() -> Recipe:
 
 
 def sd3(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Recipe:
-    """Esser et al. 2024: :func:`flow` with logit-normal flow times.
-
-    Args:
-        mean: of the logit of the flow time, positive is noisier.
-        std: of the logit of the flow time.
-    """
-    return _unit_weight(
-        gaussian_schedules.lognormal(mean, std), parameterisations.flow(), paths.flow()
-    )
+    """Esser et al. 2024: :func:`flow` with logit(flow time) ~ N(mean, std^2)."""
+    return _unit_weight(schedules.lognormal(mean, std), parameterisations.flow(), paths.flow())
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
-    "ddpm": ddpm,
-    "iddpm": iddpm,
-    "vdm": vdm,
-    "v_prediction": v_prediction,
-    "edm": edm,
-    "edm2": edm2,
-    "flow": flow,
-    "sd3": sd3,
+    make.__name__: make for make in (ddpm, iddpm, vdm, v_prediction, edm, edm2, flow, sd3)
 }
 """Name -> factory, for configurations."""
 
@@ -130,13 +93,11 @@ def by_name(name: str, **parameters: ArrayLike) -> Recipe:
     """The recipe of that name; ``parameters`` are those of its factory.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known ones.
+        ValueError: for an unknown name, with close matches.
         TypeError: for a parameter the factory does not have.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown recipe {name!r}; {hint}known: {', '.join(sorted(RECIPES))}")
+        raise unknown_name(name, RECIPES, "recipe")
     return RECIPES[name](**parameters)
 
 
@@ -150,11 +111,9 @@ WINDOW = (-20.0, 20.0)
 LEVELS = np.arange(-12.0, 12.5, 2.0)
 """logSNR of the table's rows."""
 
-_POINTS = 4001
-
 
 class RecipeSummary(NamedTuple):
-    """What a recipe does at which level; see :func:`summarise`.
+    """A recipe in numbers; see :func:`summarise`.
 
     Attributes:
         parts: law, weighting, output and path, as words.
@@ -190,15 +149,10 @@ class RecipeSummary(NamedTuple):
 
 
 def explain(recipes: Recipe | Mapping[str, Recipe]) -> str:
-    """A readable account of one recipe, or of several side by side.
+    """A comparison of one or several recipes as text: a paragraph each, and a table by level.
 
-    For each: where its levels lie, what it weighs them by, whether the weight is that of a bound
-    with noise augmentation, and which levels it asks for and never draws; then a table of p, W,
-    W / p and W / (p c) by level, c being the error of the network's output over that of eps.
-    :func:`summarise` has the numbers, and says what "loss" means here.
-
-    Args:
-        recipes: one, or several by name. Their parameters must be known numbers.
+    The table holds p, W, W / p and W / (p c), with c the error of the network's output over that of
+    eps. :func:`summarise` has the numbers and defines "loss". Parameters must be known numbers.
     """
     if isinstance(recipes, Recipe):
         recipes = {"recipe": recipes}
@@ -208,13 +162,10 @@ def explain(recipes: Recipe | Mapping[str, Recipe]) -> str:
 
 
 def summarise(recipe: Recipe, levels: np.ndarray = LEVELS) -> RecipeSummary:
-    """The recipe's numbers. Loss is that of N(0, 1) data under the ideal denoiser.
+    """Where a recipe draws, weighs and loses, tabulated at ``levels`` [n].
 
-    There ``E[l | lambda] = sigmoid(lambda)`` per element.
-
-    Args:
-        recipe: of known parameters.
-        levels: [n] logSNR to tabulate.
+    The loss is that of N(0, 1) data under the ideal denoiser, ``E[l | lambda] = sigmoid(lambda)``
+    per element.
 
     Raises:
         TypeError: if a parameter of the recipe is traced.
@@ -222,28 +173,26 @@ def summarise(recipe: Recipe, levels: np.ndarray = LEVELS) -> RecipeSummary:
     if not is_concrete(*jax.tree.leaves(recipe)):
         raise TypeError("a recipe is summarised outside of jit, from known parameters")
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        grid = np.linspace(*WINDOW, _POINTS)
+        grid = np.linspace(*WINDOW, 4001)
         log_weight, log_density = _curves(recipe, grid)
         low, high = (float(end) for end in recipe.law.support)
         weight_low, weight_high = (float(end) for end in recipe.weighting.support)
         drawn = tuple(float(x) for x in recipe.law.icdf(np.array([0.05, 0.95])))
-        row_weight, row_density = _curves(recipe, levels)
+        weight, density = (np.exp(curve) for curve in _curves(recipe, levels))
         change = np.asarray(recipe.output.log_eps_weight(recipe.path, levels))
     carried = (grid >= weight_low) & (grid <= weight_high)
     inner = log_weight[carried]
     loss = np.exp(log_weight - np.logaddexp(0.0, -grid))
-    outside = (loss * (grid < low), loss * (grid > high))
     covered = np.exp(log_density) > 0
-    ratio = np.where(covered, loss**2 / np.where(covered, np.exp(log_density), 1.0), 0.0)
+    squares = np.where(covered, loss**2 / np.where(covered, np.exp(log_density), 1.0), 0.0)
+    total = np.where(covered, loss, 0.0).sum()
     with np.errstate(invalid="ignore", divide="ignore"):
-        importance = np.exp(row_weight) / np.exp(row_density)
+        importance = weight / density
     return RecipeSummary(
-        parts=tuple(
-            _words(part) for part in (recipe.law, recipe.weighting, recipe.output, recipe.path)
-        ),
+        parts=tuple(_words(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)),
         levels=levels,
-        density=np.exp(row_density),
-        weight=np.exp(row_weight),
+        density=density,
+        weight=weight,
         importance=importance,
         output_weight=importance * np.exp(-change),
         drawn=drawn,
@@ -251,11 +200,9 @@ def summarise(recipe: Recipe, levels: np.ndarray = LEVELS) -> RecipeSummary:
         monotone=bool(np.all(np.diff(inner) <= 1e-9)),
         peak=float(grid[carried][np.argmax(inner)]),
         bound=bool(np.ptp(inner) < 1e-9),
-        lost=tuple(float(part.sum() / loss.sum()) for part in outside),
+        lost=tuple(float(loss[out].sum() / loss.sum()) for out in (grid < low, grid > high)),
         support=(low, high),
-        effective_draws=float(
-            np.square(np.where(covered, loss, 0.0).sum()) * (grid[1] - grid[0]) / ratio.sum()
-        ),
+        effective_draws=float(total**2 * (grid[1] - grid[0]) / squares.sum()),
     )
 
 
@@ -267,13 +214,11 @@ def _paragraph(name: str, summary: RecipeSummary) -> str:
         kind = "never rises with logSNR: a bound with noise augmentation"
     else:
         kind = f"not monotone, largest at {summary.peak:.2f}: no bound"
-    below, above = summary.lost
-    low, high = summary.support
-    lost = []
-    if below > 0:
-        lost.append(f"{below:.2%} of the loss lies below {low:.4g} and is never drawn")
-    if above > 0:
-        lost.append(f"{above:.2%} of the loss lies above {high:.4g} and is never drawn")
+    lost = [
+        f"{share:.2%} of the loss lies {side} {end:.4g} and is never drawn"
+        for share, side, end in zip(summary.lost, ("below", "above"), summary.support)
+        if share > 0
+    ]
     return "\n".join(
         [
             name,
@@ -294,11 +239,11 @@ def _table(summaries: Mapping[str, RecipeSummary]) -> str:
     lines.append(f"{'logSNR':>8}" + "".join(f"{c:>11}" for c in columns) * len(summaries))
     for row, level in enumerate(next(iter(summaries.values())).levels):
         cells = [
-            value[row]
+            f"{'-':>11}" if np.isnan(column[row]) else f"{column[row]:11.3g}"
             for s in summaries.values()
-            for value in (s.density, s.weight, s.importance, s.output_weight)
+            for column in (s.density, s.weight, s.importance, s.output_weight)
         ]
-        lines.append(f"{level:8.1f}" + "".join(_cell(c) for c in cells))
+        lines.append(f"{level:8.1f}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -313,7 +258,7 @@ def _middle(grid: np.ndarray, mass: np.ndarray) -> tuple[float, float]:
 
 
 def _words(part: object) -> str:
-    """A law, weighting, output or path as its name and what is in it."""
+    """A law, weighting, output or path as its name and its parameters."""
     if isinstance(part, tuple):
         return ", ".join(_words(member) for member in part)
     if not dataclasses.is_dataclass(part):
@@ -325,7 +270,3 @@ def _words(part: object) -> str:
 
 def _range(ends: tuple[float, float]) -> str:
     return f"{ends[0]:.1f}, {ends[1]:.1f}"
-
-
-def _cell(value: float) -> str:
-    return f"{'-':>11}" if np.isnan(value) else f"{value:11.3g}"

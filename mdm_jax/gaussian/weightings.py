@@ -1,35 +1,24 @@
-"""The curves behind the named weightings; the factories are in ``weightings.py``.
+"""Weightings of Gaussian diffusion: what is minimised, whatever law the levels are drawn from.
 
-Classes are frozen pytrees and check nothing.
+With l the squared error of the predicted noise, summed over the elements of a row, the loss is
 
-Weightings of Gaussian diffusion: what is minimised, whatever the levels are drawn from.
+    int W(lambda) E[l | lambda] dlambda = E_{lambda ~ p} [ W(lambda) / p(lambda) l ] .
 
-With l the squared error of the predicted noise, summed over the elements of a row, every Gaussian
-diffusion loss in use is
-
-    loss = int W(lambda) E[l | lambda] dlambda = E_{lambda ~ p} [ W(lambda) / p(lambda) l ] ,
-
-so W, the *effective weight*, is the objective, and the law p only sets the variance of its
-estimate. A paper's recipe (draw from p, network output y, explicit weight w on |dy|^2) has
-
-    W = p w c ,   |dy|^2 = c |deps|^2 .
-
-``W = 1/2`` is the evidence lower bound. A weight that never rises with the logSNR is the bound of
-data with added noise, averaged over the amount of it (Kingma and Gao 2023).
-
-Weightings are frozen pytrees. Constants are kept where a recipe has them.
+The *effective weight* W is the objective; the law p only sets the variance of its estimate. Drawing
+from p with explicit weight w on the error of an output y, ``|dy|^2 = c |deps|^2``, has W = p w c.
+``W = 1/2`` is the evidence lower bound; a W that never rises with the logSNR is the bound of data
+with added noise (Kingma and Gao 2023). Weightings are frozen pytrees; constants are kept.
 """
 
+import abc
 import math
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.checks import as_parameter, check_finite, is_concrete
-from mdm_jax.gaussian import parameterisations
-from mdm_jax.gaussian import schedules as gaussian_schedules
+from mdm_jax.gaussian import parameterisations, schedules
 from mdm_jax.gaussian.parameterisations import Output, check_sigma_data
 from mdm_jax.gaussian.paths import Path, flow, vp
 from mdm_jax.pytrees import pytree_dataclass
@@ -38,80 +27,61 @@ from mdm_jax.schedules.laws import Law, logistic
 from mdm_jax.types import Array, ArrayLike
 
 
-@runtime_checkable
-class Weighting(Protocol):
+class Weighting(abc.ABC):
     """An effective weight over the logSNR. Methods are elementwise and jit-able."""
 
     @property
     def support(self) -> tuple[ArrayLike, ArrayLike]:
         """(low, high) logSNR between which the weight is positive; either may be infinite."""
+        return -jnp.inf, jnp.inf
 
+    @abc.abstractmethod
     def log_weight(self, logsnr: ArrayLike) -> Array:
         """log W, the factor of the eps error in dlambda; -inf where the weight is zero."""
 
 
 @pytree_dataclass
-class Elbo:
+class Elbo(Weighting):
     """``W = 1/2``."""
-
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return -jnp.inf, jnp.inf
 
     def log_weight(self, logsnr: ArrayLike) -> Array:
         return jnp.full_like(as_float(logsnr), -math.log(2.0))
 
 
 @pytree_dataclass
-class Sigmoid:
+class Sigmoid(Weighting):
     """``W = sigmoid(bias - lambda)``."""
 
     bias: ArrayLike
-
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return -jnp.inf, jnp.inf
 
     def log_weight(self, logsnr: ArrayLike) -> Array:
         return jax.nn.log_sigmoid(self.bias - as_float(logsnr))
 
 
 @pytree_dataclass
-class MinSnr:
+class MinSnr(Weighting):
     """``min(1, gamma exp(-lambda))``."""
 
     log_gamma: ArrayLike
-
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return -jnp.inf, jnp.inf
 
     def log_weight(self, logsnr: ArrayLike) -> Array:
         return jnp.minimum(0.0, self.log_gamma - as_float(logsnr))
 
 
 @pytree_dataclass
-class TruncatedSnr:
+class TruncatedSnr(Weighting):
     """``max(1, exp(-lambda))``."""
-
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return -jnp.inf, jnp.inf
 
     def log_weight(self, logsnr: ArrayLike) -> Array:
         return jnp.maximum(0.0, -as_float(logsnr))
 
 
 @pytree_dataclass
-class P2:
+class P2(Weighting):
     """``(k + exp(lambda))^-gamma``."""
 
     log_k: ArrayLike
     gamma: ArrayLike
-
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return -jnp.inf, jnp.inf
 
     def log_weight(self, logsnr: ArrayLike) -> Array:
         logsnr = as_float(logsnr)
@@ -119,22 +89,18 @@ class P2:
 
 
 @pytree_dataclass
-class OutputFactor:
+class OutputFactor(Weighting):
     """``c`` with ``|dy|^2 = c |deps|^2``: unit weight on the error of a network's own output."""
 
     output: Output
     path: Path
-
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return -jnp.inf, jnp.inf
 
     def log_weight(self, logsnr: ArrayLike) -> Array:
         return self.output.log_eps_weight(self.path, logsnr)
 
 
 @pytree_dataclass
-class Product:
+class Product(Weighting):
     """The density of a law times any number of factors."""
 
     law: Law
@@ -150,7 +116,7 @@ class Product:
 
 
 @pytree_dataclass
-class FlatBelow:
+class FlatBelow(Weighting):
     """``base``, constant at its value at ``peak`` for all noisier levels."""
 
     base: Weighting
@@ -180,10 +146,10 @@ def from_recipe(
     """The effective weight of a recipe, ``W = p w c``.
 
     Args:
-        law: levels are drawn from it.
+        law: p, of the levels.
         output: whose squared error is taken.
         path: of the noisy input, variance-preserving if not given. It matters for v and score only.
-        explicit: w, the factor on that squared error, as a function of the level; 1 if not given.
+        explicit: w, the factor on that squared error as a function of the level; default 1.
     """
     factor = OutputFactor(output, vp() if path is None else path)
     return Product(law, (factor,) if explicit is None else (factor, explicit))
@@ -201,29 +167,22 @@ def sigmoid(bias: ArrayLike = 2.0) -> Sigmoid:
 
 
 def v_mse(law: Law | None = None) -> Product:
-    """``W = p (1 + exp(-lambda))``: error of v on the variance-preserving path, "SNR + 1".
+    """``W = p (1 + exp(-lambda))``: error of v on the vp path, "SNR + 1" (Salimans and Ho 2022).
 
-    Args:
-        law: levels are drawn from it, cosine if not given. Then W = exp(-lambda / 2) / pi.
+    Under the cosine law, the default, W = exp(-lambda / 2) / pi.
     """
-    return from_recipe(gaussian_schedules.cosine() if law is None else law, parameterisations.v())
-
-
-snr_plus_one = v_mse
-"""The same weighting, as factor ``SNR + 1`` on the error of the clean data (Salimans and Ho)."""
+    return from_recipe(schedules.cosine() if law is None else law, parameterisations.v())
 
 
 def x0_mse(law: Law | None = None) -> Product:
     """``W = p exp(-lambda)``: error of the clean data, cosine law if none is given."""
-    return from_recipe(gaussian_schedules.cosine() if law is None else law, parameterisations.x0())
+    return from_recipe(schedules.cosine() if law is None else law, parameterisations.x0())
 
 
 def flow_mse(law: Law | None = None) -> Product:
-    """``W = p (1 + exp(-lambda / 2))^2``: error of the flow velocity.
+    """``W = p (1 + exp(-lambda / 2))^2``: error of the flow velocity (Liu et al., Lipman et al.).
 
-    Args:
-        law: levels are drawn from it, uniform flow time if not given. Then W = exp(-lambda / 2) / 2
-            (Liu et al. 2023, Lipman et al. 2023).
+    Under uniform flow time, the default, W = exp(-lambda / 2) / 2.
     """
     return from_recipe(logistic(0.0, 2.0) if law is None else law, parameterisations.flow(), flow())
 
@@ -236,29 +195,21 @@ def indi() -> Product:
 def sd3(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Product:
     """Flow velocity at logit-normal flow times (Esser et al. 2024, Stable Diffusion 3).
 
-    Args:
-        mean: of the logit of the flow time, positive is noisier.
-        std: of the logit of the flow time.
+    ``mean`` and ``std`` are those of the logit of the flow time; a positive mean is noisier.
     """
-    return flow_mse(gaussian_schedules.lognormal(mean, std))
+    return flow_mse(schedules.lognormal(mean, std))
 
 
 def edm(mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5) -> Product:
     """``N(lambda; -2 mean, 4 std^2) (1 + exp(-lambda) / sigma_data^2)`` (Karras et al. 2022).
 
-    Args:
-        mean: of log sigma.
-        std: of log sigma.
-        sigma_data: standard deviation of the data.
+    ``mean`` and ``std`` are those of log sigma, ``sigma_data`` the standard deviation of the data.
     """
-    return from_recipe(gaussian_schedules.lognormal(mean, std), parameterisations.edm(sigma_data))
+    return from_recipe(schedules.lognormal(mean, std), parameterisations.edm(sigma_data))
 
 
 def edm2(mean: ArrayLike = -0.4, std: ArrayLike = 1.0, sigma_data: ArrayLike = 0.5) -> Product:
-    """:func:`edm` with the noise law of Karras et al. 2024.
-
-    EDM2 divides by a learned exp(u(lambda)) as well, which is an adaptive weighting.
-    """
+    """:func:`edm` with the law of Karras et al. 2024, without their learned exp(-u(lambda))."""
     return edm(mean, std, sigma_data)
 
 
@@ -274,7 +225,6 @@ def edm_monotonic(
     sigma_data = check_sigma_data("edm_monotonic", sigma_data)
     if not is_concrete(mean, std, sigma_data):
         raise TypeError("edm_monotonic needs known parameters; build it outside jit")
-    base = edm(mean, std, sigma_data)
     # Where the weight peaks, lambda = -2 mean - 4 std^2 sigmoid(-lambda - 2 log sigma_data).
     low, high = -2 * mean - 4 * std**2, -2 * mean
     for _ in range(8):  # the window shrinks by 32 each time
@@ -282,7 +232,7 @@ def edm_monotonic(
         excess = np.exp(-levels) / sigma_data**2
         peak = int(np.argmax(np.log1p(excess) - (levels + 2 * mean) ** 2 / (8 * std**2)))
         low, high = levels[max(peak - 1, 0)], levels[min(peak + 1, 64)]
-    return FlatBelow(base, float((low + high) / 2))
+    return FlatBelow(edm(mean, std, sigma_data), float((low + high) / 2))
 
 
 def min_snr(law: Law, gamma: ArrayLike = 5.0) -> Product:

@@ -9,7 +9,6 @@ from mdm_jax.gaussian.samplers.methods import (
     heun_flow,
 )
 from mdm_jax.gaussian.samplers.sampler import (
-    Denoise,
     GaussianContext,
     GaussianSampler,
     GaussianState,

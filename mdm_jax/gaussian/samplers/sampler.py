@@ -1,15 +1,9 @@
-"""A Gaussian diffusion network as samplers see it: an estimate of the clean data.
+"""Gaussian samplers and the loop that runs them, from noise at the first level of a grid to data.
 
-What a sampler of Gaussian diffusion is, and the one loop that runs all of them.
-
-A sampler takes noise at the first level of a grid to data at the last. The state x is that of the
-network's path, ``x = alpha x0 + sigma eps``; samplers see the network as a *denoiser*, whatever it
-outputs. A last level of +inf is clean data: the step to it ends in the denoiser's last estimate.
-
-Rows are independent: everything random about a row is keyed by its own number, so row 5 of a batch
-of 8 is what a batch of one with ``row_offset=5`` returns.
-
-Classifier-free guidance, over a part of the noise levels.
+The state x is that of the network's path, ``x = alpha x0 + sigma eps``; samplers use the network as
+a *denoiser*, whatever it outputs. A last level of +inf is clean data: the step to it ends in the
+denoiser's last estimate. Everything random about a row is keyed by its own number, so row 5 of a
+batch of 8 is what a batch of one with ``row_offset=5`` returns.
 """
 
 import math
@@ -28,7 +22,7 @@ from mdm_jax.schedules import grids
 from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
 
 NETWORK_LOGSNR_LIMIT = 2 * LOGSNR_LIMIT
-"""Largest |logSNR| shown to a network: that of the outermost float32 quantiles of the flow and
+"""Largest |logSNR| that a network receives: that of the outermost float32 quantiles of the flow and
 cosine schedules."""
 
 Denoise = Callable[[Array, ArrayLike], Array]
@@ -38,23 +32,22 @@ Denoise = Callable[[Array, ArrayLike], Array]
 def bind_denoiser(
     model_fn: ModelFn, output: Output, path: Path, documents: ArrayLike | None = None
 ) -> Denoise:
-    """The network as an estimate of the clean data, in the dtype of its input.
+    """A network as an estimate of the clean data, in the dtype of its input.
 
-    The network is shown levels within :data:`NETWORK_LOGSNR_LIMIT`; the conversion uses the level
-    as it is.
+    The network receives levels within :data:`NETWORK_LOGSNR_LIMIT`; the conversion of its output
+    uses the exact level.
 
     Args:
         model_fn: ``model_fn(x [B, ...], logsnr [B, 1], documents) -> y [B, ...]``.
         output: what y is.
         path: of the network's inputs.
-        documents: handed to the network as they are.
+        documents: passed on to the network.
     """
 
     def denoise(x: Array, logsnr: ArrayLike) -> Array:
         logsnr = jnp.asarray(logsnr, x.dtype)
-        shown = jnp.clip(logsnr, -NETWORK_LOGSNR_LIMIT, NETWORK_LOGSNR_LIMIT)
-        shown = jnp.broadcast_to(shown.reshape(-1, 1), (x.shape[0], 1))
-        y = model_fn(x, shown, documents)
+        clipped = jnp.clip(logsnr, -NETWORK_LOGSNR_LIMIT, NETWORK_LOGSNR_LIMIT)
+        y = model_fn(x, jnp.broadcast_to(clipped.reshape(-1, 1), (x.shape[0], 1)), documents)
         if y.shape != x.shape:
             raise ValueError(
                 f"the network must output one number per element, {x.shape}, got {y.shape}"
@@ -69,21 +62,19 @@ def bind_denoiser(
 def initial_std(path: Path, logsnr: ArrayLike, data_std: ArrayLike = 1.0) -> Array:
     """``sqrt(sigma^2 + alpha^2 data_std^2)``, the scale of noisy data of mean zero at a level.
 
-    For data_std = 1 it is 1 at every level of the variance-preserving path. With data_std = 0 it is
-    sigma, as EDM starts.
+    1 on the variance-preserving path for data_std = 1; sigma, as EDM starts, for data_std = 0.
     """
     spread = 1.0 + jnp.square(data_std) * jnp.exp(logsnr)
     return jnp.exp(path.log_sigma(logsnr)) * jnp.sqrt(spread)
 
 
 class GaussianState(NamedTuple):
-    """What moves from step to step; shapes and dtypes stay the same.
+    """State of the sampling loop; shapes and dtypes stay the same.
 
     Attributes:
         x: [B, ...] the noisy data, on the network's path.
-        x0: [B, ...] the estimate of the data that the last step was made with; zero before the
-            first. A step that calls the denoiser twice leaves its first estimate here.
-        memory: whatever else the sampler carries; every leaf [B, ...].
+        x0: [B, ...] the first estimate of the data in the last step; zero before any.
+        memory: further state of the sampler; every leaf [B, ...].
     """
 
     x: Array
@@ -92,10 +83,10 @@ class GaussianState(NamedTuple):
 
 
 class GaussianContext(NamedTuple):
-    """What a step is told.
+    """Inputs of one step.
 
     Attributes:
-        keys: [B] typed keys, one per row, used for nothing but this step.
+        keys: [B] typed keys, one per row, for this step only.
         index: [] int32, number of the step.
         num_steps: number of steps.
         previous_logsnr: [] level before the last step; that of the current state in the first step.
@@ -144,7 +135,7 @@ def sample_gaussian(
     row_offset: ArrayLike = 0,
     progress: Progress | None = None,
 ) -> Array:
-    """Draws data [B, ...]: the state at the last level of the grid, divided by alpha.
+    """Samples of data [B, ...]: the state at the last level of the grid, divided by alpha.
 
     At a last level of +inf that is the denoiser's estimate; at a finite one it still has noise of
     variance ``exp(-lambda)``. Pure and jit-able (see :func:`make_gaussian_generator`).
@@ -159,20 +150,30 @@ def sample_gaussian(
         shape: of the result; the rows come first.
         output: what the network predicts.
         path: of the network's inputs.
-        documents: handed to the network as they are.
+        documents: passed on to the network.
         start: [B, ...] the state at the first level, on the path, in place of noise.
-        data_std: standard deviation of the data, for the scale of the first state (see
-            :func:`initial_std`).
-        row_offset: number of the first row, for sampling a large batch in parts.
+        data_std: standard deviation of the data, for the first state (:func:`initial_std`).
+        row_offset: number of the first row, for sampling a large batch piecewise.
         progress: called after each step with the number of steps done and that of all.
 
     Raises:
         ValueError: for an empty shape, a start of another shape, or a grid that does not increase
             or starts where the network is undefined (values are checked where they are concrete).
     """
-    data, _ = _run(
-        *(key, model_fn, sampler, grid, shape, output, path),
-        *(documents, start, data_std, row_offset, lambda _: None, progress),
+    data, _ = sample_gaussian_with_trace(
+        key,
+        model_fn,
+        sampler,
+        grid,
+        shape,
+        lambda _: None,
+        output=output,
+        path=path,
+        documents=documents,
+        start=start,
+        data_std=data_std,
+        row_offset=row_offset,
+        progress=progress,
     )
     return data
 
@@ -193,16 +194,42 @@ def sample_gaussian_with_trace(
     row_offset: ArrayLike = 0,
     progress: Progress | None = None,
 ) -> tuple[Array, PyTree]:
-    """:func:`sample_gaussian`, with ``trace(state)`` of every step stacked on a leading axis.
+    """:func:`sample_gaussian`, with ``trace(state)`` after each step, stacked [num_steps, ...]."""
+    _check_grid(sampler, grid, output, path)
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"shape must be [rows, elements, ...], none of them 0, got {shape}")
+    if start is not None and jnp.shape(start) != tuple(shape):
+        raise ValueError(f"start must have the shape {tuple(shape)}, got {jnp.shape(start)}")
+    dtype = jnp.result_type(float) if start is None else jnp.result_type(start, jnp.float32)
+    levels = jnp.asarray(grid, dtype)
+    num_steps = levels.shape[0] - 1
+    denoise = bind_denoiser(model_fn, output, path, documents)
+    keys = row_keys(key, row_offset, shape[0])
+    step_keys = row_streams(keys, "steps")
+    if start is None:
+        noise = _row_noise(row_streams(keys, "init"), shape, dtype)
+        x = initial_std(path, levels[0], jnp.asarray(data_std, dtype)) * noise
+    else:
+        x = jnp.asarray(start, dtype)
+    report = reporter(progress, num_steps)
 
-    Returns:
-        data as :func:`sample_gaussian` returns them, and the traces of the states after each step
-        [num_steps, ...].
-    """
-    return _run(
-        *(key, model_fn, sampler, grid, shape, output, path),
-        *(documents, start, data_std, row_offset, trace, progress),
-    )
+    def advance(state, index):
+        context = GaussianContext(
+            keys=jax.vmap(lambda k: jax.random.fold_in(k, index))(step_keys),
+            index=index,
+            num_steps=num_steps,
+            previous_logsnr=levels[jnp.maximum(index - 1, 0)],
+            logsnr=levels[index],
+            next_logsnr=levels[index + 1],
+            path=path,
+        )
+        state = sampler.step(context, denoise, state)
+        report(index + 1)
+        return state, trace(state)
+
+    state = GaussianState(x, jnp.zeros_like(x), sampler.init(x))
+    state, record = jax.lax.scan(advance, state, jnp.arange(num_steps))
+    return state.x * jnp.exp(-path.log_alpha(levels[-1])), record
 
 
 def make_gaussian_generator(
@@ -220,13 +247,9 @@ def make_gaussian_generator(
 
     Args:
         apply_fn: ``apply_fn(params, x, logsnr [B, 1], documents) -> y``.
-        sampler: as in :func:`sample_gaussian`.
-        grid: concrete levels, as in :func:`sample_gaussian`.
+        sampler, output, path, data_std, progress: as in :func:`sample_gaussian`.
+        grid: concrete levels.
         event_shape: of one row.
-        output: what the network predicts.
-        path: of the network's inputs.
-        data_std: as in :func:`sample_gaussian`.
-        progress: as in :func:`sample_gaussian`.
 
     Returns:
         ``generate(params, key, batch_size, documents=None, start=None, row_offset=0) -> data``
@@ -238,11 +261,12 @@ def make_gaussian_generator(
     _check_grid(sampler, grid, output, path)
 
     def generate(params, key, batch_size, documents=None, start=None, row_offset=0):
-        def model_fn(x, logsnr, docs):
-            return apply_fn(params, x, logsnr, docs)
-
         return sample_gaussian(
-            *(key, model_fn, sampler, grid, (batch_size, *event_shape)),
+            key,
+            lambda x, logsnr, docs: apply_fn(params, x, logsnr, docs),
+            sampler,
+            grid,
+            (batch_size, *event_shape),
             output=output,
             path=path,
             documents=documents,
@@ -255,71 +279,19 @@ def make_gaussian_generator(
     return jax.jit(generate, static_argnames="batch_size")
 
 
+def row_keys(key: Array, row_offset: ArrayLike, num_rows: int) -> Array:
+    """[B] typed keys, ``fold_in(key, row_offset + i)`` for row i."""
+    rows = jnp.asarray(row_offset, jnp.int32) + jnp.arange(num_rows)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
 def step_noise(context: GaussianContext, x: Array) -> Array:
     """Standard normal numbers like x; each row's from its own key of this step."""
     return _row_noise(context.keys, x.shape, x.dtype)
 
 
-def _run(
-    key,
-    model_fn,
-    sampler,
-    grid,
-    shape,
-    output,
-    path,
-    documents,
-    start,
-    data_std,
-    row_offset,
-    trace,
-    progress,
-):
-    _check_grid(sampler, grid, output, path)
-    _check_shape(shape, start)
-    dtype = jnp.result_type(float) if start is None else jnp.result_type(start, jnp.float32)
-    levels = jnp.asarray(grid, dtype)
-    num_steps = levels.shape[0] - 1
-    denoise = bind_denoiser(model_fn, output, path, documents)
-    rows = jnp.asarray(row_offset, jnp.int32) + jnp.arange(shape[0])
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    step_keys = row_streams(row_keys, "steps")
-    if start is None:
-        noise = _row_noise(row_streams(row_keys, "init"), shape, dtype)
-        x = initial_std(path, levels[0], jnp.asarray(data_std, dtype)) * noise
-    else:
-        x = jnp.asarray(start, dtype)
-
-    def advance(state, index):
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(step_keys)
-        context = GaussianContext(
-            keys=keys,
-            index=index,
-            num_steps=num_steps,
-            previous_logsnr=levels[jnp.maximum(index - 1, 0)],
-            logsnr=levels[index],
-            next_logsnr=levels[index + 1],
-            path=path,
-        )
-        state = sampler.step(context, denoise, state)
-        report(index + 1)
-        return state, trace(state)
-
-    report = reporter(progress, num_steps)
-    state = GaussianState(x, jnp.zeros_like(x), sampler.init(x))
-    state, record = jax.lax.scan(advance, state, jnp.arange(num_steps))
-    return state.x * jnp.exp(-path.log_alpha(levels[-1])), record
-
-
 def _row_noise(keys: Array, shape: tuple[int, ...], dtype) -> Array:
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(keys)
-
-
-def _check_shape(shape: tuple[int, ...], start: ArrayLike | None) -> None:
-    if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"shape must be [rows, elements, ...], none of them 0, got {shape}")
-    if start is not None and jnp.shape(start) != tuple(shape):
-        raise ValueError(f"start must have the shape {tuple(shape)}, got {jnp.shape(start)}")
 
 
 def _check_grid(sampler: GaussianSampler, grid: ArrayLike, output: Output, path: Path) -> None:
@@ -334,8 +306,8 @@ def _check_grid(sampler: GaussianSampler, grid: ArrayLike, output: Output, path:
         defined = bool(jnp.isfinite(output.log_determinant(path, -jnp.inf)))
     if not defined:
         raise ValueError(
-            f"output {output.name} on path {path.name} tells nothing about the data at logSNR "
-            "-inf: start the grid at a finite level, or use x0, v or flow on vp or flow"
+            f"output {output.name} on path {path.name} does not determine the data at logSNR -inf: "
+            "start the grid at a finite level, or use x0, v or flow on vp or flow"
         )
 
 
@@ -346,18 +318,15 @@ def guided(
     low: ArrayLike = -math.inf,
     high: ArrayLike = math.inf,
 ) -> ModelFn:
-    """A network that pushes the conditional output away from the unconditional one.
+    """Classifier-free guidance at logSNR within [low, high]: ``y = y_u + scale (y_c - y_u)``.
 
-    ``y = y_u + scale (y_c - y_u)`` at levels within [low, high], ``y_c`` elsewhere. Any output will
-    do, as long as both networks have the same: at a given input all of them are affine in each
-    other, so that guiding one guides the rest alike. Where no row is inside the interval the
-    unconditional network is not run.
-
-    Ho and Salimans 2022; the interval is that of Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+    Outside of the interval, ``y_c``. Any output will do, as all are affine in each other. Where no
+    row is inside the interval the unconditional network is not run. Ho and Salimans 2022; the
+    interval is that of Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 
     Args:
         conditional: ``(x [B, ...], logsnr [B, 1], documents) -> y``.
-        unconditional: likewise.
+        unconditional: likewise, with the same output.
         scale: guidance scale, 1 for none.
         low: noisiest guided logSNR.
         high: cleanest guided logSNR.
@@ -369,7 +338,6 @@ def guided(
 
     def model_fn(x: Array, logsnr: Array, documents: Array | None = None) -> Array:
         target = conditional(x, logsnr, documents)
-        # One level per row decides.
         inside = (low <= logsnr[:, 0]) & (logsnr[:, 0] <= high)
 
         def push() -> Array:

@@ -12,67 +12,56 @@ from mdm_jax.gaussian import parameterisations as outputs
 from mdm_jax.gaussian import paths
 
 # Factories, so that an output is built in the precision of the test.
-ZOO = {
-    "x0": outputs.x0,
-    "eps": outputs.eps,
-    "v": outputs.v,
-    "flow": outputs.flow,
-    "score": outputs.score,
-    "edm": outputs.edm,
-    "edm_wide": lambda: outputs.edm(1.7),
-}
-every_output = pytest.mark.parametrize("name", sorted(ZOO))
+ZOO = outputs.OUTPUTS | {"edm_wide": lambda: outputs.edm(1.7)}
 every_path = pytest.mark.parametrize("path_name", sorted(paths.PATHS))
 LEVELS = np.array([-20.0, -9.0, -2.0, 0.0, 1.3, 6.0, 20.0])
 
 
-def test_every_public_output_is_in_the_zoo():
-    assert set(outputs.OUTPUTS) <= set(ZOO)
+def test_every_output_is_in_the_zoo():
     assert {type(make()) for make in ZOO.values()} == set(outputs.Output.__subclasses__())
 
 
-@every_output
 @every_path
-def test_determinant_and_weights_follow_from_the_coefficients(name, path_name):
-    with jax.enable_x64():
-        output, path = ZOO[name](), paths.by_name(path_name)
-        data, noise = output.coefficients(path, LEVELS)
-        alpha, sigma = path.alpha(LEVELS), path.sigma(LEVELS)
-        determinant = data * sigma - noise * alpha
-        np.testing.assert_array_equal(np.sign(determinant), output.sign)
-        log_size = np.log(np.abs(determinant))
-        np.testing.assert_allclose(
-            output.log_determinant(path, LEVELS), log_size, rtol=1e-11, atol=1e-11
+def test_determinant_and_weights_follow_from_the_coefficients(path_name):
+    @jax.jit
+    def measure():
+        path, step = paths.by_name(path_name), 1e-3
+        data, noise = (
+            jnp.stack(parts)
+            for parts in zip(*(make().coefficients(path, LEVELS) for make in ZOO.values()))
         )
-        x0_weight = output.log_x0_weight(path, LEVELS)
-        np.testing.assert_allclose(x0_weight, 2 * (log_size - np.log(sigma)), atol=1e-11)
-        np.testing.assert_allclose(
-            output.log_eps_weight(path, LEVELS), x0_weight - LEVELS, atol=1e-11
+        inner = jnp.asarray([-3.0, 0.0, 1.3, 4.0])
+        moved = -step * jnp.exp(inner / 2)  # x0 is moved and x held, eps giving way
+
+        def change(output):
+            there = output.target(path, inner, 0.4 + step, 0.2 + moved)
+            return (there - output.target(path, inner, 0.4, 0.2)) / step
+
+        return (
+            data * path.sigma(LEVELS)[None] - noise * path.alpha(LEVELS)[None],
+            jnp.stack([make().log_determinant(path, LEVELS) for make in ZOO.values()]),
+            jnp.stack([make().log_eps_weight(path, LEVELS) for make in ZOO.values()]),
+            path.log_alpha(LEVELS),
+            jnp.stack([change(make()) for make in ZOO.values()]),
+            jnp.stack([make().log_eps_weight(path, inner) + inner for make in ZOO.values()]),
         )
 
-
-@every_output
-@every_path
-def test_implied_weight_is_that_of_a_small_error(name, path_name):
-    """|dy|^2 / |dx0|^2 when x0 is moved and x held, eps giving way."""
     with jax.enable_x64():
-        output, path, step = ZOO[name](), paths.by_name(path_name), 1e-3
-        levels = np.array([-3.0, 0.0, 1.3, 4.0])
-        noise_step = -step * np.exp(levels / 2)
-        moved = output.target(path, levels, 0.4 + step, 0.2 + noise_step)
-        change = moved - output.target(path, levels, 0.4, 0.2)
-        np.testing.assert_allclose(
-            output.log_x0_weight(path, levels), 2 * np.log(np.abs(change) / step), atol=1e-9
-        )
+        determinant, log_size, weight, log_alpha, change, x0_weight = map(np.asarray, measure())
+    signs = np.array([[make().sign] for make in ZOO.values()])
+    np.testing.assert_array_equal(np.sign(determinant), np.broadcast_to(signs, determinant.shape))
+    np.testing.assert_allclose(log_size, np.log(np.abs(determinant)), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(weight, 2 * (log_size - log_alpha), atol=1e-11)
+    np.testing.assert_allclose(x0_weight, 2 * np.log(np.abs(change)), atol=1e-9)
 
 
 @functools.cache
 def all_conversions(path_name, bits, level_bound):
     """Every output of one example as every other, [from, to, levels], and the targets."""
-    with jax.enable_x64(bits == 64):
+
+    @jax.jit
+    def measure(levels, x0, eps):
         path = paths.by_name(path_name)
-        levels = jnp.asarray(LEVELS[np.abs(LEVELS) <= level_bound])
-        x0, eps = jnp.asarray(-0.4), jnp.asarray(0.9)
         x = path.alpha(levels) * x0 + path.sigma(levels) * eps
         kinds = [make() for make in ZOO.values()]
         targets = [kind.target(path, levels, x0, eps) for kind in kinds]
@@ -80,7 +69,11 @@ def all_conversions(path_name, bits, level_bound):
             [outputs.convert(y, x, path, levels, source, kind) for kind in kinds]
             for y, source in zip(targets, kinds)
         ]
-        return np.asarray(table), np.asarray(targets)
+        return jnp.stack([jnp.stack(row) for row in table]), jnp.stack(targets)
+
+    with jax.enable_x64(bits == 64):
+        levels = jnp.asarray(LEVELS[np.abs(LEVELS) <= level_bound])
+        return jax.tree.map(np.asarray, measure(levels, jnp.asarray(-0.4), jnp.asarray(0.9)))
 
 
 @every_path
@@ -89,23 +82,24 @@ def test_every_output_becomes_every_other(path_name):
     np.testing.assert_allclose(table, np.broadcast_to(targets, table.shape), rtol=2e-11)
 
 
-def test_bounded_outputs_convert_at_all_levels_in_float32():
+@pytest.mark.parametrize("path_name", ["vp", "flow"])
+def test_bounded_outputs_convert_at_all_levels_in_float32(path_name):
     """v, flow velocity and F on the two bounded paths; x0 and eps lie within reach of each."""
     bounded = [list(ZOO).index(name) for name in ("v", "flow", "edm", "edm_wide")]
-    for path_name in ("vp", "flow"):
-        table, _ = all_conversions(path_name, 32, 20.0)
-        _, targets = all_conversions(path_name, 64, 20.0)
-        block = table[np.ix_(bounded, bounded)]
-        assert block.dtype == np.float32
-        expected = np.broadcast_to(targets[bounded], block.shape)
-        np.testing.assert_allclose(block, expected, rtol=1e-5, atol=2e-6)
+    table, _ = all_conversions(path_name, 32, 20.0)
+    _, targets = all_conversions(path_name, 64, 20.0)
+    block = table[np.ix_(bounded, bounded)]
+    assert block.dtype == np.float32
+    expected = np.broadcast_to(targets[bounded], block.shape)
+    np.testing.assert_allclose(block, expected, rtol=1e-5, atol=2e-6)
 
 
-@every_output
-def test_converting_to_itself_changes_nothing(name):
-    output, y, x = ZOO[name](), jnp.float32([0.3]), jnp.float32([5e3])
-    for level in (-20.0, 20.0):
-        assert outputs.convert(y, x, paths.vp(), jnp.float32([level]), output, output) == y
+def test_converting_to_itself_changes_nothing():
+    y, x = jnp.float32([0.3]), jnp.float32([5e3])
+    for make in ZOO.values():
+        for level in (-20.0, 20.0):
+            output, level = make(), jnp.float32([level])
+            assert outputs.convert(y, x, paths.vp(), level, output, output) == y
 
 
 WORKED = {
@@ -118,35 +112,38 @@ WORKED = {
 @pytest.mark.parametrize("path_name", WORKED)
 def test_worked_conversion(path_name):
     """logSNR 1.3, x = 0.7, x0 = -0.4, from section 3 of the specification."""
+
+    @jax.jit
+    def measure(x0, x):
+        path, kinds = paths.by_name(path_name), [make() for make in outputs.OUTPUTS.values()]
+        values = [outputs.convert(x0, x, path, 1.3, outputs.x0(), kind) for kind in kinds]
+        return values, [kind.to_x0(path, 1.3, y, x) for kind, y in zip(kinds, values)]
+
     with jax.enable_x64():
-        path, x0 = paths.by_name(path_name), jnp.asarray(-0.4)
-        names = ("x0", "eps", "v", "flow", "score", "edm")
-        for name, expected in zip(names, WORKED[path_name]):
-            output = ZOO[name]()
-            y = outputs.convert(x0, jnp.asarray(0.7), path, 1.3, outputs.x0(), output)
-            np.testing.assert_allclose(y, expected, atol=1e-9)
-            np.testing.assert_allclose(output.to_x0(path, 1.3, y, 0.7), -0.4, rtol=1e-12)
-            np.testing.assert_allclose(output.to_eps(path, 1.3, y, 0.7), WORKED[path_name][1])
+        values, back = measure(jnp.asarray(-0.4), jnp.asarray(0.7))
+    assert list(outputs.OUTPUTS) == ["x0", "eps", "v", "flow", "score", "edm"]
+    np.testing.assert_allclose(values, WORKED[path_name], atol=1e-9)
+    np.testing.assert_allclose(back, -0.4, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name, path_name, expected",
-    [
-        ("eps", "vp", 3.669296667619),
-        ("v", "vp", 4.669296667619),
-        ("flow", "vp", 8.500378325647),
-        ("score", "vp", 17.133034702621),
-        ("edm", "vp", 7.669296667619),
-        ("v", "ve", 5.941828460653),
-        ("score", "ve", 13.463738035002),
-        ("v", "flow", 2.564866001841),
-        ("score", "flow", 31.190409863800),
-    ],
-)
-def test_implied_weights_of_the_specification(name, path_name, expected):
+def test_implied_weights_of_the_specification():
+    expected = {
+        ("eps", "vp"): 3.669296667619,
+        ("v", "vp"): 4.669296667619,
+        ("flow", "vp"): 8.500378325647,
+        ("score", "vp"): 17.133034702621,
+        ("edm", "vp"): 7.669296667619,
+        ("v", "ve"): 5.941828460653,
+        ("score", "ve"): 13.463738035002,
+        ("v", "flow"): 2.564866001841,
+        ("score", "flow"): 31.190409863800,
+    }
     with jax.enable_x64():
-        weight = np.exp(ZOO[name]().log_x0_weight(paths.by_name(path_name), 1.3))
-        np.testing.assert_allclose(weight, expected, rtol=1e-11)
+        weights = [
+            np.exp(ZOO[name]().log_eps_weight(paths.by_name(path_name), 1.3) + 1.3)
+            for name, path_name in expected
+        ]
+    np.testing.assert_allclose(weights, list(expected.values()), rtol=1e-11)
 
 
 @every_path
@@ -171,17 +168,19 @@ def test_edm_preconditioning():
         np.testing.assert_allclose(outputs.edm().to_x0(path, 1.3, f, x), by_hand, rtol=1e-12)
 
 
-@every_output
 @every_path
-def test_gradients_are_finite_at_extreme_levels_in_float32(name, path_name):
-    output, path = ZOO[name](), paths.by_name(path_name)
+def test_gradients_are_finite_at_extreme_levels_in_float32(path_name):
+    path = paths.by_name(path_name)
 
     def total(levels, y):
-        target = output.target(path, levels, 0.3, -0.8)
-        return jnp.sum(target + output.log_eps_weight(path, levels) + y * target)
+        def one(output):
+            target = output.target(path, levels, 0.3, -0.8)
+            return jnp.sum(target + output.log_eps_weight(path, levels) + y * target)
 
-    slopes = jax.grad(total, (0, 1))(jnp.float32([-20.0, 20.0]), jnp.ones(2))
-    assert all(np.all(np.isfinite(slope)) for slope in slopes)
+        return jnp.stack([one(make()) for make in ZOO.values()])
+
+    gradients = jax.jit(jax.jacrev(total, (0, 1)))(jnp.float32([-20.0, 20.0]), jnp.ones(2))
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
 
 
 def test_bad_arguments():
@@ -194,5 +193,5 @@ def test_bad_arguments():
 
 
 def test_sigma_data_may_be_traced():
-    slope = jax.grad(lambda s: outputs.edm(s).log_eps_weight(paths.vp(), 0.0))(0.5)
-    np.testing.assert_allclose(slope, -2 / 0.5**3 / (1 + 1 / 0.5**2), rtol=1e-5)
+    gradient = jax.grad(lambda s: outputs.edm(s).log_eps_weight(paths.vp(), 0.0))(0.5)
+    np.testing.assert_allclose(gradient, -2 / 0.5**3 / (1 + 1 / 0.5**2), rtol=1e-5)
