@@ -1,16 +1,12 @@
-"""Standard errors of means and ratios, and numbers as JSON takes them.
-
-Running means of gradients and the sum of squared deviations, in one pass.
+"""Standard errors of means and ratios, running means of gradients, and numbers as JSON takes them.
 
 Adding sample i to a running mean of the samples before it yields the number
 
     (i - 1) / i * |G_i - mean of G_1 .. G_{i-1}|^2 ,
 
-zero for the first. For independent samples of one law each of them, from the second on, has the
-expectation ``tr Cov(G)``, and together they add up to the sum of squared deviations from the final
-mean. No difference of large sums is taken.
-
-Reference: Welford 1962; recursive residuals.
+zero for the first. For independent samples of one law each of the others has the expectation
+``tr Cov(G)``, and together they add up to the sum of squared deviations from the final mean, without
+a difference of large sums. Reference: Welford 1962; recursive residuals.
 """
 
 import math
@@ -21,6 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.types import Array, PyTree
+
+
+class Estimate(NamedTuple):
+    """A number with its standard error, in the same unit; NaN where none can be given."""
+
+    value: float
+    standard_error: float
+
+
+def mean_estimate(values: np.ndarray) -> Estimate:
+    """Mean of independent values [R] with its standard error."""
+    return Estimate(float(values.mean()), standard_error_of_mean(values))
 
 
 def standard_error_of_mean(values: np.ndarray) -> float:
@@ -60,7 +68,7 @@ class RunningMean(NamedTuple):
 
 
 def start(like: PyTree) -> RunningMean:
-    """Nothing seen yet; samples will have the structure of ``like``."""
+    """The mean of no samples, for samples of the structure of ``like``."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), like)
     return RunningMean(jnp.zeros((), jnp.float32), zeros)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mdm_jax import data, meter, models, objectives, schedules, tasks, training, variance
 from mdm_jax.launch import config as launch_config
+from mdm_jax.variance.moments import level_variance, second_moment
 
 TASKS = {
     "sudoku": tasks.Sudoku,
@@ -56,11 +57,11 @@ VARIANCE = {
     "stratified_levels": variance.stratified_levels,
     "complement": variance.complement,
     "ppots": variance.ppots,
-    "ppots_level_variance": functools.partial(variance.ppots, target=variance.level_variance),
+    "ppots_level_variance": functools.partial(variance.ppots, target=level_variance),
     "ppots_parametric": variance.ppots_parametric,
     "ppots_slopes": variance.ppots_slopes,
     "ema_bins": variance.ema_bins,
-    "ema_bins_second_moment": functools.partial(variance.ema_bins, target=variance.second_moment),
+    "ema_bins_second_moment": functools.partial(variance.ema_bins, target=second_moment),
     "loss_history": variance.loss_history,
     "learned_quantile": variance.learned_quantile,
     "uncertainty_weighting": variance.uncertainty_weighting,

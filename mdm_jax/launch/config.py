@@ -161,7 +161,7 @@ def get_config() -> ConfigDict:
                 "floor": 0.2,
                 "warmup_steps": 50,
             },
-            # The fields of variance.EprParameters in order, as variance.fit_epr returns them.
+            # The fields of variance.epr.EprParameters in order, as fit_epr returns them.
             "ppots_parametric": {"parameters": (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), "floor": 0.1},
             "ema_bins": {"num_bins": 100, "decay": 0.99, "floor": 0.01, "warmup_steps": 100},
             "ema_bins_second_moment": {

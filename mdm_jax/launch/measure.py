@@ -30,7 +30,10 @@ from mdm_jax.meter.levels import LevelTable
 from mdm_jax.meter.subject import Estimator
 from mdm_jax.objectives.objective import Objective, stop_gradient_stats
 from mdm_jax.types import Array, Batch, PyTree, worst_bias
-from mdm_jax.variance.transform import VarianceTransform
+from mdm_jax.variance.densities import log_spaced_edges
+from mdm_jax.variance.epr import fit_epr
+from mdm_jax.variance.moments import level_variance, second_moment
+from mdm_jax.variance.transform import Phase, VarianceTransform
 
 __all__ = ["METHODS", "Method", "Settings", "format_table", "measure", "named"]
 
@@ -69,7 +72,7 @@ def _fixed(*factories: Callable[[], VarianceTransform]) -> Callable:
 
 
 def _binned(table: LevelTable, target: Callable) -> VarianceTransform:
-    edges = variance.log_spaced_edges(16)
+    edges = log_spaced_edges(16)
     moments = mdm_jax_meter.binned_moments(table, table.gradient, edges)
     return variance.ppots_binned(edges, target(moments))
 
@@ -78,12 +81,12 @@ def _parametric(table: LevelTable) -> VarianceTransform:
     value = table.loss.value
     spread = np.maximum(value.pattern, 0.0)  # the published target, v + g^2 of the loss
     # Over 1 - u, which is the masking rate where that is uniform.
-    fit = variance.fit_epr(1.0 - table.quantiles, value.mean, spread)
+    fit = fit_epr(1.0 - table.quantiles, value.mean, spread)
     return variance.chain(variance.ppots_parametric(fit.parameters))
 
 
 def _stratified_binned(table: LevelTable) -> VarianceTransform:
-    return variance.chain(variance.stratified(), _binned(table, variance.level_variance))
+    return variance.chain(variance.stratified(), _binned(table, level_variance))
 
 
 _online = functools.partial(variance.ppots, num_bins=16, warmup_steps=10, decay=0.99)
@@ -111,7 +114,7 @@ METHODS: dict[str, Method] = {
     "ppots, parametric": Method(_parametric),
     "ppots, slopes": Method(_fixed(_slopes)),
     "stratified, ppots slopes": Method(_fixed(variance.stratified, _slopes)),
-    "ppots, binned": Method(lambda table: _binned(table, variance.second_moment)),
+    "ppots, binned": Method(lambda table: _binned(table, second_moment)),
     "stratified, ppots binned": Method(_stratified_binned),
     "stratified, ppots binned, mirror": Method(
         lambda table: variance.chain(_stratified_binned(table), variance.mirror())
@@ -335,7 +338,7 @@ class _Meter:
             objective, transform, state, spec
         ):
             figure, training_figure = map(_infinite, (figure, training_figure))
-        warps = any(t.phase == variance.Phase.WARP for t in transform.members or (transform,))
+        warps = any(t.phase == Phase.WARP for t in transform.members or (transform,))
         density = (
             mdm_jax_meter.warp_density(key, transform, state, spec, objective) if warps else None
         )

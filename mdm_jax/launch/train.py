@@ -10,7 +10,7 @@ import jax
 import tqdm
 from ml_collections import ConfigDict
 
-from mdm_jax import data, distributed, training, variance
+from mdm_jax import data, distributed, training
 from mdm_jax.launch import build
 from mdm_jax.launch.accuracy import check_accuracy, measure_accuracy
 from mdm_jax.launch.experiment import (
@@ -29,6 +29,7 @@ from mdm_jax.meter.clip_search import ClipChoice, make_clip_search
 from mdm_jax.training.checkpoints import Restored
 from mdm_jax.training.state import TrainState
 from mdm_jax.types import PyTree
+from mdm_jax.variance.warps import set_clip_range
 
 
 def check_settings(experiment: Experiment) -> None:
@@ -322,7 +323,7 @@ def _clip_hook(
         if distributed.is_first():
             _append_choice(workdir / "clip_search.jsonl", choice)
         writer.scalars(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
-        moved = variance.set_clip_range(state.variance, choice.low, choice.high)
+        moved = set_clip_range(state.variance, choice.low, choice.high)
         # Where the old range lay, so that the step is not compiled for another placement.
         placed = jax.tree.map(lambda n, o: jax.device_put(n, o.sharding), moved, state.variance)
         return state.replace(variance=placed)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import variance
 from mdm_jax.draws import GRID_BITS, Draw, DrawSpec
 from mdm_jax.meter import nested
 from mdm_jax.meter.nested import CrossedMoments, crossed_draw, evaluate_cells, scored_rows
@@ -26,6 +25,7 @@ from mdm_jax.objectives.objective import Objective
 from mdm_jax.rng import stream
 from mdm_jax.schedules.coordinates import logsnr_from_masking_rate
 from mdm_jax.types import Array, ArrayLike, Batch, PyTree
+from mdm_jax.variance.moments import LevelMoments
 from mdm_jax.variance.transform import VarianceTransform, draw_batch
 
 _FIRST, _LAST = 2.0 ** -(GRID_BITS + 1), 1 - 2.0 ** -(GRID_BITS + 1)
@@ -310,7 +310,7 @@ def _over_probes(slopes: np.ndarray, resamples: int) -> Moments:
     return Moments(value._replace(mean=norm), error._replace(mean=norm_error))
 
 
-def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> variance.LevelMoments:
+def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> LevelMoments:
     """Moments of a table in bins of the quantile, as ``variance.ppots_binned`` takes them.
 
     Interpolates over the logarithm of 1 - u, the distance from the clean end, at each bin's
@@ -330,6 +330,6 @@ def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> var
         return jnp.asarray(np.interp(middle, grid, np.maximum(values, 0.0)), jnp.float32)
 
     value = moments.value
-    return variance.LevelMoments(
+    return LevelMoments(
         second=at(value.second), mean=jnp.sqrt(at(value.mean_square)), data=at(value.data)
     )

@@ -1,7 +1,6 @@
-"""Densities over the quantile: what a warp samples from and pays for.
+"""Densities over the quantile ``u`` in (0, 1), near 1 = clean, that warps sample from and pay for.
 
-A density lives on the quantile ``u`` in (0, 1), near 1 = clean. For the usual uniform masking rate
-the rate is ``1 - u``, so that a density over the rate is one over ``u`` read backwards.
+For a uniform masking rate the rate is ``1 - u``.
 """
 
 from typing import Protocol, runtime_checkable
@@ -17,7 +16,7 @@ from mdm_jax.variance.transform import LevelProfile
 
 _SIZE = 2**GRID_BITS
 NARROWEST = 2.0 ** -(GRID_BITS - 1)
-"""Width of a cell at least: four float32 numbers next to 1."""
+"""Least width of a cell: four float32 numbers next to 1."""
 
 
 @runtime_checkable
@@ -43,8 +42,8 @@ class PiecewiseDensity:
     """Uniform within each of J cells that cover (0, 1).
 
     The probability of a cell is a whole number of grid points, at least one, and the density is
-    computed from that number. So sampling and weighting use the same density to the last bit, the
-    weights average to 1 exactly, and no cell is ever out of reach, whatever the masses were.
+    computed from that number: sampling and weighting use the same density to the last bit, the
+    weights average to 1 exactly, and every cell is reachable whatever the masses were.
 
     Attributes:
         edges: [J + 1] float32, strictly increasing from 0 to 1.
@@ -66,7 +65,7 @@ class PiecewiseDensity:
 
     def cell(self, u: ArrayLike) -> Array:
         """Index of the cell [edges[j], edges[j + 1]) that holds each quantile, int32."""
-        return _find(self.edges, jnp.asarray(u, self.edges.dtype))
+        return find_cell(self.edges, jnp.asarray(u, self.edges.dtype))
 
     def log_pdf(self, u: ArrayLike) -> Array:
         """Log density, nats."""
@@ -81,25 +80,21 @@ class PiecewiseDensity:
 
     def icdf(self, u: ArrayLike) -> Array:
         """The quantile with the given probability below it."""
-        place = jnp.asarray(u, self.edges.dtype) * _SIZE  # exact: a power of two
-        cell = _find(self.points, jnp.floor(place).astype(self.points.dtype))
+        point = jnp.asarray(u, self.edges.dtype) * _SIZE  # exact: a power of two
+        cell = find_cell(self.points, jnp.floor(point).astype(self.points.dtype))
         start, count = self.points[cell], self.points[cell + 1] - self.points[cell]
         left, right = self.edges[cell], self.edges[cell + 1]
-        inside = left + (place - start) / count * (right - left)
+        inside = left + (point - start) / count * (right - left)
         # Strictly below the right edge, where the next cell and its density begin.
         return open_interval(jnp.clip(inside, left, jnp.nextafter(right, left)))
 
 
 def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
-    """Density with the given mass in each cell.
-
-    Masses may be traced (running moments inside a jitted step); then only shapes are checked.
-    They are rounded to whole grid points, 2**-23, and every cell keeps at least one point.
+    """Density with the given mass in each cell, rounded to whole grid points, 2**-23.
 
     Args:
-        edges: [J + 1] quantiles, increasing from 0 to 1; cells are in the order of ``u``, the first
-            one holds the highest masking rates.
-        masses: [J] positive, up to a common factor.
+        edges: [J + 1] quantiles from 0 to 1; the first cell holds the highest masking rates.
+        masses: [J] positive, up to a common factor. If traced, only shapes are checked.
 
     Raises:
         ValueError: if shapes do not fit, the edges do not run from 0 to 1 in steps of at least
@@ -114,29 +109,25 @@ def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
             f"piecewise_density: {edges.size} edges need {cells} masses, got shape {masses.shape}"
         )
     if not isinstance(masses, jax.core.Tracer):
-        known = np.asarray(masses)
-        if not (np.all(np.isfinite(known)) and np.all(known > 0)):
+        values = np.asarray(masses)
+        if not (np.all(np.isfinite(values)) and np.all(values > 0)):
             raise ValueError(
                 "piecewise_density: masses must be positive and finite, since a cell without mass "
-                f"would be lost; got {known}. clipped() leaves out a range on purpose"
+                f"would be lost; got {values}. clipped() leaves out a range on purpose"
             )
     points = _grid_points(jnp.asarray(masses / masses.max(), jnp.float32))
     return PiecewiseDensity(jnp.asarray(edges), points)
 
 
 def log_spaced_edges(num_bins: int = 32, smallest_rate: float = 1e-3) -> np.ndarray:
-    """Edges over the quantile whose cells are equally wide in the logarithm of the rate ``1 - u``.
+    """[J + 1] float32 edges from 0 to 1, equally spaced in the logarithm of the rate ``1 - u``.
 
-    The cell next to u = 1 holds the rates in (0, smallest_rate), so that the cells cover all of
-    (0, 1). Losses with weight 1/m grow towards small rates; cells of equal width in m waste most of
-    what a density can gain there.
+    Losses with weight 1/m grow towards small rates, where cells of equal width in m waste most of
+    what a density can gain.
 
     Args:
         num_bins: J, at least 2.
-        smallest_rate: masking rate in (0, 1) below which the density is constant.
-
-    Returns:
-        [J + 1] float32 from 0 to 1.
+        smallest_rate: masking rate in (0, 1) below which there is one cell.
 
     Raises:
         ValueError: if an argument is out of range or a cell would be narrower than 2**-22.
@@ -167,6 +158,24 @@ def check_edges(edges: ArrayLike) -> np.ndarray:
     return edges
 
 
+def equal_edges(name: str, num_bins: int) -> np.ndarray:
+    """[J + 1] edges of bins equally wide in the quantile; ValueError unless J is positive."""
+    if num_bins < 1:
+        raise ValueError(f"{name} needs num_bins >= 1, got {num_bins}")
+    return check_edges(np.linspace(0.0, 1.0, num_bins + 1))
+
+
+def bin_of(edges: np.ndarray, u: Array) -> Array:
+    """Index of the bin that holds each quantile, int32."""
+    return jnp.searchsorted(jnp.asarray(edges[1:-1]), u, side="right")
+
+
+def find_cell(edges: Array, values: Array) -> Array:
+    """Index of the cell [edges[j], edges[j + 1]) of each value; the outermost ones beyond them."""
+    cell = jnp.searchsorted(edges, values, side="right") - 1
+    return jnp.clip(cell, 0, edges.size - 2)
+
+
 def warp(draw: Draw, density: QuantileDensity) -> Draw:
     """``draw`` with its quantiles drawn from ``density``, and ``-log density`` added as weight."""
     u = density.icdf(draw.u)
@@ -176,8 +185,7 @@ def warp(draw: Draw, density: QuantileDensity) -> Draw:
 def density_profile(density: QuantileDensity, u: ArrayLike) -> LevelProfile:
     """The profile of :func:`warp`: paid in full within the support, nothing drawn outside."""
     log_density = density.log_pdf(u)
-    drawn = jnp.isfinite(log_density)
-    return LevelProfile(log_density, jnp.where(drawn, -log_density, 0.0))
+    return LevelProfile(log_density, jnp.where(jnp.isfinite(log_density), -log_density, 0.0))
 
 
 def open_interval(u: Array) -> Array:
@@ -197,8 +205,3 @@ def _grid_points(masses: Array) -> Array:
     lower = order + jax.lax.cummax(jnp.maximum(points - order, 0))
     points = jnp.minimum(lower, _SIZE - cells + order)
     return jnp.concatenate([jnp.zeros(1, points.dtype), points])
-
-
-def _find(table: Array, values: Array) -> Array:
-    cell = jnp.searchsorted(table, values, side="right") - 1
-    return jnp.clip(cell, 0, table.size - 2)

@@ -1,16 +1,14 @@
-"""What adaptive transforms learn from a step, and when they refuse to.
-
-Moments of the loss per level, and the density over levels that each purpose asks for.
+"""Moments of the loss per level, and the density over levels that each purpose asks for.
 
 With f the integrand of a level (raw loss times the objective's weight, before any importance
 weight), v its variance over masks, g its mean and c the variance of its mean over rows, the second
 moment of an importance-sampled estimate is ``int E[f^2] / p``, so the best density is the root of a
-moment. Which moment, depends on what else the chain does:
+moment; which one depends on what else the chain does:
 
 * levels independent: ``E f^2 = v + g^2 + c`` (:func:`second_moment`),
 * levels stratified, which removes g^2 at leading order: ``v + c`` (:func:`level_variance`),
-* what the published scripts use: ``v + g^2`` (:func:`published_second_moment`),
-* what Kingma and Gao use: ``g^2``, a density proportional to the loss (:func:`squared_mean`).
+* the published scripts: ``v + g^2`` (:func:`published_second_moment`),
+* Kingma and Gao: ``g^2``, a density proportional to the loss (:func:`squared_mean`).
 
 For gradients put ``E ||G||^2`` in the place of ``E f^2``. With several views at one level f is
 their average, which makes the moments those of the coupled views.
@@ -19,11 +17,10 @@ their average, which makes the moments those of the coupled views.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from mdm_jax.draws import Draw, LossStats
-from mdm_jax.types import Array, ArrayLike, PyTree
+from mdm_jax.types import Array, ArrayLike
 from mdm_jax.variance.densities import PiecewiseDensity, check_edges, piecewise_density
 
 
@@ -31,50 +28,29 @@ class LevelLosses(NamedTuple):
     """Losses at the levels of a draw.
 
     Attributes:
-        value: [V, B, S] of the row at this level, averaged over its views there; 0 where nothing
-            is scored.
-        count: [V, B, S] what the entry counts: 1 over the number of views of the row at this level,
-            0 where nothing is scored.
+        value: [V, B, S] of the row at this level, averaged over its views there; 0 where no token
+            is eligible.
+        count: [V, B, S] weight of the entry: 1 over the number of views of the row at this level,
+            0 where no token is eligible.
     """
 
     value: Array
     count: Array
 
+    def mean(self, values: Array) -> Array:
+        """Mean of ``values`` [V, B, S] over the estimates of the batch; 0 without any."""
+        total = jnp.sum(self.count)
+        return jnp.sum(self.count * values) / jnp.where(total > 0, total, 1.0)
+
 
 def integrand(draw: Draw, stats: LossStats) -> LevelLosses:
-    """f, whose mean over uniform quantiles is the loss, per scored element.
-
-    The raw loss times the objective's weight, without the importance weight.
-    """
+    """f, whose mean over uniform quantiles is the loss, per eligible element."""
     return _per_level(draw, stats.raw * stats.weight, stats.scored)
 
 
 def target_loss(draw: Draw, stats: LossStats) -> LevelLosses:
     """The raw loss per target element, without any weight."""
     return _per_level(draw, stats.raw, stats.targets)
-
-
-def total_count(losses: LevelLosses) -> Array:
-    """Number of estimates in the batch, at least 1."""
-    total = jnp.sum(losses.count)
-    return jnp.where(total > 0, total, 1.0)
-
-
-def all_finite(tree: PyTree) -> Array:
-    """Whether no leaf holds an infinity or NaN."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def accept(finite: Array, learnt: PyTree, old: PyTree) -> PyTree:
-    """The state ``learnt``, or ``old`` with its counter ``rejected`` raised.
-
-    Args:
-        finite: whether what was learnt may be kept.
-        learnt: NamedTuple.
-        old: NamedTuple of the same kind.
-    """
-    refused = old._replace(rejected=old.rejected + 1)
-    return jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), learnt, refused)
 
 
 def _per_level(draw: Draw, total: Array, elements: Array) -> LevelLosses:
@@ -188,8 +164,8 @@ def check_floor(name: str, floor: float) -> None:
 def gradient_stats(stats: LossStats, norms: Array) -> LossStats:
     """Statistics whose integrand is the row's gradient norm, for :func:`~mdm_jax.variance.ppots`.
 
-    A trainer that computes per-row gradients passes the result to ``update`` in the place of the
-    loss statistics; the density then follows the gradient's second moment.
+    A loop that computes per-row gradients passes them to ``update`` in place of the loss
+    statistics; the density then follows the gradient's second moment.
 
     Args:
         stats: of the forward pass.

@@ -1,11 +1,4 @@
-"""P-POTS that learns while training.
-
-P-POTS with measured bins.
-
-P-POTS with its parametric family.
-
-P-POTS for the gradient, by what the network's outputs say of it.
-"""
+"""P-POTS: levels from the root of a second moment, learnt online, measured or parametric."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,25 +10,23 @@ from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, ArrayLike
 from mdm_jax.variance.densities import (
     PiecewiseDensity,
-    density_profile,
+    bin_of,
     log_spaced_edges,
     piecewise_density,
-    warp,
 )
 from mdm_jax.variance.epr import EprParameters, epr_curve
 from mdm_jax.variance.moments import (
     LevelLosses,
     LevelMoments,
     Target,
-    accept,
     check_floor,
     gradient_stats,
     integrand,
     moment_density,
     second_moment,
 )
-from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
-from mdm_jax.variance.warps import importance
+from mdm_jax.variance.transform import VarianceTransform
+from mdm_jax.variance.warps import check_settings, counters, importance, learned_warp
 
 
 class PpotsState(NamedTuple):
@@ -66,25 +57,18 @@ def ppots(
 ) -> VarianceTransform:
     """Levels from bins whose masses follow running moments of the raw loss.
 
-    Bins are equally wide in the logarithm of the masking rate m = 1 - u. Each step the density is
-    formed from the past only and paid for exactly, which keeps every step exact. Inside a bin
-    levels are uniform under any density, so the plain mean over a bin's draws of the squared
-    integrand is unbiased for that bin. The integrand is the raw loss times the objective's weight,
-    per scored element, without the importance weight. Views of a row at one level are averaged
-    first: with ``mirror`` the moments are those of the pair, as the optimum for pairs asks for.
-
-    The first ``warmup_steps`` batches are uniform. A bin never visited counts as average until the
-    floor has led there. Moments of a bin average over its latest ``1 / (1 - decay)`` draws or so.
+    Bins are equally wide in the logarithm of the masking rate m = 1 - u, with uniform levels inside
+    each, so that the mean over a bin's draws is unbiased under any density. The density is formed
+    from the past only. The integrand is the raw loss times the objective's weight, per eligible
+    element; views of a row at one level are averaged first, which gives the optimum for pairs.
+    A bin never visited counts as average. Moments average over about ``1 / (1 - decay)`` draws of
+    a bin. A loop with per-row gradient norms passes ``gradient_stats(stats, norms)`` to ``update``.
 
     Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
     state. Costs: one view, and a few operations on vectors of the number of bins.
-    Removes: as :func:`~mdm_jax.variance.ppots_binned`, without a calibration run. Bias: exact.
+    Removes: as :func:`ppots_binned`, without a calibration run. Bias: exact.
     Reference: P-POTS, arXiv 2511.18159, made adaptive; adaptive importance sampling of the level as
     in Nichol and Dhariwal 2021, with an exact weight.
-
-    The gradient's second moment, the better target: pass
-    ``gradient_stats(stats, norms)`` to ``update`` in a loop that has per-row gradient norms; the
-    trainer of this package does not compute them, use ``ppots_binned`` with measured ones there.
 
     Args:
         num_bins: J.
@@ -92,15 +76,55 @@ def ppots(
         decay: of the moments per draw of a bin, in [0, 1).
         floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
         warmup_steps: number of batches with uniform levels.
-        target: :func:`~mdm_jax.variance.second_moment`, or
-            :func:`~mdm_jax.variance.level_variance` when levels are stratified.
+        target: from moments per bin to the moment whose root the density follows;
+            ``moments.level_variance`` when levels are stratified.
 
     Raises:
-        ValueError: if a setting is out of range, or the target needs what is not known here.
+        ValueError: if a setting is out of range, or the target needs what running moments lack.
     """
-    check_decay("ppots", decay)
+    check_settings("ppots", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
     return running_bins("ppots", edges, lambda count: decay**count, floor, warmup_steps, target)
+
+
+def ppots_slopes(
+    num_bins: int = 32,
+    smallest_rate: float = 1e-3,
+    decay: float = 0.99,
+    floor: float = 0.2,
+    warmup_steps: int = 50,
+    target: Target = second_moment,
+) -> VarianceTransform:
+    """Levels from bins whose masses follow running moments of the gradient norm at the logits.
+
+    As :func:`ppots` in all but what it learns from. The best density follows the second moment of
+    the row's *gradient*, not of its loss. Per-row gradients are expensive; the gradient norm at the
+    logits is nearly free: for a cross-entropy it is at least ``(1 - p)^2`` and at most twice that,
+    p the probability of the right token. The objective sums it over the row's targets
+    (``LossStats.slopes``), and the density follows the mean of ``weight^2 slopes`` per bin: the
+    gradient's second moment, up to a factor, as far as tokens' gradients do not line up and the
+    network below stretches them alike at every level. Elsewhere the estimate stays exact.
+
+    Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
+    state. Costs: one view, an exponential per token, and a few operations on vectors of bins.
+    Removes: the spread of the root of the gradient's second moment over levels. Bias: exact.
+    Reference: the last layer's gradient as a bound is Katharopoulos and Fleuret 2018, who choose
+    rows by it; P-POTS is arXiv 2511.18159.
+
+    Args: as :func:`ppots`.
+
+    Raises:
+        ValueError: as :func:`ppots`; from ``update``, for statistics without ``slopes``.
+    """
+    check_settings("ppots_slopes", decay=decay)
+    edges = log_spaced_edges(num_bins, smallest_rate)
+    keep = lambda count: decay**count  # noqa: E731
+    bins = running_bins("ppots_slopes", edges, keep, floor, warmup_steps, target)
+
+    def update(state: PpotsState, current: Draw, stats: LossStats) -> PpotsState:
+        return bins.update(state, current, gradient_stats(stats, _norms_at_logits(stats)))
+
+    return bins._replace(update=update)
 
 
 def running_bins(
@@ -122,7 +146,7 @@ def running_bins(
         target: from moments to the moment whose root is followed.
 
     Raises:
-        ValueError: if a setting is out of range, or the target needs what is not known here.
+        ValueError: if a setting is out of range, or the target needs what running moments lack.
     """
     check_floor(name, floor)
     if warmup_steps < 0:
@@ -131,41 +155,23 @@ def running_bins(
     target(LevelMoments(jnp.ones(num_bins), jnp.ones(num_bins)))  # raises where it needs more
 
     def init(_spec: DrawSpec) -> PpotsState:
-        # Five buffers: a train step that donates its state must not be handed one twice.
-        moments = (jnp.zeros(num_bins, jnp.float32) for _ in range(3))
-        return PpotsState(*moments, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return PpotsState(*(jnp.zeros(num_bins, jnp.float32) for _ in range(3)), **counters())
 
     def density(state: PpotsState) -> PiecewiseDensity:
         share = jnp.where(state.steps < warmup_steps, 1.0, floor)
         return moment_density(edges, target(level_moments(state)), share)
 
-    def draw(_key: Array, state: PpotsState, current: Draw, _spec: DrawSpec) -> Draw:
-        return warp(current, density(state))
-
-    def update(state: PpotsState, current: Draw, stats: LossStats) -> PpotsState:
+    def learn(state: PpotsState, current: Draw, stats: LossStats) -> tuple[dict[str, Array], Array]:
         count, total, squares = _bin_sums(edges, current.u, integrand(current, stats))
-        some = jnp.where(count > 0, count, 1.0)
-        old = keep(count)
-        learnt = PpotsState(
-            second=old * state.second + (1 - old) * squares / some,
-            mean=old * state.mean + (1 - old) * total / some,
-            weight=old * state.weight + (1 - old),
-            steps=state.steps + 1,
-            rejected=state.rejected,
-        )
-        finite = jnp.all(jnp.isfinite(total)) & jnp.all(jnp.isfinite(squares))
-        return accept(finite, learnt, state)
+        some, old = jnp.where(count > 0, count, 1.0), keep(count)
+        changes = {
+            "second": old * state.second + (1 - old) * squares / some,
+            "mean": old * state.mean + (1 - old) * total / some,
+            "weight": old * state.weight + (1 - old),
+        }
+        return changes, jnp.all(jnp.isfinite(total)) & jnp.all(jnp.isfinite(squares))
 
-    def profile(state: PpotsState, u: Array) -> LevelProfile:
-        return density_profile(density(state), u)
-
-    return VarianceTransform(name, Phase.WARP, init, draw, update, profile=profile)
-
-
-def check_decay(name: str, decay: float) -> None:
-    """Raises ValueError unless ``decay`` is in [0, 1)."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"{name} needs a decay in [0, 1), got {decay}")
+    return learned_warp(name, init, density, learn)
 
 
 def level_moments(state: PpotsState) -> LevelMoments:
@@ -174,23 +180,10 @@ def level_moments(state: PpotsState) -> LevelMoments:
 
     def debiased(value: Array) -> Array:
         average = jnp.sum(value) / jnp.where(total > 0, total, 1.0)
-        seen = state.weight > 0
-        return jnp.where(seen, value / jnp.where(seen, state.weight, 1.0), average)
+        visited = state.weight > 0
+        return jnp.where(visited, value / jnp.where(visited, state.weight, 1.0), average)
 
     return LevelMoments(debiased(state.second), debiased(state.mean))
-
-
-def _bin_sums(edges: np.ndarray, u: Array, losses: LevelLosses) -> tuple[Array, Array, Array]:
-    """Per bin: number of estimates, sum of the integrand and of its square."""
-    bins = jnp.searchsorted(jnp.asarray(edges[1:-1]), u, side="right")
-    inside = bins[..., None] == jnp.arange(len(edges) - 1).reshape(1, 1, 1, -1)
-
-    def gather(values: Array) -> Array:
-        # Not a scatter, whose order of summation is left open on accelerators.
-        return jnp.sum(jnp.where(inside, values[..., None], 0.0), axis=(0, 1, 2))
-
-    value, count = losses
-    return gather(count), gather(count * value), gather(count * jnp.square(value))
 
 
 def ppots_binned(
@@ -198,15 +191,13 @@ def ppots_binned(
 ) -> VarianceTransform:
     """Levels from bins with mass in proportion to ``d_j sqrt(second_moments_j)``, d_j the width.
 
-    The moments are measured once, of the loss or of the gradient; which one is right for a chain,
-    :mod:`mdm_jax.variance.moments` says: pass ``second_moment(m)``, ``level_variance(m)`` (for
-    stratified levels) or ``published_second_moment(m)`` of the measured ``m``. Bins equally wide in
-    the logarithm of the rate (:func:`~mdm_jax.variance.log_spaced_edges`) reach within half a
-    percent of the optimum with ten bins, where bins of equal width need fifty or more.
+    The moments are measured once, of the loss or of the gradient: pass a target of
+    :mod:`mdm_jax.variance.moments` of the measured moments. Bins equally wide in the logarithm of
+    the rate (``densities.log_spaced_edges``) reach within half a percent of the optimum with ten
+    bins, where bins of equal width need fifty or more.
 
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
-    Removes: as much as sqrt(E f^2) varies with the level: the variance falls by the variance of
-    that root under a uniform level. Bias: exact.
+    Removes: the variance of sqrt(E f^2) over uniform levels. Bias: exact.
     Reference: P-POTS, arXiv 2511.18159, as a histogram; the optimal density is the classical one of
     importance sampling.
 
@@ -223,8 +214,7 @@ def ppots_binned(
     moments = np.asarray(second_moments, np.float64)
     if not (np.all(np.isfinite(moments)) and np.all(moments >= 0)):
         raise ValueError(f"ppots_binned: moments must be finite and not negative, got {moments}")
-    density = moment_density(edges, moments, floor)
-    return importance(density)._replace(name="ppots_binned")
+    return importance(moment_density(edges, moments, floor))._replace(name="ppots_binned")
 
 
 _NUM_CELLS = 256
@@ -234,12 +224,11 @@ _NODES = 8
 def ppots_parametric(
     parameters: EprParameters | Sequence[float], floor: float = 0.1
 ) -> VarianceTransform:
-    """Levels from the seven-parameter curve of P-POTS, fitted by :func:`~mdm_jax.variance.fit_epr`.
+    """Levels from the seven-parameter curve of P-POTS, fitted by ``epr.fit_epr``.
 
-    The curve is integrated over 256 equal cells of the masking rate m = 1 - u, and those cells are
-    both sampled and paid for. The published engine samples uniformly inside the cells of a grid,
-    pays for a density interpolated between the grid's points, and never draws the rates beyond its
-    first and last point: three faults that this form cannot have.
+    The curve is integrated over 256 equal cells of the masking rate m = 1 - u, which are both
+    sampled and paid for. The published engine samples uniformly inside the cells of a grid, pays
+    for a density interpolated between its points, and never draws rates beyond the outermost ones.
 
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
     Removes: what the curve captures of the optimal density. Bias: exact.
@@ -252,8 +241,7 @@ def ppots_parametric(
     Raises:
         ValueError: if the number or the range of the parameters or the floor is wrong.
     """
-    density = epr_density(parameters, floor)
-    return importance(density)._replace(name="ppots_parametric")
+    return importance(epr_density(parameters, floor))._replace(name="ppots_parametric")
 
 
 def epr_density(parameters: EprParameters | Sequence[float], floor: float) -> PiecewiseDensity:
@@ -272,65 +260,26 @@ def epr_density(parameters: EprParameters | Sequence[float], floor: float) -> Pi
         raise ValueError(f"ppots_parametric: scales and growth are positive, powers >= 1; got {p}")
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     edges = np.linspace(0.0, 1.0, _NUM_CELLS + 1)
-    places = edges[:-1, None] + (nodes + 1) / 2 / _NUM_CELLS
-    shares = epr_curve(p, 1.0 - places) @ weights
+    quantiles = edges[:-1, None] + (nodes + 1) / 2 / _NUM_CELLS
+    shares = epr_curve(p, 1.0 - quantiles) @ weights
     shares = shares / shares.sum()
     return piecewise_density(edges, (1.0 - floor) * shares + floor / _NUM_CELLS)
 
 
-def ppots_slopes(
-    num_bins: int = 32,
-    smallest_rate: float = 1e-3,
-    decay: float = 0.99,
-    floor: float = 0.2,
-    warmup_steps: int = 50,
-    target: Target = second_moment,
-) -> VarianceTransform:
-    """Levels from bins whose masses follow running moments of the loss's slope at the outputs.
+def _bin_sums(edges: np.ndarray, u: Array, losses: LevelLosses) -> tuple[Array, Array, Array]:
+    """Per bin: number of estimates, sum of the integrand and of its square."""
+    inside = bin_of(edges, u)[..., None] == jnp.arange(len(edges) - 1).reshape(1, 1, 1, -1)
 
-    As :func:`~mdm_jax.variance.ppots` in all but what it learns from. The best density follows the
-    second moment of the row's *gradient*, which is not that of its loss: many masked tokens have a
-    large loss and gradients that point all ways, one masked token has a small loss and the largest
-    weight. Per-row gradients are not to be had for nothing, but their size at the network's outputs
-    is: for a cross-entropy, at least ``(1 - p)^2`` and at most twice that, with p the probability
-    of the right token. The objective sums these over the row's targets (``LossStats.slopes``), and
-    the density follows the mean of ``weight^2 slopes`` per bin. That is the gradient's second
-    moment but for a factor, as far as tokens' gradients do not line up and the network below
-    stretches them alike at every level. Where that does not hold the density is not the best one;
-    the estimate stays exact.
+    def gather(values: Array) -> Array:
+        # Not a scatter, whose order of summation is left open on accelerators.
+        return jnp.sum(jnp.where(inside, values[..., None], 0.0), axis=(0, 1, 2))
 
-    Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
-    state. Costs: one view, an exponential per token, and a few operations on vectors of the number
-    of bins. Removes: the spread of the root of the gradient's second moment over levels, as
-    :func:`~mdm_jax.variance.ppots_binned` does with a measured one. Bias: exact.
-    Reference: the bound of a gradient by that at the last layer is Katharopoulos and Fleuret 2018,
-    who choose rows by it; P-POTS is arXiv 2511.18159.
-
-    Args:
-        num_bins: J.
-        smallest_rate: masking rate below which there is one bin.
-        decay: of the moments per draw of a bin, in [0, 1).
-        floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
-        warmup_steps: number of batches with uniform levels.
-        target: from moments per bin to the moment whose root the density follows.
-
-    Raises:
-        ValueError: if a setting is out of range, or the target needs what is not known here; from
-            ``update``, for statistics without slopes.
-    """
-    name = "ppots_slopes"
-    check_decay(name, decay)
-    edges = log_spaced_edges(num_bins, smallest_rate)
-    bins = running_bins(name, edges, lambda count: decay**count, floor, warmup_steps, target)
-
-    def update(state: PpotsState, current: Draw, stats: LossStats) -> PpotsState:
-        return bins.update(state, current, gradient_stats(stats, _output_norms(stats)))
-
-    return bins._replace(update=update)
+    value, count = losses
+    return gather(count), gather(count * value), gather(count * jnp.square(value))
 
 
-def _output_norms(stats: LossStats) -> Array:
-    """[V, B, S] size of the gradient at the outputs; NaN where the loss is no number."""
+def _norms_at_logits(stats: LossStats) -> Array:
+    """[V, B, S] gradient norm at the logits; NaN where the loss is no number."""
     if stats.slopes is None:
         raise ValueError(
             "ppots_slopes learns from LossStats.slopes, which this objective does not fill in; use "

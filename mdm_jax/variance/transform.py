@@ -1,19 +1,18 @@
-"""The triple (init, draw, update) that every variance-reduction method is.
+"""Variance transforms as triples ``(init, draw, update)``, and their composition by ``chain``.
 
-optax composes because what flows through a chain, the gradients, has the same structure going in
-and coming out. Here a :class:`~mdm_jax.draws.Draw` flows. A transform couples its rows, warps its
-quantiles (and pays for it in ``log_weight``) or replicates its views. It never sees a noise level,
-a model or a loss while it draws, so it cannot change the objective.
-
-Composition of variance transforms, in reading order.
+A :class:`~mdm_jax.draws.Draw` flows through a chain as gradients flow through an optax chain. A
+transform couples rows, warps quantiles (and pays in ``log_weight``) or replicates views. While it
+draws it has no noise level, model or loss at hand, so it cannot change the objective.
 """
 
 import enum
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats, iid
 from mdm_jax.rng import stream
@@ -21,14 +20,14 @@ from mdm_jax.types import BIAS_LABELS, Array, PyTree, worst_bias
 
 
 class LevelProfile(NamedTuple):
-    """What a transform does to the levels, at given quantiles.
+    """Density and factor that a transform gives to levels at stated quantiles.
+
+    The sum of the two is the log of the factor on the effective weighting: zero everywhere for an
+    exact transform, -inf where a truncated one draws nothing, a function for a biased one.
 
     Attributes:
-        log_density: log of the density it draws them from, nats; -inf where it draws none.
-        log_weight: log of the factor it puts on their losses.
-
-    The sum is the log of the factor on the effective weighting: zero everywhere for an exact
-    transform, -inf where a truncated one draws nothing, and a function for a biased one.
+        log_density: log of the density that levels are drawn from, nats; -inf where none is drawn.
+        log_weight: log of the factor on their losses.
     """
 
     log_density: Array
@@ -42,11 +41,11 @@ ProfileFn = Callable[[PyTree, Array], LevelProfile]
 
 
 class Phase(enum.IntEnum):
-    """Where in a chain a transform may stand; phases never decrease along a chain.
+    """Order of transforms in a chain, in which phases never decrease.
 
-    A coupling ties quantiles together, of rows or of views, and leaves each uniform; after a warp
-    it would discard the warp and keep its weight. A warp moves quantiles and pays for it; a chain
-    holds at most one. A replication copies whatever stands before it into further views.
+    A coupling ties quantiles of rows or views and leaves each uniform; after a warp it would
+    discard the warp and keep its weight. A warp moves quantiles and pays for it; a chain holds at
+    most one. A replication copies whatever stands before it into further views.
     """
 
     COUPLE = 0
@@ -55,7 +54,7 @@ class Phase(enum.IntEnum):
 
 
 class EmptyState(NamedTuple):
-    """State of a transform in which nothing moves."""
+    """State of a transform that learns nothing."""
 
 
 class VarianceTransform(NamedTuple):
@@ -64,19 +63,18 @@ class VarianceTransform(NamedTuple):
     Attributes:
         name: key of its state and of its random stream; unique within a chain.
         phase: see :class:`Phase`.
-        init: ``init(spec) -> state``. The structure, shapes and dtypes never change afterwards.
-        draw: ``draw(key, state, draw, spec) -> draw``. Draws from named streams of the key, never
-            from the key itself. Reads the state and cannot write it, so a
-            batch can be redrawn any number of times without disturbing training.
+        init: ``init(spec) -> state``. Structure, shapes and dtypes never change afterwards.
+        draw: ``draw(key, state, draw, spec) -> draw``, from named streams of the key, never from
+            the key itself. It reads the state and cannot write it, so a batch can be redrawn any
+            number of times without disturbing training.
         update: ``update(state, draw, stats) -> state`` after the step, from raw losses.
-        bias: one of :data:`mdm_jax.bias.BIAS_LABELS`; a chain carries the worst of its members.
-        views: factor on the number of views, and thereby on forward passes per row.
+        bias: one of :data:`mdm_jax.types.BIAS_LABELS`; a chain carries the worst of its members.
+        views: factor on the number of views, hence on forward passes per row.
         replaces: names of the Draw fields that are drawn anew, whatever stood there before.
         members: the parts of a chain, empty otherwise.
-        profile: ``profile(state, u) -> LevelProfile`` of the quantiles ``u`` [..., S], or None if
-            not known. A transform that treats all S levels alike takes any shape; one that does
-            not (:func:`~mdm_jax.variance.cdtd_warp`) gives each entry of the last axis that
-            level's profile. Couplings and replications have none: they leave the density flat.
+        profile: ``profile(state, u) -> LevelProfile`` at quantiles ``u`` [..., S], or None if not
+            known. Shape [..., S] matters only where levels differ (``cdtd_warp``). Couplings and
+            replications have none: they leave the density flat.
     """
 
     name: str
@@ -101,7 +99,7 @@ def stateless(
     bias: str = "exact",
     profile: Callable[[Array], LevelProfile] | None = None,
 ) -> VarianceTransform:
-    """A transform without state: ``draw(key, draw, spec) -> draw`` and ``profile(u)``."""
+    """A transform without state, from ``draw(key, draw, spec) -> draw`` and ``profile(u)``."""
     return VarianceTransform(
         name=name,
         phase=phase,
@@ -115,23 +113,14 @@ def stateless(
     )
 
 
-def flat_profile(u: Array) -> LevelProfile:
-    """The profile of uniform levels that nothing is paid for."""
-    return LevelProfile(jax.numpy.zeros_like(u), jax.numpy.zeros_like(u))
-
-
 def draw_batch(key: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec) -> Draw:
-    """The draw of one step: independent uniforms passed through ``transform``.
+    """The draw of one step, with ``transform.views`` views: uniforms passed through ``transform``.
 
     Args:
-        key: typed key of the step's draw, for example
-            ``streams.stream(streams.step_key(seed, step), "draw")``.
+        key: typed key of the step's draw, such as ``rng.step_key(seed, step)``.
         transform: a transform or a chain.
         state: its state, read only.
         spec: shape of the *global* batch; shards and microbatches slice the result.
-
-    Returns:
-        Draw with ``transform.views`` views.
     """
     return transform.draw(key, state, iid(key, spec), spec)
 
@@ -139,25 +128,32 @@ def draw_batch(key: Array, transform: VarianceTransform, state: PyTree, spec: Dr
 def replicate_views(draw: Draw, noises: list[Array]) -> Draw:
     """``draw`` once per entry of ``noises`` ([V, B, ...] each), levels shared, views stacked."""
     copies = [draw._replace(noise=noise) for noise in noises]
-    return jax.tree.map(lambda *leaves: jax.numpy.concatenate(leaves, axis=0), *copies)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=0), *copies)
+
+
+def identity() -> VarianceTransform:
+    """Independent levels and masks, the baseline: leaves the draw alone.
+
+    Keeps: everything. Couples: nothing. Costs: nothing, one view. Bias: exact.
+    """
+    return stateless("identity", Phase.COUPLE, lambda _key, current, _spec: current)
 
 
 def chain(*transforms: VarianceTransform) -> VarianceTransform:
-    """Composes transforms: couple, then warp, then replicate.
+    """Composes transforms in reading order: couple, then warp, then replicate.
 
     The result is itself a transform; a chain inside a chain is spliced in. States are kept in a
-    dict by member name, and each member draws from its own named stream, so that adding one leaves
-    the random numbers of the others unchanged.
+    dict by member name, and each member draws from its own named stream, so adding one leaves the
+    random numbers of the others unchanged. Its level profile is that of its warp, flat without one.
 
     Keeps: what every member keeps. Couples: what any member couples.
-    Costs: the product of the members' views. Bias: the worst label of its members. Its level
-    profile is that of its warp, and flat if it holds none.
+    Costs: the product of the members' views. Bias: the worst label of its members.
 
     Raises:
-        ValueError: if a name occurs twice, if a member stands after one of a later phase, or if two
-            members draw the same part anew (the second would discard the first), if a member that
-            draws levels anew follows one that made several views, or if there are two warps. The
-            message names the two that clash.
+        TypeError: if an argument is no variance transform.
+        ValueError: naming the two that clash, if a name occurs twice, phases decrease, there are
+            two warps, two members draw the same field anew, or a member draws levels anew after
+            one that made several views.
     """
     members = tuple(itertools.chain.from_iterable(_members(t) for t in transforms)) or (identity(),)
     _check(members)
@@ -173,9 +169,6 @@ def chain(*transforms: VarianceTransform) -> VarianceTransform:
     def update(state: dict[str, PyTree], current: Draw, stats: LossStats) -> dict[str, PyTree]:
         return {t.name: t.update(state[t.name], current, stats) for t in members}
 
-    views = 1
-    for t in members:
-        views *= t.views
     return VarianceTransform(
         name=f"chain({', '.join(t.name for t in members)})",
         phase=members[-1].phase,
@@ -183,19 +176,11 @@ def chain(*transforms: VarianceTransform) -> VarianceTransform:
         draw=draw,
         update=update,
         bias=worst_bias(*(t.bias for t in members)),
-        views=views,
+        views=math.prod(t.views for t in members),
         replaces=frozenset().union(*(t.replaces for t in members)),
         members=members,
         profile=_profile(members),
     )
-
-
-def identity() -> VarianceTransform:
-    """Leaves the draw alone: independent levels and masks, the baseline.
-
-    Keeps: everything. Couples: nothing. Costs: nothing, one view. Bias: exact.
-    """
-    return stateless("identity", Phase.COUPLE, lambda _key, current, _spec: current)
 
 
 def _members(transform: VarianceTransform) -> tuple[VarianceTransform, ...]:
@@ -210,15 +195,11 @@ def _members(transform: VarianceTransform) -> tuple[VarianceTransform, ...]:
 def _profile(members: tuple[VarianceTransform, ...]) -> ProfileFn | None:
     warps = [t for t in members if t.phase == Phase.WARP]
     if not warps:
-        return lambda _state, u: flat_profile(u)
+        return lambda _state, u: LevelProfile(jnp.zeros_like(u), jnp.zeros_like(u))
     (warp,) = warps
     if warp.profile is None:
         return None
-
-    def profile(state: dict[str, PyTree], u: Array) -> LevelProfile:
-        return warp.profile(state[warp.name], u)
-
-    return profile
+    return lambda state, u: warp.profile(state[warp.name], u)
 
 
 def _check(members: tuple[VarianceTransform, ...]) -> None:
@@ -247,8 +228,7 @@ def _check(members: tuple[VarianceTransform, ...]) -> None:
                 f"chain: {second.name!r} draws u anew and would discard the {first.views} views of "
                 f"{first.name!r}; put {second.name!r} first"
             )
-        lost = first.replaces & second.replaces
-        if lost:
+        if lost := first.replaces & second.replaces:
             raise ValueError(
                 f"chain: {second.name!r} draws {', '.join(sorted(lost))} anew and would discard "
                 f"{first.name!r}; keep one of the two"

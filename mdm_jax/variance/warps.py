@@ -1,20 +1,16 @@
-"""Importance sampling of the level.
+"""Warps: importance sampling of the level, clipped ranges, log-uniform rates; learned warps' frame.
 
-Levels from a part of the interval only.
-
-Levels from a part of the interval that is chosen anew during training.
-
-A preferred range of levels, and now and then any.
-
-Masking rates uniform on a logarithmic scale.
+A warp draws quantiles from a density and pays for it in ``log_weight``.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.draws import GRID_BITS, Draw, DrawSpec
+from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, PyTree
 from mdm_jax.variance.densities import (
@@ -25,18 +21,18 @@ from mdm_jax.variance.densities import (
     piecewise_density,
     warp,
 )
-from mdm_jax.variance.transform import Phase, VarianceTransform, stateless
+from mdm_jax.variance.transform import InitFn, Phase, VarianceTransform, stateless
 
 
 def importance(density: QuantileDensity) -> VarianceTransform:
     """Draws quantiles from ``density`` and pays ``-log density`` into ``log_weight``.
 
-    The quantiles that stand before it go through the inverse of the distribution function, so that
-    strata become strata of equal probability under the density.
+    Quantiles go through the inverse of the distribution function, so strata become strata of equal
+    probability under the density.
 
     Keeps: E[weight f(u)] = int f, for every positive density. Couples: nothing. Costs: one view.
     Removes: variance of level and pattern where the density follows the root of the integrand's
-    second moment, see :func:`~mdm_jax.variance.second_moment`; a poor density adds variance.
+    second moment (``moments.second_moment``); a poor density adds variance.
     Bias: exact if the density covers (0, 1), truncated to its support otherwise.
     Reference: importance sampling (Kahn and Marshall 1953).
 
@@ -44,13 +40,12 @@ def importance(density: QuantileDensity) -> VarianceTransform:
         density: of the quantile u, near 1 = clean; for a uniform masking rate m = 1 - u.
     """
     low, high = density.support
-
-    def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:
-        return warp(current, density)
-
-    bias = "exact" if low <= 0 and high >= 1 else "truncated"
     return stateless(
-        "importance", Phase.WARP, draw, bias=bias, profile=lambda u: density_profile(density, u)
+        "importance",
+        Phase.WARP,
+        lambda _key, current, _spec: warp(current, density),
+        bias="exact" if low <= 0 and high >= 1 else "truncated",
+        profile=lambda u: density_profile(density, u),
     )
 
 
@@ -58,11 +53,10 @@ def clipped(low: float, high: float) -> VarianceTransform:
     """Draws masking rates m = 1 - u in [low, high] only, with the weight ``high - low``.
 
     Keeps: ``int_low^high g(m) dm``, the bound's part in the range. Couples: nothing.
-    Costs: one view. Removes: what the rates outside contribute, to the variance *and* to the bound:
-    ``int_0^low g + int_high^1 g`` is missing, and no weight can bring it back.
-    Bias: truncated. Report no likelihood from it. :func:`clipped_mixture` is the exact variant.
+    Costs: one view. Removes: what the rates outside contribute to the variance *and* to the bound.
+    Bias: truncated. Report no likelihood from it; :func:`clipped_mixture` is the exact variant.
     Reference: Arriola et al. 2025 (BD3-LM), clipped schedules. Their code leaves out the factor
-    ``high - low`` and thereby trains on the average over the range instead of the integral.
+    ``high - low``, and so trains on the average over the range instead of the integral.
 
     Args:
         low: smallest masking rate.
@@ -71,14 +65,8 @@ def clipped(low: float, high: float) -> VarianceTransform:
     Raises:
         ValueError: unless 0 <= low < high <= 1.
     """
-    check_range("clipped", low, high)
+    _check_range("clipped", low, high)
     return importance(ClippedDensity(low, high))._replace(name="clipped")
-
-
-def check_range(name: str, low: float, high: float) -> None:
-    """Raises ValueError unless 0 <= low < high <= 1."""
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"{name} needs masking rates 0 <= low < high <= 1, got {low} and {high}")
 
 
 @pytree_dataclass
@@ -113,9 +101,6 @@ class ClippedDensity:
         return open_interval(jnp.clip(inside, below, above))
 
 
-_NAME = "clipped_adaptive"
-
-
 class ClipRange(NamedTuple):
     """The range in use, [] float32 masking rates."""
 
@@ -124,16 +109,15 @@ class ClipRange(NamedTuple):
 
 
 def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
-    """:func:`~mdm_jax.variance.clipped` with its range in the state instead of in the code.
+    """:func:`clipped` with its range in the state, to be changed by :func:`set_clip_range`.
 
-    Whoever chooses a range, ``evaluation.search_clipping`` on held-out data for instance, writes it
-    with :func:`set_clip_range`; the step is not compiled again and the range is in the checkpoint.
+    A search on held-out data (``meter.make_clip_search``) chooses it; the step is not compiled
+    again and the range is in the checkpoint.
 
     Keeps: ``int_low^high g(m) dm``, the bound's part in the range in use; the objective moves with
     it. Couples: nothing. Costs: one view.
     Removes: what the rates outside contribute, to the variance *and* to the bound.
-    Bias: truncated.
-    Reference: Arriola et al. 2025 (BD3-LM), data-driven clipping.
+    Bias: truncated. Reference: Arriola et al. 2025 (BD3-LM), data-driven clipping.
 
     Args:
         low: smallest masking rate until a range is chosen.
@@ -142,22 +126,12 @@ def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
     Raises:
         ValueError: unless 0 <= low < high <= 1.
     """
-    check_range(_NAME, low, high)
-
-    def init(_spec: DrawSpec) -> ClipRange:
-        return ClipRange(jnp.float32(low), jnp.float32(high))
-
-    def draw(_key: Array, state: ClipRange, current: Draw, _spec: DrawSpec) -> Draw:
-        return warp(current, ClippedDensity(*state))
-
-    return VarianceTransform(
-        name=_NAME,
-        phase=Phase.WARP,
-        init=init,
-        draw=draw,
-        update=lambda state, _draw, _stats: state,
+    _check_range("clipped_adaptive", low, high)
+    return learned_warp(
+        "clipped_adaptive",
+        lambda _spec: _clip_range(low, high),
+        lambda state: ClippedDensity(*state),
         bias="truncated",
-        profile=lambda state, u: density_profile(ClippedDensity(*state), u),
     )
 
 
@@ -167,43 +141,42 @@ def set_clip_range(state: PyTree, low: float, high: float) -> PyTree:
     Raises:
         ValueError: unless 0 <= low < high <= 1, or if the chain has no such member.
     """
-    check_range("set_clip_range", low, high)
+    _check_range("set_clip_range", low, high)
     if isinstance(state, ClipRange):
-        return ClipRange(jnp.float32(low), jnp.float32(high))
-    if not isinstance(state, dict) or _NAME not in state:
+        return _clip_range(low, high)
+    if not isinstance(state, dict) or "clipped_adaptive" not in state:
         raise ValueError(
             f"set_clip_range needs the state of clipped_adaptive() or of a chain that holds it, "
             f"got {type(state).__name__}"
             + (f" with {', '.join(state)}" if isinstance(state, dict) else "")
         )
-    return state | {_NAME: set_clip_range(state[_NAME], low, high)}
+    return state | {"clipped_adaptive": _clip_range(low, high)}
 
 
 _LEAST = 2 * NARROWEST  # so that it is wide enough after the rounding of both ends, too
 
 
 def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTransform:
-    """Masking rates from [low, high], but with probability ``share`` from all of (0, 1).
+    """Mixture of a clipped range of masking rates and, with probability ``share``, the full range.
 
     The density is ``(1 - share) U[low, high] + share U[0, 1]``, hence the weight ``1 / share``
     outside the range and ``1 / (share + (1 - share) / (high - low))`` inside.
 
     Keeps: E[weight f(u)] = int f, the whole bound. Couples: nothing. Costs: one view.
-    Removes: what a preference for the range can remove; it pays by weights of ``1 / share``
-    outside, so a small share buys little variance there for a high price.
+    Removes: what a preference for the range can; weights of ``1 / share`` outside are its price.
     Bias: exact.
     Reference: defensive importance sampling (Hesterberg 1995), for the ranges of BD3-LM.
 
     Args:
-        low: smallest masking rate of the range; one below 2**-21 is taken as 0, which float32
-            quantiles cannot tell from it.
-        high: largest masking rate of the range; one above 1 - 2**-21 is taken as 1.
+        low: smallest masking rate of the range; one below 2**-21 counts as 0, from which float32
+            quantiles cannot tell it.
+        high: largest masking rate of the range; one above 1 - 2**-21 counts as 1.
         share: probability in (0, 1] of drawing from the whole interval.
 
     Raises:
         ValueError: unless 0 <= low < high <= 1, high - low >= 2**-21 and 0 < share <= 1.
     """
-    check_range("clipped_mixture", low, high)
+    _check_range("clipped_mixture", low, high)
     if not 0 < share <= 1:
         raise ValueError(
             f"clipped_mixture needs a share in (0, 1], got {share}; with none at all the range "
@@ -220,25 +193,22 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
     kept = widths > 0
     edges = np.concatenate([[0.0], np.cumsum(widths[kept])])
     edges[-1] = 1.0
-    density = piecewise_density(edges, masses[kept])
-    return importance(density)._replace(name="clipped_mixture")
+    return importance(piecewise_density(edges, masses[kept]))._replace(name="clipped_mixture")
 
 
 def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
     """Draws ``ln m`` uniformly for rates m = 1 - u above ``smallest_rate``, and m uniformly below.
 
     The density of the rate is ``1 / (T max(m, smallest_rate))`` with ``T = 1 - ln smallest_rate``,
-    so together with a corruption's weight 1/m the masked cross-entropies have the constant weight T
-    above ``smallest_rate``. MDLM stops there and leaves the lower rates out; here the flat foot
-    takes the share 1/T of the draws and keeps the bound whole. The published form, truncated, is
-    the law ``schedules.masked.log_uniform``.
+    so with a corruption's weight 1/m the masked cross-entropies have the constant weight T above
+    ``smallest_rate``. The flat part below takes the share 1/T of the draws and keeps the bound
+    whole. The published form, truncated, is the law ``schedules.masked.log_uniform``.
 
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
-    Removes: the tail of Bernoulli's weight 1/m above ``smallest_rate``. Below it the density stays
-    bounded, so down to m = 0 the second moment ``int dm / (m p)`` is infinite still: its divergent
-    part is T smallest_rate times that of uniform rates. It draws small rates far more often than
-    the optimum, which grows as 1/sqrt(m), and under fixed counts there is no tail to remove.
-    Bias: exact.
+    Removes: the tail of Bernoulli's weight 1/m above ``smallest_rate``; below it the second moment
+    ``int dm / (m p)`` stays infinite, its divergent part T smallest_rate times that of uniform
+    rates. It draws small rates far more often than the optimum, which grows as 1/sqrt(m). Under
+    fixed counts there is no tail to remove. Bias: exact.
     Reference: Sahoo et al. 2024 (MDLM), change of variables (its option for importance sampling).
 
     Args:
@@ -247,14 +217,9 @@ def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
     Raises:
         ValueError: if ``smallest_rate`` is not in (0, 1).
     """
-    return importance(log_uniform_density(smallest_rate))._replace(name="log_uniform")
-
-
-def log_uniform_density(smallest_rate: float) -> "LogUniformDensity":
-    """The density of :func:`log_uniform`; arguments and errors as there."""
     if not 0 < smallest_rate < 1:
         raise ValueError(f"log_uniform needs 0 < smallest_rate < 1, got {smallest_rate}")
-    return LogUniformDensity(smallest_rate)
+    return importance(LogUniformDensity(smallest_rate))._replace(name="log_uniform")
 
 
 @pytree_dataclass
@@ -285,7 +250,80 @@ class LogUniformDensity:
 
     def icdf(self, u: ArrayLike) -> Array:
         """The quantile with the given probability below it."""
-        place = (1.0 - jnp.asarray(u)) * self.total
-        growth = jnp.exp(jnp.maximum(place - 1.0, 0.0))
-        rate = self.smallest_rate * jnp.minimum(place, 1.0) * growth
+        above = (1.0 - jnp.asarray(u)) * self.total
+        growth = jnp.exp(jnp.maximum(above - 1.0, 0.0))
+        rate = self.smallest_rate * jnp.minimum(above, 1.0) * growth
         return open_interval(1.0 - rate)
+
+
+LearnFn = Callable[[Any, Draw, LossStats], tuple[dict[str, PyTree], Array]]
+"""``learn(state, draw, stats) -> (fields that change, whether they may be kept)``."""
+
+
+def learned_warp(
+    name: str,
+    init: InitFn,
+    density: Callable[[PyTree], QuantileDensity],
+    learn: LearnFn | None = None,
+    bias: str = "exact",
+) -> VarianceTransform:
+    """A warp with its density in the state, paid for in full; without ``learn`` it stays as it is.
+
+    Args:
+        name: of the transform.
+        init: see :class:`~mdm_jax.variance.VarianceTransform`.
+        density: from the state to the density of the quantile.
+        learn: see :func:`updates`.
+        bias: of the transform.
+    """
+    return VarianceTransform(
+        name,
+        Phase.WARP,
+        init,
+        lambda _key, state, current, _spec: warp(current, density(state)),
+        (lambda state, _draw, _stats: state) if learn is None else updates(learn),
+        bias=bias,
+        profile=lambda state, u: density_profile(density(state), u),
+    )
+
+
+def updates(learn: LearnFn) -> Callable[[Any, Draw, LossStats], Any]:
+    """``update`` of a state with counters ``steps`` and ``rejected``, from what a batch changes.
+
+    Changes that may not be kept leave the state as it was and raise ``rejected``.
+    """
+
+    def update(state: Any, current: Draw, stats: LossStats) -> Any:
+        changes, keep = learn(state, current, stats)
+        learnt = state._replace(steps=state.steps + 1, **changes)
+        refused = state._replace(rejected=state.rejected + 1)
+        return jax.tree.map(lambda new, old: jnp.where(keep, new, old), learnt, refused)
+
+    return update
+
+
+def counters() -> dict[str, Array]:
+    """Fresh ``steps`` and ``rejected``, two buffers: a donated state may not hold one twice."""
+    return {name: jnp.zeros((), jnp.int32) for name in ("steps", "rejected")}
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether no leaf holds an infinity or NaN."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def check_settings(name: str, *, decay: float = 0.0, learning_rate: float = 1.0) -> None:
+    """Raises ValueError unless ``decay`` is in [0, 1) and ``learning_rate`` is positive."""
+    if not learning_rate > 0:
+        raise ValueError(f"{name} needs learning_rate > 0, got {learning_rate}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"{name} needs a decay in [0, 1), got {decay}")
+
+
+def _check_range(name: str, low: float, high: float) -> None:
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"{name} needs masking rates 0 <= low < high <= 1, got {low} and {high}")
+
+
+def _clip_range(low: float, high: float) -> ClipRange:
+    return ClipRange(jnp.float32(low), jnp.float32(high))

@@ -8,6 +8,8 @@ from adaptive_toys import FINE, SHIFT, density, eps_error, fresh, logsnr_of, x0_
 
 from mdm_jax import variance
 from mdm_jax.draws import DrawSpec, LossStats
+from mdm_jax.variance.learned.curves import logistic_curve
+from mdm_jax.variance.moments import second_moment
 
 NOISES = {"exact": 0.0, "noisy": 0.5}
 
@@ -55,7 +57,7 @@ def total_variation(transform, state, target, cells=25):
 FIXED_POINTS = {
     "ema_bins": ([variance.ema_bins(25)], eps_error, eps_error, 500),
     "ema_bins_second": (
-        [variance.ema_bins(25, target=variance.second_moment)],
+        [variance.ema_bins(25, target=second_moment)],
         eps_error,
         eps_error,
         500,
@@ -96,7 +98,7 @@ def test_logistic_curve_finds_its_parameters():
     def loss(u):
         return 2 * jax.nn.sigmoid(3 * (jnp.log1p(-u) - jnp.log(u) - 0.4))
 
-    transform = variance.cdtd_warp(variance.logistic_curve())
+    transform = variance.cdtd_warp(logistic_curve())
     shape = adapt(transform, loss, 2000).curves
     sharp = 1 + jax.nn.softplus(shape.steepness)
     found = np.stack([shape.middle, sharp, jax.nn.softplus(shape.scale)])[..., 0]

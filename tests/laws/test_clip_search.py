@@ -14,6 +14,8 @@ from mdm_jax.meter import clip_search
 from mdm_jax.schedules import masked
 from mdm_jax.testing import toys
 from mdm_jax.types import Batch
+from mdm_jax.variance.transform import EmptyState
+from mdm_jax.variance.warps import set_clip_range
 
 RANGES = ((1e-3, 1.0), (0.3, 0.8), (0.5, 1.0))
 RAW = (4.41651355, 0.82392319, 0.37160791)
@@ -238,7 +240,7 @@ def test_a_search_compiles_once_and_moves_the_range_in_the_state():
     chain = variance.chain(variance.stratified(), variance.clipped_adaptive())
     spec = blocks_objective().spec(8, 4)
     before = chain.init(spec)
-    after = variance.set_clip_range(before, choice.low, choice.high)
+    after = set_clip_range(before, choice.low, choice.high)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     draw = jax.jit(lambda state: variance.draw_batch(jax.random.key(2), chain, state, spec))
     rates = 1 - draw(after).u
@@ -251,14 +253,14 @@ def test_a_search_compiles_once_and_moves_the_range_in_the_state():
 def test_every_candidate_can_be_set(size):
     state = variance.clipped_adaptive().init(blocks_objective().spec(8, 4))
     for interval in meter.candidate_intervals(size):
-        found = variance.set_clip_range(state, *interval)
+        found = set_clip_range(state, *interval)
         np.testing.assert_array_equal(np.array([found.low, found.high]), np.float32(interval))
         assert found.high - found.low > 9e-4
 
 
 def test_a_range_needs_a_place_and_two_ends():
     with pytest.raises(ValueError, match="dict with stratified"):
-        variance.set_clip_range({"stratified": variance.EmptyState()}, 0.3, 0.8)
+        set_clip_range({"stratified": EmptyState()}, 0.3, 0.8)
     state = variance.clipped_adaptive().init(blocks_objective().spec(8, 4))
     with pytest.raises(ValueError, match="0 <= low < high <= 1"):
-        variance.set_clip_range(state, 1.0, 1.0)
+        set_clip_range(state, 1.0, 1.0)

@@ -16,6 +16,9 @@ from mdm_jax.meter import levels, nested
 from mdm_jax.schedules import masked
 from mdm_jax.testing import toys
 from mdm_jax.types import Batch
+from mdm_jax.variance.densities import log_spaced_edges
+from mdm_jax.variance.learned.curves import PiecewiseLinear
+from mdm_jax.variance.transform import Phase, stateless
 
 EXAMPLE = np.array([[[1, 3], [2, 6]], [[5, 7], [4, 4]]], float)
 LOSS = (1.71159384, 0.23342413, 0.63706842)
@@ -246,7 +249,7 @@ def test_importance_weights_belong_to_the_loss():
             u=draw.u**2, log_weight=draw.log_weight + jnp.log(2.0) + jnp.log(draw.u)
         )
 
-    transform = variance.stateless("square", variance.Phase.WARP, warp)
+    transform = stateless("square", Phase.WARP, warp)
     result = meter.decompose(
         *toy_setting(transform),
         toy_rows(3000, seed=6),
@@ -403,7 +406,7 @@ def test_density_of_a_warp_is_read_off_its_weights():
     def warp(_key, draw, _spec):
         return draw._replace(u=draw.u**2, log_weight=jnp.log(2.0) + jnp.log(draw.u))
 
-    transform = variance.stateless("square", variance.Phase.WARP, warp)
+    transform = stateless("square", Phase.WARP, warp)
     objective = toy_objective()
     spec = objective.spec(8, 4)
     rates, density = meter.warp_density(
@@ -420,7 +423,7 @@ def test_density_of_a_warp_that_pays_something_else_is_that_of_its_profile():
     objective = toy_objective(law=schedules.law_of(masked.power(2.0)))
     spec = objective.spec(8, 4)
     warp = variance.cdcd_warp(2)
-    curve = variance.PiecewiseLinear(jnp.log(jnp.ones((1, 2))), jnp.log(jnp.array([[1.0, 3.0]])))
+    curve = PiecewiseLinear(jnp.log(jnp.ones((1, 2))), jnp.log(jnp.array([[1.0, 3.0]])))
     steep = warp.init(spec)._replace(averages=curve)  # density 1/2 and 3/2 over 1 - u = sqrt(m)
     weigh = variance.uncertainty_weighting(num_features=4)
     heavy = weigh.init(spec)._replace(coefficients=jnp.arange(4.0))
@@ -451,7 +454,7 @@ def test_binned_moments_are_those_of_the_bins_of_the_quantile(exponent):
         rates, quantiles, noise, both, None, noise, rows=1, masks_per_level=2, passes=1,
         rows_left_out=0,
     )  # fmt: skip
-    edges = variance.log_spaced_edges(8, 1e-2)
+    edges = log_spaced_edges(8, 1e-2)
     found = meter.binned_moments(table, both, edges)
     middle = np.sqrt((1 - edges[1:-1]) * (1 - edges[:-2]))
     for values, power in ((found.second, 1.0), (found.data, -0.5), (found.mean, 0.25)):

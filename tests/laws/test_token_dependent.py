@@ -15,6 +15,7 @@ from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.objectives import objective as objectives_objective
 from mdm_jax.objectives.objective import sum_losses, token_mean
 from mdm_jax.testing import toys
+from mdm_jax.variance.transform import Phase, stateless
 
 RARE = np.array([False, False, True, False])  # token 2
 EPS = 1e-3
@@ -229,7 +230,7 @@ def test_baseline_keeps_the_mean_and_lowers_the_spread_of_the_report():
     def warp(_key, draw, _spec):
         return draw._replace(u=draw.u**1.5, log_weight=jnp.log(1.5) + jnp.log(draw.u) / 2)
 
-    transform = variance.stateless("power", variance.Phase.WARP, warp)
+    transform = stateless("power", Phase.WARP, warp)
 
     @jax.jit
     def learn(state, key):

@@ -14,6 +14,7 @@ from mdm_jax.corruption.uniform import leave_one_out, own_evidence, uniform_toke
 from mdm_jax.draws import DrawSpec
 from mdm_jax.testing import toys
 from mdm_jax.testing.toys import row_denoiser
+from mdm_jax.variance.transform import EmptyState
 
 
 def corrupt(x, logsnr, noise, eligible, num_tokens=3, level_ids=None):
@@ -67,7 +68,7 @@ def test_segments_have_their_own_level():
 def test_mirrored_views_replace_disjoint_sets():
     """Up to m = 1/2 no place is replaced twice; the tokens drawn are v and K - 1 - v."""
     transform, spec = variance.mirror(), DrawSpec(50, 1, (6, 2))
-    draw = zoo.quick(lambda key: variance.draw_batch(key, transform, variance.EmptyState(), spec))(
+    draw = zoo.quick(lambda key: variance.draw_batch(key, transform, EmptyState(), spec))(
         jax.random.key(0)
     )
     x = np.full((1, 50, 6), 7, np.int32)  # marks what was kept

@@ -14,6 +14,9 @@ from variants import slow_except
 
 from mdm_jax import corruption, variance
 from mdm_jax.testing import toys
+from mdm_jax.variance.densities import PiecewiseDensity, piecewise_density
+from mdm_jax.variance.moments import moment_density
+from mdm_jax.variance.warps import importance
 
 EPS = 1e-3
 TRUNCATED_MEAN = 4.03112015  # average over rates in [1e-3, 1]
@@ -27,7 +30,7 @@ def bernoulli_masks(transform, eps=EPS):
 
 def log_bins():
     edges = oracle.rate_bins(EPS, 10)
-    density = variance.moment_density(edges, oracle.mean_over_bins(edges, EPS, s, 60), 1e-7)
+    density = moment_density(edges, oracle.mean_over_bins(edges, EPS, s, 60), 1e-7)
     return decomposition(density, order=8)
 
 
@@ -45,7 +48,7 @@ def rao_blackwell(eps):
 class RootDensity:
     """Piecewise constant in sqrt(1 - u): grows like 1 / sqrt(m), as p* does down to m = 0."""
 
-    inner: variance.PiecewiseDensity
+    inner: PiecewiseDensity
 
     support = (0.0, 1.0)
 
@@ -64,7 +67,7 @@ def optimum_without_epsilon():
         return np.sqrt(s(y**2)) * 2 * y
 
     masses = oracle.mean_over_bins(edges, 0.0, root_of_second_moment, 4)
-    inner = variance.piecewise_density(edges, masses)
+    inner = piecewise_density(edges, masses)
     u, du = oracle.density_nodes(inner, 4)
     m, weight = oracle.warped(RootDensity(inner), u, 0.0)
     mean = du @ (weight * g(m))
@@ -76,7 +79,7 @@ def optimal_counts():
         oracle.PROBABILITIES @ (16 / k**2 * oracle.loss_table()[:, k == oracle.SIZE] ** 2).mean(1)
         for k in (4, 3, 2, 1)
     ]
-    density = variance.moment_density(np.arange(5) / 4, second, 1e-7)
+    density = moment_density(np.arange(5) / 4, second, 1e-7)
     masses = np.asarray(density.masses, np.float64)
     # q*(k) ~ sqrt(E[S^2 | k]) / k
     known = [0.26255346, 0.24298383, 0.22980791, 0.26465480]
@@ -88,7 +91,7 @@ def optimal_counts():
 def mirror_with(moment):
     density = fine_density(moment, bins=900)
     u, du = oracle.density_nodes(density)
-    chain = variance.chain(variance.importance(density), variance.mirror())
+    chain = variance.chain(importance(density), variance.mirror())
     return oracle.moments(chain, BERNOULLI, u, du, EPS)
 
 

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from zoo import quick
 
-from mdm_jax import corruption, objectives, schedules, testing, variance
+from mdm_jax import corruption, objectives, schedules, testing
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.schedules import masked as schedules_masked
 from mdm_jax.testing import toys
+from mdm_jax.variance.densities import piecewise_density
+from mdm_jax.variance.warps import importance
 
 PROBABILITIES = np.array(toys.ROW_PROBABILITIES)
 NELBO = (4.37020885, 4.52536593, 2.44006023)
@@ -287,12 +289,12 @@ def fine_density(moment, eps=1e-3, bins=1500):
     down = 1 - np.geomspace(1e-4, 1 - eps, bins // 4)
     edges = ((1 - np.unique(np.concatenate([up[:-1], [1.0], down[down > 0.6]]))) / (1 - eps))[::-1]
     root = mean_over_bins(edges, eps, lambda m: np.sqrt(moment(m)), 4)
-    return variance.piecewise_density(edges, np.diff(edges) * np.maximum(root, 1e-30))
+    return piecewise_density(edges, np.diff(edges) * np.maximum(root, 1e-30))
 
 
 def warped(density, u, eps=1e-3):
     """Masking rates and importance weights that ``importance(density)`` makes of quantiles u."""
-    return drawn(variance.importance(density), u, eps)
+    return drawn(importance(density), u, eps)
 
 
 def drawn(transform, u, eps=0.0):

@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import draws, variance
-from mdm_jax.variance.warps import log_uniform_density
+from mdm_jax.variance.densities import log_spaced_edges, piecewise_density
+from mdm_jax.variance.learned.bins import LossHistory
+from mdm_jax.variance.learned.curves import LogisticShape, logistic_curve, piecewise_linear_curve
+from mdm_jax.variance.moments import level_variance, moment_density
+from mdm_jax.variance.ppots import PpotsState, epr_density
+from mdm_jax.variance.warps import ClippedDensity, LogUniformDensity, importance
 
 EPR = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
-BINS = variance.log_spaced_edges(6, 1e-2)
+BINS = log_spaced_edges(6, 1e-2)
 STEEP = (1.0, 2.0, 4.0, 9.0, 30.0, 200.0)
-DENSITY = variance.piecewise_density((0.0, 0.2, 0.7, 0.95, 1.0), (1.0, 2.0, 2.0, 1.0))
+DENSITY = piecewise_density((0.0, 0.2, 0.7, 0.95, 1.0), (1.0, 2.0, 2.0, 1.0))
 
 SINGLES = {
     "identity": variance.identity,
@@ -24,7 +29,7 @@ SINGLES = {
     "stratified_blocks": variance.stratified_blocks,
     "stratified_levels": variance.stratified_levels,
     "complement": variance.complement,
-    "importance": lambda: variance.importance(DENSITY),
+    "importance": lambda: importance(DENSITY),
     "log_uniform": lambda: variance.log_uniform(1e-2),
     "clipped": lambda: variance.clipped(0.3, 0.8),
     "clipped_adaptive": lambda: variance.clipped_adaptive(0.3, 0.8),
@@ -38,7 +43,7 @@ SINGLES = {
     "learned_quantile": lambda: variance.learned_quantile(resolution=4),
     "uncertainty_weighting": lambda: variance.uncertainty_weighting(num_features=8),
     "cdcd_warp": lambda: variance.cdcd_warp(num_bins=8),
-    "cdtd_warp": lambda: variance.cdtd_warp(variance.piecewise_linear_curve(8)),
+    "cdtd_warp": lambda: variance.cdtd_warp(piecewise_linear_curve(8)),
     "mirror": variance.mirror,
     "rotate": lambda: variance.rotate(3),
     "rotate_ranks": lambda: variance.rotate_ranks(3),
@@ -54,7 +59,7 @@ CHAINS = {
         variance.stratified_levels(2), variance.ppots_binned(BINS, STEEP), variance.rotate(2)
     ),
     "blocks_importance_mirror": lambda: variance.chain(
-        variance.stratified_blocks(), variance.importance(DENSITY), variance.mirror()
+        variance.stratified_blocks(), importance(DENSITY), variance.mirror()
     ),
     "pairs_complement_log_uniform": lambda: variance.chain(
         variance.antithetic_pairs(), variance.complement(), variance.log_uniform(1e-2)
@@ -64,27 +69,27 @@ CHAINS = {
 LEARNERS = {
     "ppots_small": lambda: variance.ppots(num_bins=6, warmup_steps=0),
     "ppots_level_variance": lambda: variance.ppots(
-        num_bins=6, warmup_steps=0, target=variance.level_variance
+        num_bins=6, warmup_steps=0, target=level_variance
     ),
     "ema_small": lambda: variance.ema_bins(num_bins=6, warmup_steps=0, floor=0.1),
     "history_small": lambda: variance.loss_history(num_bins=6, length=2, floor=0.1),
     "quantile_small": lambda: variance.learned_quantile(resolution=4),
     "uncertainty_small": lambda: variance.uncertainty_weighting(num_features=8),
     "cdcd_small": lambda: variance.cdcd_warp(num_bins=6),
-    "cdtd_logistic": lambda: variance.cdtd_warp(variance.logistic_curve()),
+    "cdtd_logistic": lambda: variance.cdtd_warp(logistic_curve()),
 }
 """Adaptive warps without warm-up, for loaded states."""
 
 
 def _loaded(second, mean=0.0, weight=1.0):
     full = [jnp.broadcast_to(jnp.asarray(a, jnp.float32), (6,)) for a in (second, mean, weight)]
-    return variance.PpotsState(*full, jnp.int32(5), jnp.int32(0))
+    return PpotsState(*full, jnp.int32(5), jnp.int32(0))
 
 
 def _history(*values):
     kept = jnp.broadcast_to(jnp.asarray(values, jnp.float32)[:, None], (6, 2))
     counts = jnp.full(6, 3, jnp.int32)
-    return variance.LossHistory(kept, counts, jnp.int32(5), jnp.int32(0))
+    return LossHistory(kept, counts, jnp.int32(5), jnp.int32(0))
 
 
 def _fresh(learner, levels=2):
@@ -116,9 +121,7 @@ def _warped():
 def _tied():
     state = _fresh("cdtd_logistic")
     return state._replace(
-        averages=variance.LogisticShape(
-            jnp.array([0.5, -0.5]), jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0])
-        )
+        averages=LogisticShape(jnp.array([0.5, -0.5]), jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0]))
     )
 
 
@@ -177,30 +180,33 @@ def state(name, spec):
 
 def densities():
     """Name -> density of the quantile, for every member of ALL that has a warp."""
-    binned = variance.moment_density(BINS, STEEP, 0.1)
+    binned = moment_density(BINS, STEEP, 0.1)
     found = {
         "importance": DENSITY,
-        "log_uniform": log_uniform_density(1e-2),
-        "clipped": variance.ClippedDensity(0.3, 0.8),
-        "clipped_adaptive": variance.ClippedDensity(0.3, 0.8),
-        "clipped_mixture": variance.piecewise_density((0, 0.2, 0.7, 1), (0.04, 0.9, 0.06)),
-        "ppots_parametric": variance.epr_density(EPR, 0.1),
+        "log_uniform": LogUniformDensity(1e-2),
+        "clipped": ClippedDensity(0.3, 0.8),
+        "clipped_adaptive": ClippedDensity(0.3, 0.8),
+        "clipped_mixture": piecewise_density((0, 0.2, 0.7, 1), (0.04, 0.9, 0.06)),
+        "ppots_parametric": epr_density(EPR, 0.1),
         "ppots_binned": binned,
         "levels_ppots_rotate": binned,
         "blocks_importance_mirror": DENSITY,
-        "pairs_complement_log_uniform": log_uniform_density(1e-2),
+        "pairs_complement_log_uniform": LogUniformDensity(1e-2),
     }
-    edges, equal = variance.log_spaced_edges(6, 1e-3), np.linspace(0, 1, 7)
+    edges, equal = log_spaced_edges(6, 1e-3), np.linspace(0, 1, 7)
     moments = variance.level_moments
     of_state = {
         "ppots_small": lambda state: (edges, moments(state).second),
-        "ppots_level_variance": lambda state: (edges, variance.level_variance(moments(state))),
+        "ppots_level_variance": lambda state: (
+            edges,
+            level_variance(moments(state)),
+        ),
         "ema_small": lambda state: (equal, moments(state).mean ** 2),
         "history_small": lambda state: (equal, jnp.mean(state.values**2, axis=1)),
     }
     for name, (learner, loaded) in STATES.items():
         if learner in of_state:
-            found[name] = variance.moment_density(*of_state[learner](loaded), 0.1)
+            found[name] = moment_density(*of_state[learner](loaded), 0.1)
     return found | {"quantile_steep": STATES["quantile_steep"][1].net}
 
 

@@ -1,1 +1,1 @@
-""""""
+"""Warps and weightings that are fitted while training."""

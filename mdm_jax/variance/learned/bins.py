@@ -1,7 +1,4 @@
-"""Exponential averages of the loss in equal bins of the level.
-
-The latest losses of each level, remembered one by one.
-"""
+"""Levels that follow the loss in equal bins: exponential averages, or the latest losses."""
 
 from typing import NamedTuple
 
@@ -10,18 +7,18 @@ import numpy as np
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array
-from mdm_jax.variance.densities import PiecewiseDensity, check_edges, density_profile, warp
+from mdm_jax.variance.densities import PiecewiseDensity, bin_of, equal_edges
 from mdm_jax.variance.moments import (
     LevelLosses,
     Target,
-    accept,
     check_floor,
     integrand,
     moment_density,
     squared_mean,
 )
-from mdm_jax.variance.ppots import check_decay, running_bins
-from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
+from mdm_jax.variance.ppots import running_bins
+from mdm_jax.variance.transform import VarianceTransform
+from mdm_jax.variance.warps import check_settings, counters, learned_warp
 
 
 def ema_bins(
@@ -33,21 +30,15 @@ def ema_bins(
 ) -> VarianceTransform:
     """Levels in proportion to an exponential average of the loss in bins of equal width.
 
-    Bins are equally wide in the quantile u, hence in the logSNR where the objective's law is
-    uniform. A step moves the average of every bin that it visited, once, towards the mean of the
-    integrand over its draws there, and leaves the others. The integrand is the raw loss times the
-    objective's weight, per scored element. So the density is proportional to W E[l] over the
-    logSNR, and it is paid for exactly.
-
-    The published target is the first moment. ``target=second_moment`` follows the root of the mean
-    square instead, which is the optimum, at the same cost; ``level_variance`` is for stratified
-    levels. The state is that of :func:`~mdm_jax.variance.ppots`, which differs in its bins and in
-    that its averages decay per draw. Averages start from the first visit of a bin; until then it
-    counts as average, instead of as 1, which would be in another unit than the loss.
+    A step moves the average of every bin that it visited, once, towards the mean of the integrand
+    over its draws there. The published target is the first moment, a density proportional to
+    W E[l] over the logSNR; ``target=second_moment`` follows the optimum at the same cost. The state
+    is that of :func:`~mdm_jax.variance.ppots`, whose averages decay per draw. Averages start from a
+    bin's first visit, until when it counts as average, instead of from 1.
 
     Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
     state. Costs: one view, and a few operations on vectors of the number of bins.
-    Removes: what sampling in proportion to the mean loss can, the whole excess over the optimum
+    Removes: what sampling in proportion to the mean loss can: the whole excess over the optimum
     where E f^2 / (E f)^2 does not depend on the level. Bias: exact.
     Reference: Kingma and Gao 2023, appendix F.
 
@@ -59,26 +50,15 @@ def ema_bins(
         target: from moments per bin to the moment whose root the density follows.
 
     Raises:
-        ValueError: if a setting is out of range, or the target needs what is not known here.
+        ValueError: if a setting is out of range, or the target needs what running moments lack.
     """
-    check_decay("ema_bins", decay)
+    check_settings("ema_bins", decay=decay)
     edges = equal_edges("ema_bins", num_bins)
 
     def keep(count: Array) -> Array:
         return jnp.where(count > 0, decay, 1.0)
 
     return running_bins("ema_bins", edges, keep, floor, warmup_steps, target)
-
-
-def equal_edges(name: str, num_bins: int) -> np.ndarray:
-    """[J + 1] edges of bins equally wide in the quantile.
-
-    Raises:
-        ValueError: unless ``num_bins`` is positive and the bins are no narrower than 2**-22.
-    """
-    if num_bins < 1:
-        raise ValueError(f"{name} needs num_bins >= 1, got {num_bins}")
-    return check_edges(np.linspace(0.0, 1.0, num_bins + 1))
 
 
 class LossHistory(NamedTuple):
@@ -98,19 +78,17 @@ class LossHistory(NamedTuple):
 
 
 def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> VarianceTransform:
-    """Levels in proportion to the root mean square of the latest losses of each bin.
+    """Levels in proportion to the root mean square of the latest losses of each equal bin.
 
-    Bins are equally wide in the quantile u. Each keeps its latest ``length`` values of the
-    integrand (raw loss times the objective's weight, per scored element); the rows of one batch
-    enter in their order. Levels are uniform until every bin is full, which takes about
-    J (length + log J) / B batches: prefer some tens of bins over one per diffusion step.
+    Each bin keeps its latest ``length`` values of the integrand, rows of a batch in their order.
+    Levels are uniform until every bin is full, after about J (length + log J) / B batches: prefer
+    some tens of bins over one per diffusion step.
 
     Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
     state. Costs: one view, and the memory of J times ``length`` numbers.
-    Removes: as much as sqrt(E f^2) varies with the level; with few values per bin the density is
+    Removes: as much as sqrt(E f^2) varies with the level; few values per bin make the density
     noisy, which costs variance and no bias. Bias: exact.
-    Reference: Nichol and Dhariwal 2021 (improved DDPM), the resampler by the second moment of the
-    loss.
+    Reference: Nichol and Dhariwal 2021 (improved DDPM), the resampler by the second moment.
 
     Args:
         num_bins: J, at least 1.
@@ -126,29 +104,21 @@ def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> V
     edges = equal_edges("loss_history", num_bins)
 
     def init(_spec: DrawSpec) -> LossHistory:
-        return LossHistory(
-            values=jnp.zeros((num_bins, length), jnp.float32),
-            count=jnp.zeros(num_bins, jnp.int32),
-            steps=jnp.zeros((), jnp.int32),
-            rejected=jnp.zeros((), jnp.int32),
-        )
+        values = jnp.zeros((num_bins, length), jnp.float32)
+        return LossHistory(values, jnp.zeros(num_bins, jnp.int32), **counters())
 
     def density(state: LossHistory) -> PiecewiseDensity:
         share = jnp.where(jnp.all(state.count >= length), floor, 1.0)
         return moment_density(edges, jnp.mean(jnp.square(state.values), axis=1), share)
 
-    def draw(_key: Array, state: LossHistory, current: Draw, _spec: DrawSpec) -> Draw:
-        return warp(current, density(state))
-
-    def update(state: LossHistory, current: Draw, stats: LossStats) -> LossHistory:
+    def learn(
+        state: LossHistory, current: Draw, stats: LossStats
+    ) -> tuple[dict[str, Array], Array]:
         losses = integrand(current, stats)
-        learnt = state._replace(steps=state.steps + 1, **_remember(edges, state, current, losses))
-        return accept(jnp.all(jnp.isfinite(jnp.square(losses.value))), learnt, state)
+        finite = jnp.all(jnp.isfinite(jnp.square(losses.value)))
+        return _remember(edges, state, current, losses), finite
 
-    def profile(state: LossHistory, u: Array) -> LevelProfile:
-        return density_profile(density(state), u)
-
-    return VarianceTransform("loss_history", Phase.WARP, init, draw, update, profile=profile)
+    return learned_warp("loss_history", init, density, learn)
 
 
 def _remember(
@@ -157,18 +127,18 @@ def _remember(
     """The ring buffers and counts after the values of a batch, in their order."""
     num_bins, length = state.values.shape
     entered = (_first_views(draw) & (losses.count > 0)).ravel()
-    bins = jnp.searchsorted(jnp.asarray(edges[1:-1]), draw.u, side="right").ravel()
+    bins = bin_of(edges, draw.u).ravel()
     visits = (bins[:, None] == jnp.arange(num_bins)[None]) & entered[:, None]
     order = jnp.cumsum(visits, axis=0, dtype=jnp.int32)  # [N, J], from 1
     own, last = jnp.take_along_axis(order, bins[:, None], axis=1)[:, 0], order[-1]
-    # Of more values than a bin holds the latest stay, so that no place is written twice.
+    # Of more values than a bin holds the latest stay, so that no entry is written twice.
     stays = entered & (own > last[bins] - length)
-    place = (state.count[bins] + own - 1) % length
-    values = state.values.at[jnp.where(stays, bins, num_bins), place].set(
+    entry = (state.count[bins] + own - 1) % length
+    values = state.values.at[jnp.where(stays, bins, num_bins), entry].set(
         losses.value.ravel(), mode="drop"
     )
     count = state.count + last
-    # Kept small without losing the place or being full: a long run would overflow.
+    # Kept small without losing the entry or being full: a long run would overflow.
     return {
         "values": values,
         "count": jnp.where(count < 2 * length, count, length + count % length),

@@ -1,13 +1,7 @@
-"""Curves of the loss over the noise, fitted by regression: what time warping draws from.
+"""Time warping: levels drawn from the slope of a fitted curve of the loss (CDCD, CDTD).
 
 A curve F(xi) rises with a noise coordinate xi in (0, 1), here ``xi = 1 - u``. Divided by its value
 at 1 it is a distribution function, so its slope is a density over levels and its inverse a sampler.
-
-Levels from the slope of a fitted curve of the loss: what time warping methods share.
-
-Time warping by a fitted curve of the loss.
-
-Time warping for rows of several data types.
 """
 
 import math
@@ -21,9 +15,10 @@ import optax
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, PyTree
-from mdm_jax.variance.densities import open_interval
-from mdm_jax.variance.moments import accept, all_finite, target_loss, total_count
+from mdm_jax.variance.densities import find_cell, open_interval
+from mdm_jax.variance.moments import target_loss
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
+from mdm_jax.variance.warps import all_finite, check_settings, counters, updates
 
 _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower than 2**-22
 
@@ -93,18 +88,18 @@ def piecewise_linear_curve(num_bins: int = 100) -> LossCurve:
 
     def value(parameters: PiecewiseLinear, xi: Array) -> Array:
         widths, heights, left, low = cells(parameters)
-        cell = _find(left, xi)
+        cell = find_cell(left, xi)
         return low[cell] + (xi - left[cell]) * (heights / widths)[cell]
 
     def log_density(parameters: PiecewiseLinear, xi: Array) -> Array:
         widths, heights, left, low = cells(parameters)
-        return jnp.log(heights / widths / low[-1])[_find(left, xi)]
+        return jnp.log(heights / widths / low[-1])[find_cell(left, xi)]
 
     def quantile(parameters: PiecewiseLinear, share: Array) -> Array:
         widths, heights, left, low = cells(parameters)
-        place = share * low[-1]
-        cell = _find(low, place)
-        inside = (place - low[cell]) / heights[cell]
+        loss = share * low[-1]
+        cell = find_cell(low, loss)
+        inside = (loss - low[cell]) / heights[cell]
         return left[cell] + jnp.clip(inside, 0.0, 1.0) * widths[cell]
 
     return LossCurve(init, value, log_density, quantile)
@@ -113,8 +108,7 @@ def piecewise_linear_curve(num_bins: int = 100) -> LossCurve:
 def logistic_curve() -> LossCurve:
     """Curves of three parameters, ``F(xi) = c / (1 + (odds(xi) / exp(m))^-v)`` with v > 1.
 
-    F / F(1) is a distribution function with the quantile ``sigmoid(m + logit(share) / v)``.
-    The form of CDTD (Mueller et al. 2025).
+    F / F(1) has the quantile ``sigmoid(m + logit(share) / v)``; CDTD (Mueller et al. 2025).
     """
 
     def init() -> LogisticShape:
@@ -122,22 +116,22 @@ def logistic_curve() -> LossCurve:
         starts = (0.0, -4.0, math.log(math.expm1(1.0)))
         return LogisticShape(*(jnp.asarray(a, jnp.float32) for a in starts))
 
-    def shape(parameters: LogisticShape) -> tuple[Array, Array]:
-        return 1.0 + jax.nn.softplus(parameters.steepness), jax.nn.softplus(parameters.scale)
+    def steepness_of(parameters: LogisticShape) -> Array:
+        return 1.0 + jax.nn.softplus(parameters.steepness)
+
+    def odds(parameters: LogisticShape, xi: Array) -> Array:
+        return steepness_of(parameters) * (_logit(xi) - parameters.middle)
 
     def value(parameters: LogisticShape, xi: Array) -> Array:
-        steepness, scale = shape(parameters)
-        return scale * jax.nn.sigmoid(steepness * (_logit(xi) - parameters.middle))
+        return jax.nn.softplus(parameters.scale) * jax.nn.sigmoid(odds(parameters, xi))
 
     def log_density(parameters: LogisticShape, xi: Array) -> Array:
-        steepness, _ = shape(parameters)
-        z = steepness * (_logit(xi) - parameters.middle)
-        rise = jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) + jnp.log(steepness)
+        z = odds(parameters, xi)
+        rise = jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) + jnp.log(steepness_of(parameters))
         return rise - jnp.log(xi) - jnp.log1p(-xi)
 
     def quantile(parameters: LogisticShape, share: Array) -> Array:
-        steepness, _ = shape(parameters)
-        return jax.nn.sigmoid(parameters.middle + _logit(share) / steepness)
+        return jax.nn.sigmoid(parameters.middle + _logit(share) / steepness_of(parameters))
 
     return LossCurve(init, value, log_density, quantile)
 
@@ -152,30 +146,11 @@ def squared_misfit(
         parameters: of the curve F that is fitted.
         xi: noise, any shape.
         loss: at this noise, same shape.
-        log_density: log of the density over xi that the levels were *drawn* from, nats, same shape.
-            Nothing is fitted through it.
+        log_density: log of the density over xi that the levels were *drawn* from, nats, same shape;
+            no gradient flows through it.
     """
     drawn = jax.lax.stop_gradient(log_density)
     return jnp.square(curve.value(parameters, xi) - loss) * jnp.exp(-drawn)
-
-
-def _at_least(shares: Array) -> Array:
-    return (shares + _LEAST) / (1.0 + _LEAST * shares.size)
-
-
-def _edges(parts: Array, total: Array) -> Array:
-    """[K + 1] from 0 to ``total``, which the sum of all parts may miss by rounding."""
-    inner = jnp.cumsum(parts[:-1])
-    return jnp.concatenate([jnp.zeros_like(parts[:1]), inner, total[None]])
-
-
-def _find(edges: Array, places: Array) -> Array:
-    cell = jnp.searchsorted(edges, places, side="right") - 1
-    return jnp.clip(cell, 0, edges.size - 2)
-
-
-def _logit(share: Array) -> Array:
-    return jnp.log(share) - jnp.log1p(-share)
 
 
 class CurveState(NamedTuple):
@@ -212,35 +187,26 @@ def curve_warp(
         curve_of_level: from S to the number of each level's curve, [S] integers from 0 to G - 1.
         learning_rate: of Adam.
         decay: of the averages per batch; 0 draws from the curves as fitted.
-        log_factor: log of a factor on the loss as a function of the quantile [V, B, S], before it
-            is fitted.
+        log_factor: log of a factor on the loss, of the quantile [V, B, S], before it is fitted.
 
     Raises:
         ValueError: unless the learning rate is positive and the decay in [0, 1).
     """
-    if not learning_rate > 0:
-        raise ValueError(f"{name} needs learning_rate > 0, got {learning_rate}")
-    if not 0 <= decay < 1:
-        raise ValueError(f"{name} needs a decay in [0, 1), got {decay}")
+    check_settings(name, decay=decay, learning_rate=learning_rate)
     optimizer = optax.adam(learning_rate, b2=0.99)
 
     def init(spec: DrawSpec) -> CurveState:
         count = int(np.max(curve_of_level(spec.num_levels))) + 1
         curves = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), curve.init())
-        return CurveState(
-            curves=curves,
-            averages=curves,
-            optimizer=optimizer.init(curves),
-            steps=jnp.zeros((), jnp.int32),
-            rejected=jnp.zeros((), jnp.int32),
-        )
+        averages = jax.tree.map(jnp.copy, curves)  # a donated state holds no buffer twice
+        return CurveState(curves, averages, optimizer.init(curves), **counters())
 
     def per_level(function: Callable[..., Array], curves: PyTree, *values: Array) -> Array:
         """``function(parameters of the level's curve, *values[..., s])`` for each s."""
         if jax.tree.leaves(curves)[0].shape[0] == 1:
             return function(jax.tree.map(lambda leaf: leaf[0], curves), *values)
-        chosen = curve_of_level(values[0].shape[-1])
-        each = jax.tree.map(lambda leaf: leaf[chosen], curves)
+        index = curve_of_level(values[0].shape[-1])
+        each = jax.tree.map(lambda leaf: leaf[index], curves)
         axes = (0, *(-1 for _ in values))
         return jax.vmap(function, in_axes=axes, out_axes=-1)(each, *values)
 
@@ -249,8 +215,11 @@ def curve_warp(
         noise = per_level(curve.quantile, state.averages, 1.0 - current.u)
         return current._replace(u=open_interval(1.0 - noise))
 
-    def update(state: CurveState, current: Draw, stats: LossStats) -> CurveState:
-        value, count = losses = target_loss(current, stats)
+    def learn(
+        state: CurveState, current: Draw, stats: LossStats
+    ) -> tuple[dict[str, PyTree], Array]:
+        losses = target_loss(current, stats)
+        value = losses.value
         if log_factor is not None:
             value = value * jnp.exp(log_factor(current.u))
         # Of the averages, which levels were drawn from, not of the curves that are fitted.
@@ -260,26 +229,22 @@ def curve_warp(
             def one(parameters: PyTree, u: Array, loss: Array, log_density: Array) -> Array:
                 return squared_misfit(curve, parameters, 1.0 - u, loss, log_density)
 
-            each = per_level(one, curves, current.u, value, drawn)
-            return jnp.sum(count * each) / total_count(losses)
+            return losses.mean(per_level(one, curves, current.u, value, drawn))
 
         gradient = jax.grad(misfit)(state.curves)
-        updates, opt_state = optimizer.update(gradient, state.optimizer, state.curves)
-        curves = optax.apply_updates(state.curves, updates)
-        learnt = CurveState(
-            curves=curves,
-            averages=optax.incremental_update(curves, state.averages, 1.0 - decay),
-            optimizer=opt_state,
-            steps=state.steps + 1,
-            rejected=state.rejected,
-        )
-        return accept(all_finite(learnt), learnt, state)
+        step, opt_state = optimizer.update(gradient, state.optimizer, state.curves)
+        curves = optax.apply_updates(state.curves, step)
+        averages = optax.incremental_update(curves, state.averages, 1.0 - decay)
+        changes = {"curves": curves, "averages": averages, "optimizer": opt_state}
+        return changes, all_finite(changes)
 
     def profile(state: CurveState, u: Array) -> LevelProfile:
         log_density = per_level(curve.log_density, state.averages, 1.0 - u)
         return LevelProfile(log_density, jnp.zeros_like(u))
 
-    return VarianceTransform(name, Phase.WARP, init, draw, update, bias="biased", profile=profile)
+    return VarianceTransform(
+        name, Phase.WARP, init, draw, updates(learn), bias="biased", profile=profile
+    )
 
 
 def cdcd_warp(
@@ -291,14 +256,10 @@ def cdcd_warp(
     """Draws levels so that each share of the draws covers the same share of the rise of the loss.
 
     A piecewise-linear curve F(xi) over the noise ``xi = 1 - u`` is fitted to the raw loss per
-    target element by least squares, uniformly in xi. Levels are drawn from its slope, most often
-    where the loss changes fastest, and *no* weight is paid. That is another density than those that
-    follow the loss itself. The loss has to rise with the noise, as the cross-entropy of a token
-    does; F rises whatever it is fitted to, so early in training it follows the trend only.
-
-    For Gaussian diffusion the objective's raw loss is the error of eps, which falls; the error of
-    the clean data, which rises, is that times ``exp(-lambda)``: pass
-    ``log_factor=lambda u: -law.icdf(u)``. On N(0, s^2) levels then become Logistic(-2 log s, 1).
+    target element by least squares, uniformly in xi. Levels are drawn from its slope, and *no*
+    weight is paid. The loss has to rise with the noise, as the cross-entropy of a token does. For
+    Gaussian diffusion the raw loss, the error of eps, falls; pass
+    ``log_factor=lambda u: -law.icdf(u)`` to fit the error of the clean data, which rises.
 
     Keeps: the range of levels. Not the loss: the effective weighting is the objective's times the
     learnt density, which is not paid for and moves during training.
@@ -316,13 +277,9 @@ def cdcd_warp(
     Raises:
         ValueError: if a setting is out of range.
     """
+    curve = piecewise_linear_curve(num_bins)
     return curve_warp(
-        "cdcd_warp",
-        piecewise_linear_curve(num_bins),
-        lambda levels: np.zeros(levels, int),
-        learning_rate,
-        decay,
-        log_factor,
+        "cdcd_warp", curve, lambda levels: np.zeros(levels, int), learning_rate, decay, log_factor
     )
 
 
@@ -336,34 +293,25 @@ def cdtd_warp(
 ) -> VarianceTransform:
     """Draws the levels of a row at one common fraction of the loss, a curve for each data type.
 
-    As :func:`~mdm_jax.variance.cdcd_warp`, with a curve for each group of the S levels of a row and
-    one base quantile for all: every type has lost the same share of what it can lose. Losses are
-    divided by ``normalisers`` before they are fitted, which matters where levels share a curve. The
-    loss that trains the network is not divided: put that into the objective.
-
-    Condition the network on the logSNR, not on the common quantile, which changes its meaning
-    whenever a curve moves.
+    As :func:`cdcd_warp`, with a curve for each group of the S levels of a row and one base quantile
+    for all. Condition the network on the logSNR, not on the common quantile, which changes its
+    meaning whenever a curve moves.
 
     Keeps: each level's range. Not the loss: a level's effective weighting is the objective's times
     the learnt density, which is not paid for and moves during training; nor the independence of the
-    levels of a row, which are tied: elements of one type see a context whose other types are at the
-    same fraction.
+    levels of a row: elements of one type have a context whose other types are at the same fraction.
     Couples: the levels of a row; steps through the state. Costs: one view.
     Removes: differences in difficulty between levels and types, by changing what is estimated.
     Bias: biased.
     Reference: Mueller et al. 2025 (CDTD).
 
     Args:
-        curve: family of curves, piecewise linear if not given; ``logistic_curve()`` has three
-            parameters.
-        groups: for each level the number of its curve, 0 .. G - 1: ``(0, 0)`` shares one curve
-            between two levels. One curve per level if not given.
-        normalisers: for each level the unit of its loss, such as the entropy of a marginal; 1 if
-            not given.
-        learning_rate: of Adam.
-        decay: per batch, of the averages of the curves that levels are drawn from; 0 draws from the
-            curves as fitted.
-        log_factor: log of a factor on the loss as a function of the quantile, see ``cdcd_warp``.
+        curve: family of curves, piecewise linear if not given, or ``logistic_curve()``.
+        groups: for each level the number of its curve, 0 .. G - 1; one curve per level if not
+            given.
+        normalisers: for each level the unit that its loss is divided by before it is fitted, such
+            as the entropy of a marginal; the loss that trains the network is not divided.
+        learning_rate, decay, log_factor: see :func:`cdcd_warp`.
 
     Raises:
         ValueError: if a setting is out of range, or groups or normalisers do not fit S.
@@ -377,11 +325,11 @@ def cdtd_warp(
         raise ValueError(f"cdtd_warp needs positive normalisers, got {tuple(normalisers)}")
 
     def curve_of_level(levels: int) -> np.ndarray:
-        for what, given in (("groups", groups), ("normalisers", normalisers)):
-            if given is not None and len(given) != levels:
+        for name, setting in (("groups", groups), ("normalisers", normalisers)):
+            if setting is not None and len(setting) != levels:
                 raise ValueError(
-                    f"cdtd_warp: {len(given)} {what} do not fit {levels} levels per row; give one "
-                    "for each level"
+                    f"cdtd_warp: {len(setting)} {name} do not fit {levels} levels per row; give "
+                    "one for each level"
                 )
         return np.arange(levels) if groups is None else np.asarray(groups)
 
@@ -399,3 +347,17 @@ def cdtd_warp(
         return each.draw(key, state, current._replace(u=common), spec)
 
     return each._replace(draw=draw)
+
+
+def _at_least(shares: Array) -> Array:
+    return (shares + _LEAST) / (1.0 + _LEAST * shares.size)
+
+
+def _edges(parts: Array, total: Array) -> Array:
+    """[K + 1] from 0 to ``total``, which the sum of all parts may miss by rounding."""
+    inner = jnp.cumsum(parts[:-1])
+    return jnp.concatenate([jnp.zeros_like(parts[:1]), inner, total[None]])
+
+
+def _logit(share: Array) -> Array:
+    return jnp.log(share) - jnp.log1p(-share)

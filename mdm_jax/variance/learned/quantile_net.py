@@ -1,7 +1,4 @@
-"""A monotone network as a quantile function, and the density that it is of.
-
-A learned monotone map of the level.
-"""
+"""A learned quantile function: a monotone network that levels pass through."""
 
 import math
 from collections.abc import Callable
@@ -15,10 +12,10 @@ import optax
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, PyTree
-from mdm_jax.variance.densities import density_profile, open_interval
-from mdm_jax.variance.moments import accept, all_finite, integrand, total_count
-from mdm_jax.variance.ppots import check_decay
-from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
+from mdm_jax.variance.densities import open_interval
+from mdm_jax.variance.moments import integrand
+from mdm_jax.variance.transform import VarianceTransform
+from mdm_jax.variance.warps import all_finite, check_settings, counters, learned_warp
 
 _MARGIN = 16
 _HALVINGS = 30
@@ -31,8 +28,7 @@ class MonotoneNet:
         g(u) = r u + sum_k h_k [sigmoid(a_k (u - c_k)) - sigmoid(-a_k c_k)] ,
 
     ``r`` and ``h`` through a softplus, ``a`` through an exponential. It is the quantile function of
-    the density ``q(Q(u)) = 1 / Q'(u)``, which is positive on all of (0, 1). Every attribute may be
-    trained without a constraint.
+    the density ``q(Q(u)) = 1 / Q'(u)``, positive on all of (0, 1).
 
     Attributes:
         line: [] softplus inverse of r.
@@ -59,8 +55,8 @@ class MonotoneNet:
         """log Q'(u) = -log q(Q(u)), nats."""
         u = jnp.asarray(u)
         line, height, steepness, centre = self._kernels(u.ndim)
-        place = steepness * (u[..., None] - centre)
-        units = height * steepness * jax.nn.sigmoid(place) * jax.nn.sigmoid(-place)
+        z = steepness * (u[..., None] - centre)
+        units = height * steepness * jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
         return jnp.log(line + jnp.sum(units, axis=-1)) - jnp.log(self._rise(jnp.ones(())))
 
     def cdf(self, u: ArrayLike) -> Array:
@@ -105,11 +101,8 @@ class MonotoneNet:
 def monotone_net(resolution: int = 32) -> MonotoneNet:
     """The identity, as a network that can become any increasing map.
 
-    Sigmoids of width 1 / resolution at that spacing add up to a straight line, to 1e-7 of it, where
-    16 more continue the row on either side.
-
-    Args:
-        resolution: units per unit length, at least 1; K = resolution + 32.
+    Sigmoids of width 1 / resolution at that spacing, with 16 more on either side, add up to a
+    straight line to 1e-7 of it: K = resolution + 32 units.
 
     Raises:
         ValueError: unless ``resolution`` is positive.
@@ -127,7 +120,7 @@ def monotone_net(resolution: int = 32) -> MonotoneNet:
 
 
 class LearnedQuantile(NamedTuple):
-    """A density and what its next step is made from.
+    """A density and its optimiser.
 
     Attributes:
         net: the density in use.
@@ -151,27 +144,20 @@ def learned_quantile(
 ) -> VarianceTransform:
     """Levels through a learned quantile function ``u' = Q(u)``, paid for by ``Q'(u)``.
 
-    Q is a monotone network with fixed ends, Q(0) = 0 and Q(1) = 1, so the density 1 / Q' covers all
-    levels and the objective cannot move. It starts at the identity. Each step descends the second
-    moment M = E[(f / q)^2] of the weighted integrand; since its mean does not depend on q, that is
-    its variance. The gradient needs no derivative of the loss in the level,
+    Q is a monotone network with Q(0) = 0 and Q(1) = 1 that starts at the identity. Each step
+    descends the second moment M = E[(f / q)^2] of the weighted integrand by the score function,
 
         grad M = -E[ (f / q)^2 grad log q(u') ] ,
 
-    and is divided by a running mean of the square, which makes it free of the loss's unit. The
-    minimum is ``q`` proportional to sqrt(E f^2).
-
-    The integrand includes whatever else the chain put into the log weight. Q has no floor: weights
-    are bounded by the steepest slope that was learnt. Where the integrand has a tail, as under
-    Bernoulli masks, the gradient has a heavier one; the bins of :func:`~mdm_jax.variance.ppots` are
-    safer there.
+    divided by a running mean of the square, which makes it free of the loss's unit. The minimum is
+    ``q`` proportional to sqrt(E f^2). Q has no floor: weights are bounded by its steepest slope.
+    Under heavy tails, as of Bernoulli masks, the bins of :func:`~mdm_jax.variance.ppots` are safer.
 
     Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
     state. Costs: one view, and a network of one hidden layer per level.
     Removes: as much as sqrt(E f^2) varies with the level. Bias: exact.
     Reference: Kingma et al. 2021 (VDM), appendix I.2, with the score function in place of the
-    derivative of the loss. Their network has kernels of absolute value; these are positive by a
-    softplus and an exponential.
+    derivative of the loss, and kernels made positive by softplus and exponential.
 
     Args:
         resolution: hidden units per unit of the level; there are 32 more.
@@ -181,58 +167,51 @@ def learned_quantile(
     Raises:
         ValueError: if a setting is out of range.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"learned_quantile needs learning_rate > 0, got {learning_rate}")
-    check_decay("learned_quantile", decay)
+    check_settings("learned_quantile", decay=decay, learning_rate=learning_rate)
     monotone_net(resolution)  # raises where there is none
     optimizer = optax.adam(learning_rate)
 
     def init(_spec: DrawSpec) -> LearnedQuantile:
         net = monotone_net(resolution)
-        return LearnedQuantile(
-            net=net,
-            optimizer=optimizer.init(net),
-            square=jnp.zeros((), jnp.float32),
-            weight=jnp.zeros((), jnp.float32),
-            steps=jnp.zeros((), jnp.int32),
-            rejected=jnp.zeros((), jnp.int32),
-        )
+        square, weight = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+        return LearnedQuantile(net, optimizer.init(net), square, weight, **counters())
 
     def draw(_key: Array, state: LearnedQuantile, current: Draw, _spec: DrawSpec) -> Draw:
+        # The density at Q(u) without inverting Q.
         log_weight = current.log_weight + state.net.log_slope(current.u)
         return current._replace(u=state.net.icdf(current.u), log_weight=log_weight)
 
-    def update(state: LearnedQuantile, current: Draw, stats: LossStats) -> LearnedQuantile:
-        value, count = losses = integrand(current, stats)
-        squares = jnp.square(value * jnp.exp(current.log_weight))
-        share = count / total_count(losses)
-        mean = jnp.sum(share * squares)
+    def learn(
+        state: LearnedQuantile, current: Draw, stats: LossStats
+    ) -> tuple[dict[str, PyTree], Array]:
+        losses = integrand(current, stats)
+        squares = jnp.square(losses.value * jnp.exp(current.log_weight))
+        mean = losses.mean(squares)
         # The past's mean: one of this batch would tie numerator and denominator.
         past = jnp.where(state.weight > 0, state.square / jnp.maximum(state.weight, 1e-30), mean)
         relative = squares / jnp.where(past > 0, past, 1.0)
         # The score has mean zero, so taking 1 away changes the noise and not the mean.
         gradient = second_moment_gradient(
-            lambda net: net.log_pdf(current.u), state.net, relative - 1.0, share
+            lambda net: net.log_pdf(current.u), state.net, relative - 1.0, losses.mean
         )
-        updates, opt_state = optimizer.update(gradient, state.optimizer, state.net)
-        learnt = LearnedQuantile(
-            net=optax.apply_updates(state.net, updates),
-            optimizer=opt_state,
-            square=decay * state.square + (1 - decay) * mean,
-            weight=decay * state.weight + (1 - decay),
-            steps=state.steps + 1,
-            rejected=state.rejected,
-        )
-        return accept(all_finite(learnt) & jnp.any(count > 0), learnt, state)
+        step, opt_state = optimizer.update(gradient, state.optimizer, state.net)
+        changes = {
+            "net": optax.apply_updates(state.net, step),
+            "optimizer": opt_state,
+            "square": decay * state.square + (1 - decay) * mean,
+            "weight": decay * state.weight + (1 - decay),
+        }
+        return changes, all_finite(changes) & jnp.any(losses.count > 0)
 
-    def profile(state: LearnedQuantile, u: Array) -> LevelProfile:
-        return density_profile(state.net, u)
-
-    return VarianceTransform("learned_quantile", Phase.WARP, init, draw, update, profile=profile)
+    warp = learned_warp("learned_quantile", init, lambda state: state.net, learn)
+    return warp._replace(draw=draw)
 
 
 def second_moment_gradient(
-    log_density: Callable[[PyTree], Array], parameters: PyTree, squares: Array, share: Array
+    log_density: Callable[[PyTree], Array],
+    parameters: PyTree,
+    squares: Array,
+    mean: Callable[[Array], Array],
 ) -> PyTree:
     """Gradient of ``E[(f / q)^2]`` in the parameters of q, by the score function.
 
@@ -240,10 +219,6 @@ def second_moment_gradient(
         log_density: from parameters to log q at the levels drawn, which stay where they are.
         parameters: those that the levels were drawn with.
         squares: squared weighted integrand at these levels, of the shape of the log density.
-        share: weight of each level in the mean, summing to 1.
+        mean: over the levels drawn.
     """
-
-    def surrogate(parameters: PyTree) -> Array:
-        return -jnp.sum(share * squares * log_density(parameters))
-
-    return jax.grad(surrogate)(parameters)
+    return jax.grad(lambda parameters: -mean(squares * log_density(parameters)))(parameters)

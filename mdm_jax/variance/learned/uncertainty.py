@@ -10,12 +10,13 @@ import optax
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, PyTree
-from mdm_jax.variance.moments import accept, all_finite, integrand, total_count
+from mdm_jax.variance.moments import integrand
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
+from mdm_jax.variance.warps import all_finite, check_settings, counters, updates
 
 
 class UncertaintyState(NamedTuple):
-    """A function of the level and what its next step is made from.
+    """A function of the level and its optimiser.
 
     Attributes:
         coefficients: [C] of the Fourier features, zero at first.
@@ -43,16 +44,14 @@ def uncertainty_weighting(
 ) -> VarianceTransform:
     """Divides the loss of every level by a learned ``exp(s(u))`` that follows its mean.
 
-    ``s`` is linear in frozen Fourier features of a coordinate of the level and starts at zero. Its
-    coefficients descend ``f exp(-s) + s``, where f is the raw loss times the objective's weight per
-    scored element; at the minimum ``exp(s) = E[f | u]``. The network is trained on
-    ``f exp(-s)`` with s held fixed, which is the gradient that joint training gives it; the term s
-    is not part of the reported loss, which therefore stays positive.
+    ``s`` is linear in frozen Fourier features of a coordinate of the level. Its coefficients
+    descend ``f exp(-s) + s``, f the raw loss times the objective's weight per eligible element; at
+    the minimum ``exp(s) = E[f | u]``. The network is trained on ``f exp(-s)`` with s held fixed,
+    the gradient that joint training gives it.
 
-    Keeps: the levels; it takes the place of a chain's warp. Not the loss: once learnt, the
-    effective weighting is ``p / E[l | level]`` over the logSNR, with p the objective's law,
-    whatever the objective's own weight W was (W cancels). Every level contributes p to the loss,
-    and the weighting moves as the network learns.
+    Keeps: the levels; it counts as a chain's warp. Not the loss: once learnt, the effective
+    weighting is ``p / E[l | level]`` over the logSNR, p the objective's law, whatever the
+    objective's own weight, and moves as the network learns.
     Couples: nothing within a step; steps through the state. Costs: one view.
     Removes: variance by changing what is estimated: no level outweighs another. Bias: biased.
     Reference: Karras et al. 2024 (EDM2), appendix B.2, after Kendall et al. 2018; theirs has
@@ -70,55 +69,51 @@ def uncertainty_weighting(
     """
     if num_features < 1:
         raise ValueError(f"uncertainty_weighting needs num_features >= 1, got {num_features}")
-    if not learning_rate > 0:
-        raise ValueError(f"uncertainty_weighting needs learning_rate > 0, got {learning_rate}")
+    check_settings("uncertainty_weighting", learning_rate=learning_rate)
     random = np.random.default_rng(seed)
     frequencies = 2 * np.pi * random.standard_normal(num_features)
     phases = 2 * np.pi * random.random(num_features)
     optimizer = optax.adam(learning_rate)
 
     def log_scale(coefficients: Array, u: Array) -> Array:
-        place = coordinate(u)[..., None]
         each = (1,) * u.ndim + (-1,)
-        angle = jnp.asarray(frequencies, u.dtype).reshape(each) * place
+        angle = jnp.asarray(frequencies, u.dtype).reshape(each) * coordinate(u)[..., None]
         features = jnp.cos(angle + jnp.asarray(phases, u.dtype).reshape(each))
         return jnp.sum(coefficients.reshape(each) * features, axis=-1) * (2 / num_features) ** 0.5
 
     def init(_spec: DrawSpec) -> UncertaintyState:
         coefficients = jnp.zeros(num_features, jnp.float32)
-        return UncertaintyState(
-            coefficients=coefficients,
-            optimizer=optimizer.init(coefficients),
-            steps=jnp.zeros((), jnp.int32),
-            rejected=jnp.zeros((), jnp.int32),
-        )
+        return UncertaintyState(coefficients, optimizer.init(coefficients), **counters())
 
     def draw(_key: Array, state: UncertaintyState, current: Draw, _spec: DrawSpec) -> Draw:
         log_weight = current.log_weight - log_scale(state.coefficients, current.u)
         return current._replace(log_weight=log_weight)
 
-    def update(state: UncertaintyState, current: Draw, stats: LossStats) -> UncertaintyState:
+    def learn(
+        state: UncertaintyState, current: Draw, stats: LossStats
+    ) -> tuple[dict[str, PyTree], Array]:
         losses = integrand(current, stats)
 
         def mismatch(coefficients: Array) -> Array:
-            each = uncertainty_loss(losses.value, log_scale(coefficients, current.u))
-            return jnp.sum(losses.count * each) / total_count(losses)
+            return losses.mean(uncertainty_loss(losses.value, log_scale(coefficients, current.u)))
 
         gradient = jax.grad(mismatch)(state.coefficients)
-        updates, opt_state = optimizer.update(gradient, state.optimizer, state.coefficients)
-        learnt = UncertaintyState(
-            coefficients=optax.apply_updates(state.coefficients, updates),
-            optimizer=opt_state,
-            steps=state.steps + 1,
-            rejected=state.rejected,
-        )
-        return accept(all_finite(learnt), learnt, state)
+        step, opt_state = optimizer.update(gradient, state.optimizer, state.coefficients)
+        coefficients = optax.apply_updates(state.coefficients, step)
+        changes = {"coefficients": coefficients, "optimizer": opt_state}
+        return changes, all_finite(changes)
 
     def profile(state: UncertaintyState, u: Array) -> LevelProfile:
         return LevelProfile(jnp.zeros_like(u), -log_scale(state.coefficients, u))
 
     return VarianceTransform(
-        "uncertainty_weighting", Phase.WARP, init, draw, update, bias="biased", profile=profile
+        "uncertainty_weighting",
+        Phase.WARP,
+        init,
+        draw,
+        updates(learn),
+        bias="biased",
+        profile=profile,
     )
 
 

@@ -18,6 +18,7 @@ from mdm_jax.objectives.objective import sum_losses, token_mean
 from mdm_jax.schedules import masked
 from mdm_jax.testing import toys
 from mdm_jax.types import Batch
+from mdm_jax.variance.transform import EmptyState
 
 FULL_LAWS = {
     "linear": masked.linear(),
@@ -42,7 +43,7 @@ def test_every_full_law_has_the_same_mean(name):
     @jax.jit
     @jax.vmap
     def losses(key):
-        draw = variance.draw_batch(key, variance.stratified(), variance.EmptyState(), spec)
+        draw = variance.draw_batch(key, variance.stratified(), EmptyState(), spec)
         stats = objective.loss(model_fn, toys.toy_batch(), draw)
         return (stats.weight * stats.raw)[0, :, 0]
 

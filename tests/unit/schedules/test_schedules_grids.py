@@ -10,6 +10,9 @@ from variants import slow_except
 from mdm_jax import draws, schedules, variance
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.schedules import grids, masked
+from mdm_jax.variance.densities import piecewise_density
+from mdm_jax.variance.ppots import epr_density
+from mdm_jax.variance.warps import ClippedDensity
 
 FULL_RANGE = ["linear", "cosine_md4", "cosine_mdlm", "sqrt"]
 
@@ -86,10 +89,10 @@ def test_cosine_grid():
 
 
 LEARNED = {
-    "flat": variance.piecewise_density((0.0, 1.0), (1.0,)),
-    "bins": variance.piecewise_density((0.0, 0.25, 0.5, 1.0), (1.0, 4.0, 5.0)),
-    "parametric": variance.epr_density((0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), 0.1),
-    "clipped": variance.ClippedDensity(0.3, 0.8),
+    "flat": piecewise_density((0.0, 1.0), (1.0,)),
+    "bins": piecewise_density((0.0, 0.25, 0.5, 1.0), (1.0, 4.0, 5.0)),
+    "parametric": epr_density((0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), 0.1),
+    "clipped": ClippedDensity(0.3, 0.8),
 }
 
 

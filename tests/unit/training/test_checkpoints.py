@@ -14,6 +14,7 @@ import tiny
 from mdm_jax import sharding, training, variance
 from mdm_jax.training.checkpoint_store import CheckpointError
 from mdm_jax.training.checkpoints import CheckpointReader, Checkpoints, abstract
+from mdm_jax.variance.transform import Phase
 
 
 def _state(seed=0, width=3):
@@ -69,7 +70,7 @@ def test_train_state_with_a_stateful_chain_keeps_every_leaf(opened):
         variance.stratified(),
         variance.VarianceTransform(
             name="histogram",
-            phase=variance.Phase.WARP,
+            phase=Phase.WARP,
             init=lambda spec: {"counts": jnp.arange(5, dtype=jnp.int32), "mean": (jnp.ones(()),)},
             draw=lambda key, state, draw, spec: draw,
             update=lambda state, draw, stats: state,

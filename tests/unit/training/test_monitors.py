@@ -16,6 +16,9 @@ from mdm_jax import objectives, training, variance
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.objectives import objective as objectives_objective
 from mdm_jax.testing import toys
+from mdm_jax.variance.densities import piecewise_density
+from mdm_jax.variance.transform import EmptyState
+from mdm_jax.variance.warps import importance
 
 
 def run_monitor(monitor, steps, objective=None, gradients=None, transform=None):
@@ -60,9 +63,9 @@ def test_level_monitor_keeps_bins_and_rejects_what_is_not_finite():
     state = monitor.init(toys.toy_params())
     assert np.isnan(monitor.read(state)["normalised_loss"])
     spec = objective.spec(2, 4)
-    draw = variance.draw_batch(
-        jax.random.key(0), variance.identity(), variance.EmptyState(), spec
-    )._replace(u=jnp.array([[[0.9], [0.9]]]))
+    draw = variance.draw_batch(jax.random.key(0), variance.identity(), EmptyState(), spec)._replace(
+        u=jnp.array([[[0.9], [0.9]]])
+    )
     stats = LossStats(
         raw=jnp.array([[[2.0], [jnp.nan]]]),
         weight=jnp.full((1, 2, 1), 4.0),
@@ -202,7 +205,7 @@ def test_the_correction_has_no_mean_under_exact_chains_alone():
         stats = LossStats(nothing, nothing + 1, nothing + 1, nothing)
         return objectives_objective.reported_loss(baseline, draw, stats) / rows
 
-    exact = variance.importance(variance.piecewise_density((0, 0.25, 1), (1, 1)))
+    exact = importance(piecewise_density((0, 0.25, 1), (1, 1)))
     np.testing.assert_allclose(reported(exact), 0.0, atol=1e-3)
     # Mean 2 of the baseline, less its integral 0.3 * 1 + 0.2 * 3 over quantiles from 0.2 to 0.7.
     np.testing.assert_allclose(reported(variance.clipped(0.3, 0.8)), 2 - 0.9, atol=2e-3)
@@ -292,8 +295,8 @@ def test_level_profile_of_exact_truncated_and_biased_warps():
 
     NAMES = ("level_density", "effective_weight")
     assert read(variance.stratified(), variance.mirror()) == {}
-    density = variance.piecewise_density((0.0, 0.5, 1.0), (1.0, 3.0))
-    drawn, effective = read(variance.stratified(), variance.importance(density))
+    density = piecewise_density((0.0, 0.5, 1.0), (1.0, 3.0))
+    drawn, effective = read(variance.stratified(), importance(density))
     np.testing.assert_allclose(drawn, [0.5, 0.5, 1.5, 1.5], rtol=1e-6)
     np.testing.assert_allclose(effective, 1, rtol=1e-6)
     drawn, effective = read(variance.clipped(0.5, 1.0))  # rates, so the lower half of quantiles

@@ -11,6 +11,7 @@ from mdm_jax import sharding, training, variance
 from mdm_jax.draws import DrawSpec, LossStats
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.step import step_draw
+from mdm_jax.variance.transform import Phase
 
 SPEC = DrawSpec(16, 1, (tiny.LENGTH,))
 
@@ -90,7 +91,7 @@ def _recorder(rows):
     names = ("raw", "weight", "targets")
     watch = variance.VarianceTransform(
         name="watch",
-        phase=variance.Phase.REPLICATE,
+        phase=Phase.REPLICATE,
         init=lambda spec: dict.fromkeys(names, empty),
         draw=lambda key, state, draw, spec: draw,
         update=lambda state, draw, stats: {

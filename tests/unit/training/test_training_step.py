@@ -15,6 +15,7 @@ from variants import slow_except
 from mdm_jax import sharding as mdm_jax_sharding
 from mdm_jax import training, variance
 from mdm_jax.draws import split_rows
+from mdm_jax.variance.transform import Phase
 
 ROWS = 16
 
@@ -322,7 +323,7 @@ def _counting():
         variance.stratified(),
         variance.VarianceTransform(
             name="count",
-            phase=variance.Phase.WARP,
+            phase=Phase.WARP,
             init=lambda spec: jnp.zeros(()),
             draw=lambda key, state, draw, spec: draw,
             update=lambda state, draw, stats: state + jnp.sum(stats.raw),

@@ -8,6 +8,7 @@ import zoo
 
 from mdm_jax import draws, variance
 from mdm_jax.draws import GRID_BITS, DrawSpec
+from mdm_jax.variance.transform import Phase, stateless
 
 
 def levels(transform, batch_size, count, seed=0, num_levels=1):
@@ -99,9 +100,7 @@ def test_mirror_reflects_noise_and_keeps_levels():
 
 
 def test_chain_label_views_and_members():
-    biased = variance.stateless(
-        "biased", variance.Phase.WARP, lambda _key, draw, _spec: draw, bias="biased"
-    )
+    biased = stateless("biased", Phase.WARP, lambda _key, draw, _spec: draw, bias="biased")
     chained = variance.chain(variance.stratified(), biased, variance.mirror())
     assert chained.bias == "biased"
     assert chained.views == 2

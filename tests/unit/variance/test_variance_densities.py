@@ -11,7 +11,10 @@ import zoo
 from toy_oracle import c, decomposition, drawn, fine_density, g, s, v, warped
 
 from mdm_jax import variance
-from mdm_jax.variance.warps import log_uniform_density
+from mdm_jax.variance.densities import QuantileDensity, log_spaced_edges, piecewise_density
+from mdm_jax.variance.moments import moment_density
+from mdm_jax.variance.transform import EmptyState
+from mdm_jax.variance.warps import ClippedDensity, LogUniformDensity
 
 EPS = 1e-3
 GRID = np.array([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
@@ -19,7 +22,7 @@ GRID = np.array([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 
 def floored(density, floor):
     edges, masses = np.asarray(density.edges), np.asarray(density.masses)
-    return variance.piecewise_density(edges, (1 - floor) * masses + floor * np.diff(edges))
+    return piecewise_density(edges, (1 - floor) * masses + floor * np.diff(edges))
 
 
 def test_toy_moments():
@@ -93,7 +96,7 @@ def test_few_bins(spacing, totals):
     for bins, total in totals.items():
         edges = oracle.rate_bins(EPS, bins, spacing)
         masses = np.diff(edges) * np.sqrt(oracle.mean_over_bins(edges, EPS, s, 60))
-        density = variance.piecewise_density(edges, masses)
+        density = piecewise_density(edges, masses)
         order = 40 if spacing is np.linspace else 8
         np.testing.assert_allclose(decomposition(density, order=order).total, total, rtol=3e-5)
 
@@ -107,7 +110,7 @@ def test_bin_masses():
 
     @zoo.quick
     def run(u):
-        density = variance.moment_density(edges, moments, 1e-7)
+        density = moment_density(edges, moments, 1e-7)
         drawn = oracle.draw_at(transform, u, jnp.full((2, 1), 0.5))
         return density.masses, density.icdf(u), drawn.u[0, :, 0]
 
@@ -159,7 +162,7 @@ def test_targets_under_stratified_levels(moment, floor, expected):
 )
 def test_weights_average_to_one_exactly_and_nothing_is_out_of_reach(masses):
     """The engine of StableDLLM pays for another density than it samples: E[weight] is not 1."""
-    density = variance.piecewise_density(variance.log_spaced_edges(6, 1e-2), masses)
+    density = piecewise_density(log_spaced_edges(6, 1e-2), masses)
     points, edges = np.asarray(density.points), np.asarray(density.edges, np.float64)
     assert points[0] == 0 and points[-1] == 2**23
     assert np.diff(points).min() >= 1
@@ -182,12 +185,12 @@ def test_weights_average_to_one_exactly_and_nothing_is_out_of_reach(masses):
 def test_inverse_and_distribution_function_agree():
     u = np.linspace(0.001, 0.999, 997, dtype=np.float32)
     densities = (
-        variance.piecewise_density(variance.log_spaced_edges(6, 1e-2), [1, 2, 3, 3, 2, 1]),
-        log_uniform_density(1e-2),
-        variance.ClippedDensity(0.3, 0.8),
+        piecewise_density(log_spaced_edges(6, 1e-2), [1, 2, 3, 3, 2, 1]),
+        LogUniformDensity(1e-2),
+        ClippedDensity(0.3, 0.8),
     )
     for density in densities:
-        assert isinstance(density, variance.QuantileDensity)
+        assert isinstance(density, QuantileDensity)
         low, high = density.support
         places, weights = oracle.gauss(np.linspace(low, high, 200), 3)
 
@@ -202,14 +205,14 @@ def test_inverse_and_distribution_function_agree():
 
 
 def test_masses_may_be_traced():
-    edges = variance.log_spaced_edges(4, 1e-2)
+    edges = log_spaced_edges(4, 1e-2)
     masses = jnp.array([1.0, 2.0, 3.0, 4.0])
-    traced = jax.jit(lambda masses: variance.piecewise_density(edges, masses).points)(masses)
-    np.testing.assert_array_equal(traced, variance.piecewise_density(edges, masses).points)
+    traced = jax.jit(lambda masses: piecewise_density(edges, masses).points)(masses)
+    np.testing.assert_array_equal(traced, piecewise_density(edges, masses).points)
 
 
 def test_log_spaced_edges_cover_the_interval():
-    edges = variance.log_spaced_edges(5, 1e-4)
+    edges = log_spaced_edges(5, 1e-4)
     assert edges[0] == 0 and edges[-1] == 1
     rates = 1 - edges[:-1].astype(np.float64)
     np.testing.assert_allclose(rates, np.geomspace(1, 1e-4, 5), rtol=1e-3)
@@ -217,7 +220,7 @@ def test_log_spaced_edges_cover_the_interval():
 
 def test_log_uniform_has_constant_weights_above_its_foot():
     """weight / m = T = 1 + ln(1 / smallest) above; below, the density stays as it is."""
-    density = log_uniform_density(1e-3)
+    density = LogUniformDensity(1e-3)
     u = np.linspace(0.0005, 0.9995, 2001)
     m, weight = warped(density, u, 0.0)
     total = 1 + math.log(1e3)
@@ -229,7 +232,7 @@ def test_log_uniform_has_constant_weights_above_its_foot():
 
 def test_log_uniform_keeps_the_whole_bound():
     u, du = oracle.gauss(np.concatenate([[0], np.linspace(0.01, 0.99, 60), [1]]), 6)
-    m, weight = warped(log_uniform_density(1e-2), u, 0.0)
+    m, weight = warped(LogUniformDensity(1e-2), u, 0.0)
     np.testing.assert_allclose(du @ (weight * g(m)), oracle.MEAN, rtol=1e-6)
 
 
@@ -237,7 +240,7 @@ def test_clipped_pays_for_its_range_and_misses_the_rest():
     """int_low^high g, with the factor high - low that BD3-LM's code leaves out."""
     low, high = 0.3, 0.8
     u, du = oracle.gauss([0, 1], 8)
-    m, weight = warped(variance.ClippedDensity(low, high), u, 0.0)
+    m, weight = warped(ClippedDensity(low, high), u, 0.0)
     np.testing.assert_allclose(weight, high - low, rtol=1e-6)
     assert m.min() > low and m.max() < high
     outside = [oracle.gauss(part, 8) for part in ([0, low], [high, 1])]
@@ -268,7 +271,7 @@ def test_clipped_mixture_takes_ends_that_float32_cannot_tell_from_0_and_1(low, h
     transform = variance.clipped_mixture(low, high, 0.1)
     assert transform.bias == "exact"
     u = jnp.asarray([2.0**-24, 0.5, 1 - 2.0**-24])
-    profile = transform.profile(variance.EmptyState(), u)
+    profile = transform.profile(EmptyState(), u)
     assert np.all(np.isfinite(profile.log_density))
     np.testing.assert_array_equal(profile.log_density, -profile.log_weight)
     if low < 1e-6 and high == 1.0:
@@ -278,14 +281,23 @@ def test_clipped_mixture_takes_ends_that_float32_cannot_tell_from_0_and_1(low, h
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: variance.piecewise_density([0, 0.5, 1], [1, 2, 3]), "3 edges need 2 masses"),
-        (lambda: variance.piecewise_density([0.1, 1], [1]), "from 0 to 1"),
-        (lambda: variance.piecewise_density([0, 0.5, 0.5, 1], [1, 1, 1]), "edges 1 and 2"),
-        (lambda: variance.piecewise_density([0, 0.5, 1], [1, 0]), "positive and finite"),
-        (lambda: variance.piecewise_density([0, 0.5, 1], [1, np.nan]), "positive and finite"),
-        (lambda: variance.log_spaced_edges(1), "at least 2 bins"),
-        (lambda: variance.log_spaced_edges(4, 0.0), "0 < smallest_rate < 1"),
-        (lambda: variance.log_spaced_edges(5000, 1e-6), "fewer bins or a larger"),
+        (
+            lambda: piecewise_density([0, 0.5, 1], [1, 2, 3]),
+            "3 edges need 2 masses",
+        ),
+        (lambda: piecewise_density([0.1, 1], [1]), "from 0 to 1"),
+        (
+            lambda: piecewise_density([0, 0.5, 0.5, 1], [1, 1, 1]),
+            "edges 1 and 2",
+        ),
+        (lambda: piecewise_density([0, 0.5, 1], [1, 0]), "positive and finite"),
+        (
+            lambda: piecewise_density([0, 0.5, 1], [1, np.nan]),
+            "positive and finite",
+        ),
+        (lambda: log_spaced_edges(1), "at least 2 bins"),
+        (lambda: log_spaced_edges(4, 0.0), "0 < smallest_rate < 1"),
+        (lambda: log_spaced_edges(5000, 1e-6), "fewer bins or a larger"),
         (lambda: variance.log_uniform(1.0), "0 < smallest_rate < 1"),
         (lambda: variance.clipped(0.8, 0.3), "0 <= low < high <= 1"),
         (lambda: variance.clipped(-0.1, 0.3), "0 <= low < high <= 1"),

@@ -13,9 +13,20 @@ import zoo
 from mdm_jax import corruption, objectives, rng, variance
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.testing import toys
+from mdm_jax.variance.densities import log_spaced_edges
+from mdm_jax.variance.epr import EprParameters, epr_curve, fit_epr
+from mdm_jax.variance.moments import (
+    LevelMoments,
+    gradient_stats,
+    level_variance,
+    moment_density,
+    published_second_moment,
+    second_moment,
+)
+from mdm_jax.variance.ppots import epr_density
 
 EPS = 1e-3
-REFERENCE = variance.EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
+REFERENCE = EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
 
 
 # The parametric family.
@@ -24,30 +35,30 @@ REFERENCE = variance.EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
 def test_epr_curve_and_density():
     """The normalised curve at five rates; the density holds the same masses plus the floor."""
     nodes, weights = oracle.gauss(np.linspace(0, 1, 21), 10)
-    total = weights @ variance.epr_curve(REFERENCE, nodes)
-    found = variance.epr_curve(REFERENCE, [0, 0.25, 0.5, 0.75, 1]) / total
+    total = weights @ epr_curve(REFERENCE, nodes)
+    found = epr_curve(REFERENCE, [0, 0.25, 0.5, 0.75, 1]) / total
     expected = [1.18154668, 0.88516158, 0.80030746, 1.01590504, 1.62580389]
     np.testing.assert_allclose(found, expected, rtol=1e-7)
-    density = variance.epr_density(REFERENCE, 0.1)
+    density = epr_density(REFERENCE, 0.1)
     rates = np.array([0.1, 0.25, 0.5, 0.75, 0.9]) + 0.5 / 256  # centres of cells, near enough
     pdf = np.exp(density.log_pdf(jnp.asarray(1 - rates, jnp.float32)))
-    curve = variance.epr_curve(REFERENCE, rates) / total
+    curve = epr_curve(REFERENCE, rates) / total
     np.testing.assert_allclose(pdf, 0.9 * curve + 0.1, rtol=3e-3)
 
 
 def test_refit_recovers_the_curve():
     rates = np.arange(1, 30) / 30
-    curve = variance.epr_curve(REFERENCE, rates)
-    fit = variance.fit_epr(rates, np.zeros(29), curve**2, restarts=5)
+    curve = epr_curve(REFERENCE, rates)
+    fit = fit_epr(rates, np.zeros(29), curve**2, restarts=5)
     assert fit.divergence < 1e-5
-    scale = variance.epr_curve(fit.parameters, rates) / curve
+    scale = epr_curve(fit.parameters, rates) / curve
     np.testing.assert_allclose(scale / scale.mean(), 1, atol=0.02)
 
 
 def test_fit_does_not_depend_on_the_scale_of_the_loss():
     rates = np.arange(1, 30) / 30
-    curve = variance.epr_curve(REFERENCE, rates)
-    fits = [variance.fit_epr(rates, scale * curve, 0 * rates, restarts=2) for scale in (1, 1e4)]
+    curve = epr_curve(REFERENCE, rates)
+    fits = [fit_epr(rates, scale * curve, 0 * rates, restarts=2) for scale in (1, 1e4)]
     np.testing.assert_allclose(fits[0].divergence, fits[1].divergence, rtol=1e-2)
 
 
@@ -56,14 +67,14 @@ def toy_fit():
     """Fit to the toy's sqrt(v + g^2) on the published grid, N = 30."""
     rates = EPS + (1 - EPS) * np.arange(1, 30) / 30
     v, g, _, _ = oracle.level_moments(rates)
-    return rates, np.sqrt(v + g**2), variance.fit_epr(rates, g, v, restarts=6)
+    return rates, np.sqrt(v + g**2), fit_epr(rates, g, v, restarts=6)
 
 
 def test_fit_to_the_toy_misses_the_rise_at_small_rates():
     """KL 8e-4 and up to 11 % off: the family stays finite at m = 0 where the optimum grows."""
     rates, measured, fit = toy_fit()
     assert 4e-4 < fit.divergence < 1.2e-3
-    curve = variance.epr_curve(fit.parameters, rates)
+    curve = epr_curve(fit.parameters, rates)
     ratio = (curve / np.trapezoid(curve, rates)) / (measured / np.trapezoid(measured, rates))
     assert 0.05 < np.abs(ratio - 1).max() < 0.15
 
@@ -93,19 +104,19 @@ def test_parametric_form_is_exact_where_the_published_engine_is_not():
 
 
 def test_targets():
-    moments = variance.LevelMoments(jnp.array([9.0, 5.0]), jnp.array([2.0, 1.0]), jnp.array([1, 3]))
-    np.testing.assert_array_equal(variance.second_moment(moments), [9, 5])
-    np.testing.assert_array_equal(variance.level_variance(moments), [5, 4])
-    np.testing.assert_array_equal(variance.published_second_moment(moments), [8, 2])
+    moments = LevelMoments(jnp.array([9.0, 5.0]), jnp.array([2.0, 1.0]), jnp.array([1, 3]))
+    np.testing.assert_array_equal(second_moment(moments), [9, 5])
+    np.testing.assert_array_equal(level_variance(moments), [5, 4])
+    np.testing.assert_array_equal(published_second_moment(moments), [8, 2])
     with pytest.raises(ValueError, match="needs the data variance c"):
-        variance.published_second_moment(moments._replace(data=None))
+        published_second_moment(moments._replace(data=None))
     with pytest.raises(ValueError, match="needs the data variance c"):
-        variance.ppots(target=variance.published_second_moment)
+        variance.ppots(target=published_second_moment)
 
 
 @pytest.mark.parametrize("bad", [[0.0, 0.0], [np.inf, 1.0], [np.nan, 1.0], [np.inf, np.inf]])
 def test_unusable_moments_give_the_uniform_density(bad):
-    density = variance.moment_density([0, 0.25, 1], bad, 0.1)
+    density = moment_density([0, 0.25, 1], bad, 0.1)
     np.testing.assert_allclose(density.masses, [0.25, 0.75], atol=1e-6)
 
 
@@ -113,7 +124,7 @@ def test_floor_bounds_the_weights():
 
     @zoo.quick
     def run(moment):
-        density = variance.moment_density(variance.log_spaced_edges(8), moment, 0.2)
+        density = moment_density(log_spaced_edges(8), moment, 0.2)
         return density.log_pdf(density.edges[:-1])
 
     assert np.exp(-run(np.eye(8, dtype=np.float32)[0])).max() <= 5 * 1.01
@@ -205,7 +216,7 @@ def test_gradient_norms_can_take_the_place_of_the_loss():
     draw, stats = one_batch([[0.1, 0.95]], [[2.0, 8.0]])
     norms = jnp.array([[[4.0], [12.0]]])
     transform = variance.ppots(num_bins=3, smallest_rate=0.01, decay=0.5)
-    state = learn(transform, (draw, variance.gradient_stats(stats, norms)))
+    state = learn(transform, (draw, gradient_stats(stats, norms)))
     np.testing.assert_allclose(variance.level_moments(state).second[:2], [1, 9], rtol=1e-6)
 
 
@@ -236,7 +247,7 @@ def test_learnt_density_approaches_the_optimum_of_fixed_counts():
     transform = variance.ppots(num_bins=8, smallest_rate=0.05, decay=0.9995, warmup_steps=20)
     state = trained_state(transform, corruption.fixed_count(toys.MASK_ID), 600)
     moments = variance.level_moments(state)
-    edges = variance.log_spaced_edges(8, 0.05)
+    edges = log_spaced_edges(8, 0.05)
     u, du = oracle.gauss(np.unique(np.concatenate([edges, np.arange(5) / 4])), 1)
     k = 4 - np.floor(u * 4).astype(int)
     by_count = {j: oracle.loss_table()[:, j == oracle.SIZE] / j for j in range(1, 5)}
@@ -255,9 +266,7 @@ def test_learning_under_bernoulli_weights_finds_the_rise_at_small_rates():
     """s ~ D / m, so the density grows towards small rates like 1 / sqrt(m)."""
     transform = variance.ppots(num_bins=8, smallest_rate=0.02, decay=0.999, warmup_steps=50)
     state = trained_state(transform, corruption.bernoulli(toys.MASK_ID), 400)
-    density = variance.moment_density(
-        variance.log_spaced_edges(8, 0.02), variance.level_moments(state).second, 0.1
-    )
+    density = moment_density(log_spaced_edges(8, 0.02), variance.level_moments(state).second, 0.1)
     pdf = np.asarray(density.masses) / np.diff(density.edges)
     assert pdf[-2] > 1.6 * pdf[1]
 
@@ -272,12 +281,15 @@ def test_learning_under_bernoulli_weights_finds_the_rise_at_small_rates():
         (lambda: variance.ppots_parametric((1, 2, 3)), "got 3 of them"),
         (lambda: variance.ppots_parametric(REFERENCE._replace(high_power=0.5)), "powers >= 1"),
         (lambda: variance.ppots_parametric(REFERENCE, floor=2.0), "floor in .0, 1."),
-        (lambda: variance.fit_epr([0.1, 0.2], [1, 1], [1, 1]), "N >= 3"),
-        (lambda: variance.fit_epr([0.1, 0.2, 0.2], [1] * 3, [1] * 3), "increase within"),
-        (lambda: variance.fit_epr([0.1, 0.2, 0.3], [0] * 3, [0] * 3), "not everything zero"),
-        (lambda: variance.fit_epr([0.1, 0.2, 0.3], [1] * 3, [1, 1, -1]), "not negative"),
-        (lambda: variance.fit_epr([0.1, 0.2, 0.3], [1] * 3, [1] * 3, restarts=0), "at least 1"),
-        (lambda: variance.moment_density([0, 0.5, 1], [1.0], 0.1), r"2 bins .* shape \(1,\)"),
+        (lambda: fit_epr([0.1, 0.2], [1, 1], [1, 1]), "N >= 3"),
+        (lambda: fit_epr([0.1, 0.2, 0.2], [1] * 3, [1] * 3), "increase within"),
+        (lambda: fit_epr([0.1, 0.2, 0.3], [0] * 3, [0] * 3), "not everything zero"),
+        (lambda: fit_epr([0.1, 0.2, 0.3], [1] * 3, [1, 1, -1]), "not negative"),
+        (lambda: fit_epr([0.1, 0.2, 0.3], [1] * 3, [1] * 3, restarts=0), "at least 1"),
+        (
+            lambda: moment_density([0, 0.5, 1], [1.0], 0.1),
+            r"2 bins .* shape \(1,\)",
+        ),
         (lambda: variance.ppots_binned([0, 0.3, 0.6, 1], [2.0]), r"3 bins .* shape \(1,\)"),
         (lambda: variance.ppots_binned([0, 0.5, 1], [1, 2, 3]), r"2 bins .* shape \(3,\)"),
         (lambda: variance.ppots_binned([0, 0.5, 1], [[1, 2]]), r"2 bins .* shape \(1, 2\)"),
@@ -292,11 +304,11 @@ def test_fit_without_a_finite_restart_is_refused(monkeypatch):
     lost = scipy.optimize.OptimizeResult(x=np.zeros(7), fun=np.nan)
     monkeypatch.setattr(scipy.optimize, "minimize", lambda *_, **__: lost)
     with pytest.raises(ValueError, match="none of 2 restarts from seed 0 ended at a finite"):
-        variance.fit_epr([0.1, 0.2, 0.3], [1, 2, 3], [1, 2, 3], restarts=2)
+        fit_epr([0.1, 0.2, 0.3], [1, 2, 3], [1, 2, 3], restarts=2)
 
 
 def test_losses_whose_squares_overflow_are_fitted_all_the_same():
     rates, mean = np.arange(1, 6) / 6, np.array([3.0, 1, 1, 2, 4])
-    small, huge = (variance.fit_epr(rates, c * mean, 0 * mean, restarts=1) for c in (1.0, 1e200))
+    small, huge = (fit_epr(rates, c * mean, 0 * mean, restarts=1) for c in (1.0, 1e200))
     np.testing.assert_allclose(huge.divergence, small.divergence, rtol=1e-6)
     assert small.divergence > 0
