@@ -47,9 +47,7 @@ def imports(path: pathlib.Path, known: dict[str, pathlib.Path]) -> set[str]:
 
 def circles(known: dict[str, pathlib.Path]) -> list[list[str]]:
     """Groups of files that import each other in a circle; ``__init__`` files are not followed."""
-    graph = {
-        name: imports(path, known) for name, path in known.items() if path.stem != "__init__"
-    }
+    graph = {name: imports(path, known) for name, path in known.items() if path.stem != "__init__"}
     graph = {name: targets & set(graph) - {name} for name, targets in graph.items()}
 
     def reachable(start: str) -> set[str]:

@@ -1,9 +1,9 @@
-"""Trains the famous recipes of Gaussian diffusion side by side and tabulates what they end at.
+"""Gaussian diffusion recipes trained side by side, with a table of their results.
 
     python -m experiments.recipes --workdir=runs/recipes [--steps=1500] [--recipes=vdm,edm]
 
 Every recipe gets the same network, data order, steps and optimiser; only its law, weighting and
-output differ (``experiments/configs/digits_gaussian.py``). Runs resume where they were stopped.
+output differ (``experiments/configs/digits_gaussian.py``). Stopped runs resume.
 The table, ``recipes.md`` and ``recipes.json`` in the workdir, holds
 
 * the bound in bits per dimension on the test split, by one estimator for all;
@@ -41,31 +41,31 @@ COMPONENTS = 16
 
 
 def main() -> int:
-    """Trains what is not trained yet, measures, and prints the table; returns the exit status."""
+    """Trains, measures, and prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description="Recipes of Gaussian diffusion, side by side.")
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of all runs")
     parser.add_argument("--recipes", default=",".join(sorted(RECIPES)), help="which, with commas")
     parser.add_argument("--steps", type=int, help="training steps; the config's own if not given")
     parser.add_argument("--samples", type=int, default=512, help="pictures for the distance")
     parser.add_argument("--smoke", action="store_true", help="tiny network and a few steps")
-    given = parser.parse_args()
+    options = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
     records = {}
-    for name in given.recipes.split(","):
-        workdir = given.workdir / name
+    for name in options.recipes.split(","):
+        workdir = options.workdir / name
         try:
-            experiment = make_experiment(configure(name, given.steps, given.smoke))
+            experiment = make_experiment(configure(name, options.steps, options.smoke))
             print(f"--- {name}\n{experiment.describe()}", flush=True)
             if not launch_train.train(experiment, workdir):
                 print(f"stopped and saved in {workdir}; the same command resumes")
                 return 130
-            records[name] = measure(experiment, workdir, given.samples)
+            records[name] = measure(experiment, workdir, options.samples)
         except (ValueError, OSError, WorkdirError, CheckpointError, TrainingStopped) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        write_json(given.workdir / "recipes.json", records)
+        write_json(options.workdir / "recipes.json", records)
     text = table(records)
-    (given.workdir / "recipes.md").write_text(text, "utf-8")
+    (options.workdir / "recipes.md").write_text(text, "utf-8")
     print(text)
     return 0
 
@@ -86,17 +86,17 @@ def configure(recipe: str, steps: int | None = None, smoke: bool = False) -> Con
 
 
 def measure(experiment: Experiment, workdir: pathlib.Path, samples: int) -> dict[str, Any]:
-    """Everything that the table shows of a finished run."""
+    """The figures of a finished run in the table."""
     record = launch_train.evaluate(experiment, workdir)
     step, params = load_parameters(experiment, workdir)
-    found, floor = distances(experiment, params, samples)
+    distance, floor = distances(experiment, params, samples)
     chains = {"independent": variance.identity(), "chain": experiment.transform}
     figures = {name: gradient_noise(experiment, params, chain) for name, chain in chains.items()}
     return {
         "step": step,
         "bits_per_dimension": record["bits_per_unit"],
         "standard_error": record["standard_error_bits_per_unit"],
-        "distance": found,
+        "distance": distance,
         "distance_of_data": floor,
         "chain": experiment.transform.name,
         "gradient_noise": _over_signal(figures),
@@ -129,7 +129,12 @@ def gradient_noise(
     estimator = meter.make_estimator(experiment.apply_fn, experiment.objective)
     state = transform.init(experiment.spec)
     return meter.efficiency(
-        *(estimator, params, transform, state, experiment.spec, batches),
+        estimator,
+        params,
+        transform,
+        state,
+        experiment.spec,
+        batches,
         experiment.key(0, "efficiency"),
         groups=8,
         redraws=12,
@@ -139,16 +144,16 @@ def gradient_noise(
 def _over_signal(figures: dict[str, meter.Efficiency]) -> dict[str, dict[str, Any]]:
     """Variance times passes over the squared mean gradient, which all exact methods share."""
     signal = float(np.mean([figure.signal for figure in figures.values()]))
-    found = {}
+    ratios = {}
     for name, figure in figures.items():
         known = figure.settled and signal > 0
         value, error = figure.variance_times_passes if known else (math.nan, math.nan)
-        found[name] = {
+        ratios[name] = {
             "value": value / signal if known else None,
             "standard_error": error / signal if known else None,
             "unsettled": figure.unsettled,
         }
-    return found
+    return ratios
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:

@@ -9,8 +9,8 @@ whenever the command ends; --only_tables writes them from what is finished and r
 
 Suites: smoke (seconds), tune (learning rates of standard training), small (hours on two CPU
 cores), confirmation (fresh seeds of four methods), attempts and confirmation_rates (other ranges of
-rates), longer, weights, full (a GPU). What they hold is in experiments/study_suites.py, how results
-are analysed in docs/study.md.
+rates), longer, weights, full (a GPU). experiments/study/suites.py defines them, docs/study.md has
+the results.
 """
 
 import fcntl
@@ -48,7 +48,7 @@ _WORKER = flags.DEFINE_integer("worker", -1, "Used by the command itself.")
 _STOPPED = 130
 _ERRORS = (ValueError, OSError, ImportError, WorkdirError, CheckpointError)
 _PATIENCE = 1.0
-"""Seconds between two looks at what other processes have finished."""
+"""Seconds between checks for runs that other processes have finished."""
 
 
 def main(argv: list[str]) -> int:
@@ -70,8 +70,8 @@ def main(argv: list[str]) -> int:
         files = plots.write(suite, root, record)
     except _ERRORS as error:
         return _fail(str(error))
-    except KeyboardInterrupt:  # asked twice; the workers were too
-        return _fail("stopped at once; what was saved before is whole", _STOPPED)
+    except KeyboardInterrupt:  # a second Ctrl-C, which the workers received too
+        return _fail("stopped at once; earlier checkpoints are complete", _STOPPED)
     print(f"written to {root / 'study.md'}, {root / 'study.json'} and {len(files)} plots")
     if code == _STOPPED:
         print("stopped; the same command line resumes")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def _supervise(suite: Suite, runs: Sequence[Run], root: pathlib.Path) -> int:
-    """Starts the workers and tells what they finish; the worst of their exit statuses."""
+    """Starts the workers and reports finished runs; returns the exit status."""
     pending = [run for run in runs if study_runs.read_record(root, run) is None]
     if not pending:
         return 0
@@ -88,10 +88,10 @@ def _supervise(suite: Suite, runs: Sequence[Run], root: pathlib.Path) -> int:
     started, done, total = time.monotonic(), 0, len(pending)
     with Interrupt() as interrupt:
         workers = [_start_worker(number, root) for number in range(count)]
-        asked = False
+        stopping = False
         while any(worker.poll() is None for worker in workers):
-            if interrupt.requested and not asked:
-                asked = True
+            if interrupt.requested and not stopping:
+                stopping = True
                 for worker in workers:
                     if worker.poll() is None:
                         worker.send_signal(signal.SIGTERM)
@@ -118,7 +118,7 @@ def _start_worker(number: int, root: pathlib.Path) -> subprocess.Popen:
 
 
 def _work(suite: Suite, root: pathlib.Path) -> int:
-    """One worker: takes one run after the other that nobody has."""
+    """One worker: executes one unclaimed run after the other."""
     _stay_on_a_core(_WORKER.value)
     parent = os.getppid()
     try:
@@ -137,9 +137,9 @@ def _work(suite: Suite, root: pathlib.Path) -> int:
 
 
 def _claimed(suite: Suite, root: pathlib.Path) -> Iterator[Run]:
-    """Runs that are this process's to do, until none is left that it could do.
+    """Runs claimed by this process, until none is left to claim.
 
-    A claim is a lock on a file, which the system releases when the process ends in any way.
+    A claim is a file lock, which the system releases however the process ends.
     """
     left = study_runs.plan(suite)
     (root / "locks").mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def _claimed(suite: Suite, root: pathlib.Path) -> Iterator[Run]:
                     break
         else:
             if not waiting:
-                return  # the others are at the rest
+                return  # other workers have the rest
             time.sleep(_PATIENCE)
 
 
@@ -171,7 +171,7 @@ def _default_processes() -> int:
 
 
 def _stay_on_a_core(number: int) -> None:
-    """Small networks gain little from a second core; two runs at a time gain a factor of two."""
+    """Pins the worker: two runs at a time beat one run on two cores by a factor of two."""
     cores = sorted(os.sched_getaffinity(0))
     if (_PROCESSES.value or _default_processes()) > 1:
         os.sched_setaffinity(0, {cores[number % len(cores)]})

@@ -1,4 +1,4 @@
-"""Variance of a run's batch gradient, on rows that are the same for all methods."""
+"""Variance of a run's batch gradient, on the same rows for all methods."""
 
 import pathlib
 from collections.abc import Callable
@@ -19,14 +19,14 @@ def drawn_batches(experiment: Experiment, count: int, seed: int, size: int = 0) 
         experiment: the run.
         count: how many.
         seed: of the rows.
-        size: rows drawn for each batch, of which the run's batch takes the first; its own size if
-            not given. Runs with smaller batches so see a part of the rows of those with larger.
+        size: rows drawn for each batch, of which the run's batch takes the first; default its own
+            size. Runs with smaller batches then have a subset of the rows of larger ones.
     """
     rows = experiment.spec.batch_size
-    chosen = _rows(experiment, count, size or rows, seed)[:, :rows]
+    indices = _rows(experiment, count, size or rows, seed)[:, :rows]
     place = sharding.batch_sharding(experiment.mesh)
     source = experiment.dataset.train
-    return [sharding.place_batch(data.gather(source, index), place) for index in chosen]
+    return [sharding.place_batch(data.gather(source, index), place) for index in indices]
 
 
 def along_training(
@@ -41,19 +41,17 @@ def along_training(
 ) -> list[dict[str, Any]]:
     """Variance of the batch gradient under the run's own chain, at every checkpoint of its plan.
 
-    Checkpoints that interruptions left are passed over.
-
-    ``noise`` is that of levels and masks with the data fixed; ``total`` has the rows drawn anew too
-    and is what the optimiser sees of a batch. At the last
-    step ``reference`` is the total of another way of training at the same parameters.
+    Checkpoints left by interruptions are skipped. ``noise`` is the variance over levels and masks
+    with the data fixed; ``total`` is over rows too, as the optimiser sees it. At the last step
+    ``reference`` is the total of another method at the same parameters.
 
     Args:
         experiment: the run.
-        workdir: of it.
-        batch_size: rows of a batch of one forward pass each; rows are drawn in this number.
-        groups, redraws: as for ``evaluation.efficiency``.
-        reference: the other way, a run over the same data; its state is fresh.
-        check: called now and then; may raise.
+        workdir: its working directory.
+        batch_size: rows of a batch at one forward pass each.
+        groups, redraws: as for ``meter.efficiency``.
+        reference: a run of the other method over the same data; its transform state is fresh.
+        check: called between measurements; may raise.
 
     Returns:
         JSON values by checkpoint, in order.
@@ -62,27 +60,25 @@ def along_training(
     batches = drawn_batches(experiment, groups, 0, batch_size)
     pool = _pool(experiment, groups * batch_size)
     sizes = {"groups": groups, "redraws": redraws, "progress": check}
-    found = []
+    records = []
     for step, params, state in _checkpoints(experiment, workdir):
         key = experiment.key(0, "gradient noise")
         common = (own, params, experiment.transform, state, experiment.spec)
         record = {"step": step, "noise": None, "reference": None}
-        if experiment.config.process != "autoregressive":  # without noise there is none of it
+        if experiment.config.process != "autoregressive":  # which has no noise
             record["noise"] = meter.efficiency(
                 *common, batches, rng.stream(key, "noise"), **sizes
             ).to_dict()
         total_key = rng.stream(key, "total")
         record["total"] = meter.efficiency_with_data(*common, pool, total_key, **sizes).to_dict()
-        found.append(record)
-    if found and reference is not None:
+        records.append(record)
+    if records and reference is not None:
         state = reference.transform.init(reference.spec)
         estimator = meter.make_estimator(reference.apply_fn, reference.objective)
-        found[-1]["reference"] = meter.efficiency_with_data(
-            *(estimator, params, reference.transform, state, reference.spec),
-            *(pool, total_key),
-            **sizes,
+        records[-1]["reference"] = meter.efficiency_with_data(
+            estimator, params, reference.transform, state, reference.spec, pool, total_key, **sizes
         ).to_dict()
-    return found
+    return records
 
 
 def _pool(experiment: Experiment, rows: int) -> Batch:

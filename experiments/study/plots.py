@@ -1,4 +1,4 @@
-"""Curves of a study: the validation bound with bands over seeds, gradient variance on the way."""
+"""Curves of a study: validation bound with bands over seeds, gradient variance over training."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ _STYLES = ("-", "--", ":")
 
 
 def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[pathlib.Path]:
-    """Writes what can be drawn so far below ``root/plots``; returns the files.
+    """Writes the plots of finished runs below ``root/plots``; returns the files.
 
     Args:
-        suite: what was planned.
+        suite: the plan.
         root: the study's directory.
-        record: from ``study_table.write``.
+        record: from ``table.write``.
     """
     files = []
     for budget, results in record["results"].items():

@@ -1,4 +1,4 @@
-"""From a suite to runs of the launcher, each resumable, with one record when it is finished."""
+"""Runs of a suite by the launcher, each resumable and with one record at its end."""
 
 import dataclasses
 import importlib
@@ -22,10 +22,10 @@ from mdm_jax.training.metrics import read_metrics
 
 RECORD = "study.json"
 PARTS = ("runs", "task", "method", "budget-seed")
-"""Where a run is below the study's directory."""
+"""Path of a run below the study's directory."""
 
 PRETRAINING = "pretraining"
-"""Budget of the runs that others start from."""
+"""Budget of the runs whose parameters others start from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Directory below the study's, and what people are shown."""
+        """Directory below the study's, also printed."""
         return f"{self.task}/{self.method}/{self.budget}-{self.seed}"
 
 
@@ -69,8 +69,8 @@ def plan(suite: Suite) -> list[Run]:
     ]
 
 
-def found_under(suite: Suite, run: Run) -> Run:
-    """The run of the plan that stands for ``run``: of the method it equals, and of the budget."""
+def planned_as(suite: Suite, run: Run) -> Run:
+    """The planned run whose result is that of ``run``: equal method, equal budget."""
     method = suite.methods[run.method]
     name = method.same_as or run.method
     budgets = _own_budgets(suite, suite.methods[name])
@@ -113,7 +113,7 @@ def configure(suite: Suite, run: Run, root: pathlib.Path) -> ConfigDict:
             raise ValueError(f"{run.name}: {c.steps} steps cannot be cut into {parts} equal parts")
     c.evaluate_every = c.steps // suite.evaluations
     c.checkpoint_every = c.steps // points(suite, run)
-    # Every interruption leaves a checkpoint more, for which none that is measured may go.
+    # Interruptions add checkpoints, which must not push out those to be measured.
     c.keep_last = 100 if is_measured(suite, run) else 1
     source = pretraining(suite, run)
     c.init_from = "" if source is None else _path_of(source, run, root)
@@ -121,7 +121,7 @@ def configure(suite: Suite, run: Run, root: pathlib.Path) -> ConfigDict:
 
 
 def _path_of(source: Run, run: Run, root: pathlib.Path) -> str:
-    """As the run was started with, so that a study may be moved or named by another path."""
+    """The path that the run was started with, so that a study's directory may be moved."""
     path, started = directory(root, source), read_config(directory(root, run))
     before = pathlib.PurePath(started["train"]["init_from"]) if started else path
     same = before.parts[-len(PARTS) :] == path.parts[-len(PARTS) :]
@@ -129,10 +129,9 @@ def _path_of(source: Run, run: Run, root: pathlib.Path) -> str:
 
 
 def check_run(suite: Suite, run: Run, root: pathlib.Path) -> None:
-    """Refuses results that were made under other settings than the suite's; changes nothing.
+    """Refuses results made under other settings than the suite's; changes nothing.
 
-    The launcher lets a run be evaluated in several ways; here the scores are compared, so the
-    settings of the evaluation must agree too, and those of the measured variances.
+    Settings of the evaluation and of the measured variances must agree too.
 
     Raises:
         WorkdirError: listing what differs.
@@ -160,12 +159,12 @@ def is_measured(suite: Suite, run: Run) -> bool:
 
 
 def points(suite: Suite, run: Run) -> int:
-    """At how many steps the run is saved."""
+    """Number of checkpoints of the run."""
     return suite.measured_points if is_measured(suite, run) else 2
 
 
 def forward_passes(suite: Suite, run: Run, root: pathlib.Path = pathlib.Path()) -> int:
-    """Rows that go through the network while training, each view counted."""
+    """Rows times views times steps of the training."""
     c = configure(suite, run, root).train
     return c.steps * c.batch_size * _method(suite, run).views
 
@@ -176,7 +175,7 @@ def directory(root: pathlib.Path, run: Run) -> pathlib.Path:
 
 
 def read_record(root: pathlib.Path, run: Run) -> dict[str, Any] | None:
-    """What a finished run ended at, or None."""
+    """The record of a finished run, or None."""
     path = directory(root, run) / RECORD
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
@@ -194,7 +193,7 @@ def validation_curve(
 
 
 def revision(root: pathlib.Path, run: Run) -> str:
-    """Of the source tree that a started run was started with."""
+    """Git revision of the source that a run was started with."""
     path = directory(root, run) / "run.json"
     return json.loads(path.read_text("utf-8"))["git_revision"] if path.exists() else "unknown"
 
@@ -206,9 +205,9 @@ def execute(
     interrupt: Interrupt,
     keep_checkpoints: bool = False,
 ) -> dict[str, Any] | None:
-    """Trains, evaluates and measures one run, from wherever it stands, and writes its record.
+    """Trains, evaluates and measures one run, resuming it if started, and writes its record.
 
-    A run that diverges has a record too, which says so. Checkpoints are removed once the record is
+    A diverged run has a record too (``failed``). Checkpoints are removed once the record is
     written, except those that other runs start from.
 
     Returns:
@@ -259,7 +258,7 @@ def execute(
 
 
 def training_seconds(workdir: pathlib.Path) -> float:
-    """Time of the steps alone, over all sessions: no compilation, evaluation or saving."""
+    """Seconds of the steps alone, over all sessions: no compilation, evaluation or saving."""
     total, before = 0.0, 0
     for record in read_metrics(workdir / "metrics.jsonl", "speed"):
         total += record["step_seconds"] * (record["step"] - before)

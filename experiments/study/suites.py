@@ -1,6 +1,6 @@
 """The suites of the stability study, as data: tasks, methods, seeds and budgets.
 
-Nothing here runs anything; ``experiments/study_runs.py`` turns a suite into runs of the launcher.
+``experiments/study/runs.py`` turns a suite into runs of the launcher.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Method:
         views: forward passes per row.
         settings: config fields by dotted name.
         same_as: name of a method that this one trains as, bit for bit; it is not run again.
-        note: below the tables: what stands in for a method of the paper, and what is known of it.
+        note: printed below the tables.
     """
 
     label: str
@@ -99,8 +99,8 @@ METHODS: dict[str, Method] = {
         "recommended chain",
         tuple(launch_config.get_config().variance.order),
         settings=_FIXED,
-        note="fixed counts, stratified rates, P-POTS by the loss's slopes at the outputs: the "
-        "default of `experiments/configs/base.py`",
+        note="fixed counts, stratified rates, P-POTS by the gradient norm at the logits: the "
+        "default of `mdm_jax/launch/config.py`",
     ),
     "recommended_for_answers": Method(
         "recommended chain for answers",
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
 
 ATTEMPTS: dict[str, Method] = {
     "truncated_slopes": Method(
-        "rates in [0.3, 0.8], stratified, P-POTS by slopes",
+        "rates in [0.3, 0.8], stratified, P-POTS by gradient norm",
         ("stratified", "ppots_slopes"),
         settings={
             "corruption.name": "fixed_count",
@@ -155,34 +155,34 @@ ATTEMPTS: dict[str, Method] = {
         settings=_FIXED | _FLAT,
     ),
 }
-"""What else was tried on Sudoku, whose seeds differ most: other ranges, and what may be combined
-with a range."""
+"""Further attempts on Sudoku, whose seeds differ most: other ranges, and ranges combined with other
+methods."""
 
 FLAT_WEIGHTS: dict[str, Method] = {
     "flat": Method(
         "flat weight, stratified",
         ("stratified",),
         settings=_FIXED | _FLAT,
-        note="a cross-entropy at every masked place with the same weight at all rates, in place of "
-        "1/m: no bound, but the same minimiser, since every rate is trained",
+        note="cross-entropy at every masked position with the same weight at all rates, in place "
+        "of 1/m: no bound, but the same minimiser, since every rate is trained",
     ),
     "flat_slopes": Method(
-        "flat weight, stratified, P-POTS by slopes",
+        "flat weight, stratified, P-POTS by gradient norm",
         ("stratified", "ppots_slopes"),
         settings=_FIXED | _FLAT,
     ),
 }
-"""Variance removed by the weight instead of the range of rates."""
+"""Variance reduced by the weight instead of the range of rates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained on.
+    """Data, hyper-parameters and score of a comparison.
 
     Attributes:
         config: ``module`` or ``module:variant`` below ``experiments/configs``.
         score: field of ``evaluation.json`` that methods are compared by.
-        settings: config fields by dotted name; here the frozen hyper-parameters are.
+        settings: config fields by dotted name: the frozen hyper-parameters.
         pretraining: name of the task, among the suite's pretrainings, whose parameters runs start
             from. Masked methods share one such run, the autoregressive model has its own.
     """
@@ -213,7 +213,7 @@ class Suite:
         measured_seeds: seeds whose gradient variance is measured while training.
         measured_points: at how many steps, the last among them; a divisor of the steps.
         evaluations: of the validation bound, likewise.
-        groups, redraws: design of the measurement (``evaluation.efficiency``).
+        groups, redraws: design of the measurement (``meter.efficiency``).
         settings: config fields of every run.
     """
 
@@ -234,8 +234,8 @@ class Suite:
 
 
 _SMALL_NETWORK = {"model.width": 96, "model.depth": 3}
-# Every optimizer.peak of the small tasks is what the suite "tune" found best, by the table in
-# docs/study.md; that of "full" is not tuned.
+# Every optimizer.peak of the small tasks is the best of the suite "tune" (docs/study_appendix.md);
+# that of "full" is not tuned.
 _SUDOKU6 = Task(
     "study.sudoku6",
     settings=_SMALL_NETWORK | {"train.steps": 360, "train.batch_size": 16, "optimizer.peak": 1e-2},
@@ -341,8 +341,7 @@ SUITES: dict[str, Suite] = {
 def tuning(suite: Suite, peaks: tuple[float, ...], seeds: tuple[int, ...]) -> Suite:
     """Standard training of the suite's tasks at several learning rates, on seeds of its own.
 
-    What wins by the mean score is written into the tasks of the suite by hand and stays for all
-    methods.
+    The best by mean score is written into the suite's tasks by hand, for all methods.
     """
     standard = suite.methods[suite.baseline]
     methods = {

@@ -1,20 +1,20 @@
-"""What the runs of a study amount to: means, spreads, paired intervals, and tables of them."""
+"""Tables of a study: means, spreads, and paired intervals."""
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
-import experiments
 from experiments.study import runs as study_runs
 from experiments.study.runs import Run
 from experiments.study.suites import Suite, Task
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
 from mdm_jax.evaluation.seeds import holm, paired_seeds
 from mdm_jax.launch.workdir import provenance, write_json
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 BUDGETS = {"passes": "equal forward passes", "steps": "equal steps"}
 
@@ -43,63 +43,60 @@ def write(suite: Suite, root: pathlib.Path) -> dict[str, Any]:
 
 
 def published(name: str) -> dict[str, Any]:
-    """The ``study.json`` of a suite that comes with the package; ``docs/study.md`` discusses it.
+    """The ``study.json`` of a suite in ``experiments/results``; ``docs/study.md`` discusses it.
 
     Raises:
-        ValueError: naming those that there are, if it is none of them.
+        ValueError: for a suite without published results, naming those with.
     """
-    files = {
-        f.name.removesuffix(".json"): f
-        for f in (resources.files(experiments) / "results").iterdir()
-    }
+    files = {file.stem: file for file in RESULTS.glob("*.json")}
     if name not in files:
-        raise ValueError(f"no results of {name!r} come with the package, only of {sorted(files)}")
+        raise ValueError(f"no results of {name!r} in {RESULTS}, only of {sorted(files)}")
     return json.loads(files[name].read_text("utf-8"))
 
 
 def revisions(suite: Suite, root: pathlib.Path) -> dict[str, int]:
-    """How many finished runs each git revision has made."""
+    """Number of finished runs by git revision."""
     runs = [r for r in study_runs.plan(suite) if study_runs.read_record(root, r) is not None]
-    found = [study_runs.revision(root, run) for run in runs]
-    return {name: found.count(name) for name in sorted(set(found))}
+    names = [study_runs.revision(root, run) for run in runs]
+    return {name: names.count(name) for name in sorted(set(names))}
 
 
 def records(
     suite: Suite, root: pathlib.Path, task: str, budget: str
 ) -> dict[str, list[dict[str, Any]]]:
     """The records of the finished runs by method, in the order of the seeds, with their curves."""
-    found = {}
+    by_method = {}
     for method in suite.methods:
         runs = [
-            study_runs.found_under(suite, Run(task, method, budget, seed)) for seed in suite.seeds
+            study_runs.planned_as(suite, Run(task, method, budget, seed)) for seed in suite.seeds
         ]
         read = [(run, study_runs.read_record(root, run)) for run in runs]
-        found[method] = [
+        by_method[method] = [
             record | {"curve": study_runs.validation_curve(root, run, record)}
             for run, record in read
             if record is not None
         ]
-    return found
+    return by_method
 
 
 def summarise(
-    suite: Suite, task: str, found: Mapping[str, Sequence[Mapping[str, Any]]]
+    suite: Suite, task: str, by_method: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
     """Every method of one task under one budget, each compared with the baseline seed by seed.
 
     Args:
-        suite: what was planned.
-        task: its name.
-        found: records by method, from :func:`records`.
+        suite: the plan.
+        task: name of the task.
+        by_method: records, from :func:`records`.
 
     Returns:
         JSON values by method; None where nothing is finished.
     """
-    chosen = suite.tasks[task]
-    baseline = scores(chosen, found.get(suite.baseline, ()))
+    settings = suite.tasks[task]
+    baseline = scores(settings, by_method.get(suite.baseline, ()))
     results = {}
-    for method, runs in found.items():
-        own = scores(chosen, runs)
+    for method, runs in by_method.items():
+        own = scores(settings, runs)
         if not runs:
             results[method] = None
             continue
@@ -114,10 +111,10 @@ def summarise(
             "failed": [run["seed"] for run in runs if run["failed"]],
             "mean": float(values.mean()) if len(values) else None,
             "standard_deviation": float(values.std(ddof=1)) if len(values) > 1 else None,
-            "worst": _worst(chosen, values),
+            "worst": _worst(settings, values),
             "worst_beats_best_of_baseline": None
             if paired is None
-            else _worst_beats_best(chosen, values, np.array(list(baseline.values()))),
+            else _worst_beats_best(settings, values, np.array(list(baseline.values()))),
             "against_baseline": paired,
             "training_seconds": float(np.mean([run["training_seconds"] for run in runs])),
             "steps": runs[0]["steps"],
@@ -142,18 +139,16 @@ def scores(task: Task, runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def gradient(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Variance of the batch gradient by checkpoint, over all groups of the runs that have it.
+    """Variance of the batch gradient by checkpoint, over all groups of the measured runs.
 
-    All are of batches of equally many forward passes, fewer rows where they have several views.
-    ``total`` is what the optimiser sees, rows drawn anew too; ``noise`` that of levels and masks
-    with the rows fixed; ``reference`` the total of the baseline at the same parameters. Each is
-    None or has its ``mean`` and ``standard_error``, whether it had ``settled`` in all runs, and its
-    ``groups`` by seed. ``over_reference`` is the ratio of total to reference, likewise.
-    ``noise_to_signal`` is the total over the squared norm of the mean gradient, None where that
-    is not above 0.
+    Batches have equally many forward passes. ``total`` is over rows, levels and masks; ``noise``
+    over levels and masks with the rows fixed; ``reference`` the total of the baseline at the same
+    parameters. Each is None or has ``mean``, ``standard_error``, ``settled`` (in all runs) and
+    ``groups`` by seed. ``over_reference`` is the ratio of total to reference, ``noise_to_signal``
+    the total over the squared norm of the mean gradient, None where that is not positive.
     """
     measured = {run["seed"]: run["gradient"] for run in runs if run["gradient"]}
-    found = []
+    points_by_step = []
     for number in range(min(map(len, measured.values()), default=0)):
         points = {seed: each[number] for seed, each in measured.items()}
         step = next(iter(points.values()))["step"]
@@ -176,8 +171,8 @@ def gradient(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         signal = np.mean([p["total"]["signal"] for p in points.values()])
         point["noise_to_signal"] = point["total"]["mean"] / signal if signal > 0 else None
         point["over_reference"] = _ratio(point["total"], point["reference"])
-        found.append(point)
-    return found
+        points_by_step.append(point)
+    return points_by_step
 
 
 def count(suite: Suite, root: pathlib.Path) -> tuple[int, int]:
@@ -193,9 +188,9 @@ def progress(suite: Suite, root: pathlib.Path) -> str:
     for method in dict.fromkeys(run.method for run in runs):
         row = [method]
         for task in names:
-            mine = [run for run in runs if (run.task, run.method) == (task, method)]
-            done = sum(study_runs.read_record(root, run) is not None for run in mine)
-            row.append(f"{done}/{len(mine)}" if mine else "")
+            planned = [run for run in runs if (run.task, run.method) == (task, method)]
+            done = sum(study_runs.read_record(root, run) is not None for run in planned)
+            row.append(f"{done}/{len(planned)}" if planned else "")
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
@@ -346,11 +341,7 @@ def _over(
 def _ratio(
     above: Mapping[str, Any] | None, below: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Of two variances, with its standard error to first order.
-
-    Groups of one seed have the same rows and the same keys, so they are paired; a ratio is settled
-    where both of its parts are.
-    """
+    """Ratio of two variances, with its standard error to first order, paired by group."""
     seeds = [seed for seed in above["groups"] if seed in below["groups"]] if above and below else []
     if not seeds:
         return None
@@ -366,14 +357,14 @@ def _ratio(
 
 
 def _correct(suite: Suite, results: Mapping[str, Any]) -> None:
-    """Adds Holm's p-values over the comparisons of one table; of equal runs there is one."""
+    """Adds Holm's p-values over the comparisons of one table, equal runs counted once."""
     compared = [
         name
         for name, result in results.items()
         if result and result["against_baseline"] and not suite.methods[name].same_as
     ]
-    found = [results[name]["against_baseline"] for name in compared]
-    known = [paired for paired in found if paired["student_p"] is not None]
+    pairs = [results[name]["against_baseline"] for name in compared]
+    known = [paired for paired in pairs if paired["student_p"] is not None]
     for paired, p in zip(known, holm([paired["student_p"] for paired in known])):
         paired["holm_p"] = p
 

@@ -46,14 +46,14 @@ def test_forward_passes_are_equal_and_the_rest_is_the_method(name):
     assert len(set(study_runs.plan(suite))) == len(study_runs.plan(suite))
     for task in suite.tasks:
         wanted = [Run(task, m, "passes", suite.seeds[0]) for m in suite.methods]
-        found = {r: study_runs.found_under(suite, r) for r in wanted}
+        found = {r: study_runs.planned_as(suite, r) for r in wanted}
         passes = {study_runs.forward_passes(suite, run) for run in found.values()}
         assert len(passes) == 1, task
         if "steps" not in suite.budgets:
             continue
         sizes = set()
         for run in wanted:
-            more = study_runs.found_under(suite, dataclasses.replace(run, budget="steps"))
+            more = study_runs.planned_as(suite, dataclasses.replace(run, budget="steps"))
             config = study_runs.configure(suite, more, ROOT)
             sizes.add((config.train.steps, config.train.batch_size))
             views = suite.methods[run.method].views

@@ -1,6 +1,6 @@
 """Derivations over named definitions, close to GSM8K in form: not learned in ten CPU minutes.
 
-python -m experiments.launch --config=experiments/configs/study/chain.py --workdir=runs/chain
+mdm train --config=experiments/configs/study/chain.py --workdir=runs/chain
 """
 
 from experiments.study import settings

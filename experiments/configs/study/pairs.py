@@ -1,6 +1,6 @@
 """Prompts and answers from a JSONL file, such as GSM8K.
 
-python -m experiments.launch --config=experiments/configs/study/pairs.py --workdir=runs/gsm8k \
+mdm train --config=experiments/configs/study/pairs.py --workdir=runs/gsm8k \
     --config.data.path=gsm8k_train.jsonl --config.data.answer_marker="####"
 """
 

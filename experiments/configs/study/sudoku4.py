@@ -1,6 +1,6 @@
 """4 x 4 Sudoku: nearly solved in minutes on two CPU cores, the smoke test of the study.
 
-python -m experiments.launch --config=experiments/configs/study/sudoku4.py --workdir=runs/sudoku4
+mdm train --config=experiments/configs/study/sudoku4.py --workdir=runs/sudoku4
 """
 
 from experiments.study import settings

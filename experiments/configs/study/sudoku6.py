@@ -1,7 +1,7 @@
 """6 x 6 Sudoku, the study's main task: minutes on two CPU cores, and the number of decoding steps
 matters.
 
-python -m experiments.launch --config=experiments/configs/study/sudoku6.py --workdir=runs/sudoku6
+mdm train --config=experiments/configs/study/sudoku6.py --workdir=runs/sudoku6
 """
 
 from experiments.study import settings

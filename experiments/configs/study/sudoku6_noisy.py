@@ -1,6 +1,6 @@
 """Fine-tuning a 6 x 6 Sudoku model on a few answers with random letters in them.
 
-python -m experiments.launch --config=experiments/configs/study/sudoku6_noisy.py \
+mdm train --config=experiments/configs/study/sudoku6_noisy.py \
     --config.train.init_from=runs/sudoku6 --workdir=runs/sudoku6_noisy
 
 Without ``train.init_from`` the same task is trained from scratch.

@@ -1,6 +1,6 @@
 """The text that CPython carries, as in the quickstart.
 
-python -m experiments.launch --config=experiments/configs/study/text.py --workdir=runs/text
+mdm train --config=experiments/configs/study/text.py --workdir=runs/text
 """
 
 from experiments.study import settings
