@@ -1,4 +1,4 @@
-"""Attention: one interface, an implementation for every machine."""
+"""Attention by name: one interface over the implementations in ``attention_kernels``."""
 
 from collections.abc import Callable
 
@@ -9,18 +9,12 @@ from mdm_jax.models.attention_kernels import (
     cudnn_obstacle,
     einsum_attention,
     recompute_attention,
+    splash_attention,
+    splash_obstacle,
     xla_attention,
 )
 from mdm_jax.models.masks import AnyRule, CachedRule, as_rule
 from mdm_jax.types import Array
-
-
-def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
-    """:func:`mdm_jax.models.attention_splash.splash_attention`, imported when it is wanted."""
-    from mdm_jax.models import attention_splash  # Pallas takes 0.2 s that only TPUs need
-
-    return attention_splash.splash_attention(q, k, v, rule)
-
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, AnyRule], Array]] = {
     "einsum": einsum_attention,
@@ -38,22 +32,20 @@ CHOICES = ("auto", *IMPLEMENTATIONS)
 def attention(
     q: Array, k: Array, v: Array, mask: AnyRule | Array | None = None, implementation: str = "auto"
 ) -> Array:
-    """``softmax(q k / sqrt(D)) v`` over the keys that a query may see.
+    """Scaled dot-product attention, ``softmax(q k / sqrt(D)) v`` under a mask.
 
     Args:
         q: [N, Q, H, D] queries.
         k, v: [N, M, H, D] keys and values, of the same dtype.
-        mask: a rule (:mod:`mdm_jax.models.attention_masks`), a boolean array [N or 1, 1 or H, Q,
-            M], or None for everywhere.
-        implementation: a name of ``IMPLEMENTATIONS``; "auto" for the best that works here, see
-            :func:`best`.
+        mask: a rule of ``models.masks``, a boolean array [N or 1, 1 or H, Q, M], or None.
+        implementation: a name of ``IMPLEMENTATIONS``, or "auto" for :func:`best`.
 
     Returns:
         [N, Q, H, D] in the dtype of ``q``; the softmax is float32.
 
     Raises:
-        ValueError: for an unknown name, a mask of other sizes, or an implementation asked for by
-            name that cannot do it here.
+        ValueError: for an unknown name, a mask of other sizes, or a named implementation that does
+            not work here.
     """
     rule = as_rule(mask, q.shape[1], k.shape[1])
     name = best(q, k, rule) if implementation == "auto" else implementation
@@ -63,18 +55,16 @@ def attention(
 
 
 def best(q: Array, k: Array, rule: AnyRule) -> str:
-    """Name of the implementation that "auto" stands for, on the backend of this process.
+    """Name of the implementation that "auto" selects on the backend of this process.
 
-    On CPUs "recompute", which was measured; on GPUs "cudnn" and on TPUs "splash" where they work,
-    for these operands and this rule, and "einsum" otherwise.
+    "recompute" on CPUs (measured); "cudnn" on GPUs and "splash" on TPUs where they support these
+    operands and this rule, else "einsum".
     """
     backend = jax.default_backend()
     if backend == "cpu":
         return "recompute"
     if backend == "gpu" and cudnn_obstacle(q, k, rule) is None:
         return "cudnn"
-    if backend == "tpu" and not isinstance(rule, CachedRule):
-        from mdm_jax.models.attention_splash import splash_obstacle
-
-        return "einsum" if splash_obstacle(q, k, rule) else "splash"
+    if backend == "tpu" and not isinstance(rule, CachedRule) and not splash_obstacle(q, k, rule):
+        return "splash"
     return "einsum"

@@ -1,44 +1,47 @@
-"""Block diffusion with any parameters of a transformer: all blocks at once, or one after another.
+"""Block diffusion and autoregressive models from a transformer: training passes and decoders.
 
-A row is cut into blocks of L' tokens. The law of block b given the *clean* blocks before it is a
-masked diffusion model; with one block it is the plain model, with blocks of one token an
-autoregressive one. Nothing is added to the parameters, so a network that was trained on whole rows
-can go on as a block model.
-
-Reference: Arriola et al. 2025 (BD3-LM).
-
-The autoregressive model with the same transformer: token i from the tokens before it.
-
-The input at place i is token i - 1; at the first place, and at the first of every document, it is
-the start token, for which the mask token serves. So the parameters are those of a masked diffusion
-model, and what place i sees is what a block model with blocks of one token sees.
+Both use the parameters of plain masked diffusion. A block model cuts a row into blocks of L' tokens
+and models each block given the *clean* blocks before it (Arriola et al. 2025, BD3-LM). In an
+autoregressive model the input at position i is token i - 1, and the start token (as a rule the mask
+token) where a document begins.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.models.cross_entropy import Chunking, Readout, finish
-from mdm_jax.models.kv_cache import KeyValueCache, append, attend_with_cache, new_cache, take_rows
-from mdm_jax.models.masks import block_training, causal, check_blocks
-from mdm_jax.models.transformer import Transformer
+from mdm_jax.models.kv_cache import (
+    KeyValueCache,
+    KeyValues,
+    append,
+    cached_positions,
+    new_cache,
+    take_rows,
+)
+from mdm_jax.models.masks import block_training, cached, causal, check_blocks
 from mdm_jax.types import Array, PyTree
+
+if TYPE_CHECKING:  # Flax is not needed to write a sampler
+    from mdm_jax.models.transformer import Transformer
 
 
 class BlockDecoder(NamedTuple):
-    """A block model as a generator uses it: the next block given those that are finished.
+    """A block model as a generator uses it: the next block given the finished ones.
 
     Attributes:
         block_size: L'.
-        init: ``init(num_rows, length) -> memory`` of rows of which nothing is written yet.
+        init: ``init(num_rows, length) -> memory`` of empty rows.
         logits: ``logits(params, memory, tokens [N, L'], logsnr [N, 1], documents, estimate=None)
-            -> [N, L', K]`` for the noised block that comes next; an ``estimate`` [N, L', K] is for
-            networks with self-conditioning.
-        append: ``append(params, memory, tokens [N, c L'], documents) -> memory`` once the next c
-            blocks are finished.
+            -> [N, L', K]`` of the next, noised block; ``estimate`` [N, L', K] is for networks with
+            self-conditioning.
+        append: ``append(params, memory, tokens [N, c L'], documents) -> memory`` with the next c
+            finished blocks.
         take_rows: ``take_rows(memory, rows [N'] int32) -> memory`` of some of the rows.
 
     Documents are int32 of the shape of the tokens, 0 for padding.
@@ -51,26 +54,43 @@ class BlockDecoder(NamedTuple):
     take_rows: Callable[[PyTree, Array], PyTree]
 
 
+class CausalDecoder(NamedTuple):
+    """An autoregressive model as a generator uses it.
+
+    Attributes:
+        init: ``init(num_rows, length) -> memory`` of empty rows.
+        append: ``append(params, memory, tokens [N, P], documents [N, P]) -> memory``: the first P
+            tokens of every row, in one pass. Only at the beginning.
+        step: ``step(params, memory, previous [N], documents [N]) -> (logits [N, K], memory)`` for
+            the next position; ``previous`` is the token before it, not read at position 0.
+
+    Documents are int32 numbers, 0 for padding.
+    """
+
+    init: Callable[[int, int], PyTree]
+    append: Callable[..., PyTree]
+    step: Callable[..., tuple[Array, PyTree]]
+
+
 def block_apply(
     model: Transformer,
     block_size: int,
     window: int | None = None,
     chunking: Chunking | None = None,
 ) -> Callable[..., Array | Readout]:
-    """The network as ``objectives.block_nelbo`` wants it: all blocks of a row in one pass.
+    """The ``apply_fn`` of ``objectives.block_nelbo``: all blocks of a row in one pass.
 
     Args:
         model: the network; parameters of plain masked diffusion fit.
         block_size: L'.
-        window: blocks that a block sees, itself included; None for all.
-        chunking: of losses; if given, what is returned is a readout in place of the logits.
+        window: blocks that a block attends to, itself included; None for all.
+        chunking: of losses; if given, ``apply_fn`` returns a readout in place of the logits.
 
     Returns:
-        ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents, estimate=None)`` with the
-        noised row and the clean row side by side, and logits [N, L, K] of the noised one: those of
-        a loop over blocks that feeds [clean blocks before b, noised block b]. ``logsnr`` holds a
-        level per segment of the noised row (the clean one is shown +inf), ``documents`` [N, L] and
-        ``estimate`` [N, L, K] belong to the noised row too.
+        ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents, estimate=None)`` of the noised
+        row and the clean row side by side, returning logits [N, L, K] of the noised one.
+        ``logsnr``, ``documents`` [N, L] and ``estimate`` [N, L, K] are those of the noised row; the
+        clean row has level +inf.
 
     Raises:
         ValueError: from ``apply_fn``, if 2L is odd or L' does not divide L.
@@ -85,7 +105,7 @@ def block_apply(
     ) -> Array | Readout:
         if inputs.shape[-1] % 2:
             raise ValueError(
-                "a block model reads the noised row and the clean row side by side, [N, 2L]; got "
+                "a block model takes the noised row and the clean row side by side, [N, 2L]; got "
                 f"{inputs.shape}"
             )
         length = inputs.shape[-1] // 2
@@ -102,142 +122,24 @@ def block_apply(
     return apply_fn
 
 
-def cached_block_decoder(
-    model: Transformer, block_size: int, window: int | None = None
-) -> BlockDecoder:
-    """Decoding with a cache of the finished blocks: a forward pass runs L' tokens, not the row.
-
-    The result equals :func:`block_apply` with the same window. With a window the cache holds
-    ``window - 1`` blocks, however long the row: rows may be longer than those of training.
-
-    Args:
-        model: the network.
-        block_size: L'.
-        window: blocks that a block sees, itself included; None for all.
-
-    Raises:
-        ValueError: from ``init``, if L' does not divide the length or the window is below 1.
-    """
-
-    def init(num_rows: int, length: int) -> KeyValueCache:
-        num_blocks = check_blocks(length, block_size, window)
-        remembered = num_blocks if window is None else min(window, num_blocks)
-        return new_cache(model.config, num_rows, max(remembered - 1, 1) * block_size)
-
-    def logits(params, cache, tokens, logsnr, documents, estimate=None) -> Array:
-        found, _ = attend_with_cache(
-            model, params, cache, tokens, logsnr, documents, block_size, window, estimate
-        )
-        return found
-
-    def append_blocks(params, cache, tokens, documents) -> KeyValueCache:
-        check_blocks(tokens.shape[-1], block_size)
-        clean = jnp.full((tokens.shape[0], 1), jnp.inf)
-        _, new = attend_with_cache(
-            model, params, cache, tokens, clean, documents, block_size, window
-        )
-        return append(cache, new, documents)
-
-    return BlockDecoder(block_size, init, logits, append_blocks, take_rows)
-
-
-class WrittenRow(NamedTuple):
-    """What :func:`recomputing_block_decoder` remembers.
-
-    Attributes:
-        tokens: [N, L] int32, zero where nothing is written yet.
-        documents: [N, L] int32, zero likewise.
-        written: [] int32.
-    """
-
-    tokens: Array
-    documents: Array
-    written: Array
-
-
-def recomputing_block_decoder(apply_fn: Callable[..., Array], block_size: int) -> BlockDecoder:
-    """Decoding with any block network, without a cache: every pass runs the whole row, twice over.
-
-    Args:
-        apply_fn: as :func:`block_apply` returns it, such as a network of one's own.
-        block_size: L'.
-
-    Raises:
-        ValueError: from ``init``, if L' does not divide the length.
-    """
-
-    def init(num_rows: int, length: int) -> WrittenRow:
-        check_blocks(length, block_size)
-        row = jnp.zeros((num_rows, length), jnp.int32)
-        return WrittenRow(row, row, jnp.zeros((), jnp.int32))
-
-    def write(row: WrittenRow, tokens: Array, documents: Array) -> WrittenRow:
-        return WrittenRow(
-            _put(row.tokens, tokens, row.written),
-            _put(row.documents, documents, row.written),
-            row.written + tokens.shape[-1],
-        )
-
-    def logits(params, row, tokens, logsnr, documents, estimate=None) -> Array:
-        noised, further = write(row, tokens, documents), {}
-        if estimate is not None:
-            nothing = jnp.zeros((*row.tokens.shape, estimate.shape[-1]), estimate.dtype)
-            further = {"estimate": _put(nothing, estimate, row.written)}
-        inputs = jnp.concatenate([noised.tokens, row.tokens], axis=-1)
-        every = apply_fn(params, inputs, logsnr, noised.documents, **further)
-        return jax.lax.dynamic_slice_in_dim(every, row.written, block_size, axis=1)
-
-    def append_blocks(params, row, tokens, documents) -> WrittenRow:
-        del params
-        check_blocks(tokens.shape[-1], block_size)
-        return write(row, tokens, documents)
-
-    def take_rows(row: WrittenRow, rows: Array) -> WrittenRow:
-        return WrittenRow(row.tokens[rows], row.documents[rows], row.written)
-
-    return BlockDecoder(block_size, init, logits, append_blocks, take_rows)
-
-
-def _put(row: Array, part: Array, place: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(row, part, place, axis=1)
-
-
-class CausalDecoder(NamedTuple):
-    """An autoregressive model as a generator uses it.
-
-    Attributes:
-        init: ``init(num_rows, length) -> memory`` of rows of which nothing is written yet.
-        append: ``append(params, memory, tokens [N, P], documents [N, P]) -> memory``: the first P
-            tokens of every row, in one pass. Only at the beginning.
-        step: ``step(params, memory, previous [N], documents [N]) -> (logits [N, K], memory)`` for
-            the next place; ``previous`` is the token before it, of no importance at place 0.
-
-    Documents are int32 numbers, 0 for padding.
-    """
-
-    init: Callable[[int, int], PyTree]
-    append: Callable[..., PyTree]
-    step: Callable[..., tuple[Array, PyTree]]
-
-
 def causal_apply(
     model: Transformer,
     start_token: int,
     window: int | None = None,
     chunking: Chunking | None = None,
 ) -> Callable[..., Array | Readout]:
-    """The network as ``objectives.next_token`` wants it.
+    """The ``apply_fn`` of ``objectives.next_token``.
 
     Args:
         model: the network; parameters of masked diffusion fit.
-        start_token: what stands before the first token of a document, the mask token as a rule.
-        window: tokens that a place sees, its own input included; None for all.
-        chunking: of losses; if given, what is returned is a readout in place of the logits.
+        start_token: input before the first token of a document, as a rule the mask token.
+        window: tokens that a position attends to, its own input included; None for all.
+        chunking: of losses; if given, ``apply_fn`` returns a readout in place of the logits.
 
     Returns:
-        ``apply_fn(params, tokens [N, L], logsnr, documents) -> logits [N, L, K]``. Logits at place
-        i depend on the *clean* tokens before i alone. A network that is conditioned on the level is
-        shown +inf; ``logsnr`` is not read.
+        ``apply_fn(params, tokens [N, L], logsnr, documents) -> logits [N, L, K]``. Logits at
+        position i depend on the *clean* tokens before i alone. ``logsnr`` is not read; a network
+        conditioned on it gets +inf.
     """
 
     def apply_fn(
@@ -259,12 +161,12 @@ def causal_apply(
 
 
 def shift_right(tokens: Array, start_token: int, documents: Array | None = None) -> Array:
-    """[N, L] int32: each place's predecessor, the start token where a document begins.
+    """[N, L] int32: the token before each position, the start token where a document begins.
 
     Args:
         tokens: [N, L] int32.
-        start_token: see above.
-        documents: [N, L] int32 document numbers; None for one whole document.
+        start_token: input before the first token of a document.
+        documents: [N, L] int32 document numbers; None for a single document.
     """
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=start_token)
     if documents is None:
@@ -273,12 +175,52 @@ def shift_right(tokens: Array, start_token: int, documents: Array | None = None)
     return jnp.where(begins, start_token, before)
 
 
+# --- decoders with a KV cache -------------------------------------------------------------------
+
+
+def cached_block_decoder(
+    model: Transformer, block_size: int, window: int | None = None
+) -> BlockDecoder:
+    """Block decoding with a KV cache of the finished blocks: a pass runs L' tokens, not the row.
+
+    Equals :func:`block_apply` with the same window. With a window the cache holds ``window - 1``
+    blocks whatever the length: rows may be longer than those of training.
+
+    Args:
+        model: the network.
+        block_size: L'.
+        window: blocks that a block attends to, itself included; None for all.
+
+    Raises:
+        ValueError: from ``init``, if L' does not divide the length or the window is below 1.
+    """
+
+    def init(num_rows: int, length: int) -> KeyValueCache:
+        num_blocks = check_blocks(length, block_size, window)
+        remembered = num_blocks if window is None else min(window, num_blocks)
+        return new_cache(model.config, num_rows, max(remembered - 1, 1) * block_size)
+
+    def logits(params, cache, tokens, logsnr, documents, estimate=None) -> Array:
+        return _run_cached(
+            model, params, cache, tokens, logsnr, documents, block_size, window, estimate
+        )[0]
+
+    def append_blocks(params, cache, tokens, documents) -> KeyValueCache:
+        check_blocks(tokens.shape[-1], block_size)
+        _, new = _run_cached(
+            model, params, cache, tokens, _clean(tokens), documents, block_size, window
+        )
+        return append(cache, new, documents)
+
+    return BlockDecoder(block_size, init, logits, append_blocks, take_rows)
+
+
 class CausalMemory(NamedTuple):
-    """What :func:`cached_causal_decoder` remembers.
+    """State of :func:`cached_causal_decoder`.
 
     Attributes:
-        cache: keys and values of the places run so far.
-        document: [N] int32, document of the last place; -1 before the first.
+        cache: keys and values of the positions run so far.
+        document: [N] int32, document of the last position; -1 before the first.
     """
 
     cache: KeyValueCache
@@ -288,14 +230,14 @@ class CausalMemory(NamedTuple):
 def cached_causal_decoder(
     model: Transformer, start_token: int, window: int | None = None
 ) -> CausalDecoder:
-    """Decoding with a cache: a step runs one token. Equals :func:`causal_apply`.
+    """Autoregressive decoding with a KV cache: a step runs one token. Equals :func:`causal_apply`.
 
-    With a window the cache holds ``window - 1`` tokens, however long the row.
+    With a window the cache holds ``window - 1`` tokens whatever the length.
 
     Args:
         model: the network.
-        start_token: what stands before the first token of a document.
-        window: tokens that a place sees, its own input included; None for all.
+        start_token: input before the first token of a document.
+        window: tokens that a position attends to, its own input included; None for all.
 
     Raises:
         ValueError: from ``init``, if the window is below 1.
@@ -308,10 +250,9 @@ def cached_causal_decoder(
         return CausalMemory(cache, jnp.full((num_rows,), -1, jnp.int32))
 
     def run(params, memory, inputs, documents) -> tuple[Array, CausalMemory]:
-        logits, new = attend_with_cache(
-            model, params, memory.cache, inputs, _clean(inputs), documents, 1, window
-        )
-        return logits, CausalMemory(append(memory.cache, new, documents), documents[:, -1])
+        cache, level = memory.cache, _clean(inputs)
+        logits, new = _run_cached(model, params, cache, inputs, level, documents, 1, window)
+        return logits, CausalMemory(append(cache, new, documents), documents[:, -1])
 
     def append_tokens(params, memory, tokens, documents) -> CausalMemory:
         return run(params, memory, shift_right(tokens, start_token, documents), documents)[1]
@@ -324,35 +265,115 @@ def cached_causal_decoder(
     return CausalDecoder(init, append_tokens, step)
 
 
-def recomputing_causal_decoder(apply_fn: Callable[..., Array]) -> CausalDecoder:
-    """Decoding with any autoregressive network, without a cache: every step runs the whole row.
-
-    Args:
-        apply_fn: as :func:`causal_apply` returns it, such as a network of one's own.
-    """
-
-    def init(num_rows: int, length: int) -> WrittenRow:
-        row = jnp.zeros((num_rows, length), jnp.int32)
-        return WrittenRow(row, row, jnp.zeros((), jnp.int32))
-
-    def append_tokens(params, row, tokens, documents) -> WrittenRow:
-        del params
-        width = tokens.shape[-1]
-        return WrittenRow(
-            row.tokens.at[:, :width].set(tokens),
-            row.documents.at[:, :width].set(documents),
-            jnp.asarray(width, jnp.int32),
-        )
-
-    def step(params, row, previous, documents) -> tuple[Array, WrittenRow]:
-        place = row.written
-        known = row.tokens.at[:, jnp.maximum(place - 1, 0)].set(previous)
-        row = WrittenRow(known, row.documents.at[:, place].set(documents), place + 1)
-        every = apply_fn(params, row.tokens, None, row.documents)
-        return jax.lax.dynamic_index_in_dim(every, place, axis=1, keepdims=False), row
-
-    return CausalDecoder(init, append_tokens, step)
+def _run_cached(
+    model: Transformer,
+    params: PyTree,
+    cache: KeyValueCache,
+    tokens: Array,
+    logsnr: Array | None,
+    documents: Array,
+    block_size: int,
+    window: int | None,
+    estimate: Array | None = None,
+) -> tuple[Array, KeyValues]:
+    """Logits [N, Q, K] and keys and values of the next tokens, block-causal over the cache."""
+    positions = cache.written + jnp.arange(tokens.shape[-1])
+    keys = jnp.concatenate([cached_positions(cache), positions])
+    key_documents = jnp.concatenate([cache.documents, documents], axis=-1)
+    mask = cached(positions, keys, documents, key_documents, block_size, window)
+    options = {"cached": cache.key_values, "estimate": estimate, "method": "attend"}
+    return model.apply(params, tokens, logsnr, positions, mask, **options)
 
 
 def _clean(tokens: Array) -> Array:
     return jnp.full((tokens.shape[0], 1), jnp.inf)
+
+
+# --- decoders of any network, without a cache ---------------------------------------------------
+
+
+class WrittenRow(NamedTuple):
+    """State of the recomputing decoders.
+
+    Attributes:
+        tokens: [N, L] int32, zero beyond what is written.
+        documents: [N, L] int32, likewise.
+        written: [] int32.
+    """
+
+    tokens: Array
+    documents: Array
+    written: Array
+
+
+def recomputing_block_decoder(apply_fn: Callable[..., Array], block_size: int) -> BlockDecoder:
+    """Block decoding of any block network, without a cache: every pass runs both whole rows.
+
+    Args:
+        apply_fn: as :func:`block_apply` returns it.
+        block_size: L'.
+
+    Raises:
+        ValueError: from ``init``, if L' does not divide the length.
+    """
+
+    def init(num_rows: int, length: int) -> WrittenRow:
+        check_blocks(length, block_size)
+        return _empty_row(num_rows, length)
+
+    def logits(params, row, tokens, logsnr, documents, estimate=None) -> Array:
+        noised, options = _write(row, tokens, documents), {}
+        if estimate is not None:
+            zeros = jnp.zeros((*row.tokens.shape, estimate.shape[-1]), estimate.dtype)
+            options = {"estimate": _put(zeros, estimate, row.written)}
+        inputs = jnp.concatenate([noised.tokens, row.tokens], axis=-1)
+        row_logits = apply_fn(params, inputs, logsnr, noised.documents, **options)
+        return jax.lax.dynamic_slice_in_dim(row_logits, row.written, block_size, axis=1)
+
+    def append_blocks(params, row, tokens, documents) -> WrittenRow:
+        del params
+        check_blocks(tokens.shape[-1], block_size)
+        return _write(row, tokens, documents)
+
+    def take(row: WrittenRow, rows: Array) -> WrittenRow:
+        return WrittenRow(row.tokens[rows], row.documents[rows], row.written)
+
+    return BlockDecoder(block_size, init, logits, append_blocks, take)
+
+
+def recomputing_causal_decoder(apply_fn: Callable[..., Array]) -> CausalDecoder:
+    """Decoding of any autoregressive network, without a cache: every step runs the whole row.
+
+    Args:
+        apply_fn: as :func:`causal_apply` returns it.
+    """
+
+    def append_tokens(params, row, tokens, documents) -> WrittenRow:
+        del params
+        return _write(row, tokens, documents)
+
+    def step(params, row, previous, documents) -> tuple[Array, WrittenRow]:
+        position = row.written
+        tokens = row.tokens.at[:, jnp.maximum(position - 1, 0)].set(previous)
+        row = WrittenRow(tokens, row.documents.at[:, position].set(documents), position + 1)
+        logits = apply_fn(params, row.tokens, None, row.documents)
+        return jax.lax.dynamic_index_in_dim(logits, position, axis=1, keepdims=False), row
+
+    return CausalDecoder(_empty_row, append_tokens, step)
+
+
+def _empty_row(num_rows: int, length: int) -> WrittenRow:
+    row = jnp.zeros((num_rows, length), jnp.int32)
+    return WrittenRow(row, row, jnp.zeros((), jnp.int32))
+
+
+def _write(row: WrittenRow, tokens: Array, documents: Array) -> WrittenRow:
+    return WrittenRow(
+        _put(row.tokens, tokens, row.written),
+        _put(row.documents, documents, row.written),
+        row.written + tokens.shape[-1],
+    )
+
+
+def _put(row: Array, values: Array, position: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(row, values, position, axis=1)

@@ -1,9 +1,7 @@
-"""Building blocks of the networks: products with float32 accumulation, norms, rotary positions.
+"""Building blocks of the networks: linear layers, norms, rotary embedding, rematerialisation.
 
-Every parameter carries logical axis names, which ``mdm_jax.training.sharding`` maps to mesh axes:
-``vocab``, ``embed`` (the residual width), ``heads`` (heads times head size), ``mlp``, ``layers``.
-
-What the backward pass computes anew instead of keeping it from the forward pass.
+Every parameter carries logical axis names, which ``mdm_jax.sharding`` maps to mesh axes: ``vocab``,
+``embed`` (the residual width), ``heads`` (heads times head size), ``mlp``, ``layers``.
 """
 
 import math
@@ -20,15 +18,11 @@ from mdm_jax.types import Array
 
 Initializer = Callable[..., Array]
 KERNEL_INIT: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-"""Of a kernel whose outputs have the variance of its inputs."""
+"""Gives a kernel whose outputs have the variance of its inputs."""
 
 
 class Linear(nn.Module):
-    """``x W (+ b)`` with operands in ``dtype`` and a float32 result, as are the gradients' sums.
-
-    Asking for float32 accumulation is both the accurate and the fast choice for bfloat16: units
-    that multiply it accumulate in float32 anyway.
-    """
+    """``x W (+ b)`` with operands in ``dtype`` and float32 accumulation in both passes."""
 
     features: int
     axes: tuple[str, str]
@@ -39,13 +33,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
-            self.param_dtype,
-        )
-        # What the backward pass keeps is x in the operands' dtype, and no copy of the kernel.
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        # The backward pass keeps x in the operands' dtype, and no copy of the kernel.
         y = product("...i,io->...o", x.astype(self.dtype), kernel, self.dtype)
         if not self.use_bias:
             return y
@@ -55,7 +45,7 @@ class Linear(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel of a :class:`Linear` alone, for products that take several at a time."""
+    """The kernel of a :class:`Linear` alone, for products that combine several."""
 
     shape: tuple[int, int]
     axes: tuple[str, str]
@@ -70,7 +60,7 @@ class Kernel(nn.Module):
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last axis, computed in float32, with a learned scale.
 
-    ``kind`` is "rms" or "layer"; ``learned`` False leaves the scale to a conditioning network;
+    ``kind`` is "rms" or "layer"; ``learned=False`` leaves the scale to a conditioning network;
     ``axes`` names the scale's logical axis.
     """
 
@@ -92,70 +82,38 @@ class Norm(nn.Module):
         return x * _last_axis(scale, x)
 
 
-class Rotation(NamedTuple):
-    """Rotary positions as sines and cosines, [1 or N, L, 1, D/2] for heads of size D."""
+def _last_axis(vector: Array, like: Array) -> Array:
+    return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+class Rotary(NamedTuple):
+    """Sines and cosines of a rotary embedding, [1 or N, L, 1, D/2] for heads of size D."""
 
     sin: Array
     cos: Array
 
 
-def rotation(positions: Array | np.ndarray, size: int, base: float = 10_000.0) -> Rotation:
-    """Rotary position embedding (Su et al. 2021) of some positions.
+def rotary_embedding(positions: Array | np.ndarray, size: int, base: float = 10_000.0) -> Rotary:
+    """Rotary position embedding (Su et al. 2021) of integer positions [L] or [N, L].
 
-    Args:
-        positions: [L] or [N, L] integers. Of a NumPy array the result is one, a constant of the
-            program; a CPU would compute it anew for every element of every layer otherwise.
-        size: D, of a head, even.
-        base: wavelength base.
+    For a NumPy array the tables are NumPy arrays, constants of the program; a CPU would otherwise
+    compute them anew for every element of every layer. ``size`` is D of a head, even.
     """
     xp = np if isinstance(positions, np.ndarray) else jnp
     half = size // 2
     frequency = xp.float32(base) ** (-xp.arange(half, dtype=xp.float32) / half)
-    angle = positions[..., None].astype(xp.float32) * frequency.reshape(
-        (1,) * positions.ndim + (-1,)
-    )
+    frequency = frequency.reshape((1,) * positions.ndim + (-1,))
+    angle = positions[..., None].astype(xp.float32) * frequency
     angle = angle.reshape((-1, angle.shape[-2], 1, half))
-    return Rotation(xp.sin(angle), xp.cos(angle))
+    return Rotary(xp.sin(angle), xp.cos(angle))
 
 
-def rotate(x: Array, by: Rotation) -> Array:
-    """Queries or keys [N, L, H, D] turned by :func:`rotation`."""
+def apply_rotary(x: Array, rotary: Rotary) -> Array:
+    """Queries or keys [N, L, H, D] rotated by :func:`rotary_embedding`."""
     half = x.shape[-1] // 2
-    sin, cos = (jnp.asarray(each, x.dtype) for each in by)
+    sin, cos = (jnp.asarray(table, x.dtype) for table in rotary)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-@jax.custom_jvp
-def gelu(x: Array) -> Array:
-    """``x Phi(x)`` by its approximation with tanh (Hendrycks & Gimpel 2016), as ``jax.nn.gelu``.
-
-    The backward pass keeps ``x`` alone. It spells the tanh out as a logistic function and back,
-    since a compiler that finds the same expression in both passes would keep its result too.
-    """
-    return x * jax.nn.sigmoid(2 * _gelu_argument(x))
-
-
-@gelu.defjvp
-def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (change,) = primals, tangents
-    tanh = jnp.tanh(_gelu_argument(x))
-    inner = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * jnp.square(x))
-    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - jnp.square(tanh)) * inner
-    return gelu(x), change * slope
-
-
-def logsnr_features(logsnr: Array, width: int) -> Array:
-    """Sinusoidal features of a log signal-to-noise ratio, [..., width] from [...].
-
-    The input is clipped to [-20, 20], where both rates are within 2e-9 of 0 and 1; so the ends
-    of a sampling grid, which are infinite, are as good as any other level.
-    """
-    half = width // 2
-    frequency = jnp.exp(jnp.linspace(jnp.log(0.05), jnp.log(8.0), half))
-    level = jnp.clip(logsnr.astype(jnp.float32), -20.0, 20.0)[..., None]
-    angle = level * frequency.reshape((1,) * logsnr.ndim + (-1,))
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
@@ -165,38 +123,61 @@ def _gelu_argument(x: Array) -> Array:
     return _GELU_SCALE * (x + _GELU_CUBIC * x**3)
 
 
-def _last_axis(vector: Array, like: Array) -> Array:
-    return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """``x Phi(x)`` by the tanh approximation (Hendrycks & Gimpel 2016), as ``jax.nn.gelu``.
+
+    The backward pass keeps ``x`` alone. The forward pass writes the tanh as a logistic function: a
+    compiler that finds the same expression in both passes would keep its result too.
+    """
+    return x * jax.nn.sigmoid(2 * _gelu_argument(x))
 
 
-def _products(primitive, *_, **__) -> bool:
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    tanh = jnp.tanh(_gelu_argument(x))
+    inner = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * jnp.square(x))
+    derivative = 0.5 * (1 + tanh) + 0.5 * x * (1 - jnp.square(tanh)) * inner
+    return gelu(x), tangent * derivative
+
+
+def logsnr_features(logsnr: Array, width: int) -> Array:
+    """Sinusoidal features [..., width] of log signal-to-noise ratios [...].
+
+    The input is clipped to [-20, 20], where both rates are within 2e-9 of 0 and 1, so infinite
+    levels (the ends of a sampling grid) are valid.
+    """
+    frequency = jnp.exp(jnp.linspace(jnp.log(0.05), jnp.log(8.0), width // 2))
+    level = jnp.clip(logsnr.astype(jnp.float32), -20.0, 20.0)[..., None]
+    angle = level * frequency.reshape((1,) * logsnr.ndim + (-1,))
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def _is_product(primitive, *_, **__) -> bool:
     return primitive in (jax.lax.dot_general_p, product_p)
 
 
-def _products_without_batch(primitive, *_, **params) -> bool:
+def _is_product_without_batch(primitive, *_, **params) -> bool:
     dimensions = params.get("dimension_numbers", params.get("dimensions"))
-    return _products(primitive) and dimensions[1] == ((), ())
+    return _is_product(primitive) and dimensions[1] == ((), ())
 
 
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": _products,
-    "dots_without_batch": _products_without_batch,
+    "dots": _is_product,
+    "dots_without_batch": _is_product_without_batch,
 }
-"""By name, what is kept of a block. "none": everything that is needed; "full": its input alone, so
-the whole block runs again; "dots": the results of all products; "dots_without_batch": of those with
-weights, so that attention and all elementwise functions run again.
-"""
+"""Rematerialisation: what a block keeps for its backward pass. "none": everything needed; "full":
+its input alone; "dots": the results of all products; "dots_without_batch": of those with weights,
+so attention and elementwise functions are recomputed."""
 
 
 def rematerialised(module: type[nn.Module], name: str, scanned: bool = False) -> type[nn.Module]:
-    """The same module under a policy: equal values and gradients, less memory, more products.
+    """The module class under a policy of ``POLICIES``: equal values, less memory, more compute.
 
-    Args:
-        module: class of a module.
-        name: of ``POLICIES``.
-        scanned: it is the body of a scan, which by itself keeps the two passes apart.
+    ``scanned`` says that it is the body of a scan, which already separates the two passes.
     """
     if name == "none":
         return module

@@ -1,8 +1,7 @@
-"""Matrix products with narrow operands and wide sums, in the forward *and* the backward pass.
+"""Einsum of two operands in bfloat16 with float32 accumulation, forward *and* backward.
 
-``jnp.einsum`` with ``preferred_element_type=float32`` does half of it: its backward products take
-the float32 cotangent against a bfloat16 operand and so run in float32, outside the units that
-multiply bfloat16. Here the cotangent is rounded to the operands' dtype first; sums stay float32.
+``jnp.einsum`` with ``preferred_element_type=float32`` multiplies a float32 cotangent in its
+backward pass. Here the cotangent is rounded to the operands' dtype first; sums stay float32.
 """
 
 import functools
@@ -20,15 +19,14 @@ Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...
 
 
 def product(spec: str, left: Array, right: Array, dtype: jnp.dtype | None = None) -> Array:
-    """``einsum(spec, left, right)`` with operands rounded to ``dtype`` and a wide result.
+    """``einsum(spec, left, right)`` with operands rounded to ``dtype`` and a float32 result.
 
-    Gradients come in the dtype of the operand they belong to, so float32 weights get float32
-    gradients from bfloat16 products. Everything that ``einsum`` supports works: forward and
-    reverse mode, ``vmap``, ``scan``, sharding.
+    Gradients have the dtype of their operand: float32 weights get float32 gradients from bfloat16
+    products. Supports forward and reverse mode, ``vmap``, ``scan`` and sharding.
 
     Args:
-        spec: as in "nhqd,nhkd->nhqk": every letter once in each of two of the three places, or in
-            all three; "..." may stand for leading axes of ``left`` and the result.
+        spec: as in "nhqd,nhkd->nhqk": each letter once in two of the three terms, or in all three;
+            "..." stands for leading axes of ``left`` and the result.
         left, right: the operands.
         dtype: of the multiplication; None for that of ``left``.
 
@@ -48,10 +46,13 @@ def product(spec: str, left: Array, right: Array, dtype: jnp.dtype | None = None
         raise ValueError(
             f"a product sums over letters that both operands have and keeps the others, got {spec}"
         )
-    places = [tuple(side.index(x) for x in group) for group in (summed, batch) for side in (a, b)]
-    dimensions = (tuple(places[:2]), tuple(places[2:]))
+    dimensions = tuple(
+        tuple(tuple(term.index(x) for x in letters) for term in (a, b))
+        for letters in (summed, batch)
+    )
     result = product_p.bind(left, right, dimensions=dimensions, dtype=dtype)
-    return _ordered(result, batch + free, out)
+    order = [(batch + free).index(letter) for letter in out]
+    return result if order == sorted(order) else jnp.transpose(result, order)
 
 
 def _letters(spec: str, ndim: int) -> tuple[str, str, str]:
@@ -65,24 +66,16 @@ def _letters(spec: str, ndim: int) -> tuple[str, str, str]:
     return a, b, out
 
 
-def _ordered(x: Array, have: list[str], want: str) -> Array:
-    order = [have.index(letter) for letter in want]
-    return x if order == sorted(order) else jnp.transpose(x, order)
-
-
-def _multiply(left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype) -> Array:
+def _multiply(left: Array, right: Array, *, dimensions: Dimensions, dtype) -> Array:
     wide = jnp.promote_types(dtype, jnp.float32)
-    return lax.dot_general(
-        left.astype(dtype), right.astype(dtype), dimensions, preferred_element_type=wide
-    )
+    left, right = left.astype(dtype), right.astype(dtype)
+    return lax.dot_general(left, right, dimensions, preferred_element_type=wide)
 
 
-def _multiply_on_cpu(
-    left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype
-) -> Array:
-    # The CPU's fast kernels want the summed axes of the left operand last, as they are in a forward
-    # pass. Gradients of weights, keys and values sum over leading axes: the smaller operand is
-    # transposed and put first. Without the barriers the compiler would fold that into the product.
+def _multiply_on_cpu(left: Array, right: Array, *, dimensions: Dimensions, dtype) -> Array:
+    # The CPU's fast kernels need the summed axes of the left operand last, as in a forward pass.
+    # Gradients of weights, keys and values sum over leading axes: the smaller operand is transposed
+    # and put first. The barriers keep the compiler from folding the transpose into the product.
     (left_sum, right_sum), (left_batch, right_batch) = dimensions
     if set(left_sum) == set(range(left.ndim - len(left_sum), left.ndim)):
         return _multiply(left, right, dimensions=dimensions, dtype=dtype)
@@ -105,12 +98,9 @@ def _multiply_on_cpu(
     return jnp.transpose(y, [*batch, *range(split, y.ndim), *range(len(batch), split)])
 
 
-def _shape(
-    left: Array, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype
-) -> jax.core.ShapedArray:
-    out = jax.eval_shape(
-        functools.partial(_multiply, dimensions=dimensions, dtype=dtype), left, right
-    )
+def _shape(left, right, *, dimensions: Dimensions, dtype) -> jax.core.ShapedArray:
+    multiply = functools.partial(_multiply, dimensions=dimensions, dtype=dtype)
+    out = jax.eval_shape(multiply, left, right)
     return jax.core.ShapedArray(out.shape, out.dtype)
 
 
@@ -118,64 +108,60 @@ def _free(ndim: int, *used: tuple[int, ...]) -> list[int]:
     return [axis for axis in range(ndim) if not any(axis in group for group in used)]
 
 
-def _left_slope(
-    slope: Array, left, right: Array, *, dimensions: Dimensions, dtype: jnp.dtype
-) -> Array:
+def _left_gradient(cotangent, left, right: Array, *, dimensions: Dimensions, dtype) -> Array:
     (left_sum, right_sum), (left_batch, right_batch) = dimensions
     left_ndim, batch = len(left.aval.shape), tuple(range(len(left_batch)))
     left_free = _free(left_ndim, left_sum, left_batch)
     right_free = _free(right.ndim, right_sum, right_batch)
-    last = tuple(range(slope.ndim - len(right_free), slope.ndim))
+    last = tuple(range(cotangent.ndim - len(right_free), cotangent.ndim))
     back = ((last, tuple(right_free)), (batch, right_batch))
-    result = product_p.bind(slope, right, dimensions=back, dtype=dtype)
+    result = product_p.bind(cotangent, right, dimensions=back, dtype=dtype)
     # Now [batch, free axes of left, summed axes in the order of right].
     summed = [left_sum[right_sum.index(axis)] for axis in sorted(right_sum)]
     order = np.argsort([*left_batch, *left_free, *summed])
     return jnp.transpose(result, order).astype(left.aval.dtype)
 
 
-def _right_slope(
-    slope: Array, left: Array, right, *, dimensions: Dimensions, dtype: jnp.dtype
-) -> Array:
+def _right_gradient(cotangent, left: Array, right, *, dimensions: Dimensions, dtype) -> Array:
     (left_sum, right_sum), (left_batch, right_batch) = dimensions
     right_ndim, batch = len(right.aval.shape), tuple(range(len(left_batch)))
     left_free = _free(left.ndim, left_sum, left_batch)
     right_free = _free(right_ndim, right_sum, right_batch)
     middle = tuple(range(len(batch), len(batch) + len(left_free)))
     back = ((tuple(left_free), middle), (left_batch, batch))
-    result = product_p.bind(left, slope, dimensions=back, dtype=dtype)
+    result = product_p.bind(left, cotangent, dimensions=back, dtype=dtype)
     # Now [batch, summed axes in the order of left, free axes of right].
     summed = [right_sum[left_sum.index(axis)] for axis in sorted(left_sum)]
     order = np.argsort([*right_batch, *summed, *right_free])
     return jnp.transpose(result, order).astype(right.aval.dtype)
 
 
-def _batched(operands, axes, *, dimensions: Dimensions, dtype: jnp.dtype) -> tuple[Array, int]:
+def _batched(operands, axes, *, dimensions: Dimensions, dtype) -> tuple[Array, int]:
     # The new axis comes first; a free axis of one operand, or a batch axis of both.
     mapped = [axis is not None for axis in axes]
     left, right = (
-        jnp.moveaxis(x, axis, 0) if here else x for x, axis, here in zip(operands, axes, mapped)
+        jnp.moveaxis(x, axis, 0) if is_mapped else x
+        for x, axis, is_mapped in zip(operands, axes, mapped)
     )
-    shifted = tuple(
-        tuple(tuple(d + here for d in group) for group, here in zip(pair, mapped))
+    sums, (left_batch, right_batch) = (
+        tuple(tuple(d + shift for d in axes) for axes, shift in zip(pair, mapped))
         for pair in dimensions
     )
-    (sums, (left_batch, right_batch)) = shifted
     if all(mapped):
-        batches, place = ((0, *left_batch), (0, *right_batch)), 0
+        batches, out_axis = ((0, *left_batch), (0, *right_batch)), 0
     else:
-        batches, place = (left_batch, right_batch), len(left_batch)
+        batches, out_axis = (left_batch, right_batch), len(left_batch)
         if mapped[1]:
-            place += len(_free(left.ndim, sums[0], left_batch))
-    return product_p.bind(left, right, dimensions=(sums, batches), dtype=dtype), place
+            out_axis += len(_free(left.ndim, sums[0], left_batch))
+    return product_p.bind(left, right, dimensions=(sums, batches), dtype=dtype), out_axis
 
 
 product_p = Primitive("product")
-"""The bilinear primitive under :func:`product`, known to rematerialisation policies."""
+"""The bilinear primitive under :func:`product`; rematerialisation policies test for it."""
 
 product_p.def_impl(_multiply)
 product_p.def_abstract_eval(_shape)
-ad.defbilinear(product_p, _left_slope, _right_slope)
+ad.defbilinear(product_p, _left_gradient, _right_gradient)
 batching.primitive_batchers[product_p] = _batched
 mlir.register_lowering(product_p, mlir.lower_fun(_multiply, multiple_results=False))
 mlir.register_lowering(

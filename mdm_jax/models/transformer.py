@@ -1,33 +1,19 @@
-"""Shape and arithmetic of a transformer.
-
-The blocks of a transformer: attention over new and cached tokens, feed-forward, conditioning.
-
-A pre-norm transformer for discrete diffusion: bidirectional, in blocks, or causal.
-"""
+"""A pre-norm transformer for discrete diffusion: bidirectional, block-causal or causal."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.models import attention as models_attention
+from mdm_jax.models import attention as attentions
 from mdm_jax.models import layers
-from mdm_jax.models.attention import attention
 from mdm_jax.models.cross_entropy import Projection, Readout
-from mdm_jax.models.layers import (
-    Kernel,
-    Linear,
-    Norm,
-    Rotation,
-    gelu,
-    logsnr_features,
-    rematerialised,
-    rotate,
-    rotation,
-)
+from mdm_jax.models.kv_cache import KeyValues
+from mdm_jax.models.layers import Kernel, Linear, Norm, Rotary, rematerialised
 from mdm_jax.models.masks import AnyRule, within_documents
 from mdm_jax.models.products import product
 from mdm_jax.sharding import constrain
@@ -36,7 +22,7 @@ from mdm_jax.types import Array
 _CHOICES = {
     "norm": ("rms", "layer"),
     "mlp": ("gelu", "swiglu"),
-    "attention": models_attention.CHOICES,
+    "attention": attentions.CHOICES,
     "remat": tuple(layers.POLICIES),
 }
 
@@ -50,28 +36,27 @@ class TransformerConfig:
         width: residual width, divisible by ``num_heads`` into an even head size.
         depth: number of blocks.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the feed-forward layer over ``width`` (for "swiglu" the hidden
-            width is taken times 2/3, so that the parameter counts agree).
+        mlp_ratio: hidden width of the feed-forward layer over ``width`` (times 2/3 for "swiglu", so
+            that the parameter counts agree).
         norm: "rms" or "layer".
         mlp: "gelu" or "swiglu".
         condition_on_logsnr: adaptive norms and gates driven by the noise level (adaLN-zero, Peebles
             & Xie 2022). Off by default: the masked bound's optimum does not need the level.
         tie_embeddings: use the embedding matrix as the output projection.
-        scan_layers: one compiled block scanned over depth; compiles faster, runs slower on CPUs.
+        scan_layers: scan one compiled block over depth; compiles faster, runs slower on CPUs.
         qk_norm: RMS norms on queries and keys (Henry et al. 2020), which keep attention from
             saturating at high learning rates.
-        rope_base: wavelength base of the rotary positions.
-        learned_positions: longest row for which every position has a learned vector, added to its
-            token's; 0 for none. Rotary positions tell how far apart two tokens are and nothing
-            else; grids and other fixed layouts are learnt sooner with both.
-        self_conditioning: takes an earlier estimate of the clean tokens as a second input (Chen et
+        rope_base: wavelength base of the rotary embedding.
+        learned_positions: longest row with a learned vector per position, added to the token's; 0
+            for none. Rotary embeddings hold distances alone; fixed layouts such as grids are learnt
+            sooner with both.
+        self_conditioning: take an earlier estimate of the clean tokens as a second input (Chen et
             al. 2022, Analog Bits), through the embedding table and a projection that starts at
             zero, so that a new network ignores it.
-        attention: name of an implementation (:mod:`mdm_jax.models.attention`); "auto" for the best
-            on the backend of the process.
-        remat: what the backward pass computes anew, block by block: "none", "full", "dots" or
-            "dots_without_batch" (:mod:`mdm_jax.models.rematerialisation`). On CPUs it needs
-            ``scan_layers``: their compiler merges the two passes of an unrolled block again.
+        attention: an implementation (``models.attention``); "auto" for the best on this backend.
+        remat: what the backward pass recomputes, block by block: "none", "full", "dots" or
+            "dots_without_batch" (``models.layers.POLICIES``). On CPUs it needs ``scan_layers``:
+            their compiler merges the two passes of an unrolled block again.
         dtype: of the operands of matrix products, in both passes; accumulation, softmax and norms
             are float32.
         param_dtype: of the parameters.
@@ -110,11 +95,16 @@ class TransformerConfig:
         if self.width % (2 * self.num_heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads} "
-                "(rotary positions need an even head size)"
+                "(the rotary embedding needs an even head size)"
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.width // self.num_heads
 
     @property
     def hidden(self) -> int:
@@ -126,54 +116,36 @@ class TransformerConfig:
 _ROWS, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of some tokens, [N, Q, H, D], or [depth, N, Q, H, D] of all layers.
-
-    Attributes:
-        keys: rotated to their position.
-        values: as they are.
-    """
-
-    keys: Array
-    values: Array
-
-
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions, over the tokens themselves and cached ones."""
+    """Multi-head attention with rotary embedding, over the tokens themselves and cached ones."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: AnyRule | Array | None, turn: Rotation, cached: KeyValues | None
+        self, x: Array, mask: AnyRule | Array | None, rotary: Rotary, cached: KeyValues | None
     ) -> tuple[Array, KeyValues]:
         c = self.config
-        shape = (*x.shape[:2], c.num_heads, c.width // c.num_heads)
         kernel = {"axes": ("embed", "heads"), "param_dtype": c.param_dtype}
         kernels = [
             Kernel((c.width, c.width), name=name, **kernel)() for name in ("query", "key", "value")
         ]
-        # One product: x is read once, and its slope is summed inside the product.
+        # One product: x is read once, and its gradient is summed inside the product.
         qkv = product("nli,ico->nlco", x.astype(c.dtype), jnp.stack(kernels, axis=1), c.dtype)
+        shape = (*x.shape[:2], c.num_heads, c.head_size)
         q, k, v = (qkv[:, :, i].reshape(shape) for i in range(3))
         if c.qk_norm:
             norm = {"axes": (None,), "param_dtype": c.param_dtype}
             q, k = Norm(name="query_norm", **norm)(q), Norm(name="key_norm", **norm)(k)
-        q, k = (rotate(a, turn).astype(c.dtype) for a in (q, k))
+        q, k = (layers.apply_rotary(a, rotary).astype(c.dtype) for a in (q, k))
         q, k, v = (constrain(a, *_HEADS) for a in (q, k, v.astype(c.dtype)))
-        own = everything = KeyValues(k, v)
+        new = key_values = KeyValues(k, v)
         if cached is not None:
-            everything = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), cached, own)
-        y = constrain(attention(q, *everything, mask, c.attention), *_HEADS)
-        out = Linear(
-            c.width,
-            axes=("heads", "embed"),
-            dtype=c.dtype,
-            param_dtype=c.param_dtype,
-            kernel_init=_residual_init(c),
-            name="out",
-        )
-        return out(y.reshape(x.shape)), own
+            key_values = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), cached, new)
+        y = attentions.attention(q, *key_values, mask, c.attention)
+        y = constrain(y, *_HEADS).reshape(x.shape)
+        out = _linear(c, c.width, ("heads", "embed"), "out", kernel_init=_residual_init(c))
+        return out(y), new
 
 
 class FeedForward(nn.Module):
@@ -184,21 +156,13 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        enter = {"axes": ("embed", "mlp"), "dtype": c.dtype, "param_dtype": c.param_dtype}
-        h = Linear(c.hidden, name="up", **enter)(x)
+        h = _linear(c, c.hidden, ("embed", "mlp"), "up")(x)
         if c.mlp == "swiglu":
-            h = jax.nn.silu(Linear(c.hidden, name="gate", **enter)(x)) * h
+            h = jax.nn.silu(_linear(c, c.hidden, ("embed", "mlp"), "gate")(x)) * h
         else:
-            h = gelu(h)
+            h = layers.gelu(h)
         h = constrain(h, "batch", None, "mlp")
-        return Linear(
-            c.width,
-            axes=("mlp", "embed"),
-            dtype=c.dtype,
-            param_dtype=c.param_dtype,
-            kernel_init=_residual_init(c),
-            name="down",
-        )(h)
+        return _linear(c, c.width, ("mlp", "embed"), "down", kernel_init=_residual_init(c))(h)
 
 
 class Block(nn.Module):
@@ -211,7 +175,7 @@ class Block(nn.Module):
         self,
         x: Array,
         mask: AnyRule | Array | None,
-        turn: Rotation,
+        rotary: Rotary,
         condition: Array | None,
         cached: KeyValues | None,
     ) -> tuple[Array, KeyValues]:
@@ -219,39 +183,23 @@ class Block(nn.Module):
         norm = {"kind": c.norm, "learned": condition is None, "param_dtype": c.param_dtype}
         attention, mlp = Attention(c, name="attention"), FeedForward(c, name="mlp")
         if condition is None:
-            y, own = attention(Norm(name="norm_1", **norm)(x), mask, turn, cached)
+            y, new = attention(Norm(name="norm_1", **norm)(x), mask, rotary, cached)
             x = x + y
-            return constrain(x + mlp(Norm(name="norm_2", **norm)(x)), *_ROWS), own
-        parts = _modulation(c, 6, condition, x.shape[1])
-        h = Norm(name="norm_1", **norm)(x) * (1 + parts[0]) + parts[1]
-        y, own = attention(h, mask, turn, cached)
-        x = x + parts[2] * y
-        h = Norm(name="norm_2", **norm)(x) * (1 + parts[3]) + parts[4]
-        return constrain(x + parts[5] * mlp(h), *_ROWS), own
+            return constrain(x + mlp(Norm(name="norm_2", **norm)(x)), *_ROWS), new
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = _modulation(c, 6, condition, x)
+        h = Norm(name="norm_1", **norm)(x) * (1 + scale_1) + shift_1
+        y, new = attention(h, mask, rotary, cached)
+        x = x + gate_1 * y
+        h = Norm(name="norm_2", **norm)(x) * (1 + scale_2) + shift_2
+        return constrain(x + gate_2 * mlp(h), *_ROWS), new
 
 
-def add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array | None) -> Array:
-    """Embedded tokens [N, L, width] plus the projected embedding of an estimate [N, L, K]."""
-    shape = (*x.shape[:-1], c.vocab_size)
-    if estimate is not None and not (c.self_conditioning and estimate.shape == shape):
-        raise ValueError(
-            f"an estimate of the clean tokens needs a config with self_conditioning (here "
-            f"{c.self_conditioning}) and the shape {shape}, got {estimate.shape}"
-        )
-    if not c.self_conditioning:
-        return x
-    if estimate is None:
-        embedded = jnp.zeros_like(x)
-    else:
-        embedded = product("nlk,kd->nld", estimate.astype(c.dtype), table, c.dtype)
-    return x + Linear(
-        c.width,
-        axes=("embed", "mlp"),
-        dtype=c.dtype,
-        param_dtype=c.param_dtype,
-        kernel_init=nn.initializers.zeros,
-        name="estimate",
-    )(embedded)
+class _ScanBlock(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, mask, rotary, condition, cached):
+        return Block(self.config, name="block")(x, mask, rotary, condition, cached)
 
 
 def run_blocks(
@@ -267,14 +215,13 @@ def run_blocks(
     Args:
         c: shape and arithmetic.
         x: [N, Q, width] embedded inputs.
-        mask: a rule (:mod:`mdm_jax.models.attention_masks`) or a boolean array [N or 1, 1, Q,
-            M + Q], where attention may look; None for everywhere.
-        positions: [Q] or [N, Q] for the rotary positions; in NumPy where they are known.
+        mask: a rule of ``models.masks`` or a boolean array [N or 1, 1, Q, M + Q]; None for none.
+        positions: [Q] or [N, Q] for the rotary embedding; in NumPy where they are known.
         condition: [N, S, width] from :func:`level_condition`, or None.
-        cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
+        cached: keys and values [depth, N, M, H, D] of earlier tokens, or None.
     """
     x = constrain(x, *_ROWS)
-    turn = rotation(positions, c.width // c.num_heads, c.rope_base)
+    rotary = layers.rotary_embedding(positions, c.head_size, c.rope_base)
     if c.scan_layers:
         scanned = nn.scan(
             rematerialised(_ScanBlock, c.remat, scanned=True),
@@ -284,19 +231,19 @@ def run_blocks(
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, key_values = scanned(c, name="blocks")(x, mask, turn, condition, cached)
+        x, key_values = scanned(c, name="blocks")(x, mask, rotary, condition, cached)
     else:
-        layers, block = [], rematerialised(Block, c.remat)
+        new, block = [], rematerialised(Block, c.remat)
         for i in range(c.depth):
-            before = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
-            x, own = block(c, name=f"block_{i}")(x, mask, turn, condition, before)
-            layers.append(own)
-        key_values = jax.tree.map(lambda *each: jnp.stack(each), *layers)
-    norm = Norm(c.norm, learned=condition is None, param_dtype=c.param_dtype, name="norm")
-    x = norm(x)
-    if condition is None:
+            layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
+            x, kv = block(c, name=f"block_{i}")(x, mask, rotary, condition, layer_cache)
+            new.append(kv)
+        key_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+    learned = condition is None
+    x = Norm(c.norm, learned=learned, param_dtype=c.param_dtype, name="norm")(x)
+    if learned:
         return x, key_values
-    scale, shift = _modulation(c, 2, condition, x.shape[1])
+    scale, shift = _modulation(c, 2, condition, x)
     return x * (1 + scale) + shift, key_values
 
 
@@ -312,67 +259,57 @@ def level_condition(c: TransformerConfig, logsnr: Array | None, length: int) -> 
             "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1], or "
             f"one per segment, logsnr [N, S] with S a divisor of {length}; got {shape}"
         )
-    project = {"dtype": c.dtype, "param_dtype": c.param_dtype, "use_bias": True}
-    h = logsnr_features(logsnr, c.width)
-    h = jax.nn.silu(Linear(c.width, axes=("embed", "mlp"), name="level_1", **project)(h))
-    return Linear(c.width, axes=("mlp", "embed"), name="level_2", **project)(h)
+    h = layers.logsnr_features(logsnr, c.width)
+    h = jax.nn.silu(_linear(c, c.width, ("embed", "mlp"), "level_1", use_bias=True)(h))
+    return _linear(c, c.width, ("mlp", "embed"), "level_2", use_bias=True)(h)
 
 
-class _ScanBlock(nn.Module):
-    config: TransformerConfig
+def _linear(
+    c: TransformerConfig, features: int, axes: tuple[str, str], name: str, **options: Any
+) -> Linear:
+    return Linear(
+        features, axes=axes, dtype=c.dtype, param_dtype=c.param_dtype, name=name, **options
+    )
 
-    @nn.compact
-    def __call__(self, x, mask, turn, condition, cached):
-        return Block(self.config, name="block")(x, mask, turn, condition, cached)
 
-
-def _modulation(c: TransformerConfig, parts: int, condition: Array, length: int) -> list[Array]:
+def _modulation(c: TransformerConfig, parts: int, condition: Array, x: Array) -> list[Array]:
     # Zero initialisation makes every conditioned block start as the identity.
-    modulation = Linear(
-        parts * c.width,
-        axes=("embed", "mlp"),
-        use_bias=True,
-        dtype=c.dtype,
-        param_dtype=c.param_dtype,
-        kernel_init=nn.initializers.zeros,
-        name="modulation",
-    )(jax.nn.silu(condition))
-    levels = condition.shape[1]
+    options = {"use_bias": True, "kernel_init": nn.initializers.zeros}
+    linear = _linear(c, parts * c.width, ("embed", "mlp"), "modulation", **options)
+    modulation, levels = linear(jax.nn.silu(condition)), condition.shape[1]
     if levels > 1:
-        modulation = jnp.repeat(modulation, length // levels, axis=1)
+        modulation = jnp.repeat(modulation, x.shape[1] // levels, axis=1)
     return jnp.split(modulation, parts, axis=-1)
 
 
-def _residual_init(c: TransformerConfig):
+def _residual_init(c: TransformerConfig) -> Callable[..., Array]:
     # Each of the 2 * depth residual branches adds the same share of the final variance.
-    scale = 1.0 / (2 * c.depth)
-    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+    return nn.initializers.variance_scaling(1 / (2 * c.depth), "fan_in", "truncated_normal")
 
 
 class Transformer(nn.Module):
     """Bidirectional transformer: ``apply(params, inputs, logsnr, documents) -> logits``.
 
-    :meth:`attend` runs the same parameters under any attention mask and against a cache, which is
-    what block diffusion and autoregressive models do (``models.block_apply``,
-    ``models.causal_apply``). :meth:`readout` and :meth:`attend_readout` stop before the logits,
-    for losses that want few of them (``models.readout_apply``).
+    :meth:`attend` runs the same parameters under any attention mask and with a KV cache (block and
+    autoregressive models, ``models.decoders``). :meth:`readout` and :meth:`attend_readout` stop
+    before the logits, for losses that need few of them (``models.readout_apply``).
 
     Args of the call:
         inputs: [N, L] int32 tokens, mask token included.
         logsnr: [N, S] noise levels of S contiguous segments of equal length (1 for the whole row);
             read only if the config conditions on them.
-        documents: [N, L] int32 document numbers, 0 for padding; None for one whole document.
+        documents: [N, L] int32 document numbers, 0 for padding; None for a single document.
         estimate: [N, L, K] probabilities of an earlier estimate of the clean tokens, for a config
             with self_conditioning; None (or zeros) for no estimate. Parameters are the same.
 
     Returns:
-        [N, L, K] float32 logits. Whoever takes a softmax excludes the mask token
+        [N, L, K] float32 logits; a softmax must exclude the mask token
         (``corruption.exclude_token``).
 
     Raises:
-        ValueError: for an estimate of another shape, or one that the config does not ask for; for
-            levels that are missing or do not divide the row, if the config conditions on them; for
-            rows longer than the config's learned positions.
+        ValueError: for an estimate of another shape or without self_conditioning; for levels that
+            are missing or do not divide the row, if the config conditions on them; for rows longer
+            than the config's learned positions.
     """
 
     config: TransformerConfig
@@ -393,14 +330,14 @@ class Transformer(nn.Module):
         documents: Array | None = None,
         estimate: Array | None = None,
     ) -> Readout:
-        """A call whose logits are still to be computed."""
+        """The call, up to the last product."""
         mask = None if documents is None else within_documents(documents)
         positions = np.arange(inputs.shape[-1])
         return self.attend_readout(inputs, logsnr, positions, mask, estimate=estimate)[0]
 
-    def attend(self, *inputs: Array | None, **further) -> tuple[Array, KeyValues]:
+    def attend(self, *args: Array | None, **options) -> tuple[Array, KeyValues]:
         """:meth:`attend_readout` with logits [N, num_outputs, K] float32 for the readout."""
-        readout, key_values = self.attend_readout(*inputs, **further)
+        readout, key_values = self.attend_readout(*args, **options)
         return readout.logits(), key_values
 
     @nn.compact
@@ -409,26 +346,26 @@ class Transformer(nn.Module):
         inputs: Array,
         logsnr: Array | None,
         positions: Array,
-        mask: Array | None,
+        mask: AnyRule | Array | None,
         cached: KeyValues | None = None,
         estimate: Array | None = None,
         num_outputs: int | None = None,
     ) -> tuple[Readout, KeyValues]:
-        """Runs tokens at given positions, which may look at each other and at cached ones.
+        """Run tokens at given positions, which may attend to each other and to cached ones.
 
         Args:
             inputs: [N, Q] int32 tokens.
             logsnr: [N, S] noise levels of S contiguous segments of equal length, or None.
-            positions: [Q] or [N, Q] integer positions in the row, for the rotary embedding.
-            mask: [N or 1, 1, Q, M + Q] bool, where a query may look: at M cached tokens, then at
-                the Q new ones (:mod:`mdm_jax.models.attention_masks`); None for everywhere.
-            cached: keys and values [depth, N, M, H, D] of tokens that went before, or None.
+            positions: [Q] or [N, Q] integer positions in the row.
+            mask: a rule of ``models.masks`` or a boolean array [N or 1, 1, Q, M + Q] over M cached
+                tokens, then the Q new ones; None for none.
+            cached: keys and values [depth, N, M, H, D] of earlier tokens, or None.
             estimate: [N, Q, K], as in a call.
-            num_outputs: the readout is that of the first so many of the Q places only.
+            num_outputs: number of leading positions whose readout is returned; None for all.
 
         Returns:
-            Readout of [N, num_outputs] places, and the keys and values of the new tokens
-            [depth, N, Q, H, D]. Whichever of the two is not used costs nothing under jit.
+            Readout of [N, num_outputs] positions, and the keys and values of the new tokens
+            [depth, N, Q, H, D]. Under jit an unused one costs nothing.
 
         Raises:
             ValueError: as a call.
@@ -439,7 +376,7 @@ class Transformer(nn.Module):
         x = jnp.take(table, inputs, axis=0).astype(jnp.float32)
         if c.learned_positions:
             x = x + _LearnedPositions(c, name="positions")(positions)
-        x = add_estimate(c, x, table, estimate)
+        x = _add_estimate(c, x, table, estimate)
         condition = None
         if c.condition_on_logsnr:
             condition = level_condition(c, logsnr, inputs.shape[-1])
@@ -448,6 +385,24 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             table = _Head(c, name="head")()
         return Readout(x, table, Projection(c.tie_embeddings, c.dtype)), key_values
+
+
+def _add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array | None) -> Array:
+    """Embedded tokens [N, L, width] plus the projected embedding of an estimate [N, L, K]."""
+    shape = (*x.shape[:-1], c.vocab_size)
+    if estimate is not None and not (c.self_conditioning and estimate.shape == shape):
+        raise ValueError(
+            f"an estimate of the clean tokens needs a config with self_conditioning (here "
+            f"{c.self_conditioning}) and the shape {shape}, got {estimate.shape}"
+        )
+    if not c.self_conditioning:
+        return x
+    if estimate is None:
+        embedded = jnp.zeros_like(x)
+    else:
+        embedded = product("nlk,kd->nld", estimate.astype(c.dtype), table, c.dtype)
+    zeros = nn.initializers.zeros
+    return x + _linear(c, c.width, ("embed", "mlp"), "estimate", kernel_init=zeros)(embedded)
 
 
 class _LearnedPositions(nn.Module):
@@ -463,9 +418,9 @@ class _LearnedPositions(nn.Module):
         if isinstance(positions, np.ndarray) and positions.max() >= c.learned_positions:
             raise ValueError(
                 f"a row of {positions.max() + 1} tokens is longer than learned_positions="
-                f"{c.learned_positions}; raise that, or set it to 0 for rotary positions alone"
+                f"{c.learned_positions}; raise that, or set it to 0 for the rotary embedding alone"
             )
-        # Traced positions beyond the table are NaN, which the loss shows at once.
+        # Traced positions beyond the table give NaN, which the loss shows at once.
         vectors = jnp.take(table, positions, axis=0).astype(jnp.float32)
         return vectors if positions.ndim == 2 else vectors[None]
 

@@ -11,7 +11,7 @@ from variants import slow_except
 
 from mdm_jax import sharding
 from mdm_jax.models import attention as attentions
-from mdm_jax.models import attention_kernels, attention_splash, masks
+from mdm_jax.models import attention_kernels, masks
 from mdm_jax.models.attention import attention
 from mdm_jax.sharding import sharded_apply
 
@@ -253,8 +253,8 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch):
     assert obstacle(odd, odd, masks.as_rule(None, 5, 5)) is None
     on(monkeypatch, "tpu")
     dense, x = masks.as_rule(jnp.ones((1, 1, 128, 128), bool), 128, 128), shapes(128)
-    assert "not a boolean array" in attention_splash.splash_obstacle(x, x, dense)
-    assert "in multiples of 128" in attention_splash.splash_obstacle(
+    assert "not a boolean array" in attention_kernels.splash_obstacle(x, x, dense)
+    assert "in multiples of 128" in attention_kernels.splash_obstacle(
         shapes(64), shapes(64), masks.causal(64)
     )
 
@@ -267,15 +267,15 @@ def test_splash_reads_the_pattern_in_tiles(rule_name):
     rule = RULES[rule_name]()
     if not isinstance(rule, masks.Rule):
         pytest.skip("no static pattern")
-    mask = attention_splash.PatternMask(rule.pattern)
+    mask = attention_kernels.pattern_mask(rule.pattern)
     whole = np.asarray(masks.Rule(rule.pattern, None).dense())[0, 0]
     assert mask.shape == whole.shape
     np.testing.assert_array_equal(mask[4:8, 0:12], whole[4:8, 0:12])
     np.testing.assert_array_equal(mask[:, 5:9], whole[:, 5:9])
     again = RULES[rule_name]()
-    other = attention_splash.PatternMask(masks.causal(LENGTH, 9).pattern)
-    assert mask == attention_splash.PatternMask(again.pattern) and mask != other
-    assert hash(mask) == hash(attention_splash.PatternMask(again.pattern))
+    other = attention_kernels.pattern_mask(masks.causal(LENGTH, 9).pattern)
+    assert mask == attention_kernels.pattern_mask(again.pattern) and mask != other
+    assert hash(mask) == hash(attention_kernels.pattern_mask(again.pattern))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_splash_agrees_with_products(kind):
 
         return run(rule, *given)
 
-    splash = both(functools.partial(attention_splash.splash_attention, interpret=True))
+    splash = both(functools.partial(attention_kernels.splash_attention, interpret=True))
     for one, other in zip(splash, both(attention_kernels.einsum_attention)):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
@@ -310,7 +310,7 @@ def test_splash_runs_on_the_devices_of_a_mesh():
     rule = masks.causal(128, 40, numbers)
     rng = np.random.default_rng(0)
     given = [jnp.asarray(rng.normal(size=(2, 128, 2, 8)), jnp.float32) for _ in range(3)]
-    run = functools.partial(attention_splash.splash_attention, interpret=True)
+    run = functools.partial(attention_kernels.splash_attention, interpret=True)
     mesh = sharding.make_mesh(2, 1, 4)  # four do not divide two heads, which stay whole
     rules = (("batch", ("data", "fsdp")), ("heads", "tensor"))
     placed, spread = (

@@ -11,7 +11,14 @@ import tiny
 from jax.sharding import PartitionSpec
 from variants import slow_except
 
-from mdm_jax.models.layers import Linear, Norm, gelu, logsnr_features, rotate, rotation
+from mdm_jax.models.layers import (
+    Linear,
+    Norm,
+    apply_rotary,
+    gelu,
+    logsnr_features,
+    rotary_embedding,
+)
 from mdm_jax.models.masks import within_documents
 from mdm_jax.models.transformer import Transformer, TransformerConfig
 from mdm_jax.sharding import LOGICAL_RULES
@@ -292,7 +299,7 @@ def test_norms_are_computed_in_float32(kind):
 
 
 def rotary(x, positions, base=10_000.0):
-    return rotate(x, rotation(positions, x.shape[-1], base))
+    return apply_rotary(x, rotary_embedding(positions, x.shape[-1], base))
 
 
 def test_rotary_products_depend_on_the_distance_alone():
@@ -325,8 +332,8 @@ def test_rotary_positions_may_differ_between_rows():
 @pytest.mark.parametrize("positions", [[0, 1, 2, 700], [[0, 5], [3, 9000]]])
 def test_known_positions_turn_as_traced_ones(positions):
     """Both round the angle p f to float32; the sine of either then errs by a few 2^-24."""
-    known = rotation(np.asarray(positions), 8)
-    traced = jax.jit(lambda p: rotation(p, 8))(jnp.asarray(positions))
+    known = rotary_embedding(np.asarray(positions), 8)
+    traced = jax.jit(lambda p: rotary_embedding(p, 8))(jnp.asarray(positions))
     assert all(isinstance(table, np.ndarray) for table in known)
     frequency = 10_000.0 ** (-np.arange(4) / 4)
     angle = (np.asarray(positions)[..., None] * frequency).reshape(*known.sin.shape)
