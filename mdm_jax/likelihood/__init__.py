@@ -1,4 +1,4 @@
-"""Likelihood bounds with standard errors."""
+"""Likelihoods and likelihood bounds with standard errors, by fixed estimators."""
 
 from mdm_jax.likelihood.block import make_block_likelihood
 from mdm_jax.likelihood.masked import make_likelihood

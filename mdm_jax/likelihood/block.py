@@ -1,6 +1,6 @@
 """The bound of a block diffusion model on held-out data, by a fixed estimator.
 
-The count design of ``design.py`` within every block, independent between blocks: with S_bj the
+The count design of ``estimators.py`` in every block, independent between blocks: with S_bj the
 summed cross-entropy of the k_bj of n_b tokens that view j masks in block b,
 ``sum_b (n_b / k_bj) S_bj`` is an unbiased estimate of the bound. One pass scores all blocks.
 """
@@ -28,20 +28,19 @@ def make_block_likelihood(
     replicates: int = 8,
     level_bins: int = 10,
 ) -> Callable[..., Likelihood]:
-    """Evaluation of the bound; the forward pass is compiled once.
+    """Evaluation of the block bound; the forward pass is compiled once.
 
-    With blocks of one token the bound is the autoregressive log-likelihood and every pass is the
-    same. One is run; its Monte Carlo error is zero.
+    With blocks of one token the bound is the autoregressive log-likelihood: every pass is the same,
+    one is run, and its Monte Carlo error is zero.
 
     Args:
         apply_fn: ``apply_fn(params, inputs [B, 2L], logsnr [B, S], documents [B, L]) -> logits
-            [B, L, K]``, such as ``models.block_apply(model, block_size)``. The level shown for k
-            of n masked tokens of a block is that of the rate (k - 1/2) / n.
+            [B, L, K]``, such as ``models.block_apply(model, block_size)``. The level for k of n
+            masked tokens of a block is that of the rate (k - 1/2) / n.
         mask_id: the mask token; it is excluded from the softmax.
         block_size: L'.
         passes: F >= 1, forward passes per row and replicate. May exceed L'.
-        replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
-        level_bins: bins of the loss curve over the masking rate.
+        replicates, level_bins: as of ``make_likelihood``.
 
     Returns:
         ``evaluate(params, key, batches, progress=None) -> Likelihood``, as of ``make_likelihood``.
@@ -60,8 +59,8 @@ def make_block_likelihood(
             mask, count = by_block, jnp.ones(len(by_block), jnp.int32)
         else:
             keys = row_keys(key, first_row, num_rows, replicate)
-            spread = jax.vmap(lambda key: jax.random.split(key, num_blocks))(keys)
-            mask, count = pass_masks(spread.reshape(-1), by_block, view, passes)
+            block_keys = jax.vmap(lambda key: jax.random.split(key, num_blocks))(keys)
+            mask, count = pass_masks(block_keys.reshape(-1), by_block, view, passes)
         logsnr = logsnr_of_count(count, jnp.sum(by_block, axis=-1)).reshape(num_rows, num_blocks)
         mask = mask.reshape(tokens.shape)
         inputs = jnp.concatenate([jnp.where(mask, mask_id, tokens), tokens], axis=-1)

@@ -1,15 +1,12 @@
-"""Which tokens the likelihood estimator masks: an even spread of counts along one permutation.
+"""The count design of the likelihood estimators, and the loop over a data set that they share.
 
 Of a row with n eligible tokens, view j of F masks
 
     k_j = 1 + (k_0 - 1 + floor(j n / F)) mod n
 
-with k_0 uniform on {1..n}. In integer arithmetic every k_j is exactly uniform (a lattice formed in
-floating point and rounded half to even is not), and the F counts lie evenly over the noise levels.
-The masked tokens are those whose rank in a random permutation, rotated by floor(j n / F), is below
-k_j: a uniform subset of that size.
-
-The loop over a data set that every likelihood runs, and how its numbers are pooled.
+tokens, with k_0 uniform on {1..n}: those whose rank in a random permutation, rotated by floor(j n /
+F), is below k_j. In integers every k_j is exactly uniform (a floating-point lattice rounded half to
+even is not), the F counts lie evenly over the noise levels, and each view is a uniform subset.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,11 +31,11 @@ def row_keys(key: Array, first_row: Array | int, num_rows: int, replicate: Array
 
 
 def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> tuple[Array, Array]:
-    """What view j of one replicate masks: (mask [B, L] bool, count k_j [B] int32).
+    """Mask [B, L] bool and count k_j [B] int32 of view j of one replicate.
 
     Args:
         keys: [B] typed keys, the same for every view of a replicate.
-        eligible: [B, L] bool; a row without eligible elements masks nothing.
+        eligible: [B, L] bool; a row without eligible elements has an empty mask.
         view: j in {0..passes-1}, may be traced.
         passes: F.
     """
@@ -48,17 +45,15 @@ def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> 
 
 
 def draw_design(keys: Array, eligible: Array, lap: Array) -> tuple[Array, Array]:
-    """Randomness of one replicate: ``k_0`` [B] uniform on {1..n} and ranks [B, L] of a permutation.
+    """Random numbers of one replicate: k_0 [B] uniform on {1..n}, ranks [B, L] of a permutation.
 
-    Args:
-        keys: [B] typed keys, the same for every view of a replicate.
-        eligible: [B, L] bool.
-        lap: [B] number of the permutation; see :func:`view_lap`.
+    ``lap`` [B] is the number of the permutation (:func:`view_lap`); ``keys`` are the same for every
+    view of a replicate.
     """
     num_eligible = jnp.maximum(jnp.sum(eligible, axis=-1), 1)
 
-    def draw(key: Array, n: Array, which: Array) -> tuple[Array, Array]:
-        order = jax.random.fold_in(stream(key, "order"), which)
+    def draw(key: Array, n: Array, number: Array) -> tuple[Array, Array]:
+        order = jax.random.fold_in(stream(key, "order"), number)
         count = jax.random.randint(stream(key, "count"), (), 1, n + 1)
         return count, open_uniform(order, eligible.shape[-1:])
 
@@ -69,15 +64,7 @@ def draw_design(keys: Array, eligible: Array, lap: Array) -> tuple[Array, Array]
 def view_mask(
     first_count: Array, ranks: Array, eligible: Array, view: Array | int, passes: int
 ) -> tuple[Array, Array]:
-    """What view j masks: (mask [B, L] bool, count k_j [B] int32).
-
-    Args:
-        first_count: [B] k_0 in {1..n}.
-        ranks: [B, L] rank of each eligible element in the row's permutation.
-        eligible: [B, L] bool; a row without eligible elements masks nothing.
-        view: j in {0..passes-1}, may be traced.
-        passes: F.
-    """
+    """:func:`pass_masks` for given numbers k_0 [B] in {1..n} and ranks [B, L] of a permutation."""
     num_eligible = jnp.maximum(jnp.sum(eligible, axis=-1), 1)
     offset = view * num_eligible // passes
     count = 1 + (first_count - 1 + offset) % num_eligible
@@ -88,8 +75,8 @@ def view_mask(
 def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
     """[B] number of earlier views with the same count as view j; zero wherever F <= n.
 
-    With more passes than tokens several views share a count. Each takes a permutation of its own:
-    with the same one they would be the same forward pass.
+    With more passes than tokens several views share a count. Each takes its own permutation: with
+    one permutation they would be the same forward pass.
     """
     num_eligible = jnp.maximum(num_eligible, 1)
     offset = view * num_eligible // passes
@@ -101,24 +88,21 @@ def logsnr_of_count(count: Array, num_eligible: Array) -> Array:
     """logSNR of the masking rate (k - 1/2) / n, float32.
 
     Training with fixed counts masks k tokens at the rates from (k - 1) / n to k / n; this is the
-    level in their middle, finite at both ends.
+    level in the middle, finite at both ends.
     """
     kept = jnp.maximum(num_eligible, 1) - count
     return (jnp.log(kept + 0.5) - jnp.log(count - 0.5)).astype(jnp.float32)
 
 
-Found = TypeVar("Found")
-
-
 class ScoredRows(NamedTuple):
-    """The rows of one batch that have something to score, N of its B.
+    """The N of B rows of a batch that have eligible elements.
 
     Attributes:
-        place: [N] place of each in the batch.
-        index: [N] number of each in the stream.
+        place: [N] index in the batch.
+        index: [N] number in the stream.
         eligible: [N, L] bool.
-        size: [N] int64, eligible elements of each.
-        units: [N] int64, units of measurement of each.
+        size: [N] int64, eligible elements.
+        units: [N] int64, units of measurement.
     """
 
     place: np.ndarray
@@ -129,15 +113,15 @@ class ScoredRows(NamedTuple):
 
 
 class RowScores(NamedTuple):
-    """What the passes over one batch found.
+    """Results of the passes over one batch.
 
     Attributes:
         row_nats: [R, N] float64, each replicate's estimate of each scored row.
-        rows: which rows these are.
+        rows: the scored rows.
         level_nats: [bins] loss by level.
-        level_mass: [bins] what the loss of a bin is divided by.
-        level_targets: [bins] tokens behind a bin.
-        passes: forward passes that were run.
+        level_mass: [bins] divisor of the loss of a bin.
+        level_targets: [bins] tokens of a bin.
+        passes: number of forward passes.
     """
 
     row_nats: np.ndarray
@@ -148,60 +132,105 @@ class RowScores(NamedTuple):
     passes: int
 
 
+Collected = TypeVar("Collected")
+
+
+def make_evaluate(
+    score: Callable[..., tuple[Array, ...]],
+    collect: Callable[[tuple[np.ndarray, ...], ScoredRows], RowScores],
+    design: Callable[[ScoredRows], tuple[int, int]],
+    stream_name: str = "likelihood",
+) -> Callable[..., Likelihood]:
+    """The evaluation of a likelihood, from one compiled pass over a batch.
+
+    Args:
+        score: ``score(params, key, batch, first_row, replicate, view) -> arrays [B, ...]``.
+        collect: ``collect(arrays [R', F, N, ...], rows)`` on the host, of the scored rows.
+        design: ``design(rows) -> (R', F)``, replicates and views to run for a batch.
+        stream_name: of the random numbers.
+
+    Returns:
+        ``evaluate(params, key, batches, progress=None) -> Likelihood``.
+    """
+
+    def evaluate(
+        params: PyTree,
+        key: Array | None,
+        batches: Iterable[Batch],
+        progress: Callable[[int], None] | None = None,
+    ) -> Likelihood:
+        key = None if key is None else stream(key, stream_name)
+
+        def score_all(batch: Batch, first_row: int, rows: ScoredRows) -> list:
+            replicates, views = design(rows)
+            return [
+                [score(params, key, batch, first_row, r, j) for j in range(views)]
+                for r in range(replicates)
+            ]
+
+        def collect_all(outputs: list, rows: ScoredRows) -> RowScores:
+            arrays = zip(*(zip(*views) for views in outputs))  # output by output, [R', F, B, ...]
+            return collect(tuple(np.array(each)[:, :, rows.place] for each in arrays), rows)
+
+        return pool(*score_batches(params, batches, score_all, collect_all, progress))
+
+    return evaluate
+
+
 def score_batches(
     params: PyTree,
     batches: Iterable[Batch],
     score: Callable[[Batch, int, ScoredRows], PyTree],
-    collect: Callable[[PyTree, ScoredRows], Found],
+    collect: Callable[[PyTree, ScoredRows], Collected],
     progress: Callable[[int], None] | None,
     element: str = "token",
-) -> tuple[list[Found], int]:
-    """Scores every batch that has an eligible element.
+) -> tuple[list[Collected], int]:
+    """Score every batch that has an eligible element.
 
     Args:
         params: of the network; a batch is spread over the devices that hold them.
         batches: all of one shape.
         score: ``score(batch, first_row, rows) -> arrays`` on the devices.
-        collect: ``collect(arrays, rows)``, what is kept of these arrays, on the host.
+        collect: ``collect(arrays, rows)`` on the host.
         progress: called with the number of rows after each batch.
-        element: what an element is called in messages.
+        element: name of an element in messages.
 
     Returns:
-        What was collected of each batch that was scored, and the number of rows in all.
+        The results of ``collect``, one per scored batch, and the number of rows in all.
 
     Raises:
         ValueError: for batches of different shapes, or no eligible element in all the data.
     """
-    shape, seen, parts = None, 0, []
+    shape, num_rows, collected = None, 0, []
     for batch in batches:
-        shape = check_batch_shape(batch, shape, element)
-        rows = _scored_rows(batch, seen)
+        shape = _check_batch_shape(batch, shape, element)
+        rows = _scored_rows(batch, num_rows)
         if rows.place.size:
-            found = to_host(score(spread_rows(batch, params), seen, rows))
-            parts.append(collect(found, rows))
-        seen += shape[0]
+            arrays = to_host(score(spread_rows(batch, params), num_rows, rows))
+            collected.append(collect(arrays, rows))
+        num_rows += shape[0]
         if progress is not None:
             progress(shape[0])
-    if not parts:
-        raise ValueError(f"nothing to score: none of {seen} rows has an eligible {element}")
-    return parts, seen
+    if not collected:
+        raise ValueError(f"nothing to score: none of {num_rows} rows has an eligible {element}")
+    return collected, num_rows
 
 
-def pool(parts: list[RowScores], rows_seen: int) -> Likelihood:
+def pool(scores: list[RowScores], rows_seen: int) -> Likelihood:
     """The likelihood of a data set from the scores of its batches."""
     nats, mass, targets = (
-        sum(getattr(part, name) for part in parts)
+        sum(getattr(score, name) for score in scores)
         for name in ("level_nats", "level_mass", "level_targets")
     )
     bins = len(nats)
     mean = np.divide(nats, mass, out=np.full(bins, np.nan), where=mass > 0)
     return Likelihood(
-        replicate_row_nats=np.concatenate([part.row_nats for part in parts], axis=1),
-        row_tokens=np.concatenate([part.rows.size for part in parts]),
-        row_units=np.concatenate([part.rows.units for part in parts]),
-        row_index=np.concatenate([part.rows.index for part in parts]),
+        replicate_row_nats=np.concatenate([score.row_nats for score in scores], axis=1),
+        row_tokens=np.concatenate([score.rows.size for score in scores]),
+        row_units=np.concatenate([score.rows.units for score in scores]),
+        row_index=np.concatenate([score.rows.index for score in scores]),
         rows_seen=rows_seen,
-        passes=max(part.passes for part in parts),
+        passes=max(score.passes for score in scores),
         levels=LevelCurve(np.arange(bins + 1) / bins, mean, targets.astype(np.int64)),
     )
 
@@ -209,17 +238,17 @@ def pool(parts: list[RowScores], rows_seen: int) -> Likelihood:
 def count_scores(
     row_nats: np.ndarray, rows: ScoredRows, loss: np.ndarray, count: np.ndarray, bins: int
 ) -> RowScores:
-    """Scores of masked passes, whose level is the share of tokens that they mask.
+    """Scores of masked passes; their level is the share of tokens that they mask.
 
     Args:
         row_nats: [R, N].
         rows: the scored rows.
         loss: [R', F, N, S] summed cross-entropy of the masked tokens of each segment.
-        count: [R', F, N, S] int64, how many they are.
+        count: [R', F, N, S] int64, their number.
         bins: of the level curve.
     """
     size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
-    # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers; what masks nothing adds nothing.
+    # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers; an empty mask adds nothing.
     level = np.maximum(-(-count * bins // np.maximum(size, 1)) - 1, 0).ravel()
     nats = np.bincount(level, loss.ravel(), minlength=bins)
     targets = np.bincount(level, count.ravel(), minlength=bins)
@@ -233,31 +262,22 @@ def check_at_least_one(**settings: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def check_batch_shape(
-    batch: Batch, shape: tuple[int, ...] | None, element: str = "token"
+def _check_batch_shape(
+    batch: Batch, shape: tuple[int, ...] | None, element: str
 ) -> tuple[int, ...]:
-    """The shape [B, L] of a batch.
-
-    Args:
-        batch: of any data set.
-        shape: of the batches before it, None for the first.
-        element: as for :func:`score_batches`.
-
-    Raises:
-        ValueError: unless tokens and eligible have one shape, that of the batches before.
-    """
-    found = tuple(batch.tokens.shape)
-    if len(found) != 2 or tuple(batch.eligible.shape) != found:
+    """[B, L] of a batch, which must be that of the batches before it (None for the first)."""
+    batch_shape = tuple(batch.tokens.shape)
+    if len(batch_shape) != 2 or tuple(batch.eligible.shape) != batch_shape:
         raise ValueError(
             "a batch needs tokens and eligible of one shape [B, L], got "
-            f"{found} and {tuple(batch.eligible.shape)}"
+            f"{batch_shape} and {tuple(batch.eligible.shape)}"
         )
-    if shape is not None and found != shape:
+    if shape is not None and batch_shape != shape:
         raise ValueError(
-            f"all batches must have the shape of the first, {shape}, got {found}; "
+            f"all batches must have the shape of the first, {shape}, got {batch_shape}; "
             f"fill the last batch with rows that have no eligible {element}"
         )
-    return found
+    return batch_shape
 
 
 def _scored_rows(batch: Batch, first_row: int) -> ScoredRows:

@@ -1,19 +1,19 @@
-"""The masked diffusion bound of held-out data, by a fixed estimator and with error bars.
+"""The masked diffusion bound of held-out data, by a fixed estimator with error bars.
 
-The estimator is the count design of ``design.py`` and never depends on how the model was trained.
-With S_j the summed cross-entropy of the k_j of n tokens that view j masks, every ``(n / k_j) S_j``
-is an unbiased estimate of
+The estimator is the count design of ``estimators.py``, whatever the training chain. With S_j the
+summed cross-entropy of the k_j of n tokens that view j masks, every ``(n / k_j) S_j`` is an
+unbiased estimate of
 
     NELBO(x) = sum_{k=1}^{n} (1/k) E[S | k masked]   (nats)
 
 and a row's estimate is the mean over its F views. The views are negatively correlated, so their
-spread says nothing about the error of the mean: the whole design is repeated R times with fresh
-randomness, and the spread of the R totals gives the standard error.
+spread is no error of the mean: the whole design is repeated R times, and the spread of the R totals
+gives the standard error.
 
 References: Ou et al. 2024 (RADD) and Nie et al. 2025 (LLaDA) for the fixed-count form of the bound.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,13 @@ from mdm_jax.likelihood.estimators import (
     check_at_least_one,
     count_scores,
     logsnr_of_count,
+    make_evaluate,
     pass_masks,
-    pool,
     row_keys,
-    score_batches,
 )
 from mdm_jax.likelihood.result import Likelihood
 from mdm_jax.objectives.masked import token_nats
-from mdm_jax.rng import stream
-from mdm_jax.types import Array, Batch, PyTree
+from mdm_jax.types import Array
 
 
 def make_likelihood(
@@ -44,12 +42,12 @@ def make_likelihood(
     replicates: int = 8,
     level_bins: int = 10,
 ) -> Callable[..., Likelihood]:
-    """Evaluation of the bound; the forward pass is compiled once.
+    """Evaluation of the masked bound; the forward pass is compiled once.
 
     Args:
         apply_fn: ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]``, or
-            a readout of them (``models.readout_apply``). The level shown for k of n masked tokens
-            is that of the rate (k - 1/2) / n.
+            a readout of them (``models.readout_apply``). The level for k of n masked tokens is that
+            of the rate (k - 1/2) / n.
         mask_id: the mask token; it is excluded from the softmax.
         passes: F >= 1, forward passes per row and replicate. May exceed n.
         replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
@@ -57,9 +55,9 @@ def make_likelihood(
 
     Returns:
         ``evaluate(params, key, batches, progress=None) -> Likelihood``. All batches have one shape
-        (fill the last with rows that have no eligible token). The randomness of a row depends on
-        the key and its number in the stream, not on the batch size: two models evaluated with one
-        key see the same masks. ``progress(rows)`` is called after each batch (``tqdm.update``). A
+        (fill the last with rows that have no eligible token). A row's random numbers depend on the
+        key and its number in the stream, not on the batch size: two models evaluated with one key
+        get the same masks. ``progress(rows)`` is called after each batch (``tqdm.update``). A
         forward pass holds the logits of one batch, of a readout those of a chunk.
 
     Raises:
@@ -89,56 +87,37 @@ def make_evaluation(
     level_bins: int,
     exact: bool = False,
 ) -> Callable[..., Likelihood]:
-    """Runs a compiled pass over a data set and pools what it finds.
+    """Evaluation by a count design in every segment of a row.
 
     Args:
         score: ``score(params, key, batch, first_row, replicate, view) -> (count [B, S], nats
             [B, S])`` for S contiguous segments of every row: how many of a segment's n eligible
-            tokens are masked, and their summed cross-entropy, of which ``n / count`` times as much
-            estimates the segment's bound.
-        passes: F, as in :func:`make_likelihood`.
-        replicates: R, likewise.
-        level_bins: likewise.
+            tokens are masked, and their summed cross-entropy; ``n / count`` times it estimates the
+            segment's bound.
+        passes, replicates, level_bins: as in :func:`make_likelihood`.
         exact: the pass draws nothing: one stands for all passes and replicates, which are equal.
 
     Returns:
-        ``evaluate``, as :func:`make_likelihood` describes it.
+        ``evaluate``, as of :func:`make_likelihood`.
 
     Raises:
         ValueError: likewise.
     """
     check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
-    num_passes, num_runs = (1, 1) if exact else (passes, replicates)
+    num_runs, num_passes = (1, 1) if exact else (replicates, passes)
 
-    def evaluate(
-        params: PyTree,
-        key: Array | None,
-        batches: Iterable[Batch],
-        progress: Callable[[int], None] | None = None,
-    ) -> Likelihood:
-        key = None if exact else stream(key, "likelihood")
+    def design(rows: ScoredRows) -> tuple[int, int]:
+        length = rows.eligible.shape[1]
+        if num_passes * length >= 2**31:
+            raise ValueError(f"passes * length must stay below 2**31, got {num_passes} * {length}")
+        return num_runs, num_passes
 
-        def score_all(batch: Batch, first_row: int, _rows: ScoredRows) -> list:
-            length = batch.tokens.shape[1]
-            if num_passes * length >= 2**31:
-                raise ValueError(
-                    f"passes * length must stay below 2**31, got {num_passes} * {length}"
-                )
-            return [
-                [score(params, key, batch, first_row, r, j) for j in range(num_passes)]
-                for r in range(num_runs)
-            ]
+    def collect(arrays: tuple[np.ndarray, ...], rows: ScoredRows) -> RowScores:
+        count, loss = arrays[0].astype(np.int64), arrays[1].astype(np.float64)
+        size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
+        count = np.where(size > 0, count, 0)
+        nats = (size / np.maximum(count, 1) * loss).sum(-1).mean(axis=1)
+        nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
+        return count_scores(nats, rows, loss, count, level_bins)
 
-        def collect(passed: list, rows: ScoredRows) -> RowScores:
-            count = np.array([[c for c, _ in row] for row in passed], np.int64)
-            loss = np.array([[s for _, s in row] for row in passed], np.float64)
-            count, loss = count[..., rows.place, :], loss[..., rows.place, :]
-            size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
-            count = np.where(size > 0, count, 0)
-            nats = (size / np.maximum(count, 1) * loss).sum(-1).mean(axis=1)
-            nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
-            return count_scores(nats, rows, loss, count, level_bins)
-
-        return pool(*score_batches(params, batches, score_all, collect, progress))
-
-    return evaluate
+    return make_evaluate(score, collect, design)

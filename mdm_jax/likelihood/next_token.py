@@ -1,4 +1,4 @@
-"""The likelihood of an autoregressive model, which takes one pass and has no Monte Carlo error."""
+"""The likelihood of an autoregressive model: one pass, no Monte Carlo error."""
 
 from collections.abc import Callable
 
@@ -14,18 +14,17 @@ from mdm_jax.types import Array
 def make_next_token_likelihood(
     apply_fn: Callable[..., Array], mask_id: int, *, replicates: int = 2
 ) -> Callable[..., Likelihood]:
-    """Evaluation of ``-log p(eligible tokens | prompt)``, exactly; compiled once.
+    """Exact evaluation of ``-log p(eligible tokens | prompt)``; compiled once.
 
-    The result is a ``Likelihood`` like those of the bounds, to be compared with them. Its level
-    curve has one bin: an autoregressive model predicts every token with its place masked.
+    The result has the fields of the bounds. Its level curve has one bin: an autoregressive model
+    predicts every token with its position masked.
 
     Args:
         apply_fn: ``apply_fn(params, tokens, logsnr, documents) -> logits [B, L, K]``, such as
-            ``models.causal_apply(model, mask_id)``. It is shown logsnr None.
+            ``models.causal_apply(model, mask_id)``; logsnr is None.
         mask_id: the mask token; it is excluded from the softmax.
-        replicates: how often the result repeats the same numbers. With two or more their spread
-            says what is the case, a standard error of zero; a paired comparison with an estimate of
-            R replicates wants R.
+        replicates: copies of the same numbers in the result. Two or more give the true standard
+            error, zero; a paired comparison with an estimate of R replicates needs R.
 
     Returns:
         ``evaluate(params, key, batches, progress=None) -> Likelihood``; the key is not used and may

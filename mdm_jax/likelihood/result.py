@@ -1,4 +1,4 @@
-"""What an evaluation of the likelihood returns: numbers of a data set, with their uncertainty."""
+"""The result of a likelihood evaluation: nats of a data set and derived figures, with errors."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ class LevelCurve(NamedTuple):
 
     Attributes:
         edges: [bins + 1] masking rates; bin b holds the passes with edges[b] < k/n <= edges[b+1].
-        nats: [bins] mean cross-entropy of a masked token, NaN where no pass fell into the bin.
+        nats: [bins] mean cross-entropy of a masked token, NaN for an empty bin.
         targets: [bins] number of masked tokens behind the mean.
     """
 
@@ -31,8 +31,9 @@ class Likelihood:
 
     Totals are pooled over rows before any ratio is taken. ``standard_error_*`` is the Monte Carlo
     error of the estimate, from the spread over replicates of the whole design (NaN for one
-    replicate). ``data_standard_error_*`` is the spread over rows, taken as independent: what
-    another sample of as many rows might change (it contains the Monte Carlo noise of the rows).
+    replicate). ``data_standard_error_*`` is the error from the spread over rows, taken as
+    independent, their Monte Carlo noise included: what another sample of rows might change.
+    Properties end in their unit; a unit is a character, or a pixel and channel.
 
     Attributes:
         replicate_row_nats: [R, N] float64, each replicate's estimate of each scored row, nats.
@@ -59,32 +60,32 @@ class Likelihood:
 
     @property
     def rows(self) -> int:
-        """Number of scored rows; rows without eligible tokens are not scored."""
+        """Number of scored rows: those with eligible tokens."""
         return self.row_tokens.shape[0]
 
     @property
     def tokens(self) -> int:
-        """Number of scored tokens."""
+        """Number of eligible tokens."""
         return int(self.row_tokens.sum())
 
     @property
     def units(self) -> int:
-        """Characters, or pixels times channels, that the scored tokens stand for."""
+        """Units that the eligible tokens stand for."""
         return int(self.row_units.sum())
 
     @property
     def per_row_nats(self) -> np.ndarray:
-        """[N] bound of each scored row, nats."""
+        """[N] bound of each scored row."""
         return self.replicate_row_nats.mean(0)
 
     @property
     def replicate_nats(self) -> np.ndarray:
-        """[R] each replicate's total, nats."""
+        """[R] total of each replicate."""
         return self.replicate_row_nats.sum(1)
 
     @property
     def nats(self) -> float:
-        """Bound of the whole data set, nats."""
+        """Bound of the whole data set."""
         return float(self.replicate_nats.mean())
 
     @property
@@ -94,7 +95,6 @@ class Likelihood:
 
     @property
     def bits_per_token(self) -> float:
-        """Total bits over total tokens."""
         return self.nats_per_token / _LN2
 
     @property
@@ -109,46 +109,39 @@ class Likelihood:
 
     @property
     def standard_error_nats(self) -> float:
-        """Monte Carlo standard error of ``nats``."""
         return standard_error_of_mean(self.replicate_nats)
 
     @property
     def standard_error_nats_per_token(self) -> float:
-        """Monte Carlo standard error of ``nats_per_token``."""
         return _ratio(self.standard_error_nats, self.tokens)
 
     @property
     def standard_error_bits_per_token(self) -> float:
-        """Monte Carlo standard error of ``bits_per_token``."""
         return self.standard_error_nats_per_token / _LN2
 
     @property
     def standard_error_bits_per_unit(self) -> float:
-        """Monte Carlo standard error of ``bits_per_unit``."""
         return _ratio(self.standard_error_nats, self.units) / _LN2
 
     @property
     def standard_error_perplexity(self) -> float:
-        """Monte Carlo standard error of ``perplexity``, to first order."""
+        """To first order."""
         return self.perplexity * self.standard_error_nats_per_token
 
     @property
     def data_standard_error_nats_per_token(self) -> float:
-        """Standard error of ``nats_per_token`` from the spread over rows."""
         return standard_error_of_ratio(self.per_row_nats, self.row_tokens)
 
     @property
     def data_standard_error_bits_per_token(self) -> float:
-        """Standard error of ``bits_per_token`` from the spread over rows."""
         return self.data_standard_error_nats_per_token / _LN2
 
     @property
     def data_standard_error_bits_per_unit(self) -> float:
-        """Standard error of ``bits_per_unit`` from the spread over rows."""
         return standard_error_of_ratio(self.per_row_nats, self.row_units) / _LN2
 
     def to_dict(self) -> dict:
-        """Everything but the per-row arrays as JSON values; undefined numbers become None."""
+        """JSON values of everything but the per-row arrays; undefined numbers become None."""
         names = ("nats", "nats_per_token", "bits_per_token", "bits_per_unit", "perplexity")
         errors = tuple(f"standard_error_{name}" for name in names)
         data_errors = tuple(f"data_standard_error_{name}" for name in names[1:4])

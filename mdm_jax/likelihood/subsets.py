@@ -1,16 +1,12 @@
-"""Ways to choose the subsets that an estimate of a row's log-likelihood masks.
+"""Log-likelihoods by masked subsets: designs that choose the subsets, and their evaluation.
 
 With ``ce_i(M) = -log p(x_i | all tokens outside M)`` for a masked token i, nats, an estimate is
-
-    sum over views j of sum_{i in M_j} w_ij ce_i(M_j) .
-
-A design draws the subsets M_j and the weights w_ij such that the expectation is, for a row with n
-eligible tokens, the any-order bound
+``sum over views j of sum_{i in M_j} w_ij ce_i(M_j)``. A design draws the subsets M_j and weights
+w_ij such that the expectation is, for a row with n eligible tokens, the any-order bound
 
     NELBO = sum_{k=1}^{n} (1/k) E[sum_{i in M} ce_i(M) | M uniform of size k] .
 
-The designs differ in forward passes and variance only. On row 1 of ``models.toy`` (n = 4), four
-passes each:
+The designs differ in forward passes and variance only: on row 1 of the toy (n = 4), four passes,
 
     uniform_counts    0.48719781   every count alike, weight n/k
     harmonic_counts   1.85573119   count with probability 1 / (k H_n), weight H_n
@@ -18,41 +14,19 @@ passes each:
     one_path          0.11880705   the next token of each prefix
     rotated_counts    0.35653381   counts spread evenly, one permutation rotated
 
-Means of F passes, except for the two along a permutation, which take n passes whatever n is.
+The NELBO equals the mean, over all orders of unmasking, of the sum of ``-log p(next token | those
+before it)``. So it is ``-log p(x | prompt)``, exactly, where all conditionals are those of *one*
+joint law. For any other network it bounds ``-log P(x | prompt)`` of exact one-by-one sampling in
+random order, with equality for a row if and only if all orders give it the same probability
+(``testing.exact_nelbo`` against ``testing.any_order_log_likelihood``). The difference of two rows
+on common subsets (``evaluation.paired_difference``) estimates a log-likelihood ratio.
 
-References: Uria et al. 2014 (any-order models); Jeon et al. 2025 (arXiv 2510.24088) for
-``harmonic_counts``.
-
-Log-likelihoods by denoising cross-entropy: what is exact, and what is a bound.
-
-Let I be the visible part of n eligible tokens (the prompt is always visible). The time-free
-identity of masked diffusion is
-
-    -log p(x | prompt) = H_n E_I [ sum_{i not in I} -log p(x_i | x_I, prompt) ] ,
-
-the size n - |I| = k having the probability 1 / (k H_n), I uniform given its size. Equivalently it
-is the mean over all orders of revealing of the sum of ``-log p(next token | those before it)``.
-
-* The identity is exact where all conditionals that occur are those of *one* joint law (an
-  order-consistent model, such as the true data law): then every order has the same sum, by the
-  chain rule, and p is that law.
-* Any other network has no single p. The right-hand side is then the any-order bound (the NELBO of
-  the network), and with P the law of exact one-by-one sampling in random order
-
-      right-hand side >= -log P(x | prompt) ,
-
-  with equality for a row if and only if all orders give it the same probability. The gap is that
-  of ``exact_nelbo`` to ``any_order_log_likelihood``.
-
-Either way the estimates here have the right-hand side as their expectation, by any design of
-``subset_designs``; their Monte Carlo error is stated, and is zero for ``every_subset``. A
-difference of two rows on common subsets (``paired_difference``) estimates a log-likelihood ratio.
-
-Reference: Jeon et al. 2025, Information-Theoretic Discrete Diffusion (arXiv 2510.24088).
+References: Uria et al. 2014 (any-order models); Jeon et al. 2025, Information-Theoretic Discrete
+Diffusion (arXiv 2510.24088), for ``harmonic_counts`` and the identity.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -67,16 +41,17 @@ from mdm_jax.likelihood.estimators import (
     check_at_least_one,
     count_scores,
     logsnr_of_count,
+    make_evaluate,
     pass_masks,
-    pool,
     row_keys,
-    score_batches,
 )
 from mdm_jax.likelihood.result import Likelihood
 from mdm_jax.objectives.masked import token_nats
 from mdm_jax.rng import stream
-from mdm_jax.testing.enumeration import MAX_ELIGIBLE
-from mdm_jax.types import Array, Batch, PyTree
+from mdm_jax.types import Array
+
+MAX_ELIGIBLE = 15
+"""Largest number of eligible positions that is enumerated: 32768 forward passes."""
 
 
 class SubsetDesign(NamedTuple):
@@ -109,9 +84,9 @@ def uniform_counts(passes: int) -> SubsetDesign:
 def harmonic_counts(passes: int) -> SubsetDesign:
     """F independent subsets of size k with probability ``1 / (k H_n)``, weight ``H_n / F``.
 
-    The time-free form of the denoising cross-entropy identity: all subsets have one weight, the
-    harmonic number H_n, and small ones come often. Where the loss grows with the number of masked
-    tokens, uniform counts have the smaller variance; for differences of two rows it may turn.
+    The time-free form of the bound: all subsets have one weight, the harmonic number H_n, and small
+    ones are frequent. Where the loss grows with the number of masked tokens, uniform counts have
+    the smaller variance; for differences of two rows it may be the other way round.
 
     Raises:
         ValueError: for passes below 1.
@@ -125,7 +100,7 @@ def rotated_counts(passes: int) -> SubsetDesign:
     Raises:
         ValueError: for passes below 1.
     """
-    _check_passes("rotated_counts", passes)
+    check_at_least_one(passes=passes)
 
     def draw(keys, eligible, view):
         mask, count = pass_masks(keys, eligible, view, passes)
@@ -146,10 +121,10 @@ def nested_prefixes() -> SubsetDesign:
 
 
 def one_path() -> SubsetDesign:
-    """One random order of revealing, n passes: each token once, given those revealed before it.
+    """One random order of unmasking, n passes: each token once, given those before it.
 
     The variance is zero exactly where the conditionals of the row are those of one joint law: then
-    every order's sum is -log p(x), the chain rule.
+    every order's sum is -log p(x), by the chain rule.
     """
 
     def draw(keys, eligible, view):
@@ -159,7 +134,7 @@ def one_path() -> SubsetDesign:
 
 
 def every_subset(max_eligible: int = MAX_ELIGIBLE) -> SubsetDesign:
-    """All ``2^n - 1`` subsets, weight ``1 / (k C(n, k))``: the bound itself, without chance.
+    """All ``2^n - 1`` subsets, weight ``1 / (k C(n, k))``: the bound without Monte Carlo error.
 
     Args:
         max_eligible: longest row that is accepted, at most 15.
@@ -170,7 +145,10 @@ def every_subset(max_eligible: int = MAX_ELIGIBLE) -> SubsetDesign:
     if not 1 <= max_eligible <= MAX_ELIGIBLE:
         raise ValueError(f"max_eligible must lie in [1, {MAX_ELIGIBLE}], got {max_eligible}")
     sizes = range(max_eligible + 1)
-    weights = np.array([[_subset_weight(n, k) for k in sizes] for n in sizes], np.float32)
+    weights = np.array(
+        [[1 / (k * math.comb(n, k)) if 1 <= k <= n else 0.0 for k in sizes] for n in sizes],
+        np.float32,
+    )
 
     def passes(n: int) -> int:
         if n > max_eligible:
@@ -181,14 +159,13 @@ def every_subset(max_eligible: int = MAX_ELIGIBLE) -> SubsetDesign:
         return 2**n - 1
 
     def draw(_keys, eligible, view):
-        number = view + 1
-        place = jnp.cumsum(eligible, axis=-1) - 1
-        bit = number >> jnp.clip(place, 0, max_eligible) & 1
+        number = view + 1  # bit j masks the j-th eligible token
+        order = jnp.cumsum(eligible, axis=-1) - 1
+        bit = number >> jnp.clip(order, 0, max_eligible) & 1
         size = jnp.sum(eligible, axis=-1)
-        within = (number < 1 << jnp.minimum(size, max_eligible)) & (size <= max_eligible)
-        mask = eligible & (bit == 1) & within[:, None]
-        count = jnp.sum(mask, axis=-1)
-        weight = jnp.asarray(weights)[jnp.minimum(size, max_eligible), count]
+        in_range = (number < 1 << jnp.minimum(size, max_eligible)) & (size <= max_eligible)
+        mask = eligible & (bit == 1) & in_range[:, None]
+        weight = jnp.asarray(weights)[jnp.minimum(size, max_eligible), jnp.sum(mask, axis=-1)]
         return mask, jnp.where(mask, weight[:, None], 0.0)
 
     return SubsetDesign("every_subset", passes, draw, lambda _: True)
@@ -198,7 +175,7 @@ def exact_when_short(design: SubsetDesign, max_eligible: int) -> SubsetDesign:
     """Every subset of the rows with at most ``max_eligible`` eligible tokens, else ``design``.
 
     A short row has no Monte Carlo error and takes ``2^n - 1`` passes: one for a single token, and
-    up to seven tokens fewer than the 128 of 8 replicates of 16 passes.
+    for seven fewer than the 128 of 8 replicates of 16 passes.
 
     Raises:
         ValueError: for max_eligible outside [1, 15].
@@ -210,8 +187,8 @@ def exact_when_short(design: SubsetDesign, max_eligible: int) -> SubsetDesign:
 
     def draw(keys, eligible, view):
         is_short = jnp.sum(eligible, axis=-1, keepdims=True) <= max_eligible
-        parts = zip(short.draw(keys, eligible, view), design.draw(keys, eligible, view))
-        return tuple(jnp.where(is_short, ours, theirs) for ours, theirs in parts)
+        pairs = zip(short.draw(keys, eligible, view), design.draw(keys, eligible, view))
+        return tuple(jnp.where(is_short, exact, random) for exact, random in pairs)
 
     return SubsetDesign(
         f"exact_when_short({design.name}, {max_eligible})",
@@ -228,24 +205,33 @@ def prefix_view(ranks: Array, eligible: Array, view: Array | int) -> tuple[Array
 
 
 def path_view(ranks: Array, eligible: Array, view: Array | int) -> tuple[Array, Array]:
-    """View j of ``one_path``: ranks 0..j masked and rank j scored, (mask, weight), both [B, L]."""
+    """View j of ``one_path``: ranks 0..j masked, rank j weighted, (mask, weight), both [B, L]."""
     mask = _first(ranks, eligible, view)
     return mask, jnp.where(mask & (ranks == view), 1.0, 0.0)
+
+
+def _first(ranks: Array, eligible: Array, view: Array | int) -> Array:
+    size = jnp.sum(eligible, axis=-1, keepdims=True)
+    return eligible & (ranks <= view) & (view < size)
+
+
+def _ranks(keys: Array, eligible: Array) -> Array:
+    noise = jax.vmap(lambda key: open_uniform(stream(key, "order"), eligible.shape[-1:]))(keys)
+    return noise_ranks(noise, eligible)
 
 
 def _independent(
     name: str, passes: int, density: Callable[[np.ndarray], np.ndarray]
 ) -> SubsetDesign:
     """Independent subsets of size k with a probability proportional to ``density(k)``."""
-    _check_passes(name, passes)
+    check_at_least_one(passes=passes)
 
     def draw(keys, eligible, view):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, view))(keys)
         u = jax.vmap(lambda key: open_uniform(stream(key, "count"), ()))(keys)
         size = jnp.sum(eligible, axis=-1)
         count, weight = draw_count(u, size, eligible.shape[-1], density)
-        ranks = _ranks(keys, eligible)
-        mask = eligible & (ranks < count[:, None]) & (view < passes)
+        mask = eligible & (_ranks(keys, eligible) < count[:, None]) & (view < passes)
         return mask, jnp.where(mask, weight[:, None] / passes, 0.0)
 
     return SubsetDesign(name, lambda _: passes, draw, lambda n: n == 1)
@@ -264,33 +250,13 @@ def draw_count(
     """
     counts = np.arange(1, length + 1, dtype=np.float64)
     mass = np.asarray(density(counts), np.float64)
-    total = np.cumsum(mass)
-    below = jnp.asarray(total, jnp.float32)
+    cumulative = jnp.asarray(np.cumsum(mass), jnp.float32)
     size = jnp.maximum(size, 1)
-    goal = u * below[size - 1]
-    count = 1 + jnp.sum(below[None] <= goal[:, None], axis=-1)
+    target = u * cumulative[size - 1]
+    count = 1 + jnp.sum(cumulative[None] <= target[:, None], axis=-1)
     count = jnp.minimum(count, size)
     inverse = jnp.asarray(1 / (counts * mass), jnp.float32)
-    return count, inverse[count - 1] * below[size - 1]
-
-
-def _first(ranks: Array, eligible: Array, view: Array | int) -> Array:
-    size = jnp.sum(eligible, axis=-1, keepdims=True)
-    return eligible & (ranks <= view) & (view < size)
-
-
-def _ranks(keys: Array, eligible: Array) -> Array:
-    noise = jax.vmap(lambda key: open_uniform(stream(key, "order"), eligible.shape[-1:]))(keys)
-    return noise_ranks(noise, eligible)
-
-
-def _subset_weight(n: int, k: int) -> float:
-    return 1 / (k * math.comb(n, k)) if 1 <= k <= n else 0.0
-
-
-def _check_passes(name: str, passes: int) -> None:
-    if passes < 1:
-        raise ValueError(f"{name}: passes must be at least 1, got {passes}")
+    return count, inverse[count - 1] * cumulative[size - 1]
 
 
 def make_subset_likelihood(
@@ -304,18 +270,16 @@ def make_subset_likelihood(
     """Evaluation of the any-order bound by a subset design; the forward pass is compiled once.
 
     Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]``. The
-            level shown for k of n masked tokens is that of the rate (k - 1/2) / n.
+        apply_fn: as of ``make_likelihood``.
         mask_id: the mask token; it is excluded from the softmax.
         design: which subsets are masked. A batch takes the passes of its costliest row.
         replicates: R >= 1, independent repetitions of the design. A batch all of whose rows are
-            fixed by the design is computed once, its replicates are equal.
+            fixed by the design is computed once; its replicates are equal.
         level_bins: bins of the loss curve over the masking rate.
 
     Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``, as ``make_likelihood``:
-        all batches have one shape, and a row's subsets depend on the key and its number in the
-        stream alone. ``passes`` of the result is that of the costliest batch.
+        ``evaluate(params, key, batches, progress=None) -> Likelihood``, as of ``make_likelihood``;
+        ``passes`` of the result is that of the costliest batch.
 
     Raises:
         ValueError: for replicates or level_bins below 1, a row that the design refuses, batches of
@@ -332,34 +296,18 @@ def make_subset_likelihood(
         inputs = jnp.where(mask, mask_id, batch.tokens)
         outputs = apply_fn(params, inputs, logsnr[:, None], batch.documents)
         nats = token_nats(outputs, batch.tokens, mask, mask_id)
-        estimate = jnp.sum(weight * nats, axis=-1)
-        return estimate, jnp.sum(nats, axis=-1), count
+        return jnp.sum(weight * nats, axis=-1), jnp.sum(nats, axis=-1), count
 
-    def evaluate(
-        params: PyTree,
-        key: Array,
-        batches: Iterable[Batch],
-        progress: Callable[[int], None] | None = None,
-    ) -> Likelihood:
-        key = stream(key, "likelihood")
+    def runs(rows: ScoredRows) -> tuple[int, int]:
+        sizes = {int(n) for n in rows.size}
+        fixed = all(design.fixed(n) for n in sizes)
+        return 1 if fixed else replicates, max(design.passes(n) for n in sizes)
 
-        def score_all(batch: Batch, first_row: int, rows: ScoredRows) -> list:
-            sizes = {int(n) for n in rows.size}
-            repeats = 1 if all(design.fixed(n) for n in sizes) else replicates
-            views = max(design.passes(n) for n in sizes)
-            return [
-                [score(params, key, batch, first_row, r, j) for j in range(views)]
-                for r in range(repeats)
-            ]
+    def collect(arrays: tuple[np.ndarray, ...], rows: ScoredRows) -> RowScores:
+        estimate, loss = (a.astype(np.float64) for a in arrays[:2])
+        nats = estimate.sum(axis=1)
+        nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
+        count = arrays[2].astype(np.int64)
+        return count_scores(nats, rows, loss[..., None], count[..., None], level_bins)
 
-        def collect(passed: list, rows: ScoredRows) -> RowScores:
-            found = np.array(passed, np.float64)[..., rows.place]  # [R', F, 3, N]
-            estimate, loss, count = np.moveaxis(found, 2, 0)
-            nats = estimate.sum(axis=1)
-            nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
-            count = count.astype(np.int64)[..., None]
-            return count_scores(nats, rows, loss[..., None], count, level_bins)
-
-        return pool(*score_batches(params, batches, score_all, collect, progress))
-
-    return evaluate
+    return make_evaluate(score, collect, runs)

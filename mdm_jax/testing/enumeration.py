@@ -11,10 +11,8 @@ import jax
 import numpy as np
 
 from mdm_jax.likelihood.estimators import logsnr_of_count
+from mdm_jax.likelihood.subsets import MAX_ELIGIBLE
 from mdm_jax.types import Batch, ModelFn
-
-MAX_ELIGIBLE = 15
-"""Largest number of eligible positions that is enumerated: 32768 forward passes."""
 
 _CHUNK, _SMALLEST_CHUNK = 1024, 64
 
