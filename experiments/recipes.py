@@ -129,11 +129,7 @@ def gradient_noise(
     estimator = meter.make_estimator(experiment.apply_fn, experiment.objective)
     state = transform.init(experiment.spec)
     return meter.efficiency(
-        estimator,
-        params,
-        transform,
-        state,
-        experiment.spec,
+        meter.Subject(estimator, params, transform, state, experiment.spec),
         batches,
         experiment.key(0, "efficiency"),
         groups=8,

@@ -5,8 +5,8 @@ Adding sample i to a running mean of the samples before it yields the number
     (i - 1) / i * |G_i - mean of G_1 .. G_{i-1}|^2 ,
 
 zero for the first. For independent samples of one law each of the others has the expectation
-``tr Cov(G)``, and together they add up to the sum of squared deviations from the final mean, without
-a difference of large sums. Reference: Welford 1962; recursive residuals.
+``tr Cov(G)``, and together they add up to the sum of squared deviations from the final mean.
+Reference: Welford 1962; recursive residuals.
 """
 
 import math

@@ -63,20 +63,23 @@ def along_training(
     records = []
     for step, params, state in _checkpoints(experiment, workdir):
         key = experiment.key(0, "gradient noise")
-        common = (own, params, experiment.transform, state, experiment.spec)
+        subject = meter.Subject(own, params, experiment.transform, state, experiment.spec)
         record = {"step": step, "noise": None, "reference": None}
         if experiment.config.process != "autoregressive":  # which has no noise
             record["noise"] = meter.efficiency(
-                *common, batches, rng.stream(key, "noise"), **sizes
+                subject, batches, rng.stream(key, "noise"), **sizes
             ).to_dict()
         total_key = rng.stream(key, "total")
-        record["total"] = meter.efficiency_with_data(*common, pool, total_key, **sizes).to_dict()
+        record["total"] = meter.efficiency_with_data(subject, pool, total_key, **sizes).to_dict()
         records.append(record)
     if records and reference is not None:
         state = reference.transform.init(reference.spec)
         estimator = meter.make_estimator(reference.apply_fn, reference.objective)
         records[-1]["reference"] = meter.efficiency_with_data(
-            estimator, params, reference.transform, state, reference.spec, pool, total_key, **sizes
+            meter.Subject(estimator, params, reference.transform, state, reference.spec),
+            pool,
+            total_key,
+            **sizes,
         ).to_dict()
     return records
 

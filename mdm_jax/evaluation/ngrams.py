@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mdm_jax.estimates import standard_error_of_mean
-from mdm_jax.meter.nested import Estimate
+from mdm_jax.estimates import Estimate, standard_error_of_mean
 
 SMOOTHING = 0.1
 """Matches assumed for an order without a match in BLEU (Chen & Cherry 2014, method 1)."""

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
+from mdm_jax.estimates import (
+    Estimate,
+    finite_or_none,
+    standard_error_of_mean,
+    standard_error_of_ratio,
+)
 from mdm_jax.likelihood.result import Likelihood
-from mdm_jax.meter.nested import Estimate
 from mdm_jax.types import Array, Batch, PyTree
 
 

@@ -27,7 +27,7 @@ from mdm_jax.launch.workdir import write_json
 from mdm_jax.meter.decompose import Decomposition
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
 from mdm_jax.meter.levels import LevelTable
-from mdm_jax.meter.subject import Estimator
+from mdm_jax.meter.subject import Estimator, Subject
 from mdm_jax.objectives.objective import Objective, stop_gradient_stats
 from mdm_jax.types import Array, Batch, PyTree, worst_bias
 from mdm_jax.variance.densities import log_spaced_edges
@@ -314,10 +314,11 @@ class _Meter:
             state = self.own_state
         elif jax.tree.leaves(state):
             state = self._warmed_up(objective, transform, state, spec)
-        common = (self.estimator(result.corruption), self.params, transform, state, spec)
+        estimator = self.estimator(result.corruption)
+        subject = Subject(estimator, self.params, transform, state, spec)
         key = experiment.key(0, "variance")
         loss, gradient = mdm_jax_meter.decompose_by_probes(
-            *common,
+            subject,
             self.rows,
             rng.stream(key, "decompose"),
             probes=settings.probes,
@@ -326,14 +327,14 @@ class _Meter:
             chunk=settings.chunk,
         )
         figure = mdm_jax_meter.efficiency(
-            *common,
+            subject,
             self.batches,
             rng.stream(key, "efficiency"),
             groups=settings.groups,
             redraws=settings.redraws,
             num_microbatches=experiment.config.train.num_microbatches,
         )
-        training_figure = self._while_training(objective, transform, common)
+        training_figure = self._while_training(subject)
         if result.corruption in _INVERSE_RATES and inverse_rates_diverge(
             objective, transform, state, spec
         ):
@@ -351,16 +352,15 @@ class _Meter:
             density=density,
         )
 
-    def _while_training(self, objective, transform, common) -> Efficiency | None:
+    def _while_training(self, subject: Subject) -> Efficiency | None:
         """Rows drawn anew; a K-th of them under K views."""
         rows, settings = self.experiment.spec.batch_size, self.settings
-        if rows % transform.views:
+        if rows % subject.transform.views:
             return None
-        rows //= transform.views
-        estimator, params, transform, state, _ = common
+        rows //= subject.transform.views
+        spec = subject.estimator.objective.spec(rows, self.experiment.dataset.length)
         return mdm_jax_meter.efficiency_with_data(
-            *(estimator, params, transform, state),
-            objective.spec(rows, self.experiment.dataset.length),
+            dataclasses.replace(subject, spec=spec),
             self.pool,
             rng.stream(self.experiment.key(0, "variance"), "training"),
             groups=settings.groups,
@@ -407,11 +407,9 @@ class _Meter:
             identity = variance.identity()
             spec = objective.spec(experiment.spec.batch_size, experiment.dataset.length)
             self.tables[corruption] = mdm_jax_meter.measure_levels(
-                self.estimator(corruption),
-                self.params,
-                identity,
-                identity.init(spec),
-                spec,
+                Subject(
+                    self.estimator(corruption), self.params, identity, identity.init(spec), spec
+                ),
                 self.grid_rows,
                 experiment.key(0, "levels"),
                 masking_rates=mdm_jax_meter.rate_grid(

@@ -30,4 +30,4 @@ from mdm_jax.meter.levels import (
     rate_grid,
     warp_density,
 )
-from mdm_jax.meter.subject import Estimator, make_estimator
+from mdm_jax.meter.subject import Estimator, Subject, make_estimator

@@ -15,12 +15,12 @@ Three criteria score a range; the smallest score wins, the first of equals:
 
 The published search also gives ranges above 1/2 the weight 1 instead of 1/m, and redraws masks
 until the masked fraction lies in the range, without correcting for it; neither is done here. Its
-candidate for blocks of one token, the single rate 1, is the range (0.999, 1) here, since whoever
-trains on a chosen range draws from its density.
+candidate for blocks of one token, the single rate 1, is the range (0.999, 1) here, from which a
+trainer can draw.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,19 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.distributed import to_host
-from mdm_jax.draws import GRID_BITS, Draw, DrawSpec, iid
-from mdm_jax.estimates import square_norm, start
+from mdm_jax.draws import Draw, DrawSpec, iid
 from mdm_jax.meter.levels import base_density
-from mdm_jax.meter.subject import ApplyFn, make_estimator
+from mdm_jax.meter.subject import ApplyFn, Progress, gradient_deviations, make_estimator
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
+from mdm_jax.variance.warps import ClippedDensity
 
 SMALLEST_RATE = 1e-3
 """Where the widest candidate begins."""
-
-Progress = Callable[[int], None]
-"""Called with the number of batches done since the last call."""
 
 _WIDTHS = (50, 60, 70, 80, 90)  # percent
 _STEP = 5
@@ -82,11 +79,7 @@ class ClipChoice(NamedTuple):
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "ClipChoice":
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: if a field is missing or unknown.
-        """
+        """The inverse of :meth:`to_dict`; ValueError if a field is missing or unknown."""
         if set(record) != set(cls._fields):
             raise ValueError(
                 f"a clip choice has the fields {', '.join(cls._fields)}, got "
@@ -99,8 +92,7 @@ class ClipChoice(NamedTuple):
 def candidate_intervals(block_size: int) -> tuple[Interval, ...]:
     """The published candidates: the whole range, then every width from 0.5 to 0.9 in steps of 0.05.
 
-    36 ranges. For blocks of one token only the whole range and, for the published point (1, 1),
-    where the loss is that of an autoregressive model, (0.999, 1): a range that can be drawn from.
+    36 ranges; for blocks of one token only the whole range and (0.999, 1).
 
     Raises:
         ValueError: if the block size is not positive.
@@ -139,9 +131,6 @@ def check_feasible(block_size: int, low: float, high: float) -> None:
         )
 
 
-Search = Callable[..., ClipChoice]
-
-
 def make_clip_search(
     apply_fn: ApplyFn,
     objective: Objective,
@@ -149,14 +138,13 @@ def make_clip_search(
     *,
     criterion: Criterion | None = None,
     intervals: Sequence[Interval] | None = None,
-) -> Search:
+) -> Callable[..., ClipChoice]:
     """``search(params, batches, key, step=0, progress=None) -> ClipChoice``, compiled once.
 
-    Scores ranges of the masking rate on validation batches and takes the best. All ranges see the
-    same rows and base noise. Blocks draw their rates independently. ``batches`` are at least two of
-    one shape (100 in the published code), ``step`` is kept for the record, and ``progress`` is
-    called with the number of batches done since its last call; for the gradient's criterion every
-    range is a pass over all batches.
+    Scores ranges of the masking rate on validation batches and takes the best. All ranges get the
+    same rows and base noise; blocks draw their rates independently. ``batches`` are at least two of
+    one shape (100 in the published code), ``step`` is kept for the record, and ``progress`` counts
+    batches (for the gradient's criterion every range is a pass over all of them).
 
     Args:
         apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``, without dropout.
@@ -177,8 +165,8 @@ def make_clip_search(
             "the search draws masking rates uniformly from a range; give an objective with a "
             "uniform law (linear schedule), not one that prefers some rates already"
         )
-    chosen = candidate_intervals(block_size) if intervals is None else tuple(intervals)
-    for low, high in chosen:
+    candidates = candidate_intervals(block_size) if intervals is None else tuple(intervals)
+    for low, high in candidates:
         check_feasible(block_size, low, high)
     criterion = gradient_noise_to_signal if criterion is None else criterion
     score = criterion(apply_fn, objective, spec)
@@ -192,16 +180,16 @@ def make_clip_search(
     ) -> ClipChoice:
         if len(batches) < 2:
             raise ValueError(f"at least 2 batches are needed to score a range, got {len(batches)}")
-        scores = score(params, batches, key, chosen, progress)
+        scores = score(params, batches, key, candidates, progress)
         if not np.any(np.isfinite(scores)):
             raise ValueError(f"no range has a finite score under {criterion.__name__}")
         best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf)))
         return ClipChoice(
-            *chosen[best],
+            *candidates[best],
             criterion=criterion.__name__,
             block_size=block_size,
             step=step,
-            intervals=chosen,
+            intervals=candidates,
             scores=tuple(float(s) if np.isfinite(s) else None for s in scores),
         )
 
@@ -219,8 +207,8 @@ def relative_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -
     moments = block_loss_moments(apply_fn, objective, spec)
 
     def score(*arguments: Any) -> np.ndarray:
-        found = moments(*arguments)
-        return found.variance / found.mean**2
+        measured = moments(*arguments)
+        return measured.variance / measured.mean**2
 
     return score
 
@@ -244,17 +232,18 @@ def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: Draw
         progress: Progress | None = None,
     ) -> np.ndarray:
         placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
-        scores = []
-        for interval in np.asarray(intervals, np.float32):
-            mean, terms = start(params).mean, []
+
+        def drawn(interval: np.ndarray) -> Iterator[tuple[Batch, Draw]]:
             for number, batch in enumerate(placed):
-                one = draw(jax.random.fold_in(key, number), interval)
-                mean, term = estimator.accumulate(mean, np.float32(number), params, batch, one, 1)
-                terms.append(float(term))
+                yield batch, draw(jax.random.fold_in(key, number), interval)
                 if progress is not None:
                     progress(1)
-            noise = float(np.mean(terms[1:]))
-            signal = float(square_norm(mean)) - noise / len(terms)
+
+        scores = []
+        for interval in np.asarray(intervals, np.float32):
+            terms, square = gradient_deviations(estimator, params, drawn(interval))
+            noise = float(np.mean(terms))
+            signal = square - noise / len(placed)
             scores.append(noise / signal if signal > 0 else math.inf)
         return np.asarray(scores)
 
@@ -290,8 +279,9 @@ def block_loss_moments(
         draw = iid(stream(key, "draw"), spec)
 
         def one(interval: Array) -> tuple[Array, Array]:
-            moved = _in_interval(draw, interval)
-            stats = objective.loss(_with(apply_fn, params), batch, moved)
+            stats = objective.loss(
+                lambda *inputs: apply_fn(params, *inputs), batch, _in_interval(draw, interval)
+            )
             value = stats.weight * stats.raw / jnp.maximum(stats.scored, 1)
             return value[0], stats.scored[0] > 0
 
@@ -308,11 +298,13 @@ def block_loss_moments(
         ranges = jnp.asarray(intervals, jnp.float32)
         for number, batch in enumerate(batches):
             one = jax.random.fold_in(key, number)
-            value, scored = losses(params, jax.tree.map(jnp.asarray, batch), one, ranges)
-            value, scored = to_host((value, scored))
-            kept = np.asarray(value, np.float64)[:, scored[0]]
+            value, eligible = losses(params, jax.tree.map(jnp.asarray, batch), one, ranges)
+            value, eligible = to_host((value, eligible))
+            kept = np.asarray(value, np.float64)[:, eligible[0]]
             if kept.shape[1] < 2:
-                raise ValueError(f"batch {number} has {kept.shape[1]} scored blocks; 2 are needed")
+                raise ValueError(
+                    f"batch {number} has {kept.shape[1]} blocks with eligible tokens; 2 are needed"
+                )
             means.append(kept.mean(1))
             variances.append(kept.var(1, ddof=1))
             if progress is not None:
@@ -323,13 +315,6 @@ def block_loss_moments(
     return moments
 
 
-def _with(apply_fn: ApplyFn, params: PyTree) -> Callable[..., Array]:
-    return lambda *inputs: apply_fn(params, *inputs)
-
-
 def _in_interval(draw: Draw, interval: Array) -> Draw:
-    # u = 1 - m for a uniform masking rate; no weight, as the range itself is the target.
-    low, high = interval[0], interval[1]
-    end = 2.0 ** -(GRID_BITS + 1)
-    u = (1 - high) + (high - low) * draw.u
-    return draw._replace(u=jnp.clip(u, end, 1 - end))
+    # No weight, as the range itself is the target.
+    return draw._replace(u=ClippedDensity(interval[0], interval[1]).icdf(draw.u))

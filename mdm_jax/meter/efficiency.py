@@ -1,22 +1,19 @@
 """Variance of the batch gradient, by redrawing whole batches: the figure that compares methods.
 
 The spread of per-example gradients *within* a batch says nothing about a batch whose rows are
-coupled (under jittered strata it can be off by orders of magnitude), and the variance of the loss
-is not that of its gradient. So the gradient that the optimiser would see is drawn again and again
-through the whole chain, its adaptive state held fixed, and
+coupled, and the variance of the loss is not that of its gradient. So the gradient that the
+optimiser would get is drawn again and again through the whole chain, its state held fixed, and
 
     trace of its covariance  x  forward passes per row
 
-is compared at equal compute. Squared importance weights can have heavy tails (the continuous-time
-Bernoulli estimator has infinite variance), and then no number of redraws settles the estimate:
-:class:`Efficiency` says so instead of giving a number.
-
-Whether weights 1/m have infinite variance, which redraws of a batch hardly ever show.
+is compared at equal compute. Squared importance weights can have heavy tails (Bernoulli masks have
+infinite variance); then no number of redraws settles the estimate, and :class:`Efficiency` says so
+instead of giving a number.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.draws import GRID_BITS, Draw, DrawSpec
-from mdm_jax.estimates import finite_or_none, square_norm, standard_error_of_mean, start
-from mdm_jax.meter.nested import Estimate, scored_rows
-from mdm_jax.meter.subject import Estimator
+from mdm_jax.estimates import Estimate, finite_or_none, mean_estimate
+from mdm_jax.meter.nested import eligible_rows
+from mdm_jax.meter.subject import Progress, Subject, gradient_deviations
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
@@ -44,7 +41,6 @@ MIN_TAIL_INDEX = 1.3
 On the toy (three parameters, batches of 16) the three rules together refuse Bernoulli masks of
 infinite variance in 86% of the runs of 256 redraws and in all of 1024, and fixed counts in none.
 """
-
 
 MIN_REDRAWS = 40
 """Fewest squared deviations (redraws less one per group) that an estimate is given from."""
@@ -67,10 +63,9 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Variance of the batch gradient under one method.
+    """Variance of the batch gradient under one method, summed over parameters.
 
-    Gradients are of the loss in nats per scored token, as the optimiser sees them, summed over
-    parameters.
+    Gradients are of the loss in nats per eligible token, as the optimiser gets them.
 
     Attributes:
         group_variances: [groups] trace of the covariance, each from redraws of its own.
@@ -97,14 +92,10 @@ class Efficiency:
 
     @property
     def variance(self) -> Estimate:
-        """Trace of the covariance of the batch gradient.
-
-        Raises:
-            ValueError: if the estimate has not settled; the message says why.
-        """
+        """Trace of the covariance; ValueError, saying why, if the estimate has not settled."""
         if self.unsettled:
             raise ValueError(self.unsettled)
-        return _mean(self.group_variances)
+        return mean_estimate(self.group_variances)
 
     @property
     def variance_times_passes(self) -> Estimate:
@@ -119,18 +110,11 @@ class Efficiency:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the figures of an unsettled estimate are None."""
-        figures = {"variance": None, "variance_standard_error": None, "noise_to_signal": None}
-        figures |= {"variance_times_passes": None, "variance_times_passes_standard_error": None}
-        if self.settled:
-            value, error = self.variance
-            figures = {
-                "variance": value,
-                "variance_standard_error": finite_or_none(error),
-                "noise_to_signal": finite_or_none(self.noise_to_signal),
-                "variance_times_passes": value * self.passes,
-                "variance_times_passes_standard_error": finite_or_none(error * self.passes),
-            }
-        return figures | {
+        record = {"noise_to_signal": finite_or_none(self.noise_to_signal) if self.settled else None}
+        for name in ("variance", "variance_times_passes"):
+            value, error = getattr(self, name) if self.settled else (None, math.nan)
+            record |= {name: value, f"{name}_standard_error": finite_or_none(error)}
+        return record | {
             "unsettled": self.unsettled,
             "group_variances": self.group_variances.tolist(),
             "signal": self.signal,
@@ -142,38 +126,29 @@ class Efficiency:
 
 
 def efficiency(
-    estimator: Estimator,
-    params: PyTree,
-    transform: VarianceTransform,
-    state: PyTree,
-    spec: DrawSpec,
+    subject: Subject,
     batches: Sequence[Batch],
     key: Array,
     *,
     groups: int = 16,
     redraws: int = 16,
     num_microbatches: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Efficiency:
     """Noise of the batch gradient: the data stay, levels and masks are drawn anew.
 
     Args:
-        estimator: network and objective, from ``make_estimator``; share it between methods.
-        params: parameters.
-        transform: variance reduction; any chain.
-        state: its state; read, never written.
-        spec: shape of a training batch.
+        subject: what is measured.
         batches: training batches of ``spec.batch_size`` rows; group g uses batch g modulo their
-            number. With several, the result is the mean noise over them; only with as many batches
-            as groups does the standard error cover which batches they happen to be.
-        key: typed key. Methods measured with one key see the same base draws in the same groups, so
+            number. Only with as many batches as groups does the standard error cover which batches
+            they happen to be.
+        key: typed key. Methods measured with one key get the same base draws in the same groups, so
             differences are more certain than either figure; see :func:`compare`.
         groups: independent repetitions, at least 2, a multiple of the number of batches; their
             spread gives the standard error.
         redraws: batches drawn in each group, at least 2.
-        num_microbatches: parts of a batch evaluated one after the other; bounds the memory, which
-            also holds three gradients.
-        progress: called with the number of redraws done since the last call.
+        num_microbatches: of a batch; bounds the memory, which also holds three gradients.
+        progress: counts redraws.
 
     Raises:
         ValueError: if settings do not fit together, or a gradient is not finite.
@@ -181,47 +156,37 @@ def efficiency(
     if not batches or groups % len(batches):
         raise ValueError(f"groups must be a multiple of the {len(batches)} batches, got {groups}")
     for batch in batches:
-        if batch.tokens.shape[0] != spec.batch_size:
+        if batch.tokens.shape[0] != subject.spec.batch_size:
             raise ValueError(
-                f"each batch must have the spec's {spec.batch_size} rows, got "
+                f"each batch must have the spec's {subject.spec.batch_size} rows, got "
                 f"{batch.tokens.shape[0]}"
             )
-        scored_rows(batch)  # raises where nothing is scored
+        eligible_rows(batch)  # raises where nothing is eligible
     placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
-    return _measure(
-        estimator,
-        params,
-        lambda _key, batch: batch,
-        lambda group: placed[group % len(placed)],
-        (transform, state, spec),
-        key,
-        (groups, redraws, num_microbatches),
-        progress,
-    )
+
+    def batch_of(group: int, _key: Array) -> Batch:
+        return placed[group % len(placed)]
+
+    return _measure(subject, batch_of, key, groups, redraws, num_microbatches, progress)
 
 
 def efficiency_with_data(
-    estimator: Estimator,
-    params: PyTree,
-    transform: VarianceTransform,
-    state: PyTree,
-    spec: DrawSpec,
+    subject: Subject,
     rows: Batch,
     key: Array,
     *,
     groups: int = 16,
     redraws: int = 16,
     num_microbatches: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Efficiency:
-    """Noise of the batch gradient when rows are drawn anew too: what training sees.
+    """Noise of the batch gradient when rows are drawn anew too, as in training.
 
     Each redraw takes ``spec.batch_size`` rows from ``rows`` [N, L] with replacement. Everything
     else as in :func:`efficiency`.
     """
-    scored_rows(rows)  # raises where nothing is scored
-    size, count = spec.batch_size, rows.tokens.shape[0]
-
+    eligible_rows(rows)  # raises where nothing is eligible
+    size, count = subject.spec.batch_size, rows.tokens.shape[0]
     pool = jax.tree.map(jnp.asarray, rows)
 
     @jax.jit
@@ -229,16 +194,10 @@ def efficiency_with_data(
         index = jax.random.randint(stream(key, "data"), (size,), 0, count)
         return jax.tree.map(lambda field: field[index], pool)
 
-    return _measure(
-        estimator,
-        params,
-        pick,
-        lambda _group: pool,
-        (transform, state, spec),
-        key,
-        (groups, redraws, num_microbatches),
-        progress,
-    )
+    def batch_of(_group: int, key: Array) -> Batch:
+        return pick(key, pool)
+
+    return _measure(subject, batch_of, key, groups, redraws, num_microbatches, progress)
 
 
 def compare(first: Efficiency, second: Efficiency) -> Comparison:
@@ -255,7 +214,7 @@ def compare(first: Efficiency, second: Efficiency) -> Comparison:
             f"{len(first.group_variances)} and {len(second.group_variances)}"
         )
     value, other = first.variance_times_passes.value, second.variance_times_passes.value
-    difference = _mean(
+    difference = mean_estimate(
         first.group_variances * first.passes - second.group_variances * second.passes
     )
     if difference.standard_error > 0:
@@ -265,36 +224,43 @@ def compare(first: Efficiency, second: Efficiency) -> Comparison:
     return Comparison(difference, value / other if other else math.nan, errors)
 
 
-def _measure(estimator, params, pick, batch_of, method, key, sizes, progress) -> Efficiency:
-    (transform, state, spec), (groups, redraws, num_microbatches) = method, sizes
+def _measure(
+    subject: Subject,
+    batch_of: Callable[[int, Array], Batch],
+    key: Array,
+    groups: int,
+    redraws: int,
+    num_microbatches: int,
+    progress: Progress | None,
+) -> Efficiency:
     if groups < 2 or redraws < 2:
         raise ValueError(f"at least 2 groups of 2 redraws are needed, got {groups} of {redraws}")
-    if num_microbatches < 1 or spec.batch_size % num_microbatches:
+    if num_microbatches < 1 or subject.spec.batch_size % num_microbatches:
         raise ValueError(
-            f"num_microbatches must be a divisor of the batch size {spec.batch_size}, "
+            f"num_microbatches must be a divisor of the batch size {subject.spec.batch_size}, "
             f"got {num_microbatches}"
         )
 
     @jax.jit
     def draw(state: PyTree, key: Array) -> Draw:
-        return draw_batch(stream(key, "draw"), transform, state, spec)
+        return draw_batch(stream(key, "draw"), subject.transform, state, subject.spec)
+
+    def redrawn(group: int) -> Iterator[tuple[Batch, Draw]]:
+        group_key = jax.random.fold_in(key, group)
+        for index in range(redraws):
+            one = jax.random.fold_in(group_key, index)
+            yield batch_of(group, one), draw(subject.state, one)
 
     terms, squares = [], []
     for group in range(groups):
-        group_key, batch = jax.random.fold_in(key, group), batch_of(group)
-        mean, found = start(params).mean, []
-        for index in range(redraws):
-            one = jax.random.fold_in(group_key, index)
-            count, redrawn = np.float32(index), draw(state, one)
-            mean, term = estimator.accumulate(
-                mean, count, params, pick(one, batch), redrawn, num_microbatches
-            )
-            found.append(term)
-        terms.append([float(term) for term in found[1:]])
-        squares.append(float(square_norm(mean)))
+        deviations, square = gradient_deviations(
+            subject.estimator, subject.params, redrawn(group), num_microbatches
+        )
+        terms.append(deviations)
+        squares.append(square)
         if progress is not None:
             progress(redraws)
-    terms = np.asarray(terms, np.float64)
+    terms = np.asarray(terms)
     if not np.all(np.isfinite(terms)):
         raise ValueError("a gradient is not finite; nothing can be estimated")
     variances = terms.mean(1)
@@ -302,7 +268,7 @@ def _measure(estimator, params, pick, batch_of, method, key, sizes, progress) ->
     return Efficiency(
         group_variances=variances,
         signal=float(np.mean(squares - variances / redraws)),
-        passes=transform.views,
+        passes=subject.transform.views,
         redraws=redraws,
         top_share=top_share,
         tail_index=tail_index,
@@ -325,7 +291,7 @@ def tail_of(terms: np.ndarray) -> tuple[float, float]:
 def why_unsettled(terms: np.ndarray, top_share: float, tail_index: float) -> str:
     """Why squared deviations [groups, redraws] do not make an estimate; empty if they do."""
     reasons = []
-    value, error = _mean(terms.mean(1))
+    value, error = mean_estimate(terms.mean(1))
     if terms.size < MIN_REDRAWS:
         reasons.append(f"{terms.size} squared deviations do not show a tail, {MIN_REDRAWS} would")
     if value > 0 and error / value > MAX_RELATIVE_ERROR:
@@ -337,14 +303,9 @@ def why_unsettled(terms: np.ndarray, top_share: float, tail_index: float) -> str
     if not reasons:
         return ""
     return (
-        "the variance has not settled: "
-        + "; ".join(reasons)
-        + "; use more redraws, or an estimator of finite variance"
+        f"the variance has not settled: {'; '.join(reasons)}; use more redraws, or an estimator of "
+        "finite variance"
     )
-
-
-def _mean(values: np.ndarray) -> Estimate:
-    return Estimate(float(values.mean()), standard_error_of_mean(values))
 
 
 _SLOWEST = 0.01  # power of m that still counts as a fall
@@ -353,28 +314,19 @@ _SLOWEST = 0.01  # power of m that still counts as a fall
 def inverse_rates_diverge(
     objective: Objective, transform: VarianceTransform, state: PyTree, spec: DrawSpec
 ) -> bool:
-    """Whether an estimate with losses S/m of the bound has infinite variance under a law and chain.
+    """Whether an estimate with losses S/m of the bound has infinite variance, by law and chain.
 
     Near m = 0 the second moment of S/m is of the order of 1/m. Where the law's density of the rate
     is p and the chain draws its quantiles from q(u) with the weight w(u), that of the estimate is
-
-        int q w^2 / (m p) dm ,
-
-    which is finite if law or chain stop above m = 0, or ``q w^2 / p`` falls like a power of m. The
-    power is read off the two last quantiles of the float32 grid, within the last cell of every
-    piecewise density. A warp without profile is taken for one of bounded density.
-
-    Args:
-        objective: whose effective weight is the bound's; one labelled "biased" has another, of
-            which nothing is known here, and the answer is no.
-        transform: any chain.
-        state: its state, read only.
-        spec: of a training batch, for the number of levels.
+    ``int q w^2 / (m p) dm``: finite if law or chain stop above m = 0, or ``q w^2 / p`` falls like a
+    power of m. The power is read off the two last quantiles of the float32 grid, within the last
+    cell of every piecewise density. A warp without profile counts as one of bounded density. An
+    objective labelled "biased" has another weight than the bound's: the answer is no.
     """
     if objective.bias == "biased" or float(objective.law.support[1]) < jnp.inf:
         return False
-    law, places = objective.law, jnp.asarray([3.0, 1.0])
-    u = jnp.broadcast_to((1 - places * 2.0 ** -(GRID_BITS + 1))[:, None], (2, spec.num_levels))
+    law, last = objective.law, jnp.asarray([3.0, 1.0])
+    u = jnp.broadcast_to((1 - last * 2.0 ** -(GRID_BITS + 1))[:, None], (2, spec.num_levels))
     logsnr = law.icdf(u)
     log_rate, log_survival = jax.nn.log_sigmoid(-logsnr), jax.nn.log_sigmoid(logsnr)
     height = -(law.log_pdf(logsnr) - log_rate - log_survival)

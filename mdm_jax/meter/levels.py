@@ -5,12 +5,11 @@ With f the loss of one forward pass at level u (before importance weights), over
     v(u) = E Var(f | row)    g(u) = E f    c(u) = Var(E[f | row])    s = E f^2 = v + g^2 + c .
 
 A level drawn with density q and weighted by 1/q has the second moment ``int s / q``, smallest for
-``q ~ sqrt(s)`` (P-POTS, arXiv 2511.18159, whose scripts leave c out). Where levels are stratified,
-the main effect g is removed already and ``sqrt(v + c)`` takes its place.
+``q ~ sqrt(s)`` (P-POTS, arXiv 2511.18159, whose scripts leave c out). Stratified levels have the
+main effect g removed already; there ``sqrt(v + c)`` takes its place.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.draws import GRID_BITS, Draw, DrawSpec
-from mdm_jax.meter import nested
-from mdm_jax.meter.nested import CrossedMoments, crossed_draw, evaluate_cells, scored_rows
-from mdm_jax.meter.subject import Estimator
+from mdm_jax.estimates import finite_or_none
+from mdm_jax.meter.nested import (
+    CrossedMoments,
+    bootstrap_errors,
+    crossed_draw,
+    crossed_moments,
+    eligible_rows,
+    evaluate_cells,
+)
+from mdm_jax.meter.subject import Progress, Subject
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.rng import stream
 from mdm_jax.schedules.coordinates import logsnr_from_masking_rate
@@ -50,7 +56,7 @@ class LevelTable:
         loss: of the loss, nats per row.
         gradient: of its gradient (traces; ``mean`` is the norm of the mean gradient), or None if it
             was not measured.
-        nats_per_token: [levels] mean loss over mean number of scored tokens.
+        nats_per_token: [levels] mean loss over mean number of eligible tokens.
         rows, masks_per_level, passes, rows_left_out: size of the design.
     """
 
@@ -67,30 +73,22 @@ class LevelTable:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        found: dict[str, Any] = {
-            "masking_rates": self.masking_rates.tolist(),
-            "quantiles": self.quantiles.tolist(),
-            "base_density": self.base_density.tolist(),
-            "nats_per_token": self.nats_per_token.tolist(),
-        }
-        for name in ("loss", "gradient"):
-            moments = getattr(self, name)
-            if moments is not None:
-                errors = moments.standard_error._asdict()
-                found[name] = {k: v.tolist() for k, v in moments.value._asdict().items()} | {
-                    f"{k}_standard_error": [float(e) if np.isfinite(e) else None for e in v]
-                    for k, v in errors.items()
+        record: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Moments):
+                record[field.name] = {
+                    f"{name}{suffix}": [finite_or_none(x) for x in numbers]
+                    for suffix, moments in zip(("", "_standard_error"), value)
+                    for name, numbers in moments._asdict().items()
                 }
-        counts = ("rows", "masks_per_level", "passes", "rows_left_out")
-        return found | {name: getattr(self, name) for name in counts}
+            elif value is not None:
+                record[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
+        return record
 
 
 def measure_levels(
-    estimator: Estimator,
-    params: PyTree,
-    transform: VarianceTransform,
-    state: PyTree,
-    spec: DrawSpec,
+    subject: Subject,
     rows: Batch,
     key: Array,
     *,
@@ -99,19 +97,15 @@ def measure_levels(
     probes: int = 0,
     chunk: int = 64,
     resamples: int = 200,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LevelTable:
     """v, g and c on a grid of levels shared by all rows (a crossed design).
 
     Where a row has several levels (blocks), all of them take the level of the grid.
 
     Args:
-        estimator: network and objective, from ``make_estimator``.
-        params: parameters.
-        transform: its views are averaged over, all at the level of the grid;
-            ``variance.identity()`` for single masks.
-        state: of the transform.
-        spec: of a training batch.
+        subject: what is measured; views of its transform are averaged over, all at the level of
+            the grid (``variance.identity()`` for single masks).
         rows: rows [N, L] drawn from the data.
         key: typed key.
         masking_rates: [levels], increasing, in (0, 1] and within the law's support.
@@ -119,7 +113,7 @@ def measure_levels(
         probes: random directions along which the gradient is measured, 0 for the loss alone.
         chunk: evaluations per forward call, at least 1.
         resamples: bootstrap samples.
-        progress: called with the number of evaluations done since the last call.
+        progress: counts evaluations.
 
     Raises:
         ValueError: if the rates are not increasing in (0, 1] or lie outside the law's support, no
@@ -127,36 +121,35 @@ def measure_levels(
             not finite.
     """
     rates = np.asarray(masking_rates, np.float64)
-    rows, left_out = scored_rows(rows)
-    directions, objective = stream(key, "probes"), estimator.objective
-    quantiles = quantiles_of(objective, rates)
+    rows, left_out = eligible_rows(rows)
+    directions, estimator = stream(key, "probes"), subject.estimator
+    quantiles = quantiles_of(estimator.objective, rates)
 
-    def score(batch: Batch, draw: Draw) -> PyTree:
+    def score(batch: Batch, draw: Draw) -> tuple[Array, ...]:
         if probes:
-            return estimator.slopes(params, batch, draw, directions, probes)
-        return estimator.losses(params, batch, draw)
+            return estimator.directional(subject.params, batch, draw, directions, probes)
+        return (estimator.losses(subject.params, batch, draw),)
 
-    found = evaluate_cells(
+    values, *derivatives = evaluate_cells(
         score,
-        crossed_draw(key, transform, state, spec, jnp.asarray(quantiles, jnp.float32)),
+        crossed_draw(key, subject, jnp.asarray(quantiles, jnp.float32)),
         rows,
         (len(rates), masks_per_level),
         chunk,
         progress,
     )
-    values, slopes = found if probes else (found, None)
-    loss = Moments(nested.level_moments(values), nested.level_errors(values, resamples))
+    loss = _moments(values, resamples)
     tokens = float(np.mean(np.sum(np.asarray(rows.eligible), axis=-1)))
     return LevelTable(
         masking_rates=rates,
         quantiles=quantiles,
-        base_density=base_density(objective, rates),
+        base_density=base_density(estimator.objective, rates),
         loss=loss,
-        gradient=None if slopes is None else _over_probes(slopes, resamples),
+        gradient=_over_probes(derivatives[0], resamples) if probes else None,
         nats_per_token=loss.value.mean / tokens,
         rows=rows.tokens.shape[0],
         masks_per_level=masks_per_level,
-        passes=transform.views,
+        passes=subject.transform.views,
         rows_left_out=left_out,
     )
 
@@ -176,26 +169,26 @@ def quantiles_of(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
     ):
         raise ValueError(f"masking_rates must increase within (0, 1], got {rates}")
     highest, lowest = (float(jax.nn.sigmoid(-jnp.asarray(end))) for end in objective.law.support)
-    given = f"masking_rates {rates[0]:g} to {rates[-1]:g}"
+    named = f"masking_rates {rates[0]:g} to {rates[-1]:g}"
     if rates[0] < lowest * (1 - _ROUNDING) or rates[-1] > highest * (1 + _ROUNDING):
         raise ValueError(  # the law would clip them to its ends
-            f"{given} reach beyond those of the law, which covers {lowest:g} to {highest:g}; "
+            f"{named} reach beyond those of the law, which covers {lowest:g} to {highest:g}; "
             "give rates within"
         )
     logsnr = logsnr_from_masking_rate(jnp.minimum(jnp.asarray(rates, jnp.float32), _LAST))
     quantiles = np.asarray(objective.law.cdf(logsnr), np.float64)
     if np.any(np.diff(quantiles) >= 0):
         raise ValueError(
-            f"{given} are not told apart by the law, which covers {lowest:g} to {highest:g}; "
+            f"{named} are not told apart by the law, which covers {lowest:g} to {highest:g}; "
             "give fewer, farther apart"
         )
     return np.clip(quantiles, _FIRST, _LAST)
 
 
 def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
-    """Density of the masking rate under the objective's law; 1 for a uniform rate.
+    """Density of the masking rate under the objective's law, ``law(logsnr) / (m (1 - m))``.
 
-    ``law(logsnr) / (m (1 - m))``; taken next to the end at m = 1.
+    1 for a uniform rate; taken next to the end at m = 1.
     """
 
     @jax.jit
@@ -210,15 +203,14 @@ def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
 def optimal_density(table: LevelTable, target: np.ndarray) -> np.ndarray:
     """Density over the masking rate proportional to ``base_density * sqrt(target)``, [levels].
 
+    Normalised by the trapezoid rule over the grid's range: what lies below the first rate is not in
+    it.
+
     Args:
         table: whose grid the target lives on.
         target: [levels] second moment that the density is to flatten: ``second`` for independent
             levels (p*), ``pattern + data`` for stratified ones, ``pattern + mean_square`` as in the
             scripts of P-POTS; of the loss or of the gradient. Negative estimates count as zero.
-
-    Returns:
-        Density normalised by the trapezoid rule over the grid's range: what lies below the first
-        rate is not in it.
 
     Raises:
         ValueError: if the target vanishes everywhere.
@@ -238,22 +230,18 @@ def warp_density(
     objective: Objective,
     draws: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The density that a transform draws masking rates from.
+    """The density that a transform draws masking rates from: (rates, density), sorted by rate.
 
-    Of a transform that tells its profile it is the profile's density. One that tells none is taken
-    at its weights: a warp that is exact pays ``-log density`` into ``log_weight``.
+    One entry per level of every view of ``draws`` batches. The density is that of the transform's
+    profile, or of its weights where it has none: an exact warp pays ``-log density``.
 
     Args:
         key: typed key.
-        transform: any transform; without a warp the density is that of the objective's law. A warp
-            without profile must pay its density.
+        transform: any transform; without a warp the density is that of the objective's law.
         state: of the transform.
         spec: of a training batch.
         objective: whose law turns quantiles into masking rates.
         draws: batches to collect.
-
-    Returns:
-        (masking rates, density), sorted by rate; one entry per level of every view drawn.
     """
     keys = jax.random.split(stream(key, "density"), draws)
 
@@ -265,8 +253,8 @@ def warp_density(
             log_density = transform.profile(state, draw.u).log_density
         return jax.nn.sigmoid(-objective.law.icdf(draw.u)), log_density
 
-    found = rates_and_log_density(keys)
-    rates, log_density = (np.asarray(a, np.float64).ravel() for a in found)
+    collected = rates_and_log_density(keys)
+    rates, log_density = (np.asarray(a, np.float64).ravel() for a in collected)
     order = np.argsort(rates)
     density = base_density(objective, rates) * np.exp(log_density)
     return rates[order], density[order]
@@ -291,31 +279,11 @@ def rate_grid(levels: int = 16, lowest: float = 1e-3, highest: float = 1.0) -> n
     return np.concatenate([low, np.linspace(turn, highest, levels - small)])
 
 
-def _over_probes(slopes: np.ndarray, resamples: int) -> Moments:
-    value = nested.level_moments(slopes)
-    error = nested.level_errors(slopes, resamples)
-    probes = slopes.shape[0]
-
-    def mean(part: np.ndarray) -> np.ndarray:
-        return part.mean(0)
-
-    def spread(part: np.ndarray, each: np.ndarray) -> np.ndarray:
-        over_probes = part.var(0, ddof=1) / probes if probes > 1 else np.nan
-        return np.sqrt((each**2).mean(0) + over_probes)
-
-    value, error = CrossedMoments(*map(mean, value)), CrossedMoments(*map(spread, value, error))
-    # Slopes along random signs average to nothing; the norm of the mean gradient is meant.
-    norm = np.sqrt(np.maximum(value.mean_square, 0.0))
-    norm_error = error.mean_square / (2 * np.maximum(norm, 1e-300))
-    return Moments(value._replace(mean=norm), error._replace(mean=norm_error))
-
-
 def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> LevelMoments:
     """Moments of a table in bins of the quantile, as ``variance.ppots_binned`` takes them.
 
-    Interpolates over the logarithm of 1 - u, the distance from the clean end, at each bin's
-    (geometric) middle; beyond the table's quantiles the outermost values are kept. Where the
-    masking rate is uniform it is 1 - u.
+    Interpolates over the logarithm of 1 - u (the masking rate, where that is uniform), at each
+    bin's geometric middle; beyond the table's quantiles the outermost values are kept.
 
     Args:
         table: measured levels.
@@ -333,3 +301,27 @@ def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> Lev
     return LevelMoments(
         second=at(value.second), mean=jnp.sqrt(at(value.mean_square)), data=at(value.data)
     )
+
+
+def _moments(values: np.ndarray, resamples: int) -> Moments:
+    """Moments of losses [..., rows, levels, masks] and their standard errors."""
+    errors = bootstrap_errors(
+        lambda index: crossed_moments(values[..., index, :, :]), values.shape[-3], resamples
+    )
+    return Moments(crossed_moments(values), errors)
+
+
+def _over_probes(derivatives: np.ndarray, resamples: int) -> Moments:
+    value, error = _moments(derivatives, resamples)
+    probes = derivatives.shape[0]
+
+    def spread(part: np.ndarray, each: np.ndarray) -> np.ndarray:
+        over_probes = part.var(0, ddof=1) / probes if probes > 1 else np.nan
+        return np.sqrt((each**2).mean(0) + over_probes)
+
+    error = CrossedMoments(*map(spread, value, error))
+    value = CrossedMoments(*(part.mean(0) for part in value))
+    # Derivatives along random signs average to nothing; the norm of the mean gradient is meant.
+    norm = np.sqrt(np.maximum(value.mean_square, 0.0))
+    norm_error = error.mean_square / (2 * np.maximum(norm, 1e-300))
+    return Moments(value._replace(mean=norm), error._replace(mean=norm_error))

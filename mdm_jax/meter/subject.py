@@ -1,26 +1,31 @@
-"""What the variance meter measures: a network's loss and gradient, compiled once.
+"""What the variance meter measures: a network's loss and gradient under a transform.
 
 Every method is measured with the same forward and backward pass; only the draw differs. So these
-functions take the draw as an argument, and compile once per number of views rather than once per
-method.
+functions take the draw as an argument, and compile once per number of views, not per method.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax import draws
-from mdm_jax.draws import Draw, LossStats
-from mdm_jax.estimates import RunningMean, add
-from mdm_jax.objectives.objective import Objective, sum_losses, token_mean
+from mdm_jax.draws import Draw, DrawSpec, LossStats
+from mdm_jax.estimates import RunningMean, add, square_norm, start
+from mdm_jax.objectives.objective import LossSums, Objective, sum_losses, token_mean
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
+from mdm_jax.variance.transform import VarianceTransform
 
 ApplyFn = Callable[..., Array]
 """``apply_fn(params, inputs, logsnr, documents) -> logits``."""
+
+Progress = Callable[[int], None]
+"""Called with the number of evaluations done since the last call."""
 
 
 class Estimator(NamedTuple):
@@ -30,19 +35,38 @@ class Estimator(NamedTuple):
         objective: what is estimated.
         losses: ``(params, batch, draw) -> [B]`` nats per row, importance weights inside, averaged
             over views and summed over levels.
-        slopes: ``(params, batch, draw, key, probes) -> (losses [B], slopes [probes, B])``, the
+        directional: ``(params, batch, draw, key, probes) -> (losses [B], [probes, B])``, the
             losses and their derivatives along random signs.
         gradient: ``(params, batch, draw, num_microbatches)`` -> gradient of the batch's loss in
-            nats per scored token, as the optimiser sees it.
+            nats per eligible token, as the optimiser gets it.
         accumulate: ``(mean, count, params, batch, draw, num_microbatches) -> (mean, term)``: adds
             that gradient to a running mean of ``count`` gradients, which is donated.
     """
 
     objective: Objective
     losses: Callable[[PyTree, Batch, Draw], Array]
-    slopes: Callable[[PyTree, Batch, Draw, Array, int], tuple[Array, Array]]
+    directional: Callable[[PyTree, Batch, Draw, Array, int], tuple[Array, Array]]
     gradient: Callable[[PyTree, Batch, Draw, int], PyTree]
     accumulate: Callable[..., tuple[PyTree, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        estimator: network and objective; share it between methods.
+        params: parameters.
+        transform: variance reduction; any chain.
+        state: its state; read, never written.
+        spec: shape of a *training* batch, ``objective.spec(batch_size, length)``.
+    """
+
+    estimator: Estimator
+    params: PyTree
+    transform: VarianceTransform
+    state: PyTree
+    spec: DrawSpec
 
 
 def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
@@ -58,40 +82,37 @@ def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
         return objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
 
     def losses(params: PyTree, batch: Batch, draw: Draw) -> Array:
-        stats = stats_of(params, batch, draw)
-        values = jnp.exp(draw.log_weight) * stats.weight * stats.raw
-        return jnp.mean(jnp.sum(values, axis=-1), axis=0)
+        return jax.vmap(sum_losses, in_axes=1)(draw, stats_of(params, batch, draw)).loss
 
-    def slopes(
+    def directional(
         params: PyTree, batch: Batch, draw: Draw, key: Array, probes: int
     ) -> tuple[Array, Array]:
-        value, slope = jax.linearize(lambda p: losses(p, batch, draw), params)
+        value, along = jax.linearize(lambda p: losses(p, batch, draw), params)
         each = jax.lax.map(
-            lambda probe: slope(_signs(jax.random.fold_in(key, probe), params)), jnp.arange(probes)
+            lambda probe: along(_signs(jax.random.fold_in(key, probe), params)), jnp.arange(probes)
         )
         return value, each
 
-    def weighted_sum(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, Array]:
+    def weighted_sum(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, LossSums]:
         sums = sum_losses(draw, stats_of(params, batch, draw))
-        return sums.loss, sums.scored
+        return sums.loss, sums
 
-    part_gradient = jax.grad(weighted_sum, has_aux=True)
+    microbatch_gradient = jax.grad(weighted_sum, has_aux=True)
 
     def gradient(params: PyTree, batch: Batch, draw: Draw, num_microbatches: int) -> PyTree:
+        def add_next(total: PyTree, microbatch: tuple[Batch, Draw]) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, microbatch_gradient(params, *microbatch)), None
+
         if num_microbatches == 1:
-            total, scored = part_gradient(params, batch, draw)
+            total, sums = microbatch_gradient(params, batch, draw)
         else:
-
-            def add_part(carry: PyTree, part: tuple[Batch, Draw]) -> tuple[PyTree, None]:
-                return jax.tree.map(jnp.add, carry, part_gradient(params, *part)), None
-
-            parts = (
+            zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()),) * 4))
+            microbatches = (
                 draws.split_rows(batch, num_microbatches, axis=0),
                 draws.split_rows(draw, num_microbatches, axis=1),
             )
-            zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-            (total, scored), _ = jax.lax.scan(add_part, zeros, parts)
-        return jax.tree.map(lambda g: token_mean(g, scored.astype(g.dtype)), total)
+            (total, sums), _ = jax.lax.scan(add_next, zeros, microbatches)
+        return jax.tree.map(lambda g: token_mean(g, sums.scored.astype(g.dtype)), total)
 
     @functools.partial(jax.jit, static_argnums=5, donate_argnums=0)
     def accumulate(
@@ -104,10 +125,29 @@ def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
     return Estimator(
         objective,
         jax.jit(losses),
-        jax.jit(slopes, static_argnums=4),
+        jax.jit(directional, static_argnums=4),
         jax.jit(gradient, static_argnums=3),
         accumulate,
     )
+
+
+def gradient_deviations(
+    estimator: Estimator,
+    params: PyTree,
+    batches: Iterable[tuple[Batch, Draw]],
+    num_microbatches: int = 1,
+) -> tuple[np.ndarray, float]:
+    """Squared deviations of batch gradients [N - 1] and the squared norm of their mean.
+
+    Each deviation has the expectation ``tr Cov(G)``; see :mod:`mdm_jax.estimates`. Holds three
+    gradients at a time.
+    """
+    mean, terms = start(params).mean, []
+    for index, (batch, draw) in enumerate(batches):
+        count = np.float32(index)
+        mean, term = estimator.accumulate(mean, count, params, batch, draw, num_microbatches)
+        terms.append(term)
+    return np.asarray(jax.device_get(terms[1:]), np.float64), float(square_norm(mean))
 
 
 def _signs(key: Array, like: PyTree) -> PyTree:

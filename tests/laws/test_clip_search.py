@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_corruption import PROBABILITIES
 
-from mdm_jax import corruption, evaluation, meter, objectives, schedules, variance
+from mdm_jax import corruption, meter, objectives, schedules, variance
 from mdm_jax.meter import clip_search
 from mdm_jax.schedules import masked
 from mdm_jax.testing import toys
@@ -138,7 +138,7 @@ def test_loss_moments_of_the_implementation_match_the_exact_ones():
 )
 def test_search_by_loss_finds_the_upper_half(criterion, exact):
     done = []
-    choice = search(criterion=getattr(evaluation, criterion), progress=done.append, step=7)
+    choice = search(criterion=getattr(meter, criterion), progress=done.append, step=7)
     assert (choice.low, choice.high) == (0.5, 1.0)
     assert choice.criterion == criterion
     assert (choice.block_size, choice.step, len(choice.scores)) == (2, 7, 36)
@@ -217,7 +217,7 @@ def test_searches_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="uniform law"):
         search(objective=blocks_objective(law=law))
     empty = tuple(b._replace(eligible=np.zeros_like(b.eligible)) for b in batches())
-    with pytest.raises(ValueError, match="0 scored blocks"):
+    with pytest.raises(ValueError, match="0 blocks with eligible"):
         search(given=empty, criterion=meter.raw_variance)
 
 

@@ -1,5 +1,6 @@
 """A, B, C: the estimators' arithmetic, and the toy's components by enumeration and Monte Carlo."""
 
+import dataclasses
 import functools
 
 import jax
@@ -48,10 +49,17 @@ def toy_estimator(process="fixed_count"):
 
 
 def toy_setting(transform, batch_size=4, process="fixed_count"):
-    """Positional arguments of the meter, from the estimator to ``spec``."""
+    """The toy under a transform, as the meter measures it."""
     estimator = toy_estimator(process)
     spec = estimator.objective.spec(batch_size, toys.LENGTH)
-    return estimator, toys.toy_params(), transform, transform.init(spec), spec
+    state = transform.init(spec)
+    return meter.Subject(estimator, toys.toy_params(), transform, state, spec)
+
+
+def spoilt(setting):
+    """The subject with parameters that are no numbers."""
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, setting.params)
+    return dataclasses.replace(setting, params=params)
 
 
 @functools.cache
@@ -90,21 +98,25 @@ def assert_close(result, expected, sigmas=4.0):
         assert part.standard_error < 0.25 * sum(expected), (name, part)
 
 
+def components(values):
+    return nested.components(nested.row_terms(values))
+
+
 def test_the_small_example():
-    found = nested.components(EXAMPLE)
+    found = components(EXAMPLE)
     np.testing.assert_allclose(found, (3.0, 0.5, 1.0, 4.5), atol=1e-12)
-    doubled = nested.components(np.stack([EXAMPLE, 2 * EXAMPLE]))
+    doubled = components(np.stack([EXAMPLE, 2 * EXAMPLE]))
     np.testing.assert_allclose(doubled.pattern, [3, 12], atol=1e-12)
 
 
 def test_designs_that_cannot_be_decomposed_are_refused():
     for shape in [(1, 2, 2), (2, 1, 2), (2, 2, 1)]:
         with pytest.raises(ValueError, match="each must be at least 2"):
-            nested.components(np.zeros(shape))
+            components(np.zeros(shape))
     with pytest.raises(ValueError, match="1 of 8 losses are not finite"):
-        nested.components(np.where(EXAMPLE == 7, np.nan, EXAMPLE))
+        components(np.where(EXAMPLE == 7, np.nan, EXAMPLE))
     with pytest.raises(ValueError, match="got shape"):
-        nested.components(np.zeros((2, 2)))
+        components(np.zeros((2, 2)))
 
 
 def test_estimators_are_unbiased_for_the_smallest_designs():
@@ -114,28 +126,27 @@ def test_estimators_are_unbiased_for_the_smallest_designs():
     data = 0.5 * rng.standard_normal((*shape[:2], 1, 1))
     rate = 0.3 * rng.exponential(size=(*shape[:3], 1))
     values = data + rate + 2.0 * rng.standard_normal(shape)
-    found = nested.components(values)
+    found = components(values)
     for part, expected in zip(found, (4.0, 0.09, 0.25, 4.34)):
         error = part.std(ddof=1) / len(part) ** 0.5
         assert abs(part.mean() - expected) < 5 * error
     assert np.mean(found.data < 0) > 0.1  # the sign is kept
 
 
+def errors_of(values, seed):
+    terms = nested.row_terms(values)
+    return nested.bootstrap_errors(
+        lambda index: nested.components(terms.take(index)), len(values), 100, seed
+    )
+
+
 def test_bootstrap_errors_match_the_spread_over_designs():
     rng = np.random.default_rng(1)
     shape = (400, 40, 3, 2)
     values = rng.standard_normal((400, 40, 1, 1)) + rng.standard_normal(shape)
-    spread = [part.std() for part in nested.components(values)]
-    errors = np.mean(
-        [nested.spread_error(nested.bootstrap(v, 100, seed=i)) for i, v in enumerate(values[:60])],
-        axis=0,
-    )
-    terms = nested.row_terms(values[0])
-    also = nested.spread_error(nested.bootstrap_terms(terms, 500))
-    np.testing.assert_allclose(errors, spread, rtol=0.15)
-    np.testing.assert_allclose(
-        also, nested.spread_error(nested.bootstrap(values[0], 500)), rtol=0.2
-    )
+    spread = [part.std() for part in components(values)]
+    errors = [errors_of(v, seed=i) for i, v in enumerate(values[:60])]
+    np.testing.assert_allclose(np.mean(errors, axis=0), spread, rtol=0.15)
 
 
 def test_toy_components_by_enumeration_of_the_implementation():
@@ -185,7 +196,7 @@ def measured(name):
     """Loss and gradient by probes, 600 rows of the toy."""
     setting = toy_setting(getattr(variance, name)())
     return meter.decompose_by_probes(
-        *setting,
+        setting,
         toy_rows(600),
         jax.random.key(1),
         probes=32,
@@ -220,21 +231,19 @@ def test_streaming_gradients_agree_with_enumeration_and_with_the_nested_estimato
     setting, rows, done = toy_setting(variance.mirror()), toy_rows(400, seed=3), []
     design = {"levels_per_row": 3, "masks_per_level": 2}
     key = jax.random.key(2)
-    streamed = meter.decompose_gradients(*setting, rows, key, progress=done.append, **design)
+    streamed = meter.decompose_gradients(setting, rows, key, progress=done.append, **design)
     assert sum(done) == 400 * 6
     assert_close(streamed, exact_components(enumerated_gradients("mirror")))
 
     @jax.jit
     def score(batch, draw):
-        slopes = [
-            jax.jvp(lambda p: setting[0].losses(p, batch, draw), (setting[1],), (axis,))[1]
-            for axis in ({"params": {"theta": row}} for row in jnp.eye(3))
-        ]
-        return jnp.stack(slopes)
+        losses = functools.partial(setting.estimator.losses, batch=batch, draw=draw)
+        axes = ({"params": {"theta": row}} for row in jnp.eye(3))
+        return jnp.stack([jax.jvp(losses, (setting.params,), (axis,))[1] for axis in axes])
 
-    draw_row = nested.nested_draw(key, *setting[2:])
+    draw_row = nested.nested_draw(key, setting)
     slopes = nested.evaluate_cells(score, draw_row, rows, (3, 2), 2400, None)
-    each = nested.components(slopes)
+    each = components(slopes)
     np.testing.assert_allclose(streamed.pattern.value, each.pattern.sum(), rtol=1e-4)
     np.testing.assert_allclose(streamed.rate.value, each.rate.sum(), rtol=1e-3)
     np.testing.assert_allclose(streamed.data.value, each.data.sum(), rtol=1e-3)
@@ -251,7 +260,7 @@ def test_importance_weights_belong_to_the_loss():
 
     transform = stateless("square", Phase.WARP, warp)
     result = meter.decompose(
-        *toy_setting(transform),
+        toy_setting(transform),
         toy_rows(3000, seed=6),
         jax.random.key(3),
         levels_per_row=4,
@@ -284,7 +293,7 @@ def test_chunks_progress_and_empty_rows():
     for chunk in (7, 1000):
         results.append(
             meter.decompose(
-                *setting,
+                setting,
                 rows,
                 jax.random.key(0),
                 levels_per_row=2,
@@ -301,15 +310,14 @@ def test_chunks_progress_and_empty_rows():
     with pytest.raises(ValueError, match="none of 2 rows has an eligible token"):
         empty = rows._replace(eligible=np.zeros_like(rows.eligible))
         empty = jax.tree.map(lambda field: field[:2], empty)
-        meter.decompose(*setting, empty, jax.random.key(0))
+        meter.decompose(setting, empty, jax.random.key(0))
 
 
 def test_losses_that_are_not_finite_are_refused():
-    setting = list(toy_setting(variance.identity()))
-    setting[1] = jax.tree.map(lambda leaf: leaf * jnp.nan, setting[1])
+    setting = spoilt(toy_setting(variance.identity()))
     with pytest.raises(ValueError, match="12 of 12 losses are not finite"):
         meter.decompose(
-            *setting, toy_rows(3), jax.random.key(0), levels_per_row=2, masks_per_level=2
+            setting, toy_rows(3), jax.random.key(0), levels_per_row=2, masks_per_level=2
         )
 
 
@@ -317,7 +325,7 @@ def test_level_table_against_enumeration():
     """v, g, c, s of Bernoulli masks at given rates, and the optimal density, 4 standard errors."""
     rates = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
     result = meter.measure_levels(
-        *toy_setting(variance.identity(), process="bernoulli"),
+        toy_setting(variance.identity(), process="bernoulli"),
         toy_rows(1500, seed=7),
         jax.random.key(4),
         masking_rates=rates,
@@ -470,7 +478,9 @@ def test_parts_add_up_to_the_variance_of_one_row_of_a_batch(name):
     """
     transform = zoo.ALL[name]()
     setting = toy_setting(transform, batch_size=4)
-    estimator, params, _, state, spec = setting
+    estimator, params, state, spec = (
+        getattr(setting, name) for name in ("estimator", "params", "state", "spec")
+    )
     pool = jax.tree.map(jnp.asarray, toy_rows(4096, seed=8))
 
     @jax.jit
@@ -484,7 +494,7 @@ def test_parts_add_up_to_the_variance_of_one_row_of_a_batch(name):
     squares = (losses - losses.mean()) ** 2
     spread, spread_error = squares.mean(), squares.std() / len(squares) ** 0.5
     result = meter.decompose(
-        *setting,
+        setting,
         toy_rows(4096, seed=8),
         jax.random.key(10),
         levels_per_row=2,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_corruption import PROBABILITIES
-from test_decompose import enumerated_gradients, exact_components
+from test_decompose import enumerated_gradients, exact_components, spoilt
 from test_decompose import toy_setting as toy_measured
 from variants import slow_except
 
@@ -27,7 +27,7 @@ TOKENS = 16
 def measure(transform, batches=(BATCH,), process="fixed_count", **options):
     options = {"groups": 16, "redraws": 48} | options
     setting = toy_measured(transform, process=process)
-    return meter.efficiency(*setting, batches, jax.random.key(0), **options)
+    return meter.efficiency(setting, batches, jax.random.key(0), **options)
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def test_variance_with_fresh_data_contains_everything():
     """Rows drawn anew: (A + B + C) of the gradient over the number of rows, per squared tokens."""
     pool = Batch(*(np.repeat(np.asarray(f), (5, 3, 2), axis=0) for f in toys.toy_batch()))
     setting = toy_measured(variance.identity())
-    result = meter.efficiency_with_data(*setting, pool, jax.random.key(1), groups=16, redraws=48)
+    result = meter.efficiency_with_data(setting, pool, jax.random.key(1), groups=16, redraws=48)
     gradients = enumerated_gradients("identity")
     expected = sum(exact_components(gradients)) * 4 / TOKENS**2
     value, error = result.variance
@@ -151,10 +151,10 @@ def test_microbatches_and_devices_do_not_change_the_numbers():
     rows = Batch(*(np.tile(f, (2,) + (1,) * (np.ndim(f) - 1)) for f in BATCH))
     setting = toy_measured(transform, batch_size=8)
     options = {"groups": 2, "redraws": 3}
-    whole = meter.efficiency(*setting, (rows,), jax.random.key(2), **options)
-    parts = meter.efficiency(*setting, (rows,), jax.random.key(2), num_microbatches=4, **options)
+    whole = meter.efficiency(setting, (rows,), jax.random.key(2), **options)
+    parts = meter.efficiency(setting, (rows,), jax.random.key(2), num_microbatches=4, **options)
     placed = jax.device_put(rows, batch_sharding(make_mesh(data=8)))
-    spread = meter.efficiency(*setting, (placed,), jax.random.key(2), **options)
+    spread = meter.efficiency(setting, (placed,), jax.random.key(2), **options)
     np.testing.assert_allclose(whole.group_variances, parts.group_variances, rtol=1e-4)
     np.testing.assert_allclose(whole.group_variances, spread.group_variances, rtol=1e-4)
 
@@ -182,7 +182,6 @@ def test_wrong_settings_are_refused(options, words):
 
 
 def test_gradients_that_are_not_finite_are_refused():
-    setting = list(toy_measured(variance.identity()))
-    setting[1] = jax.tree.map(lambda leaf: leaf * jnp.nan, setting[1])
+    setting = spoilt(toy_measured(variance.identity()))
     with pytest.raises(ValueError, match="not finite"):
-        meter.efficiency(*setting, (BATCH,), jax.random.key(0), groups=2, redraws=2)
+        meter.efficiency(setting, (BATCH,), jax.random.key(0), groups=2, redraws=2)

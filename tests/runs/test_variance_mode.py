@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zoo
 
-from mdm_jax import meter, variance
+from mdm_jax import meter
 from mdm_jax.launch import measure as mode
 from mdm_jax.launch.configs import quickstart
 from mdm_jax.launch.experiment import make_experiment
@@ -161,7 +161,7 @@ def test_table_of_methods_builds_and_covers_the_library(measured):
 def test_the_parametric_density_is_fitted_over_the_quantile(monkeypatch):
     """Under another law than the uniform rate 1 - u is another number than the rate."""
     seen = []
-    monkeypatch.setattr(variance, "fit_epr", lambda *given: seen.append(given) or FITTED)
+    monkeypatch.setattr(mode, "fit_epr", lambda *given: seen.append(given) or FITTED)
     rates = meter.rate_grid(6)
     values = np.linspace(4.0, 1.0, 6)
     moments = nested.CrossedMoments(values, values, values, 3 * values, values**2)

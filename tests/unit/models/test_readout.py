@@ -98,8 +98,8 @@ def test_the_variance_meter_measures_networks_with_a_readout():
 
         @tiny.jit
         def measure(params, key, meter=meter):
-            slopes = meter.slopes(params, batch, draw, key, 2)
-            return slopes, meter.gradient(params, batch, draw, 2)
+            along = meter.directional(params, batch, draw, key, 2)
+            return along, meter.gradient(params, batch, draw, 2)
 
         found.append(measure(params, jax.random.key(2)))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
