@@ -10,6 +10,7 @@ handed the same batch again and again, take turns: the seconds in which a step w
 as a share of the step, and the whole over the step that never waits.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,15 +46,15 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
     def place(batch: Batch) -> Batch:
         return jax.block_until_ready(mdm_jax_sharding.place_batch(batch, sharding))
 
-    def stream() -> Any:
-        return data.train_iterator(source, shape.batch_size, seed=0)
+    def stream(prefetch: int) -> Any:
+        return data.train_iterator(source, shape.batch_size, 0, prefetch=prefetch, place=place)
 
-    plain = stream()
+    plain = stream(0)
     next(plain)
     seconds = []
     for _ in range(_PULLS):
         start = time.perf_counter()
-        place(next(plain))
+        next(plain)
         seconds.append(time.perf_counter() - start)
 
     step, state, fixed = setting.train_step(shape, CHOSEN)
@@ -64,11 +65,11 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
         .lower(state, fixed)
         .compile(compiler_options=training.compiler_options())
     )
-    with data.Prefetcher(stream(), depth=_DEPTH, place=place) as prefetched:
+    with contextlib.closing(stream(_DEPTH)) as prefetched:
         sources: dict[str, Callable[[], Batch]] = {
             "no pipeline": lambda: fixed,
             "prefetched": lambda: next(prefetched),
-            "pulled by the step": lambda: place(next(plain)),
+            "pulled by the step": lambda: next(plain),
         }
         runners = {name: _Runner(compiled, state, take) for name, take in sources.items()}
         for runner in runners.values():

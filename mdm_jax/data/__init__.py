@@ -1,13 +1,11 @@
 """Data sources, tokenizers and batch pipelines."""
 
-from mdm_jax.data.bpe import BPETokenizer, SpecialTokens
 from mdm_jax.data.datasets import Dataset, RowSource, gather
 from mdm_jax.data.documents import documents
 from mdm_jax.data.images import digits
-from mdm_jax.data.packing import fill_fraction, first_fit
+from mdm_jax.data.packing import first_fit
 from mdm_jax.data.pairs import jsonl
 from mdm_jax.data.pipeline import (
-    Prefetcher,
     check_same_stream,
     evaluation_batches,
     stream_fingerprint,
@@ -15,10 +13,12 @@ from mdm_jax.data.pipeline import (
 )
 from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, rare_tokens, split_entropies
 from mdm_jax.data.text import embedded_text, text
-from mdm_jax.data.tfds_source import tfds, tfds_images, tfds_text
+from mdm_jax.data.tfds_source import tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (
+    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    SpecialTokens,
     Tokenizer,
     load_tokenizer,
     tokenizer_from_json,

@@ -1,7 +1,4 @@
-"""What a data source produces, and the one way to read rows out of it.
-
-Row sources held in memory: spans of a token stream, stored rows, pictures.
-"""
+"""Datasets and their row sources: spans of a token array, stored rows, pictures."""
 
 import abc
 import dataclasses
@@ -9,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -23,35 +20,34 @@ SPLITS = ("train", "valid", "test")
 class RowSource(Protocol):
     """Random access to rows.
 
-    A source may also have ``rows(indices [n]) -> Batch`` with a leading axis of n, which is then
-    used to read a batch at once.
+    An optional method ``rows(indices [n]) -> Batch`` reads n rows at once, stacked.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch:
-        """One row: fields [L], [L], [L] and [] of :class:`mdm_jax.batches.Batch`, NumPy arrays."""
+        """One row: NumPy fields [L], [L], [L] and [] of :class:`mdm_jax.types.Batch`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Three splits and what is known about them.
+    """Three splits and their metadata.
 
     Attributes:
         train: rows to learn from.
-        valid: rows to choose by; may have length 0 where a source was asked for none.
+        valid: rows to choose by; may have length 0.
         test: rows to report on; may have length 0.
-        tokenizer: how text became ids; None for images.
-        vocab_size: K, ids of a row lie in [0, K); ``mask_id`` is K - 1.
-        mask_id: id of the mask, which no clean row holds.
+        tokenizer: text to ids; None for images.
+        vocab_size: K, ids of a row lie in [0, K).
+        mask_id: K - 1, which no clean row holds.
         length: L, elements of a row.
         unit: what ``Batch.units`` counts, hence what likelihood is reported per.
         event_shape: shape of a picture, product L; None for text.
         fingerprint: SHA-256 of the content and of every setting that changes the rows.
-        description: what it is, sizes, source, licence, and every policy that removed something.
+        description: sizes, source, licence, and every policy that removed something.
         report: counts of what was read and of everything that was changed or left out.
-        check: ``check(prompt, answer)``, whether a text is a right answer; None where nobody knows.
+        check: ``check(prompt, answer)``, whether a text is a right answer; None where unknown.
     """
 
     train: RowSource
@@ -86,23 +82,66 @@ class Dataset:
             raise ValueError(f"event_shape {self.event_shape} does not hold {self.length} elements")
 
 
+def make_dataset(
+    rows: Mapping[str, RowSource],
+    tokenizer: Tokenizer | None,
+    *,
+    length: int,
+    content: bytes,
+    settings: Mapping[str, Any],
+    headline: str,
+    policy: str,
+    report: Mapping[str, int],
+    vocab_size: int | None = None,
+    event_shape: tuple[int, ...] | None = None,
+    check: Callable[[str, str], bool] | None = None,
+) -> Dataset:
+    """Build a :class:`Dataset` with its fingerprint and description.
+
+    Args:
+        rows: row source by split.
+        content: bytes to fingerprint.
+        settings: JSON values that change the rows, for the fingerprint.
+        headline: first line of the description.
+        policy: what was cut, padded or left out, for the description.
+        report: counts; those that are not zero are in the description too.
+        tokenizer, length, vocab_size, event_shape, check: as in Dataset; ``vocab_size`` None is
+            that of the tokenizer.
+    """
+    digest = hashlib.sha256(hashlib.sha256(content).digest())
+    digest.update(json.dumps(settings, sort_keys=True).encode("utf-8"))
+    lines = [headline, policy]
+    if tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
+        lines.insert(
+            1, f"Tokenizer: {tokenizer.kind}, {vocab_size} ids with padding, EOS and mask."
+        )
+    counts = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in report.items() if n)
+    return Dataset(
+        **rows,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        mask_id=vocab_size - 1,
+        length=length,
+        unit="dimension" if tokenizer is None else "character",
+        event_shape=event_shape,
+        fingerprint=digest.hexdigest(),
+        description="\n".join([*lines, f"Counts: {counts}."]),
+        report=report,
+        check=check,
+    )
+
+
 def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
-    """Rows ``indices`` [n] of ``source`` as one batch with a leading axis of n."""
+    """Stack rows ``indices`` [n] of ``source`` into one batch of n."""
     if hasattr(source, "rows"):
         return source.rows(np.asarray(indices, np.int64))
     rows = [source[int(i)] for i in indices]
     return Batch(*(np.stack(field) for field in zip(*rows)))
 
 
-def fingerprint_of(content: bytes, settings: Mapping[str, Any]) -> str:
-    """SHA-256 over ``content`` and the JSON form of ``settings``, hexadecimal."""
-    digest = hashlib.sha256(hashlib.sha256(content).digest())
-    digest.update(json.dumps(settings, sort_keys=True).encode("utf-8"))
-    return digest.hexdigest()
-
-
 def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[int, int]:
-    """Where valid and test begin when ``size`` items are split in order by ``fractions``.
+    """First index of valid and of test when ``size`` items are split in order by ``fractions``.
 
     Raises:
         ValueError: if the fractions are not three non-negative numbers with sum 1, or if a split
@@ -128,48 +167,51 @@ def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[in
     return first, second
 
 
+def shuffled_split(
+    size: int, fractions: Sequence[float], seed: int, origin: str
+) -> dict[str, np.ndarray]:
+    """Item numbers of each split after a seeded shuffle; raises as :func:`split_bounds`."""
+    bounds = split_bounds(size, fractions, origin)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(size)
+    return dict(zip(SPLITS, np.split(order, bounds)))
+
+
 def check_positive(name: str, value: int) -> None:
-    """Raises ValueError unless ``value`` is a positive integer."""
+    """Raise ValueError unless ``value`` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def describe(
-    headline: str, tokenizer: Tokenizer | None, policy: str, report: Mapping[str, int]
-) -> str:
-    """A few lines: what it is, tokenizer, policies, and every count that is not zero."""
-    lines = [headline]
-    if tokenizer is not None:
-        lines.append(
-            f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} ids with padding, EOS and mask."
-        )
-    lines.append(policy)
-    counts = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in report.items() if n)
-    return "\n".join([*lines, f"Counts: {counts}."])
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the values of a ``typing.Literal``."""
+    allowed = get_args(literal)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 class VectorisedRows(abc.ABC):
-    """A row source defined by ``rows``, which reads many rows at once."""
-
-    @abc.abstractmethod
-    def rows(self, indices: np.ndarray) -> Batch:
-        """The rows of these numbers, stacked; IndexError outside [0, len)."""
+    """Base of row sources that read many rows at once."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
         """Number of rows."""
 
-    def __getitem__(self, index: int) -> Batch:
-        """One row; IndexError outside [0, len)."""
-        return Batch(*(field[0] for field in self.rows(np.asarray([index], np.int64))))
+    @abc.abstractmethod
+    def _read(self, indices: np.ndarray) -> Batch:
+        """Rows ``indices`` [n], which are in range, stacked."""
 
-    def _check(self, indices: np.ndarray) -> np.ndarray:
+    def rows(self, indices: np.ndarray) -> Batch:
+        """Rows ``indices`` [n] as a batch of n; IndexError outside [0, len)."""
         # Negative indices would wrap around in NumPy and hide a mistake.
         if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(
                 f"row indices must be in [0, {len(self)}), got {indices.min()} to {indices.max()}"
             )
-        return indices
+        return self._read(indices)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One row; IndexError outside [0, len)."""
+        return Batch(*(field[0] for field in self.rows(np.asarray([index], np.int64))))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows)"
@@ -182,7 +224,7 @@ class TokenSpans(VectorisedRows):
         tokens: [n] int32.
         starts: first token of each row, a range or [rows] integers.
         length: L.
-        pad_id: id to fill up with; filled positions are not eligible and belong to document 0.
+        pad_id: id of padding, which is not eligible and belongs to document 0.
         character_counts: [K], characters per id; a row's ``units`` is their sum.
         ends: [rows] one past the last token of each row; None: L after the start, or the end of
             ``tokens``.
@@ -197,19 +239,14 @@ class TokenSpans(VectorisedRows):
         character_counts: np.ndarray,
         ends: np.ndarray | None = None,
     ):
-        self.tokens = tokens
-        self.length = length
-        self._starts = starts
-        self._ends = ends
-        self._pad_id = pad_id
-        self._character_counts = character_counts
+        self.tokens, self.length = tokens, length
+        self._starts, self._ends = starts, ends
+        self._pad_id, self._character_counts = pad_id, character_counts
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n] as a batch with a leading axis of n."""
-        indices = self._check(indices)
+    def _read(self, indices: np.ndarray) -> Batch:
         if isinstance(self._starts, range):
             starts = self._starts.start + self._starts.step * indices
         else:
@@ -217,10 +254,10 @@ class TokenSpans(VectorisedRows):
         ends = len(self.tokens) if self._ends is None else self._ends[indices][:, None]
         positions = starts[:, None] + np.arange(self.length)
         eligible = positions < ends
-        found = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
-        characters = self._character_counts[found] * eligible
+        tokens = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
+        characters = self._character_counts[tokens] * eligible
         return Batch(
-            tokens=np.where(eligible, found, np.int32(self._pad_id)).astype(np.int32),
+            tokens=np.where(eligible, tokens, np.int32(self._pad_id)).astype(np.int32),
             eligible=eligible,
             documents=eligible.astype(np.int32),
             units=characters.sum(axis=1, dtype=np.int32),
@@ -230,8 +267,7 @@ class TokenSpans(VectorisedRows):
 class PackedSpans(VectorisedRows):
     """Rows of several spans of one token array each, padded at the end.
 
-    The spans of a row are its documents 1, 2, ..., in order; padding is document 0 and not
-    eligible.
+    The spans of a row are its documents 1, 2, ..., in order; padding is document 0.
 
     Args:
         tokens: [n] int32.
@@ -239,7 +275,7 @@ class PackedSpans(VectorisedRows):
         ends: [P] one past its last.
         rows: [P] the row of each span, every number below the largest in use.
         length: L; the spans of a row have at most so many tokens together.
-        pad_id: id to fill up with.
+        pad_id: id of padding, which is not eligible.
         character_counts: [K], characters per id; a row's ``units`` is their sum.
     """
 
@@ -254,37 +290,33 @@ class PackedSpans(VectorisedRows):
         character_counts: np.ndarray,
     ):
         order = np.argsort(rows, kind="stable")
-        self.tokens = tokens
-        self.length = length
+        self.tokens, self.length = tokens, length
         self._starts, self._ends = starts[order], ends[order]
         self._num_rows = int(rows.max()) + 1 if len(rows) else 0
         self._first = np.searchsorted(rows[order], np.arange(self._num_rows + 1))
-        self._pad_id = pad_id
-        self._character_counts = character_counts
+        self._pad_id, self._character_counts = pad_id, character_counts
 
     def __len__(self) -> int:
         return self._num_rows
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n] as a batch with a leading axis of n."""
-        indices = self._check(indices)
+    def _read(self, indices: np.ndarray) -> Batch:
         tokens = np.full((len(indices), self.length), self._pad_id, np.int32)
         documents = np.zeros_like(tokens)
-        for place, row in enumerate(indices):
+        for i, row in enumerate(indices):
             spans = slice(self._first[row], self._first[row + 1])
             offset = 0
             for number, (start, end) in enumerate(zip(self._starts[spans], self._ends[spans]), 1):
-                there = slice(offset, offset + end - start)
-                tokens[place, there] = self.tokens[start:end]
-                documents[place, there] = number
-                offset = there.stop
+                positions = slice(offset, offset + end - start)
+                tokens[i, positions] = self.tokens[start:end]
+                documents[i, positions] = number
+                offset = positions.stop
         eligible = documents > 0
         characters = self._character_counts[tokens] * eligible
         return Batch(tokens, eligible, documents, characters.sum(axis=1, dtype=np.int32))
 
 
 class StoredRows(VectorisedRows):
-    """Rows that are stored as they will be read: a Batch with a leading axis of all rows."""
+    """Rows stored as they are read: a Batch with a leading axis of all rows."""
 
     def __init__(self, batch: Batch):
         self._batch = batch
@@ -292,18 +324,12 @@ class StoredRows(VectorisedRows):
     def __len__(self) -> int:
         return len(self._batch.tokens)
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n] as a batch with a leading axis of n."""
-        indices = self._check(indices)
+    def _read(self, indices: np.ndarray) -> Batch:
         return Batch(*(field[indices] for field in self._batch))
 
 
 class PictureRows(VectorisedRows):
-    """Flattened pictures whose every element is eligible.
-
-    Args:
-        levels: [rows, L] uint8, quantised intensities.
-    """
+    """Flattened pictures, all of whose elements are eligible; ``levels`` [rows, L] uint8."""
 
     def __init__(self, levels: np.ndarray):
         self.levels = levels
@@ -311,9 +337,8 @@ class PictureRows(VectorisedRows):
     def __len__(self) -> int:
         return len(self.levels)
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n] as a batch with a leading axis of n."""
-        tokens = self.levels[self._check(indices)].astype(np.int32)
+    def _read(self, indices: np.ndarray) -> Batch:
+        tokens = self.levels[indices].astype(np.int32)
         return Batch(
             tokens=tokens,
             eligible=np.ones(tokens.shape, bool),

@@ -1,15 +1,11 @@
 """Pictures as rows of quantised intensities."""
 
+import math
+from typing import Any
+
 import numpy as np
 
-from mdm_jax.data.datasets import (
-    SPLITS,
-    Dataset,
-    PictureRows,
-    describe,
-    fingerprint_of,
-    split_bounds,
-)
+from mdm_jax.data.datasets import SPLITS, Dataset, PictureRows, make_dataset, shuffled_split
 
 _SPLIT_SEED = 0
 
@@ -32,18 +28,14 @@ def digits() -> Dataset:
         ) from error
     pictures = load_digits().images
     levels = pictures.astype(np.uint8).reshape(len(pictures), -1)
-    order = np.random.Generator(np.random.PCG64(_SPLIT_SEED)).permutation(len(levels))
-    first, second = split_bounds(len(levels), (0.8, 0.1, 0.1), "digits")
-    parts = np.split(levels[order], [first, second])
+    parts = shuffled_split(len(levels), (0.8, 0.1, 0.1), _SPLIT_SEED, "digits")
     return picture_dataset(
-        dict(zip(SPLITS, parts)),
+        {name: levels[numbers] for name, numbers in parts.items()},
         num_levels=17,
         event_shape=pictures.shape[1:],
         settings={"source": "digits", "split_seed": _SPLIT_SEED},
-        headline=(
-            "Handwritten digits from scikit-learn (UCI optdigits, CC BY 4.0), "
-            f"{len(levels)} pictures."
-        ),
+        headline="Handwritten digits from scikit-learn (UCI optdigits, CC BY 4.0), "
+        f"{len(levels)} pictures.",
     )
 
 
@@ -52,7 +44,7 @@ def picture_dataset(
     *,
     num_levels: int,
     event_shape: tuple[int, ...],
-    settings: dict,
+    settings: dict[str, Any],
     headline: str,
 ) -> Dataset:
     """Dataset of flattened pictures.
@@ -64,30 +56,21 @@ def picture_dataset(
         settings: what else defines the rows, for the fingerprint.
         headline: first line of the description.
     """
-    report = {f"{name}_rows": len(levels) for name, levels in parts.items()}
-    content = b"".join(np.ascontiguousarray(parts[name]).tobytes() for name in SPLITS)
-    length = int(np.prod(event_shape))
-    settings = {
-        **settings,
-        "levels": num_levels,
-        "event_shape": list(event_shape),
-        "rows": [len(parts[name]) for name in SPLITS],
-    }
-    return Dataset(
-        **{name: PictureRows(levels) for name, levels in parts.items()},
-        tokenizer=None,
+    shape = " x ".join(map(str, event_shape))
+    return make_dataset(
+        {name: PictureRows(levels) for name, levels in parts.items()},
+        None,
         vocab_size=num_levels + 1,
-        mask_id=num_levels,
-        length=length,
-        unit="dimension",
+        length=math.prod(event_shape),
         event_shape=tuple(event_shape),
-        fingerprint=fingerprint_of(content, settings),
-        description=describe(
-            headline,
-            None,
-            f"Each picture is {' x '.join(map(str, event_shape))}, {num_levels} intensities and "
-            "the mask.",
-            report,
-        ),
-        report=report,
+        content=b"".join(np.ascontiguousarray(parts[name]).tobytes() for name in SPLITS),
+        settings={
+            **settings,
+            "levels": num_levels,
+            "event_shape": list(event_shape),
+            "rows": [len(parts[name]) for name in SPLITS],
+        },
+        headline=headline,
+        policy=f"Each picture is {shape}, {num_levels} intensities and the mask.",
+        report={f"{name}_rows": len(levels) for name, levels in parts.items()},
     )

@@ -1,4 +1,4 @@
-"""Entropies of simple models of a split, the yardsticks next to a likelihood."""
+"""Token statistics of a split: n-gram entropies, the yardsticks of a likelihood; rare tokens."""
 
 from typing import NamedTuple
 
@@ -68,20 +68,20 @@ def ngram_entropies(
             f"tokens must be [L] or [N, L] and eligible alike, got {tokens.shape} and {keep.shape}"
         )
     counted = tokens[keep].astype(np.int64)
-    both = keep[:, 1:] & keep[:, :-1]
     if not counted.size:
         raise ValueError("entropies need at least one eligible token, got none")
     if counted.min() < 0 or counted.max() >= vocab_size:
         raise ValueError(
             f"tokens must be in [0, {vocab_size}), got {counted.min()} to {counted.max()}"
         )
+    both = keep[:, 1:] & keep[:, :-1]
     before = tokens[:, :-1][both].astype(np.int64)
-    after = tokens[:, 1:][both].astype(np.int64)
+    pairs = before * vocab_size + tokens[:, 1:][both]
     return NgramEntropies(
         unigram=_entropy_bits(counted),
-        bigram=_bigram_bits(before, after, vocab_size) if len(before) else None,
+        bigram=_entropy_bits(pairs) - _entropy_bits(before) if len(pairs) else None,
         tokens=len(counted),
-        pairs=len(before),
+        pairs=len(pairs),
         units=len(counted) if units is None else int(units),
     )
 
@@ -89,12 +89,9 @@ def ngram_entropies(
 def split_entropies(
     source: RowSource, vocab_size: int, max_rows: int | None = None
 ) -> NgramEntropies:
-    """Entropies of the eligible tokens of a split, the same ones that a model is scored on.
+    """:func:`ngram_entropies` of the eligible tokens of a split, those a likelihood is taken of.
 
-    Args:
-        source: rows.
-        vocab_size: K.
-        max_rows: as in :func:`mdm_jax.data.evaluation_batches`.
+    ``max_rows`` is that of :func:`mdm_jax.data.evaluation_batches`.
     """
     batches = list(evaluation_batches(source, 256, max_rows))
     return ngram_entropies(
@@ -110,14 +107,8 @@ def rare_tokens(
 ) -> np.ndarray:
     """The least frequent tokens that together make up at most ``share`` of a split, [K] bool.
 
-    Ids that do not occur among the eligible tokens are rare too. For
-    ``corruption.bernoulli_shifted_logit`` and its kin.
-
-    Args:
-        source: rows.
-        vocab_size: K.
-        share: in (0, 1).
-        max_rows: as in :func:`mdm_jax.data.evaluation_batches`.
+    Ids that do not occur among the eligible tokens are rare too. For token-dependent corruption
+    (``corruption.bernoulli_shifted_logit``). ``max_rows`` as in :func:`split_entropies`.
 
     Raises:
         ValueError: unless 0 < share < 1.
@@ -131,10 +122,6 @@ def rare_tokens(
     rare = np.empty(vocab_size, bool)
     rare[order] = np.cumsum(counts[order]) <= share * counts.sum()
     return rare
-
-
-def _bigram_bits(before: np.ndarray, after: np.ndarray, vocab_size: int) -> float:
-    return _entropy_bits(before * vocab_size + after) - _entropy_bits(before)
 
 
 def _entropy_bits(symbols: np.ndarray) -> float:

@@ -1,23 +1,24 @@
-"""Windows of one long text: a file of the user, or the text that CPython ships."""
+"""Text files: readers of UTF-8 and of JSON lines, and datasets of windows of one long text."""
 
 import hashlib
+import json
 import os
 import pathlib
 import sys
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
     TokenSpans,
     check_positive,
-    describe,
-    fingerprint_of,
+    make_dataset,
+    shuffled_split,
     split_bounds,
 )
-from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, utf8
 
 
 def text(
@@ -31,13 +32,12 @@ def text(
 ) -> Dataset:
     """Rows of ``length`` tokens from a UTF-8 text file.
 
-    The text is cut into three contiguous parts by number of characters, so no row straddles two
-    splits; then each part is encoded. Training rows begin every ``train_stride`` tokens (1: at
-    every position). Validation and test rows follow each other without overlap and cover their
-    part; the last one is filled up with padding, which is neither eligible nor attended to.
+    The text is cut into three contiguous parts by number of characters, each encoded by itself.
+    Validation and test rows cover their part without overlap; padding, neither eligible nor
+    attended to, fills up the last one.
 
     Args:
-        path: the file; line ends and all other characters are kept as they are.
+        path: the file; all characters, line ends included, are kept as they are.
         length: L, tokens per row.
         tokenizer: "char", "byte", "bpe" (the first and last are fitted to the training part), the
             path of a tokenizer's JSON file, or a tokenizer.
@@ -55,9 +55,9 @@ def text(
         raise ValueError(f"{path}: the file is empty")
     return _windows(
         content,
-        str(path),
-        f"Text file {pathlib.Path(path).name}, {len(content)} characters.",
-        {},
+        origin=str(path),
+        headline=f"Text file {pathlib.Path(path).name}, {len(content)} characters.",
+        report={},
         length=length,
         tokenizer=tokenizer,
         bpe_vocab_size=bpe_vocab_size,
@@ -74,12 +74,12 @@ def embedded_text(
     fractions: Sequence[float] = (0.9, 0.05, 0.05),
     train_stride: int = 1,
 ) -> Dataset:
-    """Rows from the language reference that every CPython carries, ``pydoc_data.topics``.
+    """Rows from the language reference in every CPython, ``pydoc_data.topics`` (PSF-2.0).
 
-    English prose with code and grammar, about half a million characters, PSF-2.0 licence. The
-    topics are joined by blank lines in the order of their names, then reduced to ASCII (NFKD, the
-    rest dropped and counted). The text differs between Python versions, patch releases included;
-    the description records its hash and the version. Arguments and splits as in :func:`text`.
+    About half a million characters of English prose, code and grammar: the topics in the order of
+    their names, joined by blank lines, reduced to ASCII (NFKD, the rest dropped and counted). The
+    text differs between Python versions, patch releases included; the description records its
+    SHA-256 and the version. Arguments and splits as in :func:`text`.
     """
     from pydoc_data.topics import topics
 
@@ -89,16 +89,73 @@ def embedded_text(
     digest = hashlib.sha256(content.encode()).hexdigest()
     return _windows(
         content,
-        "pydoc_data.topics",
-        f"CPython {version} language reference (pydoc_data.topics, {len(topics)} topics, "
+        origin="pydoc_data.topics",
+        headline=f"CPython {version} language reference (pydoc_data.topics, {len(topics)} topics, "
         f"PSF-2.0), {len(content)} characters, sha256 {digest}, sys.version_info "
         f"{tuple(sys.version_info)}. The text varies with the Python version.",
-        {"dropped_non_ascii_characters": len(decomposed) - len(content)},
+        report={"dropped_non_ascii_characters": len(decomposed) - len(content)},
         length=length,
         tokenizer=tokenizer,
         bpe_vocab_size=bpe_vocab_size,
         fractions=fractions,
         train_stride=train_stride,
+    )
+
+
+def _windows(
+    content: str,
+    *,
+    origin: str,
+    headline: str,
+    report: dict[str, int],
+    length: int,
+    tokenizer: str | Tokenizer,
+    bpe_vocab_size: int,
+    fractions: Sequence[float],
+    train_stride: int,
+) -> Dataset:
+    check_positive("length", length)
+    check_positive("train_stride", train_stride)
+    first, second = split_bounds(len(content), fractions, origin)
+    parts = dict(zip(SPLITS, (content[:first], content[first:second], content[second:])))
+    codec = make_tokenizer(tokenizer, [parts["train"]], bpe_vocab_size)
+    rows = {}
+    for name, part in parts.items():
+        tokens = codec.encode(part)
+        size = len(tokens)
+        if name == "train" and size < length:
+            raise ValueError(
+                f"{origin}: too short, the train split has {size} tokens but one row needs length "
+                f"= {length}; give a longer text, a smaller length or another fraction"
+            )
+        starts = range(0, size, length)
+        if name == "train":
+            starts = range(0, size - length + 1, train_stride)
+        rows[name] = TokenSpans(tokens, starts, length, codec.pad_id, codec.character_counts)
+        report[f"{name}_characters"] = len(part)
+        report[f"{name}_tokens"] = size
+        report[f"{name}_rows"] = len(starts)
+        report[f"{name}_unknown_characters"] = codec.count_unknown(tokens)
+        if name == "train":
+            covered = starts[-1] + length if train_stride <= length else len(starts) * length
+            report["train_tokens_in_no_row"] = size - covered
+        else:
+            report[f"{name}_padded_positions"] = len(starts) * length - size
+    return make_dataset(
+        rows,
+        codec,
+        length=length,
+        content=content.encode("utf-8"),
+        settings={
+            "source": "text",
+            "length": length,
+            "fractions": list(map(float, fractions)),
+            "train_stride": train_stride,
+            "tokenizer": codec.fingerprint,
+        },
+        headline=headline,
+        policy=f"Training rows begin every {train_stride} tokens.",
+        report=report,
     )
 
 
@@ -115,65 +172,78 @@ def read_utf8(path: str | os.PathLike) -> str:
         ) from error
 
 
-def _windows(
-    content: str,
-    origin: str,
-    headline: str,
-    report: dict[str, int],
+class Record(NamedTuple):
+    """String fields of one line of a JSON-lines file, and its ``file:line`` for error messages."""
+
+    values: tuple[str, ...]
+    origin: str
+
+
+def read_splits(
+    path: str | os.PathLike,
+    fields: Sequence[str],
     *,
-    length: int,
-    tokenizer: str | Tokenizer,
-    bpe_vocab_size: int,
+    valid_path: str | os.PathLike | None,
+    test_path: str | os.PathLike | None,
     fractions: Sequence[float],
-    train_stride: int,
-) -> Dataset:
-    check_positive("length", length)
-    check_positive("train_stride", train_stride)
-    first, second = split_bounds(len(content), fractions, origin)
-    parts = dict(zip(SPLITS, (content[:first], content[first:second], content[second:])))
-    codec = make_tokenizer(tokenizer, [parts["train"]], bpe_vocab_size)
-    tokens = {name: codec.encode(part) for name, part in parts.items()}
-    if len(tokens["train"]) < length:
+    split_seed: int,
+) -> dict[str, list[Record]]:
+    """Records of each split, in the order of the files, from files of one JSON object per line.
+
+    Without ``valid_path`` the file is split by ``fractions`` of its *distinct first fields* after a
+    shuffle with ``split_seed``, so none is in two splits. With it, the whole file is for training,
+    and ``test_path``, or nothing, is the test split. ``fields`` are the keys to read, of strings.
+
+    Raises:
+        ValueError: naming file and line, if a line is malformed or empty before the end of the
+            file, or a field is missing or not a string; naming the file, if it is empty or a split
+            would be.
+        FileNotFoundError: if a file is missing.
+    """
+    if test_path is not None and valid_path is None:
+        raise ValueError("test_path needs valid_path; without both, the one file is split")
+    if valid_path is not None:
+        paths = zip(SPLITS, (path, valid_path, test_path))
+        return {name: [] if p is None else _read_jsonl(p, fields) for name, p in paths}
+    records = _read_jsonl(path, fields)
+    distinct = list(dict.fromkeys(record.values[0] for record in records))
+    parts = shuffled_split(len(distinct), fractions, split_seed, str(path))
+    split_of = {distinct[i]: name for name, numbers in parts.items() for i in numbers}
+    return {name: [r for r in records if split_of[r.values[0]] == name] for name in SPLITS}
+
+
+def _read_jsonl(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
+    # Not str.splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
+    lines = read_utf8(path).split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}: the file is empty")
+    return [_parse(line, f"{path}:{number}", fields) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: str, origin: str, fields: Sequence[str]) -> Record:
+    if not line.strip():
+        raise ValueError(f"{origin}: empty line; only the end of the file may have empty lines")
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin}: not JSON, {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{origin}: not usable, the JSON is nested too deeply") from error
+    if not isinstance(record, dict):
         raise ValueError(
-            f"{origin}: too short, the train split has {len(tokens['train'])} tokens but one row "
-            f"needs length = {length}; give a longer text, a smaller length or another fraction"
+            f"{origin}: expected a JSON object with {' and '.join(map(repr, fields))}, got "
+            f"{type(record).__name__}"
         )
-    sources = {}
-    for name in SPLITS:
-        size = len(tokens[name])
-        starts = range(0, size, length)
-        if name == "train":
-            starts = range(0, size - length + 1, train_stride)
-        sources[name] = TokenSpans(
-            tokens[name], starts, length, codec.pad_id, codec.character_counts
-        )
-        report[f"{name}_characters"] = len(parts[name])
-        report[f"{name}_tokens"] = size
-        report[f"{name}_rows"] = len(starts)
-        report[f"{name}_unknown_characters"] = codec.count_unknown(tokens[name])
-        if name == "train":
-            covered = starts[-1] + length if train_stride <= length else len(starts) * length
-            report["train_tokens_in_no_row"] = size - covered
-        else:
-            report[f"{name}_padded_positions"] = len(starts) * length - size
-    settings: dict[str, Any] = {
-        "source": "text",
-        "length": length,
-        "fractions": list(map(float, fractions)),
-        "train_stride": train_stride,
-        "tokenizer": codec.fingerprint,
-    }
-    return Dataset(
-        **sources,
-        tokenizer=codec,
-        vocab_size=codec.vocab_size,
-        mask_id=codec.mask_id,
-        length=length,
-        unit="character",
-        event_shape=None,
-        fingerprint=fingerprint_of(content.encode("utf-8"), settings),
-        description=describe(
-            headline, codec, f"Training rows begin every {train_stride} tokens.", report
-        ),
-        report=report,
-    )
+    for field in fields:
+        if field not in record:
+            raise ValueError(f"{origin}: no field {field!r}; the line has {sorted(record)}")
+        if not isinstance(record[field], str):
+            kind = type(record[field]).__name__
+            raise ValueError(f"{origin}: field {field!r} must be a string, got {kind}")
+        try:
+            utf8(record[field])
+        except ValueError as error:
+            raise ValueError(f"{origin}: field {field!r}: {error}") from error
+    return Record(tuple(record[field] for field in fields), origin)

@@ -1,31 +1,18 @@
 """Any text or small-image dataset of TensorFlow Datasets, read without TensorFlow."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from mdm_jax.data.datasets import SPLITS, Dataset, check_positive, describe, fingerprint_of
+from mdm_jax.data.datasets import SPLITS, Dataset, check_positive, make_dataset
 from mdm_jax.data.images import picture_dataset
-from mdm_jax.data.packing import LongDocuments, Packing, policy, split_rows
+from mdm_jax.data.packing import LongDocuments, Packing, document_rows
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
 
 DEFAULT_SPLITS = ("train[:90%]", "train[90%:95%]", "train[95%:]")
-_READ = 256
-
-
-def tfds(name: str, *, kind: Literal["text", "image"], **settings: Any) -> Dataset:
-    """:func:`tfds_text` or :func:`tfds_images`, chosen by ``kind`` for use from a config.
-
-    Raises:
-        ValueError: if ``kind`` is neither "text" nor "image".
-        TypeError: if a setting is not one of the chosen function.
-    """
-    kinds: dict[str, Callable[..., Dataset]] = {"text": tfds_text, "image": tfds_images}
-    if kind not in kinds:
-        raise ValueError(f"kind must be 'text' or 'image', got {kind!r}")
-    return kinds[kind](name, **settings)
+_READ = 256  # examples read at a time
 
 
 def tfds_text(
@@ -41,13 +28,10 @@ def tfds_text(
     packing: Packing = "",
     long_documents: LongDocuments = "split",
 ) -> Dataset:
-    """Rows of documents, from a TFDS dataset with a text feature.
+    """Rows of documents, one per example, from a TFDS dataset with a text feature.
 
-    Every example is a document: it is encoded, EOS is appended, and the tokens are cut into rows of
-    ``length``. The last row of a document is filled up with padding, which is neither eligible nor
-    attended to; with ``packing`` documents share rows (:mod:`mdm_jax.data.packing`). EOS is
-    eligible and stands for no character. All text is read and encoded when the dataset is made, and
-    kept at 4 bytes per token; ask for a slice such as "train[:1%]" of a large dataset.
+    Rows are those of :func:`mdm_jax.data.documents`. All text is read and encoded when the dataset
+    is made, and kept at 4 bytes per token; use a slice such as "train[:1%]" of a large dataset.
 
     Args:
         name: name of the dataset, with config and version where needed ("lm1b", "my_data/a:1.0.0").
@@ -56,10 +40,7 @@ def tfds_text(
         splits: TFDS split expressions for train, valid and test.
         data_dir: where TFDS keeps its datasets; None: its default.
         download: whether TFDS may download and prepare the dataset where it is not there yet.
-        tokenizer: as in :func:`mdm_jax.data.text`, fitted to the training documents.
-        bpe_vocab_size: K for "bpe".
-        packing: "" for none, or "first_fit".
-        long_documents: longer than a row: "split" them, or raise an "error".
+        tokenizer, bpe_vocab_size, packing, long_documents: as in :func:`mdm_jax.data.documents`.
 
     Raises:
         ValueError: if the dataset, a split or the feature does not exist, is empty, is not
@@ -74,32 +55,23 @@ def tfds_text(
         for part, source in sources.items()
     }
     codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
-    rows, report = split_rows(
-        *({part: texts[part] for part in SPLITS}, length, codec),
+    rows, report, policy = document_rows(
+        texts,
+        length,
+        codec,
         packing=packing,
         long_documents=long_documents,
         origin=f"tfds dataset {name!r}",
     )
     settings = {"source": "tfds_text", "length": length, "tokenizer": codec.fingerprint}
-    if packing:
-        settings["packing"] = packing
-    info = sources["train"].dataset_info
-    content = b"".join(rows[part].tokens.tobytes() + b"/" for part in SPLITS)
-    return Dataset(
-        **rows,
-        tokenizer=codec,
-        vocab_size=codec.vocab_size,
-        mask_id=codec.mask_id,
+    return make_dataset(
+        rows,
+        codec,
         length=length,
-        unit="character",
-        event_shape=None,
-        fingerprint=fingerprint_of(content, settings),
-        description=describe(
-            _headline(info, splits),
-            codec,
-            policy(packing, long_documents, report, length),
-            report,
-        ),
+        content=b"".join(rows[part].tokens.tobytes() + b"/" for part in SPLITS),
+        settings=settings | ({"packing": packing} if packing else {}),
+        headline=_headline(sources["train"].dataset_info, splits),
+        policy=policy,
         report=report,
     )
 
@@ -119,18 +91,12 @@ def tfds_images(
     pictures are decoded when the dataset is made, and kept at one byte per element.
 
     Args:
-        name: name of the dataset, with config and version where needed.
         levels: number of intensities, 2 to 256.
         image_field: name of the feature that holds the picture.
-        splits: TFDS split expressions for train, valid and test.
-        data_dir: where TFDS keeps its datasets; None: its default.
-        download: whether TFDS may download and prepare the dataset where it is not there yet.
+        name, splits, data_dir, download: as in :func:`tfds_text`.
 
     Raises:
-        ValueError: if the dataset, a split or the feature does not exist, is empty, is not
-            prepared as array_record, or does not hold uint8 pictures of one shape; or a setting is
-            out of range.
-        ImportError: if tensorflow-datasets is not installed.
+        ValueError, ImportError: as :func:`tfds_text`; if the pictures are not uint8 of one shape.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels must be in [2, 256], got {levels}")
@@ -149,11 +115,10 @@ def tfds_images(
                 )
             pictures.append((picture.reshape(-1).astype(np.uint16) * levels // 256).astype("u1"))
         parts[part] = np.stack(pictures)
-    event_shape = shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape
     return picture_dataset(
         parts,
         num_levels=levels,
-        event_shape=event_shape,
+        event_shape=shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape,
         settings={"source": "tfds_images"},
         headline=_headline(sources["train"].dataset_info, splits),
     )
@@ -172,7 +137,7 @@ def _open(
             "the tfds source needs tensorflow-datasets and array_record: "
             "pip install tensorflow-datasets array_record"
         ) from error
-    place = f"tfds dataset {name!r} in {data_dir or 'the default data_dir'}"
+    origin = f"tfds dataset {name!r} in {data_dir or 'the default data_dir'}"
     sources = {}
     for part, split in zip(SPLITS, splits):
         try:
@@ -187,11 +152,11 @@ def _open(
             )
         except tensorflow_datasets.core.registered.DatasetNotFoundError as error:
             raise ValueError(
-                f"{place}: not found, neither prepared there nor known to tensorflow-datasets"
+                f"{origin}: not found, neither prepared there nor known to tensorflow-datasets"
             ) from error
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ValueError(
-                f"{place}: the {part} split {split!r} cannot be opened ({error}). It must exist, "
+                f"{origin}: the {part} split {split!r} cannot be opened ({error}). It must exist, "
                 "hold examples and be prepared with file_format='array_record'; download=True "
                 "lets TFDS prepare the datasets it knows"
             ) from error

@@ -1,7 +1,7 @@
-"""Text to token ids and back.
+"""Tokenizers: characters, bytes, and byte-level BPE through the ``tokenizers`` package.
 
-Every tokenizer numbers its content tokens from 0 and puts three special ids last: padding, end of
-sequence, mask. They never come out of :meth:`Tokenizer.encode`, whatever the text says.
+Content tokens are numbered from 0; three special ids come last: padding, end of sequence, mask.
+``encode`` never returns them, whatever the text says.
 """
 
 import abc
@@ -9,18 +9,21 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any, ClassVar, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 NUM_SPECIAL = 3
 REPLACEMENT = "\ufffd"
+# Text that normalisers, added prefix spaces and stripping would change.
+_PROBE = "A\u0301 é ﬁ²\r\n\n\t 2024 字\U0001f600  <mask> <pad>Don't \u2028end."
+_CHUNK = 2**20
 
 
 class Tokenizer(abc.ABC):
-    """What every tokenizer offers.
+    """Base of all tokenizers.
 
     Attributes:
         kind: name under which the tokenizer is saved.
@@ -52,7 +55,11 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Ids of ``text``, [n] int32, without special ids."""
+        """Ids of ``text``, [n] int32, without special ids.
+
+        Raises:
+            ValueError: on a lone surrogate, unless characters are the tokens.
+        """
 
     @abc.abstractmethod
     def _decode_content(self, ids: np.ndarray) -> str:
@@ -60,7 +67,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What, next to ``kind``, defines the tokenizer; JSON values only."""
+        """JSON values that, with ``kind``, define the tokenizer."""
 
     @classmethod
     @abc.abstractmethod
@@ -96,28 +103,12 @@ class Tokenizer(abc.ABC):
         return ids[: stops[0]] if len(stops) else ids
 
     def to_json(self) -> str:
-        """The tokenizer as JSON text, read back by :func:`tokenizer_from_json`."""
+        """JSON text for :func:`tokenizer_from_json`."""
         return json.dumps({"kind": self.kind, **self._settings()})
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Like :func:`tokenizer_from_json`; ValueError where the JSON holds another kind."""
-        return cls._require(tokenizer_from_json(text), "the given JSON")
-
     def save(self, path: str | os.PathLike) -> None:
-        """Writes :meth:`to_json` to ``path``."""
+        """Write :meth:`to_json` to ``path``, for :func:`load_tokenizer`."""
         pathlib.Path(path).write_text(self.to_json(), "utf-8")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        """Like :func:`load_tokenizer`; ValueError where the file holds another kind."""
-        return cls._require(load_tokenizer(path), str(path))
-
-    @classmethod
-    def _require(cls, tokenizer: "Tokenizer", origin: str) -> Self:
-        if not isinstance(tokenizer, cls):
-            raise ValueError(f"{origin}: holds a {tokenizer.kind} tokenizer, not {cls.__name__}")
-        return tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -162,13 +153,11 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self._codes = _code_points(characters)
         self.unknown_id = len(characters)
-        self.character_counts = _frozen(
-            [1] * (len(characters) + 1) + [0] * NUM_SPECIAL,
-        )
+        self.character_counts = _counts_table([1] * (len(characters) + 1))
 
     @classmethod
     def fit(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """Knows the characters that occur in ``texts``, which should be the training split only."""
+        """Tokenizer of the characters of ``texts``, which should be the training split only."""
         known: set[str] = set()
         for text in [texts] if isinstance(texts, str) else texts:
             known.update(text)
@@ -203,11 +192,9 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
 
     def __init__(self):
-        counts = [count_lead_bytes(bytes([b])) for b in range(256)]
-        self.character_counts = _frozen(counts + [0] * NUM_SPECIAL)
+        self.character_counts = _counts_table([_count_lead_bytes(bytes([b])) for b in range(256)])
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of ``text``, [n] int32. Raises ValueError on a lone surrogate."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def _decode_content(self, ids: np.ndarray) -> str:
@@ -223,18 +210,174 @@ class ByteTokenizer(Tokenizer):
         return cls()
 
 
+class SpecialTokens(NamedTuple):
+    """Names of the special tokens inside a tokenizers JSON."""
+
+    pad: str = "<pad>"
+    eos: str = "<eos>"
+    mask: str = "<mask>"
+
+
+DEFAULT_SPECIAL_TOKENS = SpecialTokens()
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level byte-pair encoding, in the JSON format of the ``tokenizers`` package.
+
+    Ids are those of the JSON except that the three special tokens are moved to the end. Text that
+    spells a special token is encoded as ordinary text.
+
+    Args:
+        tokenizer_json: contents of a ``tokenizer.json``.
+        special_tokens: names of padding, end of sequence and mask in it.
+        origin: name of the JSON in error messages.
+
+    Raises:
+        ValueError: if the JSON cannot be read, lacks one of the special tokens, or does not
+            reproduce text exactly (then characters could not be counted).
+    """
+
+    kind = "bpe"
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        special_tokens: SpecialTokens = DEFAULT_SPECIAL_TOKENS,
+        origin: str = "the given JSON",
+    ):
+        tokenizers = _import_tokenizers()
+        try:
+            model = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"{origin}: not a tokenizers JSON: {error}") from error
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True  # "<mask>" in a text is text
+        self._model = model
+        self._json = json.loads(tokenizer_json)
+        self._special_tokens = SpecialTokens(*special_tokens)
+
+        added = model.get_added_tokens_decoder()
+        special_ids = self._find_special_ids(added, origin)
+        size = model.get_vocab_size(with_added_tokens=True)
+        if sorted(model.get_vocab(with_added_tokens=True).values()) != list(range(size)):
+            raise ValueError(f"{origin}: token ids must be 0 to {size - 1} without gaps or repeats")
+        content = [i for i in range(size) if i not in special_ids]
+        self._from_file = np.empty(size, np.int32)
+        self._from_file[content + special_ids] = np.arange(size)
+        self._token_bytes = self._read_token_bytes(content, added, origin)
+        self.character_counts = _counts_table([_count_lead_bytes(b) for b in self._token_bytes])
+        for probe in (_PROBE, f" {_PROBE} "):
+            if (decoded := self.decode(self.encode(probe))) != probe:
+                raise ValueError(
+                    f"{origin}: the tokenizer does not reproduce text exactly ({probe!r} became "
+                    f"{decoded!r}), so characters cannot be counted; use a byte-level tokenizer "
+                    "without normalizer and without add_prefix_space"
+                )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Learn merges from ``texts``, which should be the training split only.
+
+        Digits are always tokens of their own. The result is a function of the texts alone; it has
+        fewer than ``vocab_size`` tokens where the texts hold fewer distinct pairs.
+
+        Raises:
+            ValueError: if ``vocab_size`` is too small for the 256 bytes and the special tokens.
+        """
+        smallest = 256 + NUM_SPECIAL
+        if vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size must be at least {smallest} (256 bytes, {NUM_SPECIAL} special "
+                f"tokens), got {vocab_size}"
+            )
+        tokenizers = _import_tokenizers()
+        splitters = tokenizers.pre_tokenizers
+        digits = splitters.Digits(individual_digits=True)
+        byte_level = splitters.ByteLevel(add_prefix_space=False)
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        model.pre_tokenizer = splitters.Sequence([digits, byte_level])
+        model.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - NUM_SPECIAL,
+            initial_alphabet=splitters.ByteLevel.alphabet(),
+            special_tokens=[],
+            show_progress=False,
+        )
+        texts = [texts] if isinstance(texts, str) else texts
+        chunks = (text[i : i + _CHUNK] for text in texts for i in range(0, len(text), _CHUNK))
+        model.train_from_iterator(chunks, trainer)
+        model.add_special_tokens(
+            [
+                tokenizers.AddedToken(name, special=True, normalized=False)
+                for name in DEFAULT_SPECIAL_TOKENS
+            ]
+        )
+        return cls(model.to_str())
+
+    def encode(self, text: str) -> np.ndarray:
+        utf8(text)
+        ids = self._model.encode(text, add_special_tokens=False).ids
+        return self._from_file[np.asarray(ids, np.int64)]
+
+    def _decode_content(self, ids: np.ndarray) -> str:
+        return b"".join(self._token_bytes[i] for i in ids.tolist()).decode("utf-8", "replace")
+
+    def _settings(self) -> dict[str, Any]:
+        return {"special_tokens": self._special_tokens._asdict(), "tokenizer": self._json}
+
+    @classmethod
+    def _from_settings(cls, settings: dict[str, Any], origin: str) -> Self:
+        if not isinstance(settings.get("tokenizer"), dict):
+            raise ValueError(f"{origin}: a bpe tokenizer needs the object field 'tokenizer'")
+        try:
+            special_tokens = SpecialTokens(**settings.get("special_tokens", {}))
+        except TypeError as error:
+            raise ValueError(f"{origin}: 'special_tokens' must name pad, eos and mask") from error
+        return cls(json.dumps(settings["tokenizer"]), special_tokens, origin)
+
+    def _find_special_ids(self, added: dict[int, Any], origin: str) -> list[int]:
+        special = {token.content: i for i, token in added.items() if token.special}
+        names = self._special_tokens
+        if len(set(names)) != NUM_SPECIAL:
+            raise ValueError(f"{origin}: the special tokens must differ, got {tuple(names)}")
+        for role, name in names._asdict().items():
+            if name not in special:
+                raise ValueError(
+                    f"{origin}: the tokenizer has no {role} token {name!r}; its special tokens are "
+                    f"{sorted(special)}. If one of them is meant, name it: BPETokenizer(json, "
+                    f"SpecialTokens({role}=...)). Otherwise add what is missing: t = tokenizers."
+                    f"Tokenizer.from_file(FILE); t.add_special_tokens({list(names)}); t.save(FILE)"
+                )
+        return [special[name] for name in names]
+
+    def _read_token_bytes(
+        self, content: Sequence[int], added: dict[int, Any], origin: str
+    ) -> list[bytes]:
+        alphabet = _byte_alphabet()
+        table = []
+        for i in content:
+            if i in added:
+                table.append(added[i].content.encode("utf-8"))
+                continue
+            token = self._model.id_to_token(i)
+            try:
+                table.append(bytes(alphabet[c] for c in token))
+            except KeyError as error:
+                raise ValueError(
+                    f"{origin}: token {i} ({token!r}) is not written in the byte-level alphabet; "
+                    "only byte-level tokenizers are supported"
+                ) from error
+        return table
+
+
 def tokenizer_from_json(text: str, origin: str = "the given JSON") -> Tokenizer:
     """The tokenizer that :meth:`Tokenizer.to_json` wrote, or one in Hugging Face tokenizers JSON.
 
-    Args:
-        text: JSON text.
-        origin: what to call it in error messages.
-
     Raises:
-        ValueError: if it is not JSON, of an unknown kind, or lacks a special token.
+        ValueError: naming ``origin``, if it is not JSON, of an unknown kind, or lacks a special
+            token.
     """
-    from mdm_jax.data.bpe import BPETokenizer
-
     try:
         payload = json.loads(text)
     except json.JSONDecodeError as error:
@@ -252,7 +395,7 @@ def tokenizer_from_json(text: str, origin: str = "the given JSON") -> Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer file; see :func:`tokenizer_from_json`. Errors name the file."""
+    """Read a tokenizer file; see :func:`tokenizer_from_json`. Errors name the file."""
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -263,13 +406,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def make_tokenizer(
     tokenizer: str | Tokenizer, train_texts: Iterable[str], bpe_vocab_size: int
 ) -> Tokenizer:
-    """The tokenizer that a source's ``tokenizer`` argument asks for, fitted to the given texts.
+    """The tokenizer of a source's ``tokenizer`` argument, fitted to the texts where it is fitted.
 
     Raises:
         ValueError: if the name is unknown and not that of a JSON file.
     """
-    from mdm_jax.data.bpe import BPETokenizer
-
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if tokenizer == "char":
@@ -287,7 +428,7 @@ def make_tokenizer(
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 bytes of ``text``; ValueError names the place of a lone surrogate."""
+    """UTF-8 bytes of ``text``; ValueError names the position of a lone surrogate."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -297,7 +438,7 @@ def utf8(text: str) -> bytes:
         ) from error
 
 
-def count_lead_bytes(data: bytes) -> int:
+def _count_lead_bytes(data: bytes) -> int:
     """Number of bytes of UTF-8 ``data`` that begin a character."""
     return sum((byte & 0xC0) != 0x80 for byte in data)
 
@@ -306,7 +447,29 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _frozen(counts: list[int]) -> np.ndarray:
-    table = np.asarray(counts, np.int32)
+def _counts_table(content: list[int]) -> np.ndarray:
+    """Read-only [K] int32: characters of the content ids, and 0 for the special ids."""
+    table = np.asarray(content + [0] * NUM_SPECIAL, np.int32)
     table.flags.writeable = False
     return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte of each character by which byte-level tokenizers show it.
+
+    Printable Latin-1 bytes stand for themselves, the others are shifted up in order from U+0100.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _import_tokenizers():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "the BPE tokenizer needs the 'tokenizers' package: pip install tokenizers; the 'char' "
+            "and 'byte' tokenizers need nothing"
+        ) from error
+    return tokenizers

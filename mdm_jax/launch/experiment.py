@@ -26,6 +26,7 @@ from mdm_jax.launch import (
 from mdm_jax.likelihood.result import Likelihood
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.state import TrainState
 from mdm_jax.types import Array, ArrayLike, Batch, PyTree, worst_bias
 from mdm_jax.variance.transform import VarianceTransform
@@ -109,19 +110,20 @@ class Experiment:
         everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
         return jax.device_put(np.uint32(self.config.seed), everywhere)
 
-    def train_batches(self) -> data.Prefetcher:
-        """Endless placed batches, prefetched, with a position that can be saved."""
+    def train_batches(self) -> BatchStream:
+        """Endless placed batches, prefetched, with a position that can be saved; to be closed."""
         c, sharding = self.config, mdm_jax_sharding.batch_sharding(self.mesh)
-        iterator = data.train_iterator(
-            self.dataset.train,
-            c.train.batch_size,
-            c.seed,
-            rows=mdm_jax_sharding.local_rows(sharding, c.train.batch_size),
-        )
         place = functools.partial(
             mdm_jax_sharding.place_batch, sharding=sharding, batch_size=c.train.batch_size
         )
-        return data.Prefetcher(iterator, depth=c.train.prefetch, place=place)
+        return data.train_iterator(
+            self.dataset.train,
+            c.train.batch_size,
+            c.seed,
+            prefetch=c.train.prefetch,
+            rows=mdm_jax_sharding.local_rows(sharding, c.train.batch_size),
+            place=place,
+        )
 
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of a training batch."""

@@ -27,6 +27,7 @@ from mdm_jax.launch.workdir import WorkdirError, claim, read_config, training_lo
 from mdm_jax.launch.workdir import check as check_workdir
 from mdm_jax.meter.clip_search import ClipChoice, make_clip_search
 from mdm_jax.training.checkpoints import Restored
+from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.state import TrainState
 from mdm_jax.types import PyTree
 from mdm_jax.variance.warps import set_clip_range
@@ -78,7 +79,7 @@ def train(
     stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
     interrupt = interrupt or training.Interrupt()
     with contextlib.ExitStack() as stack:
-        batches = stack.enter_context(experiment.train_batches())
+        batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         if read_config(workdir) is None:
             _claim(workdir, c)
         distributed.barrier("directory claimed")
@@ -218,7 +219,7 @@ def _save_tokenizer(experiment: Experiment, workdir: pathlib.Path) -> None:
         experiment.dataset.tokenizer.save(path)
 
 
-def _continue(restored: Restored, stream: dict[str, Any], batches: data.Prefetcher) -> TrainState:
+def _continue(restored: Restored, stream: dict[str, Any], batches: BatchStream) -> TrainState:
     data.check_same_stream(restored.notes["stream"], stream)
     batches.set_state(restored.position)
     return restored.state

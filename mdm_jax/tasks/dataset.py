@@ -1,6 +1,6 @@
 """Generated tasks as a data source."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -8,9 +8,9 @@ from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
     VectorisedRows,
+    check_choice,
     check_positive,
-    describe,
-    fingerprint_of,
+    make_dataset,
 )
 from mdm_jax.data.tokenizers import CharTokenizer
 from mdm_jax.tasks.task import VOCABULARY, Task, example
@@ -54,9 +54,7 @@ class TaskRows(VectorisedRows):
     def __len__(self) -> int:
         return len(self._made)
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n] as a batch of n."""
-        indices = self._check(indices)
+    def _read(self, indices: np.ndarray) -> Batch:
         for index in indices[~self._made[indices]].tolist():
             self._make(index)
         return Batch(*(field[indices] for field in self._rows))
@@ -113,11 +111,7 @@ def task_dataset(
                 f"{given}"
             )
         lengths[name] = given or needed[name]
-    if answer_padding not in get_args(AnswerPadding):
-        raise ValueError(
-            f"answer_padding must be one of {', '.join(get_args(AnswerPadding))}, got "
-            f"{answer_padding!r}"
-        )
+    check_choice("answer_padding", answer_padding, AnswerPadding)
     sizes = dict(zip(SPLITS, (train_rows, valid_rows, test_rows)))
     for name, size in sizes.items():
         check_positive(f"{name}_rows", size)
@@ -126,25 +120,16 @@ def task_dataset(
     sources = {name: TaskRows(task, name, size, codec, **settings) for name, size in sizes.items()}
     first = [example(task, name, i) for name in SPLITS for i in range(_FINGERPRINTED)]
     report = {f"{name}_rows": size for name, size in sizes.items()}
-    return Dataset(
-        **sources,
-        tokenizer=codec,
-        vocab_size=codec.vocab_size,
-        mask_id=codec.mask_id,
+    return make_dataset(
+        sources,
+        codec,
         length=sum(lengths.values()),
-        unit="character",
-        event_shape=None,
-        fingerprint=fingerprint_of(
-            repr(first).encode(), {"source": "task", "task": repr(task), **settings, **report}
-        ),
-        description=describe(
-            f"Generated problems, {task!r}, as in {' to '.join(first[0])}",
-            codec,
-            f"Prompt in {lengths['prompt_length']} positions, answer in "
-            f"{lengths['answer_length']}; after the answer: {answer_padding}. Splits are disjoint "
-            "by canonical instance.",
-            report,
-        ),
+        content=repr(first).encode(),
+        settings={"source": "task", "task": repr(task), **settings, **report},
+        headline=f"Generated problems, {task!r}, as in {' to '.join(first[0])}",
+        policy=f"Prompt in {lengths['prompt_length']} positions, answer in "
+        f"{lengths['answer_length']}; after the answer: {answer_padding}. Splits are disjoint by "
+        "canonical instance.",
         report=report,
         check=task.check,
     )

@@ -109,7 +109,7 @@ def test_one_trace_no_compilation_and_no_fetch_between_logs(watched):
 def test_the_compiled_step_refuses_what_it_was_not_compiled_for(watched):
     _, experiment, compiled = watched
     state = zeros(experiment)
-    with experiment.train_batches() as batches:
+    with contextlib.closing(experiment.train_batches()) as batches:
         batch = next(batches)
     with pytest.raises((TypeError, ValueError)):
         compiled.call(state, jax.tree.map(lambda leaf: leaf[:8], batch))

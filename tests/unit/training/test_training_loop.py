@@ -1,5 +1,6 @@
 """The loop: kills, interrupts, resuming to the same bits, NaN, hooks, what is saved and when."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -42,8 +43,7 @@ def _step():
 
 def _batches(place=None):
     source = StoredRows(tiny.batch(50, seed=4))
-    rows = data.train_iterator(source, ROWS, seed=5)
-    return data.Prefetcher(rows, depth=2, place=place or (lambda batch: batch))
+    return data.train_iterator(source, ROWS, seed=5, prefetch=2, place=place)
 
 
 class Run:
@@ -86,7 +86,7 @@ class Run:
             check()
             self.samples.append(step)
 
-        with _batches(place) as batches:
+        with contextlib.closing(_batches(place)) as batches:
             if restored is not None:
                 state, progress = restored.state, restored.notes["progress"]
                 batches.set_state(restored.position)
@@ -485,7 +485,7 @@ def test_notes_are_kept_beside_the_progress(tmp_path):
     checkpoints = training.Checkpoints(tmp_path)
     writer = training.MetricWriter(tmp_path / "run")
     state = tiny.new_state(spec, optax.adam(0.01))
-    with _batches() as batches:
+    with contextlib.closing(_batches()) as batches:
         training.train(
             step,
             state,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdm_jax import data
-from mdm_jax.data.bpe import _byte_alphabet
+from mdm_jax.data.tokenizers import _byte_alphabet
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -114,8 +114,6 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     json.loads(path.read_text())
     for again in (
         data.load_tokenizer(path),
-        type(tokenizer).load(path),
-        type(tokenizer).from_json(tokenizer.to_json()),
         data.tokenizer_from_json(tokenizer.to_json()),
     ):
         assert type(again) is type(tokenizer)
@@ -248,12 +246,6 @@ def test_bad_tokenizer_files_name_the_file(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         data.load_tokenizer(path)
-
-
-def test_loading_as_another_kind_is_refused(tmp_path):
-    BYTE.save(tmp_path / "t.json")
-    with pytest.raises(ValueError, match="holds a byte tokenizer, not CharTokenizer"):
-        data.CharTokenizer.load(tmp_path / "t.json")
 
 
 def test_bpe_without_the_package_says_what_to_install(monkeypatch):
