@@ -1,7 +1,4 @@
-"""Ancestral sampling along any grid of noise levels.
-
-Ancestral sampling that runs the network on no row that does not need it.
-"""
+"""Ancestral sampling along a grid of noise levels, for the whole batch or for changed rows only."""
 
 from collections.abc import Callable
 
@@ -11,140 +8,67 @@ import jax.numpy as jnp
 from mdm_jax.draws import open_uniform
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens_at
 from mdm_jax.samplers.sampler import (
-    Denoise,
     Sampler,
     SamplerState,
     StepContext,
+    canvas_only,
+    is_last,
     no_mask_left,
-    read_places,
+    read_positions,
     row_streams,
 )
 from mdm_jax.types import Array
 
-_PLACES_AT_ONCE = 8
+_MIN_POSITIONS = 8
 
 
 def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
-    """Reveals each masked token with probability ``(m_t - m_s) / m_t`` per step from m_t to m_s.
+    """Reveal each masked token with probability ``(m_t - m_s) / m_t`` per step from m_t to m_s.
 
-    Tokens revealed in one step do not see each other, so the law approaches the model's as the grid
-    is refined (its distance falls like 1/N). A step in which no row reveals anything costs no
-    forward pass, which changes nothing else. Which places are revealed is settled before tokens are
-    drawn, so tail tokens are not multiplied by a small probability (Zheng et al. 2024 describe what
-    happens otherwise).
+    Tokens of one step are drawn independently, so the distance to the model's law falls like 1/N
+    in the number of steps. A step that reveals nothing in any row costs no forward pass. Positions
+    are selected before tokens are drawn, so tail tokens are not multiplied by a small probability
+    (Zheng et al. 2024 describe the effect otherwise).
 
     Bias: discretised.
 
     Args:
         token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``.
 
-    References: Austin et al. 2021 (D3PM, absorbing state), Sahoo et al. 2024 (MDLM), Shi et al.
-    2024 (MD4).
+    References: Austin et al. 2021 (D3PM), Sahoo et al. 2024 (MDLM), Shi et al. 2024 (MD4).
     """
-    choose = compose() if token_filter is None else token_filter
+    token_filter = token_filter or compose()
 
-    def init(keys: Array, canvas: Array, mask_id: int) -> SamplerState:
-        del keys, mask_id
-        return SamplerState(canvas, ())
-
-    def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
-        tokens = state.tokens
-        reveal = places_to_reveal(context, tokens)
+    def step(context, denoise, state):
+        reveal = positions_to_reveal(context, state.tokens)
         keys = row_streams(context.keys, "token")
-        size = places_at_once(context, tokens.shape[1])
+        size = positions_per_read(context, state.tokens.shape[1])
 
         def fill(tokens: Array) -> Array:
-            read = read_places(denoise, tokens, context.logsnr)
-            return fill_places(keys, reveal, tokens, choose, read, size)
+            read = read_positions(denoise, tokens, context.logsnr)
+            return fill_positions(keys, reveal, tokens, token_filter, read, size)
 
-        tokens = jax.lax.cond(jnp.any(reveal), fill, lambda tokens: tokens, tokens)
+        tokens = jax.lax.cond(jnp.any(reveal), fill, lambda tokens: tokens, state.tokens)
         return SamplerState(tokens, ())
 
-    return Sampler("ancestral", init, step, no_mask_left, bias="discretised")
-
-
-def places_to_reveal(context: StepContext, tokens: Array) -> Array:
-    """[B, L] bool: which masked places an ancestral step fills, decided before any token is."""
-    probability = reveal_probability(context.logsnr, context.next_logsnr)
-    # Exactly 1 at the end of every valid grid; forced because a traced grid is not checked.
-    probability = jnp.where(context.index == context.num_steps - 1, 1.0, probability)
-    return (tokens == context.mask_id) & (place_noise(context.keys, tokens) < probability)
-
-
-def places_at_once(context: StepContext, length: int) -> int:
-    """A number of places that is seldom exceeded in one step of one row."""
-    return max(_PLACES_AT_ONCE, 2 * length // context.num_steps)
-
-
-def fill_places(
-    keys: Array,
-    reveal: Array,
-    tokens: Array,
-    choose: LogitFilter,
-    read: Callable[[Array], Array],
-    size: int,
-) -> Array:
-    """Tokens [B, L] with one drawn at each place to reveal, ``size`` places of a row at a time.
-
-    Args:
-        keys: [B] typed keys, one per row.
-        reveal: [B, L] bool.
-        tokens: [B, L] int32.
-        choose: filter of the logits.
-        read: logits of places, from :func:`~mdm_jax.samplers.sampler.read_places`.
-        size: places that are read and drawn together; changes nothing but the time it takes.
-    """
-    num_rows, length = tokens.shape
-    size = min(size, length)
-    # Places to reveal come first; the place behind the last fills up the end, and is not written.
-    order = jnp.argsort(~reveal, axis=-1, stable=True)
-    order = jnp.where(jnp.arange(length)[None] < jnp.sum(reveal, -1, keepdims=True), order, length)
-    order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
-    rows = jnp.arange(num_rows)[:, None]
-
-    def fill(index: Array, tokens: Array) -> Array:
-        seats = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)
-        places = jnp.minimum(seats, length - 1)
-        drawn = draw_tokens_at(keys, choose(read(places)), places)
-        return tokens.at[rows, seats].set(drawn, mode="drop")
-
-    passes = -(-jnp.max(jnp.sum(reveal, axis=-1)) // size)
-    return jax.lax.fori_loop(0, passes, fill, tokens)
-
-
-def place_noise(keys: Array, tokens: Array) -> Array:
-    """[B, L] uniforms that decide which places change; each row's from its own key."""
-    shape = tokens.shape[1:]
-    return jax.vmap(lambda key: open_uniform(key, shape))(row_streams(keys, "reveal"))
-
-
-def reveal_probability(logsnr: Array, next_logsnr: Array) -> Array:
-    """``(m_t - m_s) / m_t`` for masking rates m = sigmoid(-logsnr), from level t to the cleaner s.
-
-    Written as ``-expm1(lambda_t - lambda_s) sigmoid(lambda_s)``, which subtracts no rates from each
-    other and stays exact at lambda_t = -inf and lambda_s = +inf.
-    """
-    return -jnp.expm1(logsnr - next_logsnr) * jax.nn.sigmoid(next_logsnr)
+    return Sampler("ancestral", canvas_only, step, no_mask_left, bias="discretised")
 
 
 def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None) -> Sampler:
-    """:func:`~mdm_jax.samplers.ancestral`, paying for those rows only in which something changes.
+    """:func:`ancestral` that runs the network only on rows in which the step reveals a token.
 
-    MDLM's caching sampler keeps the logits of a time-free network until a token changes, for the
-    batch as a whole. Here each row is on its own, and nothing needs to be stored: which places a
-    step reveals is known before the logits are, so a row in which it reveals nothing is skipped,
-    and one in which it reveals something has no valid logits to go back to, since its last ones
-    were used up by the change that followed. Hence it is right for networks that see the level,
-    too. The rows to run are packed into passes of ``rows_per_pass``.
+    Draws the tokens of ``ancestral`` under the same key, up to the network's rounding by batch
+    size. The positions of a step are known before its logits, so a row without any is skipped;
+    unlike MDLM's caching sampler, which keeps logits for the batch, nothing is stored and networks
+    may depend on the level. Rows are packed into passes of ``rows_per_pass``, which moves them
+    across devices if the batch is sharded. On N levels uniform in the masking rate a row of L
+    positions takes ``N (1 - (1 - 1/N)^L)`` passes on average, at most L.
 
-    The tokens are those of ``ancestral`` under the same key, as far as the network's rounding does
-    not depend on its batch size. On N levels uniform in the masking rate a row of L places takes
-    ``N (1 - (1 - 1/N)^L)`` passes on average, never more than L. Packing moves rows across devices
-    if the batch is sharded. Bias: discretised.
+    Bias: discretised.
 
     Args:
-        rows_per_pass: rows of one pass of the network. Small ones waste less on the last pass of a
-            step, large ones use the hardware better.
+        rows_per_pass: rows of one forward pass. Small ones waste less on the last pass of a step,
+            large ones use the hardware better.
         token_filter: as for ``ancestral``.
 
     Raises:
@@ -154,31 +78,91 @@ def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None
     """
     if rows_per_pass < 1:
         raise ValueError(f"cached_ancestral needs rows_per_pass >= 1, got {rows_per_pass}")
-    choose = compose() if token_filter is None else token_filter
+    token_filter = token_filter or compose()
 
-    def init(keys: Array, canvas: Array, mask_id: int) -> SamplerState:
-        del keys, mask_id
-        return SamplerState(canvas, ())
-
-    def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
+    def step(context, denoise, state):
         batch_size = state.tokens.shape[0]
         size = min(rows_per_pass, batch_size)
-        places = places_at_once(context, state.tokens.shape[1])
-        reveal = places_to_reveal(context, state.tokens)
+        num_read = positions_per_read(context, state.tokens.shape[1])
+        reveal = positions_to_reveal(context, state.tokens)
         needed = jnp.any(reveal, axis=-1)
-        # Rows to run come first; the number behind the last row fills up the last pass.
+        # Rows to run come first; batch_size, which is not written, pads the last pass.
         order = jnp.argsort(~needed, stable=True)
         order = jnp.pad(order, (0, -batch_size % size), constant_values=batch_size)
 
         def run(index: Array, tokens: Array) -> Array:
-            seats = jax.lax.dynamic_slice_in_dim(order, index * size, size)
-            rows = jnp.minimum(seats, batch_size - 1)
-            read = read_places(denoise, tokens[rows], context.logsnr, rows)
+            targets = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+            rows = jnp.minimum(targets, batch_size - 1)
+            read = read_positions(denoise, tokens[rows], context.logsnr, rows)
             keys = row_streams(context.keys[rows], "token")
-            filled = fill_places(keys, reveal[rows], tokens[rows], choose, read, places)
-            return tokens.at[seats].set(filled, mode="drop")
+            filled = fill_positions(keys, reveal[rows], tokens[rows], token_filter, read, num_read)
+            return tokens.at[targets].set(filled, mode="drop")
 
         passes = -(-jnp.sum(needed) // size)
         return SamplerState(jax.lax.fori_loop(0, passes, run, state.tokens), ())
 
-    return Sampler("cached_ancestral", init, step, no_mask_left, bias="discretised")
+    return Sampler("cached_ancestral", canvas_only, step, no_mask_left, bias="discretised")
+
+
+def positions_to_reveal(context: StepContext, tokens: Array) -> Array:
+    """[B, L] bool: masked positions that an ancestral step fills."""
+    probability = reveal_probability(context.logsnr, context.next_logsnr)
+    # Exactly 1 at the end of every valid grid; forced because a traced grid is not checked.
+    probability = jnp.where(is_last(context), 1.0, probability)
+    return (tokens == context.mask_id) & (position_noise(context.keys, tokens) < probability)
+
+
+def positions_per_read(context: StepContext, length: int) -> int:
+    """A number of positions that one step of one row seldom exceeds."""
+    return max(_MIN_POSITIONS, 2 * length // context.num_steps)
+
+
+def fill_positions(
+    keys: Array,
+    reveal: Array,
+    tokens: Array,
+    token_filter: LogitFilter,
+    read: Callable[[Array], Array],
+    size: int,
+) -> Array:
+    """Tokens [B, L] with one drawn at each position of ``reveal``, ``size`` of a row at a time.
+
+    Args:
+        keys: [B] typed keys, one per row.
+        reveal: [B, L] bool.
+        tokens: [B, L] int32.
+        token_filter: of the logits.
+        read: logits of positions, from ``samplers.sampler.read_positions``.
+        size: positions read and drawn together; affects speed only.
+    """
+    num_rows, length = tokens.shape
+    size = min(size, length)
+    # Positions to reveal come first; `length`, which is not written, pads the end.
+    order = jnp.argsort(~reveal, axis=-1, stable=True)
+    order = jnp.where(jnp.arange(length)[None] < jnp.sum(reveal, -1, keepdims=True), order, length)
+    order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
+    rows = jnp.arange(num_rows)[:, None]
+
+    def fill(index: Array, tokens: Array) -> Array:
+        targets = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)
+        positions = jnp.minimum(targets, length - 1)
+        drawn = draw_tokens_at(keys, token_filter(read(positions)), positions)
+        return tokens.at[rows, targets].set(drawn, mode="drop")
+
+    passes = -(-jnp.max(jnp.sum(reveal, axis=-1)) // size)
+    return jax.lax.fori_loop(0, passes, fill, tokens)
+
+
+def position_noise(keys: Array, tokens: Array) -> Array:
+    """[B, L] uniforms that decide which positions change; each row's from its own key."""
+    shape = tokens.shape[1:]
+    return jax.vmap(lambda key: open_uniform(key, shape))(row_streams(keys, "reveal"))
+
+
+def reveal_probability(logsnr: Array, next_logsnr: Array) -> Array:
+    """``(m_t - m_s) / m_t`` for masking rates m = sigmoid(-logsnr), from level t to the cleaner s.
+
+    Computed as ``-expm1(lambda_t - lambda_s) sigmoid(lambda_s)``: no difference of rates, exact at
+    lambda_t = -inf and lambda_s = +inf.
+    """
+    return -jnp.expm1(logsnr - next_logsnr) * jax.nn.sigmoid(next_logsnr)

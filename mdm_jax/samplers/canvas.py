@@ -1,7 +1,4 @@
-"""Canvases: what is given and what is to be generated, as one array of tokens.
-
-A canvas [B, L] int32 holds the mask token at every place to fill and given tokens elsewhere.
-"""
+"""Canvases [B, L] int32: the mask token at every position to fill, given tokens elsewhere."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,12 +12,14 @@ from mdm_jax.types import Array, ArrayLike
 def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
     """All-mask canvas [batch_size, length] int32 for free sampling; ValueError on empty sizes."""
     if batch_size < 1 or length < 1:
-        raise ValueError(f"a canvas needs at least one row and place, got {batch_size} x {length}")
+        raise ValueError(
+            f"a canvas needs at least one row and position, got {batch_size} x {length}"
+        )
     return jnp.full((batch_size, length), mask_id, jnp.int32)
 
 
 def prompt_canvas(prompt: ArrayLike, length: int, mask_id: int) -> Array:
-    """Canvas [B, length] int32 that begins with a prompt and is to be generated after it.
+    """Canvas [B, length] int32 of a prompt followed by masks.
 
     Args:
         prompt: [P] for one row or [B, P], integers without the mask token.
@@ -31,14 +30,14 @@ def prompt_canvas(prompt: ArrayLike, length: int, mask_id: int) -> Array:
         ValueError: if the prompt is longer than the rows, holds the mask token, or is not a matrix
             or vector of integers.
     """
-    given = _piece(prompt, "the prompt", mask_id)
-    if given.shape[1] > length:
+    tokens = _piece(prompt, "the prompt", mask_id)
+    if tokens.shape[1] > length:
         raise ValueError(
-            f"the prompt has {given.shape[1]} tokens but the canvas only {length} places: cut the "
-            "prompt, or ask for a longer canvas"
+            f"the prompt has {tokens.shape[1]} tokens but the canvas only {length} positions: cut "
+            "the prompt, or use a longer canvas"
         )
-    gap = blank_canvas(given.shape[0], length, mask_id)[:, given.shape[1] :]
-    return jnp.concatenate([given, gap], axis=1)
+    gap = blank_canvas(tokens.shape[0], length, mask_id)[:, tokens.shape[1] :]
+    return jnp.concatenate([tokens, gap], axis=1)
 
 
 def canvas_with_gaps(
@@ -47,9 +46,9 @@ def canvas_with_gaps(
     """Canvas [B, L] int32 for infilling: piece, gap, piece, gap, ..., piece.
 
     Args:
-        pieces: one more than there are gaps, each [P] (the same in all rows) or [B, P], integers
-            without the mask token. An empty one where the row begins or ends with a gap.
-        gap_lengths: number of places to generate in each gap.
+        pieces: one more than gaps, each [P] (the same in all rows) or [B, P], integers without
+            the mask token; an empty one where the row begins or ends with a gap.
+        gap_lengths: number of positions to generate in each gap.
         mask_id: the mask token.
 
     Raises:
@@ -62,20 +61,26 @@ def canvas_with_gaps(
         raise ValueError(f"gap lengths must be positive, got {list(gap_lengths)}")
     if len(pieces) != len(gap_lengths) + 1:
         raise ValueError(
-            f"{len(gap_lengths)} gaps stand between {len(gap_lengths) + 1} pieces, got "
-            f"{len(pieces)}; give an empty piece where the row begins or ends with a gap"
+            f"{len(gap_lengths)} gaps need {len(gap_lengths) + 1} pieces, got {len(pieces)}; pass "
+            "an empty piece where the row begins or ends with a gap"
         )
-    given = [_piece(piece, f"piece {i}", mask_id) for i, piece in enumerate(pieces)]
-    rows = max(piece.shape[0] for piece in given)
-    if any(piece.shape[0] not in (1, rows) for piece in given):
+    tokens = [_piece(piece, f"piece {i}", mask_id) for i, piece in enumerate(pieces)]
+    rows = max(piece.shape[0] for piece in tokens)
+    if any(piece.shape[0] not in (1, rows) for piece in tokens):
         raise ValueError(
-            f"pieces must have one row or as many as each other, got {[p.shape[0] for p in given]}"
+            f"pieces must have one row or as many as each other, got {[p.shape[0] for p in tokens]}"
         )
-    parts = [jnp.broadcast_to(given[0], (rows, given[0].shape[1]))]
-    for piece, gap in zip(given[1:], gap_lengths, strict=True):
-        parts += [blank_canvas(rows, gap, mask_id)]
+    parts = []
+    for piece, gap in zip(tokens, [*gap_lengths, 0], strict=True):
         parts += [jnp.broadcast_to(piece, (rows, piece.shape[1]))]
+        parts += [jnp.full((rows, gap), mask_id, jnp.int32)]
     return jnp.concatenate(parts, axis=1)
+
+
+def check_mask_id(mask_id: int) -> None:
+    """Raises ValueError for a negative mask token."""
+    if mask_id < 0:
+        raise ValueError(f"mask_id must be a token id, got {mask_id}")
 
 
 def check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array, Array | None]:
@@ -88,7 +93,7 @@ def check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array,
     canvas = jnp.asarray(canvas)
     if canvas.ndim != 2 or 0 in canvas.shape or not jnp.issubdtype(canvas.dtype, jnp.integer):
         raise ValueError(
-            "canvas must be a non-empty integer array [B, L] with mask_id at the places to "
+            "canvas must be a non-empty integer array [B, L] with mask_id at the positions to "
             f"generate (see blank_canvas), got {canvas.dtype} of shape {canvas.shape}"
         )
     if documents is None:
@@ -102,27 +107,20 @@ def check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array,
 
 
 def check_prefix(canvas: ArrayLike, prefix: int, mask_id: int) -> None:
-    """Raises ValueError unless ``prefix`` places of the canvas are given (where it is concrete)."""
+    """Raises ValueError unless the first ``prefix`` positions hold tokens (where concrete)."""
     length = np.shape(canvas)[-1]
     if not 0 <= prefix <= length:
         raise ValueError(f"prefix must be in [0, {length}], the canvas's length, got {prefix}")
     if is_concrete(canvas) and np.any(np.asarray(canvas)[:, :prefix] == mask_id):
         raise ValueError(
-            f"the first {prefix} places of every row must be given, but some hold the mask token "
-            f"{mask_id}; shorten the prefix"
+            f"the first {prefix} positions of every row must be given, but some hold the mask "
+            f"token {mask_id}; shorten the prefix"
         )
 
 
 def checked_generator(run: Callable[..., Array], mask_id: int, prefix: int) -> Callable[..., Array]:
-    """A compiled ``run`` behind the checks that look at a canvas's values, at every call.
-
-    Args:
-        run: ``run(params, key, canvas, documents, row_offset) -> tokens [B, L]``.
-        mask_id: the mask token.
-        prefix: as for :func:`check_prefix`.
-
-    Returns:
-        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+    """``generate(params, key, canvas, documents=None, row_offset=0)``: the compiled ``run`` after
+    :func:`check_canvas` and :func:`check_prefix`.
     """
 
     def generate(params, key, canvas, documents=None, row_offset=0):
@@ -136,7 +134,7 @@ def checked_generator(run: Callable[..., Array], mask_id: int, prefix: int) -> C
 def _piece(tokens: ArrayLike, name: str, mask_id: int) -> Array:
     tokens = np.asarray(tokens) if is_concrete(tokens) else tokens
     if tokens.size == 0:
-        tokens = tokens.astype(np.int32)  # an empty list says nothing of its type
+        tokens = tokens.astype(np.int32)  # an empty list has no integer dtype
     integers = jnp.issubdtype(tokens.dtype, jnp.integer)
     if tokens.ndim not in (1, 2) or not integers or (tokens.ndim == 2 and tokens.shape[0] == 0):
         raise ValueError(
@@ -144,7 +142,7 @@ def _piece(tokens: ArrayLike, name: str, mask_id: int) -> Array:
         )
     if is_concrete(tokens) and np.any(tokens == mask_id):
         raise ValueError(
-            f"{name} holds the mask token {mask_id}, which marks places to generate; leave it out, "
-            "or write the canvas by hand"
+            f"{name} holds the mask token {mask_id}, which marks positions to generate; leave it "
+            "out, or write the canvas by hand"
         )
     return jnp.asarray(jnp.atleast_2d(tokens), jnp.int32)

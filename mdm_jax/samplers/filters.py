@@ -1,8 +1,7 @@
-"""From logits to a token: composable filters and a categorical draw that keeps the tail.
+"""Logit filters (temperature, top-k, top-p) and a categorical draw that keeps the tail.
 
-A filter maps logits [..., K] to logits [..., K]; tokens it rules out get -inf. Filters act on the
-network's own distribution (the mask token is already excluded), before anything decides which
-places are revealed.
+A filter maps logits [..., K] to logits [..., K] with -inf for excluded tokens. It acts on the
+network's distribution with the mask token excluded, before positions are selected.
 """
 
 import math
@@ -18,7 +17,7 @@ LogitFilter = Callable[[Array], Array]
 """``filter(logits [..., K]) -> logits [..., K]``."""
 
 _ONE_STAGE = 64
-"""Largest vocabulary for which a random number per token is worth its while."""
+"""Largest vocabulary that is drawn from with one random number per token."""
 
 
 def temperature(value: float) -> LogitFilter:
@@ -80,7 +79,7 @@ def top_p(mass: float) -> LogitFilter:
 
 
 def compose(*filters: LogitFilter) -> LogitFilter:
-    """Filters applied in reading order; none at all leaves logits as they are."""
+    """Filters applied in reading order; without any, the identity."""
 
     def apply(logits: Array) -> Array:
         for each in filters:
@@ -91,13 +90,13 @@ def compose(*filters: LogitFilter) -> LogitFilter:
 
 
 def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead: str) -> None:
-    """Refuses filters that leave nothing to draw, such as ``temperature(0)`` and ``top_k(1)``.
+    """Refuse filters that leave a single token, such as ``temperature(0)`` and ``top_k(1)``.
 
     Args:
         name: of the sampler that needs a distribution.
-        token_filter: tried on almost equal tokens, of which none leaves more.
-        vocab_size: number of these tokens, at least 2.
-        instead: what to use where tokens are to be the most likely ones.
+        token_filter: tested on ``vocab_size`` >= 2 almost equal logits, which it truncates least.
+        vocab_size: K.
+        instead: remedy in the error message.
 
     Raises:
         ValueError: if a single token is left (where the filter's settings are concrete).
@@ -114,33 +113,33 @@ def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead:
 
 
 def draw_tokens(keys: Array, logits: Array) -> Array:
-    """One token per place from ``softmax(logits)``, int32 [B, ...].
+    """One token per position from ``softmax(logits)``, int32 [B, ...].
 
     Args:
         keys: [B] typed keys, one per row.
-        logits: [B, ..., K] float32. Place i of a row, counted through the axes between, draws what
-            :func:`draw_tokens_at` draws there.
+        logits: [B, ..., K] float32. Position i of a row, counted over the axes in between, draws
+            as in :func:`draw_tokens_at`.
     """
     flat = logits.reshape(logits.shape[0], -1, logits.shape[-1])
-    places = jnp.broadcast_to(jnp.arange(flat.shape[1])[None], flat.shape[:2])
-    return draw_tokens_at(keys, flat, places).reshape(logits.shape[:-1])
+    positions = jnp.broadcast_to(jnp.arange(flat.shape[1])[None], flat.shape[:2])
+    return draw_tokens_at(keys, flat, positions).reshape(logits.shape[:-1])
 
 
-def draw_tokens_at(keys: Array, logits: Array, places: Array) -> Array:
-    """One token for each of some places of each row, from ``softmax(logits)``, int32 [B, C].
+def draw_tokens_at(keys: Array, logits: Array, positions: Array) -> Array:
+    """One token for each of some positions of each row, from ``softmax(logits)``, int32 [B, C].
 
-    What a place draws depends on its row's key, its own number and its logits alone, so it makes no
-    difference which places are drawn together.
+    The token of a position depends on its row's key, its number and its logits alone, not on which
+    positions are drawn together.
 
-    A vocabulary of more than 64 tokens is drawn from in two stages, a run of about sqrt(K) tokens
-    by its total mass and then a token of the run: the same law, for 2 sqrt(K) random numbers in
-    place of K. Both stages use Gumbel noise of high range, which reaches tokens of probability
-    1e-14; the default float32 noise is cut off near 16, and cannot produce those below 1e-7.
+    More than 64 tokens are drawn in two stages, a run of about sqrt(K) tokens by its total mass and
+    then a token of the run: the same law for 2 sqrt(K) random numbers instead of K. Both stages use
+    Gumbel noise of high range, which reaches tokens of probability 1e-14; the default float32 noise
+    is cut off near 16 and never produces those below 1e-7.
 
     Args:
         keys: [B] typed keys, one per row.
         logits: [B, C, K] float32.
-        places: [B, C] integers, numbers of the places.
+        positions: [B, C] integers, numbers of the positions.
     """
     choose = _draw_in_two_stages if logits.shape[-1] > _ONE_STAGE else _draw
 
@@ -148,7 +147,7 @@ def draw_tokens_at(keys: Array, logits: Array, places: Array) -> Array:
         own = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
         return jax.vmap(choose)(own, values)
 
-    return jax.vmap(row)(keys, places, logits)
+    return jax.vmap(row)(keys, positions, logits)
 
 
 def _draw(key: Array, logits: Array) -> Array:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from mdm_jax.corruption.masked import exclude_token
 from mdm_jax.models.decoders import CausalDecoder
-from mdm_jax.samplers.canvas import check_canvas, check_prefix, checked_generator
+from mdm_jax.samplers.canvas import check_canvas, check_mask_id, check_prefix, checked_generator
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
+from mdm_jax.samplers.sampler import row_keys
 from mdm_jax.types import Array, ArrayLike, PyTree
 
 
@@ -24,11 +25,11 @@ def sample_next_tokens(
     row_offset: ArrayLike = 0,
     prefix: int = 0,
 ) -> Array:
-    """Fills the masked places of a canvas from left to right; tokens [B, L] without any mask token.
+    """Fill the masked positions of a canvas from left to right; tokens [B, L] without masks.
 
-    Exact sampling from the (filtered) model: one pass per place. Given tokens never change; one
-    that stands after a gap is not seen by the gap. Rows are independent: row i draws from
-    ``fold_in(key, row_offset + i)`` alone, so it is what a batch of one returns.
+    Exact sampling from the (filtered) model, one pass per position. Given tokens never change; a
+    gap does not see tokens after it. Rows are independent: row i draws from ``fold_in(key,
+    row_offset + i)`` alone.
 
     Args:
         key: typed key.
@@ -37,43 +38,41 @@ def sample_next_tokens(
         canvas: [B, L] integers; ``mask_id`` where a token is to be generated.
         mask_id: the mask token, never drawn.
         token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``.
-        documents: [B, L] document numbers, 0 on padding; None for one whole document.
+        documents: [B, L] document numbers, 0 on padding; None for one document per row.
         row_offset: number of the first row, for sampling a large batch in parts.
-        prefix: number of places at the beginning that are given in every row; they go through the
-            network in one pass. Whoever traces the canvas vouches for it.
+        prefix: number of leading positions given in every row, run in one pass. Not checked where
+            the canvas is traced.
 
     Raises:
         ValueError: for a canvas that is not a non-empty integer matrix, documents of another shape,
             a negative mask_id, or a prefix that is longer than the canvas or not all given.
     """
-    if mask_id < 0:
-        raise ValueError(f"mask_id must be a token id, got {mask_id}")
+    check_mask_id(mask_id)
     canvas, documents = check_canvas(canvas, documents)
     check_prefix(canvas, prefix, mask_id)
     num_rows, length = canvas.shape
     if documents is None:
         documents = jnp.ones_like(canvas)
-    choose = compose() if token_filter is None else token_filter
-    rows = jnp.asarray(row_offset, jnp.int32) + jnp.arange(num_rows)
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    token_filter = token_filter or compose()
+    keys = row_keys(key, row_offset, num_rows)
     if prefix == length:
         return canvas
 
-    def step(carry: tuple[PyTree, Array], place: tuple[Array, Array, Array]):
+    def step(carry: tuple[PyTree, Array], column: tuple[Array, Array, Array]):
         memory, previous = carry
-        index, given, document = place
+        index, canvas_token, document = column
         logits, memory = decoder.step(params, memory, previous, document)
-        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
-        drawn = draw_tokens(keys, choose(exclude_token(logits, mask_id)))
-        token = jnp.where(given == mask_id, drawn, given)
+        own_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+        drawn = draw_tokens(own_keys, token_filter(exclude_token(logits, mask_id)))
+        token = jnp.where(canvas_token == mask_id, drawn, canvas_token)
         return (memory, token), token
 
     memory, previous = decoder.init(num_rows, length), jnp.full((num_rows,), mask_id, jnp.int32)
     if prefix:
         memory = decoder.append(params, memory, canvas[:, :prefix], documents[:, :prefix])
         previous = canvas[:, prefix - 1]
-    places = (jnp.arange(prefix, length), canvas[:, prefix:].T, documents[:, prefix:].T)
-    _, filled = jax.lax.scan(step, (memory, previous), places)
+    columns = (jnp.arange(prefix, length), canvas[:, prefix:].T, documents[:, prefix:].T)
+    _, filled = jax.lax.scan(step, (memory, previous), columns)
     return jnp.concatenate([canvas[:, :prefix], filled.T], axis=1)
 
 
@@ -84,23 +83,19 @@ def make_next_token_generator(
     token_filter: LogitFilter | None = None,
     prefix: int = 0,
 ) -> Callable[..., Array]:
-    """:func:`sample_next_tokens` compiled once per canvas shape.
-
-    Args:
-        decoder: e.g. ``models.cached_causal_decoder(model, mask_id)``.
-        mask_id: the mask token.
-        token_filter: as in :func:`sample_next_tokens`.
-        prefix: as in :func:`sample_next_tokens`; checked at every call.
+    """:func:`sample_next_tokens` compiled once per canvas shape; the prefix is checked every call.
 
     Returns:
-        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``, which
-        raises as :func:`sample_next_tokens` does.
+        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
     """
 
     @jax.jit
     def run(params, key, canvas, documents, row_offset):
         return sample_next_tokens(
-            *(key, decoder, params, canvas),
+            key,
+            decoder,
+            params,
+            canvas,
             mask_id=mask_id,
             token_filter=token_filter,
             documents=documents,

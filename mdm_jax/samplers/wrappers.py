@@ -1,15 +1,8 @@
-"""Changing what a network says before a sampler hears it.
+"""Denoiser wrappers, which modify logits before the sampler uses them, and self-conditioning.
 
-A :data:`~mdm_jax.samplers.filters.LogitFilter` sees one place's logits and nothing else. A wrapper
-also sees the tokens of the row and which of them were given, in generation block by block also what
-stands before the block (``context.before``), and goes around the whole network, so that it works in
-every sampler.
-
-Self-conditioned sampling: each step shows the network what it estimated in the last one.
-
-Classifier-free guidance by the given tokens.
-
-Generation without repeated n-grams, in any order of places.
+Unlike a :data:`~mdm_jax.samplers.filters.LogitFilter`, which sees the logits of one position, a
+wrapper sees the row's tokens, which of them were given and, in blocks, the tokens before
+(``context.before``). It works with every sampler.
 """
 
 from collections.abc import Callable
@@ -24,19 +17,18 @@ from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
 from mdm_jax.types import Array
 
 DenoiseWrapper = Callable[[StepContext, Denoise], Denoise]
-"""``wrapper(context, denoise) -> denoise`` of the same signature, with further keyword arguments
-handed on if the wrapper is to stand between the network and another; rows must not see each
-other."""
+"""``wrapper(context, denoise) -> denoise`` of the same signature, rows independent; it passes
+further keyword arguments on if it is to stand between the network and another wrapper."""
 
 
 def wrapped(sampler: Sampler, *wrappers: DenoiseWrapper) -> Sampler:
-    """A sampler that hears the network through wrappers, the first of them next to the network.
+    """A sampler behind denoiser wrappers, the first of them next to the network.
 
-    ``wrapped(ancestral(), prompt_guidance(2.0), no_repeat_ngrams(3))`` guides and then forbids. The
-    bias label stays: it is relative to what the sampler hears.
+    ``wrapped(ancestral(), prompt_guidance(2.0), no_repeat_ngrams(3))`` guides, then forbids. The
+    bias label stays, relative to the wrapped network.
     """
 
-    def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
+    def step(context, denoise, state):
         for wrapper in wrappers:
             denoise = wrapper(context, denoise)
         return sampler.step(context, denoise, state)
@@ -44,26 +36,17 @@ def wrapped(sampler: Sampler, *wrappers: DenoiseWrapper) -> Sampler:
     return sampler._replace(step=step)
 
 
-def all_rows(tokens: Array, rows: Array | None) -> Array:
-    """The rows of the canvas that ``tokens`` [N, L] belong to, [N] int32."""
-    return jnp.arange(tokens.shape[0]) if rows is None else rows
-
-
 def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Sampler:
-    """``sampler`` for a network that was trained with ``objectives.self_conditioned``.
+    """``sampler`` for a network trained with ``objectives.self_conditioned``.
 
-    The network's probabilities of the clean tokens at the start of a step, [B, L, vocab_size], are
-    carried in memory, next to the sampler's own, and given to the network in the next step; zeros
-    in the first. The pass that makes them is made in every step, at the level of the step or, for a
-    sampler without a grid, at :func:`~mdm_jax.samplers.scores.counted_logsnr`. It is also what the
-    sampler hears when it asks for these tokens at this level, as most do once per step; whatever
-    else it asks for costs passes of its own.
+    Carries the network's probabilities of the clean tokens at the start of a step, [B, L,
+    vocab_size], in memory and passes them to the network in the next step as ``model_fn(...,
+    estimate=...)``; zeros in the first step (of a block). They take one pass per step, at its level
+    or, without a grid, at ``counted_logsnr``; a call of the sampler for these tokens at this level
+    reuses that pass, as most samplers do once per step. Other calls cost passes of their own.
 
-    The model function is ``model_fn(inputs, logsnr, documents, estimate=...)``. In
-    ``sample_blocks`` the estimate is that of the block, and zeros in its first step.
-
-    Bias: biased. The estimate is one step old, while a bound is that of a network which sees one of
-    the same noisy tokens (``objectives.two_pass``).
+    Bias: biased; the estimate is one step old, while the bound's is of the same noisy tokens
+    (``objectives.two_pass``).
 
     Args:
         sampler: any, masked or uniform.
@@ -73,12 +56,12 @@ def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Samp
     Reference: Chen et al. 2022 (Analog Bits).
     """
 
-    def init(keys: Array, canvas: Array, mask_id: int) -> SamplerState:
+    def init(keys, canvas, mask_id):
         start = sampler.init(keys, canvas, mask_id)
         nothing = jnp.zeros((*canvas.shape, vocab_size), jnp.float32)
         return SamplerState(start.tokens, (start.memory, nothing))
 
-    def step(context: StepContext, denoise: Denoise, state: SamplerState) -> SamplerState:
+    def step(context, denoise, state):
         memory, estimate = state.memory
         level = context.logsnr
         if sampler.num_steps is not None:
@@ -88,20 +71,20 @@ def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Samp
         def conditioned(
             tokens: Array, logsnr: Array, rows: Array | None = None, **further: Any
         ) -> Array:
-            seen = estimate if rows is None else estimate[rows]
+            own = estimate if rows is None else estimate[rows]
 
-            def ask() -> Array:
-                return denoise(tokens, logsnr, rows, estimate=seen, **further)
+            def run() -> Array:
+                return denoise(tokens, logsnr, rows, estimate=own, **further)
 
             if rows is not None or further or jnp.shape(logsnr) != level.shape:
-                return ask()
+                return run()
             same = jnp.all(tokens == state.tokens) & jnp.all(logsnr == level)
-            return jax.lax.cond(same, lambda: logits, ask)
+            return jax.lax.cond(same, lambda: logits, run)
 
         new = sampler.step(context, conditioned, SamplerState(state.tokens, memory))
         return SamplerState(new.tokens, (new.memory, token_estimate(logits, num_tokens)))
 
-    def finished(state: SamplerState, mask_id: int) -> Array:
+    def finished(state, mask_id):
         return sampler.finished(SamplerState(state.tokens, state.memory[0]), mask_id)
 
     name = f"self-conditioned {sampler.name}"
@@ -109,16 +92,13 @@ def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Samp
 
 
 def prompt_guidance(scale: float) -> DenoiseWrapper:
-    """Pushes logits away from those that the network has without the prompt; see ``wrapped``.
+    """Classifier-free guidance by the given tokens; see ``wrapped``.
 
-    ``y = y_u + scale (y_c - y_u)``, where the network for y_u sees every given token of the canvas
-    masked. Both come from one pass over a doubled batch, so the network needs no training for it
-    beyond rows that are masked throughout. Tokens ruled out in either pass keep the conditional
-    logit.
-
-    In ``sample_blocks``, which needs ``guided=True`` for it, what is given in the blocks before is
-    not masked but left out, as padding is: a block model never met a mask token there. This takes
-    two passes, each over a memory of its own.
+    ``y = y_u + scale (y_c - y_u)``, with y_u the logits when every given token of the canvas is
+    masked; one pass over a doubled batch. Needs no training beyond fully masked rows. Tokens
+    excluded in either pass keep the conditional logit. In ``sample_blocks``, with ``guided=True``,
+    given tokens of earlier blocks are padding instead (a block model never sees a mask there), at
+    two passes, each over a cache of its own.
 
     Args:
         scale: guidance scale, 1 for none; LLaDA's ``w + 1``.
@@ -127,22 +107,22 @@ def prompt_guidance(scale: float) -> DenoiseWrapper:
         ValueError: if the scale is not a positive, finite number.
 
     References: Ho and Salimans 2022; Nie et al. 2024 (arXiv 2410.18514), unsupervised guidance of
-    masked models. For two networks, and for a part of the levels: ``samplers.guided``.
+    masked models. For two networks, and for a part of the levels: ``gaussian.samplers.guided``.
     """
     if not 0 < scale < float("inf"):
         raise ValueError(f"prompt_guidance needs a finite scale > 0 (1 for none), got {scale}")
 
     def wrapper(context: StepContext, denoise: Denoise) -> Denoise:
         def guided(tokens: Array, logsnr: Array, rows: Array | None = None) -> Array:
-            each = all_rows(tokens, rows)
-            blind = jnp.where(context.free[each], tokens, context.mask_id)
+            numbers = jnp.arange(tokens.shape[0]) if rows is None else rows
+            blind = jnp.where(context.free[numbers], tokens, context.mask_id)
             if context.before is not None:
                 target = denoise(tokens, logsnr, rows)
                 base = denoise(blind, logsnr, rows, without_prompt=True)
             else:
                 level = jnp.asarray(logsnr)
                 level = level if level.ndim == 0 else jnp.concatenate([level, level])
-                twice = jnp.concatenate([each, each])
+                twice = jnp.concatenate([numbers, numbers])
                 both = denoise(jnp.concatenate([tokens, blind]), level, twice)
                 target, base = jnp.split(both, 2)
             possible = jnp.isfinite(target) & jnp.isfinite(base)
@@ -153,26 +133,18 @@ def prompt_guidance(scale: float) -> DenoiseWrapper:
     return wrapper
 
 
-_LOWEST = jnp.finfo(jnp.float32).min  # of the mask token, which is no way out either
-
-
 def no_repeat_ngrams(n: int) -> DenoiseWrapper:
-    """Rules out tokens that complete an n-gram which the row shows elsewhere; see ``wrapped``.
+    """Exclude tokens that complete an n-gram which occurs elsewhere in the row; see ``wrapped``.
 
-    A token at a masked place may complete an n-gram with visible ones to its left, its right or
-    both; it is ruled out if another n visible tokens in a row, given or generated, then read the
-    same. Where that would leave no token, all stay as they are. Samplers that fill one place at a
-    time therefore never repeat an n-gram except in that case; tokens revealed in the same step do
-    not see each other and may. In ``sample_blocks`` the row is what is written so far, up to the
-    end of the block: tokens given in later blocks may repeat what was generated before them.
+    A token at a masked position is excluded if, with visible tokens to its left, its right or both,
+    it forms an n-gram equal to another visible one; if no token is left, none is excluded. Samplers
+    that fill one position at a time never repeat an n-gram otherwise; tokens revealed in one step
+    may. In ``sample_blocks`` the row ends with the current block.
 
     Costs ``n^2 L^2`` comparisons per row and pass, ``n^2 (L' + n) L`` in blocks of L'.
 
-    Args:
-        n: length of the n-grams. 1 never uses a token twice.
-
     Raises:
-        ValueError: unless n >= 1.
+        ValueError: unless n >= 1 (1 never uses a token twice).
     """
     if n < 1:
         raise ValueError(f"no_repeat_ngrams needs n >= 1, got {n}")
@@ -185,7 +157,9 @@ def no_repeat_ngrams(n: int) -> DenoiseWrapper:
             before = context.before
             before = before if before is None or rows is None else before[rows]
             repeats = completes_repeat(tokens, n, context.mask_id, logits.shape[-1], before)
-            left = jnp.any(~repeats & (logits > _LOWEST), axis=-1, keepdims=True)
+            # The mask token's logit is the lowest float32 and does not count as a token left.
+            possible = logits > jnp.finfo(jnp.float32).min
+            left = jnp.any(~repeats & possible, axis=-1, keepdims=True)
             return jnp.where(repeats & left, -jnp.inf, logits)
 
         return constrained
@@ -196,15 +170,14 @@ def no_repeat_ngrams(n: int) -> DenoiseWrapper:
 def completes_repeat(
     tokens: Array, n: int, mask_id: int, vocab_size: int, before: Array | None = None
 ) -> Array:
-    """[B, L, K] bool: whether a token at a masked place would complete an n-gram seen elsewhere.
+    """[B, L, K] bool: whether a token at a masked position would complete an n-gram seen elsewhere.
 
     Args:
         tokens: [B, L] int32.
         n: length of the n-grams.
         mask_id: the mask token.
         vocab_size: K.
-        before: [B, P] int32, what stands before the tokens, with the mask token where nothing does;
-            its masked places are not looked at.
+        before: [B, P] int32, tokens before, the mask token where there are none.
     """
     past = 0 if before is None else before.shape[-1]
     rows = tokens if before is None else jnp.concatenate([before, tokens], axis=-1)
@@ -216,22 +189,22 @@ def completes_repeat(
 
     def one_row(row: Array) -> Array:
         grams = row[start[:, None] + jnp.arange(n)[None]]  # [W, n], one per start
-        seen = grams != mask_id
-        mine, mine_seen = grams[own], seen[own]
-        found = jnp.zeros((tokens.shape[-1], vocab_size), bool)
+        visible = grams != mask_id
+        own_grams, own_visible = grams[own], visible[own]
+        repeats = jnp.zeros((tokens.shape[-1], vocab_size), bool)
         for hole in range(n):
             # [own, W]: the n-gram of each start, with its hole filled, against all the others.
-            place = own + hole - past
-            same = (~mine_seen[:, hole] & (place >= 0))[:, None] & seen[:, hole][None]
+            position = own + hole - past
+            same = (~own_visible[:, hole] & (position >= 0))[:, None] & visible[:, hole][None]
             filler = grams[:, hole]
             for k in range(n):
                 if k != hole:
-                    plain = (mine[:, k][:, None] == grams[:, k][None]) & seen[:, k][None]
-                    # The other n-gram covers the hole, too, and reads the filler there.
-                    shared = mine[:, k][:, None] == filler[None]
-                    same &= jnp.where(shift == hole - k, shared, plain) & mine_seen[:, k][:, None]
-            where = jnp.broadcast_to(jnp.maximum(place, 0)[:, None], same.shape)
-            found = found.at[where, jnp.broadcast_to(filler[None], same.shape)].max(same)
-        return found
+                    plain = (own_grams[:, k, None] == grams[:, k][None]) & visible[:, k][None]
+                    # An n-gram that covers the hole, too, has the filler there.
+                    shared = own_grams[:, k, None] == filler[None]
+                    same &= jnp.where(shift == hole - k, shared, plain) & own_visible[:, k, None]
+            index = jnp.broadcast_to(jnp.maximum(position, 0)[:, None], same.shape)
+            repeats = repeats.at[index, jnp.broadcast_to(filler[None], same.shape)].max(same)
+        return repeats
 
     return jax.vmap(one_row)(rows)

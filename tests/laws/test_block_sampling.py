@@ -255,7 +255,7 @@ def test_cached_generation_draws_the_tokens_of_the_uncached_one(sampler, scan_la
         ({"mask_id": -1}, "mask_id must be a token id"),
         ({"documents": np.ones((2, 5), int)}, "shape of the canvas"),
         ({"prefix": 5}, r"prefix must be in \[0, 4\]"),
-        ({"prefix": 1}, "the first 1 places of every row must be given"),
+        ({"prefix": 1}, "the first 1 positions of every row must be given"),
     ],
 )
 def test_bad_input(change, message):

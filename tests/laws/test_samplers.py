@@ -384,7 +384,7 @@ def test_bad_input(change, message):
     }
     with pytest.raises(ValueError, match=message):
         samplers.sample(jax.random.key(0), toy_model, **(arguments | change))
-    with pytest.raises(ValueError, match="at least one row and place, got 0 x 4"):
+    with pytest.raises(ValueError, match="at least one row and position, got 0 x 4"):
         samplers.blank_canvas(0, 4, MASK)
 
 

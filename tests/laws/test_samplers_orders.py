@@ -25,8 +25,8 @@ from variants import slow_except
 
 from mdm_jax import samplers, schedules
 from mdm_jax.samplers.by_score import (
-    best_places,
-    bounded_places,
+    best_positions,
+    bounded_positions,
     by_score,
     by_score_along_grid,
     counted_logsnr,
@@ -92,10 +92,10 @@ def test_scores_of_every_state(score):
 def test_ties_go_to_the_left():
     candidates = jnp.array([[True, False, True, True, True], [False] * 5])
     score = jnp.array([[0.5, 0.9, 0.7, 0.5, 0.5], [0.0] * 5])
-    got = best_places(score, candidates, jnp.array([3, 2]))
+    got = best_positions(score, candidates, jnp.array([3, 2]))
     assert got.tolist() == [[True, False, True, True, False], [False] * 5]
     # Not even a score of minus infinity lets another place in.
-    got = best_places(jnp.full((2, 5), -jnp.inf), candidates, jnp.array([4, 1]))
+    got = best_positions(jnp.full((2, 5), -jnp.inf), candidates, jnp.array([4, 1]))
     assert got.tolist() == candidates.tolist()
 
 
@@ -181,7 +181,7 @@ def test_by_score_follows_its_law(name):
 # ---- entropy-bounded --------------------------------------------------------------------------
 
 
-BOUNDED = jax.jit(bounded_places)
+BOUNDED = jax.jit(bounded_positions)
 
 
 def bounded(entropy, candidates, gamma) -> np.ndarray:
@@ -212,7 +212,7 @@ def test_bounded_places(gamma, at_once):
 def test_certain_places_cost_nothing():
     entropy = jnp.array([[0.0, 0.7, 0.0, 0.0, 0.2, 0.0]])
     candidates = jnp.array([[True, True, True, True, True, False]])
-    got = jax.jit(bounded_places)(entropy, candidates, 0.0)
+    got = jax.jit(bounded_positions)(entropy, candidates, 0.0)
     assert got.tolist() == [[True, False, True, True, True, False]]
 
 

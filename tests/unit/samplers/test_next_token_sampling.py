@@ -134,7 +134,7 @@ def test_cached_generation_draws_the_tokens_of_the_uncached_one(scan_layers, win
         ({"mask_id": -1}, "mask_id must be a token id, got -1"),
         ({"documents": np.ones((2, 5), int)}, "shape of the canvas"),
         ({"prefix": -1}, r"prefix must be in \[0, 4\]"),
-        ({"prefix": 2}, "the first 2 places of every row must be given"),
+        ({"prefix": 2}, "the first 2 positions of every row must be given"),
     ],
 )
 def test_bad_input(change, message):

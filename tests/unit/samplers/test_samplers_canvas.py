@@ -60,15 +60,15 @@ def test_pieces_and_gaps_come_back(pairs, tail):
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: prompt_canvas([1, 2, 3], 2, 9), "3 tokens but the canvas only 2 places"),
+        (lambda: prompt_canvas([1, 2, 3], 2, 9), "3 tokens but the canvas only 2 positions"),
         (lambda: prompt_canvas([1, 9], 4, 9), "the prompt holds the mask token 9"),
         (lambda: prompt_canvas([0.5], 4, 9), r"integers \[P\] or \[B, P\], got float64"),
         (lambda: prompt_canvas([[[1]]], 4, 9), r"shape \(1, 1, 1\)"),
-        (lambda: prompt_canvas([], 0, 9), "at least one row and place"),
+        (lambda: prompt_canvas([], 0, 9), "at least one row and position"),
         (lambda: canvas_with_gaps([[1]], [], 9), "at least one gap length"),
         (lambda: canvas_with_gaps([[1], [2]], [0], 9), r"must be positive, got \[0\]"),
         (lambda: canvas_with_gaps([[1], [2], []], [2, -1], 9), r"got \[2, -1\]"),
-        (lambda: canvas_with_gaps([[1]], [2], 9), "1 gaps stand between 2 pieces, got 1"),
+        (lambda: canvas_with_gaps([[1]], [2], 9), "1 gaps need 2 pieces, got 1"),
         (lambda: canvas_with_gaps([[1], [9]], [2], 9), "piece 1 holds the mask token"),
         (lambda: canvas_with_gaps([[[1]] * 2, [[1]] * 3], [2], 9), r"got \[2, 3\]"),
         (lambda: blank_canvas(2, 0, 9), "got 2 x 0"),

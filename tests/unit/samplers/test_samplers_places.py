@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from mdm_jax import models, samplers
-from mdm_jax.samplers.ancestral import fill_places
+from mdm_jax.samplers.ancestral import fill_positions
 from mdm_jax.samplers.filters import draw_tokens, draw_tokens_at
 from mdm_jax.schedules import grids
 
@@ -61,7 +61,7 @@ def test_places_are_filled_where_asked_and_only_there(size):
         def read(places):
             return jnp.take_along_axis(logits, places[..., None], axis=1)
 
-        filled = fill_places(keys, reveal, tokens, samplers.temperature(0.7), read, size)
+        filled = fill_positions(keys, reveal, tokens, samplers.temperature(0.7), read, size)
         return filled, draw_tokens(keys, logits / np.float32(0.7))
 
     filled, drawn = run(jax.random.split(jax.random.key(0), ROWS))
