@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax import training
+from mdm_jax import plots, training
 from mdm_jax.launch.experiment import Experiment
 from mdm_jax.launch.sample import format_samples
-from mdm_jax.plots import runs
 
 
 def write_report(
@@ -30,12 +29,12 @@ def write_report(
     curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
     shown = [curve]
     records = training.read_metrics(workdir / "metrics.jsonl")
-    runs.save(lambda axes: runs.training_curve(axes, records, unit, known), curve, (7, 4))
+    plots.save(lambda axes: plots.training_curve(axes, records, unit, known), curve, (7, 4))
     over_rows = _number(record["data_standard_error_bits_per_unit"])
     if "levels" in record:
         edges = np.array(record["levels"]["masking_rate_edges"])
         nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
-        runs.save(lambda axes: runs.level_curve(axes, edges, nats), levels, (5, 4))
+        plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
         shown.append(levels)
 
     text = "\n".join(

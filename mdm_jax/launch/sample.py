@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax import data, distributed
+from mdm_jax import data, distributed, plots
 from mdm_jax.launch.experiment import Experiment, is_conditional
-from mdm_jax.plots import runs
 from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -149,10 +148,10 @@ def _show_pictures(experiment, generate, params, key, stem, step, writer) -> dic
     canvas = np.full((count, dataset.length), dataset.mask_id, np.int32)
     tokens = distributed.to_host(generate(params, key, canvas, np.ones_like(canvas)))
     pictures = tokens.reshape(count, *dataset.event_shape) / (dataset.mask_id - 1)
-    image = runs.picture_grid(pictures)
+    image = plots.picture_grid(pictures)
     path = stem.with_suffix(".png")
     if distributed.is_first():
-        runs.save(lambda axes: runs.picture(axes, image), path, (4, 4))
+        plots.save(lambda axes: plots.picture(axes, image), path, (4, 4))
     if writer is not None:
         writer.image(step, "samples", image)
     return {"samples": [], "files": [str(path)]}

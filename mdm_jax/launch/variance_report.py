@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax import meter
+from mdm_jax import meter, plots
 from mdm_jax.meter.levels import LevelTable
-from mdm_jax.plots import runs, variance
 
 BASELINE = "independent"
 """What every method is compared with: independent levels, one mask per row, the same compute."""
@@ -64,41 +63,41 @@ def write_report(
     drawn = {name: r.density for name, r in measured.items() if r.density is not None}
     figures = {
         "components_gradient": (
-            lambda axes: variance.component_bars(
+            lambda axes: plots.component_bars(
                 axes, {name: r.gradient for name, r in measured.items()}, "gradient"
             ),
             (8, height),
         ),
         "components_loss": (
-            lambda axes: variance.component_bars(
+            lambda axes: plots.component_bars(
                 axes, {name: r.loss for name, r in measured.items()}, "loss"
             ),
             (8, height),
         ),
         "efficiency": (
-            lambda axes: variance.efficiency_bars(
+            lambda axes: plots.efficiency_bars(
                 axes, {name: r.efficiency for name, r in measured.items()}
             ),
             (8, height),
         ),
         "levels_loss": (
-            lambda axes: variance.level_moments(axes, table, table.loss, "loss", level),
+            lambda axes: plots.level_moments(axes, table, table.loss, "loss", level),
             (6, 4),
         ),
         "levels_gradient": (
-            lambda axes: variance.level_moments(axes, table, table.gradient, "gradient", level),
+            lambda axes: plots.level_moments(axes, table, table.gradient, "gradient", level),
             (6, 4),
         ),
         "densities": (
-            lambda axes: variance.level_densities(axes, table, table.gradient, drawn, level),
+            lambda axes: plots.level_densities(axes, table, table.gradient, drawn, level),
             (6, 4),
         ),
-        "level_loss": (lambda axes: variance.level_loss(axes, table, level), (6, 4)),
+        "level_loss": (lambda axes: plots.level_loss(axes, table, level), (6, 4)),
     }
     paths = [directory / "variance.json", directory / "variance.csv"]
     for name, (draw, size) in figures.items():
         paths.append(directory / f"{name}.png")
-        runs.save(draw, paths[-1], size)
+        plots.save(draw, paths[-1], size)
     return [str(path) for path in paths]
 
 

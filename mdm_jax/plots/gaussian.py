@@ -1,4 +1,4 @@
-"""Plots of Gaussian recipes laid over each other. Functions draw on axes, as in ``plots.py``."""
+"""Comparison plots of Gaussian recipes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from mdm_jax.gaussian.recipes import Recipe, summarise
+from mdm_jax.plots.runs import new_figure
 
 LEVELS = np.linspace(-15.0, 15.0, 601)
 """logSNR of the curves."""
 
 
-def level_densities(axes: Any, recipes: Mapping[str, Recipe]) -> Any:
-    """p, what each recipe draws its levels from."""
+def recipe_densities(axes: Any, recipes: Mapping[str, Recipe]) -> Any:
+    """Density p from which each recipe draws its noise levels."""
     for number, (name, recipe) in enumerate(recipes.items()):
         density = summarise(recipe, LEVELS).density
         axes.plot(LEVELS, density, color=f"C{number % 10}", label=name)
@@ -23,15 +24,9 @@ def level_densities(axes: Any, recipes: Mapping[str, Recipe]) -> Any:
 
 
 def effective_weights(axes: Any, recipes: Mapping[str, Recipe], at: float = 0.0) -> Any:
-    """W of each recipe, relative to its value at one level, on a logarithmic axis.
+    """Effective weight W of each recipe relative to that at logSNR ``at``, on a logarithmic axis.
 
-    Solid where the recipe draws levels, dotted where it does not: there its weight is zero,
-    whatever the weighting says.
-
-    Args:
-        axes: matplotlib axes.
-        recipes: by name.
-        at: logSNR at which all curves are 1.
+    Dotted where the recipe draws no levels, so that the actual weight is zero.
     """
     for number, (name, recipe) in enumerate(recipes.items()):
         summary = summarise(recipe, np.append(LEVELS, at))
@@ -47,18 +42,9 @@ def effective_weights(axes: Any, recipes: Mapping[str, Recipe], at: float = 0.0)
 
 
 def compare_recipes(recipes: Mapping[str, Recipe], size: tuple[float, float] = (11, 4)) -> Any:
-    """A new figure: the densities of the recipes on the left, their effective weights on the right.
-
-    Args:
-        recipes: by name; their parameters must be known numbers.
-        size: inches.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    """A figure of ``size`` inches: densities of the recipes and their effective weights."""
+    figure = new_figure(size)
     left, right = figure.subplots(1, 2)
-    level_densities(left, recipes)
+    recipe_densities(left, recipes)
     effective_weights(right, recipes)
     return figure

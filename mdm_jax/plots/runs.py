@@ -1,7 +1,4 @@
-"""Plots of runs and of likelihoods. Each function draws on axes and returns them.
-
-Callers own the figure: ``save`` writes one to a file with a backend that needs no display.
-"""
+"""Plots of training runs, likelihoods, schedules and samples."""
 
 import os
 import pathlib
@@ -11,14 +8,20 @@ from typing import Any
 import numpy as np
 
 
-def save(draw: Callable[[Any], Any], path: str | os.PathLike, size: tuple[float, float]) -> None:
-    """Draws on new axes and writes a PNG of ``size`` inches; directories are made as needed."""
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of ``size`` inches, for files: it needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def save(draw: Callable[[Any], Any], path: str | os.PathLike, size: tuple[float, float]) -> None:
+    """Write ``draw(axes)`` as a PNG of ``size`` inches; directories are made as needed."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure = new_figure(size)
     draw(figure.add_subplot())
     figure.savefig(path, dpi=120)
 
@@ -31,22 +34,18 @@ def training_curve(
 ) -> Any:
     """Training and evaluation loss over steps, bits per ``unit``.
 
-    With the monitor "levels", the training loss without the noise of its levels is drawn too.
-
     Args:
         axes: matplotlib axes.
-        records: the rows of a ``metrics.jsonl`` (``training.read_metrics``).
+        records: the rows of a ``metrics.jsonl`` (``training.read_metrics``); with the monitor
+            "levels" the training loss without the noise of its levels is drawn too.
         unit: what bits are counted per.
         references: horizontal lines to compare with, by name.
     """
-    train = [(r["step"], r["bits_per_unit"]) for r in records if r["kind"] == "train"]
-    # Nats per token as bits per unit: both are in every training record of the same step.
-    units = {
-        r["step"]: r["bits_per_unit"] / r["loss"]
-        for r in records
-        if r["kind"] == "train" and r["loss"]
-    }
-    steady = [
+    training = [r for r in records if r["kind"] == "train"]
+    train = [(r["step"], r["bits_per_unit"]) for r in training]
+    # Converts the monitor's nats per token: both units are in the training record of its step.
+    units = {r["step"]: r["bits_per_unit"] / r["loss"] for r in training if r["loss"]}
+    normalised = [
         (r["step"], r["normalised_loss"] * units[r["step"]])
         for r in records
         if r["kind"] == "monitor" and "normalised_loss" in r and r["step"] in units
@@ -58,13 +57,13 @@ def training_curve(
     ]
     if train:
         axes.plot(*zip(*train), color="0.7", linewidth=1, label="training objective")
-    if steady:
-        axes.plot(*zip(*steady), color="C0", linewidth=1, alpha=0.6, label="normalised by level")
+    if normalised:
+        style = {"color": "C0", "linewidth": 1, "alpha": 0.6, "label": "normalised by level"}
+        axes.plot(*zip(*normalised), **style)
     if evaluated:
         steps, bits, errors = zip(*evaluated)
-        axes.errorbar(
-            steps, bits, yerr=errors, color="C0", marker="o", markersize=3, label="validation bound"
-        )
+        style = {"color": "C0", "marker": "o", "markersize": 3, "label": "validation bound"}
+        axes.errorbar(steps, bits, yerr=errors, **style)
     for number, (name, value) in enumerate((references or {}).items()):
         axes.axhline(value, color=f"C{number + 1}", linestyle="--", linewidth=1, label=name)
     axes.set(xlabel="step", ylabel=f"bits per {unit}")
@@ -82,13 +81,7 @@ def level_curve(axes: Any, edges: np.ndarray, nats: np.ndarray) -> Any:
 
 
 def schedule_curves(axes: Any, laws: Mapping[str, Any], points: int = 401) -> Any:
-    """logSNR over time of schedules, 0 = clean to 1 = noise; a law is its own schedule.
-
-    Args:
-        axes: matplotlib axes.
-        laws: by name (``schedules.TwoSidedLaw``).
-        points: of each curve.
-    """
+    """logSNR over time, 0 = clean to 1 = noise, of named schedules (``schedules.TwoSidedLaw``)."""
     for name, (time, logsnr) in _curves(laws, points):
         axes.plot(time, logsnr, label=name)
     axes.set(xlabel="time, the quantile of the noise", ylabel="logSNR", xlim=(0, 1))
@@ -97,7 +90,7 @@ def schedule_curves(axes: Any, laws: Mapping[str, Any], points: int = 401) -> An
 
 
 def noise_curves(axes: Any, laws: Mapping[str, Any], points: int = 401) -> Any:
-    """The same schedules as noise over signal, ``sigma / alpha = exp(-logSNR / 2)``, over time."""
+    """Noise over signal, ``sigma / alpha = exp(-logSNR / 2)``, over time of named schedules."""
     for name, (time, logsnr) in _curves(laws, points):
         axes.plot(time, np.exp(-logsnr / 2), label=name)
     axes.set(xlabel="time, the quantile of the noise", ylabel="sigma / alpha", xlim=(0, 1))
@@ -107,7 +100,7 @@ def noise_curves(axes: Any, laws: Mapping[str, Any], points: int = 401) -> Any:
 
 
 def law_densities(axes: Any, laws: Mapping[str, Any], low: float = -15, high: float = 15) -> Any:
-    """Densities over the logSNR: what a schedule spends training on."""
+    """Densities over the logSNR of named schedules."""
     logsnr = np.linspace(low, high, 601)
     for name, law in laws.items():
         axes.plot(logsnr, np.exp(np.asarray(law.log_pdf(logsnr))), label=name)
@@ -118,16 +111,9 @@ def law_densities(axes: Any, laws: Mapping[str, Any], low: float = -15, high: fl
 
 
 def trajectories(axes: Any, levels: np.ndarray, states: np.ndarray, **style: Any) -> Any:
-    """Paths of a sampler, one number each, over the logSNR from noise on the left to data.
+    """Sampling paths: states [N + 1, paths] over logSNR levels [N + 1]; ``style`` of ``axes.plot``.
 
-    Args:
-        axes: matplotlib axes.
-        levels: [N + 1] logSNR of the grid; a last level of +inf is drawn one step on.
-        states: [N + 1, paths] numbers at the levels.
-        style: of ``axes.plot``.
-
-    Raises:
-        ValueError: if states and levels do not have the same length.
+    A last level of +inf is drawn one step on. Raises ValueError if the lengths differ.
     """
     levels, states = np.array(levels, np.float64), np.asarray(states)
     if len(levels) != len(states):
@@ -140,7 +126,7 @@ def trajectories(axes: Any, levels: np.ndarray, states: np.ndarray, **style: Any
 
 
 def picture_grid(pictures: np.ndarray) -> np.ndarray:
-    """Tiles pictures [N, H, W] or [N, H, W, C] in [0, 1] into one, a near-square grid."""
+    """Pictures [N, H, W] or [N, H, W, C] in [0, 1] tiled into one near-square picture."""
     count, height, width = pictures.shape[:3]
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -152,7 +138,7 @@ def picture_grid(pictures: np.ndarray) -> np.ndarray:
 
 
 def picture(axes: Any, image: np.ndarray) -> Any:
-    """Shows one picture in [0, 1] without ticks."""
+    """One picture in [0, 1] without ticks."""
     axes.imshow(image, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_axis_off()
     return axes

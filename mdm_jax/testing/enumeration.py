@@ -1,8 +1,7 @@
 """Exact values for rows short enough to enumerate every mask.
 
-A row with n eligible positions has 2^n masks. Mask number M masks the j-th eligible position iff
-bit j of M is set; if all positions are eligible, bit i is position i. Ineligible positions are
-never masked. All sums are float64 on the host.
+A row with n eligible positions has 2^n masks; mask number M masks the j-th of them iff bit j of M
+is set. All sums are float64 on the host.
 """
 
 import math
@@ -21,8 +20,8 @@ def mask_cross_entropies(model_fn: ModelFn, row: Batch, mask_id: int) -> np.ndar
     """Cross-entropy of every masked position under every mask, nats, [2^n, n] float64.
 
     Args:
-        model_fn: the network; its mask logit, if it has one, is excluded. For k masked positions
-            it is shown the level of the rate (k - 1/2) / n.
+        model_fn: the network, run at the level of the rate (k - 1/2) / n for k masked positions;
+            its mask logit, if any, is excluded.
         row: one row, fields without a batch axis.
         mask_id: the mask token.
 
@@ -45,7 +44,7 @@ def mask_cross_entropies(model_fn: ModelFn, row: Batch, mask_id: int) -> np.ndar
     masked = mask_bits(n)
     inputs = np.repeat(tokens[None], 2**n, axis=0)
     inputs[:, positions] = np.where(masked, mask_id, tokens[positions])
-    # The empty mask scores nothing; it is run at the level of one masked token.
+    # The empty mask contributes nothing; it runs at the level of one masked token.
     counts = np.minimum(np.arange(1, MAX_ELIGIBLE + 1), max(n, 1))  # one shape for all rows
     levels = np.asarray(logsnr_of_count(counts, max(n, 1)))
     logsnr = levels[np.maximum(masked.sum(1), 1) - 1, None]
@@ -59,31 +58,21 @@ def mask_cross_entropies(model_fn: ModelFn, row: Batch, mask_id: int) -> np.ndar
 
 
 def mask_losses(model_fn: ModelFn, row: Batch, mask_id: int) -> np.ndarray:
-    """S(x, M), the summed cross-entropy of the masked positions, nats, for every mask, [2^n].
-
-    Arguments and errors as :func:`mask_cross_entropies`.
-    """
+    """S(x, M), the summed cross-entropy of the masked positions, nats, for every mask, [2^n]."""
     return mask_cross_entropies(model_fn, row, mask_id).sum(1)
 
 
 def exact_nelbo(model_fn: ModelFn, batch: Batch, mask_id: int) -> np.ndarray:
-    """``sum_k E[S | k masked] / k`` of each row, nats, [B] float64; 0 for a row without targets.
-
-    Arguments and errors as :func:`mask_cross_entropies`, with a batch axis [B, L].
-    """
+    """``sum_k E[S | k masked] / k`` of each row [B, L], nats, [B]; 0 for a row without targets."""
     losses = [count_losses(mask_losses(model_fn, row, mask_id)) for row in _rows(batch)]
     return np.array([np.sum(loss[1:] / np.arange(1, len(loss))) for loss in losses])
 
 
 def any_order_log_likelihood(model_fn: ModelFn, batch: Batch, mask_id: int) -> np.ndarray:
-    """log P(x) of each row, nats, [B] float64, P being the law of exact one-by-one sampling.
+    """log P(x) of each row [B, L], nats, [B], under the law of ``samplers.first_hitting``.
 
-    The eligible positions are revealed in uniformly random order, each from the network's
-    distribution given all that is visible, which is the law of ``samplers.first_hitting``. Averages
-    the probability over orders where the bound averages its logarithm, so
-    ``exact_nelbo >= -any_order_log_likelihood``.
-
-    Arguments and errors as :func:`exact_nelbo`.
+    Positions are revealed in uniformly random order; the probability is averaged over orders, where
+    the bound averages its logarithm: ``exact_nelbo >= -any_order_log_likelihood``.
     """
     return np.array([_log_law(mask_cross_entropies(model_fn, r, mask_id)) for r in _rows(batch)])
 
@@ -106,12 +95,10 @@ def rate_losses(losses: np.ndarray, rates: np.ndarray) -> np.ndarray:
 
 
 def exact_variance(losses: np.ndarray) -> tuple[float, float]:
-    """Variance of one fixed-count pass ``(n/k) S``, k uniform on {1..n}, nats squared.
+    """(pattern, count) variance of one fixed-count pass ``(n/k) S``, k uniform on 1..n, nats^2.
 
-    Returns:
-        (pattern, count): the mean over k of the variance given k, and the variance over k of the
-        mean given k. F independent passes have the variance (pattern + count) / F; with every
-        count equally often and independent patterns, pattern / F remains.
+    Mean over k of the variance given k, and variance over k of the mean given k. F independent
+    passes have variance (pattern + count) / F, or pattern / F with every count equally often.
     """
     n = _log2(losses)
     size = mask_bits(n).sum(1)
@@ -127,7 +114,7 @@ def mask_bits(n: int) -> np.ndarray:
 
 def _run(model_fn, inputs, logsnr, documents, positions) -> np.ndarray:
     total = len(inputs)
-    # Rows with few eligible positions share a program: what is missing is the last input again.
+    # Rows with few eligible positions share a program, padded with the last input.
     chunk = min(max(total, _SMALLEST_CHUNK), _CHUNK)
     run = jax.jit(model_fn)
     docs, parts = np.repeat(documents[None], chunk, axis=0), []
@@ -145,8 +132,8 @@ def _log_law(cross_entropies: np.ndarray) -> float:
     law = np.zeros(num_masks)
     for size in range(1, n + 1):
         for mask in np.flatnonzero(masked.sum(1) == size):
-            places = np.flatnonzero(masked[mask])
-            paths = law[mask - (1 << places)] - cross_entropies[mask, places]
+            positions = np.flatnonzero(masked[mask])
+            paths = law[mask - (1 << positions)] - cross_entropies[mask, positions]
             law[mask] = np.logaddexp.reduce(paths) - math.log(size)
     return float(law[-1])
 

@@ -1,14 +1,13 @@
-"""Gaussian mixtures on the line, whose ideal denoiser is a formula: the ground truth of tests.
+"""Gaussian mixtures on the line with a closed-form ideal denoiser: the oracle of Gaussian tests.
 
-For data from ``sum_j w_j N(mu_j, s^2)`` with one standard deviation s, the noisy, rescaled example
-``z = x / alpha = x0 + exp(-lambda / 2) eps`` is again a mixture, with variance
-``v = s^2 + exp(-lambda)``. Given the component everything is linear, with the gain
-``k = s^2 / v = sigmoid(lambda + 2 log s)``, and
+For data from ``sum_j w_j N(mu_j, s^2)`` the rescaled noisy ``z = x0 + exp(-lambda / 2) eps`` is a
+mixture of variance ``v = s^2 + exp(-lambda)``, and with the gain ``k = s^2 / v``
 
-    D(z) = E[x0 | z] = sum_j r_j (k z + (1 - k) mu_j) ,   r_j proportional to w_j N(z; mu_j, v) .
+    E[x0 | z] = sum_j r_j (k z + (1 - k) mu_j) ,   r_j proportional to w_j N(z; mu_j, v) .
 
-Averages over z are trapezoidal sums, which converge exponentially for such integrands; with
-``jax.enable_x64`` they are right to 12 digits. Vectors of several elements are independent copies.
+Averages over z are trapezoidal sums, right to 12 digits with ``jax.enable_x64``. Levels are logSNR;
+functions of z and a level are elementwise, both of one rank. Several elements are independent
+copies.
 """
 
 import math
@@ -27,13 +26,7 @@ _NODES = 801
 
 @pytree_dataclass
 class GaussianMixture:
-    """A mixture of J normal laws with a common standard deviation. Methods are jit-able.
-
-    Attributes:
-        weights: [J] probabilities.
-        means: [J].
-        std: [] positive.
-    """
+    """Mixture of normal laws: weights [J], means [J] and a common std []. Methods are jit-able."""
 
     weights: Array
     means: Array
@@ -46,21 +39,21 @@ class GaussianMixture:
         return jnp.asarray(self.means)[index] + self.std * jax.random.normal(noise, shape)
 
     def log_density(self, x: ArrayLike) -> Array:
-        """log p(x), nats, elementwise."""
+        """log p(x), nats."""
         x = _as_float(x)
         return self.noisy_log_density(x, jnp.full_like(x, jnp.inf))
 
     def noisy_log_density(self, z: ArrayLike, logsnr: ArrayLike) -> Array:
-        """log density of ``x0 + exp(-lambda / 2) eps`` at z, nats; z and logSNR of one rank."""
+        """log density of ``x0 + exp(-lambda / 2) eps`` at z, nats."""
         return jax.nn.logsumexp(self._log_joint(_as_float(z), _as_float(logsnr)), axis=0)
 
     def denoise(self, z: ArrayLike, logsnr: ArrayLike) -> Array:
-        """E[x0 | z], elementwise; z and logSNR must have the same rank."""
+        """E[x0 | z]."""
         z, logsnr = _as_float(z), _as_float(logsnr)
         return jnp.sum(self._shares(z, logsnr) * self._component_means(z, logsnr), axis=0)
 
     def predict_noise(self, z: ArrayLike, logsnr: ArrayLike) -> Array:
-        """E[eps | z], exact where ``(z - denoise) exp(lambda / 2)`` has no digit left."""
+        """E[eps | z], without the cancellation of ``(z - denoise) exp(lambda / 2)``."""
         z, logsnr = _as_float(z), _as_float(logsnr)
         distance = jnp.sum(self._shares(z, logsnr) * (z[None] - _stack(self.means, z)), axis=0)
         # exp(lambda / 2) (1 - k), without the large factor.
@@ -68,19 +61,19 @@ class GaussianMixture:
         return scale * distance
 
     def posterior_variance(self, z: ArrayLike, logsnr: ArrayLike) -> Array:
-        """Var[x0 | z], elementwise."""
+        """Var[x0 | z]."""
         return self._posterior(z, logsnr)[0]
 
     def mmse(self, logsnr: ArrayLike) -> Array:
-        """``E (x0 - D)^2``, the ideal denoiser's error, elementwise in the level."""
+        """``E (x0 - D)^2``, the ideal denoiser's error."""
         return self._average(lambda z, level: self._posterior(z, level)[0], logsnr)
 
     def fourth_moment(self, logsnr: ArrayLike) -> Array:
-        """``E (x0 - D)^4``, elementwise in the level."""
+        """``E (x0 - D)^4``."""
         return self._average(lambda z, level: self._posterior(z, level)[1], logsnr)
 
     def eps_mse(self, logsnr: ArrayLike) -> Array:
-        """``E (eps - eps_hat)^2 = exp(lambda) mmse``: l of a Gaussian loss, elementwise."""
+        """``E (eps - eps_hat)^2 = exp(lambda) mmse``."""
         return jnp.exp(logsnr) * self.mmse(logsnr)
 
     def entropy(self, logsnr: ArrayLike = jnp.inf) -> Array:
@@ -145,21 +138,17 @@ def narrow_normal() -> GaussianMixture:
 
 
 def symmetric_pair() -> GaussianMixture:
-    """Two equal components at -0.96 and 0.96 with standard deviation 0.28: unit variance."""
+    """Two equal components at -0.96 and 0.96 with std 0.28: unit variance."""
     return GaussianMixture(np.array([0.5, 0.5]), np.array([-0.96, 0.96]), 0.28)
 
 
 def skewed_pair() -> GaussianMixture:
-    """Components at -1 (probability 0.3) and 0.5 (0.7) with standard deviation 0.25."""
+    """Components at -1 (probability 0.3) and 0.5 (0.7) with std 0.25."""
     return GaussianMixture(np.array([0.3, 0.7]), np.array([-1.0, 0.5]), 0.25)
 
 
 def normal(mean: float, std: float) -> GaussianMixture:
-    """One normal law.
-
-    Raises:
-        ValueError: unless std > 0.
-    """
+    """One normal law; ValueError unless std > 0."""
     if not std > 0:
         raise ValueError(f"normal needs std > 0, got {std}")
     return GaussianMixture(np.array([1.0]), np.array([float(mean)]), float(std))

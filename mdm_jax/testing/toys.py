@@ -1,20 +1,14 @@
-"""A model small enough to enumerate: the ground truth of the tests and notebooks.
+"""Models small enough to enumerate: the oracles of tests and notebooks.
 
-Four positions, three tokens, mask token 3. The logits are
+:class:`Toy` has four positions, three tokens and mask token 3, with logits (cosine in radians)
 
     logit_i(v | z) = 0.3 cos(1 + i + 2 v)
-                     + sum_{j != i visible} theta[(v - z_j) mod 3] / (1 + |i - j|)
+                     + sum_{j != i visible} theta[(v - z_j) mod 3] / (1 + |i - j|) .
 
-(radians), so every quantity of masked diffusion is a finite sum that can be written down exactly.
+:func:`row_denoiser` is the ideal denoiser of a law on a few rows under uniform noise. With p_j the
+probability of row x^j and 1 + e_l the likelihood ratio of the noisy token for being clean,
 
-The ideal denoiser of a law on a few rows under uniform noise: the ground truth of tests.
-
-With p_j the probability of row x^j, and 1 + e the likelihood ratio of a noisy token for the clean
-one being the same (e = K exp(lambda)), the noisy row z has
-
-    P(x = x^j | z without z_i)  proportional to  p_j  prod_{l != i, z_l = x^j_l} (1 + e_l) ,
-
-and the clean token at i the law that this gives it.
+    P(x = x^j | z without z_i)  proportional to  p_j  prod_{l != i, z_l = x^j_l} (1 + e_l) .
 """
 
 import math
@@ -35,10 +29,7 @@ ROW_PROBABILITIES = (0.5, 0.3, 0.2)
 
 
 class Toy(nn.Module):
-    """The toy network: ``apply(params, inputs [N, 4], logsnr, documents) -> logits [N, 4, 3]``.
-
-    It ignores the noise level and the documents.
-    """
+    """``apply(params, inputs [N, 4], logsnr, documents) -> logits [N, 4, 3]`` of inputs alone."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -52,18 +43,18 @@ class Toy(nn.Module):
         bias = 0.3 * np.cos(1.0 + position[:, None] + 2.0 * token[None, :])
         distance = np.abs(position[:, None] - position[None, :])
         reach = np.where(distance > 0, 1.0 / (1.0 + distance), 0.0)
-        # Seen token z at j adds theta[(v - z) mod 3] to logit v; a masked one adds nothing.
         table = theta[(token[:, None] - token[None, :]) % NUM_TOKENS]
-        seen = (inputs[..., None] == token.reshape(1, 1, -1)).astype(self.dtype)
-        context = jnp.einsum("ij,njz,vz->niv", jnp.asarray(reach, self.dtype), seen, table)
+        visible = (inputs[..., None] == token.reshape(1, 1, -1)).astype(self.dtype)
+        context = jnp.einsum("ij,njz,vz->niv", jnp.asarray(reach, self.dtype), visible, table)
         return jnp.asarray(bias, self.dtype)[None] + context
 
 
 def toy_batch() -> Batch:
     """The three rows of the toy's data, all positions eligible; ROW_PROBABILITIES weighs them."""
     tokens = jnp.asarray(ROWS, jnp.int32)
-    whole = jnp.ones(tokens.shape, bool)
-    return Batch(tokens, whole, whole.astype(jnp.int32), jnp.full((len(ROWS),), LENGTH, jnp.int32))
+    eligible = jnp.ones(tokens.shape, bool)
+    units = jnp.full((len(ROWS),), LENGTH, jnp.int32)
+    return Batch(tokens, eligible, eligible.astype(jnp.int32), units)
 
 
 def toy_params(dtype: jnp.dtype = jnp.float32) -> dict:
@@ -78,16 +69,9 @@ def row_denoiser(
 ) -> ModelFn:
     """``model_fn(inputs [N, L], logsnr [N, S]) -> log P(x_i | z without z_i)`` [N, L, K].
 
-    Of the dtype of the levels. Impossible tokens have a large negative logit. S levels are those of
-    contiguous segments of equal length.
-
-    Args:
-        rows: [J, L] tokens, all different; the toy's by default.
-        probabilities: [J].
-        num_tokens: K.
-
-    Raises:
-        ValueError: unless there is one probability per row and every token is below K.
+    Of the dtype of the levels, which belong to S contiguous segments of equal length; impossible
+    tokens have a large negative logit. ``rows`` [J, L] are distinct, with ``probabilities`` [J] and
+    tokens below ``num_tokens``; ValueError otherwise.
     """
     rows, probabilities = np.asarray(rows), np.asarray(probabilities, np.float64)
     if rows.ndim != 2 or probabilities.shape != rows.shape[:1] or rows.max() >= num_tokens:

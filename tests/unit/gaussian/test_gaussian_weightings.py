@@ -13,7 +13,7 @@ from mdm_jax import gaussian, pytrees, schedules
 from mdm_jax.gaussian import parameterisations, recipes, weightings
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.gaussian.weightings import MinSnr
-from mdm_jax.plots import gaussian as plot_gaussian
+from mdm_jax import plots
 
 cosine = gaussian_schedules.cosine
 
@@ -334,7 +334,7 @@ def test_recipes_pass_through_jit_and_stay_apart():
 
 def test_figure_lays_recipes_over_each_other():
     chosen = {"vdm": recipes.vdm(), "edm": recipes.edm()}
-    left, right = plot_gaussian.compare_recipes(chosen).axes
+    left, right = plots.compare_recipes(chosen).axes
     assert [line.get_label() for line in left.lines] == ["vdm", "edm"]
     drawn = left.lines[0].get_ydata()
     np.testing.assert_allclose(drawn[drawn > 0], 1 / 18.3, rtol=1e-5)
@@ -342,5 +342,5 @@ def test_figure_lays_recipes_over_each_other():
     lost = right.lines[1].get_ydata()  # dotted: weighted, never drawn
     np.testing.assert_array_equal(np.isfinite(lost), drawn == 0)
     edm = right.lines[2].get_ydata()
-    at_zero = np.argmin(np.abs(plot_gaussian.LEVELS))
+    at_zero = np.argmin(np.abs(plots.gaussian.LEVELS))
     np.testing.assert_allclose(edm[at_zero], 1.0, rtol=1e-6)

@@ -4,9 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mdm_jax import schedules
+from mdm_jax import plots, schedules
 from mdm_jax.gaussian import schedules as gaussian_schedules
-from mdm_jax.plots import runs
 
 LAWS = {"flow": gaussian_schedules.flow(), "uniform": schedules.uniform(-4.0, 4.0)}
 
@@ -23,28 +22,28 @@ def lines(axes):
 
 
 def test_schedules_in_logsnr_and_in_sigma(axes):
-    found = lines(runs.schedule_curves(axes, LAWS, points=9))
+    found = lines(plots.schedule_curves(axes, LAWS, points=9))
     time = found["flow"][:, 0]
     np.testing.assert_allclose(found["flow"][:, 1], 2 * np.log((1 - time) / time), atol=1e-5)
     np.testing.assert_allclose(found["uniform"][:, 1], 4 - 8 * time, atol=1e-5)
 
 
 def test_noise_over_signal_is_the_odds_of_flow_time(axes):
-    found = lines(runs.noise_curves(axes, LAWS, points=9))["flow"]
+    found = lines(plots.noise_curves(axes, LAWS, points=9))["flow"]
     np.testing.assert_allclose(found[:, 1], found[:, 0] / (1 - found[:, 0]), rtol=1e-5)
 
 
 def test_densities_have_their_mass(axes):
-    for curve in lines(runs.law_densities(axes, LAWS, low=-30, high=30)).values():
+    for curve in lines(plots.law_densities(axes, LAWS, low=-30, high=30)).values():
         assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(1, abs=0.02)
 
 
 def test_trajectories_end_one_step_beyond_the_last_finite_level(axes):
     levels, states = np.array([-2.0, 0.0, 2.0, np.inf]), np.arange(8.0).reshape(4, 2)
-    drawn = runs.trajectories(axes, levels, states).lines
+    drawn = plots.trajectories(axes, levels, states).lines
     np.testing.assert_array_equal(drawn[1].get_xydata(), [[-2, 1], [0, 3], [2, 5], [4, 7]])
     with pytest.raises(ValueError, match="4 levels need as many states, got 3"):
-        runs.trajectories(axes, levels, states[:3])
+        plots.trajectories(axes, levels, states[:3])
 
 
 def test_the_readable_loss_is_drawn_in_the_unit_of_the_axes(axes):
@@ -55,6 +54,6 @@ def test_the_readable_loss_is_drawn_in_the_unit_of_the_axes(axes):
         {"step": 1, "kind": "monitor", "normalised_loss": 3 * bits},
         {"step": 1, "kind": "evaluate", "bits_per_unit": 1.2, "standard_error": 0.1},
     ]
-    found = lines(runs.training_curve(axes, records, "character"))
+    found = lines(plots.training_curve(axes, records, "character"))
     np.testing.assert_allclose(found["normalised by level"], [[1, 1.5]])
     np.testing.assert_allclose(found["training objective"], [[1, 1.0]])
