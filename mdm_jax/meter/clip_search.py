@@ -93,9 +93,7 @@ def candidate_intervals(block_size: int) -> tuple[Interval, ...]:
     """The published candidates: the whole range, then every width from 0.5 to 0.9 in steps of 0.05.
 
     36 ranges; for blocks of one token only the whole range and (0.999, 1).
-
-    Raises:
-        ValueError: if the block size is not positive.
+    Raises: ValueError if the block size is not positive.
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
@@ -153,9 +151,8 @@ def make_clip_search(
         criterion: one of this module's, :func:`gradient_noise_to_signal` if not given.
         intervals: candidates, :func:`candidate_intervals` of the block size if not given.
 
-    Raises:
-        ValueError: if the law is not uniform or a range is infeasible; in ``search``, if there are
-            fewer than two batches or no score is finite.
+    Raises: ValueError if the law is not uniform or a range is infeasible; in ``search``, if there
+    are fewer than two batches or no score is finite.
     """
     rows, length = batch_shape
     spec = objective.spec(rows, length)
@@ -267,11 +264,10 @@ class BlockMoments(NamedTuple):
 def block_loss_moments(
     apply_fn: ApplyFn, objective: Objective, spec: DrawSpec
 ) -> Callable[..., BlockMoments]:
-    """Mean and variance of the block losses ``S_b / (m L')`` under each range.
+    """Moments of the block losses ``S_b / (m L')`` under each range.
 
-    Returns:
-        ``moments(params, batches, key, intervals, progress=None) -> BlockMoments``. Blocks without
-        eligible tokens are left out; ValueError if a batch has fewer than two others.
+    ``moments(params, batches, key, intervals, progress=None) -> BlockMoments`` leaves out blocks
+    without eligible tokens; ValueError if a batch has fewer than two others.
     """
 
     @jax.jit

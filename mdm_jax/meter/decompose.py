@@ -109,9 +109,8 @@ def decompose(
         resamples: bootstrap samples.
         progress: counts ``rows * levels_per_row * masks_per_level`` evaluations.
 
-    Raises:
-        ValueError: if no row has an eligible token, the design is too small, ``chunk`` is below 1,
-            or a loss is not finite.
+    Raises: ValueError if no row has an eligible token, the design is too small, ``chunk`` is below
+    1, or a loss is not finite.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     values = evaluate_cells(

@@ -47,13 +47,9 @@ MIN_REDRAWS = 40
 
 
 class Comparison(NamedTuple):
-    """Difference of two figures of merit, paired by group.
+    """First against second of two variances x passes, paired by group.
 
-    Attributes:
-        difference: first minus second, of variance x passes, with its standard error.
-        ratio: first over second.
-        standard_errors: the difference in its standard errors, signed; infinite for a difference
-            without noise.
+    ``standard_errors`` is the signed difference in its standard errors, infinite without noise.
     """
 
     difference: Estimate
@@ -150,8 +146,7 @@ def efficiency(
         num_microbatches: of a batch; bounds the memory, which also holds three gradients.
         progress: counts redraws.
 
-    Raises:
-        ValueError: if settings do not fit together, or a gradient is not finite.
+    Raises: ValueError if settings do not fit together, or a gradient is not finite.
     """
     if not batches or groups % len(batches):
         raise ValueError(f"groups must be a multiple of the {len(batches)} batches, got {groups}")
@@ -204,9 +199,7 @@ def compare(first: Efficiency, second: Efficiency) -> Comparison:
     """Which of two methods has less gradient variance per compute, and how sure that is.
 
     Groups are paired: the two must have been measured with the same key, batches and groups.
-
-    Raises:
-        ValueError: if the groups cannot be paired, or one of the two has not settled.
+    Raises: ValueError if they cannot be paired, or one of the two has not settled.
     """
     if first.group_variances.shape != second.group_variances.shape:
         raise ValueError(

@@ -115,10 +115,9 @@ def measure_levels(
         resamples: bootstrap samples.
         progress: counts evaluations.
 
-    Raises:
-        ValueError: if the rates are not increasing in (0, 1] or lie outside the law's support, no
-            row has an eligible token, the design is too small, ``chunk`` is below 1, or a loss is
-            not finite.
+    Raises: ValueError if the rates are not increasing in (0, 1] or lie outside the law's support,
+    no row has an eligible token, the design is too small, ``chunk`` is below 1, or a loss is not
+    finite.
     """
     rates = np.asarray(masking_rates, np.float64)
     rows, left_out = eligible_rows(rows)
@@ -157,9 +156,8 @@ def measure_levels(
 def quantiles_of(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
     """Quantiles of the objective's law at masking rates, on the open interval; same shape.
 
-    Raises:
-        ValueError: if the rates are not increasing in (0, 1], any is outside the law's support, or
-            two are too close for the law to tell them apart.
+    Raises: ValueError if the rates are not increasing in (0, 1], any is outside the law's support,
+    or two are too close for the law to tell them apart.
     """
     rates = np.asarray(masking_rates, np.float64)
     if (
@@ -203,17 +201,10 @@ def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
 def optimal_density(table: LevelTable, target: np.ndarray) -> np.ndarray:
     """Density over the masking rate proportional to ``base_density * sqrt(target)``, [levels].
 
-    Normalised by the trapezoid rule over the grid's range: what lies below the first rate is not in
-    it.
-
-    Args:
-        table: whose grid the target lives on.
-        target: [levels] second moment that the density is to flatten: ``second`` for independent
-            levels (p*), ``pattern + data`` for stratified ones, ``pattern + mean_square`` as in the
-            scripts of P-POTS; of the loss or of the gradient. Negative estimates count as zero.
-
-    Raises:
-        ValueError: if the target vanishes everywhere.
+    The target, of the loss or of the gradient, is ``second`` for independent levels (p*), ``pattern
+    + data`` for stratified ones, ``pattern + mean_square`` in the scripts of P-POTS; negative
+    estimates count as zero. Normalised by the trapezoid rule over the grid's range.
+    Raises: ValueError if the target vanishes everywhere.
     """
     shape = table.base_density * np.sqrt(np.maximum(target, 0.0))
     mass = np.trapezoid(shape, table.masking_rates)
@@ -232,16 +223,9 @@ def warp_density(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The density that a transform draws masking rates from: (rates, density), sorted by rate.
 
-    One entry per level of every view of ``draws`` batches. The density is that of the transform's
-    profile, or of its weights where it has none: an exact warp pays ``-log density``.
-
-    Args:
-        key: typed key.
-        transform: any transform; without a warp the density is that of the objective's law.
-        state: of the transform.
-        spec: of a training batch.
-        objective: whose law turns quantiles into masking rates.
-        draws: batches to collect.
+    One entry per level of every view of ``draws`` batches of ``spec``. The density is that of the
+    transform's profile, or of its weights where it has none: an exact warp pays ``-log density``.
+    The objective's law turns quantiles into masking rates.
     """
     keys = jax.random.split(stream(key, "density"), draws)
 
@@ -264,9 +248,7 @@ def rate_grid(levels: int = 16, lowest: float = 1e-3, highest: float = 1.0) -> n
     """Masking rates for a table: a third of them logarithmic up to 0.1, the rest even from there.
 
     All are even if ``lowest`` is 0.1 or more.
-
-    Raises:
-        ValueError: if levels < 6 or not 0 < lowest < highest <= 1.
+    Raises: ValueError if levels < 6 or not 0 < lowest < highest <= 1.
     """
     if levels < 6 or not 0 < lowest < highest <= 1:
         raise ValueError(
@@ -282,13 +264,9 @@ def rate_grid(levels: int = 16, lowest: float = 1e-3, highest: float = 1.0) -> n
 def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> LevelMoments:
     """Moments of a table in bins of the quantile, as ``variance.ppots_binned`` takes them.
 
-    Interpolates over the logarithm of 1 - u (the masking rate, where that is uniform), at each
-    bin's geometric middle; beyond the table's quantiles the outermost values are kept.
-
-    Args:
-        table: measured levels.
-        moments: ``table.loss`` or ``table.gradient``.
-        edges: [J + 1] quantiles from 0 to 1.
+    ``moments`` is ``table.loss`` or ``table.gradient``. Interpolates over the logarithm of 1 - u
+    (the masking rate, where that is uniform), at the geometric middle of each bin of ``edges``;
+    beyond the table's quantiles the outermost values are kept.
     """
     noise = np.maximum(1.0 - np.asarray(edges, np.float64), _FIRST)
     middle = np.log(noise[1:] * noise[:-1]) / 2

@@ -7,14 +7,13 @@ mask, the law of total variance says Var(Y) = A + B + C:
     B = E Var(E[Y | row, level] | row)    masking-rate noise
     C = Var(E[Y | row])                   data noise
 
-Estimates are unbiased for every design size of at least two, so B and C can be negative. Arrays are
-float64 on the host; leading axes (probes) are not mixed. Reference: analysis of variance of a
-nested random-effects design.
+Estimates are unbiased for every design size of at least two, so B and C can be negative. Leading
+axes (probes) are not mixed. Reference: analysis of variance of a nested random-effects design.
 
 One evaluation is one forward pass of one row, all its views included: the level comes from one
 independent batch of the transform, the base noise from another (no transform lets the law of the
 noise depend on the level), and a row of the batch is picked at random. Couplings between rows keep
-the law of every row, so they leave these numbers alone; warps with their weights, and views, count.
+the law of every row, so they leave these numbers alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,14 +31,7 @@ from mdm_jax.variance.transform import draw_batch
 
 
 class Components(NamedTuple):
-    """A, B, C and their sum; floats, or arrays over leading axes.
-
-    Attributes:
-        pattern: A, from the choice of the masked positions at a given level.
-        rate: B, from the choice of the level for a given row.
-        data: C, from the choice of the row.
-        total: A + B + C, the variance of one forward pass.
-    """
+    """A, B, C and their sum, the variance of one forward pass; arrays over leading axes."""
 
     pattern: np.ndarray
     rate: np.ndarray
@@ -48,14 +40,12 @@ class Components(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """What each row contributes to the components.
+    """What each row contributes to the components, [..., rows], in a design of levels and masks.
 
     Attributes:
-        pattern: [..., rows] unbiased estimate of A from this row alone.
-        between: [..., rows] variance over levels of the means over masks, B + A / masks on average.
-        spread: [..., rows] a term whose mean over rows is unbiased for the variance of row means;
-            NaN where a row has none.
-        levels, masks: size of the design within a row.
+        pattern: unbiased estimate of A from this row alone.
+        between: variance over levels of the means over masks, B + A / masks on average.
+        spread: its mean over rows is unbiased for the variance of row means; NaN for no term.
     """
 
     pattern: np.ndarray
@@ -71,10 +61,9 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(values: np.ndarray) -> RowTerms:
-    """Contribution of every row of losses [..., rows, levels, masks], each axis of at least two.
+    """Contribution of every row of losses [..., rows, levels, masks].
 
-    Raises:
-        ValueError: if an axis is too short or a value is not finite.
+    Raises: ValueError if an axis is shorter than two or a value is not finite.
     """
     values = _checked(values)
     cells = values.mean(-1)
@@ -121,8 +110,7 @@ class CrossedMoments(NamedTuple):
 def crossed_moments(values: np.ndarray) -> CrossedMoments:
     """v, g, c of losses [..., rows, levels, masks] where all rows share the levels.
 
-    Raises:
-        ValueError: if there are fewer than two rows or masks, or a value is not finite.
+    Raises: ValueError if there are fewer than two rows or masks, or a value is not finite.
     """
     values = _checked(values, need_levels=False)
     cells = values.mean(-1)
@@ -178,11 +166,7 @@ DrawRow = Callable[[Array, Array, Array], Draw]
 
 
 def eligible_rows(rows: Batch) -> tuple[Batch, int]:
-    """The rows that have eligible tokens, as NumPy arrays, and how many have none.
-
-    Raises:
-        ValueError: if no row has any.
-    """
+    """The rows with eligible tokens, as NumPy arrays, and how many have none; ValueError if all."""
     kept = np.asarray(rows.eligible).any(-1)
     if not kept.any():
         raise ValueError(f"none of {len(kept)} rows has an eligible token")
@@ -229,7 +213,7 @@ def evaluate_cells(
     chunk: int,
     progress: Progress | None,
 ) -> PyTree:
-    """Evaluates every (row, level, mask) of a design, ``chunk`` at a time.
+    """Evaluates every (row, level, mask) of a design: float64 arrays [..., rows, levels, masks].
 
     Args:
         score: ``score(batch, draw) -> arrays [..., chunk]``.
@@ -237,10 +221,7 @@ def evaluate_cells(
         rows: [rows, L] clean rows.
         shape: levels per row and masks per level.
         chunk: evaluations per call; a forward pass holds ``chunk`` times the views.
-        progress: see :data:`~mdm_jax.meter.subject.Progress`.
-
-    Returns:
-        Arrays [..., rows, levels, masks], float64.
+        progress: counts evaluations.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")

@@ -21,9 +21,7 @@ def jitter(key: Array, cells: Array, num_cells: int) -> Array:
 
     Cell j of N covers ``[j / N, (j + 1) / N)``. If the cell is uniform on {0..N-1}, the point is
     uniform on the grid up to the rounding of the cells' edges, 2**-23.
-
-    Raises:
-        ValueError: if there are more cells than grid points.
+    ValueError if there are more cells than grid points.
     """
     if not 1 <= num_cells <= 2**GRID_BITS:
         raise ValueError(f"the number of cells must be in [1, 2**{GRID_BITS}], got {num_cells}")
@@ -74,11 +72,9 @@ def stratified_blocks() -> VarianceTransform:
     up to O(B^-3), as :func:`stratified`. Bias: exact for the objectives that it accepts.
     Reference: sliced Latin hypercubes (Qian 2012); BD3-LM stratifies over batch and blocks in
     order, so that a row's levels stay next to each other.
-
-    Raises:
-        ValueError: from ``init`` and ``draw``, if there are several levels that the spec does not
-            call separate (see :class:`~mdm_jax.draws.DrawSpec`): tied levels would change the law
-            of a level's context. From ``draw``, if B S exceeds 2**23.
+    Raises: ValueError from ``init`` and ``draw``, for several levels that the spec does not call
+    separate (:class:`~mdm_jax.draws.DrawSpec`): tied levels would change the law of a level's
+    context. From ``draw``, if B S exceeds 2**23.
     """
 
     def init(spec: DrawSpec) -> EmptyState:
@@ -148,12 +144,7 @@ def coarse_strata(cells: int | None = None) -> VarianceTransform:
     Reference: stratified sampling with proportional allocation; floor(sqrt(B)) strata, the default,
     are those of a StableDLLM training script (that it is the StraTS of arXiv 2511.18159 is our
     inference).
-
-    Args:
-        cells: J, at least 1; floor(sqrt(B)) if not given.
-
-    Raises:
-        ValueError: if ``cells`` is not positive.
+    Args: ``cells``, J. Raises: ValueError if it is not positive.
     """
     if cells is not None and cells < 1:
         raise ValueError(f"coarse_strata needs at least 1 cell, got {cells}")

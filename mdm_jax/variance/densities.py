@@ -39,15 +39,11 @@ class QuantileDensity(Protocol):
 
 @pytree_dataclass
 class PiecewiseDensity:
-    """Uniform within each of J cells that cover (0, 1).
+    """Uniform within each of J cells between ``edges`` [J + 1] that cover (0, 1).
 
-    The probability of a cell is a whole number of grid points, at least one, and the density is
-    computed from that number: sampling and weighting use the same density to the last bit, the
-    weights average to 1 exactly, and every cell is reachable whatever the masses were.
-
-    Attributes:
-        edges: [J + 1] float32, strictly increasing from 0 to 1.
-        points: [J + 1] int32, number of grid points below each edge, from 0 to 2**23.
+    ``points`` [J + 1] int32 counts the grid points below each edge. The density is computed from
+    them, so sampling and weighting use the same density to the last bit, the weights average to 1
+    exactly, and every cell has a point, whatever the masses were.
     """
 
     edges: Array
@@ -92,13 +88,10 @@ class PiecewiseDensity:
 def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
     """Density with the given mass in each cell, rounded to whole grid points, 2**-23.
 
-    Args:
-        edges: [J + 1] quantiles from 0 to 1; the first cell holds the highest masking rates.
-        masses: [J] positive, up to a common factor. If traced, only shapes are checked.
-
-    Raises:
-        ValueError: if shapes do not fit, the edges do not run from 0 to 1 in steps of at least
-            2**-22, or a mass is not positive and finite.
+    Args: ``edges``, [J + 1] quantiles from 0 to 1, and ``masses``, [J] up to a common factor, the
+    first of the highest masking rates. If masses are traced, only their shape is checked.
+    Raises: ValueError if shapes do not fit, the edges do not run from 0 to 1 in steps of at least
+    2**-22, or a mass is not positive and finite.
     """
     edges = check_edges(edges)
     cells = edges.size - 1
@@ -123,14 +116,8 @@ def log_spaced_edges(num_bins: int = 32, smallest_rate: float = 1e-3) -> np.ndar
     """[J + 1] float32 edges from 0 to 1, equally spaced in the logarithm of the rate ``1 - u``.
 
     Losses with weight 1/m grow towards small rates, where cells of equal width in m waste most of
-    what a density can gain.
-
-    Args:
-        num_bins: J, at least 2.
-        smallest_rate: masking rate in (0, 1) below which there is one cell.
-
-    Raises:
-        ValueError: if an argument is out of range or a cell would be narrower than 2**-22.
+    what a density can gain. There is one cell below ``smallest_rate``.
+    Raises: ValueError if an argument is out of range or a cell would be narrower than 2**-22.
     """
     if num_bins < 2:
         raise ValueError(f"log_spaced_edges needs at least 2 bins, got {num_bins}")

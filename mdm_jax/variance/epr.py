@@ -1,4 +1,4 @@
-"""The parametric family of P-POTS and its fit."""
+"""The parametric family of P-POTS ("EPR") and its fit to measured moments."""
 
 from typing import NamedTuple
 
@@ -67,12 +67,10 @@ def fit_epr(
         rates: [N] increasing masking rates in [0, 1], N at least 3.
         mean: [N] mean of the integrand at each rate.
         variance: [N] its variance, not negative.
-        restarts: number of random starts.
-        seed: of the starts.
+        restarts, seed: number of random starts, and their seed.
 
-    Raises:
-        ValueError: if the arguments are out of range, nothing was measured (all zero), or no
-            restart ends at a finite divergence.
+    Raises: ValueError if the arguments are out of range, nothing was measured (all zero), or no
+    restart ends at a finite divergence.
     """
     from scipy import optimize  # slow to import
 

@@ -1,17 +1,15 @@
 """Moments of the loss per level, and the density over levels that each purpose asks for.
 
-With f the integrand of a level (raw loss times the objective's weight, before any importance
-weight), v its variance over masks, g its mean and c the variance of its mean over rows, the second
-moment of an importance-sampled estimate is ``int E[f^2] / p``, so the best density is the root of a
-moment; which one depends on what else the chain does:
+With f the integrand (raw loss times the objective's weight, before any importance weight), v its
+variance over masks, g its mean and c the variance of its mean over rows, an estimate from density p
+has the second moment ``int E[f^2] / p``, so the best density is the root of a moment:
 
 * levels independent: ``E f^2 = v + g^2 + c`` (:func:`second_moment`),
 * levels stratified, which removes g^2 at leading order: ``v + c`` (:func:`level_variance`),
 * the published scripts: ``v + g^2`` (:func:`published_second_moment`),
 * Kingma and Gao: ``g^2``, a density proportional to the loss (:func:`squared_mean`).
 
-For gradients put ``E ||G||^2`` in the place of ``E f^2``. With several views at one level f is
-their average, which makes the moments those of the coupled views.
+For gradients ``E ||G||^2`` replaces ``E f^2``. With several views at one level f is their average.
 """
 
 from collections.abc import Callable
@@ -25,13 +23,9 @@ from mdm_jax.variance.densities import PiecewiseDensity, check_edges, piecewise_
 
 
 class LevelLosses(NamedTuple):
-    """Losses at the levels of a draw.
+    """Losses [V, B, S] of rows at the levels of a draw, averaged over a row's views at that level.
 
-    Attributes:
-        value: [V, B, S] of the row at this level, averaged over its views there; 0 where no token
-            is eligible.
-        count: [V, B, S] weight of the entry: 1 over the number of views of the row at this level,
-            0 where no token is eligible.
+    ``count`` is 1 over the number of these views. Both are 0 where no token is eligible.
     """
 
     value: Array
@@ -88,21 +82,17 @@ def second_moment(moments: LevelMoments) -> Array:
 
 
 def level_variance(moments: LevelMoments) -> Array:
-    """``v + c``, as the second moment minus the squared mean: optimal for stratified levels.
+    """``v + c``, the second moment minus the squared mean: optimal for stratified levels only.
 
-    Needs a uniform floor, and is poor without strata, where g^2 counts. Variation of g inside a
-    bin is counted as variance.
+    Needs a uniform floor. Variation of g inside a bin counts as variance.
     """
     return jnp.maximum(jnp.asarray(moments.second) - jnp.square(moments.mean), 0.0)
 
 
 def published_second_moment(moments: LevelMoments) -> Array:
-    """``v + g^2``: the target of the StableDLLM scripts, which average f over rows before squaring.
+    """``v + g^2``: the target of the StableDLLM scripts, optimal where c is like the rest or zero.
 
-    Optimal for the total only where c is zero or proportional to the rest.
-
-    Raises:
-        ValueError: if the moments hold no data variance.
+    ValueError if the moments hold no data variance.
     """
     if moments.data is None:
         raise ValueError(
@@ -114,11 +104,7 @@ def published_second_moment(moments: LevelMoments) -> Array:
 
 
 def squared_mean(moments: LevelMoments) -> Array:
-    """``g^2``, whose root is the mean loss: levels in proportion to what they contribute.
-
-    Optimal where ``E f^2 / g^2`` is the same at all levels, as for Gaussian data and an ideal
-    denoiser.
-    """
+    """``g^2``, whose root is the mean loss: optimal where ``E f^2 / g^2`` is constant."""
     return jnp.square(moments.mean)
 
 
@@ -126,16 +112,10 @@ def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> Pie
     """Density proportional to the root of ``moment`` in each bin, mixed with the uniform one.
 
     Bin j of width d_j gets the mass ``(1 - floor) d_j sqrt(moment_j) / sum + floor d_j``, so no
-    weight exceeds ``1 / floor`` (up to rounding) and none has to be clipped. Moments that are all
-    zero or not finite give the uniform density.
-
-    Args:
-        edges: [J + 1] quantiles from 0 to 1.
-        moment: [J] non-negative, may be traced.
-        floor: share of the uniform density, in (0, 1], may be traced.
-
-    Raises:
-        ValueError: if the edges do not run from 0 to 1, or there is not one moment per bin.
+    weight exceeds ``1 / floor``. Moments that are all zero or not finite give the uniform density.
+    Args: ``edges``, [J + 1] quantiles from 0 to 1; ``moment``, [J] non-negative; ``floor``, the
+    share of the uniform density in (0, 1]. The last two may be traced.
+    Raises: ValueError if the edges do not run from 0 to 1, or there is not one moment per bin.
     """
     edges, moment = check_edges(edges), jnp.asarray(moment, jnp.float32)
     if moment.shape != (edges.size - 1,):  # one moment would be broadcast to all bins
@@ -165,10 +145,6 @@ def gradient_stats(stats: LossStats, norms: Array) -> LossStats:
     """Statistics whose integrand is the row's gradient norm, for :func:`~mdm_jax.variance.ppots`.
 
     A loop that computes per-row gradients passes them to ``update`` in place of the loss
-    statistics; the density then follows the gradient's second moment.
-
-    Args:
-        stats: of the forward pass.
-        norms: [V, B, S] norm of the gradient of ``stats.raw * stats.weight``.
+    statistics, ``norms`` [V, B, S] of the gradient of ``stats.raw * stats.weight``.
     """
     return stats._replace(raw=norms, weight=jnp.ones_like(norms))

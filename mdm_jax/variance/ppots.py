@@ -33,11 +33,9 @@ class PpotsState(NamedTuple):
     """Running moments of the integrand per bin.
 
     Attributes:
-        second: [J] decayed mean of the squared integrand.
-        mean: [J] decayed mean of the integrand.
+        second, mean: [J] decayed means of the squared integrand and of the integrand.
         weight: [J] total weight of these means, from 0 (bin never visited) towards 1.
-        steps: number of batches learnt from.
-        rejected: number of batches that were not finite and changed nothing else.
+        steps, rejected: batches learnt from; batches that were not finite and changed nothing else.
     """
 
     second: Array
@@ -57,15 +55,13 @@ def ppots(
 ) -> VarianceTransform:
     """Levels from bins whose masses follow running moments of the raw loss.
 
-    Bins are equally wide in the logarithm of the masking rate m = 1 - u, with uniform levels inside
-    each, so that the mean over a bin's draws is unbiased under any density. The density is formed
-    from the past only. The integrand is the raw loss times the objective's weight, per eligible
-    element; views of a row at one level are averaged first, which gives the optimum for pairs.
-    A bin never visited counts as average. Moments average over about ``1 / (1 - decay)`` draws of
-    a bin. A loop with per-row gradient norms passes ``gradient_stats(stats, norms)`` to ``update``.
+    Bins are equally wide in the logarithm of the masking rate m = 1 - u. The density is formed from
+    the past only. Views of a row at one level are averaged first, which gives the optimum for
+    pairs. A bin never visited counts as average. A loop with per-row gradient norms passes
+    ``moments.gradient_stats(stats, norms)`` to ``update``.
 
-    Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
-    state. Costs: one view, and a few operations on vectors of the number of bins.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
+    Costs: one view, and a few operations on vectors of the number of bins.
     Removes: as :func:`ppots_binned`, without a calibration run. Bias: exact.
     Reference: P-POTS, arXiv 2511.18159, made adaptive; adaptive importance sampling of the level as
     in Nichol and Dhariwal 2021, with an exact weight.
@@ -78,9 +74,7 @@ def ppots(
         warmup_steps: number of batches with uniform levels.
         target: from moments per bin to the moment whose root the density follows;
             ``moments.level_variance`` when levels are stratified.
-
-    Raises:
-        ValueError: if a setting is out of range, or the target needs what running moments lack.
+    Raises: ValueError if a setting is out of range, or the target needs what running moments lack.
     """
     check_settings("ppots", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
@@ -98,23 +92,20 @@ def ppots_slopes(
     """Levels from bins whose masses follow running moments of the gradient norm at the logits.
 
     As :func:`ppots` in all but what it learns from. The best density follows the second moment of
-    the row's *gradient*, not of its loss. Per-row gradients are expensive; the gradient norm at the
-    logits is nearly free: for a cross-entropy it is at least ``(1 - p)^2`` and at most twice that,
-    p the probability of the right token. The objective sums it over the row's targets
-    (``LossStats.slopes``), and the density follows the mean of ``weight^2 slopes`` per bin: the
-    gradient's second moment, up to a factor, as far as tokens' gradients do not line up and the
-    network below stretches them alike at every level. Elsewhere the estimate stays exact.
+    the row's *gradient*. Per-row gradients are expensive; the gradient norm at the logits is nearly
+    free: for a cross-entropy its square is between ``(1 - p)^2`` and twice that, p the probability
+    of the right token. The objective sums it over the row's targets (``LossStats.slopes``), and the
+    density follows the mean of ``weight^2 slopes`` per bin: the gradient's second moment up to a
+    factor, where tokens' gradients do not line up and the network stretches them alike at every
+    level.
 
-    Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
-    state. Costs: one view, an exponential per token, and a few operations on vectors of bins.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
+    Costs: one view, an exponential per token, and a few operations on vectors of bins.
     Removes: the spread of the root of the gradient's second moment over levels. Bias: exact.
     Reference: the last layer's gradient as a bound is Katharopoulos and Fleuret 2018, who choose
     rows by it; P-POTS is arXiv 2511.18159.
 
-    Args: as :func:`ppots`.
-
-    Raises:
-        ValueError: as :func:`ppots`; from ``update``, for statistics without ``slopes``.
+    Args, Raises: as :func:`ppots`; ValueError from ``update`` for statistics without ``slopes``.
     """
     check_settings("ppots_slopes", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
@@ -137,16 +128,8 @@ def running_bins(
 ) -> VarianceTransform:
     """Levels from bins whose masses follow running moments: :func:`ppots` and its like.
 
-    Args:
-        name: of the transform.
-        edges: [J + 1] quantiles from 0 to 1.
-        keep: from the number of draws in each bin [J] to the share of the old moments that stays.
-        floor: as for :func:`ppots`, like the rest.
-        warmup_steps: number of batches with uniform levels.
-        target: from moments to the moment whose root is followed.
-
-    Raises:
-        ValueError: if a setting is out of range, or the target needs what running moments lack.
+    ``keep`` maps the number of draws in each bin [J] to the share of the old moments that stays;
+    the rest, and errors, as for :func:`ppots`.
     """
     check_floor(name, floor)
     if warmup_steps < 0:
@@ -206,9 +189,8 @@ def ppots_binned(
         second_moments: [J] non-negative, in any unit.
         floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
 
-    Raises:
-        ValueError: if the edges do not cover (0, 1), there is not one moment per bin, a moment is
-            negative or not finite, or the floor is out of range.
+    Raises: ValueError if the edges do not cover (0, 1), there is not one moment per bin, a moment
+    is negative or not finite, or the floor is out of range.
     """
     check_floor("ppots_binned", floor)
     moments = np.asarray(second_moments, np.float64)
@@ -233,13 +215,8 @@ def ppots_parametric(
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
     Removes: what the curve captures of the optimal density. Bias: exact.
     Reference: P-POTS, arXiv 2511.18159, and the "EPR" family of its code.
-
-    Args:
-        parameters: of the curve; seven numbers in the order of ``EprParameters``.
-        floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
-
-    Raises:
-        ValueError: if the number or the range of the parameters or the floor is wrong.
+    Args: seven ``parameters`` in the order of ``EprParameters``; ``floor`` as for :func:`ppots`.
+    Raises: ValueError if the number or the range of the parameters or the floor is wrong.
     """
     return importance(epr_density(parameters, floor))._replace(name="ppots_parametric")
 

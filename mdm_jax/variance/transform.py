@@ -22,12 +22,8 @@ from mdm_jax.types import BIAS_LABELS, Array, PyTree, worst_bias
 class LevelProfile(NamedTuple):
     """Density and factor that a transform gives to levels at stated quantiles.
 
-    The sum of the two is the log of the factor on the effective weighting: zero everywhere for an
-    exact transform, -inf where a truncated one draws nothing, a function for a biased one.
-
-    Attributes:
-        log_density: log of the density that levels are drawn from, nats; -inf where none is drawn.
-        log_weight: log of the factor on their losses.
+    ``log_density`` is -inf where nothing is drawn. The sum of the two is the log of the factor on
+    the effective weighting: zero for an exact transform, a function of the level for a biased one.
     """
 
     log_density: Array
@@ -43,9 +39,8 @@ ProfileFn = Callable[[PyTree, Array], LevelProfile]
 class Phase(enum.IntEnum):
     """Order of transforms in a chain, in which phases never decrease.
 
-    A coupling ties quantiles of rows or views and leaves each uniform; after a warp it would
-    discard the warp and keep its weight. A warp moves quantiles and pays for it; a chain holds at
-    most one. A replication copies whatever stands before it into further views.
+    A coupling ties quantiles and leaves each uniform; after a warp it would discard the warp and
+    keep its weight. A warp moves quantiles and pays for it. A replication copies views.
     """
 
     COUPLE = 0
@@ -64,17 +59,15 @@ class VarianceTransform(NamedTuple):
         name: key of its state and of its random stream; unique within a chain.
         phase: see :class:`Phase`.
         init: ``init(spec) -> state``. Structure, shapes and dtypes never change afterwards.
-        draw: ``draw(key, state, draw, spec) -> draw``, from named streams of the key, never from
-            the key itself. It reads the state and cannot write it, so a batch can be redrawn any
-            number of times without disturbing training.
+        draw: ``draw(key, state, draw, spec) -> draw``, from named streams of the key. The state is
+            read only, so a batch can be redrawn without disturbing training.
         update: ``update(state, draw, stats) -> state`` after the step, from raw losses.
         bias: one of :data:`mdm_jax.types.BIAS_LABELS`; a chain carries the worst of its members.
         views: factor on the number of views, hence on forward passes per row.
         replaces: names of the Draw fields that are drawn anew, whatever stood there before.
         members: the parts of a chain, empty otherwise.
         profile: ``profile(state, u) -> LevelProfile`` at quantiles ``u`` [..., S], or None if not
-            known. Shape [..., S] matters only where levels differ (``cdtd_warp``). Couplings and
-            replications have none: they leave the density flat.
+            known; couplings and replications leave the density flat and have none.
     """
 
     name: str
@@ -116,11 +109,8 @@ def stateless(
 def draw_batch(key: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec) -> Draw:
     """The draw of one step, with ``transform.views`` views: uniforms passed through ``transform``.
 
-    Args:
-        key: typed key of the step's draw, such as ``rng.step_key(seed, step)``.
-        transform: a transform or a chain.
-        state: its state, read only.
-        spec: shape of the *global* batch; shards and microbatches slice the result.
+    ``key`` is a typed key such as ``rng.step_key(seed, step)``; ``spec`` is the shape of the
+    *global* batch, of which shards and microbatches take slices.
     """
     return transform.draw(key, state, iid(key, spec), spec)
 

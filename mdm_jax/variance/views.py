@@ -16,12 +16,7 @@ def repeat(views: int = 2) -> VarianceTransform:
     Costs: R forward passes per row. Removes: pattern noise A by the factor R, as R times the rows
     would, along with B and C: the baseline for coupled views. Bias: exact.
     Reference: plain Monte Carlo; the public StableDLLM release does this under the name MIRROR.
-
-    Args:
-        views: R.
-
-    Raises:
-        ValueError: if ``views`` is not positive.
+    Args: ``views``, R. Raises: ValueError if it is not positive.
     """
     _check_views("repeat", views)
 
@@ -63,12 +58,7 @@ def rotate(views: int = 2) -> VarianceTransform:
     Removes: pattern noise A, of an additive loss with weight 1/p all but the share
     ``frac(K p) (1 - frac(K p)) / (K p)^2``. Bias: exact.
     Reference: systematic sampling of each element over the views (Cranley and Patterson 1976).
-
-    Args:
-        views: K.
-
-    Raises:
-        ValueError: if ``views`` is not positive.
+    Args: ``views``, K. Raises: ValueError if it is not positive.
     """
     _check_views("rotate", views)
 
@@ -97,12 +87,7 @@ def rotate_ranks(views: int = 2) -> VarianceTransform:
     Removes: pattern noise A under fixed counts, all of its additive part where K k is a multiple
     of L. Bias: exact.
     Reference: systematic sampling without replacement along a random permutation.
-
-    Args:
-        views: K.
-
-    Raises:
-        ValueError: if ``views`` is not positive.
+    Args: ``views``, K. Raises: ValueError if it is not positive.
     """
     _check_views("rotate_ranks", views)
 
@@ -137,12 +122,7 @@ def stratified_levels(views: int = 2) -> VarianceTransform:
     rows of one independent level iff B > (R - 1) C, against *stratified* ones iff V_xm > (R - 1) C.
     Bias: exact.
     Reference: stratified sampling nested in rows.
-
-    Args:
-        views: R.
-
-    Raises:
-        ValueError: if ``views`` is not positive, or B R exceeds 2**23 when drawing.
+    Args: ``views``, R. Raises: ValueError if it is not positive, or B R exceeds 2**23 when drawing.
     """
     _check_views("stratified_levels", views)
 

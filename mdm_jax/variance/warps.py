@@ -35,9 +35,7 @@ def importance(density: QuantileDensity) -> VarianceTransform:
     second moment (``moments.second_moment``); a poor density adds variance.
     Bias: exact if the density covers (0, 1), truncated to its support otherwise.
     Reference: importance sampling (Kahn and Marshall 1953).
-
-    Args:
-        density: of the quantile u, near 1 = clean; for a uniform masking rate m = 1 - u.
+    Args: ``density`` of the quantile u, near 1 = clean; for a uniform masking rate m = 1 - u.
     """
     low, high = density.support
     return stateless(
@@ -57,13 +55,7 @@ def clipped(low: float, high: float) -> VarianceTransform:
     Bias: truncated. Report no likelihood from it; :func:`clipped_mixture` is the exact variant.
     Reference: Arriola et al. 2025 (BD3-LM), clipped schedules. Their code leaves out the factor
     ``high - low``, and so trains on the average over the range instead of the integral.
-
-    Args:
-        low: smallest masking rate.
-        high: largest masking rate.
-
-    Raises:
-        ValueError: unless 0 <= low < high <= 1.
+    Raises: ValueError unless 0 <= low < high <= 1.
     """
     _check_range("clipped", low, high)
     return importance(ClippedDensity(low, high))._replace(name="clipped")
@@ -118,13 +110,7 @@ def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
     it. Couples: nothing. Costs: one view.
     Removes: what the rates outside contribute, to the variance *and* to the bound.
     Bias: truncated. Reference: Arriola et al. 2025 (BD3-LM), data-driven clipping.
-
-    Args:
-        low: smallest masking rate until a range is chosen.
-        high: largest masking rate until then.
-
-    Raises:
-        ValueError: unless 0 <= low < high <= 1.
+    Args: the range until another is chosen. Raises: ValueError unless 0 <= low < high <= 1.
     """
     _check_range("clipped_adaptive", low, high)
     return learned_warp(
@@ -137,9 +123,7 @@ def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
 
 def set_clip_range(state: PyTree, low: float, high: float) -> PyTree:
     """The state of :func:`clipped_adaptive`, or of a chain with it, with another range.
-
-    Raises:
-        ValueError: unless 0 <= low < high <= 1, or if the chain has no such member.
+    ValueError unless 0 <= low < high <= 1, or if the chain has no such member.
     """
     _check_range("set_clip_range", low, high)
     if isinstance(state, ClipRange):
@@ -166,15 +150,9 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
     Removes: what a preference for the range can; weights of ``1 / share`` outside are its price.
     Bias: exact.
     Reference: defensive importance sampling (Hesterberg 1995), for the ranges of BD3-LM.
-
-    Args:
-        low: smallest masking rate of the range; one below 2**-21 counts as 0, from which float32
-            quantiles cannot tell it.
-        high: largest masking rate of the range; one above 1 - 2**-21 counts as 1.
-        share: probability in (0, 1] of drawing from the whole interval.
-
-    Raises:
-        ValueError: unless 0 <= low < high <= 1, high - low >= 2**-21 and 0 < share <= 1.
+    Args: masking rates ``low`` and ``high``, which count as 0 and 1 within 2**-21 of them (float32
+    quantiles cannot tell), and the probability ``share`` of drawing from the whole interval.
+    Raises: ValueError unless 0 <= low < high <= 1, high - low >= 2**-21 and 0 < share <= 1.
     """
     _check_range("clipped_mixture", low, high)
     if not 0 < share <= 1:
@@ -210,12 +188,7 @@ def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
     rates. It draws small rates far more often than the optimum, which grows as 1/sqrt(m). Under
     fixed counts there is no tail to remove. Bias: exact.
     Reference: Sahoo et al. 2024 (MDLM), change of variables (its option for importance sampling).
-
-    Args:
-        smallest_rate: masking rate in (0, 1) below which the density is constant.
-
-    Raises:
-        ValueError: if ``smallest_rate`` is not in (0, 1).
+    Raises: ValueError if ``smallest_rate`` is not in (0, 1).
     """
     if not 0 < smallest_rate < 1:
         raise ValueError(f"log_uniform needs 0 < smallest_rate < 1, got {smallest_rate}")
@@ -268,13 +241,7 @@ def learned_warp(
     bias: str = "exact",
 ) -> VarianceTransform:
     """A warp with its density in the state, paid for in full; without ``learn`` it stays as it is.
-
-    Args:
-        name: of the transform.
-        init: see :class:`~mdm_jax.variance.VarianceTransform`.
-        density: from the state to the density of the quantile.
-        learn: see :func:`updates`.
-        bias: of the transform.
+    ``density`` maps the state to the density of the quantile; for ``learn`` see :func:`updates`.
     """
     return VarianceTransform(
         name,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zoo
 from test_corruption import PROBABILITIES
 
 from mdm_jax import corruption, meter, objectives, schedules, variance
@@ -34,6 +35,7 @@ def block_apply(block_size, params, inputs, logsnr, clean):
     return jnp.concatenate(logits, axis=1)
 
 
+@functools.cache
 def block_losses(block_size):
     """S_b(x, M_b) and its gradient for every block, row and mask of the block."""
     bits = ((np.arange(2**block_size)[:, None] >> np.arange(block_size)) & 1).astype(bool)
@@ -48,9 +50,10 @@ def block_losses(block_size):
         kept = jnp.where(np.tile(whole, (3, 1)), nats, 0.0)
         return kept.reshape(3, len(bits), -1, block_size).sum(-1)
 
-    value = np.asarray(losses(toys.toy_params()), np.float64)
-    gradient = jax.jacrev(losses)(toys.toy_params())["params"]["theta"]
-    return value, np.asarray(gradient, np.float64), bits.sum(1)
+    both = zoo.quick(lambda params: (losses(params), jax.jacrev(losses)(params)))
+    value, gradient = both(toys.toy_params())
+    gradient = np.asarray(gradient["params"]["theta"], np.float64)
+    return np.asarray(value, np.float64), gradient, bits.sum(1)
 
 
 def exact_moments(values, size, interval):

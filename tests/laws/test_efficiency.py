@@ -112,7 +112,7 @@ def test_infinite_variance_is_refused_and_named():
     with pytest.raises(ValueError, match="has not settled"):
         _ = result.variance
     assert result.to_dict()["variance"] is None
-    fine = measure(variance.clipped(0.2, 1.0), process="bernoulli")
+    fine = measure(variance.clipped(0.2, 1.0), process="bernoulli", redraws=16)
     assert fine.settled
     assert fine.to_dict()["variance"] > 0
     few = measure(variance.identity(), groups=2, redraws=4)

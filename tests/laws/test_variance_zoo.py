@@ -167,13 +167,17 @@ def test_first_view_does_not_depend_on_replication():
         if len(kept) < len(members):
             without[name] = variance.chain(*kept)
     assert {"mirror", "rotate", "rotate_ranks", "repeat", "nested"} <= set(without)
+    alone = {chain.name: chain for chain in without.values()}
 
     def draw(key):
-        return {n: variance.draw_batch(key, t, t.init(SPEC), SPEC) for n, t in without.items()}
+        start = draws.iid(key, SPEC)
+        return {n: t.draw(key, t.init(SPEC), start, SPEC) for n, t in alone.items()}
 
     few = 20
-    for name, alone in zoo.quick(jax.vmap(draw))(zoo.draw_keys(NUM_DRAWS)[:few]).items():
-        pair = [jax.tree.map(lambda a: a[:few, 0], d) for d in (alone, cached_draws(name))]
+    alone = zoo.quick(jax.vmap(draw))(zoo.draw_keys(NUM_DRAWS)[:few])
+    for name, chain in without.items():
+        both = (alone[chain.name], cached_draws(name))
+        pair = [jax.tree.map(lambda a: a[:few, 0], d) for d in both]
         # Up to the rounding of two programs.
         chex.assert_trees_all_close(*pair, rtol=1e-6, custom_message=name)
 
@@ -186,89 +190,87 @@ def some_stats(draw, value=1.0):
     return LossStats(raw, jnp.ones(shape), *counts, slopes=jnp.square(raw))
 
 
-@functools.cache
-def learning_step(names):
-    """Jitted (key, states, offset, everything) -> draws and new states, by name.
-
-    The loss of one slot is off by ``offset``; ``everything`` is added to all that is measured.
-    """
-    transforms = {name: zoo.ALL[name]() for name in names}
-    chex.clear_trace_counter()  # it counts by name, over tests too
-
-    @chex.assert_max_traces(n=1)
-    def step_of_the_zoo(key, states, offset, everything):
-        drawn, new = {}, {}
-        for name, transform in transforms.items():
-            draw = variance.draw_batch(key, transform, states[name], SPEC)
-            stats = some_stats(draw)
-            raw = stats.raw.at[0, 3, 1].add(offset)
-            stats = stats._replace(raw=raw, slopes=jnp.square(raw))
-            stats = LossStats(*(f if f.dtype == jnp.int32 else f + everything for f in stats))
-            drawn[name], new[name] = draw, transform.update(states[name], draw, stats)
-        return drawn, new
-
-    step = zoo.quick(step_of_the_zoo)
-    return lambda key, states, offset=0.0, everything=0.0: step(
-        jax.random.key(key), states, jnp.float32(offset), jnp.float32(everything)
-    )
-
-
-@pytest.mark.parametrize(
-    "names", slow_except(("SINGLES",), ("SINGLES", "CHAINS", "LEARNERS")), ids=str.lower
-)
-def test_state_structure_is_stable_and_a_step_traces_once(names):
-    names = tuple(getattr(zoo, names))
-    states = {name: zoo.state(name, SPEC) for name in names}
-    for i in range(3):
-        _, new = learning_step(names)(i, states)
-        chex.assert_trees_all_equal_structs(states, new)
-        chex.assert_trees_all_equal_shapes_and_dtypes(states, new)
-        states = new
-
-
 LEARNING = [
     name
-    for name in (
-        *zoo.SINGLES,
-        *zoo.CHAINS,
-        *zoo.LEARNERS,
-        "ppots_steep",
-        "quantile_steep",
-        *zoo.DRIFTING,
-    )
+    for name in zoo.ALL
     if jax.tree.leaves(jax.eval_shape(functools.partial(zoo.state, name, SPEC)))
 ]
 """What has a state that a loss could spoil."""
 
 
-LEARNING_SINGLES = [name for name in LEARNING if name in zoo.SINGLES]
-LEARNING_OTHERS = tuple(name for name in LEARNING if name not in zoo.SINGLES)
-"""Other settings and states of the same transforms."""
+@functools.cache
+def learning_step():
+    """Jitted (states, number, offset, everything) -> new states after a cached draw, by name.
+
+    The loss of one slot is off by ``offset``; ``everything`` is added to all that is measured.
+    """
+    chex.clear_trace_counter()  # it counts by name, over tests too
+
+    @chex.assert_max_traces(n=1)
+    def step_of_the_zoo(states, drawn, offset, everything):
+        def learn(transform, state, draw):
+            stats = some_stats(draw)
+            raw = stats.raw.at[0, 3, 1].add(offset)
+            stats = stats._replace(raw=raw, slopes=jnp.square(raw))
+            stats = LossStats(*(f if f.dtype == jnp.int32 else f + everything for f in stats))
+            return transform.update(state, draw, stats)
+
+        return zoo.for_each(learn, states, drawn)
+
+    step = zoo.quick(step_of_the_zoo)
+
+    def run(states, number, offset=0.0, everything=0.0):
+        drawn = {n: jax.tree.map(lambda a: a[number], cached_draws(n)) for n in LEARNING}
+        return step(states, drawn, jnp.float32(offset), jnp.float32(everything))
+
+    return run
+
+
+def initial_states():
+    return {name: zoo.state(name, SPEC) for name in LEARNING}
+
+
+def test_state_structure_is_stable_and_a_step_traces_once():
+    states = initial_states()
+    for number in range(3):
+        new = learning_step()(states, number)
+        chex.assert_trees_all_equal_structs(states, new)
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, new)
+        states = new
+
 
 BAD = ({"everything": jnp.nan}, *({"offset": x} for x in (jnp.nan, jnp.inf, -jnp.inf, 1e30)))
 """Nothing is a number, or one loss is none or so large that its square is none."""
 
 
 @functools.cache
-def after_bad_losses(names):
-    """(states before, states after each kind, draws made with the first of them), all by name."""
-    step, before = learning_step(names), {name: zoo.state(name, SPEC) for name in names}
-    after = [step(0, before, **bad)[1] for bad in BAD]
-    return before, after, step(0, after[0])[0]
+def after_bad_losses():
+    """States before, and after each kind of bad losses, by name."""
+    before = initial_states()
+    return before, [learning_step()(before, 0, **bad) for bad in BAD]
 
 
-@pytest.mark.parametrize("name", slow_except(LEARNING_SINGLES, LEARNING))
-def test_non_finite_losses_do_not_poison_the_next_draw(name):
-    """One bad loss leaves the moments as they were, and is counted."""
-    group = tuple(zoo.SINGLES) if name in zoo.SINGLES else LEARNING_OTHERS
-    before, states, redrawn = after_bad_losses(group)
+@pytest.mark.parametrize("name", LEARNING)
+def test_non_finite_losses_do_not_poison_the_state(name):
+    """One bad loss leaves the moments as they were, and is counted; draws are as finite as ever."""
+    before, states = after_bad_losses()
     before = before[name]
-    chex.assert_tree_all_finite(redrawn[name])
-    for after in (found[name] for found in states):
+    chex.assert_tree_all_finite(cached_draws(name))
+    for after in (states_after[name] for states_after in states):
         if hasattr(before, "rejected"):
             assert after.rejected == before.rejected + 1
             after = after._replace(rejected=before.rejected)
         chex.assert_trees_all_equal(before, after)
+
+
+def test_draws_do_not_read_the_number_of_bad_batches():
+    """So a state that has refused a batch draws as before."""
+    for name in set(LEARNING) & set(zoo.MEMBERS):
+        transform, state = zoo.ALL[name](), zoo.state(name, SPEC)
+        if hasattr(state, "rejected"):
+            state = state._replace(rejected=None)  # reading it would raise
+            draw = functools.partial(variance.draw_batch, transform=transform, spec=SPEC)
+            jax.eval_shape(lambda key: draw(key, state=state), zoo.draw_keys(1)[0])  # noqa: B023
 
 
 MESH_FEW = ("stratified", "ppots_slopes", "rotate_ranks", "levels_ppots_rotate", "ppots_steep")
@@ -290,26 +292,24 @@ def test_same_numbers_on_eight_devices(names):
     states = {name: zoo.state(name, spec) for name in transforms}
 
     def make(key):
-        return {
-            name: variance.draw_batch(key, transform, states[name], spec)
-            for name, transform in transforms.items()
-        }
-
-    def learn(drawn):
-        transform, before = transforms["ppots_steep"], states["ppots_steep"]
-        return transform.update(before, drawn["ppots_steep"], some_stats(drawn["ppots_steep"]))
+        start = draws.iid(key, spec)
+        drawn = {n: t.draw(key, states[n], start, spec) for n, t in transforms.items()}
+        steep = drawn["ppots_steep"]
+        learnt = transforms["ppots_steep"].update(states["ppots_steep"], steep, some_stats(steep))
+        return drawn, learnt
 
     mesh = make_mesh(data=8)
-    sharding = jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec(None, *batch_sharding(mesh).spec)
+    by_rows, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in ((None, *batch_sharding(mesh).spec), ())
     )
     key = jax.random.key(11)
-    sharded = zoo.quick(make, out_shardings=sharding)(key)
+    sharded, learnt_sharded = zoo.quick(make, out_shardings=(by_rows, whole))(key)
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(sharded))
-    single = zoo.quick(make)(key)
+    single, learnt = zoo.quick(make)(key)
     for name, draw in single.items():
         chex.assert_trees_all_equal(draw, jax.device_get(sharded[name]), custom_message=name)
-    chex.assert_trees_all_close(jax.jit(learn)(single), jax.jit(learn)(sharded), rtol=1e-6)
+    chex.assert_trees_all_close(learnt, jax.device_get(learnt_sharded), rtol=1e-6)
 
 
 @functools.cache
@@ -425,13 +425,11 @@ PROFILED = [name for name in zoo.ALL if zoo.ALL[name]().profile is not None]
 
 @functools.cache
 def profile_function():
-    @zoo.quick
     def run(places):
-        return {
-            name: zoo.ALL[name]().profile(zoo.state(name, SPEC), u) for name, u in places.items()
-        }
+        states = {name: zoo.state(name, SPEC) for name in places}
+        return zoo.for_each(lambda transform, *at: transform.profile(*at), states, places)
 
-    return run
+    return zoo.quick(run)
 
 
 def profiles(places):
@@ -532,7 +530,8 @@ def check_random_chains(rng, count, per_compilation):
         states = [chain.init(SPEC) for chain in chains]
 
         def draw(key, chains=chains, states=states):
-            return [variance.draw_batch(key, *pair, SPEC) for pair in zip(chains, states)]
+            start = draws.iid(key, SPEC)
+            return [chain.draw(key, own, start, SPEC) for chain, own in zip(chains, states)]
 
         keys = jax.random.split(jax.random.key(start), 2_000)
         found = jax.tree.map(np.asarray, zoo.quick(jax.vmap(draw))(keys))

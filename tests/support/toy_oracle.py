@@ -19,8 +19,7 @@ from mdm_jax import corruption, objectives, schedules, testing
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.schedules import masked as schedules_masked
 from mdm_jax.testing import toys
-from mdm_jax.variance.densities import piecewise_density
-from mdm_jax.variance.warps import importance
+from mdm_jax.variance.densities import piecewise_density, warp
 
 PROBABILITIES = np.array(toys.ROW_PROBABILITIES)
 NELBO = (4.37020885, 4.52536593, 2.44006023)
@@ -292,9 +291,23 @@ def fine_density(moment, eps=1e-3, bins=1500):
     return piecewise_density(edges, np.diff(edges) * np.maximum(root, 1e-30))
 
 
+@functools.cache
+def _warp_function(eps):
+    """Jitted (density, u) -> rate and log weight, compiled once per type and size of density."""
+
+    def run(density, u):
+        draw = warp(Draw(u[None, :, None], jnp.zeros((1, len(u), 1)), None), density)
+        return jax.nn.sigmoid(-truncated_law(eps).icdf(draw.u[0, :, 0])), draw.log_weight[0, :, 0]
+
+    return quick(run)
+
+
 def warped(density, u, eps=1e-3):
     """Masking rates and importance weights that ``importance(density)`` makes of quantiles u."""
-    return drawn(importance(density), u, eps)
+    size = 2 ** int(np.ceil(np.log2(max(len(u), 128))))  # few shapes
+    padded = np.append(u, np.full(size - len(u), 0.5)).astype(np.float32)
+    rate, log_weight = (a[: len(u)] for a in _warp_function(eps)(density, padded))
+    return np.asarray(rate, np.float64), np.exp(np.asarray(log_weight, np.float64))
 
 
 def drawn(transform, u, eps=0.0):

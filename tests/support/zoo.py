@@ -36,13 +36,13 @@ SINGLES = {
     "clipped_mixture": lambda: variance.clipped_mixture(0.3, 0.8, 0.2),
     "ppots_parametric": lambda: variance.ppots_parametric(EPR),
     "ppots_binned": lambda: variance.ppots_binned(BINS, STEEP),
-    "ppots": lambda: variance.ppots(num_bins=8),
+    "ppots": lambda: variance.ppots(num_bins=6),
     "ppots_slopes": lambda: variance.ppots_slopes(num_bins=8),
-    "ema_bins": lambda: variance.ema_bins(num_bins=8),
-    "loss_history": lambda: variance.loss_history(num_bins=8),
+    "ema_bins": lambda: variance.ema_bins(num_bins=6, floor=0.1),
+    "loss_history": lambda: variance.loss_history(num_bins=6, length=2, floor=0.1),
     "learned_quantile": lambda: variance.learned_quantile(resolution=4),
     "uncertainty_weighting": lambda: variance.uncertainty_weighting(num_features=8),
-    "cdcd_warp": lambda: variance.cdcd_warp(num_bins=8),
+    "cdcd_warp": lambda: variance.cdcd_warp(num_bins=6),
     "cdtd_warp": lambda: variance.cdtd_warp(piecewise_linear_curve(8)),
     "mirror": variance.mirror,
     "rotate": lambda: variance.rotate(3),
@@ -67,38 +67,33 @@ CHAINS = {
 }
 
 LEARNERS = {
-    "ppots_small": lambda: variance.ppots(num_bins=6, warmup_steps=0),
-    "ppots_level_variance": lambda: variance.ppots(
-        num_bins=6, warmup_steps=0, target=level_variance
-    ),
-    "ema_small": lambda: variance.ema_bins(num_bins=6, warmup_steps=0, floor=0.1),
-    "history_small": lambda: variance.loss_history(num_bins=6, length=2, floor=0.1),
-    "quantile_small": lambda: variance.learned_quantile(resolution=4),
-    "uncertainty_small": lambda: variance.uncertainty_weighting(num_features=8),
-    "cdcd_small": lambda: variance.cdcd_warp(num_bins=6),
+    "ppots_level_variance": lambda: variance.ppots(num_bins=6, target=level_variance),
     "cdtd_logistic": lambda: variance.cdtd_warp(logistic_curve()),
 }
-"""Adaptive warps without warm-up, for loaded states."""
+"""Adaptive warps in other settings."""
+
+FACTORIES = SINGLES | CHAINS | LEARNERS
+WARM = jnp.int32(1000)  # steps, more than any warm-up has
 
 
 def _loaded(second, mean=0.0, weight=1.0):
     full = [jnp.broadcast_to(jnp.asarray(a, jnp.float32), (6,)) for a in (second, mean, weight)]
-    return PpotsState(*full, jnp.int32(5), jnp.int32(0))
+    return PpotsState(*full, WARM, jnp.int32(0))
 
 
 def _history(*values):
     kept = jnp.broadcast_to(jnp.asarray(values, jnp.float32)[:, None], (6, 2))
     counts = jnp.full(6, 3, jnp.int32)
-    return LossHistory(kept, counts, jnp.int32(5), jnp.int32(0))
+    return LossHistory(kept, counts, WARM, jnp.int32(0))
 
 
-def _fresh(learner, levels=2):
-    return LEARNERS[learner]().init(draws.DrawSpec(1, levels, (1,)))
+def _fresh(learner):
+    return FACTORIES[learner]().init(draws.DrawSpec(1, 2, (1,)))
 
 
 def _steep_net():
     """Few levels below 0.5, and the more the cleaner."""
-    state = _fresh("quantile_small")
+    state = _fresh("learned_quantile")
     units = jnp.linspace(0.0, 1.0, state.net.height.size)
     net = dataclasses.replace(
         state.net, height=state.net.height - 3 * units, log_steepness=1.0 + 2.0 * (1 - units)
@@ -108,12 +103,12 @@ def _steep_net():
 
 def _scaled():
     """The clean half weighs more than the noisy one."""
-    state = _fresh("uncertainty_small")
+    state = _fresh("uncertainty_weighting")
     return state._replace(coefficients=jnp.array([1.5, -1.0, 0.5, 1.0, -0.5, 0.7, -0.2, 0.3]))
 
 
 def _warped():
-    state = _fresh("cdcd_small")
+    state = _fresh("cdcd_warp")
     heights = jnp.log(jnp.array([[0.05, 0.1, 0.3, 0.6, 1.0, 2.0]]))
     return state._replace(averages=state.averages._replace(heights=heights))
 
@@ -126,43 +121,36 @@ def _tied():
 
 
 STATES = {
-    "ppots_fresh": ("ppots_small", _loaded(0.0, 0.0, 0.0)),
-    "ppots_zeros": ("ppots_small", _loaded(0.0)),
-    "ppots_large": ("ppots_small", _loaded(1e30)),
-    "ppots_overflow": ("ppots_small", _loaded(jnp.inf)),
-    "ppots_huge_first_bin": ("ppots_small", _loaded([1e30, 1, 1, 1, 1, 1])),
-    "ppots_huge_last_bin": ("ppots_small", _loaded([0, 0, 0, 0, 0, 1e30])),
-    "ppots_few_visited": ("ppots_small", _loaded([4.0, 0, 0, 9.0, 0, 0], 0, [1, 0, 0, 0.5, 0, 0])),
-    "ppots_steep": ("ppots_small", _loaded([1, 10, 100, 1e3, 1e4, 1e5])),
+    "ppots_fresh": ("ppots", _loaded(0.0, 0.0, 0.0)),
+    "ppots_zeros": ("ppots", _loaded(0.0)),
+    "ppots_large": ("ppots", _loaded(1e30)),
+    "ppots_overflow": ("ppots", _loaded(jnp.inf)),
+    "ppots_huge_first_bin": ("ppots", _loaded([1e30, 1, 1, 1, 1, 1])),
+    "ppots_huge_last_bin": ("ppots", _loaded([0, 0, 0, 0, 0, 1e30])),
+    "ppots_few_visited": ("ppots", _loaded([4.0, 0, 0, 9.0, 0, 0], 0, [1, 0, 0, 0.5, 0, 0])),
+    "ppots_steep": ("ppots", _loaded([1, 10, 100, 1e3, 1e4, 1e5])),
     "ppots_no_variance": ("ppots_level_variance", _loaded(4.0, 2.0)),
     "ppots_variance": ("ppots_level_variance", _loaded([4, 5, 7, 20, 90, 500], 2.0)),
-    "ema_steep": ("ema_small", _loaded(0.0, [1, 2, 4, 9, 30, 200])),
-    "ema_half_visited": ("ema_small", _loaded(0.0, [1, 2, 0, 0, 0, 3], [1, 0.5, 0, 0, 0, 0.1])),
-    "history_steep": ("history_small", _history(1, 2, 4, 9, 30, 200)),
-    "history_zeros": ("history_small", _history(0, 0, 0, 0, 0, 0)),
-    "history_huge": ("history_small", _history(0, 0, 0, 0, 0, 1e30)),
-    "quantile_steep": ("quantile_small", _steep_net()),
-    "uncertainty_loaded": ("uncertainty_small", _scaled()),
-    "cdcd_loaded": ("cdcd_small", _warped()),
+    "ema_steep": ("ema_bins", _loaded(0.0, [1, 2, 4, 9, 30, 200])),
+    "ema_half_visited": ("ema_bins", _loaded(0.0, [1, 2, 0, 0, 0, 3], [1, 0.5, 0, 0, 0, 0.1])),
+    "history_steep": ("loss_history", _history(1, 2, 4, 9, 30, 200)),
+    "history_zeros": ("loss_history", _history(0, 0, 0, 0, 0, 0)),
+    "history_huge": ("loss_history", _history(0, 0, 0, 0, 0, 1e30)),
+    "quantile_steep": ("learned_quantile", _steep_net()),
+    "uncertainty_loaded": ("uncertainty_weighting", _scaled()),
+    "cdcd_loaded": ("cdcd_warp", _warped()),
     "cdtd_loaded": ("cdtd_logistic", _tied()),
 }
 """Name -> (learner, state): adaptive warps that have seen extremes."""
 
-ALL = (
-    SINGLES | CHAINS | LEARNERS | {name: LEARNERS[learner] for name, (learner, _) in STATES.items()}
-)
+ALL = FACTORIES | {name: FACTORIES[learner] for name, (learner, _) in STATES.items()}
+MEMBERS = {name: (name, *(n for n in STATES if STATES[n][0] == name)) for name in FACTORIES}
+"""Name of a factory -> members of ALL that differ in their states alone."""
+
 TRUNCATED = ("clipped", "clipped_adaptive")
 DRIFTING = ("uncertainty_loaded", "cdcd_loaded", "cdtd_loaded")
 """Biased members with states in which their bias shows."""
-BIASED = (
-    "uncertainty_weighting",
-    "cdcd_warp",
-    "cdtd_warp",
-    "uncertainty_small",
-    "cdcd_small",
-    "cdtd_logistic",
-    *DRIFTING,
-)
+BIASED = ("uncertainty_weighting", "cdcd_warp", "cdtd_warp", "cdtd_logistic", *DRIFTING)
 EXACT = [name for name in ALL if name not in TRUNCATED + BIASED]
 UNBIASED = [name for name in ALL if name not in BIASED]
 SEPARATE_LEVELS = ("stratified_blocks", "blocks_importance_mirror")
@@ -196,13 +184,13 @@ def densities():
     edges, equal = log_spaced_edges(6, 1e-3), np.linspace(0, 1, 7)
     moments = variance.level_moments
     of_state = {
-        "ppots_small": lambda state: (edges, moments(state).second),
+        "ppots": lambda state: (edges, moments(state).second),
         "ppots_level_variance": lambda state: (
             edges,
             level_variance(moments(state)),
         ),
-        "ema_small": lambda state: (equal, moments(state).mean ** 2),
-        "history_small": lambda state: (equal, jnp.mean(state.values**2, axis=1)),
+        "ema_bins": lambda state: (equal, moments(state).mean ** 2),
+        "loss_history": lambda state: (equal, jnp.mean(state.values**2, axis=1)),
     }
     for name, (learner, loaded) in STATES.items():
         if learner in of_state:
@@ -210,8 +198,9 @@ def densities():
     return found | {"quantile_steep": STATES["quantile_steep"][1].net}
 
 
+@functools.cache
 def quick(function, **options):
-    """``jax.jit`` that compiles fast and runs slowly, for functions that run once."""
+    """``jax.jit`` that compiles fast and runs slowly; the same for the same function."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
@@ -220,24 +209,38 @@ def draw_keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
+def for_each(function, states, *arguments):
+    """Name -> ``function(transform, state, *arguments)``, one program per factory.
+
+    Args:
+        function: returns a pytree of arrays.
+        states: by name of a member of ALL.
+        arguments: by name, too.
+    """
+    found = {}
+    for factory, names in MEMBERS.items():
+        names = [name for name in names if name in states]
+        one = functools.partial(function, FACTORIES[factory]())
+        if len(names) == 1:
+            found[names[0]] = one(*(each[names[0]] for each in (states, *arguments)))
+        elif names:
+            stacked = (
+                jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each[n] for n in names))
+                for each in (states, *arguments)
+            )
+            together = jax.vmap(one)(*stacked)
+            found |= {n: jax.tree.map(lambda a, i=i: a[i], together) for i, n in enumerate(names)}
+    return found
+
+
 @functools.cache
 def all_draws(spec, count, seed=0):
     """``count`` independent draws of every member of ALL, name -> Draw [count, V, B, ...]."""
-    keys = draw_keys(count, seed)
+    states = {name: state(name, spec) for name in ALL}
 
     def draw(key):
-        found = {
-            name: variance.draw_batch(key, factory(), state(name, spec), spec)
-            for name, factory in (SINGLES | CHAINS).items()
-        }
-        for learner, factory in LEARNERS.items():
-            loaded = {name: own for name, (owner, own) in STATES.items() if owner == learner}
-            loaded[learner] = state(learner, spec)
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loaded.values())
-            one = functools.partial(variance.draw_batch, key, factory(), spec=spec)
-            drawn = jax.vmap(lambda own, one=one: one(state=own))(stacked)
-            for i, name in enumerate(loaded):
-                found[name] = jax.tree.map(lambda a, i=i: a[i], drawn)
-        return found
+        # As draw_batch, which starts from the same numbers for all.
+        start = draws.iid(key, spec)
+        return for_each(lambda transform, own: transform.draw(key, own, start, spec), states)
 
-    return jax.tree.map(np.asarray, quick(jax.vmap(draw))(keys))
+    return jax.tree.map(np.asarray, quick(jax.vmap(draw))(draw_keys(count, seed)))

@@ -36,21 +36,12 @@ def ema_bins(
     is that of :func:`~mdm_jax.variance.ppots`, whose averages decay per draw. Averages start from a
     bin's first visit, until when it counts as average, instead of from 1.
 
-    Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
-    state. Costs: one view, and a few operations on vectors of the number of bins.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
+    Costs: one view, and a few operations on vectors of the number of bins.
     Removes: what sampling in proportion to the mean loss can: the whole excess over the optimum
     where E f^2 / (E f)^2 does not depend on the level. Bias: exact.
     Reference: Kingma and Gao 2023, appendix F.
-
-    Args:
-        num_bins: J, at least 1.
-        decay: of a bin's average per step that visits it, in [0, 1).
-        floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
-        warmup_steps: number of batches with uniform levels.
-        target: from moments per bin to the moment whose root the density follows.
-
-    Raises:
-        ValueError: if a setting is out of range, or the target needs what running moments lack.
+    Args, Raises: as :func:`~mdm_jax.variance.ppots`; ``decay`` is per step that visits a bin.
     """
     check_settings("ema_bins", decay=decay)
     edges = equal_edges("ema_bins", num_bins)
@@ -67,8 +58,7 @@ class LossHistory(NamedTuple):
     Attributes:
         values: [J, H] ring buffers; entry n of a bin is at position n modulo H.
         count: [J] int32, number of values that a bin has had; once full, known modulo H only.
-        steps: number of batches learnt from.
-        rejected: number of batches that were not finite and changed nothing else.
+        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
     """
 
     values: Array
@@ -84,19 +74,13 @@ def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> V
     Levels are uniform until every bin is full, after about J (length + log J) / B batches: prefer
     some tens of bins over one per diffusion step.
 
-    Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
-    state. Costs: one view, and the memory of J times ``length`` numbers.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
+    Costs: one view, and the memory of J times ``length`` numbers.
     Removes: as much as sqrt(E f^2) varies with the level; few values per bin make the density
     noisy, which costs variance and no bias. Bias: exact.
     Reference: Nichol and Dhariwal 2021 (improved DDPM), the resampler by the second moment.
-
-    Args:
-        num_bins: J, at least 1.
-        length: H, values remembered per bin, at least 1.
-        floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
-
-    Raises:
-        ValueError: if a setting is out of range.
+    Args: ``num_bins``, J; ``length``, H; ``floor``, share of uniform levels, in (0, 1].
+    Raises: ValueError if a setting is out of range.
     """
     if length < 1:
         raise ValueError(f"loss_history needs length >= 1, got {length}")

@@ -24,7 +24,7 @@ _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower th
 
 
 class LossCurve(NamedTuple):
-    """A family of rising curves. Functions of xi are elementwise and jit-able.
+    """A family of rising curves, as elementwise functions.
 
     Attributes:
         init: ``init() -> parameters``, near the line F(xi) = xi.
@@ -40,25 +40,14 @@ class LossCurve(NamedTuple):
 
 
 class PiecewiseLinear(NamedTuple):
-    """Cells that are free in both directions.
-
-    Attributes:
-        widths: [K] logits of the widths, which add up to 1.
-        heights: [K] logarithms of the rises.
-    """
+    """Cells: [K] logits of their widths, which add up to 1, and [K] logarithms of their rises."""
 
     widths: Array
     heights: Array
 
 
 class LogisticShape(NamedTuple):
-    """A logistic curve in the log odds of xi.
-
-    Attributes:
-        middle: [] log odds at which half of the loss is reached, m.
-        steepness: [] softplus inverse of v - 1.
-        scale: [] softplus inverse of F(1).
-    """
+    """A logistic curve in the log odds of xi: m, and the softplus inverses of v - 1 and F(1)."""
 
     middle: Array
     steepness: Array
@@ -67,9 +56,7 @@ class LogisticShape(NamedTuple):
 
 def piecewise_linear_curve(num_bins: int = 100) -> LossCurve:
     """Piecewise-linear curves with ``num_bins`` cells (CDCD, Dieleman et al. 2022).
-
-    Raises:
-        ValueError: unless ``num_bins`` is positive.
+    ValueError unless ``num_bins`` is positive.
     """
     if num_bins < 1:
         raise ValueError(f"piecewise_linear_curve needs num_bins >= 1, got {num_bins}")
@@ -141,13 +128,8 @@ def squared_misfit(
 ) -> Array:
     """``(F(xi) - loss)^2 / density(xi)``, elementwise: uniform in xi for levels of that density.
 
-    Args:
-        curve: the family.
-        parameters: of the curve F that is fitted.
-        xi: noise, any shape.
-        loss: at this noise, same shape.
-        log_density: log of the density over xi that the levels were *drawn* from, nats, same shape;
-            no gradient flows through it.
+    ``loss`` and ``log_density``, of the density that levels were *drawn* from (no gradient flows
+    through it), are those at the noise ``xi``.
     """
     drawn = jax.lax.stop_gradient(log_density)
     return jnp.square(curve.value(parameters, xi) - loss) * jnp.exp(-drawn)
@@ -160,8 +142,7 @@ class CurveState(NamedTuple):
         curves: parameters of the family, each with a leading axis of G curves, as fitted.
         averages: their exponential moving averages, from which levels are drawn.
         optimizer: Adam's moments.
-        steps: number of batches learnt from.
-        rejected: number of batches that were not finite and changed nothing else.
+        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
     """
 
     curves: PyTree
@@ -181,16 +162,8 @@ def curve_warp(
 ) -> VarianceTransform:
     """Draws levels from the slopes of fitted curves and pays no weight.
 
-    Args:
-        name: of the transform.
-        curve: family of the curves.
-        curve_of_level: from S to the number of each level's curve, [S] integers from 0 to G - 1.
-        learning_rate: of Adam.
-        decay: of the averages per batch; 0 draws from the curves as fitted.
-        log_factor: log of a factor on the loss, of the quantile [V, B, S], before it is fitted.
-
-    Raises:
-        ValueError: unless the learning rate is positive and the decay in [0, 1).
+    ``curve_of_level`` maps S to the number of each level's curve, [S] integers from 0 to G - 1;
+    ``log_factor`` takes quantiles [V, B, S]. The rest, and errors, as for :func:`cdcd_warp`.
     """
     check_settings(name, decay=decay, learning_rate=learning_rate)
     optimizer = optax.adam(learning_rate, b2=0.99)
@@ -257,13 +230,11 @@ def cdcd_warp(
 
     A piecewise-linear curve F(xi) over the noise ``xi = 1 - u`` is fitted to the raw loss per
     target element by least squares, uniformly in xi. Levels are drawn from its slope, and *no*
-    weight is paid. The loss has to rise with the noise, as the cross-entropy of a token does. For
-    Gaussian diffusion the raw loss, the error of eps, falls; pass
-    ``log_factor=lambda u: -law.icdf(u)`` to fit the error of the clean data, which rises.
+    weight is paid. The loss has to rise with the noise; for Gaussian diffusion, where the error of
+    eps falls, pass ``log_factor=lambda u: -law.icdf(u)`` to fit the error of the clean data.
 
-    Keeps: the range of levels. Not the loss: the effective weighting is the objective's times the
-    learnt density, which is not paid for and moves during training.
-    Couples: nothing within a step; steps through the state. Costs: one view.
+    Keeps: the range of levels, not the loss: the effective weighting is the objective's times the
+    learnt density, which moves. Couples: steps, through the state. Costs: one view.
     Removes: draws at levels where nothing is decided, by changing what is estimated. Bias: biased.
     Reference: Dieleman et al. 2022 (CDCD), time warping.
 
@@ -274,8 +245,7 @@ def cdcd_warp(
             curve as fitted.
         log_factor: log of a factor on the loss, elementwise in the quantile, before it is fitted.
 
-    Raises:
-        ValueError: if a setting is out of range.
+    Raises: ValueError if a setting is out of range.
     """
     curve = piecewise_linear_curve(num_bins)
     return curve_warp(
@@ -297,13 +267,10 @@ def cdtd_warp(
     for all. Condition the network on the logSNR, not on the common quantile, which changes its
     meaning whenever a curve moves.
 
-    Keeps: each level's range. Not the loss: a level's effective weighting is the objective's times
-    the learnt density, which is not paid for and moves during training; nor the independence of the
-    levels of a row: elements of one type have a context whose other types are at the same fraction.
+    Keeps: each level's range, not the loss (as there), nor the independence of a row's levels.
     Couples: the levels of a row; steps through the state. Costs: one view.
     Removes: differences in difficulty between levels and types, by changing what is estimated.
-    Bias: biased.
-    Reference: Mueller et al. 2025 (CDTD).
+    Bias: biased. Reference: Mueller et al. 2025 (CDTD).
 
     Args:
         curve: family of curves, piecewise linear if not given, or ``logistic_curve()``.
@@ -313,8 +280,7 @@ def cdtd_warp(
             as the entropy of a marginal; the loss that trains the network is not divided.
         learning_rate, decay, log_factor: see :func:`cdcd_warp`.
 
-    Raises:
-        ValueError: if a setting is out of range, or groups or normalisers do not fit S.
+    Raises: ValueError if a setting is out of range, or groups or normalisers do not fit S.
     """
     if groups is not None and set(groups) != set(range(len(set(groups)))):
         raise ValueError(

@@ -103,9 +103,7 @@ def monotone_net(resolution: int = 32) -> MonotoneNet:
 
     Sigmoids of width 1 / resolution at that spacing, with 16 more on either side, add up to a
     straight line to 1e-7 of it: K = resolution + 32 units.
-
-    Raises:
-        ValueError: unless ``resolution`` is positive.
+    ValueError unless ``resolution`` is positive.
     """
     if resolution < 1:
         raise ValueError(f"monotone_net needs resolution >= 1, got {resolution}")
@@ -127,8 +125,7 @@ class LearnedQuantile(NamedTuple):
         optimizer: Adam's moments.
         square: [] decayed mean of the squared, weighted integrand.
         weight: [] total weight of that mean, from 0 towards 1.
-        steps: number of batches learnt from.
-        rejected: number of batches that were not finite and changed nothing else.
+        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
     """
 
     net: MonotoneNet
@@ -153,19 +150,13 @@ def learned_quantile(
     ``q`` proportional to sqrt(E f^2). Q has no floor: weights are bounded by its steepest slope.
     Under heavy tails, as of Bernoulli masks, the bins of :func:`~mdm_jax.variance.ppots` are safer.
 
-    Keeps: E[weight f(u)] = int f at every step. Couples: nothing within a step; steps through the
-    state. Costs: one view, and a network of one hidden layer per level.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
+    Costs: one view, and a network of one hidden layer per level.
     Removes: as much as sqrt(E f^2) varies with the level. Bias: exact.
     Reference: Kingma et al. 2021 (VDM), appendix I.2, with the score function in place of the
     derivative of the loss, and kernels made positive by softplus and exponential.
-
-    Args:
-        resolution: hidden units per unit of the level; there are 32 more.
-        learning_rate: of Adam.
-        decay: of the running mean, in [0, 1).
-
-    Raises:
-        ValueError: if a setting is out of range.
+    Args: ``resolution``, hidden units per unit of the level; ``learning_rate`` of Adam; ``decay``
+    of the running mean, in [0, 1). Raises: ValueError if a setting is out of range.
     """
     check_settings("learned_quantile", decay=decay, learning_rate=learning_rate)
     monotone_net(resolution)  # raises where there is none
@@ -215,10 +206,7 @@ def second_moment_gradient(
 ) -> PyTree:
     """Gradient of ``E[(f / q)^2]`` in the parameters of q, by the score function.
 
-    Args:
-        log_density: from parameters to log q at the levels drawn, which stay where they are.
-        parameters: those that the levels were drawn with.
-        squares: squared weighted integrand at these levels, of the shape of the log density.
-        mean: over the levels drawn.
+    ``log_density`` maps parameters to log q at the levels drawn with ``parameters``, ``squares`` is
+    the squared weighted integrand there, and ``mean`` averages over these levels.
     """
     return jax.grad(lambda parameters: -mean(squares * log_density(parameters)))(parameters)

@@ -21,8 +21,7 @@ class UncertaintyState(NamedTuple):
     Attributes:
         coefficients: [C] of the Fourier features, zero at first.
         optimizer: Adam's moments.
-        steps: number of batches learnt from.
-        rejected: number of batches that were not finite and changed nothing else.
+        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
     """
 
     coefficients: Array
@@ -52,7 +51,7 @@ def uncertainty_weighting(
     Keeps: the levels; it counts as a chain's warp. Not the loss: once learnt, the effective
     weighting is ``p / E[l | level]`` over the logSNR, p the objective's law, whatever the
     objective's own weight, and moves as the network learns.
-    Couples: nothing within a step; steps through the state. Costs: one view.
+    Couples: steps, through the state. Costs: one view.
     Removes: variance by changing what is estimated: no level outweighs another. Bias: biased.
     Reference: Karras et al. 2024 (EDM2), appendix B.2, after Kendall et al. 2018; theirs has
     normalised coefficients, which cannot start at zero.
@@ -64,8 +63,7 @@ def uncertainty_weighting(
         learning_rate: of Adam.
         seed: of the frozen frequencies and phases.
 
-    Raises:
-        ValueError: if a setting is out of range.
+    Raises: ValueError if a setting is out of range.
     """
     if num_features < 1:
         raise ValueError(f"uncertainty_weighting needs num_features >= 1, got {num_features}")
