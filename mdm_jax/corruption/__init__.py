@@ -3,8 +3,6 @@
 from mdm_jax.corruption.masked import (
     bernoulli,
     count_at_rate,
-    cross_entropy,
-    exclude_token,
     expected_inverse_rate,
     fixed_count,
     noise_ranks,
@@ -13,4 +11,4 @@ from mdm_jax.corruption.masked import (
 )
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
 from mdm_jax.corruption.token_dependent import bernoulli_shifted_logit, bernoulli_shifted_rate
-from mdm_jax.corruption.uniform import leave_one_out, uniform_tokens
+from mdm_jax.corruption.uniform import leave_one_out, token_estimate, uniform_tokens

@@ -1,6 +1,4 @@
-"""The mean of 1/m given how many tokens were masked, for rates m from an interval.
-
-Masked (absorbing-state) diffusion: tokens are kept or replaced by the mask token.
+"""Masked (absorbing-state) diffusion: tokens are kept or replaced by the mask token.
 
 At logSNR lambda a token survives with probability ``sigmoid(lambda)`` and is masked at the rate
 ``m = sigmoid(-lambda)``. With S the sum of the cross-entropies of the masked tokens of a row with n
@@ -8,15 +6,9 @@ eligible ones, the negative evidence lower bound is, for every schedule,
 
     NELBO = int_0^1 (1/m) E[S | m] dm = sum_{k=1}^{n} (1/k) E[S | k masked]
 
-so a process only has to say which tokens it masks at m, and by which factor S is to be multiplied.
-Fixed counts, Bernoulli and Rao-Blackwell masks are exact under every law that covers all rates; the
-last one's clipped form is truncated, and wants a law of its own rates.
-
-Near m = 0 Bernoulli's S/m has a second moment of the order of 1/m. A law that draws rates with
-density p makes that ``int dm / (m p)``: infinite for a bounded density down to 0, as that of
-uniform rates is; finite where p grows like a power of 1/m, as under ``schedules.masked.power`` with
-an exponent above 1 or ``cosine_squared``; and finite where rates next to 0 are not drawn, which
-leaves them out of the bound. The other processes have bounded weights.
+so a process says which tokens it masks at m, and by which weight S is multiplied. Near m = 0 the
+second moment of Bernoulli's S/m is of the order of 1/m, and infinite under laws whose density of
+the rate is bounded there; the other processes have bounded weights.
 
 References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM), Ou et al. 2024 (RADD, any-order form).
 """
@@ -38,14 +30,12 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) -> Array:
     """``E[1/m | k of n masked]`` for m uniform on [low, high]; 1/rates, float32, same shape.
 
-    It is ``int m^(k-1) (1-m)^(n-k) dm / int m^k (1-m)^(n-k) dm`` over the interval, and lies
-    between 1/high and 1/low. Both are Gauss sums on the two sides of the denominator's peak and
-    relative to its height: as probabilities under beta laws they are 0/0 in float32 wherever the
-    interval lies in a tail of these.
+    It is ``int m^(k-1) (1-m)^(n-k) dm / int m^k (1-m)^(n-k) dm`` over the interval. Both are Gauss
+    sums on the two sides of the denominator's peak and relative to its height, since as beta
+    probabilities they are 0/0 in float32 wherever the interval lies in a tail.
 
     Args:
-        masked: k, integers. Entries with k = 0 are meaningless (k is raised to 1 there).
-        count: n, integers of the same shape.
+        masked, count: k and n, integers of one shape; k = 0 is raised to 1.
         low, high: masking rates, 0 <= low < high <= 1.
     """
     k = jnp.maximum(masked, 1).astype(jnp.float32)[..., None]
@@ -68,8 +58,8 @@ def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) 
 
         _, reach = jax.lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(end), end))
         half, each = reach / 2, (1,) * (reach.ndim - 1) + (-1,)
-        places, weights = (jnp.asarray(a, half.dtype).reshape(each) for a in (_NODES, _WEIGHTS))
-        return half * (1 + places), jnp.abs(half) * weights
+        points, weights = (jnp.asarray(a, half.dtype).reshape(each) for a in (_NODES, _WEIGHTS))
+        return half * (1 + points), jnp.abs(half) * weights
 
     sides = nodes(low - peak), nodes(left - (1 - high))
     offset, weight = (jnp.concatenate(part, axis=-1) for part in zip(*sides))
@@ -81,10 +71,7 @@ def fixed_count(mask_id: int) -> Corruption:
     """Masks exactly ``k = 1 + floor(n m)`` of n eligible tokens, those of the lowest base noise.
 
     Under a uniform rate k is uniform on {1..n}; the weight is n/k. Exact and of finite variance:
-    the default. A level without eligible tokens masks nothing and has raw loss zero.
-
-    Raises:
-        ValueError: if ``mask_id`` is negative.
+    the default.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -101,13 +88,9 @@ def fixed_count(mask_id: int) -> Corruption:
 def bernoulli(mask_id: int) -> Corruption:
     """Masks each eligible token independently at the rate m, with weight 1/m.
 
-    The weight's tail makes the variance infinite under a law, or a warp, whose density of the rate
-    stays bounded down to m = 0, such as the uniform one. It is finite under laws with more small
-    rates, such as ``schedules.masked.power(2.0)``; under those that stop above some epsilon, which
-    leaves that part of the bound out; and in the other processes.
-
-    Raises:
-        ValueError: if ``mask_id`` is negative.
+    The variance is infinite under a law, or a warp, whose density of the rate is bounded down to
+    m = 0, such as the uniform one; finite under laws with more small rates, such as
+    ``schedules.masked.power(2.0)``, and under those that stop above some epsilon ("truncated").
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -123,49 +106,49 @@ def rao_blackwell(mask_id: int) -> Corruption:
     """Bernoulli masks with the weight 1/m averaged over the rates that give the same count.
 
     For m uniform on (0, 1) the posterior given k of n masked is Beta(k+1, n-k+1), hence
-    ``E[1/m | k] = (n+1)/k``. Exact, finite variance, no epsilon. Its second moment is (n+1)/n times
-    that of :func:`fixed_count`, because a share 1/(n+1) of the draws masks nothing.
-
-    The weights average over all rates. Under a law that leaves some out the expectation is that of
-    these weights over the rest, not the bound's part there: :func:`rao_blackwell_clipped`.
-
-    Raises:
-        ValueError: if ``mask_id`` is negative.
+    ``E[1/m | k] = (n+1)/k``. Exact, finite variance, no epsilon; the second moment is (n+1)/n times
+    that of :func:`fixed_count`. Right under laws of all rates; for others there is
+    :func:`rao_blackwell_clipped`.
     """
 
-    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
-        mask = bernoulli_mask(noise, logsnr, eligible, level_ids)
-        count = _eligible_count(eligible, logsnr, level_ids)
-        masked = sum_levels(mask.astype(jnp.int32), logsnr.shape[-1], level_ids)
-        log_weight = jnp.log(count + 1.0) - jnp.log(jnp.maximum(masked, 1).astype(jnp.float32))
-        return Corrupted(jnp.where(mask, mask_id, x), mask, jnp.where(masked > 0, log_weight, 0.0))
+    def log_weight(masked: Array, count: Array) -> Array:
+        return jnp.log(count + 1.0) - jnp.log(jnp.maximum(masked, 1).astype(jnp.float32))
 
-    return _masked("rao_blackwell", corrupt, mask_id)
+    return _averaged_weight("rao_blackwell", mask_id, log_weight)
 
 
 def rao_blackwell_clipped(mask_id: int, low: float, high: float) -> Corruption:
     """:func:`rao_blackwell` for rates uniform on [low, high].
 
-    The weight is ``E[1/m | k, m ~ U(low, high)]``, a ratio of incomplete beta functions. It is
-    right under laws that cover just these rates, such as ``schedules.masked.clipped(low, high)``;
-    an objective refuses any other. The expectation is the bound's part from low to high:
-    "truncated", and "exact" for all rates.
+    The weight is ``E[1/m | k, m ~ U(low, high)]``, right under laws that cover just these rates,
+    such as ``schedules.masked.clipped(low, high)``; objectives refuse any other. "truncated", and
+    "exact" for all rates.
 
     Raises:
-        ValueError: unless 0 <= low < high <= 1, or if ``mask_id`` is negative.
+        ValueError: unless 0 <= low < high <= 1.
     """
     if not 0 <= low < high <= 1:
         raise ValueError(f"rao_blackwell_clipped needs 0 <= low < high <= 1, got {low}, {high}")
+
+    def log_weight(masked: Array, count: Array) -> Array:
+        return jnp.log(expected_inverse_rate(masked, count, low, high))
+
+    bias = "exact" if (low, high) == (0, 1) else "truncated"
+    process = _averaged_weight("rao_blackwell_clipped", mask_id, log_weight)
+    return process._replace(bias=bias, rates=(low, high))
+
+
+def _averaged_weight(name: str, mask_id: int, log_weight: Callable) -> Corruption:
+    """Bernoulli masks with the weight a function of the masked and the eligible count."""
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
         mask = bernoulli_mask(noise, logsnr, eligible, level_ids)
         count = _eligible_count(eligible, logsnr, level_ids)
         masked = sum_levels(mask.astype(jnp.int32), logsnr.shape[-1], level_ids)
-        log_weight = jnp.log(expected_inverse_rate(masked, count, low, high))
-        return Corrupted(jnp.where(mask, mask_id, x), mask, jnp.where(masked > 0, log_weight, 0.0))
+        weight = jnp.where(masked > 0, log_weight(masked, count), 0.0)
+        return Corrupted(jnp.where(mask, mask_id, x), mask, weight)
 
-    bias = "exact" if (low, high) == (0, 1) else "truncated"
-    return _masked("rao_blackwell_clipped", corrupt, mask_id)._replace(bias=bias, rates=(low, high))
+    return _masked(name, corrupt, mask_id)
 
 
 def count_at_rate(rate: Array, count: Array) -> Array:
@@ -179,8 +162,7 @@ def noise_ranks(
 ) -> Array:
     """Rank of each element's noise among the eligible elements of its level, [..., L] int32.
 
-    Ranks of eligible elements are 0..n-1; ineligible ones rank behind them. Equal numbers are told
-    apart by position.
+    Ineligible elements rank last, equal numbers by position.
     """
     noise, eligible = jnp.broadcast_arrays(noise, eligible)
     key = jnp.where(eligible, noise, jnp.inf)
@@ -199,29 +181,6 @@ def bernoulli_mask(
     """Each eligible element masked where its base noise falls below the rate, [..., L] bool."""
     rate = spread_levels(jax.nn.sigmoid(-logsnr), noise.shape[-1], level_ids)
     return eligible & (noise < rate)
-
-
-def cross_entropy(logits: Array, targets: Array, mask_id: int | None) -> Array:
-    """Cross-entropy of clean tokens, nats, float32 [..., L].
-
-    Args:
-        logits: [..., L, K] of any float dtype. Where K exceeds ``mask_id`` the mask token's logit
-            is taken out of the softmax: a clean token is never the mask.
-        targets: [..., L] clean token ids.
-        mask_id: the mask token, or None.
-    """
-    log_probs = jax.nn.log_softmax(exclude_token(logits, mask_id), axis=-1)
-    return -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-
-
-def exclude_token(logits: Array, mask_id: int | None) -> Array:
-    """float32 logits with the mask token's set so low that its probability is exactly zero."""
-    logits = logits.astype(jnp.float32)
-    if mask_id is None or logits.shape[-1] <= mask_id:
-        return logits
-    lowest = jnp.finfo(jnp.float32).min
-    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.where(token == mask_id, lowest, logits)
 
 
 def _eligible_count(eligible: Array, logsnr: Array, level_ids: Array | None) -> Array:

@@ -1,4 +1,4 @@
-"""What a corruption process is: a deterministic function of (clean row, logSNR, base noise)."""
+"""Corruption processes: deterministic functions of (clean row, logSNR, base noise)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,11 +13,11 @@ class Corrupted(NamedTuple):
     """A corrupted batch.
 
     Attributes:
-        inputs: [..., L] what the network sees.
+        inputs: [..., L] of the network.
         target_mask: [..., L] bool, elements that carry a loss.
-        log_weight: [..., S] log factor per level which makes the sum of the targets' losses an
-            unbiased estimate of the level's loss under a uniform masking rate.
-        element_log_weight: [..., L] log factor of each element's own loss, where a process has one.
+        log_weight: [..., S] log factor on the sum of the targets' losses that makes it an unbiased
+            estimate of the level's loss under a uniform masking rate.
+        element_log_weight: [..., L] log factor on each element's own loss, or None.
     """
 
     inputs: Array
@@ -33,13 +33,13 @@ class Corruption(NamedTuple):
         name: for logs and error messages.
         corrupt: ``corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted`` with
             x [..., L], logsnr [..., S], noise [..., *event_shape(L)], eligible [..., L] bool.
-            Without ``level_ids`` the row is cut into S contiguous segments of equal length;
-            ``level_ids`` [..., L] int32 names each element's level instead.
+            ``level_ids`` [..., L] int32 is each element's level; by default the row has S
+            contiguous segments of equal length.
         event_shape: ``event_shape(L)`` of the base noise of one row.
-        mask_id: the mask token, or None where the process has none.
-        bias: label (:mod:`mdm_jax.bias`) of the bound estimated with the process's own weights.
-        rates: (low, high), the masking rates that a law must cover, no more and no less, for these
-            weights to be right; None where they are right at every single rate.
+        mask_id: the mask token, or None.
+        bias: label (``types.BIAS_LABELS``) of the bound estimated with the process's own weights.
+        rates: (low, high), the masking rates that a law must cover exactly for the weights to be
+            right; None where they are right at every rate.
     """
 
     name: str

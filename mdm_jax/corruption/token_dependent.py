@@ -1,13 +1,9 @@
 """Masking rates that depend on the token: rare tokens are masked more often.
 
-Raising the rate of some positions from m to q_i > m shows their targets more often, and hides them
-more often from everybody else. Dividing each loss by its own q_i repairs the first and not the
-second: the context of every target is then drawn at q instead of m, so the expectation is that of
-another objective unless the network ignores context. Only the ratio of the whole mask's
-probabilities repairs both.
-
-What the method ISAD of arXiv 2511.18159 does could not be established; the per-token form is our
-reading of a training script of its repository.
+Raising the rate of some positions from m to q_i > m makes their targets more frequent, and hides
+them more often as context. Dividing each loss by its own q_i repairs the former only; the ratio of
+the whole mask's probabilities repairs both. The per-token form is our reading of a training script
+in the repository of arXiv 2511.18159 (ISAD).
 """
 
 import jax
@@ -20,8 +16,8 @@ from mdm_jax.types import Array, ArrayLike
 def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) -> Corruption:
     """Masks rare tokens at ``min(m + delta, 1)``, others at m, with weight 1/q_i on each loss.
 
-    Biased for the bound: the expectation is ``sum_i E[ce_i | other positions masked at q]``.
-    Labelled "biased"; :func:`bernoulli_shifted_logit` is the exact variant.
+    "biased": the expectation is ``sum_i E[ce_i | other positions masked at q]``;
+    :func:`bernoulli_shifted_logit` is the exact variant.
 
     Args:
         mask_id: the mask token.
@@ -56,15 +52,14 @@ def bernoulli_shifted_logit(
 
         1/m  prod_i (m / q_i)^M_i ((1 - m) / (1 - q_i))^(1 - M_i) .
 
-    Exact for every model, and of infinite variance under the same laws as Bernoulli masks (see
-    ``corruption.bernoulli``): q stays below 1 wherever m does, which ``m + delta`` would not.
+    Exact for every model, and of infinite variance under the same laws as ``corruption.bernoulli``.
     The product degenerates as the number of shifted positions grows; cap it.
 
     Args:
         mask_id: the mask token.
         rare: [K] bool, tokens that are masked more often (or less, for a negative shift).
         shift: added to the logit of their rate.
-        max_shifted: at most so many positions of each level, the first ones, are shifted.
+        max_shifted: largest number of shifted positions of each level, the first ones.
 
     Raises:
         ValueError: if ``rare`` is not a vector, the shift is not finite or the cap is negative.
@@ -79,7 +74,7 @@ def bernoulli_shifted_logit(
         levels, length = logsnr.shape[-1], x.shape[-1]
         shifted = rare[x] & eligible
         if max_shifted is not None:
-            shifted &= _place(shifted, levels, level_ids) < max_shifted
+            shifted &= _count_before(shifted, levels, level_ids) < max_shifted
         logit = spread_levels(-logsnr, length, level_ids)
         moved = logit + jnp.where(shifted, shift, 0.0)
         mask = eligible & (noise < jax.nn.sigmoid(moved))
@@ -94,14 +89,14 @@ def bernoulli_shifted_logit(
     return Corruption("bernoulli_shifted_logit", corrupt, lambda length: (length,), mask_id)
 
 
-def _place(chosen: Array, levels: int, level_ids: Array | None) -> Array:
-    """Number of chosen elements before each one in its level, [..., L] int32."""
+def _count_before(flags: Array, levels: int, level_ids: Array | None) -> Array:
+    """Number of set flags before each element in its level, [..., L] int32."""
     if level_ids is None:
-        sections = chosen.reshape(*chosen.shape[:-1], levels, -1).astype(jnp.int32)
-        return (jnp.cumsum(sections, axis=-1) - sections).reshape(chosen.shape)
-    one_hot = jax.nn.one_hot(level_ids, levels, dtype=jnp.int32) * chosen[..., None]
+        sections = flags.reshape(*flags.shape[:-1], levels, -1).astype(jnp.int32)
+        return (jnp.cumsum(sections, axis=-1) - sections).reshape(flags.shape)
+    one_hot = jax.nn.one_hot(level_ids, levels, dtype=jnp.int32) * flags[..., None]
     before = jnp.cumsum(one_hot, axis=-2) - one_hot
-    ids = jnp.broadcast_to(level_ids, chosen.shape)
+    ids = jnp.broadcast_to(level_ids, flags.shape)
     return jnp.take_along_axis(before, ids[..., None], axis=-1)[..., 0]
 
 

@@ -43,12 +43,12 @@ def gaussian_loss(
     bias = worst_bias(_bias(recipe), bias_of_levels("gaussian_loss", num_levels))
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
-        views, levels = draw.u.shape[0], draw.u.shape[-1]
+        levels = draw.u.shape[-1]
         data = jnp.asarray(batch.tokens if values is None else values(batch.tokens))[None]
         eligible = jnp.asarray(batch.eligible)[None]
         logsnr = recipe.law.icdf(draw.u)
         corrupted = corruption.corrupt(data, logsnr, draw.noise, eligible)
-        predicted = call_model(model_fn, corrupted.inputs, logsnr, batch.documents, views)
+        predicted = call_model(model_fn, corrupted.inputs, logsnr, batch.documents)
         each_logsnr = spread_levels(logsnr, data.shape[-1])
         target = output.target(path, each_logsnr, data, normal_noise(draw.noise))
         if predicted.shape != target.shape:

@@ -136,17 +136,6 @@ class Experiment:
             row,
         )
 
-    def memory(self) -> training.MemoryEstimate:
-        """What a training step will need on each device, before anything is compiled."""
-        abstract = self.abstract_state()
-        draw = jax.eval_shape(
-            lambda state: training.step_draw(0, jnp.int32(0), self.transform, state, self.spec),
-            abstract.variance,
-        )
-        loss = training.weighted_sum(self._sharded_apply(), self.objective)
-        count = self.config.train.num_microbatches
-        return training.estimate_memory(abstract, self.abstract_batch(), loss, draw, count)
-
     def held_out(self, split: str) -> tuple[str, data.RowSource]:
         """A split by name, or the validation split where that one is empty; its name and rows.
 

@@ -101,7 +101,7 @@ def train(
         if start < c.train.steps:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
         if start < c.train.steps:
-            print(f"memory: {experiment.memory().describe()}; compiling the step", flush=True)
+            print("compiling the step", flush=True)
             step = training.compile_step(
                 experiment.train_step(),
                 abstract,

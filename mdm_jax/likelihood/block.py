@@ -14,8 +14,8 @@ from mdm_jax.corruption.process import sum_levels
 from mdm_jax.likelihood.estimators import logsnr_of_count, pass_masks, row_keys
 from mdm_jax.likelihood.masked import make_evaluation
 from mdm_jax.likelihood.result import Likelihood
+from mdm_jax.models.cross_entropy import token_nats
 from mdm_jax.models.masks import check_blocks
-from mdm_jax.objectives.masked import token_nats
 from mdm_jax.types import Array
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mdm_jax.likelihood.masked import make_evaluation
 from mdm_jax.likelihood.result import Likelihood
-from mdm_jax.objectives.masked import token_nats
+from mdm_jax.models.cross_entropy import token_nats
 from mdm_jax.types import Array
 
 

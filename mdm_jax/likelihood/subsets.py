@@ -46,7 +46,7 @@ from mdm_jax.likelihood.estimators import (
     row_keys,
 )
 from mdm_jax.likelihood.result import Likelihood
-from mdm_jax.objectives.masked import token_nats
+from mdm_jax.models.cross_entropy import token_nats
 from mdm_jax.rng import stream
 from mdm_jax.types import Array
 

@@ -7,16 +7,22 @@ functions take the draw as an argument, and compile once per number of views, no
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import draws
-from mdm_jax.draws import Draw, DrawSpec, LossStats
+from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.estimates import RunningMean, add, square_norm, start
-from mdm_jax.objectives.objective import LossSums, Objective, sum_losses, token_mean
+from mdm_jax.models.cross_entropy import as_logits
+from mdm_jax.objectives.objective import (
+    Objective,
+    accumulate_gradient,
+    sum_losses,
+    summed_loss,
+    token_mean,
+)
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
 from mdm_jax.variance.transform import VarianceTransform
@@ -78,40 +84,26 @@ def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
         objective: what is estimated.
     """
 
-    def stats_of(params: PyTree, batch: Batch, draw: Draw) -> LossStats:
-        return objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
+    def losses(params: PyTree, batch: Batch, draw: Draw, network: ApplyFn = apply_fn) -> Array:
+        stats = objective.loss(functools.partial(network, params), batch, draw)
+        return jax.vmap(sum_losses, in_axes=1)(draw, stats).loss
 
-    def losses(params: PyTree, batch: Batch, draw: Draw) -> Array:
-        return jax.vmap(sum_losses, in_axes=1)(draw, stats_of(params, batch, draw)).loss
+    def dense(*inputs: Any, **options: Array) -> Array:
+        return as_logits(apply_fn(*inputs, **options))  # chunked losses have no forward mode
 
     def directional(
         params: PyTree, batch: Batch, draw: Draw, key: Array, probes: int
     ) -> tuple[Array, Array]:
-        value, along = jax.linearize(lambda p: losses(p, batch, draw), params)
+        value, along = jax.linearize(lambda p: losses(p, batch, draw, dense), params)
         each = jax.lax.map(
             lambda probe: along(_signs(jax.random.fold_in(key, probe), params)), jnp.arange(probes)
         )
         return value, each
 
-    def weighted_sum(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, LossSums]:
-        sums = sum_losses(draw, stats_of(params, batch, draw))
-        return sums.loss, sums
-
-    microbatch_gradient = jax.grad(weighted_sum, has_aux=True)
+    loss = summed_loss(apply_fn, objective)
 
     def gradient(params: PyTree, batch: Batch, draw: Draw, num_microbatches: int) -> PyTree:
-        def add_next(total: PyTree, microbatch: tuple[Batch, Draw]) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, microbatch_gradient(params, *microbatch)), None
-
-        if num_microbatches == 1:
-            total, sums = microbatch_gradient(params, batch, draw)
-        else:
-            zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()),) * 4))
-            microbatches = (
-                draws.split_rows(batch, num_microbatches, axis=0),
-                draws.split_rows(draw, num_microbatches, axis=1),
-            )
-            (total, sums), _ = jax.lax.scan(add_next, zeros, microbatches)
+        total, sums, _ = accumulate_gradient(loss, params, batch, draw, num_microbatches)
         return jax.tree.map(lambda g: token_mean(g, sums.scored.astype(g.dtype)), total)
 
     @functools.partial(jax.jit, static_argnums=5, donate_argnums=0)

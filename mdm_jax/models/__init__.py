@@ -12,6 +12,7 @@ _MODULES = {
         "PositionLoss",
         "Readout",
         "as_logits",
+        "exclude_token",
         "position_losses",
         "readout_apply",
     ),

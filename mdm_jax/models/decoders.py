@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.models.cross_entropy import Chunking, Readout, finish
+from mdm_jax.models.cross_entropy import Chunking, Readout
 from mdm_jax.models.kv_cache import (
     KeyValueCache,
     KeyValues,
@@ -117,7 +117,7 @@ def block_apply(
             estimate = jnp.pad(estimate, ((0, 0), (0, length), (0, 0)))
         options = {"estimate": estimate, "num_outputs": length, "method": "attend_readout"}
         readout, _ = model.apply(params, inputs, logsnr, positions, mask, **options)
-        return finish(readout, chunking)
+        return readout.chunked(chunking)
 
     return apply_fn
 
@@ -155,7 +155,7 @@ def causal_apply(
         readout, _ = model.apply(
             params, shifted, _clean(inputs), np.arange(length), mask, method="attend_readout"
         )
-        return finish(readout, chunking)
+        return readout.chunked(chunking)
 
     return apply_fn
 

@@ -304,7 +304,7 @@ class Transformer(nn.Module):
 
     Returns:
         [N, L, K] float32 logits; a softmax must exclude the mask token
-        (``corruption.exclude_token``).
+        (``models.exclude_token``).
 
     Raises:
         ValueError: for an estimate of another shape or without self_conditioning; for levels that

@@ -1,7 +1,8 @@
 """Training objectives: noise law, weighting and per-example loss."""
 
+from mdm_jax.models.cross_entropy import token_nats
 from mdm_jax.objectives.block import block_nelbo
-from mdm_jax.objectives.masked import masked_nelbo, token_nats
+from mdm_jax.objectives.masked import masked_nelbo
 from mdm_jax.objectives.next_token import next_token
 from mdm_jax.objectives.objective import (
     LossSums,

@@ -18,36 +18,31 @@ def block_nelbo(corruption: Corruption, block_size: int, law: Law | None = None)
 
         NELBO = sum_b int_0^1 (1/m) E[S_b | m] dm ,
 
-    estimated with an independent level per block (a shared one would add the covariances between
-    blocks) and one pass over the noised row and the clean row side by side. With one block it is
-    :func:`masked_nelbo`. With blocks of one token it is the autoregressive log-likelihood, and with
-    fixed counts, which then mask every token, its estimate has no noise but that of the data.
+    estimated with an independent level per block and one pass over the noised row and the clean row
+    side by side. With one block it is :func:`masked_nelbo`; with blocks of one token the
+    autoregressive log-likelihood, which fixed counts estimate without noise.
 
-    Per-example stats have shape [V, B, S] with S = L / L' blocks. A block with n_b eligible tokens
-    counts as a row of n_b would; one without contributes zero. The network is
-    ``model_fn(inputs [N, 2L], logsnr [N, S], documents [N, L]) -> logits [N, L, K]``, such as
-    ``models.block_apply(model, block_size)``.
+    Stats have shape [V, B, S] with S = L / L' blocks; a block counts as a row of its eligible
+    tokens. The network is ``model_fn(inputs [N, 2L], logsnr [N, S], documents [N, L]) -> logits
+    [N, L, K]``, such as ``models.block_apply(model, block_size)``.
 
     Args:
         corruption: a masked process such as ``corruption.fixed_count(mask_id)``.
         block_size: L'.
-        law: law over logSNR, standard logistic (uniform masking rate) if not given; one of bounded
-            support (clipped rates) makes the objective "truncated".
+        law: as of :func:`masked_nelbo`.
 
     Raises:
-        ValueError: if the block size is below 1, the process has no mask token or weights for other
-            rates than those of the law; from ``spec`` and ``loss``, if L' does not divide L or the
-            draw has another number of levels.
+        ValueError: as :func:`masked_nelbo`, and if the block size is below 1; from ``spec`` and
+            ``loss``, if L' does not divide L or the draw has another number of levels.
 
     Reference: Arriola et al. 2025 (BD3-LM).
     """
     if block_size < 1:
         raise ValueError(f"block_nelbo needs a block_size of at least 1, got {block_size}")
-    # The bound of a row in segments, of a network that is shown the clean row too.
     segments = masked_nelbo(corruption, law)
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
-        views, levels, blocks = draw.u.shape[0], draw.u.shape[-1], _blocks(batch.tokens.shape[-1])
+        levels, blocks = draw.u.shape[-1], num_blocks(batch.tokens.shape[-1])
         if levels != blocks:
             raise ValueError(
                 f"{blocks} blocks of {block_size} tokens need a noise level each; the draw has "
@@ -55,16 +50,16 @@ def block_nelbo(corruption: Corruption, block_size: int, law: Law | None = None)
             )
 
         def with_clean_row(inputs: Array, logsnr: Array, documents: Array) -> Array:
-            clean = repeat_views(jnp.asarray(batch.tokens), views)
+            clean = repeat_views(jnp.asarray(batch.tokens), draw.u.shape[0])
             return model_fn(jnp.concatenate([inputs, clean], axis=-1), logsnr, documents)
 
         return segments.loss(with_clean_row, batch, draw)
 
     def spec(batch_size: int, length: int) -> DrawSpec:
         shape = corruption.event_shape(length)
-        return DrawSpec(batch_size, _blocks(length), shape, separate_levels=True)
+        return DrawSpec(batch_size, num_blocks(length), shape, separate_levels=True)
 
-    def _blocks(length: int) -> int:
+    def num_blocks(length: int) -> int:
         if length % block_size:
             raise ValueError(
                 f"blocks of {block_size} tokens do not divide a row of {length} evenly; choose a "

@@ -1,31 +1,21 @@
-"""What is estimated: a noise law, a weighting and a per-example loss.
+"""Objectives and the reduction of per-example losses to a batch's loss and gradient."""
 
-A running baseline for the *reported* loss. It cannot change a gradient.
-
-Subtracting from a loss something that does not depend on the parameters leaves its gradient as it
-is, bit for bit, whatever it does to the curve of the loss; a baseline reduces the variance of
-*score-function* terms, of which a masked bound with a fixed forward process has none. So this is a
-control variate for the number that is logged:
-
-    reported = sum_rows [ w (f - n b(u)) + n mean(b) ] ,
-
-with w the importance weight, n the scored tokens, and b a running mean of the per-token integrand
-in equal bins of the quantile u. Where w is one over the density that u is drawn from, ``w b(u)``
-has the mean of b, and because b is of the past the expectation is that of the loss. That holds for
-chains labelled "exact". Under one that leaves levels out, or pays another weight than that, the
-correction has a mean of its own and the number is that of nothing.
-"""
-
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mdm_jax import draws
 from mdm_jax.corruption.process import Corruption
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.schedules.laws import Law
-from mdm_jax.types import Array, Batch, ModelFn
+from mdm_jax.models.cross_entropy import with_loss_weights
+from mdm_jax.schedules.laws import Law, logistic
+from mdm_jax.types import Array, Batch, ModelFn, PyTree
+
+UNIFORM_RATE = logistic()
+"""The law of the logSNR under a uniform masking rate."""
 
 
 class Objective(NamedTuple):
@@ -50,7 +40,7 @@ class Objective(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Sums over the rows at hand; they add up over microbatches and shards.
+    """Sums over rows; they add up over microbatches and shards.
 
     Attributes:
         loss: weighted loss, nats, averaged over views.
@@ -66,11 +56,10 @@ class LossSums(NamedTuple):
 
 
 def sum_losses(draw: Draw, stats: LossStats) -> LossSums:
-    """The one place where per-example losses become numbers of a batch."""
-    weight = jnp.exp(draw.log_weight) * stats.weight
+    """Sums of a batch, averaged over views; :func:`token_mean` divides them."""
     views = draw.u.shape[0]
     return LossSums(
-        loss=jnp.sum(weight * stats.raw) / views,
+        loss=jnp.sum(jnp.exp(draw.log_weight) * stats.weight * stats.raw) / views,
         scored=jnp.sum(stats.scored) / views,
         cross_entropy=jnp.sum(stats.raw),
         targets=jnp.sum(stats.targets).astype(jnp.float32),
@@ -80,6 +69,59 @@ def sum_losses(draw: Draw, stats: LossStats) -> LossSums:
 def token_mean(total: Array, count: Array) -> Array:
     """``total / count``, and zero with zero gradient where nothing was counted."""
     return jnp.where(count > 0, total, 0.0) / jnp.maximum(count, 1.0)
+
+
+def summed_loss(apply_fn: Callable[..., Any], objective: Objective) -> Callable[..., tuple]:
+    """``loss(params, batch, draw) -> (sum, (sums, stats))``, nats: what training differentiates.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs, logsnr, documents)``; its readouts get the tokens' loss
+            weights before the forward pass.
+        objective: what is estimated.
+    """
+
+    def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
+        def evaluate(model_fn: ModelFn) -> tuple[LossSums, LossStats]:
+            stats = objective.loss(model_fn, batch, draw)
+            return sum_losses(draw, stats), stats
+
+        plain = functools.partial(apply_fn, params)
+        sums, stats = evaluate(
+            with_loss_weights(plain, lambda model_fn: evaluate(model_fn)[0].loss)
+        )
+        return sums.loss, (sums, stop_gradient_stats(stats))
+
+    return loss
+
+
+def accumulate_gradient(
+    loss: Callable[..., tuple[Array, tuple[LossSums, LossStats]]],
+    params: PyTree,
+    batch: Batch,
+    draw: Draw,
+    num_microbatches: int = 1,
+) -> tuple[PyTree, LossSums, LossStats]:
+    """Gradient of a :func:`summed_loss`, its sums and stats, accumulated over microbatches.
+
+    Nothing is divided: the denominator belongs to the global batch, of which ``batch`` and ``draw``
+    are. ``num_microbatches`` divides its number of rows.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if num_microbatches == 1:
+        gradients, (sums, stats) = gradient(params, batch, draw)
+        return gradients, sums, stats
+
+    def add(total: tuple[PyTree, LossSums], microbatch: tuple[Batch, Draw]):
+        gradients, (sums, stats) = gradient(params, *microbatch)
+        return jax.tree.map(jnp.add, total, (gradients, sums)), stats
+
+    zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()),) * 4))
+    microbatches = (
+        draws.split_rows(batch, num_microbatches, axis=0),
+        draws.split_rows(draw, num_microbatches, axis=1),
+    )
+    (gradients, sums), stats = jax.lax.scan(add, zeros, microbatches)
+    return gradients, sums, draws.join_rows(stats, axis=1)
 
 
 def flatten_views(values: Array) -> Array:
@@ -99,55 +141,37 @@ def repeat_views(values: Array, views: int) -> Array:
 
 
 def call_model(
-    model_fn: ModelFn, inputs: Array, logsnr: Array, documents: Array, views: int
-) -> Array:
-    """Runs the network on all views of all rows in one forward pass; [V, B, ...] in and out."""
-    outputs = model_fn(
-        flatten_views(inputs), flatten_views(logsnr), repeat_views(jnp.asarray(documents), views)
-    )
-    return unflatten_views(outputs, views)
-
-
-def score_tokens(
     model_fn: ModelFn,
     inputs: Array,
     logsnr: Array,
     documents: Array,
-    score: Callable[..., Array],
-    *known: Array,
+    loss: Callable[..., Array] | None = None,
+    known: tuple[Array, ...] = (),
 ) -> Array:
-    """Runs a network of tokens on all views of all rows and scores what it returns; [V, B, L].
-
-    The scores are taken before views and rows are told apart again, so that the positions of a row
-    stay on its device.
+    """One forward pass over all views of all rows; outputs [V, B, ...], or losses [V, B, L].
 
     Args:
-        model_fn: returns logits or a readout.
+        model_fn: returns logits, a readout or predictions.
         inputs: [V, B, ...].
         logsnr: [V, B, S].
         documents: [B, L].
-        score: ``score(outputs, *known)``, [N, L] each, such as ``token_nats``.
-        known: arrays that broadcast to [V, B, L], what the score reads of every position.
+        loss: ``loss(outputs, *known)`` of the rows [B V, L] of all views, such as ``token_nats``.
+        known: arrays that broadcast to [V, B, L].
     """
     views = inputs.shape[0]
-    shape = (views, *documents.shape)
-    outputs = model_fn(
-        flatten_views(inputs), flatten_views(logsnr), repeat_views(jnp.asarray(documents), views)
-    )
-    flat = [flatten_views(jnp.broadcast_to(values, shape)) for values in known]
-    return unflatten_views(score(outputs, *flat), views)
+    documents = jnp.asarray(documents)
+    outputs = model_fn(flatten_views(inputs), flatten_views(logsnr), repeat_views(documents, views))
+    if loss is not None:
+        shape = (views, *documents.shape)
+        outputs = loss(outputs, *(flatten_views(jnp.broadcast_to(a, shape)) for a in known))
+    return unflatten_views(outputs, views)
 
 
 def bias_of_levels(name: str, num_levels: int) -> str:
-    """The label of S noise levels per row: "exact" for one, "biased" for several.
+    """Label of S noise levels per row: "exact" for one, "biased" for several.
 
-    A bound shows a target to the network in a context of the target's own level. With several
-    levels per row a segment's context is drawn at the other segments' levels, and the expectation
-    bounds nothing: it can lie below the entropy of the data.
-
-    Args:
-        name: of the objective, for the error.
-        num_levels: S.
+    A bound conditions a target on a context of the target's own level. With several levels per row
+    the context is drawn at the others' levels: the expectation can lie below the data's entropy.
 
     Raises:
         ValueError: unless ``num_levels`` is positive.
@@ -159,21 +183,34 @@ def bias_of_levels(name: str, num_levels: int) -> str:
     return "exact" if num_levels == 1 else "biased"
 
 
+def bias_of_law(law: Law) -> str:
+    """Label of a noise law: "exact" if it covers the real line, else "truncated"."""
+    low, high = law.support
+    return "exact" if low == -jnp.inf and high == jnp.inf else "truncated"
+
+
 def describe(objective: Objective) -> str:
     """One line for logs."""
     return f"{objective.name} over {objective.corruption.name} [{objective.bias}]"
 
 
 def stop_gradient_stats(stats: LossStats) -> LossStats:
-    """Statistics as an adaptive transform may see them: values, without a path to parameters."""
+    """Statistics for adaptive transforms: values, without a path to parameters."""
     return jax.tree.map(jax.lax.stop_gradient, stats)
 
 
 class Baseline(NamedTuple):
-    """Running mean of the per-token integrand in bins of the quantile.
+    """Running mean of the per-token integrand in bins of the quantile, to report a steadier loss.
+
+    It is a control variate for the number that is logged and leaves gradients as they are:
+
+        reported = sum_rows [ w (f - n b(u)) + n mean(b) ] ,
+
+    with w the importance weight, n the eligible tokens, b the running mean of past batches. Its
+    expectation is the loss's where ``w b(u)`` has the mean of b: under chains labelled "exact".
 
     Attributes:
-        mean: [bins] nats per token; 0 where nothing was seen yet.
+        mean: [bins] nats per token; 0 before the first visit.
         weight: [bins] total weight behind the mean, from 0 towards 1.
         rejected: [] int32 batches left out because a loss was not finite.
     """
@@ -184,7 +221,7 @@ class Baseline(NamedTuple):
 
 
 def new_baseline(bins: int = 16) -> Baseline:
-    """A baseline that has seen nothing and changes nothing.
+    """An empty baseline, which changes nothing.
 
     Raises:
         ValueError: unless bins >= 1.
@@ -198,47 +235,40 @@ def new_baseline(bins: int = 16) -> Baseline:
 def update_baseline(
     baseline: Baseline, draw: Draw, stats: LossStats, decay: float = 0.99
 ) -> Baseline:
-    """The baseline after one more batch; rows that share a bin are averaged, not overwritten.
+    """The baseline after one more batch; rows of one bin are averaged, empty rows left out.
 
-    Args:
-        baseline: of the batches before.
-        draw: of this batch.
-        stats: of this batch; rows without scored tokens are left out.
-        decay: of a bin's mean, whenever it is visited, in [0, 1).
+    ``decay`` is that of a bin's mean, whenever it is visited, in [0, 1).
     """
-    member, loss, scored = _bins(baseline, draw, stats)
-    finite = jnp.all(jnp.isfinite(jnp.where(scored, loss, 0.0)))
-    loss = jnp.where(scored & finite, loss, 0.0)
+    member, loss, eligible = _bins(baseline, draw, stats)
+    finite = jnp.all(jnp.isfinite(jnp.where(eligible, loss, 0.0)))
+    loss = jnp.where(eligible & finite, loss, 0.0)
     count = jnp.sum(member, axis=(0, 1, 2))
-    seen = jnp.sum(loss[..., None] * member, axis=(0, 1, 2)) / jnp.maximum(count, 1.0)
+    mean = jnp.sum(loss[..., None] * member, axis=(0, 1, 2)) / jnp.maximum(count, 1.0)
     new = jnp.where((count > 0) & finite, 1 - decay, 0.0)
     weight = baseline.weight * (1 - new) + new
     gain = jnp.where(weight > 0, new / jnp.maximum(weight, 1e-30), 0.0)
     return Baseline(
-        mean=baseline.mean + gain * (seen - baseline.mean),
+        mean=baseline.mean + gain * (mean - baseline.mean),
         weight=weight,
         rejected=baseline.rejected + jnp.where(finite, 0, 1),
     )
 
 
 def reported_loss(baseline: Baseline, draw: Draw, stats: LossStats) -> Array:
-    """Sum over rows of the loss with its control variate, nats, averaged over views.
+    """The controlled counterpart of ``sum_losses(draw, stats).loss``, nats.
 
-    Divide by the scored tokens as for ``sum_losses(draw, stats).loss``, whose expectation it has if
-    the draw is of a chain whose bias is "exact". The baseline must not have seen this batch.
+    The baseline must not have seen this batch.
     """
-    member, _, scored = _bins(baseline, draw, stats)
+    member, _, eligible = _bins(baseline, draw, stats)
     level = jnp.dot(member, baseline.mean, precision=jax.lax.Precision.HIGHEST)
-    weight = jnp.exp(draw.log_weight)
-    correction = jnp.mean(baseline.mean) - weight * level
-    control = jnp.where(scored, stats.scored * correction, 0.0)
-    total = jnp.sum(weight * stats.weight * stats.raw) + jnp.sum(control)
-    return total / draw.u.shape[0]
+    correction = jnp.mean(baseline.mean) - jnp.exp(draw.log_weight) * level
+    control = jnp.where(eligible, stats.scored * correction, 0.0)
+    return sum_losses(draw, stats).loss + jnp.sum(control) / draw.u.shape[0]
 
 
 def _bins(baseline: Baseline, draw: Draw, stats: LossStats) -> tuple[Array, Array, Array]:
     bins = baseline.mean.shape[0]
-    scored = stats.scored > 0
+    eligible = stats.scored > 0
     index = jnp.clip((draw.u * bins).astype(jnp.int32), 0, bins - 1)
-    member = jax.nn.one_hot(index, bins, dtype=jnp.float32) * scored[..., None]
-    return member, stats.raw * stats.weight / jnp.maximum(stats.scored, 1), scored
+    member = jax.nn.one_hot(index, bins, dtype=jnp.float32) * eligible[..., None]
+    return member, stats.raw * stats.weight / jnp.maximum(stats.scored, 1), eligible

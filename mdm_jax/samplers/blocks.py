@@ -1,15 +1,20 @@
 """Generation block by block: any sampler within a block, finished blocks in a KV cache."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.decoders import BlockDecoder
 from mdm_jax.models.masks import check_blocks
 from mdm_jax.samplers.canvas import check_canvas, check_prefix, checked_generator
 from mdm_jax.samplers.sampler import Sampler, sample
 from mdm_jax.types import Array, ArrayLike, PyTree
+
+if TYPE_CHECKING:  # it needs Flax
+    from mdm_jax.models.decoders import BlockDecoder
 
 
 def sample_blocks(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.corruption.masked import exclude_token
+from mdm_jax.models.cross_entropy import exclude_token
 from mdm_jax.models.decoders import CausalDecoder
 from mdm_jax.samplers.canvas import check_canvas, check_mask_id, check_prefix, checked_generator
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.corruption.masked import exclude_token
-from mdm_jax.models.cross_entropy import Readout
+from mdm_jax.models.cross_entropy import Readout, exclude_token
 from mdm_jax.rng import stream
 from mdm_jax.samplers.canvas import check_canvas, check_mask_id
 from mdm_jax.schedules import grids

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.corruption.token_estimate import token_estimate
+from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.samplers.by_score import counted_logsnr
 from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
 from mdm_jax.types import Array

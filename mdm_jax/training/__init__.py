@@ -18,4 +18,4 @@ from mdm_jax.training.monitors import (
 )
 from mdm_jax.training.optimizers import adamw, muon, store_moments, warmup_cosine
 from mdm_jax.training.state import TrainState, linen_init, new_state, num_params
-from mdm_jax.training.step import StepMetrics, make_train_step, step_draw, weighted_sum
+from mdm_jax.training.step import StepMetrics, make_train_step, step_draw

@@ -1,4 +1,4 @@
-"""One training step as one pure function."""
+"""The training step as one pure function."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,20 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mdm_jax import draws, rng
-from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.models.cross_entropy import foreseeing
-from mdm_jax.objectives.objective import (
-    LossSums,
-    Objective,
-    stop_gradient_stats,
-    sum_losses,
-    token_mean,
-)
+from mdm_jax import rng
+from mdm_jax.draws import Draw, DrawSpec
+from mdm_jax.objectives.objective import Objective, accumulate_gradient, summed_loss, token_mean
 from mdm_jax.training.ema import update_average
 from mdm_jax.training.monitors import Monitor
 from mdm_jax.training.state import TrainState
-from mdm_jax.types import Array, ArrayLike, Batch, ModelFn, PyTree
+from mdm_jax.types import Array, ArrayLike, Batch, PyTree
 from mdm_jax.variance.transform import VarianceTransform, draw_batch
 
 ApplyFn = Callable[..., Array]
@@ -32,7 +25,7 @@ class StepMetrics(NamedTuple):
     """Scalars of one step, on the device.
 
     Attributes:
-        loss: the training objective, nats per scored token: unbiased and noisy.
+        loss: the training objective, nats per eligible token: unbiased and noisy.
         bits_per_unit: the loss in bits per unit of the data (character, dimension).
         cross_entropy: nats per masked token, unweighted: biased towards high rates and smooth.
         gradient_norm: global norm before clipping.
@@ -53,29 +46,6 @@ def step_draw(
 ) -> Draw:
     """The draw of a training step: a function of (seed, step) and the transform's state."""
     return draw_batch(rng.stream(rng.step_key(seed, step), "draw"), transform, state, spec)
-
-
-def weighted_sum(apply_fn: ApplyFn, objective: Objective) -> Callable[..., tuple]:
-    """``(params, batch, draw) -> (summed loss, (sums, stats))``: what a step differentiates."""
-
-    def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
-        stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
-        sums = sum_losses(draw, stats)
-        return sums.loss, (sums, stop_gradient_stats(stats))
-
-    return loss
-
-
-def _foreseen_sum(apply_fn: ApplyFn, objective: Objective) -> Callable[..., tuple]:
-    # The same sum, with a network that is told what will be made of its losses.
-    def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
-        def of(model_fn: ModelFn) -> Array:
-            return sum_losses(draw, objective.loss(model_fn, batch, draw)).loss
-
-        network = foreseeing(lambda *inputs: apply_fn(params, *inputs), of)
-        return weighted_sum(lambda _, *inputs: network(*inputs), objective)(params, batch, draw)
-
-    return loss
 
 
 def make_train_step(
@@ -123,29 +93,13 @@ def make_train_step(
     if len(set(names)) < len(names):
         raise ValueError(f"monitors need names of their own, got {', '.join(names)}")
 
-    gradient = jax.grad(_foreseen_sum(apply_fn, objective), has_aux=True)
-
-    def accumulate(params: PyTree, batch: Batch, draw: Draw) -> tuple[PyTree, LossSums, LossStats]:
-        if num_microbatches == 1:
-            gradients, (sums, stats) = gradient(params, batch, draw)
-            return gradients, sums, stats
-
-        def add(total: tuple[PyTree, LossSums], part: tuple[Batch, Draw]):
-            gradients, (sums, stats) = gradient(params, *part)
-            return jax.tree.map(jnp.add, total, (gradients, sums)), stats
-
-        zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()),) * 4))
-        parts = (
-            draws.split_rows(batch, num_microbatches, axis=0),
-            draws.split_rows(draw, num_microbatches, axis=1),
-        )
-        (gradients, sums), stats = jax.lax.scan(add, zeros, parts)
-        return gradients, sums, draws.join_rows(stats, axis=1)
+    loss_fn = summed_loss(apply_fn, objective)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         draw = step_draw(seed, state.step, transform, state.variance, spec)
-        gradients, sums, stats = accumulate(state.params, batch, draw)
-        # Only here is anything divided: the denominator belongs to the global batch.
+        gradients, sums, stats = accumulate_gradient(
+            loss_fn, state.params, batch, draw, num_microbatches
+        )
         gradients = jax.tree.map(lambda g: token_mean(g, sums.scored), gradients)
         loss = token_mean(sums.loss, sums.scored)
         norm = optax.tree.norm(gradients)
@@ -156,11 +110,11 @@ def make_train_step(
         done = state.step - state.skipped
         decay = jnp.minimum(ema_decay, (1.0 + done) / (10.0 + done))
         ema = update_average(state.ema, state.params, params, decay)
-        # A skipped step teaches nothing: a transform is shown NaN, which it refuses and counts.
-        shown = stats._replace(raw=jnp.where(finite, stats.raw, jnp.nan))
-        variance = transform.update(state.variance, draw, shown)
+        # On a skipped step transforms and monitors get NaN, which they reject and count.
+        stats = stats._replace(raw=jnp.where(finite, stats.raw, jnp.nan))
+        variance = transform.update(state.variance, draw, stats)
         watched = {
-            m.name: m.update(state.monitors[m.name], draw, shown, gradients) for m in monitors
+            m.name: m.update(state.monitors[m.name], draw, stats, gradients) for m in monitors
         }
 
         def keep(new: PyTree, old: PyTree) -> PyTree:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from test_corruption import NELBO, PROBABILITIES, model_fn
+from toy_oracle import NELBO, PROBABILITIES, model_fn
 
 from mdm_jax import corruption, objectives, schedules, testing, variance
 from mdm_jax.corruption import token_dependent
@@ -133,7 +133,7 @@ def test_capped_number_of_shifted_positions_is_exact_too():
 
 
 def test_cap_counts_within_each_level():
-    place = token_dependent._place
+    place = token_dependent._count_before
     chosen = jnp.array([[True, True, False, True, True, True]])
     np.testing.assert_array_equal(place(chosen, 2, None), [[0, 1, 2, 0, 1, 2]])
     ids = jnp.array([[0, 1, 0, 0, 1, 1]])

@@ -9,7 +9,7 @@ import zoo
 from scipy import stats
 
 from mdm_jax import variance
-from mdm_jax.corruption.token_estimate import token_estimate
+from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.corruption.uniform import leave_one_out, own_evidence, uniform_tokens
 from mdm_jax.draws import DrawSpec
 from mdm_jax.testing import toys
@@ -121,7 +121,7 @@ def test_estimate_is_a_law_over_real_tokens_without_gradient():
     np.testing.assert_array_equal(estimate[0, 3:], 0)
     gradient = jax.grad(lambda a: jnp.sum(jnp.square(token_estimate(a, 3))))(logits)
     np.testing.assert_array_equal(gradient, 0)
-    with pytest.raises(ValueError, match="5 logits cannot tell 6 tokens apart"):
+    with pytest.raises(ValueError, match="5 logits are too few for 6 tokens"):
         token_estimate(logits, 6)
 
 

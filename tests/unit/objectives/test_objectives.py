@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_corruption import NELBO, model_fn
+from toy_oracle import NELBO, model_fn
 from variants import slow_except
 
 from mdm_jax import corruption, gaussian, objectives, schedules, variance

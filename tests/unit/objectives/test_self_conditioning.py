@@ -12,7 +12,7 @@ from scipy import stats
 from variants import slow_except
 
 from mdm_jax import corruption, objectives, samplers, variance
-from mdm_jax.corruption.token_estimate import token_estimate
+from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.draws import Draw, DrawSpec, open_uniform
 from mdm_jax.objectives.objective import sum_losses
 from mdm_jax.objectives.uniform import uniform_nelbo

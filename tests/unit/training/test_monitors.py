@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_corruption import NELBO, PROBABILITIES
+from toy_oracle import NELBO, PROBABILITIES
 from test_decompose import apply_fn, toy_objective
 from test_efficiency import BATCH, PICKED, TOKENS, exact_noise
 
