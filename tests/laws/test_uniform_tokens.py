@@ -9,8 +9,7 @@ import zoo
 from scipy import stats
 
 from mdm_jax import variance
-from mdm_jax.corruption.uniform import token_estimate
-from mdm_jax.corruption.uniform import leave_one_out, own_evidence, uniform_tokens
+from mdm_jax.corruption.uniform import leave_one_out, own_evidence, token_estimate, uniform_tokens
 from mdm_jax.draws import DrawSpec
 from mdm_jax.testing import toys
 from mdm_jax.testing.toys import row_denoiser

@@ -333,3 +333,8 @@ def decomposition(density, eps=1e-3, order=2):
     pattern = du @ (weight**2 * v(m))
     rate = PROBABILITIES @ (first**2 @ (du * weight**2) - row**2)
     return Moments(mean, pattern, rate, PROBABILITIES @ row**2 - mean**2)
+
+
+def model_fn(*inputs):
+    """The toy network with its parameters."""
+    return toys.Toy().apply(toys.toy_params(), *inputs)

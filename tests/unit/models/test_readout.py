@@ -1,4 +1,4 @@
-"""Networks that hold their logits back: the same losses and gradients, and no array of logits."""
+"""Networks with a readout: the same losses and gradients as from logits, and no array of logits."""
 
 import functools
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from toy_oracle import NELBO, PROBABILITIES
 from test_decompose import apply_fn, toy_objective
 from test_efficiency import BATCH, PICKED, TOKENS, exact_noise
+from toy_oracle import NELBO, PROBABILITIES
 
 from mdm_jax import objectives, training, variance
 from mdm_jax.draws import Draw, DrawSpec, LossStats

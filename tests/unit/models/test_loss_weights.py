@@ -1,5 +1,6 @@
-"""What a step foresees of its losses: right for every bound on tokens, and left alone elsewhere."""
+"""Per-token loss weights computed before the forward pass, for every bound on tokens."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import tiny
 from variants import slow_except
 
 from mdm_jax import corruption, objectives
-from mdm_jax.models.cross_entropy import Chunking, GivenLosses, Projection, Readout, foreseeing
+from mdm_jax.models.cross_entropy import Chunking, Projection, Readout, with_loss_weights
 from mdm_jax.variance.transform import draw_batch
 
 ROWS, WIDTH = 4, 3
@@ -25,7 +26,6 @@ KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(WIDTH, tiny.MASK_ID +
 
 
 def network(kernel, inputs, *_):
-    """Features of inputs and a kernel, and the product with the kernel still to be taken."""
     angle = inputs[..., None] * jnp.arange(1.0, WIDTH + 1).reshape(1, 1, -1)
     features = jnp.sin(angle + jnp.sum(kernel))
     return Readout(features, kernel, Projection(False, jnp.float32), Chunking(1, 5))
@@ -38,59 +38,52 @@ def sum_of(objective):
     return lambda model_fn: objectives.sum_losses(draw, objective.loss(model_fn, batch, draw)).loss
 
 
-@pytest.mark.parametrize("name", slow_except({*OBJECTIVES} - {"masked, three levels"}, OBJECTIVES))
-def test_every_bound_on_tokens_is_foreseen(name):
-    """At zero the slopes are what they are at other losses, since bounds are linear in them."""
+@pytest.mark.parametrize("name", slow_except({"masked, three levels"}, OBJECTIVES))
+def test_bounds_are_linear_so_weights_hold_at_all_losses(name):
     loss = sum_of(OBJECTIVES[name]())
     losses = np.random.default_rng(2).exponential(size=(2 * ROWS, tiny.LENGTH))
 
-    def slopes(losses):
+    def weights_at(losses):
+        fixed = lambda *inputs: dataclasses.replace(network(KERNEL, *inputs), losses=losses)  # noqa: E731
         return jax.grad(
-            lambda given: loss(
-                lambda *inputs: GivenLosses(**vars(network(KERNEL, *inputs)), losses=given)
-            )
+            lambda losses: loss(lambda *i: dataclasses.replace(fixed(*i), losses=losses))
         )(losses)
 
-    def expected():
-        seen = []
+    def before_the_forward_pass():
+        readouts = []
 
-        def watched(*inputs):
-            readout = foreseeing(functools.partial(network, KERNEL), loss)(*inputs)
-            seen.append(readout.expected)
-            return readout
+        def recorded(*inputs):
+            readouts.append(with_loss_weights(functools.partial(network, KERNEL), loss)(*inputs))
+            return readouts[0]
 
-        loss(watched)
-        return seen[0]
+        loss(recorded)
+        return readouts[0].loss_weights
 
-    found, wanted = tiny.jit(lambda x: (expected(), slopes(x)))(jnp.asarray(losses, jnp.float32))
+    both = tiny.jit(lambda x: (before_the_forward_pass(), weights_at(x)))
+    found, wanted = both(jnp.asarray(losses, jnp.float32))
     assert np.any(wanted != 0)
     np.testing.assert_allclose(found, wanted, rtol=5e-7)
 
 
 @pytest.mark.parametrize("power", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_gradients_are_the_same_even_if_foreseen_wrongly(power):
-    """Of the sum, which is linear in the losses; of a square, whose slopes at zero are zero."""
+def test_gradients_are_right_even_if_the_weights_are_wrong(power):
+    """Of the sum, which is linear in the losses; of a square, whose derivative at zero is zero."""
     linear = sum_of(OBJECTIVES["masked"]())
     loss = lambda model_fn: linear(model_fn) ** power  # noqa: E731
 
-    def run(kernel, known):
+    def run(kernel):
         plain = functools.partial(network, kernel)
-        return loss(foreseeing(plain, loss) if known else plain)
+        return loss(with_loss_weights(plain, loss)), loss(plain)
 
-    (value, found), (same, wanted) = (
-        tiny.jit(jax.value_and_grad(functools.partial(run, known=known)))(KERNEL)
-        for known in (True, False)
-    )
+    gradients = tiny.jit(lambda k: [jax.value_and_grad(lambda k: run(k)[i])(k) for i in (0, 1)])
+    (value, found), (same, wanted) = gradients(KERNEL)
     np.testing.assert_allclose(value, same, rtol=1e-6)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * float(jnp.abs(wanted).max()))
 
 
-def test_losses_that_call_their_network_twice_are_left_alone():
+def test_other_networks_and_losses_are_left_alone():
     once = sum_of(OBJECTIVES["masked"]())
     plain = functools.partial(network, KERNEL)
-    assert foreseeing(plain, lambda model_fn: once(model_fn) + once(model_fn)) is plain
-
-
-def test_networks_of_logits_are_left_alone():
+    assert with_loss_weights(plain, lambda model_fn: once(model_fn) + once(model_fn)) is plain
     logits = lambda *inputs: network(KERNEL, *inputs).logits()  # noqa: E731
-    assert foreseeing(logits, sum_of(OBJECTIVES["masked"]())) is logits
+    assert with_loss_weights(logits, once) is logits
