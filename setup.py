@@ -9,7 +9,6 @@ ROOT = pathlib.Path(__file__).parent
 # Lower bounds are the versions that the tests run with; newer ones are expected to work.
 REQUIRED = [
     "absl-py>=2.1",
-    "chex>=0.1.90",
     "flax>=0.12",
     "grain>=0.2.18",
     "jax>=0.10",
@@ -26,7 +25,15 @@ REQUIRED = [
     "tqdm>=4.66",
 ]
 DIGITS = ["scikit-learn>=1.5"]
-DEV = [*DIGITS, "hypothesis>=6.100", "pillow>=10", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"]
+DEV = [
+    *DIGITS,
+    "chex>=0.1.90",
+    "hypothesis>=6.100",
+    "pillow>=10",
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+]
 NOTEBOOKS = [*DIGITS, "ipykernel>=6.29", "nbclient>=0.10"]
 
 setuptools.setup(

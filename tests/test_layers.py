@@ -1,76 +1,164 @@
-"""The shape of the package: imports point down, and the README's loop runs."""
+"""The shape of the package: the core imports no wing, no circles, and what an import loads."""
 
 import ast
+import importlib.util
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
+import mdm_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "mdm_jax"
-LAYER = {
-    "typing": 0,
-    "streams": 0,
-    "draws": 0,
-    "batches": 0,
-    "bias": 0,
-    "pytrees": 0,
-    "processes": 0,
-    "schedules": 1,
-    "models": 1,
-    "data": 1,
-    "corruption": 2,
-    "variance": 2,
-    "objectives": 3,
-    "samplers": 3,
-    "training": 4,
-    "evaluation": 4,
-    "__init__": 5,
+WINGS = {
+    "gaussian": set(),
+    "meter": set(),
+    "evaluation": set(),
+    "tasks": {"evaluation"},
+    "testing": set(),
+    "plots": {"evaluation", "gaussian", "meter"},
+}
+"""Wings, and the wings that each may import."""
+LAUNCHER = "launch"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
 }
 
 
-def imported_parts(path):
-    """Top-level parts of mdm_jax that a file imports, and foreign packages."""
-    inside, outside = set(), set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def imports(path):
+    """Full names of the modules that a file imports, in functions too but not for types alone."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
+            found = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in found}
+    return names
+
+
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+
+
+def part(module):
+    """The top-level part of the package that a module belongs to."""
+    return [*module.split("."), "__init__"][1]
+
+
+def test_the_core_imports_no_wing_and_wings_only_what_is_drawn():
+    wrong = []
+    for module, names in IMPORTS.items():
+        here = part(module)
+        allowed = {here, *WINGS.get(here, ())}
         for name in names:
-            parts = name.split(".")
-            (inside.add(parts[1]) if parts[0] == "mdm_jax" else outside.add(parts[0]))
-    return inside, outside
+            there = part(name) if name.startswith("mdm_jax.") else None
+            if here == LAUNCHER or there is None:
+                continue
+            if there == LAUNCHER or (there in WINGS and there not in allowed):
+                wrong.append(f"{module} imports {name}")
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
-def test_imports_point_down(path):
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    inside, outside = imported_parts(path)
-    for name in inside - {part}:
-        limit = 0 if part == "variance" else LAYER[part]
-        same_layer = name != part and LAYER[name] == LAYER[part] > 0
-        assert LAYER[name] <= limit, f"{path} may not import {name}"
-        assert not same_layer, f"{path} may not import its neighbour {name}"
-    assert not outside & {"experiments", "ml_collections", "tensorflow", "pickle"}
-    if part != "data":
-        assert not outside & {"grain", "tensorflow_datasets", "tokenizers"}
+def test_variance_rests_on_root_files_and_objectives_do_not_know_it():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    for module, names in IMPORTS.items():
+        inside = {part(name) for name in names if name.startswith("mdm_jax.")} & folders
+        if part(module) == "variance":
+            assert inside <= {"variance"}, module
+        if part(module) == "objectives":
+            assert "variance" not in inside, module
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
-def test_files_hold_one_concept(path):
+def test_foreign_packages_stay_where_they_belong():
+    for module, names in IMPORTS.items():
+        outside = {name.split(".")[0] for name in names}
+        assert not outside & {"experiments", "tensorflow", "pickle", "chex"}, module
+        if part(module) != LAUNCHER:
+            assert "ml_collections" not in outside, module
+        if part(module) != "data":
+            assert not outside & {"grain", "tensorflow_datasets", "tokenizers"}, module
+
+
+def test_no_circles_between_files():
+    """Packages that a file imports by a name of theirs count as their ``__init__`` does."""
+    state = {}
+
+    def visit(module, path):
+        if state.get(module) == "done":
+            return
+        assert state.get(module) != "open", " -> ".join([*path[path.index(module) :], module])
+        state[module] = "open"
+        for name in sorted(IMPORTS[module] & set(MODULES)):
+            # `from mdm_jax import x` reaches x, not the package's own list of names.
+            if name != "mdm_jax":
+                visit(name, [*path, module])
+        state[module] = "done"
+
+    for module in MODULES:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short(path):
     assert len(path.read_text("utf-8").splitlines()) <= 500
     assert path.name != "utils.py"
 
 
-def test_config_builder_stays_a_table():
-    for path in (ROOT / "mdm_jax/launch").glob("build*.py"):
-        assert len(path.read_text("utf-8").splitlines()) <= 200
+def test_no_function_hides_a_module_of_its_package():
+    """Unless the package gives it out by that name on purpose, as optax does."""
+    for package in [
+        MODULES[name].parent for name in MODULES if MODULES[name].name == "__init__.py"
+    ]:
+        name = ".".join(package.relative_to(ROOT).parts)
+        tree = ast.parse((package / "__init__.py").read_text("utf-8"))
+        given = {a.asname or a.name: n.module for n in ast.walk(tree)
+                 if isinstance(n, ast.ImportFrom) for a in n.names}  # fmt: skip
+        for submodule in {found.name for found in pkgutil.iter_modules([str(package)])} & set(
+            given
+        ):
+            importlib.import_module(f"{name}.{submodule}")
+            value = getattr(importlib.import_module(name), submodule)
+            assert isinstance(value, types.ModuleType) == (given[submodule] == name), (
+                name,
+                submodule,
+            )
+
+
+def test_imports_load_jax_alone():
+    """``import mdm_jax`` and the packages of an own training loop, in a process of their own."""
+    script = """
+import sys
+import mdm_jax
+heavy = ("flax", "orbax", "grain", "tensorflow_datasets", "tensorflow", "scipy", "matplotlib",
+         "chex", "ml_collections", "absl", "tokenizers")
+def check(name):
+    found = [h for h in heavy if h in sys.modules]
+    assert not found, f"{name} loads {', '.join(found)}"
+check("mdm_jax")
+for part in ("variance", "corruption", "objectives", "samplers", "schedules", "likelihood", "meter"):
+    __import__(f"mdm_jax.{part}")
+    check(f"mdm_jax.{part}")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert mdm_jax.__version__
 
 
 def test_readme_loops_run(tmp_path):

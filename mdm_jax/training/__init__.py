@@ -2,11 +2,15 @@
 
 from mdm_jax.training.checkpoint_store import CheckpointError
 from mdm_jax.training.checkpoints import CheckpointReader, Checkpoints, Restored, abstract
-from mdm_jax.training.compilation import CompiledStep, compile_step, compiler_options
+from mdm_jax.training.compilation import (
+    CompiledStep,
+    compile_step,
+    compiler_options,
+    format_bytes,
+)
 from mdm_jax.training.ema import AverageOffset, averaged, new_average, update_average
 from mdm_jax.training.interrupt import Interrupt, Interrupted
 from mdm_jax.training.loop import Hooks, LoopOptions, TrainingStopped, train
-from mdm_jax.training.memory import MemoryEstimate, estimate_memory, format_bytes
 from mdm_jax.training.metrics import MetricWriter, Progress, SilentWriter, read_metrics
 from mdm_jax.training.monitors import (
     Monitor,

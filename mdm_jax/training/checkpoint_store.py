@@ -1,4 +1,8 @@
-"""Checkpoints of one kind in a directory: a pytree and JSON records each, with a manifest."""
+"""Checkpoints of one kind in a directory: a pytree and JSON records each, with a manifest.
+
+A layer over Orbax's CheckpointManager that adds SHA-256 sums of all files, and falling back past a
+damaged checkpoint, naming it.
+"""
 
 import contextlib
 import hashlib
@@ -10,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mdm_jax import distributed
 from mdm_jax.types import PyTree
@@ -20,12 +25,9 @@ class CheckpointError(RuntimeError):
 
 
 class StoreReader:
-    """Reads a store and changes nothing, so that a trainer may be at work in it.
+    """Reads the store ``name`` below ``root``, whose pytrees are called ``item``; changes nothing.
 
-    Args:
-        root: directory of all stores.
-        name: of this one.
-        item: what its pytrees are called.
+    A trainer may write to the store meanwhile.
     """
 
     def __init__(self, root: pathlib.Path, name: str, item: str):
@@ -35,28 +37,28 @@ class StoreReader:
         self._manager = self._open()
 
     def steps(self) -> list[int]:
-        """What is there, ascending."""
+        """Steps of the checkpoints at hand, ascending."""
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict | None:
-        """Tree (if asked for) and records of the newest whole checkpoint, by item name.
+        """Tree (unless None) and records of the newest intact checkpoint, by item name.
 
         Raises:
             CheckpointError: if that one does not fit ``abstract_tree``.
         """
         tried = set()
-        while left := [step for step in self.steps() if step not in tried]:
-            step = left[-1]
+        while remaining := [step for step in self.steps() if step not in tried]:
+            step = remaining[-1]
             tried.add(step)
             problem = distributed.from_first(
                 self._problem(step) if distributed.is_first() else None
             )
             if problem is None:
                 try:
-                    found = self._read(step, abstract_tree, records)
+                    items = self._read(step, abstract_tree, records)
                     problem = self._meanwhile(step)
                     if problem is None:
-                        return found
+                        return items
                 except CheckpointError:
                     raise
                 except Exception as error:
@@ -70,29 +72,29 @@ class StoreReader:
         return None
 
     def read(self, step: int, abstract_tree: PyTree) -> PyTree:
-        """The tree of a step, whose files are not checked."""
+        """The tree of a step, without checking its files."""
         return self._read(step, abstract_tree, ())[self._item]
 
     def as_saved(self, leaves: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-        """Leaves to ask for: of ``fields`` as given, of the others what the newest manifest has."""
+        """Abstract leaves to restore: ``fields`` as given, others as the newest manifest says."""
         saved = self._saved_shapes()
         if saved is None:
             return leaves
-        wanted = _shapes(leaves)
         sharding = next(iter(leaves.values())).sharding
-        if isinstance(sharding, jax.sharding.NamedSharding):
-            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-        asked = {name: leaf for name, leaf in leaves.items() if field_of(name) in fields}
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        wanted = _shapes(leaves)
+        result = {name: leaf for name, leaf in leaves.items() if field_of(name) in fields}
         for name, form in saved.items():
             if field_of(name) in fields:
                 continue
             if wanted.get(name) == form:
-                asked[name] = leaves[name]
+                result[name] = leaves[name]
             else:
                 dtype, bracket, shape = form.partition("[")
                 shape = json.loads(bracket + shape)
-                asked[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        return asked
+                result[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return result
 
     def close(self) -> None:
         """Releases the manager's threads."""
@@ -104,11 +106,11 @@ class StoreReader:
         return ocp.CheckpointManager(self.directory, options=options)
 
     def _meanwhile(self, step: int) -> str | None:
-        """What a trainer has removed while it was read."""
+        """What a trainer removed during the reading."""
         problem = None
         if distributed.is_first():
-            gone = not (self.directory / str(step)).exists()
-            problem = "it was removed" if gone else self._problem(step, digests=False)
+            removed = not (self.directory / str(step)).exists()
+            problem = "it was removed" if removed else self._problem(step, digests=False)
         return distributed.from_first(problem)
 
     def _pass_over(self, step: int, problem: str) -> None:
@@ -126,15 +128,14 @@ class StoreReader:
             leaves = named_leaves(abstract_tree)
             self._check_fit(step, leaves)
             items[self._item] = ocp.args.StandardRestore(leaves)
-        found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
+        restored = dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
         if abstract_tree is not None:
-            found[self._item] = jax.tree.unflatten(
-                jax.tree.structure(abstract_tree), [found[self._item][name] for name in leaves]
-            )
+            values = [restored[self._item][name] for name in leaves]
+            restored[self._item] = jax.tree.unflatten(jax.tree.structure(abstract_tree), values)
         if self._manifest(step).exists():
             amended = self._load_manifest(step).get("amended", {})
-            found |= {name: amended[name] for name in records if name in amended}
-        return found
+            restored |= {name: amended[name] for name in records if name in amended}
+        return restored
 
     def _check_fit(self, step: int, leaves: dict[str, Any]) -> None:
         if not self._manifest(step).exists():
@@ -155,22 +156,21 @@ class StoreReader:
             return None  # killed between the save and its manifest: let reading it decide
         try:
             expected = self._load_manifest(step)["files"]
-            found = _files(self.directory / str(step), digests)
+            files = _files(self.directory / str(step), digests)
         except FileNotFoundError as error:
             return f"file {error.filename} is missing"
         except (ValueError, KeyError, TypeError):
             return f"its manifest {path} is damaged"
         for name, entry in expected.items():
-            if name not in found:
+            if name not in files:
                 return f"file {name} is missing"
-            if found[name]["size"] != entry["size"]:
-                return f"file {name} has {found[name]['size']} bytes instead of {entry['size']}"
-            if digests and found[name]["sha256"] != entry["sha256"]:
+            if files[name]["size"] != entry["size"]:
+                return f"file {name} has {files[name]['size']} bytes instead of {entry['size']}"
+            if digests and files[name]["sha256"] != entry["sha256"]:
                 return f"file {name} has changed since it was written"
         return None
 
     def _saved_shapes(self) -> dict[str, str] | None:
-        """Of the newest checkpoint whose manifest can be read, None if there is none."""
         for step in reversed(self.steps()):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return dict(self._load_manifest(step)["arrays"])
@@ -184,12 +184,7 @@ class StoreReader:
 
 
 class Store(StoreReader):
-    """Writes too, and sets aside what is damaged; one process or group of processes at a time.
-
-    Args:
-        root, name, item: as of :class:`StoreReader`; made if missing.
-        keep: how many checkpoints.
-    """
+    """Writes too, at most ``keep`` checkpoints, and sets damaged ones aside; for one trainer."""
 
     def __init__(self, root: pathlib.Path, name: str, item: str, keep: int):
         self._keep = keep
@@ -199,11 +194,9 @@ class Store(StoreReader):
     def save(
         self, step: int, tree: PyTree, records: dict[str, dict[str, Any]], force: bool = False
     ) -> bool:
-        """Returns False, having done nothing, if the step is already there or a later one is.
+        """Writes a checkpoint; returns False, having done nothing, if the step is there already.
 
-        Args:
-            step, tree, records: what to write.
-            force: write it instead of later ones.
+        Also if a later one is there, unless ``force``.
         """
         steps = self.steps()
         if step in steps or (not force and any(other > step for other in steps)):
@@ -218,8 +211,7 @@ class Store(StoreReader):
         self._manager.wait_until_finished()
         distributed.barrier(f"saved {self.directory} {step}")
         if distributed.is_first():
-            content = {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}
-            self._write_manifest(step, content)
+            self._write_manifest(step, self._describe(step, leaves))
             kept = {str(s) for s in self.steps()}
             for path in self._manifests.glob("*.json"):
                 if path.stem not in kept:
@@ -227,13 +219,13 @@ class Store(StoreReader):
         return True
 
     def amend(self, step: int, records: dict[str, dict[str, Any]]) -> None:
-        """From now on a step that is there has these records; nothing else of it is written."""
+        """Replaces records of a checkpoint; only its manifest is written."""
         if distributed.is_first() and self._manifest(step).exists():
             self._write_manifest(step, self._load_manifest(step) | {"amended": records})
 
     def _open(self) -> ocp.CheckpointManager:
-        # Saving is synchronous: a kill then finds either the old or the new state, never neither,
-        # and the manifest describes files that are all there.
+        # Saving is synchronous: a kill then leaves the old or the new state, and the manifest
+        # describes files that are all there.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             enable_async_checkpointing=False,
@@ -243,7 +235,7 @@ class Store(StoreReader):
         return ocp.CheckpointManager(self.directory, options=options)
 
     def _meanwhile(self, step: int) -> str | None:
-        del step  # nobody else changes it
+        del step  # there is no other writer
         return None
 
     def _pass_over(self, step: int, problem: str) -> None:
@@ -257,23 +249,19 @@ class Store(StoreReader):
             self._manifest(step).unlink(missing_ok=True)
         distributed.barrier(f"set aside {source} as {number}")
         self._manager.reload()
-        if not distributed.is_first():
-            return
-        logging.warning(
-            "checkpoint %s is damaged: %s. Moved it to %s; trying the one before, if any.",
-            source,
-            problem,
-            target,
-        )
+        if distributed.is_first():
+            message = "checkpoint %s is damaged: %s. Moved it to %s; trying the one before, if any."
+            logging.warning(message, source, problem, target)
 
     def _read(self, step: int, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict:
-        found = super()._read(step, abstract_tree, records)
+        restored = super()._read(step, abstract_tree, records)
         missing = not self._manifest(step).exists()  # killed between the save and its manifest
         if abstract_tree is not None and missing and distributed.is_first():
-            shapes = _shapes(named_leaves(abstract_tree))
-            content = {"files": _files(self.directory / str(step)), "arrays": shapes}
-            self._write_manifest(step, content)
-        return found
+            self._write_manifest(step, self._describe(step, named_leaves(abstract_tree)))
+        return restored
+
+    def _describe(self, step: int, leaves: dict[str, Any]) -> dict[str, Any]:
+        return {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}
 
     def _write_manifest(self, step: int, content: dict[str, Any]) -> None:
         temporary = self._manifest(step).with_suffix(".partial")
@@ -282,8 +270,7 @@ class Store(StoreReader):
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by their path, such as "params/kernel"."""
-    # Names instead of containers: files stay readable without the classes that made them.
+    """Leaves by path, such as "params/kernel": files stay readable without the state's classes."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 

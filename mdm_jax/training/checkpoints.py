@@ -1,12 +1,11 @@
-"""Checkpoints that are either whole or refused.
+"""Checkpoints of a run, either intact or refused.
 
-Layout below the directory given::
+Layout below the directory::
 
-    last/<step>/            the latest full states (TrainState, data position, notes), for resuming
-    best/<step>/            the averaged parameters with the lowest evaluation loss so far
-    manifests/last/, best/  for each of them, size and SHA-256 of its files, its arrays' shapes, and
-                            what has been amended since
-    damaged-last-<step>-<n>/ what failed its check, set aside, never deleted
+    last/<step>/             the latest full states (TrainState, data position, notes)
+    best/<step>/             the averaged parameters with the lowest evaluation loss so far
+    manifests/{last,best}/   of each: sizes and SHA-256 of files, shapes of arrays, amended records
+    damaged-last-<step>-<n>/ checkpoints that failed their check, set aside, never deleted
 """
 
 import math
@@ -26,12 +25,15 @@ from mdm_jax.training.checkpoint_store import (
 )
 from mdm_jax.types import PyTree
 
+_LAST, _BEST = ("last", "state"), ("best", "ema")
+"""Stores: their names and those of their pytrees."""
+
 
 class Restored(NamedTuple):
-    """What a checkpoint in ``last/`` holds.
+    """Contents of a checkpoint in ``last/``.
 
     Attributes:
-        state: TrainState, sharded as asked for.
+        state: TrainState.
         position: JSON state of the data iterator, right after the last batch trained on.
         notes: JSON notes, such as the data fingerprint and the metric window in progress.
     """
@@ -42,15 +44,10 @@ class Restored(NamedTuple):
 
 
 class CheckpointReader:
-    """Verifies and restores the states of one run, which may still be training.
+    """Verifies and restores the states of one run, which may still be training; changes nothing.
 
-    Nothing on the disk is changed or made. With several processes all of them call every method at
-    the same point, on a directory that all of them see: each reads the parts of the arrays that it
-    holds, and the first one checks the manifests. A checkpoint fits any number of processes and any
-    mesh.
-
-    Args:
-        directory: as of :class:`Checkpoints`; it may be missing, there is nothing in it then.
+    With several processes all of them call every method at the same point, on a directory that all
+    share. A checkpoint fits any number of processes and any mesh. The directory may be missing.
     """
 
     _damaged = "the warnings above say what is wrong with them"
@@ -65,65 +62,51 @@ class CheckpointReader:
         return self._last.steps()
 
     def best_metrics(self) -> dict[str, float] | None:
-        """Metrics of the best parameters, with their step; None if none are kept and whole."""
+        """Metrics of the best parameters, with their step; None if none are kept and intact."""
         if self._best_metrics is None:  # reading verifies every byte: once is enough
-            found = self._best.restore(None, ("metrics",))
-            self._best_metrics = None if found is None else found["metrics"]
+            self._best_metrics = (self._best.restore(None, ("metrics",)) or {}).get("metrics")
         return self._best_metrics
 
     def restore_best(self, abstract_ema: PyTree) -> PyTree:
-        """The best averaged parameters; :meth:`best_metrics` are theirs from then on.
+        """The best averaged parameters.
 
         Raises:
-            CheckpointError: if none are kept and whole, or they do not fit ``abstract_ema``.
+            CheckpointError: if none are kept and intact, or they do not fit ``abstract_ema``.
         """
-        found = self._best.restore(abstract_ema, ("metrics",))
-        if found is None:
+        restored = self._best.restore(abstract_ema, ("metrics",))
+        if restored is None:
             raise CheckpointError(f"no whole checkpoint in {self._best.directory}")
-        self._best_metrics = found["metrics"]
-        return found["ema"]
+        self._best_metrics = restored["metrics"]
+        return restored["ema"]
 
     def restore_last(self, abstract_state: PyTree) -> Restored | None:
-        """The newest whole state, or None if the run has not saved any.
-
-        A checkpoint whose files are truncated, missing or changed is named and replaced by the one
-        before it.
+        """The newest intact state, or None if the run has not saved any.
 
         Args:
             abstract_state: pytree of jax.ShapeDtypeStruct with shardings.
 
         Raises:
-            CheckpointError: if checkpoints exist but none is whole, or a whole one does not fit.
+            CheckpointError: if checkpoints exist but none is intact, or an intact one does not fit.
         """
         steps = self.steps()
-        found = self._last.restore(abstract_state, ("position", "notes"))
-        if found is not None:
-            return Restored(**found)
-        if steps:
+        restored = self._last.restore(abstract_state, ("position", "notes"))
+        if restored is None and steps:
             raise CheckpointError(
                 f"none of the checkpoints at steps {steps} in {self._last.directory} is whole; "
                 f"{self._damaged}. Start again with another workdir."
             )
-        return None
+        return None if restored is None else Restored(**restored)
 
     def restore_last_fields(self, abstract_state: PyTree, fields: Sequence[str]) -> PyTree | None:
-        """The newest whole state, None in all but ``fields``; its optimiser may be another.
+        """As :meth:`restore_last`, with None in all but ``fields``; its optimiser may be another.
 
-        Everything is read. What fits ``abstract_state`` is laid out as it says, what does not is
-        whole on every device until this returns.
-
-        Args:
-            abstract_state: pytree of jax.ShapeDtypeStruct with shardings.
-            fields: of the state, by name.
-
-        Raises:
-            CheckpointError: as :meth:`restore_last`, if these fields do not fit.
+        Everything is read; leaves that do not fit are on every device until this returns.
         """
         leaves = named_leaves(abstract_state)
-        found = self.restore_last(self._last.as_saved(leaves, fields))
-        if found is None:
+        restored = self.restore_last(self._last.as_saved(leaves, fields))
+        if restored is None:
             return None
-        kept = (found.state[name] if field_of(name) in fields else None for name in leaves)
+        kept = (restored.state[name] if field_of(name) in fields else None for name in leaves)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), kept)
 
     def restore_step(self, step: int, abstract_state: PyTree) -> PyTree:
@@ -146,18 +129,13 @@ class CheckpointReader:
 
 
 class Checkpoints(CheckpointReader):
-    """Saves the states of one run too, and sets aside what is damaged.
+    """Saves states too, and sets damaged ones aside; for the one trainer of a directory.
 
-    For the one trainer of a directory: what a save left unfinished is removed when it is opened.
-    With several processes each writes the parts of the arrays that it holds, and the first one
-    writes the manifests.
+    Each process writes the shards that it holds, process 0 the manifests.
 
     Args:
-        directory: created if missing.
-        keep_last: how many full states to keep.
-
-    Raises:
-        ValueError: if ``keep_last`` is not positive.
+        directory: created if missing; what a save left unfinished is removed.
+        keep_last: how many full states to keep, at least 1.
     """
 
     _damaged = "they were set aside beside it as damaged-*"
@@ -184,14 +162,11 @@ class Checkpoints(CheckpointReader):
             )
 
     def amend_notes(self, step: int, notes: dict[str, Any]) -> None:
-        """Replaces the notes of a full state that is there, at the cost of a small file."""
+        """Replaces the notes of a full state, at the cost of a small file."""
         self._last.amend(step, {"notes": notes})
 
     def save_best(self, step: int, ema: PyTree, metrics: dict[str, float]) -> bool:
-        """Keeps ``ema`` if ``metrics["loss"]`` is the lowest so far; returns whether it was.
-
-        A loss that is not finite is never the lowest.
-        """
+        """Keeps ``ema`` if ``metrics["loss"]`` is finite and the lowest; returns whether it was."""
         best = self.best_metrics()
         if not math.isfinite(metrics["loss"]):
             return False
@@ -206,10 +181,6 @@ class Checkpoints(CheckpointReader):
 
     def _open(self, root: pathlib.Path) -> tuple[Store, Store]:
         return Store(root, *_LAST, self._keep_last), Store(root, *_BEST, 1)
-
-
-_LAST, _BEST = ("last", "state"), ("best", "ema")
-"""Stores: their names and those of their pytrees."""
 
 
 def abstract(tree: PyTree) -> PyTree:

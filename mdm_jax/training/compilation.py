@@ -1,4 +1,4 @@
-"""The step compiled ahead of time: it cannot be compiled again unnoticed."""
+"""The training step compiled ahead of time, so that it cannot be compiled again unnoticed."""
 
 import importlib.metadata
 import time
@@ -7,16 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mdm_jax.training.memory import format_bytes
 from mdm_jax.types import Array, PyTree
 
 
 def compiler_options() -> dict[str, str]:
-    """Settings of the compiler with which a training step is fastest on this process's backend.
+    """Compiler settings with which a training step is fastest on this process's backend.
 
-    On CPUs products go to its kernel library, and reductions, which it would hand over as well, do
-    not: then they are fused with the functions before them. A step of a small model takes up to 3%
-    less time so and a quarter less memory. No setting changes results beyond the order of sums.
+    On CPUs products go to its kernel library and reductions are fused with the functions before
+    them: up to 3% less time and a quarter less memory. Results change by the order of sums only.
     Empty for other backends, and for versions of jaxlib that were not measured, since an unknown
     setting is an error.
     """
@@ -27,14 +25,13 @@ def compiler_options() -> dict[str, str]:
 
 
 class CompiledStep(NamedTuple):
-    """A compiled step and what is known of it.
+    """A compiled step and its costs.
 
     Attributes:
         call: ``call(state, batch) -> (state, metrics)``; TypeError or ValueError for arguments of
-            other shapes, dtypes or placements than those it was compiled for.
+            other shapes, dtypes or shardings than those it was compiled for.
         seconds: of tracing, lowering and compiling, or of loading from the cache.
-        memory_bytes: on each device while it runs, arguments included; None where the backend does
-            not say.
+        memory_bytes: on each device while it runs, arguments included; None if unknown.
     """
 
     call: Callable[..., Any]
@@ -42,7 +39,7 @@ class CompiledStep(NamedTuple):
     memory_bytes: int | None
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for logs."""
         known = self.memory_bytes is not None
         memory = f", {format_bytes(self.memory_bytes)} per device" if known else ""
         return f"step compiled in {self.seconds:.1f} s{memory}"
@@ -55,32 +52,53 @@ def compile_step(
     *constants: Array,
     options: Mapping[str, str] | None = None,
 ) -> CompiledStep:
-    """Compiles a train step, its state donated and placed as it was.
+    """Compiles a train step, its state donated and its sharding kept.
 
     Args:
         step: pure step function.
         abstract_state, abstract_batch: pytrees of jax.ShapeDtypeStruct with shardings.
         constants: placed arrays, further arguments of the step. They are no part of the program, so
-            runs that differ in them alone, in the seed say, find each other's in the cache.
+            runs that differ in them alone, such as in the seed, share an entry of the cache.
         options: of the compiler, in place of :func:`compiler_options`.
+
+    Raises:
+        MemoryError: if the compiler finds no plan that fits a device.
     """
     started = time.monotonic()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     lowered = jitted.lower(abstract_state, abstract_batch, *constants)
-    chosen = compiler_options() if options is None else dict(options)
-    compiled = lowered.compile(compiler_options=chosen)
+    try:
+        compiled = lowered.compile(
+            compiler_options=compiler_options() if options is None else dict(options)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            "the training step does not fit in the memory of a device; try more "
+            "train.num_microbatches, a smaller train.batch_size, model.remat='dots' or a larger "
+            f"mesh.fsdp ({str(error).splitlines()[0]})"
+        ) from error
 
     def call(state: PyTree, batch: PyTree) -> Any:
         return compiled(state, batch, *constants)
 
     seconds = time.monotonic() - started
-    return CompiledStep(call if constants else compiled, seconds, _memory(compiled))
+    return CompiledStep(call if constants else compiled, seconds, _memory_bytes(compiled))
 
 
-def _memory(compiled: Any) -> int | None:
-    found = compiled.memory_analysis()
-    if found is None:
+def format_bytes(size: float) -> str:
+    """``size`` bytes in KiB, MiB or GiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} B"
+
+
+def _memory_bytes(compiled: Any) -> int | None:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
         return None
-    kept = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + kept + found.temp_size_in_bytes
+    new_outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + new_outputs + analysis.temp_size_in_bytes

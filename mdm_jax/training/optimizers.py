@@ -1,7 +1,4 @@
-"""Optimiser states in less memory.
-
-The optax chain after the backward pass.
-"""
+"""The optax chain after the backward pass, and moments in fewer bits."""
 
 from typing import Any
 
@@ -12,8 +9,6 @@ import optax.contrib
 
 from mdm_jax.types import PyTree
 
-_MEANS, _SQUARES = "mu", "nu"
-
 
 def store_moments(
     optimizer: optax.GradientTransformation,
@@ -21,11 +16,11 @@ def store_moments(
     second: jnp.dtype = jnp.float32,
     b2: float | None = None,
 ) -> optax.GradientTransformation:
-    """Keeps the moments of an optimiser in other dtypes between steps; a step works in float32.
+    """Stores the moments of an optimiser in other dtypes; a step works in float32.
 
-    Rounding to bfloat16 loses changes below 2^-9 to 2^-8 of a number. First moments change by about
-    a tenth a step and hardly notice. A second moment falls by at most ``1 - b2`` of itself a step,
-    so for ``b2`` near 1 it could rise but never fall again: that is refused.
+    Optax's ``mu_dtype`` has no counterpart for second moments and decays first ones in the narrow
+    dtype. A second moment falls by at most ``1 - b2`` of itself a step, which bfloat16 rounds away
+    for ``b2`` near 1: it could rise but never fall again, and is refused.
 
     Args:
         optimizer: one whose state has fields ``mu`` and ``nu``, such as Adam and Muon.
@@ -43,8 +38,7 @@ def store_moments(
             f"{jnp.dtype(second).name}, which would round every decay away; use float32 for them, "
             f"or b2 below {1 - lost:.4f}"
         )
-    wide = dict.fromkeys((_MEANS, _SQUARES), jnp.float32)
-    narrow = {_MEANS: first, _SQUARES: second}
+    wide, narrow = {"mu": jnp.float32, "nu": jnp.float32}, {"mu": first, "nu": second}
     if all(dtype == jnp.float32 for dtype in narrow.values()):
         return optimizer
 
@@ -94,16 +88,12 @@ def adamw(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW that decays matrices only.
+    """Global-norm clipping, then AdamW that decays kernels and embeddings only.
 
     Args:
         schedule: learning rate by step.
-        b1, b2: decay of the moments.
-        weight_decay: applied to kernels and embeddings, not to norms and biases.
-        clip_norm: largest allowed global norm of the gradient, or None.
-
-    Raises:
-        ValueError: if ``clip_norm`` is not positive.
+        b1, b2, weight_decay: of AdamW.
+        clip_norm: largest allowed global norm of the gradient, positive, or None.
     """
     return optax.chain(
         _clip(clip_norm),
@@ -122,18 +112,14 @@ def muon(
 ) -> optax.GradientTransformation:
     """Global-norm clipping, then Muon for the kernels inside the network and Adam for the rest.
 
-    Muon orthogonalises the momentum of each kernel; embeddings, the output head, norms and biases
-    take Adam steps at the same learning rate.
+    Embeddings, the output head, norms and biases take Adam steps at the same learning rate.
 
     Args:
         schedule: learning rate by step; good values are about ten times those of AdamW.
         momentum: decay of Muon's momentum.
         b1, b2: decay of Adam's moments.
         weight_decay: of the kernels that Muon updates.
-        clip_norm: largest allowed global norm of the gradient, or None.
-
-    Raises:
-        ValueError: if ``clip_norm`` is not positive.
+        clip_norm: as of :func:`adamw`.
 
     Reference: Jordan et al. 2024, Muon; implemented by ``optax.contrib.muon``.
     """
@@ -153,7 +139,7 @@ def muon(
 def decayed(params: PyTree) -> PyTree:
     """True for the parameters that weight decay applies to, by name.
 
-    Dimensions would not tell: scanned layers stack norm scales into matrices.
+    Not by rank: scanned layers stack norm scales into matrices.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: bool({"kernel", "embedding"} & _names(path)), params

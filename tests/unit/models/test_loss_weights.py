@@ -75,7 +75,9 @@ def test_gradients_are_right_even_if_the_weights_are_wrong(power):
         plain = functools.partial(network, kernel)
         return loss(with_loss_weights(plain, loss)), loss(plain)
 
-    gradients = tiny.jit(lambda k: [jax.value_and_grad(lambda k: run(k)[i])(k) for i in (0, 1)])
+    gradients = tiny.jit(
+        lambda k: [jax.value_and_grad(lambda k, i=i: run(k)[i])(k) for i in (0, 1)]
+    )
     (value, found), (same, wanted) = gradients(KERNEL)
     np.testing.assert_allclose(value, same, rtol=1e-6)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * float(jnp.abs(wanted).max()))

@@ -17,7 +17,7 @@ from mdm_jax.launch import startup
 from mdm_jax.launch import train as launch_train
 from mdm_jax.launch.configs import quickstart
 from mdm_jax.launch.experiment import Experiment, make_experiment
-from mdm_jax.training import loop, memory
+from mdm_jax.training import loop
 
 LOG_EVERY, STEPS = 4, 12
 
@@ -85,13 +85,6 @@ def watched(tmp_path_factory):
     return watch, experiment, kept[0]
 
 
-@pytest.fixture(scope="module")
-def estimate(watched):
-    """What the experiment's memory was estimated at."""
-    _, experiment, _ = watched
-    return experiment.memory()
-
-
 def zeros(experiment):
     """A state with zeros in the places of the experiment's own."""
     return jax.tree.map(
@@ -115,44 +108,28 @@ def test_the_compiled_step_refuses_what_it_was_not_compiled_for(watched):
         compiled.call(state, jax.tree.map(lambda leaf: leaf[:8], batch))
 
 
-def test_the_estimate_of_memory_is_near_what_the_compiler_says(watched, estimate):
-    """Within a factor of 2.5, on eight devices with parts of everything."""
-    _, _, compiled = watched
-    assert 1 / 2.5 < compiled.memory_bytes / estimate.total < 2.5
-    assert "per device" in estimate.describe() and "compiled in" in compiled.describe()
+def test_the_compiler_says_what_the_step_needs(watched):
+    """At least the state on one of eight devices."""
+    _, experiment, compiled = watched
+    shards = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(zeros(experiment))]
+    assert sum(shards) < compiled.memory_bytes < 20 * sum(shards)
+    assert "compiled in" in compiled.describe() and "per device" in compiled.describe()
 
 
-def test_state_is_counted_exactly_after_sharding(watched, estimate):
-    _, experiment, _ = watched
-    state = zeros(experiment)
+def test_a_step_that_does_not_fit_is_refused_with_advice(monkeypatch):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 GiB")
 
-    def held(tree):
-        device = jax.devices()[0]
-        return sum(
-            shard.data.nbytes
-            for leaf in jax.tree.leaves(tree)
-            for shard in leaf.addressable_shards
-            if shard.device == device
-        )
-
-    assert estimate.parameters == held(state.params) == estimate.average == estimate.gradients
-    assert estimate.optimizer == held(state.opt_state)
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
-    assert whole / 4.5 < estimate.parameters < whole / 2
-
-
-def test_microbatches_divide_the_activations(watched, estimate):
-    _, experiment, _ = watched
-    config = experiment.config.copy_and_resolve_references()
-    config.train.num_microbatches = 4
-    few = make_experiment(config).memory()
-    assert 3.5 < estimate.activations / few.activations < 4.5
-    assert few.gradients == 2 * estimate.gradients
+    monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=place)
+    with pytest.raises(MemoryError, match=r"train\.num_microbatches.*99 GiB"):
+        training.compile_step(lambda state, batch: (state + batch, None), shape, shape)
 
 
 def test_sizes_are_readable():
     sizes = {10: "10 B", 2048: "2.0 KiB", 3 * 2**20: "3.0 MiB", 5 * 2**30: "5.0 GiB"}
-    assert {size: memory.format_bytes(size) for size in sizes} == sizes
+    assert {size: training.format_bytes(size) for size in sizes} == sizes
 
 
 # --- the cache ----------------------------------------------------------------------------------
@@ -310,7 +287,11 @@ def test_moments_in_bfloat16_cost_little(name):
         (_, state), values = tiny.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), keys))(
             params
         )
-        return float(values[-5:].mean()), float(values[0]), memory.tree_bytes(state)
+        return (
+            float(values[-5:].mean()),
+            float(values[0]),
+            sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        )
 
     exact, first, size = end()
     stored, _, small = end(first=jnp.bfloat16, second=jnp.bfloat16)
