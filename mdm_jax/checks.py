@@ -1,7 +1,7 @@
 """Checks of arguments: known numbers when an object is built, and names of registries."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -43,6 +43,29 @@ def check_finite(name: str, **values: ArrayLike) -> None:
     for key, value in values.items():
         if is_concrete(value) and not np.isfinite(value):
             raise ValueError(f"{name} needs a finite {key}, got {value}")
+
+
+def parameters(
+    name: str, requirement: str, holds: Callable[..., bool], /, **values: ArrayLike
+) -> tuple[ArrayLike, ...]:
+    """The values as parameters of a factory, checked where they are known.
+
+    Args:
+        name: of the factory, for error messages.
+        requirement: what the values must satisfy, in words.
+        holds: the same as a predicate of the values.
+        values: by name, each as for :func:`as_parameter`.
+
+    Raises:
+        ValueError: for a known value that is not finite, or known values that violate the
+            requirement.
+    """
+    checked = {key: as_parameter(value, key) for key, value in values.items()}
+    check_finite(name, **checked)
+    if is_concrete(*checked.values()) and not holds(*checked.values()):
+        got = ", ".join(f"{key}={value}" for key, value in checked.items())
+        raise ValueError(f"{name} needs {requirement}, got {got}")
+    return tuple(checked.values())
 
 
 def unknown_name(

@@ -1,4 +1,4 @@
-"""The noise coordinate logSNR, laws over it, named schedules and sampling grids."""
+"""The noise coordinate logSNR, laws over it, masked schedules by name, and sampling grids."""
 
 from mdm_jax.schedules.coordinates import (
     MaskingLevel,
@@ -13,12 +13,15 @@ from mdm_jax.schedules.coordinates import (
     masking_rate,
     survival_probability,
 )
-from mdm_jax.schedules.laws import Law, Tails, TwoSidedLaw, logistic, piecewise, uniform
-from mdm_jax.schedules.masked import (
-    MASKED_SCHEDULES,
+from mdm_jax.schedules.laws import (
+    CurveLaw,
     Instant,
-    LostSupport,
-    MaskedSchedule,
-    law_of,
+    Law,
+    Tails,
+    TwoSidedLaw,
+    logistic,
+    piecewise,
     tabulated,
+    uniform,
 )
+from mdm_jax.schedules.masked import MASKED_SCHEDULES, LostSupport, MaskedSchedule, law_of

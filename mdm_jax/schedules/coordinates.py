@@ -1,11 +1,8 @@
-"""logSNR coordinates of masking.
+"""Coordinates of a noise level: logSNR, masking rate, survival probability.
 
-The survival probability is ``sigmoid(logsnr)`` and the masking rate ``sigmoid(-logsnr)``: large
-logSNR is clean. It holds rates near 0 and near 1 equally well, a rate does not: in float32 the
-survival probability ``1 - m`` has no correct digit left once m is within 6e-8 of 1. So levels
-travel as logSNR, and the rate and its complement are each computed from it directly.
-
-All functions work elementwise on arrays of any shape. Rates are probabilities, logarithms natural.
+The survival probability is ``sigmoid(logsnr)``, the masking rate m is ``sigmoid(-logsnr)``; large
+logSNR is clean. Levels travel as logSNR because float32 rates lose all digits of 1 - m once m is
+within 6e-8 of 1. Functions are elementwise, logarithms natural.
 """
 
 from typing import NamedTuple
@@ -19,15 +16,10 @@ from mdm_jax.types import Array, ArrayLike
 class MaskingLevel(NamedTuple):
     """One noise level in every coordinate, none obtained by subtracting from 1.
 
-    Attributes:
-        logsnr: lambda, ``log_survival - log_rate``.
-        rate: masking rate m.
-        survival: survival probability 1 - m.
-        log_rate: log m.
-        log_survival: log(1 - m).
+    ``rate`` is also sigma^2, and ``survival`` alpha^2, of the variance-preserving Gaussian path.
     """
 
-    logsnr: Array
+    logsnr: Array  # log_survival - log_rate
     rate: Array
     survival: Array
     log_rate: Array
@@ -35,19 +27,14 @@ class MaskingLevel(NamedTuple):
 
 
 def level_from_logsnr(logsnr: ArrayLike) -> MaskingLevel:
-    """Every coordinate of the level, each exact to rounding."""
-    logsnr = as_float(logsnr)
-    return MaskingLevel(
-        logsnr=logsnr,
-        rate=masking_rate(logsnr),
-        survival=survival_probability(logsnr),
-        log_rate=log_masking_rate(logsnr),
-        log_survival=log_survival_probability(logsnr),
-    )
+    """Every coordinate of a logSNR, each exact to rounding."""
+    x = as_float(logsnr)
+    log_rate, log_survival = log_masking_rate(x), log_survival_probability(x)
+    return MaskingLevel(x, masking_rate(x), survival_probability(x), log_rate, log_survival)
 
 
 def level_from_masking_rate(rate: ArrayLike) -> MaskingLevel:
-    """Every coordinate of the level; near rate 1 only as exact as ``1 - rate`` is."""
+    """Every coordinate of a masking rate; near rate 1 only as exact as ``1 - rate``."""
     rate = as_float(rate)
     log_rate, log_survival = jnp.log(rate), jnp.log1p(-rate)
     return MaskingLevel(log_survival - log_rate, rate, 1 - rate, log_rate, log_survival)
@@ -64,20 +51,17 @@ def survival_probability(logsnr: ArrayLike) -> Array:
 
 
 def log_masking_rate(logsnr: ArrayLike) -> Array:
-    """log of :func:`masking_rate`; finite, as is its gradient, where the rate itself underflows."""
+    """log of :func:`masking_rate`, finite with its gradient where the rate underflows."""
     return jax.nn.log_sigmoid(-as_float(logsnr))
 
 
 def log_survival_probability(logsnr: ArrayLike) -> Array:
-    """log of :func:`survival_probability`; finite, as is its gradient, where that underflows."""
+    """log of :func:`survival_probability`, finite with its gradient where that underflows."""
     return jax.nn.log_sigmoid(as_float(logsnr))
 
 
 def logsnr_from_masking_rate(rate: ArrayLike) -> Array:
-    """``log((1 - m) / m)``; +inf at 0, -inf at 1.
-
-    Near 1 the result is as inexact as the argument: use :func:`logsnr_from_survival_probability`.
-    """
+    """``log((1 - m) / m)``; +inf at 0, -inf at 1. Near 1 use the survival probability instead."""
     rate = as_float(rate)
     return jnp.log1p(-rate) - jnp.log(rate)
 

@@ -1,8 +1,8 @@
 """Sampling grids: the noise levels a sampler steps through, noisy to clean.
 
-A grid of n steps is a float32 array of n + 1 strictly increasing logSNR. It may begin with -inf,
-where every token is masked, and end with +inf, where none is. Grids are built outside of jit, from
-known numbers; inside, they are arrays like any other.
+A grid of n steps is a float32 array of n + 1 strictly increasing logSNR. It may begin with -inf
+(every token masked) and end with +inf (none). Grids are built outside jit, from known numbers:
+traced sources raise a TypeError, n < 1 or levels that round to the same float32 a ValueError.
 """
 
 import operator
@@ -19,11 +19,7 @@ from mdm_jax.types import Array, ArrayLike
 
 
 def uniform_masking_rate(n: int) -> Array:
-    """[n + 1] levels whose masking rates fall in equal steps from 1 to 0.
-
-    Raises:
-        ValueError: unless n >= 1.
-    """
+    """[n + 1] levels whose masking rates fall in equal steps from 1 to 0."""
     done, left = _steps(n)
     with np.errstate(divide="ignore"):
         return check_grid(np.log(done) - np.log(left))
@@ -32,24 +28,18 @@ def uniform_masking_rate(n: int) -> Array:
 def from_schedule(schedule: MaskedSchedule, n: int) -> Array:
     """[n + 1] levels of a schedule at times falling in equal steps from 1 to 0.
 
-    The ends are those of the schedule; where it stops short of rates 1 and 0, a sampler that starts
-    from masks only and must leave none wants :func:`open_ends` of it.
-
-    Raises:
-        ValueError: unless n >= 1, or if n is so large that neighbours round to the same float32.
+    The ends are those of the schedule. Where it stops short of rates 1 and 0, a sampler that starts
+    from masks only and must leave none needs :func:`open_ends` of it.
     """
     done, left = _steps(n)
     return _evaluate(schedule, lambda: schedule.logsnr(left / n, done / n))
 
 
 def cosine(schedule: MaskedSchedule, n: int) -> Array:
-    """[n + 1] levels of a schedule at the times ``cos(pi/2 (1 - t))``, t falling from 1 to 0.
+    """[n + 1] levels of a schedule at times ``cos(pi/2 (1 - t))``, t falling from 1 to 0.
 
-    Steps in time become small at the noisy end, where a revealed token matters most. The cosine
-    grid of MD4 (Shi et al. 2024).
-
-    Raises:
-        ValueError: unless n >= 1, or if n is so large that neighbours round to the same float32.
+    The cosine grid of MD4 (Shi et al. 2024): the smallest steps are at the noisy end, where a
+    revealed token matters most.
     """
     done, left = _steps(n)
     time = np.sin(np.pi / 2 * left / n)
@@ -58,19 +48,8 @@ def cosine(schedule: MaskedSchedule, n: int) -> Array:
 
 
 def from_law(law: Law, n: int) -> Array:
-    """[n + 1] levels at equally spaced quantiles of a law, the ends of its support included.
-
-    Raises:
-        ValueError: unless n >= 1, or if n is so large that neighbours round to the same float32.
-    """
-    done, _ = _steps(n)
-
-    def levels() -> np.ndarray:
-        low, high = law.support
-        inner = law.icdf(np.asarray(done[1:-1] / n, jnp.result_type(float)))
-        return np.concatenate([[float(low)], np.asarray(inner), [float(high)]])
-
-    return _evaluate(law, levels)
+    """[n + 1] levels at equally spaced quantiles of a law, the ends of its support included."""
+    return _evaluate(law, lambda: _levels(law, _steps(n)[0] / n))
 
 
 def from_log_density(
@@ -78,10 +57,9 @@ def from_log_density(
 ) -> Array:
     """[n + 1] levels that cut a density over the quantile of a law into n equal parts.
 
-    For a density that was learned in training: a level is then as likely to be drawn there between
-    two neighbours of the grid as between any other two. The distribution function is summed over
-    some 8000 cells, finer towards both ends, and inverted; the first and the last level are the
-    ends of the density's support, to within a cell.
+    For a density learned in training. Its distribution function is summed over some 8000 cells,
+    finer towards both ends, and inverted; the grid ends where the density's support does, to
+    within a cell.
 
     Args:
         log_density: elementwise log density of the quantile u in (0, 1), near 1 = clean, up to a
@@ -91,21 +69,11 @@ def from_log_density(
         law: whose quantiles they are, by default uniform masking rates (``logistic()``).
 
     Raises:
-        TypeError: if the density or the law is traced.
-        ValueError: unless n >= 1, or if the density is nowhere positive, infinite or NaN, or n is
-            so large that neighbours round to the same float32.
+        ValueError: also if the density is nowhere positive, infinite or NaN.
     """
-    done, _ = _steps(n)
     law = logistic() if law is None else law
-
-    def levels() -> np.ndarray:
-        u = _density_quantiles(log_density, done / n)
-        low, high = law.support
-        inner = np.clip(u, 2.0**-24, 1 - 2.0**-24)
-        found = np.array(law.icdf(np.asarray(inner, jnp.result_type(float))), np.float64)
-        return np.where(u == 0, float(low), np.where(u == 1, float(high), found))
-
-    return _evaluate(law, levels)
+    shares = _steps(n)[0] / n
+    return _evaluate(law, lambda: _levels(law, _density_quantiles(log_density, shares)))
 
 
 def explicit(values: ArrayLike) -> Array:
@@ -115,12 +83,11 @@ def explicit(values: ArrayLike) -> Array:
 
 def open_ends(grid: ArrayLike) -> Array:
     """The grid with its first level moved to -inf (rate 1) and its last to +inf (rate 0)."""
-    grid = check_grid(grid)
-    return grid.at[0].set(-jnp.inf).at[-1].set(jnp.inf)
+    return check_grid(grid).at[0].set(-jnp.inf).at[-1].set(jnp.inf)
 
 
 def check_grid(grid: ArrayLike) -> Array:
-    """Returns the grid as float32 [n + 1].
+    """Return the grid as float32 [n + 1].
 
     Raises:
         TypeError: for a traced grid, whose values cannot be checked.
@@ -153,13 +120,20 @@ def _evaluate(source: Law | MaskedSchedule, levels: Callable[[], ArrayLike]) -> 
         return check_grid(levels())
 
 
+def _levels(law: Law, u: np.ndarray) -> np.ndarray:
+    """Levels of the quantiles, at 0 and 1 the ends of the support."""
+    low, high = (float(end) for end in law.support)
+    inner = np.asarray(np.clip(u, 2.0**-24, 1 - 2.0**-24), jnp.result_type(float))
+    levels = np.asarray(law.icdf(inner), np.float64)
+    return np.where(u == 0, low, np.where(u == 1, high, levels))
+
+
 def _density_quantiles(
     log_density: Callable[[np.ndarray], ArrayLike], shares: np.ndarray
 ) -> np.ndarray:
     """Quantiles below which the density has the given shares of its mass, rising from 0 to 1."""
     half = 1 / (1 + np.exp(np.linspace(16.0, 0.0, 2049)))  # down to 1e-7, where float32 ends at 1
-    edges = np.concatenate([[0], half, 1 - half[-2::-1], np.linspace(0, 1, 4097)])
-    edges = np.unique(edges)  # sorted, from 0 to 1
+    edges = np.unique([0, *half, *(1 - half[-2::-1]), *np.linspace(0, 1, 4097)])
     middle = (edges[1:] + edges[:-1]) / 2
     value = log_density(np.asarray(middle, jnp.result_type(float)))
     if not is_concrete(value):

@@ -1,80 +1,66 @@
 """Laws over the logSNR: what a training noise level is drawn from.
 
-A law turns a quantile ``u`` in the open interval (0, 1) into a noise level by ``icdf`` and knows
-the density it drew from. ``u`` rises with the logSNR: near 0 is noisy, near 1 clean.
-
-In float32 the quantiles next to 1 are spaced by 6e-8, those next to 0 much finer, so a law that
-worked with ``u`` alone would be precise at one end only. Every law here is built on pairs of tail
-probabilities instead (:class:`Tails`), from which ``cdf`` and ``icdf`` follow.
-
-Laws are frozen pytrees: parameters may be traced, differentiated and mapped over. The lower-case
-factories check the parameters, the classes themselves do not. A law of one's own subclasses
-:class:`TwoSidedLaw`; anything with the four members of :class:`Law` can be used for training.
-
-Piecewise-constant density over the logSNR: exact density and exact inverse from one table.
+``icdf`` turns a quantile u in (0, 1), near 0 noisy and near 1 clean, into a level of known density.
+Next to 1 float32 quantiles are spaced by 6e-8, so the laws here work with the probabilities on both
+sides of a level (:class:`Tails`). Laws are frozen pytrees: parameters may be traced, differentiated
+and mapped over. The lower-case factories check parameters, the classes do not.
 """
 
 import abc
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.checks import as_parameter, check_finite, check_interval, is_concrete
+from mdm_jax.checks import is_concrete, parameters
 from mdm_jax.pytrees import pytree_dataclass
-from mdm_jax.schedules.coordinates import as_float
+from mdm_jax.schedules.coordinates import MaskingLevel, as_float, level_from_logsnr
 from mdm_jax.types import Array, ArrayLike
 
 
 @runtime_checkable
 class Law(Protocol):
-    """A probability law over the logSNR. Methods are elementwise and jit-able."""
+    """A probability law over the logSNR, sufficient for training. Methods are elementwise."""
 
     @property
+    @abc.abstractmethod
     def support(self) -> tuple[ArrayLike, ArrayLike]:
         """(low, high) logSNR between which all mass lies; either may be infinite."""
 
+    @abc.abstractmethod
     def log_pdf(self, logsnr: ArrayLike) -> Array:
         """Log density with respect to the logSNR, nats; -inf outside the support."""
 
+    @abc.abstractmethod
     def cdf(self, logsnr: ArrayLike) -> Array:
         """Probability of a smaller (noisier) logSNR."""
 
+    @abc.abstractmethod
     def icdf(self, u: ArrayLike) -> Array:
         """logSNR of the quantile ``u`` in the open interval (0, 1)."""
 
 
 class Tails(NamedTuple):
-    """Probabilities on the two sides of a level; they sum to 1 and each is exact to rounding.
-
-    Attributes:
-        below: probability of a smaller (noisier) logSNR.
-        above: probability of a larger (cleaner) logSNR.
-    """
+    """Probabilities of a noisier and of a cleaner level; sum 1, each exact to rounding."""
 
     below: Array
     above: Array
 
 
-class TwoSidedLaw(abc.ABC):
-    """Base of the laws here: ``cdf`` and ``icdf`` from tail probabilities.
+class Instant(NamedTuple):
+    """A time in [0, 1], 0 clean, and 1 - t, neither obtained from the other by rounding."""
 
-    A subclass defines ``support``, ``log_pdf``, ``tails`` and ``quantile``.
+    t: Array
+    rest: Array
+
+
+class TwoSidedLaw(Law):
+    """Base of the laws here. A subclass gives ``support``, ``log_pdf``, ``tails``, ``quantile``.
+
+    A level that ``icdf`` returned must count as inside the support; see :func:`inside`.
     """
-
-    @property
-    @abc.abstractmethod
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        """(low, high) logSNR between which all mass lies; either may be infinite."""
-
-    @abc.abstractmethod
-    def log_pdf(self, logsnr: ArrayLike) -> Array:
-        """Log density with respect to the logSNR, nats; -inf outside the support.
-
-        The test for being outside allows for a few units of rounding, so a level that ``icdf``
-        returned is always inside.
-        """
 
     @abc.abstractmethod
     def tails(self, logsnr: ArrayLike) -> Tails:
@@ -85,22 +71,55 @@ class TwoSidedLaw(abc.ABC):
         """The level with these tail probabilities, ``below + above = 1``."""
 
     def cdf(self, logsnr: ArrayLike) -> Array:
-        """Probability of a smaller (noisier) logSNR."""
         return self.tails(logsnr).below
 
     def icdf(self, u: ArrayLike) -> Array:
-        """logSNR of the quantile ``u`` in the open interval (0, 1); finite, as is its gradient."""
         u = as_float(u)
         return self.quantile(u, 1 - u)
 
 
+class CurveLaw(TwoSidedLaw):
+    """Base of laws given by a falling curve logsnr(t), t ~ U(0, 1), written as three formulas.
+
+    They receive and return t with 1 - t, or a level in all its coordinates, so that none needs a
+    difference of nearly equal numbers. Levels that reach them lie within ``support``.
+    """
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        return -jnp.inf, jnp.inf
+
+    def log_pdf(self, logsnr: ArrayLike) -> Array:
+        logsnr = as_float(logsnr)
+        within, middle = inside(logsnr, self.support), jnp.clip(0.0, *self.support)
+        safe = jnp.where(within, jnp.clip(logsnr, *self.support), middle).astype(logsnr.dtype)
+        log_density = self.log_pdf_formula(level_from_logsnr(safe)).astype(logsnr.dtype)
+        return jnp.where(within, log_density, -jnp.inf)
+
+    def tails(self, logsnr: ArrayLike) -> Tails:
+        level = level_from_logsnr(jnp.clip(as_float(logsnr), *self.support))
+        time, rest = self.time_formula(level)
+        return Tails(below=jnp.clip(rest, 0, 1), above=jnp.clip(time, 0, 1))
+
+    def quantile(self, below: Array, above: Array) -> Array:
+        return confine(self.logsnr_formula(Instant(t=above, rest=below)), self.support)
+
+    @abc.abstractmethod
+    def logsnr_formula(self, at: Instant) -> Array:
+        """The level at a time."""
+
+    @abc.abstractmethod
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        """The time of a level."""
+
+    @abc.abstractmethod
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        """-log |dlogsnr/dt| at a level."""
+
+
 @pytree_dataclass
 class Logistic(TwoSidedLaw):
-    """Logistic law; with location 0 and scale 1 the masking rate is uniform on (0, 1).
-
-    Its density ``sigmoid(z) sigmoid(-z) / scale``, z = (logsnr - loc) / scale, has tails
-    ``exp(-|z|)``.
-    """
+    """Density ``sigmoid(z) sigmoid(-z) / scale``, z = (logsnr - loc) / scale."""
 
     loc: ArrayLike
     scale: ArrayLike
@@ -123,7 +142,7 @@ class Logistic(TwoSidedLaw):
 
 @pytree_dataclass
 class Uniform(TwoSidedLaw):
-    """Uniform law on [low, high]. Masking rates outside the two ends are never drawn."""
+    """Uniform law on [low, high]."""
 
     low: ArrayLike
     high: ArrayLike
@@ -148,17 +167,11 @@ class Uniform(TwoSidedLaw):
 def logistic(loc: ArrayLike = 0.0, scale: ArrayLike = 1.0) -> Logistic:
     """Logistic law; the default is a uniform masking rate, the law of the linear schedule.
 
-    Args:
-        loc: median, logSNR.
-        scale: positive; 1 keeps the tails of a uniform rate.
-
     Raises:
-        ValueError: if ``loc`` is not finite or ``scale`` is not positive and finite.
+        ValueError: unless scale > 0, both finite.
     """
-    loc, scale = as_parameter(loc, "loc"), as_parameter(scale, "scale")
-    check_finite("logistic", loc=loc, scale=scale)
-    if is_concrete(scale) and not scale > 0:
-        raise ValueError(f"logistic needs scale > 0, got {scale}")
+    (loc,) = parameters("logistic", "", lambda _: True, loc=loc)
+    (scale,) = parameters("logistic", "scale > 0", lambda s: s > 0, scale=scale)
     return Logistic(loc, scale)
 
 
@@ -168,17 +181,14 @@ def uniform(low: ArrayLike, high: ArrayLike) -> Uniform:
     Raises:
         ValueError: unless low < high, both finite.
     """
-    low, high = as_parameter(low, "low"), as_parameter(high, "high")
-    check_finite("uniform", low=low, high=high)
-    check_interval("uniform", low, high)
-    return Uniform(low, high)
+    return Uniform(*parameters("uniform", "low < high", lambda a, b: a < b, low=low, high=high))
 
 
 def inside(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
     """Whether finite levels lie in the support, both ends widened by 8 units of rounding.
 
-    Without the allowance a level drawn next to the end could test as outside, have density zero
-    and thereby infinite weight, because compiled and interpreted code round differently.
+    Compiled and interpreted code round differently: without the allowance a level drawn next to an
+    end could have density zero and infinite weight.
     """
     low, high = (jnp.asarray(end, logsnr.dtype) for end in support)
     slack = 8 * jnp.finfo(logsnr.dtype).eps
@@ -188,11 +198,7 @@ def inside(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
 
 
 def confine(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
-    """Levels clipped into the support; the gradient is that of the unclipped level.
-
-    For levels that leave the support by rounding only, where the clip's own gradient of zero would
-    be wrong.
-    """
+    """Levels clipped into the support that they left by rounding; gradient of the unclipped."""
     return _confine(logsnr, *(jnp.asarray(end, logsnr.dtype) for end in support))
 
 
@@ -208,14 +214,13 @@ def _confine_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tup
 
 @pytree_dataclass
 class PiecewiseConstant(TwoSidedLaw):
-    """Uniform within each of J cells of the logSNR.
+    """Uniform within each of J cells of the logSNR; a cell without mass is never drawn.
 
-    The density is computed from the differences of the very table that is inverted, so sampling and
-    weighting agree to the last bit, whatever rounding did to the masses. A cell without mass is
-    never drawn and has log density -inf.
+    The density is computed from the very table that is inverted, so that sampling and weighting
+    agree to the last bit.
 
     Attributes:
-        edges: [J + 1] strictly increasing logSNR, finite.
+        edges: [J + 1] strictly increasing logSNR, finite; the support reaches to the outermost.
         cumulative: [J + 1] probability below each edge, from 0 to 1.
     """
 
@@ -224,7 +229,6 @@ class PiecewiseConstant(TwoSidedLaw):
 
     @property
     def support(self) -> tuple[ArrayLike, ArrayLike]:
-        """The outermost edges, also where the outer cells hold no mass."""
         return self.edges[0], self.edges[-1]
 
     @property
@@ -234,18 +238,16 @@ class PiecewiseConstant(TwoSidedLaw):
 
     def log_pdf(self, logsnr: ArrayLike) -> Array:
         logsnr = as_float(logsnr)
-        cell = _find(self.edges, logsnr)
-        density = (self.masses / jnp.diff(self.edges))[cell]
+        density = (self.masses / jnp.diff(self.edges))[_cell(self.edges, logsnr)]
         # Both edges belong to the law: exact ones, since every level drawn lies between them.
         positive = (density > 0) & (logsnr >= self.edges[0]) & (logsnr <= self.edges[-1])
         log_density = jnp.log(jnp.where(positive, density, 1.0))
         return jnp.where(positive, log_density, -jnp.inf).astype(logsnr.dtype)
 
     def tails(self, logsnr: ArrayLike) -> Tails:
-        logsnr = jnp.clip(as_float(logsnr), self.edges[0], self.edges[-1])
-        cell = _find(self.edges, logsnr)
-        left, right = self.edges[cell], self.edges[cell + 1]
-        mass = self.masses[cell]
+        logsnr = jnp.clip(as_float(logsnr), *self.support)
+        cell = _cell(self.edges, logsnr)
+        left, right, mass = self.edges[cell], self.edges[cell + 1], self.masses[cell]
         return Tails(
             self.cumulative[cell] + mass * ((logsnr - left) / (right - left)),
             (1 - self.cumulative[cell + 1]) + mass * ((right - logsnr) / (right - left)),
@@ -253,12 +255,11 @@ class PiecewiseConstant(TwoSidedLaw):
 
     def quantile(self, below: Array, above: Array) -> Array:
         # Rounded to 1, ``below`` would land in the last cell even if that is empty.
-        cell = _find(self.cumulative, jnp.minimum(below, 1 - jnp.finfo(below.dtype).epsneg))
-        mass = self.masses[cell]
+        cell = _cell(self.cumulative, jnp.minimum(below, 1 - jnp.finfo(below.dtype).epsneg))
+        left, right, mass = self.edges[cell], self.edges[cell + 1], self.masses[cell]
         from_left = (below - self.cumulative[cell]) / mass
         from_right = (above - (1 - self.cumulative[cell + 1])) / mass
         fraction = jnp.where(below < 0.5, from_left, 1 - from_right)
-        left, right = self.edges[cell], self.edges[cell + 1]
         # Strictly below the right edge, where the next cell and its density begin.
         last = jnp.nextafter(*jax.lax.stop_gradient((right, left)))
         return confine(left + fraction * (right - left), (left, last))
@@ -267,12 +268,10 @@ class PiecewiseConstant(TwoSidedLaw):
 def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
     """Law with the given mass in each cell of the logSNR, uniform within a cell.
 
-    Masses may be traced (an adaptive histogram inside a jitted step); then only shapes are checked.
-    A density that follows the 1/m growth of masked losses needs cells of about equal width in the
-    logSNR, which is what two edges give; equal widths in the masking rate waste most of the gain.
+    To follow masked losses, which grow like 1/m, use cells of about equal width in the logSNR.
 
     Args:
-        masses: [J] non-negative, not all zero; normalised here.
+        masses: [J] non-negative, not all zero; normalised here. If traced, only shapes are checked.
         edges: [J + 1] strictly increasing logSNR, or the two outer ends of J equal cells.
 
     Raises:
@@ -280,63 +279,159 @@ def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
             masses are negative, not finite or all zero.
     """
     masses, edges = _as_table(masses), _as_table(edges)
-    cells = masses.size
-    if masses.ndim != 1 or edges.ndim != 1 or cells < 1:
+    if masses.ndim != 1 or edges.ndim != 1 or masses.size < 1:
         raise ValueError(
             "piecewise needs masses [J] and edges [J + 1], "
             f"got shapes {masses.shape} and {edges.shape}"
         )
-    if edges.size not in (2, cells + 1):
+    if edges.size not in (2, masses.size + 1):
         raise ValueError(
-            f"piecewise: {cells} masses need {cells + 1} edges, or 2 for equal cells, "
+            f"piecewise: {masses.size} masses need {masses.size + 1} edges, or 2 for equal cells, "
             f"got {edges.size}"
         )
-    return PiecewiseConstant(_edges(edges, cells), _cumulative(masses))
+    if edges.size != masses.size + 1:
+        xp = np if is_concrete(edges) else jnp
+        edges = xp.linspace(edges[0], edges[1], masses.size + 1)
+    if is_concrete(edges):
+        _check_edges(edges.astype(jnp.result_type(float)))
+    return PiecewiseConstant(jnp.asarray(edges), _cumulative(masses))
 
 
 def _as_table(values: ArrayLike) -> Array | np.ndarray:
     """Known numbers as NumPy float64: exact, never compiled, and checked even while tracing."""
-    if is_concrete(*jax.tree.leaves(values)):
-        return np.asarray(values, np.float64)
-    return as_float(values)
-
-
-def _edges(edges: Array | np.ndarray, cells: int) -> Array:
-    xp = np if is_concrete(edges) else jnp
-    if edges.size != cells + 1:
-        edges = xp.linspace(edges[0], edges[1], cells + 1)
-    if is_concrete(edges):
-        _check_edges(edges.astype(jnp.result_type(float)))
-    return jnp.asarray(edges)
+    known = is_concrete(*jax.tree.leaves(values))
+    return np.asarray(values, np.float64) if known else as_float(values)
 
 
 def _cumulative(masses: Array | np.ndarray) -> Array:
     xp = np if is_concrete(masses) else jnp
-    if is_concrete(masses):
-        _check_masses(masses)
+    if xp is np and not (np.all(np.isfinite(masses) & (masses >= 0)) and np.any(masses > 0)):
+        raise ValueError(f"piecewise: masses must be finite, non-negative, not all 0, got {masses}")
     total = xp.cumsum(masses)
     table = xp.concatenate([xp.zeros(1), total[:-1] / total[-1], xp.ones(1)])
     # A parallel sum may step back by one rounding where a cell is empty.
     return jax.lax.cummax(table) if xp is jnp else jnp.asarray(table)
 
 
-def _check_masses(known: np.ndarray) -> None:
-    if not (np.all(np.isfinite(known)) and np.all(known >= 0) and np.any(known > 0)):
-        raise ValueError(f"piecewise: masses must be finite, non-negative, not all 0, got {known}")
-
-
 def _check_edges(known: np.ndarray) -> None:
     if not np.all(np.isfinite(known)):
         raise ValueError(f"piecewise: edges must be finite, got {known}; truncate an open end")
-    if not np.all(np.diff(known) > 0):
-        at = int(np.argmin(np.diff(known) > 0))
+    rising = np.diff(known) > 0
+    if not np.all(rising):
+        at = int(np.argmin(rising))
         raise ValueError(
             f"piecewise: edges must increase strictly in {known.dtype}, "
             f"but edges {at} and {at + 1} are {known[at]} and {known[at + 1]}"
         )
 
 
-def _find(table: Array, values: Array) -> Array:
+def _cell(table: Array, values: Array) -> Array:
     """Index of the cell [table[j], table[j + 1]) that holds each value, the last one closed."""
-    cell = jnp.searchsorted(table, values, side="right") - 1
-    return jnp.clip(cell, 0, table.size - 2)
+    return jnp.clip(jnp.searchsorted(table, values, side="right") - 1, 0, table.size - 2)
+
+
+_RESOLUTION = 2.0**-24
+_CELLS_PER_OCTAVE = 16
+_TAIL_OCTAVES = range(24, 5, -1)
+_LONGEST_FLAT = 2.0**-8
+_ROUNDING = 1e-6
+
+
+def tabulated(
+    masking_rate: Callable[[np.ndarray], ArrayLike], num_cells: int = 1024
+) -> PiecewiseConstant:
+    """Law of the logSNR of an arbitrary schedule m(t), t ~ U(0, 1).
+
+    m is evaluated once, in float64, at times refined by octaves towards both ends, down to 2**-24;
+    in between the law is uniform in the logSNR. Density and inverse are exact for this law, which
+    follows m(t) to a few parts in ``num_cells``. Where m reaches 0 or 1, the last octave is
+    repeated, so the support is finite.
+
+    Args:
+        masking_rate: elementwise, rate in [0, 1] of times in [0, 1], not decreasing; 0 is clean.
+        num_cells: cells of the middle part, at least 16.
+
+    Raises:
+        ValueError: if m has another shape than its argument, leaves [0, 1], falls, stands still for
+            more than 2**-8 of the time (no density describes an atom), or varies too little.
+    """
+    if num_cells < 16:
+        raise ValueError(f"tabulated needs num_cells >= 16, got {num_cells}")
+    quantile = _quantile_table(num_cells)
+    times = 1 - quantile[::-1]
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        rate = _check_rate(times, np.asarray(masking_rate(times)))[::-1]
+    with np.errstate(divide="ignore"):
+        logsnr = np.log1p(-rate) - np.log(rate)
+    quantile, logsnr = _close_ends(quantile, logsnr)
+    kept = _distinct(logsnr)
+    if len(kept) < 16:
+        raise ValueError(
+            f"tabulated: m(t) varies too little, from {rate[-1]} to {rate[0]}, for float32"
+        )
+    return PiecewiseConstant(jnp.asarray(logsnr[kept]), jnp.asarray(quantile[kept]))
+
+
+def _quantile_table(num_cells: int) -> np.ndarray:
+    """Increasing quantiles from 0 to 1 on multiples of 2**-24, which float32 holds exactly."""
+    steps = 1 + np.arange(_CELLS_PER_OCTAVE) / _CELLS_PER_OCTAVE
+    tail = np.concatenate([2.0**-octave * steps for octave in _TAIL_OCTAVES])
+    middle = np.linspace(tail[-1], 1 - tail[-1], num_cells + 1)
+    table = np.concatenate([[0.0, 1.0], tail, 1 - tail, middle])
+    return np.unique(np.round(table / _RESOLUTION) * _RESOLUTION)
+
+
+def _check_rate(times: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    """The rates as float64, without steps back by rounding."""
+    if rate.shape != times.shape:
+        raise ValueError(
+            f"tabulated: m(t) must work elementwise, got {rate.shape} from {times.shape}"
+        )
+    rate = rate.astype(np.float64)
+    valid = (rate >= 0) & (rate <= 1)
+    if not np.all(valid):
+        at = int(np.argmin(valid))
+        raise ValueError(f"tabulated: m(t) must stay in [0, 1], but m({times[at]}) = {rate[at]}")
+    rising = np.maximum.accumulate(rate)
+    falls = rising - rate > _ROUNDING
+    if np.any(falls):
+        at = int(np.argmax(falls))
+        raise ValueError(
+            f"tabulated: m(t) must not fall, but m({times[at - 1]}) = {rate[at - 1]} "
+            f"and m({times[at]}) = {rate[at]}"
+        )
+    last = np.append(np.flatnonzero(np.diff(rising) > 0), len(rising) - 1)  # of each constant run
+    first = np.append(0, last[:-1] + 1)
+    flat = times[last] - times[first] > _LONGEST_FLAT
+    if np.any(flat):
+        start, stop = first[np.argmax(flat)], last[np.argmax(flat)]
+        raise ValueError(
+            f"tabulated: m(t) = {rising[start]} all the way from t = {times[start]} to "
+            f"{times[stop]}, which has no density; rescale t to leave this part out"
+        )
+    return rising
+
+
+def _close_ends(quantile: np.ndarray, logsnr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Replaces infinite levels at the ends by one octave beyond the outermost finite one."""
+    finite = np.isfinite(logsnr)
+    inner, level = quantile[finite], logsnr[finite]
+    if not finite[0]:
+        octave = level[np.searchsorted(inner, 2 * inner[0])] - level[0]
+        inner, level = np.append(0.0, inner), np.append(level[0] - octave, level)
+    if not finite[-1]:
+        octave = level[-1] - level[np.searchsorted(inner, 1 - 2 * (1 - inner[-1]))]
+        inner, level = np.append(inner, 1.0), np.append(level, level[-1] + octave)
+    return inner, level
+
+
+def _distinct(logsnr: np.ndarray) -> list[int]:
+    """Indices of edges that float32 tells apart: cells keep at least 64 units of rounding."""
+    width = 64 * np.finfo(np.float32).eps * np.maximum(1, np.abs(logsnr))
+    kept = [0]
+    for index in range(1, len(logsnr)):
+        if logsnr[index] - logsnr[kept[-1]] >= width[index]:
+            kept.append(index)
+    if len(kept) > 1:
+        kept[-1] = len(logsnr) - 1
+    return kept

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from mdm_jax.gaussian.schedules.curve_law import logsnr_at
+from mdm_jax.gaussian.schedules.times import logsnr_at
 from mdm_jax.gaussian.schedules.tables import check_table
 from mdm_jax.schedules.grids import check_grid, from_law
 from mdm_jax.schedules.laws import TwoSidedLaw, piecewise

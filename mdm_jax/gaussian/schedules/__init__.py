@@ -1,6 +1,12 @@
-"""Gaussian noise schedules by name, as laws over the logSNR."""
+"""The Gaussian schedules of the literature, by name; each is a law over the logSNR.
 
-from mdm_jax.gaussian.schedules.curve_law import CurveLaw, logsnr_at, logsnr_rate, time_at
+Many named curves are one law: ``sd3_cosmap`` is ``cosine``, ``sd3_logit_normal`` is ``lognormal``.
+No name is shared with a masked schedule unless the law is the same.
+"""
+
+from collections.abc import Callable
+
+from mdm_jax.checks import unknown_name
 from mdm_jax.gaussian.schedules.laws import (
     amplitude_linear,
     chen_sigmoid,
@@ -38,7 +44,6 @@ from mdm_jax.gaussian.schedules.modifiers import (
     two_rates,
     zero_terminal,
 )
-from mdm_jax.gaussian.schedules.names import GAUSSIAN_SCHEDULES, MODIFIERS, by_name
 from mdm_jax.gaussian.schedules.tables import (
     ddpm_discrete,
     ddpm_table,
@@ -49,3 +54,39 @@ from mdm_jax.gaussian.schedules.tables import (
     wavegrad,
     zero_terminal_table,
 )
+from mdm_jax.gaussian.schedules.times import logsnr_at, logsnr_rate, time_at
+from mdm_jax.schedules.laws import TwoSidedLaw
+from mdm_jax.schedules.masked import MASKED_SCHEDULES
+from mdm_jax.types import ArrayLike
+
+GAUSSIAN_SCHEDULES: dict[str, Callable[..., TwoSidedLaw]] = {
+    factory.__name__: factory
+    for factory in (
+        *(amplitude_linear, chen_sigmoid, cosine, cosine_iddpm, cosine_interpolated),
+        *(cosine_offset, cosine_power, cosine_shifted, ddpm_discrete, ddpm_linear),
+        *(edm2_lognormal, edm_lognormal, edm_rho, edm_sigma, flow, flow_shifted, iddpm_discrete),
+        *(indi, lognormal, ou_time, santos_lin_fisher, sd3_cosmap, sd3_logit_normal, sd3_mode),
+        *(uniform_logsnr, variance_linear, ve_geometric, wavegrad),
+    )
+}
+"""Name -> factory of a law, for configurations."""
+
+MODIFIERS: dict[str, Callable[..., TwoSidedLaw]] = {
+    factory.__name__: factory
+    for factory in (beta_time, interpolated, shifted, speed, truncated, two_rates, zero_terminal)
+}
+"""Name -> ``modify(base, **parameters)``, laws made of laws."""
+
+
+def by_name(name: str, **settings: ArrayLike) -> TwoSidedLaw:
+    """The schedule of that name; ``settings`` are the parameters of its factory.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones, or where the masked schedule
+            of that name stands.
+        TypeError: for a parameter the factory does not have.
+    """
+    if name not in GAUSSIAN_SCHEDULES:
+        masked = {key: f"a masked schedule, schedules.masked.{key}" for key in MASKED_SCHEDULES}
+        raise unknown_name(name, GAUSSIAN_SCHEDULES, "Gaussian schedule", masked)
+    return GAUSSIAN_SCHEDULES[name](**settings)

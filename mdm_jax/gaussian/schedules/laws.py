@@ -1,24 +1,13 @@
-"""Gaussian schedules of the cosine family.
+"""The Gaussian schedules of the literature, each a law of the logSNR with t ~ U(0, 1), 0 clean.
 
-Four curves are called "cosine" in papers and code. :func:`cosine` is the plain one. Nichol &
-Dhariwal shift time by an offset and divide by the value at t = 0 (:func:`cosine_iddpm`); leaving
-out the division gives :func:`cosine_offset`, which begins at a finite logSNR. Chen's family with a
-start and a power is :func:`cosine_power`.
+On the variance-preserving path alpha^2 = sigmoid(logsnr), and the Ornstein-Uhlenbeck time is
+``-log(alpha^2) / 2``. Variance-exploding curves are written for sigma = exp(-logsnr / 2), those of
+rectified flow x = (1 - t) data + t noise have logsnr = 2 log((1 - t) / t). As laws all serve every
+path. A factory raises ValueError for parameters outside the range stated, or not finite.
 
-Gaussian schedules written for variance-preserving diffusion: a rule for alpha or for its decay.
-
-With ``a = sigmoid(logsnr)`` the kept fraction of the power, alpha = sqrt(a) and the time of the
-Ornstein-Uhlenbeck process that has decayed this far is ``-log(a) / 2``.
-
-Gaussian schedules written for sigma: the noise-to-signal ratio ``exp(-logsnr / 2)``.
-
-These are the curves of variance-exploding diffusion (EDM and its relatives); as laws of the logSNR
-they serve every path.
-
-Gaussian schedules written for the straight path x = (1 - t) data + t noise (rectified flow).
-
-On that path sigma / alpha = t / (1 - t), hence logsnr = 2 log((1 - t) / t). The densities of t
-used by Stable Diffusion 3 (Esser et al. 2024) become laws of the logSNR.
+Four curves are called "cosine": :func:`cosine` is the plain one, :func:`cosine_iddpm` shifts time
+and divides by the value at t = 0, :func:`cosine_offset` leaves out the division, and
+:func:`cosine_power` is Chen's family.
 """
 
 import jax
@@ -26,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
-from mdm_jax.checks import as_parameter, check_finite, check_interval, is_concrete
-from mdm_jax.gaussian.schedules.curve_law import CurveLaw, solve_time
+from mdm_jax.checks import parameters
+from mdm_jax.gaussian.schedules.times import solve_time
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import (
+    MaskingLevel,
     as_float,
-    log_survival_probability,
     logsnr_from_log_survival_probability,
 )
-from mdm_jax.schedules.laws import Logistic, Tails, TwoSidedLaw, Uniform, uniform
-from mdm_jax.schedules.masked import Instant
+from mdm_jax.schedules.laws import CurveLaw, Instant, Logistic, Tails, TwoSidedLaw, Uniform, uniform
 from mdm_jax.types import Array, ArrayLike
 
 _HALF_PI = jnp.pi / 2
@@ -48,14 +36,12 @@ class Cosine(CurveLaw):
     def logsnr_formula(self, at: Instant) -> Array:
         return 2 * (jnp.log(jnp.sin(_HALF_PI * at.rest)) - jnp.log(jnp.sin(_HALF_PI * at.t)))
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        return Instant(
-            jnp.arctan(jnp.exp(-0.5 * logsnr)) / _HALF_PI,
-            jnp.arctan(jnp.exp(0.5 * logsnr)) / _HALF_PI,
-        )
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        angle, complement = _angles(level.logsnr)
+        return Instant(angle / _HALF_PI, complement / _HALF_PI)
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        return _log_cosine_density(logsnr)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        return _log_cosine_density(level)
 
 
 @pytree_dataclass
@@ -72,14 +58,12 @@ class CosineOffset(CurveLaw):
         sine = jnp.sin(self._speed() * (at.t + self.offset))
         return 2 * (jnp.log(jnp.sin(self._speed() * at.rest)) - jnp.log(sine))
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        return Instant(
-            jnp.arctan(jnp.exp(-0.5 * logsnr)) / self._speed() - self.offset,
-            jnp.arctan(jnp.exp(0.5 * logsnr)) / self._speed(),
-        )
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        angle, complement = _angles(level.logsnr)
+        return Instant(angle / self._speed() - self.offset, complement / self._speed())
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        return jnp.log1p(self.offset).astype(logsnr.dtype) + _log_cosine_density(logsnr)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        return jnp.log1p(self.offset) + _log_cosine_density(level)
 
     def _speed(self) -> ArrayLike:
         return _HALF_PI / (1 + self.offset)
@@ -98,46 +82,37 @@ class CosinePower(CurveLaw):
     def logsnr_formula(self, at: Instant) -> Array:
         # Near t = 0 the ratio of cosines from its distance to 1, elsewhere from the other end.
         early = at.t < 0.5
-        turn = self._span() * jnp.where(early, at.t, 0.0)
-        lost = 2 * jnp.square(jnp.sin(turn / 2)) + jnp.sin(turn) * jnp.tan(_HALF_PI * self.start)
-        sine = jnp.sin(self._span() * jnp.where(early, 1.0, at.rest))
-        log_ratio = jnp.where(
-            early, jnp.log1p(-lost), jnp.log(sine) - jnp.log(jnp.sin(self._span()))
-        )
+        angle = self._span() * jnp.where(early, at.t, 0.0)
+        lost = 2 * jnp.square(jnp.sin(angle / 2)) + jnp.sin(angle) * jnp.tan(_HALF_PI * self.start)
+        log_sine = jnp.log(jnp.sin(self._span() * jnp.where(early, 1.0, at.rest)))
+        late_ratio = log_sine - jnp.log(jnp.sin(self._span()))
+        log_ratio = jnp.where(early, jnp.log1p(-lost), late_ratio)
         return logsnr_from_log_survival_probability(2 * self.power * log_ratio)
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        sine, cosine, ratio, lost = self._angle(logsnr)
-        sine_0, cosine_0 = self._start_angle(logsnr)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        sine, cosine, ratio, lost = self._angle(level)
+        sine_0, cosine_0 = self._start_angle(level)
         # sin and cos of theta - theta_0, sums of positive terms
-        sine_turn = cosine_0 * lost / (sine + ratio * sine_0)
-        cosine_turn = cosine * cosine_0 + sine * sine_0
-        return Instant(
-            jnp.arctan2(sine_turn, cosine_turn) / self._span(),
-            jnp.arctan2(cosine, sine) / self._span(),
-        )
+        sine_difference = cosine_0 * lost / (sine + ratio * sine_0)
+        cosine_difference = cosine * cosine_0 + sine * sine_0
+        time = jnp.arctan2(sine_difference, cosine_difference) / self._span()
+        return Instant(time, jnp.arctan2(cosine, sine) / self._span())
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        sine, cosine, _, _ = self._angle(logsnr)
-        log_noise = jax.nn.log_sigmoid(-logsnr)
-        slope = 2 * self.power * self._span()
-        return log_noise + jnp.log(cosine) - jnp.log(sine) - jnp.log(slope).astype(logsnr.dtype)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        sine, cosine, _, _ = self._angle(level)
+        log_tangent = jnp.log(sine) - jnp.log(cosine)
+        return level.log_rate - log_tangent - jnp.log(2 * self.power * self._span())
 
-    def _angle(self, logsnr: Array) -> tuple[Array, Array, Array, Array]:
+    def _angle(self, level: MaskingLevel) -> tuple[Array, Array, Array, Array]:
         """sin theta, cos theta, r = cos theta / cos theta_0, and 1 - r^2."""
-        sine_0, cosine_0 = self._start_angle(logsnr)
-        log_survival = jax.nn.log_sigmoid(logsnr)
-        ratio = jnp.exp(log_survival / (2 * self.power))
-        lost = -jnp.expm1(log_survival / self.power)
-        return (
-            jnp.sqrt(jnp.square(sine_0) + jnp.square(cosine_0) * lost),
-            cosine_0 * ratio,
-            ratio,
-            lost,
-        )
+        sine_0, cosine_0 = self._start_angle(level)
+        ratio = jnp.exp(level.log_survival / (2 * self.power))
+        lost = -jnp.expm1(level.log_survival / self.power)
+        sine = jnp.sqrt(jnp.square(sine_0) + jnp.square(cosine_0) * lost)
+        return sine, cosine_0 * ratio, ratio, lost
 
-    def _start_angle(self, like: Array) -> tuple[Array, Array]:
-        start = jnp.asarray(self.start, like.dtype)
+    def _start_angle(self, level: MaskingLevel) -> tuple[Array, Array]:
+        start = jnp.asarray(self.start, level.logsnr.dtype)
         return jnp.sin(_HALF_PI * start), jnp.sin(_HALF_PI * (1 - start))
 
     def _span(self) -> ArrayLike:
@@ -153,70 +128,42 @@ def cosine() -> Cosine:
 
 
 def cosine_iddpm(offset: ArrayLike = 0.008) -> CosinePower:
-    """alpha^2 = f(t) / f(0), f(t) = cos^2((pi/2) (t + offset) / (1 + offset)).
+    """alpha^2 = f(t) / f(0), f(t) = cos^2((pi/2) (t + offset) / (1 + offset)), offset >= 0.
 
     The continuous form of Nichol & Dhariwal (2021), eq. 17; logsnr(0) = +inf because of the
-    division. The table with its clipped betas is ``gaussian.iddpm_discrete``.
-
-    Raises:
-        ValueError: unless offset >= 0 and finite.
+    division. The table with its clipped betas is :func:`iddpm_discrete`.
     """
-    offset = _offset("cosine_iddpm", offset, least=0)
+    (offset,) = parameters("cosine_iddpm", "offset >= 0", lambda x: x >= 0, offset=offset)
     return CosinePower(offset / (1 + offset), 1.0)
 
 
 def cosine_offset(offset: ArrayLike = 0.008) -> CosineOffset:
-    """logsnr = -2 log tan((pi/2) (t + offset) / (1 + offset)), without division by the value at 0.
+    """logsnr = -2 log tan((pi/2) (t + offset) / (1 + offset)), offset > 0: not divided at t = 0.
 
-    Begins at the finite logSNR -2 log tan((pi/2) offset / (1 + offset)), 8.77 for the default. Its
-    density is that of :func:`cosine`, cut there.
-
-    Raises:
-        ValueError: unless offset > 0 and finite.
+    The density of :func:`cosine`, cut at logSNR -2 log tan((pi/2) offset / (1 + offset)), which is
+    8.77 for the default.
     """
-    return CosineOffset(_offset("cosine_offset", offset))
+    return CosineOffset(*parameters("cosine_offset", "offset > 0", _positive, offset=offset))
 
 
 def cosine_power(start: ArrayLike = 0.0, power: ArrayLike = 1.0) -> CosinePower:
     """alpha^2 = (cos theta / cos theta_0)^(2 power), theta from theta_0 = (pi/2) start to pi/2.
 
-    The cosine family of Chen (2023), "On the importance of noise scheduling", with end = 1; his tau
-    is ``power``. Start 0 and power 1 are :func:`cosine`.
-
-    Raises:
-        ValueError: unless 0 <= start < 1, power > 0 and finite.
+    0 <= start < 1, power > 0. The cosine family of Chen (2023), "On the importance of noise
+    scheduling", with end = 1; his tau is ``power``. Start 0 and power 1 are :func:`cosine`.
     """
-    start, power = as_parameter(start, "start"), as_parameter(power, "power")
-    check_finite("cosine_power", power=power)
-    if is_concrete(start) and not 0 <= start < 1:
-        raise ValueError(f"cosine_power needs 0 <= start < 1, got {start}")
-    if is_concrete(power) and not power > 0:
-        raise ValueError(f"cosine_power needs power > 0, got {power}")
-    return CosinePower(start, power)
+    (start,) = parameters("cosine_power", "0 <= start < 1", lambda x: 0 <= x < 1, start=start)
+    return CosinePower(start, *parameters("cosine_power", "power > 0", _positive, power=power))
 
 
 def santos_lin_fisher() -> Cosine:
-    """Times placed with density sqrt(Fisher information) along an Ornstein-Uhlenbeck process.
+    """Times of density sqrt(Fisher information) along an Ornstein-Uhlenbeck process: the cosine.
 
     One observation at OU time tau carries the information SNR about the data, and
-    ``int sqrt(SNR) dtau`` is the angle arccos(alpha): uniform in it is exactly :func:`cosine`.
-    After Santos & Lin (2023), whose other three placements are ``ou_time``, ``variance_linear`` and
-    ``amplitude_linear``.
+    ``int sqrt(SNR) dtau`` is the angle arccos(alpha). After Santos & Lin (2023), whose other three
+    placements are ``ou_time``, ``variance_linear`` and ``amplitude_linear``.
     """
     return Cosine()
-
-
-def _log_cosine_density(logsnr: Array) -> Array:
-    spread = jax.nn.log_sigmoid(logsnr) + jax.nn.log_sigmoid(-logsnr)
-    return 0.5 * spread - jnp.log(jnp.pi).astype(logsnr.dtype)
-
-
-def _offset(name: str, offset: ArrayLike, least: float | None = None) -> ArrayLike:
-    offset = as_parameter(offset, "offset")
-    check_finite(name, offset=offset)
-    if is_concrete(offset) and not (offset > 0 or offset == least):
-        raise ValueError(f"{name} needs offset {'>' if least is None else '>='} 0, got {offset}")
-    return offset
 
 
 @pytree_dataclass
@@ -235,18 +182,17 @@ class LinearBeta(CurveLaw):
         decay = at.t * (self.beta_start + 0.5 * (self.beta_end - self.beta_start) * at.t)
         return logsnr_from_log_survival_probability(-decay)
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        decay = -log_survival_probability(logsnr)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        decay, rate = -level.log_survival, self._rate(level)
         left = 0.5 * (self.beta_start + self.beta_end) - decay
-        rate = self._rate(decay)
         return Instant(2 * decay / (self.beta_start + rate), 2 * left / (self.beta_end + rate))
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        rate = self._rate(-log_survival_probability(logsnr))
-        return jax.nn.log_sigmoid(-logsnr) - jnp.log(rate)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        return level.log_rate - jnp.log(self._rate(level))
 
-    def _rate(self, decay: Array) -> Array:
-        """dB/dt where B = decay."""
+    def _rate(self, level: MaskingLevel) -> Array:
+        """dB/dt at a level."""
+        decay = -level.log_survival
         growth = 2 * (self.beta_end - self.beta_start) * decay
         return jnp.sqrt(jnp.square(jnp.asarray(self.beta_start, decay.dtype)) + growth)
 
@@ -258,13 +204,11 @@ class AmplitudeLinear(CurveLaw):
     def logsnr_formula(self, at: Instant) -> Array:
         return 2 * jnp.log(at.rest) - jnp.log(at.t) - jnp.log(1 + at.rest)
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        rest = jnp.exp(0.5 * jax.nn.log_sigmoid(logsnr))
-        return Instant(jax.nn.sigmoid(-logsnr) / (1 + rest), rest)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        return Instant(amplitude_loss(level), jnp.exp(0.5 * level.log_survival))
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        log_survival, log_noise = jax.nn.log_sigmoid(logsnr), jax.nn.log_sigmoid(-logsnr)
-        return 0.5 * log_survival + log_noise - jnp.log(2.0).astype(logsnr.dtype)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        return log_amplitude_rate(level)
 
 
 @pytree_dataclass
@@ -278,19 +222,17 @@ class Sigmoid(CurveLaw):
         half = 0.5 * (self.high - self.low)
         return _log_sinh(half * at.rest) - _log_sinh(half * at.t) - self._tilt()
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        width = self.high - self.low
-        ratio = logsnr + self._tilt()
-        return Instant(_part(ratio, width) / width, _part(-ratio, width) / width)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        width, log_ratio = self.high - self.low, level.logsnr + self._tilt()
+        return Instant(_divide(log_ratio, width) / width, _divide(-log_ratio, width) / width)
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
         width = self.high - self.low
-        at = self.low + _part(logsnr + self._tilt(), width)
-        slope = jnp.log(width) + jax.nn.log_sigmoid(at) + jax.nn.log_sigmoid(-at)
+        at = self.low + _divide(level.logsnr + self._tilt(), width)
+        log_rise = jnp.log(width) + jax.nn.log_sigmoid(at) + jax.nn.log_sigmoid(-at)
         ends = _log_cosh(0.5 * self.high) + _log_cosh(0.5 * self.low) + jnp.log(2.0)
         log_span = _log_sinh(0.5 * width) - ends
-        spread = jax.nn.log_sigmoid(logsnr) + jax.nn.log_sigmoid(-logsnr)
-        return spread + (log_span - slope).astype(logsnr.dtype)
+        return level.log_survival + level.log_rate + log_span - log_rise
 
     def _tilt(self) -> Array:
         return _log_cosh(0.5 * self.high) - _log_cosh(0.5 * self.low)
@@ -299,47 +241,30 @@ class Sigmoid(CurveLaw):
 def ddpm_linear(beta_start: ArrayLike = 0.1, beta_end: ArrayLike = 20.0) -> LinearBeta:
     """alpha^2 = exp(-B), B = beta_start t + (beta_end - beta_start) t^2 / 2.
 
-    The continuous limit of the linear betas of DDPM (Ho et al. 2020), the VP-SDE of Song et al.
-    (2021); ends at logSNR -10.05. The table of 1000 steps is ``gaussian.ddpm_discrete``.
-
-    Raises:
-        ValueError: unless 0 < beta_start <= beta_end, both finite.
+    0 < beta_start <= beta_end. The continuous limit of the linear betas of DDPM (Ho et al. 2020),
+    the VP-SDE of Song et al. (2021); ends at logSNR -10.05. Discrete: :func:`ddpm_discrete`.
     """
-    low, high = as_parameter(beta_start, "beta_start"), as_parameter(beta_end, "beta_end")
-    check_finite("ddpm_linear", beta_start=low, beta_end=high)
-    if is_concrete(low, high) and not 0 < low <= high:
-        raise ValueError(f"ddpm_linear needs 0 < beta_start <= beta_end, got {low}, {high}")
-    return LinearBeta(low, high)
+    ends = {"beta_start": beta_start, "beta_end": beta_end}
+    rule = "0 < beta_start <= beta_end"
+    return LinearBeta(*parameters("ddpm_linear", rule, lambda a, b: 0 < a <= b, **ends))
 
 
 def ou_time(max_time: ArrayLike = 5.025) -> LinearBeta:
-    """Uniform in Ornstein-Uhlenbeck time up to ``max_time``: alpha = exp(-max_time t).
+    """Uniform in Ornstein-Uhlenbeck time up to ``max_time`` > 0: alpha = exp(-max_time t).
 
     The default ends where :func:`ddpm_linear` does.
-
-    Raises:
-        ValueError: unless max_time is positive and finite.
     """
-    max_time = as_parameter(max_time, "max_time")
-    check_finite("ou_time", max_time=max_time)
-    if is_concrete(max_time) and not max_time > 0:
-        raise ValueError(f"ou_time needs max_time > 0, got {max_time}")
+    (max_time,) = parameters("ou_time", "max_time > 0", _positive, max_time=max_time)
     return LinearBeta(2 * max_time, 2 * max_time)
 
 
 def variance_linear() -> Logistic:
-    """alpha^2 = 1 - t, variance sigma^2 = t. Chen (2023), "gamma(t) = 1 - t".
-
-    The law of a uniform masking rate.
-    """
+    """alpha^2 = 1 - t, the law of a uniform masking rate. Chen (2023), "gamma(t) = 1 - t"."""
     return Logistic(0.0, 1.0)
 
 
 def amplitude_linear() -> AmplitudeLinear:
-    """alpha = 1 - t with sigma^2 = 1 - alpha^2: uniform in the correlation with the data.
-
-    Not the flow schedule, where sigma = t too.
-    """
+    """alpha = 1 - t, sigma^2 = 1 - alpha^2: uniform in the correlation with the data. Not flow."""
     return AmplitudeLinear()
 
 
@@ -348,34 +273,12 @@ def chen_sigmoid(
 ) -> Sigmoid:
     """alpha^2 = (S(end) - S(z)) / (S(end) - S(start)), z from start to end, S(x) = sigmoid(x / T).
 
-    The sigmoid family of Jabri et al. (2022) and Chen (2023).
-
-    Raises:
-        ValueError: unless start < end and temperature > 0, all finite.
+    start < end, T > 0. The sigmoid family of Jabri et al. (2022) and Chen (2023).
     """
-    start, end = as_parameter(start, "start"), as_parameter(end, "end")
-    temperature = as_parameter(temperature, "temperature")
-    check_finite("chen_sigmoid", start=start, end=end, temperature=temperature)
-    check_interval("chen_sigmoid", start, end, "start and end")
-    if is_concrete(temperature) and not temperature > 0:
-        raise ValueError(f"chen_sigmoid needs temperature > 0, got {temperature}")
-    return Sigmoid(start / temperature, end / temperature)
-
-
-def _part(log_ratio: Array, width: ArrayLike) -> Array:
-    """x in [0, width] with log(sinh((width - x) / 2) / sinh(x / 2)) = log_ratio."""
-    numerator = -jnp.expm1(-jnp.asarray(width, log_ratio.dtype))
-    return jnp.log1p(numerator / (jnp.exp(log_ratio - 0.5 * width) + jnp.exp(-width)))
-
-
-def _log_sinh(x: ArrayLike) -> Array:
-    x = jnp.asarray(x)
-    return x + jax.nn.log1mexp(2 * x) - jnp.log(2.0)
-
-
-def _log_cosh(x: ArrayLike) -> Array:
-    x = jnp.asarray(x)
-    return jnp.logaddexp(x, -x) - jnp.log(2.0)
+    low, high = parameters("chen_sigmoid", "start < end", lambda a, b: a < b, start=start, end=end)
+    rule = "temperature > 0"
+    (temperature,) = parameters("chen_sigmoid", rule, _positive, temperature=temperature)
+    return Sigmoid(low / temperature, high / temperature)
 
 
 @pytree_dataclass
@@ -421,30 +324,23 @@ class PowerSigma(CurveLaw):
         low, high = self._roots()
         return -2 * self.rho * jnp.log(low * at.rest + high * at.t)
 
-    def time_formula(self, logsnr: Array) -> Instant:
+    def time_formula(self, level: MaskingLevel) -> Instant:
         low, high = self._roots()
-        root = jnp.exp(-0.5 * logsnr / self.rho)
+        root = jnp.exp(-0.5 * level.logsnr / self.rho)
         return Instant((root - low) / (high - low), (high - root) / (high - low))
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
         low, high = self._roots()
-        speed = jnp.log(2 * self.rho * (high - low)).astype(logsnr.dtype)
-        return -0.5 * logsnr / self.rho - speed
+        return -0.5 * level.logsnr / self.rho - jnp.log(2 * self.rho * (high - low))
 
     def _roots(self) -> tuple[Array, Array]:
         return jnp.power(self.sigma_min, 1 / self.rho), jnp.power(self.sigma_max, 1 / self.rho)
 
 
 def lognormal(mean: ArrayLike, std: ArrayLike) -> Normal:
-    """log sigma ~ N(mean, std^2), so logsnr ~ N(-2 mean, 4 std^2). EDM (Karras et al. 2022).
-
-    Raises:
-        ValueError: unless std > 0, both finite.
-    """
-    mean, std = as_parameter(mean, "mean"), as_parameter(std, "std")
-    check_finite("lognormal", mean=mean, std=std)
-    if is_concrete(std) and not std > 0:
-        raise ValueError(f"lognormal needs std > 0, got {std}")
+    """log sigma ~ N(mean, std^2), so logsnr ~ N(-2 mean, 4 std^2). EDM (Karras et al. 2022)."""
+    values = {"mean": mean, "std": std}
+    mean, std = parameters("lognormal", "std > 0", lambda _, std: std > 0, **values)
     return Normal(-2 * mean, 2 * std)
 
 
@@ -459,68 +355,36 @@ def edm2_lognormal() -> Normal:
 
 
 def edm_sigma(sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> PowerSigma:
-    """sigma uniform on [sigma_min, sigma_max]: EDM's sigma(t) = t under a uniform time.
+    """sigma uniform on [sigma_min, sigma_max], sigma_min >= 0: EDM's sigma(t) = t.
 
     ``edm_sigma(0, 1)`` is logsnr = -2 log t.
-
-    Raises:
-        ValueError: unless 0 <= sigma_min < sigma_max, both finite.
     """
-    low, high = _sigmas("edm_sigma", sigma_min, sigma_max, least=0.0)
-    return PowerSigma(low, high, 1.0)
+    ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
+    rule = "0 <= sigma_min < sigma_max"
+    return PowerSigma(*parameters("edm_sigma", rule, lambda a, b: 0 <= a < b, **ends), 1.0)
 
 
 def edm_rho(
     sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0, rho: ArrayLike = 7.0
 ) -> PowerSigma:
-    """sigma^(1/rho) uniform: EDM's step spacing (Karras et al. 2022, eq. 5) as a law.
+    """sigma^(1/rho) uniform, rho > 0: EDM's step spacing (Karras et al. 2022, eq. 5) as a law.
 
     Its density is proportional to exp(-logsnr / (2 rho)). The grid of N steps that ends at sigma 0
     is ``spacings.edm``.
-
-    Raises:
-        ValueError: unless 0 < sigma_min < sigma_max and rho > 0, all finite.
     """
     low, high = _sigmas("edm_rho", sigma_min, sigma_max)
-    rho = as_parameter(rho, "rho")
-    check_finite("edm_rho", rho=rho)
-    if is_concrete(rho) and not rho > 0:
-        raise ValueError(f"edm_rho needs rho > 0, got {rho}")
-    return PowerSigma(low, high, rho)
+    return PowerSigma(low, high, *parameters("edm_rho", "rho > 0", _positive, rho=rho))
 
 
 def ve_geometric(sigma_min: ArrayLike = 0.01, sigma_max: ArrayLike = 50.0) -> Uniform:
-    """sigma = sigma_min^(1 - t) sigma_max^t, the VE-SDE of Song et al. (2021): uniform logSNR.
-
-    Raises:
-        ValueError: unless 0 < sigma_min < sigma_max, both finite.
-    """
+    """sigma = sigma_min^(1 - t) sigma_max^t, the VE-SDE of Song et al. (2021): uniform logSNR."""
     low, high = _sigmas("ve_geometric", sigma_min, sigma_max)
     return Uniform(-2 * jnp.log(high), -2 * jnp.log(low))
 
 
 def uniform_logsnr(low: ArrayLike = -5.0, high: ArrayLike = 13.3) -> Uniform:
-    """logsnr = high - (high - low) t. The defaults are VDM's initial gamma, with its sign turned.
-
-    Raises:
-        ValueError: unless low < high, both finite.
-    """
+    """logsnr = high - (high - low) t. The defaults are VDM's initial gamma, negated."""
     return uniform(low, high)
-
-
-def _sigmas(
-    name: str, sigma_min: ArrayLike, sigma_max: ArrayLike, least: float | None = None
-) -> tuple[ArrayLike, ArrayLike]:
-    low, high = as_parameter(sigma_min, "sigma_min"), as_parameter(sigma_max, "sigma_max")
-    check_finite(name, sigma_min=low, sigma_max=high)
-    if is_concrete(low, high) and not ((low > 0 or low == least) and low < high):
-        sign = "<" if least is None else "<="
-        raise ValueError(f"{name} needs 0 {sign} sigma_min < sigma_max, got {low}, {high}")
-    return low, high
-
-
-_HALF_PI = jnp.pi / 2
-_LARGEST_MODE_SCALE = 2 / (np.pi - 2)
 
 
 @pytree_dataclass
@@ -530,31 +394,28 @@ class FlowMode(CurveLaw):
     scale: ArrayLike
 
     def logsnr_formula(self, at: Instant) -> Array:
-        flow = self._flow_time(at)
-        return 2 * (jnp.log(flow.rest) - jnp.log(flow.t))
+        # The same map gives 1 - flow time from 1 - q.
+        return 2 * (jnp.log(self._flow_time(at.rest)) - jnp.log(self._flow_time(at.t)))
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        return solve_time(self.logsnr_formula, logsnr)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        return solve_time(self.logsnr_formula, level.logsnr)
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        at = self.time_formula(logsnr)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        at = self.time_formula(level)
         # sin(pi q) from the nearer end
         swing = self.scale * _HALF_PI * jnp.sin(jnp.pi * jnp.minimum(at.t, at.rest))
-        log_flow = jax.nn.log_sigmoid(0.5 * logsnr) + jax.nn.log_sigmoid(-0.5 * logsnr)
+        half = 0.5 * level.logsnr
+        log_flow = jax.nn.log_sigmoid(half) + jax.nn.log_sigmoid(-half)
         return log_flow - jnp.log(2 * (1 + self.scale - swing))
 
-    def _flow_time(self, at: Instant) -> Instant:
-        def move(part: Array) -> Array:
-            return (1 + self.scale) * part - self.scale * jnp.square(jnp.sin(_HALF_PI * part))
-
-        return Instant(move(at.t), move(at.rest))
+    def _flow_time(self, q: Array) -> Array:
+        return (1 + self.scale) * q - self.scale * jnp.square(jnp.sin(_HALF_PI * q))
 
 
 def flow() -> Logistic:
     """logsnr = 2 log((1 - t) / t), Logistic(0, 2): rectified flow, flow matching.
 
-    What some call "sub-VP"; the sub-VP of Song et al. (2021), sigma = 1 - alpha^2, is a path and
-    not this curve.
+    Sometimes called "sub-VP"; the sub-VP of Song et al. (2021), sigma = 1 - alpha^2, is a path.
     """
     return Logistic(0.0, 2.0)
 
@@ -565,48 +426,75 @@ def indi() -> Logistic:
 
 
 def flow_shifted(ratio: ArrayLike) -> Logistic:
-    """:func:`flow` at the time ratio t / (1 + (ratio - 1) t). SD3's timestep shift.
+    """:func:`flow` at the time ratio t / (1 + (ratio - 1) t), ratio > 0. SD3's timestep shift.
 
     ``ratio`` is the square root of the ratio of pixel counts; above 1 the law moves to more noise,
     by -2 log ratio.
-
-    Raises:
-        ValueError: unless ratio is positive and finite.
     """
-    ratio = as_parameter(ratio, "ratio")
-    check_finite("flow_shifted", ratio=ratio)
-    if is_concrete(ratio) and not ratio > 0:
-        raise ValueError(f"flow_shifted needs ratio > 0, got {ratio}")
+    (ratio,) = parameters("flow_shifted", "ratio > 0", _positive, ratio=ratio)
     return Logistic(-2 * jnp.log(ratio), 2.0)
 
 
 def sd3_logit_normal(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Normal:
-    """logit of the flow time ~ N(mean, std^2); the same law as ``lognormal(mean, std)``.
+    """logit of the flow time ~ N(mean, std^2), the law ``lognormal(mean, std)``. Esser et al. 2024.
 
     A positive mean favours noise, because t = 1 is noise. Code that indexes a descending table of
     timesteps with the drawn number has the sign of the mean flipped.
-
-    Raises:
-        ValueError: unless std > 0, both finite.
     """
     return lognormal(mean, std)
 
 
 def sd3_mode(scale: ArrayLike = 1.29) -> FlowMode:
-    """Flow time q + scale (q - sin^2(pi q / 2)), q uniform; a positive scale favours the middle.
-
-    Raises:
-        ValueError: unless -1 <= scale <= 2 / (pi - 2) = 1.7519, where the map is monotone.
-    """
-    scale = as_parameter(scale, "scale")
-    if is_concrete(scale) and not -1 <= scale <= _LARGEST_MODE_SCALE:
-        raise ValueError(
-            f"sd3_mode needs -1 <= scale <= 2 / (pi - 2) = {_LARGEST_MODE_SCALE:.8f}, where the "
-            f"map of time is monotone, got {scale}"
-        )
-    return FlowMode(scale)
+    """Flow time q + scale (q - sin^2(pi q / 2)), q uniform; scale > 0 favours the middle. SD3."""
+    largest = 2 / (np.pi - 2)
+    rule = f"-1 <= scale <= 2 / (pi - 2) = {largest:.8f} (a monotone map of time)"
+    return FlowMode(*parameters("sd3_mode", rule, lambda x: -1 <= x <= largest, scale=scale))
 
 
 def sd3_cosmap() -> Cosine:
-    """Flow time 1 - 1 / (1 + tan(pi q / 2)), q uniform: the law of ``cosine``."""
+    """Flow time 1 - 1 / (1 + tan(pi q / 2)), q uniform (Esser et al. 2024): the cosine."""
     return Cosine()
+
+
+def amplitude_loss(level: MaskingLevel) -> Array:
+    """1 - alpha."""
+    return level.rate / (1 + jnp.exp(0.5 * level.log_survival))
+
+
+def log_amplitude_rate(level: MaskingLevel) -> Array:
+    """log dalpha/dlogsnr."""
+    return 0.5 * level.log_survival + level.log_rate - jnp.log(2.0)
+
+
+def _angles(logsnr: Array) -> tuple[Array, Array]:
+    """arctan(sigma / alpha) and its complement."""
+    return jnp.arctan(jnp.exp(-0.5 * logsnr)), jnp.arctan(jnp.exp(0.5 * logsnr))
+
+
+def _log_cosine_density(level: MaskingLevel) -> Array:
+    return 0.5 * (level.log_survival + level.log_rate) - jnp.log(jnp.pi)
+
+
+def _divide(log_ratio: Array, width: ArrayLike) -> Array:
+    """x in [0, width] with log(sinh((width - x) / 2) / sinh(x / 2)) = log_ratio."""
+    numerator = -jnp.expm1(-jnp.asarray(width, log_ratio.dtype))
+    return jnp.log1p(numerator / (jnp.exp(log_ratio - 0.5 * width) + jnp.exp(-width)))
+
+
+def _log_sinh(x: ArrayLike) -> Array:
+    x = jnp.asarray(x)
+    return x + jax.nn.log1mexp(2 * x) - jnp.log(2.0)
+
+
+def _log_cosh(x: ArrayLike) -> Array:
+    x = jnp.asarray(x)
+    return jnp.logaddexp(x, -x) - jnp.log(2.0)
+
+
+def _positive(value: ArrayLike) -> bool:
+    return value > 0
+
+
+def _sigmas(name: str, low: ArrayLike, high: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+    ends = {"sigma_min": low, "sigma_max": high}
+    return parameters(name, "0 < sigma_min < sigma_max", lambda a, b: 0 < a < b, **ends)

@@ -1,17 +1,12 @@
-"""Laws moved along the logSNR: the adjustment of a schedule to the size of the data.
+"""Laws made of laws: shifted along the logSNR, truncated, with warped time or zero terminal SNR.
 
-More pixels of a smooth image hide more noise, so the same picture quality needs a lower logSNR.
-Simple diffusion (Hoogeboom et al. 2023) shifts by ``2 log(reference / size)``, SD3's timestep
-shift and a rescaled input are the same operation.
+More pixels of a smooth image hide more noise, so the same picture quality needs a lower logSNR:
+Simple diffusion (Hoogeboom et al. 2023) shifts by ``2 log(reference / size)``; SD3's timestep shift
+and a rescaled input are the same operation. Warped times (:func:`beta_time`, :func:`two_rates`)
+keep the loss weight in their papers, so they change the objective: pair them with a weighting.
 
-Non-uniform draws of a schedule's time: fixed densities of t, as laws of the logSNR.
-
-The papers keep the weight of the loss as it was, so they change the objective along with the law;
-pair these laws with a weighting accordingly.
-
-Zero terminal SNR: a law whose noisy end is stretched to pure noise.
-
-A law restricted to an interval of the logSNR.
+A factory raises TypeError for a base without tail probabilities, ValueError for parameters outside
+the range stated, or not finite.
 """
 
 import jax
@@ -19,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import betainc, betaln
 
-from mdm_jax.checks import as_parameter, check_finite, check_interval, is_concrete
-from mdm_jax.gaussian.schedules.curve_law import CurveLaw, bisect_time, instant_of_logit, solve_time
-from mdm_jax.gaussian.schedules.laws import Cosine
+from mdm_jax.checks import as_parameter, check_interval, is_concrete, parameters
+from mdm_jax.gaussian.schedules.laws import Cosine, amplitude_loss, log_amplitude_rate
+from mdm_jax.gaussian.schedules.times import bisect_time, instant_of_logit, solve_time
 from mdm_jax.pytrees import pytree_dataclass
-from mdm_jax.schedules.coordinates import as_float
-from mdm_jax.schedules.laws import Tails, TwoSidedLaw, confine, inside
-from mdm_jax.schedules.masked import Instant
+from mdm_jax.schedules.coordinates import MaskingLevel, as_float, level_from_logsnr
+from mdm_jax.schedules.laws import CurveLaw, Instant, Tails, TwoSidedLaw, confine, inside
 from mdm_jax.types import Array, ArrayLike
 
 
@@ -53,7 +47,7 @@ class Shifted(TwoSidedLaw):
 
 @pytree_dataclass
 class Interpolated(CurveLaw):
-    """``base`` with a shift that runs linearly in time between two values."""
+    """``base`` with a shift that is linear in time between two values."""
 
     base: TwoSidedLaw
     clean_shift: ArrayLike
@@ -68,54 +62,34 @@ class Interpolated(CurveLaw):
         shift = self.clean_shift * at.rest + self.noisy_shift * at.t
         return self.base.quantile(at.rest, at.t) + shift
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        return solve_time(self.logsnr_formula, logsnr)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        return solve_time(self.logsnr_formula, level.logsnr)
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        at = self.time_formula(logsnr)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        at = self.time_formula(level)
         log_density = self.base.log_pdf(self.base.quantile(at.rest, at.t))
-        slope = (self.clean_shift - self.noisy_shift) * jnp.exp(log_density)
-        return log_density - jnp.log1p(slope)
+        return log_density - jnp.log1p((self.clean_shift - self.noisy_shift) * jnp.exp(log_density))
 
 
 def shifted(base: TwoSidedLaw, shift: ArrayLike) -> Shifted:
-    """``base`` with every level moved by ``shift``; negative towards noise.
-
-    Raises:
-        TypeError: if ``base`` is not a law with tail probabilities.
-        ValueError: if the shift is not finite.
-    """
+    """``base`` with every level moved by ``shift``; negative towards noise."""
     check_law("shifted", base)
-    shift = as_parameter(shift, "shift")
-    check_finite("shifted", shift=shift)
-    return Shifted(base, shift)
+    return Shifted(base, *parameters("shifted", "", lambda _: True, shift=shift))
 
 
 def interpolated(base: TwoSidedLaw, clean_shift: ArrayLike, noisy_shift: ArrayLike) -> Interpolated:
     """``base`` shifted by ``clean_shift`` at t = 0, by ``noisy_shift`` at t = 1, linear in between.
 
-    Raises:
-        TypeError: if ``base`` is not a law with tail probabilities.
-        ValueError: unless noisy_shift <= clean_shift, both finite, which keeps the curve falling.
+    noisy_shift <= clean_shift, so that the curve falls.
     """
     check_law("interpolated", base)
-    clean = as_parameter(clean_shift, "clean_shift")
-    noisy = as_parameter(noisy_shift, "noisy_shift")
-    check_finite("interpolated", clean_shift=clean, noisy_shift=noisy)
-    if is_concrete(clean, noisy) and not noisy <= clean:
-        raise ValueError(
-            f"interpolated needs noisy_shift <= clean_shift, got {noisy} and {clean}; "
-            "otherwise the logSNR may rise along time"
-        )
-    return Interpolated(base, clean, noisy)
+    shifts = {"clean_shift": clean_shift, "noisy_shift": noisy_shift}
+    rule = "noisy_shift <= clean_shift, otherwise the logSNR may rise along time"
+    return Interpolated(base, *parameters("interpolated", rule, lambda a, b: b <= a, **shifts))
 
 
 def resolution_shift(size: float, reference: float) -> float:
-    """2 log(reference / size), the shift for images of side ``size``; doubling costs log 4.
-
-    Raises:
-        ValueError: unless both are positive.
-    """
+    """2 log(reference / size), the shift for images of side ``size``; doubling costs log 4."""
     if not (size > 0 and reference > 0):
         raise ValueError(f"resolution_shift needs positive sides, got {size} and {reference}")
     return float(2 * np.log(reference / size))
@@ -129,20 +103,17 @@ def cosine_shifted(size: float, reference: float = 64) -> Shifted:
 def cosine_interpolated(
     size: float, noisy_reference: float = 32, clean_reference: float = 256
 ) -> Interpolated:
-    """The cosine schedule with a shift that runs from one reference size to another.
+    """The cosine schedule with a shift between two reference sizes, noisy_reference the smaller.
 
     Simple diffusion's "interpolated" schedule. The paper truncates the *base* to [-15, 15]:
     ``interpolated(truncated(cosine(), -15, 15), ...)`` with :func:`resolution_shift`.
-
-    Raises:
-        ValueError: unless all are positive and noisy_reference <= clean_reference.
     """
     clean = resolution_shift(size, clean_reference)
     return interpolated(Cosine(), clean, resolution_shift(size, noisy_reference))
 
 
 def check_law(name: str, base: TwoSidedLaw) -> None:
-    """Raises TypeError unless ``base`` gives tail probabilities."""
+    """Raise TypeError unless ``base`` gives tail probabilities."""
     if not isinstance(base, TwoSidedLaw):
         raise TypeError(
             f"{name} needs a law with tails and quantile, got {type(base).__name__}; "
@@ -150,83 +121,81 @@ def check_law(name: str, base: TwoSidedLaw) -> None:
         )
 
 
+class _WarpedTime(CurveLaw):
+    """``base`` with another density of its time, on the same support."""
+
+    @property
+    def support(self) -> tuple[ArrayLike, ArrayLike]:
+        return self.base.support
+
+
 @pytree_dataclass
-class BetaTime(CurveLaw):
+class BetaTime(_WarpedTime):
     """Time of ``base`` drawn from Beta(alpha, beta)."""
 
     base: TwoSidedLaw
     alpha: ArrayLike
     beta: ArrayLike
 
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return self.base.support
-
     def logsnr_formula(self, at: Instant) -> Array:
         time, rest = self._base_time(at)
         return self.base.quantile(rest, time)
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        rest, time = self.base.tails(logsnr)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        rest, time = self.base.tails(level.logsnr)
         before = betainc(self.alpha, self.beta, time)
         after = betainc(self.beta, self.alpha, rest)
         # The larger one from the smaller: an infinite density at an end magnifies rounding.
         early = before < after
         return Instant(jnp.where(early, before, 1 - after), jnp.where(early, 1 - before, after))
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        rest, time = self.base.tails(logsnr)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        rest, time = self.base.tails(level.logsnr)
         log_density = (self.alpha - 1) * jnp.log(time) + (self.beta - 1) * jnp.log(rest)
-        return self.base.log_pdf(logsnr) + log_density - betaln(self.alpha, self.beta)
+        return self.base.log_pdf(level.logsnr) + log_density - betaln(self.alpha, self.beta)
 
     def _base_time(self, at: Instant) -> Instant:
         """Inverse of the incomplete beta function: bisection, then a Newton step."""
-        low = at.t < 0.5
 
         def missing(instant: Instant) -> Array:
             early = at.t - betainc(self.alpha, self.beta, instant.t)
             late = betainc(self.beta, self.alpha, instant.rest) - at.rest
-            return jnp.where(low, early, late)
+            return jnp.where(at.t < 0.5, early, late)
 
         logit = bisect_time(lambda instant: jax.lax.stop_gradient(missing(instant)) > 0, at.t)
-        found = instant_of_logit(logit)
-        log_slope = self.alpha * jnp.log(found.t) + self.beta * jnp.log(found.rest)
-        slope = jnp.exp(log_slope - betaln(self.alpha, self.beta))
-        return instant_of_logit(logit + missing(found) / slope)
+        near = instant_of_logit(logit)
+        log_density = self.alpha * jnp.log(near.t) + self.beta * jnp.log(near.rest)
+        density = jnp.exp(log_density - betaln(self.alpha, self.beta))  # with respect to the logit
+        return instant_of_logit(logit + missing(near) / density)
 
 
 @pytree_dataclass
-class TwoRates(CurveLaw):
+class TwoRates(_WarpedTime):
     """Time of ``base`` drawn with one density before ``boundary`` and a lower one after it."""
 
     base: TwoSidedLaw
     boundary: ArrayLike
     ratio: ArrayLike
 
-    @property
-    def support(self) -> tuple[ArrayLike, ArrayLike]:
-        return self.base.support
-
     def logsnr_formula(self, at: Instant) -> Array:
         early = at.t < self.boundary * self._density()
         before = at.t / self._density()
         after = at.rest / self._density() * self.ratio
-        return self.base.quantile(
-            jnp.where(early, 1 - before, after), jnp.where(early, before, 1 - after)
-        )
+        rest = jnp.where(early, 1 - before, after)
+        return self.base.quantile(rest, jnp.where(early, before, 1 - after))
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        rest, time = self.base.tails(logsnr)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        rest, time = self.base.tails(level.logsnr)
         early = time < self.boundary
         before = time * self._density()
         after = rest * self._density() / self.ratio
         return Instant(jnp.where(early, before, 1 - after), jnp.where(early, 1 - before, after))
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        early = self.base.tails(logsnr).above < self.boundary
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        early = self.base.tails(level.logsnr).above < self.boundary
         log_density = jnp.log(self._density())
         change = jnp.where(early, log_density, log_density - jnp.log(self.ratio))
-        return self.base.log_pdf(logsnr) + change.astype(logsnr.dtype)
+        return self.base.log_pdf(level.logsnr) + change.astype(level.logsnr.dtype)
 
     def _density(self) -> ArrayLike:
         """Density of the time before the boundary."""
@@ -234,40 +203,26 @@ class TwoRates(CurveLaw):
 
 
 def beta_time(base: TwoSidedLaw, alpha: ArrayLike, beta: ArrayLike) -> BetaTime:
-    """``base`` with its time drawn from Beta(alpha, beta); (1, 1) is ``base`` itself.
+    """``base`` with its time drawn from Beta(alpha, beta), both > 0; (1, 1) is ``base`` itself.
 
     Beta-tuned timesteps (Zheng et al. 2024): a small alpha favours the clean end, where the
     distribution changes fastest. The inverse is found by bisection. In float32 its probabilities
     are exact to 1e-6, as JAX's incomplete beta function is.
-
-    Raises:
-        TypeError: if ``base`` is not a law with tail probabilities.
-        ValueError: unless alpha and beta are positive and finite.
     """
     check_law("beta_time", base)
-    alpha, beta = as_parameter(alpha, "alpha"), as_parameter(beta, "beta")
-    check_finite("beta_time", alpha=alpha, beta=beta)
-    if is_concrete(alpha, beta) and not (alpha > 0 and beta > 0):
-        raise ValueError(f"beta_time needs alpha > 0 and beta > 0, got {alpha}, {beta}")
-    return BetaTime(base, alpha, beta)
+    rule, values = "alpha > 0 and beta > 0", {"alpha": alpha, "beta": beta}
+    return BetaTime(base, *parameters("beta_time", rule, lambda a, b: a > 0 and b > 0, **values))
 
 
 def two_rates(base: TwoSidedLaw, boundary: ArrayLike, ratio: ArrayLike = 5.0) -> TwoRates:
     """``base`` with times before ``boundary`` drawn ``ratio`` times as often as those after it.
 
-    SpeeD's asymmetric sampling (Wang et al. 2024) with a boundary of one's choice.
-
-    Raises:
-        TypeError: if ``base`` is not a law with tail probabilities.
-        ValueError: unless 0 < boundary < 1 and ratio is positive and finite.
+    0 < boundary < 1, ratio > 0. SpeeD's asymmetric sampling (Wang et al. 2024).
     """
     check_law("two_rates", base)
-    boundary, ratio = as_parameter(boundary, "boundary"), as_parameter(ratio, "ratio")
-    check_finite("two_rates", ratio=ratio)
-    if is_concrete(boundary) and not 0 < boundary < 1:
-        raise ValueError(f"two_rates needs a time 0 < boundary < 1, got {boundary}")
-    if is_concrete(ratio) and not ratio > 0:
-        raise ValueError(f"two_rates needs ratio > 0, got {ratio}")
+    rule = "a time 0 < boundary < 1"
+    (boundary,) = parameters("two_rates", rule, lambda x: 0 < x < 1, boundary=boundary)
+    (ratio,) = parameters("two_rates", "ratio > 0", lambda x: x > 0, ratio=ratio)
     return TwoRates(base, boundary, ratio)
 
 
@@ -279,9 +234,8 @@ def speed(base: TwoSidedLaw, slope: float = 0.1, ratio: float = 5.0) -> TwoRates
     weights 2.5 and 0.5. Its pairing of times is a coupling and not part of the law.
 
     Raises:
-        TypeError: if ``base`` is not a law with tail probabilities, or is traced.
-        ValueError: if the slope does not fall below ``slope`` at the noisy end, or nowhere
-            exceeds it.
+        TypeError: also if ``base`` is traced.
+        ValueError: if the slope does not fall from above ``slope`` to below it at the noisy end.
     """
     check_law("speed", base)
     if not is_concrete(*jax.tree.leaves(base)):
@@ -305,18 +259,17 @@ def speed(base: TwoSidedLaw, slope: float = 0.1, ratio: float = 5.0) -> TwoRates
 def _sigma_slope(base: TwoSidedLaw, time: ArrayLike) -> Array:
     """dsigma/dt with sigma^2 = sigmoid(-logsnr)."""
     time = jnp.asarray(time, float)
-    level = base.quantile(1 - time, time)
-    spread = 0.5 * jax.nn.log_sigmoid(-level) + jax.nn.log_sigmoid(level)
-    return 0.5 * jnp.exp(spread - base.log_pdf(level))
+    level = level_from_logsnr(base.quantile(1 - time, time))
+    return 0.5 * jnp.exp(0.5 * level.log_rate + level.log_survival - base.log_pdf(level.logsnr))
 
 
 @pytree_dataclass
 class ZeroTerminal(CurveLaw):
     """alpha' = (alpha - alpha_T) alpha_0 / (alpha_0 - alpha_T), sigma'^2 = 1 - alpha'^2.
 
-    alpha_T and alpha_0 are those of ``base`` at its noisy and its clean end. The formulas work with
-    the distance of the base level from its noisy end, which next to it is found from the density:
-    the difference of two rounded levels would have no digits left.
+    alpha_T and alpha_0 are those of ``base`` at its noisy and its clean end. Next to the noisy end
+    the distance of the base level from it is found from the density: the difference of two rounded
+    levels would have no digits left.
     """
 
     base: TwoSidedLaw
@@ -326,59 +279,51 @@ class ZeroTerminal(CurveLaw):
         return -jnp.inf, self.base.support[1]
 
     def logsnr_formula(self, at: Instant) -> Array:
-        low, _ = self.base.support
         level = self.base.quantile(at.rest, at.t)
         near = at.rest < _narrow(level)
         close = jnp.where(near, at.rest, 0.1)
         # midpoint rule for the integral of dlogsnr/du over [0, rest]
         middle = self.base.quantile(0.5 * close, 1 - 0.5 * close)
-        gap = jnp.where(near, close * jnp.exp(-self.base.log_pdf(middle)), level - low)
-        return self._logsnr(*self._rescale(level, gap))
+        distance = level - self.base.support[0]
+        gap = jnp.where(near, close * jnp.exp(-self.base.log_pdf(middle)), distance)
+        return _logsnr_of(*self._rescale(level, gap))
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        low, _ = self.base.support
-        level, gap = self._base_level(logsnr)
-        tails = self.base.tails(level)
-        near = tails.below < _narrow(level)
-        middle = low + 0.5 * jnp.where(near, gap, 0.0)
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        base_level, gap = self._base_level(level)
+        tails = self.base.tails(base_level)
+        near = tails.below < _narrow(base_level)
+        middle = self.base.support[0] + 0.5 * jnp.where(near, gap, 0.0)
         below = jnp.where(near, gap * jnp.exp(self.base.log_pdf(middle)), tails.below)
         return Instant(tails.above, below)
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        level, _ = self._base_level(logsnr)
-        change = _log_slope(logsnr) - _log_slope(level) - jnp.log(self._gain(level))
-        return self.base.log_pdf(level) + change
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        logsnr, _ = self._base_level(level)
+        stretch = jnp.log(self._gain(logsnr)) + log_amplitude_rate(level_from_logsnr(logsnr))
+        return self.base.log_pdf(logsnr) + log_amplitude_rate(level) - stretch
 
-    def _rescale(self, level: Array, gap: Array) -> tuple[Array, Array]:
+    def _rescale(self, logsnr: Array, gap: Array) -> tuple[Array, Array]:
         """alpha' and 1 - alpha' of a base level that lies ``gap`` above the noisy end."""
-        low, high = self._ends(level)
+        low, high = self._ends(logsnr)
         small = gap < 1
         held = jnp.where(small, gap, 1.0)
-        decay = jnp.where(
-            small,
-            jnp.log1p(jax.nn.sigmoid(-level) * jnp.expm1(held)),
-            jax.nn.softplus(-low) - jax.nn.softplus(-level),
-        )
-        amplitude = self._gain(level) * _amplitude(low) * jnp.expm1(0.5 * decay)
-        lost = _lost(high) + self._gain(level) * (_lost(level) - _lost(high))
-        return amplitude, lost
+        near = jnp.log1p(jax.nn.sigmoid(-logsnr) * jnp.expm1(held))
+        decay = jnp.where(small, near, jax.nn.softplus(-low) - jax.nn.softplus(-logsnr))
+        amplitude = self._gain(logsnr) * _amplitude(low) * jnp.expm1(0.5 * decay)
+        return amplitude, _lost(high) + self._gain(logsnr) * (_lost(logsnr) - _lost(high))
 
-    def _base_level(self, logsnr: Array) -> tuple[Array, Array]:
-        """The base level that is moved to ``logsnr``, and its distance from the noisy end."""
-        low, high = self._ends(logsnr)
-        gain = self._gain(logsnr)
-        ratio = _amplitude(logsnr) / (gain * _amplitude(low))  # alpha / alpha_T - 1
-        lost = _lost(high) + (_lost(logsnr) - _lost(high)) / gain
-        level = self._logsnr(_amplitude(low) * (1 + ratio), lost)
-        gap = jnp.log1p(ratio * (2 + ratio) / jax.nn.sigmoid(-level))
-        return jnp.clip(level, low, high), gap
-
-    def _logsnr(self, amplitude: Array, lost: Array) -> Array:
-        return 2 * jnp.log(amplitude) - jnp.log(lost) - jnp.log1p(amplitude)
+    def _base_level(self, level: MaskingLevel) -> tuple[Array, Array]:
+        """The base level that is moved to ``level``, and its distance from the noisy end."""
+        low, high = self._ends(level.logsnr)
+        gain = self._gain(level.logsnr)
+        ratio = _amplitude(level.logsnr) / (gain * _amplitude(low))  # alpha / alpha_T - 1
+        lost = _lost(high) + (_lost(level.logsnr) - _lost(high)) / gain
+        logsnr = _logsnr_of(_amplitude(low) * (1 + ratio), lost)
+        gap = jnp.log1p(ratio * (2 + ratio) / jax.nn.sigmoid(-logsnr))
+        return jnp.clip(logsnr, low, high), gap
 
     def _gain(self, like: Array) -> Array:
-        low, high = self._ends(like)
-        return _amplitude(high) / (_amplitude(high) - _amplitude(low))
+        low, high = (_amplitude(end) for end in self._ends(like))
+        return high / (high - low)
 
     def _ends(self, like: Array) -> tuple[Array, Array]:
         low, high = self.base.support
@@ -390,10 +335,9 @@ def zero_terminal(base: TwoSidedLaw) -> ZeroTerminal:
 
     Lin et al. (2024), "Common diffusion noise schedules and sample steps are flawed", in continuous
     time. The clean end of ``base`` keeps its level; to keep the level of some time t_0 > 0 instead,
-    truncate the base there. For a discrete table see ``gaussian.zero_terminal_table``.
+    truncate the base there. For a discrete table see :func:`zero_terminal_table`.
 
     Raises:
-        TypeError: if ``base`` is not a law with tail probabilities.
         ValueError: if ``base`` already reaches pure noise.
     """
     check_law("zero_terminal", base)
@@ -417,13 +361,11 @@ def _amplitude(logsnr: Array) -> Array:
 
 def _lost(logsnr: Array) -> Array:
     """1 - alpha."""
-    return jax.nn.sigmoid(-logsnr) / (1 + _amplitude(logsnr))
+    return amplitude_loss(level_from_logsnr(logsnr))
 
 
-def _log_slope(logsnr: Array) -> Array:
-    """log dalpha/dlogsnr."""
-    log_survival, log_noise = jax.nn.log_sigmoid(logsnr), jax.nn.log_sigmoid(-logsnr)
-    return 0.5 * log_survival + log_noise - jnp.log(2.0)
+def _logsnr_of(amplitude: Array, lost: Array) -> Array:
+    return 2 * jnp.log(amplitude) - jnp.log(lost) - jnp.log1p(amplitude)
 
 
 @pytree_dataclass
@@ -445,34 +387,38 @@ class Truncated(TwoSidedLaw):
         return jnp.maximum(self.low, base_low), jnp.minimum(self.high, base_high)
 
     @property
+    def mass(self) -> Array:
+        """Mass of ``base`` within the interval."""
+        return _mass_between(*self._end_tails())
+
+    @property
     def lost_mass(self) -> Tails:
         """Mass of ``base`` below and above the interval."""
-        return Tails(self.base.tails(self.low).below, self.base.tails(self.high).above)
+        low, high = self._end_tails()
+        return Tails(low.below, high.above)
 
     def log_pdf(self, logsnr: ArrayLike) -> Array:
         logsnr = as_float(logsnr)
         within = inside(logsnr, self.support)
-        safe = jnp.where(within, jnp.clip(logsnr, *self.support), _interior(self.support))
-        log_density = self.base.log_pdf(safe) - jnp.log(self._mass()).astype(safe.dtype)
+        middle = jnp.clip(0.0, *self.support)
+        safe = jnp.where(within, jnp.clip(logsnr, *self.support), middle)
+        log_density = self.base.log_pdf(safe) - jnp.log(self.mass).astype(safe.dtype)
         return jnp.where(within, log_density, -jnp.inf)
 
     def tails(self, logsnr: ArrayLike) -> Tails:
-        logsnr = jnp.clip(as_float(logsnr), *self.support)
-        return Tails(
-            _mass_between(self.base.tails(self.low), self.base.tails(logsnr)) / self._mass(),
-            _mass_between(self.base.tails(logsnr), self.base.tails(self.high)) / self._mass(),
-        )
+        low, high = self._end_tails()
+        at = self.base.tails(jnp.clip(as_float(logsnr), *self.support))
+        return Tails(_mass_between(low, at) / self.mass, _mass_between(at, high) / self.mass)
 
     def quantile(self, below: Array, above: Array) -> Array:
         # Mixing the tails of the two ends leaves no difference of nearly equal numbers.
-        low, high = self.base.tails(self.low), self.base.tails(self.high)
-        level = self.base.quantile(
-            low.below * above + high.below * below, low.above * above + high.above * below
-        )
-        return confine(level, self.support)
+        low, high = self._end_tails()
+        base_below = low.below * above + high.below * below
+        base_above = low.above * above + high.above * below
+        return confine(self.base.quantile(base_below, base_above), self.support)
 
-    def _mass(self) -> Array:
-        return _mass_between(self.base.tails(self.low), self.base.tails(self.high))
+    def _end_tails(self) -> tuple[Tails, Tails]:
+        return self.base.tails(self.low), self.base.tails(self.high)
 
 
 def truncated(base: TwoSidedLaw, low: ArrayLike = -jnp.inf, high: ArrayLike = jnp.inf) -> Truncated:
@@ -481,20 +427,15 @@ def truncated(base: TwoSidedLaw, low: ArrayLike = -jnp.inf, high: ArrayLike = jn
     For rates in [m0, m1] the ends are ``logsnr_from_masking_rate(m1)`` and ``(m0)``, in this order.
 
     Raises:
-        TypeError: if ``base`` does not give tail probabilities.
         ValueError: unless low < high and the interval holds some of the mass of ``base``.
     """
-    if not isinstance(base, TwoSidedLaw):
-        raise TypeError(
-            f"truncated needs a law with tails and quantile, got {type(base).__name__}; "
-            "derive the class from schedules.TwoSidedLaw"
-        )
+    check_law("truncated", base)
     low, high = as_parameter(low, "low"), as_parameter(high, "high")
     check_interval("truncated", low, high)
     law = Truncated(base, low, high)
     if is_concrete(*jax.tree.leaves(law)):
         with jax.ensure_compile_time_eval():
-            if not law._mass() > 0:
+            if not law.mass > 0:
                 ends = tuple(float(end) for end in base.support)
                 raise ValueError(
                     f"truncated: [{low}, {high}] holds no mass of {base}, whose support is {ends}"
@@ -505,7 +446,3 @@ def truncated(base: TwoSidedLaw, low: ArrayLike = -jnp.inf, high: ArrayLike = jn
 def _mass_between(low: Tails, high: Tails) -> Array:
     # From whichever side the numbers are small on.
     return jnp.where(low.below < 0.5, high.below - low.below, low.above - high.above)
-
-
-def _interior(support: tuple[ArrayLike, ArrayLike]) -> Array:
-    return jnp.clip(0.0, *support)

@@ -11,23 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.checks import is_concrete
-from mdm_jax.gaussian.schedules.curve_law import CurveLaw
+from mdm_jax.gaussian.schedules.laws import amplitude_loss, log_amplitude_rate
 from mdm_jax.pytrees import pytree_dataclass
-from mdm_jax.schedules.coordinates import (
-    log_survival_probability,
-    logsnr_from_log_survival_probability,
-)
-from mdm_jax.schedules.masked import Instant
+from mdm_jax.schedules.coordinates import MaskingLevel, logsnr_from_log_survival_probability
+from mdm_jax.schedules.laws import CurveLaw, Instant
 from mdm_jax.types import Array, ArrayLike
 
 
 @pytree_dataclass
 class InterpolatedDecay(CurveLaw):
-    """-log alpha^2 linear in time between the points of a table.
-
-    Attributes:
-        decay: [num_steps + 1] -log alpha^2, rising from 0.
-    """
+    """-log alpha^2 linear in time between ``decay`` [num_steps + 1], rising from 0."""
 
     decay: Array
 
@@ -38,21 +31,16 @@ class InterpolatedDecay(CurveLaw):
     def logsnr_formula(self, at: Instant) -> Array:
         return logsnr_from_log_survival_probability(-_interpolate(self.decay, at))
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        return _locate(self.decay, -log_survival_probability(logsnr))[0]
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        return _locate(self.decay, -level.log_survival)[0]
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        _, slope = _locate(self.decay, -log_survival_probability(logsnr))
-        return jax.nn.log_sigmoid(-logsnr) - jnp.log(slope)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        return level.log_rate - jnp.log(_locate(self.decay, -level.log_survival)[1])
 
 
 @pytree_dataclass
 class InterpolatedAmplitude(CurveLaw):
-    """alpha linear in time between the points of a table.
-
-    Attributes:
-        loss: [num_steps + 1] 1 - alpha, rising from 0.
-    """
+    """alpha linear in time; ``loss`` [num_steps + 1] is 1 - alpha, rising from 0."""
 
     loss: Array
 
@@ -63,13 +51,11 @@ class InterpolatedAmplitude(CurveLaw):
     def logsnr_formula(self, at: Instant) -> Array:
         return self._logsnr(_interpolate(self.loss, at))
 
-    def time_formula(self, logsnr: Array) -> Instant:
-        return _locate(self.loss, _amplitude_loss(logsnr))[0]
+    def time_formula(self, level: MaskingLevel) -> Instant:
+        return _locate(self.loss, amplitude_loss(level))[0]
 
-    def log_pdf_formula(self, logsnr: Array) -> Array:
-        _, slope = _locate(self.loss, _amplitude_loss(logsnr))
-        log_survival, log_noise = jax.nn.log_sigmoid(logsnr), jax.nn.log_sigmoid(-logsnr)
-        return 0.5 * log_survival + log_noise - jnp.log(2 * slope)
+    def log_pdf_formula(self, level: MaskingLevel) -> Array:
+        return log_amplitude_rate(level) - jnp.log(_locate(self.loss, amplitude_loss(level))[1])
 
     def _logsnr(self, loss: Array) -> Array:
         return 2 * jnp.log1p(-loss) - jnp.log(loss) - jnp.log(2 - loss)
@@ -115,15 +101,15 @@ def table_from_betas(betas: ArrayLike) -> np.ndarray:
     if not np.all((betas > 0) & (betas < 1)):
         at = int(np.argmin((betas > 0) & (betas < 1)))
         raise ValueError(f"betas lie strictly between 0 and 1, but number {at + 1} is {betas[at]}")
-    return _logsnr_of_decay(-np.cumsum(np.log1p(-betas)))
+    log_survival = np.cumsum(np.log1p(-betas))
+    return log_survival - np.log(-np.expm1(log_survival))
 
 
 def zero_terminal_table(table: ArrayLike) -> np.ndarray:
     """The table with alpha moved and stretched so that its last level is pure noise, -inf.
 
-    Lin et al. (2024), "Common diffusion noise schedules and sample steps are flawed". The first
-    level stays. At -inf the noise says nothing about the data: train on v or on the data, and let
-    the sampler start exactly there (``spacings.from_table`` with "trailing").
+    Lin et al. (2024). The first level stays. At -inf the noise says nothing about the data: train
+    on v or on the data, and start the sampler exactly there (``spacings.from_table``, "trailing").
 
     Raises:
         ValueError: unless the levels are finite and fall strictly.
@@ -131,7 +117,7 @@ def zero_terminal_table(table: ArrayLike) -> np.ndarray:
     table = check_table(table)
     first, last = _amplitude(table[0]), _amplitude(table[-1])
     amplitude = (_amplitude(table) - last) * first / (first - last)
-    noise = _amplitude_loss_numpy(table[0]) + (first - _amplitude(table)) * first / (first - last)
+    noise = _amplitude_loss(table[0]) + (first - _amplitude(table)) * first / (first - last)
     with np.errstate(divide="ignore"):
         logsnr = 2 * np.log(amplitude) - np.log(noise) - np.log1p(amplitude)
     logsnr[0] = table[0]
@@ -145,7 +131,7 @@ def interpolated_table(table: ArrayLike) -> InterpolatedDecay:
 
     Raises:
         ValueError: unless the levels are finite and fall strictly. For a zero terminal SNR apply
-            ``gaussian.zero_terminal`` to the law instead of rescaling the table.
+            ``zero_terminal`` to the law instead of rescaling the table.
     """
     decay = np.logaddexp(0.0, -check_table(table))
     return InterpolatedDecay(jnp.asarray(np.append(0.0, decay), dtype=float))
@@ -170,13 +156,10 @@ def wavegrad(
 ) -> InterpolatedAmplitude:
     """alpha uniform within a segment, chosen uniformly, of a table of alpha. WaveGrad (2021).
 
-    The table is that of linear betas, preceded by alpha = 1. The defaults are recalled from the
+    The table is :func:`ddpm_table` preceded by alpha = 1. The defaults are recalled from the
     paper's base model; few segments (``num_steps=6``) make the staircase visible.
-
-    Raises:
-        ValueError: unless num_steps >= 2 and the betas lie between 0 and 1.
     """
-    loss = _amplitude_loss_numpy(ddpm_table(num_steps, beta_start, beta_end))
+    loss = _amplitude_loss(ddpm_table(num_steps, beta_start, beta_end))
     return InterpolatedAmplitude(jnp.asarray(np.append(0.0, loss), dtype=float))
 
 
@@ -214,31 +197,23 @@ def _interpolate(table: Array, at: Instant) -> Array:
 
 
 def _locate(table: Array, value: Array) -> tuple[Instant, Array]:
-    """The time at which the interpolated table has a value, and its slope there."""
+    """The time at which the interpolated table has a value, and its derivative there."""
     cells = table.size - 1
-    found = jnp.searchsorted(table, jax.lax.stop_gradient(value), side="right") - 1
-    cell = jnp.clip(found, 0, cells - 1)
+    left = jnp.searchsorted(table, jax.lax.stop_gradient(value), side="right") - 1
+    cell = jnp.clip(left, 0, cells - 1)
     rise = jnp.diff(table)[cell]
     before = cell.astype(table.dtype) + (value - table[cell]) / rise
     after = (cells - 1 - cell).astype(table.dtype) + (table[cell + 1] - value) / rise
     return Instant(before / cells, after / cells), rise * cells
 
 
-def _amplitude_loss(logsnr: Array) -> Array:
+def _amplitude_loss(logsnr: np.ndarray) -> np.ndarray:
     """1 - alpha."""
-    return jax.nn.sigmoid(-logsnr) / (1 + jnp.exp(0.5 * jax.nn.log_sigmoid(logsnr)))
-
-
-def _amplitude_loss_numpy(logsnr: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, logsnr)) / (1 + _amplitude(logsnr))
 
 
 def _amplitude(logsnr: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * np.logaddexp(0.0, -logsnr))
-
-
-def _logsnr_of_decay(decay: np.ndarray) -> np.ndarray:
-    return -decay - np.log(-np.expm1(-decay))
 
 
 def _count(num_steps: int) -> int:

@@ -1,0 +1,72 @@
+"""Times of a law: the law read as a schedule, and curves inverted by bisection.
+
+t = 0 is clean and t = 1 noise, so the time of a level is the probability of a cleaner one.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.schedules.coordinates import as_float
+from mdm_jax.schedules.laws import Instant, TwoSidedLaw
+from mdm_jax.types import Array, ArrayLike
+
+
+def logsnr_at(law: TwoSidedLaw, time: ArrayLike, rest: ArrayLike | None = None) -> Array:
+    """The level at a time in [0, 1]; the ends of an unbounded law are infinite.
+
+    ``rest`` is 1 - time. The noisy end needs it: next to 1 float32 times are spaced by 6e-8.
+    """
+    time = as_float(time)
+    return law.quantile(1 - time if rest is None else as_float(rest), time)
+
+
+def time_at(law: TwoSidedLaw, logsnr: ArrayLike) -> Array:
+    """The time of a level; 0 above the support and 1 below it."""
+    return law.tails(logsnr).above
+
+
+def logsnr_rate(law: TwoSidedLaw, logsnr: ArrayLike) -> Array:
+    """-dlogsnr/dt where the schedule passes a level: 1 / density. Infinite outside the support."""
+    return jnp.exp(-law.log_pdf(logsnr))
+
+
+def bisect_time(too_early: Callable[[Instant], Array], like: Array) -> Array:
+    """log(t / (1 - t)), shaped as ``like``, at which an elementwise test turns from True to False.
+
+    Bisection runs in this coordinate because it resolves both ends. No gradient passes.
+    """
+    info = jnp.finfo(like.dtype)
+    bound = -math.log(info.tiny) - 4
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        early = too_early(instant_of_logit(middle))
+        return jnp.where(early, middle, low), jnp.where(early, high, middle)
+
+    start = jnp.full_like(like, -bound), jnp.full_like(like, bound)
+    low, high = jax.lax.fori_loop(0, info.nmant + 10, halve, start)
+    return jax.lax.stop_gradient(0.5 * (low + high))
+
+
+def solve_time(logsnr_of: Callable[[Instant], Array], logsnr: Array) -> Instant:
+    """The time at which a falling curve without closed inverse has the given level.
+
+    Bisection, then one Newton step, which also carries the gradient with respect to the level and
+    to whatever else ``logsnr_of`` depends on. Times beyond the smallest normal number are cut off.
+    """
+    target = jax.lax.stop_gradient(logsnr)
+    logit = bisect_time(lambda at: jax.lax.stop_gradient(logsnr_of(at)) > target, target)
+    level, derivative = jax.jvp(
+        lambda x: logsnr_of(instant_of_logit(x)), (logit,), (jnp.ones_like(logit),)
+    )
+    divisor = jax.lax.stop_gradient(jnp.where(derivative < 0, derivative, -jnp.inf))
+    return instant_of_logit(logit + (logsnr - level) / divisor)
+
+
+def instant_of_logit(logit: Array) -> Instant:
+    """The time whose log-odds are given."""
+    return Instant(jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit))
