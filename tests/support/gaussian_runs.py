@@ -47,12 +47,17 @@ def constant(value):
 
 
 @functools.cache
-def compiled(model_fn, sampler, shape, path, output, started, data_std):
+def compiled(model_fn, sampler, shape, path, output, started):
     """``sample_gaussian`` for one kind of run; grids of one length share the program."""
 
-    def run(key, grid, start, row_offset):
+    def run(key, grid, start, data_std, row_offset):
         return gaussian_samplers.sample_gaussian_with_trace(
-            *(key, model_fn, sampler, grid, shape, lambda state: state.x0),
+            key,
+            model_fn,
+            sampler,
+            grid,
+            shape,
+            lambda state: state.x0,
             output=output,
             path=path,
             start=start if started else None,
@@ -67,8 +72,9 @@ def draw_with_estimates(
     model_fn, sampler, grid, shape, path, output=X0, start=None, data_std=1.0, row_offset=0
 ):
     """Samples, and the estimates of the data that each step was made with."""
-    run = compiled(model_fn, sampler, shape, path, output, start is not None, data_std)
-    return jax.tree.map(np.asarray, run(jax.random.key(0), jnp.asarray(grid), start, row_offset))
+    run = compiled(model_fn, sampler, shape, path, output, start is not None)
+    key, grid = jax.random.key(0), jnp.asarray(grid)
+    return jax.tree.map(np.asarray, run(key, grid, start, data_std, row_offset))
 
 
 def draw(*args, **kwargs):
@@ -81,12 +87,47 @@ def draw_from(z, model_fn, sampler, grid, path, **kwargs):
     return draw(model_fn, sampler, grid, start.shape, path, start=start, **kwargs)
 
 
+@functools.cache
+def compiled_step(model_fn, sampler, path, output):
+    denoise = gaussian_samplers.bind_denoiser(model_fn, output, path)
+
+    def step(state, levels, index, num_steps):
+        previous, level, following = levels
+        now = gaussian_samplers.GaussianContext(
+            keys=None,
+            index=index,
+            num_steps=num_steps,
+            previous_logsnr=previous,
+            logsnr=level,
+            next_logsnr=following,
+            path=path,
+        )
+        return sampler.step(now, denoise, state)
+
+    return tiny.jit(step)
+
+
+def walk(x, model_fn, sampler, grid, path, output=X0):
+    """Samples from the state x, without noise; grids of all lengths share one program."""
+    step, x = compiled_step(model_fn, sampler, path, output), jnp.asarray(x)
+    state = gaussian_samplers.GaussianState(x, jnp.zeros_like(x))
+    for i in range(len(grid) - 1):
+        levels = grid[[max(i - 1, 0), i, i + 1]]
+        state = step(state, levels, jnp.int32(i), jnp.int32(len(grid) - 1))
+    return np.asarray(state.x) / np.asarray(path.alpha(grid[-1]))
+
+
 def context(path, logsnr=-1.0, next_logsnr=0.5, previous=-1.9, rows=1, index=1, num_steps=3):
     level = functools.partial(jnp.asarray, dtype=float)
     keys = jax.random.split(jax.random.key(3), rows)
     return gaussian_samplers.GaussianContext(
-        *(keys, jnp.int32(index), num_steps, level(previous), level(logsnr), level(next_logsnr)),
-        path,
+        keys=keys,
+        index=jnp.int32(index),
+        num_steps=num_steps,
+        previous_logsnr=level(previous),
+        logsnr=level(logsnr),
+        next_logsnr=level(next_logsnr),
+        path=path,
     )
 
 

@@ -23,45 +23,35 @@ def test_every_output_is_in_the_zoo():
 
 @every_path
 def test_determinant_and_weights_follow_from_the_coefficients(path_name):
-    @jax.jit
-    def measure():
-        path, step = paths.by_name(path_name), 1e-3
-        data, noise = (
-            jnp.stack(parts)
-            for parts in zip(*(make().coefficients(path, LEVELS) for make in ZOO.values()))
-        )
-        inner = jnp.asarray([-3.0, 0.0, 1.3, 4.0])
-        moved = -step * jnp.exp(inner / 2)  # x0 is moved and x held, eps giving way
-
-        def change(output):
-            there = output.target(path, inner, 0.4 + step, 0.2 + moved)
-            return (there - output.target(path, inner, 0.4, 0.2)) / step
-
-        return (
-            data * path.sigma(LEVELS)[None] - noise * path.alpha(LEVELS)[None],
-            jnp.stack([make().log_determinant(path, LEVELS) for make in ZOO.values()]),
-            jnp.stack([make().log_eps_weight(path, LEVELS) for make in ZOO.values()]),
-            path.log_alpha(LEVELS),
-            jnp.stack([change(make()) for make in ZOO.values()]),
-            jnp.stack([make().log_eps_weight(path, inner) + inner for make in ZOO.values()]),
-        )
-
     with jax.enable_x64():
-        determinant, log_size, weight, log_alpha, change, x0_weight = map(np.asarray, measure())
-    signs = np.array([[make().sign] for make in ZOO.values()])
-    np.testing.assert_array_equal(np.sign(determinant), np.broadcast_to(signs, determinant.shape))
-    np.testing.assert_allclose(log_size, np.log(np.abs(determinant)), rtol=1e-11, atol=1e-11)
-    np.testing.assert_allclose(weight, 2 * (log_size - log_alpha), atol=1e-11)
-    np.testing.assert_allclose(x0_weight, 2 * np.log(np.abs(change)), atol=1e-9)
+        path, step = paths.by_name(path_name), 1e-3
+        alpha, sigma = np.asarray(path.alpha(LEVELS)), np.asarray(path.sigma(LEVELS))
+        for name, make in ZOO.items():
+            output = make()
+            data, noise = map(np.asarray, output.coefficients(path, LEVELS))
+            determinant = data * sigma - noise * alpha
+            np.testing.assert_array_equal(np.sign(determinant), output.sign)
+            log_size = np.log(np.abs(determinant))
+            got = output.log_determinant(path, LEVELS)
+            np.testing.assert_allclose(got, log_size, rtol=1e-11, atol=1e-11, err_msg=name)
+            weight = np.asarray(output.log_eps_weight(path, LEVELS))
+            np.testing.assert_allclose(weight, 2 * (log_size - np.log(alpha)), atol=1e-11)
+            # |dy|^2 / |dx0|^2 when x0 is moved and x held, eps giving way.
+            change = (data - noise * np.exp(LEVELS / 2)) * step
+            there = output.target(path, LEVELS, 0.4 + step, 0.2 - step * np.exp(LEVELS / 2))
+            moved = np.asarray(there) - np.asarray(output.target(path, LEVELS, 0.4, 0.2))
+            inner = np.abs(LEVELS) < 5
+            np.testing.assert_allclose(moved[inner], change[inner], rtol=1e-9)
+            x0_weight = 2 * np.log(np.abs(moved) / step)
+            np.testing.assert_allclose((weight + LEVELS)[inner], x0_weight[inner], atol=1e-9)
 
 
 @functools.cache
 def all_conversions(path_name, bits, level_bound):
     """Every output of one example as every other, [from, to, levels], and the targets."""
-
-    @jax.jit
-    def measure(levels, x0, eps):
-        path = paths.by_name(path_name)
+    with jax.enable_x64(bits == 64):
+        path, levels = paths.by_name(path_name), jnp.asarray(LEVELS)
+        x0, eps = jnp.full_like(levels, -0.4), jnp.full_like(levels, 0.9)
         x = path.alpha(levels) * x0 + path.sigma(levels) * eps
         kinds = [make() for make in ZOO.values()]
         targets = [kind.target(path, levels, x0, eps) for kind in kinds]
@@ -69,11 +59,8 @@ def all_conversions(path_name, bits, level_bound):
             [outputs.convert(y, x, path, levels, source, kind) for kind in kinds]
             for y, source in zip(targets, kinds)
         ]
-        return jnp.stack([jnp.stack(row) for row in table]), jnp.stack(targets)
-
-    with jax.enable_x64(bits == 64):
-        levels = jnp.asarray(LEVELS[np.abs(LEVELS) <= level_bound])
-        return jax.tree.map(np.asarray, measure(levels, jnp.asarray(-0.4), jnp.asarray(0.9)))
+    inside = np.abs(LEVELS) <= level_bound
+    return np.asarray(table)[..., inside], np.asarray(targets)[..., inside]
 
 
 @every_path
@@ -95,11 +82,11 @@ def test_bounded_outputs_convert_at_all_levels_in_float32(path_name):
 
 
 def test_converting_to_itself_changes_nothing():
-    y, x = jnp.float32([0.3]), jnp.float32([5e3])
+    levels = jnp.asarray(LEVELS, jnp.float32)
+    y, x = jnp.full_like(levels, 0.3), jnp.full_like(levels, 5e3)
     for make in ZOO.values():
-        for level in (-20.0, 20.0):
-            output, level = make(), jnp.float32([level])
-            assert outputs.convert(y, x, paths.vp(), level, output, output) == y
+        got = outputs.convert(y, x, paths.vp(), levels, make(), make())
+        np.testing.assert_array_equal(got, y)
 
 
 WORKED = {
@@ -112,18 +99,14 @@ WORKED = {
 @pytest.mark.parametrize("path_name", WORKED)
 def test_worked_conversion(path_name):
     """logSNR 1.3, x = 0.7, x0 = -0.4, from section 3 of the specification."""
-
-    @jax.jit
-    def measure(x0, x):
-        path, kinds = paths.by_name(path_name), [make() for make in outputs.OUTPUTS.values()]
-        values = [outputs.convert(x0, x, path, 1.3, outputs.x0(), kind) for kind in kinds]
-        return values, [kind.to_x0(path, 1.3, y, x) for kind, y in zip(kinds, values)]
-
-    with jax.enable_x64():
-        values, back = measure(jnp.asarray(-0.4), jnp.asarray(0.7))
     assert list(outputs.OUTPUTS) == ["x0", "eps", "v", "flow", "score", "edm"]
-    np.testing.assert_allclose(values, WORKED[path_name], atol=1e-9)
-    np.testing.assert_allclose(back, -0.4, rtol=1e-12)
+    with jax.enable_x64():
+        path, level = paths.by_name(path_name), jnp.full(7, 1.3)
+        x0, x = jnp.full(7, -0.4), jnp.full(7, 0.7)
+        for make, expected in zip(outputs.OUTPUTS.values(), WORKED[path_name]):
+            y = outputs.convert(x0, x, path, level, outputs.x0(), make())
+            np.testing.assert_allclose(y, expected, atol=1e-9)
+            np.testing.assert_allclose(make().to_x0(path, level, y, x), -0.4, rtol=1e-12)
 
 
 def test_implied_weights_of_the_specification():
@@ -140,7 +123,7 @@ def test_implied_weights_of_the_specification():
     }
     with jax.enable_x64():
         weights = [
-            np.exp(ZOO[name]().log_eps_weight(paths.by_name(path_name), 1.3) + 1.3)
+            np.exp(ZOO[name]().log_eps_weight(paths.by_name(path_name), LEVELS)[4] + 1.3)
             for name, path_name in expected
         ]
     np.testing.assert_allclose(weights, list(expected.values()), rtol=1e-11)

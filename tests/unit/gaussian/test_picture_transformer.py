@@ -23,11 +23,10 @@ def variables(model, length, seed=0):
 
 
 def test_a_new_network_outputs_zero_in_the_shape_of_its_input():
-    model = network((4, 4, 3))
-    inputs = jax.random.normal(jax.random.key(0), (5, 48))
-    fresh = jax.jit(model.init)(jax.random.key(1), inputs, jnp.zeros((5, 1)))
-    outputs = jax.jit(model.apply)(fresh, inputs, jnp.zeros((5, 1)))
-    np.testing.assert_array_equal(outputs, np.zeros((5, 48)))
+    model, levels = network((4, 4, 3)), np.zeros((5, 1), np.float32)
+    inputs = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    output, _ = jax.jit(model.init_with_output)(jax.random.key(1), inputs, levels)
+    np.testing.assert_array_equal(output, np.zeros((5, 48)))
 
 
 def test_patches_are_put_back_where_they_were_taken():
@@ -37,7 +36,7 @@ def test_patches_are_put_back_where_they_were_taken():
     blocks = params["params"]["block_0"]
     for name in ("attention", "mlp"):
         blocks[name] = jax.tree.map(jnp.zeros_like, blocks[name])
-    inputs = jax.random.normal(jax.random.key(2), (24,))
+    inputs = np.random.default_rng(2).normal(size=24).astype(np.float32)
     apply = lambda x: model.apply(params, x[None], jnp.zeros((1, 1)))[0]  # noqa: E731
     jacobian = jax.jit(jax.jacobian(apply))(inputs)
     reached = np.abs(np.asarray(jacobian)) > 1e-9
@@ -46,7 +45,7 @@ def test_patches_are_put_back_where_they_were_taken():
     np.testing.assert_array_equal(reached, patch[:, None] == patch[None])
 
 
-def test_the_output_depends_on_the_level_and_the_place():
+def test_the_output_depends_on_the_level_and_the_position():
     model = network()
     params = variables(model, 24)
     levels = np.array([[-3.0], [3.0]], np.float32)
@@ -55,7 +54,7 @@ def test_the_output_depends_on_the_level_and_the_place():
     assert np.std(outputs[0].reshape(2, 2, 3, 2).mean((1, 3))) > 1e-3
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="patches of side 4 do not divide pictures of 4 x 6"):
         variables(network(patch_size=4), 24)
     with pytest.raises(ValueError, match="rows must have 24 numbers"):
