@@ -11,7 +11,7 @@ from mdm_jax.gaussian.likelihood import (
 )
 from mdm_jax.gaussian.network import PictureTransformer
 from mdm_jax.gaussian.objective import gaussian_loss, scaled_integers
-from mdm_jax.gaussian.parameterisations import Output, Preconditioning, edm_preconditioning
+from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.recipes import Recipe, RecipeSummary, explain, summarise
 from mdm_jax.gaussian.weightings import Weighting

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels
-from mdm_jax.gaussian.parameterisations import check_sigma_data, edm_preconditioning
+from mdm_jax.gaussian.parameterisations import check_sigma_data, standardised_logsnr
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.types import Array, ArrayLike, ModelFn
 
@@ -24,11 +24,7 @@ def gaussian(path: Path) -> Corruption:
         eligible: Array,
         level_ids: Array | None = None,
     ) -> Corrupted:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"gaussian corruption needs float data, got {x.dtype}; map tokens to numbers, "
-                "for example with gaussian.scaled_integers(num_values)"
-            )
+        check_float(x)
         length = x.shape[-1]
         alpha = spread_levels(path.alpha(logsnr), length, level_ids)
         sigma = spread_levels(path.sigma(logsnr), length, level_ids)
@@ -37,6 +33,15 @@ def gaussian(path: Path) -> Corruption:
         return Corrupted(jnp.where(mask, noisy, x), mask, jnp.zeros_like(logsnr))
 
     return Corruption(f"gaussian_{path.name}", corrupt, lambda length: (length,), None)
+
+
+def check_float(data: Array) -> None:
+    """ValueError unless the data are floats."""
+    if not jnp.issubdtype(data.dtype, jnp.floating):
+        raise ValueError(
+            f"Gaussian diffusion needs float data, got {data.dtype}; map tokens to numbers with "
+            "values=, for example gaussian.scaled_integers(num_values)"
+        )
 
 
 def normal_noise(noise: ArrayLike) -> Array:
@@ -66,7 +71,9 @@ def precondition(model_fn: ModelFn, path: Path, sigma_data: ArrayLike = 0.5) -> 
     sigma_data = check_sigma_data("precondition", sigma_data)
 
     def preconditioned(inputs: Array, logsnr: Array, documents: Array | None = None) -> Array:
-        scale = edm_preconditioning(logsnr, sigma_data).input * jnp.exp(-path.log_alpha(logsnr))
+        shifted = standardised_logsnr(logsnr, sigma_data)
+        c_in = jnp.exp(0.5 * jax.nn.log_sigmoid(shifted)) / sigma_data
+        scale = c_in * jnp.exp(-path.log_alpha(logsnr))
         return model_fn(spread_levels(scale, inputs.shape[-1]) * inputs, logsnr, documents)
 
     return preconditioned

@@ -29,15 +29,16 @@ import numpy as np
 from mdm_jax.checks import check_finite, check_interval, is_concrete
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
 from mdm_jax.gaussian import paths
+from mdm_jax.gaussian.corruption import check_float
 from mdm_jax.gaussian.objective import scaled_integers
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
-from mdm_jax.gaussian.samplers.sampler import bind_denoiser, row_keys
+from mdm_jax.gaussian.samplers.sampler import bind_denoiser
 from mdm_jax.gaussian.samplers.step_search import check_levels
 from mdm_jax.likelihood.estimators import ScoredRows, check_at_least_one, score_batches
 from mdm_jax.likelihood.estimators import row_keys as replicate_keys
 from mdm_jax.rng import stream
-from mdm_jax.samplers.sampler import row_streams
+from mdm_jax.samplers.sampler import row_keys, row_streams
 from mdm_jax.schedules.coordinates import log_masking_rate, survival_probability
 from mdm_jax.types import Array, ArrayLike, Batch, ModelFn, PyTree
 
@@ -247,7 +248,9 @@ def make_gaussian_likelihood(
 
     @jax.jit
     def score(params, key, batch, first_row, replicate):
-        data, eligible = _data(batch, values), jnp.asarray(batch.eligible)
+        data = jnp.asarray(batch.tokens if values is None else values(batch.tokens))
+        check_float(data)
+        eligible = jnp.asarray(batch.eligible)
         keys = replicate_keys(key, first_row, data.shape[0], replicate)
 
         def random_numbers(row_key: Array, j: Array) -> tuple[Array, Array]:
@@ -306,16 +309,6 @@ def prior_divergence(data: Array, logsnr: float) -> Array:
     log_noise = log_masking_rate(logsnr).astype(data.dtype)
     # sigma^2 - 1 = -alpha^2, so nothing cancels but the logarithm's first order.
     return 0.5 * (kept * (jnp.square(data) - 1) - log_noise)
-
-
-def _data(batch: Batch, values: Callable[[Array], Array] | None) -> Array:
-    data = jnp.asarray(batch.tokens if values is None else values(batch.tokens))
-    if not jnp.issubdtype(data.dtype, jnp.floating):
-        raise ValueError(
-            f"the bound needs float data, got {data.dtype}; map tokens to numbers with values=, "
-            "for example gaussian.scaled_integers(num_values)"
-        )
-    return data
 
 
 class OdeLikelihood(NamedTuple):

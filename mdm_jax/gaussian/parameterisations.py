@@ -13,7 +13,7 @@ x0 multiplies rounding errors by exp(-logsnr / 2), going back by exp(logsnr / 2)
 import abc
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -163,12 +163,12 @@ class EdmOutput(Output):
 
     def coefficients(self, path: Path, logsnr: ArrayLike) -> tuple[Array, Array]:
         del path
-        shifted = _standardised_logsnr(logsnr, self.sigma_data)
+        shifted = standardised_logsnr(logsnr, self.sigma_data)
         data = jnp.exp(0.5 * jax.nn.log_sigmoid(-shifted)) / self.sigma_data
         return data, -jnp.exp(0.5 * jax.nn.log_sigmoid(shifted))
 
     def log_determinant(self, path: Path, logsnr: ArrayLike) -> Array:
-        shifted = _standardised_logsnr(logsnr, self.sigma_data)
+        shifted = standardised_logsnr(logsnr, self.sigma_data)
         return path.log_alpha(logsnr) - 0.5 * jax.nn.log_sigmoid(shifted)
 
 
@@ -192,40 +192,10 @@ OUTPUTS: dict[str, Callable[..., Output]] = {
 
 
 def by_name(name: str, **parameters: ArrayLike) -> Output:
-    """The output of that name; ``parameters`` are those of its factory.
-
-    Raises:
-        ValueError: for an unknown name, with close matches.
-        TypeError: for a parameter the factory does not have.
-    """
+    """The output of that name; ValueError for an unknown one, with close matches."""
     if name not in OUTPUTS:
         raise unknown_name(name, OUTPUTS, "output")
     return OUTPUTS[name](**parameters)
-
-
-class Preconditioning(NamedTuple):
-    """c_skip, c_out, c_in and c_noise of EDM: ``D = skip x / alpha + out F(input x / alpha)``."""
-
-    skip: Array
-    out: Array
-    input: Array
-    noise: Array
-
-
-def edm_preconditioning(logsnr: ArrayLike, sigma_data: ArrayLike = 0.5) -> Preconditioning:
-    """EDM's coefficients (Karras et al. 2022, table 1) from the logSNR; noise is log(sigma) / 4.
-
-    Raises:
-        ValueError: unless sigma_data is positive and finite.
-    """
-    sigma_data = check_sigma_data("edm_preconditioning", sigma_data)
-    shifted = _standardised_logsnr(logsnr, sigma_data)
-    return Preconditioning(
-        skip=jax.nn.sigmoid(shifted),
-        out=sigma_data * jnp.exp(0.5 * jax.nn.log_sigmoid(-shifted)),
-        input=jnp.exp(0.5 * jax.nn.log_sigmoid(shifted)) / sigma_data,
-        noise=-as_float(logsnr) / 8,
-    )
 
 
 def check_sigma_data(name: str, sigma_data: ArrayLike) -> ArrayLike:
@@ -237,7 +207,7 @@ def check_sigma_data(name: str, sigma_data: ArrayLike) -> ArrayLike:
     return sigma_data
 
 
-def _standardised_logsnr(logsnr: ArrayLike, sigma_data: ArrayLike) -> Array:
+def standardised_logsnr(logsnr: ArrayLike, sigma_data: ArrayLike) -> Array:
     """The logSNR of data divided by its standard deviation."""
     log_std = math.log(sigma_data) if is_concrete(sigma_data) else jnp.log(sigma_data)
     return as_float(logsnr) + 2.0 * log_std

@@ -2,7 +2,7 @@
 
 A noisy example is ``x = alpha x0 + sigma eps`` with ``logsnr = 2 log(alpha / sigma)``: large is
 clean. Logarithms are the primitives: ``sqrt(1 - alpha^2)`` in float32 is off by 0.4 % at logSNR 12,
-the forms here keep a relative error of 1e-6 from -20 to 20. All functions are elementwise.
+the forms here keep a relative error of 1e-6 from -20 to 20. Methods are elementwise.
 """
 
 import abc
@@ -97,45 +97,3 @@ def by_name(name: str) -> Path:
     if name not in PATHS:
         raise unknown_name(name, PATHS, "path")
     return PATHS[name]()
-
-
-# Noise coordinates of other code bases. DPM-Solver's lambda is logsnr / 2, VDM's gamma is -logsnr.
-
-
-def sigma_from_logsnr(logsnr: ArrayLike) -> Array:
-    """The sigma of EDM and EDM2: noise over signal amplitude, ``exp(-logsnr / 2)``."""
-    return jnp.exp(-0.5 * as_float(logsnr))
-
-
-def logsnr_from_sigma(sigma: ArrayLike) -> Array:
-    """``-2 log sigma``; +inf at 0."""
-    return -2.0 * jnp.log(as_float(sigma))
-
-
-def flow_time(logsnr: ArrayLike) -> Array:
-    """Time of rectified flow, 0 = clean: the noise amplitude of the flow path."""
-    return jax.nn.sigmoid(-0.5 * as_float(logsnr))
-
-
-def logsnr_from_flow_time(time: ArrayLike, rest: ArrayLike | None = None) -> Array:
-    """``2 log((1 - t) / t)`` for t in [0, 1].
-
-    ``rest`` is 1 - time, where the caller knows it more exactly than the difference.
-    """
-    time = as_float(time)
-    log_rest = jnp.log1p(-time) if rest is None else jnp.log(as_float(rest))
-    return 2.0 * (log_rest - jnp.log(time))
-
-
-def cosine_time(logsnr: ArrayLike) -> Array:
-    """Time of the cosine schedule ``alpha = cos(pi t / 2)``, 0 = clean."""
-    return (2.0 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * as_float(logsnr)))
-
-
-def logsnr_from_cosine_time(time: ArrayLike, rest: ArrayLike | None = None) -> Array:
-    """``-2 log tan(pi t / 2)`` for t in [0, 1]; ``rest`` as in :func:`logsnr_from_flow_time`."""
-    time = as_float(time)
-    rest = 1.0 - time if rest is None else as_float(rest)
-    noisy = 2.0 * jnp.log(jnp.tan(0.5 * jnp.pi * jnp.minimum(rest, 0.5)))
-    clean = -2.0 * jnp.log(jnp.tan(0.5 * jnp.pi * jnp.minimum(time, 0.5)))
-    return jnp.where(time < 0.5, clean, noisy)

@@ -90,12 +90,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 
 
 def by_name(name: str, **parameters: ArrayLike) -> Recipe:
-    """The recipe of that name; ``parameters`` are those of its factory.
-
-    Raises:
-        ValueError: for an unknown name, with close matches.
-        TypeError: for a parameter the factory does not have.
-    """
+    """The recipe of that name; ValueError for an unknown one, with close matches."""
     if name not in RECIPES:
         raise unknown_name(name, RECIPES, "recipe")
     return RECIPES[name](**parameters)

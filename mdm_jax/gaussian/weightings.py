@@ -7,7 +7,9 @@ With l the squared error of the predicted noise, summed over the elements of a r
 The *effective weight* W is the objective; the law p only sets the variance of its estimate. Drawing
 from p with explicit weight w on the error of an output y, ``|dy|^2 = c |deps|^2``, has W = p w c.
 ``W = 1/2`` is the evidence lower bound; a W that never rises with the logSNR is the bound of data
-with added noise (Kingma and Gao 2023). Weightings are frozen pytrees; constants are kept.
+with added noise (Kingma and Gao 2023). Those of published models are in ``recipes``, as in
+``recipes.edm().weighting``. Weightings are frozen pytrees; constants are kept.
+Factories raise ValueError for parameters that are not finite, or not positive where they must be.
 """
 
 import abc
@@ -20,10 +22,10 @@ import numpy as np
 from mdm_jax.checks import as_parameter, check_finite, is_concrete
 from mdm_jax.gaussian import parameterisations, schedules
 from mdm_jax.gaussian.parameterisations import Output, check_sigma_data
-from mdm_jax.gaussian.paths import Path, flow, vp
+from mdm_jax.gaussian.paths import Path, vp
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import as_float
-from mdm_jax.schedules.laws import Law, logistic
+from mdm_jax.schedules.laws import Law
 from mdm_jax.types import Array, ArrayLike
 
 
@@ -42,7 +44,7 @@ class Weighting(abc.ABC):
 
 @pytree_dataclass
 class Elbo(Weighting):
-    """``W = 1/2``."""
+    """``W = 1/2``: the evidence lower bound, nats (Kingma et al. 2021, VDM)."""
 
     def log_weight(self, logsnr: ArrayLike) -> Array:
         return jnp.full_like(as_float(logsnr), -math.log(2.0))
@@ -130,13 +132,11 @@ class FlatBelow(Weighting):
         return self.base.log_weight(jnp.maximum(as_float(logsnr), self.peak))
 
 
-def elbo() -> Elbo:
-    """The evidence lower bound, ``W = 1/2``, nats (Kingma et al. 2021, VDM)."""
-    return Elbo()
+elbo = Elbo
 
 
 def from_law(law: Law) -> Product:
-    """``W = p``: eps error, unit weight, levels drawn from ``law`` (DDPM's "simple" loss)."""
+    """``W = p``: eps error with unit weight (DDPM's "simple" loss)."""
     return Product(law, ())
 
 
@@ -156,67 +156,16 @@ def from_recipe(
 
 
 def sigmoid(bias: ArrayLike = 2.0) -> Sigmoid:
-    """``W = sigmoid(bias - lambda)`` in dlambda, with no law in it (Hoogeboom et al. 2024, SiD2).
-
-    Raises:
-        ValueError: if the bias is not finite.
-    """
+    """``W = sigmoid(bias - lambda)`` in dlambda, without a law (Hoogeboom et al. 2024, SiD2)."""
     bias = as_parameter(bias, "bias")
     check_finite("sigmoid", bias=bias)
     return Sigmoid(bias)
 
 
-def v_mse(law: Law | None = None) -> Product:
-    """``W = p (1 + exp(-lambda))``: error of v on the vp path, "SNR + 1" (Salimans and Ho 2022).
-
-    Under the cosine law, the default, W = exp(-lambda / 2) / pi.
-    """
-    return from_recipe(schedules.cosine() if law is None else law, parameterisations.v())
-
-
-def x0_mse(law: Law | None = None) -> Product:
-    """``W = p exp(-lambda)``: error of the clean data, cosine law if none is given."""
-    return from_recipe(schedules.cosine() if law is None else law, parameterisations.x0())
-
-
-def flow_mse(law: Law | None = None) -> Product:
-    """``W = p (1 + exp(-lambda / 2))^2``: error of the flow velocity (Liu et al., Lipman et al.).
-
-    Under uniform flow time, the default, W = exp(-lambda / 2) / 2.
-    """
-    return from_recipe(logistic(0.0, 2.0) if law is None else law, parameterisations.flow(), flow())
-
-
-def indi() -> Product:
-    """Error of the clean data at uniform flow time (Delbracio and Milanfar 2023, InDI)."""
-    return x0_mse(logistic(0.0, 2.0))
-
-
-def sd3(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Product:
-    """Flow velocity at logit-normal flow times (Esser et al. 2024, Stable Diffusion 3).
-
-    ``mean`` and ``std`` are those of the logit of the flow time; a positive mean is noisier.
-    """
-    return flow_mse(schedules.lognormal(mean, std))
-
-
-def edm(mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5) -> Product:
-    """``N(lambda; -2 mean, 4 std^2) (1 + exp(-lambda) / sigma_data^2)`` (Karras et al. 2022).
-
-    ``mean`` and ``std`` are those of log sigma, ``sigma_data`` the standard deviation of the data.
-    """
-    return from_recipe(schedules.lognormal(mean, std), parameterisations.edm(sigma_data))
-
-
-def edm2(mean: ArrayLike = -0.4, std: ArrayLike = 1.0, sigma_data: ArrayLike = 0.5) -> Product:
-    """:func:`edm` with the law of Karras et al. 2024, without their learned exp(-u(lambda))."""
-    return edm(mean, std, sigma_data)
-
-
 def edm_monotonic(
     mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5
 ) -> FlatBelow:
-    """:func:`edm`, held at its maximum for noisier levels (Kingma and Gao 2023).
+    """EDM's weighting, held at its maximum for noisier levels (Kingma and Gao 2023).
 
     Raises:
         TypeError: for traced parameters; the maximum is searched for when the weighting is built.
@@ -232,33 +181,22 @@ def edm_monotonic(
         excess = np.exp(-levels) / sigma_data**2
         peak = int(np.argmax(np.log1p(excess) - (levels + 2 * mean) ** 2 / (8 * std**2)))
         low, high = levels[max(peak - 1, 0)], levels[min(peak + 1, 64)]
-    return FlatBelow(edm(mean, std, sigma_data), float((low + high) / 2))
+    base = from_recipe(schedules.lognormal(mean, std), parameterisations.edm(sigma_data))
+    return FlatBelow(base, float((low + high) / 2))
 
 
 def min_snr(law: Law, gamma: ArrayLike = 5.0) -> Product:
-    """``p min(1, gamma exp(-lambda))`` (Hang et al. 2023): factor min(SNR, gamma) on x0's error.
-
-    Raises:
-        ValueError: unless gamma > 0.
-    """
+    """``p min(1, gamma exp(-lambda))`` (Hang et al. 2023): factor min(SNR, gamma) on x0's error."""
     return Product(law, (MinSnr(_log_positive("min_snr", "gamma", gamma)),))
 
 
 def soft_min_snr(law: Law, gamma: ArrayLike = 5.0) -> Product:
-    """``p gamma / (gamma + exp(lambda))`` (Crowson et al. 2024), a smooth :func:`min_snr`.
-
-    Raises:
-        ValueError: unless gamma > 0.
-    """
+    """``p gamma / (gamma + exp(lambda))`` (Crowson et al. 2024), a smooth :func:`min_snr`."""
     return Product(law, (Sigmoid(_log_positive("soft_min_snr", "gamma", gamma)),))
 
 
 def p2(law: Law, k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> Product:
-    """``p / (k + exp(lambda))^gamma`` (Choi et al. 2022).
-
-    Raises:
-        ValueError: unless k > 0 and gamma is finite.
-    """
+    """``p / (k + exp(lambda))^gamma`` (Choi et al. 2022)."""
     gamma = as_parameter(gamma, "gamma")
     check_finite("p2", gamma=gamma)
     return Product(law, (P2(_log_positive("p2", "k", k), gamma),))

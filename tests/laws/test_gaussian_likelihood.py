@@ -286,7 +286,11 @@ LOG_DENSITIES = {  # at -1, 0.2 and 0.9
 
 @pytest.mark.parametrize(
     "name, path_name",
-    [("narrow", "ve"), pytest.param("pair", "flow", marks=pytest.mark.slow), ("skewed", "vp")],
+    [
+        pytest.param("narrow", "ve", marks=pytest.mark.slow),
+        pytest.param("pair", "flow", marks=pytest.mark.slow),
+        ("skewed", "vp"),
+    ],
 )
 def test_log_density_by_the_probability_flow(name, path_name):
     law, points = LAWS[name], np.array([-1.0, 0.2, 0.9])

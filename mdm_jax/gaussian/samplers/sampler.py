@@ -17,7 +17,7 @@ import numpy as np
 from mdm_jax.checks import check_interval, is_concrete
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
-from mdm_jax.samplers.sampler import LOGSNR_LIMIT, Progress, reporter, row_streams
+from mdm_jax.samplers.sampler import LOGSNR_LIMIT, Progress, reporter, row_keys, row_streams
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
 
@@ -277,12 +277,6 @@ def make_gaussian_generator(
         )
 
     return jax.jit(generate, static_argnames="batch_size")
-
-
-def row_keys(key: Array, row_offset: ArrayLike, num_rows: int) -> Array:
-    """[B] typed keys, ``fold_in(key, row_offset + i)`` for row i."""
-    rows = jnp.asarray(row_offset, jnp.int32) + jnp.arange(num_rows)
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def step_noise(context: GaussianContext, x: Array) -> Array:

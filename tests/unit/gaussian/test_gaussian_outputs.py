@@ -141,14 +141,16 @@ def test_edm_output_is_minus_v_of_standardised_data(path_name):
 
 
 def test_edm_preconditioning():
+    """D = c_skip x / alpha + c_out F(c_in x / alpha), table 1 of Karras et al. at logSNR 1.3."""
     with jax.enable_x64():
-        got = gaussian.edm_preconditioning(1.3, 0.5)
-        expected = (0.4784397874594533, 0.3610956287953880, 1.3833868402720235, -0.1625)
-        np.testing.assert_allclose(got, expected, rtol=1e-14)
-        # D = c_skip x / alpha + c_out F
-        path, x, f = paths.flow(), 0.7, -0.3
-        by_hand = got.skip * x / path.alpha(1.3) + got.out * f
-        np.testing.assert_allclose(outputs.edm().to_x0(path, 1.3, f, x), by_hand, rtol=1e-12)
+        path, output, levels = paths.flow(), outputs.edm(0.5), jnp.full((1, 7), 1.3)
+        zero, alpha = jnp.zeros_like(levels), path.alpha(levels)
+        c_skip = output.to_x0(path, levels, zero, alpha)
+        c_out = output.to_x0(path, levels, zero + 1, zero)
+        c_in = gaussian.precondition(lambda x, *_: x, path, 0.5)(alpha, levels)
+        np.testing.assert_allclose(c_skip, 0.4784397874594533, rtol=1e-13)
+        np.testing.assert_allclose(c_out, 0.3610956287953880, rtol=1e-13)
+        np.testing.assert_allclose(c_in, 1.3833868402720235, rtol=1e-13)
 
 
 @every_path
@@ -172,7 +174,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="edm needs sigma_data > 0, got -1.0"):
         outputs.by_name("edm", sigma_data=-1.0)
     with pytest.raises(ValueError, match="finite sigma_data"):
-        gaussian.edm_preconditioning(0.0, float("inf"))
+        outputs.edm(float("inf"))
 
 
 def test_sigma_data_may_be_traced():

@@ -74,31 +74,3 @@ def test_a_path_is_a_static_pytree():
 def test_an_unknown_path_is_named_with_its_neighbours():
     with pytest.raises(ValueError, match="unknown path 'subvp'; did you mean .*song_subvp"):
         paths.by_name("subvp")
-
-
-SCALES = [
-    (paths.sigma_from_logsnr, paths.logsnr_from_sigma),
-    (paths.flow_time, paths.logsnr_from_flow_time),
-    (paths.cosine_time, paths.logsnr_from_cosine_time),
-]
-
-
-def test_scales_of_other_code_bases():
-    with jax.enable_x64():
-        np.testing.assert_allclose(paths.sigma_from_logsnr(1.3), np.exp(-0.65))
-        # Table 2.2 of the specification.
-        np.testing.assert_allclose(paths.logsnr_from_sigma(0.01), 9.2103403720, atol=1e-9)
-        np.testing.assert_allclose(paths.logsnr_from_cosine_time(0.25), 1.7627471740, atol=1e-9)
-        np.testing.assert_allclose(paths.logsnr_from_flow_time(0.1), 4.3944491547, atol=1e-9)
-        for there, back in SCALES:
-            np.testing.assert_allclose(back(there(LEVELS)), LEVELS, rtol=1e-10, atol=1e-14)
-        np.testing.assert_allclose(paths.flow().sigma(LEVELS), paths.flow_time(LEVELS), rtol=1e-12)
-        sine = np.sin(np.pi / 2 * paths.cosine_time(LEVELS))
-        np.testing.assert_allclose(paths.vp().sigma(LEVELS), sine, rtol=1e-12)
-
-
-@pytest.mark.parametrize("time, logsnr", SCALES[1:])
-def test_times_with_their_complement_are_precise_at_the_noisy_end(time, logsnr):
-    levels = np.float32([-20.0, -12.0, 3.0, 20.0])
-    rest = time(-levels)  # both laws are symmetric, so this is 1 - time
-    np.testing.assert_allclose(logsnr(time(levels), rest), levels, rtol=2e-6)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from variants import slow_except
 
-from mdm_jax import gaussian, pytrees, schedules
+from mdm_jax import gaussian, plots, pytrees, schedules
 from mdm_jax.gaussian import parameterisations, recipes, weightings
 from mdm_jax.gaussian import schedules as gaussian_schedules
-from mdm_jax.gaussian.weightings import MinSnr
-from mdm_jax import plots
+from mdm_jax.gaussian.weightings import MinSnr, from_recipe
 
 cosine = gaussian_schedules.cosine
 
@@ -29,31 +28,31 @@ TABLE = {
         [0.0423037386, 0.1031410410, 0.1591549431, 0.1031410410, 0.0423037386],
     ),
     "x0_mse": (
-        weightings.x0_mse,
+        lambda: from_recipe(cosine(), parameterisations.x0()),
         [2.3097058673, 0.7621149384, 0.1591549431, 0.0139586220, 0.0007748200],
     ),
     "v_mse": (
-        weightings.v_mse,
+        lambda: recipes.v_prediction().weighting,
         [2.3520096059, 0.8652559794, 0.3183098862, 0.1170996630, 0.0430785586],
     ),
     "flow_mse": (
-        weightings.flow_mse,
+        lambda: recipes.flow().weighting,
         [3.6945280495, 1.3591409142, 0.5, 0.1839397206, 0.0676676416],
     ),
     "indi": (
-        weightings.indi,
+        lambda: from_recipe(schedules.logistic(0.0, 2.0), parameterisations.x0()),
         [2.8662277642, 0.7263883022, 0.125, 0.0133042658, 0.0009615123],
     ),
     "edm": (
-        weightings.edm,
+        lambda: recipes.edm().weighting,
         [1.0417479187, 0.9461119120, 0.5041056761, 0.2526770074, 0.1428548262],
     ),
     "edm2": (
-        weightings.edm2,
+        lambda: recipes.edm2().weighting,
         [2.4565971151, 2.2875530191, 0.9206753508, 0.2568063935, 0.0595235892],
     ),
     "sd3": (
-        weightings.sd3,
+        lambda: recipes.sd3().weighting,
         [1.8998412087, 1.6726976146, 0.7978845608, 0.2263750054, 0.0347968055],
     ),
     "sigmoid": (
@@ -126,10 +125,10 @@ def test_float32_agrees_and_gradients_are_finite(name):
 def test_equal_objectives_under_different_names():
     with jax.enable_x64():
         density = np.exp(cosine().log_pdf(GRID))
-        v = values(weightings.v_mse())
+        v = values(recipes.v_prediction().weighting)
         np.testing.assert_allclose(v, np.exp(-GRID / 2) / np.pi, rtol=1e-11)
-        np.testing.assert_allclose(v, 2 / np.pi * values(weightings.flow_mse()), rtol=1e-11)
-        unit = weightings.from_recipe(cosine(), parameterisations.edm(1.0))
+        np.testing.assert_allclose(v, 2 / np.pi * values(recipes.flow().weighting), rtol=1e-11)
+        unit = from_recipe(cosine(), parameterisations.edm(1.0))
         np.testing.assert_allclose(v, values(unit), rtol=1e-11)
         b, law = 1.3, cosine()
         soft = values(weightings.soft_min_snr(law, np.exp(b)))
@@ -155,7 +154,7 @@ def test_explicit_weight_multiplies_the_error_of_the_output():
                 snr = jnp.exp(logsnr)
                 return jnp.log(jnp.minimum(snr, 5.0) / (snr + 1))
 
-        recipe = weightings.from_recipe(cosine(), parameterisations.v(), explicit=VFactor())
+        recipe = from_recipe(cosine(), parameterisations.v(), explicit=VFactor())
         np.testing.assert_allclose(values(recipe)[AT_LEVELS], TABLE["min_snr"][1], rtol=1e-8)
 
 
@@ -167,7 +166,7 @@ def test_min_snr_is_a_minimum_at_both_ends():
 
 def test_monotonic_edm_is_flat_below_its_peak():
     with jax.enable_x64():
-        weighting, edm = weightings.edm_monotonic(), weightings.edm()
+        weighting, edm = weightings.edm_monotonic(), recipes.edm().weighting
         np.testing.assert_allclose(weighting.peak, -3.30777752, atol=1e-7)
         flat, base = values(weighting), values(edm)
         np.testing.assert_allclose(flat, np.maximum.accumulate(base[::-1])[::-1], rtol=1e-5)
@@ -175,7 +174,7 @@ def test_monotonic_edm_is_flat_below_its_peak():
         # Wide laws have two bumps: the higher one counts.
         wide = weightings.edm_monotonic(1.0, 3.0, 0.5)
         pieces = np.linspace(-60, 20, 9003).reshape(3, 3001)  # of the shape of the other grid
-        weight = [weightings.edm(1.0, 3.0, 0.5).log_weight(piece) for piece in pieces]
+        weight = [recipes.edm(1.0, 3.0, 0.5).weighting.log_weight(piece) for piece in pieces]
         best = pieces.ravel()[np.argmax(np.concatenate(weight))]
         np.testing.assert_allclose(wide.peak, best, atol=0.011)
 
@@ -197,7 +196,7 @@ def test_parameters_may_be_traced():
         (lambda: weightings.p2(cosine(), k=-1.0), "p2 needs k > 0"),
         (lambda: weightings.p2(cosine(), gamma=np.inf), "finite gamma"),
         (lambda: weightings.sigmoid(np.nan), "finite bias"),
-        (lambda: weightings.edm(sigma_data=0.0), "sigma_data > 0"),
+        (lambda: recipes.edm(sigma_data=0.0), "sigma_data > 0"),
         (lambda: recipes.by_name("emd"), "unknown recipe 'emd'; did you mean .*edm"),
     ],
 )
