@@ -5,10 +5,10 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from mdm_jax.data.datasets import Dataset, check_positive, make_dataset
-from mdm_jax.data.packing import LongDocuments, Packing, document_rows
+from mdm_jax.data.datasets import Dataset, check_positive
+from mdm_jax.data.packing import LongDocuments, Packing, document_dataset
 from mdm_jax.data.text import read_splits
-from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from mdm_jax.data.tokenizers import Tokenizer
 
 
 def documents(
@@ -56,22 +56,15 @@ def documents(
         split_seed=split_seed,
     )
     texts = {name: [record.values[0] for record in records] for name, records in parts.items()}
-    codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
-    rows, report, policy = document_rows(
-        texts, length, codec, packing=packing, long_documents=long_documents, origin=str(path)
-    )
-    return make_dataset(
-        rows,
-        codec,
-        length=length,
-        content=json.dumps(list(texts.values())).encode(),
-        settings={
-            "source": "documents",
-            "length": length,
-            "packing": packing,
-            "tokenizer": codec.fingerprint,
-        },
+    return document_dataset(
+        texts,
+        length,
+        tokenizer,
+        bpe_vocab_size,
+        packing,
+        long_documents,
+        origin=str(path),
         headline=f"Documents from {pathlib.Path(path).name}, one a line.",
-        policy=policy,
-        report=report,
+        settings={"source": "documents", "packing": packing},
+        content=json.dumps(list(texts.values())).encode(),
     )

@@ -6,12 +6,19 @@ embeddings depend on differences of positions alone, absolute ones would need a 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from mdm_jax.data.datasets import PackedSpans, TokenSpans, check_choice, check_positive
-from mdm_jax.data.tokenizers import Tokenizer
+from mdm_jax.data.datasets import (
+    Dataset,
+    PackedSpans,
+    TokenSpans,
+    check_choice,
+    check_positive,
+    make_dataset,
+)
+from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
 
 Packing = Literal["", "first_fit"]
 LongDocuments = Literal["split", "error"]
@@ -82,40 +89,42 @@ def first_fit(sizes: Sequence[int], length: int) -> np.ndarray:
     return rows
 
 
-def document_rows(
+def document_dataset(
     texts: Mapping[str, Sequence[str]],
     length: int,
-    tokenizer: Tokenizer,
-    *,
+    tokenizer: str | Tokenizer,
+    bpe_vocab_size: int,
     packing: Packing,
     long_documents: LongDocuments,
+    *,
     origin: str,
-) -> tuple[dict[str, TokenSpans | PackedSpans], dict[str, int], str]:
-    """Rows of every split's documents, each ended by EOS; counts; and the policy in words.
-
-    The rows are a function of the arguments alone, so a shuffled stream over them can be resumed.
+    headline: str,
+    settings: Mapping[str, Any],
+    content: bytes | None = None,
+) -> Dataset:
+    """Dataset of documents, each ended by EOS, in rows that are a function of the arguments alone.
 
     Args:
-        texts: documents by split.
-        length: L, tokens of a row.
-        tokenizer: of the texts.
-        packing: "" for a row per piece of a document, "first_fit" to share rows.
-        long_documents: those longer than a row with their EOS: "split" them, or raise an "error".
+        texts: documents by split; the tokenizer is fitted to those of "train".
+        length, tokenizer, bpe_vocab_size, packing, long_documents: as in
+            :func:`mdm_jax.data.documents`.
         origin: for error messages.
+        headline, settings, content: as in ``datasets.make_dataset``; content None: the tokens.
 
     Raises:
         ValueError: as :func:`cut_documents`, naming the split, and for an unknown packing.
     """
     check_choice("packing", packing, Packing)
-    rows: dict[str, TokenSpans | PackedSpans] = {}
-    report: dict[str, int] = {}
+    codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
     layout = {
         "length": length,
-        "pad_id": tokenizer.pad_id,
-        "character_counts": tokenizer.character_counts,
+        "pad_id": codec.pad_id,
+        "character_counts": codec.character_counts,
     }
+    rows: dict[str, TokenSpans | PackedSpans] = {}
+    report: dict[str, int] = {}
     for split, documents in texts.items():
-        encoded = [np.append(tokenizer.encode(text), tokenizer.eos_id) for text in documents]
+        encoded = [np.append(codec.encode(text), codec.eos_id) for text in documents]
         sizes = [len(ids) for ids in encoded]
         starts, ends, num_split = cut_documents(
             sizes, length, long_documents, f"{origin}, {split} split"
@@ -123,25 +132,32 @@ def document_rows(
         tokens = np.concatenate([*encoded, np.zeros(0, np.int32)]).astype(np.int32)
         if packing == "first_fit":
             numbers = first_fit(ends - starts, length)
-            source = PackedSpans(tokens, starts, ends, numbers, **layout)
+            rows[split] = PackedSpans(tokens, starts, ends, numbers, **layout)
         else:
-            source = TokenSpans(tokens, starts, ends=ends, **layout)
-        rows[split] = source
+            rows[split] = TokenSpans(tokens, starts, ends=ends, **layout)
         counts = {
             "documents": len(documents),
             "split_documents": num_split,
             "tokens": len(tokens),
-            "rows": len(source),
-            "padded_positions": len(source) * length - len(tokens),
-            "unknown_characters": tokenizer.count_unknown(tokens),
+            "rows": len(rows[split]),
+            "padded_positions": len(rows[split]) * length - len(tokens),
+            "unknown_characters": codec.count_unknown(tokens),
             "empty_documents": sum(len(text) == 0 for text in documents),
         }
         report |= {f"{split}_{name}": count for name, count in counts.items()}
+    if content is None:
+        content = b"".join(source.tokens.tobytes() + b"/" for source in rows.values())
     positions = report["train_rows"] * length
     filled = 1 - report["train_padded_positions"] / positions if positions else 1.0
     sharing = "several to a row, first fit in order" if packing else "each in rows of its own"
-    policy = (
-        f"Documents end with EOS and stand {sharing}; those longer than a row: {long_documents}. "
-        f"Training rows are filled to {filled:.1%}."
+    return make_dataset(
+        rows,
+        codec,
+        length=length,
+        content=content,
+        settings={**settings, "length": length, "tokenizer": codec.fingerprint},
+        headline=headline,
+        policy=f"Documents end with EOS and stand {sharing}; those longer than a row: "
+        f"{long_documents}. Training rows are filled to {filled:.1%}.",
+        report=report,
     )
-    return rows, report, policy

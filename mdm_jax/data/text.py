@@ -30,14 +30,14 @@ def text(
     fractions: Sequence[float] = (0.9, 0.05, 0.05),
     train_stride: int = 1,
 ) -> Dataset:
-    """Rows of ``length`` tokens from a UTF-8 text file.
+    """Rows of ``length`` tokens from a UTF-8 text file, all of whose characters are kept.
 
     The text is cut into three contiguous parts by number of characters, each encoded by itself.
     Validation and test rows cover their part without overlap; padding, neither eligible nor
     attended to, fills up the last one.
 
     Args:
-        path: the file; all characters, line ends included, are kept as they are.
+        path: the file.
         length: L, tokens per row.
         tokenizer: "char", "byte", "bpe" (the first and last are fitted to the training part), the
             path of a tokenizer's JSON file, or a tokenizer.

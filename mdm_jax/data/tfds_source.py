@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.data.datasets import SPLITS, Dataset, check_positive, make_dataset
+from mdm_jax.data.datasets import SPLITS, Dataset, check_positive
 from mdm_jax.data.images import picture_dataset
-from mdm_jax.data.packing import LongDocuments, Packing, document_rows
-from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from mdm_jax.data.packing import LongDocuments, Packing, document_dataset
+from mdm_jax.data.tokenizers import Tokenizer
 
 DEFAULT_SPLITS = ("train[:90%]", "train[90%:95%]", "train[95%:]")
 _READ = 256  # examples read at a time
@@ -44,8 +44,7 @@ def tfds_text(
 
     Raises:
         ValueError: if the dataset, a split or the feature does not exist, is empty, is not
-            prepared as array_record, or is not UTF-8 text; if a document is too long and that is
-            an error; or a setting is out of range.
+            prepared as array_record, or is not UTF-8 text; or as ``documents``.
         ImportError: if tensorflow-datasets is not installed.
     """
     check_positive("length", length)
@@ -54,25 +53,16 @@ def tfds_text(
         part: [_as_text(value, origin) for value, origin in _values(source, text_field)]
         for part, source in sources.items()
     }
-    codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
-    rows, report, policy = document_rows(
+    return document_dataset(
         texts,
         length,
-        codec,
-        packing=packing,
-        long_documents=long_documents,
+        tokenizer,
+        bpe_vocab_size,
+        packing,
+        long_documents,
         origin=f"tfds dataset {name!r}",
-    )
-    settings = {"source": "tfds_text", "length": length, "tokenizer": codec.fingerprint}
-    return make_dataset(
-        rows,
-        codec,
-        length=length,
-        content=b"".join(rows[part].tokens.tobytes() + b"/" for part in SPLITS),
-        settings=settings | ({"packing": packing} if packing else {}),
         headline=_headline(sources["train"].dataset_info, splits),
-        policy=policy,
-        report=report,
+        settings={"source": "tfds_text"} | ({"packing": packing} if packing else {}),
     )
 
 

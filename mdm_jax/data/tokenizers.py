@@ -55,11 +55,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Ids of ``text``, [n] int32, without special ids.
-
-        Raises:
-            ValueError: on a lone surrogate, unless characters are the tokens.
-        """
+        """Ids of ``text``, [n] int32; ValueError on a lone surrogate, if bytes are encoded."""
 
     @abc.abstractmethod
     def _decode_content(self, ids: np.ndarray) -> str:
@@ -76,10 +72,7 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: ArrayLike, mask_text: str = "▁") -> str:
         """Text of ``ids`` [n]; each mask becomes ``mask_text``, padding and EOS become nothing.
 
-        Bytes that are not valid UTF-8 (a model can write them) become U+FFFD.
-
-        Raises:
-            ValueError: if an id is outside the vocabulary.
+        Invalid UTF-8 (a model can write it) becomes U+FFFD. Raises ValueError for an unknown id.
         """
         ids = self._checked(ids).reshape(-1)
         ids = ids[(ids != self.pad_id) & (ids != self.eos_id)]
@@ -230,7 +223,6 @@ class BPETokenizer(Tokenizer):
     Args:
         tokenizer_json: contents of a ``tokenizer.json``.
         special_tokens: names of padding, end of sequence and mask in it.
-        origin: name of the JSON in error messages.
 
     Raises:
         ValueError: if the JSON cannot be read, lacks one of the special tokens, or does not
