@@ -1,14 +1,16 @@
-"""The command line that all benchmarks share, and how their records are printed and kept."""
+"""The command line that all benchmarks share, interleaved timings, tables and JSON records."""
 
 import json
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import app, flags, logging
 
 from experiments.benchmarks import machine
-from experiments.benchmarks.shapes import SHAPES, Shape
+from experiments.benchmarks.setting import SHAPES, Shape
 
 _SHAPES = flags.DEFINE_list("shapes", ["S", "M"], "Which of S, M and L; L needs an accelerator.")
 _VARIANTS = flags.DEFINE_list("variants", ["default"], "Names, or the sets 'default' and 'all'.")
@@ -19,13 +21,7 @@ _OUT = flags.DEFINE_string("out", None, "Where to write the figures as JSON.")
 
 
 class Options(NamedTuple):
-    """What a benchmark is told.
-
-    Attributes:
-        variants: names, or the names of sets of variants.
-        rounds: fewest rounds of a comparison.
-        seconds: how long its rounds go on.
-    """
+    """Options of a benchmark: variants or sets of them, fewest rounds, and their duration."""
 
     variants: Sequence[str] = ("default",)
     rounds: int = 3
@@ -33,12 +29,10 @@ class Options(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One benchmark.
+    """One benchmark, under the name of its module.
 
-    Attributes:
-        name: that of its module.
-        measure: ``measure(shape, options) -> record`` of JSON values.
-        table: ``table(record) -> lines`` in Markdown.
+    ``measure(shape, options)`` returns a record of JSON values, ``table(record)`` its lines in
+    Markdown.
     """
 
     name: str
@@ -47,27 +41,90 @@ class Part(NamedTuple):
 
 
 def main(*parts: Part) -> None:
-    """Runs benchmarks with the flags of the command line; does not return."""
+    """Run benchmarks with the flags of the command line; does not return."""
     app.run(lambda _: _run(parts))
+
+
+def write(record: dict[str, Any]) -> None:
+    """Write a record to ``--out``, where that is given."""
+    if _OUT.value:
+        path = pathlib.Path(_OUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 def choose(
     table: Mapping[str, Any], names: Iterable[str], sets: Mapping[str, Iterable[str]]
 ) -> dict[str, Any]:
-    """Entries of a table of variants by name or by the name of a set, in the table's order.
+    """Entries of a table by name or by the name of a set, in the table's order.
 
     Raises:
         ValueError: for a name that is neither.
     """
-    wanted: set[str] = set()
+    selected: set[str] = set()
     for name in names:
         if name not in sets and name not in table:
             raise ValueError(
                 f"--variants: unknown {name!r}; known are {', '.join(table)} and the sets "
                 f"{', '.join(sets)}"
             )
-        wanted |= set(sets.get(name, (name,)))
-    return {name: entry for name, entry in table.items() if name in wanted}
+        selected |= set(sets.get(name, (name,)))
+    return {name: entry for name, entry in table.items() if name in selected}
+
+
+def build_each(
+    table: Mapping[str, Any], build: Callable[[str, Any], Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """``build(name, entry)`` of every entry that this machine and these versions can build.
+
+    Returns:
+        What was built, and a record for every entry: its summary, and the error of the others as
+        "unavailable" (out of memory included).
+    """
+    built, records = {}, {}
+    for name, entry in table.items():
+        records[name] = {"summary": entry.summary}
+        try:
+            built[name] = build(name, entry)
+        except Exception as error:
+            records[name]["unavailable"] = why(error)
+    return built, records
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each call in rounds A B C, A B C, ..., so that disturbances slow all of them down.
+
+    Calls must block until their result is ready, and be compiled already. There are at least
+    ``rounds`` rounds, and more until ``seconds`` are spent.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin, done = time.perf_counter(), 0
+    while done < rounds or (calls and time.perf_counter() - begin < seconds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        done += 1
+    return times
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, quartiles, least and number of some measurements."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return {
+        "median": float(median),
+        "lower_quartile": float(low),
+        "upper_quartile": float(high),
+        "least": float(np.min(values)),
+        "count": len(values),
+    }
+
+
+def ratios(reference: list[float], values: list[float]) -> dict[str, float]:
+    """Summary of ``reference / values`` round by round: the speed over the reference."""
+    return summary([r / v for r, v in zip(reference, values, strict=True)])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -83,8 +140,25 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [line(cells[0]), line(rule), *map(line, cells[1:])]
 
 
-def spread(figures: Mapping[str, float], digits: int = 2) -> str:
-    """A median with its quartiles, as in ``1.70 (1.66-1.75)``."""
+def record_table(
+    header: Sequence[str],
+    records: Mapping[str, dict[str, Any]],
+    row: Callable[[str, dict[str, Any]], Sequence[str]],
+) -> list[str]:
+    """Table of the records that were measured, and a line for each of the others."""
+    measured = {name: record for name, record in records.items() if "unavailable" not in record}
+    missing = [
+        f"{name}: not measured, {record['unavailable']}"
+        for name, record in records.items()
+        if "unavailable" in record
+    ]
+    return [*markdown(header, [row(*item) for item in measured.items()]), *missing]
+
+
+def spread(figures: Mapping[str, float] | None, digits: int = 2) -> str:
+    """A median with its quartiles, as in ``1.70 (1.66-1.75)``; "-" for None."""
+    if figures is None:
+        return "-"
     low, high = figures["lower_quartile"], figures["upper_quartile"]
     return f"{figures['median']:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
@@ -101,16 +175,16 @@ def _run(parts: Sequence[Part]) -> None:
         raise app.UsageError(f"--shapes: unknown {sorted(unknown)}; known are {list(SHAPES)}")
     logging.set_verbosity(logging.WARNING)
     options = Options(tuple(_VARIANTS.value), _ROUNDS.value, _SECONDS.value)
-    found = machine.facts()
-    record: dict[str, Any] = {"machine": found, "options": options._asdict(), "parts": {}}
-    print(machine.describe(found), flush=True)
+    facts = machine.facts()
+    record: dict[str, Any] = {"machine": facts, "options": options._asdict(), "parts": {}}
+    print(machine.describe(facts), flush=True)
     for part in parts:
         for name in _SHAPES.value:
             shape = SHAPES[name]
             if _BATCH.value is not None:
                 shape = shape._replace(batch_size=_BATCH.value)
             print(f"\n## {part.name}, shape {name}\n", flush=True)
-            if shape.needs_accelerator and found["platform"] == "cpu":
+            if shape.needs_accelerator and facts["platform"] == "cpu":
                 result, lines = {"unavailable": "too large for a CPU"}, ["too large for a CPU"]
             else:
                 result = part.measure(shape, options)
@@ -118,8 +192,4 @@ def _run(parts: Sequence[Part]) -> None:
             record["parts"].setdefault(part.name, {})[name] = {"shape": shape._asdict(), **result}
             print("\n".join(lines), flush=True)
             record["device_peak_bytes"] = machine.device_peak_bytes()
-            if _OUT.value:  # after every table: an interrupted run keeps what it has
-                text = json.dumps(record, indent=1) + "\n"
-                path = pathlib.Path(_OUT.value)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, "utf-8")
+            write(record)  # after every table: an interrupted run keeps what it has

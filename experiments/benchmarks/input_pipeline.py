@@ -4,10 +4,10 @@
         [--out=FILE.json]
 
 Documents of random tokens, about a third of a row each, packed first fit, shuffled by Grain, placed
-on the devices. ``alone``: rows/s of pulling and placing batches with nothing else to do. Then
-training steps that take their batches from it, with and without prefetching, and steps that are
-handed the same batch again and again, take turns: the seconds in which a step waits for its batch,
-as a share of the step, and the whole over the step that never waits.
+on the devices. ``alone``: rows/s of reading and placing batches with nothing else to do. Then
+training steps with prefetched batches, with batches read by the step itself, and with one fixed
+batch are interleaved: the seconds in which a step waits for its batch, as a share of the step, and
+the speed over the step that never waits.
 """
 
 import contextlib
@@ -20,12 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import setting
-from experiments.benchmarks.command import Options, Part, main, markdown, spread, why
-from experiments.benchmarks.shapes import Shape
-from experiments.benchmarks.timing import interleaved, ratios, summary
-from experiments.benchmarks.variants import CHOSEN
-from mdm_jax import data, training
-from mdm_jax import sharding as mdm_jax_sharding
+from experiments.benchmarks.command import (
+    Options,
+    Part,
+    interleaved,
+    main,
+    markdown,
+    ratios,
+    spread,
+    summary,
+    why,
+)
+from experiments.benchmarks.setting import CHOSEN, Shape
+from mdm_jax import data, sharding, training
+from mdm_jax.data.datasets import PackedSpans
 from mdm_jax.types import Batch
 
 _ROWS = 4096
@@ -34,40 +42,34 @@ _DEPTH = 2
 
 
 def measure(shape: Shape, options: Options) -> dict[str, Any]:
-    """Measures the pipeline at a shape; the variants of the options are not read."""
+    """Measure the pipeline at a shape; the variants of the options are not read."""
     try:
         import grain  # noqa: F401  which the data layer imports when it first needs it
 
     except ImportError as error:
         return {"unavailable": why(error)}
     source, fill = _source(shape)
-    sharding = mdm_jax_sharding.batch_sharding(mdm_jax_sharding.make_mesh())
+    placement = sharding.batch_sharding(sharding.make_mesh())
 
     def place(batch: Batch) -> Batch:
-        return jax.block_until_ready(mdm_jax_sharding.place_batch(batch, sharding))
+        return jax.block_until_ready(sharding.place_batch(batch, placement))
 
     def stream(prefetch: int) -> Any:
         return data.train_iterator(source, shape.batch_size, 0, prefetch=prefetch, place=place)
 
     plain = stream(0)
     next(plain)
-    seconds = []
-    for _ in range(_PULLS):
-        start = time.perf_counter()
-        next(plain)
-        seconds.append(time.perf_counter() - start)
-
-    step, state, fixed = setting.train_step(shape, CHOSEN)
-    fixed = place(fixed)
-    state = mdm_jax_sharding.replicate(state, sharding.mesh)
+    seconds = interleaved({"alone": lambda: next(plain)}, rounds=_PULLS, seconds=0.0)["alone"]
+    step, state, batch = setting.train_step(shape, CHOSEN)
+    batch, state = place(batch), sharding.replicate(state, placement.mesh)
     compiled = (
         jax.jit(step, donate_argnums=0)
-        .lower(state, fixed)
+        .lower(state, batch)
         .compile(compiler_options=training.compiler_options())
     )
     with contextlib.closing(stream(_DEPTH)) as prefetched:
         sources: dict[str, Callable[[], Batch]] = {
-            "no pipeline": lambda: fixed,
+            "no pipeline": lambda: batch,
             "prefetched": lambda: next(prefetched),
             "pulled by the step": lambda: next(plain),
         }
@@ -99,12 +101,12 @@ def table(record: dict[str, Any]) -> list[str]:
     rows = [
         (
             name,
-            spread(found["seconds"], 4),
-            f"{1e3 * found['wait_seconds']['median']:.3f}",
-            f"{found['wait_share']:.3%}",
-            spread(found["speed_over_no_pipeline"]),
+            spread(figures["seconds"], 4),
+            f"{1e3 * figures['wait_seconds']['median']:.3f}",
+            f"{figures['wait_share']:.3%}",
+            spread(figures["speed_over_no_pipeline"]),
         )
-        for name, found in record["steps"].items()
+        for name, figures in record["steps"].items()
     ]
     alone = record["batch_seconds_alone"]["median"]
     title = (
@@ -116,10 +118,10 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 class _Runner:
-    """A training step that takes its batch from somewhere and notes how long that took."""
+    """A training step that gets its batch from ``take`` and records how long that took."""
 
     def __init__(self, step: Callable[..., Any], state: Any, take: Callable[[], Batch]):
-        # A copy of its own: the step gives the memory of its state away.
+        # A copy of its own, since the step donates its state.
         self._step, self._state, self._take = step, jax.tree.map(jnp.copy, state), take
         self.waits: list[float] = []
 
@@ -130,17 +132,14 @@ class _Runner:
         self._state, _ = jax.block_until_ready(self._step(self._state, batch))
 
 
-def _source(shape: Shape) -> tuple[Any, float]:
+def _source(shape: Shape) -> tuple[PackedSpans, float]:
     """Packed rows of random documents, and the share of their positions that hold tokens."""
-    from mdm_jax.data.datasets import PackedSpans
-    from mdm_jax.data.packing import first_fit
-
     stream = np.random.default_rng(0)
     sizes = stream.integers(1, 2 * shape.length // 3, _ROWS)
     ends = np.cumsum(sizes)
     tokens = stream.integers(0, shape.mask_id, ends[-1]).astype(np.int32)
     characters = np.ones(shape.vocab_size, np.int32)
-    rows = first_fit(sizes, shape.length)
+    rows = data.first_fit(sizes, shape.length)
     source = PackedSpans(tokens, ends - sizes, ends, rows, shape.length, 0, characters)
     return source, len(tokens) / (len(source) * shape.length)
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: versions, devices, and the rate of a large matrix product."""
+"""The machine of a benchmark: versions, devices, memory, rate of a large matrix product."""
 
 import importlib.metadata
 import os
@@ -35,14 +35,14 @@ def facts() -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(facts: dict[str, Any]) -> str:
     """One line of :func:`facts`."""
-    commit = (found["commit"] or "no git commit")[:10]
-    changed = " with uncommitted changes" if found["uncommitted_changes"] else ""
+    commit = (facts["commit"] or "no git commit")[:10]
+    changed = " with uncommitted changes" if facts["uncommitted_changes"] else ""
     return (
-        f"{found['num_devices']} x {found['device']} ({found['processor']}, "
-        f"{found['cores_allowed']} cores allowed, load {found['load_average_at_start']:.1f}), "
-        f"jax {found['jax']}, {commit}{changed}"
+        f"{facts['num_devices']} x {facts['device']} ({facts['processor']}, "
+        f"{facts['cores_allowed']} cores allowed, load {facts['load_average_at_start']:.1f}), "
+        f"jax {facts['jax']}, {commit}{changed}"
     )
 
 
@@ -55,8 +55,8 @@ def product_dtype() -> jnp.dtype:
 def product(dtype: jnp.dtype) -> tuple[Callable[[], object], float]:
     """A large square matrix product with float32 results, and its floating-point operations.
 
-    Its rate is the ceiling that a training step is compared with. Products are chained inside one
-    call on accelerators, where starting a call would be seen otherwise.
+    Its rate is the ceiling of a training step. On accelerators products are chained inside one
+    call, where the time to start a call would count otherwise.
     """
     on_cpu = jax.default_backend() == "cpu"
     size, repeats = (1536, 1) if on_cpu else (8192, 16)
@@ -75,7 +75,7 @@ def product(dtype: jnp.dtype) -> tuple[Callable[[], object], float]:
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Memory of a compiled program as the compiler planned it, bytes; None where it does not say.
+    """Memory of a compiled program as the compiler planned it, bytes; None where unknown.
 
     ``peak`` is arguments, outputs that share no memory with them, and temporaries.
     """

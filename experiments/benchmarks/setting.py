@@ -1,20 +1,172 @@
-"""The parts that benchmarks are put together from: batch, parameters, training step."""
+"""Shapes, variants of the training step, and the parts that benchmarks are put together from.
+
+To add a variant, add a line to ``TRAIN``. One that needs something which this machine or this
+version does not have is reported as unavailable, with the reason.
+"""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.shapes import Shape, matmul_params
-from experiments.benchmarks.variants import CHAINS, Variant
+from experiments.benchmarks import machine
 from mdm_jax import corruption, models, objectives, rng, training, variance
 from mdm_jax.draws import DrawSpec, LossStats
 from mdm_jax.models.decoders import WrittenRow
 from mdm_jax.models.masks import block_causal
+from mdm_jax.models.transformer import TransformerConfig
 from mdm_jax.types import Array, Batch, PyTree
+
+SAMPLE_ROWS = 8
+"""Rows that are generated at a time."""
+
+
+class Shape(NamedTuple):
+    """Size of a model and of its batch.
+
+    Attributes:
+        name: S, M or L.
+        length: tokens of a training row.
+        vocab_size: K, mask token included, which is the last.
+        width: residual width; the feed-forward layer is four times as wide.
+        depth: number of blocks.
+        num_heads: attention heads.
+        batch_size: training rows.
+        sample_length: tokens of a generated row.
+        needs_accelerator: too large for a CPU.
+    """
+
+    name: str
+    length: int
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    batch_size: int
+    sample_length: int
+    needs_accelerator: bool
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size - 1
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("S", 256, 28, 128, 4, 4, 32, 256, False),
+        Shape("M", 128, 32_000, 256, 6, 8, 16, 256, False),
+        Shape("L", 1024, 50_257, 768, 12, 12, 32, 1024, True),
+    )
+}
+
+
+def matmul_params(shape: Shape) -> int:
+    """Parameters that every token is multiplied with: blocks and head, not the embedding table."""
+    block = 4 * shape.width**2 + 2 * shape.width * (4 * shape.width)
+    return shape.depth * block + shape.width * shape.vocab_size
+
+
+def forward_flops(shape: Shape, num_rows: int, length: int) -> float:
+    """Floating-point operations of the matrix products of one dense forward pass.
+
+    Two per parameter and token, and ``4 L width`` per token and block for the two products of
+    attention over L keys. Norms, activations and the softmaxes are not counted.
+    """
+    attention = 4 * length * shape.width * shape.depth
+    return float(num_rows * length * (2 * matmul_params(shape) + attention))
+
+
+def train_flops(shape: Shape) -> float:
+    """Model FLOP of one training step by the dense definition: three forward passes.
+
+    All variants are charged this, whether they compute less (logits of masked positions only) or
+    more (rematerialisation), so model FLOP/s compare like tokens/s; a variant that skips half of
+    the head can exceed what it multiplies.
+    """
+    return 3 * forward_flops(shape, shape.batch_size, shape.length)
+
+
+class Variant(NamedTuple):
+    """Settings of a training step.
+
+    Attributes:
+        summary: one line for the reader.
+        config: fields of ``TransformerConfig`` that are not at their default.
+        readout: losses through a ``models.Readout``, at masked positions only, instead of logits.
+        chain: names of variance transforms, from ``CHAINS``.
+        num_microbatches: microbatches whose gradients are accumulated; None for as many as
+            :func:`microbatches` finds best on this machine.
+    """
+
+    summary: str
+    config: Mapping[str, Any] = {}
+    readout: bool = False
+    chain: tuple[str, ...] = ("stratified",)
+    num_microbatches: int | None = 1
+
+
+YARDSTICK = "yardstick"
+"""The plain code of ``experiments.benchmarks.yardstick``, which has no settings."""
+
+_FLOAT32 = {"dtype": jnp.float32}
+_BFLOAT16 = {"dtype": jnp.bfloat16}
+PLAIN = Variant("logits of all positions, float32, einsum", _FLOAT32 | {"attention": "einsum"})
+"""The library without any of its means of being fast."""
+
+CHOSEN = Variant(
+    "logits at masked positions; attention, dtype and microbatches as chosen for this machine",
+    {"dtype": machine.product_dtype()},
+    readout=True,
+    num_microbatches=None,
+)
+"""The library as one would use it here."""
+
+
+def _chosen(summary: str, config: Mapping[str, Any] = {}, **fields: Any) -> Variant:
+    return CHOSEN._replace(summary=summary, config={**CHOSEN.config, **config}, **fields)
+
+
+TRAIN: Mapping[str, Variant] = {
+    YARDSTICK: Variant("plain JAX", _FLOAT32),
+    "library": CHOSEN,
+    "dense": PLAIN,
+    "dense, recomputed attention": PLAIN._replace(
+        summary="dense, probabilities computed anew in the backward pass",
+        config=_FLOAT32 | {"attention": "recompute"},
+    ),
+    "readout": PLAIN._replace(summary="dense, but logits at masked positions", readout=True),
+    "library float32": _chosen("library in float32", _FLOAT32),
+    "library bfloat16": _chosen("library with bfloat16 operands", _BFLOAT16),
+    "library, all logits": _chosen("library, logits of all positions", readout=False),
+    "attention einsum": _chosen("library, all rows at once", {"attention": "einsum"}),
+    "attention recompute": _chosen("library, a few rows at a time", {"attention": "recompute"}),
+    "attention xla": _chosen("library, jax.nn.dot_product_attention", {"attention": "xla"}),
+    "attention cudnn": _chosen("library, cuDNN's kernel", {"attention": "cudnn"}),
+    "attention splash": _chosen("library, TPU kernel", {"attention": "splash"}),
+    "scan over layers": _chosen("library, one compiled block", {"scan_layers": True}),
+    "remat dots": _chosen("library, keeps products alone", {"remat": "dots"}),
+    "remat full": _chosen("library, keeps the inputs of blocks alone", {"remat": "full"}),
+    "no chain": _chosen("library, independent noise", chain=()),
+    "chain with ppots": _chosen("library, learned level density", chain=("stratified", "ppots")),
+    "one microbatch": _chosen("library, all rows at a time", num_microbatches=1),
+    "two microbatches": _chosen("library, gradients accumulated", num_microbatches=2),
+}
+TRAIN_SETS = {
+    "default": (YARDSTICK, "library", "dense", "library bfloat16", "no chain"),
+    "attention": tuple(name for name in TRAIN if name.startswith("attention")),
+    "all": tuple(TRAIN),
+}
+CHAINS: Mapping[str, Callable[[], variance.VarianceTransform]] = {
+    "stratified": variance.stratified,
+    "systematic": variance.systematic,
+    "antithetic_pairs": variance.antithetic_pairs,
+    "ppots": variance.ppots,
+    "mirror": variance.mirror,
+}
 
 
 def objective(shape: Shape) -> objectives.Objective:
@@ -23,29 +175,30 @@ def objective(shape: Shape) -> objectives.Objective:
 
 
 def batch(shape: Shape) -> Batch:
-    """Random tokens, every row a whole document."""
+    """Random tokens, every row one document."""
     size = (shape.batch_size, shape.length)
     tokens = jax.random.randint(jax.random.key(0), size, 0, shape.mask_id)
-    whole = jnp.ones_like(tokens, bool)
+    eligible = jnp.ones_like(tokens, bool)
     units = jnp.full((shape.batch_size,), shape.length, jnp.int32)
-    return Batch(tokens, whole, whole.astype(jnp.int32), units)
+    return Batch(tokens, eligible, eligible.astype(jnp.int32), units)
 
 
-def random_params(model: models.Transformer, length: int) -> PyTree:
-    """Fresh parameters with a head that is not zero, so that outputs depend on what is seen."""
-    params = nn.meta.unbox(training.linen_init(model, length)(jax.random.key(0)))
+def model(shape: Shape, variant: Variant) -> models.Transformer:
+    """The network of a variant."""
+    sizes = (shape.vocab_size, shape.width, shape.depth, shape.num_heads)
+    return models.Transformer(TransformerConfig(*sizes, **variant.config))
+
+
+def random_params(network: models.Transformer, length: int) -> PyTree:
+    """Fresh parameters with a head that is not zero, so that outputs depend on inputs."""
+    params = nn.meta.unbox(training.linen_init(network, length)(jax.random.key(0)))
     head = params["params"]["head"]["kernel"]
     noise = jax.random.normal(jax.random.key(1), head.shape) * head.shape[0] ** -0.5
     return {"params": {**params["params"], "head": {"kernel": noise.astype(head.dtype)}}}
 
 
-def model(shape: Shape, variant: Variant) -> models.Transformer:
-    """The network of a variant."""
-    return models.Transformer(shape.config(**variant.config))
-
-
 def apply_fn(network: models.Transformer, variant: Variant) -> Callable[..., Any]:
-    """The network as the training step wants it: with logits, or a readout in their place."""
+    """The network's apply function for training: with logits, or with a readout instead."""
     return models.readout_apply(network) if variant.readout else network.apply
 
 
@@ -55,11 +208,11 @@ def chain(variant: Variant) -> variance.VarianceTransform:
 
 
 def microbatches(shape: Shape) -> int:
-    """Parts of a batch whose gradients are accumulated: as many as pay on this machine.
+    """Number of microbatches that is fastest on this machine.
 
     On CPUs the activations of about 1024 tokens stay in a cache and use the same memory again,
-    which is worth a pass over the gradients per part as long as the parameters are few: 8 parts on
-    S (1.3 times the speed), 1 on M (2 parts are 5% slower). Between the two nothing was measured.
+    which is worth a pass over the gradients per microbatch as long as the parameters are few: 8 on
+    S (1.3 times the speed), 1 on M (2 are 5% slower). Between the two nothing was measured.
     """
     tokens = shape.batch_size * shape.length
     few = matmul_params(shape) + shape.vocab_size * shape.width < 2048 * 1024
@@ -69,14 +222,19 @@ def microbatches(shape: Shape) -> int:
 
 
 def train_step(
-    shape: Shape, variant: Variant
+    shape: Shape, variant: Variant, transform: variance.VarianceTransform | None = None
 ) -> tuple[Callable[..., Any], training.TrainState, Batch]:
-    """Step (to be jitted with its state donated), state and batch of a variant."""
-    network, transform, optimizer = model(shape, variant), chain(variant), training.adamw(_rate)
+    """Step (to be jitted), state and batch of a variant, with its own chain or another."""
+    network, optimizer = model(shape, variant), training.adamw(lambda _: 1e-3)
+    transform = chain(variant) if transform is None else transform
     task = objective(shape)
     spec = task.spec(shape.batch_size, shape.length)
     step = training.make_train_step(
-        *(apply_fn(network, variant), task, transform, optimizer, spec),
+        apply_fn(network, variant),
+        task,
+        transform,
+        optimizer,
+        spec,
         seed=0,
         num_microbatches=variant.num_microbatches or microbatches(shape),
     )
@@ -87,10 +245,9 @@ def train_step(
 def whole_row_decoder(
     network: models.Transformer, block_size: int, window: int | None = None
 ) -> models.BlockDecoder:
-    """Without a cache: the row, its next block noised, under the block-causal mask, in every pass.
+    """Block decoder without a cache: every pass runs the row under the block-causal mask.
 
-    Half the work of ``models.recomputing_block_decoder``, which knows nothing of the network but
-    the function for training.
+    Half the work of ``models.recomputing_block_decoder``, which has the training function alone.
     """
 
     def logits(params: PyTree, row: WrittenRow, tokens: Array, logsnr: Array, _: Array) -> Array:
@@ -117,7 +274,3 @@ def draw_and_update(chain: variance.VarianceTransform, spec: DrawSpec) -> Callab
         return total, chain.update(state, draw, LossStats(ones, ones, ones, ones))
 
     return lambda: jax.block_until_ready(run(3))
-
-
-def _rate(_: jax.Array) -> float:
-    return 1e-3

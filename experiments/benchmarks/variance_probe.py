@@ -1,9 +1,9 @@
-"""What variance chains cost in a training step, and what they buy.
+"""What variance chains cost in a training step, and how much variance they remove.
 
     python -m experiments.benchmarks.variance_probe [--shapes=S,M] [--variants=default|all|NAME,...]
         [--seconds=20] [--rounds=3] [--out=FILE.json]
 
-At fixed random parameters and a fixed batch, per chain: seconds of drawing and updating by itself
+At fixed random parameters and a fixed batch, per chain: seconds of draw and update by themselves
 and their share of the gradient without a chain (the overhead); seconds of a gradient; the variance
 of the gradient over redraws of the noise as a share of its squared mean, relative to independent
 noise; and that ratio times the ratio of seconds, the compute for one and the same precision. The
@@ -11,17 +11,25 @@ variance of random parameters says that chains work, not how well: that is measu
 (``experiments.launch`` with mode variance).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import setting
-from experiments.benchmarks.command import Options, Part, choose, main, markdown, spread, why
-from experiments.benchmarks.shapes import Shape
-from experiments.benchmarks.timing import interleaved, summary
-from experiments.benchmarks.variants import CHOSEN, Variant
+from experiments.benchmarks.command import (
+    Options,
+    Part,
+    build_each,
+    choose,
+    interleaved,
+    main,
+    record_table,
+    spread,
+    summary,
+)
+from experiments.benchmarks.setting import CHOSEN, Shape, Variant
 from mdm_jax import rng, variance
 from mdm_jax.objectives.objective import sum_losses, token_mean
 from mdm_jax.types import Array, PyTree
@@ -31,7 +39,7 @@ CHAINS: Mapping[str, Variant] = {
     INDEPENDENT: CHOSEN._replace(summary="independent noise", chain=()),
     "stratified": CHOSEN._replace(summary="one level per cell", chain=("stratified",)),
     "stratified, ppots": CHOSEN._replace(
-        summary="and learnt level density", chain=("stratified", "ppots")
+        summary="and learned level density", chain=("stratified", "ppots")
     ),
     "stratified, mirror": CHOSEN._replace(
         summary="and the complementary mask", chain=("stratified", "mirror")
@@ -45,24 +53,12 @@ _CALLS_ALONE = 100
 
 
 def measure(shape: Shape, options: Options) -> dict[str, Any]:
-    """Measures the chosen chains at a shape; independent noise always is among them."""
-    chosen = choose(CHAINS, (INDEPENDENT, *options.variants), SETS)
-    records: dict[str, dict[str, Any]] = {}
-    probes: dict[str, _Probe] = {}
-    alone: dict[str, Callable[[], object]] = {}
-    for name, variant in chosen.items():
-        records[name] = {"summary": variant.summary}
-        try:
-            probes[name] = _Probe(shape, variant)
-            alone[name] = setting.draw_and_update(
-                setting.chain(variant),
-                setting.objective(shape).spec(shape.batch_size, shape.length),
-            )
-        # Whatever a machine or a version lacks is reported.
-        except Exception as error:
-            records[name]["unavailable"] = why(error)
-    for call in alone.values():
-        call()  # compiles
+    """Measure the chosen chains at a shape; independent noise always is among them."""
+    probes, records = build_each(
+        choose(CHAINS, (INDEPENDENT, *options.variants), SETS),
+        lambda _, variant: _Probe(shape, variant),
+    )
+    alone = {name: probe.draw_and_update for name, probe in probes.items()}
     drawing = interleaved(alone, rounds=_CALLS_ALONE, seconds=0.0)
     times = interleaved(probes, rounds=max(options.rounds, 3), seconds=options.seconds)
     plain = summary(times[INDEPENDENT])["median"]
@@ -83,28 +79,24 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> list[str]:
     """The record in Markdown."""
-    rows, missing = [], []
-    for name, found in record["chains"].items():
-        if "unavailable" in found:
-            missing.append(f"{name}: not measured, {found['unavailable']}")
-            continue
-        rows.append(
-            (
-                name,
-                spread(found["seconds"], 3),
-                f"{found['overhead']:.3%}",
-                f"{found['relative_variance']:.3g}",
-                f"{found['variance_over_independent']:.2f}",
-                f"{found['compute_over_independent']:.2f}",
-            )
+
+    def row(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
+        return (
+            name,
+            spread(figures["seconds"], 3),
+            f"{figures['overhead']:.3%}",
+            f"{figures['relative_variance']:.3g}",
+            f"{figures['variance_over_independent']:.2f}",
+            f"{figures['compute_over_independent']:.2f}",
         )
+
     header = ("chain", "gradient, s", "overhead", "noise / signal", "variance ratio", "compute")
     title = f"Variance from {record['redraws']} redraws, biased by none of the chains"
-    return [title, "", *markdown(header, rows), *missing]
+    return [title, "", *record_table(header, record["chains"], row)]
 
 
 class _Probe:
-    """Gradients of one chain at fixed parameters: a call redraws the noise and adds one up."""
+    """Gradients of one chain at fixed parameters: a call adds one of newly drawn noise."""
 
     def __init__(self, shape: Shape, variant: Variant):
         network, chain = setting.model(shape, variant), setting.chain(variant)
@@ -127,7 +119,9 @@ class _Probe:
         self._add, self._params = add, params
         self._total = jax.tree.map(jnp.zeros_like, params)
         self._squares: list[float] = []
+        self.draw_and_update = setting.draw_and_update(chain, spec)
         self()
+        self.draw_and_update()  # compiles
 
     def __call__(self) -> None:
         total, square = self._add(self._params, jnp.int32(len(self._squares)), self._total)

@@ -1,9 +1,8 @@
-"""The yardstick: masked diffusion as one would write it in an afternoon, in plain JAX.
+"""The yardstick of the benchmarks: masked diffusion in plain JAX, as a short script would have it.
 
-The model of ``mdm_jax.models.Transformer`` with its defaults, on the same parameters, without any
-of the library's means of being fast: straight einsum attention, everything float32, logits of all
-places, AdamW. Used by the benchmarks alone. Like such a script it keeps no average of the
-parameters, clips no gradient, knows no documents and has one noise level per row.
+The model of ``mdm_jax.models.Transformer`` with its defaults, on the same parameters: einsum
+attention, everything float32, logits of all positions, AdamW. No average of the parameters, no
+clipping of gradients, no documents, one noise level per row.
 """
 
 from collections.abc import Callable

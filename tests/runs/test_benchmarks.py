@@ -16,22 +16,19 @@ from experiments.benchmarks import (
     machine,
     sampling,
     setting,
-    shapes,
-    timing,
     train_step,
     variance_probe,
-    variants,
     yardstick,
 )
 from mdm_jax import draws, objectives, training
 
-TINY = shapes.Shape("tiny", 8, 11, 16, 1, 2, 4, 8, False)
+TINY = setting.Shape("tiny", 8, 11, 16, 1, 2, 4, 8, False)
 QUICK = command.Options(("default",), rounds=1, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
 def tiny_network():
-    network = setting.model(TINY, variants.PLAIN)
+    network = setting.model(TINY, setting.PLAIN)
     return network, tiny.perturbed(setting.random_params(network, TINY.length), scale=0.2)
 
 
@@ -66,12 +63,12 @@ def test_every_variant_of_the_step_has_the_yardsticks_parameters_and_loss():
     losses, counts = {}, {}
     names = ("dense", "library bfloat16", "two microbatches")
     for name in names:
-        step, state, batch = setting.train_step(TINY, variants.TRAIN[name])
+        step, state, batch = setting.train_step(TINY, setting.TRAIN[name])
         counts[name] = training.num_params(state.params)
         losses[name] = float(tiny.jit(step)(state, batch)[1].loss)
     assert len(set(counts.values())) == 1
     embedding, norms = TINY.vocab_size * TINY.width, (2 * TINY.depth + 1) * TINY.width
-    assert counts["dense"] == shapes.matmul_params(TINY) + embedding + norms
+    assert counts["dense"] == setting.matmul_params(TINY) + embedding + norms
     for name in names:
         assert losses[name] == pytest.approx(losses["dense"], rel=1e-2 if "bf" in name else 1e-5)
 
@@ -88,8 +85,8 @@ def test_model_flops_are_those_of_the_products_in_the_program(tiny_network):
             summed = equation.params["dimension_numbers"][0][0]
             inner = np.prod([equation.invars[0].aval.shape[i] for i in summed])
             total += 2 * inner * np.prod(equation.outvars[0].aval.shape)
-    assert total == shapes.forward_flops(TINY, TINY.batch_size, TINY.length)
-    assert shapes.train_flops(TINY) == 3 * total
+    assert total == setting.forward_flops(TINY, TINY.batch_size, TINY.length)
+    assert setting.train_flops(TINY) == 3 * total
 
 
 def test_the_yardstick_samples_what_is_masked_and_nothing_else(tiny_network):
@@ -105,43 +102,43 @@ def test_the_yardstick_samples_what_is_masked_and_nothing_else(tiny_network):
 def test_rounds_take_turns_and_go_on_until_the_time_is_spent():
     called = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
-    times = timing.interleaved(calls, rounds=2, seconds=0.0)
+    times = command.interleaved(calls, rounds=2, seconds=0.0)
     assert called == list("abcabc") and [len(t) for t in times.values()] == [2, 2, 2]
     called.clear()
-    timing.interleaved(calls, rounds=1, seconds=0.01)
+    command.interleaved(calls, rounds=1, seconds=0.01)
     assert len(called) > 3 and called == list("abc") * (len(called) // 3)
 
 
 def test_medians_and_ratios_of_rounds():
-    found = timing.summary([4.0, 1.0, 3.0, 2.0, 5.0])
+    found = command.summary([4.0, 1.0, 3.0, 2.0, 5.0])
     assert (found["lower_quartile"], found["median"], found["upper_quartile"]) == (2.0, 3.0, 4.0)
     assert found["least"] == 1.0 and found["count"] == 5
-    assert timing.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])["median"] == 2.0
+    assert command.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])["median"] == 2.0
 
 
 def test_variants_are_chosen_by_name_or_set_in_the_order_of_the_table():
-    chosen = command.choose(variants.TRAIN, ("no chain", "default"), variants.TRAIN_SETS)
-    assert list(chosen) == [n for n in variants.TRAIN if n in variants.TRAIN_SETS["default"]]
+    chosen = command.choose(setting.TRAIN, ("no chain", "default"), setting.TRAIN_SETS)
+    assert list(chosen) == [n for n in setting.TRAIN if n in setting.TRAIN_SETS["default"]]
     with pytest.raises(ValueError, match=r"unknown 'dens'; known are yardstick, .*sets default"):
-        command.choose(variants.TRAIN, ("dens",), variants.TRAIN_SETS)
+        command.choose(setting.TRAIN, ("dens",), setting.TRAIN_SETS)
 
 
 def test_every_named_set_and_chain_exists():
     for table, sets in (
-        (variants.TRAIN, variants.TRAIN_SETS),
+        (setting.TRAIN, setting.TRAIN_SETS),
         (sampling.GENERATORS, sampling.SETS),
         (variance_probe.CHAINS, variance_probe.SETS),
     ):
         assert {name for names in sets.values() for name in names} <= set(table)
-    for variant in filter(None, variants.TRAIN.values()):
+    for variant in setting.TRAIN.values():
         assert setting.chain(variant).bias == "exact"
 
 
 def test_what_cannot_be_measured_is_reported_and_the_rest_is_measured(monkeypatch):
     table = {
-        "dense": variants.PLAIN,
-        "from elsewhere": variants.Variant("", {"attention": "not there"}),
-        "unknown field": variants.Variant("", {"no_such_field": 1}),
+        "dense": setting.PLAIN,
+        "from elsewhere": setting.Variant("", {"attention": "not there"}),
+        "unknown field": setting.Variant("", {"no_such_field": 1}),
     }
     monkeypatch.setattr(train_step, "TRAIN", table)
     monkeypatch.setattr(train_step, "TRAIN_SETS", {"default": tuple(table)})
@@ -207,10 +204,8 @@ def find_spec(name, package=None):
 importlib.util.find_spec = find_spec
 from experiments.benchmarks import command, input_pipeline, setting
 from experiments.benchmarks import sampling, train_step, variance_probe
-from experiments.benchmarks.shapes import SHAPES
-from experiments.benchmarks.variants import CHOSEN
-setting.chain(CHOSEN)
-print(input_pipeline.measure(SHAPES["S"], command.Options()))
+setting.chain(setting.CHOSEN)
+print(input_pipeline.measure(setting.SHAPES["S"], command.Options()))
 """
 
 
