@@ -1,4 +1,6 @@
-"""Logits and tokens at the places that a step reveals, and nowhere else."""
+"""Logits and tokens at the positions that a step reveals, and nowhere else."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ def test_a_long_vocabulary_whose_runs_are_all_ruled_out_but_one():
 
 
 @pytest.mark.parametrize("vocab", [6, 90])
-def test_a_place_draws_the_same_whatever_is_drawn_with_it(vocab):
+def test_a_position_draws_the_same_whatever_is_drawn_with_it(vocab):
     logits = np.random.default_rng(1).normal(size=(ROWS, LENGTH, vocab)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), ROWS)
     every = np.asarray(tiny.jit(draw_tokens)(keys, logits))
@@ -49,7 +51,7 @@ def test_a_place_draws_the_same_whatever_is_drawn_with_it(vocab):
 
 
 @pytest.mark.parametrize("size", [1, 5, pytest.param(12, marks=pytest.mark.slow), 100])
-def test_places_are_filled_where_asked_and_only_there(size):
+def test_positions_are_filled_where_asked_and_only_there(size):
     rng = np.random.default_rng(0)
     reveal = rng.random((ROWS, LENGTH)) < 0.6
     reveal[1] = False
@@ -68,35 +70,50 @@ def test_places_are_filled_where_asked_and_only_there(size):
     np.testing.assert_array_equal(filled, np.where(reveal, drawn, tokens))
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def network():
     model = tiny.transformer()
     return model, tiny.parameters(model, LENGTH)
 
 
-@pytest.mark.parametrize(
-    "sampler, num_steps",
-    [
-        pytest.param(samplers.ancestral(), 1, marks=pytest.mark.slow),
-        pytest.param(samplers.ancestral(), 3, marks=pytest.mark.slow),
-        (samplers.ancestral(), 40),
-        (samplers.cached_ancestral(2), 3),
-        (samplers.first_hitting(), None),
-    ],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_a_readout_gives_the_tokens_that_logits_give(network, sampler, num_steps):
-    model, params = network
-    canvas = samplers.blank_canvas(ROWS, LENGTH, tiny.MASK_ID)
+SAMPLERS = {
+    "ancestral": samplers.ancestral(),
+    "cached_ancestral": samplers.cached_ancestral(2),
+    "first_hitting": samplers.first_hitting(),
+    "guided": samplers.wrapped(samplers.ancestral(), samplers.prompt_guidance(1.0)),
+}
+
+
+@functools.cache
+def drawn(name, num_steps, readout):
+    """Tokens of a sampler from a network that returns a readout, or its logits."""
+    model, params = network()
+    apply = models.readout_apply(model) if readout else model.apply
     grid = None if num_steps is None else grids.uniform_masking_rate(num_steps)
-    drawn = [
-        samplers.make_generator(apply, sampler, grid, mask_id=tiny.MASK_ID)(
-            params, jax.random.key(3), canvas
-        )
-        for apply in (model.apply, models.readout_apply(model))
-    ]
-    np.testing.assert_array_equal(*drawn)
-    assert len(np.unique(drawn[0])) > 1 and not (drawn[0] == tiny.MASK_ID).any()
+    generate = samplers.make_generator(apply, SAMPLERS[name], grid, mask_id=tiny.MASK_ID)
+    canvas = samplers.blank_canvas(ROWS, LENGTH, tiny.MASK_ID)
+    return np.asarray(generate(params, jax.random.key(3), canvas))
+
+
+@pytest.mark.parametrize(
+    "name, num_steps",
+    [
+        pytest.param("ancestral", 1, marks=pytest.mark.slow),
+        pytest.param("ancestral", 3, marks=pytest.mark.slow),
+        ("ancestral", 40),
+        ("cached_ancestral", 3),
+        ("first_hitting", None),
+    ],
+)
+def test_a_readout_gives_the_tokens_that_logits_give(name, num_steps):
+    tokens = drawn(name, num_steps, True)
+    np.testing.assert_array_equal(tokens, drawn(name, num_steps, False))
+    assert len(np.unique(tokens)) > 1 and not (tokens == tiny.MASK_ID).any()
+
+
+def test_wrapped_networks_are_read_at_positions_too():
+    """Guidance of scale one is the network itself; a wrapper has all logits at once."""
+    np.testing.assert_array_equal(drawn("guided", 40, True), drawn("ancestral", 40, True))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +121,8 @@ def test_a_readout_gives_the_tokens_that_logits_give(network, sampler, num_steps
     [samplers.ancestral(), samplers.cached_ancestral(ROWS), samplers.first_hitting()],
     ids=lambda sampler: sampler.name,
 )
-def test_a_readout_is_never_projected_at_all_places(network, sampler):
-    model, params = network
+def test_a_readout_is_never_projected_at_all_positions(sampler):
+    model, params = network()
     canvas = samplers.blank_canvas(ROWS, LENGTH, tiny.MASK_ID)
 
     def program(apply):
@@ -116,20 +133,3 @@ def test_a_readout_is_never_projected_at_all_places(network, sampler):
     every = f"f32[{ROWS},{LENGTH},{tiny.VOCAB}]"
     assert every in program(model.apply)
     assert every not in program(models.readout_apply(model))
-
-
-def test_wrapped_networks_are_heard_at_places_too(network):
-    """Guidance of scale one is the network itself; a wrapper has all logits at once."""
-    model, params = network
-    canvas = samplers.blank_canvas(ROWS, LENGTH, tiny.MASK_ID)
-    grid = grids.uniform_masking_rate(4)
-    plain, guided = (
-        samplers.make_generator(models.readout_apply(model), s, grid, mask_id=tiny.MASK_ID)(
-            params, jax.random.key(3), canvas
-        )
-        for s in (
-            samplers.ancestral(),
-            samplers.wrapped(samplers.ancestral(), samplers.prompt_guidance(1.0)),
-        )
-    )
-    np.testing.assert_array_equal(plain, guided)
