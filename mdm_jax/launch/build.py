@@ -1,192 +1,454 @@
-"""Turns a config into objects: tables from names to factories, and nothing else."""
+"""Turns a config into an :class:`Experiment`, in one pass; what cannot be built is refused here."""
 
-import difflib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mdm_jax import data, meter, models, objectives, schedules, tasks, training, variance
+from mdm_jax import data, rng, schedules, sharding, tasks, training, variance
+from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
-from mdm_jax.variance.moments import level_variance, second_moment
+from mdm_jax.launch import names, sample
+from mdm_jax.launch.families import FAMILIES, Family, grid_samplers
+from mdm_jax.launch.names import lookup, settings
+from mdm_jax.launch.workdir import check_source
+from mdm_jax.meter.clip_search import make_clip_search
+from mdm_jax.objectives.objective import Objective
+from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.state import TrainState
+from mdm_jax.types import Array, ArrayLike, Batch, PyTree, worst_bias
+from mdm_jax.variance.transform import VarianceTransform
 
-TASKS = {
-    "sudoku": tasks.Sudoku,
-    "chain": tasks.Chain,
-    "run": tasks.Run,
-    "add": tasks.Add,
-    "countdown": tasks.Countdown,
-}
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """The objects of a run, built once and used by every mode.
+
+    Attributes:
+        config: what they were built from.
+        dataset: data and tokenizer.
+        family: objective, network, likelihood and generator of the run's process.
+        transform: how the variance is reduced.
+        optimizer: the optax chain.
+        monitors: running estimates that go to the metrics.
+        spec: shape of the global draw.
+        mesh: device mesh.
+        loop: options of the training loop.
+        held_out: name and rows of the split that is evaluated in the end.
+        validate, evaluate: likelihood estimators, during training and in the end.
+        generate: ``generate(params, key, canvas, documents) -> tokens`` of the configured sampler.
+        jobs: canvases that samples fill in, none for pictures.
+        clip_search: chooses the range of ``clipped_adaptive``; None without it.
+    """
+
+    config: ConfigDict
+    dataset: data.Dataset
+    family: Family
+    transform: VarianceTransform
+    optimizer: optax.GradientTransformation
+    monitors: tuple[training.Monitor, ...]
+    spec: DrawSpec
+    mesh: jax.sharding.Mesh
+    loop: training.LoopOptions
+    held_out: tuple[str, data.RowSource]
+    validate: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    generate: Callable[..., Array]
+    jobs: tuple[sample.Job, ...]
+    clip_search: Callable[..., Any] | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.family.model
+
+    @property
+    def apply_fn(self) -> Callable[..., Any]:
+        """``apply_fn(params, inputs, logsnr, documents)``, as objectives call it."""
+        return self.family.apply_fn
+
+    @property
+    def objective(self) -> Objective:
+        """What is estimated."""
+        return self.family.objective
+
+    @functools.cached_property
+    def step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
+        """The pure step ``(state, batch, seed=the config's)``, not yet jitted.
+
+        A seed that is passed is no part of the program, which is then one for all seeds.
+        """
+        apply_fn = sharding.sharded_apply(self.apply_fn, self.mesh, sharding.LOGICAL_RULES)
+
+        def make(seed: ArrayLike) -> Callable[[TrainState, Batch], tuple]:
+            return training.make_train_step(
+                apply_fn,
+                self.objective,
+                self.transform,
+                self.optimizer,
+                self.spec,
+                seed=seed,
+                ema_decay=self.config.optimizer.ema_decay,
+                num_microbatches=self.config.train.num_microbatches,
+                monitors=self.monitors,
+            )
+
+        own = make(self.config.seed)
+
+        def step(state: TrainState, batch: Batch, seed: Array | None = None) -> tuple:
+            return (own if seed is None else make(seed))(state, batch)
+
+        return step
+
+    def initial_state(self) -> TrainState:
+        """The sharded state at step 0, a function of the config alone."""
+        return sharding.init_sharded(self._new_state, self.mesh)[0]
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return sharding.abstract_sharded(self._new_state, self.mesh)
+
+    def placed_seed(self) -> Array:
+        """The seed on every device."""
+        return sharding.replicate(np.uint32(self.config.seed), self.mesh)
+
+    def train_batches(self) -> data.Prefetcher:
+        """Endless placed batches, prefetched, with a position that can be saved."""
+        c, rows = self.config.train, sharding.batch_sharding(self.mesh)
+        iterator = data.train_iterator(
+            self.dataset.train,
+            c.batch_size,
+            self.config.seed,
+            rows=sharding.local_rows(rows, c.batch_size),
+        )
+        place = functools.partial(sharding.place_batch, sharding=rows, batch_size=c.batch_size)
+        return data.Prefetcher(iterator, depth=c.prefetch, place=place)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of a training batch."""
+        size, rows = self.config.train.batch_size, sharding.batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda field: jax.ShapeDtypeStruct(
+                (size, *field.shape[1:]), jnp.asarray(field).dtype, sharding=rows
+            ),
+            data.gather(self.dataset.train, np.arange(1)),
+        )
+
+    def memory(self) -> training.MemoryEstimate:
+        MEMORY
+
+    def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
+        """Evaluation batches of a split; 0 rows are all."""
+        size = self.config.evaluate.batch_size
+        return data.evaluation_batches(source, size, max_rows or None)
+
+    def key(self, step: int, name: str) -> Array:
+        """Key of a named stream at a step."""
+        return rng.stream(rng.step_key(self.config.seed, step), name)
+
+    def bias(self) -> str:
+        """The worse of the objective's and the chain's bias labels."""
+        return worst_bias(self.objective.bias, self.transform.bias)
+
+    def describe(self) -> str:
+        """What is about to be trained, for the terminal and the report."""
+        params = jax.eval_shape(lambda: nn.meta.unbox(self._init(jax.random.key(0))))
+        return "\n".join(
+            [
+                self.dataset.description,
+                f"model: {training.num_params(params):,} parameters, {type(self.model).__name__}, "
+                f"rows of {self.dataset.length} elements, {self.dataset.vocab_size} ids",
+                f"objective: {self.objective.name} over {self.objective.corruption.name}, "
+                f"{self.family.levels_from}; variance: {self.transform.name}, "
+                f"{self.transform.views} forward passes per row [{self.bias()}]",
+                f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}"
+                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+                *sharding.kept_whole(self._new_state, self.mesh),
+            ]
+        )
+
+    def _new_state(self) -> TrainState:
+        params = self._init(rng.stream(rng.step_key(self.config.seed, 0), "init"))
+        dtype = names.DTYPES[self.config.optimizer.ema_dtype]
+        return training.new_state(
+            params, self.optimizer, self.transform, self.spec, self.monitors, dtype
+        )
+
+    def _init(self, key: Array) -> PyTree:
+        init = training.linen_init(self.model, self.dataset.length, self.family.input_dtype)
+        return init(key)
 
 
-def task_dataset(task: ConfigDict, prompt_length: int, answer_length: int) -> data.Dataset:
-    """Generated problems; ``task`` is the config of that name."""
-    chosen = lookup(TASKS, task.name, "data.task.name")(**settings(task, task.name))
-    if task.noise_every:
-        chosen = tasks.Noisy(chosen, task.noise_every)
-    names = ("answer_padding", "train_rows", "valid_rows", "test_rows")
-    return tasks.task_dataset(
-        chosen,
-        prompt_length=prompt_length,
-        answer_length=answer_length,
-        **{name: task[name] for name in names},
+def make_experiment(config: ConfigDict) -> Experiment:
+    """Builds what a config describes.
+
+    Raises:
+        ValueError, OSError, ImportError, WorkdirError: with a message for the user, wherever
+            settings or data do not fit.
+    """
+    rows = dataset(config)
+    family = lookup(FAMILIES, config.process, "process")(config, rows)
+    _check_unread(config, family.unread)
+    c, e, s = config.train, config.evaluate, config.sample
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches)
+    sharding.check_num_heads(mesh, config.model.num_heads)
+    if c.keep_last < 1:
+        raise ValueError(f"train.keep_last must be at least 1, got {c.keep_last}")
+    chain = transform(config, family.objective.law)
+    held_out = _held_out(rows, e.final_split)
+    validate = evaluate = family.likelihood(e.passes, e.replicates)
+    if (e.final_passes, e.final_replicates) != (e.passes, e.replicates):
+        evaluate = family.likelihood(e.final_passes, e.final_replicates)
+    experiment = Experiment(
+        config=config,
+        dataset=rows,
+        family=family,
+        transform=chain,
+        optimizer=_optimizer(c.steps, **config.optimizer),
+        monitors=_monitors(config, family.objective, chain),
+        spec=family.objective.spec(c.batch_size, rows.length),
+        mesh=mesh,
+        loop=_loop_options(config, rows, chain.views),
+        held_out=held_out,
+        validate=validate,
+        evaluate=evaluate,
+        generate=family.generator(s.num_steps),
+        jobs=sample.make_jobs(
+            rows, held_out[1], num_samples=s.num_samples, gap=s.gap, prompts=s.prompts
+        ),
+        clip_search=_clip_search(config, rows, family),
     )
-
-
-DATA = {
-    "embedded": data.embedded_text,
-    "text": data.text,
-    "jsonl": data.jsonl,
-    "documents": data.documents,
-    "tfds_text": data.tfds_text,
-    "tfds_images": data.tfds_images,
-    "digits": data.digits,
-    "task": task_dataset,
-}
-VARIANCE = {
-    "identity": variance.identity,
-    "stratified": variance.stratified,
-    "systematic": variance.systematic,
-    "antithetic_pairs": variance.antithetic_pairs,
-    "coarse_strata": variance.coarse_strata,
-    "stratified_blocks": variance.stratified_blocks,
-    "stratified_levels": variance.stratified_levels,
-    "complement": variance.complement,
-    "ppots": variance.ppots,
-    "ppots_level_variance": functools.partial(variance.ppots, target=level_variance),
-    "ppots_parametric": variance.ppots_parametric,
-    "ppots_slopes": variance.ppots_slopes,
-    "ema_bins": variance.ema_bins,
-    "ema_bins_second_moment": functools.partial(variance.ema_bins, target=second_moment),
-    "loss_history": variance.loss_history,
-    "learned_quantile": variance.learned_quantile,
-    "uncertainty_weighting": variance.uncertainty_weighting,
-    "cdcd_warp": variance.cdcd_warp,
-    "cdtd_warp": variance.cdtd_warp,
-    "log_uniform": variance.log_uniform,
-    "clipped": variance.clipped,
-    "clipped_adaptive": variance.clipped_adaptive,
-    "clipped_mixture": variance.clipped_mixture,
-    "mirror": variance.mirror,
-    "rotate": variance.rotate,
-    "rotate_ranks": variance.rotate_ranks,
-    "repeat": variance.repeat,
-}
-CLIP_CRITERIA = {
-    "gradient_noise_to_signal": meter.gradient_noise_to_signal,
-    "relative_variance": meter.relative_variance,
-    "raw_variance": meter.raw_variance,
-}
-OPTIMIZERS = {"adamw": training.adamw, "muon": training.muon}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def lookup(table: Mapping[str, Any], name: str, field: str) -> Any:
-    """``table[name]``; ValueError with the field and the nearest valid names otherwise."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"{field}: unknown name {name!r}; {hint}known are {', '.join(sorted(table))}")
-
-
-def settings(config: ConfigDict, name: str) -> dict[str, Any]:
-    """The sub-config that belongs to a named thing, empty if it has none."""
-    return dict(config.get(name, {}))
+    experiment.step  # noqa: B018  (checks the step's settings)
+    experiment.batches(held_out[1], e.max_rows)
+    if s.num_answers < 0:
+        raise ValueError(f"sample.num_answers must be at least 1, or 0 for all rows, got {s.num_answers}")
+    if s.quality_steps:
+        check_quality(experiment)
+    return experiment
 
 
 def dataset(config: ConfigDict) -> data.Dataset:
-    """The data of a run. A setting that its source does not know must keep its default."""
-    chosen = dict(config.data)
-    source = chosen.pop("source")
-    kind = chosen.pop("kind")
+    """The data of a run. A setting that its source does not read must keep its default."""
+    values = config.data.to_dict()
+    source = values.pop("source")
     if source == "tfds":
-        kinds = {"text": "tfds_text", "image": "tfds_images"}
-        source = lookup(kinds, kind, "data.kind")
-    factory = lookup(DATA, source, "data.source")
-    known = inspect.signature(factory).parameters
+        source = lookup({"text": "tfds_text", "image": "tfds_images"}, values["kind"], "data.kind")
+    factory = lookup(names.DATA, source, "data.source")
+    known = {"task", "prompt_length", "answer_length"}
+    if source != "task":
+        known = set(inspect.signature(factory).parameters)
     # As plain values: two ConfigDicts with the same settings are unequal if one of them is locked.
-    given, defaults = config.data.to_dict(), launch_config.get_config().data.to_dict()
-    unused = {k: v for k, v in given.items() if k in chosen and k not in known and v != defaults[k]}
-    if unused:
+    defaults = launch_config.get_config().data.to_dict()
+    unread = [
+        f"data.{name}={value!r}"
+        for name, value in values.items()
+        if name != "kind" and name not in known and value != defaults[name]
+    ]
+    if unread:
         raise ValueError(
-            f"data.source={source!r} does not read "
-            + ", ".join(f"data.{name}={value!r}" for name, value in unused.items())
-            + f"; it reads {', '.join(sorted(known)) or 'no settings'}"
+            f"data.source={source!r} does not read {', '.join(unread)}; it reads "
+            f"{', '.join(sorted(known)) or 'no settings'}"
         )
     for name in ("path", "name"):
-        if name in known and not chosen[name]:
+        if name in known and not values[name]:
             raise ValueError(f"data.source={source!r} needs --config.data.{name}=...")
-    optional = ("data_dir", "valid_path", "test_path")
-    arguments = {k: None if k in optional and v == "" else v for k, v in chosen.items()}
-    return factory(**{k: v for k, v in arguments.items() if k in known})
+    arguments = {name: value for name, value in values.items() if name in known}
+    for name in {"data_dir", "valid_path", "test_path"} & arguments.keys():
+        arguments[name] = arguments[name] or None
+    if source == "task":
+        return _task_dataset(arguments.pop("task"), **arguments)
+    return factory(**arguments)
 
 
-def check_unread(config: ConfigDict, sections: Sequence[str]) -> None:
-    """Raises ValueError where a name that the run's process does not look at was changed."""
+def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
+    """Generated problems, from the section ``data.task``."""
+    name = section["name"]
+    task = lookup(names.TASKS, name, "data.task.name")(**settings(section, name))
+    if section["noise_every"]:
+        task = tasks.Noisy(task, section["noise_every"])
+    rows = ("answer_padding", "train_rows", "valid_rows", "test_rows")
+    return tasks.task_dataset(task, **lengths, **{row: section[row] for row in rows})
+
+
+def _check_unread(config: ConfigDict, sections: tuple[str, ...]) -> None:
+    """Raises ValueError where a name that the run's process does not read was changed."""
     defaults = launch_config.get_config()
-    changed = [name for name in sections if config[name].name != defaults[name].name]
+    changed = [
+        f"{name}.name={config[name].name!r}, leave it at {defaults[name].name!r}"
+        for name in sections
+        if config[name].name != defaults[name].name
+    ]
     if changed:
-        raise ValueError(
-            f"process={config.process!r} does not read "
-            + ", ".join(
-                f"{name}.name={config[name].name!r}, leave it at {defaults[name].name!r}"
-                for name in changed
-            )
-        )
+        raise ValueError(f"process={config.process!r} does not read {', '.join(changed)}")
 
 
-def network(config: ConfigDict, vocab_size: int) -> models.TransformerConfig:
-    """Shape and arithmetic of the network's blocks."""
-    fields = {k: v for k, v in config.model.items() if k not in ("patch_size", "logits_at")}
-    for name in ("dtype", "param_dtype"):
-        fields[name] = lookup(DTYPES, fields[name], f"model.{name}")
-    return models.TransformerConfig(vocab_size=vocab_size, **fields)
-
-
-def transform(config: ConfigDict, law: schedules.Law) -> variance.VarianceTransform:
-    """The variance chain, in the configured order.
-
-    Members work on quantiles; those that want to know the level of one are told the run's law.
-    """
+def transform(config: ConfigDict, law: schedules.Law | None) -> VarianceTransform:
+    """The variance chain, in the configured order; members that read levels get the run's law."""
     members = []
     for name in config.variance.order:
-        factory, chosen = lookup(VARIANCE, name, "variance.order"), settings(config.variance, name)
+        factory = lookup(names.VARIANCE, name, "variance.order")
+        arguments = settings(config.variance, name)
         known = inspect.signature(factory).parameters
         if "coordinate" in known:
-            chosen["coordinate"] = lambda u: -law.icdf(u) / 8  # EDM2's log(sigma) / 4
+            arguments["coordinate"] = lambda u: -law.icdf(u) / 8  # EDM2's log(sigma) / 4
         if "log_factor" in known and config.process == "gaussian":
-            chosen["log_factor"] = lambda u: -law.icdf(u)  # to the error of the clean data
-        members.append(factory(**chosen))
+            arguments["log_factor"] = lambda u: -law.icdf(u)  # to the error of the clean data
+        members.append(factory(**arguments))
     return variance.chain(*members)
 
 
-def monitors(config: ConfigDict, objective: objectives.Objective) -> list[training.Monitor]:
-    """The running estimates that go to the metrics.
+def _monitors(
+    config: ConfigDict, objective: Objective, chain: VarianceTransform
+) -> tuple[training.Monitor, ...]:
+    monitors = []
+    for name in config.train.monitors:
+        factory = lookup(names.MONITORS, name, "train.monitors")
+        arguments = settings(config.monitors, name)
+        own = {"objective": objective, "chain": chain}
+        known = inspect.signature(factory).parameters
+        monitors.append(factory(**arguments, **{k: v for k, v in own.items() if k in known}))
+    return tuple(monitors)
+
+
+def _optimizer(
+    total_steps: int,
+    *,
+    name: str,
+    peak: float,
+    warmup_steps: int,
+    final_fraction: float,
+    clip_norm: float,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    first_moment_dtype: str,
+    second_moment_dtype: str,
+    ema_dtype: str,
+    ema_decay: float,
+    **own: dict[str, Any],
+) -> optax.GradientTransformation:
+    """The optimiser with warm-up and cosine, from the section ``optimizer``."""
+    del ema_decay  # the step's
+    lookup(names.DTYPES, ema_dtype, "optimizer.ema_dtype")
+    optimizer = lookup(names.OPTIMIZERS, name, "optimizer.name")(
+        training.warmup_cosine(peak, warmup_steps, total_steps, final_fraction),
+        clip_norm=clip_norm or None,
+        b1=b1,
+        b2=b2,
+        weight_decay=weight_decay,
+        **own.get(name, {}),
+    )
+    first = lookup(names.DTYPES, first_moment_dtype, "optimizer.first_moment_dtype")
+    second = lookup(names.DTYPES, second_moment_dtype, "optimizer.second_moment_dtype")
+    return training.store_moments(optimizer, first, second, b2)
+
+
+def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> training.LoopOptions:
+    c = config.train
+    own = set(inspect.signature(training.LoopOptions).parameters) & set(c)
+    return training.LoopOptions(
+        total_steps=c.steps,
+        tokens_per_step=c.batch_size * dataset.length * views,
+        unit="char" if dataset.unit == "character" else "dim",
+        **{name: c[name] for name in own},
+    )
+
+
+def _held_out(dataset: data.Dataset, split: str) -> tuple[str, data.RowSource]:
+    """A split by name, or the validation split if it is empty; its name and rows."""
+    splits = {"valid": dataset.valid, "test": dataset.test}
+    source = lookup(splits, split, "evaluate.final_split")
+    if len(source):
+        return split, source
+    if len(dataset.valid):
+        return "valid", dataset.valid
+    if len(dataset.test):
+        raise ValueError(
+            f"evaluate.final_split={split!r}: the data have no validation rows, only "
+            f"{len(dataset.test)} test rows; take --config.evaluate.final_split=test, or give "
+            "data.fractions a second part"
+        )
+    raise ValueError(
+        f"evaluate.final_split={split!r}: the data have neither test nor validation rows to "
+        "evaluate on"
+    )
+
+
+def _clip_search(
+    config: ConfigDict, dataset: data.Dataset, family: Family
+) -> Callable[..., Any] | None:
+    """The search for the range of ``clipped_adaptive`` on validation rows; None without it."""
+    if "clipped_adaptive" not in config.variance.order:
+        return None
+    c, rows = config.clip_search, config.evaluate.batch_size
+    criterion = lookup(names.CLIP_CRITERIA, c.criterion, "clip_search.criterion")
+    if min(c.batches, len(dataset.valid) // rows) < 2:
+        raise ValueError(
+            f"clipped_adaptive is searched on at least 2 validation batches of {rows} rows "
+            f"(evaluate.batch_size, clip_search.batches = {c.batches}), and there are "
+            f"{len(dataset.valid)} rows; take smaller batches, or variance.clipped with a fixed "
+            "range"
+        )
+    return make_clip_search(
+        family.apply_fn, family.objective, (rows, dataset.length), criterion=criterion
+    )
+
+
+def check_quality(experiment: Experiment) -> None:
+    """Raises ValueError or WorkdirError where ``sample.quality_steps`` cannot be measured."""
+    c, dataset = experiment.config.sample, experiment.dataset
+    if dataset.tokenizer is None:
+        raise ValueError("sample.quality_steps is about text, and this run's data are pictures")
+    if experiment.config.process == "autoregressive":
+        raise ValueError("sample.quality_steps: an autoregressive model has one step per token")
+    if not experiment.family.takes_steps:
+        raise ValueError(
+            f"sample.quality_steps: {c.sampler!r} sets its own number of steps, so that quality "
+            "would be the same at all of them; those that take any number are "
+            f"{', '.join(grid_samplers(c))} (--config.sample.sampler)"
+        )
+    if min(c.quality_steps) < 1 or c.quality_texts < 2:
+        raise ValueError(
+            "sample.quality_steps must be positive and sample.quality_texts at least 2, got "
+            f"{c.quality_steps} and {c.quality_texts}"
+        )
+    if c.judge:
+        check_source(pathlib.Path(c.judge), dataset.tokenizer, "sample.judge")
+
+
+def open_workdir(workdir: str | pathlib.Path) -> training.CheckpointReader:
+    """The checkpoints of a run, for reading; it may be missing, or still training."""
+    return training.CheckpointReader(pathlib.Path(workdir) / "checkpoints")
+
+
+def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
+    """(step, averaged parameters) of a run: the best by validation loss, else the last.
+
+    The run may have had another optimiser and another variance chain than ``experiment``.
 
     Raises:
-        ValueError: for an unknown name, or one that does not go with the run's chain.
+        CheckpointError: if the directory has neither, or they are of another network.
     """
-    chain = transform(config, objective.law)
-    table = {
-        "levels": functools.partial(training.level_monitor, objective),
-        "gradient_noise": training.gradient_noise_monitor,
-        "baseline": functools.partial(training.baseline_monitor, chain=chain),
-    }
-    return [
-        lookup(table, name, "train.monitors")(**settings(config.monitors, name))
-        for name in config.train.monitors
-    ]
-
-
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The optax chain, with warm-up and cosine."""
-    c = config.optimizer
-    schedule = training.warmup_cosine(c.peak, c.warmup_steps, config.train.steps, c.final_fraction)
-    factory = lookup(OPTIMIZERS, c.name, "optimizer.name")
-    common = {"b1": c.b1, "b2": c.b2, "weight_decay": c.weight_decay}
-    return factory(schedule, clip_norm=c.clip_norm or None, **common, **settings(c, c.name))
+    checkpoints = open_workdir(workdir)
+    try:
+        abstract = experiment.abstract_state()
+        if checkpoints.best_metrics() is not None:
+            params = checkpoints.restore_best(training.averaged(abstract))
+            # Of a run that is training these may be others than a moment ago.
+            return int(checkpoints.best_metrics()["step"]), params
+        restored = checkpoints.restore_last_fields(abstract, ("step", "params", "ema"))
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
+    return int(restored.step), training.averaged(restored)

@@ -1,0 +1,500 @@
+"""What depends on the process of a run: masked, block, uniform, autoregressive or gaussian."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mdm_jax import (
+    corruption,
+    data,
+    distributed,
+    gaussian,
+    likelihood,
+    models,
+    objectives,
+    samplers,
+    schedules,
+)
+from mdm_jax.gaussian import samplers as gaussian_samplers
+from mdm_jax.gaussian import schedules as gaussian_schedules
+from mdm_jax.gaussian.recipes import Recipe
+from mdm_jax.gaussian.samplers import spacings
+from mdm_jax.launch import names
+from mdm_jax.launch.names import lookup, settings
+from mdm_jax.objectives.objective import Objective
+from mdm_jax.schedules import grids
+from mdm_jax.schedules import masked as masked_schedules
+from mdm_jax.types import Array
+
+Record = dict[str, Any]
+
+
+def token_record(result: likelihood.Likelihood) -> Record:
+    """A likelihood of tokens as JSON values, under the names that all processes share."""
+    record = result.to_dict()
+    return record | {"nats_per_element": record["nats_per_token"]}
+
+
+def token_details(record: Record) -> list[str]:
+    """What a report says beyond bits per unit: perplexity, and accuracy where it was measured."""
+    error = record["standard_error_perplexity"]
+    shown = "unknown" if error is None else f"{error:.3f}"
+    lines = [f"  perplexity per token {record['perplexity']:.3f} ± {shown}"]
+    if "accuracy" in record:
+        low, high = record["accuracy_interval"]
+        lines.append(
+            f"  accuracy {record['accuracy']:.3f} ± {record['standard_error_accuracy']:.3f} over "
+            f"{record['answers']} prompts (95 % interval {low:.3f} to {high:.3f}), answered by "
+            f"{record['answered_by']}"
+        )
+    return lines
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """The objects of a run that depend on its process.
+
+    Attributes:
+        objective: what is estimated.
+        model: network.
+        apply_fn: ``apply_fn(params, inputs, logsnr, documents)``, as objectives call it.
+        likelihood: ``likelihood(passes, replicates)``, the fixed estimator of the bound, whatever
+            chain the run trains with; exact for autoregressive models.
+        generator: ``generator(num_steps)`` makes ``generate(params, key, canvas, documents)`` of
+            the configured sampler; samplers with steps of their own ignore ``num_steps``.
+        takes_steps: whether the configured sampler takes ``sample.num_steps``.
+        levels_from: the law or recipe of the noise levels, for people.
+        noise_axis: label of the noise axis of plots; "" without noise.
+        unread: sections of the config whose ``name`` this process does not read.
+        with_corruption: the objective under another corruption by name, where there are several.
+        input_dtype: of the network's inputs.
+        record: a likelihood as JSON values.
+        details: lines of a report about such a record.
+    """
+
+    objective: Objective
+    model: nn.Module
+    apply_fn: Callable[..., Array | models.Readout]
+    likelihood: Callable[[int, int], Callable[..., Any]]
+    generator: Callable[[int], Callable[..., Any]]
+    takes_steps: bool
+    levels_from: str
+    noise_axis: str
+    unread: tuple[str, ...] = ()
+    with_corruption: Callable[[str], Objective] | None = None
+    input_dtype: Any = jnp.int32
+    record: Callable[[Any], Record] = token_record
+    details: Callable[[Record], list[str]] = token_details
+
+
+def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
+    """Masked diffusion with the configured corruption, law and weighting."""
+    law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
+
+    def with_corruption(name: str) -> Objective:
+        process = _corruption(name, config.corruption, dataset)
+        return _finished(config, dataset, objectives.masked_nelbo(process, law))
+
+    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
+    sampler = _masked_sampler(config, dataset)
+
+    def generator(num_steps: int) -> Callable[..., Array]:
+        levels = _levels_for(sampler, config, num_steps)
+        return samplers.make_generator(apply_fn, sampler, levels, mask_id=dataset.mask_id)
+
+    return Family(
+        objective=with_corruption(config.corruption.name),
+        model=model,
+        apply_fn=apply_fn,
+        likelihood=lambda passes, replicates: likelihood.make_likelihood(
+            apply_fn, dataset.mask_id, passes=passes, replicates=replicates
+        ),
+        generator=generator,
+        takes_steps=sampler.num_steps is None,
+        levels_from=f"law {config.law.name}",
+        noise_axis="masking rate",
+        with_corruption=with_corruption,
+    )
+
+
+def block(config: ConfigDict, dataset: data.Dataset) -> Family:
+    """Block diffusion; a run can start from the parameters of a masked one (``train.init_from``).
+
+    Raises:
+        ValueError: if the block size does not divide the row.
+    """
+    size, length, window = config.block.size, dataset.length, config.block.window or None
+    if size < 1 or length % size:
+        raise ValueError(
+            f"block.size must divide a row of {length} tokens, got {size}; choose a divisor, or "
+            "another data.length"
+        )
+    law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
+
+    def with_corruption(name: str) -> Objective:
+        process = _corruption(name, config.corruption, dataset)
+        return _finished(config, dataset, objectives.block_nelbo(process, size, law))
+
+    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    apply_fn = models.block_apply(model, size, window, chunking)
+    sampler = _masked_sampler(config, dataset)
+
+    def generator(num_steps: int) -> Callable[..., Array]:
+        return samplers.make_block_generator(
+            models.cached_block_decoder(model, size, window),
+            sampler,
+            _levels_for(sampler, config, num_steps),
+            mask_id=dataset.mask_id,
+            guided=bool(config.sample.guidance),
+        )
+
+    return Family(
+        objective=with_corruption(config.corruption.name),
+        model=model,
+        apply_fn=apply_fn,
+        likelihood=lambda passes, replicates: likelihood.make_block_likelihood(
+            apply_fn, dataset.mask_id, size, passes=passes, replicates=replicates
+        ),
+        generator=generator,
+        takes_steps=sampler.num_steps is None,
+        levels_from=f"law {config.law.name}",
+        noise_axis="masking rate",
+        with_corruption=with_corruption,
+    )
+
+
+def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
+    """Uniform-token diffusion over all ids but the mask token, which is the last one."""
+    num_tokens, c = dataset.vocab_size - 1, config.sample
+    law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
+    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
+    sampler = lookup(names.UNIFORM_SAMPLERS, c.sampler, "sample.sampler")(
+        num_tokens,
+        token_filter=_token_filter(c.temperature, c.top_k, c.top_p),
+        **settings(c, c.sampler),
+    )
+    if config.model.self_conditioning:
+        sampler = samplers.self_conditioned(sampler, num_tokens, dataset.vocab_size)
+
+    def generator(num_steps: int) -> Callable[..., Array]:
+        levels = masked_levels(c.grid, num_steps, config.law)
+        return samplers.make_generator(model.apply, sampler, levels, mask_id=dataset.mask_id)
+
+    return Family(
+        objective=_finished(config, dataset, objectives.uniform_nelbo(num_tokens, law)),
+        model=model,
+        apply_fn=apply_fn,
+        likelihood=lambda passes, replicates: likelihood.make_uniform_likelihood(
+            apply_fn, num_tokens, passes=passes, replicates=replicates
+        ),
+        generator=generator,
+        takes_steps=True,
+        levels_from=f"law {config.law.name}",
+        noise_axis="replacement rate",
+        unread=("corruption",),
+    )
+
+
+def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
+    """The baseline: the same network under a causal mask, without noise.
+
+    Raises:
+        ValueError: for settings that are about noise.
+    """
+    if config.variance.order:
+        raise ValueError(
+            "process=autoregressive has no noise to couple or warp: "
+            f'--config.variance.order="()" instead of {config.variance.order}'
+        )
+    if config.model.self_conditioning:
+        raise ValueError("process=autoregressive does not take model.self_conditioning")
+    c, mask_id = config.sample, dataset.mask_id
+    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    apply_fn = models.causal_apply(model, mask_id, chunking=chunking)
+    return Family(
+        objective=objectives.next_token(mask_id),
+        model=model,
+        apply_fn=apply_fn,
+        likelihood=lambda _passes, _replicates: likelihood.make_next_token_likelihood(
+            apply_fn, mask_id
+        ),
+        generator=lambda _num_steps: samplers.make_next_token_generator(
+            models.cached_causal_decoder(model, mask_id),
+            mask_id=mask_id,
+            token_filter=_token_filter(c.temperature, c.top_k, c.top_p),
+        ),
+        takes_steps=False,
+        levels_from="no noise",
+        noise_axis="",
+        unread=("corruption", "law", "weighting"),
+    )
+
+
+def gaussian_family(config: ConfigDict, dataset: data.Dataset) -> Family:
+    """Gaussian diffusion of pictures by the configured recipe; all recipes share the network.
+
+    Raises:
+        ValueError: if the data are text, or the model is to be self-conditioned.
+    """
+    if dataset.event_shape is None:
+        raise ValueError(
+            'process="gaussian" needs pictures (data.source=digits, or tfds with kind=image); for '
+            'text use process="masked"'
+        )
+    if config.model.self_conditioning:
+        raise ValueError("process=gaussian does not take model.self_conditioning")
+    c, g = config.sample, config.gaussian
+    recipe = gaussian_recipe(g)
+    num_values = dataset.vocab_size - 1  # without the mask
+    values = gaussian.scaled_integers(num_values)
+    model = gaussian.PictureTransformer(
+        _network(1, **config.model), dataset.event_shape, config.model.patch_size
+    )
+    sampler = lookup(names.GAUSSIAN_SAMPLERS, c.sampler, "sample.sampler")(**settings(c, c.sampler))
+
+    def apply_fn(params, inputs, logsnr, documents=None):
+        """The recipe's output, from inputs scaled to unit variance."""
+        scaled = gaussian.precondition(
+            lambda x, level, _documents: model.apply(params, x, level), recipe.path, g.sigma_data
+        )
+        return scaled(inputs, logsnr, documents)
+
+    def likelihood_of(passes: int, replicates: int) -> Callable[..., gaussian.GaussianLikelihood]:
+        return gaussian.make_gaussian_likelihood(
+            apply_fn,
+            output=recipe.output,
+            path=recipe.path,
+            decoder=gaussian.grey_value_decoder(num_values),
+            low=g.low,
+            high=g.high,
+            passes=passes,
+            replicates=replicates,
+            values=values,
+        )
+
+    def generator(num_steps: int) -> Callable[..., np.ndarray]:
+        draw = gaussian_samplers.make_gaussian_generator(
+            apply_fn,
+            sampler,
+            _gaussian_levels(c.grid, num_steps, g),
+            (dataset.length,),
+            output=recipe.output,
+            path=recipe.path,
+            data_std=g.sigma_data,
+        )
+        top = num_values - 1
+
+        def generate(params, key, canvas, documents=None):
+            """Grey values, of the canvas's shape."""
+            del documents
+            pictures = distributed.to_host(draw(params, key, len(canvas)))
+            return np.clip(np.round((pictures + 1) * top / 2), 0, top).astype(np.int32)
+
+        return generate
+
+    return Family(
+        objective=gaussian.gaussian_loss(recipe, values),
+        model=model,
+        apply_fn=apply_fn,
+        likelihood=likelihood_of,
+        generator=generator,
+        takes_steps=True,
+        levels_from=f"recipe {g.recipe}" + (f", law {g.law}" if g.law else ""),
+        noise_axis="sigmoid(-logSNR)",
+        unread=("corruption", "law", "weighting"),
+        input_dtype=jnp.float32,
+        record=_gaussian_record,
+        details=_gaussian_details,
+    )
+
+
+FAMILIES = {
+    "masked": masked,
+    "block": block,
+    "uniform": uniform,
+    "autoregressive": autoregressive,
+    "gaussian": gaussian_family,
+}
+"""Value of ``config.process`` -> what builds its family."""
+
+
+# --- parts of the families of tokens --------------------------------------------------------------
+
+
+def _network(
+    vocab_size: int, *, patch_size: int, logits_at: str, dtype: str, param_dtype: str, **shape: Any
+) -> models.TransformerConfig:
+    """Shape and arithmetic of the network's blocks, from the section ``model``."""
+    del patch_size, logits_at
+    return models.TransformerConfig(
+        vocab_size=vocab_size,
+        dtype=lookup(names.DTYPES, dtype, "model.dtype"),
+        param_dtype=lookup(names.DTYPES, param_dtype, "model.param_dtype"),
+        **shape,
+    )
+
+
+def _chunking(logits_at: str, tensor: int) -> models.Chunking | None:
+    """How losses go through their target positions; None for logits of all positions."""
+    if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
+        return None
+    # Every device but those that share a layer has rows of its own.
+    return models.Chunking(jax.device_count() // tensor)
+
+
+def _corruption(
+    name: str, section: Mapping[str, Any], dataset: data.Dataset
+) -> corruption.Corruption:
+    """A corruption by name; one that masks rare tokens more often learns which are rare."""
+    factory = lookup(names.CORRUPTIONS, name, "corruption.name")
+    own = settings(section, name)
+    if "rare" in inspect.signature(factory).parameters:
+        share = own.pop("rare_share")
+        own["rare"] = data.rare_tokens(dataset.train, dataset.vocab_size, share)
+    return factory(dataset.mask_id, **own)
+
+
+def _finished(config: ConfigDict, dataset: data.Dataset, bound: Objective) -> Objective:
+    """A bound with the configured weighting, and self-conditioning if the network takes it."""
+    if config.model.self_conditioning:
+        bound = objectives.self_conditioned(bound, dataset.vocab_size - 1)
+    name = config.weighting.name
+    if not name:
+        return bound
+    factor = lookup(names.WEIGHTINGS, name, "weighting.name")(**settings(config.weighting, name))
+    return objectives.reweighted(bound, factor, name)
+
+
+def masked_schedule(
+    name: str, section: Mapping[str, Any], field: str, others: tuple[str, ...] = ()
+) -> schedules.MaskedSchedule:
+    """A masked schedule by name, with its settings; ``others`` are named in an error too."""
+    if name not in names.GAUSSIAN_LAWS:  # whose error names the module that they are in
+        lookup(dict.fromkeys((*names.LAWS, *others)), name, field)
+    try:
+        return masked_schedules.by_name(name, **settings(section, name))
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _masked_sampler(config: ConfigDict, dataset: data.Dataset) -> samplers.Sampler:
+    """The configured sampler, with its filters and wrappers of the denoiser."""
+    c = config.sample
+    sampler = lookup(names.SAMPLERS, c.sampler, "sample.sampler")(
+        token_filter=_token_filter(c.temperature, c.top_k, c.top_p), **settings(c, c.sampler)
+    )
+    wrappers = [samplers.prompt_guidance(c.guidance)] if c.guidance else []
+    wrappers += [samplers.no_repeat_ngrams(c.no_repeat_ngrams)] if c.no_repeat_ngrams else []
+    sampler = samplers.wrapped(sampler, *wrappers) if wrappers else sampler
+    if config.model.self_conditioning:
+        return samplers.self_conditioned(sampler, dataset.vocab_size - 1, dataset.vocab_size)
+    return sampler
+
+
+def grid_samplers(section: Mapping[str, Any]) -> list[str]:
+    """Names of the masked samplers that step along a grid of ``sample.num_steps`` levels."""
+    return [
+        name
+        for name, factory in names.SAMPLERS.items()
+        if factory(**settings(section, name)).num_steps is None
+    ]
+
+
+def _token_filter(temperature: float, top_k: int, top_p: float) -> samplers.LogitFilter:
+    """Temperature, top-k and nucleus, in this order."""
+    filters = [samplers.temperature(temperature)]
+    filters += [samplers.top_k(top_k)] if top_k else []
+    filters += [samplers.top_p(top_p)] if top_p < 1 else []
+    return samplers.compose(*filters)
+
+
+def _levels_for(sampler: samplers.Sampler, config: ConfigDict, num_steps: int) -> Array | None:
+    """The grid of a sampler; None for one that sets its own."""
+    if sampler.num_steps is not None:
+        return None
+    return masked_levels(config.sample.grid, num_steps, config.law)
+
+
+def masked_levels(grid: str, num_steps: int, section: Mapping[str, Any]) -> Array:
+    """Levels of a sampler of tokens that steps along a grid; ``section`` has the schedules' own."""
+    own = "uniform_masking_rate"
+    if grid == own:
+        return grids.uniform_masking_rate(num_steps)
+    schedule = masked_schedule(grid, section, "sample.grid", (own,))
+    return grids.open_ends(grids.from_schedule(schedule, num_steps))
+
+
+# --- parts of the Gaussian family -----------------------------------------------------------------
+
+
+def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
+    """The recipe between the ends of the logSNR, with another law if one is named."""
+    name, law = section["recipe"], section["law"]
+    recipe = lookup(names.RECIPES, name, "gaussian.recipe")(**settings(section, name))
+    law = _gaussian_law(law, section, "gaussian.law") if law else recipe.law
+    return dataclasses.replace(recipe, law=_truncated(law, section["low"], section["high"]))
+
+
+def _gaussian_levels(grid: str, num_steps: int, section: Mapping[str, Any]) -> np.ndarray | Array:
+    """Levels that the sampler steps along, ending in the denoiser's estimate."""
+    low, high = section["low"], section["high"]
+    if grid == "edm":
+        return spacings.edm(num_steps, np.exp(-high / 2), np.exp(-low / 2))
+    if grid == "uniform_logsnr":
+        levels = spacings.uniform_logsnr(num_steps, low, high)
+    else:
+        law = _gaussian_law(grid, section, "sample.grid", ("uniform_logsnr", "edm"))
+        levels = spacings.uniform_time(_truncated(law, low, high), num_steps)
+    return np.append(np.asarray(levels)[:-1], np.inf)
+
+
+def _gaussian_law(
+    name: str, section: Mapping[str, Any], field: str, others: tuple[str, ...] = ()
+) -> schedules.Law:
+    if name not in names.LAWS or name in names.GAUSSIAN_LAWS:
+        lookup(dict.fromkeys((*names.GAUSSIAN_LAWS, *others)), name, field)
+    try:
+        return gaussian_schedules.by_name(name, **settings(section, name))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _truncated(law: schedules.Law, low: float, high: float) -> schedules.Law:
+    """The law cut off outside the levels of the run, where it reaches further."""
+    first, last = (float(end) for end in law.support)
+    if first >= low and last <= high:
+        return law
+    return gaussian_schedules.truncated(law, max(low, first), min(high, last))
+
+
+def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
+    """A likelihood of pictures as JSON values, under the names that all processes share."""
+    shared = {
+        "nats_per_element": "nats_per_dimension",
+        "bits_per_unit": "bits_per_dimension",
+        "standard_error_bits_per_unit": "standard_error_bits_per_dimension",
+        "data_standard_error_bits_per_unit": "data_standard_error_bits_per_dimension",
+    }
+    record = result.to_dict()
+    return record | {name: record[own] for name, own in shared.items()}
+
+
+def _gaussian_details(record: Record) -> list[str]:
+    """The parts of the bound."""
+    parts = record["parts_bits_per_dimension"]
+    errors = record["standard_error_parts_bits_per_dimension"]
+    terms = (f"{name} {value:.3f} ± {errors[name] or 0:.3f}" for name, value in parts.items())
+    return ["  of which " + ", ".join(terms)]

@@ -1,0 +1,165 @@
+"""Built-in configs, found by name: ``--config=quickstart``, ``--config=text_block:16``.
+
+A preset is a function of its variant; "smoke" shrinks every one to seconds of work, for tests.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from mdm_jax.launch import config as defaults
+from mdm_jax.launch.names import RECIPES
+
+
+def quickstart(variant: str = "") -> ConfigDict:
+    """Masked diffusion on the text that CPython carries, in minutes on two CPU cores."""
+    check_variant("quickstart", variant)
+    config = _text(variant)
+    if variant == "smoke":
+        config.train.update(steps=12, evaluate_every=4, checkpoint_every=4)
+    return config
+
+
+def text_ar(variant: str = "") -> ConfigDict:
+    """The autoregressive baseline: the quickstart's network, data and steps."""
+    check_variant("text_ar", variant)
+    config = _text(variant)
+    config.process = "autoregressive"
+    config.variance.order = ()
+    config.train.monitors = ()
+    config.sample.gap = 0
+    return config
+
+
+def text_block(variant: str = "16") -> ConfigDict:
+    """Block diffusion (BD3-LM) in blocks of ``variant`` tokens, "L" for one block per row."""
+    check_variant("text_block", variant, ("1", "4", "16", "L"))
+    config = _text(variant)
+    config.process = "block"
+    named = {"smoke": 8, "L": config.data.length, "": 16}
+    config.block.size = named[variant] if variant in named else int(variant)
+    return config
+
+
+def text_uniform(variant: str = "") -> ConfigDict:
+    """Uniform-token diffusion: the quickstart's network, data and steps."""
+    check_variant("text_uniform", variant)
+    config = _text(variant)
+    config.process = "uniform"
+    config.variance.order = ("stratified",)  # ppots_slopes reads losses of masked tokens
+    # The inputs do not show which tokens are replaced, so the level is an input too.
+    config.model.condition_on_logsnr = True
+    # A uniform rate would have infinite variance here too, see objectives.uniform_nelbo.
+    config.law.name = "power"
+    config.law.power.exponent = 3.0
+    config.sample.sampler = "uniform_ancestral"
+    if variant != "smoke":
+        config.sample.num_steps = 128
+    return config
+
+
+def digits_masked(variant: str = "") -> ConfigDict:
+    """Masked diffusion on 8 x 8 digits of 17 intensities; needs scikit-learn."""
+    check_variant("digits_masked", variant)
+    config = defaults.get_config()
+    config.data.source = "digits"
+    config.model.update(width=96, depth=3, num_heads=4)
+    config.train.update(steps=600, batch_size=64)
+    config.sample.update(num_samples=25, gap=0)
+    if variant == "smoke":
+        defaults.shrink(config)
+    return config
+
+
+def digits_gaussian(variant: str = "vdm") -> ConfigDict:
+    """Gaussian diffusion on 8 x 8 digits, by the recipe that ``variant`` names.
+
+    Recipes differ in law, weighting and output alone; ``python -m experiments.recipes`` in a
+    checkout runs them side by side.
+    """
+    check_variant("digits_gaussian", variant, sorted(RECIPES))
+    config = defaults.get_config()
+    config.process = "gaussian"
+    config.data.source = "digits"
+    config.model.update(width=96, depth=3, num_heads=4, patch_size=2, condition_on_logsnr=True)
+    # Grey values are 0.125 apart, seven standard deviations of the noise at logSNR 8.
+    config.gaussian.update(low=-8.0, high=8.0, sigma_data=0.8)
+    config.gaussian.vdm.update(low=-8.0, high=8.0)
+    config.gaussian.edm.sigma_data = config.gaussian.edm2.sigma_data = 0.8
+    config.variance.order = ("stratified",)
+    config.train.update(steps=1500, batch_size=64, evaluate_every=500, checkpoint_every=500)
+    # No clipping: the recipes' gradients differ in scale, to which the optimiser is invariant.
+    config.optimizer.update(peak=1e-2, clip_norm=0.0, ema_decay=0.995)
+    config.evaluate.update(batch_size=64, passes=8, replicates=2, final_passes=32)
+    config.sample.update(
+        num_samples=25, gap=0, sampler="dpm_solver_pp_2m", num_steps=32, grid="cosine"
+    )
+    if variant == "smoke":
+        defaults.shrink(config)
+    elif variant:
+        config.gaussian.recipe = variant
+    return config
+
+
+def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
+    """Gaussian diffusion on MNIST, prepared by TFDS in array_record format (data.data_dir)."""
+    check_variant("mnist_gaussian", variant, sorted(RECIPES))
+    config = digits_gaussian(variant)
+    config.data.update(source="tfds", name="mnist", kind="image")
+    config.data.splits = ("train[:55000]", "train[55000:]", "test")
+    config.model.patch_size = 4
+    if variant != "smoke":
+        config.model.update(width=192, depth=6, num_heads=6)
+        config.train.update(steps=20_000, evaluate_every=2000, checkpoint_every=2000)
+    return config
+
+
+PRESETS = {
+    preset.__name__: preset
+    for preset in (
+        quickstart,
+        text_ar,
+        text_block,
+        text_uniform,
+        digits_masked,
+        digits_gaussian,
+        mnist_gaussian,
+    )
+}
+
+
+def get_config(name: str) -> ConfigDict:
+    """The config of ``NAME`` or ``NAME:VARIANT``; ValueError with close matches if unknown."""
+    name, _, variant = name.partition(":")
+    if name not in PRESETS:
+        raise ValueError(unknown(name))
+    return PRESETS[name](*([variant] if variant else []))
+
+
+def unknown(name: str) -> str:
+    """The error for a name that is no preset, with close matches."""
+    near = difflib.get_close_matches(name, PRESETS)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"there is no built-in config {name!r} and no file of that name; {hint}"
+        f"built in are {', '.join(PRESETS)}"
+    )
+
+
+def check_variant(name: str, variant: str, known: Sequence[str] = ()) -> None:
+    """Raises ValueError unless ``variant`` is "", "smoke" or one of ``known``."""
+    if variant in ("", "smoke", *known):
+        return
+    if not known:
+        raise ValueError(f"{name} has the variant 'smoke', not {variant!r}")
+    raise ValueError(f"{name} has the variants smoke, {', '.join(known)}; not {variant!r}")
+
+
+def _text(variant: str) -> ConfigDict:
+    config = defaults.get_config()
+    if variant == "smoke":
+        defaults.shrink(config)
+        config.data.update(length=32, train_stride=16)
+        config.sample.update(num_samples=2, gap=8)
+    return config
