@@ -28,10 +28,8 @@ from experiments.study.gradient_noise import drawn_batches
 from mdm_jax import data, meter, variance
 from mdm_jax.evaluation import picture_quality
 from mdm_jax.gaussian.recipes import RECIPES
-from mdm_jax.launch import train as launch_train
-from mdm_jax.launch.configs import digits_gaussian
-from mdm_jax.launch.experiment import Experiment, load_parameters, make_experiment
-from mdm_jax.launch.sample import prepare_samples
+from mdm_jax.launch import evaluate, presets, train
+from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
 from mdm_jax.launch.workdir import WorkdirError, write_json
 from mdm_jax.training.checkpoint_store import CheckpointError
 from mdm_jax.training.loop import TrainingStopped
@@ -56,7 +54,7 @@ def main() -> int:
         try:
             experiment = make_experiment(configure(name, options.steps, options.smoke))
             print(f"--- {name}\n{experiment.describe()}", flush=True)
-            if not launch_train.train(experiment, workdir):
+            if not train.train(experiment, workdir):
                 print(f"stopped and saved in {workdir}; the same command resumes")
                 return 130
             records[name] = measure(experiment, workdir, options.samples)
@@ -76,9 +74,9 @@ def configure(recipe: str, steps: int | None = None, smoke: bool = False) -> Con
     Raises:
         ValueError: if there is no such recipe.
     """
-    config = digits_gaussian.get_config(recipe)
+    config = presets.digits_gaussian(recipe)
     if smoke:
-        config = digits_gaussian.get_config("smoke")
+        config = presets.digits_gaussian("smoke")
         config.gaussian.recipe = recipe
     if steps is not None:
         config.train.steps = steps
@@ -87,7 +85,7 @@ def configure(recipe: str, steps: int | None = None, smoke: bool = False) -> Con
 
 def measure(experiment: Experiment, workdir: pathlib.Path, samples: int) -> dict[str, Any]:
     """The figures of a finished run in the table."""
-    record = launch_train.evaluate(experiment, workdir)
+    record = evaluate.evaluate(experiment, workdir)
     step, params = load_parameters(experiment, workdir)
     distance, floor = distances(experiment, params, samples)
     chains = {"independent": variance.identity(), "chain": experiment.transform}
@@ -112,7 +110,7 @@ def distances(experiment: Experiment, params: PyTree, samples: int) -> tuple[flo
     components = min(COMPONENTS, len(train) - 1)
     space = picture_quality.principal_space(train, components)
     canvas = np.full((samples, experiment.dataset.length), experiment.dataset.mask_id, np.int32)
-    drawn = prepare_samples(experiment)(params, experiment.key(0, "distance"), canvas) / top
+    drawn = experiment.generate(params, experiment.key(0, "distance"), canvas) / top
     held_out = space.project(test)
     some = np.random.default_rng(0).permutation(len(train))[:samples]
     return (

@@ -23,7 +23,7 @@ from experiments.benchmarks.command import interleaved, summary, write
 from experiments.benchmarks.setting import PLAIN, SHAPES
 from mdm_jax import training, variance
 from mdm_jax.draws import DrawSpec, LossStats
-from mdm_jax.launch import build, config
+from mdm_jax.launch import config, names
 from mdm_jax.types import PyTree
 
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed steps without a chain.")
@@ -38,8 +38,8 @@ def main(_: list[str]) -> None:
     spec, chains = setting.objective(M).spec(M.batch_size, M.length), {"none": variance.chain()}
     params = setting.random_params(setting.model(M, PLAIN), M.length)
     defaults = config.get_config().variance
-    for name, factory in build.VARIANCE.items():
-        transform = factory(**build.settings(defaults, name))
+    for name, factory in names.VARIANCE.items():
+        transform = factory(**names.settings(defaults, name))
         if transform.views == 1 and name != "identity":
             chains[name] = variance.chain(transform)
     monitors = [

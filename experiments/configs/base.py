@@ -1,3 +1,5 @@
-"""``mdm_jax.launch.config``, under its old path."""
+"""The defaults of ``mdm_jax.launch.config``, as a file."""
 
-from mdm_jax.launch.config import get_config as get_config
+from mdm_jax.launch import config
+
+get_config = config.get_config

@@ -1,3 +1,5 @@
-"""``--config=digits_gaussian``, under its old path."""
+"""``--config=digits_gaussian``, as a file."""
 
-from mdm_jax.launch.configs.digits_gaussian import get_config as get_config
+from mdm_jax.launch import presets
+
+get_config = presets.digits_gaussian

@@ -1,3 +1,5 @@
-"""``--config=digits_masked``, under its old path."""
+"""``--config=digits_masked``, as a file."""
 
-from mdm_jax.launch.configs.digits_masked import get_config as get_config
+from mdm_jax.launch import presets
+
+get_config = presets.digits_masked

@@ -1,3 +1,5 @@
-"""``--config=mnist_gaussian``, under its old path."""
+"""``--config=mnist_gaussian``, as a file."""
 
-from mdm_jax.launch.configs.mnist_gaussian import get_config as get_config
+from mdm_jax.launch import presets
+
+get_config = presets.mnist_gaussian

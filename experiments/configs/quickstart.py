@@ -1,3 +1,5 @@
-"""``--config=quickstart``, under its old path."""
+"""``--config=quickstart``, as a file."""
 
-from mdm_jax.launch.configs.quickstart import get_config as get_config
+from mdm_jax.launch import presets
+
+get_config = presets.quickstart

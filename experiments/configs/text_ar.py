@@ -1,3 +1,5 @@
-"""``--config=text_ar``, under its old path."""
+"""``--config=text_ar``, as a file."""
 
-from mdm_jax.launch.configs.text_ar import get_config as get_config
+from mdm_jax.launch import presets
+
+get_config = presets.text_ar

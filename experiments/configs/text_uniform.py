@@ -1,3 +1,5 @@
-"""``--config=text_uniform``, under its old path."""
+"""``--config=text_uniform``, as a file."""
 
-from mdm_jax.launch.configs.text_uniform import get_config as get_config
+from mdm_jax.launch import presets
+
+get_config = presets.text_uniform

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mdm_jax import data, meter, rng, sharding
-from mdm_jax.launch.experiment import Experiment, open_workdir
+from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.types import Batch, PyTree
 
 

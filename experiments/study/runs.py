@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from experiments.study.gradient_noise import along_training
 from experiments.study.suites import METHODS, Method, Suite, Task
-from mdm_jax.launch import train as launcher
-from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch import evaluate, train
+from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.workdir import WorkdirError, changes, check, read_config, write_json
 from mdm_jax.training.interrupt import Interrupt
 from mdm_jax.training.loop import TrainingStopped
@@ -233,12 +233,12 @@ def execute(
         "gradient": [],
     }
     try:
-        if not launcher.train(experiment, workdir, interrupt):
+        if not train.train(experiment, workdir, interrupt):
             return None
     except TrainingStopped as error:
         record["failed"] = str(error)
     else:
-        record["evaluation"] = launcher.evaluate(experiment, workdir, interrupt.check)
+        record["evaluation"] = evaluate.evaluate(experiment, workdir, interrupt.check)
         if is_measured(suite, run):
             record["gradient"] = along_training(
                 experiment,

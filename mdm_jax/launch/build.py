@@ -24,6 +24,7 @@ from mdm_jax.launch.workdir import check_source
 from mdm_jax.meter.clip_search import make_clip_search
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.state import TrainState
 from mdm_jax.types import Array, ArrayLike, Batch, PyTree, worst_bias
 from mdm_jax.variance.transform import VarianceTransform
@@ -121,17 +122,17 @@ class Experiment:
         """The seed on every device."""
         return sharding.replicate(np.uint32(self.config.seed), self.mesh)
 
-    def train_batches(self) -> data.Prefetcher:
-        """Endless placed batches, prefetched, with a position that can be saved."""
+    def train_batches(self) -> BatchStream:
+        """Endless placed batches, prefetched, with a position that can be saved; to be closed."""
         c, rows = self.config.train, sharding.batch_sharding(self.mesh)
-        iterator = data.train_iterator(
+        return data.train_iterator(
             self.dataset.train,
             c.batch_size,
             self.config.seed,
             rows=sharding.local_rows(rows, c.batch_size),
+            prefetch=c.prefetch,
+            place=functools.partial(sharding.place_batch, sharding=rows, batch_size=c.batch_size),
         )
-        place = functools.partial(sharding.place_batch, sharding=rows, batch_size=c.batch_size)
-        return data.Prefetcher(iterator, depth=c.prefetch, place=place)
 
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of a training batch."""
@@ -142,9 +143,6 @@ class Experiment:
             ),
             data.gather(self.dataset.train, np.arange(1)),
         )
-
-    def memory(self) -> training.MemoryEstimate:
-        MEMORY
 
     def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
         """Evaluation batches of a split; 0 rows are all."""
@@ -231,7 +229,9 @@ def make_experiment(config: ConfigDict) -> Experiment:
     experiment.step  # noqa: B018  (checks the step's settings)
     experiment.batches(held_out[1], e.max_rows)
     if s.num_answers < 0:
-        raise ValueError(f"sample.num_answers must be at least 1, or 0 for all rows, got {s.num_answers}")
+        raise ValueError(
+            f"sample.num_answers must be at least 1, or 0 for all rows, got {s.num_answers}"
+        )
     if s.quality_steps:
         check_quality(experiment)
     return experiment

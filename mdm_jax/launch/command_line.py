@@ -1,58 +1,52 @@
-"""The config of a run that exists, as a config file: ``experiments/saved_config.py:WORKDIR``.
-
-Command lines with a config: what absl and ml_collections leave unsaid when one is wrong.
-"""
+"""Command lines with a config: names of built-in ones, and errors with the nearest valid names."""
 
 import difflib
 import pathlib
 import re
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.workdir import read_config
+from mdm_jax.launch import presets
+from mdm_jax.launch.workdir import read_config, saved_config
 
-
-def get_config(workdir: str) -> ConfigDict:
-    """Config of the run in ``workdir``; settings it did not know yet have their defaults."""
-    config = launch_config.get_config()
-    _update(config, read_config(pathlib.Path(workdir)) or {})
-    return config
-
-
-def _update(config: ConfigDict, saved: dict[str, Any]) -> None:
-    for name, value in saved.items():
-        if isinstance(config.get(name), ConfigDict):
-            _update(config[name], value)
-        else:
-            config[name] = tuple(value) if isinstance(value, list) else value
-
-
+MODES = ("train", "evaluate", "sample", "variance")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+_SAVED = "saved:"
 
 
 class CommandLineError(ValueError):
     """The command line names something that does not exist."""
 
 
+def get_config(name: str) -> ConfigDict:
+    """A built-in config, or ``saved:WORKDIR``: this module is the config file of both."""
+    if name.startswith(_SAVED):
+        return saved_config(name.removeprefix(_SAVED))
+    return presets.get_config(name)
+
+
 def with_config(argv: list[str]) -> list[str]:
-    """``argv`` with ``--config`` of the workdir's own run where an existing run is asked about.
+    """``argv`` as absl and ml_collections read it.
+
+    The mode may come first, without ``--mode=``. ``--config`` may name a built-in config, and is
+    that of the workdir's own run where an existing one is evaluated, sampled or measured.
 
     Args:
         argv: program name and arguments, for the flags ``config``, ``workdir`` and ``mode``.
 
     Returns:
-        ``argv``, its config file loaded once and every ``--config.field`` known to exist.
+        ``argv``, its config loaded once and every ``--config.field`` known to exist.
 
     Raises:
         CommandLineError: naming the nearest valid names.
         flags.Error: as absl raises it.
     """
-    argv = _expanded(argv)
+    if argv[1:] and argv[1] in MODES:
+        argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
+    argv = _expand_mesh(argv)
     path = config_path(argv)
-    if path is None and "--help" not in argv:
+    if path is None:
         flags.FLAGS(argv, known_only=True)
         values = flags.FLAGS
         if values.mode != "train" and values.workdir is not None:
@@ -60,14 +54,16 @@ def with_config(argv: list[str]) -> list[str]:
                 raise CommandLineError(
                     f"{values.workdir} holds no run (no config.json); train one first"
                 )
-            path = f"{__file__}:{values.workdir}"
+            path = f"{__file__}:{_SAVED}{values.workdir}"
             argv = [argv[0], f"--config={path}", *argv[1:]]
+    elif path.split(":", 1)[0] in presets.PRESETS and not pathlib.Path(path).is_file():
+        argv, path = _replace_config(argv, f"{__file__}:{path}"), f"{__file__}:{path}"
     overrides = [m.group(1) for a in argv[1:] if (m := _OVERRIDE.match(a))]
     if path is None:
         if overrides:
             raise CommandLineError(
                 f"--config.{overrides[0]} changes a setting of a config; give --config=FILE before "
-                "it, as in experiments/configs/quickstart.py"
+                "it, as in --config=quickstart"
             )
         return argv
     config = load(path)
@@ -76,13 +72,13 @@ def with_config(argv: list[str]) -> list[str]:
     return argv
 
 
-def _expanded(argv: list[str]) -> list[str]:
+def _expand_mesh(argv: list[str]) -> list[str]:
     """``--config.mesh=data=2,fsdp=4`` as one override for each axis."""
-    found = []
+    expanded = []
     for argument in argv:
         match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
         if match is None:
-            found.append(argument)
+            expanded.append(argument)
             continue
         for part in match.group(1).split(","):
             axis = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part)
@@ -91,8 +87,8 @@ def _expanded(argv: list[str]) -> list[str]:
                     f"{argument}: a mesh is written as --config.mesh=data=2,fsdp=4,tensor=1, with "
                     "-1 for the axis data to take the devices that are left"
                 )
-            found.append(f"--config.mesh.{axis[1]}={axis[2]}")
-    return found
+            expanded.append(f"--config.mesh.{axis[1]}={axis[2]}")
+    return expanded
 
 
 def config_path(argv: list[str]) -> str | None:
@@ -104,23 +100,44 @@ def config_path(argv: list[str]) -> str | None:
     return None
 
 
+def _replace_config(argv: list[str], path: str) -> list[str]:
+    """``argv`` with another value of ``--config``."""
+    replaced, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif re.fullmatch(r"--?config(?:=.*)?", argument, re.DOTALL):
+            replaced.append(f"--config={path}")
+            skip = "=" not in argument
+        else:
+            replaced.append(argument)
+    return replaced
+
+
 def load(path: str) -> ConfigDict:
     """The config of ``FILE.py`` or ``FILE.py:ARGUMENT``.
 
     Raises:
         CommandLineError: if there is no such file, or it refuses its argument.
     """
-    file = pathlib.Path(path.split(":", 1)[0])
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")])
-        hint = f"; did you mean {' or '.join(str(file.with_name(name)) for name in near)}?"
-        raise CommandLineError(f"--config: there is no file {file}{hint if near else ''}")
+    file, _, argument = path.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise CommandLineError(f"--config: {_missing(pathlib.Path(file))}")
     try:
         return flags.FLAGS["config"].parser.parse(path)
     except ValueError as error:
         # ml_collections puts a whole traceback into the message; its last line is the error's own.
         reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        raise CommandLineError(f"--config={path}: {reason}") from error
+        shown = argument if file == __file__ else path
+        raise CommandLineError(f"--config={shown}: {reason}") from error
+
+
+def _missing(file: pathlib.Path) -> str:
+    if file.suffix != ".py" and len(file.parts) == 1:
+        return presets.unknown(str(file))
+    near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")])
+    hint = f"; did you mean {' or '.join(str(file.with_name(name)) for name in near)}?"
+    return f"there is no file {file}{hint if near else ''}"
 
 
 def check_field(config: ConfigDict, name: str) -> None:

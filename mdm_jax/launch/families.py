@@ -30,7 +30,6 @@ from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.schedules import grids
-from mdm_jax.schedules import masked as masked_schedules
 from mdm_jax.types import Array
 
 Record = dict[str, Any]
@@ -382,10 +381,14 @@ def masked_schedule(
     name: str, section: Mapping[str, Any], field: str, others: tuple[str, ...] = ()
 ) -> schedules.MaskedSchedule:
     """A masked schedule by name, with its settings; ``others`` are named in an error too."""
-    if name not in names.GAUSSIAN_LAWS:  # whose error names the module that they are in
-        lookup(dict.fromkeys((*names.LAWS, *others)), name, field)
+    if name in names.GAUSSIAN_LAWS and name not in names.LAWS:
+        raise ValueError(
+            f"{field}: {name!r} is a Gaussian schedule, gaussian.schedules.{name}; masked ones are "
+            f"{', '.join(sorted(names.LAWS))}"
+        )
+    factory = lookup({**names.LAWS, **dict.fromkeys(others)}, name, field)
     try:
-        return masked_schedules.by_name(name, **settings(section, name))
+        return factory(**settings(section, name))
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
 

@@ -1,20 +1,28 @@
-"""Trains, evaluates, samples and measures variance from the command line.
+"""Train, evaluate, sample and measure the variance of diffusion models.
 
-Start a run, and resume it with the same line:
+  mdm train    --config=quickstart --workdir=runs/mine   (the same line resumes)
+  mdm evaluate --workdir=runs/mine     held-out bound, accuracy
+  mdm sample   --workdir=runs/mine     texts or pictures
+  mdm variance --workdir=runs/mine     gradient variance of training methods
 
-  python -m experiments.launch --config=experiments/configs/quickstart.py --workdir=runs/mine
+--config is a file or a built-in config: quickstart, text_ar, text_block:16,
+text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian; each also has
+the variant :smoke, of seconds. A finished run has its own config.
 
-Change any setting: --config.train.steps=2000 --config.variance.order="('stratified',)"
-Own text:           --config.data.source=text --config.data.path=FILE
-Evaluate, sample, or measure the variance of training methods: --workdir=runs/mine
---mode=evaluate (or sample, variance). The config is the run's own unless --config is given;
---config.evaluate.*, --config.sample.* and --config.measure.* are free.
+Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
+Own text:   --config.data.source=text --config.data.path=FILE
+Devices:    --config.mesh=data=2,fsdp=4,tensor=1
+Free in every mode: --config.evaluate.*, --config.sample.*, --config.measure.*
 
-Devices:            --config.mesh=data=2,fsdp=4,tensor=1
-Several processes:  found by themselves under Slurm and on TPUs; elsewhere, for each process,
---coordinator_address=HOST:PORT --num_processes=N --process_id=I (docs/scaling.md).
-
---verbosity=1 shows where an error came from.
+Flags:
+  --workdir: directory of the run, made if missing
+  --mode: train, evaluate, sample or variance, as in the first word
+  --allow_config_change: go on in a workdir whose run has another config
+  --compilation_cache_dir: compiled programs, kept for the next start; by default
+    below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for no cache
+  --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of several
+    processes; found by itself under Slurm and on TPUs (docs/scaling.md)
+  --verbosity=1: show where an error came from; --helpfull: all flags
 """
 
 import contextlib
@@ -27,25 +35,26 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from mdm_jax import launch
-from mdm_jax.launch import command_line, measure, startup, train
-from mdm_jax.launch.experiment import Experiment, make_experiment
+from mdm_jax.launch import command_line, evaluate, measure, startup, train
+from mdm_jax.launch.build import Experiment, make_experiment
+from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.sample import format_samples
+from mdm_jax.launch.variance_report import format_table
 from mdm_jax.launch.workdir import WorkdirError, check, claim
 from mdm_jax.training.checkpoint_store import CheckpointError
 from mdm_jax.training.interrupt import Interrupt, Interrupted
 from mdm_jax.training.loop import TrainingStopped
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, as in experiments/configs/quickstart.py or quickstart.py:smoke."
+    "config", None, "Config: a built-in one, as in quickstart:smoke, or a file."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "sample", "variance"],
+    command_line.MODES,
     "What to do; train ends with a report, variance measures methods on a trained or fresh model.",
 )
 _ALLOW = flags.DEFINE_bool(
@@ -67,8 +76,18 @@ _CACHE = flags.DEFINE_string(
     "$JAX_COMPILATION_CACHE_DIR; '' for no cache.",
 )
 _STARTED = time.monotonic()
+_ARGUMENTS: list[str] = []
+"""The command line as it was typed."""
 
-_USER_ERRORS = (ValueError, OSError, ImportError, WorkdirError, CheckpointError, TrainingStopped)
+_USER_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    MemoryError,  # with advice, from compiling the step
+    WorkdirError,
+    CheckpointError,
+    TrainingStopped,
+)
 _STOPPED = 130  # what shells report after Ctrl-C
 
 
@@ -77,22 +96,19 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells a story at every save
+        logging.set_verbosity(logging.WARNING)  # Orbax logs every save
     if _WORKDIR.value is None:
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None:
-        return _fail("--config is required to train, as in experiments/configs/quickstart.py")
+        return _fail("--config is required to train, as in --config=quickstart")
     try:
         startup.use_compilation_cache(_CACHE.value)
         startup.start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     except (ValueError, RuntimeError) as error:
         return _fail(str(error))
-    if jax.process_count() == 1:
-        return _run_alone(pathlib.Path(_WORKDIR.value))
-    return _run_as_one_of_several(pathlib.Path(_WORKDIR.value))
-
-
-def _run_alone(workdir: pathlib.Path) -> int:
+    workdir = pathlib.Path(_WORKDIR.value)
+    if jax.process_count() > 1:
+        return _run_as_one_of_several(workdir)
     try:
         return _run(workdir)
     except KeyboardInterrupt:
@@ -102,7 +118,10 @@ def _run_alone(workdir: pathlib.Path) -> int:
 def _run(workdir: pathlib.Path) -> int:
     try:
         check(workdir, _CONFIG.value, _ALLOW.value)
-        experiment = _build(_CONFIG.value)
+        try:
+            experiment = make_experiment(_CONFIG.value)
+        except TypeError as error:
+            raise ValueError(str(error)) from error  # a setting of the wrong kind
         return _MODES[_MODE.value](experiment, workdir)
     except _USER_ERRORS as error:
         logging.debug("where it came from:", exc_info=True)
@@ -110,7 +129,7 @@ def _run(workdir: pathlib.Path) -> int:
 
 
 def _run_as_one_of_several(workdir: pathlib.Path) -> int:
-    """As :func:`_run`; only process 0 speaks, and one that fails ends the others too."""
+    """As :func:`_run`; only process 0 prints, and one that fails ends the others too."""
     if _MODE.value == "variance":
         return _fail("--mode=variance runs in one process; start it with --num_processes=1")
     try:
@@ -131,23 +150,13 @@ def _run_as_one_of_several(workdir: pathlib.Path) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends one of several processes that the others do not know to be ending.
+    """Ends one of several processes at once: leaving properly would wait for the others.
 
-    Leaving properly would wait for processes that wait for this one. Its closed connections, or
-    missing heartbeats, tell them.
+    Its closed connections, or missing heartbeats, tell them.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _build(config: ConfigDict) -> Experiment:
-    try:
-        experiment = make_experiment(config)
-        train.check_settings(experiment)
-    except TypeError as error:
-        raise ValueError(str(error)) from error  # a setting of the wrong kind
-    return experiment
 
 
 def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
@@ -155,7 +164,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
     with Interrupt() as interrupt:
         try:
             if train.train(experiment, workdir, interrupt, _ALLOW.value, _STARTED):
-                print(train.report(experiment, workdir, interrupt.check))
+                print(evaluate.report(experiment, workdir, interrupt.check))
                 return 0
         except Interrupted:
             pass  # during the final evaluation; training itself is saved
@@ -163,39 +172,46 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
     return _STOPPED
 
 
-def _variance(experiment: Experiment, workdir: pathlib.Path) -> int:
-    c = dict(experiment.config.measure)
-    names = c.pop("methods")
-    methods = measure.named(names) if names else None
-    claim(workdir, experiment.config)
-    record = measure.measure(experiment, workdir, methods, measure.Settings(**c))
-    print(launch.format_table(record))
-    print(f"written to {', '.join(map(str, record['files']))}")
-    return 0
-
-
 def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
-    record = train.evaluate(experiment, workdir)
+    record = evaluate.evaluate(experiment, workdir)
     error = record["standard_error_bits_per_unit"]
     print(
         f"{record['split']}: {record['bits_per_unit']:.4f}"
         + (f" ± {error:.4f}" if error is not None else "")
         + f" bits per {record['unit']}; all numbers in {workdir / 'evaluation.json'}"
     )
-    for line in experiment.process.details(record):
+    for line in experiment.family.details(record):
         print(line)
     return 0
 
 
 def _sample(experiment: Experiment, workdir: pathlib.Path) -> int:
-    drawn = train.sample(experiment, workdir)
+    drawn = evaluate.sample(experiment, workdir)
     if drawn["samples"]:
         print(format_samples(drawn["samples"]))
     print(f"written to {', '.join(drawn['files'])}")
     return 0
 
 
+def _variance(experiment: Experiment, workdir: pathlib.Path) -> int:
+    c = dict(experiment.config.measure)
+    names = c.pop("methods")
+    methods = measure.named(names) if names else None
+    claim(workdir, experiment.config)
+    record = measure.measure(experiment, workdir, methods, MeasureSettings(**c))
+    print(format_table(record))
+    print(f"written to {', '.join(map(str, record['files']))}")
+    return 0
+
+
+_MODES = {"train": _train, "evaluate": _evaluate, "sample": _sample, "variance": _variance}
+
+
 def _parse(argv: list[str]) -> list[str]:
+    _ARGUMENTS[:] = argv
+    if {"--help", "-help", "-h"} & {*argv[1:]}:
+        print(__doc__)
+        sys.exit(1)  # absl's status for --help
     try:
         # ml_collections reads the overrides from sys.argv, whatever it is given.
         sys.argv = command_line.with_config(argv)
@@ -207,7 +223,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "experiments.launch", *sys.argv[1:]])
+    """The command line as it was typed."""
+    program = pathlib.Path(_ARGUMENTS[0]).name
+    start = {
+        "mdm": ["mdm"],
+        "__main__.py": ["python", "-m", "mdm_jax.launch"],
+    }.get(program, ["python", "-m", "experiments.launch"])
+    return shlex.join([*start, *_ARGUMENTS[1:]])
 
 
 def _stopped_at_once() -> int:
@@ -218,9 +240,6 @@ def _stopped_at_once() -> int:
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-_MODES = {"train": _train, "evaluate": _evaluate, "sample": _sample, "variance": _variance}
 
 
 def run() -> None:

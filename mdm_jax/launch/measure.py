@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from mdm_jax import data, rng, sharding, variance
-from mdm_jax import meter as mdm_jax_meter
-from mdm_jax.launch import build as launch_build
-from mdm_jax.launch import build_masked
-from mdm_jax.launch.experiment import Experiment, open_workdir
-from mdm_jax.launch.variance_report import BASELINE, format_table, recommend, write_report
+from mdm_jax import data, meter, rng, sharding, variance
+from mdm_jax.launch.build import Experiment, open_workdir
+from mdm_jax.launch.config import MeasureSettings
+from mdm_jax.launch.names import lookup
+from mdm_jax.launch.variance_report import BASELINE, Result, recommend, write_report
 from mdm_jax.launch.workdir import write_json
-from mdm_jax.meter.decompose import Decomposition
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.meter.subject import Estimator, Subject
@@ -35,17 +33,14 @@ from mdm_jax.variance.epr import fit_epr
 from mdm_jax.variance.moments import level_variance, second_moment
 from mdm_jax.variance.transform import Phase, VarianceTransform
 
-__all__ = ["METHODS", "Method", "Settings", "format_table", "measure", "named"]
-
 CONFIGURED = "this run"
 """The chain, process and state that the run itself trains with."""
 
-
 _MASKED_ONLY = ("bernoulli", "rao_blackwell")
-"""Processes that are methods by themselves, and mean nothing for Gaussian diffusion."""
+"""Corruptions that are methods by themselves, and mean nothing for other processes."""
 
 _INVERSE_RATES = ("bernoulli", "bernoulli_shifted_logit")
-"""Processes with weights 1/m."""
+"""Corruptions with weights 1/m."""
 
 _INFINITE = (
     "weights 1/m under a density that stays bounded down to m = 0 have infinite variance, whatever "
@@ -59,21 +54,21 @@ class Method(NamedTuple):
     """A method to be measured.
 
     Attributes:
-        build: from the levels measured under its process to a transform; most ignore them.
-        corruption: name of the process in ``build_masked.CORRUPTIONS``, or None for the run's own.
+        build: from the levels measured under its corruption to a transform; most ignore them.
+        corruption: its name in the config, or None for the run's own.
     """
 
     build: Callable[[LevelTable], VarianceTransform]
     corruption: str | None = "fixed_count"
 
 
-def _fixed(*factories: Callable[[], VarianceTransform]) -> Callable:
-    return lambda _table: variance.chain(*(factory() for factory in factories))
+def _fixed(*factories: Callable[[], VarianceTransform], corruption="fixed_count") -> Method:
+    return Method(lambda _table: variance.chain(*(factory() for factory in factories)), corruption)
 
 
 def _binned(table: LevelTable, target: Callable) -> VarianceTransform:
     edges = log_spaced_edges(16)
-    moments = mdm_jax_meter.binned_moments(table, table.gradient, edges)
+    moments = meter.binned_moments(table, table.gradient, edges)
     return variance.ppots_binned(edges, target(moments))
 
 
@@ -90,94 +85,59 @@ def _stratified_binned(table: LevelTable) -> VarianceTransform:
 
 
 _online = functools.partial(variance.ppots, num_bins=16, warmup_steps=10, decay=0.99)
-_slopes = functools.partial(variance.ppots_slopes, num_bins=16, warmup_steps=10)
-_ema = functools.partial(variance.ema_bins, num_bins=16, warmup_steps=10)
-_history = functools.partial(variance.loss_history, num_bins=16)
-_clipped = functools.partial(variance.clipped, 0.3, 0.8)
-_mixture = functools.partial(variance.clipped_mixture, 0.3, 0.8, 0.3)
+_by_logits = functools.partial(variance.ppots_slopes, num_bins=16, warmup_steps=10)
 
 METHODS: dict[str, Method] = {
-    BASELINE: Method(_fixed(variance.identity)),
-    "stratified": Method(_fixed(variance.stratified)),
-    "systematic": Method(_fixed(variance.systematic)),
-    "antithetic pairs": Method(_fixed(variance.antithetic_pairs)),
-    "coarse strata": Method(_fixed(variance.coarse_strata)),
-    "stratified levels": Method(_fixed(variance.stratified_levels)),
-    "repeat": Method(_fixed(variance.repeat)),
-    "mirror": Method(_fixed(variance.mirror)),
-    "complement": Method(_fixed(variance.complement)),
-    "rotate, 4 views": Method(_fixed(functools.partial(variance.rotate, 4))),
-    "rotate ranks, 4 views": Method(_fixed(functools.partial(variance.rotate_ranks, 4))),
-    "stratified, mirror": Method(_fixed(variance.stratified, variance.mirror)),
-    "stratified, rotate ranks": Method(_fixed(variance.stratified, variance.rotate_ranks)),
-    "ppots": Method(_fixed(_online)),
+    BASELINE: _fixed(variance.identity),
+    "stratified": _fixed(variance.stratified),
+    "systematic": _fixed(variance.systematic),
+    "antithetic pairs": _fixed(variance.antithetic_pairs),
+    "coarse strata": _fixed(variance.coarse_strata),
+    "stratified levels": _fixed(variance.stratified_levels),
+    "repeat": _fixed(variance.repeat),
+    "mirror": _fixed(variance.mirror),
+    "complement": _fixed(variance.complement),
+    "rotate, 4 views": _fixed(functools.partial(variance.rotate, 4)),
+    "rotate ranks, 4 views": _fixed(functools.partial(variance.rotate_ranks, 4)),
+    "stratified, mirror": _fixed(variance.stratified, variance.mirror),
+    "stratified, rotate ranks": _fixed(variance.stratified, variance.rotate_ranks),
+    "ppots": _fixed(_online),
     "ppots, parametric": Method(_parametric),
-    "ppots, slopes": Method(_fixed(_slopes)),
-    "stratified, ppots slopes": Method(_fixed(variance.stratified, _slopes)),
+    "ppots, slopes": _fixed(_by_logits),
+    "stratified, ppots slopes": _fixed(variance.stratified, _by_logits),
     "ppots, binned": Method(lambda table: _binned(table, second_moment)),
     "stratified, ppots binned": Method(_stratified_binned),
     "stratified, ppots binned, mirror": Method(
         lambda table: variance.chain(_stratified_binned(table), variance.mirror())
     ),
-    "ema bins": Method(_fixed(_ema)),
-    "loss history": Method(_fixed(_history)),
-    "learned quantile": Method(_fixed(variance.learned_quantile)),
-    "clipped": Method(_fixed(_clipped)),
-    "clipped mixture": Method(_fixed(_mixture)),
-    "rao-blackwell": Method(_fixed(variance.identity), "rao_blackwell"),
-    "rao-blackwell, complement": Method(_fixed(variance.complement), "rao_blackwell"),
-    "bernoulli": Method(_fixed(variance.identity), "bernoulli"),
-    "bernoulli, log-uniform": Method(_fixed(variance.log_uniform), "bernoulli"),
-    "bernoulli, ppots": Method(_fixed(_online), "bernoulli"),
+    "ema bins": _fixed(functools.partial(variance.ema_bins, num_bins=16, warmup_steps=10)),
+    "loss history": _fixed(functools.partial(variance.loss_history, num_bins=16)),
+    "learned quantile": _fixed(variance.learned_quantile),
+    "clipped": _fixed(functools.partial(variance.clipped, 0.3, 0.8)),
+    "clipped mixture": _fixed(functools.partial(variance.clipped_mixture, 0.3, 0.8, 0.3)),
+    "rao-blackwell": _fixed(variance.identity, corruption="rao_blackwell"),
+    "rao-blackwell, complement": _fixed(variance.complement, corruption="rao_blackwell"),
+    "bernoulli": _fixed(variance.identity, corruption="bernoulli"),
+    "bernoulli, log-uniform": _fixed(variance.log_uniform, corruption="bernoulli"),
+    "bernoulli, ppots": _fixed(_online, corruption="bernoulli"),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How much to measure.
-
-    Attributes:
-        rows, levels_per_row, masks_per_level, probes: design of the decomposition.
-        grid_rows, grid_levels, grid_masks: design of the statistics by level.
-        groups, redraws, data_batches: design of the batch gradient's variance; with as many
-            batches as groups the standard errors cover the choice of the batches.
-        warm_up: batches that an adaptive transform learns from before it is measured.
-        chunk: rows of a forward call in the decomposition.
-    """
-
-    rows: int = 32
-    levels_per_row: int = 4
-    masks_per_level: int = 2
-    probes: int = 2
-    grid_rows: int = 16
-    grid_levels: int = 12
-    grid_masks: int = 4
-    groups: int = 8
-    redraws: int = 12
-    data_batches: int = 8
-    warm_up: int = 50
-    chunk: int = 32
-
-
-def named(names: Iterable[str]) -> dict[str, Method]:
-    """The methods of those names, the baseline first.
-
-    Raises:
-        ValueError: naming the nearest valid names.
-    """
-    wanted = [BASELINE, *(name for name in names if name not in (BASELINE, CONFIGURED))]
-    return {name: launch_build.lookup(METHODS, name, "variance methods") for name in wanted}
+def named(methods: Iterable[str]) -> dict[str, Method]:
+    """The methods of those names, the baseline first; ValueError with close matches."""
+    wanted = [BASELINE, *(name for name in methods if name not in (BASELINE, CONFIGURED))]
+    return {name: lookup(METHODS, name, "variance methods") for name in wanted}
 
 
 def measure(
     experiment: Experiment,
     workdir: pathlib.Path,
     methods: Mapping[str, Method] | None = None,
-    settings: Settings | None = None,
+    settings: MeasureSettings | None = None,
 ) -> dict[str, Any]:
     """Measures every method, writes ``variance/`` below the working directory, returns the record.
 
-    All methods see the same parameters, rows and base noise. The run's own chain is always among
+    All methods get the same parameters, rows and base noise. The run's own chain is always among
     them. A method that cannot be built or measured is kept in the record with the reason.
 
     Args:
@@ -191,80 +151,39 @@ def measure(
     """
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")
-    settings = Settings() if settings is None else settings
-    chosen = {BASELINE: METHODS[BASELINE], **(METHODS if methods is None else methods)}
-    chosen[CONFIGURED] = Method(lambda _table: experiment.transform, None)
+    settings = MeasureSettings() if settings is None else settings
+    methods = {BASELINE: METHODS[BASELINE], **(METHODS if methods is None else methods)}
+    methods[CONFIGURED] = Method(lambda _table: experiment.transform, None)
     step, params, own_state = _parameters(experiment, workdir)
-    meter = _Meter(experiment, params, own_state, settings)
-    with tqdm.tqdm(total=len(chosen), unit="method") as bar:
+    bench = _Bench(experiment, params, own_state, settings)
+    with tqdm.tqdm(total=len(methods), unit="method") as bar:
         results = {}
-        for name, method in chosen.items():
+        for name, method in methods.items():
             bar.set_description(name)
-            results[name] = meter.method(name, method)
+            results[name] = bench.measure(name, method)
             bar.update(1)
     record = {
         "step": step,
         "parameters": "a fresh model" if step is None else f"a checkpoint of step {step}",
         "batch_size": experiment.spec.batch_size,
-        "levels_from": experiment.source_of_levels(),
+        "levels_from": experiment.family.levels_from,
         "settings": dataclasses.asdict(settings),
         "methods": {name: result.to_dict() for name, result in results.items()},
-        "levels": {name: table.to_dict() for name, table in meter.tables.items()},
+        "levels": {name: table.to_dict() for name, table in bench.tables.items()},
         "recommendation": recommend(results),
     }
     own = experiment.objective.corruption.name
     record["files"] = write_report(
-        workdir / "variance", record, results, meter.levels(own), experiment.process.LEVEL
+        workdir / "variance", record, results, bench.levels(own), experiment.family.noise_axis
     )
     write_json(workdir / "variance" / "variance.json", record)
     return record
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What was measured of one method.
-
-    Attributes:
-        chain: name of the transform.
-        corruption: name of the process.
-        bias: the worse label of objective and chain.
-        chain_bias: of the chain alone, what it adds to the objective's.
-        loss, gradient: A, B, C of one forward pass.
-        efficiency: of the batch gradient, data fixed.
-        training: of the batch gradient with rows drawn anew too, which is what the optimiser sees,
-            in batches of as many forward passes as the run has rows; None where the views do not
-            divide these.
-        density: (masking rates, density) that it draws from, None for the objective's own law.
-        refused: why it could not be measured, or an empty string; everything else is None then.
-    """
-
-    chain: str
-    corruption: str
-    bias: str
-    chain_bias: str = "exact"
-    loss: Decomposition | None = None
-    gradient: Decomposition | None = None
-    efficiency: Efficiency | None = None
-    training: Efficiency | None = None
-    density: tuple[np.ndarray, np.ndarray] | None = None
-    refused: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; the density stays with the plots."""
-        found: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("chain", "corruption", "bias", "chain_bias", "refused")
-        }
-        for name in ("loss", "gradient", "efficiency", "training"):
-            part = getattr(self, name)
-            found[name] = None if part is None else part.to_dict()
-        return found
-
-
-class _Meter:
+class _Bench:
     """Everything that the methods share: parameters, rows, batches and noise."""
 
-    def __init__(self, experiment: Experiment, params: PyTree, own_state, settings: Settings):
+    def __init__(self, experiment: Experiment, params: PyTree, own_state, settings):
         self.experiment, self.params, self.settings = experiment, params, settings
         self.own_state, self.tables, self.estimators = own_state, {}, {}
         source, size = experiment.dataset.train, experiment.spec.batch_size
@@ -281,11 +200,14 @@ class _Meter:
         self.pool = jax.tree.map(jnp.asarray, rows(settings.groups * size))
         self.warm_up = [place(rows(size)) for _ in range(min(settings.warm_up, 8))]
 
-    def method(self, name: str, method: Method) -> Result:
-        corruption = self._process(method)
+    def measure(self, name: str, method: Method) -> Result:
+        """What a method amounts to, or why it could not be measured."""
+        several = self.experiment.family.with_corruption is not None
+        own = self.experiment.objective.corruption.name
+        corruption = (method.corruption or own) if several else own
         result = Result(chain=name, corruption=corruption, bias="")
         try:
-            if corruption not in build_masked.CORRUPTIONS and method.corruption in _MASKED_ONLY:
+            if not several and method.corruption in _MASKED_ONLY:
                 raise ValueError(f"{method.corruption} masks are no method for {corruption}")
             objective = self.estimator(corruption).objective
             transform = method.build(self.levels(corruption))
@@ -299,77 +221,70 @@ class _Meter:
         except ValueError as error:
             return dataclasses.replace(result, refused=str(error))
 
-    def _process(self, method: Method) -> str:
-        own = self.experiment.objective.corruption.name
-        masked = self.experiment.config.process in ("masked", "block")
-        return (method.corruption or own) if masked else own
-
     def _measured(
         self, result: Result, objective: Objective, transform: VarianceTransform, own: bool
     ) -> Result:
-        settings, experiment = self.settings, self.experiment
-        spec = objective.spec(experiment.spec.batch_size, experiment.dataset.length)
+        s, experiment = self.settings, self.experiment
+        spec = self._spec(objective)
         state = transform.init(spec)
         if own and self.own_state is not None:
             state = self.own_state
         elif jax.tree.leaves(state):
-            state = self._warmed_up(objective, transform, state, spec)
+            state = self._warmed_up(objective, transform, state)
         estimator = self.estimator(result.corruption)
         subject = Subject(estimator, self.params, transform, state, spec)
         key = experiment.key(0, "variance")
-        loss, gradient = mdm_jax_meter.decompose_by_probes(
+        num_microbatches = experiment.config.train.num_microbatches
+        loss, gradient = meter.decompose_by_probes(
             subject,
             self.rows,
             rng.stream(key, "decompose"),
-            probes=settings.probes,
-            levels_per_row=settings.levels_per_row,
-            masks_per_level=settings.masks_per_level,
-            chunk=settings.chunk,
+            probes=s.probes,
+            levels_per_row=s.levels_per_row,
+            masks_per_level=s.masks_per_level,
+            chunk=s.chunk,
         )
-        figure = mdm_jax_meter.efficiency(
+        figure = meter.efficiency(
             subject,
             self.batches,
             rng.stream(key, "efficiency"),
-            groups=settings.groups,
-            redraws=settings.redraws,
-            num_microbatches=experiment.config.train.num_microbatches,
+            groups=s.groups,
+            redraws=s.redraws,
+            num_microbatches=num_microbatches,
         )
-        training_figure = self._while_training(subject)
+        training_figure = None
+        if spec.batch_size % transform.views == 0:  # rows drawn anew; a K-th of them under K views
+            rows = spec.batch_size // transform.views
+            training_figure = meter.efficiency_with_data(
+                dataclasses.replace(subject, spec=objective.spec(rows, experiment.dataset.length)),
+                self.pool,
+                rng.stream(key, "training"),
+                groups=s.groups,
+                redraws=s.redraws,
+                num_microbatches=math.gcd(rows, num_microbatches),
+            )
         if result.corruption in _INVERSE_RATES and inverse_rates_diverge(
             objective, transform, state, spec
         ):
             figure, training_figure = map(_infinite, (figure, training_figure))
         warps = any(t.phase == Phase.WARP for t in transform.members or (transform,))
-        density = (
-            mdm_jax_meter.warp_density(key, transform, state, spec, objective) if warps else None
-        )
         return dataclasses.replace(
             result,
             loss=loss,
             gradient=gradient,
             efficiency=figure,
             training=training_figure,
-            density=density,
+            density=meter.warp_density(key, transform, state, spec, objective) if warps else None,
         )
 
-    def _while_training(self, subject: Subject) -> Efficiency | None:
-        """Rows drawn anew; a K-th of them under K views."""
-        rows, settings = self.experiment.spec.batch_size, self.settings
-        if rows % subject.transform.views:
-            return None
-        rows //= subject.transform.views
-        spec = subject.estimator.objective.spec(rows, self.experiment.dataset.length)
-        return mdm_jax_meter.efficiency_with_data(
-            dataclasses.replace(subject, spec=spec),
-            self.pool,
-            rng.stream(self.experiment.key(0, "variance"), "training"),
-            groups=settings.groups,
-            redraws=settings.redraws,
-            num_microbatches=math.gcd(rows, self.experiment.config.train.num_microbatches),
-        )
+    def _spec(self, objective: Objective):
+        return objective.spec(self.experiment.spec.batch_size, self.experiment.dataset.length)
 
-    def _warmed_up(self, objective, transform, state: PyTree, spec) -> PyTree:
-        apply_fn = self.experiment.apply_fn
+    def _warmed_up(
+        self, objective: Objective, transform: VarianceTransform, state: PyTree
+    ) -> PyTree:
+        """The state after ``warm_up`` batches."""
+        apply_fn, spec = self.experiment.apply_fn, self._spec(objective)
 
         @jax.jit
         def learn(params: PyTree, state: PyTree, batch: Batch, key: Array) -> PyTree:
@@ -384,40 +299,32 @@ class _Meter:
         return state
 
     def estimator(self, corruption: str) -> Estimator:
-        """The run's objective over another process, compiled once for all methods."""
+        """The run's objective under a corruption, compiled once for all methods."""
         if corruption not in self.estimators:
-            config = self.experiment.config
-            objective = self.experiment.objective
+            family = self.experiment.family
+            objective = family.objective
             if corruption != objective.corruption.name:
-                changed = config.copy_and_resolve_references()
-                changed.corruption.name = corruption
-                objective = self.experiment.process.objective(changed, self.experiment.dataset)
-            self.estimators[corruption] = mdm_jax_meter.make_estimator(
-                self.experiment.apply_fn, objective
-            )
+                objective = family.with_corruption(corruption)
+            self.estimators[corruption] = meter.make_estimator(family.apply_fn, objective)
         return self.estimators[corruption]
 
     def levels(self, corruption: str) -> LevelTable:
-        """Loss and gradient by level under a process, measured once."""
+        """Loss and gradient by level under a corruption, measured once."""
         if corruption not in self.tables:
-            experiment, settings = self.experiment, self.settings
-            objective = self.estimator(corruption).objective
-            ends = (jax.nn.sigmoid(-jnp.asarray(end)) for end in objective.law.support)
-            highest, lowest = (float(end) for end in ends)
-            identity = variance.identity()
-            spec = objective.spec(experiment.spec.batch_size, experiment.dataset.length)
-            self.tables[corruption] = mdm_jax_meter.measure_levels(
-                Subject(
-                    self.estimator(corruption), self.params, identity, identity.init(spec), spec
-                ),
+            experiment, s = self.experiment, self.settings
+            estimator = self.estimator(corruption)
+            spec, identity = self._spec(estimator.objective), variance.identity()
+            highest, lowest = (
+                float(jax.nn.sigmoid(-jnp.asarray(end))) for end in estimator.objective.law.support
+            )
+            self.tables[corruption] = meter.measure_levels(
+                Subject(estimator, self.params, identity, identity.init(spec), spec),
                 self.grid_rows,
                 experiment.key(0, "levels"),
-                masking_rates=mdm_jax_meter.rate_grid(
-                    settings.grid_levels, max(lowest, 1e-2), min(highest, 1.0)
-                ),
-                masks_per_level=settings.grid_masks,
-                probes=settings.probes,
-                chunk=settings.chunk,
+                masking_rates=meter.rate_grid(s.grid_levels, max(lowest, 1e-2), min(highest, 1.0)),
+                masks_per_level=s.grid_masks,
+                probes=s.probes,
+                chunk=s.chunk,
             )
         return self.tables[corruption]
 

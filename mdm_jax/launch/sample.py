@@ -2,46 +2,87 @@
 
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mdm_jax import data, distributed, plots
-from mdm_jax.launch.experiment import Experiment, is_conditional
 from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.types import Array, Batch, PyTree
 
 MASK_TEXT = "▁"
 
 
-def prepare_samples(experiment: Experiment) -> Callable:
-    """The generator of the configured sampler.
+class Job(NamedTuple):
+    """A row to complete.
+
+    Attributes:
+        kind: "free", "infilled", "answer" or "prompt".
+        canvas: [L] tokens, the mask token where one is to be generated.
+        documents: [L], 0 outside the text.
+        original: [L] tokens of the held-out row that the canvas was made from, if any.
+    """
+
+    kind: str
+    canvas: np.ndarray
+    documents: np.ndarray
+    original: np.ndarray | None = None
+
+
+def make_jobs(
+    dataset: data.Dataset, source: data.RowSource, *, num_samples: int, gap: int, prompts: str
+) -> tuple[Job, ...]:
+    """Rows to complete, from the settings of ``sample``.
+
+    Args:
+        dataset: data of the run.
+        source: held-out rows.
+        num_samples: how many free samples, or answers where rows have prompts.
+        gap: length of the gap in the infilled passage; 0 for none.
+        prompts: file of texts, one a line, in place of both; "" for none.
 
     Raises:
-        ValueError, OSError: if a setting of ``sample``, or the file of prompts, cannot be used.
+        ValueError, OSError: if a setting or the file cannot be used.
     """
-    if experiment.config.sample.num_samples < 1:
-        raise ValueError(
-            f"sample.num_samples must be at least 1, got {experiment.config.sample.num_samples}"
-        )
-    if experiment.dataset.tokenizer is not None:
-        _text_jobs(experiment)
-    return experiment.generator()
+    if num_samples < 1:
+        raise ValueError(f"sample.num_samples must be at least 1, got {num_samples}")
+    blank = np.full(dataset.length, dataset.mask_id, np.int32)
+    everywhere = np.ones(dataset.length, np.int32)
+    if dataset.tokenizer is None:
+        return (Job("picture", blank, everywhere),) * num_samples
+    if prompts:
+        return _prompt_jobs(pathlib.Path(prompts), dataset)
+    if _has_prompts(dataset):
+        rows = (source[int(i)] for i in range(min(num_samples, len(source))))
+        return tuple(_fill_in_job("answer", row, None, dataset) for row in rows)
+    jobs = (Job("free", blank, everywhere),) * num_samples
+    if gap:
+        jobs += (_fill_in_job("infilled", source[len(source) // 2], gap, dataset),)
+    return jobs
 
 
 def show_samples(
-    experiment: Experiment,
+    dataset: data.Dataset,
+    jobs: Sequence[Job],
+    generate: Callable[..., Array],
     workdir: pathlib.Path,
     step: int,
     params: PyTree,
     key: Array,
     writer: MetricWriter | None = None,
-    generate: Callable | None = None,
 ) -> dict[str, Any]:
     """Draws samples and writes them below ``workdir/samples``, never over older ones.
 
-    ``generate`` is a :func:`prepare_samples` from before, which need not be compiled again.
+    Args:
+        dataset: data of the run.
+        jobs: rows to complete.
+        generate: ``generate(params, key, canvas, documents) -> tokens``.
+        workdir: directory of the run.
+        step: of the parameters.
+        params: parameters.
+        key: typed key.
+        writer: gets the samples too.
 
     Returns:
         {"samples": [record, ...], "files": [path, ...]}; a text record has "kind" ("free",
@@ -53,14 +94,18 @@ def show_samples(
     stem = distributed.from_first(
         _free_stem(directory, f"step-{step}") if distributed.is_first() else None
     )
-    generate = generate or prepare_samples(experiment)
-    if experiment.dataset.tokenizer is None:
-        return _show_pictures(experiment, generate, params, key, directory / stem, step, writer)
-    jobs = _text_jobs(experiment)
-    canvas = np.stack([job["canvas"] for job in jobs])
-    documents = np.stack([job["documents"] for job in jobs])
+    canvas = np.stack([job.canvas for job in jobs])
+    documents = np.stack([job.documents for job in jobs])
     tokens = distributed.to_host(generate(params, key, canvas, documents))
-    records = [_text_record(job, row, experiment.dataset) for job, row in zip(jobs, tokens)]
+    if dataset.tokenizer is None:
+        pictures = tokens.reshape(len(jobs), *dataset.event_shape) / (dataset.mask_id - 1)
+        image, path = plots.picture_grid(pictures), directory / f"{stem}.png"
+        if distributed.is_first():
+            plots.save(lambda axes: plots.picture(axes, image), path, (4, 4))
+        if writer is not None:
+            writer.image(step, "samples", image)
+        return {"samples": [], "files": [str(path)]}
+    records = [_text_record(job, row, dataset) for job, row in zip(jobs, tokens)]
     lines, text = directory / f"{stem}.jsonl", directory / f"{stem}.txt"
     if distributed.is_first():
         lines.write_text(
@@ -82,79 +127,52 @@ def format_samples(records: list[dict[str, str]]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _text_jobs(experiment: Experiment) -> list[dict[str, Any]]:
-    c, dataset = experiment.config.sample, experiment.dataset
-    if c.prompts:
-        return _prompt_jobs(pathlib.Path(c.prompts), dataset)
-    _, source = experiment.held_out(experiment.config.evaluate.final_split)
-    if is_conditional(dataset):
-        chosen = np.arange(min(c.num_samples, len(source)))
-        return [_fill_in_job("answer", source[int(i)], None, dataset) for i in chosen]
-    blank = np.full(dataset.length, dataset.mask_id, np.int32)
-    whole = np.ones(dataset.length, np.int32)
-    jobs = [{"kind": "free", "canvas": blank, "documents": whole}] * c.num_samples
-    if c.gap:
-        jobs.append(_fill_in_job("infilled", source[len(source) // 2], c.gap, dataset))
-    return jobs
+def _has_prompts(dataset: data.Dataset) -> bool:
+    """Whether rows have a part that is not eligible, such as a prompt."""
+    rows = data.gather(dataset.train, np.arange(min(64, len(dataset.train))))
+    return bool(np.any((np.asarray(rows.documents) > 0) & ~np.asarray(rows.eligible)))
 
 
-def _fill_in_job(kind: str, row: Batch, gap: int | None, dataset: data.Dataset) -> dict[str, Any]:
+def _fill_in_job(kind: str, row: Batch, gap: int | None, dataset: data.Dataset) -> Job:
     """A held-out row with its eligible tokens, or ``gap`` of them in the middle, masked."""
-    places = np.flatnonzero(row.eligible)
+    positions = np.flatnonzero(row.eligible)
     if gap is not None:
-        if not 0 < gap <= len(places):
-            raise ValueError(f"sample.gap must be in [0, {len(places)}], got {gap}")
-        start = (len(places) - gap) // 2
-        places = places[start : start + gap]
+        if not 0 < gap <= len(positions):
+            raise ValueError(f"sample.gap must be in [0, {len(positions)}], got {gap}")
+        start = (len(positions) - gap) // 2
+        positions = positions[start : start + gap]
     canvas = np.array(row.tokens)
-    canvas[places] = dataset.mask_id
-    return {"kind": kind, "canvas": canvas, "documents": row.documents, "original": row.tokens}
+    canvas[positions] = dataset.mask_id
+    return Job(kind, canvas, row.documents, row.tokens)
 
 
-def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset) -> list[dict[str, Any]]:
+def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset) -> tuple[Job, ...]:
     jobs = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         pieces = [dataset.tokenizer.encode(piece) for piece in line.split(MASK_TEXT)]
         mask = np.array([dataset.mask_id], np.int32)
-        canvas = np.concatenate([a for piece in pieces for a in (piece, mask)][:-1])
-        if len(canvas) > dataset.length:
+        prompt = np.concatenate([a for piece in pieces for a in (piece, mask)][:-1])
+        if len(prompt) > dataset.length:
             raise ValueError(
-                f"{path}:{number}: {len(canvas)} tokens do not fit a row of {dataset.length}; "
+                f"{path}:{number}: {len(prompt)} tokens do not fit a row of {dataset.length}; "
                 "shorten the line"
             )
-        rest = np.full(dataset.length - len(canvas), dataset.mask_id, np.int32)
-        whole = np.ones(dataset.length, np.int32)
-        canvas = np.concatenate([canvas, rest])
-        jobs.append({"kind": "prompt", "canvas": canvas, "documents": whole})
+        canvas = np.full(dataset.length, dataset.mask_id, np.int32)
+        canvas[: len(prompt)] = prompt
+        jobs.append(Job("prompt", canvas, np.ones(dataset.length, np.int32)))
     if not jobs:
         raise ValueError(f"{path}: the file is empty; write one prompt a line")
-    return jobs
+    return tuple(jobs)
 
 
-def _text_record(job: dict[str, Any], row: np.ndarray, dataset: data.Dataset) -> dict[str, str]:
-    shown = job["documents"] > 0
-    decode = dataset.tokenizer.decode
-    record = {"kind": job["kind"], "text": decode(row[shown], mask_text=MASK_TEXT)}
-    if np.any(job["canvas"][shown] != dataset.mask_id):
-        record["given"] = decode(job["canvas"][shown], mask_text=MASK_TEXT)
-    if "original" in job:
-        record["original"] = decode(job["original"][shown])
+def _text_record(job: Job, row: np.ndarray, dataset: data.Dataset) -> dict[str, str]:
+    shown, decode = job.documents > 0, dataset.tokenizer.decode
+    record = {"kind": job.kind, "text": decode(row[shown], mask_text=MASK_TEXT)}
+    if np.any(job.canvas[shown] != dataset.mask_id):
+        record["given"] = decode(job.canvas[shown], mask_text=MASK_TEXT)
+    if job.original is not None:
+        record["original"] = decode(job.original[shown])
     return record
-
-
-def _show_pictures(experiment, generate, params, key, stem, step, writer) -> dict[str, Any]:
-    dataset = experiment.dataset
-    count = experiment.config.sample.num_samples
-    canvas = np.full((count, dataset.length), dataset.mask_id, np.int32)
-    tokens = distributed.to_host(generate(params, key, canvas, np.ones_like(canvas)))
-    pictures = tokens.reshape(count, *dataset.event_shape) / (dataset.mask_id - 1)
-    image = plots.picture_grid(pictures)
-    path = stem.with_suffix(".png")
-    if distributed.is_first():
-        plots.save(lambda axes: plots.picture(axes, image), path, (4, 4))
-    if writer is not None:
-        writer.image(step, "samples", image)
-    return {"samples": [], "files": [str(path)]}
 
 
 def _free_stem(directory: pathlib.Path, stem: str) -> str:

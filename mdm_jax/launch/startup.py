@@ -1,4 +1,4 @@
-"""What comes before the first use of JAX: processes of a cluster, and the compilation cache."""
+"""Before the first use of JAX: processes of a cluster, and the compilation cache."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 
 HEARTBEAT_SECONDS = 60
-"""A process that was silent for so long counts as dead, and the others end."""
+"""A process that was silent for this long counts as dead, and the others end."""
 
 
 def start_processes(
@@ -16,54 +16,54 @@ def start_processes(
 ) -> None:
     """Joins the other processes of the run, if there are any.
 
-    Without arguments a cluster is looked for in the environment (:func:`detected`); without one
-    nothing happens. ``num_processes`` of 1 means not to look.
+    Without arguments JAX reads them from the cluster's environment, where there is one
+    (:func:`detected`). ``num_processes`` of 1 means not to look for a cluster.
 
     Raises:
-        ValueError: if only some arguments are given, or the cluster does not say what is missing.
+        ValueError: if only some arguments are given, or the cluster does not give the others.
     """
-    given = {
+    flags = {
         "--coordinator_address": coordinator_address,
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    missing = [name for name, value in given.items() if value is None]
+    missing = [name for name, value in flags.items() if value is None]
     if num_processes == 1 and coordinator_address is None:
         return
-    if not missing:
-        if not 0 <= process_id < num_processes:
-            raise ValueError(
-                f"--process_id must be in [0, {num_processes}) for --num_processes={num_processes},"
-                f" got {process_id}"
-            )
+    if 0 < len(missing) < len(flags):
+        raise ValueError(
+            f"several processes need {', '.join(flags)} together; {', '.join(missing)} is missing"
+        )
+    if not missing and not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id must be in [0, {num_processes}) for --num_processes={num_processes},"
+            f" got {process_id}"
+        )
+    cluster = detected(os.environ) if missing else "a run of several processes"
+    if cluster is None:
+        return
+    try:
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-        return
-    if len(missing) < len(given):
-        raise ValueError(
-            f"several processes need {', '.join(given)} together; {', '.join(missing)} is missing"
-        )
-    cluster = detected(os.environ)
-    if cluster is None:
-        return
-    try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
+        if not missing:
+            raise
         raise ValueError(
             f"this looks like a process of {cluster}, but it could not join the others ({error}). "
-            f"Give {', '.join(given)}, or --num_processes=1 for a run of its own"
+            f"Give {', '.join(flags)}, or --num_processes=1 for a run of its own"
         ) from error
 
 
 def detected(environment: Mapping[str, str]) -> str | None:
     """The kind of cluster that started this process as one of several, or None.
 
-    Only marks that a scheduler leaves are looked at, so a workstation never waits for anybody: a
-    shell inside a Slurm allocation, for one, is not a task of ``srun``.
+    ``jax.distributed.initialize`` finds the addresses, but fails on a workstation, warns or fails
+    in any Kubernetes pod and waits on a lone TPU machine; so it is called only where a scheduler
+    left its marks. A shell inside a Slurm allocation, for one, is not a task of ``srun``.
     """
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm) and _number(environment, "SLURM_NTASKS") > 1:

@@ -1,56 +1,32 @@
-"""The three modes of the launcher: train, evaluate, sample. Also called by notebooks and tests."""
+"""The mode ``train``: starts or resumes a run, and leaves everything needed to resume it."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import tqdm
-from ml_collections import ConfigDict
 
 from mdm_jax import data, distributed, training
-from mdm_jax.launch import build
-from mdm_jax.launch.accuracy import check_accuracy, measure_accuracy
-from mdm_jax.launch.experiment import (
-    Experiment,
-    checkpoint_directory,
-    load_parameters,
-    open_workdir,
+from mdm_jax.launch import names
+from mdm_jax.launch.build import Experiment, load_parameters, open_workdir
+from mdm_jax.launch.sample import show_samples
+from mdm_jax.launch.workdir import (
+    WorkdirError,
+    check,
+    check_source,
+    claim,
+    read_config,
+    training_lock,
 )
-from mdm_jax.launch.quality import check_quality, measure_quality
-from mdm_jax.launch.report import write_report
-from mdm_jax.launch.sample import prepare_samples, show_samples
-from mdm_jax.launch.warm_start import check_source, initial_state
-from mdm_jax.launch.workdir import WorkdirError, claim, read_config, training_lock, write_json
-from mdm_jax.launch.workdir import check as check_workdir
-from mdm_jax.meter.clip_search import ClipChoice, make_clip_search
+from mdm_jax.meter.clip_search import ClipChoice
 from mdm_jax.training.checkpoints import Restored
 from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.state import TrainState
 from mdm_jax.types import PyTree
 from mdm_jax.variance.warps import set_clip_range
-
-
-def check_settings(experiment: Experiment) -> None:
-    """Raises ValueError or OSError for settings that would first fail after hours of training."""
-    if experiment.config.train.keep_last < 1:
-        raise ValueError(
-            f"train.keep_last must be at least 1, got {experiment.config.train.keep_last}"
-        )
-    experiment.train_step()
-    c = experiment.config.evaluate
-    experiment.likelihood(c.passes, c.replicates)
-    experiment.likelihood(c.final_passes, c.final_replicates)
-    _, source = experiment.held_out(c.final_split)
-    experiment.batches(source, c.max_rows)
-    prepare_samples(experiment)
-    check_accuracy(experiment)
-    if experiment.config.sample.quality_steps:
-        check_quality(experiment)
-    _clip_hook(experiment, pathlib.Path(), None)
-    _loop_options(experiment, pathlib.Path())
 
 
 def train(
@@ -60,7 +36,7 @@ def train(
     allow_config_change: bool = False,
     launched_at: float | None = None,
 ) -> bool:
-    """Trains, resuming where the directory's last whole checkpoint stands.
+    """Trains, resuming from the directory's last undamaged checkpoint.
 
     The directory becomes this config's (see ``workdir.claim``) once nothing stands in the way.
 
@@ -71,52 +47,50 @@ def train(
         WorkdirError, CheckpointError, TrainingStopped, ValueError: with a message for the user.
     """
     c = experiment.config
-    check_workdir(workdir, c, allow_config_change)
-    check_settings(experiment)
-    _check_start(experiment, workdir)
+    check(workdir, c, allow_config_change)
+    check_start(experiment, workdir)
     distributed.barrier("settings and directory are good")
     abstract = experiment.abstract_state()
     stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
     interrupt = interrupt or training.Interrupt()
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
-        if read_config(workdir) is None:
-            _claim(workdir, c)
+        if read_config(workdir) is None and distributed.is_first():
+            claim(workdir, c)
         distributed.barrier("directory claimed")
         _check_shared(workdir)
         stack.enter_context(training_lock(workdir))
-        checkpoints = training.Checkpoints(checkpoint_directory(workdir), c.train.keep_last)
+        checkpoints = training.Checkpoints(workdir / "checkpoints", c.train.keep_last)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore_last(abstract)
         if restored is None:
             state, progress = initial_state(experiment), {}
         else:
             state, progress = _continue(restored, stream, batches), restored.notes["progress"]
-        _claim(workdir, c)
         if distributed.is_first():
+            claim(workdir, c)
             _save_tokenizer(experiment, workdir)
-        start = int(jax.device_get(state.step))
+        start, compiled = int(jax.device_get(state.step)), None
         writer = _writer(workdir, start, progress)
         stack.callback(writer.close)
         if start < c.train.steps:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
-        if start < c.train.steps:
             print("compiling the step", flush=True)
-            step = training.compile_step(
-                experiment.train_step(),
-                abstract,
-                experiment.abstract_batch(),
-                experiment.placed_seed(),
+            compiled = training.compile_step(
+                experiment.step, abstract, experiment.abstract_batch(), experiment.placed_seed()
             )
-            print(step.describe(), flush=True)
+            print(compiled.describe(), flush=True)
+        options = dataclasses.replace(
+            experiment.loop, profile_directory=str(workdir / "profile"), launched_at=launched_at
+        )
         training.train(
-            step.call if start < c.train.steps else None,
+            compiled and compiled.call,
             state,
             batches,
-            options=_loop_options(experiment, workdir, launched_at),
+            options=options,
             checkpoints=checkpoints,
             writer=writer,
-            hooks=_hooks(experiment, workdir, writer),
+            hooks=make_hooks(experiment, workdir, writer),
             notes={"stream": stream},
             progress=progress,
             interrupt=interrupt,
@@ -124,65 +98,33 @@ def train(
     return not interrupt.stopping
 
 
-def evaluate(
-    experiment: Experiment,
-    workdir: pathlib.Path,
-    check: Callable[..., None] | None = None,
-) -> dict[str, Any]:
-    """Likelihood bound of the final split under the best parameters, and accuracy where answers can
-    be checked; written and returned."""
-    c = experiment.config.evaluate
-    step, params = load_parameters(experiment, workdir)
-    split, source = experiment.held_out(c.final_split)
-    rows = len(source) if not c.max_rows else min(c.max_rows, len(source))
-    silent = not distributed.is_first()
-    with tqdm.tqdm(total=rows, desc=f"evaluating {split}", unit="row", disable=silent) as bar:
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state at step 0, with the parameters of ``train.init_from`` if that names a run.
 
-        def progress(count: int) -> None:
-            if not silent:
-                bar.update(min(count, rows - bar.n))
-            if check is not None:
-                check()
+    A masked model goes on as a block or autoregressive model this way, since all of them are one
+    network under different attention masks. Optimiser, averages and variance transforms start
+    afresh.
 
-        result = experiment.likelihood(c.final_passes, c.final_replicates)(
-            params, experiment.key(0, "final"), experiment.batches(source, c.max_rows), progress
-        )
-    entropies = data.split_entropies(source, experiment.dataset.vocab_size, c.max_rows or None)
-    record = {
-        "step": step,
-        "split": split,
-        "unit": experiment.dataset.unit,
-        "unigram_bits_per_unit": entropies.unigram_per_unit,
-        "bigram_bits_per_unit": entropies.bigram_per_unit,
-        **experiment.process.record(result),
-        **measure_accuracy(experiment, params, check),
-    }
-    if distributed.is_first():
-        write_json(workdir / "evaluation.json", record)
-    return record
+    Raises:
+        WorkdirError: if there is no run, or its tokenizer numbers tokens otherwise.
+        CheckpointError: if it has no checkpoint, or one of another network.
+    """
+    source = experiment.config.train.init_from
+    if not source:
+        return experiment.initial_state()
+    directory = pathlib.Path(source)
+    check_source(directory, experiment.dataset.tokenizer, "train.init_from")
+    step, params = load_parameters(experiment, directory)
+    print(f"parameters of {directory}, step {step}", flush=True)
+    state = experiment.initial_state()
+    average = training.new_average(params, names.DTYPES[experiment.config.optimizer.ema_dtype])
+    return state.replace(params=params, ema=_placed_as(average, state.ema))
 
 
-def sample(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Draws samples under the best parameters; written to ``samples/`` and returned."""
-    step, params = load_parameters(experiment, workdir)
-    key = experiment.key(step, "sample")
-    drawn = show_samples(experiment, workdir, step, params, key)
-    if experiment.config.sample.quality_steps:
-        drawn["files"] += measure_quality(experiment, workdir, step, params, key)
-    return drawn
+def check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Raises WorkdirError for a run that cannot start from ``train.init_from``.
 
-
-def report(experiment: Experiment, workdir: pathlib.Path, check: Callable | None = None) -> str:
-    """Evaluates, samples, plots, and returns the text that ends a training run."""
-    record = evaluate(experiment, workdir, check)
-    drawn = sample(experiment, workdir)
-    return write_report(experiment, workdir, record, drawn) if distributed.is_first() else ""
-
-
-def _check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
-    """Raises WorkdirError for a run that is to start from another one and cannot.
-
-    One that has checkpoints goes on from these, wherever the other one is by now.
+    One that has checkpoints resumes from these, wherever the other run is by now.
     """
     source = experiment.config.train.init_from
     if not source:
@@ -191,12 +133,82 @@ def _check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
     started = bool(checkpoints.steps())
     checkpoints.close()
     if not started:
-        check_source(experiment, pathlib.Path(source), "train.init_from")
+        check_source(pathlib.Path(source), experiment.dataset.tokenizer, "train.init_from")
 
 
-def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    if distributed.is_first():
-        claim(workdir, config)
+def make_hooks(
+    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
+) -> training.Hooks:
+    """What the loop calls besides the step: evaluation, samples, monitors, the clip search."""
+    dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
+
+    def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
+        # The same key every time: differences between evaluations are not masking noise.
+        batches = experiment.batches(dataset.valid, max_rows)
+        result = experiment.validate(ema, experiment.key(0, "evaluate"), batches, check)
+        return _scalars(experiment.family.record(result))
+
+    def sample_step(step: int, ema: PyTree, check: Callable) -> None:
+        check()
+        key = experiment.key(step, "sample")
+        show_samples(dataset, experiment.jobs, experiment.generate, workdir, step, ema, key, writer)
+
+    @jax.jit
+    def monitor(state: TrainState) -> dict[str, jax.Array]:
+        return training.read_monitors(
+            experiment.monitors, state.monitors
+        ) | training.read_level_profile(
+            experiment.transform, state.variance, experiment.spec.num_levels
+        )
+
+    return training.Hooks(
+        evaluate_step if len(dataset.valid) else None,
+        sample_step,
+        monitor,
+        _adapt_hook(experiment, workdir, writer) if experiment.clip_search else None,
+    )
+
+
+def _adapt_hook(
+    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
+) -> Callable[..., TrainState]:
+    """Chooses the range of ``clipped_adaptive`` from validation rows.
+
+    Every choice goes to ``clip_search.jsonl`` with the scores of all ranges, and the range in use
+    is part of the state.
+    """
+    source, rows = experiment.dataset.valid, experiment.config.evaluate.batch_size
+    count = min(experiment.config.clip_search.batches, len(source) // rows)
+
+    def adapt(step: int, state: TrainState, check: Callable) -> TrainState:
+        choice = experiment.clip_search(
+            training.averaged(state),
+            list(experiment.batches(source, count * rows)),
+            experiment.key(step, "clip_search"),
+            step=step,
+            progress=lambda _: check(),
+        )
+        if distributed.is_first():
+            _append_choice(workdir / "clip_search.jsonl", choice)
+        writer.scalars(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
+        moved = set_clip_range(state.variance, choice.low, choice.high)
+        # Placed as before, so that the step is not compiled for another placement.
+        return state.replace(variance=_placed_as(moved, state.variance))
+
+    return adapt
+
+
+def _placed_as(new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: jax.device_put(n, o.sharding), new, old)
+
+
+def _append_choice(path: pathlib.Path, choice: ClipChoice) -> None:
+    """Adds a line; those of this step and later ones, from before a resume, are replaced."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < choice.step]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("\n".join([*kept, json.dumps(choice.to_dict()), ""]), "utf-8")
+    temporary.replace(path)
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
@@ -225,128 +237,13 @@ def _continue(restored: Restored, stream: dict[str, Any], batches: BatchStream) 
     return restored.state
 
 
-def _loop_options(
-    experiment: Experiment, workdir: pathlib.Path, launched_at: float | None = None
-) -> training.LoopOptions:
-    c = experiment.config.train
-    return training.LoopOptions(
-        total_steps=c.steps,
-        log_every=c.log_every,
-        evaluate_every=c.evaluate_every,
-        sample_every=c.sample_every,
-        checkpoint_every=c.checkpoint_every,
-        max_skipped_in_a_row=c.max_skipped_in_a_row,
-        tokens_per_step=c.batch_size * experiment.dataset.length * experiment.transform.views,
-        unit="char" if experiment.dataset.unit == "character" else "dim",
-        profile_at=c.profile_at,
-        profile_steps=c.profile_steps,
-        profile_directory=str(workdir / "profile"),
-        launched_at=launched_at,
-    )
-
-
-def _hooks(
-    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
-) -> training.Hooks:
-    c = experiment.config.evaluate
-    estimate = experiment.likelihood(c.passes, c.replicates)
-    source = experiment.dataset.valid
-    generate = prepare_samples(experiment)
-
-    def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
-        # The same key every time: differences between evaluations are not masking noise.
-        batches = experiment.batches(source, c.max_rows)
-        found = estimate(ema, experiment.key(0, "evaluate"), batches, check)
-        return _scalars(experiment.process.record(found))
-
-    def sample_step(step: int, ema: PyTree, check: Callable) -> None:
-        check()
-        key = experiment.key(step, "sample")
-        show_samples(experiment, workdir, step, ema, key, writer, generate)
-
-    return training.Hooks(
-        evaluate_step if len(source) else None,
-        sample_step,
-        _monitor_hook(experiment),
-        _clip_hook(experiment, workdir, writer),
-    )
-
-
-def _monitor_hook(experiment: Experiment) -> Callable:
-    monitors, transform, levels = (
-        experiment.monitors,
-        experiment.transform,
-        experiment.spec.num_levels,
-    )
-
-    @jax.jit
-    def read(state: TrainState) -> dict[str, jax.Array]:
-        return training.read_monitors(monitors, state.monitors) | training.read_level_profile(
-            transform, state.variance, levels
-        )
-
-    return read
-
-
-def _clip_hook(
-    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter | None
-) -> Callable | None:
-    """Chooses the range of ``clipped_adaptive`` from validation rows; None without it.
-
-    Every choice goes to ``clip_search.jsonl`` with the scores of all ranges, and the range in use
-    is part of the state.
-    """
-    c = experiment.config
-    if "clipped_adaptive" not in c.variance.order:
-        return None
-    criterion = build.lookup(build.CLIP_CRITERIA, c.clip_search.criterion, "clip_search.criterion")
-    source, rows = experiment.dataset.valid, c.evaluate.batch_size
-    count = min(c.clip_search.batches, len(source) // rows)
-    if count < 2:
-        raise ValueError(
-            f"clipped_adaptive is searched on at least 2 validation batches of {rows} rows "
-            f"(evaluate.batch_size, clip_search.batches = {c.clip_search.batches}), and there are "
-            f"{len(source)} rows; take smaller batches, or variance.clipped with a fixed range"
-        )
-    search = make_clip_search(
-        experiment.apply_fn,
-        experiment.objective,
-        (rows, experiment.dataset.length),
-        criterion=criterion,
-    )
-
-    def adapt(step: int, state: TrainState, check: Callable) -> TrainState:
-        batches = list(experiment.batches(source, count * rows))
-        key = experiment.key(step, "clip_search")
-        choice = search(
-            training.averaged(state), batches, key, step=step, progress=lambda _: check()
-        )
-        if distributed.is_first():
-            _append_choice(workdir / "clip_search.jsonl", choice)
-        writer.scalars(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
-        moved = set_clip_range(state.variance, choice.low, choice.high)
-        # Where the old range lay, so that the step is not compiled for another placement.
-        placed = jax.tree.map(lambda n, o: jax.device_put(n, o.sharding), moved, state.variance)
-        return state.replace(variance=placed)
-
-    return adapt
-
-
-def _append_choice(path: pathlib.Path, choice: ClipChoice) -> None:
-    """Adds a line; those of this step and later ones, from before a resume, are replaced."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] < choice.step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("\n".join([*kept, json.dumps(choice.to_dict()), ""]), "utf-8")
-    temporary.replace(path)
-
-
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    names = {
+    """The numbers of an evaluation that go to the metrics."""
+    fields = {
         "loss": "nats_per_element",
         "bits_per_unit": "bits_per_unit",
         "standard_error": "standard_error_bits_per_unit",
         "perplexity": "perplexity",
     }
-    found = {name: record[theirs] for name, theirs in names.items() if theirs in record}
-    return {name: float("nan") if value is None else value for name, value in found.items()}
+    values = {name: record[field] for name, field in fields.items() if field in record}
+    return {name: float("nan") if value is None else value for name, value in values.items()}

@@ -1,13 +1,16 @@
-"""What the mode ``variance`` says: a recommendation, a table, a CSV, and plots."""
+"""The output of the mode ``variance``: a recommendation, a table, a CSV, and plots."""
 
 import csv
+import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mdm_jax import meter, plots
+from mdm_jax.meter.decompose import Decomposition
+from mdm_jax.meter.efficiency import Efficiency
 from mdm_jax.meter.levels import LevelTable
 
 BASELINE = "independent"
@@ -40,6 +43,44 @@ COLUMNS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was measured of one method.
+
+    Attributes:
+        chain, corruption: names of the transform and of the corruption.
+        bias: the worse label of objective and chain.
+        chain_bias: of the chain alone, what it adds to the objective's.
+        loss, gradient: A, B, C of one forward pass.
+        efficiency: of the batch gradient, data fixed.
+        training: of the batch gradient with rows drawn anew too, as the optimiser gets it, in
+            batches of as many forward passes as the run has rows; None where the views do not
+            divide these.
+        density: (masking rates, density) that it draws from, None for the objective's own law.
+        refused: why it could not be measured, or ""; everything else is None then.
+    """
+
+    chain: str
+    corruption: str
+    bias: str
+    chain_bias: str = "exact"
+    loss: Decomposition | None = None
+    gradient: Decomposition | None = None
+    efficiency: Efficiency | None = None
+    training: Efficiency | None = None
+    density: tuple[np.ndarray, np.ndarray] | None = None
+    refused: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the density stays with the plots."""
+        names = ("chain", "corruption", "bias", "chain_bias", "refused")
+        record: dict[str, Any] = {name: getattr(self, name) for name in names}
+        for name in ("loss", "gradient", "efficiency", "training"):
+            part = getattr(self, name)
+            record[name] = None if part is None else part.to_dict()
+        return record
+
+
 def write_report(
     directory: pathlib.Path,
     record: Mapping[str, Any],
@@ -51,7 +92,7 @@ def write_report(
 
     Args:
         directory: made if missing.
-        record: from ``variance.measure``.
+        record: from ``measure.measure``.
         results: what was measured, by method.
         table: levels under the run's own process.
         level: label of the noise axis.
@@ -59,45 +100,24 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(directory / "variance.csv", record)
     measured = {name: result for name, result in results.items() if not result.refused}
-    height = 1.0 + 0.25 * len(measured)
-    drawn = {name: r.density for name, r in measured.items() if r.density is not None}
-    figures = {
-        "components_gradient": (
-            lambda axes: plots.component_bars(
-                axes, {name: r.gradient for name, r in measured.items()}, "gradient"
-            ),
-            (8, height),
-        ),
-        "components_loss": (
-            lambda axes: plots.component_bars(
-                axes, {name: r.loss for name, r in measured.items()}, "loss"
-            ),
-            (8, height),
-        ),
-        "efficiency": (
-            lambda axes: plots.efficiency_bars(
-                axes, {name: r.efficiency for name, r in measured.items()}
-            ),
-            (8, height),
-        ),
-        "levels_loss": (
-            lambda axes: plots.level_moments(axes, table, table.loss, "loss", level),
-            (6, 4),
-        ),
-        "levels_gradient": (
-            lambda axes: plots.level_moments(axes, table, table.gradient, "gradient", level),
-            (6, 4),
-        ),
-        "densities": (
-            lambda axes: plots.level_densities(axes, table, table.gradient, drawn, level),
-            (6, 4),
-        ),
-        "level_loss": (lambda axes: plots.level_loss(axes, table, level), (6, 4)),
-    }
+    densities = {name: r.density for name, r in measured.items() if r.density is not None}
     paths = [directory / "variance.json", directory / "variance.csv"]
-    for name, (draw, size) in figures.items():
+
+    def draw(name: str, size: tuple[float, float], plot: Callable, *arguments: Any) -> None:
         paths.append(directory / f"{name}.png")
-        plots.save(draw, paths[-1], size)
+        plots.save(lambda axes: plot(axes, *arguments), paths[-1], size)
+
+    bars, curve = (8, 1.0 + 0.25 * len(measured)), (6, 4)
+    for of in ("gradient", "loss"):
+        parts = {name: getattr(result, of) for name, result in measured.items()}
+        draw(f"components_{of}", bars, plots.component_bars, parts, of)
+    figures = {name: result.efficiency for name, result in measured.items()}
+    draw("efficiency", bars, plots.efficiency_bars, figures)
+    for of in ("loss", "gradient"):
+        moments = getattr(table, of)
+        draw(f"levels_{of}", curve, plots.level_moments, table, moments, of, level)
+    draw("densities", curve, plots.level_densities, table, table.gradient, densities, level)
+    draw("level_loss", curve, plots.level_loss, table, level)
     return [str(path) for path in paths]
 
 

@@ -1,7 +1,4 @@
-"""A run's working directory: which config it belongs to, and what made it.
-
-One trainer at a time in a working directory.
-"""
+"""A run's working directory: the config that it belongs to, what made it, and who trains in it."""
 
 import contextlib
 import datetime
@@ -18,19 +15,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mdm_jax import distributed
+from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mdm_jax.launch import config as launch_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
-
 FREE_SECTIONS = ("evaluate", "measure", "mesh", "sample")
-"""Sections that say how a model is looked at or where it is trained, not what it is.
-
-They may differ between calls.
-"""
+"""Sections about evaluation and devices; they may differ between calls."""
+FILE = "training.lock"
 
 
 class WorkdirError(RuntimeError):
-    """The working directory belongs to something else."""
+    """The working directory belongs to another run."""
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -39,9 +34,16 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The config that the directory's run was started with, or None."""
+    """The config that the directory's run was started with, as JSON values, or None."""
     path = workdir / "config.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
+    """Config of the run in ``workdir``; settings that are newer than it have their defaults."""
+    config = launch_config.get_config()
+    _update(config, read_config(pathlib.Path(workdir)) or {})
+    return config
 
 
 def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
@@ -70,13 +72,29 @@ def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False)
         )
 
 
+def check_source(directory: pathlib.Path, tokenizer: Tokenizer | None, field: str) -> None:
+    """Raises WorkdirError unless ``directory`` holds a run with the same tokens."""
+    if read_config(directory) is None:
+        raise WorkdirError(f"{field}: {directory} holds no run (no config.json)")
+    saved = directory / "tokenizer.json"
+    if tokenizer is None or not saved.exists():
+        return
+    if load_tokenizer(saved).fingerprint != tokenizer.fingerprint:
+        raise WorkdirError(
+            f"{field}: the tokenizer of {directory} is another than this run's, so its "
+            f"parameters mean other tokens; pass --config.data.tokenizer={saved}"
+        )
+
+
 def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) -> list[str]:
-    """``name: old -> new`` for what these sections of the directory's config have otherwise."""
+    """``name: old -> new`` for what differs from the directory's config in these sections."""
     old, new = read_config(workdir), resolved(config)
     if old is None:
         return []
     known = _filled(old, resolved(launch_config.get_config()))
-    return differences(*({name: each[name] for name in sections} for each in (known, new)))
+    return differences(
+        {name: known[name] for name in sections}, {name: new[name] for name in sections}
+    )
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -103,14 +121,14 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """``name: old -> new`` for every setting that differs."""
-    found = []
+    lines = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
-    return found
+            lines.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    return lines
 
 
 def provenance(seed: int) -> dict[str, Any]:
@@ -153,36 +171,12 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between a run's settings and new ones; what it did not know had its default."""
-    known = _filled(old, resolved(launch_config.get_config()))
-    return differences(_fixed(known), _fixed(new))
-
-
-def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    filled = dict(config)
-    for name, default in defaults.items():
-        if name not in config:
-            filled[name] = default
-        elif isinstance(default, dict) and isinstance(config[name], dict):
-            filled[name] = _filled(config[name], default)
-    return filled
-
-
-def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in FREE_SECTIONS}
-
-
-FILE = "training.lock"
-
-
 @contextlib.contextmanager
 def training_lock(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other trainers out of ``workdir``, which exists, until the block ends.
 
-    It is a lock on a file that stays there; the system releases it when the process ends in any
-    way. On a file system that has no locks there is none. With several processes the first one
-    holds it.
+    A lock on a file that stays there; the system releases it when the process ends in any way. On a
+    file system without locks there is none. With several processes process 0 holds it.
 
     Raises:
         WorkdirError: in all processes, naming the trainer that is at work there.
@@ -209,3 +203,28 @@ def training_lock(workdir: pathlib.Path) -> Iterator[None]:
                 "another --workdir"
             )
         yield
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences outside the free sections; settings newer than a run had their defaults."""
+    known = _filled(old, resolved(launch_config.get_config()))
+    fixed = ({k: v for k, v in each.items() if k not in FREE_SECTIONS} for each in (known, new))
+    return differences(*fixed)
+
+
+def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    filled = dict(settings)
+    for name, default in defaults.items():
+        if name not in settings:
+            filled[name] = default
+        elif isinstance(default, dict) and isinstance(settings[name], dict):
+            filled[name] = _filled(settings[name], default)
+    return filled
+
+
+def _update(settings: ConfigDict, saved: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        if isinstance(settings.get(name), ConfigDict):
+            _update(settings[name], value)
+        else:
+            settings[name] = tuple(value) if isinstance(value, list) else value

@@ -17,9 +17,10 @@ import pytest
 from absl import flags
 from launching import DIGITS, QUICKSTART
 
-from mdm_jax import training
-from mdm_jax.launch import build_masked, command_line, main, train
-from mdm_jax.launch.configs import quickstart
+from mdm_jax import samplers, training
+from mdm_jax.launch import main, presets, train
+from mdm_jax.launch.build import load_parameters, make_experiment
+from mdm_jax.launch.workdir import saved_config
 
 STEPS = 30
 ARGUMENTS = [
@@ -236,11 +237,9 @@ def test_a_run_goes_on_longer_when_told_to_and_refuses_another_stream(whole, tmp
 
 
 def test_damaged_best_parameters_give_way_to_the_last(whole, tmp_path, caplog):
-    from mdm_jax.launch.experiment import load_parameters, make_experiment
-
     workdir = tmp_path / "copy"
     shutil.copytree(whole[0], workdir)
-    experiment = make_experiment(command_line.get_config(str(workdir)))
+    experiment = make_experiment(saved_config(workdir))
     best_step, best = load_parameters(experiment, workdir)
     (saved,) = (workdir / "checkpoints" / "best").iterdir()
     assert saved.name == str(best_step)
@@ -304,17 +303,15 @@ def test_pairs_are_answered(tmp_path):
 
 
 def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_path):
-    from mdm_jax.launch.experiment import make_experiment
-
     made = []
 
-    def generator(*_):
+    def generator(*_, **__):
         made.append(1)
         return lambda params, key, canvas, documents: np.zeros_like(canvas)
 
-    monkeypatch.setattr(build_masked, "generator", generator)
+    monkeypatch.setattr(samplers, "make_generator", generator)
     writer = training.MetricWriter(tmp_path)
-    hooks = train._hooks(make_experiment(quickstart.get_config("smoke")), tmp_path, writer)
+    hooks = train.make_hooks(make_experiment(presets.quickstart("smoke")), tmp_path, writer)
     for step in (1, 2):
         hooks.sample(step, {}, lambda: None)
     writer.close()
@@ -323,14 +320,15 @@ def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_pat
     assert names == ["step-1.jsonl", "step-1.txt", "step-2.jsonl", "step-2.txt"]
 
 
-HELP = ("resume it with the same line", "--config.train.steps=2000", "--workdir:", "--mode:")
+HELP = ("the same line resumes", "--config.train.steps=2000", "--workdir:", "--mode:")
 
 
-def test_help_explains():
-    """What absl prints for ``--help``."""
-
-    text = main.__doc__ + flags.FLAGS.module_help(main)
-    assert [part for part in HELP if part not in text] == []
+def test_help_fits_a_screen(monkeypatch, capsys):
+    code, out, _ = launching.call(monkeypatch, capsys, "--help")
+    assert code == 1 and [part for part in HELP if part not in out] == []
+    assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 80
+    own = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(main)} - {"config"}
+    assert all(f"--{name}" in out for name in own) and all(name in out for name in presets.PRESETS)
 
 
 @pytest.mark.slow

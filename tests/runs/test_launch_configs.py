@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from variants import slow_except
 
-from mdm_jax import schedules, variance
-from mdm_jax.launch import build, build_masked, command_line, train, workdir
-from mdm_jax.launch.experiment import make_experiment
+from mdm_jax import variance
+from mdm_jax.launch import names, workdir
+from mdm_jax.launch.build import make_experiment
 from mdm_jax.types import Batch
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments/configs"
@@ -59,9 +59,8 @@ def test_a_config_builds_and_one_step_keeps_the_state(name):
 
 def _take_a_step(config):
     experiment = make_experiment(config)
-    train.check_settings(experiment)
     state = experiment.abstract_state()
-    after, metrics = jax.eval_shape(experiment.train_step(), state, _batch(experiment))
+    after, metrics = jax.eval_shape(experiment.step, state, _batch(experiment))
     _assert_same_shapes(state, after)
     assert all(leaf.shape == () for leaf in metrics)
     assert experiment.describe()
@@ -86,7 +85,6 @@ def _assert_same_shapes(state, after):
 def _draw_and_learn(config):
     """The part of a step that knows of noise, on logits of zero; the network takes longest."""
     experiment = make_experiment(config)
-    train.check_settings(experiment)
     transform, spec = experiment.transform, experiment.spec
     vocab = experiment.dataset.vocab_size
 
@@ -100,18 +98,18 @@ def _draw_and_learn(config):
 
     state = jax.eval_shape(lambda: transform.init(spec))
     _assert_same_shapes(state, jax.eval_shape(learn, state, _batch(experiment)))
-    assert experiment.source_of_levels() and experiment.bias()
+    assert experiment.family.levels_from and experiment.bias()
 
 
 REGISTERED = {
-    "corruption.name": build_masked.CORRUPTIONS,
-    "law.name": schedules.MASKED_SCHEDULES,
-    "weighting.name": build_masked.WEIGHTINGS,
-    "variance.order": build.VARIANCE,
-    "optimizer.name": build.OPTIMIZERS,
-    "model.dtype": build.DTYPES,
-    "sample.sampler": build_masked.SAMPLERS,
-    "sample.grid": {"uniform_masking_rate": None, **schedules.MASKED_SCHEDULES},
+    "corruption.name": names.CORRUPTIONS,
+    "law.name": names.LAWS,
+    "weighting.name": names.WEIGHTINGS,
+    "variance.order": names.VARIANCE,
+    "optimizer.name": names.OPTIMIZERS,
+    "model.dtype": names.DTYPES,
+    "sample.sampler": names.SAMPLERS,
+    "sample.grid": {"uniform_masking_rate": None, **names.LAWS},
 }
 
 
@@ -136,7 +134,7 @@ def test_every_registered_name_can_be_chosen(field, name):
     if field == "sample.grid":
         config.sample.sampler = "ancestral"
     if section == "sample":
-        train.check_settings(make_experiment(config))
+        make_experiment(config)
     elif section in ("optimizer", "model"):
         _take_a_step(config)
     else:
@@ -174,7 +172,7 @@ def test_a_config_comes_back_from_its_workdir(name, tmp_path):
     """Through JSON and back: the same values of the same types, tuples included."""
     config = _get_config(name)
     workdir.claim(tmp_path, config)
-    assert command_line.get_config(str(tmp_path)).to_dict() == config.to_dict()
+    assert workdir.saved_config(tmp_path).to_dict() == config.to_dict()
 
 
 def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
@@ -184,7 +182,7 @@ def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
     saved = workdir.read_config(tmp_path)
     del saved["train"]["profile_at"], saved["mesh"]
     workdir.write_json(tmp_path / "config.json", saved)
-    found = command_line.get_config(str(tmp_path))
+    found = workdir.saved_config(tmp_path)
     assert found.train.steps == 7 and found.to_dict() == config.to_dict()
     workdir.check(tmp_path, found)
     found.train.profile_at = 3  # no longer the default

@@ -9,9 +9,8 @@ import launching
 import pytest
 from launching import DIGITS, QUICKSTART
 
-from mdm_jax.launch import main, train
+from mdm_jax.launch import evaluate, main, presets, train
 from mdm_jax.launch import workdir as launch_workdir
-from mdm_jax.launch.configs import quickstart
 
 
 @pytest.fixture
@@ -71,6 +70,8 @@ def test_a_value_of_the_wrong_type_is_refused(launch, tmp_path, argument):
         ([f"--config={QUICKSTART}", "--workdir=x", "more"], "unexpected arguments ['more']"),
         (["--config=experiments/configs/quikstart.py"], "did you mean experiments/configs/quick"),
         (["--config=nowhere.py"], "there is no file nowhere.py"),
+        (["--config=quikstart"], "did you mean quickstart? built in are quickstart, text_ar"),
+        (["--config=quickstart:smoker"], "--config=quickstart:smoker: quickstart has the variant"),
         ([f"--config={QUICKSTART}r"], "quickstart has the variant 'smoke', not 'smoker'"),
         (["--workdir=nowhere", "--mode=sample"], "nowhere holds no run (no config.json)"),
     ],
@@ -228,7 +229,7 @@ def test_a_directory_that_is_something_else_is_refused(launch, tmp_path):
 
 def test_a_run_of_another_config_is_refused_with_what_differs(launch, tmp_path):
 
-    launch_workdir.claim(tmp_path, quickstart.get_config("smoke"))
+    launch_workdir.claim(tmp_path, presets.quickstart("smoke"))
     saved = (tmp_path / "config.json").read_text()
     changes = ["--config.optimizer.peak=0.5", "--config.variance.order=('systematic',)"]
     code, _, err = launch(f"--config={QUICKSTART}", f"--workdir={tmp_path}", *changes)
@@ -245,7 +246,7 @@ def test_a_run_of_another_config_is_refused_with_what_differs(launch, tmp_path):
 
 def test_claiming_keeps_the_old_config(tmp_path):
 
-    config = quickstart.get_config("smoke")
+    config = presets.quickstart("smoke")
     launch_workdir.claim(tmp_path, config)
     first = (tmp_path / "config.json").read_text(), (tmp_path / "run.json").read_text()
     config.sample.num_samples = 9  # how a model is looked at may differ
@@ -267,7 +268,7 @@ def test_claiming_keeps_the_old_config(tmp_path):
 def test_killed_while_claiming_is_no_obstacle(tmp_path):
     """Between config.json and run.json, or inside either, the same command goes on."""
 
-    config = quickstart.get_config("smoke")
+    config = presets.quickstart("smoke")
     (tmp_path / "config.partial").write_text('{"seed":')
     launch_workdir.check(tmp_path, config)
     launch_workdir.claim(tmp_path, config)
@@ -296,7 +297,7 @@ def stopped(launch, monkeypatch, tmp_path):
             raise error
 
         monkeypatch.setattr(train, "train", lambda *_: True)
-        monkeypatch.setattr(train, function, fail)
+        monkeypatch.setattr({"train": train, "report": evaluate}[function], function, fail)
         return launch(f"--config={QUICKSTART}", f"--workdir={tmp_path / 'a dir'}", "--mode=train")
 
     return call

@@ -13,9 +13,10 @@ from variants import slow_except
 from experiments import recipes
 from mdm_jax import schedules, training
 from mdm_jax.gaussian.recipes import RECIPES
-from mdm_jax.launch import build_gaussian, train
-from mdm_jax.launch.configs import digits_gaussian, mnist_gaussian
-from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch import evaluate, names, train
+from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.families import gaussian_recipe
+from mdm_jax.launch.presets import digits_gaussian, mnist_gaussian
 from mdm_jax.types import Batch
 
 DIGITS = "experiments/configs/digits_gaussian.py:smoke"
@@ -28,11 +29,11 @@ pytestmark = pytest.mark.usefixtures("one_device")
 def finished(one_device, tmp_path_factory):
     """Directory of a tiny run."""
     workdir = tmp_path_factory.mktemp("gaussian") / "run"
-    config = digits_gaussian.get_config("smoke")
+    config = digits_gaussian("smoke")
     config.optimizer.name = "adamw"  # compiles in half the time
     experiment = make_experiment(config)
     assert train.train(experiment, workdir)
-    train.report(experiment, workdir)
+    evaluate.report(experiment, workdir)
     return workdir
 
 
@@ -67,7 +68,6 @@ def test_a_finished_run_can_be_looked_at_again(finished, mode, monkeypatch, caps
 
 def one_step(config):
     experiment = make_experiment(config)
-    train.check_settings(experiment)
     rows, length = config.train.batch_size, experiment.dataset.length
     shape = (rows, length)
     batch = Batch(
@@ -75,27 +75,27 @@ def one_step(config):
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
     state = experiment.abstract_state()
-    after, _ = jax.eval_shape(experiment.train_step(), state, batch)
+    after, _ = jax.eval_shape(experiment.step, state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     return experiment
 
 
 @pytest.mark.parametrize("recipe", slow_except({"vdm"}, sorted(RECIPES)))
 def test_recipes_differ_in_law_weighting_and_output_alone(recipe):
-    config, base = digits_gaussian.get_config(recipe), digits_gaussian.get_config()
+    config, base = digits_gaussian(recipe), digits_gaussian()
     config.gaussian.recipe = base.gaussian.recipe
     assert config.to_dict() == base.to_dict()
     experiment = one_step(recipes.configure(recipe, smoke=True))
     assert experiment.bias() == ("truncated" if recipe == "vdm" else "biased")
-    low, high = build_gaussian.recipe(experiment.config).law.support
+    low, high = gaussian_recipe(experiment.config.gaussian).law.support
     assert -8 <= low < high <= 8
 
 
 def test_another_law_leaves_what_is_minimised_alone():
-    config = digits_gaussian.get_config("v_prediction")
-    before = build_gaussian.recipe(config)
+    config = digits_gaussian("v_prediction")
+    before = gaussian_recipe(config.gaussian)
     config.gaussian.law = "lognormal"
-    after = build_gaussian.recipe(config)
+    after = gaussian_recipe(config.gaussian)
     levels = np.linspace(-7, 7, 9)
     assert not np.allclose(before.law.log_pdf(levels), after.law.log_pdf(levels), atol=0.1)
     np.testing.assert_array_equal(
@@ -104,15 +104,14 @@ def test_another_law_leaves_what_is_minimised_alone():
 
 
 def test_every_sampler_can_be_chosen_and_one_fills_a_canvas_with_grey_values():
-    config = digits_gaussian.get_config("smoke")
+    config = digits_gaussian("smoke")
     config.sample.update(grid="uniform_logsnr", num_steps=3)
-    for name in build_gaussian.SAMPLERS:
+    for name in names.GAUSSIAN_SAMPLERS:
         config.sample.sampler = name
         experiment = make_experiment(config)
-        experiment.generator()
     params = experiment.initial_state().params
     canvas = np.full((5, 64), experiment.dataset.mask_id)
-    drawn = experiment.generator()(params, jax.random.key(0), canvas)
+    drawn = experiment.generate(params, jax.random.key(0), canvas)
     assert drawn.shape == (5, 64) and drawn.dtype == np.int32
     assert drawn.min() >= 0 and drawn.max() <= 16
 
@@ -146,7 +145,7 @@ def test_a_masked_run_refuses_a_gaussian_law_by_its_place(tmp_path, monkeypatch,
         f"--workdir={tmp_path / 'run'}",
         "--config.law.name=flow",
     )
-    assert code == 2 and "law.name" in err and "schedules.gaussian.flow" in err
+    assert code == 2 and "law.name" in err and "gaussian.schedules.flow" in err
 
 
 @pytest.mark.slow
@@ -198,10 +197,10 @@ def test_prepared_pictures_of_tfds(tmp_path):
                 yield i, {"image": stream.getvalue()}
 
     LocalDigits(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    config = mnist_gaussian.get_config("smoke")
+    config = mnist_gaussian("smoke")
     config.data.update(name="local_digits", data_dir=str(tmp_path))
     config.data.splits = ("train[:30]", "train[30:]", "test")
     experiment = one_step(config)
     assert experiment.dataset.length == 64 and experiment.model.patch_size == 4
-    assert isinstance(build_gaussian.recipe(config).law, schedules.Law)
-    assert mnist_gaussian.get_config("edm").data.name == "mnist"
+    assert isinstance(gaussian_recipe(config.gaussian).law, schedules.Law)
+    assert mnist_gaussian("edm").data.name == "mnist"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from variants import slow_except
 
-from mdm_jax.launch import build_masked, build_uniform, quality, train
-from mdm_jax.launch.configs import quickstart, text_ar, text_block, text_uniform
-from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch import evaluate, families, names, train
+from mdm_jax.launch.build import check_quality, make_experiment
+from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
 from mdm_jax.launch.sample import show_samples
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -20,16 +20,16 @@ CONFIGS = {"block": text_block, "uniform": text_uniform, "autoregressive": text_
 
 @pytest.mark.parametrize("process", slow_except({"autoregressive"}, CONFIGS))
 def test_a_run_trains_evaluates_and_writes(process, tmp_path, capsys):
-    config = CONFIGS[process].get_config("smoke")
+    config = CONFIGS[process]("smoke")
     config.optimizer.name = "adamw"  # compiles in half the time
     experiment = make_experiment(config)
     assert experiment.config.process == process
     assert train.train(experiment, tmp_path / "run")
-    record = train.evaluate(experiment, tmp_path / "run")
+    record = evaluate.evaluate(experiment, tmp_path / "run")
     assert 0 < record["bits_per_unit"] < 10
     if process == "autoregressive":
         assert record["standard_error_bits_per_unit"] == 0
-    drawn = train.sample(experiment, tmp_path / "run")
+    drawn = evaluate.sample(experiment, tmp_path / "run")
     assert len(drawn["samples"]) == (2 if process == "autoregressive" else 3)
     for sample in drawn["samples"]:
         assert "▁" not in sample["text"]
@@ -39,16 +39,16 @@ def test_a_run_trains_evaluates_and_writes(process, tmp_path, capsys):
 
 
 def test_block_sizes_by_variant():
-    sizes = [text_block.get_config(v).block.size for v in ("1", "4", "16", "L")]
-    assert sizes == [1, 4, 16, text_block.get_config().data.length]
-    config = text_block.get_config("smoke")
+    sizes = [text_block(v).block.size for v in ("1", "4", "16", "L")]
+    assert sizes == [1, 4, 16, text_block().data.length]
+    config = text_block("smoke")
     config.block.size = 5
     with pytest.raises(ValueError, match="block.size must divide a row of 32 tokens, got 5"):
         make_experiment(config)
 
 
 def test_settings_that_mean_nothing_to_a_process_are_refused():
-    config = text_ar.get_config("smoke")
+    config = text_ar("smoke")
     config.variance.order = ("stratified",)
     with pytest.raises(ValueError, match="no noise to couple or warp"):
         make_experiment(config)
@@ -56,67 +56,73 @@ def test_settings_that_mean_nothing_to_a_process_are_refused():
     config.weighting.name = "p2"
     with pytest.raises(ValueError, match="'autoregressive' does not read weighting.name='p2'"):
         make_experiment(config)
-    config = text_uniform.get_config("smoke")
+    config = text_uniform("smoke")
     config.corruption.name = "bernoulli"
     with pytest.raises(ValueError, match="'uniform' does not read corruption.name='bernoulli'"):
         make_experiment(config)
     config.corruption.name = "fixed_count"
     config.sample.sampler = "ancestral"
     with pytest.raises(ValueError, match="sample.sampler: unknown name 'ancestral'"):
-        make_experiment(config).generator()
+        make_experiment(config)
 
 
-@pytest.mark.parametrize("name", sorted({*build_masked.SAMPLERS, *build_uniform.SAMPLERS}))
+@pytest.mark.parametrize("name", sorted({*names.SAMPLERS, *names.UNIFORM_SAMPLERS}))
 def test_every_sampler_is_built_from_its_settings(name):
-    uniform = name in build_uniform.SAMPLERS
-    config = (text_uniform if uniform else quickstart).get_config("smoke")
+    uniform = name in names.UNIFORM_SAMPLERS
+    config = (text_uniform if uniform else quickstart)("smoke")
     config.sample.sampler = name
     config.data.length = 32
     experiment = make_experiment(config)
-    assert callable(experiment.generator())
-    if not uniform:
-        assert build_masked.sampler(config).name in (name, "by_score")
+    assert callable(experiment.generate)
 
 
 @pytest.mark.slow
 def test_self_conditioning_from_the_config(tmp_path):
     """The network has the further input, and samples under wrappers."""
-    config = quickstart.get_config("smoke")
+    config = quickstart("smoke")
     config.model.self_conditioning = True
     config.sample.update(guidance=1.0, no_repeat_ngrams=2, sampler="ancestral")
     experiment = make_experiment(config)
     assert "self-conditioned" in experiment.describe()
     params = experiment.initial_state().ema
-    plain = make_experiment(quickstart.get_config("smoke")).initial_state().ema
+    plain = make_experiment(quickstart("smoke")).initial_state().ema
     count = [sum(np.size(leaf) for leaf in jax.tree.leaves(tree)) for tree in (params, plain)]
     assert count[0] > count[1]
-    drawn = show_samples(experiment, tmp_path, 0, params, jax.random.key(0))
+    drawn = show_samples(
+        experiment.dataset,
+        experiment.jobs,
+        experiment.generate,
+        tmp_path,
+        0,
+        params,
+        jax.random.key(0),
+    )
     assert all("▁" not in sample["text"] for sample in drawn["samples"])
 
 
 def test_samplers_with_steps_of_their_own_have_no_quality_by_steps():
-    config = quickstart.get_config("smoke")
-    found = build_masked.grid_samplers(config.sample)
+    config = quickstart("smoke")
+    found = families.grid_samplers(config.sample)
     assert {"ancestral", "cached_ancestral", "remdm_cap"} <= set(found)
     assert not {"first_hitting", "by_margin", "low_confidence_remasking"} & set(found)
     config.sample.quality_steps = (2, 4)
     with pytest.raises(ValueError, match="'first_hitting' sets its own .* are ancestral, cached"):
-        quality.check_quality(make_experiment(config))
+        check_quality(make_experiment(config))
     config.sample.sampler = "ancestral"
-    quality.check_quality(make_experiment(config))
+    check_quality(make_experiment(config))
 
 
 @pytest.mark.slow
 def test_quality_against_steps_under_a_judge(tmp_path):
-    judge = make_experiment(text_ar.get_config("smoke"))
+    judge = make_experiment(text_ar("smoke"))
     assert train.train(judge, tmp_path / "judge")
-    config = quickstart.get_config("smoke")
+    config = quickstart("smoke")
     config.sample.update(sampler="ancestral", judge=str(tmp_path / "judge"))
     config.sample.update(quality_steps=(1, 4), quality_texts=8)
     experiment = make_experiment(config)
     params = experiment.initial_state().ema
     for _ in range(2):  # the second time nothing is overwritten
-        files = quality.measure_quality(experiment, tmp_path, 0, params, jax.random.key(0))
+        files = evaluate.measure_quality(experiment, tmp_path, 0, params, jax.random.key(0))
     assert [pathlib.Path(f).name for f in files] == [
         "ancestral-1-2.json",
         "ancestral-4-2.json",
@@ -128,4 +134,4 @@ def test_quality_against_steps_under_a_judge(tmp_path):
     config.process = "autoregressive"
     config.variance.order = ()
     with pytest.raises(ValueError, match="one step per token"):
-        quality.check_quality(make_experiment(config))
+        check_quality(make_experiment(config))

@@ -1,9 +1,8 @@
 """What a finished run says."""
 
 import json
-import types
 
-from mdm_jax.launch.report import write_report
+from mdm_jax.launch.evaluate import write_report
 
 
 def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
@@ -21,9 +20,6 @@ def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
         "unigram_bits_per_unit": 2.0,
         "bigram_bits_per_unit": None,
     }
-    experiment = types.SimpleNamespace(
-        describe=lambda: "a run", process=types.SimpleNamespace(details=lambda record: [])
-    )
-    text = write_report(experiment, tmp_path, record, {"samples": [], "files": []})
+    text = write_report(tmp_path, record, {"samples": [], "files": []}, [])
     assert "unigram entropy of the split 2.000, bigram entropy unknown bits per character" in text
     assert (tmp_path / "plots" / "training.png").exists()

@@ -12,8 +12,8 @@ import tiny
 
 from mdm_jax import data, training
 from mdm_jax import sharding as mdm_jax_sharding
-from mdm_jax.launch.configs import digits_gaussian, quickstart
-from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch import presets
+from mdm_jax.launch.build import make_experiment
 
 CASES = {
     "masked": ("stratified", "ppots_slopes", "mirror"),
@@ -29,7 +29,7 @@ STEPS = 2
 
 
 def configure(case, mesh):
-    config = (digits_gaussian if case == "gaussian" else quickstart).get_config("smoke")
+    config = (presets.digits_gaussian if case == "gaussian" else presets.quickstart)("smoke")
     config.process = case
     config.variance.order = CASES[case]
     for name in ("ppots_slopes", "ema_bins"):
@@ -59,7 +59,7 @@ def plain_step(experiment):
 
 
 def new_state(experiment):
-    params = nn.meta.unbox(experiment._init()(jax.random.key(1)))
+    params = nn.meta.unbox(experiment._init(jax.random.key(1)))
     return training.new_state(params, optax.sgd(1.0), experiment.transform, experiment.spec)
 
 
@@ -110,7 +110,7 @@ def test_a_mesh_changes_nothing(case, mesh_name):
     expected = on_one_device(case)
     abstract = mdm_jax_sharding.abstract_sharded(
         lambda: training.new_state(
-            experiment._init()(jax.random.key(1)),
+            experiment._init(jax.random.key(1)),
             optax.sgd(1.0),
             experiment.transform,
             experiment.spec,

@@ -13,14 +13,15 @@ import zoo
 
 from mdm_jax import meter
 from mdm_jax.launch import measure as mode
-from mdm_jax.launch.configs import quickstart
-from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch import presets
+from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.variance_report import BASELINE, format_table, recommend
 from mdm_jax.meter import levels, nested
 from mdm_jax.meter.efficiency import Efficiency
 from mdm_jax.variance.epr import EprFit, EprParameters
 
-SETTINGS = mode.Settings(
+SETTINGS = MeasureSettings(
     rows=4,
     levels_per_row=2,
     probes=1,
@@ -53,7 +54,7 @@ class Small(nn.Module):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """(record, directory), of a network that compiles quickly."""
-    config = quickstart.get_config("smoke")
+    config = presets.quickstart("smoke")
     config.optimizer.name = "adamw"
     config.variance.order = ("stratified", "mirror")
     workdir = tmp_path_factory.mktemp("variance")
@@ -63,7 +64,8 @@ def measured(tmp_path_factory):
         launching.on_one_device(patch)
         experiment = make_experiment(config)
     small = Small(experiment.dataset.vocab_size)
-    experiment = dataclasses.replace(experiment, model=small, apply_fn=small.apply)
+    family = dataclasses.replace(experiment.family, model=small, apply_fn=small.apply)
+    experiment = dataclasses.replace(experiment, family=family)
     record = mode.measure(experiment, workdir, methods, SETTINGS)
     return record, workdir
 

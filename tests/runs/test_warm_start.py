@@ -6,17 +6,16 @@ import pytest
 import saved_run
 
 from mdm_jax import training
-from mdm_jax.launch import command_line, train, warm_start
-from mdm_jax.launch.configs import quickstart
-from mdm_jax.launch.experiment import load_parameters, make_experiment, open_workdir
-from mdm_jax.launch.workdir import WorkdirError
+from mdm_jax.launch import presets, train
+from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
+from mdm_jax.launch.workdir import WorkdirError, check_source, saved_config
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Directory of a short run that was never evaluated, so that its last state is all it has."""
     workdir = tmp_path_factory.mktemp("warm") / "run"
-    config = quickstart.get_config("smoke")
+    config = presets.quickstart("smoke")
     config.optimizer.name = "adamw"  # compiles in half the time
     saved_run.save(make_experiment(config), workdir)
     return workdir
@@ -24,7 +23,7 @@ def trained(tmp_path_factory):
 
 def goes_on(trained, **data):
     """A run of another batch size and chain that starts from it."""
-    config = command_line.get_config(str(trained))
+    config = saved_config(trained)
     config.train.update(init_from=str(trained), batch_size=16)
     config.variance.order = ()
     config.data.update(**data)
@@ -32,12 +31,12 @@ def goes_on(trained, **data):
 
 
 def goes_on_as_it_was(trained):
-    return make_experiment(command_line.get_config(str(trained)))
+    return make_experiment(saved_config(trained))
 
 
 def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, capsys):
     experiment = goes_on(trained)
-    state = warm_start.initial_state(experiment)
+    state = train.initial_state(experiment)
     step, expected = load_parameters(experiment, trained)
     assert f"parameters of {trained}, step {step}" in capsys.readouterr().out
     whole = open_workdir(trained).restore_last(goes_on_as_it_was(trained).abstract_state())
@@ -56,19 +55,18 @@ def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, caps
 
 def test_a_run_that_has_begun_goes_on_when_the_other_one_has_moved(trained, tmp_path):
     """Training reads its own checkpoint, and so do the other modes."""
-    config = command_line.get_config(str(trained))
+    config = saved_config(trained)
     config.train.init_from = str(tmp_path / "moved")
     experiment = make_experiment(config)
-    train.check_settings(experiment)
-    train._check_start(experiment, trained)
+    train.check_start(experiment, trained)
     with pytest.raises(WorkdirError, match="train.init_from: .*moved holds no run"):
-        train._check_start(experiment, tmp_path / "new")
+        train.check_start(experiment, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_other_tokens_or_none_at_all_is_refused(trained, tmp_path):
     with pytest.raises(WorkdirError, match="tokenizer of .* is another"):
-        warm_start.initial_state(goes_on(trained, tokenizer="byte"))
+        train.initial_state(goes_on(trained, tokenizer="byte"))
     experiment = goes_on(trained)
     with pytest.raises(WorkdirError, match="holds no run"):
-        warm_start.check_source(experiment, tmp_path, "train.init_from")
+        check_source(tmp_path, experiment.dataset.tokenizer, "train.init_from")

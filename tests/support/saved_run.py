@@ -6,7 +6,7 @@ import numpy as np
 import tiny
 
 from mdm_jax import training
-from mdm_jax.launch.experiment import Experiment, checkpoint_directory
+from mdm_jax.launch.build import Experiment
 from mdm_jax.launch.workdir import claim
 
 STEP = 4
@@ -24,7 +24,7 @@ def save(experiment: Experiment, workdir) -> None:
         ema=tiny.perturbed(state.ema, seed=1),
     )
     state = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, abstract)
-    checkpoints = training.Checkpoints(checkpoint_directory(workdir))
+    checkpoints = training.Checkpoints(workdir / "checkpoints")
     checkpoints.save(STEP, state, {}, {})
     checkpoints.close()
     writer = training.MetricWriter(workdir)

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.configs.study import chain, pairs, sudoku4, sudoku6, sudoku6_noisy
 from mdm_jax import data, tasks
-from mdm_jax.launch import build
+from mdm_jax.launch import build, names
 from mdm_jax.launch import config as launch_config
 
 COUNTDOWN = tasks.Countdown()
@@ -103,10 +103,10 @@ def config_of(name, **settings):
     return config
 
 
-@pytest.mark.parametrize("name", build.TASKS)
+@pytest.mark.parametrize("name", names.TASKS)
 def test_every_task_is_built_from_its_settings(name):
     plain, noisy = (build.dataset(config_of(name, noise_every=n)) for n in (0, 1))
-    assert isinstance(plain.train.task, build.TASKS[name])
+    assert isinstance(plain.train.task, names.TASKS[name])
     assert noisy.train.task == tasks.Noisy(plain.train.task, 1)
     assert plain.check(*tasks.example(plain.train.task, "valid", 3))
     assert "Generated problems" in plain.description and plain.vocab_size == 56

@@ -13,10 +13,9 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 
 from mdm_jax import training
-from mdm_jax.launch import startup
+from mdm_jax.launch import presets, startup
 from mdm_jax.launch import train as launch_train
-from mdm_jax.launch.configs import quickstart
-from mdm_jax.launch.experiment import Experiment, make_experiment
+from mdm_jax.launch.build import make_experiment
 from mdm_jax.training import loop
 
 LOG_EVERY, STEPS = 4, 12
@@ -33,7 +32,7 @@ class Watch:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """A run of the launcher's own training under guard: (watch, experiment, compiled step)."""
-    config = quickstart.get_config("smoke")
+    config = presets.quickstart("smoke")
     config.model.width, config.model.depth, config.data.length = 32, 2, 64
     config.optimizer.update(name="adamw", peak=0.01)
     config.train.update(
@@ -41,7 +40,7 @@ def watched(tmp_path_factory):
     )
     config.mesh.update(data=2, fsdp=2, tensor=2)
     experiment, watch, steps = make_experiment(config), Watch(), []
-    make, compile_step, train = Experiment.train_step, training.compile_step, training.train
+    compile_step, train = training.compile_step, training.train
     write, value = loop._Log.write, jax._src.array.ArrayImpl._value
 
     def guarded(step, *arguments, **more):
@@ -69,9 +68,7 @@ def watched(tmp_path_factory):
     kept = []
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         chex.clear_trace_counter()
-        patch.setattr(
-            Experiment, "train_step", lambda self: chex.assert_max_traces(make(self), n=1)
-        )
+        patch.setitem(experiment.__dict__, "step", chex.assert_max_traces(experiment.step, n=1))
         patch.setattr(
             training, "compile_step", lambda *a: kept.append(compile_step(*a)) or kept[-1]
         )
@@ -221,9 +218,9 @@ def test_meshes_of_one_line_that_do_not_fit(tmp_path, monkeypatch, capsys, text,
 
 
 def test_a_mesh_in_one_line():
-    from mdm_jax.launch.command_line import _expanded
+    from mdm_jax.launch.command_line import _expand_mesh
 
-    assert _expanded(["x", "--config.mesh=data=-1, fsdp=4,tensor=2", "--a"]) == [
+    assert _expand_mesh(["x", "--config.mesh=data=-1, fsdp=4,tensor=2", "--a"]) == [
         "x",
         "--config.mesh.data=-1",
         "--config.mesh.fsdp=4",
@@ -311,7 +308,7 @@ def test_second_moments_that_could_never_fall_are_refused():
 
 
 def test_a_run_with_everything_stored_small():
-    config = quickstart.get_config("smoke")
+    config = presets.quickstart("smoke")
     config.optimizer.update(
         first_moment_dtype="bfloat16", second_moment_dtype="bfloat16", ema_dtype="bfloat16"
     )

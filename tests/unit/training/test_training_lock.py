@@ -6,9 +6,8 @@ import os
 
 import pytest
 
-from mdm_jax.launch import train
-from mdm_jax.launch.configs import quickstart
-from mdm_jax.launch.experiment import make_experiment
+from mdm_jax.launch import presets, train
+from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.workdir import FILE, WorkdirError, claim, training_lock
 
 
@@ -36,7 +35,7 @@ def test_a_file_system_without_locks_trains_without_one(tmp_path, monkeypatch):
 
 
 def test_the_launcher_does_not_open_a_directory_in_which_another_trains(tmp_path):
-    experiment = make_experiment(quickstart.get_config("smoke"))
+    experiment = make_experiment(presets.quickstart("smoke"))
     claim(tmp_path, experiment.config)
     with training_lock(tmp_path), pytest.raises(WorkdirError, match="trained in already"):
         train.train(experiment, tmp_path)

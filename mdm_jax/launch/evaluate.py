@@ -1,0 +1,229 @@
+"""The modes ``evaluate`` and ``sample``, and the report that ends a training run."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from mdm_jax import data, distributed, evaluation, plots, training
+from mdm_jax.evaluation.accuracy import measure_task_accuracy
+from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
+from mdm_jax.launch.sample import format_samples, show_samples
+from mdm_jax.launch.workdir import saved_config, write_json
+from mdm_jax.types import Array, PyTree
+
+Check = Callable[..., None] | None
+
+
+def evaluate(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -> dict[str, Any]:
+    """The bound of the final split under the best parameters, and accuracy where answers are
+    checked; returned, and written to ``evaluation.json``.
+
+    Args:
+        experiment: the run.
+        workdir: its directory.
+        check: called after every batch; may raise.
+    """
+    max_rows = experiment.config.evaluate.max_rows
+    step, params = load_parameters(experiment, workdir)
+    split, source = experiment.held_out
+    rows = min(max_rows or len(source), len(source))
+    with _progress_bar(rows, f"evaluating {split}", check) as progress:
+        batches = experiment.batches(source, max_rows)
+        result = experiment.evaluate(params, experiment.key(0, "final"), batches, progress)
+    entropies = data.split_entropies(source, experiment.dataset.vocab_size, max_rows or None)
+    record = {
+        "step": step,
+        "split": split,
+        "unit": experiment.dataset.unit,
+        "unigram_bits_per_unit": entropies.unigram_per_unit,
+        "bigram_bits_per_unit": entropies.bigram_per_unit,
+        **experiment.family.record(result),
+        **measure_accuracy(experiment, params, check),
+    }
+    if distributed.is_first():
+        write_json(workdir / "evaluation.json", record)
+    return record
+
+
+def measure_accuracy(experiment: Experiment, params: PyTree, check: Check = None) -> dict[str, Any]:
+    """``sample.num_answers`` prompts of the final split, answered by the configured sampler.
+
+    Returns:
+        JSON values; none where the data have no checker.
+    """
+    c, dataset = experiment.config, experiment.dataset
+    if dataset.check is None:
+        return {}
+    split, source = experiment.held_out
+    rows = min(c.sample.num_answers or len(source), len(source))
+    with _progress_bar(rows, f"answering {split}", check) as progress:
+        accuracy = measure_task_accuracy(
+            experiment.generate,
+            params,
+            experiment.key(0, "answers"),
+            data.evaluation_batches(source, min(c.evaluate.batch_size, rows), rows),
+            check=dataset.check,
+            tokenizer=dataset.tokenizer,
+            progress=progress,
+        )
+    left_to_right = c.process == "autoregressive"
+    return {
+        **accuracy.to_dict(),
+        "answered_by": "next_token" if left_to_right else c.sample.sampler,
+        "temperature": c.sample.temperature,
+    }
+
+
+@contextlib.contextmanager
+def _progress_bar(rows: int, description: str, check: Check) -> Iterator[Callable[[int], None]]:
+    """A bar over ``rows`` in process 0; gives ``progress(count)``, which also calls ``check``."""
+    silent = not distributed.is_first()
+    with tqdm.tqdm(total=rows, desc=description, unit="row", disable=silent) as bar:
+
+        def progress(count: int) -> None:
+            bar.update(min(count, rows - bar.n))
+            if check is not None:
+                check()
+
+        yield progress
+
+
+def sample(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """Draws samples under the best parameters; written to ``samples/`` and returned."""
+    step, params = load_parameters(experiment, workdir)
+    key = experiment.key(step, "sample")
+    drawn = show_samples(
+        experiment.dataset, experiment.jobs, experiment.generate, workdir, step, params, key
+    )
+    if experiment.config.sample.quality_steps:
+        drawn["files"] += measure_quality(experiment, workdir, step, params, key)
+    return drawn
+
+
+def measure_quality(
+    experiment: Experiment, workdir: pathlib.Path, step: int, params: PyTree, key: Array
+) -> list[str]:
+    """Quality of ``sample.quality_texts`` texts at each number of steps; returns the files.
+
+    Every measurement is a JSON file below ``workdir/quality``, never over an older one; the plot is
+    drawn over all that are there, so that samplers measured one after another are compared. With
+    ``sample.judge``, the directory of another run over the same tokens (an autoregressive one, for
+    an exact likelihood), the generative perplexity is measured under its parameters.
+    """
+    check_quality(experiment)
+    c, dataset = experiment.config.sample, experiment.dataset
+    directory, first = workdir / "quality", distributed.is_first()
+    if first:
+        directory.mkdir(parents=True, exist_ok=True)
+    _, source = experiment.held_out
+    rows = data.gather(source, np.arange(min(c.quality_texts, len(source))))
+    held_out, valid = np.asarray(rows.tokens), np.asarray(rows.documents) > 0
+    score = _score(experiment, c.judge) if c.judge else None
+    canvas = np.full((c.quality_texts, dataset.length), dataset.mask_id, np.int32)
+    files = []
+    for count in tqdm.tqdm(c.quality_steps, desc="quality", unit="setting", disable=not first):
+        generate = experiment.family.generator(count)
+        tokens = distributed.to_host(generate(params, key, canvas, np.ones_like(canvas)))
+        quality = evaluation.measure_text_quality(
+            tokens, held_out=held_out, held_out_valid=valid, score=score
+        )
+        files.append(_free_path(directory, f"{c.sampler}-{count}"))
+        record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}
+        if first:
+            write_json(files[-1], record | {"quality": quality.to_dict()})
+    reference = evaluation.measure_text_quality(held_out, valid, score=score)
+    files.append(directory / "quality.png")
+    if first:
+        records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
+        plots.quality_by_steps(records, references=reference.to_dict()).savefig(files[-1])
+    return [str(path) for path in files]
+
+
+def _score(experiment: Experiment, judge: str) -> evaluation.Score:
+    other = make_experiment(saved_config(judge))
+    if other.dataset.length != experiment.dataset.length:
+        raise ValueError(
+            f"sample.judge: {judge} was trained on rows of {other.dataset.length} tokens, this run "
+            f"on rows of {experiment.dataset.length}"
+        )
+    _, params = load_parameters(other, pathlib.Path(judge))
+    return evaluation.likelihood_score(other.evaluate, params, other.key(0, "judge"))
+
+
+def _free_path(directory: pathlib.Path, stem: str) -> pathlib.Path:
+    number, path = 1, directory / f"{stem}.json"
+    while path.exists():
+        number += 1
+        path = directory / f"{stem}-{number}.json"
+    return path
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def report(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -> str:
+    """Evaluates, samples, plots, and returns the text that ends a training run."""
+    record = evaluate(experiment, workdir, check)
+    drawn = sample(experiment, workdir)
+    if not distributed.is_first():
+        return ""
+    details = experiment.family.details(record)
+    text = write_report(workdir, record, drawn, details)
+    (workdir / "report.txt").write_text(f"{experiment.describe()}\n\n{text}\n", "utf-8")
+    return text
+
+
+def write_report(
+    workdir: pathlib.Path, record: dict[str, Any], drawn: dict[str, Any], details: list[str]
+) -> str:
+    """Writes the plots; returns the text.
+
+    Args:
+        workdir: directory of the run.
+        record: from :func:`evaluate`.
+        drawn: from :func:`sample`.
+        details: lines about the likelihood.
+    """
+    unit = record["unit"]
+    entropies = {
+        f"{name} entropy": record[f"{name}_bits_per_unit"] for name in ("unigram", "bigram")
+    }
+    known = {name: value for name, value in entropies.items() if value is not None}
+    curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
+    shown = [curve]
+    records = training.read_metrics(workdir / "metrics.jsonl")
+    plots.save(lambda axes: plots.training_curve(axes, records, unit, known), curve, (7, 4))
+    if "levels" in record:
+        edges = np.array(record["levels"]["masking_rate_edges"])
+        nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
+        plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
+        shown.append(levels)
+    return "\n".join(
+        [
+            f"held-out likelihood bound ({record['split']} split, {record['rows']} rows, "
+            f"parameters of step {record['step']}):",
+            f"  {record['bits_per_unit']:.3f} ± {_number(record['standard_error_bits_per_unit'])} "
+            f"bits per {unit}   (± Monte Carlo; over rows ± "
+            f"{_number(record['data_standard_error_bits_per_unit'])})",
+            f"  unigram entropy of the split {_number(entropies['unigram entropy'])}, "
+            f"bigram entropy {_number(entropies['bigram entropy'])} bits per {unit}",
+            *details,
+            "",
+            format_samples(drawn["samples"]).strip() if drawn["samples"] else "",
+            "",
+            f"samples:     {', '.join(drawn['files'])}",
+            f"plots:       {', '.join(map(str, shown))}",
+            f"TensorBoard: tensorboard --logdir {workdir / 'tensorboard'}",
+            f"metrics:     {workdir / 'metrics.jsonl'}",
+            f"checkpoint:  {workdir / 'checkpoints'}",
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
