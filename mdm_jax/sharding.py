@@ -1,10 +1,4 @@
-"""Device meshes and where arrays live on them.
-
-Where activations lie on a device mesh: named axes, which mean nothing where there is no mesh.
-
-Names are those of parameters (``heads``, ``mlp``) and ``batch``, the rows of a global batch. What
-mesh axis a name stands for is said by rules such as ``training.LOGICAL_RULES``.
-"""
+"""Device meshes, and the sharding of parameters, batches and activations by logical axis names."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +21,7 @@ LOGICAL_RULES = (
     ("mlp", "tensor"),
     ("layers", None),
 )
-"""Logical axis of a parameter or an activation -> mesh axis, or axes, that it is cut along."""
+"""Logical axis of a parameter or an activation -> mesh axis, or axes, that shard it."""
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -35,8 +29,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
     Args:
         data: data-parallel copies; -1 takes all devices that the other two axes leave.
-        fsdp: ways in which parameters are cut along their ``embed`` axis; also splits the batch.
-        tensor: ways in which layers are cut.
+        fsdp: shards of parameters along their ``embed`` axis; also splits the batch.
+        tensor: shards of layers.
 
     Raises:
         ValueError: if the product is not the number of devices.
@@ -46,22 +40,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     for name, size in sizes.items():
         if size < 1 and not (name == "data" and size == -1):
             raise ValueError(f"mesh axis {name!r} must be positive (or -1 for data), got {size}")
-    rest = fsdp * tensor
     if data == -1:
-        data = devices // rest
-    if data * rest != devices:
+        data = devices // (fsdp * tensor)
+    if data * fsdp * tensor != devices:
         raise ValueError(
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not use the "
             f"{devices} devices at hand exactly; choose sizes whose product is {devices}"
         )
-    # The compiler places what is inside the step; models stay free of sharding.
-    kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds)
+    # Auto: the compiler places what is inside the step.
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data-parallel axes, everything else whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows over the data-parallel axes."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
@@ -71,7 +63,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> 
             f"num_microbatches must be at least 1, got {num_microbatches}; 1 takes the batch as a "
             "whole"
         )
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = _ways(mesh, ROW_AXES)
     if batch_size % (ways * num_microbatches):
         raise ValueError(
             f"a batch of {batch_size} rows in {num_microbatches} microbatches does not split over "
@@ -90,21 +82,21 @@ def check_num_heads(mesh: Mesh, num_heads: int) -> None:
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Ascending numbers of the rows of a global batch that this process's devices hold.
+    """Ascending indices of the rows of a global batch that this process's devices hold.
 
-    Where an axis other than those of the rows spans processes, several of them hold the same rows.
+    Where another axis than those of the rows spans processes, several hold the same rows.
     """
-    found = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in found]))
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int | None = None) -> Batch:
-    """Puts this process's rows on its devices, as its part of the global batch.
+    """A global batch with this process's rows on its devices.
 
     Args:
-        batch: the rows that :func:`local_rows` names, in this order.
+        batch: the rows of :func:`local_rows`, in this order.
         sharding: of the rows.
-        batch_size: rows of the global batch; those of ``batch`` if not given.
+        batch_size: rows of the global batch; by default those of ``batch``.
     """
     size = len(batch.tokens) if batch_size is None else batch_size
     rows = local_rows(sharding, size)
@@ -116,18 +108,18 @@ def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int | None = 
     def place(leaf: np.ndarray) -> jax.Array:
         leaf = np.asarray(leaf)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             first = int(np.searchsorted(rows, start))
             return leaf[first : first + stop - start]
 
-        return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, shard)
 
     return jax.tree.map(place, batch)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Every leaf whole on every device."""
+    """Copies of every leaf on every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -138,97 +130,68 @@ def abstract_sharded(
 
     Args:
         init: returns a pytree whose parameters may carry linen's logical axis names; optimiser and
-            EMA copies carry them too, so they are cut alike.
+            EMA copies carry them too.
         mesh: device mesh.
         rules: logical axis -> mesh axis.
 
     Returns:
         Pytree of jax.ShapeDtypeStruct without axis names. A dimension that its mesh axis does not
-        divide is kept whole.
+        divide is not sharded.
     """
 
     def place(node: PyTree) -> PyTree:
-        axes = PartitionSpec()
+        names = ()
         if _is_box(node):
-            axes, node = nn.logical_to_mesh_axes(node.get_partition_spec(), rules), node.unbox()
-        # What optimisers keep in a parameter's place may be empty or of another rank.
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape,
-                leaf.dtype,
-                sharding=NamedSharding(mesh, _fitting(leaf.shape, axes, mesh)),
-            ),
-            node,
-        )
+            names, node = node.get_partition_spec(), node.unbox()
+
+        # What an optimiser keeps for a parameter may be empty or of another rank.
+        def abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            same_rank = len(names) == len(leaf.shape)
+            spec = _spec(mesh, leaf.shape, names, rules) if same_rank else PartitionSpec()
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(abstract, node)
 
     return jax.tree.map(place, jax.eval_shape(init), is_leaf=_is_box)
 
 
 def kept_whole(init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES) -> list[str]:
-    """For people: which logical axes are not cut, since their mesh axis does not divide them.
+    """Messages on logical axes that are not sharded since their mesh axis does not divide them.
 
-    Args:
-        init, mesh, rules: as for :func:`abstract_sharded`.
+    Arguments are those of :func:`abstract_sharded`.
     """
-    names, found = dict(rules), {}
+    names, arrays = dict(rules), {}
     boxes = jax.tree.leaves(jax.eval_shape(init), is_leaf=_is_box)
     for box in filter(_is_box, boxes):
         axes, leaf = box.get_partition_spec(), box.unbox()
         for axis, size in zip(axes, getattr(leaf, "shape", ())):
             ways = mesh.shape.get(names.get(axis), 1)
             if size % ways:
-                found.setdefault((axis, size, names[axis], ways), []).append(leaf)
+                arrays.setdefault((axis, size, names[axis], ways), []).append(leaf)
     return [
         f"{axis} of size {size} does not divide by {name}={ways}: {len(leaves)} arrays "
         f"({sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**20:.1f} MiB) are whole "
         f"along it on every device"
-        for (axis, size, name, ways), leaves in sorted(found.items())
+        for (axis, size, name, ways), leaves in sorted(arrays.items())
     ]
 
 
 def init_sharded(
     init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES
 ) -> tuple[PyTree, PyTree]:
-    """Runs ``init`` so that every leaf is born where it will live.
+    """Runs ``init``, every leaf computed where it is sharded: values and their shardings.
 
-    Args:
-        init, mesh, rules: as for :func:`abstract_sharded`.
-
-    Returns:
-        (values without axis names, their shardings).
+    Arguments are those of :func:`abstract_sharded`.
     """
     abstract = abstract_sharded(init, mesh, rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    values = jax.jit(lambda: nn.meta.unbox(init()), out_shardings=shardings)()
-    return values, shardings
-
-
-def _is_box(node: PyTree) -> bool:
-    return isinstance(node, nn.meta.AxisMetadata)
-
-
-def _fitting(shape: tuple[int, ...], axes: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """``axes`` where they divide ``shape``; nothing is cut that would not come out even."""
-    if len(axes) != len(shape):
-        return PartitionSpec()
-
-    def fits(size: int, names: str | tuple[str, ...] | None) -> bool:
-        names = (names,) if isinstance(names, str) else names or ()
-        return size % math.prod(mesh.shape[name] for name in names) == 0
-
-    return PartitionSpec(*(name if fits(size, name) else None for size, name in zip(shape, axes)))
+    return jax.jit(lambda: nn.meta.unbox(init()), out_shardings=shardings)(), shardings
 
 
 def sharded_apply(
     apply_fn: Callable[..., Array], mesh: Mesh, rules: tuple[tuple[str, object], ...]
 ) -> Callable[..., Array]:
-    """``apply_fn`` of any network of ours, with its activations laid out over a mesh.
-
-    Args:
-        apply_fn: traced under ``jax.jit``, over arrays that live on the mesh.
-        mesh: devices.
-        rules: logical axis -> mesh axis, or several; ``batch`` is the axis of rows.
-    """
+    """``apply_fn`` of a network of ours with its activations sharded over ``mesh``, for ``jit``."""
 
     def apply(*args, **options):
         with (
@@ -241,30 +204,23 @@ def sharded_apply(
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """``x`` with its axes laid out as their names say; ``x`` itself outside :func:`sharded_apply`.
+    """``x`` sharded by its axes' logical names; ``x`` itself outside :func:`sharded_apply`.
 
-    An axis whose size the mesh does not divide is left whole.
-
-    Args:
-        x: an activation.
-        names: a logical name per axis, None for an axis that is not cut.
+    An axis with the name None, or that the mesh does not divide, is not sharded.
     """
     layout = _layout(x.shape, names)
-    if layout is None:
-        return x
-    mesh, spec = layout
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return x if layout is None else jax.lax.with_sharding_constraint(x, NamedSharding(*layout))
 
 
-def on_each_part(
+def map_shards(
     function: Callable[..., Array], names: tuple[tuple[str | None, ...], ...], *arrays: Array
 ) -> Array:
-    """``function(*arrays)``, device by device: for kernels that the compiler cannot cut itself.
+    """``function(*arrays)`` shard by shard: for kernels that the compiler cannot partition.
 
     Args:
-        function: of the parts of the arrays on one device; its result is cut like the first array.
-        names: logical names of every array's axes, cut as by :func:`constrain`.
-        arrays: the whole arrays.
+        function: of the arrays' shards on one device; its result is sharded like the first array.
+        names: logical names of every array's axes, as for :func:`constrain`.
+        arrays: global arrays.
     """
     layouts = [_layout(x.shape, axes) for x, axes in zip(arrays, names)]
     if layouts[0] is None:
@@ -276,19 +232,27 @@ def on_each_part(
     return mapped(*arrays)
 
 
-def num_parts(size: int, name: str) -> int:
-    """Into how many parts an axis of this size and name is cut; 1 outside :func:`sharded_apply`."""
+def num_shards(size: int, name: str) -> int:
+    """Shards of an axis of this size and logical name; 1 outside :func:`sharded_apply`."""
     layout = _layout((size,), (name,))
     return 1 if layout is None else _ways(layout[0], layout[1][0])
 
 
+def _is_box(node: PyTree) -> bool:
+    return isinstance(node, nn.meta.AxisMetadata)
+
+
 def _layout(shape: tuple[int, ...], names: tuple[str | None, ...]):
     rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty:
-        return None
+    return None if not rules or mesh.empty else (mesh, _spec(mesh, shape, names, rules))
+
+
+def _spec(mesh, shape: tuple[int, ...], names: tuple, rules: tuple) -> PartitionSpec:
+    """Mesh axes of logical names where they divide the shape, None elsewhere."""
     axes = nn.logical_to_mesh_axes(names, rules)
-    fitting = (axis if size % _ways(mesh, axis) == 0 else None for size, axis in zip(shape, axes))
-    return mesh, PartitionSpec(*fitting)
+    return PartitionSpec(
+        *(axis if size % _ways(mesh, axis) == 0 else None for size, axis in zip(shape, axes))
+    )
 
 
 def _ways(mesh, axes: str | tuple[str, ...] | None) -> int:

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mdm_jax.models.masks import AnyRule, BlockCausal, BlockTraining, CachedRule, Pattern, Rule
 from mdm_jax.models.products import product
-from mdm_jax.sharding import num_parts, on_each_part
+from mdm_jax.sharding import map_shards, num_shards
 from mdm_jax.types import Array
 
 SCORES_AT_ONCE = 2**19
@@ -48,8 +48,8 @@ def recompute_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
     row moves.
     """
     rows, heads = q.shape[0], q.shape[2]
-    shards = num_parts(rows, "batch")
-    scores = heads * q.shape[1] * k.shape[1] // num_parts(heads, "heads")
+    shards = num_shards(rows, "batch")
+    scores = heads * q.shape[1] * k.shape[1] // num_shards(heads, "heads")
     shard_rows = rows // shards
     at_most = max(1, min(shard_rows, SCORES_AT_ONCE // scores))
     at_once = max(n for n in range(1, at_most + 1) if shard_rows % n == 0)
@@ -205,7 +205,7 @@ def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule, interpret: boo
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     segments = () if rule.documents is None else (rule.segments(),)
     names = (("batch", "heads", None, None),) * 3 + (("batch", None),)
-    return on_each_part(run, names, q, k, v, *segments).swapaxes(1, 2).astype(q.dtype)
+    return map_shards(run, names, q, k, v, *segments).swapaxes(1, 2).astype(q.dtype)
 
 
 def splash_obstacle(q: Array, k: Array, rule: AnyRule, interpret: bool = False) -> str | None:

@@ -14,33 +14,33 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import tiny  # noqa: E402
-from mdm_jax.data.rows import StoredRows  # noqa: E402
+from mdm_jax.data.datasets import StoredRows  # noqa: E402
 
-from mdm_jax import data, evaluation, processes, training  # noqa: E402
+from mdm_jax import data, distributed, likelihood, sharding, training  # noqa: E402
 
 ROWS = 8
 
 
 def digest(tree) -> str:
     """Of every bit of a pytree."""
-    leaves = jax.tree.leaves(processes.to_host(tree))
+    leaves = jax.tree.leaves(distributed.to_host(tree))
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
 def read(mesh, steps: int = 3):
     """Global batches, placed."""
-    sharding = training.batch_sharding(mesh)
+    rows_over = sharding.batch_sharding(mesh)
     source = StoredRows(tiny.batch(50, seed=4))
-    rows = training.local_rows(sharding, ROWS)
+    rows = sharding.local_rows(rows_over, ROWS)
     iterator = data.train_iterator(source, ROWS, seed=5, rows=rows)
-    return [training.place_batch(next(iterator), sharding, ROWS) for _ in range(steps)]
+    return [sharding.place_batch(next(iterator), rows_over, ROWS) for _ in range(steps)]
 
 
 def observe() -> dict:
     """Draws, rows, steps and an evaluation, rows over all devices."""
-    mesh = training.make_mesh()
+    mesh = sharding.make_mesh()
     spec, step = tiny.step_fn(ROWS, optax.adam(0.01), ema_decay=0.9)
-    state = training.replicate(tiny.new_state(spec, optax.adam(0.01)), mesh)
+    state = sharding.replicate(tiny.new_state(spec, optax.adam(0.01)), mesh)
     batches, step = read(mesh), tiny.jit(step)
     drawn = tiny.jit(
         lambda number, v: training.step_draw(3, number, tiny.transform(), v, spec),
@@ -50,7 +50,7 @@ def observe() -> dict:
     for batch in batches:
         state, metrics = step(state, batch)
         losses.append(float(metrics.loss))
-    evaluate = evaluation.make_likelihood(tiny.apply_fn, tiny.MASK_ID, passes=2, replicates=2)
+    evaluate = likelihood.make_likelihood(tiny.apply_fn, tiny.MASK_ID, passes=2, replicates=2)
     source = StoredRows(tiny.batch(13, seed=6))
     found = evaluate(state.ema, jax.random.key(0), data.evaluation_batches(source, 8))
     return {
@@ -72,14 +72,14 @@ def main() -> None:
     stop.agree()
     record = {
         "found": observe(),
-        "rows_of_all": digest(read(training.make_mesh(tensor=jax.device_count()))),
-        "first": processes.from_first({"of": me}),
-        "any": [processes.any_of(me == several - 1), processes.any_of(False)],
+        "rows_of_all": digest(read(sharding.make_mesh(tensor=jax.device_count()))),
+        "first": distributed.from_first({"of": me}),
+        "any": [distributed.any_of(me == several - 1), distributed.any_of(False)],
         "stopping": [before, stop.stopping],
-        "local": len(training.local_rows(training.batch_sharding(training.make_mesh()), ROWS)),
+        "local": len(sharding.local_rows(sharding.batch_sharding(sharding.make_mesh()), ROWS)),
     }
-    processes.barrier("end")
-    if processes.is_first():
+    distributed.barrier("end")
+    if distributed.is_first():
         print(json.dumps(record))
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mdm_jax.models import attention_kernels
 from mdm_jax.models.attention import attention
 from mdm_jax.models.masks import within_documents
-from mdm_jax.sharding import constrain, make_mesh, num_parts, sharded_apply
+from mdm_jax.sharding import constrain, make_mesh, num_shards, sharded_apply
 
 RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("mlp", "tensor"), ("embed", "fsdp"))
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -36,13 +36,13 @@ def test_sizes_that_do_not_divide_stay_whole():
 
 def test_without_a_mesh_nothing_happens():
     x = jnp.zeros((8, 3, 4))
-    assert constrain(x, "batch", None, "heads") is x and num_parts(8, "batch") == 1
+    assert constrain(x, "batch", None, "heads") is x and num_shards(8, "batch") == 1
     with nn.logical_axis_rules(RULES):
-        assert constrain(x, "batch", None, "heads") is x and num_parts(8, "batch") == 1
+        assert constrain(x, "batch", None, "heads") is x and num_shards(8, "batch") == 1
     run = sharded_apply(
-        lambda: (num_parts(8, "batch"), num_parts(6, "batch")), make_mesh(4, 2), RULES
+        lambda: (num_shards(8, "batch"), num_shards(6, "batch")), make_mesh(4, 2), RULES
     )
-    assert run() == (8, 1) and num_parts(8, "batch") == 1
+    assert run() == (8, 1) and num_shards(8, "batch") == 1
 
 
 @pytest.mark.parametrize(
