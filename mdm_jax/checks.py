@@ -77,10 +77,9 @@ def unknown_name(
     """The error for an unknown name, with close matches.
 
     Args:
-        name: what was given.
-        known: the names that are allowed.
+        name, known: the name, and those allowed.
         kind: what they name, as in "masked schedule".
-        elsewhere: where names of another registry stand, by name.
+        elsewhere: homes of names in another registry, by name.
     """
     known = sorted(known)
     message = f"unknown {kind} {name!r}; "

@@ -1,7 +1,6 @@
-"""Several processes of one run: what they agree on, and arrays that live in more than one.
+"""Runs of several processes: barriers, agreement, and arrays that span processes.
 
-Every function is trivial with one process. With several they are collectives: all processes must
-call them at the same point of the program.
+With several processes these are collectives: all must call them at the same point of the program.
 """
 
 import json
@@ -16,16 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mdm_jax.types import PyTree
 
 ROW_AXES = ("data", "fsdp")
-"""Mesh axes over which the rows of a batch are spread."""
+"""Mesh axes that shard the rows of a batch."""
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks to people."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of this name."""
+    """Waits until every process has reached the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -38,7 +37,7 @@ def any_of(flag: bool) -> bool:
 
 
 def from_first(value: Any) -> Any:
-    """The first process's ``value``, which is plain JSON; other processes' is not looked at."""
+    """Process 0's ``value``, which is plain JSON; that of other processes is ignored."""
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(json.dumps(value).encode() if is_first() else b"", np.uint8)
@@ -48,11 +47,11 @@ def from_first(value: Any) -> Any:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Whole NumPy arrays of every leaf, wherever its parts lie."""
+    """Global NumPy arrays of every leaf, however it is sharded."""
 
     def fetch(leaf: Any) -> np.ndarray:
-        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-        if whole or leaf.is_fully_replicated:
+        is_local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if is_local or leaf.is_fully_replicated:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
@@ -60,12 +59,11 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def spread_rows(batch: PyTree, like: PyTree) -> PyTree:
-    """A batch that every process holds whole, with its rows over the devices that hold ``like``.
+    """A batch that every process holds, with its rows sharded over the devices that hold ``like``.
 
     Args:
         batch: NumPy arrays with a leading axis of rows, the same in every process.
-        like: parameters; where their mesh has no axis of :data:`ROW_AXES`, or its size does not
-            divide the number of rows, every device gets all rows.
+        like: parameters; if their mesh does not divide the rows, every device gets all rows.
     """
     mesh = _mesh_of(like)
     if mesh is None:

@@ -1,10 +1,8 @@
 """The randomness of one training step, as data.
 
-A :class:`Draw` holds every random number that a step consumes. Variance transforms couple and warp
-it (``mdm_jax.variance``), corruptions and objectives consume it; neither knows of the other.
-
-All numbers live on one grid, the odd multiples of 2**-24 in (0, 1). The grid is symmetric
-(``1 - u`` is exact and stays on it) and excludes both ends, so quantile functions stay finite.
+Variance transforms couple and warp a :class:`Draw`, corruptions and objectives consume it. Its
+numbers lie on one grid, the odd multiples of 2**-24 in (0, 1): symmetric, so ``1 - u`` is exact,
+and without ends, so quantile functions stay finite.
 """
 
 import math
@@ -28,9 +26,8 @@ class DrawSpec(NamedTuple):
         num_levels: S, independent noise levels per row.
         event_shape: shape of one row's base noise; ``(L,)`` for masks, ``(L, 2)`` for a process
             that consumes two numbers per element.
-        separate_levels: whether the loss of each level depends on its own quantile and its own
-            segment of the noise alone, as in block diffusion. Then the levels of one row may be
-            tied to each other; otherwise that would change the law of a level's context.
+        separate_levels: whether each level's loss depends on its own quantile and segment of the
+            noise alone, as in block diffusion. Only then may the levels of one row be coupled.
     """
 
     batch_size: int
@@ -58,13 +55,12 @@ class LossStats(NamedTuple):
 
     Attributes:
         raw: [V, B, S] sum of the per-element losses over the target elements, nats.
-        weight: [V, B, S] factor the objective asks for at this level. ``raw * weight`` is, for
-            uniform quantiles, an unbiased estimate of the level's loss in nats.
+        weight: [V, B, S] the objective's factor at this level. ``raw * weight`` is, for uniform
+            quantiles, an unbiased estimate of the level's loss in nats.
         scored: [V, B, S] number of eligible elements, the unit of normalisation.
-        targets: [V, B, S] number of elements that actually carried a loss.
-        slopes: [V, B, S] sum over the target elements of the squared slope of the element's loss at
-            the network's outputs, up to a factor that is the same for all; None where an objective
-            does not tell.
+        targets: [V, B, S] number of elements that carried a loss.
+        slopes: [V, B, S] sum over the target elements of the squared gradient norm of the element's
+            loss at the network's outputs, up to a common factor; None if unknown.
     """
 
     raw: Array
@@ -99,8 +95,8 @@ def open_uniform(key: Array, shape: tuple[int, ...]) -> Array:
 def iid(key: Array, spec: DrawSpec) -> Draw:
     """One view of independent uniforms, the start of every chain.
 
-    Element i of a row depends on the key, the row's global index and i alone: not on the number of
-    devices, hosts or microbatches, nor on the batch size.
+    Element i of a row depends on the key, the row's global index and i alone, not on the number of
+    devices, processes or microbatches, nor on the batch size.
     """
     check_spec(spec)
     levels = (1, spec.batch_size, spec.num_levels)
@@ -112,10 +108,9 @@ def iid(key: Array, spec: DrawSpec) -> Draw:
 
 
 def split_rows(tree: PyTree, parts: int, axis: int) -> PyTree:
-    """Cuts the row axis of every leaf into ``parts``, stacked on a new leading axis.
+    """Microbatches: the row axis of every leaf split into ``parts``, on a new leading axis.
 
-    Part j takes rows j, j + parts, j + 2 parts, ...: each device's rows are cut on that device, so
-    nothing moves between devices. A microbatch takes its part of the one global draw this way.
+    Part j takes rows j, j + parts, j + 2 parts, ..., so nothing moves between devices.
 
     Raises:
         ValueError: if ``parts`` does not divide the number of rows.

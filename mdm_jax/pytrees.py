@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are pytrees, and that jit can tell apart."""
+"""Frozen dataclasses that are pytrees."""
 
 import dataclasses
 from typing import Any, TypeVar, dataclass_transform
@@ -14,10 +14,9 @@ T = TypeVar("T", bound=type)
 def pytree_dataclass(cls: T) -> T:
     """Makes ``cls`` a frozen dataclass and a pytree whose fields are its children.
 
-    Used in place of ``jax.tree_util.register_dataclass``, under which (seen in jax 0.10.2) the
-    structures of two classes with equally many fields compare equal. Only their hashes differ, so
-    about once in a hundred pairs ``jax.jit`` runs the code compiled for one class on the other, and
-    a schedule silently becomes another schedule.
+    Under ``jax.tree_util.register_dataclass`` (seen in jax 0.10.2) the structures of two classes
+    with equally many fields compare equal and only their hashes differ, so about once in a hundred
+    pairs ``jax.jit`` runs the code compiled for one class on the other.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = tuple(field.name for field in dataclasses.fields(cls))

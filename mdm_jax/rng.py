@@ -1,7 +1,7 @@
-"""Random keys as a function of (seed, step, name): derived on the spot, never carried.
+"""Random keys as a function of (seed, step, name), never part of a state.
 
-Nothing that moves holds a key, so a resumed run draws what the uninterrupted one would have drawn,
-and switching one random part on or off leaves every other part's numbers unchanged.
+So a resumed run draws what the uninterrupted one would have drawn, and switching one random part on
+or off leaves the others' numbers unchanged.
 """
 
 import zlib

@@ -10,31 +10,21 @@ Axes, always in this order where several occur:
 
 The noise coordinate is the log signal-to-noise ratio ``logsnr`` = lambda, with large values clean.
 For tokens the survival probability is ``sigmoid(logsnr)``, the masking rate ``sigmoid(-logsnr)``.
-
-What a data pipeline hands to everything else.
-
-The labels that say what an estimator's expectation is.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.typing import ArrayLike
 
 Array = jax.Array
-"""A JAX array; ``ArrayLike`` is used where NumPy arrays and Python scalars are accepted too."""
 
 PyTree = Any
 """Nested containers of arrays."""
 
 ModelFn = Callable[..., Any]
-"""``model_fn(inputs [N, L], logsnr [N, S] float32, documents [N, L] int32 | None)``: for masked
-processes int32 tokens -> logits [N, L, K], for Gaussian ones floats -> one number per element
-[N, L]. Objectives and samplers see a network only through this signature. Objectives and likelihood
-evaluations take a ``models.Readout`` for the logits too, of which they compute what they need."""
-
-__all__ = ["Array", "ArrayLike", "ModelFn", "PyTree"]
+"""``model_fn(inputs [N, L], logsnr [N, S] float32, documents [N, L] int32 | None)``: for tokens
+logits [N, L, K] or a ``models.Readout`` of them, for Gaussian diffusion one number per element."""
 
 
 class Batch(NamedTuple):
@@ -42,12 +32,11 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: [B, L] int32 clean token ids. Padding holds any valid id.
-        eligible: [B, L] bool, positions that may be corrupted and are scored. Prompt and padding
-            positions are never eligible.
-        documents: [B, L] int32, 0 on padding; elements attend to each other only within the same
-            positive number.
-        units: [B] int32, how many units of measurement the eligible elements stand for: characters
-            of the raw text, or pixels times channels.
+        eligible: [B, L] bool, positions that may be corrupted and carry a loss; never prompt and
+            padding.
+        documents: [B, L] int32, 0 on padding; attention stays within a positive number.
+        units: [B] int32, units of measurement of the eligible elements: characters of the raw text,
+            or pixels times channels.
     """
 
     tokens: Array
@@ -57,20 +46,15 @@ class Batch(NamedTuple):
 
 
 BIAS_LABELS = ("exact", "truncated", "biased")
-"""From best to worst.
+"""Bias labels of estimators, from best to worst.
 
-``exact``: the expectation of losses and gradients is that of the whole bound, for every model.
-``truncated``: it is the expectation over a stated part of the noise range.
-``biased``: it is something else, by design.
+``exact``: the expectation of losses and gradients is that of the full bound, for every model.
+``truncated``: that over a stated part of the noise range. ``biased``: something else, by design.
 """
 
 
 def worst_bias(*labels: str) -> str:
-    """The worst of the labels, which is that of whatever is made of their bearers.
-
-    Raises:
-        ValueError: if a label is none of :data:`BIAS_LABELS`.
-    """
+    """The weakest label; a composition inherits it. ValueError for an unknown one."""
     for label in labels:
         if label not in BIAS_LABELS:
             raise ValueError(f"bias must be one of {', '.join(BIAS_LABELS)}, got {label!r}")

@@ -1,9 +1,7 @@
-"""The running average of the parameters, in full precision or in half the memory.
+"""Exponential moving average of the parameters, in float32 or in half the memory.
 
-An average with decay d moves by a share 1 - d of its distance to the parameters. Stored in bfloat16
-as it is, it would stand still: the smallest relative change that a bfloat16 number can make is
-about 2^-8, far above what a step asks for. So what is stored is its *offset* from the parameters,
-which is small, and of which eight bits are plenty:
+An average in bfloat16 would stand still, since its relative steps are below 2^-8. Its *offset* from
+the parameters is small, and eight bits are plenty for it:
 
     offset' = average' - p' = d (average - p') = d (offset + p - p')
 """
@@ -17,11 +15,7 @@ from mdm_jax.types import Array, PyTree
 
 
 class AverageOffset(NamedTuple):
-    """An average as its offset from the parameters.
-
-    Attributes:
-        offset: pytree like the parameters, in the dtype of the storage.
-    """
+    """An average as its offset from the parameters, a pytree like them."""
 
     offset: PyTree
 

@@ -15,15 +15,13 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Context manager that turns the first SIGINT or SIGTERM into a flag.
+    """Context manager that turns the first SIGINT or SIGTERM into a flag; reentrant.
 
-    The second SIGINT raises KeyboardInterrupt at once. It may be entered again inside itself; the
-    handlers from before come back when the outermost block ends.
-
-    With several processes a signal to any of them stops all, at a point where they :meth:`agree`.
+    The second SIGINT raises KeyboardInterrupt. With several processes a signal to any of them stops
+    all, at a point where they :meth:`agree`.
 
     Attributes:
-        requested: whether this process was asked to stop.
+        requested: whether this process got a signal.
     """
 
     def __init__(self):
@@ -34,18 +32,15 @@ class Interrupt:
 
     @property
     def stopping(self) -> bool:
-        """Whether all processes are to stop: as asked for, or as last agreed if several."""
+        """Whether all processes are to stop: as requested, or as last agreed if several."""
         return self.requested if jax.process_count() == 1 else self._agreed
 
     def agree(self) -> None:
-        """Learns of stops that other processes were asked for; all call it at the same point."""
+        """Shares requests between processes; all call it at the same point."""
         self._agreed = self._agreed or distributed.any_of(self.requested)
 
     def check(self, *_: object) -> None:
-        """Raises Interrupted if a stop was asked for; fits any progress callback.
-
-        With several processes, all call it at the same points.
-        """
+        """Raises Interrupted if a stop was requested; as :meth:`agree`, and a progress callback."""
         self.agree()
         if self.stopping:
             raise Interrupted

@@ -111,24 +111,19 @@ def train(
 ) -> TrainState:
     """Trains until ``options.total_steps`` or until interrupted; saves either way.
 
-    Nothing is fetched from the device between logging steps, so the host runs ahead of it. Several
-    processes run the same loop; a request to stop that one of them gets takes effect for all at the
-    next logging step, or inside a hook.
-
-    A step that is saved is saved before it is evaluated and sampled from, and resumes with these
-    where they were left. An error of a hook or of ``batches`` in a run of one process saves the
-    state before it is raised; with several, others may not have met it.
+    Nothing is fetched from the device between logging steps. With several processes a request to
+    stop takes effect for all at the next logging step, or inside a hook. States are saved before
+    their hooks run, and a resumed run runs what is left of them. In a run of one process an error
+    saves the state before it is raised.
 
     Args:
         step_fn: jitted step, state donated.
-        state: where to start; its step counter is the truth.
+        state: where to start, by its step counter.
         batches: positioned to match ``state``.
-        options: when things happen.
-        checkpoints, writer: where they go.
-        hooks: evaluation and sampling.
-        notes: stored in each checkpoint, beside what the loop itself has to remember.
-        progress: the latter, ``restored.notes["progress"]`` of the checkpoint restored.
-        interrupt: stop request; one of the loop's own if not given.
+        options, checkpoints, writer, hooks: see there.
+        notes: stored in each checkpoint, beside the loop's own.
+        progress: the loop's own, ``restored.notes["progress"]``.
+        interrupt: stop request; by default one of the loop's own.
 
     Returns:
         The final state. If ``interrupt.stopping`` is set, training is unfinished and saved.

@@ -1,4 +1,4 @@
-"""Where numbers go: one JSON line per record, TensorBoard, and the terminal."""
+"""Metrics: one JSON line per record, TensorBoard, and the terminal."""
 
 import json
 import os
@@ -66,22 +66,15 @@ class MetricWriter:
 
 
 class SilentWriter(MetricWriter):
-    """Takes what a :class:`MetricWriter` takes and writes nothing; for all processes but one."""
+    """A :class:`MetricWriter` that writes nothing; for all processes but process 0."""
 
     def __init__(self):
         pass
 
-    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+    def _ignore(self, *_args, **_options) -> None:
         """Nothing."""
 
-    def text(self, step: int, name: str, text: str) -> None:
-        """Nothing."""
-
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    scalars = text = image = close = _ignore
 
 
 def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:

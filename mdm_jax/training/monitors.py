@@ -1,8 +1,7 @@
-"""Cheap running estimates for the metrics of a training run.
+"""Monitors: running estimates for the metrics of a training run.
 
-A monitor is three pure functions, to be called inside the jitted step after the backward pass. Its
-state has a fixed structure and belongs into the checkpoint. A step whose losses or gradients are
-not finite leaves the state as it was, and is counted.
+Pure functions, called in the jitted step after the backward pass. A step whose losses or gradients
+are not finite leaves a monitor's state as it was, and is counted.
 """
 
 from collections.abc import Callable, Iterable
@@ -59,17 +58,16 @@ def read_monitors(monitors: Iterable[Monitor], states: dict[str, PyTree]) -> dic
 def read_level_profile(
     transform: VarianceTransform, state: PyTree, num_levels: int = 1, bins: int = 10
 ) -> dict[str, Array]:
-    """What a chain's warp does to the levels at the moment, as scalars on the device.
+    """The current warp of a chain, as scalars on the device; empty if no level is warped.
 
-    At the middle of each of ``bins`` equal bins of the quantile, noisy to clean: ``level_density``,
-    the density it draws from relative to the objective's law, and ``effective_weight``, the factor
-    on the objective's weighting (p times w), which is 1 for exact transforms and moves for adaptive
-    weightings. Empty where no level is warped. Costs nothing between readings.
+    At the middle of each of ``bins`` equal bins of the quantile, noisy to clean, mean over levels:
+    ``level_density``, that of the draw relative to the objective's law, and ``effective_weight``,
+    the factor on the objective's weighting (p times w), 1 for exact transforms.
 
     Args:
         transform: of the run.
         state: ``TrainState.variance``.
-        num_levels: S; where levels differ the mean over them is read.
+        num_levels: S.
         bins: of the quantile.
     """
     members = transform.members or (transform,)
@@ -112,27 +110,21 @@ class LevelSums(NamedTuple):
 
 
 def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> Monitor:
-    """Loss by masking rate, and a training loss that can be read.
+    """Loss by masking rate, and a training loss without the noise of the levels.
 
-    The training loss is noisy because every step draws other levels, not because the model changes.
     In masking rate m the bound is flat, nats per token = int_0^1 (mean cross-entropy of a masked
-    token at rate m) dm, so the mean over equal bins of each bin's running cross-entropy is the same
-    quantity with the level's noise taken out (the tilt towards higher rates *inside* a bin is of
-    the order of the bin's width squared). It lags by about ``1 / (1 - decay)`` visits of a bin.
+    token at rate m) dm, so the mean over equal bins of each bin's running cross-entropy is the
+    training loss without the level's noise, up to the square of a bin's width. It lags by about
+    ``1 / (1 - decay)`` visits of a bin.
 
-    ``read`` gives ``normalised_loss`` (nats per token, over the bins seen so far),
+    ``read`` gives ``normalised_loss`` (nats per token, over the bins visited so far),
     ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation`` [bins], mean and
     standard deviation of the per-token loss, and ``level_rejected``.
 
-    Costs: sums of V B S numbers into ``bins`` bins, and no memory to speak of.
-
     Args:
         objective: whose law turns quantiles into masking rates.
-        bins: equal bins of the masking rate.
-        decay: of a bin's sums, whenever it is visited.
-
-    Raises:
-        ValueError: unless bins >= 1 and 0 <= decay < 1.
+        bins: equal bins of the masking rate, at least 1.
+        decay: of a bin's sums, whenever it is visited, in [0, 1).
     """
     if bins < 1 or not 0 <= decay < 1:
         raise ValueError(f"level_monitor needs bins >= 1 and 0 <= decay < 1, got {bins}, {decay}")
@@ -201,21 +193,15 @@ def gradient_noise_monitor(decay: float = 0.95) -> Monitor:
 
         tr Cov(G) ~ (mean |G|^2 - |mean G|^2) / (1 - r) ,
 
-    data noise included. Unlike the spread between microbatches, this is right when the rows of a
-    batch are coupled (stratified levels). Drift of the parameters adds to the noise, so it is an
-    upper estimate while the mean gradient moves; ``efficiency`` measures at fixed parameters.
+    data noise included, also if the rows of a batch are coupled. Drift of the parameters adds to
+    it; ``meter.efficiency`` measures at fixed parameters.
 
     ``read`` gives ``gradient_noise`` (trace of the covariance), ``gradient_signal`` (squared norm
     of the mean gradient, unbiased, may be negative), ``gradient_noise_share`` (noise over mean
-    squared norm; 1 means that nothing else is left) and ``gradient_rejected``. The batch size at
-    which noise equals signal is the batch size times noise over signal.
-
-    Costs: one buffer of the size of the parameters and two passes over it.
+    squared norm) and ``gradient_rejected``. Noise equals signal at the batch size times noise over
+    signal. ``decay`` is in (0, 1). Costs a buffer of the size of the parameters.
 
     Reference: McCandlish et al. 2018, the simple noise scale; estimated there from two batch sizes.
-
-    Raises:
-        ValueError: unless 0 < decay < 1.
     """
     if not 0 < decay < 1:
         raise ValueError(f"gradient_noise_monitor needs 0 < decay < 1, got {decay}")
@@ -283,27 +269,18 @@ def baseline_monitor(
     forget: float = 0.9,
     chain: VarianceTransform | None = None,
 ) -> Monitor:
-    """The training loss with an EMA baseline as control variate: same mean, less noise.
+    """The reported loss with an EMA baseline as control variate: same mean, less noise.
 
-    The baseline is what ``objectives.baseline`` describes. It steadies the *reported* number only:
-    it does not depend on the parameters, so the gradient is what it is without it. The mean is that
-    of the loss under chains whose weights repay the density of the levels, those labelled "exact",
-    and is wrong under others.
+    Gradients do not change. See :class:`~mdm_jax.objectives.objective.Baseline`.
 
     ``read`` gives ``controlled_loss`` and, for comparison, ``uncontrolled_loss``, nats per token,
     both averaged over about ``1 / (1 - forget)`` steps, and ``controlled_rejected``.
 
-    Costs: sums of V B S numbers into ``bins`` bins.
-
     Args:
-        bins: of the quantile.
-        decay: of a bin's mean, whenever it is visited.
-        forget: decay of the two averages, per step.
-        chain: what the run's draws come from, so that one it does not hold for is refused.
-
-    Raises:
-        ValueError: unless bins >= 1, 0 <= decay < 1 and 0 <= forget < 1, or if the chain's bias is
-            not "exact".
+        bins: of the quantile, at least 1.
+        decay: of a bin's mean, whenever it is visited, in [0, 1).
+        forget: decay of the two averages, per step, in [0, 1).
+        chain: of the run; refused unless its bias is "exact", under others the mean is wrong.
     """
     if chain is not None and chain.bias != "exact":
         raise ValueError(

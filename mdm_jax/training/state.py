@@ -1,4 +1,4 @@
-"""Everything that a training run carries from step to step, as one pytree of arrays."""
+"""The state of a training run, as one pytree of arrays."""
 
 from collections.abc import Callable, Iterable
 
@@ -22,8 +22,8 @@ class TrainState:
     Attributes:
         step: [] int32, number of steps begun, skipped ones included.
         params: parameters.
-        ema: exponential moving average of the parameters, used for evaluation and sampling; read
-            it with :func:`~mdm_jax.training.averaged`, since it may be stored as an offset.
+        ema: their exponential moving average, for evaluation and sampling; read it with
+            :func:`~mdm_jax.training.averaged`, since it may be stored as an offset.
         opt_state: optax state.
         variance: state of the variance transform.
         monitors: states of the monitors by name; empty without any.
@@ -49,7 +49,7 @@ def new_state(
     monitors: Iterable[Monitor] = (),
     ema_dtype: jnp.dtype = jnp.float32,
 ) -> TrainState:
-    """The state at step 0; the EMA starts at the parameters (``ema_dtype``: see ``averages``)."""
+    """The state at step 0; ``ema_dtype`` as of :func:`~mdm_jax.training.new_average`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

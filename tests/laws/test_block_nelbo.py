@@ -15,7 +15,6 @@ from zoo import quick
 
 from mdm_jax import (
     corruption,
-    evaluation,
     meter,
     objectives,
     schedules,
@@ -301,7 +300,7 @@ def test_the_clip_search_takes_the_objective(block_size, criterion, intervals, b
     """The exact moments of the objective and the search on samples of it agree."""
     objective = block_nelbo(corruption.bernoulli(toys.MASK_ID), block_size)
     apply_fn = block_toy.block_apply(block_size)
-    criterion = getattr(evaluation, criterion)
+    criterion = getattr(meter, criterion)
     find = meter.make_clip_search(
         apply_fn, objective, (1000, 4), criterion=criterion, intervals=intervals
     )
