@@ -16,6 +16,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.typing import ArrayLike
+
+__all__ = ["BIAS_LABELS", "Array", "ArrayLike", "Batch", "ModelFn", "PyTree", "worst_bias"]
 
 Array = jax.Array
 
