@@ -24,17 +24,28 @@ class CheckpointError(RuntimeError):
     """No usable checkpoint, or one that does not fit the configuration."""
 
 
-class StoreReader:
-    """Reads the store ``name`` below ``root``, whose pytrees are called ``item``; changes nothing.
+class Store:
+    """The store ``name`` below ``root``, whose pytrees are called ``item``.
 
-    A trainer may write to the store meanwhile.
+    With ``keep``, the largest number of checkpoints, it is that of the one trainer, who writes and
+    sets damaged checkpoints aside. Without, nothing is changed, and a trainer may be at work.
     """
 
-    def __init__(self, root: pathlib.Path, name: str, item: str):
+    def __init__(self, root: pathlib.Path, name: str, item: str, keep: int | None = None):
         self.directory = root / name
-        self._item = item
+        self._item, self._writable = item, keep is not None
         self._manifests = root / "manifests" / name
-        self._manager = self._open()
+        if self._writable:
+            self._manifests.mkdir(parents=True, exist_ok=True)
+        # Saving is synchronous: a kill then leaves the old or the new state, and the manifest
+        # describes files that are all there. Orbax's read_only would print a warning each time.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            create=self._writable,
+            cleanup_tmp_directories=self._writable,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints at hand, ascending."""
@@ -96,17 +107,46 @@ class StoreReader:
                 result[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         return result
 
+    def save(
+        self, step: int, tree: PyTree, records: dict[str, dict[str, Any]], force: bool = False
+    ) -> bool:
+        """Writes a checkpoint; returns False, having done nothing, if the step is there already.
+
+        Also if a later one is there, unless ``force``.
+        """
+        steps = self.steps()
+        if step in steps or (not force and any(other > step for other in steps)):
+            return False
+        if distributed.is_first():
+            self._manifest(step).unlink(missing_ok=True)
+        leaves = named_leaves(tree)
+        items = {self._item: ocp.args.StandardSave(leaves)}
+        items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
+        # Unforced, Orbax would not write below its latest step, and only say so by what it returns.
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._manager.wait_until_finished()
+        distributed.barrier(f"saved {self.directory} {step}")
+        if distributed.is_first():
+            self._write_manifest(step, self._describe(step, leaves))
+            kept = {str(s) for s in self.steps()}
+            for path in self._manifests.glob("*.json"):
+                if path.stem not in kept:
+                    path.unlink()
+        return True
+
+    def amend(self, step: int, records: dict[str, dict[str, Any]]) -> None:
+        """Replaces records of a checkpoint; only its manifest is written."""
+        if distributed.is_first() and self._manifest(step).exists():
+            self._write_manifest(step, self._load_manifest(step) | {"amended": records})
+
     def close(self) -> None:
         """Releases the manager's threads."""
         self._manager.close()
 
-    def _open(self) -> ocp.CheckpointManager:
-        # Orbax's own read_only would say so on the terminal each time.
-        options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-        return ocp.CheckpointManager(self.directory, options=options)
-
     def _meanwhile(self, step: int) -> str | None:
         """What a trainer removed during the reading."""
+        if self._writable:
+            return None  # there is no other writer
         problem = None
         if distributed.is_first():
             removed = not (self.directory / str(step)).exists()
@@ -114,13 +154,22 @@ class StoreReader:
         return distributed.from_first(problem)
 
     def _pass_over(self, step: int, problem: str) -> None:
+        source = self.directory / str(step)
+        if self._writable:
+            number, stem = 0, f"damaged-{self.directory.name}-{step}"
+            while (target := self.directory.parent / f"{stem}-{number}").exists():
+                number += 1
+            distributed.barrier(f"setting aside {source} as {number}")
+            if distributed.is_first():
+                source.rename(target)
+                self._manifest(step).unlink(missing_ok=True)
+            distributed.barrier(f"set aside {source} as {number}")
+            outcome = f"Moved it to {target}; trying the one before, if any."
+        else:
+            outcome = "It stays where it is; trying another one, if any."
         self._manager.reload()
-        if step in self.steps() and distributed.is_first():
-            logging.warning(
-                "checkpoint %s is damaged: %s. It stays where it is; trying another one, if any.",
-                self.directory / str(step),
-                problem,
-            )
+        if distributed.is_first() and (self._writable or step in self.steps()):
+            logging.warning("checkpoint %s is damaged: %s. %s", source, problem, outcome)
 
     def _read(self, step: int, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict:
         items = {name: ocp.args.JsonRestore() for name in records}
@@ -135,6 +184,8 @@ class StoreReader:
         if self._manifest(step).exists():
             amended = self._load_manifest(step).get("amended", {})
             restored |= {name: amended[name] for name in records if name in amended}
+        elif self._writable and abstract_tree is not None and distributed.is_first():
+            self._write_manifest(step, self._describe(step, leaves))  # killed before it could be
         return restored
 
     def _check_fit(self, step: int, leaves: dict[str, Any]) -> None:
@@ -181,84 +232,6 @@ class StoreReader:
 
     def _load_manifest(self, step: int) -> dict[str, Any]:
         return json.loads(self._manifest(step).read_text("utf-8"))
-
-
-class Store(StoreReader):
-    """Writes too, at most ``keep`` checkpoints, and sets damaged ones aside; for one trainer."""
-
-    def __init__(self, root: pathlib.Path, name: str, item: str, keep: int):
-        self._keep = keep
-        super().__init__(root, name, item)
-        self._manifests.mkdir(parents=True, exist_ok=True)
-
-    def save(
-        self, step: int, tree: PyTree, records: dict[str, dict[str, Any]], force: bool = False
-    ) -> bool:
-        """Writes a checkpoint; returns False, having done nothing, if the step is there already.
-
-        Also if a later one is there, unless ``force``.
-        """
-        steps = self.steps()
-        if step in steps or (not force and any(other > step for other in steps)):
-            return False
-        if distributed.is_first():
-            self._manifest(step).unlink(missing_ok=True)
-        leaves = named_leaves(tree)
-        items = {self._item: ocp.args.StandardSave(leaves)}
-        items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
-        # Unforced, Orbax would not write below its latest step, and only say so by what it returns.
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._manager.wait_until_finished()
-        distributed.barrier(f"saved {self.directory} {step}")
-        if distributed.is_first():
-            self._write_manifest(step, self._describe(step, leaves))
-            kept = {str(s) for s in self.steps()}
-            for path in self._manifests.glob("*.json"):
-                if path.stem not in kept:
-                    path.unlink()
-        return True
-
-    def amend(self, step: int, records: dict[str, dict[str, Any]]) -> None:
-        """Replaces records of a checkpoint; only its manifest is written."""
-        if distributed.is_first() and self._manifest(step).exists():
-            self._write_manifest(step, self._load_manifest(step) | {"amended": records})
-
-    def _open(self) -> ocp.CheckpointManager:
-        # Saving is synchronous: a kill then leaves the old or the new state, and the manifest
-        # describes files that are all there.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
-            enable_async_checkpointing=False,
-            create=True,
-            cleanup_tmp_directories=True,
-        )
-        return ocp.CheckpointManager(self.directory, options=options)
-
-    def _meanwhile(self, step: int) -> str | None:
-        del step  # there is no other writer
-        return None
-
-    def _pass_over(self, step: int, problem: str) -> None:
-        source, number = self.directory / str(step), 0
-        stem = f"damaged-{self.directory.name}-{step}"
-        while (target := self.directory.parent / f"{stem}-{number}").exists():
-            number += 1
-        distributed.barrier(f"setting aside {source} as {number}")
-        if distributed.is_first():
-            source.rename(target)
-            self._manifest(step).unlink(missing_ok=True)
-        distributed.barrier(f"set aside {source} as {number}")
-        self._manager.reload()
-        if distributed.is_first():
-            message = "checkpoint %s is damaged: %s. Moved it to %s; trying the one before, if any."
-            logging.warning(message, source, problem, target)
-
-    def _read(self, step: int, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict:
-        restored = super()._read(step, abstract_tree, records)
-        missing = not self._manifest(step).exists()  # killed between the save and its manifest
-        if abstract_tree is not None and missing and distributed.is_first():
-            self._write_manifest(step, self._describe(step, named_leaves(abstract_tree)))
-        return restored
 
     def _describe(self, step: int, leaves: dict[str, Any]) -> dict[str, Any]:
         return {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}

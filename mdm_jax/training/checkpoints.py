@@ -16,17 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mdm_jax.training.checkpoint_store import (
-    CheckpointError,
-    Store,
-    StoreReader,
-    field_of,
-    named_leaves,
-)
+from mdm_jax.training.checkpoint_store import CheckpointError, Store, field_of, named_leaves
 from mdm_jax.types import PyTree
-
-_LAST, _BEST = ("last", "state"), ("best", "ema")
-"""Stores: their names and those of their pytrees."""
 
 
 class Restored(NamedTuple):
@@ -53,8 +44,13 @@ class CheckpointReader:
     _damaged = "the warnings above say what is wrong with them"
 
     def __init__(self, directory: str | os.PathLike):
+        self._open(directory)
+
+    def _open(self, directory: str | os.PathLike, keep: tuple[int, int] | None = None) -> None:
         root = pathlib.Path(directory).absolute()
-        self._last, self._best = self._open(root)
+        keep_last, keep_best = keep or (None, None)
+        self._last = Store(root, "last", "state", keep_last)
+        self._best = Store(root, "best", "ema", keep_best)
         self._best_metrics: dict[str, float] | None = None
 
     def steps(self) -> list[int]:
@@ -124,9 +120,6 @@ class CheckpointReader:
         self._last.close()
         self._best.close()
 
-    def _open(self, root: pathlib.Path) -> tuple[StoreReader, StoreReader]:
-        return StoreReader(root, *_LAST), StoreReader(root, *_BEST)
-
 
 class Checkpoints(CheckpointReader):
     """Saves states too, and sets damaged ones aside; for the one trainer of a directory.
@@ -143,8 +136,7 @@ class Checkpoints(CheckpointReader):
     def __init__(self, directory: str | os.PathLike, keep_last: int = 2):
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-        self._keep_last = keep_last
-        super().__init__(directory)
+        self._open(directory, keep=(keep_last, 1))
 
     def save(
         self, step: int, state: PyTree, position: dict[str, Any], notes: dict[str, Any]
@@ -178,9 +170,6 @@ class Checkpoints(CheckpointReader):
             return False
         self._best_metrics = kept
         return True
-
-    def _open(self, root: pathlib.Path) -> tuple[Store, Store]:
-        return Store(root, *_LAST, self._keep_last), Store(root, *_BEST, 1)
 
 
 def abstract(tree: PyTree) -> PyTree:
