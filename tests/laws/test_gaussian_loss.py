@@ -138,6 +138,9 @@ def test_mean_and_variance_by_quadrature_through_the_objective(proposal, name):
         mass = np.einsum("i,j,k->ijk", 10 * level_mass, mass, mass).ravel()
         noise = jnp.asarray(scipy.stats.norm.cdf(eps))
         chosen = {weight: bounded_recipe(weight, proposal, name) for weight in WEIGHTS}
+        losses = {weight: gaussian_loss(chosen[weight]) for weight in WEIGHTS}
+        assert losses["elbo"].bias == "truncated"
+        assert losses["eps"].bias == "biased"
         law = chosen["elbo"].law
         u = law.cdf(level)
         draw = Draw(u[None, :, None], jnp.zeros((1, len(u), 1)), noise[None, :, None])
@@ -145,13 +148,11 @@ def test_mean_and_variance_by_quadrature_through_the_objective(proposal, name):
 
         @jax.jit
         def terms(mixture):
-            batch, found = batch_of((mixture.means[0] + mixture.std * x0)[:, None]), {}
-            for weight, recipe in chosen.items():
-                objective = gaussian_loss(recipe)
-                assert objective.bias == ("truncated" if weight == "elbo" else "biased")
-                stats = objective.loss(oracle(mixture, recipe), batch, draw)
-                found[weight] = (stats.weight * stats.raw)[0, :, 0]
-            return found
+            batch, values = batch_of((mixture.means[0] + mixture.std * x0)[:, None]), {}
+            for weight, objective in losses.items():
+                stats = objective.loss(oracle(mixture, chosen[weight]), batch, draw)
+                values[weight] = (stats.weight * stats.raw)[0, :, 0]
+            return values
 
         for data, mixture in (("G0", G0), ("G1", G1)):
             for weight, values in terms(mixture).items():
