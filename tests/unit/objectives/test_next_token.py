@@ -57,7 +57,9 @@ def test_the_likelihood_of_the_toy():
     jax.tree.map(np.testing.assert_array_equal, stats, again)
 
 
-@pytest.mark.parametrize("process", ["fixed_count", "rao_blackwell", "bernoulli"])
+@pytest.mark.parametrize(
+    "process", slow_except({"fixed_count"}, ["fixed_count", "rao_blackwell", "bernoulli"])
+)
 def test_it_is_block_size_one_with_everything_masked(process):
     """Fixed counts mask single-token blocks always; the others do at rate 1."""
     objective = block_nelbo(getattr(corruption, process)(toys.MASK_ID), 1)
@@ -98,9 +100,12 @@ def test_the_mask_token_is_not_predicted():
     """A logit for the mask token, however large, is not in the softmax."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4)), jnp.float32)
     draw = numbers(OBJECTIVE.spec(3, toys.LENGTH))
-    with_mask = OBJECTIVE.loss(lambda *_: logits.at[..., 3].set(50.0), toys.toy_batch(), draw)
-    without = OBJECTIVE.loss(lambda *_: logits[..., :3], toys.toy_batch(), draw)
-    np.testing.assert_allclose(with_mask.raw, without.raw, rtol=1e-6)
+    variants = logits.at[..., 3].set(50.0), logits[..., :3]
+    run = quick(
+        lambda: [OBJECTIVE.loss(lambda *_, v=v: v, toys.toy_batch(), draw).raw for v in variants]
+    )
+    with_mask, without = run()
+    np.testing.assert_allclose(with_mask, without, rtol=1e-6)
 
 
 def test_a_negative_mask_id_is_refused():

@@ -33,7 +33,7 @@ class Watch:
 def watched(tmp_path_factory):
     """A run of the launcher's own training under guard: (watch, experiment, compiled step)."""
     config = presets.quickstart("smoke")
-    config.model.width, config.model.depth, config.data.length = 32, 2, 64
+    config.model.width, config.model.depth, config.data.length = 16, 1, 16
     config.optimizer.update(name="adamw", peak=0.01)
     config.train.update(
         steps=STEPS, log_every=LOG_EVERY, evaluate_every=0, checkpoint_every=0, batch_size=16
