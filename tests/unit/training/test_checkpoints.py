@@ -1,6 +1,8 @@
 """Checkpoints: round trips, damage that is named and set aside, misfits, keeping, meshes."""
 
+import json
 import logging as python_logging
+import pathlib
 import shutil
 
 import chex
@@ -12,6 +14,9 @@ import pytest
 import tiny
 
 from mdm_jax import sharding, training, variance
+from mdm_jax.launch import presets
+from mdm_jax.launch.build import make_experiment
+from mdm_jax.training import checkpoint_store
 from mdm_jax.training.checkpoint_store import CheckpointError
 from mdm_jax.training.checkpoints import CheckpointReader, Checkpoints, abstract
 from mdm_jax.variance.transform import Phase
@@ -489,3 +494,11 @@ def test_a_state_of_eight_devices_restores_on_one_and_on_other_meshes(opened):
         chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(saved))
         for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(target)):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), name
+
+
+def test_checkpoints_of_earlier_releases_fit():
+    """The arrays of quickstart's smoke run, by the names under which they were always saved."""
+    recorded = pathlib.Path(tiny.__file__).with_name("quickstart_arrays.json").read_text("utf-8")
+    state = make_experiment(presets.quickstart("smoke")).abstract_state()
+    leaves = checkpoint_store.named_leaves(state)
+    assert {n: f"{a.dtype}{list(a.shape)}" for n, a in leaves.items()} == json.loads(recorded)
