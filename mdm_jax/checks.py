@@ -1,9 +1,11 @@
 """Checks of arguments: known numbers when an object is built, and names of registries."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.types import ArrayLike
@@ -66,6 +68,17 @@ def parameters(
         got = ", ".join(f"{key}={value}" for key, value in checked.items())
         raise ValueError(f"{name} needs {requirement}, got {got}")
     return tuple(checked.values())
+
+
+def log_positive(name: str, what: str, value: ArrayLike) -> ArrayLike:
+    """log of a parameter; ValueError unless it is finite and positive, where it is known."""
+    value = as_parameter(value, what)
+    check_finite(name, **{what: value})
+    if not is_concrete(value):
+        return jnp.log(value)
+    if not value > 0:
+        raise ValueError(f"{name} needs {what} > 0, got {value}")
+    return math.log(value)
 
 
 def unknown_name(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.checks import as_parameter, check_finite, is_concrete
+from mdm_jax.checks import as_parameter, check_finite, is_concrete, log_positive
 from mdm_jax.gaussian import parameterisations, schedules
 from mdm_jax.gaussian.parameterisations import Output, check_sigma_data
 from mdm_jax.gaussian.paths import Path, vp
@@ -187,31 +187,21 @@ def edm_monotonic(
 
 def min_snr(law: Law, gamma: ArrayLike = 5.0) -> Product:
     """``p min(1, gamma exp(-lambda))`` (Hang et al. 2023): factor min(SNR, gamma) on x0's error."""
-    return Product(law, (MinSnr(_log_positive("min_snr", "gamma", gamma)),))
+    return Product(law, (MinSnr(log_positive("min_snr", "gamma", gamma)),))
 
 
 def soft_min_snr(law: Law, gamma: ArrayLike = 5.0) -> Product:
     """``p gamma / (gamma + exp(lambda))`` (Crowson et al. 2024), a smooth :func:`min_snr`."""
-    return Product(law, (Sigmoid(_log_positive("soft_min_snr", "gamma", gamma)),))
+    return Product(law, (Sigmoid(log_positive("soft_min_snr", "gamma", gamma)),))
 
 
 def p2(law: Law, k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> Product:
     """``p / (k + exp(lambda))^gamma`` (Choi et al. 2022)."""
     gamma = as_parameter(gamma, "gamma")
     check_finite("p2", gamma=gamma)
-    return Product(law, (P2(_log_positive("p2", "k", k), gamma),))
+    return Product(law, (P2(log_positive("p2", "k", k), gamma),))
 
 
 def truncated_snr(law: Law) -> Product:
     """``p max(1, exp(-lambda))``: factor max(SNR, 1) on x0's error (Salimans and Ho 2022)."""
     return Product(law, (TruncatedSnr(),))
-
-
-def _log_positive(name: str, what: str, value: ArrayLike) -> ArrayLike:
-    value = as_parameter(value, what)
-    check_finite(name, **{what: value})
-    if not is_concrete(value):
-        return jnp.log(value)
-    if not value > 0:
-        raise ValueError(f"{name} needs {what} > 0, got {value}")
-    return math.log(value)

@@ -1,11 +1,10 @@
 """Objectives with another weighting of their levels, and self-conditioning."""
 
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from mdm_jax.checks import as_parameter, check_finite, is_concrete
+from mdm_jax.checks import as_parameter, check_finite, log_positive
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.models.cross_entropy import as_logits
@@ -43,7 +42,7 @@ def min_snr_factor(gamma: ArrayLike = 5.0) -> LogFactor:
     Raises:
         ValueError: unless gamma > 0.
     """
-    log_gamma = _log_positive("min_snr", "gamma", gamma)
+    log_gamma = log_positive("min_snr", "gamma", gamma)
     return lambda logsnr: jnp.minimum(0.0, log_gamma - logsnr)
 
 
@@ -55,18 +54,8 @@ def p2_factor(k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> LogFactor:
     """
     gamma = as_parameter(gamma, "gamma")
     check_finite("p2", gamma=gamma)
-    log_k = _log_positive("p2", "k", k)
+    log_k = log_positive("p2", "k", k)
     return lambda logsnr: -gamma * jnp.logaddexp(log_k, logsnr)
-
-
-def _log_positive(name: str, what: str, value: ArrayLike) -> ArrayLike:
-    value = as_parameter(value, what)
-    check_finite(name, **{what: value})
-    if not is_concrete(value):
-        return jnp.log(value)
-    if not value > 0:
-        raise ValueError(f"{name} needs {what} > 0, got {value}")
-    return math.log(value)
 
 
 def self_conditioned(objective: Objective, num_tokens: int) -> Objective:
