@@ -1,22 +1,11 @@
-"""Data-driven choice of the range of masking rates for block diffusion.
+"""Data-driven choice of the range of masking rates for block diffusion (BD3-LM).
 
-Small blocks train with less noise if rates are drawn from part of (0, 1) only (Arriola et al. 2025,
-BD3-LM, "clipped" schedules); which part is searched for on validation data. A range so chosen makes
-the training objective ``variance.clipped(low, high)``, which is truncated: report no likelihood
-from it. ``variance.clipped_mixture`` takes the same range and stays exact.
-
-Three criteria score a range; the smallest score wins, the first of equals:
-
-* :func:`raw_variance`, as published: the variance of the block losses, data variance included. The
-  losses of different ranges have different means, so it favours high, narrow ranges by scale alone;
-* :func:`relative_variance`: the same over the squared mean loss;
-* :func:`gradient_noise_to_signal`: the trace of the covariance of the batch gradient over the
-  squared norm of its mean, which is what slows training down.
-
-The published search also gives ranges above 1/2 the weight 1 instead of 1/m, and redraws masks
-until the masked fraction lies in the range, without correcting for it; neither is done here. Its
-candidate for blocks of one token, the single rate 1, is the range (0.999, 1) here, from which a
-trainer can draw.
+Small blocks train with less noise if rates are drawn from part of (0, 1) only (Arriola et al.
+2025); validation data choose which. Training on it is ``variance.clipped(low, high)``, truncated:
+report no likelihood from it. ``variance.clipped_mixture`` takes the same range and stays exact. The
+smallest score of a criterion wins, the first of equals. The published search also gives ranges
+above 1/2 the weight 1 instead of 1/m, and redraws masks until the masked fraction lies in the
+range, without correcting for it; neither is done here.
 """
 
 import math
@@ -51,15 +40,9 @@ Criterion = Callable[[ApplyFn, Objective, DrawSpec], Score]
 
 
 class ClipChoice(NamedTuple):
-    """Outcome of a search; plain values, to be kept in a checkpoint's notes.
+    """Outcome of a search among ``intervals``, as plain values.
 
-    Attributes:
-        low, high: the chosen masking rates.
-        criterion: name of the criterion.
-        block_size: tokens of a block.
-        step: training step of the parameters that were searched with.
-        intervals: all candidates.
-        scores: score of each, None where it is not finite.
+    ``step`` is that of the parameters; a score that is not finite is None.
     """
 
     low: float
@@ -113,10 +96,7 @@ def reachable_counts(block_size: int, low: float, high: float) -> range:
 
 
 def check_feasible(block_size: int, low: float, high: float) -> None:
-    """Raises ValueError unless the range is a range and some number of masked tokens lies in it.
-
-    In a range without one, a trainer that redraws masks until the fraction fits never ends.
-    """
+    """Raises ValueError unless the range is one and some number of masked tokens lies in it."""
     if block_size < 1 or not 0 <= low < high <= 1:
         raise ValueError(
             f"a range of masking rates needs 0 <= low < high <= 1, got {low}, {high} for blocks of "
@@ -194,7 +174,10 @@ def make_clip_search(
 
 
 def raw_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
-    """Variance of the block losses, nats per token squared, averaged over batches."""
+    """Variance of the block losses, data variance included, nats per token squared; as published.
+
+    Favours high, narrow ranges by scale alone, since losses of different ranges differ in mean.
+    """
     moments = block_loss_moments(apply_fn, objective, spec)
     return lambda *arguments: moments(*arguments).variance
 
@@ -211,7 +194,7 @@ def relative_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -
 
 
 def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
-    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included.
+    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included: what slows training down.
 
     Infinite where no signal can be told from the noise. Holds three gradients at a time.
     """
@@ -248,12 +231,10 @@ def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: Draw
 
 
 class BlockMoments(NamedTuple):
-    """Moments of the per-token block losses under each range, [intervals].
+    """Moments of the block losses, nats per token, under each range, [intervals].
 
-    Attributes:
-        mean: nats per token.
-        variance: over rows, blocks and draws of a batch, averaged over batches.
-        standard_error: of the variance, from the spread over batches.
+    The variance is over rows, blocks and draws of a batch, averaged over batches; its standard
+    error is from the spread over batches.
     """
 
     mean: np.ndarray

@@ -33,11 +33,9 @@ from mdm_jax.types import Array, Batch, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """Variance of one forward pass and its parts; standard errors by bootstrap over rows.
+    """Variance of one forward pass and its parts, in nats squared (per squared parameter).
 
-    Losses are per row, in nats, so variances are in nats squared; those of gradients are traces of
-    a covariance, in the same unit per squared parameter. Parts other than A can be estimated
-    negative; they are unbiased.
+    Unbiased, so B and C can be negative. Standard errors are by bootstrap over rows.
 
     Attributes:
         pattern: A, from which positions are masked.
@@ -139,11 +137,9 @@ def decompose_by_probes(
     """A, B, C of the loss and of the gradient, by forward-mode probes: (loss, gradient).
 
     The variance of the derivative along a random direction estimates the trace of the gradient's
-    covariance (Hutchinson). Costs about ``1 + probes`` forward passes per evaluation and no memory
-    per parameter beyond the probes. Standard errors of the gradient contain the spread over probes.
-    Where forward mode is impossible (custom reverse rules), use :func:`decompose_gradients`.
-
-    Arguments and errors as :func:`decompose`, and ``probes``, at least 1.
+    covariance (Hutchinson), at about ``1 + probes`` forward passes per evaluation. Standard errors
+    of the gradient contain the spread over probes. Where forward mode is impossible (custom reverse
+    rules), use :func:`decompose_gradients`. Arguments and errors as :func:`decompose`.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     if probes < 1:
@@ -176,10 +172,7 @@ def decompose_gradients(
     """A, B, C of the gradient, exactly per sample, by running means of gradients.
 
     Keeps three running means the size of the parameters (cell, row, grand mean); each evaluation
-    is one backward pass of one row. Rows enter the spread of row means as in
-    :mod:`mdm_jax.estimates`, so the bootstrap over rows needs no second pass.
-
-    Arguments and errors as :func:`decompose`.
+    is one backward pass of one row. Arguments and errors as :func:`decompose`.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     draw_row, losses = nested_draw(key, subject), subject.estimator.losses

@@ -2,13 +2,9 @@
 
 The spread of per-example gradients *within* a batch says nothing about a batch whose rows are
 coupled, and the variance of the loss is not that of its gradient. So the gradient that the
-optimiser would get is drawn again and again through the whole chain, its state held fixed, and
-
-    trace of its covariance  x  forward passes per row
-
-is compared at equal compute. Squared importance weights can have heavy tails (Bernoulli masks have
-infinite variance); then no number of redraws settles the estimate, and :class:`Efficiency` says so
-instead of giving a number.
+optimiser would get is drawn again through the whole chain, its state held fixed, and the trace of
+its covariance times the forward passes per row is compared at equal compute. Where heavy tails of
+squared weights (Bernoulli masks) keep the estimate from settling, :class:`Efficiency` says so.
 """
 
 import dataclasses
@@ -59,9 +55,7 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Variance of the batch gradient under one method, summed over parameters.
-
-    Gradients are of the loss in nats per eligible token, as the optimiser gets them.
+    """Variance of the batch gradient, nats per eligible token, under one method.
 
     Attributes:
         group_variances: [groups] trace of the covariance, each from redraws of its own.
@@ -106,19 +100,15 @@ class Efficiency:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the figures of an unsettled estimate are None."""
-        record = {"noise_to_signal": finite_or_none(self.noise_to_signal) if self.settled else None}
+        record = dataclasses.asdict(self)
+        record["group_variances"] = self.group_variances.tolist()
+        for name in ("top_share", "tail_index"):
+            record[name] = finite_or_none(record[name])
         for name in ("variance", "variance_times_passes"):
             value, error = getattr(self, name) if self.settled else (None, math.nan)
             record |= {name: value, f"{name}_standard_error": finite_or_none(error)}
-        return record | {
-            "unsettled": self.unsettled,
-            "group_variances": self.group_variances.tolist(),
-            "signal": self.signal,
-            "passes": self.passes,
-            "redraws": self.redraws,
-            "top_share": finite_or_none(self.top_share),
-            "tail_index": finite_or_none(self.tail_index),
-        }
+        ratio = finite_or_none(self.noise_to_signal) if self.settled else None
+        return record | {"noise_to_signal": ratio}
 
 
 def efficiency(
@@ -309,12 +299,11 @@ def inverse_rates_diverge(
 ) -> bool:
     """Whether an estimate with losses S/m of the bound has infinite variance, by law and chain.
 
-    Near m = 0 the second moment of S/m is of the order of 1/m. Where the law's density of the rate
-    is p and the chain draws its quantiles from q(u) with the weight w(u), that of the estimate is
-    ``int q w^2 / (m p) dm``: finite if law or chain stop above m = 0, or ``q w^2 / p`` falls like a
-    power of m. The power is read off the two last quantiles of the float32 grid, within the last
-    cell of every piecewise density. A warp without profile counts as one of bounded density. An
-    objective labelled "biased" has another weight than the bound's: the answer is no.
+    With p the law's density of the rate, and quantiles drawn from q(u) with the weight w(u), the
+    second moment near m = 0 is ``int q w^2 / (m p) dm``: finite if law or chain stop above m = 0,
+    or ``q w^2 / p`` falls like a power of m, read off the two last quantiles of the float32 grid. A
+    warp without profile counts as one of bounded density. An objective labelled "biased" has
+    another weight than the bound's: the answer is no.
     """
     if objective.bias == "biased" or float(objective.law.support[1]) < jnp.inf:
         return False

@@ -5,8 +5,7 @@ With f the loss of one forward pass at level u (before importance weights), over
     v(u) = E Var(f | row)    g(u) = E f    c(u) = Var(E[f | row])    s = E f^2 = v + g^2 + c .
 
 A level drawn with density q and weighted by 1/q has the second moment ``int s / q``, smallest for
-``q ~ sqrt(s)`` (P-POTS, arXiv 2511.18159, whose scripts leave c out). Stratified levels have the
-main effect g removed already; there ``sqrt(v + c)`` takes its place.
+``q ~ sqrt(s)`` (P-POTS, arXiv 2511.18159); for stratified levels ``sqrt(v + c)`` takes its place.
 """
 
 import dataclasses
@@ -99,13 +98,10 @@ def measure_levels(
     resamples: int = 200,
     progress: Progress | None = None,
 ) -> LevelTable:
-    """v, g and c on a grid of levels shared by all rows (a crossed design).
-
-    Where a row has several levels (blocks), all of them take the level of the grid.
+    """v, g and c on a grid of levels shared by all rows and their blocks (a crossed design).
 
     Args:
-        subject: what is measured; views of its transform are averaged over, all at the level of
-            the grid (``variance.identity()`` for single masks).
+        subject: what is measured; views of its transform are averaged.
         rows: rows [N, L] drawn from the data.
         key: typed key.
         masking_rates: [levels], increasing, in (0, 1] and within the law's support.

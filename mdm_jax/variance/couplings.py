@@ -17,10 +17,9 @@ from mdm_jax.variance.transform import EmptyState, Phase, VarianceTransform, sta
 
 
 def jitter(key: Array, cells: Array, num_cells: int) -> Array:
-    """One uniform grid point in each of the given cells, float32 of the shape of ``cells``.
+    """One uniform grid point in each of the given cells ``[j / N, (j + 1) / N)``, float32.
 
-    Cell j of N covers ``[j / N, (j + 1) / N)``. If the cell is uniform on {0..N-1}, the point is
-    uniform on the grid up to the rounding of the cells' edges, 2**-23.
+    For uniform cells it is uniform up to the rounding of the cells' edges, 2**-23.
     ValueError if there are more cells than grid points.
     """
     if not 1 <= num_cells <= 2**GRID_BITS:
@@ -30,10 +29,7 @@ def jitter(key: Array, cells: Array, num_cells: int) -> Array:
 
 
 def permuted_rows(key: Array, values: Array, levels: int, axis: int = 0) -> Array:
-    """``values`` with a last axis of ``levels``, each level permuted along ``axis`` on its own.
-
-    One permutation for all levels would tie the levels of a row to each other.
-    """
+    """``values`` [..., levels], each level permuted along ``axis`` on its own."""
     spread = jnp.broadcast_to(values[..., None], (*values.shape, levels))
     return jax.random.permutation(key, spread, axis=axis, independent=True)
 
@@ -41,12 +37,10 @@ def permuted_rows(key: Array, values: Array, levels: int, axis: int = 0) -> Arra
 def stratified() -> VarianceTransform:
     """One jittered quantile per cell of width 1/B: ``u_i = (pi(i) + xi_i) / B``.
 
-    ``pi`` is a random permutation of the rows, one for each level of a row; without it row i would
-    stay in cell i forever.
+    ``pi`` is a random permutation of the rows, one for each level of a row.
 
     Keeps: the law of each row. Couples: rows, through the permutation. Costs: one view.
-    Removes: the main effect of the level, V_m, up to O(B^-3); not the pattern noise A, nor the
-    interaction of level and row. Bias: exact.
+    Removes: the main effect of the level, V_m, up to O(B^-3). Bias: exact.
     Reference: proportional stratified sampling; called "antithetic sampling" in MDLM, BD3-LM and
     Duo, which leave out the permutation.
     """
@@ -62,16 +56,13 @@ def stratified() -> VarianceTransform:
 def stratified_blocks() -> VarianceTransform:
     """One jittered quantile per cell of width 1/(B S), for B rows of S blocks.
 
-    Block b of row i gets the stratum ``pi_b(i)`` of width 1/B, ``pi_b`` a random permutation, and
-    the S blocks that meet in a stratum share its S cells at random. So the levels of one row are
-    spread over all strata, as those of :func:`stratified` are.
+    Each block takes the B strata of width 1/B in a random order over the rows, and the S blocks in
+    a stratum share its S cells at random, so a row's levels are spread over all strata.
 
     Keeps: the law of each level of each row. Couples: rows, and the levels of one row.
-    Costs: one view.
-    Removes: the main effect V_m, which blocks share, up to O((B S)^-3); what differs between blocks
-    up to O(B^-3), as :func:`stratified`. Bias: exact for the objectives that it accepts.
-    Reference: sliced Latin hypercubes (Qian 2012); BD3-LM stratifies over batch and blocks in
-    order, so that a row's levels stay next to each other.
+    Costs: one view. Removes: the main effect V_m, which blocks share, up to O((B S)^-3); what
+    differs between blocks up to O(B^-3). Bias: exact for the objectives that it accepts.
+    Reference: sliced Latin hypercubes (Qian 2012); BD3-LM stratifies blocks in order.
     Raises: ValueError from ``init`` and ``draw``, for several levels that the spec does not call
     separate (:class:`~mdm_jax.draws.DrawSpec`): tied levels would change the law of a level's
     context. From ``draw``, if B S exceeds 2**23.
@@ -97,8 +88,7 @@ def systematic() -> VarianceTransform:
     """A lattice with one random offset: ``u_i = frac(u_0 + i / B)``, one offset per level of a row.
 
     Keeps: the law of each row. Couples: all rows, through the offset. Costs: one view.
-    Removes: most of the main effect of the level, up to O(B^-2) for a non-periodic loss; jittered
-    cells (:func:`stratified`) reach O(B^-3). Bias: exact.
+    Removes: the main effect of the level, up to O(B^-2) for a non-periodic loss. Bias: exact.
     Reference: systematic sampling; Kingma et al. 2021, VDM, the low-discrepancy sampler.
     """
 
@@ -113,13 +103,11 @@ def systematic() -> VarianceTransform:
 def antithetic_pairs() -> VarianceTransform:
     """Pairs of rows with one quantile and its reflection: ``u`` and ``1 - u``.
 
-    The pairing is drawn anew every step, for each level of a row on its own. With an odd number of
-    rows, one of them at random has no partner.
+    The pairing is random, for each level of a row on its own; an odd row has no partner.
 
     Keeps: the law of each row. Couples: rows in pairs. Costs: one view.
     Removes: the part of the level's main effect V_m that is odd about u = 1/2: the batch mean keeps
-    ``(V_m / B) (1 + corr(g(u), g(1 - u)))``, so a monotone loss gains and a symmetric one loses.
-    Bias: exact.
+    ``(V_m / B) (1 + corr(g(u), g(1 - u)))``, so a symmetric loss is worse off. Bias: exact.
     Reference: antithetic variates (Hammersley and Morton 1956); not what MDLM, BD3-LM and Duo call
     "antithetic sampling", which is :func:`stratified` without its permutation.
     """
@@ -136,14 +124,10 @@ def antithetic_pairs() -> VarianceTransform:
 def coarse_strata(cells: int | None = None) -> VarianceTransform:
     """J equal cells with ``floor(B / J)`` rows each; the rows left over go to distinct random ones.
 
-    With B cells it is :func:`stratified`, with one cell it is independent sampling.
-
     Keeps: the law of each row. Couples: rows, through a random assignment. Costs: one view.
-    Removes: the main effect of the level V_m between cells; what is left falls as J^-2 / B.
-    Bias: exact.
-    Reference: stratified sampling with proportional allocation; floor(sqrt(B)) strata, the default,
-    are those of a StableDLLM training script (that it is the StraTS of arXiv 2511.18159 is our
-    inference).
+    Removes: the level's main effect V_m between cells; what is left falls as J^-2 / B. Bias: exact.
+    Reference: proportional allocation; floor(sqrt(B)) strata, the default, are from a StableDLLM
+    training script (that it is the StraTS of arXiv 2511.18159 is our inference).
     Args: ``cells``, J. Raises: ValueError if it is not positive.
     """
     if cells is not None and cells < 1:
@@ -169,15 +153,13 @@ def coarse_strata(cells: int | None = None) -> VarianceTransform:
 def complement() -> VarianceTransform:
     """A second view of every row with the level ``1 - u`` and the noise ``1 - v``.
 
-    For a uniform masking rate the second view masks at the rate 1 - m exactly what the first one
-    left visible, so under Bernoulli masks every token is predicted exactly once per pair; under
-    fixed counts k_1 + k_2 = n + 1. After a warp, or under a law that is not symmetric about
-    logSNR 0, the estimator stays exact but the masks are no longer complementary.
+    For a uniform masking rate the second view masks what the first one left visible, so under
+    Bernoulli masks every token is predicted once per pair; under fixed counts k_1 + k_2 = n + 1.
+    After a warp, or a law that is not symmetric about logSNR 0, masks are not complementary.
 
     Keeps: the law of each view. Couples: the two views, in level and noise.
-    Costs: two forward passes per row.
-    Removes: part of A and B; the sign of the views' covariance depends on the model, and it can
-    lose against two independent views. Bias: exact, as each view carries its own weight.
+    Costs: two forward passes per row. Removes: part of A and B, depending on the model; it can lose
+    against two independent views. Bias: exact, as each view carries its own weight.
     Reference: antithetic variates over level and noise; complementary masking in LaViDa (Li et al.
     2025). Not MIRROR, whose two views share their level.
     """

@@ -25,7 +25,8 @@ class QuantileDensity(Protocol):
 
     @property
     def support(self) -> tuple[float, float]:
-        """(low, high): the interval on which the density is positive."""
+        """(low, high): the interval on which the density is positive; all of (0, 1) by default."""
+        return 0.0, 1.0
 
     def log_pdf(self, u: ArrayLike) -> Array:
         """Log density at ``u``, nats; -inf outside the support."""
@@ -38,7 +39,7 @@ class QuantileDensity(Protocol):
 
 
 @pytree_dataclass
-class PiecewiseDensity:
+class PiecewiseDensity(QuantileDensity):
     """Uniform within each of J cells between ``edges`` [J + 1] that cover (0, 1).
 
     ``points`` [J + 1] int32 counts the grid points below each edge. The density is computed from
@@ -48,11 +49,6 @@ class PiecewiseDensity:
 
     edges: Array
     points: Array
-
-    @property
-    def support(self) -> tuple[float, float]:
-        """The whole interval."""
-        return 0.0, 1.0
 
     @property
     def masses(self) -> Array:

@@ -174,21 +174,15 @@ def ppots_binned(
 ) -> VarianceTransform:
     """Levels from bins with mass in proportion to ``d_j sqrt(second_moments_j)``, d_j the width.
 
-    The moments are measured once, of the loss or of the gradient: pass a target of
-    :mod:`mdm_jax.variance.moments` of the measured moments. Bins equally wide in the logarithm of
-    the rate (``densities.log_spaced_edges``) reach within half a percent of the optimum with ten
-    bins, where bins of equal width need fifty or more.
+    The moments are measured once, of the loss or of the gradient; see
+    :mod:`mdm_jax.variance.moments`. Bins equally wide in the logarithm of the rate
+    (``densities.log_spaced_edges``) reach within half a percent of the optimum with ten bins.
 
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
     Removes: the variance of sqrt(E f^2) over uniform levels. Bias: exact.
-    Reference: P-POTS, arXiv 2511.18159, as a histogram; the optimal density is the classical one of
-    importance sampling.
-
-    Args:
-        edges: [J + 1] quantiles from 0 to 1; the first bin holds the highest masking rates.
-        second_moments: [J] non-negative, in any unit.
-        floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
-
+    Reference: P-POTS, arXiv 2511.18159, as a histogram.
+    Args: ``edges``, [J + 1] quantiles from 0 to 1, the first bin of the highest masking rates;
+    ``second_moments``, [J] non-negative, in any unit; ``floor`` as for :func:`ppots`.
     Raises: ValueError if the edges do not cover (0, 1), there is not one moment per bin, a moment
     is negative or not finite, or the floor is out of range.
     """
@@ -209,8 +203,7 @@ def ppots_parametric(
     """Levels from the seven-parameter curve of P-POTS, fitted by ``epr.fit_epr``.
 
     The curve is integrated over 256 equal cells of the masking rate m = 1 - u, which are both
-    sampled and paid for. The published engine samples uniformly inside the cells of a grid, pays
-    for a density interpolated between its points, and never draws rates beyond the outermost ones.
+    sampled and paid for (the published engine pays for another density than it samples).
 
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
     Removes: what the curve captures of the optimal density. Bias: exact.

@@ -13,8 +13,8 @@ def repeat(views: int = 2) -> VarianceTransform:
     """R views of every row at the same level, each with independent noise.
 
     Keeps: the law of each view. Couples: nothing; the views of a row share its level.
-    Costs: R forward passes per row. Removes: pattern noise A by the factor R, as R times the rows
-    would, along with B and C: the baseline for coupled views. Bias: exact.
+    Costs: R forward passes per row. Removes: pattern noise A by the factor R (R times the rows
+    would remove B and C too): the baseline for coupled views. Bias: exact.
     Reference: plain Monte Carlo; the public StableDLLM release does this under the name MIRROR.
     Args: ``views``, R. Raises: ValueError if it is not positive.
     """
@@ -30,9 +30,8 @@ def repeat(views: int = 2) -> VarianceTransform:
 def mirror() -> VarianceTransform:
     """A second view of every row at the same level, with base noise ``1 - v``.
 
-    For Bernoulli masks at rate p the two masked sets are disjoint up to p = 1/2, complementary at
-    1/2, and jointly cover everything above it: the most negative correlation of two Bernoulli(p)
-    variables. Under fixed counts the reflection reverses the ranks.
+    For Bernoulli masks at rate p the two masked sets are disjoint up to p = 1/2 and jointly cover
+    everything above it: the most negative correlation there is. Fixed counts reverse the ranks.
 
     Keeps: the law of each view. Couples: the two views. Costs: two forward passes per row.
     Removes: pattern noise A; at equal compute it wins over twice the rows iff the views'
@@ -51,8 +50,8 @@ def rotate(views: int = 2) -> VarianceTransform:
     """K views of every row at the same level; view j has the noise ``frac(v + j / K)``.
 
     Under Bernoulli masks at rate p every element is masked in floor(K p) or ceil(K p) of the views,
-    the least spread of any coupling. Two views have the joint law of :func:`mirror`. Under fixed
-    counts ranks rotate by a random amount of mean n j / K; :func:`rotate_ranks` is sharper there.
+    the least spread of any coupling; K = 2 has the joint law of :func:`mirror`. Under fixed counts
+    ranks rotate by a random amount of mean n j / K; :func:`rotate_ranks` is sharper there.
 
     Keeps: the law of each view. Couples: the views of a row. Costs: K forward passes per row.
     Removes: pattern noise A, of an additive loss with weight 1/p all but the share
@@ -76,17 +75,14 @@ def rotate_ranks(views: int = 2) -> VarianceTransform:
     """K views of every row at the same level, whose noise has the same numbers with rotated ranks.
 
     The element of rank r among L gets, in view j, the noise of rank ``(r - floor(j L / K)) mod L``.
-    Under fixed counts view j masks k consecutive ranks (in a circle) from floor(j L / K) on, so the
-    numbers of views in which two elements are masked differ by at most one. A row with S levels
-    that divide its L elements is rotated segment by segment. Where only n < L elements are
+    Under fixed counts the numbers of views in which two elements are masked differ by at most one.
+    A row with S levels that divide L is rotated segment by segment. Where only n < L elements are
     eligible, their ranks rotate by a random amount of mean n j / K, which stays exact.
 
-    Keeps: the law of each view. Couples: the views of a row, which hold the same L numbers;
-    Bernoulli masks have the same count in every view, which :func:`rotate` avoids.
-    Costs: K forward passes per row.
-    Removes: pattern noise A under fixed counts, all of its additive part where K k is a multiple
-    of L. Bias: exact.
-    Reference: systematic sampling without replacement along a random permutation.
+    Keeps: the law of each view. Couples: the views of a row; Bernoulli masks have the same count in
+    every view, which :func:`rotate` avoids. Costs: K forward passes per row.
+    Removes: pattern noise A under fixed counts, all of its additive part where L divides K k.
+    Bias: exact. Reference: systematic sampling without replacement along a random permutation.
     Args: ``views``, K. Raises: ValueError if it is not positive.
     """
     _check_views("rotate_ranks", views)
@@ -117,11 +113,9 @@ def stratified_levels(views: int = 2) -> VarianceTransform:
 
     Keeps: the law of each view of each row. Couples: the levels of a row's views, and rows.
     Costs: R forward passes per row.
-    Removes: the main effect V_m of the level and what varies of the interaction V_xm of level and
-    row between the strata of a row. For large R, N rows keep C/N + A/(N R), so it wins against N R
-    rows of one independent level iff B > (R - 1) C, against *stratified* ones iff V_xm > (R - 1) C.
-    Bias: exact.
-    Reference: stratified sampling nested in rows.
+    Removes: V_m and what varies of the interaction V_xm of level and row between the strata of a
+    row: for large R it wins against N R rows of one level iff B > (R - 1) C, and if those are
+    stratified iff V_xm > (R - 1) C. Bias: exact. Reference: stratified sampling nested in rows.
     Args: ``views``, R. Raises: ValueError if it is not positive, or B R exceeds 2**23 when drawing.
     """
     _check_views("stratified_levels", views)

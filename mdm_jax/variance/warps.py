@@ -27,15 +27,13 @@ from mdm_jax.variance.transform import InitFn, Phase, VarianceTransform, statele
 def importance(density: QuantileDensity) -> VarianceTransform:
     """Draws quantiles from ``density`` and pays ``-log density`` into ``log_weight``.
 
-    Quantiles go through the inverse of the distribution function, so strata become strata of equal
-    probability under the density.
+    Strata become strata of equal probability under the density.
 
-    Keeps: E[weight f(u)] = int f, for every positive density. Couples: nothing. Costs: one view.
+    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
     Removes: variance of level and pattern where the density follows the root of the integrand's
     second moment (``moments.second_moment``); a poor density adds variance.
     Bias: exact if the density covers (0, 1), truncated to its support otherwise.
     Reference: importance sampling (Kahn and Marshall 1953).
-    Args: ``density`` of the quantile u, near 1 = clean; for a uniform masking rate m = 1 - u.
     """
     low, high = density.support
     return stateless(
@@ -53,8 +51,7 @@ def clipped(low: float, high: float) -> VarianceTransform:
     Keeps: ``int_low^high g(m) dm``, the bound's part in the range. Couples: nothing.
     Costs: one view. Removes: what the rates outside contribute to the variance *and* to the bound.
     Bias: truncated. Report no likelihood from it; :func:`clipped_mixture` is the exact variant.
-    Reference: Arriola et al. 2025 (BD3-LM), clipped schedules. Their code leaves out the factor
-    ``high - low``, and so trains on the average over the range instead of the integral.
+    Reference: Arriola et al. 2025 (BD3-LM), whose code leaves out the factor ``high - low``.
     Raises: ValueError unless 0 <= low < high <= 1.
     """
     _check_range("clipped", low, high)
@@ -62,7 +59,7 @@ def clipped(low: float, high: float) -> VarianceTransform:
 
 
 @pytree_dataclass
-class ClippedDensity:
+class ClippedDensity(QuantileDensity):
     """Uniform for masking rates 1 - u in [low, high], zero elsewhere; both may be traced."""
 
     low: ArrayLike
@@ -101,13 +98,12 @@ class ClipRange(NamedTuple):
 
 
 def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
-    """:func:`clipped` with its range in the state, to be changed by :func:`set_clip_range`.
+    """:func:`clipped` with its range in the state, for ``meter.make_clip_search`` to choose.
 
-    A search on held-out data (``meter.make_clip_search``) chooses it; the step is not compiled
-    again and the range is in the checkpoint.
+    :func:`set_clip_range` changes it: nothing is compiled again, and checkpoints hold it.
 
-    Keeps: ``int_low^high g(m) dm``, the bound's part in the range in use; the objective moves with
-    it. Couples: nothing. Costs: one view.
+    Keeps: ``int_low^high g(m) dm``, the bound's part in the range in use, which moves.
+    Couples: nothing. Costs: one view.
     Removes: what the rates outside contribute, to the variance *and* to the bound.
     Bias: truncated. Reference: Arriola et al. 2025 (BD3-LM), data-driven clipping.
     Args: the range until another is chosen. Raises: ValueError unless 0 <= low < high <= 1.
@@ -143,13 +139,11 @@ _LEAST = 2 * NARROWEST  # so that it is wide enough after the rounding of both e
 def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTransform:
     """Mixture of a clipped range of masking rates and, with probability ``share``, the full range.
 
-    The density is ``(1 - share) U[low, high] + share U[0, 1]``, hence the weight ``1 / share``
-    outside the range and ``1 / (share + (1 - share) / (high - low))`` inside.
+    The density is ``(1 - share) U[low, high] + share U[0, 1]``.
 
     Keeps: E[weight f(u)] = int f, the whole bound. Couples: nothing. Costs: one view.
     Removes: what a preference for the range can; weights of ``1 / share`` outside are its price.
-    Bias: exact.
-    Reference: defensive importance sampling (Hesterberg 1995), for the ranges of BD3-LM.
+    Bias: exact. Reference: defensive importance sampling (Hesterberg 1995).
     Args: masking rates ``low`` and ``high``, which count as 0 and 1 within 2**-21 of them (float32
     quantiles cannot tell), and the probability ``share`` of drawing from the whole interval.
     Raises: ValueError unless 0 <= low < high <= 1, high - low >= 2**-21 and 0 < share <= 1.
@@ -178,15 +172,13 @@ def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
     """Draws ``ln m`` uniformly for rates m = 1 - u above ``smallest_rate``, and m uniformly below.
 
     The density of the rate is ``1 / (T max(m, smallest_rate))`` with ``T = 1 - ln smallest_rate``,
-    so with a corruption's weight 1/m the masked cross-entropies have the constant weight T above
-    ``smallest_rate``. The flat part below takes the share 1/T of the draws and keeps the bound
-    whole. The published form, truncated, is the law ``schedules.masked.log_uniform``.
+    so with the weight 1/m masked cross-entropies have the constant weight T above
+    ``smallest_rate``. The published form, truncated, is ``schedules.masked.log_uniform``.
 
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
     Removes: the tail of Bernoulli's weight 1/m above ``smallest_rate``; below it the second moment
-    ``int dm / (m p)`` stays infinite, its divergent part T smallest_rate times that of uniform
-    rates. It draws small rates far more often than the optimum, which grows as 1/sqrt(m). Under
-    fixed counts there is no tail to remove. Bias: exact.
+    stays infinite, T smallest_rate times that of uniform rates. It draws small rates more often
+    than the optimum; under fixed counts there is no tail to remove. Bias: exact.
     Reference: Sahoo et al. 2024 (MDLM), change of variables (its option for importance sampling).
     Raises: ValueError if ``smallest_rate`` is not in (0, 1).
     """
@@ -196,15 +188,10 @@ def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
 
 
 @pytree_dataclass
-class LogUniformDensity:
+class LogUniformDensity(QuantileDensity):
     """Density ``1 / (T max(m, smallest_rate))`` of m = 1 - u, ``T = 1 - ln smallest_rate``."""
 
     smallest_rate: ArrayLike
-
-    @property
-    def support(self) -> tuple[float, float]:
-        """The whole interval."""
-        return 0.0, 1.0
 
     @property
     def total(self) -> Array:

@@ -92,6 +92,7 @@ def test_fixed_point(name):
         assert total_variation(transform, found, target) < 0.05
 
 
+@pytest.mark.slow
 def test_logistic_curve_finds_its_parameters():
     """F = 2 / (1 + (odds / e^.4)^-3)."""
 

@@ -158,6 +158,19 @@ def test_one_row_of_one_view_is_independent(name):
             assert np.abs(correlation).max() < 5 / NUM_DRAWS**0.5  # standard error 1 / sqrt(N)
 
 
+def test_first_view_of_a_replication_is_what_it_was_given():
+    """Against the same keys without any transform, and within a chain whose key is the member's."""
+    names = [name for name in zoo.SINGLES if zoo.ALL[name]().phase == Phase.REPLICATE]
+    assert {"mirror", "rotate", "rotate_ranks", "repeat"} == set(names)
+    for name in names:
+        given, made = cached_draws("identity"), cached_draws(name)
+        pair = [jax.tree.map(lambda a: a[:, 0], d) for d in (given, made)]
+        chex.assert_trees_all_close(*pair, rtol=1e-6, custom_message=name)
+    chained = [cached_draws(name) for name in ("nested", "stratified_mirror")]
+    chex.assert_trees_all_equal(*chained)
+
+
+@pytest.mark.slow
 def test_first_view_does_not_depend_on_replication():
     """Adding replications leaves the level and the first view's noise as they were."""
     without = {}

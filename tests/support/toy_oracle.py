@@ -20,6 +20,7 @@ from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.schedules import masked as schedules_masked
 from mdm_jax.testing import toys
 from mdm_jax.variance.densities import piecewise_density, warp
+from mdm_jax.variance.transform import Phase
 
 PROBABILITIES = np.array(toys.ROW_PROBABILITIES)
 NELBO = (4.37020885, 4.52536593, 2.44006023)
@@ -140,8 +141,19 @@ class Views(NamedTuple):
     pairs: np.ndarray
 
 
+_VIEWS = {}
+
+
 def run_views(transform, process, u, eps=0.0):
-    """Runs a transform and a Bernoulli process at the base quantiles ``u`` [N]."""
+    """Runs a transform and a Bernoulli process at the base quantiles ``u`` [N], once."""
+    case = (transform.name, transform.views, process, np.asarray(u).tobytes(), eps)
+    by_name = not transform.members and transform.phase != Phase.WARP  # warps of one name differ
+    if case not in _VIEWS or not by_name:
+        _VIEWS[case] = _run_views(transform, process, u, eps)
+    return _VIEWS[case]
+
+
+def _run_views(transform, process, u, eps):
     views, asked = transform.views, len(u)
     # Few shapes, so that little has to be compiled.
     count = 128 if asked <= 128 else 4096

@@ -31,16 +31,13 @@ def ema_bins(
     """Levels in proportion to an exponential average of the loss in bins of equal width.
 
     A step moves the average of every bin that it visited, once, towards the mean of the integrand
-    over its draws there. The published target is the first moment, a density proportional to
-    W E[l] over the logSNR; ``target=second_moment`` follows the optimum at the same cost. The state
-    is that of :func:`~mdm_jax.variance.ppots`, whose averages decay per draw. Averages start from a
-    bin's first visit, until when it counts as average, instead of from 1.
+    over its draws there. The default density is proportional to W E[l] over the logSNR;
+    ``target=moments.second_moment`` follows the optimum at the same cost.
 
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
     Costs: one view, and a few operations on vectors of the number of bins.
-    Removes: what sampling in proportion to the mean loss can: the whole excess over the optimum
-    where E f^2 / (E f)^2 does not depend on the level. Bias: exact.
-    Reference: Kingma and Gao 2023, appendix F.
+    Removes: the whole excess over the optimum where E f^2 / (E f)^2 does not depend on the level.
+    Bias: exact. Reference: Kingma and Gao 2023, appendix F.
     Args, Raises: as :func:`~mdm_jax.variance.ppots`; ``decay`` is per step that visits a bin.
     """
     check_settings("ema_bins", decay=decay)
@@ -70,14 +67,12 @@ class LossHistory(NamedTuple):
 def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> VarianceTransform:
     """Levels in proportion to the root mean square of the latest losses of each equal bin.
 
-    Each bin keeps its latest ``length`` values of the integrand, rows of a batch in their order.
     Levels are uniform until every bin is full, after about J (length + log J) / B batches: prefer
     some tens of bins over one per diffusion step.
 
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
     Costs: one view, and the memory of J times ``length`` numbers.
-    Removes: as much as sqrt(E f^2) varies with the level; few values per bin make the density
-    noisy, which costs variance and no bias. Bias: exact.
+    Removes: as much as sqrt(E f^2) varies with the level, less for few values. Bias: exact.
     Reference: Nichol and Dhariwal 2021 (improved DDPM), the resampler by the second moment.
     Args: ``num_bins``, J; ``length``, H; ``floor``, share of uniform levels, in (0, 1].
     Raises: ValueError if a setting is out of range.

@@ -12,7 +12,7 @@ import optax
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, PyTree
-from mdm_jax.variance.densities import open_interval
+from mdm_jax.variance.densities import QuantileDensity, open_interval
 from mdm_jax.variance.moments import integrand
 from mdm_jax.variance.transform import VarianceTransform
 from mdm_jax.variance.warps import all_finite, check_settings, counters, learned_warp
@@ -22,7 +22,7 @@ _HALVINGS = 30
 
 
 @pytree_dataclass
-class MonotoneNet:
+class MonotoneNet(QuantileDensity):
     """``Q(u) = g(u) / g(1)`` on [0, 1], with positive kernels and one hidden layer of K units:
 
         g(u) = r u + sum_k h_k [sigmoid(a_k (u - c_k)) - sigmoid(-a_k c_k)] ,
@@ -41,11 +41,6 @@ class MonotoneNet:
     height: Array
     log_steepness: Array
     centre: Array
-
-    @property
-    def support(self) -> tuple[float, float]:
-        """The whole interval."""
-        return 0.0, 1.0
 
     def icdf(self, u: ArrayLike) -> Array:
         """Q, strictly inside (0, 1)."""
@@ -141,14 +136,13 @@ def learned_quantile(
 ) -> VarianceTransform:
     """Levels through a learned quantile function ``u' = Q(u)``, paid for by ``Q'(u)``.
 
-    Q is a monotone network with Q(0) = 0 and Q(1) = 1 that starts at the identity. Each step
-    descends the second moment M = E[(f / q)^2] of the weighted integrand by the score function,
+    Q is a monotone network that starts at the identity. Each step descends the second moment
+    M = E[(f / q)^2] of the weighted integrand by the score function,
 
         grad M = -E[ (f / q)^2 grad log q(u') ] ,
 
-    divided by a running mean of the square, which makes it free of the loss's unit. The minimum is
-    ``q`` proportional to sqrt(E f^2). Q has no floor: weights are bounded by its steepest slope.
-    Under heavy tails, as of Bernoulli masks, the bins of :func:`~mdm_jax.variance.ppots` are safer.
+    divided by a running mean of the square. The minimum is ``q`` proportional to sqrt(E f^2). Q has
+    no floor; under heavy tails the bins of :func:`~mdm_jax.variance.ppots` are safer.
 
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
     Costs: one view, and a network of one hidden layer per level.

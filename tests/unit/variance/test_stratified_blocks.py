@@ -29,7 +29,10 @@ def quantiles(name, blocks, rows=ROWS, count=COUNT):
     return np.asarray(zoo.quick(jax.vmap(lambda key: draw(key).u[0]))(keys), np.float64)
 
 
-@pytest.mark.parametrize("rows, blocks", [(5, 4), (3, 2), (1, 4), (6, 1)])
+@pytest.mark.parametrize(
+    "rows, blocks",
+    [(5, 4), (1, 4), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((3, 2), (6, 1)))],
+)
 def test_every_cell_is_used_once_and_every_stratum_once_per_block(rows, blocks):
     u = quantiles("stratified_blocks", blocks, rows, 300)
     cells = np.floor(u * rows * blocks + 1e-6).astype(int)
