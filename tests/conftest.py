@@ -40,6 +40,8 @@ _KEYLESS = (
     "test_gaussian_paths",
     "test_products",
     "test_token_loss",
+    "test_variance_densities",
+    "test_inverse_rate_tail",
 )
 """Files without random keys, whose programs are not walked in search of keys used twice."""
 

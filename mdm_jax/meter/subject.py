@@ -41,10 +41,9 @@ class Estimator(NamedTuple):
         objective: what is estimated.
         losses: ``(params, batch, draw) -> [B]`` nats per row, importance weights inside, averaged
             over views and summed over levels.
-        directional: ``(params, batch, draw, key, probes) -> (losses [B], [probes, B])``, the
-            losses and their derivatives along random signs.
-        gradient: ``(params, batch, draw, num_microbatches)`` -> gradient of the batch's loss in
-            nats per eligible token, as the optimiser gets it.
+        directional: ``(params, batch, draw, key, probes) -> (losses [B], [probes, B])``, with the
+            losses' derivatives along random signs.
+        gradient: ``(params, batch, draw, num_microbatches)`` -> gradient, nats per eligible token.
         accumulate: ``(mean, count, params, batch, draw, num_microbatches) -> (mean, term)``: adds
             that gradient to a running mean of ``count`` gradients, which is donated.
     """

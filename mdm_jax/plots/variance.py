@@ -17,21 +17,18 @@ RATE = "masking rate"
 def component_bars(axes: Any, results: Mapping[str, Decomposition], what: str) -> Any:
     """A, B and C of each method as stacked bars, with the total's standard error.
 
-    Args:
-        axes: matplotlib axes.
-        results: decomposition by method.
-        what: "loss" or "gradient", for the label. Negative estimates are drawn as zero.
+    ``what`` is "loss" or "gradient", for the label. Negative estimates are drawn as zero.
     """
-    place = np.arange(len(results))
+    rows = np.arange(len(results))
     left = np.zeros(len(results))
     for number, (name, label) in enumerate(_PARTS):
         width = np.array([max(getattr(r, name).value, 0.0) for r in results.values()])
-        axes.barh(place, width, left=left, color=f"C{number}", label=label)
+        axes.barh(rows, width, left=left, color=f"C{number}", label=label)
         left = left + width
     total = [r.total for r in results.values()]
     axes.errorbar(
         [t.value for t in total],
-        place,
+        rows,
         xerr=[t.standard_error for t in total],
         fmt="none",
         ecolor="black",
@@ -48,8 +45,7 @@ def efficiency_bars(axes: Any, results: Mapping[str, Efficiency]) -> Any:
 
     Methods whose estimate has not settled are named and have no bar.
     """
-    place = np.arange(len(results))
-    for row, result in zip(place, results.values()):
+    for row, result in enumerate(results.values()):
         if result.settled:
             value, error = result.variance_times_passes
             axes.barh(row, value, xerr=error, color=f"C{min(result.passes, 5) - 1}", capsize=2)
@@ -66,18 +62,10 @@ def level_moments(
 ) -> Any:
     """g, root of v and root of c over the noise level, in the unit of the loss.
 
-    Args:
-        axes: matplotlib axes.
-        table: where it was measured.
-        moments: ``table.loss`` or ``table.gradient``.
-        what: "loss" or "gradient", for the label.
-        level: what the table's rates are, for the label.
+    ``moments`` is ``table.loss`` or ``table.gradient``; ``what`` names it and ``level`` the table's
+    rates, for the labels.
     """
-    curves = (
-        ("mean_square", "g (mean)"),
-        ("pattern", "√v (pattern)"),
-        ("data", "√c (rows)"),
-    )
+    curves = (("mean_square", "g (mean)"), ("pattern", "√v (pattern)"), ("data", "√c (rows)"))
     for number, (name, label) in enumerate(curves):
         square = np.asarray(getattr(moments.value, name))
         error = np.asarray(getattr(moments.standard_error, name))
@@ -99,12 +87,8 @@ def level_densities(
 ) -> Any:
     """The optimal densities of the noise level and those that methods draw from.
 
-    Args:
-        axes: matplotlib axes.
-        table: where it was measured.
-        moments: ``table.loss`` or ``table.gradient``.
-        drawn: (rates, density) by method, as ``warp_density`` gives them.
-        level: what the table's rates are, for the label.
+    ``moments`` is ``table.loss`` or ``table.gradient``; ``drawn`` holds (rates, density) by method,
+    as ``warp_density`` returns them; ``level`` names the table's rates, for the label.
     """
     value = moments.value
     targets = (
@@ -138,4 +122,4 @@ def level_loss(axes: Any, table: LevelTable, level: str = RATE) -> Any:
 
 def _name_rows(axes: Any, names: Sequence[str] | Mapping[str, Any]) -> None:
     axes.set_yticks(np.arange(len(names)), list(names), fontsize="small")
-    axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top; rows without a bar have their place
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top; methods without a bar keep their row

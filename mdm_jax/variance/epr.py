@@ -16,12 +16,10 @@ class EprParameters(NamedTuple):
         g(m) = mean_scale * exp(mean_growth * m ** mean_power)
         v(m) = high_scale * m ** high_power + low_scale * (1 - m) ** low_power
 
-    a model of the mean and of the variance of the loss at rate m. Scales and growth are positive,
-    powers at least 1. A common factor (c on the mean's scale, c^2 on the other two) leaves the
-    density unchanged, so compare densities, never parameters. v stays finite at m = 0, so the
-    family cannot follow the 1/m growth that Bernoulli's weights have there.
-
-    The published letters, in this order: a, b, A, r, q, k, m.
+    a model of the mean and variance of the loss at rate m; published letters a, b, A, r, q, k, m.
+    Scales and growth are positive, powers at least 1. A common factor (c on the mean's scale, c^2
+    on the other two) leaves the density unchanged. v stays finite at m = 0, so the family cannot
+    follow the 1/m growth of Bernoulli's weights.
     """
 
     high_scale: float
@@ -34,12 +32,7 @@ class EprParameters(NamedTuple):
 
 
 class EprFit(NamedTuple):
-    """Result of :func:`fit_epr`.
-
-    Attributes:
-        parameters: the best of all restarts.
-        divergence: KL(measured || fitted) on the grid, nats.
-    """
+    """The best of all restarts, and KL(measured || fitted) on the grid, nats."""
 
     parameters: EprParameters
     divergence: float
@@ -59,16 +52,11 @@ def fit_epr(
     """Fits the family to measured moments by the KL divergence on the grid of rates.
 
     Minimises ``KL(w || p)`` by the trapezoid rule, w the normalised ``sqrt(mean^2 + variance)``,
-    with L-BFGS-B from random starts. What the moments are decides what the density is for: the
-    pattern variance v alone is the published target; v + c, the variance over masks and rows, makes
-    it the second moment; moments of gradients serve gradients.
+    with L-BFGS-B from random starts. The pattern variance v alone is the published target; v + c,
+    the variance over masks and rows, makes it the second moment.
 
-    Args:
-        rates: [N] increasing masking rates in [0, 1], N at least 3.
-        mean: [N] mean of the integrand at each rate.
-        variance: [N] its variance, not negative.
-        restarts, seed: number of random starts, and their seed.
-
+    Args: ``rates``, [N >= 3] increasing masking rates in [0, 1]; ``mean`` and ``variance`` [N] of
+    the integrand at each; number of random ``restarts``, and their ``seed``.
     Raises: ValueError if the arguments are out of range, nothing was measured (all zero), or no
     restart ends at a finite divergence.
     """

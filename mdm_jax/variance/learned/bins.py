@@ -50,12 +50,10 @@ def ema_bins(
 
 
 class LossHistory(NamedTuple):
-    """The latest H values of the integrand in each of J bins.
+    """The latest H values of the integrand in each of J bins; counters as in PpotsState.
 
-    Attributes:
-        values: [J, H] ring buffers; entry n of a bin is at position n modulo H.
-        count: [J] int32, number of values that a bin has had; once full, known modulo H only.
-        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
+    ``values`` [J, H] are ring buffers; entry n of a bin is at position n modulo H. ``count`` [J] is
+    the number of values that a bin has had; once full, known modulo H only.
     """
 
     values: Array

@@ -237,15 +237,9 @@ def cdcd_warp(
     learnt density, which moves. Couples: steps, through the state. Costs: one view.
     Removes: draws at levels where nothing is decided, by changing what is estimated. Bias: biased.
     Reference: Dieleman et al. 2022 (CDCD), time warping.
-
-    Args:
-        num_bins: K, cells of the curve, free in width and height.
-        learning_rate: of Adam.
-        decay: per batch, of the average of the curves that levels are drawn from; 0 draws from the
-            curve as fitted.
-        log_factor: log of a factor on the loss, elementwise in the quantile, before it is fitted.
-
-    Raises: ValueError if a setting is out of range.
+    Args: ``num_bins``, K cells free in width and height; ``learning_rate`` of Adam; ``decay`` per
+    batch of the average that levels are drawn from, 0 for the curve as fitted; ``log_factor`` of
+    the quantile, on the loss before it is fitted. Raises: ValueError if a setting is out of range.
     """
     curve = piecewise_linear_curve(num_bins)
     return curve_warp(

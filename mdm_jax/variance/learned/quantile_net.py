@@ -25,16 +25,13 @@ _HALVINGS = 30
 class MonotoneNet(QuantileDensity):
     """``Q(u) = g(u) / g(1)`` on [0, 1], with positive kernels and one hidden layer of K units:
 
-        g(u) = r u + sum_k h_k [sigmoid(a_k (u - c_k)) - sigmoid(-a_k c_k)] ,
+        g(u) = r u + sum_k h_k [sigmoid(a_k (u - c_k)) - sigmoid(-a_k c_k)] .
 
-    ``r`` and ``h`` through a softplus, ``a`` through an exponential. It is the quantile function of
-    the density ``q(Q(u)) = 1 / Q'(u)``, positive on all of (0, 1).
+    It is the quantile function of the density ``q(Q(u)) = 1 / Q'(u)``, positive on all of (0, 1).
 
     Attributes:
-        line: [] softplus inverse of r.
-        height: [K] softplus inverse of h.
-        log_steepness: [K] log of a.
-        centre: [K] c.
+        line, height: [] and [K] softplus inverses of r and h.
+        log_steepness, centre: [K] log of a, and c.
     """
 
     line: Array
@@ -113,14 +110,10 @@ def monotone_net(resolution: int = 32) -> MonotoneNet:
 
 
 class LearnedQuantile(NamedTuple):
-    """A density and its optimiser.
+    """A density, Adam's moments, and what normalises its gradient; counters as in PpotsState.
 
-    Attributes:
-        net: the density in use.
-        optimizer: Adam's moments.
-        square: [] decayed mean of the squared, weighted integrand.
-        weight: [] total weight of that mean, from 0 towards 1.
-        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
+    ``square`` is the decayed mean of the squared, weighted integrand, and ``weight`` its total
+    weight, from 0 towards 1.
     """
 
     net: MonotoneNet

@@ -16,13 +16,7 @@ from mdm_jax.variance.warps import all_finite, check_settings, counters, updates
 
 
 class UncertaintyState(NamedTuple):
-    """A function of the level and its optimiser.
-
-    Attributes:
-        coefficients: [C] of the Fourier features, zero at first.
-        optimizer: Adam's moments.
-        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
-    """
+    """Coefficients [C] of Fourier features, and Adam's moments; counters as in PpotsState."""
 
     coefficients: Array
     optimizer: PyTree
@@ -45,24 +39,18 @@ def uncertainty_weighting(
 
     ``s`` is linear in frozen Fourier features of a coordinate of the level. Its coefficients
     descend ``f exp(-s) + s``, f the raw loss times the objective's weight per eligible element; at
-    the minimum ``exp(s) = E[f | u]``. The network is trained on ``f exp(-s)`` with s held fixed,
-    the gradient that joint training gives it.
+    the minimum ``exp(s) = E[f | u]``. The network is trained with s held fixed, which gives it the
+    gradient of joint training.
 
-    Keeps: the levels; it counts as a chain's warp. Not the loss: once learnt, the effective
-    weighting is ``p / E[l | level]`` over the logSNR, p the objective's law, whatever the
-    objective's own weight, and moves as the network learns.
+    Keeps: the levels (it counts as a chain's warp), not the loss: once learnt, the effective
+    weighting is ``p / E[l | level]`` over the logSNR, p the objective's law, and moves.
     Couples: steps, through the state. Costs: one view.
     Removes: variance by changing what is estimated: no level outweighs another. Bias: biased.
     Reference: Karras et al. 2024 (EDM2), appendix B.2, after Kendall et al. 2018; theirs has
     normalised coefficients, which cannot start at zero.
-
-    Args:
-        coordinate: elementwise function of the quantile, of order 1; for a law
-            ``lambda u: -law.icdf(u) / 8`` is EDM2's ``log(sigma) / 4``.
-        num_features: C.
-        learning_rate: of Adam.
-        seed: of the frozen frequencies and phases.
-
+    Args: ``coordinate``, elementwise in the quantile and of order 1 (for a law
+    ``lambda u: -law.icdf(u) / 8`` is EDM2's ``log(sigma) / 4``); ``num_features``, C;
+    ``learning_rate`` of Adam; ``seed`` of the frozen frequencies and phases.
     Raises: ValueError if a setting is out of range.
     """
     if num_features < 1:
