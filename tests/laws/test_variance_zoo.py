@@ -286,8 +286,8 @@ def test_draws_do_not_read_the_number_of_bad_batches():
             jax.eval_shape(lambda key: draw(key, state=state), zoo.draw_keys(1)[0])  # noqa: B023
 
 
-MESH_FEW = ("stratified", "ppots_slopes", "rotate_ranks", "levels_ppots_rotate", "ppots_steep")
-"""One of each phase: a coupling of rows, a warp, views, and chains."""
+MESH_FEW = ("stratified", "rotate_ranks", "levels_ppots_rotate", "ppots_steep")
+"""One of each phase: a coupling of rows, views, a chain, and a warp with a learnt state."""
 
 
 @pytest.mark.parametrize(
@@ -562,8 +562,8 @@ def check_random_chains(rng, count, per_compilation):
 
 
 def test_random_chains_refuse_or_keep_the_contract():
-    """A dozen random orders of up to four members: refused with two names, or lawful."""
-    check_random_chains(random.Random(4), 12, 12)
+    """Some random orders of up to four members: refused with two names, or lawful."""
+    check_random_chains(random.Random(4), 10, 10)
 
 
 @pytest.mark.slow
