@@ -95,12 +95,13 @@ def transformer(**settings) -> models.Transformer:
 def parameters(model, length: int):
     """Random parameters of a network for rows of ``length``; nothing is compiled for them."""
     shapes = nn.meta.unbox(jax.eval_shape(training.linen_init(model, length), jax.random.key(0)))
-    return perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    return perturbed(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
 
 
 def perturbed(tree, seed: int = 0, scale: float = 0.3):
     """``tree`` plus noise, so that zero-initialised parts take part."""
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    noisy = [leaf + (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
+    noise = [(scale * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
+    noisy = [jnp.asarray(np.asarray(leaf) + e) for leaf, e in zip(leaves, noise)]
     return jax.tree.unflatten(structure, noisy)

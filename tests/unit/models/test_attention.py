@@ -1,6 +1,7 @@
 """Every implementation of attention against the dense mask in float64, for every rule."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,15 @@ NUMBERS = [
     [1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4],
     [0] * 12,
 ]
-DOCUMENTS = jnp.asarray(NUMBERS, jnp.int32)
+DOCUMENTS = np.asarray(NUMBERS, np.int32)
 
 
 def cached_rule(documents):
     """Four new tokens from position 8 over a ring of ten slots, two of them not written yet."""
-    keys = jnp.asarray([5, 6, 7, -2, -1, 0, 1, 2, 3, 4, 8, 9, 10, 11])
-    numbers = jnp.where(keys < 0, 0, documents[:, keys])
-    return masks.cached(jnp.arange(8, 12), keys, documents[:, 8:], numbers, 4, 2)
+    keys = np.asarray([5, 6, 7, -2, -1, 0, 1, 2, 3, 4, 8, 9, 10, 11])
+    numbers = np.where(keys < 0, 0, documents[:, keys])
+    pattern = masks.BlockCausal(LENGTH, 4, 2)
+    return masks.CachedRule(pattern, np.arange(8, 12), keys, documents[:, 8:], numbers)
 
 
 RULES = {
@@ -42,16 +44,16 @@ RULES = {
     "block_training_window": lambda: masks.block_training(LENGTH, 2, 3, DOCUMENTS),
     "block_training_one_block": lambda: masks.block_training(LENGTH, LENGTH, None, DOCUMENTS),
     "cached": lambda: cached_rule(DOCUMENTS),
-    "boolean_array": lambda: masks.block_causal(LENGTH, 4).dense(),
+    "boolean_array": lambda: np.tril(np.ones((1, 1, LENGTH, LENGTH), bool)),
 }
 
 
 def operands(rule, seed=0, dtype=jnp.float32):
-    """q, k, v and the slope of the result."""
+    """q, k, v and the gradient with respect to the result."""
     queries, keys = (LENGTH, LENGTH) if rule is None else rule.shape[-2:]
     rng = np.random.default_rng(seed)
     sizes = (queries, keys, keys, queries)
-    return [jnp.asarray(rng.normal(size=(ROWS, n, HEADS, SIZE)), dtype) for n in sizes]
+    return [rng.normal(size=(ROWS, n, HEADS, SIZE)).astype(jnp.dtype(dtype)) for n in sizes]
 
 
 def reference(q, k, v, mask):
@@ -61,29 +63,34 @@ def reference(q, k, v, mask):
     return jnp.einsum("nhqk,nkhd->nqhd", weights, v)
 
 
-def exact(rule, given):
+@tiny.jit
+def reference_passes(mask, gradient, *inputs):
+    out, pull = jax.vjp(functools.partial(reference, mask=mask), *inputs)
+    return out, *pull(gradient)
+
+
+dense_mask = tiny.jit(lambda rule: rule.dense())
+
+
+def exact(rule, inputs):
     """The reference's result and gradients."""
-    shape = (given[0].shape[1], given[1].shape[1])
-    mask = masks.as_rule(rule, *shape).dense()
+    shape = (inputs[0].shape[1], inputs[1].shape[1])
+    mask = np.asarray(dense_mask(masks.as_rule(rule, *shape)))
     with jax.enable_x64():
-        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in given]
-        mask = jnp.broadcast_to(jnp.asarray(np.asarray(mask)), (ROWS, HEADS, *shape))
-
-        @tiny.jit
-        def run(mask, slope, *inputs):
-            out, pull = jax.vjp(functools.partial(reference, mask=mask), *inputs)
-            return out, *pull(slope)
-
-        return [np.asarray(x) for x in run(mask, wide[3], *wide[:3])]
+        wide = [np.asarray(x, np.float64) for x in inputs]
+        mask = np.broadcast_to(mask, (ROWS, HEADS, *shape))
+        return jax.device_get(reference_passes(mask, wide[3], *wide[:3]))
 
 
-def found(name, rule, given):
+def both_passes(function, rule, inputs):
+    """Result and gradients of ``function(q, k, v, rule)``."""
+
     @tiny.jit
-    def run(rule, q, k, v, slope):
-        out, pull = jax.vjp(lambda *x: attention(*x, rule, name), q, k, v)
-        return out, *pull(slope)
+    def run(rule, q, k, v, gradient):
+        out, pull = jax.vjp(lambda *x: function(*x, rule), q, k, v)
+        return out, *pull(gradient)
 
-    return run(rule, *given)
+    return run(rule, *inputs)
 
 
 @pytest.fixture
@@ -92,43 +99,40 @@ def few_scores(monkeypatch):
     monkeypatch.setattr(attention_kernels, "SCORES_AT_ONCE", 2 * HEADS * LENGTH**2)
 
 
-FEW_RULES = ("within_documents", "block_training_window")
-"""Rules under which every implementation is tried by default, others by the CPU's own."""
-
-
 def implementations():
     """(rule, implementation, dtype) of all; dense masks and narrow dtypes mostly in slow tests."""
-    for rule in RULES:
-        for name in ("einsum", "recompute", "xla"):
-            for dtype in ("float32", "bfloat16"):
-                kept = rule in FEW_RULES and (dtype == "float32" or name == "recompute")
-                kept |= dtype == "float32" and name == "recompute"
-                kept |= rule == "cached" and dtype == "float32"
-                marks = () if kept else pytest.mark.slow
-                yield pytest.param(rule, name, dtype, marks=marks)
+    fast = {(rule, "recompute", "float32") for rule in RULES}
+    fast |= {("block_training_window", "einsum", "float32")}
+    fast |= {("within_documents", name, "float32") for name in ("einsum", "xla")}
+    fast |= {("within_documents", "recompute", "bfloat16"), ("cached", "xla", "float32")}
+    for case in itertools.product(RULES, ("einsum", "recompute", "xla"), ("float32", "bfloat16")):
+        yield pytest.param(*case, marks=() if case in fast else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("rule_name, name, dtype", [*implementations()])
 def test_values_and_gradients_are_those_of_the_dense_mask(name, rule_name, dtype, few_scores):
     rule = RULES[rule_name]()
-    given = operands(rule, dtype=dtype)
+    inputs = operands(rule, dtype=dtype)
     error = 2e-6 if dtype == "float32" else 4e-2
-    for one, other in zip(found(name, rule, given), exact(rule, given)):
-        assert one.dtype == dtype
-        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=error, atol=error)
+    function = functools.partial(attention, implementation=name)
+    for value, expected in zip(both_passes(function, rule, inputs), exact(rule, inputs)):
+        assert value.dtype == dtype
+        np.testing.assert_allclose(np.asarray(value, np.float64), expected, rtol=error, atol=error)
 
 
 def test_hidden_keys_have_no_influence():
     """Not even as not-a-number: exactly zero weight and gradient."""
     rule = masks.block_training(LENGTH, 3, 2, DOCUMENTS)
-    q, k, v, slope = operands(rule)
-    slope = slope.at[:, 1:].set(0.0)  # only query 0 matters, which sees few keys
-    _, dq, dk, dv = found("einsum", rule, (q, k, v, slope))
-    seen = np.asarray(rule.dense())[:, 0, 0]
-    reached = [np.abs(np.asarray(leaf)).max((2, 3)) > 0 for leaf in (dk, dv)]
-    np.testing.assert_array_equal(reached[1], seen)
-    assert not np.any(reached[0] & ~seen)
-    np.testing.assert_array_equal(np.asarray(dq)[:, 1:], 0.0)
+    q, k, v, gradient = operands(rule)
+    gradient[:, 1:] = 0.0  # only query 0 matters, which attends to few keys
+    _, dq, dk, dv = jax.device_get(
+        both_passes(attention_kernels.einsum_attention, rule, (q, k, v, gradient))
+    )
+    allowed = np.asarray(dense_mask(rule))[:, 0, 0]
+    keys, values = (np.abs(leaf).max((2, 3)) > 0 for leaf in (dk, dv))
+    np.testing.assert_array_equal(values, allowed)
+    assert not np.any(keys & ~allowed)
+    np.testing.assert_array_equal(dq[:, 1:], 0.0)
 
 
 def largest(jaxpr):
@@ -154,11 +158,11 @@ def test_block_training_never_holds_the_whole_square():
 
 
 def test_recomputing_takes_less_memory(few_scores):
-    given = [jax.ShapeDtypeStruct((16, LENGTH, HEADS, SIZE), jnp.float32)] * 3
+    inputs = [jax.ShapeDtypeStruct((16, LENGTH, HEADS, SIZE), jnp.float32)] * 3
     memory = {}
     for name in ("einsum", "recompute"):
         gradient = jax.grad(lambda q, k, v, n=name: attention(q, k, v, None, n).sum(), (0, 1, 2))
-        compiled = jax.jit(gradient).lower(*given).compile()
+        compiled = jax.jit(gradient).lower(*inputs).compile()
         memory[name] = compiled.memory_analysis().temp_size_in_bytes
     assert memory["recompute"] < memory["einsum"]
 
@@ -182,7 +186,7 @@ def test_forward_mode(few_scores):
 @pytest.mark.parametrize("name", slow_except({"einsum"}, ["einsum", "recompute", "xla"]))
 def test_networks_do_not_depend_on_the_implementation(name, few_scores):
     settings = {"qk_norm": True}
-    inputs = jnp.asarray(np.random.default_rng(0).integers(0, tiny.VOCAB, (ROWS, LENGTH)))
+    inputs = np.random.default_rng(0).integers(0, tiny.VOCAB, (ROWS, LENGTH))
     model = tiny.transformer(attention=name, **settings)
     params = tiny.parameters(model, LENGTH)
     logits = tiny.jit(model.apply)(params, inputs, None, DOCUMENTS)
@@ -268,7 +272,8 @@ def test_splash_reads_the_pattern_in_tiles(rule_name):
     if not isinstance(rule, masks.Rule):
         pytest.skip("no static pattern")
     mask = attention_kernels.pattern_mask(rule.pattern)
-    whole = np.asarray(masks.Rule(rule.pattern, None).dense())[0, 0]
+    queries, keys = (np.arange(size) for size in rule.shape)
+    whole = rule.pattern.allows(queries[:, None], keys[None])
     assert mask.shape == whole.shape
     np.testing.assert_array_equal(mask[4:8, 0:12], whole[4:8, 0:12])
     np.testing.assert_array_equal(mask[:, 5:9], whole[:, 5:9])
@@ -283,40 +288,33 @@ def test_splash_reads_the_pattern_in_tiles(rule_name):
 )
 def test_splash_agrees_with_products(kind):
     """The TPU kernel in Pallas' interpreter, gradients included."""
-    numbers = jnp.asarray([[1] * 50 + [2] * 70 + [0] * 8], jnp.int32)
+    documents = np.asarray([[1] * 50 + [2] * 70 + [0] * 8], np.int32)
     if kind == "block_training":
-        rule = masks.block_training(64, 16, 3, numbers[:, :64])
+        rule = masks.block_training(64, 16, 3, documents[:, :64])
     else:
-        rule = masks.within_documents(numbers)
+        rule = masks.within_documents(documents)
     rng = np.random.default_rng(0)
-    given = [jnp.asarray(rng.normal(size=(1, 128, 1, 8)), jnp.float32) for _ in range(4)]
-
-    def both(function):
-        @tiny.jit
-        def run(rule, q, k, v, slope):
-            out, pull = jax.vjp(lambda *x: function(*x, rule), q, k, v)
-            return out, *pull(slope)
-
-        return run(rule, *given)
-
-    splash = both(functools.partial(attention_kernels.splash_attention, interpret=True))
-    for one, other in zip(splash, both(attention_kernels.einsum_attention)):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    inputs = [rng.normal(size=(1, 128, 1, 8)).astype(np.float32) for _ in range(4)]
+    splash = functools.partial(attention_kernels.splash_attention, interpret=True)
+    values = both_passes(splash, rule, inputs)
+    expected = both_passes(attention_kernels.einsum_attention, rule, inputs)
+    for value, exact_value in zip(values, expected):
+        np.testing.assert_allclose(value, exact_value, rtol=1e-5, atol=1e-5)
 
 
 def test_splash_runs_on_the_devices_of_a_mesh():
     """Each with its own rows and heads, which are whole rows to the kernel."""
-    numbers = jnp.asarray([[1] * 100 + [0] * 28, [1] * 60 + [2] * 68], jnp.int32)
-    rule = masks.causal(128, 40, numbers)
+    documents = np.asarray([[1] * 100 + [0] * 28, [1] * 60 + [2] * 68], np.int32)
     rng = np.random.default_rng(0)
-    given = [jnp.asarray(rng.normal(size=(2, 128, 2, 8)), jnp.float32) for _ in range(3)]
+    inputs = [rng.normal(size=(2, 128, 2, 8)).astype(np.float32) for _ in range(3)]
     run = functools.partial(attention_kernels.splash_attention, interpret=True)
     mesh = sharding.make_mesh(2, 1, 4)  # four do not divide two heads, which stay whole
     rules = (("batch", ("data", "fsdp")), ("heads", "tensor"))
     placed, spread = (
-        jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))) for x in (given, numbers)
+        jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))) for x in (inputs, documents)
     )
-    call = sharded_apply(lambda q, k, v, n: run(q, k, v, masks.causal(128, 40, n)), mesh, rules)
-    found = tiny.jit(call)(*placed, spread)
-    expected = tiny.jit(attention_kernels.einsum_attention)(*given, rule)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    call = sharded_apply(lambda q, k, v, d: run(q, k, v, masks.causal(128, 40, d)), mesh, rules)
+    values = tiny.jit(call)(*placed, spread)
+    rule = masks.causal(128, 40, documents)
+    expected = tiny.jit(attention_kernels.einsum_attention)(*inputs, rule)
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)

@@ -27,36 +27,42 @@ EVERY = {
 
 # --- the matrices -------------------------------------------------------------------------------
 
+dense_mask = tiny.jit(lambda rule: rule.dense())
+
+
+def dense(rule):
+    """[Q, M] of one row."""
+    return np.asarray(dense_mask(rule))[0, 0]
+
 
 def test_training_mask_of_four_places_in_blocks_of_two():
     halves = ["11000000", "00111100", "00001100", "00001111"]
     expected = np.array([[c == "1" for c in row] for row in halves for _ in range(2)])
-    np.testing.assert_array_equal(masks.block_training(4, 2).dense()[0, 0], expected)
+    np.testing.assert_array_equal(dense(masks.block_training(4, 2)), expected)
 
 
 @pytest.mark.parametrize("block_size, pairs", [(1, 20), (2, 24), (4, 32)])
 def test_number_of_allowed_pairs(block_size, pairs):
-    assert int(masks.block_training(4, block_size).dense().sum()) == pairs
+    assert dense(masks.block_training(4, block_size)).sum() == pairs
     blocks = 12 // block_size
-    assert masks.block_training(12, block_size).dense().sum() == block_size**2 * (
-        blocks + blocks**2
-    )
+    expected = block_size**2 * (blocks + blocks**2)
+    assert dense(masks.block_training(12, block_size)).sum() == expected
 
 
 def test_causal_and_block_causal_matrices():
     triangle = np.tril(np.ones((4, 4), bool))
-    np.testing.assert_array_equal(masks.causal(4).dense()[0, 0], triangle)
-    np.testing.assert_array_equal(masks.block_causal(4, 1).dense()[0, 0], triangle)
-    np.testing.assert_array_equal(masks.block_causal(4, 4).dense()[0, 0], True)
-    two = masks.block_causal(4, 2).dense()[0, 0].astype(int).tolist()
+    np.testing.assert_array_equal(dense(masks.causal(4)), triangle)
+    np.testing.assert_array_equal(dense(masks.block_causal(4, 1)), triangle)
+    np.testing.assert_array_equal(dense(masks.block_causal(4, 4)), True)
+    two = dense(masks.block_causal(4, 2)).astype(int).tolist()
     assert two == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-    band = masks.causal(4, window=2).dense()[0, 0].astype(int).tolist()
+    band = dense(masks.causal(4, window=2)).astype(int).tolist()
     assert band == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
 
 def test_windows_of_the_training_mask():
     """Window 2 of three blocks: noised block 2 sees clean block 1 and itself, not clean block 0."""
-    mask = np.asarray(masks.block_training(6, 2, window=2).dense())[0, 0]
+    mask = dense(masks.block_training(6, 2, window=2))
     by_block = mask[::2, ::2].astype(int).tolist()
     assert by_block == [
         [1, 0, 0, 0, 0, 0],
@@ -66,8 +72,14 @@ def test_windows_of_the_training_mask():
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1, 1],
     ]
-    whole = masks.block_training(6, 2).dense()
-    np.testing.assert_array_equal(masks.block_training(6, 2, window=3).dense(), whole)
+    np.testing.assert_array_equal(
+        dense(masks.block_training(6, 2, window=3)), dense(masks.block_training(6, 2))
+    )
+
+
+@functools.cache
+def rule_matrix(name, window):
+    return tiny.jit(lambda documents: EVERY[name](documents, window).dense())
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -78,10 +90,9 @@ def test_windows_of_the_training_mask():
 @settings(max_examples=15, deadline=None)
 def test_documents_are_combined_by_and(name, documents, window):
     """Never across documents, never to padding, and never an empty set."""
-    numbers = np.array(documents)
-    mask = np.asarray(EVERY[name](jnp.asarray([documents], jnp.int32), window).dense())
-    numbers = np.tile(numbers, mask.shape[-1] // LENGTH)
-    free = np.asarray(EVERY[name](jnp.ones((1, LENGTH), jnp.int32), window).dense())[0, 0]
+    mask = np.asarray(rule_matrix(name, window)(np.array([documents], np.int32)))
+    numbers = np.tile(np.array(documents), mask.shape[-1] // LENGTH)
+    free = np.asarray(rule_matrix(name, window)(np.ones((1, LENGTH), np.int32)))[0, 0]
     itself = np.eye(len(numbers), dtype=bool)
     same = (numbers[:, None] == numbers[None]) & (numbers > 0)[:, None]
     assert mask.shape == (1, 1, len(numbers), len(numbers))
@@ -98,10 +109,10 @@ def test_documents_are_combined_by_and(name, documents, window):
 def test_rule_between_places_is_a_part_of_the_matrix(block_size, window, shuffle):
     """Keys in any order, two of them not written yet."""
     rule = masks.block_causal(12, block_size, window)
-    whole = np.asarray(rule.dense())[0, 0]
+    whole = rule.pattern.allows(np.arange(12)[:, None], np.arange(12)[None])
     keys = np.array(shuffle)
     queries, one = np.arange(5, 12), np.ones((1, 14), np.int32)
-    cached = masks.cached(queries, keys, one[:, :7], one, block_size, window)
+    cached = masks.CachedRule(rule.pattern, queries, keys, one[:, :7], one)
     part = np.asarray(cached.dense())[0, 0]
     np.testing.assert_array_equal(rule.between(queries, np.arange(3, 9))[0], whole[5:, 3:9])
     np.testing.assert_array_equal(part, np.where(keys < 0, False, whole[5:, keys]))
@@ -124,14 +135,13 @@ MODELS = {
     "conditioned": {"depth": 2, "condition_on_logsnr": True, "scan_layers": True},
     "self_conditioning": {"self_conditioning": True},
 }
-DOCUMENTS = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
+DOCUMENTS = np.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
 
 
 @functools.cache
 def made(name):
     model = tiny.transformer(**MODELS[name])
-    shapes = nn.meta.unbox(jax.eval_shape(linen_init(model, LENGTH), jax.random.key(0)))
-    return model, tiny.perturbed(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    return model, tiny.parameters(model, LENGTH)
 
 
 def rows(seed=0):
@@ -139,7 +149,7 @@ def rows(seed=0):
     rng = np.random.default_rng(seed)
     clean = rng.integers(0, tiny.MASK_ID, (2, LENGTH))
     noised = np.where(rng.random(clean.shape) < 0.5, tiny.MASK_ID, clean)
-    return jnp.asarray(noised, jnp.int32), jnp.asarray(clean, jnp.int32)
+    return noised.astype(np.int32), clean.astype(np.int32)
 
 
 @functools.cache
@@ -169,7 +179,7 @@ def vectorised(name, window=None):
     return tiny.jit(functools.partial(block_apply(model, SIZE, window), params))
 
 
-LEVELS = jnp.asarray([[-2.0, 0.0, 3.0], [1.0, -jnp.inf, 0.5]])
+LEVELS = np.asarray([[-2.0, 0.0, 3.0], [1.0, -np.inf, 0.5]], np.float32)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +192,7 @@ LEVELS = jnp.asarray([[-2.0, 0.0, 3.0], [1.0, -jnp.inf, 0.5]])
 )
 def test_one_pass_equals_the_loop_over_blocks(name, window):
     noised, clean = rows()
-    inputs = jnp.concatenate([noised, clean], axis=-1)
+    inputs = np.concatenate([noised, clean], axis=-1)
     logits = vectorised(name, window)(inputs, LEVELS, DOCUMENTS)
     expected = loop_over_blocks(name, window)(noised, clean, LEVELS, DOCUMENTS)
     assert logits.shape == (2, LENGTH, tiny.VOCAB)
@@ -191,9 +201,10 @@ def test_one_pass_equals_the_loop_over_blocks(name, window):
 
 def test_every_block_reads_its_own_level():
     noised, clean = rows()
-    inputs = jnp.concatenate([noised, clean], axis=-1)
-    one, run = jnp.ones_like(DOCUMENTS), vectorised("conditioned", 2)
-    before, after = (np.asarray(run(inputs, u, one)) for u in (LEVELS, LEVELS.at[:, 1].add(1.5)))
+    inputs = np.concatenate([noised, clean], axis=-1)
+    one, run = np.ones_like(DOCUMENTS), vectorised("conditioned", 2)
+    levels = LEVELS + np.asarray([0.0, 1.5, 0.0], np.float32)[None]
+    before, after = (np.asarray(run(inputs, u, one)) for u in (LEVELS, levels))
     moved = np.abs(after - before).max((0, 2)) > 1e-4
     assert moved[2:4].all()
     # Later blocks see block 1 clean, whatever its level.
@@ -207,9 +218,10 @@ def test_segments_of_a_plain_row_read_their_own_level():
     model, params = made("conditioned")
     run = tiny.jit(functools.partial(model.apply, params))
     inputs, _ = rows()
-    one, three = run(inputs, LEVELS[:, :1]), run(inputs, jnp.repeat(LEVELS[:, :1], 3, axis=1))
+    levels = np.repeat(LEVELS[:, :1], 3, axis=1)
+    one, three = run(inputs, LEVELS[:, :1]), run(inputs, levels)
     np.testing.assert_allclose(one, three, rtol=1e-5, atol=1e-6)
-    moved = run(inputs, jnp.repeat(LEVELS[:, :1], 3, axis=1).at[:, 2].add(1.5))
+    moved = np.asarray(run(inputs, levels + np.asarray([0.0, 0.0, 1.5], np.float32)[None]))
     assert (np.abs(moved - three).max((0, 2)) > 1e-4).all()  # attention carries it everywhere
     with pytest.raises(ValueError, match=r"S a divisor of 6; got \(2, 4\)"):
         run(inputs, jnp.zeros((2, 4)))
@@ -219,25 +231,25 @@ def test_one_block_is_the_plain_model():
     """The same parameters, so a plain model can be trained further as a block model."""
     model, params = made("conditioned")
     noised, clean = rows()
-    inputs = jnp.concatenate([noised, clean], axis=-1)
+    inputs = np.concatenate([noised, clean], axis=-1)
     whole = tiny.jit(block_apply(model, LENGTH))(params, inputs, LEVELS[:, :1], DOCUMENTS)
     plain = tiny.jit(model.apply)(params, noised, LEVELS[:, :1], DOCUMENTS)
     np.testing.assert_allclose(whole, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_causal_model_sees_what_is_before():
-    """Of every place: all earlier tokens of its document, not its own token, nothing later."""
+def test_causal_logits_depend_on_what_is_before():
+    """At every position: all earlier tokens of its document, not its own token, nothing later."""
     model, params = made("plain")
     run = tiny.jit(functools.partial(causal_apply(model, tiny.MASK_ID), params))
     _, clean = rows()
     logits = np.asarray(run(clean, None, DOCUMENTS))
-    for place in range(LENGTH):
-        changed = run(clean.at[:, place].set((clean[:, place] + 1) % tiny.MASK_ID), None, DOCUMENTS)
-        moved = np.abs(np.asarray(changed) - logits).max(-1) > 1e-4
-        documents = np.asarray(DOCUMENTS)
-        same = documents == documents[:, place : place + 1]
-        later = (np.arange(LENGTH) > place)[None]
-        np.testing.assert_array_equal(moved, same & later & (documents > 0))
+    for position in range(LENGTH):
+        other = clean.copy()
+        other[:, position] = (clean[:, position] + 1) % tiny.MASK_ID
+        moved = np.abs(np.asarray(run(other, None, DOCUMENTS)) - logits).max(-1) > 1e-4
+        same = DOCUMENTS[:, position : position + 1] == DOCUMENTS
+        later = (np.arange(LENGTH) > position)[None]
+        np.testing.assert_array_equal(moved, same & later & (DOCUMENTS > 0))
 
 
 def test_shifted_rows_begin_every_document_with_the_start_token():
@@ -250,22 +262,24 @@ def test_estimates_belong_to_the_noised_row():
     """As in a plain call; the clean row has none."""
     model, params = made("self_conditioning")
     noised, clean = rows()
-    inputs = jnp.concatenate([noised, clean], axis=-1)
+    inputs = np.concatenate([noised, clean], axis=-1)
     rng = np.random.default_rng(1)
-    estimate = jnp.asarray(rng.dirichlet(np.ones(tiny.VOCAB), (2, LENGTH)), jnp.float32)
+    estimate = rng.dirichlet(np.ones(tiny.VOCAB), (2, LENGTH)).astype(np.float32)
     run = tiny.jit(block_apply(model, LENGTH))
     plain = tiny.jit(model.apply)
-    without, given = run(params, inputs), run(params, inputs, estimate=estimate)
-    assert np.abs(given - without).max() > 1e-3
-    np.testing.assert_allclose(without, plain(params, noised), rtol=1e-5, atol=1e-5)
+    zeros = np.zeros_like(estimate)
+    without = np.asarray(plain(params, noised))
+    with_estimate = np.asarray(run(params, inputs, estimate=estimate))
+    assert np.abs(with_estimate - without).max() > 1e-3
+    np.testing.assert_allclose(run(params, inputs, estimate=zeros), without, rtol=1e-5, atol=1e-5)
     expected = plain(params, noised, estimate=estimate)
-    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
-    nothing = plain(params, noised, estimate=jnp.zeros_like(estimate))
-    np.testing.assert_array_equal(nothing, plain(params, noised))
+    np.testing.assert_allclose(with_estimate, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(plain(params, noised, estimate=zeros), without)
     # A fresh network ignores the estimate.
-    fresh = nn.meta.unbox(tiny.jit(linen_init(model, LENGTH))(jax.random.key(0)))["params"]
-    start = {"params": {**params["params"], "estimate": fresh["estimate"]}}
-    np.testing.assert_array_equal(plain(start, noised, estimate=estimate), plain(start, noised))
+    init = tiny.jit(lambda key: nn.meta.unbox(linen_init(model, LENGTH)(key))["params"]["estimate"])
+    start = {"params": {**params["params"], "estimate": init(jax.random.key(0))}}
+    fresh = plain(start, noised, estimate=estimate)
+    np.testing.assert_array_equal(fresh, plain(start, noised))
 
 
 def test_estimates_that_do_not_fit_are_refused():
