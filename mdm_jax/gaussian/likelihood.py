@@ -289,7 +289,7 @@ def make_gaussian_likelihood(
             return [score(params, key, batch, first_row, r) for r in range(replicates)]
 
         def collect(estimates: list, rows: ScoredRows) -> tuple[np.ndarray, ScoredRows]:
-            return np.array(estimates, np.float64).swapaxes(0, 1)[..., rows.place], rows
+            return np.array(estimates, np.float64).swapaxes(0, 1)[..., rows.batch_index], rows
 
         parts, seen = score_batches(params, batches, score_all, collect, progress, "element")
         return GaussianLikelihood(

@@ -31,13 +31,10 @@ def row_keys(key: Array, first_row: Array | int, num_rows: int, replicate: Array
 
 
 def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> tuple[Array, Array]:
-    """Mask [B, L] bool and count k_j [B] int32 of view j of one replicate.
+    """Mask [B, L] bool and count k_j [B] int32 of view j in {0..F-1}, which may be traced.
 
-    Args:
-        keys: [B] typed keys, the same for every view of a replicate.
-        eligible: [B, L] bool; a row without eligible elements has an empty mask.
-        view: j in {0..passes-1}, may be traced.
-        passes: F.
+    ``keys`` [B] are the same for every view of a replicate. A row without eligible elements has an
+    empty mask.
     """
     lap = view_lap(jnp.sum(eligible, axis=-1), view, passes)
     first_count, ranks = draw_design(keys, eligible, lap)
@@ -45,11 +42,7 @@ def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> 
 
 
 def draw_design(keys: Array, eligible: Array, lap: Array) -> tuple[Array, Array]:
-    """Random numbers of one replicate: k_0 [B] uniform on {1..n}, ranks [B, L] of a permutation.
-
-    ``lap`` [B] is the number of the permutation (:func:`view_lap`); ``keys`` are the same for every
-    view of a replicate.
-    """
+    """k_0 [B] uniform on {1..n}, and ranks [B, L] of permutation number ``lap`` [B]."""
     num_eligible = jnp.maximum(jnp.sum(eligible, axis=-1), 1)
 
     def draw(key: Array, n: Array, number: Array) -> tuple[Array, Array]:
@@ -75,8 +68,7 @@ def view_mask(
 def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
     """[B] number of earlier views with the same count as view j; zero wherever F <= n.
 
-    With more passes than tokens several views share a count. Each takes its own permutation: with
-    one permutation they would be the same forward pass.
+    With more passes than tokens several views share a count, and each takes its own permutation.
     """
     num_eligible = jnp.maximum(num_eligible, 1)
     offset = view * num_eligible // passes
@@ -95,40 +87,23 @@ def logsnr_of_count(count: Array, num_eligible: Array) -> Array:
 
 
 class ScoredRows(NamedTuple):
-    """The N of B rows of a batch that have eligible elements.
+    """The N of B rows of a batch that have eligible elements."""
 
-    Attributes:
-        place: [N] index in the batch.
-        index: [N] number in the stream.
-        eligible: [N, L] bool.
-        size: [N] int64, eligible elements.
-        units: [N] int64, units of measurement.
-    """
-
-    place: np.ndarray
-    index: np.ndarray
-    eligible: np.ndarray
-    size: np.ndarray
-    units: np.ndarray
+    batch_index: np.ndarray  # [N] index in the batch
+    index: np.ndarray  # [N] number in the stream
+    eligible: np.ndarray  # [N, L] bool
+    size: np.ndarray  # [N] int64, eligible elements
+    units: np.ndarray  # [N] int64, units of measurement
 
 
 class RowScores(NamedTuple):
-    """Results of the passes over one batch.
+    """Results of the forward passes over one batch."""
 
-    Attributes:
-        row_nats: [R, N] float64, each replicate's estimate of each scored row.
-        rows: the scored rows.
-        level_nats: [bins] loss by level.
-        level_mass: [bins] divisor of the loss of a bin.
-        level_targets: [bins] tokens of a bin.
-        passes: number of forward passes.
-    """
-
-    row_nats: np.ndarray
+    row_nats: np.ndarray  # [R, N] float64, each replicate's estimate of each row
     rows: ScoredRows
-    level_nats: np.ndarray
-    level_mass: np.ndarray
-    level_targets: np.ndarray
+    level_nats: np.ndarray  # [bins] loss by level
+    level_mass: np.ndarray  # [bins] divisor of the loss of a bin
+    level_targets: np.ndarray  # [bins] tokens of a bin
     passes: int
 
 
@@ -170,7 +145,7 @@ def make_evaluate(
 
         def collect_all(outputs: list, rows: ScoredRows) -> RowScores:
             arrays = zip(*(zip(*views) for views in outputs))  # output by output, [R', F, B, ...]
-            return collect(tuple(np.array(each)[:, :, rows.place] for each in arrays), rows)
+            return collect(tuple(np.array(each)[:, :, rows.batch_index] for each in arrays), rows)
 
         return pool(*score_batches(params, batches, score_all, collect_all, progress))
 
@@ -185,7 +160,7 @@ def score_batches(
     progress: Callable[[int], None] | None,
     element: str = "token",
 ) -> tuple[list[Collected], int]:
-    """Score every batch that has an eligible element.
+    """Score every batch that has an eligible element: results of ``collect``, number of rows.
 
     Args:
         params: of the network; a batch is spread over the devices that hold them.
@@ -195,9 +170,6 @@ def score_batches(
         progress: called with the number of rows after each batch.
         element: name of an element in messages.
 
-    Returns:
-        The results of ``collect``, one per scored batch, and the number of rows in all.
-
     Raises:
         ValueError: for batches of different shapes, or no eligible element in all the data.
     """
@@ -205,7 +177,7 @@ def score_batches(
     for batch in batches:
         shape = _check_batch_shape(batch, shape, element)
         rows = _scored_rows(batch, num_rows)
-        if rows.place.size:
+        if rows.batch_index.size:
             arrays = to_host(score(spread_rows(batch, params), num_rows, rows))
             collected.append(collect(arrays, rows))
         num_rows += shape[0]
@@ -240,12 +212,8 @@ def count_scores(
 ) -> RowScores:
     """Scores of masked passes; their level is the share of tokens that they mask.
 
-    Args:
-        row_nats: [R, N].
-        rows: the scored rows.
-        loss: [R', F, N, S] summed cross-entropy of the masked tokens of each segment.
-        count: [R', F, N, S] int64, their number.
-        bins: of the level curve.
+    ``count`` [R', F, N, S] int64 and ``loss`` are the number and the summed cross-entropy of the
+    masked tokens of each segment; ``row_nats`` is [R, N].
     """
     size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
     # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers; an empty mask adds nothing.
@@ -282,11 +250,11 @@ def _check_batch_shape(
 
 def _scored_rows(batch: Batch, first_row: int) -> ScoredRows:
     eligible = np.asarray(batch.eligible)
-    place = np.flatnonzero(eligible.any(-1))
+    index = np.flatnonzero(eligible.any(-1))
     return ScoredRows(
-        place=place,
-        index=first_row + place,
-        eligible=eligible[place],
-        size=eligible[place].sum(-1).astype(np.int64),
-        units=np.asarray(batch.units, np.int64)[place],
+        batch_index=index,
+        index=first_row + index,
+        eligible=eligible[index],
+        size=eligible[index].sum(-1).astype(np.int64),
+        units=np.asarray(batch.units, np.int64)[index],
     )

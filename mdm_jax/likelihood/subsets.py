@@ -73,33 +73,22 @@ class SubsetDesign(NamedTuple):
 
 
 def uniform_counts(passes: int) -> SubsetDesign:
-    """F independent subsets, their size uniform on {1..n}, weight ``n / (k F)``.
-
-    Raises:
-        ValueError: for passes below 1.
-    """
+    """F >= 1 independent subsets, their size uniform on {1..n}, weight ``n / (k F)``."""
     return _independent("uniform_counts", passes, np.ones_like)
 
 
 def harmonic_counts(passes: int) -> SubsetDesign:
-    """F independent subsets of size k with probability ``1 / (k H_n)``, weight ``H_n / F``.
+    """F >= 1 independent subsets of size k with probability ``1 / (k H_n)``, weight ``H_n / F``.
 
     The time-free form of the bound: all subsets have one weight, the harmonic number H_n, and small
     ones are frequent. Where the loss grows with the number of masked tokens, uniform counts have
     the smaller variance; for differences of two rows it may be the other way round.
-
-    Raises:
-        ValueError: for passes below 1.
     """
     return _independent("harmonic_counts", passes, lambda count: 1 / count)
 
 
 def rotated_counts(passes: int) -> SubsetDesign:
-    """The design of ``make_likelihood``: F counts spread evenly over {1..n}, rotated subsets.
-
-    Raises:
-        ValueError: for passes below 1.
-    """
+    """The design of ``make_likelihood``: F >= 1 counts even over {1..n}, rotated subsets."""
     check_at_least_one(passes=passes)
 
     def draw(keys, eligible, view):
@@ -136,11 +125,7 @@ def one_path() -> SubsetDesign:
 def every_subset(max_eligible: int = MAX_ELIGIBLE) -> SubsetDesign:
     """All ``2^n - 1`` subsets, weight ``1 / (k C(n, k))``: the bound without Monte Carlo error.
 
-    Args:
-        max_eligible: longest row that is accepted, at most 15.
-
-    Raises:
-        ValueError: for max_eligible outside [1, 15]; by ``passes(n)``, for a longer row.
+    ValueError for ``max_eligible`` outside [1, 15]; by ``passes(n)``, for a longer row.
     """
     if not 1 <= max_eligible <= MAX_ELIGIBLE:
         raise ValueError(f"max_eligible must lie in [1, {MAX_ELIGIBLE}], got {max_eligible}")
@@ -176,9 +161,6 @@ def exact_when_short(design: SubsetDesign, max_eligible: int) -> SubsetDesign:
 
     A short row has no Monte Carlo error and takes ``2^n - 1`` passes: one for a single token, and
     for seven fewer than the 128 of 8 replicates of 16 passes.
-
-    Raises:
-        ValueError: for max_eligible outside [1, 15].
     """
     short = every_subset(max_eligible)
 
@@ -242,11 +224,7 @@ def draw_count(
 ) -> tuple[Array, Array]:
     """Count k on {1..n} and weight ``1 / (k P(k))`` at quantiles u [B] of P ~ density.
 
-    Args:
-        u: [B] in (0, 1).
-        size: [B] n of each row, at most ``length``.
-        length: L.
-        density: of the counts 1..L, up to a factor.
+    ``size`` [B] is n of each row, at most ``length``; the density is that of the counts 1..length.
     """
     counts = np.arange(1, length + 1, dtype=np.float64)
     mass = np.asarray(density(counts), np.float64)

@@ -24,7 +24,7 @@ from mdm_jax.models.kv_cache import (
     new_cache,
     take_rows,
 )
-from mdm_jax.models.masks import block_training, cached, causal, check_blocks
+from mdm_jax.models.masks import BlockCausal, CachedRule, block_training, causal, check_blocks
 from mdm_jax.types import Array, PyTree
 
 if TYPE_CHECKING:  # Flax is not needed to write a sampler
@@ -161,13 +161,7 @@ def causal_apply(
 
 
 def shift_right(tokens: Array, start_token: int, documents: Array | None = None) -> Array:
-    """[N, L] int32: the token before each position, the start token where a document begins.
-
-    Args:
-        tokens: [N, L] int32.
-        start_token: input before the first token of a document.
-        documents: [N, L] int32 document numbers; None for a single document.
-    """
+    """[N, L] int32: the token before each position, the start token where a document begins."""
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=start_token)
     if documents is None:
         return before
@@ -183,16 +177,9 @@ def cached_block_decoder(
 ) -> BlockDecoder:
     """Block decoding with a KV cache of the finished blocks: a pass runs L' tokens, not the row.
 
-    Equals :func:`block_apply` with the same window. With a window the cache holds ``window - 1``
-    blocks whatever the length: rows may be longer than those of training.
-
-    Args:
-        model: the network.
-        block_size: L'.
-        window: blocks that a block attends to, itself included; None for all.
-
-    Raises:
-        ValueError: from ``init``, if L' does not divide the length or the window is below 1.
+    Equals :func:`block_apply` with the same arguments. With a window the cache holds ``window - 1``
+    blocks whatever the length: rows may be longer than those of training. ``init`` raises
+    ValueError if L' does not divide the length or the window is below 1.
     """
 
     def init(num_rows: int, length: int) -> KeyValueCache:
@@ -216,12 +203,7 @@ def cached_block_decoder(
 
 
 class CausalMemory(NamedTuple):
-    """State of :func:`cached_causal_decoder`.
-
-    Attributes:
-        cache: keys and values of the positions run so far.
-        document: [N] int32, document of the last position; -1 before the first.
-    """
+    """State of :func:`cached_causal_decoder`; ``document`` [N] is the last one, -1 at first."""
 
     cache: KeyValueCache
     document: Array
@@ -230,17 +212,10 @@ class CausalMemory(NamedTuple):
 def cached_causal_decoder(
     model: Transformer, start_token: int, window: int | None = None
 ) -> CausalDecoder:
-    """Autoregressive decoding with a KV cache: a step runs one token. Equals :func:`causal_apply`.
+    """Autoregressive decoding with a KV cache: a step runs one token.
 
-    With a window the cache holds ``window - 1`` tokens whatever the length.
-
-    Args:
-        model: the network.
-        start_token: input before the first token of a document.
-        window: tokens that a position attends to, its own input included; None for all.
-
-    Raises:
-        ValueError: from ``init``, if the window is below 1.
+    Equals :func:`causal_apply` with the same arguments. With a window the cache holds
+    ``window - 1`` tokens whatever the length. ``init`` raises ValueError if the window is below 1.
     """
 
     def init(num_rows: int, length: int) -> CausalMemory:
@@ -280,7 +255,8 @@ def _run_cached(
     positions = cache.written + jnp.arange(tokens.shape[-1])
     keys = jnp.concatenate([cached_positions(cache), positions])
     key_documents = jnp.concatenate([cache.documents, documents], axis=-1)
-    mask = cached(positions, keys, documents, key_documents, block_size, window)
+    pattern = BlockCausal(tokens.shape[-1], block_size, window)
+    mask = CachedRule(pattern, positions, keys, documents, key_documents)
     options = {"cached": cache.key_values, "estimate": estimate, "method": "attend"}
     return model.apply(params, tokens, logsnr, positions, mask, **options)
 
@@ -293,13 +269,7 @@ def _clean(tokens: Array) -> Array:
 
 
 class WrittenRow(NamedTuple):
-    """State of the recomputing decoders.
-
-    Attributes:
-        tokens: [N, L] int32, zero beyond what is written.
-        documents: [N, L] int32, likewise.
-        written: [] int32.
-    """
+    """State of the recomputing decoders: int32 rows [N, L], zero beyond ``written`` [] tokens."""
 
     tokens: Array
     documents: Array
@@ -307,14 +277,9 @@ class WrittenRow(NamedTuple):
 
 
 def recomputing_block_decoder(apply_fn: Callable[..., Array], block_size: int) -> BlockDecoder:
-    """Block decoding of any block network, without a cache: every pass runs both whole rows.
+    """Block decoding of any ``apply_fn`` as of :func:`block_apply`, without a cache.
 
-    Args:
-        apply_fn: as :func:`block_apply` returns it.
-        block_size: L'.
-
-    Raises:
-        ValueError: from ``init``, if L' does not divide the length.
+    Every pass runs both whole rows. ``init`` raises ValueError if L' does not divide the length.
     """
 
     def init(num_rows: int, length: int) -> WrittenRow:
@@ -342,11 +307,7 @@ def recomputing_block_decoder(apply_fn: Callable[..., Array], block_size: int) -
 
 
 def recomputing_causal_decoder(apply_fn: Callable[..., Array]) -> CausalDecoder:
-    """Decoding of any autoregressive network, without a cache: every step runs the whole row.
-
-    Args:
-        apply_fn: as :func:`causal_apply` returns it.
-    """
+    """Decoding of any ``apply_fn`` as of :func:`causal_apply`: every step runs the whole row."""
 
     def append_tokens(params, row, tokens, documents) -> WrittenRow:
         del params

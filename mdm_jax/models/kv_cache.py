@@ -29,21 +29,11 @@ class KeyValueCache(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """M."""
         return self.documents.shape[-1]
 
 
 def new_cache(config: Any, num_rows: int, capacity: int) -> KeyValueCache:
-    """An empty cache.
-
-    Args:
-        config: ``TransformerConfig`` of the network.
-        num_rows: N.
-        capacity: M, how many earlier tokens a later one may attend to.
-
-    Raises:
-        ValueError: unless both numbers are positive.
-    """
+    """An empty cache of N rows and M slots for the network of a ``TransformerConfig``."""
     if num_rows < 1 or capacity < 1:
         raise ValueError(f"a cache needs at least one row and slot, got {num_rows} and {capacity}")
     shape = (config.depth, num_rows, capacity, config.num_heads, config.head_size)

@@ -45,15 +45,16 @@ class Linear(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel of a :class:`Linear` alone, for products that combine several."""
+    """The kernel of a :class:`Linear` alone, for products that are taken elsewhere."""
 
     shape: tuple[int, int]
     axes: tuple[str, str]
     param_dtype: jnp.dtype = jnp.float32
+    kernel_init: Initializer = KERNEL_INIT
 
     @nn.compact
     def __call__(self) -> Array:
-        init = nn.with_logical_partitioning(KERNEL_INIT, self.axes)
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         return self.param("kernel", init, self.shape, self.param_dtype)
 
 

@@ -1,6 +1,7 @@
 """Attention masks as rules, which become boolean arrays only where an implementation needs them.
 
-A pattern is the static part: which positions may attend to which, by index alone. A rule adds
+A pattern is the static part: ``allows(queries, keys)`` is True where a query may attend to a key,
+for integer indices of NumPy or JAX that broadcast, and ``shape`` holds their numbers. A rule adds
 documents: attention stays within one document, and padding (document 0) attends to itself alone.
 Under every rule a position attends to itself, so no softmax runs over an empty set. A window counts
 blocks, its own included: block b attends to blocks b - window + 1 to b (banded attention, Child et
@@ -20,12 +21,11 @@ from mdm_jax.types import Array
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """Every query attends to every key; ``shape`` holds their numbers."""
+    """Every query attends to every key."""
 
     shape: tuple[int, int]
 
     def allows(self, queries: Array, keys: Array) -> np.ndarray:
-        """True everywhere, in the broadcast shape of two integer arrays."""
         return np.ones(np.broadcast_shapes(queries.shape, keys.shape), bool)
 
 
@@ -40,11 +40,9 @@ class BlockCausal:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of queries and keys, [L, L]."""
         return self.length, self.length
 
     def allows(self, queries: Array, keys: Array) -> Array:
-        """Bool, for integer arrays of NumPy or JAX that broadcast against each other."""
         distance = queries // self.block_size - keys // self.block_size
         return (distance >= 0) & _within(distance, self.window)
 
@@ -63,11 +61,9 @@ class BlockTraining:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of queries and keys, [2L, 2L]."""
         return 2 * self.length, 2 * self.length
 
     def allows(self, queries: Array, keys: Array) -> Array:
-        """Bool, for integer arrays of NumPy or JAX that broadcast against each other."""
         from_clean, to_clean = queries >= self.length, keys >= self.length
         length, size = self.length, self.block_size
         distance = queries % length // size - keys % length // size
@@ -81,11 +77,7 @@ Pattern = Full | BlockCausal | BlockTraining
 
 
 def check_blocks(length: int, block_size: int, window: int | None = None) -> int:
-    """The number of blocks in a row.
-
-    Raises:
-        ValueError: if the block size does not divide the length or the window is below 1.
-    """
+    """The number of blocks in a row; ValueError if they do not divide it or the window is empty."""
     if block_size < 1 or length < 1 or length % block_size:
         raise ValueError(
             f"blocks of {block_size} tokens do not divide a row of {length} evenly; choose a "
@@ -111,7 +103,6 @@ class Rule:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of queries and keys."""
         return self.pattern.shape
 
     def is_full(self) -> bool:
@@ -142,7 +133,7 @@ class CachedRule:
     """Block-causal attention of new tokens to cached ones, in any order, and to each other.
 
     Attributes:
-        pattern: of the row; static.
+        pattern: of the row, with any length; static.
         query_positions: [Q] positions in the row.
         key_positions: [M] positions in the row, negative for an empty slot.
         query_documents: [N, Q] int32, 0 for padding.
@@ -157,7 +148,6 @@ class CachedRule:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of queries and keys."""
         return self.query_positions.shape[0], self.key_positions.shape[0]
 
     def dense(self) -> Array:
@@ -177,11 +167,9 @@ class DenseRule:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of queries and keys."""
         return self.mask.shape[-2:]
 
     def dense(self) -> Array:
-        """The array."""
         return self.mask
 
 
@@ -189,11 +177,7 @@ AnyRule = Rule | CachedRule | DenseRule
 
 
 def as_rule(mask: AnyRule | Array | None, num_queries: int, num_keys: int) -> AnyRule:
-    """A rule from what networks accept as a mask: a rule, a boolean array, or None for no mask.
-
-    Raises:
-        ValueError: if the mask is for other numbers of queries and keys.
-    """
+    """A rule from a rule, a boolean array, or None for no mask; ValueError if sizes differ."""
     if mask is None:
         return Rule(Full((num_queries, num_keys)), None)
     rule = mask if isinstance(mask, AnyRule) else DenseRule(mask)
@@ -250,19 +234,6 @@ def block_training(
     if documents is not None:
         documents = jnp.concatenate([documents, documents], axis=-1)
     return Rule(BlockTraining(length, block_size, window), documents)
-
-
-def cached(
-    query_positions: Array,
-    key_positions: Array,
-    query_documents: Array,
-    key_documents: Array,
-    block_size: int,
-    window: int | None = None,
-) -> CachedRule:
-    """:func:`block_causal` for any positions of a row; arguments as :class:`CachedRule`'s."""
-    pattern = BlockCausal(query_positions.shape[0], block_size, window)
-    return CachedRule(pattern, query_positions, key_positions, query_documents, key_documents)
 
 
 def _within(distance: Array, window: int | None) -> Array | bool:

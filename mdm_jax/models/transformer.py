@@ -383,7 +383,8 @@ class Transformer(nn.Module):
         x, key_values = run_blocks(c, x, mask, positions, condition, cached)
         x = x[:, :num_outputs]
         if not c.tie_embeddings:
-            table = _Head(c, name="head")()
+            shape, zeros = (c.width, c.vocab_size), nn.initializers.zeros
+            table = Kernel(shape, ("embed", "vocab"), c.param_dtype, zeros, name="head")()
         return Readout(x, table, Projection(c.tie_embeddings, c.dtype)), key_values
 
 
@@ -423,15 +424,3 @@ class _LearnedPositions(nn.Module):
         # Traced positions beyond the table give NaN, which the loss shows at once.
         vectors = jnp.take(table, positions, axis=0).astype(jnp.float32)
         return vectors if positions.ndim == 2 else vectors[None]
-
-
-class _Head(nn.Module):
-    """The kernel [width, K] of the vocabulary projection."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self) -> Array:
-        c = self.config
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed", "vocab"))
-        return self.param("kernel", zeros, (c.width, c.vocab_size), c.param_dtype)

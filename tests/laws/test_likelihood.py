@@ -1,5 +1,6 @@
 """The fixed estimator of the bound: exact uniformity, unbiasedness, and an honest error bar."""
 
+import collections
 import fractions
 import functools
 import itertools
@@ -15,7 +16,6 @@ from scipy import stats
 
 from mdm_jax import likelihood, testing
 from mdm_jax.likelihood import estimators
-from mdm_jax.models.transformer import Transformer, TransformerConfig
 from mdm_jax.testing import enumeration, toys
 from mdm_jax.types import Batch
 
@@ -24,6 +24,19 @@ NELBO = np.array([4.37020885, 4.52536593, 2.44006023])
 
 def apply_toy(params, inputs, logsnr, documents):
     return toys.Toy().apply(params, inputs, logsnr, documents)
+
+
+TRACES = collections.defaultdict(list)
+"""By number of passes, the shapes for which an evaluation's forward pass was traced."""
+
+
+@functools.cache
+def evaluation(passes, replicates):
+    def apply_fn(params, inputs, logsnr, documents):
+        TRACES[passes].append(inputs.shape)
+        return apply_toy(params, inputs, logsnr, documents)
+
+    return likelihood.make_likelihood(apply_fn, 3, passes=passes, replicates=replicates)
 
 
 @functools.cache
@@ -39,7 +52,7 @@ def repeat_row(i: int, times: int) -> Batch:
     )
 
 
-view_mask = jax.jit(estimators.view_mask)
+view_mask, view_lap = jax.jit(estimators.view_mask), jax.jit(estimators.view_lap)
 
 
 def every_design(n: int, passes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +144,7 @@ def test_rotated_views_beat_independent_ones():
 @pytest.mark.parametrize("n, passes", [(4, 4), (4, 9), (1, 3), (3, 8), (10, 4)])
 def test_laps_number_the_views_that_share_a_count(n, passes):
     offsets = [j * n // passes for j in range(passes)]
-    laps = [int(estimators.view_lap(jnp.array([n]), j, passes)[0]) for j in range(passes)]
+    laps = [int(view_lap(np.array([n]), j, passes)[0]) for j in range(passes)]
     assert laps == [offsets[:j].count(offsets[j]) for j in range(passes)]
 
 
@@ -158,7 +171,7 @@ def test_mean_and_standard_error_are_honest():
     """64 copies of x3, F = 4: 5 exact standard errors for the mean, chi-square for the error."""
     rows, replicates = 64, 200
     sigma2 = rows * design_values(toy_losses(2), 4).var()
-    evaluate = likelihood.make_likelihood(apply_toy, 3, passes=4, replicates=replicates)
+    evaluate = evaluation(passes=4, replicates=replicates)
     result = evaluate(toys.toy_params(), jax.random.key(1), [repeat_row(2, rows)])
     assert abs(result.nats - rows * NELBO[2]) < 5 * math.sqrt(sigma2 / replicates)
     low, high = stats.chi2.ppf([1e-5, 1 - 1e-5], replicates - 1) / (replicates - 1)
@@ -170,7 +183,7 @@ def test_mean_and_standard_error_are_honest():
 def test_more_passes_than_tokens():
     """F = 8 on n = 4: unbiased, and the second lap's fresh permutations halve the variance."""
     rows, replicates = 64, 100
-    evaluate = likelihood.make_likelihood(apply_toy, 3, passes=8, replicates=replicates)
+    evaluate = evaluation(passes=8, replicates=replicates)
     result = evaluate(toys.toy_params(), jax.random.key(2), [repeat_row(0, rows)])
     sigma2 = rows * design_values(toy_losses(0), 4).var() / 2
     assert abs(result.nats - rows * NELBO[0]) < 5 * math.sqrt(sigma2 / replicates)
@@ -181,7 +194,7 @@ def test_more_passes_than_tokens():
 def test_one_token_answers_are_exact():
     batch = repeat_row(0, 3)
     batch = batch._replace(eligible=np.array([[False, True, False, False]] * 3))
-    evaluate = likelihood.make_likelihood(apply_toy, 3, passes=1, replicates=2)
+    evaluate = evaluation(passes=3, replicates=2)
     result = evaluate(toys.toy_params(), jax.random.key(0), [batch])
     np.testing.assert_allclose(result.per_row_nats, 0.63977235, atol=1e-6)
     assert result.standard_error_nats == 0.0
@@ -207,14 +220,15 @@ def batches_of(data: Batch, size: int):
 
 @pytest.fixture(scope="module")
 def transformer():
-    model = Transformer(TransformerConfig(vocab_size=7, width=16, depth=1, num_heads=2))
-    return model.apply, tiny.parameters(model, 8)
+    """An evaluation of 3 passes and 2 replicates, and parameters."""
+    model = tiny.transformer()
+    evaluate = likelihood.make_likelihood(model.apply, tiny.MASK_ID, passes=3, replicates=2)
+    return evaluate, tiny.parameters(model, 8)
 
 
 def test_result_does_not_depend_on_the_batch_size(transformer):
-    apply_fn, params = transformer
+    evaluate, params = transformer
     data = transformer_data(13, 8)
-    evaluate = likelihood.make_likelihood(apply_fn, 6, passes=3, replicates=2)
     results = [evaluate(params, jax.random.key(3), batches_of(data, size)) for size in (4, 13)]
     scored = np.flatnonzero(data.eligible.any(1))
     for result in results:
@@ -229,17 +243,16 @@ def test_result_does_not_depend_on_the_batch_size(transformer):
 
 
 def test_empty_and_padded_rows_change_nothing(transformer):
-    apply_fn, params = transformer
-    data = transformer_data(12, 8)
-    evaluate = likelihood.make_likelihood(apply_fn, 6, passes=2, replicates=2)
-    result = evaluate(params, jax.random.key(0), batches_of(data, 12))
-    # Scramble everything nobody may look at: padding tokens, and all of the empty rows.
+    evaluate, params = transformer
+    data = transformer_data(13, 8)
+    result = evaluate(params, jax.random.key(0), batches_of(data, 13))
+    # Scramble what must not matter: padding tokens, and all of the empty rows.
     visible = (data.documents > 0) & data.eligible.any(1)[:, None]
     scrambled = data._replace(
         tokens=np.where(visible, data.tokens, 5 - data.tokens),
         units=np.where(data.eligible.any(1), data.units, 99),
     )
-    again = evaluate(params, jax.random.key(0), batches_of(scrambled, 12))
+    again = evaluate(params, jax.random.key(0), batches_of(scrambled, 13))
     np.testing.assert_array_equal(result.replicate_row_nats, again.replicate_row_nats)
     assert result.units == again.units
     assert np.isfinite(result.replicate_row_nats).all()
@@ -247,10 +260,9 @@ def test_empty_and_padded_rows_change_nothing(transformer):
 
 def test_matches_enumeration_with_prompt_and_padding(transformer):
     """Each row's mean over 150 replicates within 5 standard errors of the enumerated bound."""
-    apply_fn, params = transformer
+    apply_fn, params = tiny.transformer().apply, transformer[1]
     data = transformer_data(6, 6, seed=5)
-    run = jax.jit(apply_fn)
-    exact = testing.exact_nelbo(lambda *a: run(params, *a), data, 6)
+    exact = testing.exact_nelbo(functools.partial(apply_fn, params), data, 6)
     evaluate = likelihood.make_likelihood(apply_fn, 6, passes=2, replicates=150)
     result = evaluate(params, jax.random.key(0), [data])
     error = result.replicate_row_nats.std(0, ddof=1) / math.sqrt(150)
@@ -259,17 +271,11 @@ def test_matches_enumeration_with_prompt_and_padding(transformer):
 
 
 def test_compiles_once_and_reports_progress():
-    traces, done = [], []
-
-    def apply_fn(params, inputs, logsnr, documents):
-        traces.append(inputs.shape)
-        return apply_toy(params, inputs, logsnr, documents)
-
-    evaluate = likelihood.make_likelihood(apply_fn, 3, passes=3, replicates=2)
+    evaluate, done = evaluation(passes=3, replicates=2), []
     batches = [toys.toy_batch(), repeat_row(1, 3), repeat_row(2, 3)]
-    evaluate(toys.toy_params(), jax.random.key(0), batches, progress=done.append)
-    evaluate(toys.toy_params(), jax.random.key(1), iter(batches))
-    assert traces == [(3, 4)] and done == [3, 3, 3]
+    evaluate(toys.toy_params(), jax.random.key(0), batches)
+    evaluate(toys.toy_params(), jax.random.key(1), iter(batches), progress=done.append)
+    assert TRACES[3] == [(3, 4)] and done == [3, 3, 3]
 
 
 def test_levels_shown_and_loss_curve():
@@ -329,14 +335,14 @@ def test_errors():
     for bad in ({"passes": 0}, {"passes": 1, "replicates": 0}, {"passes": 1, "level_bins": 0}):
         with pytest.raises(ValueError, match="at least 1, got 0"):
             make(apply_toy, 3, **bad)
-    evaluate = make(apply_toy, 3, passes=1, replicates=1)
+    evaluate = evaluation(passes=3, replicates=2)
     params, key, batch = toys.toy_params(), jax.random.key(0), toys.toy_batch()
     with pytest.raises(ValueError, match=r"shape of the first, \(3, 4\), got \(2, 4\)"):
-        evaluate(params, key, [batch, jax.tree.map(lambda a: a[:2], batch)])
+        evaluate(params, key, [batch, repeat_row(0, 2)])
     empty = batch._replace(eligible=np.zeros((3, 4), bool))
     with pytest.raises(ValueError, match="none of 6 rows"):
         evaluate(params, key, [empty, empty])
     with pytest.raises(ValueError, match="none of 0 rows"):
         evaluate(params, key, [])
     with pytest.raises(ValueError, match=r"\[B, L\]"):
-        evaluate(params, key, [jax.tree.map(lambda a: a[0], batch)])
+        evaluate(params, key, [jax.tree.map(lambda a: np.asarray(a)[0], batch)])

@@ -73,14 +73,14 @@ def test_ideal_denoiser_scores_the_entropy_and_the_level_curve_integrates_to_it(
     evaluate = make_uniform_likelihood(
         lambda params, *args: model(*args), 3, passes=8, replicates=2, level_bins=4
     )
-    found = evaluate({}, jax.random.key(2), [toy_rows(1000)] * 2)
-    estimates = found.per_row_nats.reshape(2, 3, 1000).swapaxes(0, 1).reshape(3, -1)
+    result = evaluate({}, jax.random.key(2), [toy_rows(1000)] * 2)
+    estimates = result.per_row_nats.reshape(2, 3, 1000).swapaxes(0, 1).reshape(3, -1)
     error = estimates.std(1, ddof=1) / 2000**0.5
     assert np.all(np.abs(estimates.mean(1) + np.log(toys.ROW_PROBABILITIES)) < 5 * error)
     assert np.all(error < 0.05)
-    np.testing.assert_array_equal(found.levels.edges, [0, 0.25, 0.5, 0.75, 1])
-    assert found.levels.targets.sum() == 2 * 8 * found.tokens
-    np.testing.assert_allclose(found.levels.nats.mean(), found.nats_per_token, rtol=0.05)
+    np.testing.assert_array_equal(result.levels.edges, [0, 0.25, 0.5, 0.75, 1])
+    assert result.levels.targets.sum() == 2 * 8 * result.tokens
+    np.testing.assert_allclose(result.levels.nats.mean(), result.nats_per_token, rtol=0.05)
 
 
 def mixed(rows):
@@ -95,15 +95,15 @@ def test_result_does_not_depend_on_batching():
     evaluate = make_uniform_likelihood(apply_toy, 3, passes=3, replicates=2)
     batch, seen = mixed(6), []
     parts = [jax.tree.map(lambda a: a[i : i + 3], batch) for i in (0, 3)]  # noqa: B023
-    found = evaluate(toys.toy_params(), jax.random.key(0), parts, seen.append)
+    result = evaluate(toys.toy_params(), jax.random.key(0), parts, seen.append)
     whole = evaluate(toys.toy_params(), jax.random.key(0), [batch])
-    np.testing.assert_allclose(found.replicate_row_nats, whole.replicate_row_nats, rtol=1e-5)
-    assert seen == [3, 3] and found.rows_seen == 6
-    assert found.row_index.tolist() == [0, 1, 3, 4, 5]
-    assert found.row_tokens.tolist() == [4, 2, 3, 1, 4]
-    assert found.row_units.tolist() == [8, 4, 6, 2, 8]
-    assert isinstance(found, likelihood.Likelihood)
-    assert json.loads(json.dumps(found.to_dict()))["tokens"] == 14
+    np.testing.assert_allclose(result.replicate_row_nats, whole.replicate_row_nats, rtol=1e-5)
+    assert seen == [3, 3] and result.rows_seen == 6
+    assert result.row_index.tolist() == [0, 1, 3, 4, 5]
+    assert result.row_tokens.tolist() == [4, 2, 3, 1, 4]
+    assert result.row_units.tolist() == [8, 4, 6, 2, 8]
+    assert isinstance(result, likelihood.Likelihood)
+    assert json.loads(json.dumps(result.to_dict()))["tokens"] == 14
 
 
 def test_errors():

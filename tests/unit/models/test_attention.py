@@ -101,7 +101,8 @@ def few_scores(monkeypatch):
 
 def implementations():
     """(rule, implementation, dtype) of all; dense masks and narrow dtypes mostly in slow tests."""
-    fast = {(rule, "recompute", "float32") for rule in RULES}
+    few = set(RULES) - {"causal", "block_causal", "block_training_one_block"}
+    fast = {(rule, "recompute", "float32") for rule in few}
     fast |= {("block_training_window", "einsum", "float32")}
     fast |= {("within_documents", name, "float32") for name in ("einsum", "xla")}
     fast |= {("within_documents", "recompute", "bfloat16"), ("cached", "xla", "float32")}

@@ -40,13 +40,13 @@ def operands(spec, seed=0, integers=False):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def both_passes(function, left, right, slope):
+def both_passes(function, left, right, cotangent):
     out, pull = jax.vjp(function, left, right)
-    return out, *pull(slope(out))
+    return out, *pull(cotangent(out))
 
 
-def compiled_passes(function, left, right, slope):
-    run = tiny.jit(lambda left, right: both_passes(function, left, right, slope))
+def compiled_passes(function, left, right, cotangent):
+    run = tiny.jit(lambda left, right: both_passes(function, left, right, cotangent))
     return jax.device_get(run(left, right))
 
 
@@ -54,10 +54,10 @@ def compiled_passes(function, left, right, slope):
 def test_in_float32_it_is_einsum(spec):
     """With integers no sum is rounded, so any order of summation gives the same bits."""
     left, right = operands(spec, integers=True)
-    slope = lambda out: jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape) - 3  # noqa: E731
-    found = compiled_passes(lambda a, b: product(spec, a, b), left, right, slope)
-    expected = compiled_passes(lambda a, b: plain(spec, a, b), left, right, slope)
-    for one, other in zip(found, expected):
+    cotangent = lambda out: jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape) - 3  # noqa: E731
+    result = compiled_passes(lambda a, b: product(spec, a, b), left, right, cotangent)
+    expected = compiled_passes(lambda a, b: plain(spec, a, b), left, right, cotangent)
+    for one, other in zip(result, expected):
         assert one.dtype == other.dtype == jnp.float32
         np.testing.assert_array_equal(one, other)
 
@@ -83,8 +83,8 @@ def test_forward_mode_and_vmap_are_those_of_einsum(spec):
 
     forward, *mapped = run(left, right)
     np.testing.assert_allclose(*forward, rtol=1e-6, atol=1e-6)
-    for found, expected in mapped:
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for result, expected in mapped:
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", slow_except(FEW, SPECS))
@@ -93,18 +93,18 @@ def test_bfloat16_gradients_are_within_the_operands_rounding(spec):
     most (2^-7 + 2^-16) of the sum of absolute products; sums in float32 add next to nothing."""
     left, right = operands(spec)
     shape = jax.eval_shape(functools.partial(plain, spec), left, right).shape
-    slope = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    cotangent = np.random.default_rng(3).normal(size=shape).astype(np.float32)
     # Not compiled as a whole: under the tests' flags the CPU lacks some products of bfloat16.
-    found = both_passes(
-        lambda a, b: product(spec, a, b, jnp.bfloat16), left, right, lambda _: slope
+    result = both_passes(
+        lambda a, b: product(spec, a, b, jnp.bfloat16), left, right, lambda _: cotangent
     )
     with jax.enable_x64():
-        wide = [np.asarray(x, np.float64) for x in (left, right, slope)]
+        wide = [np.asarray(x, np.float64) for x in (left, right, cotangent)]
         exact = compiled_passes(lambda a, b: plain(spec, a, b), *wide[:2], lambda _: wide[2])
         sizes = compiled_passes(
             lambda a, b: plain(spec, a, b), *map(np.abs, wide[:2]), lambda _: np.abs(wide[2])
         )
-    for one, other, size in zip(found, exact, sizes):
+    for one, other, size in zip(result, exact, sizes):
         assert one.dtype == jnp.float32  # float32 weights get float32 gradients
         assert np.all(np.abs(one - other) <= (2**-7 + 2**-15) * size)
         assert np.abs(one - other).max() > 1e-5  # it was rounded at all

@@ -60,17 +60,17 @@ def step(remat, scanned):
 )
 @pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
 def test_losses_and_gradients_are_equal(remat, scanned):
-    expected, slopes, _ = step("none", scanned)
+    expected, expected_gradient, _ = step("none", scanned)
     value, gradient, _ = step(remat, scanned)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
         gradient,
-        slopes,
+        expected_gradient,
     )
 
 
-@pytest.mark.slow  # test_models has it of whole networks
+@pytest.mark.slow  # test_transformer has it of whole networks
 def test_scanned_layers_compute_what_unrolled_ones_do():
     np.testing.assert_allclose(step("none", True)[0], step("none", False)[0], rtol=1e-6)
     jax.tree.map(

@@ -89,8 +89,7 @@ def test_prompt_and_padding_carry_no_loss():
     assert sums.scored == 4
 
     def total(logits):
-        found = OBJECTIVE.loss(lambda *_: logits, batch, numbers(spec))
-        return jnp.sum(found.raw)
+        return jnp.sum(OBJECTIVE.loss(lambda *_: logits, batch, numbers(spec)).raw)
 
     gradient = np.asarray(quick(jax.grad(total))(jnp.zeros((3, 4, 3))))
     np.testing.assert_array_equal(np.abs(gradient).sum(-1) > 0, eligible)

@@ -142,7 +142,7 @@ def decoding(name, window, first):
         pytest.param("unrolled", None, 0, marks=pytest.mark.slow),
         ("unrolled", 3, 8),
         pytest.param("scanned", 2, 0, marks=pytest.mark.slow),
-        ("conditioned", None, 6),
+        pytest.param("conditioned", None, 6, marks=pytest.mark.slow),
         pytest.param("conditioned", 1, 0, marks=pytest.mark.slow),
     ],
 )
@@ -163,7 +163,7 @@ def test_block_decoding_equals_one_pass_over_all_blocks(name, window, first):
 @pytest.mark.parametrize(
     "name, window, first",
     [
-        ("unrolled", None, 5),
+        pytest.param("unrolled", None, 5, marks=pytest.mark.slow),
         pytest.param("scanned", 4, 0, marks=pytest.mark.slow),
         ("scanned", 4, 7),
         pytest.param("conditioned", 1, 0, marks=pytest.mark.slow),

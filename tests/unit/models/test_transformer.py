@@ -19,7 +19,6 @@ from mdm_jax.models.layers import (
     logsnr_features,
     rotary_embedding,
 )
-from mdm_jax.models.masks import within_documents
 from mdm_jax.models.transformer import Transformer, TransformerConfig
 from mdm_jax.sharding import LOGICAL_RULES
 from mdm_jax.training.state import linen_init, num_params
@@ -73,7 +72,7 @@ def test_logits_are_float32_of_the_right_shape_and_depend_on_context(name):
     other[:, 3] = (inputs[:, 3] + 1) % tiny.VOCAB
     changed = _apply(name, other)
     moved = np.abs(changed - logits).max(-1)
-    assert np.all(moved > 1e-4)  # every position sees position 3, before and after it
+    assert np.all(moved > 1e-4)  # every position depends on position 3, before and after it
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -98,7 +97,7 @@ def test_every_parameter_has_a_logical_axis_for_every_dimension(name):
     assert all(box.unbox().shape[0] == model.config.depth for box in layered)
 
 
-def test_learned_positions_tell_places_apart_where_rotary_ones_cannot():
+def test_learned_positions_distinguish_equal_tokens():
     """Of equal tokens every value is the same, however far apart they are."""
     inputs = np.zeros((ROWS, LENGTH), np.int32)
     rotary, learned = (_apply(name, inputs) for name in ("plain", "learned_positions"))
@@ -106,7 +105,7 @@ def test_learned_positions_tell_places_apart_where_rotary_ones_cannot():
     assert np.all(np.abs(learned[:, 1:] - learned[:, :-1]).max(-1) > 1e-3)
 
 
-def test_learned_positions_of_a_part_are_those_of_its_places():
+def test_learned_positions_of_a_part_are_those_in_the_row():
     model, params = _made("learned_positions")
     inputs, alone = _inputs()[:1], np.eye(LENGTH, dtype=bool)[None, None]
     attend = tiny.jit(functools.partial(model.apply, method="attend"))
@@ -151,8 +150,13 @@ def test_scanned_layers_equal_unrolled_ones(name):
 DOCUMENTS = np.asarray([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0]] * ROWS, np.int32)
 
 
-@pytest.mark.parametrize("name", ["plain", "conditioned", "scanned", "bfloat16"])
-def test_documents_do_not_see_each_other_nor_padding(name):
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        {"plain", "conditioned", "bfloat16"}, ["plain", "conditioned", "scanned", "bfloat16"]
+    ),
+)
+def test_attention_stays_within_documents(name):
     inputs = _inputs()
     logits = _apply(name, inputs, documents=DOCUMENTS)
     assert np.all(np.isfinite(logits))
@@ -162,14 +166,6 @@ def test_documents_do_not_see_each_other_nor_padding(name):
         changed = _apply(name, other, documents=DOCUMENTS)
         np.testing.assert_array_equal(changed[:, ~inside], logits[:, ~inside])
         assert np.all(np.abs(changed[:, inside] - logits[:, inside]).max(-1) > 1e-3)
-
-
-def test_positions_of_a_document_see_all_of_it():
-    """Both directions, and nothing else."""
-    mask = np.asarray(tiny.jit(lambda d: within_documents(d).dense())(DOCUMENTS))[0, 0]
-    documents = np.asarray(DOCUMENTS[0])
-    same = (documents[:, None] == documents[None]) & (documents[:, None] > 0)
-    np.testing.assert_array_equal(mask, same | (np.eye(LENGTH, dtype=bool) & (documents == 0)))
 
 
 def test_no_documents_is_one_document():
@@ -336,7 +332,7 @@ def test_rotary_positions_may_differ_between_rows():
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 700], [[0, 5], [3, 9000]]])
-def test_known_positions_turn_as_traced_ones(positions):
+def test_known_positions_rotate_as_traced_ones(positions):
     """Both round the angle p f to float32; the sine of either then errs by a few 2^-24."""
     known = rotary_embedding(np.asarray(positions), 8)
     traced = jax.jit(lambda p: rotary_embedding(p, 8))(jnp.asarray(positions))
@@ -353,23 +349,23 @@ def test_known_positions_turn_as_traced_ones(positions):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 3e-7), ("float64", 1e-14)])
-def test_gelu_and_its_slope_are_those_of_jax(dtype, tolerance):
+def test_gelu_and_its_derivatives_are_those_of_jax(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         x = np.concatenate([np.linspace(-12, 12, 801), [-1e4, -0.0, 1e4]]).astype(dtype)
         tangent = np.cos(x)
 
         @tiny.jit
         def derivatives(x, tangent):
-            pushed = [jax.jvp(f, (x,), (tangent,)) for f in (gelu, jax.nn.gelu)]
+            forward = [jax.jvp(f, (x,), (tangent,)) for f in (gelu, jax.nn.gelu)]
             twice = [jax.grad(lambda a, f=f: jnp.sum(jax.grad(lambda b: jnp.sum(f(b)))(a) ** 2))
                      for f in (gelu, jax.nn.gelu)]  # fmt: skip
             second = [function(x[:801]) for function in twice]
-            return *pushed, jax.vjp(gelu, x)[1](tangent)[0], second
+            return *forward, jax.vjp(gelu, x)[1](tangent)[0], second
 
-        found, expected, pulled, second = jax.device_get(derivatives(x, tangent))
-        assert found[0].dtype == dtype
+        pushed, expected, pulled, second = jax.device_get(derivatives(x, tangent))
+        assert pushed[0].dtype == dtype
         scale = np.maximum(1, np.abs(x))
-        for one, other in [*zip(found, expected), (pulled, expected[1])]:
+        for one, other in [*zip(pushed, expected), (pulled, expected[1])]:
             assert np.max(np.abs(one - other) / scale) < tolerance
         assert np.max(np.abs(second[0] - second[1])) < 40 * tolerance
 

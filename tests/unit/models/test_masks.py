@@ -132,8 +132,12 @@ def test_blocks_that_do_not_fit_are_refused(call):
 
 MODELS = {
     "plain": {"depth": 2},
-    "conditioned": {"depth": 2, "condition_on_logsnr": True, "scan_layers": True},
-    "self_conditioning": {"self_conditioning": True},
+    "conditioned": {
+        "depth": 2,
+        "condition_on_logsnr": True,
+        "scan_layers": True,
+        "self_conditioning": True,
+    },
 }
 DOCUMENTS = np.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
 
@@ -179,6 +183,11 @@ def vectorised(name, window=None):
     return tiny.jit(functools.partial(block_apply(model, SIZE, window), params))
 
 
+@functools.cache
+def whole_row(name):
+    return tiny.jit(made(name)[0].apply)
+
+
 LEVELS = np.asarray([[-2.0, 0.0, 3.0], [1.0, -np.inf, 0.5]], np.float32)
 
 
@@ -215,26 +224,15 @@ def test_every_block_reads_its_own_level():
 
 def test_segments_of_a_plain_row_read_their_own_level():
     """A call with S levels: equal levels are one level, and a level acts on its own segment."""
-    model, params = made("conditioned")
-    run = tiny.jit(functools.partial(model.apply, params))
+    run = functools.partial(whole_row("conditioned"), made("conditioned")[1])
     inputs, _ = rows()
     levels = np.repeat(LEVELS[:, :1], 3, axis=1)
-    one, three = run(inputs, LEVELS[:, :1]), run(inputs, levels)
+    one, three = run(inputs, LEVELS[:, :1], DOCUMENTS), run(inputs, levels, DOCUMENTS)
     np.testing.assert_allclose(one, three, rtol=1e-5, atol=1e-6)
-    moved = np.asarray(run(inputs, levels + np.asarray([0.0, 0.0, 1.5], np.float32)[None]))
+    moved = run(inputs, levels + np.asarray([0.0, 0.0, 1.5], np.float32)[None], DOCUMENTS)
     assert (np.abs(moved - three).max((0, 2)) > 1e-4).all()  # attention carries it everywhere
     with pytest.raises(ValueError, match=r"S a divisor of 6; got \(2, 4\)"):
-        run(inputs, jnp.zeros((2, 4)))
-
-
-def test_one_block_is_the_plain_model():
-    """The same parameters, so a plain model can be trained further as a block model."""
-    model, params = made("conditioned")
-    noised, clean = rows()
-    inputs = np.concatenate([noised, clean], axis=-1)
-    whole = tiny.jit(block_apply(model, LENGTH))(params, inputs, LEVELS[:, :1], DOCUMENTS)
-    plain = tiny.jit(model.apply)(params, noised, LEVELS[:, :1], DOCUMENTS)
-    np.testing.assert_allclose(whole, plain, rtol=1e-5, atol=1e-5)
+        run(inputs, np.zeros((2, 4), np.float32))
 
 
 def test_causal_logits_depend_on_what_is_before():
@@ -258,32 +256,31 @@ def test_shifted_rows_begin_every_document_with_the_start_token():
     assert shift_right(tokens, 9).tolist() == [[9, 5, 4, 3, 2, 1]] * 2
 
 
-def test_estimates_belong_to_the_noised_row():
-    """As in a plain call; the clean row has none."""
-    model, params = made("self_conditioning")
+def test_one_block_is_the_plain_model():
+    """With the same parameters and estimates, which belong to the noised row."""
+    model, params = made("conditioned")
     noised, clean = rows()
-    inputs = np.concatenate([noised, clean], axis=-1)
+    inputs, level = np.concatenate([noised, clean], axis=-1), LEVELS[:, :1]
     rng = np.random.default_rng(1)
     estimate = rng.dirichlet(np.ones(tiny.VOCAB), (2, LENGTH)).astype(np.float32)
-    run = tiny.jit(block_apply(model, LENGTH))
-    plain = tiny.jit(model.apply)
     zeros = np.zeros_like(estimate)
-    without = np.asarray(plain(params, noised))
-    with_estimate = np.asarray(run(params, inputs, estimate=estimate))
-    assert np.abs(with_estimate - without).max() > 1e-3
-    np.testing.assert_allclose(run(params, inputs, estimate=zeros), without, rtol=1e-5, atol=1e-5)
-    expected = plain(params, noised, estimate=estimate)
-    np.testing.assert_allclose(with_estimate, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(plain(params, noised, estimate=zeros), without)
+    block = functools.partial(tiny.jit(block_apply(model, LENGTH)), params, inputs)
+    plain = whole_row("conditioned")
+    without = np.asarray(plain(params, noised, level, DOCUMENTS))
+    np.testing.assert_allclose(block(level, DOCUMENTS, zeros), without, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(plain(params, noised, level, DOCUMENTS, zeros), without)
+    expected = np.asarray(plain(params, noised, level, DOCUMENTS, estimate))
+    np.testing.assert_allclose(block(level, DOCUMENTS, estimate), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - without).max() > 1e-3
     # A fresh network ignores the estimate.
     init = tiny.jit(lambda key: nn.meta.unbox(linen_init(model, LENGTH)(key))["params"]["estimate"])
     start = {"params": {**params["params"], "estimate": init(jax.random.key(0))}}
-    fresh = plain(start, noised, estimate=estimate)
-    np.testing.assert_array_equal(fresh, plain(start, noised))
+    fresh, expected = (plain(start, noised, level, DOCUMENTS, e) for e in (estimate, None))
+    np.testing.assert_array_equal(fresh, expected)
 
 
 def test_estimates_that_do_not_fit_are_refused():
-    model, params = made("self_conditioning")
+    model, params = made("conditioned")
     noised, _ = rows()
     with pytest.raises(ValueError, match=r"the shape \(2, 6, 7\), got \(2, 6, 6\)"):
         model.apply(params, noised, estimate=jnp.ones((2, LENGTH, 6)))
