@@ -1,6 +1,6 @@
 """Rows of documents: each in rows of its own, or several to a row, told apart by their numbers.
 
-Attention stays within a document (``models.attention_masks``), so a document's network outputs, and
+Attention stays within a document (``models.masks``), so a document's network outputs, and
 its part of the bound, are those it has in a row of its own. Positions are not restarted: rotary
 embeddings depend on differences of positions alone, absolute ones would need a restart.
 """
