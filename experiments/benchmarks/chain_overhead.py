@@ -15,14 +15,13 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import setting
 from experiments.benchmarks.command import interleaved, summary, write
 from experiments.benchmarks.setting import PLAIN, SHAPES
 from mdm_jax import training, variance
-from mdm_jax.draws import DrawSpec, LossStats
+from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config, names
 from mdm_jax.types import PyTree
 
@@ -80,10 +79,8 @@ def _step(chain: variance.VarianceTransform) -> Callable[[], object]:
 def _monitor(monitor: training.Monitor, spec: DrawSpec, params: PyTree) -> Callable[[], object]:
     chain = variance.chain()
     draw = variance.draw_batch(jax.random.key(0), chain, chain.init(spec), spec)
-    ones = jnp.ones_like(draw.u)
-    stats = LossStats(ones, ones, ones, ones)
     update = jax.jit(monitor.update)
-    return functools.partial(update, monitor.init(params), draw, stats, params)
+    return functools.partial(update, monitor.init(params), draw, setting.unit_stats(draw), params)
 
 
 def _medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -19,18 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import setting
-from experiments.benchmarks.command import (
-    Options,
-    Part,
-    interleaved,
-    main,
-    markdown,
-    ratios,
-    spread,
-    summary,
-    why,
-)
+from experiments.benchmarks import command, setting
 from experiments.benchmarks.setting import CHOSEN, Shape
 from mdm_jax import data, sharding, training
 from mdm_jax.data.datasets import PackedSpans
@@ -41,13 +30,13 @@ _PULLS = 200
 _DEPTH = 2
 
 
-def measure(shape: Shape, options: Options) -> dict[str, Any]:
+def measure(shape: Shape, options: command.Options) -> dict[str, Any]:
     """Measure the pipeline at a shape; the variants of the options are not read."""
     try:
         import grain  # noqa: F401  which the data layer imports when it first needs it
 
     except ImportError as error:
-        return {"unavailable": why(error)}
+        return {"unavailable": command.why(error)}
     source, fill = _source(shape)
     placement = sharding.batch_sharding(sharding.make_mesh())
 
@@ -59,7 +48,9 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
 
     plain = stream(0)
     next(plain)
-    seconds = interleaved({"alone": lambda: next(plain)}, rounds=_PULLS, seconds=0.0)["alone"]
+    seconds = command.interleaved({"alone": lambda: next(plain)}, rounds=_PULLS, seconds=0.0)[
+        "alone"
+    ]
     step, state, batch = setting.train_step(shape, CHOSEN)
     batch, state = place(batch), sharding.replicate(state, placement.mesh)
     compiled = (
@@ -77,17 +68,17 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
         for runner in runners.values():
             runner()
             runner.waits.clear()
-        times = interleaved(runners, rounds=max(options.rounds, 3), seconds=options.seconds)
+        times = command.interleaved(runners, rounds=max(options.rounds, 3), seconds=options.seconds)
     return {
         "fill": fill,
-        "rows_per_second_alone": shape.batch_size / summary(seconds)["median"],
-        "batch_seconds_alone": summary(seconds),
+        "rows_per_second_alone": shape.batch_size / seconds["median"],
+        "batch_seconds_alone": seconds,
         "steps": {
             name: {
-                "seconds": summary(times[name]),
-                "wait_seconds": summary(runners[name].waits),
+                "seconds": command.summary(times[name]),
+                "wait_seconds": command.summary(runners[name].waits),
                 "wait_share": sum(runners[name].waits) / sum(times[name]),
-                "speed_over_no_pipeline": ratios(times["no pipeline"], times[name]),
+                "speed_over_no_pipeline": command.ratios(times["no pipeline"], times[name]),
             }
             for name in runners
         },
@@ -101,10 +92,10 @@ def table(record: dict[str, Any]) -> list[str]:
     rows = [
         (
             name,
-            spread(figures["seconds"], 4),
+            command.spread(figures["seconds"], 4),
             f"{1e3 * figures['wait_seconds']['median']:.3f}",
             f"{figures['wait_share']:.3%}",
-            spread(figures["speed_over_no_pipeline"]),
+            command.spread(figures["speed_over_no_pipeline"]),
         )
         for name, figures in record["steps"].items()
     ]
@@ -114,7 +105,7 @@ def table(record: dict[str, Any]) -> list[str]:
         f"filled to {record['fill']:.1%}"
     )
     header = ("batches", "step, s", "wait, ms", "wait / step", "speed over no pipeline")
-    return [title, "", *markdown(header, rows)]
+    return [title, "", *command.markdown(header, rows)]
 
 
 class _Runner:
@@ -144,7 +135,7 @@ def _source(shape: Shape) -> tuple[PackedSpans, float]:
     return source, len(tokens) / (len(source) * shape.length)
 
 
-PART = Part("input_pipeline", measure, table)
+PART = command.Part("input_pipeline", measure, table)
 
 if __name__ == "__main__":
-    main(PART)
+    command.main(PART)

@@ -17,19 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import setting, yardstick
-from experiments.benchmarks.command import (
-    Options,
-    Part,
-    build_each,
-    choose,
-    interleaved,
-    main,
-    ratios,
-    record_table,
-    spread,
-    summary,
-)
+from experiments.benchmarks import command, setting, yardstick
 from experiments.benchmarks.setting import CHOSEN, PLAIN, SAMPLE_ROWS, YARDSTICK, Shape, Variant
 from mdm_jax import models, samplers
 from mdm_jax.samplers.blocks import make_block_generator
@@ -106,7 +94,7 @@ GENERATORS: Mapping[str, Generator] = {
 SETS = {"default": (YARDSTICK, "ancestral", "blocks, cached"), "all": tuple(GENERATORS)}
 
 
-def measure(shape: Shape, options: Options, num_steps: int = STEPS) -> dict[str, Any]:
+def measure(shape: Shape, options: command.Options, num_steps: int = STEPS) -> dict[str, Any]:
     """Time the chosen generators at a shape."""
     canvas = samplers.blank_canvas(SAMPLE_ROWS, shape.sample_length, shape.mask_id)
     first_seconds: dict[str, float] = {}
@@ -126,22 +114,24 @@ def measure(shape: Shape, options: Options, num_steps: int = STEPS) -> dict[str,
             raise RuntimeError("masks are left")
         return call
 
-    calls, records = build_each(choose(GENERATORS, options.variants, SETS), build)
-    times = interleaved(calls, rounds=options.rounds, seconds=options.seconds)
+    calls, records = command.build_each(command.choose(GENERATORS, options.variants, SETS), build)
+    times = command.interleaved(calls, rounds=options.rounds, seconds=options.seconds)
     if YARDSTICK in times:
         share = min(YARDSTICK_STEPS, num_steps) / num_steps
         times[YARDSTICK] = [seconds / share for seconds in times[YARDSTICK]]
     for name, seconds in times.items():
         records[name] |= {
             "seconds_of_first_call": first_seconds[name],
-            "seconds": summary(seconds),
-            "tokens_per_second": canvas.size / summary(seconds)["median"],
+            "seconds": command.summary(seconds),
+            "tokens_per_second": canvas.size / command.summary(seconds)["median"],
         }
         if YARDSTICK in times:
-            records[name]["speed_over_yardstick"] = ratios(times[YARDSTICK], seconds)
+            records[name]["speed_over_yardstick"] = command.ratios(times[YARDSTICK], seconds)
     record = {"rows": SAMPLE_ROWS, "length": shape.sample_length, "steps": num_steps}
     if {"blocks, cached", "blocks, uncached"} <= set(times):
-        record["speed_of_cache"] = ratios(times["blocks, uncached"], times["blocks, cached"])
+        record["speed_of_cache"] = command.ratios(
+            times["blocks, uncached"], times["blocks, cached"]
+        )
     return record | {"block_size": block_size(shape, num_steps), "generators": records}
 
 
@@ -149,21 +139,26 @@ def table(record: dict[str, Any]) -> list[str]:
     """The record in Markdown."""
 
     def row(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
-        speed = spread(figures.get("speed_over_yardstick"))
-        return name, spread(figures["seconds"], 3), f"{figures['tokens_per_second']:.0f}", speed
+        speed = command.spread(figures.get("speed_over_yardstick"))
+        return (
+            name,
+            command.spread(figures["seconds"], 3),
+            f"{figures['tokens_per_second']:.0f}",
+            speed,
+        )
 
     title = (
         f"{record['rows']} rows of {record['length']} tokens, {record['steps']} steps, blocks of "
         f"{record['block_size']}"
     )
     header = ("sampler", "seconds", "tokens/s", "over yardstick")
-    lines = [title, "", *record_table(header, record["generators"], row)]
+    lines = [title, "", *command.record_table(header, record["generators"], row)]
     if "speed_of_cache" in record:
-        lines.append(f"cache over no cache: {spread(record['speed_of_cache'])}")
+        lines.append(f"cache over no cache: {command.spread(record['speed_of_cache'])}")
     return lines
 
 
-PART = Part("sampling", measure, table)
+PART = command.Part("sampling", measure, table)
 
 if __name__ == "__main__":
-    main(PART)
+    command.main(PART)

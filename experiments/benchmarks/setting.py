@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks import machine
 from mdm_jax import corruption, models, objectives, rng, training, variance
-from mdm_jax.draws import DrawSpec, LossStats
+from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.models.decoders import WrittenRow
 from mdm_jax.models.masks import block_causal
 from mdm_jax.models.transformer import TransformerConfig
@@ -261,6 +261,11 @@ def whole_row_decoder(
     return plain._replace(logits=logits)
 
 
+def unit_stats(draw: Draw) -> LossStats:
+    """Statistics of a draw, all of them 1, for what learns from losses."""
+    return LossStats(*[jnp.ones_like(draw.u)] * len(LossStats._fields))
+
+
 def draw_and_update(chain: variance.VarianceTransform, spec: DrawSpec) -> Callable[[], object]:
     """A call that makes a chain's draw and its update, and nothing else."""
     state = chain.init(spec)
@@ -268,9 +273,8 @@ def draw_and_update(chain: variance.VarianceTransform, spec: DrawSpec) -> Callab
     @jax.jit
     def run(i: Array) -> tuple[Array, PyTree]:
         draw = variance.draw_batch(rng.step_key(0, i), chain, state, spec)
-        ones = jnp.ones_like(draw.u)
         # Sums keep the compiler from removing what is not used.
         total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(draw))
-        return total, chain.update(state, draw, LossStats(ones, ones, ones, ones))
+        return total, chain.update(state, draw, unit_stats(draw))
 
     return lambda: jax.block_until_ready(run(3))

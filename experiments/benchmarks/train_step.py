@@ -16,19 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import machine, setting, yardstick
-from experiments.benchmarks.command import (
-    Options,
-    Part,
-    build_each,
-    choose,
-    interleaved,
-    main,
-    ratios,
-    record_table,
-    spread,
-    summary,
-)
+from experiments.benchmarks import command, machine, setting, yardstick
 from experiments.benchmarks.setting import PLAIN, TRAIN, TRAIN_SETS, YARDSTICK, Shape, Variant
 from mdm_jax import training
 
@@ -61,16 +49,16 @@ class _Runner:
         return getattr(metrics, "loss", metrics)
 
 
-def measure(shape: Shape, options: Options) -> dict[str, Any]:
+def measure(shape: Shape, options: command.Options) -> dict[str, Any]:
     """Time the chosen variants at a shape."""
-    runners, records = build_each(
-        choose(TRAIN, options.variants, TRAIN_SETS),
+    runners, records = command.build_each(
+        command.choose(TRAIN, options.variants, TRAIN_SETS),
         lambda name, variant: _Runner(shape, name, variant),
     )
     dtypes = sorted({runner.dtype for runner in runners.values()})
     products = {dtype: machine.product(jnp.dtype(dtype)) for dtype in dtypes}
     calls = dict(runners) | {f"product {dtype}": call for dtype, (call, _) in products.items()}
-    times = interleaved(calls, rounds=options.rounds, seconds=options.seconds)
+    times = command.interleaved(calls, rounds=options.rounds, seconds=options.seconds)
 
     # The best of all rounds: a ceiling is what the machine can do when nothing disturbs it.
     ceilings = {
@@ -82,17 +70,17 @@ def measure(shape: Shape, options: Options) -> dict[str, Any]:
         seconds = times[name]
         records[name] |= {
             "dtype": runner.dtype,
-            "seconds": summary(seconds),
-            "tokens_per_second": tokens / summary(seconds)["median"],
-            "model_flops_per_second": flops / summary(seconds)["median"],
-            "mfu": summary([flops / taken / ceilings[runner.dtype] for taken in seconds]),
+            "seconds": command.summary(seconds),
+            "tokens_per_second": tokens / command.summary(seconds)["median"],
+            "model_flops_per_second": flops / command.summary(seconds)["median"],
+            "mfu": command.summary([flops / taken / ceilings[runner.dtype] for taken in seconds]),
             "seconds_to_trace": runner.seconds_to_trace,
             "seconds_to_compile": runner.seconds_to_compile,
             "memory_bytes": runner.memory,
             "first_loss": runner.first_loss,
         }
         if YARDSTICK in runners:
-            records[name]["speed_over_yardstick"] = ratios(times[YARDSTICK], seconds)
+            records[name]["speed_over_yardstick"] = command.ratios(times[YARDSTICK], seconds)
     return {"model_flops": flops, "ceilings": ceilings, "variants": records}
 
 
@@ -103,11 +91,11 @@ def table(record: dict[str, Any]) -> list[str]:
         memory = figures["memory_bytes"]
         return (
             f"{name} ({figures['dtype']})",
-            spread(figures["seconds"], 3),
+            command.spread(figures["seconds"], 3),
             f"{figures['tokens_per_second']:.0f}",
             f"{figures['model_flops_per_second'] / 1e9:.1f}",
             f"{figures['mfu']['median']:.0%}",
-            spread(figures.get("speed_over_yardstick")),
+            command.spread(figures.get("speed_over_yardstick")),
             f"{figures['seconds_to_trace'] + figures['seconds_to_compile']:.1f}",
             f"{memory['peak'] / 2**20:.0f}" if memory else "-",
             f"{figures['first_loss']:.4f}",
@@ -116,11 +104,11 @@ def table(record: dict[str, Any]) -> list[str]:
     header = ("variant", "step, s", "tokens/s", "GFLOP/s", "MFU", "over yardstick")
     header += ("compile, s", "peak MiB", "first loss")
     rates = ", ".join(f"{dtype} {rate / 1e9:.1f}" for dtype, rate in record["ceilings"].items())
-    lines = record_table(header, record["variants"], row)
+    lines = command.record_table(header, record["variants"], row)
     return [*lines, f"Best rate of the matrix product, GFLOP/s: {rates}"]
 
 
-PART = Part("train_step", measure, table)
+PART = command.Part("train_step", measure, table)
 
 if __name__ == "__main__":
-    main(PART)
+    command.main(PART)

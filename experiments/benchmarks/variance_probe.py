@@ -17,18 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import setting
-from experiments.benchmarks.command import (
-    Options,
-    Part,
-    build_each,
-    choose,
-    interleaved,
-    main,
-    record_table,
-    spread,
-    summary,
-)
+from experiments.benchmarks import command, setting
 from experiments.benchmarks.setting import CHOSEN, Shape, Variant
 from mdm_jax import rng, variance
 from mdm_jax.objectives.objective import sum_losses, token_mean
@@ -52,24 +41,24 @@ SETS = {"default": (INDEPENDENT, "stratified", "stratified, mirror"), "all": tup
 _CALLS_ALONE = 100
 
 
-def measure(shape: Shape, options: Options) -> dict[str, Any]:
+def measure(shape: Shape, options: command.Options) -> dict[str, Any]:
     """Measure the chosen chains at a shape; independent noise always is among them."""
-    probes, records = build_each(
-        choose(CHAINS, (INDEPENDENT, *options.variants), SETS),
+    probes, records = command.build_each(
+        command.choose(CHAINS, (INDEPENDENT, *options.variants), SETS),
         lambda _, variant: _Probe(shape, variant),
     )
     alone = {name: probe.draw_and_update for name, probe in probes.items()}
-    drawing = interleaved(alone, rounds=_CALLS_ALONE, seconds=0.0)
-    times = interleaved(probes, rounds=max(options.rounds, 3), seconds=options.seconds)
-    plain = summary(times[INDEPENDENT])["median"]
-    nothing = summary(drawing[INDEPENDENT])["median"]
+    drawing = command.interleaved(alone, rounds=_CALLS_ALONE, seconds=0.0)
+    times = command.interleaved(probes, rounds=max(options.rounds, 3), seconds=options.seconds)
+    plain = command.summary(times[INDEPENDENT])["median"]
+    nothing = command.summary(drawing[INDEPENDENT])["median"]
     noise = {name: probe.relative_variance() for name, probe in probes.items()}
     for name in probes:
-        seconds = summary(times[name])
+        seconds = command.summary(times[name])
         ratio = noise[name] / noise[INDEPENDENT]
         records[name] |= {
             "seconds": seconds,
-            "overhead": (summary(drawing[name])["median"] - nothing) / plain,
+            "overhead": (command.summary(drawing[name])["median"] - nothing) / plain,
             "relative_variance": noise[name],
             "variance_over_independent": ratio,
             "compute_over_independent": ratio * seconds["median"] / plain,
@@ -83,7 +72,7 @@ def table(record: dict[str, Any]) -> list[str]:
     def row(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
         return (
             name,
-            spread(figures["seconds"], 3),
+            command.spread(figures["seconds"], 3),
             f"{figures['overhead']:.3%}",
             f"{figures['relative_variance']:.3g}",
             f"{figures['variance_over_independent']:.2f}",
@@ -92,7 +81,7 @@ def table(record: dict[str, Any]) -> list[str]:
 
     header = ("chain", "gradient, s", "overhead", "noise / signal", "variance ratio", "compute")
     title = f"Variance from {record['redraws']} redraws, biased by none of the chains"
-    return [title, "", *record_table(header, record["chains"], row)]
+    return [title, "", *command.record_table(header, record["chains"], row)]
 
 
 class _Probe:
@@ -136,7 +125,7 @@ class _Probe:
         return variance_trace / (of_total / count**2 - variance_trace / count)
 
 
-PART = Part("variance_probe", measure, table)
+PART = command.Part("variance_probe", measure, table)
 
 if __name__ == "__main__":
-    main(PART)
+    command.main(PART)

@@ -147,11 +147,8 @@ def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[in
         ValueError: if the fractions are not three non-negative numbers with sum 1, or if a split
             that should hold something would be empty.
     """
-    if (
-        len(fractions) != 3
-        or any(not 0 <= f <= 1 for f in fractions)
-        or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6)
-    ):
+    in_range = len(fractions) == 3 and all(0 <= f <= 1 for f in fractions)
+    if not in_range or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise ValueError(
             f"fractions must be three non-negative numbers (train, valid, test) with sum 1, got "
             f"{tuple(fractions)}"
@@ -218,42 +215,34 @@ class VectorisedRows(abc.ABC):
 
 
 class TokenSpans(VectorisedRows):
-    """Rows that are spans of one token array, padded at the end where a span is short.
+    """Rows of ``length`` consecutive tokens of one array, padded after its end.
 
     Args:
         tokens: [n] int32.
-        starts: first token of each row, a range or [rows] integers.
+        starts: first token of each row.
         length: L.
         pad_id: id of padding, which is not eligible and belongs to document 0.
         character_counts: [K], characters per id; a row's ``units`` is their sum.
-        ends: [rows] one past the last token of each row; None: L after the start, or the end of
-            ``tokens``.
     """
 
     def __init__(
         self,
         tokens: np.ndarray,
-        starts: range | np.ndarray,
+        starts: range,
         length: int,
         pad_id: int,
         character_counts: np.ndarray,
-        ends: np.ndarray | None = None,
     ):
-        self.tokens, self.length = tokens, length
-        self._starts, self._ends = starts, ends
+        self.tokens, self.length, self._starts = tokens, length, starts
         self._pad_id, self._character_counts = pad_id, character_counts
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def _read(self, indices: np.ndarray) -> Batch:
-        if isinstance(self._starts, range):
-            starts = self._starts.start + self._starts.step * indices
-        else:
-            starts = self._starts[indices]
-        ends = len(self.tokens) if self._ends is None else self._ends[indices][:, None]
+        starts = self._starts.start + self._starts.step * indices
         positions = starts[:, None] + np.arange(self.length)
-        eligible = positions < ends
+        eligible = positions < len(self.tokens)
         tokens = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
         characters = self._character_counts[tokens] * eligible
         return Batch(
@@ -270,13 +259,11 @@ class PackedSpans(VectorisedRows):
     The spans of a row are its documents 1, 2, ..., in order; padding is document 0.
 
     Args:
-        tokens: [n] int32.
         starts: [P] first token of each span.
         ends: [P] one past its last.
         rows: [P] the row of each span, every number below the largest in use.
         length: L; the spans of a row have at most so many tokens together.
-        pad_id: id of padding, which is not eligible.
-        character_counts: [K], characters per id; a row's ``units`` is their sum.
+        tokens, pad_id, character_counts: as in :class:`TokenSpans`.
     """
 
     def __init__(

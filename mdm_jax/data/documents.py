@@ -44,7 +44,6 @@ def documents(
     Raises:
         ValueError: as ``read_splits``, with file and line; naming the file, if a document is too
             long and that is an error; or if a setting is out of range.
-        FileNotFoundError: if there is no such file.
     """
     check_positive("length", length)
     parts = read_splits(

@@ -15,10 +15,7 @@ def digits() -> Dataset:
 
     Ids 0 to 16 are intensities, the mask is 17. The pictures are shuffled once with a fixed seed
     and split 80/10/10. Source: UCI "Optical recognition of handwritten digits" (CC BY 4.0), as
-    shipped with scikit-learn (BSD-3).
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
+    shipped with scikit-learn (BSD-3). Raises ImportError without scikit-learn.
     """
     try:
         from sklearn.datasets import load_digits
@@ -47,14 +44,9 @@ def picture_dataset(
     settings: dict[str, Any],
     headline: str,
 ) -> Dataset:
-    """Dataset of flattened pictures.
+    """Dataset of flattened pictures: per split, [rows, L] uint8 in [0, num_levels).
 
-    Args:
-        parts: per split, [rows, L] uint8 in [0, num_levels).
-        num_levels: intensities; the mask is the id after them.
-        event_shape: shape of one picture, product L.
-        settings: what else defines the rows, for the fingerprint.
-        headline: first line of the description.
+    The mask is the id after the intensities; ``settings`` and ``headline`` as in ``make_dataset``.
     """
     shape = " x ".join(map(str, event_shape))
     return make_dataset(

@@ -13,7 +13,6 @@ import numpy as np
 from mdm_jax.data.datasets import (
     Dataset,
     PackedSpans,
-    TokenSpans,
     check_choice,
     check_positive,
     make_dataset,
@@ -116,12 +115,7 @@ def document_dataset(
     """
     check_choice("packing", packing, Packing)
     codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
-    layout = {
-        "length": length,
-        "pad_id": codec.pad_id,
-        "character_counts": codec.character_counts,
-    }
-    rows: dict[str, TokenSpans | PackedSpans] = {}
+    rows: dict[str, PackedSpans] = {}
     report: dict[str, int] = {}
     for split, documents in texts.items():
         encoded = [np.append(codec.encode(text), codec.eos_id) for text in documents]
@@ -130,11 +124,10 @@ def document_dataset(
             sizes, length, long_documents, f"{origin}, {split} split"
         )
         tokens = np.concatenate([*encoded, np.zeros(0, np.int32)]).astype(np.int32)
-        if packing == "first_fit":
-            numbers = first_fit(ends - starts, length)
-            rows[split] = PackedSpans(tokens, starts, ends, numbers, **layout)
-        else:
-            rows[split] = TokenSpans(tokens, starts, ends=ends, **layout)
+        numbers = first_fit(ends - starts, length) if packing else np.arange(len(starts))
+        rows[split] = PackedSpans(
+            tokens, starts, ends, numbers, length, codec.pad_id, codec.character_counts
+        )
         counts = {
             "documents": len(documents),
             "split_documents": num_split,

@@ -47,9 +47,7 @@ def result_after(answer: str, marker: str) -> str | None:
 class ResultAfterMarker:
     """``Dataset.check``: whether an answer ends in the result of a reference answer.
 
-    Attributes:
-        marker: text before the result.
-        results: of the reference answers, by prompt.
+    ``marker`` is the text before a result, ``results`` are those of the references, by prompt.
     """
 
     marker: str
@@ -96,13 +94,7 @@ def jsonl(
     """Rows ``[PAD ... prompt][answer EOS ...]`` from a file of one JSON object per line.
 
     The prompt is right-aligned in the first ``prompt_length`` positions and never eligible; the
-    padding before it is neither eligible nor attended to. ``answer_padding`` says what follows the
-    EOS that ends the answer:
-
-    * ``"eos_scored"``: more EOS, eligible like the answer, so the model has to find the answer's
-      length and L positions are always corrupted alike (as in LLaDA, Nie et al. 2025).
-    * ``"pad_hidden"``: padding that is neither eligible nor attended to. Cheaper to fit, but it
-      reveals the length of the answer, so likelihoods are conditional on it.
+    padding before it is neither eligible nor attended to.
 
     Args:
         path: the file, UTF-8.
@@ -116,7 +108,10 @@ def jsonl(
         too_long: what to do with a pair that does not fit: "error"; "truncate" keeps the end of the
             prompt and the beginning of the answer, and a cut answer has no EOS; "drop" leaves the
             pair out. Both are counted in the report, by split.
-        answer_padding: see above.
+        answer_padding: after the EOS of the answer. "eos_scored": more EOS, eligible like the
+            answer, so the model has to find its length (as in LLaDA, Nie et al. 2025).
+            "pad_hidden": padding, neither eligible nor attended to; cheaper to fit, but it reveals
+            the length of the answer, so likelihoods are conditional on it.
         answer_marker: text before the result in every answer, such as ``"####"`` in GSM8K. An
             answer is then right if its result is that of the file (``Dataset.check``, numbers
             compared as numbers); "" for data whose answers cannot be checked.
@@ -124,7 +119,6 @@ def jsonl(
     Raises:
         ValueError: as ``read_splits``; naming file and line, if an answer lacks the marker, or a
             pair does not fit and ``too_long`` is "error"; or if a setting is out of range.
-        FileNotFoundError: if there is no such file.
     """
     check_positive("prompt_length", prompt_length)
     check_positive("answer_length", answer_length)
@@ -163,11 +157,7 @@ def jsonl(
         codec,
         length=layout.length,
         content=content.encode(),
-        settings={
-            "source": "jsonl",
-            **dataclasses.asdict(layout),
-            "tokenizer": codec.fingerprint,
-        },
+        settings=dataclasses.asdict(layout) | {"source": "jsonl", "tokenizer": codec.fingerprint},
         headline=f"Prompt and answer pairs from {pathlib.Path(path).name}, one a line.",
         policy=f"Prompt in {prompt_length} positions, answer in {answer_length}; pairs that are "
         f"too long: {too_long}; after the answer: {answer_padding}.",

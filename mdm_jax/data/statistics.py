@@ -12,8 +12,8 @@ from mdm_jax.data.pipeline import evaluation_batches
 class NgramEntropies(NamedTuple):
     """Plug-in entropies, counted and evaluated on the same tokens.
 
-    That makes them low by about (K - 1) / (2 N ln 2) bits for N tokens and K parameters (Miller
-    1955): no fitted unigram or bigram model reaches them on unseen text.
+    Low by about (K - 1) / (2 N ln 2) bits for N tokens and K parameters (Miller 1955), so no fitted
+    unigram or bigram model reaches them on unseen text.
 
     Attributes:
         unigram: H(X_t), bits per token.

@@ -48,7 +48,6 @@ def text(
     Raises:
         ValueError: naming the file, if it is empty, not UTF-8 (with byte offset and line), or too
             short for one training row; or if a setting is out of range.
-        FileNotFoundError: if there is no such file.
     """
     content = read_utf8(path)
     if not content:
@@ -198,7 +197,6 @@ def read_splits(
         ValueError: naming file and line, if a line is malformed or empty before the end of the
             file, or a field is missing or not a string; naming the file, if it is empty or a split
             would be.
-        FileNotFoundError: if a file is missing.
     """
     if test_path is not None and valid_path is None:
         raise ValueError("test_path needs valid_path; without both, the one file is split")

@@ -9,7 +9,7 @@ import tiny
 
 from mdm_jax import corruption, data, objectives
 from mdm_jax.data import datasets
-from mdm_jax.data.datasets import PackedSpans, TokenSpans
+from mdm_jax.data.datasets import PackedSpans
 from mdm_jax.data.documents import documents
 from mdm_jax.data.packing import cut_documents, first_fit
 from mdm_jax.draws import Draw
@@ -131,7 +131,7 @@ def test_the_launcher_reaches_packing_by_config(path):
     config = launch_config.get_config()
     config.data.update(source="documents", path=str(path), length=16, packing="first_fit")
     dataset = build.dataset(config)
-    assert isinstance(dataset.train, PackedSpans) and "first fit" in dataset.description
+    assert "several to a row, first fit in order" in dataset.description
     config.data.long_documents = "error"
     config.data.length = 12
     with pytest.raises(ValueError, match="do not fit a row of 12 tokens"):
@@ -175,11 +175,11 @@ def test_losses_of_packed_documents_are_those_of_rows_of_their_own():
     counts = np.ones(tiny.VOCAB, np.int32)
     numbers = first_fit(sizes, length)
     packed = PackedSpans(tokens, starts, ends, numbers, length, 0, counts)
-    apart = TokenSpans(tokens, starts, length, 0, counts, ends=ends)
+    apart = PackedSpans(tokens, starts, ends, np.arange(len(sizes)), length, 0, counts)
     # Where each position of a row came from: the same sources over the numbers of the tokens.
     places = np.arange(ends[-1], dtype=np.int32)
     origin_packed = PackedSpans(places, starts, ends, numbers, length, ends[-1], noise)
-    origin_apart = TokenSpans(places, starts, length, ends[-1], noise, ends=ends)
+    origin_apart = PackedSpans(places, starts, ends, np.arange(len(sizes)), length, ends[-1], noise)
 
     model = tiny.transformer(depth=2, qk_norm=True)
     params = tiny.parameters(model, length)
