@@ -48,9 +48,8 @@ def measure(shape: Shape, options: command.Options) -> dict[str, Any]:
 
     plain = stream(0)
     next(plain)
-    seconds = command.interleaved({"alone": lambda: next(plain)}, rounds=_PULLS, seconds=0.0)[
-        "alone"
-    ]
+    pulls = command.interleaved({"alone": lambda: next(plain)}, rounds=_PULLS, seconds=0.0)
+    seconds = command.summary(pulls["alone"])
     step, state, batch = setting.train_step(shape, CHOSEN)
     batch, state = place(batch), sharding.replicate(state, placement.mesh)
     compiled = (
