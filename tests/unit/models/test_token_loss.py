@@ -177,10 +177,8 @@ def in_float64(tied):
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_loss_weights_are_used_where_they_are_right_and_nowhere_else(name, tied):
+def test_loss_weights_are_used_where_they_are_right_and_nowhere_else(tied):
     """Against logits in float64; how often a chunk's gradient is computed is counted inside."""
-    weights_of, passes = WEIGHTS[name]
     features, weights, targets, slope = arrays(tied=tied)
     where, seen = some_places(), []
 
@@ -190,15 +188,18 @@ def test_loss_weights_are_used_where_they_are_right_and_nowhere_else(name, tied)
         nats, pullback = jax.vjp(loss, logits)
         return nats, pullback(jnp.ones_like(nats))[0]
 
-    def run(x, w):
-        settings = (Projection(tied, jnp.float32), Chunking(2, 4), weights_of(slope))
+    def run(x, w, loss_weights):
+        settings = (Projection(tied, jnp.float32), Chunking(2, 4), loss_weights)
         return jnp.sum(slope * position_losses(counted, Readout(x, w, *settings), where, targets))
 
-    found = tiny.jit(jax.value_and_grad(run, (0, 1)))(features, weights)
-    jax.effects_barrier()
-    turns = int(np.max(-(-np.sum(where.reshape(2, -1), axis=1) // 4)))
-    assert len(seen) == passes * turns
-    assert_close(found, in_float64(tied))
+    run = tiny.jit(jax.value_and_grad(run, (0, 1)))
+    chunks = int(np.max(-(-np.sum(where.reshape(2, -1), axis=1) // 4)))
+    for name, (weights_of, passes) in WEIGHTS.items():
+        seen.clear()
+        found = jax.block_until_ready(run(features, weights, weights_of(slope)))
+        jax.effects_barrier()
+        assert len(seen) == passes * chunks, name
+        assert_close(found, in_float64(tied))
 
 
 def test_values_can_be_mapped_over():

@@ -221,7 +221,7 @@ def test_a_step_is_saved_before_its_hooks(whole, tmp_path, where):
     _assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("where", slow_except({"sample", "data"}, ["evaluate", "sample", "data"]))
+@pytest.mark.parametrize("where", slow_except({"data"}, ["evaluate", "sample", "data"]))
 def test_an_error_outside_a_step_saves_and_the_run_goes_on_when_it_is_mended(
     whole, tmp_path, where
 ):
@@ -265,7 +265,7 @@ def test_an_error_before_the_first_step_leaves_no_checkpoint(tmp_path):
     assert training.CheckpointReader(tmp_path / "checkpoints").steps() == []
 
 
-@pytest.mark.parametrize("every", [0, 6])
+@pytest.mark.parametrize("every", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_what_adapts_is_saved_before_the_evaluation(tmp_path, every):
     """With a checkpoint at the step and without one, where the interrupt saves."""
     run = Run(tmp_path, dataclasses.replace(OPTIONS, checkpoint_every=every))
