@@ -58,8 +58,8 @@ def test_normalised_loss_is_the_bound_without_its_noise():
 def test_level_monitor_keeps_bins_and_rejects_what_is_not_finite():
     objective = toy_objective()
     monitor = training.level_monitor(objective, bins=4, decay=0.5)
-    update = jax.jit(monitor.update)
-    monitor = monitor._replace(update=update, read=jax.jit(monitor.read))
+    update = tiny.jit(monitor.update)
+    monitor = monitor._replace(update=update, read=tiny.jit(monitor.read))
     state = monitor.init(toys.toy_params())
     assert np.isnan(monitor.read(state)["normalised_loss"])
     spec = objective.spec(2, 4)
@@ -195,7 +195,7 @@ def test_the_correction_has_no_mean_under_exact_chains_alone():
     baseline = objectives_objective.new_baseline(2)._replace(mean=jnp.array([1.0, 3.0]))
     rows = 4096
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(tiny.jit, static_argnums=0)
     def reported(transform):
         u = (jnp.arange(rows, dtype=jnp.float32) + 0.5).reshape(1, rows, 1) / rows
         start = Draw(u, jnp.zeros_like(u), u)
@@ -227,7 +227,7 @@ def all_monitors():
 def compiled_step(watched, parts):
     monitors = all_monitors() if watched else ()
     spec, step = tiny.step_fn(16, monitors=monitors, num_microbatches=parts)
-    return spec, jax.jit(step, donate_argnums=0)
+    return spec, tiny.jit(step, donate_argnums=0)
 
 
 def stepped(monitors, batches, parts=1):
@@ -243,7 +243,7 @@ def test_monitors_watch_and_change_nothing():
     plain, watched = stepped((), batches), stepped(all_monitors(), batches)
     assert plain.monitors == {}
     chex.assert_trees_all_equal(watched.replace(monitors={}), plain)
-    read = jax.jit(lambda states: training.read_monitors(all_monitors(), states))(watched.monitors)
+    read = tiny.jit(lambda states: training.read_monitors(all_monitors(), states))(watched.monitors)
     assert all(np.ndim(value) == 0 for value in read.values())
     assert {"normalised_loss", "level_loss_03", "gradient_noise", "controlled_loss"} <= set(read)
     assert np.isfinite(
@@ -268,7 +268,7 @@ def test_a_skipped_step_reaches_only_the_counters_of_monitors():
     monitors = all_monitors()
     before = stepped(monitors, [good])
     spec, step = tiny.step_fn(16, apply=broken, monitors=monitors)
-    after, metrics = jax.jit(step)(before, good)
+    after, metrics = tiny.jit(step)(before, good)
     assert metrics.skipped == 1
     for name, old in before.monitors.items():
         new = after.monitors[name]

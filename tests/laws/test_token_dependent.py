@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import zoo
 from toy_oracle import NELBO, PROBABILITIES, model_fn
 
@@ -214,7 +215,7 @@ def test_baseline_leaves_the_gradient_bit_for_bit():
         total = reported(stats)
         return token_mean(total, sum_losses(draw, stats).scored)
 
-    graded = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    graded = tiny.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = graded(toys.toy_params(), lambda stats: sum_losses(draw, stats).loss)
     with_baseline = graded(
         toys.toy_params(), lambda stats: objectives_objective.reported_loss(learnt, draw, stats)
@@ -264,7 +265,7 @@ def test_baseline_averages_rows_of_one_bin_and_rejects_what_is_not_finite():
     draw = draw._replace(u=jnp.array([[[0.1], [0.2], [0.9]]]))
     stats = loss_stats(objective, draw)
     per_token = np.asarray(stats.raw * stats.weight / 4)[0, :, 0]
-    update = jax.jit(functools.partial(objectives_objective.update_baseline, decay=0.5))
+    update = tiny.jit(functools.partial(objectives_objective.update_baseline, decay=0.5))
     once = update(objectives_objective.new_baseline(2), draw, stats)
     np.testing.assert_allclose(once.mean, [per_token[:2].mean(), per_token[2]], rtol=1e-6)
     twice = update(once, draw, stats)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import toy_oracle as oracle
 
 from mdm_jax import corruption, gaussian, objectives, schedules, variance
@@ -43,7 +44,7 @@ def test_masked_bound_with_a_factor(scale):
         name: objectives.reweighted(base, FACTORS[name][0](), name) for name in FACTORS
     }
 
-    @jax.jit
+    @tiny.jit
     def run(draws):
         return [o.loss(oracle.model_fn, batch, draws) for o in (base, *all_objectives.values())]
 
