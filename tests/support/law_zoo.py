@@ -10,6 +10,7 @@ from mdm_jax import schedules
 from mdm_jax.gaussian import schedules as gaussian
 from mdm_jax.schedules import masked
 
+SIZE = 4096  # of every array, so that interpreted operations compile once for all laws
 MASSES = np.array([0.02, 0.05, 0.1, 0.22, 0.61])
 MASKED = {  # settings of every masked schedule
     "linear": {},

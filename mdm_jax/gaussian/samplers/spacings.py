@@ -1,9 +1,8 @@
-"""Spacings of sampling grids on the Gaussian side: how N steps are spread over the noise levels.
+"""Spacings of Gaussian sampling grids: how n steps are spread over the noise levels.
 
-Conventions are those of :mod:`~mdm_jax.schedules.grids`: a grid of n steps is [n + 1] strictly
-increasing logSNR, noisy to clean. Where a spacing ends at sigma = 0, the last level is +inf: the
-last step goes from the cleanest level at which the network is called to its estimate of the data.
-``grid[:-1]`` stops short of that step. A learned law is a spacing too, by ``grids.from_law``.
+As in :mod:`~mdm_jax.schedules.grids`, a grid is [n + 1] strictly increasing logSNR. Where a spacing
+ends at sigma = 0, the last level is +inf: the last step goes to the network's estimate of the data.
+A learned law is a spacing too, by ``grids.from_law``.
 """
 
 import operator
@@ -12,8 +11,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from mdm_jax.gaussian.schedules.times import logsnr_at
+from mdm_jax.checks import unknown_name
 from mdm_jax.gaussian.schedules.tables import check_table
+from mdm_jax.gaussian.schedules.times import logsnr_at
 from mdm_jax.schedules.grids import check_grid, from_law
 from mdm_jax.schedules.laws import TwoSidedLaw, piecewise
 from mdm_jax.types import Array, ArrayLike
@@ -32,12 +32,6 @@ the variance-preserving path, Fisher arc length arccos(alpha), and sigma / alpha
 
 def uniform_time(law: TwoSidedLaw, n: int, clean: float = 0.0, noisy: float = 0.0) -> Array:
     """[n + 1] levels of a schedule at times falling in equal steps from 1 - noisy to clean.
-
-    Args:
-        law: a Gaussian schedule.
-        n: steps.
-        clean: time of the last level.
-        noisy: distance of the first level's time from 1.
 
     Raises:
         TypeError: if the law's parameters are traced.
@@ -58,11 +52,7 @@ def uniform_time(law: TwoSidedLaw, n: int, clean: float = 0.0, noisy: float = 0.
 
 
 def uniform_logsnr(n: int, low: float, high: float) -> Array:
-    """[n + 1] levels in equal steps from ``low`` to ``high``.
-
-    Raises:
-        ValueError: unless n >= 1 and low < high, both finite.
-    """
+    """[n + 1] levels in equal steps from ``low`` to ``high``; see :func:`uniform_in`."""
     return uniform_in("logsnr", n, low, high)
 
 
@@ -71,22 +61,15 @@ def uniform_in(
 ) -> Array:
     """[n + 1] levels from ``low`` to ``high``, between which a quantity changes in equal steps.
 
-    Santos & Lin (2023) place times so; any monotone function of the logSNR will do, such as the
-    distribution function of a learned law.
-
-    Args:
-        quantity: a name in :data:`QUANTITIES`, or an elementwise function of float64 levels that
-            rises or falls throughout [low, high].
-        n: steps.
-        low: noisiest level, finite.
-        high: cleanest level, finite.
+    ``quantity`` is a name in :data:`QUANTITIES` (Santos & Lin 2023), or an elementwise function of
+    float64 levels that rises or falls throughout [low, high].
 
     Raises:
         ValueError: for an unknown name, bad ends, or a quantity that is not monotone.
     """
     if isinstance(quantity, str):
         if quantity not in QUANTITIES:
-            raise ValueError(f"unknown quantity {quantity!r}; known: {', '.join(QUANTITIES)}")
+            raise unknown_name(quantity, QUANTITIES, "quantity")
         quantity = QUANTITIES[quantity]
     done = _fractions(n)
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
@@ -133,10 +116,9 @@ def edm(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 
 
 
 def uniform_information(loss: ArrayLike, edges: ArrayLike, n: int) -> Array:
-    """[n + 1] levels between which the data's information grows in equal steps.
+    """[n + 1] levels between which the information I(data; noisy) grows in equal steps.
 
-    The information I(data; noisy) gains half the noise-prediction error per unit of logSNR
-    (I-MMSE), whatever its units.
+    It gains half the noise-prediction error per unit of logSNR (I-MMSE).
 
     Args:
         loss: [K] tracked mean squared error of the predicted noise in each bin, not negative.
@@ -161,9 +143,9 @@ def uniform_mmse(mmse: ArrayLike, logsnr: ArrayLike, n: int) -> Array:
     """[n + 1] levels between which the error of the predicted data falls in equal steps.
 
     Args:
-        mmse: [K] tracked mean squared error of the predicted data. True errors fall with the
-            logSNR; where estimates rise, they are held at the smallest so far.
-        logsnr: [K] levels of the estimates, increasing; the grid runs from the first to the last.
+        mmse: [K] tracked mean squared error of the predicted data; where estimates rise with the
+            logSNR, they are held at the smallest so far.
+        logsnr: [K] their levels, increasing; the grid runs from the first to the last.
         n: steps.
 
     Raises:
@@ -179,13 +161,10 @@ def uniform_mmse(mmse: ArrayLike, logsnr: ArrayLike, n: int) -> Array:
 
 
 def table_indices(num_table: int, n: int, spacing: str) -> np.ndarray:
-    """[n] indices, rising, of the n steps of a table at which a sampler calls the network.
+    """[n] rising indices of the levels of a table, 0 the cleanest, at which the network is called.
 
-    Args:
-        num_table: length of the table; index 0 is its cleanest level.
-        n: steps, at most ``num_table``.
-        spacing: "leading" takes every (num_table // n)-th from 0, "linspace" includes both ends,
-            "trailing" counts back from the last in steps of num_table / n.
+    "leading" takes every (num_table // n)-th from 0, "linspace" includes both ends, "trailing"
+    counts back from the last in steps of num_table / n.
 
     Raises:
         ValueError: unless 1 <= n <= num_table and the spacing is known.
@@ -198,20 +177,14 @@ def table_indices(num_table: int, n: int, spacing: str) -> np.ndarray:
         return np.round(np.linspace(0, num_table - 1, n)).astype(int)
     if spacing == "trailing":
         return np.round(np.arange(1, n + 1) * (num_table / n)).astype(int) - 1
-    raise ValueError(f"unknown spacing {spacing!r}; known: leading, linspace, trailing")
+    raise unknown_name(spacing, ("leading", "linspace", "trailing"), "spacing")
 
 
 def from_table(table: ArrayLike, n: int, spacing: str) -> Array:
     """[n + 1] levels of a noise table at :func:`table_indices`, and +inf, clean data, at the end.
 
-    Args:
-        table: logSNR [num_table], falling, as from ``gaussian.ddpm_table``; the last may be -inf.
-        n: steps.
-        spacing: "leading", "linspace" or "trailing". Under "leading" the sampler never starts at
-            the last level, so a zero terminal SNR is lost on it.
-
-    Raises:
-        ValueError: for a bad table, number of steps or spacing.
+    ``table`` is logSNR [num_table], falling, as from ``schedules.ddpm_table``; the last may be
+    -inf. A sampler with "leading" spacing never starts there.
     """
     table = np.asarray(table, np.float64)
     check_table(table[:-1] if table.size and table[-1] == -np.inf else table)

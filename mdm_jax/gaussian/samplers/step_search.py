@@ -1,25 +1,13 @@
-"""What a sampling grid costs in likelihood, interval by interval.
+"""Searches for sampling grids, offline: interval costs, Align Your Steps, black-box search.
 
 A sampler that freezes the denoiser D at the noisy end of each step differs from the exact reverse
 process by a Kullback-Leibler divergence between paths that is a sum over steps,
 
     K(a, b) = 1/2 int_a^b exp(lambda) E|D_lambda - D_a|^2 dlambda   (nats),
 
-and bounds that of the samples from above: the KLUB of Sabour et al. 2024 (Align Your Steps,
-arXiv 2404.14507), written in the logSNR. It is a bound only. For N(0, 1) the grid that minimises it
-at 10 steps has 20 times less of it than the cosine grid, yet the samples of the latter are closer
-to the data; measure both.
-
-Each factory returns ``cost(noisy [M], clean [M]) -> K [M]``, float64 on the host, to be summed over
-a grid (:func:`klub`) or minimised (:func:`~mdm_jax.samplers.align_steps.align_steps`).
-
-Align Your Steps: a sampling grid by coordinate search on a sum of interval costs.
-
-Sampling grids by black-box search on a metric of the samples, in the manner of WaveGrad.
-
-The metric is any ``metric(grid [N + 1] float64) -> float``, smaller is better; it should use the
-same random numbers at every call, so that grids are compared and not their luck. Chen et al. 2021
-(WaveGrad, arXiv 2009.00713) searched the noise levels of a 6-step sampler exhaustively.
+an upper bound of that of the samples: the KLUB of Sabour et al. 2024 (Align Your Steps, arXiv
+2404.14507) in the logSNR. Measure both: for N(0, 1) the best 10-step grid has 20 times less of the
+bound than the cosine grid, yet samples further from the data.
 """
 
 import itertools
@@ -37,17 +25,19 @@ from mdm_jax.rng import stream
 from mdm_jax.types import Array, ArrayLike
 
 IntervalCost = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""``cost(noisy [M], clean [M]) -> K [M]``, nats."""
+"""``cost(noisy [M], clean [M]) -> K [M]``, nats, float64 on the host."""
+
+Metric = Callable[[np.ndarray], float]
+"""``metric(grid [N + 1] float64) -> float``, smaller is better, NaN never the best.
+
+Use the same random numbers at every call, so that grids are compared and not their luck.
+"""
 
 _BISECTIONS = 40
 
 
 def klub(cost: IntervalCost, grid: ArrayLike) -> float:
-    """The bound of a whole grid: the sum of the costs of its steps, nats.
-
-    Args:
-        cost: from one of the factories here.
-        grid: [N + 1] finite logSNR levels, strictly increasing.
+    """The bound of a grid [N + 1] of finite levels: the sum of the costs of its steps, nats.
 
     Raises:
         ValueError: for another shape, or levels that do not increase or are not finite.
@@ -57,13 +47,10 @@ def klub(cost: IntervalCost, grid: ArrayLike) -> float:
 
 
 def normal_cost(data_std: float = 1.0) -> IntervalCost:
-    """The exact cost, per element, for normal data of the given standard deviation.
+    """The exact cost, per element, for normal data of standard deviation ``data_std`` > 0.
 
     ``K = 1/2 (exp(r) - 1 - r)`` with r the step in ``softplus(lambda + 2 log data_std)``; hence
     equal steps in that quantity are optimal for every N.
-
-    Raises:
-        ValueError: unless data_std > 0.
     """
     shift = _check_std("normal_cost", data_std)
 
@@ -77,13 +64,12 @@ def normal_cost(data_std: float = 1.0) -> IntervalCost:
 def curve_cost(logsnr: ArrayLike, eps_mse: ArrayLike) -> IntervalCost:
     """The cost according to a tracked loss curve, without a network.
 
-    If D is the posterior mean, ``E|D_lambda - D_a|^2`` is the fall of its error from a to lambda,
-    and with l = E|eps - eps_hat|^2 (summed over elements)
+    If D is the posterior mean, with l = E|eps - eps_hat|^2 (summed over elements)
 
-        K(a, b) = 1/2 [(exp(b - a) - 1) l(a) - int_a^b l dlambda] :
+        K(a, b) = 1/2 [(exp(b - a) - 1) l(a) - int_a^b l dlambda].
 
-    the bound with finitely many steps minus the continuous one. Where a curve is noisy, or the
-    network far from the posterior mean, this may be negative; :func:`pair_cost` never is.
+    Where a curve is noisy, or the network far from the posterior mean, this may be negative;
+    :func:`pair_cost` never is.
 
     Args:
         logsnr: [K] strictly increasing levels; costs are defined between the first and the last.
@@ -99,19 +85,19 @@ def curve_cost(logsnr: ArrayLike, eps_mse: ArrayLike) -> IntervalCost:
             f"curve_cost needs one finite error >= 0 per level, {levels.shape}, got {curve.shape} "
             f"from {curve.min(initial=np.inf)} to {curve.max(initial=-np.inf)}"
         )
-    gaps = np.diff(levels)
-    area = np.concatenate([[0.0], np.cumsum(gaps * 0.5 * (curve[1:] + curve[:-1]))])
+    areas = np.diff(levels) * 0.5 * (curve[1:] + curve[:-1])
+    area = np.concatenate([[0.0], np.cumsum(areas)])
 
     def integral(level: np.ndarray) -> np.ndarray:
         cell = np.clip(np.searchsorted(levels, level, "right") - 1, 0, levels.size - 2)
-        rest = level - levels[cell]
-        return area[cell] + rest * 0.5 * (curve[cell] + np.interp(level, levels, curve))
+        mean = 0.5 * (curve[cell] + np.interp(level, levels, curve))
+        return area[cell] + (level - levels[cell]) * mean
 
     def cost(noisy: np.ndarray, clean: np.ndarray) -> np.ndarray:
         if np.min(noisy) < levels[0] or np.max(clean) > levels[-1]:
             raise ValueError(
-                f"the curve covers [{levels[0]}, {levels[-1]}], asked for "
-                f"[{np.min(noisy)}, {np.max(clean)}]"
+                f"the curve covers [{levels[0]}, {levels[-1]}], but the steps reach from "
+                f"{np.min(noisy)} to {np.max(clean)}"
             )
         first = np.interp(noisy, levels, curve)
         return 0.5 * (np.expm1(clean - noisy) * first - (integral(clean) - integral(noisy)))
@@ -122,22 +108,19 @@ def curve_cost(logsnr: ArrayLike, eps_mse: ArrayLike) -> IntervalCost:
 def pair_cost(
     key: Array, denoise: Denoise, data: ArrayLike, *, path: Path, data_std: float = 1.0
 ) -> IntervalCost:
-    """The cost of a trained network, estimated from pairs of noisy versions of the same data.
+    """The cost of a trained network, from pairs of noisy versions of the same data; nats per row.
 
     For each row one level is drawn within the interval, from the density that would make all rows
-    count alike for normal data (Sabour et al.'s proposal). All intervals see the same random
-    numbers, so differences between grids are far less noisy than their values.
+    count alike for normal data (Sabour et al.'s proposal). All intervals use the same random
+    numbers, so differences between grids are far less noisy than their values. The denoiser runs
+    twice per interval, compiled once for each number of intervals.
 
     Args:
         key: typed key of the random numbers.
-        denoise: the network, as by :func:`~mdm_jax.samplers.bind_denoiser`, with [B] levels.
+        denoise: the network, as by ``bind_denoiser``, with [B] levels.
         data: [B, ...] clean rows; more rows, less noise.
         path: of the network's inputs.
         data_std: standard deviation of the data's elements, for the proposal.
-
-    Returns:
-        The cost, nats per row; it runs the denoiser twice per interval, compiled once for each
-        number of intervals.
 
     Raises:
         ValueError: unless data_std > 0, or for data without rows.
@@ -146,13 +129,11 @@ def pair_cost(
     data = jnp.asarray(data)
     if data.ndim < 2 or data.shape[0] < 1:
         raise ValueError(f"pair_cost needs data [rows, elements, ...], got {data.shape}")
-    quantile_key, fine_key, coarse_key = (
-        stream(key, name) for name in ("quantile", "fine", "coarse")
-    )
     rows, column = data.shape[0], (data.shape[0], *(1,) * (data.ndim - 1))
-    quantile = (jnp.arange(rows) + jax.random.uniform(quantile_key, (rows,), data.dtype)) / rows
-    fine = jax.random.normal(fine_key, data.shape, data.dtype)
-    coarse = jax.random.normal(coarse_key, data.shape, data.dtype)
+    jitter = jax.random.uniform(stream(key, "quantile"), (rows,), data.dtype)
+    quantile = (jnp.arange(rows) + jitter) / rows
+    fine = jax.random.normal(stream(key, "fine"), data.shape, data.dtype)
+    coarse = jax.random.normal(stream(key, "coarse"), data.shape, data.dtype)
 
     def estimate(interval: tuple[Array, Array]) -> Array:
         noisy, clean = interval
@@ -163,10 +144,8 @@ def pair_cost(
         # x / alpha at the drawn level, and further along the same path at the noisy end.
         z = data + jnp.exp(-0.5 * logsnr) * fine
         extra = jnp.exp(-0.5 * noisy) * jnp.sqrt(-jnp.expm1(-step)).reshape(column)
-        z_noisy = z + extra * coarse
-        change = denoise(path.alpha(logsnr) * z, logsnr.reshape(rows)) - denoise(
-            path.alpha(noisy) * z_noisy, jnp.full((rows,), noisy)
-        )
+        at_noisy = denoise(path.alpha(noisy) * (z + extra * coarse), jnp.full((rows,), noisy))
+        change = denoise(path.alpha(logsnr) * z, logsnr.reshape(rows)) - at_noisy
         square = jnp.sum(jnp.square(change).reshape(rows, -1), axis=-1)
         # What normal data of this spread would give per element.
         expected = jnp.exp(shift) * jax.nn.sigmoid(-(noisy + step + shift)) * jnp.expm1(r)
@@ -219,26 +198,19 @@ def _level_after(r: Array, level: Array) -> Array:
 
 
 def _check_std(name: str, data_std: float) -> float:
+    """2 log data_std."""
     if not 0 < data_std < np.inf:
         raise ValueError(f"{name} needs a positive, finite data_std, got {data_std}")
     return float(2 * np.log(data_std))
 
 
 class AlignedSteps(NamedTuple):
-    """What :func:`align_steps` found.
+    """Result of :func:`align_steps`."""
 
-    Attributes:
-        grid: [N + 1] float64 levels, strictly increasing, with the ends of the start.
-        cost: the grid's total cost, nats.
-        trace: total cost before the first and after each sweep. It falls, except where steps were
-            doubled: ``doubled`` holds those places.
-        doubled: indices into the trace, first entries of a longer grid.
-    """
-
-    grid: np.ndarray
-    cost: float
-    trace: list[float]
-    doubled: list[int]
+    grid: np.ndarray  # [N + 1] float64 levels, strictly increasing, with the ends of the start
+    cost: float  # total of the grid, nats
+    trace: list[float]  # total before the first and after each sweep; falls, except at ``doubled``
+    doubled: list[int]  # indices into the trace, first entries of a longer grid
 
 
 def align_steps(
@@ -251,18 +223,15 @@ def align_steps(
     max_sweeps: int = 200,
     tolerance: float = 1e-9,
 ) -> AlignedSteps:
-    """Moves the inner levels of a grid until no candidate lowers the cost, then doubles the steps.
+    """Move the inner levels of a grid until no candidate lowers the cost, then double the steps.
 
-    A sweep looks for each inner level at equally spaced candidates around it, at first between its
-    two neighbours, and keeps the best; every second level moves at once, since a level's cost
-    depends on its neighbours only. When a sweep no longer helps, the window around each level is
-    halved, ``refinements`` times. Doubling inserts the midpoints in logSNR. With an estimated cost,
-    stop early (few refinements): the search fits the noise otherwise.
-
-    Sabour et al. 2024 (arXiv 2404.14507), section 3 and appendix.
+    A sweep tries equally spaced candidates around each inner level, at first between its two
+    neighbours, and keeps the best; every second level moves at once. When a sweep no longer helps,
+    the window is halved. Doubling inserts the midpoints in logSNR. With an estimated cost use few
+    refinements: the search fits the noise otherwise. Sabour et al. 2024, section 3 and appendix.
 
     Args:
-        cost: such as :func:`~mdm_jax.samplers.klub.pair_cost`.
+        cost: such as :func:`pair_cost`.
         start: [N + 1] finite levels, strictly increasing; the ends stay.
         doublings: how often to double N.
         candidates: levels tried per move, odd, so that the present one is among them.
@@ -284,7 +253,7 @@ def align_steps(
     trace, doubled = [klub(cost, levels)], []
     for doubling in range(doublings + 1):
         if doubling:
-            levels = _insert_midpoints(levels)
+            levels = np.insert(levels, range(1, levels.size), 0.5 * (levels[1:] + levels[:-1]))
             doubled.append(len(trace))
             trace.append(klub(cost, levels))
         for refinement in range(refinements + 1):
@@ -307,35 +276,16 @@ def _sweep(cost: IntervalCost, levels: np.ndarray, candidates: int, window: floa
         left, here, right = (levels[middle + i][:, None] for i in (-1, 0, 1))
         tried = here + np.where(reach < 0, reach * (here - left), reach * (right - here))
         left, right = np.broadcast_to(left, tried.shape), np.broadcast_to(right, tried.shape)
-        total = cost(
-            np.concatenate([left.ravel(), tried.ravel()]),
-            np.concatenate([tried.ravel(), right.ravel()]),
-        )
+        total = cost(np.stack([left, tried]).ravel(), np.stack([tried, right]).ravel())
         total = total.reshape(2, *tried.shape).sum(0)
-        best = np.argmin(total, axis=1)
-        moved, stay = np.arange(middle.size), candidates // 2
-        better = total[moved, best] < total[:, stay]
-        levels[middle] = tried[moved, np.where(better, best, stay)]
+        best, stay, rows = np.argmin(total, axis=1), candidates // 2, np.arange(middle.size)
+        better = total[rows, best] < total[:, stay]
+        levels[middle] = tried[rows, np.where(better, best, stay)]
     return levels
 
 
-def _insert_midpoints(levels: np.ndarray) -> np.ndarray:
-    longer = np.empty(2 * levels.size - 1)
-    longer[::2], longer[1::2] = levels, 0.5 * (levels[1:] + levels[:-1])
-    return longer
-
-
-Metric = Callable[[np.ndarray], float]
-
-
 class Improvement(NamedTuple):
-    """A grid that was the best so far.
-
-    Attributes:
-        evaluation: number of the call of the metric, from 0.
-        value: of the metric.
-        grid: [N + 1].
-    """
+    """A grid that was the best so far, and the number of the metric's call, from 0."""
 
     evaluation: int
     value: float
@@ -343,30 +293,24 @@ class Improvement(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """What a search found.
+    """Result of a black-box search."""
 
-    Attributes:
-        grid: [N + 1] float64, the best grid.
-        value: the metric there.
-        trace: every improvement, in order; the last is the result.
-        evaluations: calls of the metric.
-        converged: whether the search ran to its end, rather than out of its budget.
-    """
-
-    grid: np.ndarray
-    value: float
-    trace: list[Improvement]
-    evaluations: int
-    converged: bool
+    grid: np.ndarray  # [N + 1] float64, the best grid
+    value: float  # the metric there
+    trace: list[Improvement]  # every improvement, in order; the last is the result
+    evaluations: int  # calls of the metric
+    converged: bool  # whether the search ran to its end, rather than out of its budget
 
 
 def exhaustive_search(
     metric: Metric, candidates: ArrayLike, num_inner: int, low: float, high: float, budget: int
 ) -> SearchResult:
-    """Tries every choice of ``num_inner`` of the candidates as the inner levels of a grid.
+    """Try every choice of ``num_inner`` of the candidates as inner levels from low to high.
+
+    The search of WaveGrad (Chen et al. 2021, arXiv 2009.00713) for a 6-step sampler.
 
     Args:
-        metric: to be minimised; a NaN never is the best.
+        metric: to be minimised.
         candidates: [M] increasing levels strictly between low and high.
         num_inner: N - 1, inner levels of the grid.
         low: first level.
@@ -387,8 +331,8 @@ def exhaustive_search(
             f"of {budget}; use fewer candidates or pattern_search"
         )
     record = _Record(metric)
-    for chosen in itertools.combinations(inner, num_inner):
-        record.consider(np.array([low, *chosen, high], np.float64))
+    for levels in itertools.combinations(inner, num_inner):
+        record.consider(np.array([low, *levels, high], np.float64))
     return record.result(converged=True)
 
 
@@ -400,13 +344,11 @@ def pattern_search(
     step: float = 1.0,
     smallest_step: float = 1e-6,
 ) -> SearchResult:
-    """Moves one inner level at a time by a fixed step while that helps, then halves the step.
-
-    Levels do not cross: a move past a neighbour is not tried.
+    """Move one inner level at a time by a fixed step while that helps, then halve the step.
 
     Args:
-        metric: to be minimised; a NaN never is the best.
-        start: [N + 1] finite levels, strictly increasing; the ends stay.
+        metric: to be minimised.
+        start: [N + 1] finite levels, strictly increasing; the ends stay, levels do not cross.
         budget: calls of the metric allowed, at least 1.
         step: first step, in logSNR.
         smallest_step: the search has converged when the step falls below this.
@@ -425,10 +367,10 @@ def pattern_search(
     record.consider(levels)
     while step >= smallest_step:
         improved = False
-        for place, sign in itertools.product(range(1, levels.size - 1), (1.0, -1.0)):
+        for index, sign in itertools.product(range(1, levels.size - 1), (1.0, -1.0)):
             moved = levels.copy()
-            moved[place] += sign * step
-            if not levels[place - 1] < moved[place] < levels[place + 1]:
+            moved[index] += sign * step
+            if not levels[index - 1] < moved[index] < levels[index + 1]:
                 continue
             if record.evaluations == budget:
                 return record.result(converged=False)

@@ -240,19 +240,18 @@ def speed(base: TwoSidedLaw, slope: float = 0.1, ratio: float = 5.0) -> TwoRates
     check_law("speed", base)
     if not is_concrete(*jax.tree.leaves(base)):
         raise TypeError("speed looks for its boundary outside of jit; pass the law in, built")
-    with jax.ensure_compile_time_eval():
-        time = np.arange(1, 4096) / 4096
-        slow = np.asarray(_sigma_slope(base, time)) < slope
-        if not slow[-1] or slow.all():
+    low, high = 0.0, 1.0
+    for refinement in range(3):
+        time = np.linspace(low, high, 4097)
+        with jax.ensure_compile_time_eval():
+            slow = np.asarray(_sigma_slope(base, time[1:-1])) < slope
+        if refinement == 0 and (not slow[-1] or slow.all()):
             raise ValueError(
                 f"speed: the slope of sigma must fall from above {slope} to below it at the noisy "
                 f"end, but it is {'always below' if slow.all() else 'above it at t = 1'}"
             )
-        fast = int(np.flatnonzero(~slow)[-1])
-        low, high = time[fast], time[fast + 1]
-        for _ in range(30):
-            middle = 0.5 * (low + high)
-            low, high = (low, middle) if _sigma_slope(base, middle) < slope else (middle, high)
+        last_fast = int(np.max(np.flatnonzero(~slow), initial=-1)) + 1
+        low, high = time[last_fast], time[last_fast + 1]
     return two_rates(base, 0.5 * (low + high), ratio)
 
 

@@ -153,7 +153,7 @@ def test_only_trailing_and_linspace_meet_the_zero_terminal_snr():
         (lambda: spacings.uniform_time(gaussian_schedules.flow(), 4, -0.1), "offsets >= 0"),
         (lambda: spacings.uniform_logsnr(4, 1.0, 1.0), "low < high"),
         (lambda: spacings.uniform_logsnr(4, -np.inf, 1.0), "finite"),
-        (lambda: spacings.uniform_in("entropy", 4, -1.0, 1.0), "known: logsnr"),
+        (lambda: spacings.uniform_in("entropy", 4, -1.0, 1.0), "known: correlation"),
         (lambda: spacings.uniform_in(np.square, 4, -1.0, 1.5), "rise or fall"),
         (lambda: spacings.uniform_in(lambda x: 0 * x, 4, -1.0, 1.0), "rise or fall"),
         (lambda: spacings.uniform_information([1.0, 1.0], [0.0, 1.0, 2.0, 3.0], 2), "edges"),
