@@ -250,10 +250,7 @@ def ddpm_linear(beta_start: ArrayLike = 0.1, beta_end: ArrayLike = 20.0) -> Line
 
 
 def ou_time(max_time: ArrayLike = 5.025) -> LinearBeta:
-    """Uniform in Ornstein-Uhlenbeck time up to ``max_time`` > 0: alpha = exp(-max_time t).
-
-    The default ends where :func:`ddpm_linear` does.
-    """
+    """alpha = exp(-max_time t), max_time > 0: uniform Ornstein-Uhlenbeck time; ends as DDPM's."""
     (max_time,) = parameters("ou_time", "max_time > 0", _positive, max_time=max_time)
     return LinearBeta(2 * max_time, 2 * max_time)
 
@@ -426,10 +423,9 @@ def indi() -> Logistic:
 
 
 def flow_shifted(ratio: ArrayLike) -> Logistic:
-    """:func:`flow` at the time ratio t / (1 + (ratio - 1) t), ratio > 0. SD3's timestep shift.
+    """:func:`flow` at the time ratio t / (1 + (ratio - 1) t), ratio > 0: moved by -2 log ratio.
 
-    ``ratio`` is the square root of the ratio of pixel counts; above 1 the law moves to more noise,
-    by -2 log ratio.
+    SD3's timestep shift; ``ratio`` is the square root of the ratio of pixel counts.
     """
     (ratio,) = parameters("flow_shifted", "ratio > 0", _positive, ratio=ratio)
     return Logistic(-2 * jnp.log(ratio), 2.0)
