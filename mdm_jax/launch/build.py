@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -213,7 +213,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
         family=family,
         transform=chain,
         optimizer=_optimizer(c.steps, **config.optimizer),
-        monitors=_monitors(config, family.objective, chain),
+        monitors=_monitors(c.monitors, config.monitors, family.objective, chain),
         spec=family.objective.spec(c.batch_size, rows.length),
         mesh=mesh,
         loop=_loop_options(config, rows, chain.views),
@@ -224,7 +224,9 @@ def make_experiment(config: ConfigDict) -> Experiment:
         jobs=sample.make_jobs(
             rows, held_out[1], num_samples=s.num_samples, gap=s.gap, prompts=s.prompts
         ),
-        clip_search=_clip_search(config, rows, family),
+        clip_search=_clip_search(rows, family, e.batch_size, **config.clip_search)
+        if "clipped_adaptive" in config.variance.order
+        else None,
     )
     experiment.step  # noqa: B018  (checks the step's settings)
     experiment.batches(held_out[1], e.max_rows)
@@ -308,12 +310,15 @@ def transform(config: ConfigDict, law: schedules.Law | None) -> VarianceTransfor
 
 
 def _monitors(
-    config: ConfigDict, objective: Objective, chain: VarianceTransform
+    order: Sequence[str],
+    section: Mapping[str, Any],
+    objective: Objective,
+    chain: VarianceTransform,
 ) -> tuple[training.Monitor, ...]:
     monitors = []
-    for name in config.train.monitors:
+    for name in order:
         factory = lookup(names.MONITORS, name, "train.monitors")
-        arguments = settings(config.monitors, name)
+        arguments = settings(section, name)
         own = {"objective": objective, "chain": chain}
         known = inspect.signature(factory).parameters
         monitors.append(factory(**arguments, **{k: v for k, v in own.items() if k in known}))
@@ -385,22 +390,19 @@ def _held_out(dataset: data.Dataset, split: str) -> tuple[str, data.RowSource]:
 
 
 def _clip_search(
-    config: ConfigDict, dataset: data.Dataset, family: Family
-) -> Callable[..., Any] | None:
-    """The search for the range of ``clipped_adaptive`` on validation rows; None without it."""
-    if "clipped_adaptive" not in config.variance.order:
-        return None
-    c, rows = config.clip_search, config.evaluate.batch_size
-    criterion = lookup(names.CLIP_CRITERIA, c.criterion, "clip_search.criterion")
-    if min(c.batches, len(dataset.valid) // rows) < 2:
+    dataset: data.Dataset, family: Family, rows: int, *, criterion: str, batches: int
+) -> Callable[..., Any]:
+    """The search for the range of ``clipped_adaptive`` on batches of validation rows."""
+    score = lookup(names.CLIP_CRITERIA, criterion, "clip_search.criterion")
+    if min(batches, len(dataset.valid) // rows) < 2:
         raise ValueError(
             f"clipped_adaptive is searched on at least 2 validation batches of {rows} rows "
-            f"(evaluate.batch_size, clip_search.batches = {c.batches}), and there are "
+            f"(evaluate.batch_size, clip_search.batches = {batches}), and there are "
             f"{len(dataset.valid)} rows; take smaller batches, or variance.clipped with a fixed "
             "range"
         )
     return make_clip_search(
-        family.apply_fn, family.objective, (rows, dataset.length), criterion=criterion
+        family.apply_fn, family.objective, (rows, dataset.length), criterion=score
     )
 
 

@@ -104,10 +104,11 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
     model = models.Transformer(_network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
-    sampler = _masked_sampler(config, dataset)
+    sampler, grid = _masked_sampler(config, dataset), config.sample.grid
+    takes_steps = sampler.num_steps is None
 
     def generator(num_steps: int) -> Callable[..., Array]:
-        levels = _levels_for(sampler, config, num_steps)
+        levels = masked_levels(grid, num_steps, config.law) if takes_steps else None
         return samplers.make_generator(apply_fn, sampler, levels, mask_id=dataset.mask_id)
 
     return Family(
@@ -118,7 +119,7 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
             apply_fn, dataset.mask_id, passes=passes, replicates=replicates
         ),
         generator=generator,
-        takes_steps=sampler.num_steps is None,
+        takes_steps=takes_steps,
         levels_from=f"law {config.law.name}",
         noise_axis="masking rate",
         with_corruption=with_corruption,
@@ -146,13 +147,15 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
     model = models.Transformer(_network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = models.block_apply(model, size, window, chunking)
-    sampler = _masked_sampler(config, dataset)
+    sampler, grid = _masked_sampler(config, dataset), config.sample.grid
+    takes_steps = sampler.num_steps is None
 
     def generator(num_steps: int) -> Callable[..., Array]:
+        levels = masked_levels(grid, num_steps, config.law) if takes_steps else None
         return samplers.make_block_generator(
             models.cached_block_decoder(model, size, window),
             sampler,
-            _levels_for(sampler, config, num_steps),
+            levels,
             mask_id=dataset.mask_id,
             guided=bool(config.sample.guidance),
         )
@@ -165,7 +168,7 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
             apply_fn, dataset.mask_id, size, passes=passes, replicates=replicates
         ),
         generator=generator,
-        takes_steps=sampler.num_steps is None,
+        takes_steps=takes_steps,
         levels_from=f"law {config.law.name}",
         noise_axis="masking rate",
         with_corruption=with_corruption,
@@ -424,15 +427,8 @@ def _token_filter(temperature: float, top_k: int, top_p: float) -> samplers.Logi
     return samplers.compose(*filters)
 
 
-def _levels_for(sampler: samplers.Sampler, config: ConfigDict, num_steps: int) -> Array | None:
-    """The grid of a sampler; None for one that sets its own."""
-    if sampler.num_steps is not None:
-        return None
-    return masked_levels(config.sample.grid, num_steps, config.law)
-
-
 def masked_levels(grid: str, num_steps: int, section: Mapping[str, Any]) -> Array:
-    """Levels of a sampler of tokens that steps along a grid; ``section`` has the schedules' own."""
+    """Levels of a grid of masking rates; ``section`` has the settings of schedules."""
     own = "uniform_masking_rate"
     if grid == own:
         return grids.uniform_masking_rate(num_steps)

@@ -41,8 +41,16 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
     """Config of the run in ``workdir``; settings that are newer than it have their defaults."""
+
+    def update(section, saved: dict[str, Any]) -> None:
+        for name, value in saved.items():
+            if isinstance(section.get(name), ConfigDict):
+                update(section[name], value)
+            else:
+                section[name] = tuple(value) if isinstance(value, list) else value
+
     config = launch_config.get_config()
-    _update(config, read_config(pathlib.Path(workdir)) or {})
+    update(config, read_config(pathlib.Path(workdir)) or {})
     return config
 
 
@@ -220,11 +228,3 @@ def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
         elif isinstance(default, dict) and isinstance(settings[name], dict):
             filled[name] = _filled(settings[name], default)
     return filled
-
-
-def _update(settings: ConfigDict, saved: dict[str, Any]) -> None:
-    for name, value in saved.items():
-        if isinstance(settings.get(name), ConfigDict):
-            _update(settings[name], value)
-        else:
-            settings[name] = tuple(value) if isinstance(value, list) else value
