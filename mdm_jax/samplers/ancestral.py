@@ -25,15 +25,11 @@ _MIN_POSITIONS = 8
 def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
     """Reveal each masked token with probability ``(m_t - m_s) / m_t`` per step from m_t to m_s.
 
-    Tokens of one step are drawn independently, so the distance to the model's law falls like 1/N
-    in the number of steps. A step that reveals nothing in any row costs no forward pass. Positions
-    are selected before tokens are drawn, so tail tokens are not multiplied by a small probability
-    (Zheng et al. 2024 describe the effect otherwise).
+    A step that reveals nothing in any row costs no forward pass. Positions are selected before
+    tokens are drawn, so tail tokens are not multiplied by a small probability (Zheng et al. 2024).
+    ``token_filter`` is e.g. ``compose(temperature(0.8), top_p(0.9))``.
 
-    Bias: discretised.
-
-    Args:
-        token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``.
+    Bias: discretised; the distance to the model's law falls like 1/N in the number of steps.
 
     References: Austin et al. 2021 (D3PM), Sahoo et al. 2024 (MDLM), Shi et al. 2024 (MD4).
     """
@@ -57,22 +53,17 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
 def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None) -> Sampler:
     """:func:`ancestral` that runs the network only on rows in which the step reveals a token.
 
-    Draws the tokens of ``ancestral`` under the same key, up to the network's rounding by batch
-    size. The positions of a step are known before its logits, so a row without any is skipped;
-    unlike MDLM's caching sampler, which keeps logits for the batch, nothing is stored and networks
-    may depend on the level. Rows are packed into passes of ``rows_per_pass``, which moves them
-    across devices if the batch is sharded. On N levels uniform in the masking rate a row of L
-    positions takes ``N (1 - (1 - 1/N)^L)`` passes on average, at most L.
+    Draws the tokens of ``ancestral`` under the same key, up to rounding by batch size. Nothing is
+    stored, unlike in MDLM's caching sampler, and networks may depend on the level. Rows are packed,
+    which moves them across devices if the batch is sharded. On N levels uniform in the masking rate
+    a row of L positions takes ``N (1 - (1 - 1/N)^L)`` passes on average, at most L.
 
     Bias: discretised.
 
     Args:
-        rows_per_pass: rows of one forward pass. Small ones waste less on the last pass of a step,
-            large ones use the hardware better.
+        rows_per_pass: rows of one forward pass, at least 1. Small ones waste less on the last pass
+            of a step, large ones use the hardware better.
         token_filter: as for ``ancestral``.
-
-    Raises:
-        ValueError: unless rows_per_pass >= 1.
 
     Reference: Sahoo et al. 2024 (MDLM), caching.
     """
@@ -125,15 +116,10 @@ def fill_positions(
     read: Callable[[Array], Array],
     size: int,
 ) -> Array:
-    """Tokens [B, L] with one drawn at each position of ``reveal``, ``size`` of a row at a time.
+    """Tokens [B, L] with one drawn at each position of ``reveal`` [B, L].
 
-    Args:
-        keys: [B] typed keys, one per row.
-        reveal: [B, L] bool.
-        tokens: [B, L] int32.
-        token_filter: of the logits.
-        read: logits of positions, from ``samplers.sampler.read_positions``.
-        size: positions read and drawn together; affects speed only.
+    ``size`` positions of a row are read (``sampler.read_positions``) and drawn at a time, which
+    affects speed only; ``keys`` [B].
     """
     num_rows, length = tokens.shape
     size = min(size, length)

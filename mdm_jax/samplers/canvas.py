@@ -21,14 +21,8 @@ def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
 def prompt_canvas(prompt: ArrayLike, length: int, mask_id: int) -> Array:
     """Canvas [B, length] int32 of a prompt followed by masks.
 
-    Args:
-        prompt: [P] for one row or [B, P], integers without the mask token.
-        length: of the rows, prompt included.
-        mask_id: the mask token.
-
-    Raises:
-        ValueError: if the prompt is longer than the rows, holds the mask token, or is not a matrix
-            or vector of integers.
+    The prompt is [P] for one row or [B, P], integers without the mask token, at most ``length``;
+    ValueError otherwise.
     """
     tokens = _piece(prompt, "the prompt", mask_id)
     if tokens.shape[1] > length:
@@ -84,11 +78,8 @@ def check_mask_id(mask_id: int) -> None:
 
 
 def check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array, Array | None]:
-    """Canvas [B, L] as int32, documents as an array.
-
-    Raises:
-        ValueError: for a canvas that is not a non-empty integer matrix, or documents of another
-            shape.
+    """Canvas [B, L] as int32, documents as an array; ValueError unless both are of one shape, the
+    canvas a non-empty integer matrix.
     """
     canvas = jnp.asarray(canvas)
     if canvas.ndim != 2 or 0 in canvas.shape or not jnp.issubdtype(canvas.dtype, jnp.integer):

@@ -21,24 +21,16 @@ _ONE_STAGE = 64
 
 
 def temperature(value: float) -> LogitFilter:
-    """Divides logits by ``value``; 0 keeps the single most likely token (lowest id on ties).
-
-    Raises:
-        ValueError: if ``value`` is negative or not finite.
-    """
+    """Divides logits by ``value`` >= 0; 0 keeps the most likely token, of the lowest id on ties."""
     if not 0 <= value < float("inf"):
         raise ValueError(f"temperature must be finite and at least 0, got {value}")
     if value == 0:
-        return lambda logits: _keep(_token_ids(logits) == _argmax(logits), logits)
+        return _keep_most_likely
     return lambda logits: logits / value
 
 
 def top_k(count: int) -> LogitFilter:
-    """Keeps the ``count`` most likely tokens (of equal ones those of lower id), or all if fewer.
-
-    Raises:
-        ValueError: if ``count`` is below 1.
-    """
+    """Keeps the ``count`` >= 1 most likely tokens (lower ids on ties), or all if fewer."""
     if count < 1:
         raise ValueError(f"top_k needs a count of at least 1, got {count}")
 
@@ -54,13 +46,9 @@ def top_k(count: int) -> LogitFilter:
 
 
 def top_p(mass: float) -> LogitFilter:
-    """Nucleus: the shortest prefix of the tokens, most likely first, whose probability is >= mass.
+    """Nucleus (Holtzman et al. 2020): the fewest most likely tokens of mass >= ``mass`` in (0, 1].
 
-    The token that crosses ``mass`` is kept, hence always at least one (Holtzman et al. 2020). With
-    probabilities (.5, .3, .2) and mass .6 two tokens stay.
-
-    Raises:
-        ValueError: unless 0 < mass <= 1.
+    The token that crosses ``mass`` is kept: of (.5, .3, .2) and mass .6 two tokens stay.
     """
     if not 0 < mass <= 1:
         raise ValueError(f"top_p needs a probability mass in (0, 1], got {mass}")
@@ -92,14 +80,8 @@ def compose(*filters: LogitFilter) -> LogitFilter:
 def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead: str) -> None:
     """Refuse filters that leave a single token, such as ``temperature(0)`` and ``top_k(1)``.
 
-    Args:
-        name: of the sampler that needs a distribution.
-        token_filter: tested on ``vocab_size`` >= 2 almost equal logits, which it truncates least.
-        vocab_size: K.
-        instead: remedy in the error message.
-
-    Raises:
-        ValueError: if a single token is left (where the filter's settings are concrete).
+    Tested on ``vocab_size`` >= 2 almost equal logits, which a filter truncates least, where its
+    settings are concrete. The ValueError names the sampler and what to use ``instead``.
     """
     with jax.ensure_compile_time_eval():
         filtered = token_filter(jnp.linspace(0.0, -1e-3, vocab_size))
@@ -113,12 +95,9 @@ def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead:
 
 
 def draw_tokens(keys: Array, logits: Array) -> Array:
-    """One token per position from ``softmax(logits)``, int32 [B, ...].
+    """One token per position from ``softmax(logits [B, ..., K])``, int32 [B, ...].
 
-    Args:
-        keys: [B] typed keys, one per row.
-        logits: [B, ..., K] float32. Position i of a row, counted over the axes in between, draws
-            as in :func:`draw_tokens_at`.
+    :func:`draw_tokens_at` with keys [B], positions counted over the axes in between.
     """
     flat = logits.reshape(logits.shape[0], -1, logits.shape[-1])
     positions = jnp.broadcast_to(jnp.arange(flat.shape[1])[None], flat.shape[:2])
@@ -128,8 +107,7 @@ def draw_tokens(keys: Array, logits: Array) -> Array:
 def draw_tokens_at(keys: Array, logits: Array, positions: Array) -> Array:
     """One token for each of some positions of each row, from ``softmax(logits)``, int32 [B, C].
 
-    The token of a position depends on its row's key, its number and its logits alone, not on which
-    positions are drawn together.
+    It depends on the row's key, the position and its logits alone.
 
     More than 64 tokens are drawn in two stages, a run of about sqrt(K) tokens by its total mass and
     then a token of the run: the same law for 2 sqrt(K) random numbers instead of K. Both stages use
@@ -164,12 +142,9 @@ def _draw_in_two_stages(key: Array, logits: Array) -> Array:
     return run * size + _draw(second, runs[run])
 
 
-def _argmax(logits: Array) -> Array:
-    return jnp.argmax(logits, axis=-1, keepdims=True)
-
-
-def _token_ids(logits: Array) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+def _keep_most_likely(logits: Array) -> Array:
+    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return _keep(token == jnp.argmax(logits, axis=-1, keepdims=True), logits)
 
 
 def _keep(kept: Array, logits: Array) -> Array:

@@ -23,10 +23,7 @@ def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:
     The next one is the largest, ``m U^(1/n)``, at a position uniform among the n; the network is
     evaluated at that level. ``state.memory`` is each row's log masking rate [B] float32. No grid.
 
-    Bias: exact.
-
-    Args:
-        token_filter: e.g. ``temperature(0.8)``; the sample is then of the filtered model.
+    Bias: exact, for the filtered model if there is a ``token_filter``.
 
     Reference: Zheng et al. 2024 (masked diffusion models as time-agnostic masked models).
     """

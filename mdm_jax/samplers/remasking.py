@@ -161,14 +161,9 @@ def predictor_corrector(
     Costs up to ``1 + corrector_steps`` passes per step; the last step is not corrected. Bias:
     biased.
 
-    Args:
-        corrector_steps: number of corrections per level.
-        eta: probability of remasking per correction, in (0, 1]; cut to what the level allows.
-        token_filter: as for ``ancestral``.
-
     Raises:
-        ValueError: if a setting is out of range; when sampling, if the filter leaves a single
-            token, since a correction draws from the network's distribution.
+        ValueError: unless corrector_steps >= 1 and eta is in (0, 1]; when sampling, if the filter
+            leaves a single token, since a correction draws from the network's distribution.
 
     References: Campbell et al. 2022 (correctors of discrete diffusion); the step is ReMDM's at a
     constant level.
@@ -224,18 +219,10 @@ def reveal_and_remask(
     reveal: Array,
     remask: Array,
 ) -> tuple[Array, Array, Array]:
-    """Reveal masked positions and mask revealed ones, each independently.
+    """Reveal masked positions and mask revealed ones, independently, by probabilities [] or [B, L].
 
     The network runs at ``context.logsnr``, and only if some position is revealed. The last step
-    reveals everything and remasks nothing, whatever the probabilities.
-
-    Args:
-        context: of the step.
-        denoise: the network.
-        token_filter: of its logits.
-        tokens: [B, L], before.
-        reveal: [] or [B, L], probability for a masked position.
-        remask: [] or [B, L], probability for a revealed position that was not given.
+    reveals everything and remasks nothing.
 
     Returns:
         tokens [B, L] int32 afterwards, positions [B, L] bool that were filled, and the network's

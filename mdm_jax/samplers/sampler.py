@@ -56,10 +56,8 @@ class StepContext(NamedTuple):
 
     Attributes:
         keys: [B] typed keys, one per row, for this step only.
-        index: [] int32, number of the step.
-        num_steps: maximum number of steps.
-        logsnr: [] float32 level of the current state; NaN for a sampler without a grid.
-        next_logsnr: [] float32 level after the step; NaN likewise.
+        index, num_steps: [] int32 number of the step, and the maximum number of steps.
+        logsnr, next_logsnr: [] float32 levels before and after the step; NaN without a grid.
         free: [B, L] bool, the positions to generate.
         mask_id: the mask token.
         before: [B, P] int32, tokens of the rows right before a canvas that is a block of longer

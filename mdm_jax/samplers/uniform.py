@@ -115,11 +115,8 @@ def reverse_logits(logits: Array, tokens: Array, logsnr: Array, next_logsnr: Arr
     By Bayes' rule: :func:`noisy_logits` at the cleaner level plus :func:`step_evidence` for the
     current token.
 
-    Args:
-        logits: [..., L, K] of c.
-        tokens: [..., L] of z_t; a token that is none of the K is evidence for none.
-        logsnr: [] level t, may be -inf.
-        next_logsnr: [] cleaner level s, may be +inf.
+    ``logits`` [..., L, K] of c and ``tokens`` [..., L] of z_t (one beyond the K is evidence for
+    none); level t may be -inf, the cleaner s +inf.
     """
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     evidence = step_evidence(logsnr, next_logsnr, logits.shape[-1])

@@ -84,7 +84,8 @@ SEEDS, PICKS = st.integers(0, 2**31 - 1), st.integers(0, ROWS - 1)
 @pytest.mark.parametrize(
     "name, mask_id, lengths",
     [
-        ("ancestral", MASK, (1, 6)),
+        ("ancestral", MASK, (1,)),
+        pytest.param("ancestral", MASK, (6,), marks=pytest.mark.slow),
         pytest.param("first_hitting", MASK, (1, 6), marks=pytest.mark.slow),
         pytest.param("entropy_bounded", MASK, (1, 6), marks=pytest.mark.slow),
         ("uniform_ancestral", MARK, (6,)),

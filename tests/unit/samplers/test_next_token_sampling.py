@@ -68,8 +68,16 @@ def test_given_tokens_stay_and_no_mask_is_left(places, seed):
     assert ((tokens >= 0) & (tokens < MASK)).all()
     np.testing.assert_array_equal(tokens[canvas != MASK], canvas[canvas != MASK])
     row = int(seed % 3)
-    alone = toy_generator()(jax.random.key(seed), canvas[row : row + 1], row_offset=row)
-    np.testing.assert_array_equal(alone[0], tokens[row])
+    others = np.concatenate([canvas[row : row + 1], canvas[:2]])
+    moved = toy_generator()(jax.random.key(seed), others, row_offset=row)
+    np.testing.assert_array_equal(moved[0], tokens[row])
+
+
+@pytest.mark.slow
+def test_a_row_alone_is_that_of_the_batch():
+    together = toy_generator()(jax.random.key(5), np.full((3, 4), MASK, np.int32))
+    alone = toy_generator()(jax.random.key(5), np.full((1, 4), MASK, np.int32), row_offset=2)
+    np.testing.assert_array_equal(alone[0], together[2])
 
 
 def test_the_mask_token_is_never_drawn():

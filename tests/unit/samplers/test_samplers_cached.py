@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_reverse import BLANK, MASK, draw, draw_with_trace, place_kernel, toy_model, uniform_grid
+from variants import slow_except
 
 from mdm_jax import samplers
 from mdm_jax.models.transformer import Transformer, TransformerConfig
@@ -90,7 +91,7 @@ def ancestral_tokens():
     return generated(samplers.ancestral())
 
 
-@pytest.mark.parametrize("rows_per_pass", [1, 3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows_per_pass", slow_except({3}, [1, 3, 100]))
 def test_tokens_are_those_of_ancestral(rows_per_pass, ancestral_tokens):
     """A network that sees the level and its documents."""
     got = generated(cached_ancestral(rows_per_pass))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from variants import slow_except
 
 from mdm_jax import models, samplers
 from mdm_jax.samplers.ancestral import fill_positions
@@ -50,7 +51,7 @@ def test_a_position_draws_the_same_whatever_is_drawn_with_it(vocab):
     np.testing.assert_array_equal(some, np.take_along_axis(every, places, 1))
 
 
-@pytest.mark.parametrize("size", [1, 5, pytest.param(12, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize("size", slow_except({5, 100}, [1, 5, 12, 100]))
 def test_positions_are_filled_where_asked_and_only_there(size):
     rng = np.random.default_rng(0)
     reveal = rng.random((ROWS, LENGTH)) < 0.6
