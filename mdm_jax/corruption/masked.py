@@ -45,8 +45,10 @@ def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) 
     peak, left = jnp.clip(k / n, low, high), jnp.clip(rest / n, 1 - high, 1 - low)
 
     def log_height(offset: Array) -> Array:
-        seen = jnp.where(rest > 0, rest * jnp.log1p(-offset / jnp.where(rest > 0, left, 1.0)), 0.0)
-        return k * jnp.log1p(offset / peak) + seen
+        visible = jnp.where(
+            rest > 0, rest * jnp.log1p(-offset / jnp.where(rest > 0, left, 1.0)), 0.0
+        )
+        return k * jnp.log1p(offset / peak) + visible
 
     def nodes(end: Array) -> tuple[Array, Array]:
         """Offsets from the peak towards an end of the interval, and their weights."""

@@ -80,8 +80,8 @@ def bernoulli_shifted_logit(
         mask = eligible & (noise < jax.nn.sigmoid(moved))
         # Computed from logits: q and m are both near 1 at one end, near 0 at the other.
         masked = jax.nn.log_sigmoid(logit) - jax.nn.log_sigmoid(moved)
-        seen = jax.nn.log_sigmoid(-logit) - jax.nn.log_sigmoid(-moved)
-        ratio = jnp.where(shifted, jnp.where(mask, masked, seen), 0.0)
+        visible = jax.nn.log_sigmoid(-logit) - jax.nn.log_sigmoid(-moved)
+        ratio = jnp.where(shifted, jnp.where(mask, masked, visible), 0.0)
         total = sum_levels(jnp.broadcast_to(ratio, mask.shape), levels, level_ids)
         log_weight = total - jax.nn.log_sigmoid(-logsnr)
         return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight)

@@ -257,7 +257,7 @@ def update_baseline(
 def reported_loss(baseline: Baseline, draw: Draw, stats: LossStats) -> Array:
     """The controlled counterpart of ``sum_losses(draw, stats).loss``, nats.
 
-    The baseline must not have seen this batch.
+    The baseline must not contain this batch.
     """
     member, _, eligible = _bins(baseline, draw, stats)
     level = jnp.dot(member, baseline.mean, precision=jax.lax.Precision.HIGHEST)

@@ -21,7 +21,7 @@ from mdm_jax.types import Batch, PyTree
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
+    """Training cannot go on; the message has the reason and a remedy."""
 
 
 class BatchStream(Protocol):
@@ -45,7 +45,7 @@ class LoopOptions:
         evaluate_every: likewise, and once more after the last step.
         sample_every, checkpoint_every: likewise; the last step is always saved.
         max_skipped_in_a_row: stop after this many non-finite steps in a row.
-        tokens_per_step: tokens that pass through the network each step, for the speed shown.
+        tokens_per_step: tokens that pass through the network each step, for the speed.
         unit: what ``bits`` in the progress bar are counted per, such as "character".
         profile_at: first step of a profile, 0 for none.
         profile_steps: its length.
@@ -82,7 +82,7 @@ class Hooks:
 
     Attributes:
         evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss"; it calls ``check``
-            now and then, which raises where the user asked to stop.
+            now and then, which raises if a stop was requested.
         sample: ``sample(step, ema, check)``.
         monitor: ``monitor(state) -> scalars`` on the device, jitted; read and written whenever
             metrics are.
@@ -168,7 +168,7 @@ def train(
         loop.pause(time.monotonic() - started)
 
     with interrupt or Interrupt() as stop:
-        whole = True  # whether the state is that of `step`, and no step has taken its buffers
+        consistent = True  # the state is that of `step`, and no step has taken its buffers
         try:
             # What an interrupt or a kill left undone. The checkpoint has this state unless the
             # state is yet to adapt.
@@ -178,7 +178,7 @@ def train(
                     jax.profiler.start_trace(options.profile_directory)
                     profiling = True
                 batch = next(batches)
-                whole = False
+                consistent = False
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fn(state, batch)
                 step += 1
@@ -194,10 +194,10 @@ def train(
                     profiling = False
                     loop.progress.note(f"profile written to {options.profile_directory}")
                 if _due(step, options.log_every) or ending:
-                    watched = hooks.monitor(state) if hooks.monitor else {}
-                    loop.write(step, watched, stop_after=options.max_skipped_in_a_row)
+                    readings = hooks.monitor(state) if hooks.monitor else {}
+                    loop.write(step, readings, stop_after=options.max_skipped_in_a_row)
                     stop.agree()
-                whole = True
+                consistent = True
                 evaluating = _due(step, options.evaluate_every, ending)
                 if hooks.adapt and evaluating:
                     hooks_due.append("adapt")
@@ -207,13 +207,13 @@ def train(
                     hooks_due.append("sample")
                 call_hooks(stop.check, keep=ending or _due(step, options.checkpoint_every))
         except Interrupted:
-            pass  # raised inside a hook; the state is whole and the hooks run again after resuming
+            pass  # raised inside a hook; the hooks run again after resuming
         except TrainingStopped:
             save()
             raise
         except Exception:
             # With several processes a save would wait for those that did not fail.
-            if whole and step > start and jax.process_count() == 1:
+            if consistent and step > start and jax.process_count() == 1:
                 try:
                     save()
                     loop.progress.note(f"an error ends the run; its state at step {step} is saved")
@@ -251,7 +251,7 @@ class _Log:
         """Takes time that was not training out of the speed shown."""
         self._clock += seconds
 
-    def write(self, step: int, watched: dict[str, jax.Array], stop_after: int) -> None:
+    def write(self, step: int, readings: dict[str, jax.Array], stop_after: int) -> None:
         """Writes the means over the window and what the monitors read.
 
         Raises:
@@ -270,19 +270,19 @@ class _Log:
         self._clock, self._timed_from = now, step
         # Speed goes to the terminal and TensorBoard records of its own: it is not reproducible.
         self._writer.scalars(step, "train", values)
-        if watched:
-            known = {n: float(v) for n, v in jax.device_get(watched).items() if np.isfinite(v)}
+        if readings:
+            known = {n: float(v) for n, v in jax.device_get(readings).items() if np.isfinite(v)}
             self._writer.scalars(step, "monitor", known)
         speed = self._options.tokens_per_step / seconds
         self._writer.scalars(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
-        shown = {
+        text = {
             "loss": f"{values['loss']:.3f}",
             f"bits/{self._options.unit}": f"{values['bits_per_unit']:.3f}",
             "tokens/s": f"{speed:,.0f}",
         }
         if values["skipped"]:
-            shown["skipped"] = f"{values['skipped']:.0f}"
-        self.progress.advance(step, shown, seconds)
+            text["skipped"] = f"{values['skipped']:.0f}"
+        self.progress.advance(step, text, seconds)
         worst = int(columns["skipped_in_a_row"].max())
         if worst >= stop_after:
             raise TrainingStopped(

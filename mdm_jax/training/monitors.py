@@ -32,7 +32,7 @@ class Monitor(NamedTuple):
         init: ``init(params) -> state``.
         update: ``update(state, draw, stats, gradients) -> state``; gradients are those of the whole
             batch, before clipping.
-        read: ``read(state) -> {name: scalar or [bins]}``; NaN where nothing has been seen.
+        read: ``read(state) -> {name: scalar or [bins]}``; NaN without data.
     """
 
     name: str
@@ -48,11 +48,11 @@ def read_monitors(monitors: Iterable[Monitor], states: dict[str, PyTree]) -> dic
         monitors: those of the step.
         states: ``TrainState.monitors``.
     """
-    found = {}
+    readings = {}
     for monitor in monitors:
         for name, value in monitor.read(states[monitor.name]).items():
-            found |= _scalars(name, jnp.asarray(value))
-    return found
+            readings |= _scalars(name, jnp.asarray(value))
+    return readings
 
 
 def read_level_profile(
@@ -150,15 +150,15 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
         return LevelSums(*totals, rejected=state.rejected + jnp.where(finite, 0, 1))
 
     def read(state: LevelSums) -> dict[str, Array]:
-        seen, rows = state.targets > 0, jnp.maximum(state.rows, 1e-30)
-        nats = state.nats / jnp.where(seen, state.targets, 1.0)
+        visited, rows = state.targets > 0, jnp.maximum(state.rows, 1e-30)
+        nats = state.nats / jnp.where(visited, state.targets, 1.0)
         mean = state.loss / rows
         spread = jnp.sqrt(jnp.maximum(state.square / rows - mean**2, 0.0))
-        any_seen = jnp.sum(seen) > 0
-        average = jnp.sum(jnp.where(seen, nats, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
+        any_visited = jnp.sum(visited) > 0
+        average = jnp.sum(jnp.where(visited, nats, 0.0)) / jnp.maximum(jnp.sum(visited), 1)
         return {
-            "normalised_loss": jnp.where(any_seen, average, jnp.nan),
-            "level_nats_per_token": jnp.where(seen, nats, jnp.nan),
+            "normalised_loss": jnp.where(any_visited, average, jnp.nan),
+            "level_nats_per_token": jnp.where(visited, nats, jnp.nan),
             "level_loss": jnp.where(state.rows > 0, mean, jnp.nan),
             "level_loss_deviation": jnp.where(state.rows > 0, spread, jnp.nan),
             "level_rejected": state.rejected,
@@ -301,7 +301,7 @@ def baseline_monitor(
         state: ControlledLoss, draw: Draw, stats: LossStats, _gradients: PyTree
     ) -> ControlledLoss:
         sums = sum_losses(draw, stats)
-        # Before the baseline sees this batch: that is what keeps the mean.
+        # Before the baseline is updated with this batch, to keep the mean.
         new = (reported_loss(state.baseline, draw, stats), sums.loss, sums.scored)
         finite = jnp.isfinite(new[0]) & jnp.isfinite(new[1])
         keep = jnp.where(finite, forget, 1.0)

@@ -113,7 +113,7 @@ def make_train_step(
         # On a skipped step transforms and monitors get NaN, which they reject and count.
         stats = stats._replace(raw=jnp.where(finite, stats.raw, jnp.nan))
         variance = transform.update(state.variance, draw, stats)
-        watched = {
+        monitor_states = {
             m.name: m.update(state.monitors[m.name], draw, stats, gradients) for m in monitors
         }
 
@@ -127,7 +127,7 @@ def make_train_step(
             ema=keep(ema, state.ema),
             opt_state=keep(opt_state, state.opt_state),
             variance=_keep_counters(finite, variance, state.variance),
-            monitors=_keep_counters(finite, watched, state.monitors),
+            monitors=_keep_counters(finite, monitor_states, state.monitors),
             skipped=state.skipped + jnp.where(finite, 0, 1),
             skipped_in_a_row=skipped_in_a_row,
         )
