@@ -24,6 +24,7 @@ from gaussian_runs import (
     walk,
 )
 from scipy import optimize, stats
+from variants import slow_except
 
 from mdm_jax.gaussian import parameterisations, paths
 from mdm_jax.gaussian import samplers as gaussian_samplers
@@ -121,7 +122,7 @@ def flow_end(z=9.0):
     return optimize.brentq(lambda end: cdf(end, 6.0) - cdf(z, -6.0), -10, 10, xtol=1e-14)
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("name", slow_except({"2m", "heun_flow"}, ERRORS))
 def test_errors_and_orders_of_convergence(name):
     path = paths.vp()
     order = 1 if name == "ddim" else 2

@@ -124,7 +124,7 @@ def bounded_recipe(weight, proposal, name="v", path_name="vp"):
 @pytest.mark.parametrize(
     "proposal, name",
     [
-        pytest.param(*case, marks=pytest.mark.slow if case[0] in ("edm", "flow") else ())
+        pytest.param(*case, marks=() if case[0] == "cosine" else pytest.mark.slow)
         for case in zip(PROPOSALS, ("v", "x0", "edm", "score"), strict=True)
     ],
 )

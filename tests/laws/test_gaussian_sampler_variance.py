@@ -75,19 +75,20 @@ def test_variance_of_ancestral_samples(std, n):
             np.testing.assert_allclose(found, expected, atol=2e-10)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "settings, n, variance",
     [
-        ({"second_order": False}, 18, 0.178962586642),
-        ({"churn": 40.0, "second_order": False}, 18, 0.150770843925),
+        slow({"second_order": False}, 18, 0.178962586642),
+        slow({"churn": 40.0, "second_order": False}, 18, 0.150770843925),
         ({}, 18, 0.278398632092),
-        pytest.param({"churn": 4.0}, 18, 0.298780274086, marks=pytest.mark.slow),
+        slow({"churn": 4.0}, 18, 0.298780274086),
         ({"churn": 40.0}, 18, 0.316095314990),
-        pytest.param(
-            {"churn": 4.0, "churn_min": 100.0}, 18, 0.278398632092, marks=pytest.mark.slow
-        ),
-        pytest.param({}, 36, 0.256144271642, marks=pytest.mark.slow),
-        pytest.param({}, 72, 0.251437480044, marks=pytest.mark.slow),
+        slow({"churn": 4.0, "churn_min": 100.0}, 18, 0.278398632092),
+        slow({}, 36, 0.256144271642),
+        slow({}, 72, 0.251437480044),
     ],
 )
 def test_edm_sampler_on_narrow_data(settings, n, variance):

@@ -286,7 +286,11 @@ def test_share_of_the_loss_by_quadrature():
     "law, between",
     [
         (lambda: gaussian_schedules.truncated(cosine(), -10.0, 10.0), 8.14764539),
-        (lambda: gaussian_schedules.truncated(gaussian_schedules.flow(), -10.0, 10.0), 5.15052162),
+        pytest.param(
+            lambda: gaussian_schedules.truncated(gaussian_schedules.flow(), -10.0, 10.0),
+            5.15052162,
+            marks=pytest.mark.slow,
+        ),
         (lambda: schedules.uniform(-10.0, 10.0), 0.80001816),
     ],
 )
