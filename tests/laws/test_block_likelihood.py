@@ -100,6 +100,7 @@ def test_prompts_partial_blocks_and_empty_rows():
     np.testing.assert_allclose(result.levels.nats, sum(expected) / 3, rtol=1e-6)
 
 
+@pytest.mark.slow  # test_likelihood has it of the loop that they share
 def test_result_does_not_depend_on_the_batch_size():
     evaluate = evaluation_of(2, passes=2, replicates=2)
     whole = evaluate(toys.toy_params(), jax.random.key(3), [repeated(0, 6)])

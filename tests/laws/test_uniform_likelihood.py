@@ -91,6 +91,7 @@ def mixed(rows):
     return Batch(tokens, eligible, eligible.astype(np.int32), 2 * eligible.sum(1))
 
 
+@pytest.mark.slow  # test_likelihood has it of the loop that they share
 def test_result_does_not_depend_on_batching():
     evaluate = make_uniform_likelihood(apply_toy, 3, passes=3, replicates=2)
     batch, seen = mixed(6), []

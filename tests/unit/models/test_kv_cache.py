@@ -215,6 +215,7 @@ def test_block_decoders_with_and_without_a_cache_agree():
     assert np.abs(logits - np.asarray(cached(np.zeros_like(estimate)))).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_causal_decoders_with_and_without_a_cache_agree():
     """The first logits after four clean tokens."""
     model, params = made("plain")

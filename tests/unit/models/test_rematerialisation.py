@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from variants import slow_except
 
 from mdm_jax.models.layers import POLICIES
 
@@ -58,7 +59,9 @@ def step(remat, scanned):
 @pytest.mark.parametrize(
     "scanned", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"]
 )
-@pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
+@pytest.mark.parametrize(
+    "remat", slow_except({"full"}, [name for name in POLICIES if name != "none"])
+)
 def test_losses_and_gradients_are_equal(remat, scanned):
     expected, expected_gradient, _ = step("none", scanned)
     value, gradient, _ = step(remat, scanned)
@@ -80,6 +83,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do():
     )
 
 
+@pytest.mark.slow
 def test_what_is_not_kept_takes_no_memory():
     """Compiled, with layers in a scan; without one the CPU's compiler merges the passes again."""
     memory = {remat: step(remat, True)[2] for remat in POLICIES}
@@ -87,6 +91,7 @@ def test_what_is_not_kept_takes_no_memory():
     assert memory["full"] < 0.5 * memory["none"]
 
 
+@pytest.mark.slow
 def test_what_is_kept_between_the_passes():
     """Bytes that the forward pass hands to the backward one, layer by layer, on any backend."""
     params, kept = parameters(False), {}
