@@ -91,7 +91,6 @@ def test_what_is_not_kept_takes_no_memory():
     assert memory["full"] < 0.5 * memory["none"]
 
 
-@pytest.mark.slow
 def test_what_is_kept_between_the_passes():
     """Bytes that the forward pass hands to the backward one, layer by layer, on any backend."""
     params, kept = parameters(False), {}
