@@ -64,7 +64,8 @@ def solve_time(logsnr_of: Callable[[Instant], Array], logsnr: Array) -> Instant:
         lambda x: logsnr_of(instant_of_logit(x)), (logit,), (jnp.ones_like(logit),)
     )
     divisor = jax.lax.stop_gradient(jnp.where(derivative < 0, derivative, -jnp.inf))
-    return instant_of_logit(logit + (logsnr - level) / divisor)
+    missing = logsnr - level  # NaN at an infinite level, whose time needs no step
+    return instant_of_logit(logit + jnp.where(jnp.isnan(missing), 0.0, missing / divisor))
 
 
 def instant_of_logit(logit: Array) -> Instant:
