@@ -33,6 +33,7 @@ DEV = [
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    "setuptools>=70.1",  # builds wheels by itself
 ]
 NOTEBOOKS = [*DIGITS, "ipykernel>=6.29", "nbclient>=0.10"]
 
