@@ -20,8 +20,8 @@ Flags:
   --allow_config_change: go on in a workdir whose run has another config
   --compilation_cache_dir: compiled programs, kept for the next start; by default
     below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for no cache
-  --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of several
-    processes; found by itself under Slurm and on TPUs (docs/scaling.md)
+  --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of
+    several processes; found under Slurm and on TPUs (docs/scaling.md)
   --verbosity=1: show where an error came from; --helpfull: all flags
 """
 
