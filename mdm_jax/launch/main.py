@@ -18,8 +18,8 @@ Flags:
   --workdir: directory of the run, made if missing
   --mode: train, evaluate, sample or variance, as in the first word
   --allow_config_change: go on in a workdir whose run has another config
-  --compilation_cache_dir: compiled programs, kept for the next start; by default
-    below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for no cache
+  --compilation_cache_dir: compiled programs, kept for the next start; by
+    default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
   --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of
     several processes; found under Slurm and on TPUs (docs/scaling.md)
   --verbosity=1: show where an error came from; --helpfull: all flags
