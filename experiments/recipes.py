@@ -31,7 +31,7 @@ from mdm_jax.gaussian.recipes import RECIPES
 from mdm_jax.launch import evaluate, presets, train
 from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
 from mdm_jax.launch.workdir import WorkdirError, write_json
-from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import TrainingStopped
 from mdm_jax.types import PyTree
 

@@ -30,7 +30,7 @@ from experiments.study.runs import Run
 from experiments.study.suites import SUITES, Suite
 from mdm_jax.launch import startup
 from mdm_jax.launch.workdir import WorkdirError
-from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.interrupt import Interrupt, Interrupted
 
 _SUITE = flags.DEFINE_enum("suite", None, sorted(SUITES), "Which runs.", required=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.study.suites import Suite
-from mdm_jax.plots import runs
+from mdm_jax import plots as mdm_plots
 
 _STYLES = ("-", "--", ":")
 
@@ -30,7 +30,7 @@ def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[p
             }
             if found:
                 files.append(root / "plots" / f"training-{task}-{budget}.png")
-                runs.save(lambda axes, c=found: training_bands(axes, c), files[-1], (9, 5))
+                mdm_plots.save(lambda axes, c=found: training_bands(axes, c), files[-1], (9, 5))
             points = {
                 suite.methods[name].label: result["gradient"]
                 for name, result in results[task].items()
@@ -38,7 +38,7 @@ def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[p
             }
             if points and budget == "passes":
                 files.append(root / "plots" / f"gradient-variance-{task}.png")
-                runs.save(lambda axes, p=points: variance_curves(axes, p), files[-1], (9, 5))
+                mdm_plots.save(lambda axes, p=points: variance_curves(axes, p), files[-1], (9, 5))
     return files
 
 

@@ -11,7 +11,7 @@ from experiments.study import runs as study_runs
 from experiments.study.runs import Run
 from experiments.study.suites import Suite, Task
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
-from mdm_jax.evaluation.seeds import holm, paired_seeds
+from mdm_jax.evaluation.paired import holm, paired_seeds
 from mdm_jax.launch.workdir import provenance, write_json
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"

@@ -2,6 +2,8 @@
 
 from mdm_jax.corruption.masked import (
     bernoulli,
+    bernoulli_shifted_logit,
+    bernoulli_shifted_rate,
     count_at_rate,
     expected_inverse_rate,
     fixed_count,
@@ -10,5 +12,4 @@ from mdm_jax.corruption.masked import (
     rao_blackwell_clipped,
 )
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
-from mdm_jax.corruption.token_dependent import bernoulli_shifted_logit, bernoulli_shifted_rate
 from mdm_jax.corruption.uniform import leave_one_out, token_estimate, uniform_tokens

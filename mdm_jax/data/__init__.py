@@ -1,7 +1,6 @@
 """Data sources, tokenizers and batch pipelines."""
 
 from mdm_jax.data.datasets import Dataset, RowSource, gather
-from mdm_jax.data.documents import documents
 from mdm_jax.data.images import digits
 from mdm_jax.data.packing import first_fit
 from mdm_jax.data.pairs import jsonl
@@ -12,7 +11,7 @@ from mdm_jax.data.pipeline import (
     train_iterator,
 )
 from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, rare_tokens, split_entropies
-from mdm_jax.data.text import embedded_text, text
+from mdm_jax.data.text import documents, embedded_text, text
 from mdm_jax.data.tfds_source import tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (
     BPETokenizer,

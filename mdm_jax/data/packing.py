@@ -106,7 +106,7 @@ def document_dataset(
     Args:
         texts: documents by split; the tokenizer is fitted to those of "train".
         length, tokenizer, bpe_vocab_size, packing, long_documents: as in
-            :func:`mdm_jax.data.documents`.
+            :func:`mdm_jax.data.text`.
         origin: for error messages.
         headline, settings, content: as in ``datasets.make_dataset``; content None: the tokens.
 

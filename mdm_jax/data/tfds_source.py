@@ -30,7 +30,7 @@ def tfds_text(
 ) -> Dataset:
     """Rows of documents, one per example, from a TFDS dataset with a text feature.
 
-    Rows are those of :func:`mdm_jax.data.documents`. All text is read and encoded when the dataset
+    Rows are those of :func:`mdm_jax.data.text`. All text is read and encoded when the dataset
     is made, and kept at 4 bytes per token; use a slice such as "train[:1%]" of a large dataset.
 
     Args:
@@ -40,7 +40,7 @@ def tfds_text(
         splits: TFDS split expressions for train, valid and test.
         data_dir: where TFDS keeps its datasets; None: its default.
         download: whether TFDS may download and prepare the dataset where it is not there yet.
-        tokenizer, bpe_vocab_size, packing, long_documents: as in :func:`mdm_jax.data.documents`.
+        tokenizer, bpe_vocab_size, packing, long_documents: as in :func:`mdm_jax.data.text`.
 
     Raises:
         ValueError: if the dataset, a split or the feature does not exist, is empty, is not

@@ -1,17 +1,16 @@
 """Quality of answers and of generated text."""
 
-from mdm_jax.evaluation.accuracy import TaskAccuracy, measure_task_accuracy
 from mdm_jax.evaluation.answers import (
     AnswerScores,
-    answer_rows,
-    log_likelihood_ratios,
-    score_answers,
-)
-from mdm_jax.evaluation.multiple_choice import (
     Choices,
+    TaskAccuracy,
+    answer_rows,
     choose,
+    log_likelihood_ratios,
+    measure_task_accuracy,
     nats_per_character,
     nats_per_token,
+    score_answers,
     score_candidates,
     total_nats,
 )
@@ -24,8 +23,14 @@ from mdm_jax.evaluation.ngrams import (
     self_bleu,
     token_entropy,
 )
-from mdm_jax.evaluation.paired import PairedDifference, compare_parameters, paired_difference
-from mdm_jax.evaluation.seeds import PairedSeeds, holm, paired_seeds
+from mdm_jax.evaluation.paired import (
+    PairedDifference,
+    PairedSeeds,
+    compare_parameters,
+    holm,
+    paired_difference,
+    paired_seeds,
+)
 from mdm_jax.evaluation.text_quality import (
     GenerativePerplexity,
     Score,

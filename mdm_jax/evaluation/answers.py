@@ -1,11 +1,13 @@
-"""Likelihood of answers given prompts, one number per answer.
+"""Answers to prompts: their likelihood, multiple choice by likelihood, and accuracy by a checker.
 
 Only the answer's tokens are eligible. Any estimator that returns a ``Likelihood`` works; with
 ``exact_when_short`` short answers have no Monte Carlo error.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,9 @@ from numpy.typing import ArrayLike
 
 from mdm_jax.data.datasets import StoredRows
 from mdm_jax.data.pipeline import evaluation_batches
-from mdm_jax.estimates import standard_error_of_mean
+from mdm_jax.data.tokenizers import Tokenizer
+from mdm_jax.distributed import to_host
+from mdm_jax.estimates import finite_or_none, standard_error_of_mean
 from mdm_jax.evaluation.paired import PairedDifference, paired_difference
 from mdm_jax.likelihood.result import Likelihood
 from mdm_jax.types import Array, Batch, PyTree
@@ -164,3 +168,290 @@ def spread_rows(result: Likelihood, rows: int) -> AnswerScores:
     tokens, units = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     tokens[result.row_index], units[result.row_index] = result.row_tokens, result.row_units
     return AnswerScores(nats, tokens, units)
+
+
+Rule = Callable[[AnswerScores], np.ndarray]
+"""Maps scores to the numbers [R, Q, C] compared, smallest best; NaN for no candidate."""
+
+
+def total_nats(scores: AnswerScores) -> np.ndarray:
+    """The negative log-likelihood; favours short answers."""
+    return scores.replicate_nats
+
+
+def nats_per_token(scores: AnswerScores) -> np.ndarray:
+    """Nats per token; depends on the tokenizer."""
+    return scores.replicate_nats / np.maximum(scores.tokens, 1)
+
+
+def nats_per_character(scores: AnswerScores) -> np.ndarray:
+    """Nats per character (``units``); does not depend on the tokenizer.
+
+    Raises:
+        ValueError: if an answer with tokens has no characters.
+    """
+    if np.any((scores.units < 1) & (scores.tokens > 0)):
+        raise ValueError("an answer has tokens but no characters; give answer_rows its units")
+    return scores.replicate_nats / np.maximum(scores.units, 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choices:
+    """Chosen candidates and their accuracy.
+
+    In a tie ``chosen`` is the first candidate, and the credit that of a fair draw among the tied.
+
+    Attributes:
+        rule: name of the rule.
+        chosen: [Q] number of the chosen candidate.
+        ties: [Q] candidates with the smallest value; 1 where there is no tie.
+        credit: [Q] 1 for correct, 0 for wrong, a fraction for a tie with the correct answer.
+        margin: [Q] value of the runner-up minus that of the chosen one; 0 for a tie.
+        margin_standard_error: [Q] its Monte Carlo error, paired over replicates.
+        chance: accuracy of guessing.
+    """
+
+    rule: str
+    chosen: np.ndarray
+    ties: np.ndarray
+    credit: np.ndarray
+    margin: np.ndarray
+    margin_standard_error: np.ndarray
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        """Mean credit."""
+        return float(self.credit.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of ``accuracy`` from the spread over questions."""
+        return standard_error_of_mean(self.credit)
+
+    @property
+    def tied_questions(self) -> int:
+        """Questions with more than one best candidate."""
+        return int((self.ties > 1).sum())
+
+    @property
+    def unsure_questions(self) -> int:
+        """Questions without a tie whose margin is within two Monte Carlo standard errors."""
+        unsure = self.margin <= 2 * self.margin_standard_error
+        return int((unsure & (self.ties == 1)).sum())
+
+    def to_dict(self) -> dict:
+        """JSON values without the choices themselves."""
+        return {
+            "rule": self.rule,
+            "questions": len(self.credit),
+            "accuracy": self.accuracy,
+            "standard_error": finite_or_none(self.standard_error),
+            "chance": self.chance,
+            "tied_questions": self.tied_questions,
+            "unsure_questions": self.unsure_questions,
+        }
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"{len(self.credit)} questions by {self.rule}: accuracy {self.accuracy:.4f} ± "
+            f"{self.standard_error:.4f} (chance {self.chance:.4f}), {self.tied_questions} ties, "
+            f"{self.unsure_questions} within two Monte Carlo standard errors"
+        )
+
+
+def score_candidates(
+    evaluate: Evaluate,
+    params: PyTree,
+    key: Array,
+    prompts: Sequence[ArrayLike],
+    candidates: Sequence[Sequence[ArrayLike]],
+    batch_size: int,
+    *,
+    prompt_length: int,
+    answer_length: int,
+    pad_id: int,
+    characters: Sequence[Sequence[int]] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> AnswerScores:
+    """Scores [Q, C] of every candidate of every question, NaN beyond a question's candidates.
+
+    Args:
+        evaluate, params, key, batch_size: as for ``score_answers``.
+        prompts: [Q] of token ids.
+        candidates: for each question two or more answers, token ids.
+        prompt_length, answer_length, pad_id: layout, see ``answer_rows``.
+        characters: of each candidate; None: its number of tokens.
+        progress: called with the number of rows done, of Q times the largest number of candidates.
+
+    Raises:
+        ValueError: for no question, fewer than two candidates, an empty candidate, or as
+            ``answer_rows``.
+    """
+    if not len(prompts) or len(prompts) != len(candidates):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(candidates)} lists of candidates; "
+            "each question needs one of both"
+        )
+    for number, answers in enumerate(candidates):
+        if len(answers) < 2 or not all(len(answer) for answer in answers):
+            raise ValueError(
+                f"question {number} needs at least two candidates, none of them empty, "
+                f"got lengths {[len(answer) for answer in answers]}"
+            )
+    width = max(map(len, candidates))
+    if characters is None:
+        characters = [[len(answer) for answer in answers] for answers in candidates]
+    parts = []
+    # One stream of rows per candidate number: row q is question q in each, hence common noise.
+    for number in range(width):
+        rows = answer_rows(
+            prompts,
+            [answers[number] if number < len(answers) else () for answers in candidates],
+            prompt_length=prompt_length,
+            answer_length=answer_length,
+            pad_id=pad_id,
+            units=[sizes[number] if number < len(sizes) else 0 for sizes in characters],
+        )
+        result = evaluate(params, key, row_batches(rows, batch_size), progress)
+        parts.append(spread_rows(result, len(prompts)))
+    return AnswerScores(
+        np.stack([part.replicate_nats for part in parts], -1),
+        np.stack([part.tokens for part in parts], -1),
+        np.stack([part.units for part in parts], -1),
+    )
+
+
+def choose(scores: AnswerScores, correct: ArrayLike, rule: Rule = total_nats) -> Choices:
+    """The most likely candidate of each question.
+
+    Args:
+        scores: [Q, C], of :func:`score_candidates`.
+        correct: [Q] number of the correct candidate.
+        rule: ``total_nats``, ``nats_per_token``, ``nats_per_character``, or a function of yours.
+
+    Raises:
+        ValueError: if a correct candidate is not one of the question's.
+    """
+    present, correct = scores.tokens > 0, np.asarray(correct)
+    if correct.shape != present.shape[:1] or np.any((correct < 0) | (correct >= present.sum(1))):
+        raise ValueError(
+            f"correct must name one of the candidates of each of {len(present)} questions, "
+            f"got {correct.tolist()}"
+        )
+    figures = rule(scores)
+    mean = np.where(present, figures.mean(0), np.inf)
+    question = np.arange(len(mean))
+    order = np.argsort(mean, axis=1, kind="stable")
+    best, second = order[:, 0], order[:, 1]
+    tied = mean == mean[question, best][:, None]
+    ties = tied.sum(1)
+    margins = figures[:, question, second] - figures[:, question, best]
+    return Choices(
+        rule=getattr(rule, "__name__", str(rule)),
+        chosen=best,
+        ties=ties,
+        credit=tied[question, correct] / ties,
+        margin=margins.mean(0),
+        margin_standard_error=np.array([standard_error_of_mean(m) for m in margins.T]),
+        chance=float(np.mean(1 / present.sum(1))),
+    )
+
+
+Check = Callable[[str, str], bool]
+"""``check(prompt, answer)``: whether a text is a correct answer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskAccuracy:
+    """Answers of a model, and which are correct.
+
+    Attributes:
+        prompts: N prompts.
+        answers: N texts, up to the first EOS; padding or masks in an answer are shown and make it
+            wrong.
+        correct: [N] bool.
+    """
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    correct: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers."""
+        return float(self.correct.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial, ``sqrt(a (1 - a) / N)``; 0 where a is 0 or 1, see :meth:`interval` there."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))
+
+    def interval(self, deviations: float = 1.96) -> tuple[float, float]:
+        """Wilson's interval (1927), about 95 % by default; never empty."""
+        count, square = len(self.correct), deviations**2
+        middle = (self.accuracy + square / (2 * count)) / (1 + square / count)
+        spread = math.hypot(self.standard_error, deviations / (2 * count))
+        half = deviations * spread / (1 + square / count)
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        low, high = self.interval()
+        return {
+            "accuracy": self.accuracy,
+            "standard_error_accuracy": self.standard_error,
+            "accuracy_interval": [low, high],
+            "answers": len(self.correct),
+        }
+
+
+def measure_task_accuracy(
+    generate: Callable[..., Array],
+    params: PyTree,
+    key: Array,
+    batches: Iterable[Batch],
+    *,
+    check: Check,
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None] | None = None,
+) -> TaskAccuracy:
+    """Answers every prompt once and checks the answers.
+
+    A row's eligible positions are its answer, the attended positions before them its prompt.
+
+    Args:
+        generate: ``generate(params, key, canvas, documents, row_offset=...) -> tokens [B, L]``,
+            such as ``samplers.make_generator(...)``.
+        params: parameters.
+        key: typed key. An answer depends on it and the row's number alone.
+        batches: as of ``data.evaluation_batches``; rows without eligible positions are left out.
+        check: as ``Dataset.check``.
+        tokenizer: of the data.
+        progress: called with the number of rows after each batch.
+
+    Raises:
+        ValueError: if no row has an eligible position.
+    """
+    prompts, answers, correct, seen = [], [], [], 0
+    for batch in batches:
+        tokens, eligible, documents = map(np.asarray, batch[:3])
+        canvas = np.where(eligible, np.int32(tokenizer.mask_id), tokens)
+        generated = to_host(generate(params, key, canvas, documents, row_offset=seen))
+        for row in np.flatnonzero(eligible.any(1)):
+            first = np.flatnonzero(eligible[row])[0]
+            is_prompt = (documents[row] > 0) & (np.arange(len(tokens[row])) < first)
+            ids = tokenizer.truncate_at_eos(generated[row][eligible[row]])
+            prompts.append(tokenizer.decode(tokens[row][is_prompt]))
+            finished = not np.any((ids == tokenizer.pad_id) | (ids == tokenizer.mask_id))
+            # Padding is shown as ▁, like masks.
+            shown = np.where(ids == tokenizer.pad_id, tokenizer.mask_id, ids)
+            answers.append(tokenizer.decode(shown))
+            correct.append(finished and check(prompts[-1], answers[-1]))
+        seen += len(tokens)
+        if progress is not None:
+            progress(len(tokens))
+    if not prompts:
+        raise ValueError(f"nothing to answer: none of {seen} rows has an eligible position")
+    return TaskAccuracy(tuple(prompts), tuple(answers), np.array(correct, bool))

@@ -1,6 +1,5 @@
 """Gaussian diffusion: paths, parameterisations, weightings, recipes, objective, likelihood."""
 
-from mdm_jax.gaussian.corruption import gaussian, normal_noise, precondition
 from mdm_jax.gaussian.likelihood import (
     GaussianLikelihood,
     OdeLikelihood,
@@ -10,7 +9,13 @@ from mdm_jax.gaussian.likelihood import (
     ode_likelihood,
 )
 from mdm_jax.gaussian.network import PictureTransformer
-from mdm_jax.gaussian.objective import gaussian_loss, scaled_integers
+from mdm_jax.gaussian.objective import (
+    gaussian,
+    gaussian_loss,
+    normal_noise,
+    precondition,
+    scaled_integers,
+)
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.recipes import Recipe, RecipeSummary, explain, summarise

@@ -29,8 +29,7 @@ import numpy as np
 from mdm_jax.checks import check_finite, check_interval, is_concrete
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
 from mdm_jax.gaussian import paths
-from mdm_jax.gaussian.corruption import check_float
-from mdm_jax.gaussian.objective import scaled_integers
+from mdm_jax.gaussian.objective import check_float, scaled_integers
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.samplers.sampler import bind_denoiser

@@ -23,7 +23,7 @@ from mdm_jax.launch.names import lookup, settings
 from mdm_jax.launch.workdir import check_source
 from mdm_jax.meter.clip_search import make_clip_search
 from mdm_jax.objectives.objective import Objective
-from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.state import TrainState
 from mdm_jax.types import Array, ArrayLike, Batch, PyTree, worst_bias

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 from mdm_jax import data, distributed, evaluation, plots, training
-from mdm_jax.evaluation.accuracy import measure_task_accuracy
+from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.sample import format_samples, show_samples
 from mdm_jax.launch.workdir import saved_config, write_json

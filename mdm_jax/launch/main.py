@@ -43,7 +43,7 @@ from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.sample import format_samples
 from mdm_jax.launch.variance_report import format_table
 from mdm_jax.launch.workdir import WorkdirError, check, claim
-from mdm_jax.training.checkpoint_store import CheckpointError
+from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.interrupt import Interrupt, Interrupted
 from mdm_jax.training.loop import TrainingStopped
 

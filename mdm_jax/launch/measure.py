@@ -28,9 +28,8 @@ from mdm_jax.meter.levels import LevelTable
 from mdm_jax.meter.subject import Estimator, Subject
 from mdm_jax.objectives.objective import Objective, stop_gradient_stats
 from mdm_jax.types import Array, Batch, PyTree, worst_bias
-from mdm_jax.variance.densities import log_spaced_edges
-from mdm_jax.variance.epr import fit_epr
-from mdm_jax.variance.moments import level_variance, second_moment
+from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_moment
+from mdm_jax.variance.ppots import fit_epr
 from mdm_jax.variance.transform import Phase, VarianceTransform
 
 CONFIGURED = "this run"

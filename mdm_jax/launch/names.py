@@ -27,7 +27,7 @@ from mdm_jax import (
 from mdm_jax.gaussian import recipes
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian import schedules as gaussian_schedules
-from mdm_jax.variance.moments import level_variance, second_moment
+from mdm_jax.variance.densities import level_variance, second_moment
 
 VARIANCE = {
     "identity": variance.identity,

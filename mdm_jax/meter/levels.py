@@ -30,7 +30,7 @@ from mdm_jax.objectives.objective import Objective
 from mdm_jax.rng import stream
 from mdm_jax.schedules.coordinates import logsnr_from_masking_rate
 from mdm_jax.types import Array, ArrayLike, Batch, PyTree
-from mdm_jax.variance.moments import LevelMoments
+from mdm_jax.variance.densities import LevelMoments
 from mdm_jax.variance.transform import VarianceTransform, draw_batch
 
 _FIRST, _LAST = 2.0 ** -(GRID_BITS + 1), 1 - 2.0 ** -(GRID_BITS + 1)

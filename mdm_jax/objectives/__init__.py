@@ -1,9 +1,7 @@
 """Training objectives: noise law, weighting and per-example loss."""
 
 from mdm_jax.models.cross_entropy import token_nats
-from mdm_jax.objectives.block import block_nelbo
-from mdm_jax.objectives.masked import masked_nelbo
-from mdm_jax.objectives.next_token import next_token
+from mdm_jax.objectives.losses import block_nelbo, masked_nelbo, next_token, uniform_nelbo
 from mdm_jax.objectives.objective import (
     LossSums,
     Objective,
@@ -12,7 +10,6 @@ from mdm_jax.objectives.objective import (
     sum_losses,
     token_mean,
 )
-from mdm_jax.objectives.uniform import uniform_nelbo
 from mdm_jax.objectives.wrappers import (
     min_snr_factor,
     p2_factor,

@@ -1,6 +1,6 @@
 """Reverse processes, masked and Gaussian: one loop each, interchangeable samplers."""
 
-from mdm_jax.samplers.ancestral import ancestral, cached_ancestral
+from mdm_jax.samplers.ancestral import ancestral, cached_ancestral, first_hitting
 from mdm_jax.samplers.blocks import make_block_generator, sample_blocks
 from mdm_jax.samplers.by_score import (
     Score,
@@ -15,7 +15,6 @@ from mdm_jax.samplers.by_score import (
 )
 from mdm_jax.samplers.canvas import blank_canvas, canvas_with_gaps, prompt_canvas
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens, temperature, top_k, top_p
-from mdm_jax.samplers.first_hitting import first_hitting
 from mdm_jax.samplers.next_token import make_next_token_generator, sample_next_tokens
 from mdm_jax.samplers.remasking import (
     predictor_corrector,

@@ -1,6 +1,14 @@
 """Generated reasoning tasks: a prompt that is never masked, an answer that is, and a checker."""
 
 from mdm_jax.tasks.arithmetic import Add, Chain, Countdown, Noisy, Run
-from mdm_jax.tasks.dataset import TaskRows, task_dataset
 from mdm_jax.tasks.sudoku import Sudoku
-from mdm_jax.tasks.task import VOCABULARY, Choices, Pair, Task, example, split_of
+from mdm_jax.tasks.task import (
+    VOCABULARY,
+    Choices,
+    Pair,
+    Task,
+    TaskRows,
+    example,
+    split_of,
+    task_dataset,
+)

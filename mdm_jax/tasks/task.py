@@ -1,4 +1,4 @@
-"""Generated tasks: examples as a function of (task, split, index), and a checker.
+"""Generated tasks: examples as a function of (task, split, index), a checker, and a data set.
 
 Splits are disjoint by instance, not by string: the hash of an instance's canonical form picks its
 split (80 % train, 10 % valid, 10 % test), so no renamed or reordered training problem is tested.
@@ -7,11 +7,20 @@ split (80 % train, 10 % valid, 10 % test), so no renamed or reordered training p
 import abc
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from mdm_jax.data.datasets import SPLITS
+from mdm_jax.data.datasets import (
+    SPLITS,
+    Dataset,
+    VectorisedRows,
+    check_choice,
+    check_positive,
+    make_dataset,
+)
+from mdm_jax.data.tokenizers import CharTokenizer
+from mdm_jax.types import Batch
 
 VOCABULARY = "".join(sorted("0123456789abcdefghijklmnopqrstuvwxyz+-*/=,;?#()[]:. "))
 """Characters of all tasks; a model of one task can be trained further on another."""
@@ -125,3 +134,122 @@ def check_range(task: Task, **settings: tuple[int, int, int]) -> None:
                 f"{type(task).__name__}: {name} must be a whole number from {low} to {high}, "
                 f"got {value!r}"
             )
+
+
+AnswerPadding = Literal["eos_once", "eos_scored"]
+
+_FINGERPRINTED = 8  # examples of each split
+
+
+class TaskRows(VectorisedRows):
+    """Rows ``[PAD ... prompt][answer EOS ...]`` of examples 0 to size - 1, made when first read.
+
+    The prompt is right-aligned and never eligible; the padding before it is not attended to. The
+    other arguments are those of :func:`task_dataset`, with a tokenizer of :data:`VOCABULARY`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        split: str,
+        size: int,
+        tokenizer: CharTokenizer,
+        prompt_length: int,
+        answer_length: int,
+        answer_padding: AnswerPadding,
+    ):
+        self.task, self.split = task, split
+        self._tokenizer, self._prompt_length = tokenizer, prompt_length
+        self._scores_padding = answer_padding == "eos_scored"
+        shape = (size, prompt_length + answer_length)
+        # Threads may make a row twice: it is the same both times, and marked when complete.
+        self._made = np.zeros(size, bool)
+        self._rows = Batch(
+            tokens=np.zeros(shape, np.int32),
+            eligible=np.zeros(shape, bool),
+            documents=np.zeros(shape, np.int32),
+            units=np.zeros(size, np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        for index in indices[~self._made[indices]].tolist():
+            self._make(index)
+        return Batch(*(field[indices] for field in self._rows))
+
+    def _make(self, index: int) -> None:
+        prompt, answer = example(self.task, self.split, index)
+        middle = self._prompt_length
+        begin, end = middle - len(prompt), middle + len(answer) + 1
+        tokens, eligible, documents, units = self._rows
+        visible_end = tokens.shape[1] if self._scores_padding else end
+        tokens[index, :begin] = self._tokenizer.pad_id
+        tokens[index, begin:middle] = self._tokenizer.encode(prompt)
+        tokens[index, middle : end - 1] = self._tokenizer.encode(answer)
+        tokens[index, end - 1 :] = self._tokenizer.eos_id
+        eligible[index, middle:visible_end] = True
+        documents[index, begin:visible_end] = 1
+        units[index] = len(answer)
+        self._made[index] = True
+
+
+def task_dataset(
+    task: Task,
+    *,
+    prompt_length: int = 0,
+    answer_length: int = 0,
+    answer_padding: AnswerPadding = "eos_once",
+    train_rows: int = 20_000,
+    valid_rows: int = 512,
+    test_rows: int = 512,
+) -> Dataset:
+    """Data set of a generated task; no instance is in two splits.
+
+    A longer split begins with a shorter one. Where a task has few examples, a split repeats some.
+
+    Args:
+        task: the task.
+        prompt_length: positions for the prompt; 0: those of the longest.
+        answer_length: positions for the answer and its EOS; 0: those of the longest.
+        answer_padding: of the EOS tokens after the first. "eos_once": neither eligible nor attended
+            to, which reveals the answer's length (harmless where all answers to a prompt have one
+            length, as in all tasks but countdown). "eos_scored": eligible like the answer.
+        train_rows, valid_rows, test_rows: examples of each split.
+
+    Raises:
+        ValueError: if a length is too small for the task, or another setting is out of range.
+    """
+    longest_prompt, longest_answer = task.lengths
+    needed = {"prompt_length": longest_prompt, "answer_length": longest_answer + 1}
+    lengths = {"prompt_length": prompt_length, "answer_length": answer_length}
+    for name, given in lengths.items():
+        if given and given < needed[name]:
+            raise ValueError(
+                f"{name} must be at least {needed[name]} for {task!r}, or 0 for just that; got "
+                f"{given}"
+            )
+        lengths[name] = given or needed[name]
+    check_choice("answer_padding", answer_padding, AnswerPadding)
+    sizes = dict(zip(SPLITS, (train_rows, valid_rows, test_rows)))
+    for name, size in sizes.items():
+        check_positive(f"{name}_rows", size)
+    codec = CharTokenizer(VOCABULARY)
+    settings = {**lengths, "answer_padding": answer_padding}
+    sources = {name: TaskRows(task, name, size, codec, **settings) for name, size in sizes.items()}
+    first = [example(task, name, i) for name in SPLITS for i in range(_FINGERPRINTED)]
+    report = {f"{name}_rows": size for name, size in sizes.items()}
+    return make_dataset(
+        sources,
+        codec,
+        length=sum(lengths.values()),
+        content=repr(first).encode(),
+        settings={"source": "task", "task": repr(task), **settings, **report},
+        headline=f"Generated problems, {task!r}, as in {' to '.join(first[0])}",
+        policy=f"Prompt in {lengths['prompt_length']} positions, answer in "
+        f"{lengths['answer_length']}; after the answer: {answer_padding}. Splits are disjoint by "
+        "canonical instance.",
+        report=report,
+        check=task.check,
+    )

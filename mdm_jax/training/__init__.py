@@ -1,12 +1,11 @@
 """Training: state, one jitted step, loop, checkpoints, metrics, meshes."""
 
-from mdm_jax.training.checkpoint_store import CheckpointError
-from mdm_jax.training.checkpoints import CheckpointReader, Checkpoints, Restored, abstract
-from mdm_jax.training.compilation import (
-    CompiledStep,
-    compile_step,
-    compiler_options,
-    format_bytes,
+from mdm_jax.training.checkpoints import (
+    CheckpointError,
+    CheckpointReader,
+    Checkpoints,
+    Restored,
+    abstract,
 )
 from mdm_jax.training.ema import AverageOffset, averaged, new_average, update_average
 from mdm_jax.training.interrupt import Interrupt, Interrupted
@@ -22,4 +21,12 @@ from mdm_jax.training.monitors import (
 )
 from mdm_jax.training.optimizers import adamw, muon, store_moments, warmup_cosine
 from mdm_jax.training.state import TrainState, linen_init, new_state, num_params
-from mdm_jax.training.step import StepMetrics, make_train_step, step_draw
+from mdm_jax.training.step import (
+    CompiledStep,
+    StepMetrics,
+    compile_step,
+    compiler_options,
+    format_bytes,
+    make_train_step,
+    step_draw,
+)

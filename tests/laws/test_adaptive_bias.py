@@ -12,14 +12,14 @@ from adaptive_toys import LAW, one_batch
 
 from mdm_jax import corruption, gaussian, objectives, variance
 from mdm_jax.gaussian import parameterisations, paths, weightings
-from mdm_jax.testing import mixtures, toys
+from mdm_jax.testing import toys
 from mdm_jax.types import Batch
 
 
 @functools.cache
 def gaussian_toy():
     """The bound of N(0.3, 0.5^2) between logSNR -10 and 10 under its ideal network."""
-    data, path = mixtures.narrow_normal(), paths.vp()
+    data, path = toys.narrow_normal(), paths.vp()
     recipe = gaussian.Recipe(LAW, weightings.elbo(), parameterisations.eps(), path)
 
     def model_fn(inputs, logsnr, documents):

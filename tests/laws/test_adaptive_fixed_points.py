@@ -8,8 +8,8 @@ from adaptive_toys import FINE, SHIFT, density, eps_error, fresh, logsnr_of, x0_
 
 from mdm_jax import variance
 from mdm_jax.draws import DrawSpec, LossStats
+from mdm_jax.variance.densities import second_moment
 from mdm_jax.variance.learned.curves import logistic_curve
-from mdm_jax.variance.moments import second_moment
 
 NOISES = {"exact": 0.0, "noisy": 0.5}
 

@@ -12,7 +12,7 @@ from scipy import stats
 from test_likelihood import design_values
 
 from mdm_jax.likelihood import estimators
-from mdm_jax.likelihood.block import make_block_likelihood
+from mdm_jax.likelihood.bounds import make_block_likelihood
 from mdm_jax.testing import toys
 
 ROWS, REPLICATES = 32, 100

@@ -24,7 +24,7 @@ from mdm_jax import (
 )
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.models.decoders import block_apply
-from mdm_jax.objectives.block import block_nelbo
+from mdm_jax.objectives.losses import block_nelbo
 from mdm_jax.schedules import masked
 from mdm_jax.testing import toys
 

@@ -28,7 +28,7 @@ from variants import slow_except
 
 from mdm_jax.gaussian import parameterisations, paths
 from mdm_jax.gaussian import samplers as gaussian_samplers
-from mdm_jax.testing import mixtures
+from mdm_jax.testing import toys
 
 
 def test_euler_methods_are_one_and_known_values():
@@ -132,7 +132,7 @@ def test_errors_and_orders_of_convergence(name):
         z = x * jnp.exp(-path.log_alpha(logsnr))
         return jax.vmap(lambda law, z, level: law.denoise(z, level))(laws, z, logsnr)
 
-    laws = mixtures.GaussianMixture(
+    laws = toys.GaussianMixture(
         np.array([[0.5, 0.5], M2.weights]), np.array([[0.0, 0.0], M2.means]), np.array([0.5, 0.25])
     )
     exact = math.sqrt((0.25 + math.exp(-6)) / (0.25 + math.exp(6)))

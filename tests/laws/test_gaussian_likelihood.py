@@ -14,14 +14,14 @@ from scipy import special, stats
 from mdm_jax import gaussian
 from mdm_jax.gaussian import parameterisations, paths
 from mdm_jax.gaussian.likelihood import PARTS, prior_divergence
-from mdm_jax.testing import mixtures
+from mdm_jax.testing import toys
 from mdm_jax.types import Batch
 
 X0, VP = parameterisations.x0(), paths.vp()
 LAWS = {
-    "narrow": mixtures.narrow_normal(),
-    "pair": mixtures.symmetric_pair(),
-    "skewed": mixtures.skewed_pair(),
+    "narrow": toys.narrow_normal(),
+    "pair": toys.symmetric_pair(),
+    "skewed": toys.skewed_pair(),
 }
 
 
@@ -140,7 +140,7 @@ def test_the_diffusion_part_is_an_integral_over_levels():
     np.testing.assert_allclose(diffusion, exact, rtol=0.02)
 
 
-GREYS = mixtures.GaussianMixture(np.full(4, 0.25), np.array([-1, -1 / 3, 1 / 3, 1]), 1e-3)
+GREYS = toys.GaussianMixture(np.full(4, 0.25), np.array([-1, -1 / 3, 1 / 3, 1]), 1e-3)
 
 
 def test_the_bound_of_uniform_grey_values_is_tight():

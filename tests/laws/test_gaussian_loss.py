@@ -17,11 +17,11 @@ from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.gaussian.objective import gaussian_loss
 from mdm_jax.objectives import objective as objectives_objective
 from mdm_jax.objectives.objective import sum_losses, token_mean
-from mdm_jax.testing import mixtures
+from mdm_jax.testing import toys
 from mdm_jax.types import Batch
 
-G0, G1 = mixtures.standard_normal(), mixtures.narrow_normal()
-M1, M2 = mixtures.symmetric_pair(), mixtures.skewed_pair()
+G0, G1 = toys.standard_normal(), toys.narrow_normal()
+M1, M2 = toys.symmetric_pair(), toys.skewed_pair()
 
 
 def oracle(mixture, recipe):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mdm_jax.testing import mixtures
+from mdm_jax.testing import toys
 
-G1 = mixtures.narrow_normal()
-M1, M2 = mixtures.symmetric_pair(), mixtures.skewed_pair()
+G1 = toys.narrow_normal()
+M1, M2 = toys.symmetric_pair(), toys.skewed_pair()
 
 MOMENTS = {  # mmse and fourth moment at these levels
     "G1": (
@@ -105,7 +105,7 @@ def test_samples_follow_the_mixture():
     gap = np.max(np.abs(cdf - (np.arange(len(x)) + 0.5) / len(x)))
     assert gap * len(x) ** 0.5 < 1.95
     with pytest.raises(ValueError, match="std > 0"):
-        mixtures.normal(0.0, 0.0)
+        toys.normal(0.0, 0.0)
 
 
 @pytest.mark.parametrize(

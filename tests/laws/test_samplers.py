@@ -25,8 +25,7 @@ from toy_reverse import (
 
 from mdm_jax import samplers
 from mdm_jax.models.transformer import Transformer, TransformerConfig
-from mdm_jax.samplers.ancestral import reveal_probability
-from mdm_jax.samplers.first_hitting import next_log_rate
+from mdm_jax.samplers.ancestral import next_log_rate, reveal_probability
 from mdm_jax.schedules import grids
 
 # ---- exact laws -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import zoo
 from toy_oracle import NELBO, PROBABILITIES, model_fn
 
 from mdm_jax import corruption, objectives, schedules, testing, variance
-from mdm_jax.corruption import token_dependent
+from mdm_jax.corruption import masked
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.objectives import objective as objectives_objective
 from mdm_jax.objectives.objective import sum_losses, token_mean
@@ -94,7 +94,7 @@ def shifted_logit(shift):
 
 
 def test_per_token_correction_is_biased_by_the_context():
-    process = token_dependent.bernoulli_shifted_rate(toys.MASK_ID, RARE, 0.2)
+    process = masked.bernoulli_shifted_rate(toys.MASK_ID, RARE, 0.2)
     mean, second = enumerated(process, lambda m, rare: np.minimum(m + 0.2 * rare, 1.0))
     bias = mean - truncated_bound()
     np.testing.assert_allclose(bias, [0, -0.05112022, 0.49817074], atol=2e-5)
@@ -102,7 +102,7 @@ def test_per_token_correction_is_biased_by_the_context():
 
 
 def test_per_token_correction_of_a_logit_shift_is_biased_too():
-    exact = token_dependent.bernoulli_shifted_logit(toys.MASK_ID, RARE, np.log(2.0))
+    exact = masked.bernoulli_shifted_logit(toys.MASK_ID, RARE, np.log(2.0))
 
     def corrupt(x, logsnr, noise, eligible):
         out = exact.corrupt(x, logsnr, noise, eligible)
@@ -116,14 +116,14 @@ def test_per_token_correction_of_a_logit_shift_is_biased_too():
 
 
 def test_full_ratio_is_exact():
-    process = token_dependent.bernoulli_shifted_logit(toys.MASK_ID, RARE, np.log(2.0))
+    process = masked.bernoulli_shifted_logit(toys.MASK_ID, RARE, np.log(2.0))
     mean, second = enumerated(process, shifted_logit(np.log(2.0)))
     np.testing.assert_allclose(mean, truncated_bound(), rtol=5e-6)
     np.testing.assert_allclose(total(mean, second), 26.60173327, rtol=2e-5)
 
 
 def test_capped_number_of_shifted_positions_is_exact_too():
-    process = token_dependent.bernoulli_shifted_logit(toys.MASK_ID, RARE, 1.5, max_shifted=1)
+    process = masked.bernoulli_shifted_logit(toys.MASK_ID, RARE, 1.5, max_shifted=1)
 
     def rates(m, rare):
         first = rare & (np.cumsum(rare, axis=-1) == 1)
@@ -134,7 +134,7 @@ def test_capped_number_of_shifted_positions_is_exact_too():
 
 
 def test_cap_counts_within_each_level():
-    place = token_dependent._count_before
+    place = masked._count_before
     chosen = jnp.array([[True, True, False, True, True, True]])
     np.testing.assert_array_equal(place(chosen, 2, None), [[0, 1, 2, 0, 1, 2]])
     ids = jnp.array([[0, 1, 0, 0, 1, 1]])
@@ -145,13 +145,13 @@ def test_prompt_and_padding_are_never_touched():
     tokens = np.full((2, 4), 2, np.int32)
     eligible = np.array([[True, False, True, False], [False] * 4])
     logsnr, noise = np.full((2, 1), -3.0, np.float32), np.full((2, 4), 0.5, np.float32)
-    exact = token_dependent.bernoulli_shifted_logit(toys.MASK_ID, RARE, 1.0)
+    exact = masked.bernoulli_shifted_logit(toys.MASK_ID, RARE, 1.0)
     out = zoo.quick(exact.corrupt)(tokens, logsnr, noise, eligible)
     np.testing.assert_array_equal(out.target_mask, eligible)
     log_m, log_q = -np.log1p(np.exp(-3.0)), -np.log1p(np.exp(-4.0))
     expected = [[2 * (log_m - log_q) - log_m], [-log_m]]  # two rare targets, and none
     np.testing.assert_allclose(out.log_weight, expected, rtol=1e-6)
-    rated = token_dependent.bernoulli_shifted_rate(toys.MASK_ID, RARE)
+    rated = masked.bernoulli_shifted_rate(toys.MASK_ID, RARE)
     out = zoo.quick(rated.corrupt)(tokens, logsnr, noise, eligible)
     np.testing.assert_array_equal(out.target_mask, eligible)
 
@@ -170,9 +170,9 @@ def test_element_weights_equal_the_bound_where_nothing_is_rare():
     """With no rare token both forms are plain Bernoulli masks."""
     nothing = np.zeros(4, bool)
     plain = objectives.masked_nelbo(corruption.bernoulli(toys.MASK_ID))
-    process = token_dependent.bernoulli_shifted_rate(toys.MASK_ID, nothing)
+    process = masked.bernoulli_shifted_rate(toys.MASK_ID, nothing)
     weighted = objectives.masked_nelbo(process)
-    ratio = objectives.masked_nelbo(token_dependent.bernoulli_shifted_logit(3, nothing, 2.0))
+    ratio = objectives.masked_nelbo(masked.bernoulli_shifted_logit(3, nothing, 2.0))
     spec, mirror = plain.spec(3, 4), variance.mirror()
     draw = zoo.quick(lambda key: variance.draw_batch(key, mirror, (), spec))(jax.random.key(1))
     losses = []
@@ -186,10 +186,10 @@ def test_element_weights_equal_the_bound_where_nothing_is_rare():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: token_dependent.bernoulli_shifted_rate(3, RARE, 1.5), "0 <= delta <= 1"),
-        (lambda: token_dependent.bernoulli_shifted_rate(3, [1, 2]), "bool vector"),
-        (lambda: token_dependent.bernoulli_shifted_logit(3, RARE, np.inf), "finite shift"),
-        (lambda: token_dependent.bernoulli_shifted_logit(3, RARE, 1.0, -1), "not be negative"),
+        (lambda: masked.bernoulli_shifted_rate(3, RARE, 1.5), "0 <= delta <= 1"),
+        (lambda: masked.bernoulli_shifted_rate(3, [1, 2]), "bool vector"),
+        (lambda: masked.bernoulli_shifted_logit(3, RARE, np.inf), "finite shift"),
+        (lambda: masked.bernoulli_shifted_logit(3, RARE, 1.0, -1), "not be negative"),
     ],
 )
 def test_wrong_settings_are_refused(make, words):

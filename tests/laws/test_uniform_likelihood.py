@@ -11,7 +11,7 @@ from scipy import stats
 from test_uniform_nelbo import exact_toy
 
 from mdm_jax import likelihood
-from mdm_jax.likelihood.uniform import make_uniform_likelihood, pass_numbers
+from mdm_jax.likelihood.bounds import make_uniform_likelihood, pass_numbers
 from mdm_jax.testing import toys
 from mdm_jax.testing.toys import row_denoiser
 from mdm_jax.types import Batch

@@ -11,8 +11,8 @@ import zoo
 
 from mdm_jax import schedules, variance
 from mdm_jax.draws import Draw, DrawSpec
+from mdm_jax.objectives.losses import bound_rate, uniform_nelbo
 from mdm_jax.objectives.objective import sum_losses, token_mean
-from mdm_jax.objectives.uniform import bound_rate, uniform_nelbo
 from mdm_jax.schedules import masked
 from mdm_jax.testing import toys
 from mdm_jax.testing.toys import row_denoiser

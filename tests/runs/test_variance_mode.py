@@ -19,7 +19,7 @@ from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.variance_report import BASELINE, format_table, recommend
 from mdm_jax.meter import levels, nested
 from mdm_jax.meter.efficiency import Efficiency
-from mdm_jax.variance.epr import EprFit, EprParameters
+from mdm_jax.variance.ppots import EprFit, EprParameters
 
 SETTINGS = MeasureSettings(
     rows=4,

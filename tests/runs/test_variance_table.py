@@ -14,8 +14,7 @@ from variants import slow_except
 
 from mdm_jax import corruption, variance
 from mdm_jax.testing import toys
-from mdm_jax.variance.densities import PiecewiseDensity, piecewise_density
-from mdm_jax.variance.moments import moment_density
+from mdm_jax.variance.densities import PiecewiseDensity, moment_density, piecewise_density
 from mdm_jax.variance.warps import importance
 
 EPS = 1e-3

@@ -9,9 +9,9 @@ import tiny
 
 from mdm_jax.gaussian import parameterisations
 from mdm_jax.gaussian import samplers as gaussian_samplers
-from mdm_jax.testing import mixtures
+from mdm_jax.testing import toys
 
-M2 = mixtures.skewed_pair()
+M2 = toys.skewed_pair()
 
 
 class Squash:
@@ -24,8 +24,8 @@ class Squash:
 LAWS = {
     "squash": Squash(),
     "mixture": M2,
-    "narrow": mixtures.normal(0.0, 0.5),
-    "standard": mixtures.standard_normal(),
+    "narrow": toys.normal(0.0, 0.5),
+    "standard": toys.standard_normal(),
 }
 X0 = parameterisations.x0()
 

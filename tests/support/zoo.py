@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import draws, variance
-from mdm_jax.variance.densities import log_spaced_edges, piecewise_density
+from mdm_jax.variance.densities import (
+    level_variance,
+    log_spaced_edges,
+    moment_density,
+    piecewise_density,
+)
 from mdm_jax.variance.learned.bins import LossHistory
 from mdm_jax.variance.learned.curves import LogisticShape, logistic_curve, piecewise_linear_curve
-from mdm_jax.variance.moments import level_variance, moment_density
 from mdm_jax.variance.ppots import PpotsState, epr_density
 from mdm_jax.variance.warps import ClippedDensity, LogUniformDensity, importance
 

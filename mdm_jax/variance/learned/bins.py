@@ -7,11 +7,13 @@ import numpy as np
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array
-from mdm_jax.variance.densities import PiecewiseDensity, bin_of, equal_edges
-from mdm_jax.variance.moments import (
+from mdm_jax.variance.densities import (
     LevelLosses,
+    PiecewiseDensity,
     Target,
+    bin_of,
     check_floor,
+    equal_edges,
     integrand,
     moment_density,
     squared_mean,

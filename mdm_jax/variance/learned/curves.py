@@ -15,8 +15,7 @@ import optax
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, PyTree
-from mdm_jax.variance.densities import find_cell, open_interval
-from mdm_jax.variance.moments import target_loss
+from mdm_jax.variance.densities import find_cell, open_interval, target_loss
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
 from mdm_jax.variance.warps import all_finite, check_settings, counters, updates
 

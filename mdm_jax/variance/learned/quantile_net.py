@@ -12,8 +12,7 @@ import optax
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, PyTree
-from mdm_jax.variance.densities import QuantileDensity, open_interval
-from mdm_jax.variance.moments import integrand
+from mdm_jax.variance.densities import QuantileDensity, integrand, open_interval
 from mdm_jax.variance.transform import VarianceTransform
 from mdm_jax.variance.warps import all_finite, check_settings, counters, learned_warp
 

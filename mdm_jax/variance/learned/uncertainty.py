@@ -10,7 +10,7 @@ import optax
 
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, PyTree
-from mdm_jax.variance.moments import integrand
+from mdm_jax.variance.densities import integrand
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
 from mdm_jax.variance.warps import all_finite, check_settings, counters, updates
 

@@ -10,8 +10,8 @@ import tiny
 from mdm_jax import corruption, data, objectives
 from mdm_jax.data import datasets
 from mdm_jax.data.datasets import PackedSpans
-from mdm_jax.data.documents import documents
 from mdm_jax.data.packing import cut_documents, first_fit
+from mdm_jax.data.text import documents
 from mdm_jax.draws import Draw
 from mdm_jax.launch import build
 from mdm_jax.launch import config as launch_config

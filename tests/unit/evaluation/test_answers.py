@@ -11,7 +11,7 @@ import pytest
 import toy_oracle as oracle
 
 from mdm_jax import likelihood
-from mdm_jax.evaluation import answers, multiple_choice, paired
+from mdm_jax.evaluation import answers, paired
 from mdm_jax.likelihood import subsets as designs
 from mdm_jax.likelihood.subsets import make_subset_likelihood
 from mdm_jax.testing import toys
@@ -159,9 +159,7 @@ def candidate_nats():
 
 
 def score(evaluate, **settings):
-    return multiple_choice.score_candidates(
-        evaluate, LAW, KEY, PROMPTS, CANDIDATES, 2, **LAYOUT | settings
-    )
+    return answers.score_candidates(evaluate, LAW, KEY, PROMPTS, CANDIDATES, 2, **LAYOUT | settings)
 
 
 def test_candidates_of_different_number_and_length(exact):
@@ -170,25 +168,25 @@ def test_candidates_of_different_number_and_length(exact):
     assert scores.tokens.tolist() == [[2, 2, 0], [1, 2, 1], [1, 2, 0]]
     assert scores.units.tolist() == [[2, 3, 0], [5, 4, 1], [1, 2, 0]]
     for rule, size in (
-        (multiple_choice.total_nats, 1),
-        (multiple_choice.nats_per_token, np.maximum(scores.tokens, 1)),
-        (multiple_choice.nats_per_character, np.maximum(scores.units, 1)),
+        (answers.total_nats, 1),
+        (answers.nats_per_token, np.maximum(scores.tokens, 1)),
+        (answers.nats_per_character, np.maximum(scores.units, 1)),
     ):
         figures = np.where(scores.tokens > 0, candidate_nats() / size, np.inf)
         best = figures.argmin(1)
-        result = multiple_choice.choose(scores, best, rule)
+        result = answers.choose(scores, best, rule)
         assert result.chosen.tolist() == best.tolist() and result.accuracy == 1.0
         assert result.rule == rule.__name__ and result.tied_questions == 0
         gaps = np.sort(figures, axis=1)
         np.testing.assert_allclose(result.margin, gaps[:, 1] - gaps[:, 0], rtol=1e-4)
-        wrong = multiple_choice.choose(scores, (best + 1) % [2, 3, 2], rule)
+        wrong = answers.choose(scores, (best + 1) % [2, 3, 2], rule)
         assert wrong.accuracy == 0.0
 
 
 def test_candidates_of_one_length_see_the_same_masks(noisy):
     """Equal candidates tie in every replicate, wherever they stand in the list."""
     twins = [[[0, 2], [0, 2], [1, 1]]] * 3
-    scores = multiple_choice.score_candidates(noisy, LAW, KEY, PROMPTS, twins, 2, **LAYOUT)
+    scores = answers.score_candidates(noisy, LAW, KEY, PROMPTS, twins, 2, **LAYOUT)
     figures = scores.replicate_nats
     np.testing.assert_array_equal(figures[..., 0], figures[..., 1])
     assert np.ptp(figures[:, 0, 0]) > 0.01
@@ -200,7 +198,7 @@ def test_ties_credit_and_errors():
     noise = np.stack([offset, -offset])
     tokens = np.where(np.isnan(nats), 0, 1)
     scores = answers.AnswerScores(nats + noise, tokens, tokens)
-    result = multiple_choice.choose(scores, [1, 1, 0, 0])
+    result = answers.choose(scores, [1, 1, 0, 0])
     assert result.chosen.tolist() == [0, 1, 1, 0] and result.ties.tolist() == [2, 1, 2, 1]
     assert result.credit.tolist() == [0.5, 1.0, 0.0, 1.0]
     assert result.accuracy == 2.5 / 4
@@ -218,7 +216,7 @@ def test_ties_credit_and_errors():
 
 def test_errors_of_multiple_choice(exact):
     def ask(prompts, candidates, **settings):
-        return multiple_choice.score_candidates(
+        return answers.score_candidates(
             exact, LAW, KEY, prompts, candidates, 2, **LAYOUT | settings
         )
 
@@ -234,10 +232,10 @@ def test_errors_of_multiple_choice(exact):
         answers.answer_rows([[1]], [[1]], units=[1, 2], **LAYOUT)
     one = answers.AnswerScores(np.ones((1, 1, 2)), np.ones((1, 2), int), np.zeros((1, 2), int))
     with pytest.raises(ValueError, match="correct must name one of the candidates"):
-        multiple_choice.choose(one, [2])
+        answers.choose(one, [2])
     with pytest.raises(ValueError, match="no characters"):
-        multiple_choice.choose(one, [0], multiple_choice.nats_per_character)
-    assert multiple_choice.choose(one, [0]).unsure_questions == 0
+        answers.choose(one, [0], answers.nats_per_character)
+    assert answers.choose(one, [0]).unsure_questions == 0
 
 
 def many_rows():

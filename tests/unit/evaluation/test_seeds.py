@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mdm_jax.evaluation.seeds import holm, paired_seeds
+from mdm_jax.evaluation.paired import holm, paired_seeds
 
 
 @pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])

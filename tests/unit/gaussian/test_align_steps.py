@@ -13,9 +13,9 @@ from scipy import integrate, interpolate
 from mdm_jax.gaussian import parameterisations, paths
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian.samplers import spacings
-from mdm_jax.testing import mixtures
+from mdm_jax.testing import toys
 
-M1 = mixtures.symmetric_pair()
+M1 = toys.symmetric_pair()
 
 
 def softplus(x):
@@ -182,7 +182,7 @@ ENDS = np.array([-8.0, -1.0, 0.0, 3.0]), np.array([-2.0, 2.0, 0.5, 8.0])
 def test_pairs_estimate_the_cost(name, path_name):
     path, rows, elements = paths.by_name(path_name), 16384, 2
     if name == "normal":
-        law, std = mixtures.normal(0.3, 0.5), 0.5
+        law, std = toys.normal(0.3, 0.5), 0.5
         expected = gaussian_samplers.normal_cost(std)(*ENDS)
     else:
         law, std = M1, 1.0
@@ -208,7 +208,7 @@ def test_pairs_of_a_network_that_ignores_its_input_cost_nothing():
 
 @pytest.mark.slow
 def test_align_steps_runs_on_pairs():
-    law, path = mixtures.standard_normal(), paths.vp()
+    law, path = toys.standard_normal(), paths.vp()
     denoise = gaussian_samplers.bind_denoiser(network(law, path), parameterisations.x0(), path)
     data = law.sample(jax.random.key(0), (2048, 1))
     cost = gaussian_samplers.pair_cost(jax.random.key(1), denoise, data, path=path)

@@ -10,8 +10,8 @@ from mdm_jax import gaussian
 from mdm_jax.corruption.process import spread_levels
 from mdm_jax.draws import from_grid
 from mdm_jax.gaussian import parameterisations, paths
-from mdm_jax.gaussian.corruption import normal_noise
-from mdm_jax.testing import mixtures
+from mdm_jax.gaussian.objective import normal_noise
+from mdm_jax.testing import toys
 
 every_path = pytest.mark.parametrize("path_name", sorted(paths.PATHS))
 
@@ -57,7 +57,7 @@ def test_reflected_noise_is_minus_the_noise():
 def test_preconditioned_network_sees_unit_variance(path_name):
     """N(0, 0.5^2) data: the scale times the spread is 1, and F = 0 is the ideal denoiser."""
     with jax.enable_x64():
-        path, data = paths.by_name(path_name), mixtures.normal(0.0, 0.5)
+        path, data = paths.by_name(path_name), toys.normal(0.0, 0.5)
         logsnr = jnp.asarray([[-9.0, 0.3], [2.0, 9.0]])
         wrapped = gaussian.precondition(lambda x, *_: x, path, 0.5)
         scale = wrapped(jnp.ones((2, 4)), logsnr)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mdm_jax.models import attention_kernels
+from mdm_jax.models import attention as attention_kernels
 from mdm_jax.models.attention import attention
 from mdm_jax.models.masks import within_documents
 from mdm_jax.sharding import constrain, make_mesh, num_shards, sharded_apply

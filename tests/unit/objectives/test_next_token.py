@@ -17,11 +17,9 @@ from zoo import quick
 
 from mdm_jax import corruption, likelihood, objectives, training, variance
 from mdm_jax.draws import Draw, DrawSpec
-from mdm_jax.likelihood.block import make_block_likelihood
-from mdm_jax.likelihood.next_token import make_next_token_likelihood
+from mdm_jax.likelihood.bounds import make_block_likelihood, make_next_token_likelihood
 from mdm_jax.models.decoders import causal_apply
-from mdm_jax.objectives.block import block_nelbo
-from mdm_jax.objectives.next_token import next_token
+from mdm_jax.objectives.losses import block_nelbo, next_token
 from mdm_jax.testing import toys
 
 OBJECTIVE = next_token(toys.MASK_ID)

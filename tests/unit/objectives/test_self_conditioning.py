@@ -14,8 +14,8 @@ from variants import slow_except
 from mdm_jax import corruption, objectives, samplers, variance
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.draws import Draw, DrawSpec, open_uniform
+from mdm_jax.objectives.losses import uniform_nelbo
 from mdm_jax.objectives.objective import sum_losses
-from mdm_jax.objectives.uniform import uniform_nelbo
 from mdm_jax.objectives.wrappers import estimate_coin, self_conditioned, two_pass
 from mdm_jax.samplers.ancestral import cached_ancestral
 from mdm_jax.samplers.by_score import by_score

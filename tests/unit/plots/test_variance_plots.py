@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from mdm_jax import plots
 from mdm_jax.meter.efficiency import Efficiency
-from mdm_jax.plots import variance
 
 
 def _measured(value, unsettled=""):
@@ -17,7 +17,7 @@ def _measured(value, unsettled=""):
 def test_methods_that_have_not_settled_keep_their_place(first):
     axes = Figure().add_subplot()
     results = {"a": _measured(2.0, first), "b": _measured(3.0)}
-    variance.efficiency_bars(axes, results)
+    plots.efficiency_bars(axes, results)
     low, high = sorted(axes.get_ylim())
     assert low <= -0.5 and high >= 1.5 and axes.yaxis_inverted()  # "a" on top, nothing cut off
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]

@@ -16,9 +16,8 @@ import tiny
 from mdm_jax import sharding, training, variance
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
-from mdm_jax.training import checkpoint_store
-from mdm_jax.training.checkpoint_store import CheckpointError
-from mdm_jax.training.checkpoints import CheckpointReader, Checkpoints, abstract
+from mdm_jax.training import checkpoints as checkpoint_store
+from mdm_jax.training.checkpoints import CheckpointError, CheckpointReader, Checkpoints, abstract
 from mdm_jax.variance.transform import Phase
 
 

@@ -23,7 +23,7 @@ from adaptive_toys import (
 from mdm_jax import variance
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.gaussian import schedules as gaussian_schedules
-from mdm_jax.variance.densities import QuantileDensity
+from mdm_jax.variance.densities import QuantileDensity, second_moment, squared_mean
 from mdm_jax.variance.learned.bins import LossHistory
 from mdm_jax.variance.learned.curves import (
     LogisticShape,
@@ -34,7 +34,6 @@ from mdm_jax.variance.learned.curves import (
 )
 from mdm_jax.variance.learned.quantile_net import monotone_net, second_moment_gradient
 from mdm_jax.variance.learned.uncertainty import uncertainty_loss
-from mdm_jax.variance.moments import second_moment, squared_mean
 from mdm_jax.variance.ppots import PpotsState
 
 

@@ -11,8 +11,12 @@ import zoo
 from toy_oracle import c, decomposition, drawn, fine_density, g, s, v, warped
 
 from mdm_jax import variance
-from mdm_jax.variance.densities import QuantileDensity, log_spaced_edges, piecewise_density
-from mdm_jax.variance.moments import moment_density
+from mdm_jax.variance.densities import (
+    QuantileDensity,
+    log_spaced_edges,
+    moment_density,
+    piecewise_density,
+)
 from mdm_jax.variance.transform import EmptyState
 from mdm_jax.variance.warps import ClippedDensity, LogUniformDensity
 

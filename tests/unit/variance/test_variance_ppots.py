@@ -13,17 +13,16 @@ import zoo
 from mdm_jax import corruption, objectives, rng, variance
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.testing import toys
-from mdm_jax.variance.densities import log_spaced_edges
-from mdm_jax.variance.epr import EprParameters, epr_curve, fit_epr
-from mdm_jax.variance.moments import (
+from mdm_jax.variance.densities import (
     LevelMoments,
     gradient_stats,
     level_variance,
+    log_spaced_edges,
     moment_density,
     published_second_moment,
     second_moment,
 )
-from mdm_jax.variance.ppots import epr_density
+from mdm_jax.variance.ppots import EprParameters, epr_curve, epr_density, fit_epr
 
 EPS = 1e-3
 REFERENCE = EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
