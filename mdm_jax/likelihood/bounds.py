@@ -1,8 +1,8 @@
 """Likelihood bounds by process, each by a fixed estimator with error bars.
 
 The estimator of the masked bound is the count design of ``estimators.py``, whatever the training
-chain. With S_j the summed cross-entropy of the k_j of n tokens that view j masks, every ``(n / k_j) S_j`` is an
-unbiased estimate of
+chain. With S_j the summed cross-entropy of the k_j of n tokens that view j masks, every ``(n / k_j)
+S_j`` is an unbiased estimate of
 
     NELBO(x) = sum_{k=1}^{n} (1/k) E[S | k masked]   (nats)
 

@@ -10,8 +10,9 @@ probability of row x^j and 1 + e_l the likelihood ratio of the noisy token for b
 
     P(x = x^j | z without z_i)  proportional to  p_j  prod_{l != i, z_l = x^j_l} (1 + e_l) .
 
-:class:`GaussianMixture` has a closed-form ideal denoiser. For data from
-``sum_j w_j N(mu_j, s^2)`` the rescaled noisy ``z = x0 + exp(-lambda / 2) eps`` is a mixture of variance ``v = s^2 + exp(-lambda)``, and with the gain ``k = s^2 / v``
+:class:`GaussianMixture` has a closed-form ideal denoiser. For data from ``sum_j w_j N(mu_j, s^2)``
+the rescaled noisy ``z = x0 + exp(-lambda / 2) eps`` is a mixture of variance ``v = s^2 +
+exp(-lambda)``, and with the gain ``k = s^2 / v``
 
     E[x0 | z] = sum_j r_j (k z + (1 - k) mu_j) ,   r_j proportional to w_j N(z; mu_j, v) .
 
