@@ -189,9 +189,6 @@ def _short(values: np.ndarray) -> str:
     return np.array2string(np.asarray(values), threshold=8, edgeitems=3)
 
 
-RESAMPLES = 100_000
-
-
 @dataclasses.dataclass(frozen=True)
 class PairedSeeds:
     """Differences of two methods over seeds, first minus second.
@@ -239,13 +236,17 @@ class PairedSeeds:
 
 
 def paired_seeds(
-    first: Sequence[float], second: Sequence[float], coverage: float = 0.95
+    first: Sequence[float],
+    second: Sequence[float],
+    coverage: float = 0.95,
+    resamples: int = 100_000,
 ) -> PairedSeeds:
     """Compares two methods run with the same seeds, in the same order.
 
     Args:
         first, second: [N] a finite score per seed.
         coverage: of the intervals, in (0, 1).
+        resamples: of the bootstrap.
 
     Raises:
         ValueError: if the two cannot be paired, are empty or not finite, or coverage is out of
@@ -278,7 +279,7 @@ def paired_seeds(
             np.mean,
             confidence_level=coverage,
             method="percentile",
-            n_resamples=RESAMPLES,
+            n_resamples=resamples,
             rng=0,
         )
         interval = tuple(map(float, bootstrap.confidence_interval))
