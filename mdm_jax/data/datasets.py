@@ -18,10 +18,7 @@ SPLITS = ("train", "valid", "test")
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Random access to rows.
-
-    An optional method ``rows(indices [n]) -> Batch`` reads n rows at once, stacked.
-    """
+    """Random access to rows; optional ``rows(indices [n]) -> Batch`` reads n at once, stacked."""
 
     def __len__(self) -> int: ...
 
@@ -35,19 +32,17 @@ class Dataset:
     """Three splits and their metadata.
 
     Attributes:
-        train: rows to learn from.
-        valid: rows to choose by; may have length 0.
-        test: rows to report on; may have length 0.
-        tokenizer: text to ids; None for images.
-        vocab_size: K, ids of a row lie in [0, K).
-        mask_id: K - 1, which no clean row holds.
+        train, valid, test: rows to learn from, to choose by, to report on; the last two may be
+            empty.
+        tokenizer: None for images.
+        vocab_size, mask_id: K, ids lie in [0, K); and K - 1, which no clean row holds.
         length: L, elements of a row.
-        unit: what ``Batch.units`` counts, hence what likelihood is reported per.
+        unit: what ``Batch.units`` counts and likelihood is reported per.
         event_shape: shape of a picture, product L; None for text.
         fingerprint: SHA-256 of the content and of every setting that changes the rows.
         description: sizes, source, licence, and every policy that removed something.
-        report: counts of what was read and of everything that was changed or left out.
-        check: ``check(prompt, answer)``, whether a text is a right answer; None where unknown.
+        report: counts of what was read, changed or left out.
+        check: ``check(prompt, answer)``, whether an answer is right; None where unknown.
     """
 
     train: RowSource
@@ -96,17 +91,14 @@ def make_dataset(
     event_shape: tuple[int, ...] | None = None,
     check: Callable[[str, str], bool] | None = None,
 ) -> Dataset:
-    """Build a :class:`Dataset` with its fingerprint and description.
+    """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 
     Args:
         rows: row source by split.
-        content: bytes to fingerprint.
-        settings: JSON values that change the rows, for the fingerprint.
-        headline: first line of the description.
-        policy: what was cut, padded or left out, for the description.
+        content, settings: for the fingerprint: bytes, and JSON values that change the rows.
+        headline, policy: for the description: first line; what was cut, padded or left out.
         report: counts; those that are not zero are in the description too.
-        tokenizer, length, vocab_size, event_shape, check: as in Dataset; ``vocab_size`` None is
-            that of the tokenizer.
+        vocab_size: None: that of the tokenizer.
     """
     digest = hashlib.sha256(hashlib.sha256(content).digest())
     digest.update(json.dumps(settings, sort_keys=True).encode("utf-8"))
@@ -143,9 +135,8 @@ def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
 def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[int, int]:
     """First index of valid and of test when ``size`` items are split in order by ``fractions``.
 
-    Raises:
-        ValueError: if the fractions are not three non-negative numbers with sum 1, or if a split
-            that should hold something would be empty.
+    Raises ValueError if the fractions are not three non-negative numbers with sum 1, or if a split
+    with a positive fraction, or train, would be empty.
     """
     in_range = len(fractions) == 3 and all(0 <= f <= 1 for f in fractions)
     if not in_range or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
@@ -218,9 +209,7 @@ class TokenSpans(VectorisedRows):
     """Rows of ``length`` consecutive tokens of one array, padded after its end.
 
     Args:
-        tokens: [n] int32.
-        starts: first token of each row.
-        length: L.
+        tokens, starts: [n] int32; first token of each row.
         pad_id: id of padding, which is not eligible and belongs to document 0.
         character_counts: [K], characters per id; a row's ``units`` is their sum.
     """
@@ -259,9 +248,8 @@ class PackedSpans(VectorisedRows):
     The spans of a row are its documents 1, 2, ..., in order; padding is document 0.
 
     Args:
-        starts: [P] first token of each span.
-        ends: [P] one past its last.
-        rows: [P] the row of each span, every number below the largest in use.
+        starts, ends, rows: [P] first token, one past the last, and row of each span; rows are
+            numbered without gaps.
         length: L; the spans of a row have at most so many tokens together.
         tokens, pad_id, character_counts: as in :class:`TokenSpans`.
     """
@@ -303,7 +291,7 @@ class PackedSpans(VectorisedRows):
 
 
 class StoredRows(VectorisedRows):
-    """Rows stored as they are read: a Batch with a leading axis of all rows."""
+    """Rows of a Batch with a leading axis of all rows."""
 
     def __init__(self, batch: Batch):
         self._batch = batch

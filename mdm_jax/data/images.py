@@ -13,9 +13,8 @@ _SPLIT_SEED = 0
 def digits() -> Dataset:
     """Handwritten digits of scikit-learn: 1,797 pictures of 8 by 8 with 17 intensities.
 
-    Ids 0 to 16 are intensities, the mask is 17. The pictures are shuffled once with a fixed seed
-    and split 80/10/10. Source: UCI "Optical recognition of handwritten digits" (CC BY 4.0), as
-    shipped with scikit-learn (BSD-3). Raises ImportError without scikit-learn.
+    Ids 0 to 16 are intensities, 17 is the mask. Shuffled with a fixed seed, split 80/10/10. Source:
+    UCI "Optical recognition of handwritten digits" (CC BY 4.0), shipped with scikit-learn (BSD-3).
     """
     try:
         from sklearn.datasets import load_digits
@@ -44,9 +43,8 @@ def picture_dataset(
     settings: dict[str, Any],
     headline: str,
 ) -> Dataset:
-    """Dataset of flattened pictures: per split, [rows, L] uint8 in [0, num_levels).
-
-    The mask is the id after the intensities; ``settings`` and ``headline`` as in ``make_dataset``.
+    """Dataset of flattened pictures, per split [rows, L] uint8 in [0, num_levels); the mask comes
+    last.
     """
     shape = " x ".join(map(str, event_shape))
     return make_dataset(

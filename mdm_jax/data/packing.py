@@ -1,8 +1,8 @@
-"""Rows of documents: each in rows of its own, or several to a row, told apart by their numbers.
+"""Rows of documents: each in rows of its own, or several packed into a row.
 
-Attention stays within a document (``models.masks``), so a document's network outputs, and
-its part of the bound, are those it has in a row of its own. Positions are not restarted: rotary
-embeddings depend on differences of positions alone, absolute ones would need a restart.
+Attention stays within a document (``models.masks``), so its outputs and its part of the bound do
+not depend on packing. Positions are not restarted: rotary embeddings depend on differences of
+positions alone, absolute ones would need a restart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,15 +28,15 @@ def cut_documents(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Cut consecutive documents of ``sizes`` tokens into pieces of at most ``length``, in order.
 
-    A long document gives full rows first and then the rest; an empty one gives none.
+    A long document gives full rows and then the rest; an empty one gives none.
 
     Returns:
         [P] first token of each piece in the concatenated documents, [P] one past its last token,
-        and the number of documents that were cut.
+            and the number of documents that were cut.
 
     Raises:
-        ValueError: naming ``origin`` and the first document that is too long, if ``long_documents``
-            is "error"; for settings that do not exist.
+        ValueError: naming ``origin`` and the first long document if ``long_documents`` is "error";
+            for invalid settings.
     """
     check_positive("length", length)
     check_choice("long_documents", long_documents, LongDocuments)
@@ -59,11 +59,8 @@ def cut_documents(
 def first_fit(sizes: Sequence[int], length: int) -> np.ndarray:
     """The row of each piece, [P] int64: the first row, in order, that still has room for it.
 
-    Pieces keep their order within a row. At most 1.7 times as many rows as the best packing needs
-    (Dosa and Sgall 2013), in time ``O(P log P)``.
-
-    Raises:
-        ValueError: if a piece is empty or longer than a row of ``length`` tokens.
+    At most 1.7 times as many rows as the best packing (Dosa and Sgall 2013), in time ``O(P log
+    P)``. Raises ValueError if a piece is empty or longer than a row of ``length`` tokens.
     """
     sizes = np.asarray(sizes, np.int64)
     if len(sizes) and (sizes.min() < 1 or sizes.max() > length):
@@ -101,17 +98,15 @@ def document_dataset(
     settings: Mapping[str, Any],
     content: bytes | None = None,
 ) -> Dataset:
-    """Dataset of documents, each ended by EOS, in rows that are a function of the arguments alone.
+    """Dataset of documents, each ended by EOS; a function of the arguments alone.
 
     Args:
         texts: documents by split; the tokenizer is fitted to those of "train".
-        length, tokenizer, bpe_vocab_size, packing, long_documents: as in
-            :func:`mdm_jax.data.text`.
         origin: for error messages.
         headline, settings, content: as in ``datasets.make_dataset``; content None: the tokens.
 
-    Raises:
-        ValueError: as :func:`cut_documents`, naming the split, and for an unknown packing.
+    Other arguments are those of :func:`mdm_jax.data.documents`. Raises ValueError as
+    :func:`cut_documents`, naming the split, and for an unknown packing.
     """
     check_choice("packing", packing, Packing)
     codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)

@@ -1,4 +1,4 @@
-"""Prompt and answer pairs from a JSON-lines file, and checks of answers that end in a result."""
+"""Prompt and answer pairs from a JSON-lines file, with checks of final results."""
 
 import collections
 import dataclasses
@@ -29,8 +29,8 @@ AnswerPadding = Literal["eos_scored", "pad_hidden"]
 def result_after(answer: str, marker: str) -> str | None:
     """The result after the last ``marker``, as after ``####`` in GSM8K; None without a marker.
 
-    Numbers are brought to one form: ``$1,000``, ``1000.0`` and ``1000.`` are all ``1000``. Other
-    texts lose the spaces around them.
+    Numbers are normalised: ``$1,000``, ``1000.0`` and ``1000.`` are ``1000``. Other texts are
+    stripped.
     """
     _, separator, text = answer.rpartition(marker)
     if not separator:
@@ -47,14 +47,14 @@ def result_after(answer: str, marker: str) -> str | None:
 class ResultAfterMarker:
     """``Dataset.check``: whether an answer ends in the result of a reference answer.
 
-    ``marker`` is the text before a result, ``results`` are those of the references, by prompt.
+    ``marker`` precedes a result; ``results`` are those of the references, by prompt. ValueError for
+    a prompt without a reference.
     """
 
     marker: str
     results: Mapping[str, frozenset[str]]
 
     def __call__(self, prompt: str, answer: str) -> bool:
-        """Whether the answer is right; ValueError for a prompt without a reference."""
         if prompt not in self.results:
             raise ValueError(f"no reference answer to the prompt {prompt!r}")
         return result_after(answer, self.marker) in self.results[prompt]
@@ -62,7 +62,7 @@ class ResultAfterMarker:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How a pair becomes a row."""
+    """Settings by which a pair becomes a row."""
 
     prompt_length: int
     answer_length: int
@@ -91,34 +91,30 @@ def jsonl(
     answer_padding: AnswerPadding = "eos_scored",
     answer_marker: str = "",
 ) -> Dataset:
-    """Rows ``[PAD ... prompt][answer EOS ...]`` from a file of one JSON object per line.
+    """Rows ``[PAD ... prompt][answer EOS ...]`` from a file of one JSON object per line, UTF-8.
 
     The prompt is right-aligned in the first ``prompt_length`` positions and never eligible; the
     padding before it is neither eligible nor attended to.
 
     Args:
-        path: the file, UTF-8.
-        prompt_length: positions for the prompt.
-        answer_length: positions for the answer and its EOS.
-        prompt_field: key of the prompt, a string.
-        answer_field: key of the answer, a string.
+        prompt_length, answer_length: positions of each, the EOS of the answer included.
+        prompt_field, answer_field: keys of each, strings.
         valid_path, test_path, fractions, split_seed: one file split by distinct prompt, or a file
             for each split; see :func:`mdm_jax.data.text.read_splits`.
         tokenizer, bpe_vocab_size: as in :func:`mdm_jax.data.text`, fitted to the training pairs.
-        too_long: what to do with a pair that does not fit: "error"; "truncate" keeps the end of the
-            prompt and the beginning of the answer, and a cut answer has no EOS; "drop" leaves the
-            pair out. Both are counted in the report, by split.
-        answer_padding: after the EOS of the answer. "eos_scored": more EOS, eligible like the
-            answer, so the model has to find its length (as in LLaDA, Nie et al. 2025).
-            "pad_hidden": padding, neither eligible nor attended to; cheaper to fit, but it reveals
-            the length of the answer, so likelihoods are conditional on it.
-        answer_marker: text before the result in every answer, such as ``"####"`` in GSM8K. An
-            answer is then right if its result is that of the file (``Dataset.check``, numbers
-            compared as numbers); "" for data whose answers cannot be checked.
+        too_long: a pair that does not fit: "error"; "truncate" keeps the end of the prompt and the
+            beginning of the answer, which then has no EOS; "drop". The report counts both, by
+            split.
+        answer_padding: after the EOS. "eos_scored": more EOS, eligible, so the model has to find
+            the length (as in LLaDA, Nie et al. 2025). "pad_hidden": padding, neither eligible nor
+            attended to; easier to fit, but likelihoods are then conditional on the answer's length.
+        answer_marker: text before the result in every answer, such as ``"####"`` in GSM8K; answers
+            are checked by their results (``Dataset.check``). "": no check.
 
     Raises:
-        ValueError: as ``read_splits``; naming file and line, if an answer lacks the marker, or a
-            pair does not fit and ``too_long`` is "error"; or if a setting is out of range.
+        ValueError: as ``read_splits``; naming file and line, if an answer lacks the marker or a
+            pair is too long under "error"; if a whole split is dropped or a setting is out of
+            range.
     """
     check_positive("prompt_length", prompt_length)
     check_positive("answer_length", answer_length)
@@ -186,7 +182,7 @@ def _checker(
 def _encode(
     records: Sequence[Record], codec: Tokenizer, layout: _Layout
 ) -> tuple[Batch, dict[str, int]]:
-    """Rows of one split, and counts of what became of its pairs."""
+    """Rows of one split, and counts for the report."""
     counts = dict.fromkeys(
         ("pairs", "rows", "truncated_prompts", "truncated_answers", "dropped_pairs"), 0
     )

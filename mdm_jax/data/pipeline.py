@@ -18,7 +18,7 @@ _OPEN: "weakref.WeakSet[grain.DatasetIterator]" = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Stop prefetch threads before the backend that they place batches on goes."""
+    """Stop prefetch threads before the JAX backend shuts down."""
     for stream in list(_OPEN):
         stream.close()
         stream.close = lambda: None  # Grain's __del__ closes again, when its modules are gone
@@ -35,27 +35,24 @@ def train_iterator(
 ) -> "grain.DatasetIterator":
     """Endless iterator over shuffled batches of ``source``, resumable and prefetched by Grain.
 
-    Each epoch visits every row once in its own order; a batch may hold the end of one epoch and the
-    beginning of the next. Global batch i is a function of (source, batch_size, seed, i) alone.
+    Each epoch visits every row once in its own order; a batch may span two epochs. Global batch i
+    is a function of (source, batch_size, seed, i) alone.
 
-    ``get_state()`` counts the batches handed out, not those prefetched: a small JSON-able dict from
-    which ``set_state(state)`` continues. It does not identify the data: keep
-    :func:`stream_fingerprint` next to it. An error while a batch is read or placed is raised by the
-    ``next`` that would have returned it, and the following ``next`` tries that batch again.
-    ``close()`` ends the thread.
+    ``get_state()`` counts the batches handed out, not those prefetched: a small JSON-able dict for
+    ``set_state(state)``. It does not identify the data: keep :func:`stream_fingerprint` next to it.
+    An error in reading or placing a batch is raised by the ``next`` that would have returned it;
+    the following ``next`` tries that batch again. ``close()`` ends the thread.
 
     Args:
-        source: training rows.
         batch_size: B, rows of the *global* batch, over all processes.
         seed: of the order, in [0, 2**32).
-        prefetch: batches to hold ready on one background thread, which prepares one more; 0: none.
-        rows: which rows of each global batch to return, such as ``sharding.local_rows``, the part
-            of one process of several; None: all.
+        prefetch: batches held ready by a background thread, which prepares one more; 0: none.
+        rows: which rows of each global batch to return, such as ``sharding.local_rows``; None: all.
         place: applied to each batch by the thread that read it, for example ``jax.device_put``.
 
     Returns:
-        Iterator of Batch with a leading axis of ``batch_size``, or as long as ``rows``; NumPy
-        arrays, or what ``place`` returns.
+        Iterator of Batch, leading axis ``batch_size`` or ``len(rows)``; NumPy, or what ``place``
+            returns.
 
     Raises:
         ValueError: if the source has fewer rows than a batch, or an argument is out of range.
@@ -98,11 +95,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Batches of ``batch_size`` that hold every row of ``source`` exactly once, in order.
 
-    The last one is filled up with empty rows: nothing eligible, documents and units 0. With
-    ``max_rows`` only so many rows are taken, evenly spaced over the source.
-
-    Raises:
-        ValueError: if the source is empty or an argument is not positive.
+    The last one is filled up with empty rows: nothing eligible, documents and units 0. ``max_rows``
+    takes so many rows, evenly spaced. Raises ValueError if the source is empty or an argument is
+    not positive.
     """
     check_positive("batch_size", batch_size)
     size = len(source)
@@ -129,12 +124,7 @@ def stream_fingerprint(dataset: Dataset, batch_size: int, seed: int) -> dict[str
 
 
 def check_same_stream(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to continue a training stream under settings that would change it.
-
-    Raises:
-        ValueError: listing what differs between the :func:`stream_fingerprint` of the run that
-            wrote the checkpoint and that of the current one.
-    """
+    """Raise ValueError, listing what differs, unless two :func:`stream_fingerprint` are equal."""
     changed = [
         f"{key.replace('_', ' ')}: saved {saved.get(key, 'nothing')}, now "
         f"{current.get(key, 'nothing')}"
@@ -150,6 +140,5 @@ def check_same_stream(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
 
 
 def _filled(batch: Batch, size: int) -> Batch:
-    """The batch and then empty rows, ``size`` in all."""
     missing = (0, size - len(batch.tokens))
     return Batch(*(np.pad(field, [missing] + [(0, 0)] * (np.ndim(field) - 1)) for field in batch))

@@ -1,4 +1,4 @@
-"""Token statistics of a split: n-gram entropies, the yardsticks of a likelihood; rare tokens."""
+"""Token statistics of a split: n-gram entropies, to compare likelihoods with; rare tokens."""
 
 from typing import NamedTuple
 
@@ -16,10 +16,9 @@ class NgramEntropies(NamedTuple):
     unigram or bigram model reaches them on unseen text.
 
     Attributes:
-        unigram: H(X_t), bits per token.
-        bigram: H(X_t | X_{t-1}), bits per token, over pairs inside one row; None without pairs.
-        tokens: number of tokens counted.
-        pairs: number of pairs counted.
+        unigram, bigram: H(X_t) and H(X_t | X_{t-1}), bits per token; pairs lie inside one row,
+            bigram is None without pairs.
+        tokens, pairs: numbers counted.
         units: characters or dimensions that the tokens stand for.
     """
 
@@ -31,12 +30,12 @@ class NgramEntropies(NamedTuple):
 
     @property
     def unigram_per_unit(self) -> float:
-        """Unigram entropy in bits per character or dimension."""
+        """Bits per character or dimension."""
         return self.unigram * self.tokens / self.units
 
     @property
     def bigram_per_unit(self) -> float | None:
-        """Bigram entropy in bits per character or dimension; None without pairs."""
+        """Bits per character or dimension; None without pairs."""
         return None if self.bigram is None else self.bigram * self.tokens / self.units
 
 
@@ -51,9 +50,8 @@ def ngram_entropies(
 
     Args:
         tokens: [L] one stream, or [N, L] rows; integers in [0, vocab_size).
-        vocab_size: K.
-        eligible: bool, shape of ``tokens``: which to count. A pair needs two eligible neighbours
-            in one row. None: all.
+        eligible: bool, shape of ``tokens``: which to count, None: all. A pair needs two eligible
+            neighbours in one row.
         units: characters or dimensions that the counted tokens stand for; None: their number.
 
     Raises:
@@ -89,9 +87,8 @@ def ngram_entropies(
 def split_entropies(
     source: RowSource, vocab_size: int, max_rows: int | None = None
 ) -> NgramEntropies:
-    """:func:`ngram_entropies` of the eligible tokens of a split, those a likelihood is taken of.
-
-    ``max_rows`` is that of :func:`mdm_jax.data.evaluation_batches`.
+    """:func:`ngram_entropies` of a split's eligible tokens; ``max_rows`` as in
+    ``evaluation_batches``.
     """
     batches = list(evaluation_batches(source, 256, max_rows))
     return ngram_entropies(
@@ -107,11 +104,8 @@ def rare_tokens(
 ) -> np.ndarray:
     """The least frequent tokens that together make up at most ``share`` of a split, [K] bool.
 
-    Ids that do not occur among the eligible tokens are rare too. For token-dependent corruption
-    (``corruption.bernoulli_shifted_logit``). ``max_rows`` as in :func:`split_entropies`.
-
-    Raises:
-        ValueError: unless 0 < share < 1.
+    Ids without eligible occurrences are rare too. For token-dependent corruption
+    (``corruption.bernoulli_shifted_logit``). Raises ValueError unless 0 < share < 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"rare_tokens needs 0 < share < 1, got {share}")

@@ -1,4 +1,4 @@
-"""Text: windows of one long file or of CPython's documentation, and JSONL documents one a line."""
+"""Text: windows of one file or of CPython's documentation, and JSONL documents."""
 
 import hashlib
 import json
@@ -38,8 +38,6 @@ def text(
     attended to, fills up the last one.
 
     Args:
-        path: the file.
-        length: L, tokens per row.
         tokenizer: "char", "byte", "bpe" (the first and last are fitted to the training part), the
             path of a tokenizer's JSON file, or a tokenizer.
         bpe_vocab_size: K for "bpe".
@@ -76,10 +74,10 @@ def embedded_text(
 ) -> Dataset:
     """Rows from the language reference in every CPython, ``pydoc_data.topics`` (PSF-2.0).
 
-    About half a million characters of English prose, code and grammar: the topics in the order of
-    their names, joined by blank lines, reduced to ASCII (NFKD, the rest dropped and counted). The
-    text differs between Python versions, patch releases included; the description records its
-    SHA-256 and the version. Arguments and splits as in :func:`text`.
+    About half a million characters: the topics in the order of their names, joined by blank lines,
+    reduced to ASCII (NFKD, the rest dropped and counted). The text differs between Python versions,
+    patch releases included; the description records version and SHA-256. Arguments as in
+    :func:`text`.
     """
     from pydoc_data.topics import topics
 
@@ -190,9 +188,9 @@ def read_splits(
 ) -> dict[str, list[Record]]:
     """Records of each split, in the order of the files, from files of one JSON object per line.
 
-    Without ``valid_path`` the file is split by ``fractions`` of its *distinct first fields* after a
-    shuffle with ``split_seed``, so none is in two splits. With it, the whole file is for training,
-    and ``test_path``, or nothing, is the test split. ``fields`` are the keys to read, of strings.
+    ``fields`` are the keys to read. Without ``valid_path`` the *distinct first fields* are shuffled
+    with ``split_seed`` and split by ``fractions``, so none is in two splits. With it, the whole
+    file is for training, and ``test_path``, or nothing, is the test split.
 
     Raises:
         ValueError: naming file and line, if a line is malformed or empty before the end of the
@@ -262,14 +260,13 @@ def documents(
     packing: Packing = "",
     long_documents: LongDocuments = "split",
 ) -> Dataset:
-    """Rows of documents from a file of one JSON object per line, each with a text.
+    """Rows of documents from a UTF-8 file of one JSON object per line, each with a text.
 
-    A document is encoded and EOS is appended, which is eligible and stands for no character. It
-    stands in rows of its own, the last filled up with padding that is neither eligible nor attended
-    to; with ``packing`` documents share rows (:mod:`mdm_jax.data.packing`).
+    EOS, which is eligible and stands for no character, ends a document. Each stands in rows of its
+    own, the last filled up with padding that is neither eligible nor attended to; with ``packing``
+    documents share rows (:mod:`mdm_jax.data.packing`).
 
     Args:
-        path: the file, UTF-8.
         length: L, tokens per row.
         text_field: key of the text, a string.
         valid_path, test_path, fractions, split_seed: one file split by distinct text, or a file for
@@ -279,8 +276,8 @@ def documents(
         long_documents: longer than a row with their EOS: "split" them, or raise an "error".
 
     Raises:
-        ValueError: as ``read_splits``, with file and line; naming the file, if a document is too
-            long and that is an error; or if a setting is out of range.
+        ValueError: as ``read_splits``; naming the file and the document if one is too long under
+            "error"; if a setting is out of range.
     """
     check_positive("length", length)
     parts = read_splits(

@@ -1,4 +1,4 @@
-"""Any text or small-image dataset of TensorFlow Datasets, read without TensorFlow."""
+"""Text and small-image datasets of TensorFlow Datasets, read without TensorFlow."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -30,21 +30,20 @@ def tfds_text(
 ) -> Dataset:
     """Rows of documents, one per example, from a TFDS dataset with a text feature.
 
-    Rows are those of :func:`mdm_jax.data.text`. All text is read and encoded when the dataset
-    is made, and kept at 4 bytes per token; use a slice such as "train[:1%]" of a large dataset.
+    Rows are those of :func:`mdm_jax.data.documents`. All text is read and encoded at once and kept
+    at 4 bytes per token; use a slice such as "train[:1%]" of a large dataset.
 
     Args:
-        name: name of the dataset, with config and version where needed ("lm1b", "my_data/a:1.0.0").
-        length: L, tokens per row.
-        text_field: name of the feature that holds the text.
+        name: of the dataset, with config and version where needed ("lm1b", "my_data/a:1.0.0").
+        text_field: feature that holds the text.
         splits: TFDS split expressions for train, valid and test.
         data_dir: where TFDS keeps its datasets; None: its default.
-        download: whether TFDS may download and prepare the dataset where it is not there yet.
-        tokenizer, bpe_vocab_size, packing, long_documents: as in :func:`mdm_jax.data.text`.
+        download: whether TFDS may download and prepare a missing dataset.
+        length, tokenizer, bpe_vocab_size, packing, long_documents: as in ``documents``.
 
     Raises:
-        ValueError: if the dataset, a split or the feature does not exist, is empty, is not
-            prepared as array_record, or is not UTF-8 text; or as ``documents``.
+        ValueError: if the dataset, a split or the feature does not exist, is empty, is not prepared
+            as array_record, or is not UTF-8 text; or as ``documents``.
         ImportError: if tensorflow-datasets is not installed.
     """
     check_positive("length", length)
@@ -75,18 +74,11 @@ def tfds_images(
     data_dir: str | os.PathLike | None = None,
     download: bool = True,
 ) -> Dataset:
-    """Rows of one flattened picture each, from a TFDS dataset of 8-bit images of one shape.
+    """Rows of one flattened picture each, from a TFDS dataset of uint8 images of one shape.
 
-    An intensity v becomes ``v * levels // 256``. A trailing axis of one channel is removed. All
-    pictures are decoded when the dataset is made, and kept at one byte per element.
-
-    Args:
-        levels: number of intensities, 2 to 256.
-        image_field: name of the feature that holds the picture.
-        name, splits, data_dir, download: as in :func:`tfds_text`.
-
-    Raises:
-        ValueError, ImportError: as :func:`tfds_text`; if the pictures are not uint8 of one shape.
+    An intensity v becomes ``v * levels // 256``, 2 <= levels <= 256. A trailing axis of one channel
+    is removed. All pictures are decoded at once and kept at one byte per element. Other arguments
+    and errors as in :func:`tfds_text`; ValueError too if the pictures are not uint8 of one shape.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels must be in [2, 256], got {levels}")
@@ -117,7 +109,6 @@ def tfds_images(
 def _open(
     name: str, splits: Sequence[str], data_dir: str | os.PathLike | None, download: bool
 ) -> dict[str, Any]:
-    """Random-access sources of the three splits."""
     if isinstance(splits, str) or len(splits) != len(SPLITS):
         raise ValueError(f"splits must be three expressions (train, valid, test), got {splits!r}")
     try:
@@ -154,7 +145,7 @@ def _open(
 
 
 def _values(source: Any, field: str) -> Iterator[tuple[Any, str]]:
-    """The values of one feature in order, each with a name for error messages."""
+    """Values of one feature in order, each with a name for error messages."""
     features = source.dataset_info.features
     title = f"tfds dataset {source.dataset_info.full_name}, split {source.split}"
     if field not in features:

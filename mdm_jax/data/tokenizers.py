@@ -1,7 +1,7 @@
 """Tokenizers: characters, bytes, and byte-level BPE through the ``tokenizers`` package.
 
-Content tokens are numbered from 0; three special ids come last: padding, end of sequence, mask.
-``encode`` never returns them, whatever the text says.
+Content ids start at 0; padding, end of sequence and mask are the last three ids, which ``encode``
+never returns.
 """
 
 import abc
@@ -27,8 +27,8 @@ class Tokenizer(abc.ABC):
 
     Attributes:
         kind: name under which the tokenizer is saved.
-        character_counts: [K] int32, characters of raw text that each id stands for. A character
-            that is spread over several ids is counted once, at its first one.
+        character_counts: [K] int32, characters of raw text that each id stands for; a character
+            spread over several ids counts at its first one.
         unknown_id: id of characters outside the vocabulary, None where every text can be encoded.
     """
 
@@ -72,7 +72,7 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: ArrayLike, mask_text: str = "▁") -> str:
         """Text of ``ids`` [n]; each mask becomes ``mask_text``, padding and EOS become nothing.
 
-        Invalid UTF-8 (a model can write it) becomes U+FFFD. Raises ValueError for an unknown id.
+        Invalid UTF-8 becomes U+FFFD. Raises ValueError for an id outside [0, K).
         """
         ids = self._checked(ids).reshape(-1)
         ids = ids[(ids != self.pad_id) & (ids != self.eos_id)]
@@ -82,7 +82,7 @@ class Tokenizer(abc.ABC):
         )
 
     def count_characters(self, ids: ArrayLike) -> int:
-        """Number of characters of raw text that ``ids`` (any shape) stand for; special ids: 0."""
+        """Characters of raw text that ``ids`` (any shape) stand for; special ids: 0."""
         return int(self.character_counts[self._checked(ids)].sum())
 
     def count_unknown(self, ids: ArrayLike) -> int:
@@ -90,7 +90,7 @@ class Tokenizer(abc.ABC):
         return 0 if self.unknown_id is None else int((np.asarray(ids) == self.unknown_id).sum())
 
     def truncate_at_eos(self, ids: ArrayLike) -> np.ndarray:
-        """The part of ``ids`` [n] before the first EOS; all of it where there is none."""
+        """The part of ``ids`` [n] before the first EOS, or all of it."""
         ids = np.asarray(ids)
         stops = np.flatnonzero(ids == self.eos_id)
         return ids[: stops[0]] if len(stops) else ids
@@ -100,7 +100,6 @@ class Tokenizer(abc.ABC):
         return json.dumps({"kind": self.kind, **self._settings()})
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write :meth:`to_json` to ``path``, for :func:`load_tokenizer`."""
         pathlib.Path(path).write_text(self.to_json(), "utf-8")
 
     @property
@@ -127,13 +126,8 @@ class Tokenizer(abc.ABC):
 class CharTokenizer(Tokenizer):
     """One id per Unicode character; other characters share ``unknown_id``, the id before padding.
 
-    A likelihood of text with unknown characters leaves out which ones they were: report the count.
-
-    Args:
-        characters: the known characters, each once, in code point order.
-
-    Raises:
-        ValueError: if there are none, or they are repeated or out of order.
+    Likelihood does not cover which unknown characters occurred: report their count. Raises
+    ValueError unless ``characters`` are distinct, in code point order and at least one.
     """
 
     kind = "char"
@@ -225,8 +219,8 @@ class BPETokenizer(Tokenizer):
         special_tokens: names of padding, end of sequence and mask in it.
 
     Raises:
-        ValueError: if the JSON cannot be read, lacks one of the special tokens, or does not
-            reproduce text exactly (then characters could not be counted).
+        ValueError: if the JSON cannot be read, lacks a special token, or does not reproduce text
+            exactly (then characters could not be counted).
     """
 
     kind = "bpe"
@@ -271,11 +265,8 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Learn merges from ``texts``, which should be the training split only.
 
-        Digits are always tokens of their own. The result is a function of the texts alone; it has
-        fewer than ``vocab_size`` tokens where the texts hold fewer distinct pairs.
-
-        Raises:
-            ValueError: if ``vocab_size`` is too small for the 256 bytes and the special tokens.
+        Each digit is a token. A function of the texts alone; fewer than ``vocab_size`` tokens where
+        the texts hold fewer distinct pairs. Raises ValueError for ``vocab_size`` below 259.
         """
         smallest = 256 + NUM_SPECIAL
         if vocab_size < smallest:
@@ -364,11 +355,10 @@ class BPETokenizer(Tokenizer):
 
 
 def tokenizer_from_json(text: str, origin: str = "the given JSON") -> Tokenizer:
-    """The tokenizer that :meth:`Tokenizer.to_json` wrote, or one in Hugging Face tokenizers JSON.
+    """The tokenizer of :meth:`Tokenizer.to_json`, or of Hugging Face tokenizers JSON.
 
-    Raises:
-        ValueError: naming ``origin``, if it is not JSON, of an unknown kind, or lacks a special
-            token.
+    Raises ValueError, naming ``origin``, if it is not JSON, of an unknown kind, or lacks a special
+    token.
     """
     try:
         payload = json.loads(text)
@@ -398,11 +388,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def make_tokenizer(
     tokenizer: str | Tokenizer, train_texts: Iterable[str], bpe_vocab_size: int
 ) -> Tokenizer:
-    """The tokenizer of a source's ``tokenizer`` argument, fitted to the texts where it is fitted.
-
-    Raises:
-        ValueError: if the name is unknown and not that of a JSON file.
-    """
+    """Tokenizer of a ``tokenizer`` argument, fitted where needed; ValueError if unknown."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if tokenizer == "char":
@@ -431,7 +417,6 @@ def utf8(text: str) -> bytes:
 
 
 def _count_lead_bytes(data: bytes) -> int:
-    """Number of bytes of UTF-8 ``data`` that begin a character."""
     return sum((byte & 0xC0) != 0x80 for byte in data)
 
 
@@ -447,9 +432,8 @@ def _counts_table(content: list[int]) -> np.ndarray:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte of each character by which byte-level tokenizers show it.
-
-    Printable Latin-1 bytes stand for themselves, the others are shifted up in order from U+0100.
+    """Byte by its character in byte-level tokenizers: printable Latin-1 itself, others from U+0100
+    up.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in printable]

@@ -12,14 +12,12 @@ OPERATORS = "+-*"
 
 
 def apply(operator: str, left: int, right: int) -> int:
-    """``left operator right``."""
     if operator == "+":
         return left + right
     return left - right if operator == "-" else left * right
 
 
 def commutes(operator: str) -> bool:
-    """Whether the order of its operands does not matter."""
     return operator != "-"
 
 
@@ -33,15 +31,9 @@ _REMOVE = str.maketrans("", "", LETTERS)
 class Noisy(Task):
     """Another task with a random letter of ``wxyz`` after every ``every`` characters of its answer.
 
-    Its loss never vanishes, as in natural language: each letter costs log 4 nats whatever is
-    learned. Instances, canonical forms and splits are those of the other task.
-
-    Attributes:
-        task: the other task.
-        every: characters between letters.
-
-    Raises:
-        ValueError: if ``every`` is out of range, or the task is noisy already.
+    Its loss never vanishes, as in natural language: each letter costs log 4 nats. Instances,
+    canonical forms and splits are the other task's. Raises ValueError if ``every`` is out of range,
+    or the task is noisy already.
     """
 
     task: Task
@@ -84,15 +76,9 @@ class Noisy(Task):
 class Run(Task):
     """``4+3*2-5=`` to ``749``: the value after each operator, from left to right, modulo p.
 
-    An instance is the prompt without its ``=``.
-
-    Attributes:
-        steps: operators.
-        modulus: p, 2 to 10, so that each value is one digit.
-        last_only: the answer is the last value alone.
-
-    Raises:
-        ValueError: if a setting is out of range.
+    ``steps`` operators, ``modulus`` p from 2 to 10 (each value is one digit); ``last_only``: the
+    answer is the last value alone. An instance is the prompt without ``=``. ValueError for a
+    setting out of range.
     """
 
     steps: int = 4
@@ -114,7 +100,7 @@ class Run(Task):
         return first + "".join(rest)
 
     def canonical(self, instance: str) -> str:
-        """The sum, with its first two numbers sorted where their order does not matter."""
+        """The sum, its first two numbers sorted where they commute."""
         first, operator, second = instance[:3]
         if commutes(operator):
             first, second = sorted((first, second))
@@ -151,8 +137,6 @@ class Chain(Task):
     the right-hand sides in this order, with nodes called A, B, C, ...
 
     Attributes:
-        steps: needed nodes beside the leaf.
-        distractors: nodes that are not needed.
         modulus: p, at least 2. Up to 10, all answers have one length.
         result_only: the answer is the result without its derivation, as in ``2``.
 
@@ -195,7 +179,6 @@ class Chain(Task):
         return tuple(sides)
 
     def _combine(self, node: int, others: str, choices: Choices) -> str:
-        """A node combined with a constant or with one of ``others``."""
         constant = str(1 + choices.below(self.modulus - 1))
         other = choices.one_of(others) if others and choices.below(2) else constant
         left, right = choices.shuffled([_NODES[node], other])
@@ -260,13 +243,7 @@ def _sorted_operands(side: str) -> str:
 class Add(Task):
     """``357+689=`` to ``1046``: two n-digit numbers, their sum in n + 1 digits, zeros kept.
 
-    An instance is the two numbers.
-
-    Attributes:
-        digits: n.
-
-    Raises:
-        ValueError: if it is out of range.
+    An instance is the two numbers; ``digits`` is n, 1 to 100, else ValueError.
     """
 
     digits: int = 4
@@ -285,7 +262,6 @@ class Add(Task):
         return first, second
 
     def canonical(self, instance: tuple[str, str]) -> str:
-        """The two numbers, sorted."""
         return "+".join(sorted(instance))
 
     def write(self, instance: tuple[str, str], _choices: Choices) -> Pair:
@@ -295,7 +271,6 @@ class Add(Task):
         return str(int(first) + int(second)).zfill(self.digits + 1)
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether it is the sum, digit for digit."""
         return answer == self._sum(*prompt.removesuffix("=").split("+"))
 
 
@@ -317,13 +292,7 @@ class Countdown(Task):
     """``4,17,1:68`` to ``1*17=17,17*4=68``: steps with + - * that lead to the target.
 
     Intermediate results lie in 0 to 999. Several answers, of different lengths, can be correct.
-
-    Attributes:
-        numbers: k.
-        largest: of the numbers, which are drawn from 1 to this.
-
-    Raises:
-        ValueError: if a setting is out of range.
+    ``numbers`` are k, drawn from 1 to ``largest``. ValueError for a setting out of range.
     """
 
     numbers: int = 3
@@ -353,7 +322,6 @@ class Countdown(Task):
         return CountdownInstance(tuple(numbers), tuple(steps), value)
 
     def canonical(self, instance: CountdownInstance) -> str:
-        """The numbers, sorted, and the target."""
         return f"{','.join(map(str, sorted(instance.numbers)))}:{instance.target}"
 
     def write(self, instance: CountdownInstance, choices: Choices) -> Pair:

@@ -20,17 +20,14 @@ class _Groups(NamedTuple):
 class Sudoku(Task):
     """n² digits, 0 for blank, to the n² digits of the only valid grid with these givens.
 
-    n = ``rows`` times ``columns``, the shape of a box: 2 x 2 makes 4 x 4 grids, 2 x 3 makes 6 x 6.
-    An instance is a full grid, found by a random depth-first search (every grid is possible, not
-    all equally likely), so all puzzles of one grid are in one split.
+    n = ``rows`` times ``columns``, the shape of a box: 2 x 3 makes 6 x 6 grids. An instance is a
+    full grid, found by a random depth-first search (every grid is possible, not all equally
+    likely), so all puzzles of one grid are in one split. Raises ValueError for a setting out of
+    range.
 
     Attributes:
-        rows, columns: of a box.
         blanks: fewest and most blank cells; the number is uniform between them, but smaller where
             no such puzzle with one solution is found.
-
-    Raises:
-        ValueError: if a setting is out of range.
     """
 
     rows: int = 2
@@ -51,7 +48,6 @@ class Sudoku(Task):
 
     @property
     def size(self) -> int:
-        """n, rows and columns of a grid."""
         return self.rows * self.columns
 
     @property
@@ -80,7 +76,6 @@ class Sudoku(Task):
         return "".join(str(bit.bit_length()) for bit in grid)
 
     def canonical(self, instance: str) -> str:
-        """The full grid."""
         return instance
 
     def write(self, instance: str, choices: Choices) -> Pair:
@@ -117,10 +112,8 @@ class Sudoku(Task):
         return set(blank)
 
     def count_solutions(self, prompt: str, limit: int = 2) -> int:
-        """Valid grids that keep the givens of a prompt, counted up to ``limit``.
-
-        Raises:
-            ValueError: if the prompt is not n² digits up to n.
+        """Valid grids that keep a prompt's givens, at most ``limit``; ValueError unless n² digits
+        up to n.
         """
         groups = _groups(self.rows, self.columns)
         known = set("0123456789"[: self.size + 1])
@@ -140,7 +133,6 @@ class Sudoku(Task):
         return _count(blank, used, groups, (1 << self.size) - 1, limit)
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Whether it is a valid grid that keeps the givens."""
         digits = set("123456789"[: self.size])
         if len(answer) != len(prompt) or not digits.issuperset(answer):
             return False
@@ -166,7 +158,7 @@ def _groups(rows: int, columns: int) -> _Groups:
 
 
 def _flip(used: list[int], cell_groups: tuple[int, int, int], bit: int) -> None:
-    """Puts a digit into three groups or takes it out; ``used`` holds a bit set for each group."""
+    """Add a digit to three groups or remove it; ``used`` holds a bit set for each group."""
     a, b, c = cell_groups
     used[a] ^= bit
     used[b] ^= bit

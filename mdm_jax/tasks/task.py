@@ -1,7 +1,7 @@
 """Generated tasks: examples as a function of (task, split, index), a checker, and a data set.
 
-Splits are disjoint by instance, not by string: the hash of an instance's canonical form picks its
-split (80 % train, 10 % valid, 10 % test), so no renamed or reordered training problem is tested.
+Splits are disjoint by instance: the hash of its canonical form picks the split (80 % train, 10 %
+valid, 10 % test), so no renamed or reordered training problem is tested.
 """
 
 import abc
@@ -39,11 +39,7 @@ class Pair(NamedTuple):
 
 
 class Choices:
-    """Random choices from NumPy's Philox words, which (unlike its distributions) never change.
-
-    Args:
-        key: equal keys give equal choices.
-    """
+    """Random choices from NumPy's Philox words, which (unlike its distributions) never change."""
 
     def __init__(self, key: str):
         digest = hashlib.blake2b(key.encode("utf-8"), digest_size=16).digest()
@@ -57,11 +53,9 @@ class Choices:
         return self._words.pop() * bound >> 64
 
     def one_of(self, items: Sequence[Item]) -> Item:
-        """A random item."""
         return items[self.below(len(items))]
 
     def shuffled(self, items: Sequence[Item]) -> list[Item]:
-        """The items in random order."""
         order = list(items)
         for last in range(len(order) - 1, 0, -1):
             other = self.below(last + 1)
@@ -72,7 +66,7 @@ class Choices:
 class Task(abc.ABC):
     """A family of problems. Subclasses are frozen dataclasses, whose ``repr`` names the family.
 
-    An instance is a problem before it is written as text, in a form of the subclass's choice.
+    An instance is a problem before it is written as text, of any type.
     """
 
     @property
@@ -90,7 +84,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def write(self, instance: Any, choices: Choices) -> Pair:
-        """Prompt and answer; what the canonical form leaves out is chosen here."""
+        """Prompt and answer; ``choices`` decide what the canonical form leaves out."""
 
     @abc.abstractmethod
     def check(self, prompt: str, answer: str) -> bool:
@@ -98,7 +92,6 @@ class Task(abc.ABC):
 
 
 def split_of(canonical: str) -> str:
-    """The split of an instance with this canonical form."""
     digest = hashlib.blake2b(canonical.encode("utf-8"), digest_size=8).digest()
     tenth = int.from_bytes(digest, "little") % 10
     return SPLITS[max(0, tenth - 7)]
@@ -107,8 +100,7 @@ def split_of(canonical: str) -> str:
 def example(task: Task, split: str, index: int) -> Pair:
     """Example ``index`` of a split, a function of the three arguments alone.
 
-    Raises:
-        ValueError: for an unknown split, a negative index, or a task too small for the split.
+    Raises ValueError for an unknown split, a negative index, or a task too small for the split.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -126,7 +118,7 @@ def example(task: Task, split: str, index: int) -> Pair:
 
 
 def check_range(task: Task, **settings: tuple[int, int, int]) -> None:
-    """Raises ValueError unless each setting, (value, low, high), is an integer in [low, high]."""
+    """Raise ValueError unless each setting, (value, low, high), is an integer in [low, high]."""
     for name, (value, low, high) in settings.items():
         integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not integer or not low <= value <= high:
@@ -144,8 +136,8 @@ _FINGERPRINTED = 8  # examples of each split
 class TaskRows(VectorisedRows):
     """Rows ``[PAD ... prompt][answer EOS ...]`` of examples 0 to size - 1, made when first read.
 
-    The prompt is right-aligned and never eligible; the padding before it is not attended to. The
-    other arguments are those of :func:`task_dataset`, with a tokenizer of :data:`VOCABULARY`.
+    The prompt is right-aligned and never eligible; the padding before it is not attended to.
+    Arguments as in :func:`task_dataset`; the tokenizer is that of :data:`VOCABULARY`.
     """
 
     def __init__(
@@ -207,15 +199,13 @@ def task_dataset(
 ) -> Dataset:
     """Data set of a generated task; no instance is in two splits.
 
-    A longer split begins with a shorter one. Where a task has few examples, a split repeats some.
+    A longer split begins with a shorter one; a task with few examples repeats some.
 
     Args:
-        task: the task.
-        prompt_length: positions for the prompt; 0: those of the longest.
-        answer_length: positions for the answer and its EOS; 0: those of the longest.
-        answer_padding: of the EOS tokens after the first. "eos_once": neither eligible nor attended
-            to, which reveals the answer's length (harmless where all answers to a prompt have one
-            length, as in all tasks but countdown). "eos_scored": eligible like the answer.
+        prompt_length, answer_length: positions of each, the answer's EOS included; 0: the longest.
+        answer_padding: EOS tokens after the first. "eos_once": neither eligible nor attended to,
+            which reveals the answer's length (harmless where it is fixed, as in all tasks but
+            countdown). "eos_scored": eligible like the answer.
         train_rows, valid_rows, test_rows: examples of each split.
 
     Raises:
