@@ -1,4 +1,4 @@
-"""Turns a config into an :class:`Experiment`, in one pass; what cannot be built is refused here."""
+"""Build an :class:`Experiment` from a config in one pass; refuses what cannot be built."""
 
 import dataclasses
 import functools
@@ -35,16 +35,10 @@ class Experiment:
     """The objects of a run, built once and used by every mode.
 
     Attributes:
-        config: what they were built from.
-        dataset: data and tokenizer.
-        family: objective, network, likelihood and generator of the run's process.
-        transform: how the variance is reduced.
-        optimizer: the optax chain.
+        transform: the variance chain.
         monitors: running estimates that go to the metrics.
         spec: shape of the global draw.
-        mesh: device mesh.
-        loop: options of the training loop.
-        held_out: name and rows of the split that is evaluated in the end.
+        held_out: name and rows of the final evaluation split.
         validate, evaluate: likelihood estimators, during training and in the end.
         generate: ``generate(params, key, canvas, documents) -> tokens`` of the configured sampler.
         jobs: canvases that samples fill in, none for pictures.
@@ -69,24 +63,21 @@ class Experiment:
 
     @property
     def model(self) -> nn.Module:
-        """The network."""
         return self.family.model
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """``apply_fn(params, inputs, logsnr, documents)``, as objectives call it."""
         return self.family.apply_fn
 
     @property
     def objective(self) -> Objective:
-        """What is estimated."""
         return self.family.objective
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
         """The pure step ``(state, batch, seed=the config's)``, not yet jitted.
 
-        A seed that is passed is no part of the program, which is then one for all seeds.
+        A seed that is passed is traced: one program serves all seeds.
         """
         apply_fn = sharding.sharded_apply(self.apply_fn, self.mesh, sharding.LOGICAL_RULES)
 
@@ -111,7 +102,7 @@ class Experiment:
         return step
 
     def initial_state(self) -> TrainState:
-        """The sharded state at step 0, a function of the config alone."""
+        """Sharded state at step 0, a function of the config alone."""
         return sharding.init_sharded(self._new_state, self.mesh)[0]
 
     def abstract_state(self) -> TrainState:
@@ -119,11 +110,10 @@ class Experiment:
         return sharding.abstract_sharded(self._new_state, self.mesh)
 
     def placed_seed(self) -> Array:
-        """The seed on every device."""
         return sharding.replicate(np.uint32(self.config.seed), self.mesh)
 
     def train_batches(self) -> BatchStream:
-        """Endless placed batches, prefetched, with a position that can be saved; to be closed."""
+        """Endless placed batches, prefetched and resumable; to be closed."""
         c, rows = self.config.train, sharding.batch_sharding(self.mesh)
         return data.train_iterator(
             self.dataset.train,
@@ -145,20 +135,19 @@ class Experiment:
         )
 
     def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
-        """Evaluation batches of a split; 0 rows are all."""
+        """Evaluation batches of a split; ``max_rows`` 0: all."""
         size = self.config.evaluate.batch_size
         return data.evaluation_batches(source, size, max_rows or None)
 
     def key(self, step: int, name: str) -> Array:
-        """Key of a named stream at a step."""
         return rng.stream(rng.step_key(self.config.seed, step), name)
 
     def bias(self) -> str:
-        """The worse of the objective's and the chain's bias labels."""
+        """The weaker of the objective's and the chain's bias labels."""
         return worst_bias(self.objective.bias, self.transform.bias)
 
     def describe(self) -> str:
-        """What is about to be trained, for the terminal and the report."""
+        """Summary of the run for the terminal and the report."""
         params = jax.eval_shape(lambda: nn.meta.unbox(self._init(jax.random.key(0))))
         return "\n".join(
             [
@@ -187,11 +176,9 @@ class Experiment:
 
 
 def make_experiment(config: ConfigDict) -> Experiment:
-    """Builds what a config describes.
+    """Build the objects of a run.
 
-    Raises:
-        ValueError, OSError, ImportError, WorkdirError: with a message for the user, wherever
-            settings or data do not fit.
+    Raises ValueError, OSError, ImportError or WorkdirError, with a message for the user.
     """
     rows = dataset(config)
     family = lookup(FAMILIES, config.process, "process")(config, rows)
@@ -240,7 +227,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
 
 
 def dataset(config: ConfigDict) -> data.Dataset:
-    """The data of a run. A setting that its source does not read must keep its default."""
+    """Data of a run; ValueError if a setting that its source does not read was changed."""
     values = config.data.to_dict()
     source = values.pop("source")
     if source == "tfds":
@@ -273,7 +260,6 @@ def dataset(config: ConfigDict) -> data.Dataset:
 
 
 def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
-    """Generated problems, from the section ``data.task``."""
     name = section["name"]
     task = lookup(names.TASKS, name, "data.task.name")(**settings(section, name))
     if section["noise_every"]:
@@ -283,7 +269,7 @@ def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
 
 
 def _check_unread(config: ConfigDict, sections: tuple[str, ...]) -> None:
-    """Raises ValueError where a name that the run's process does not read was changed."""
+    """Raise ValueError where a name that the run's process does not read was changed."""
     defaults = launch_config.get_config()
     changed = [
         f"{name}.name={config[name].name!r}, leave it at {defaults[name].name!r}"
@@ -342,7 +328,6 @@ def _optimizer(
     ema_decay: float,
     **own: dict[str, Any],
 ) -> optax.GradientTransformation:
-    """The optimiser with warm-up and cosine, from the section ``optimizer``."""
     del ema_decay  # the step's
     lookup(names.DTYPES, ema_dtype, "optimizer.ema_dtype")
     optimizer = lookup(names.OPTIMIZERS, name, "optimizer.name")(
@@ -392,7 +377,6 @@ def _held_out(dataset: data.Dataset, split: str) -> tuple[str, data.RowSource]:
 def _clip_search(
     dataset: data.Dataset, family: Family, rows: int, *, criterion: str, batches: int
 ) -> Callable[..., Any]:
-    """The search for the range of ``clipped_adaptive`` on batches of validation rows."""
     score = lookup(names.CLIP_CRITERIA, criterion, "clip_search.criterion")
     if min(batches, len(dataset.valid) // rows) < 2:
         raise ValueError(
@@ -407,7 +391,7 @@ def _clip_search(
 
 
 def check_quality(experiment: Experiment) -> None:
-    """Raises ValueError or WorkdirError where ``sample.quality_steps`` cannot be measured."""
+    """Raise ValueError or WorkdirError where ``sample.quality_steps`` cannot be measured."""
     c, dataset = experiment.config.sample, experiment.dataset
     if dataset.tokenizer is None:
         raise ValueError("sample.quality_steps is about text, and this run's data are pictures")
@@ -429,17 +413,15 @@ def check_quality(experiment: Experiment) -> None:
 
 
 def open_workdir(workdir: str | pathlib.Path) -> training.CheckpointReader:
-    """The checkpoints of a run, for reading; it may be missing, or still training."""
+    """Checkpoints of a run, for reading; it may be missing, or still training."""
     return training.CheckpointReader(pathlib.Path(workdir) / "checkpoints")
 
 
 def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
     """(step, averaged parameters) of a run: the best by validation loss, else the last.
 
-    The run may have had another optimiser and another variance chain than ``experiment``.
-
-    Raises:
-        CheckpointError: if the directory has neither, or they are of another network.
+    Its optimiser and variance chain may differ from the experiment's. Raises CheckpointError
+    without checkpoints, or for those of another network.
     """
     checkpoints = open_workdir(workdir)
     try:

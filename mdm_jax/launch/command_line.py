@@ -1,4 +1,4 @@
-"""Command lines with a config: names of built-in ones, and errors with the nearest valid names."""
+"""Command lines with a config: names of built-in configs, errors with close matches."""
 
 import difflib
 import pathlib
@@ -27,20 +27,11 @@ def get_config(name: str) -> ConfigDict:
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """``argv`` as absl and ml_collections read it.
+    """``argv`` as absl and ml_collections read it, config loaded once, ``--config.field``s checked.
 
-    The mode may come first, without ``--mode=``. ``--config`` may name a built-in config, and is
-    that of the workdir's own run where an existing one is evaluated, sampled or measured.
-
-    Args:
-        argv: program name and arguments, for the flags ``config``, ``workdir`` and ``mode``.
-
-    Returns:
-        ``argv``, its config loaded once and every ``--config.field`` known to exist.
-
-    Raises:
-        CommandLineError: naming the nearest valid names.
-        flags.Error: as absl raises it.
+    The mode may come first, without ``--mode=``. ``--config`` may name a built-in config; where an
+    existing workdir is evaluated, sampled or measured, it defaults to the config of its run. Raises
+    CommandLineError with close matches, and absl's flags.Error.
     """
     if argv[1:] and argv[1] in MODES:
         argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
@@ -92,7 +83,6 @@ def _expand_mesh(argv: list[str]) -> list[str]:
 
 
 def config_path(argv: list[str]) -> str | None:
-    """Value of ``--config`` in a command line."""
     for number, argument in enumerate(argv):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
             following = argv[number + 1] if number + 1 < len(argv) else None
@@ -101,7 +91,6 @@ def config_path(argv: list[str]) -> str | None:
 
 
 def _replace_config(argv: list[str], path: str) -> list[str]:
-    """``argv`` with another value of ``--config``."""
     replaced, skip = [], False
     for argument in argv:
         if skip:
@@ -115,11 +104,7 @@ def _replace_config(argv: list[str], path: str) -> list[str]:
 
 
 def load(path: str) -> ConfigDict:
-    """The config of ``FILE.py`` or ``FILE.py:ARGUMENT``.
-
-    Raises:
-        CommandLineError: if there is no such file, or it refuses its argument.
-    """
+    """The config of ``FILE.py`` or ``FILE.py:ARGUMENT``; CommandLineError if missing or refused."""
     file, _, argument = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise CommandLineError(f"--config: {_missing(pathlib.Path(file))}")
@@ -141,7 +126,7 @@ def _missing(file: pathlib.Path) -> str:
 
 
 def check_field(config: ConfigDict, name: str) -> None:
-    """Raises CommandLineError unless ``name``, as in "train.steps", is a field of ``config``."""
+    """Raise CommandLineError unless ``name``, as in "train.steps", is a field of ``config``."""
     node, prefix = config, "config"
     for part in name.split("."):
         if not isinstance(node, ConfigDict):

@@ -1,9 +1,8 @@
 """Every setting of a run with its default. Presets start from here and change a few.
 
-A config is data: a name stands for what :mod:`~mdm_jax.launch.names` lists under it, and a section
-of the same name holds its settings. So any of them can be set on the command line, as in
-``--config.variance.order="('stratified',)"`` or ``--config.optimizer.peak=1e-3``. A default that a
-factory has is taken from its signature; only what differs is written here.
+A config is data: a name refers to :mod:`~mdm_jax.launch.names`, a section of that name holds its
+settings, and the command line can set any: ``--config.variance.order="('stratified',)"``. Defaults
+come from the factories' signatures; only deviations are written here.
 """
 
 import dataclasses
@@ -21,12 +20,12 @@ class MeasureSettings:
     """How much the mode ``variance`` measures.
 
     Attributes:
-        rows, levels_per_row, masks_per_level, probes: design of the decomposition.
-        grid_rows, grid_levels, grid_masks: design of the statistics by level.
-        groups, redraws, data_batches: design of the batch gradient's variance; with as many
-            batches as groups the standard errors cover the choice of the batches.
+        rows, levels_per_row, masks_per_level, probes, chunk: of the decomposition; rows per forward
+            call.
+        grid_rows, grid_levels, grid_masks: of the statistics by level.
+        groups, redraws, data_batches: of the batch gradient's variance; standard errors cover the
+            choice of batches if there are as many as groups.
         warm_up: batches that an adaptive transform learns from before it is measured.
-        chunk: rows of a forward call in the decomposition.
     """
 
     rows: int = 32
@@ -44,7 +43,7 @@ class MeasureSettings:
 
 
 def get_config() -> ConfigDict:
-    """The defaults: the embedded text, a small transformer, stratified fixed counts, P-POTS."""
+    """Defaults: the embedded text, a small transformer, stratified fixed counts, P-POTS."""
     config = ConfigDict()
     config.seed = 0  # of parameters, order of the data, and noise
     config.process = "masked"  # masked | block | uniform | autoregressive | gaussian
@@ -291,7 +290,7 @@ def _sample() -> ConfigDict:
 
 
 def shrink(config: ConfigDict) -> None:
-    """Changes a config to seconds of work, for tests: the variant "smoke" of every preset."""
+    """Reduce a config to seconds of work, for tests: the variant "smoke" of every preset."""
     config.model.update(width=16, depth=1, num_heads=2)
     config.train.update(steps=4, batch_size=8, evaluate_every=2, checkpoint_every=2, log_every=2)
     config.optimizer.warmup_steps = 2

@@ -20,13 +20,9 @@ Check = Callable[..., None] | None
 
 
 def evaluate(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -> dict[str, Any]:
-    """The bound of the final split under the best parameters, and accuracy where answers are
-    checked; returned, and written to ``evaluation.json``.
+    """Final-split bound under the best parameters, and accuracy where answers are checked.
 
-    Args:
-        experiment: the run.
-        workdir: its directory.
-        check: called after every batch; may raise.
+    Returned, and written to ``evaluation.json``. ``check`` is called after every batch; may raise.
     """
     max_rows = experiment.config.evaluate.max_rows
     step, params = load_parameters(experiment, workdir)
@@ -51,11 +47,7 @@ def evaluate(experiment: Experiment, workdir: pathlib.Path, check: Check = None)
 
 
 def measure_accuracy(experiment: Experiment, params: PyTree, check: Check = None) -> dict[str, Any]:
-    """``sample.num_answers`` prompts of the final split, answered by the configured sampler.
-
-    Returns:
-        JSON values; none where the data have no checker.
-    """
+    """Accuracy on ``sample.num_answers`` prompts of the final split; {} without a checker."""
     c, dataset = experiment.config, experiment.dataset
     if dataset.check is None:
         return {}
@@ -94,7 +86,7 @@ def _progress_bar(rows: int, description: str, check: Check) -> Iterator[Callabl
 
 
 def sample(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Draws samples under the best parameters; written to ``samples/`` and returned."""
+    """Draw samples under the best parameters; written to ``samples/`` and returned."""
     step, params = load_parameters(experiment, workdir)
     key = experiment.key(step, "sample")
     drawn = show_samples(
@@ -110,10 +102,9 @@ def measure_quality(
 ) -> list[str]:
     """Quality of ``sample.quality_texts`` texts at each number of steps; returns the files.
 
-    Every measurement is a JSON file below ``workdir/quality``, never over an older one; the plot is
-    drawn over all that are there, so that samplers measured one after another are compared. With
-    ``sample.judge``, the directory of another run over the same tokens (an autoregressive one, for
-    an exact likelihood), the generative perplexity is measured under its parameters.
+    Each measurement is a new JSON file below ``workdir/quality``; the plot compares all of them.
+    With ``sample.judge``, the directory of another run over the same tokens (autoregressive, for an
+    exact likelihood), generative perplexity is measured under its parameters.
     """
     check_quality(experiment)
     c, dataset = experiment.config.sample, experiment.dataset
@@ -167,7 +158,7 @@ def _free_path(directory: pathlib.Path, stem: str) -> pathlib.Path:
 
 
 def report(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -> str:
-    """Evaluates, samples, plots, and returns the text that ends a training run."""
+    """Evaluate, sample, plot; returns the text that ends a training run."""
     record = evaluate(experiment, workdir, check)
     drawn = sample(experiment, workdir)
     if not distributed.is_first():
@@ -181,14 +172,7 @@ def report(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -
 def write_report(
     workdir: pathlib.Path, record: dict[str, Any], drawn: dict[str, Any], details: list[str]
 ) -> str:
-    """Writes the plots; returns the text.
-
-    Args:
-        workdir: directory of the run.
-        record: from :func:`evaluate`.
-        drawn: from :func:`sample`.
-        details: lines about the likelihood.
-    """
+    """Write the plots; returns the text. ``record`` and ``drawn`` are from evaluate and sample."""
     unit = record["unit"]
     entropies = {
         f"{name} entropy": record[f"{name}_bits_per_unit"] for name in ("unigram", "bigram")

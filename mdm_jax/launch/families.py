@@ -1,4 +1,4 @@
-"""What depends on the process of a run: masked, block, uniform, autoregressive or gaussian."""
+"""What depends on the process: masked, block, uniform, autoregressive or gaussian."""
 
 import dataclasses
 import inspect
@@ -42,7 +42,7 @@ def token_record(result: likelihood.Likelihood) -> Record:
 
 
 def token_details(record: Record) -> list[str]:
-    """What a report says beyond bits per unit: perplexity, and accuracy where it was measured."""
+    """Report lines: perplexity, and accuracy where it was measured."""
     error = record["standard_error_perplexity"]
     shown = "unknown" if error is None else f"{error:.3f}"
     lines = [f"  perplexity per token {record['perplexity']:.3f} ± {shown}"]
@@ -61,21 +61,17 @@ class Family:
     """The objects of a run that depend on its process.
 
     Attributes:
-        objective: what is estimated.
-        model: network.
         apply_fn: ``apply_fn(params, inputs, logsnr, documents)``, as objectives call it.
-        likelihood: ``likelihood(passes, replicates)``, the fixed estimator of the bound, whatever
-            chain the run trains with; exact for autoregressive models.
-        generator: ``generator(num_steps)`` makes ``generate(params, key, canvas, documents)`` of
-            the configured sampler; samplers with steps of their own ignore ``num_steps``.
-        takes_steps: whether the configured sampler takes ``sample.num_steps``.
-        levels_from: the law or recipe of the noise levels, for people.
+        likelihood: ``likelihood(passes, replicates)``, the fixed estimator of the bound,
+            independent of the training chain; exact for autoregressive models.
+        generator: ``generator(num_steps)`` makes ``generate(params, key, canvas, documents)``;
+            ``num_steps`` is ignored unless the sampler ``takes_steps``.
+        levels_from: the law or recipe of the noise levels, for display.
         noise_axis: label of the noise axis of plots; "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
         with_corruption: the objective under another corruption by name, where there are several.
         input_dtype: of the network's inputs.
-        record: a likelihood as JSON values.
-        details: lines of a report about such a record.
+        record, details: a likelihood as JSON values; report lines about these.
     """
 
     objective: Objective
@@ -127,10 +123,9 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
 
 
 def block(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """Block diffusion; a run can start from the parameters of a masked one (``train.init_from``).
+    """Block diffusion; ``train.init_from`` may name a masked run.
 
-    Raises:
-        ValueError: if the block size does not divide the row.
+    Raises ValueError if the block size does not divide the row.
     """
     size, length, window = config.block.size, dataset.length, config.block.window or None
     if size < 1 or length % size:
@@ -210,11 +205,7 @@ def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
 
 
 def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """The baseline: the same network under a causal mask, without noise.
-
-    Raises:
-        ValueError: for settings that are about noise.
-    """
+    """Baseline: the same network under a causal mask; ValueError for settings about noise."""
     if config.variance.order:
         raise ValueError(
             "process=autoregressive has no noise to couple or warp: "
@@ -248,8 +239,7 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
 def gaussian_family(config: ConfigDict, dataset: data.Dataset) -> Family:
     """Gaussian diffusion of pictures by the configured recipe; all recipes share the network.
 
-    Raises:
-        ValueError: if the data are text, or the model is to be self-conditioned.
+    Raises ValueError for text or self-conditioning.
     """
     if dataset.event_shape is None:
         raise ValueError(
@@ -339,7 +329,6 @@ FAMILIES = {
 def _network(
     vocab_size: int, *, patch_size: int, logits_at: str, dtype: str, param_dtype: str, **shape: Any
 ) -> models.TransformerConfig:
-    """Shape and arithmetic of the network's blocks, from the section ``model``."""
     del patch_size, logits_at
     return models.TransformerConfig(
         vocab_size=vocab_size,
@@ -350,7 +339,7 @@ def _network(
 
 
 def _chunking(logits_at: str, tensor: int) -> models.Chunking | None:
-    """How losses go through their target positions; None for logits of all positions."""
+    """Chunking of losses at target positions; None for logits of all positions."""
     if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
         return None
     # Every device but those that share a layer has rows of its own.
@@ -360,7 +349,7 @@ def _chunking(logits_at: str, tensor: int) -> models.Chunking | None:
 def _corruption(
     name: str, section: Mapping[str, Any], dataset: data.Dataset
 ) -> corruption.Corruption:
-    """A corruption by name; one that masks rare tokens more often learns which are rare."""
+    """A corruption by name; one with ``rare`` gets the rare tokens of the training rows."""
     factory = lookup(names.CORRUPTIONS, name, "corruption.name")
     own = settings(section, name)
     if "rare" in inspect.signature(factory).parameters:
@@ -370,7 +359,7 @@ def _corruption(
 
 
 def _finished(config: ConfigDict, dataset: data.Dataset, bound: Objective) -> Objective:
-    """A bound with the configured weighting, and self-conditioning if the network takes it."""
+    """A bound with the configured weighting and self-conditioning."""
     if config.model.self_conditioning:
         bound = objectives.self_conditioned(bound, dataset.vocab_size - 1)
     name = config.weighting.name
@@ -397,7 +386,7 @@ def masked_schedule(
 
 
 def _masked_sampler(config: ConfigDict, dataset: data.Dataset) -> samplers.Sampler:
-    """The configured sampler, with its filters and wrappers of the denoiser."""
+    """Configured sampler, with its filters and denoiser wrappers."""
     c = config.sample
     sampler = lookup(names.SAMPLERS, c.sampler, "sample.sampler")(
         token_filter=_token_filter(c.temperature, c.top_k, c.top_p), **settings(c, c.sampler)
@@ -420,7 +409,6 @@ def grid_samplers(section: Mapping[str, Any]) -> list[str]:
 
 
 def _token_filter(temperature: float, top_k: int, top_p: float) -> samplers.LogitFilter:
-    """Temperature, top-k and nucleus, in this order."""
     filters = [samplers.temperature(temperature)]
     filters += [samplers.top_k(top_k)] if top_k else []
     filters += [samplers.top_p(top_p)] if top_p < 1 else []
@@ -440,7 +428,7 @@ def masked_levels(grid: str, num_steps: int, section: Mapping[str, Any]) -> Arra
 
 
 def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
-    """The recipe between the ends of the logSNR, with another law if one is named."""
+    """Configured recipe, with law ``gaussian.law`` if set, truncated to the run's logSNR range."""
     name, law = section["recipe"], section["law"]
     recipe = lookup(names.RECIPES, name, "gaussian.recipe")(**settings(section, name))
     law = _gaussian_law(law, section, "gaussian.law") if law else recipe.law
@@ -448,7 +436,7 @@ def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
 
 
 def _gaussian_levels(grid: str, num_steps: int, section: Mapping[str, Any]) -> np.ndarray | Array:
-    """Levels that the sampler steps along, ending in the denoiser's estimate."""
+    """Levels of the sampler, ending in the denoiser's estimate."""
     low, high = section["low"], section["high"]
     if grid == "edm":
         return spacings.edm(num_steps, np.exp(-high / 2), np.exp(-low / 2))
@@ -472,7 +460,7 @@ def _gaussian_law(
 
 
 def _truncated(law: schedules.Law, low: float, high: float) -> schedules.Law:
-    """The law cut off outside the levels of the run, where it reaches further."""
+    """The law, truncated to [low, high] where it reaches further."""
     first, last = (float(end) for end in law.support)
     if first >= low and last <= high:
         return law
@@ -480,7 +468,7 @@ def _truncated(law: schedules.Law, low: float, high: float) -> schedules.Law:
 
 
 def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
-    """A likelihood of pictures as JSON values, under the names that all processes share."""
+    """As :func:`token_record`, for pictures."""
     shared = {
         "nats_per_element": "nats_per_dimension",
         "bits_per_unit": "bits_per_dimension",
@@ -492,7 +480,6 @@ def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
 
 
 def _gaussian_details(record: Record) -> list[str]:
-    """The parts of the bound."""
     parts = record["parts_bits_per_dimension"]
     errors = record["standard_error_parts_bits_per_dimension"]
     terms = (f"{name} {value:.3f} ± {errors[name] or 0:.3f}" for name, value in parts.items())

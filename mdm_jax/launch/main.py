@@ -77,7 +77,7 @@ _CACHE = flags.DEFINE_string(
 )
 _STARTED = time.monotonic()
 _ARGUMENTS: list[str] = []
-"""The command line as it was typed."""
+"""The command line as typed."""
 
 _USER_ERRORS = (
     ValueError,
@@ -92,7 +92,7 @@ _STOPPED = 130  # what shells report after Ctrl-C
 
 
 def main(argv: list[str]) -> int:
-    """Runs one mode; returns the exit status."""
+    """Run one mode; returns the exit status."""
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
     if not flags.FLAGS["verbosity"].present:
@@ -129,7 +129,7 @@ def _run(workdir: pathlib.Path) -> int:
 
 
 def _run_as_one_of_several(workdir: pathlib.Path) -> int:
-    """As :func:`_run`; only process 0 prints, and one that fails ends the others too."""
+    """As :func:`_run`; only process 0 prints, and a failing process ends the others too."""
     if _MODE.value == "variance":
         return _fail("--mode=variance runs in one process; start it with --num_processes=1")
     try:
@@ -150,10 +150,7 @@ def _run_as_one_of_several(workdir: pathlib.Path) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends one of several processes at once: leaving properly would wait for the others.
-
-    Its closed connections, or missing heartbeats, tell them.
-    """
+    """Exit at once, without waiting for other processes; closed connections end them."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -223,7 +220,6 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _command() -> str:
-    """The command line as it was typed."""
     program = pathlib.Path(_ARGUMENTS[0]).name
     start = {
         "mdm": ["mdm"],
@@ -243,5 +239,5 @@ def _fail(message: str) -> int:
 
 
 def run() -> None:
-    """The console script ``mdm``."""
+    """Console script ``mdm``."""
     app.run(main, flags_parser=_parse)

@@ -1,8 +1,7 @@
-"""The mode ``variance``: where the noise of training comes from, and which method removes most.
+"""The mode ``variance``: sources of gradient noise, and the method that reduces it most.
 
-Measures, for the parameters of a checkpoint or of a fresh model: loss and gradient by noise level;
-A, B and C under every method; and the variance of the batch gradient per compute, by which the
-methods are compared and one is recommended. Nothing is trained and no state is written.
+Measures, for a checkpoint or a fresh model: loss and gradient by noise level; A, B and C under
+every method; the variance of the batch gradient per compute, by which one is recommended.
 """
 
 import dataclasses
@@ -50,12 +49,7 @@ _INFINITE = (
 
 
 class Method(NamedTuple):
-    """A method to be measured.
-
-    Attributes:
-        build: from the levels measured under its corruption to a transform; most ignore them.
-        corruption: its name in the config, or None for the run's own.
-    """
+    """``build`` makes a transform from the levels under ``corruption``; None is the run's own."""
 
     build: Callable[[LevelTable], VarianceTransform]
     corruption: str | None = "fixed_count"
@@ -123,7 +117,7 @@ METHODS: dict[str, Method] = {
 
 
 def named(methods: Iterable[str]) -> dict[str, Method]:
-    """The methods of those names, the baseline first; ValueError with close matches."""
+    """Methods by name, the baseline first; ValueError with close matches."""
     wanted = [BASELINE, *(name for name in methods if name not in (BASELINE, CONFIGURED))]
     return {name: lookup(METHODS, name, "variance methods") for name in wanted}
 
@@ -134,19 +128,12 @@ def measure(
     methods: Mapping[str, Method] | None = None,
     settings: MeasureSettings | None = None,
 ) -> dict[str, Any]:
-    """Measures every method, writes ``variance/`` below the working directory, returns the record.
+    """Measure every method, write ``variance/`` below the workdir, return the record.
 
-    All methods get the same parameters, rows and base noise. The run's own chain is always among
-    them. A method that cannot be built or measured is kept in the record with the reason.
-
-    Args:
-        experiment: what is trained.
-        workdir: its directory; the last checkpoint is used if there is one.
-        methods: by name, :data:`METHODS` if not given; the baseline is added if missing.
-        settings: how much to measure.
-
-    Raises:
-        ValueError: if the settings do not fit the data, or the run has no noise.
+    All methods get the same parameters (the last checkpoint's if any), rows and base noise. The
+    baseline and the run's own chain are always included. A method that cannot be built or measured
+    is kept with the reason. ``methods`` None: :data:`METHODS`. Raises ValueError if the settings do
+    not fit the data, or the run has no noise.
     """
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")
@@ -180,7 +167,7 @@ def measure(
 
 
 class _Bench:
-    """Everything that the methods share: parameters, rows, batches and noise."""
+    """Parameters, rows, batches and noise shared by all methods."""
 
     def __init__(self, experiment: Experiment, params: PyTree, own_state, settings):
         self.experiment, self.params, self.settings = experiment, params, settings
@@ -200,7 +187,7 @@ class _Bench:
         self.warm_up = [place(rows(size)) for _ in range(min(settings.warm_up, 8))]
 
     def measure(self, name: str, method: Method) -> Result:
-        """What a method amounts to, or why it could not be measured."""
+        """Measurements of a method, or why there are none."""
         several = self.experiment.family.with_corruption is not None
         own = self.experiment.objective.corruption.name
         corruption = (method.corruption or own) if several else own
@@ -282,7 +269,6 @@ class _Bench:
     def _warmed_up(
         self, objective: Objective, transform: VarianceTransform, state: PyTree
     ) -> PyTree:
-        """The state after ``warm_up`` batches."""
         apply_fn, spec = self.experiment.apply_fn, self._spec(objective)
 
         @jax.jit

@@ -1,7 +1,6 @@
-"""The table of config names: what each name in a config builds, and the settings that it takes.
+"""The table of config names: what each builds, and the settings that it takes.
 
-A new method is a line here. Its settings are the arguments of its factory that have plain defaults,
-so they appear in the config, under the method's name, without another line.
+A new method is a line here; its settings are the factory's arguments with plain defaults.
 """
 
 import difflib
@@ -130,7 +129,7 @@ CLIP_CRITERIA = {
 
 
 def lookup(table: Mapping[str, Any], name: str, field: str) -> Any:
-    """``table[name]``; ValueError with the field and the nearest valid names otherwise."""
+    """``table[name]``; ValueError with the field and close matches otherwise."""
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3)
@@ -139,12 +138,12 @@ def lookup(table: Mapping[str, Any], name: str, field: str) -> Any:
 
 
 def settings(section: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The part of a section of the config that belongs to a name, empty if it has none."""
+    """The config subsection of a name, empty if it has none."""
     return dict(section.get(name, {}))
 
 
 def defaults(factory: Callable[..., Any], **changes: Any) -> dict[str, Any]:
-    """The settings of a factory: its arguments with plain finite defaults, and ``changes``."""
+    """Settings of a factory: its arguments with plain finite defaults, and ``changes``."""
     arguments = inspect.signature(factory).parameters.values()
     return {p.name: p.default for p in arguments if _is_plain(p.default)} | changes
 

@@ -1,6 +1,6 @@
 """Built-in configs, found by name: ``--config=quickstart``, ``--config=text_block:16``.
 
-A preset is a function of its variant; "smoke" shrinks every one to seconds of work, for tests.
+A preset is a function of its variant; "smoke" shrinks each to seconds of work, for tests.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from mdm_jax.launch.names import RECIPES
 
 
 def quickstart(variant: str = "") -> ConfigDict:
-    """Masked diffusion on the text that CPython carries, in minutes on two CPU cores."""
+    """Masked diffusion on CPython's documentation, in minutes on two CPU cores."""
     check_variant("quickstart", variant)
     config = _text(variant)
     if variant == "smoke":
@@ -22,7 +22,7 @@ def quickstart(variant: str = "") -> ConfigDict:
 
 
 def text_ar(variant: str = "") -> ConfigDict:
-    """The autoregressive baseline: the quickstart's network, data and steps."""
+    """Autoregressive baseline: the quickstart's network, data and steps."""
     check_variant("text_ar", variant)
     config = _text(variant)
     config.process = "autoregressive"
@@ -75,8 +75,8 @@ def digits_masked(variant: str = "") -> ConfigDict:
 def digits_gaussian(variant: str = "vdm") -> ConfigDict:
     """Gaussian diffusion on 8 x 8 digits, by the recipe that ``variant`` names.
 
-    Recipes differ in law, weighting and output alone; ``python -m experiments.recipes`` in a
-    checkout runs them side by side.
+    Recipes differ in law, weighting and output alone; ``python -m experiments.recipes`` compares
+    them.
     """
     check_variant("digits_gaussian", variant, sorted(RECIPES))
     config = defaults.get_config()

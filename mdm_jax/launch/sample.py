@@ -1,4 +1,4 @@
-"""Samples for people: free text, infilled passages, answers to prompts, pictures."""
+"""Samples: free text, infilled passages, answers to prompts, pictures."""
 
 import json
 import pathlib
@@ -15,13 +15,10 @@ MASK_TEXT = "▁"
 
 
 class Job(NamedTuple):
-    """A row to complete.
+    """A row to complete, of kind "free", "infilled", "answer", "prompt" or "picture".
 
-    Attributes:
-        kind: "free", "infilled", "answer" or "prompt".
-        canvas: [L] tokens, the mask token where one is to be generated.
-        documents: [L], 0 outside the text.
-        original: [L] tokens of the held-out row that the canvas was made from, if any.
+    ``canvas`` [L] tokens, masked where to generate; ``documents`` [L], 0 outside the text;
+    ``original`` [L], the held-out row of the canvas, if any.
     """
 
     kind: str
@@ -36,14 +33,12 @@ def make_jobs(
     """Rows to complete, from the settings of ``sample``.
 
     Args:
-        dataset: data of the run.
         source: held-out rows.
-        num_samples: how many free samples, or answers where rows have prompts.
+        num_samples: free samples, or answers where rows have prompts.
         gap: length of the gap in the infilled passage; 0 for none.
         prompts: file of texts, one a line, in place of both; "" for none.
 
-    Raises:
-        ValueError, OSError: if a setting or the file cannot be used.
+    Raises ValueError or OSError if a setting or the file cannot be used.
     """
     if num_samples < 1:
         raise ValueError(f"sample.num_samples must be at least 1, got {num_samples}")
@@ -72,21 +67,11 @@ def show_samples(
     key: Array,
     writer: MetricWriter | None = None,
 ) -> dict[str, Any]:
-    """Draws samples and writes them below ``workdir/samples``, never over older ones.
+    """Draw samples and write them below ``workdir/samples`` and to ``writer``; keeps older files.
 
-    Args:
-        dataset: data of the run.
-        jobs: rows to complete.
-        generate: ``generate(params, key, canvas, documents) -> tokens``.
-        workdir: directory of the run.
-        step: of the parameters.
-        params: parameters.
-        key: typed key.
-        writer: gets the samples too.
-
-    Returns:
-        {"samples": [record, ...], "files": [path, ...]}; a text record has "kind" ("free",
-        "infilled", "answer" or "prompt"), "given" where something was, and "text".
+    ``generate(params, key, canvas, documents) -> tokens``; ``step`` is that of ``params``. Returns
+    {"samples": [record, ...], "files": [path, ...]}; a text record has "kind" (see :class:`Job`),
+    "text", and "given" for jobs with context.
     """
     directory = workdir / "samples"
     if distributed.is_first():
@@ -118,7 +103,7 @@ def show_samples(
 
 
 def format_samples(records: list[dict[str, str]]) -> str:
-    """Text records as a person reads them."""
+    """Text records for the terminal."""
     parts = []
     for record in records:
         parts.append(f"--- {record['kind']} ---")
@@ -128,7 +113,7 @@ def format_samples(records: list[dict[str, str]]) -> str:
 
 
 def _has_prompts(dataset: data.Dataset) -> bool:
-    """Whether rows have a part that is not eligible, such as a prompt."""
+    """Whether rows have visible positions that are not eligible, such as a prompt."""
     rows = data.gather(dataset.train, np.arange(min(64, len(dataset.train))))
     return bool(np.any((np.asarray(rows.documents) > 0) & ~np.asarray(rows.eligible)))
 

@@ -14,13 +14,10 @@ HEARTBEAT_SECONDS = 60
 def start_processes(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins the other processes of the run, if there are any.
+    """Join the other processes of the run, if any.
 
-    Without arguments JAX reads them from the cluster's environment, where there is one
-    (:func:`detected`). ``num_processes`` of 1 means not to look for a cluster.
-
-    Raises:
-        ValueError: if only some arguments are given, or the cluster does not give the others.
+    Unset arguments are those of a :func:`detected` cluster; ``num_processes`` 1: look for none.
+    Raises ValueError if only some arguments are given and no cluster gives the others.
     """
     flags = {
         "--coordinator_address": coordinator_address,
@@ -61,9 +58,9 @@ def start_processes(
 def detected(environment: Mapping[str, str]) -> str | None:
     """The kind of cluster that started this process as one of several, or None.
 
-    ``jax.distributed.initialize`` finds the addresses, but fails on a workstation, warns or fails
-    in any Kubernetes pod and waits on a lone TPU machine; so it is called only where a scheduler
-    left its marks. A shell inside a Slurm allocation, for one, is not a task of ``srun``.
+    ``jax.distributed.initialize`` fails on a workstation, warns or fails in any Kubernetes pod and
+    waits on a lone TPU machine, so it is called only in a scheduler's tasks (a shell inside a Slurm
+    allocation, say, is no task of ``srun``).
     """
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm) and _number(environment, "SLURM_NTASKS") > 1:
@@ -83,11 +80,10 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
 
 def use_compilation_cache(directory: str | None) -> pathlib.Path | None:
-    """Keeps compiled programs on disk for the next start; returns where.
+    """Keep compiled programs on disk for the next start; returns where.
 
-    Args:
-        directory: None for JAX's own setting (``JAX_COMPILATION_CACHE_DIR``) if it has one, else
-            ``mdm_jax`` below the user's cache directory; "" for no cache.
+    ``directory`` None: ``JAX_COMPILATION_CACHE_DIR`` if set, else ``mdm_jax`` below the user's
+    cache directory; "": no cache.
     """
     if directory == "":
         jax.config.update("jax_compilation_cache_dir", None)

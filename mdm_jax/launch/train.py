@@ -1,4 +1,4 @@
-"""The mode ``train``: starts or resumes a run, and leaves everything needed to resume it."""
+"""The mode ``train``: start or resume a run."""
 
 import contextlib
 import dataclasses
@@ -36,15 +36,11 @@ def train(
     allow_config_change: bool = False,
     launched_at: float | None = None,
 ) -> bool:
-    """Trains, resuming from the directory's last undamaged checkpoint.
+    """Train, resuming from the directory's last undamaged checkpoint.
 
-    The directory becomes this config's (see ``workdir.claim``) once nothing stands in the way.
-
-    Returns:
-        True if training is finished, False if it was interrupted (and saved).
-
-    Raises:
-        WorkdirError, CheckpointError, TrainingStopped, ValueError: with a message for the user.
+    The directory is claimed (``workdir.claim``) after all checks. Returns True if finished, False
+    if interrupted and saved. Raises WorkdirError, CheckpointError, TrainingStopped or ValueError,
+    with a message for the user.
     """
     c = experiment.config
     check(workdir, c, allow_config_change)
@@ -99,15 +95,11 @@ def train(
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """The state at step 0, with the parameters of ``train.init_from`` if that names a run.
+    """The state at step 0, with the parameters of the run ``train.init_from`` if set.
 
-    A masked model goes on as a block or autoregressive model this way, since all of them are one
-    network under different attention masks. Optimiser, averages and variance transforms start
-    afresh.
-
-    Raises:
-        WorkdirError: if there is no run, or its tokenizer numbers tokens otherwise.
-        CheckpointError: if it has no checkpoint, or one of another network.
+    So a masked model goes on as a block or autoregressive one (one network, other attention masks).
+    Optimiser, averages and variance transforms start afresh. Raises WorkdirError if there is no run
+    or its tokens differ, CheckpointError without a checkpoint of this network.
     """
     source = experiment.config.train.init_from
     if not source:
@@ -122,10 +114,7 @@ def initial_state(experiment: Experiment) -> TrainState:
 
 
 def check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
-    """Raises WorkdirError for a run that cannot start from ``train.init_from``.
-
-    One that has checkpoints resumes from these, wherever the other run is by now.
-    """
+    """Raise WorkdirError where ``train.init_from`` is needed (no checkpoints yet) but unusable."""
     source = experiment.config.train.init_from
     if not source:
         return
@@ -139,7 +128,7 @@ def check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
 def make_hooks(
     experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
 ) -> training.Hooks:
-    """What the loop calls besides the step: evaluation, samples, monitors, the clip search."""
+    """Hooks of the loop: evaluation, samples, monitors, the clip search."""
     dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
 
     def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
@@ -172,10 +161,9 @@ def make_hooks(
 def _adapt_hook(
     experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
 ) -> Callable[..., TrainState]:
-    """Chooses the range of ``clipped_adaptive`` from validation rows.
+    """Choose the range of ``clipped_adaptive`` from validation rows.
 
-    Every choice goes to ``clip_search.jsonl`` with the scores of all ranges, and the range in use
-    is part of the state.
+    Choices go to ``clip_search.jsonl`` with all scores; the range in use is in the state.
     """
     source, rows = experiment.dataset.valid, experiment.config.evaluate.batch_size
     count = min(experiment.config.clip_search.batches, len(source) // rows)
@@ -203,7 +191,7 @@ def _placed_as(new: PyTree, old: PyTree) -> PyTree:
 
 
 def _append_choice(path: pathlib.Path, choice: ClipChoice) -> None:
-    """Adds a line; those of this step and later ones, from before a resume, are replaced."""
+    """Add a line; those of this and later steps, from before a resume, are replaced."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < choice.step]
     temporary = path.with_suffix(".partial")
@@ -238,7 +226,7 @@ def _continue(restored: Restored, stream: dict[str, Any], batches: BatchStream) 
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation that go to the metrics."""
+    """Evaluation results that go to the metrics."""
     fields = {
         "loss": "nats_per_element",
         "bits_per_unit": "bits_per_unit",

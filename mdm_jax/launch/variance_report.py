@@ -14,7 +14,7 @@ from mdm_jax.meter.efficiency import Efficiency
 from mdm_jax.meter.levels import LevelTable
 
 BASELINE = "independent"
-"""What every method is compared with: independent levels, one mask per row, the same compute."""
+"""The reference: independent levels, one mask per row, the same compute."""
 
 _PARTS = ("pattern", "rate", "data")
 
@@ -45,17 +45,15 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured of one method.
+    """Measurements of one method.
 
     Attributes:
         chain, corruption: names of the transform and of the corruption.
-        bias: the worse label of objective and chain.
-        chain_bias: of the chain alone, what it adds to the objective's.
+        bias, chain_bias: the weaker label of objective and chain; that of the chain alone.
         loss, gradient: A, B, C of one forward pass.
         efficiency: of the batch gradient, data fixed.
-        training: of the batch gradient with rows drawn anew too, as the optimiser gets it, in
-            batches of as many forward passes as the run has rows; None where the views do not
-            divide these.
+        training: of the batch gradient with rows drawn anew, in batches of as many forward passes
+            as the run has rows; None where the views do not divide these.
         density: (masking rates, density) that it draws from, None for the objective's own law.
         refused: why it could not be measured, or ""; everything else is None then.
     """
@@ -72,7 +70,7 @@ class Result:
     refused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; the density stays with the plots."""
+        """JSON values, without the density."""
         names = ("chain", "corruption", "bias", "chain_bias", "refused")
         record: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("loss", "gradient", "efficiency", "training"):
@@ -88,14 +86,10 @@ def write_report(
     table: LevelTable,
     level: str,
 ) -> list[str]:
-    """Writes ``variance.csv`` and the plots; returns the files, the JSON record's included.
+    """Write ``variance.csv`` and the plots; returns the files, the JSON record's included.
 
-    Args:
-        directory: made if missing.
-        record: from ``measure.measure``.
-        results: what was measured, by method.
-        table: levels under the run's own process.
-        level: label of the noise axis.
+    ``record`` is from ``measure.measure``, ``table`` measured under the run's own process,
+    ``level`` labels the noise axis.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(directory / "variance.csv", record)
@@ -139,14 +133,11 @@ def write_csv(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The exact method with the least gradient variance per compute; by how much and how sure.
+    """The exact method with the least gradient variance per compute, with its lead and confidence.
 
-    Exact is a method that estimates what independent draws estimate.
-
-    Returns:
-        name (None if no exact method has settled), ``text`` for people, and the comparisons with
-        the baseline and with the runner-up: ratio, difference in standard errors, and the methods
-        that cannot be told apart from the best (below two standard errors).
+    Exact: no bias beyond that of independent draws. Returns name (None if no exact method has
+    settled), ``text`` for display, and comparisons with the baseline and the runner-up: ratio,
+    difference in standard errors, methods less than two standard errors from the best.
     """
     # A truncated objective makes every label truncated; what counts is that a method adds nothing.
     own = results[BASELINE].bias if BASELINE in results else "exact"
@@ -191,7 +182,6 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def format_table(record: Mapping[str, Any]) -> str:
-    """The record as a table for the terminal."""
     header = ("method", "bias", "passes", "A", "B", "C", "noise/signal", "variance x passes", "")
     header += ("training", "")
     base = record["methods"].get(BASELINE) or {}

@@ -1,4 +1,4 @@
-"""A run's working directory: the config that it belongs to, what made it, and who trains in it."""
+"""A run's working directory: its config, provenance, and training lock."""
 
 import contextlib
 import datetime
@@ -29,7 +29,6 @@ class WorkdirError(RuntimeError):
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
-    """The config as plain JSON values."""
     return json.loads(config.to_json())
 
 
@@ -40,7 +39,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
-    """Config of the run in ``workdir``; settings that are newer than it have their defaults."""
+    """Config of the run in ``workdir``; settings newer than the run have their defaults."""
 
     def update(section, saved: dict[str, Any]) -> None:
         for name, value in saved.items():
@@ -55,12 +54,7 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
 
 
 def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
-    """Refuses a directory that is not this config's; changes nothing.
-
-    Raises:
-        WorkdirError: if the directory holds a run with another config, listing what differs, or
-            holds files but no run.
-    """
+    """Raise WorkdirError for a directory of another config (listing what differs) or without a run."""
     old = read_config(workdir)
     if old is None:
         if workdir.exists() and not workdir.is_dir():
@@ -81,7 +75,7 @@ def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False)
 
 
 def check_source(directory: pathlib.Path, tokenizer: Tokenizer | None, field: str) -> None:
-    """Raises WorkdirError unless ``directory`` holds a run with the same tokens."""
+    """Raise WorkdirError unless ``directory`` holds a run with the same tokens."""
     if read_config(directory) is None:
         raise WorkdirError(f"{field}: {directory} holds no run (no config.json)")
     saved = directory / "tokenizer.json"
@@ -106,10 +100,7 @@ def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) 
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes ``config.json`` and ``run.json`` (seed, versions, git revision) where they are new.
-
-    Files of another config are kept as ``config.1.json`` and so on.
-    """
+    """Write ``config.json`` and ``run.json``; those of another config become ``config.1.json`` ..."""
     new, old = resolved(config), read_config(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     changed = old is not None and _changes(old, new)
@@ -173,7 +164,7 @@ def git_revision() -> str:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON so that a kill leaves the old file or the new one."""
+    """Write JSON atomically."""
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     temporary.replace(path)
@@ -181,13 +172,10 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def training_lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other trainers out of ``workdir``, which exists, until the block ends.
+    """Lock out other trainers of ``workdir``, which exists, until the block ends.
 
-    A lock on a file that stays there; the system releases it when the process ends in any way. On a
-    file system without locks there is none. With several processes process 0 holds it.
-
-    Raises:
-        WorkdirError: in all processes, naming the trainer that is at work there.
+    A file lock, held by process 0 and released when it ends in any way; none on file systems
+    without locks. Raises WorkdirError, in all processes, naming the trainer that holds it.
     """
     with contextlib.ExitStack() as stack:
         other = None
@@ -214,7 +202,7 @@ def training_lock(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences outside the free sections; settings newer than a run had their defaults."""
+    """Differences outside the free sections; settings newer than the run had their defaults."""
     known = _filled(old, resolved(launch_config.get_config()))
     fixed = ({k: v for k, v in each.items() if k not in FREE_SECTIONS} for each in (known, new))
     return differences(*fixed)
