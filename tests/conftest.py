@@ -29,30 +29,11 @@ jax.config.update("jax_debug_key_reuse", True)
 # Programs carry one frame of the source, not all of them, which takes a tenth of the time.
 jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
-_LONGEST = ("test_launch", "test_variance_zoo", "test_adaptive_levels", "test_notebooks")
-"""Files that begin first, so that no worker is left alone with one of them at the end."""
-
-
-_KEYLESS = (
-    "test_schedules",
-    "test_gaussian_weightings",
-    "test_gaussian_outputs",
-    "test_gaussian_paths",
-    "test_activations",
-    "test_attention",
-    "test_kv_cache",
-    "test_products",
-    "test_rematerialisation",
-    "test_token_loss",
-    "test_variance_densities",
-    "test_inverse_rate_tail",
-)
-"""Files without random keys, whose programs are not walked in search of keys used twice."""
-
 
 @pytest.fixture(scope="module", autouse=True)
 def follow_keys(request):
-    with jax.debug_key_reuse(not request.path.stem.startswith(_KEYLESS)):
+    """Programs are searched for keys used twice, except in modules marked ``keyless``."""
+    with jax.debug_key_reuse(request.node.get_closest_marker("keyless") is None):
         yield
 
 
@@ -65,7 +46,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.path.stem.startswith(_LONGEST))
+    """Modules marked ``first`` begin first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 @pytest.fixture(scope="module")

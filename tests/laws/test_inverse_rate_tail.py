@@ -9,6 +9,8 @@ from mdm_jax.meter.efficiency import inverse_rates_diverge
 from mdm_jax.schedules import masked
 from mdm_jax.testing import toys
 
+pytestmark = pytest.mark.keyless
+
 LINEAR, POWER = masked.linear(), masked.power(2.0)
 CASES = {  # schedule, chain, whether int q w^2 / (m p) dm is infinite
     "uniform rates": (LINEAR, variance.identity(), True),

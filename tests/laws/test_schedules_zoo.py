@@ -15,6 +15,8 @@ from mdm_jax import draws, schedules
 from mdm_jax.gaussian import schedules as gaussian
 from mdm_jax.schedules import masked
 
+pytestmark = pytest.mark.keyless
+
 EXTREMES = np.array([2.0**-24, 3 * 2.0**-24, 1 - 3 * 2.0**-24, 1 - 2.0**-24])
 QUANTILES = np.concatenate([EXTREMES[:2], np.linspace(0.001, 0.999, SIZE - 8), EXTREMES[2:]])
 RANDOM = np.random.default_rng(7).integers(2**23, size=20_000)  # points of the draw grid

@@ -26,6 +26,8 @@ from mdm_jax.types import Batch
 from mdm_jax.variance.densities import log_spaced_edges
 from mdm_jax.variance.transform import Phase, stateless
 
+pytestmark = pytest.mark.first
+
 SPEC = DrawSpec(batch_size=7, num_levels=2, event_shape=(4,), separate_levels=True)
 NUM_DRAWS = 6_000
 TEST_FUNCTIONS = {

@@ -22,6 +22,8 @@ from mdm_jax.launch import main, presets, train
 from mdm_jax.launch.build import load_parameters, make_experiment
 from mdm_jax.launch.workdir import saved_config
 
+pytestmark = pytest.mark.first
+
 STEPS = 30
 ARGUMENTS = [
     f"--config={QUICKSTART}",

@@ -14,6 +14,8 @@ from mdm_jax.launch import names, workdir
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.types import Batch
 
+pytestmark = pytest.mark.first
+
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments/configs"
 NAMES = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts)

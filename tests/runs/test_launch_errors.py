@@ -12,6 +12,8 @@ from launching import DIGITS, QUICKSTART
 from mdm_jax.launch import evaluate, main, presets, train
 from mdm_jax.launch import workdir as launch_workdir
 
+pytestmark = pytest.mark.first
+
 
 @pytest.fixture
 def launch(monkeypatch, capsys):

@@ -22,7 +22,7 @@ from mdm_jax.types import Batch
 DIGITS = "experiments/configs/digits_gaussian.py:smoke"
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.first]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from mdm_jax.launch.build import check_quality, make_experiment
 from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
 from mdm_jax.launch.sample import show_samples
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.first]
 
 CONFIGS = {"block": text_block, "uniform": text_uniform, "autoregressive": text_ar}
 

@@ -13,6 +13,8 @@ from experiments.study import runs, table
 from experiments.study.runs import Run
 from experiments.study.suites import SUITES
 
+pytestmark = pytest.mark.first
+
 FOLDER = launching.ROOT / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 

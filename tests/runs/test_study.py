@@ -26,6 +26,8 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.build import transform
 from mdm_jax.launch.workdir import WorkdirError, claim
 
+pytestmark = pytest.mark.first
+
 ROOT = pathlib.Path("study")
 
 

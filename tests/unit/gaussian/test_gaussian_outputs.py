@@ -11,6 +11,8 @@ from mdm_jax import gaussian
 from mdm_jax.gaussian import parameterisations as outputs
 from mdm_jax.gaussian import paths
 
+pytestmark = pytest.mark.keyless
+
 # Factories, so that an output is built in the precision of the test.
 ZOO = outputs.OUTPUTS | {"edm_wide": lambda: outputs.edm(1.7)}
 every_path = pytest.mark.parametrize("path_name", sorted(paths.PATHS))

@@ -9,6 +9,8 @@ import pytest
 
 from mdm_jax.gaussian import paths
 
+pytestmark = pytest.mark.keyless
+
 every_path = pytest.mark.parametrize("name", sorted(paths.PATHS))
 LEVELS = np.array([-20.0, -12.0, -4.0, -0.3, 0.0, 1.3, 5.0, 12.0, 18.0, 20.0])
 

@@ -14,6 +14,8 @@ from mdm_jax.gaussian import parameterisations, recipes, weightings
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.gaussian.weightings import MinSnr, from_recipe
 
+pytestmark = pytest.mark.keyless
+
 cosine = gaussian_schedules.cosine
 
 # W at logSNR -4, -2, 0, 2, 4: table 4.2 of the specification.

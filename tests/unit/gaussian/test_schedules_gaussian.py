@@ -19,6 +19,8 @@ from mdm_jax import schedules
 from mdm_jax.gaussian import schedules as gaussian
 from mdm_jax.schedules import masked
 
+pytestmark = pytest.mark.keyless
+
 U = np.concatenate([[2.0**-24], np.linspace(0.01, 0.99, 25), [1 - 2.0**-24]])
 OTHERS = {
     "ddpm_discrete": gaussian.ddpm_discrete,

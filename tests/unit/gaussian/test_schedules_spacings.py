@@ -11,6 +11,8 @@ from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.schedules import grids
 
+pytestmark = pytest.mark.keyless
+
 
 def sigma(grid):
     return np.exp(-np.asarray(grid, np.float64) / 2)

@@ -13,6 +13,8 @@ from mdm_jax.models.attention import attention
 from mdm_jax.models.masks import within_documents
 from mdm_jax.sharding import constrain, make_mesh, num_shards, sharded_apply
 
+pytestmark = pytest.mark.keyless
+
 RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("mlp", "tensor"), ("embed", "fsdp"))
 ROWS = PartitionSpec(("data", "fsdp"))
 

@@ -16,6 +16,8 @@ from mdm_jax.models import attention_kernels, masks
 from mdm_jax.models.attention import attention
 from mdm_jax.sharding import sharded_apply
 
+pytestmark = pytest.mark.keyless
+
 ROWS, LENGTH, HEADS, SIZE = 4, 12, 2, 8
 NUMBERS = [
     [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0],

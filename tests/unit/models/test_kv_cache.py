@@ -21,6 +21,8 @@ from mdm_jax.models.decoders import (
 )
 from mdm_jax.models.kv_cache import KeyValues
 
+pytestmark = pytest.mark.keyless
+
 ROWS, LENGTH, SIZE = 3, 12, 2
 MODELS = {
     "plain": {},

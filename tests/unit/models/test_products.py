@@ -11,6 +11,8 @@ from variants import slow_except
 
 from mdm_jax.models.products import product
 
+pytestmark = pytest.mark.keyless
+
 SPECS = {
     "...i,io->...o": ((3, 5, 7), (7, 4)),
     "nqhd,nkhd->nhqk": ((2, 5, 3, 4), (2, 6, 3, 4)),

@@ -12,6 +12,8 @@ from variants import slow_except
 
 from mdm_jax.models.layers import POLICIES
 
+pytestmark = pytest.mark.keyless
+
 ROWS, LENGTH, DEPTH = 4, 16, 3
 INPUTS = jnp.asarray(np.random.default_rng(0).integers(0, tiny.VOCAB, (ROWS, LENGTH)), jnp.int32)
 

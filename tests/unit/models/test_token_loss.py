@@ -19,6 +19,8 @@ from mdm_jax.models.cross_entropy import (
     token_nats,
 )
 
+pytestmark = pytest.mark.keyless
+
 N, L, D, K, MASK = 8, 6, 5, 11, 10
 COUNTS = (0, 1, 3, 4, 5, 12, 47, 48)  # of 48 positions in chunks of 4 (or 2, within groups)
 

@@ -7,6 +7,8 @@ import pytest
 
 from mdm_jax import schedules
 
+pytestmark = pytest.mark.keyless
+
 
 def test_coordinates_against_float64():
     logsnr = np.linspace(-80, 80, 641).astype(np.float32)

@@ -14,6 +14,8 @@ from mdm_jax.variance.densities import piecewise_density
 from mdm_jax.variance.ppots import epr_density
 from mdm_jax.variance.warps import ClippedDensity
 
+pytestmark = pytest.mark.keyless
+
 FULL_RANGE = ["linear", "cosine_md4", "cosine_mdlm", "sqrt"]
 
 

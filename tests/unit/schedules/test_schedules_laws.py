@@ -13,6 +13,8 @@ from mdm_jax import schedules
 from mdm_jax.gaussian.schedules import truncated
 from mdm_jax.schedules import masked
 
+pytestmark = pytest.mark.keyless
+
 QUANTILES = np.concatenate([[2.0**-24], np.linspace(0.001, 0.999, 58), [1 - 2.0**-24]])
 
 

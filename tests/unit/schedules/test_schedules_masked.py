@@ -10,6 +10,8 @@ from variants import slow_except
 from mdm_jax import schedules
 from mdm_jax.schedules import masked
 
+pytestmark = pytest.mark.keyless
+
 PI = np.pi
 TIMES = np.array([0.25, 0.5, 0.75])
 # The ends of the draw grid; at the first one even 1 - t rounds to 1 in float32.

@@ -9,6 +9,8 @@ from mdm_jax import draws, schedules
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.schedules import masked
 
+pytestmark = pytest.mark.keyless
+
 EXTREMES = np.array([2.0**-24, 3 * 2.0**-24, 1 - 3 * 2.0**-24, 1 - 2.0**-24])
 U = np.concatenate([EXTREMES, np.linspace(0.01, 0.99, 99)]).astype(np.float32)
 

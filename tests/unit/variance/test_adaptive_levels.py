@@ -36,6 +36,8 @@ from mdm_jax.variance.learned.quantile_net import monotone_net, second_moment_gr
 from mdm_jax.variance.learned.uncertainty import uncertainty_loss
 from mdm_jax.variance.ppots import PpotsState
 
+pytestmark = pytest.mark.first
+
 
 def test_piecewise_linear_curve():
     """K = 3, widths (.2, .3, .5), heights (1, .5, .5)."""

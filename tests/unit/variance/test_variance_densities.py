@@ -20,6 +20,8 @@ from mdm_jax.variance.densities import (
 from mdm_jax.variance.transform import EmptyState
 from mdm_jax.variance.warps import ClippedDensity, LogUniformDensity
 
+pytestmark = pytest.mark.keyless
+
 EPS = 1e-3
 GRID = np.array([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 
