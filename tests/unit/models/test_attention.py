@@ -12,7 +12,7 @@ from variants import slow_except
 
 from mdm_jax import sharding
 from mdm_jax.models import attention as attentions
-from mdm_jax.models import attention_kernels, masks
+from mdm_jax.models import masks
 from mdm_jax.models.attention import attention
 from mdm_jax.sharding import sharded_apply
 
@@ -129,7 +129,7 @@ def test_hidden_keys_have_no_influence():
     q, k, v, gradient = operands(rule)
     gradient[:, 1:] = 0.0  # only query 0 matters, which attends to few keys
     _, dq, dk, dv = jax.device_get(
-        both_passes(attention_kernels.einsum_attention, rule, (q, k, v, gradient))
+        both_passes(attentions.einsum_attention, rule, (q, k, v, gradient))
     )
     allowed = np.asarray(dense_mask(rule))[:, 0, 0]
     keys, values = (np.abs(leaf).max((2, 3)) > 0 for leaf in (dk, dv))
@@ -252,7 +252,7 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="5 queries and 5 keys does not fit 4 queries and 4 keys"):
         attention(x, x, x, masks.causal(5))
     on(monkeypatch, "gpu")
-    obstacle = attention_kernels.cudnn_obstacle
+    obstacle = attentions.cudnn_obstacle
     assert "operands in bfloat16 or float16" in obstacle(x, x, masks.causal(4))
     assert "multiple of 8 up to 256, got 12" in obstacle(shapes(size=12), shapes(size=12), None)
     odd = shapes(5)
@@ -260,8 +260,8 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch):
     assert obstacle(odd, odd, masks.as_rule(None, 5, 5)) is None
     on(monkeypatch, "tpu")
     dense, x = masks.as_rule(jnp.ones((1, 1, 128, 128), bool), 128, 128), shapes(128)
-    assert "not a boolean array" in attention_kernels.splash_obstacle(x, x, dense)
-    assert "in multiples of 128" in attention_kernels.splash_obstacle(
+    assert "not a boolean array" in attentions.splash_obstacle(x, x, dense)
+    assert "in multiples of 128" in attentions.splash_obstacle(
         shapes(64), shapes(64), masks.causal(64)
     )
 
@@ -274,16 +274,16 @@ def test_splash_reads_the_pattern_in_tiles(rule_name):
     rule = RULES[rule_name]()
     if not isinstance(rule, masks.Rule):
         pytest.skip("no static pattern")
-    mask = attention_kernels.pattern_mask(rule.pattern)
+    mask = attentions.pattern_mask(rule.pattern)
     queries, keys = (np.arange(size) for size in rule.shape)
     whole = rule.pattern.allows(queries[:, None], keys[None])
     assert mask.shape == whole.shape
     np.testing.assert_array_equal(mask[4:8, 0:12], whole[4:8, 0:12])
     np.testing.assert_array_equal(mask[:, 5:9], whole[:, 5:9])
     again = RULES[rule_name]()
-    other = attention_kernels.pattern_mask(masks.causal(LENGTH, 9).pattern)
-    assert mask == attention_kernels.pattern_mask(again.pattern) and mask != other
-    assert hash(mask) == hash(attention_kernels.pattern_mask(again.pattern))
+    other = attentions.pattern_mask(masks.causal(LENGTH, 9).pattern)
+    assert mask == attentions.pattern_mask(again.pattern) and mask != other
+    assert hash(mask) == hash(attentions.pattern_mask(again.pattern))
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,9 @@ def test_splash_agrees_with_products(kind):
         rule = masks.within_documents(documents)
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(1, 128, 1, 8)).astype(np.float32) for _ in range(4)]
-    splash = functools.partial(attention_kernels.splash_attention, interpret=True)
+    splash = functools.partial(attentions.splash_attention, interpret=True)
     values = both_passes(splash, rule, inputs)
-    expected = both_passes(attention_kernels.einsum_attention, rule, inputs)
+    expected = both_passes(attentions.einsum_attention, rule, inputs)
     for value, exact_value in zip(values, expected):
         np.testing.assert_allclose(value, exact_value, rtol=1e-5, atol=1e-5)
 
@@ -311,7 +311,7 @@ def test_splash_runs_on_the_devices_of_a_mesh():
     documents = np.asarray([[1] * 100 + [0] * 28, [1] * 60 + [2] * 68], np.int32)
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(2, 128, 2, 8)).astype(np.float32) for _ in range(3)]
-    run = functools.partial(attention_kernels.splash_attention, interpret=True)
+    run = functools.partial(attentions.splash_attention, interpret=True)
     mesh = sharding.make_mesh(2, 1, 4)  # four do not divide two heads, which stay whole
     rules = (("batch", ("data", "fsdp")), ("heads", "tensor"))
     placed, spread = (
@@ -320,5 +320,5 @@ def test_splash_runs_on_the_devices_of_a_mesh():
     call = sharded_apply(lambda q, k, v, d: run(q, k, v, masks.causal(128, 40, d)), mesh, rules)
     values = tiny.jit(call)(*placed, spread)
     rule = masks.causal(128, 40, documents)
-    expected = tiny.jit(attention_kernels.einsum_attention)(*inputs, rule)
+    expected = tiny.jit(attentions.einsum_attention)(*inputs, rule)
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
