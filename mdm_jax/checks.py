@@ -1,4 +1,4 @@
-"""Checks of arguments: known numbers when an object is built, and names of registries."""
+"""Argument checks: numbers known when an object is built, and registry names."""
 
 import difflib
 import math
@@ -12,11 +12,9 @@ from mdm_jax.types import ArrayLike
 
 
 def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
-    """A known number as a Python float, a traced scalar as it is.
+    """A known number as a Python float; a traced scalar unchanged.
 
-    Raises:
-        TypeError: if ``value`` is not a number or an array of numbers.
-        ValueError: if it is not a scalar. Batches of laws are made with ``jax.vmap``.
+    TypeError unless numeric; ValueError unless scalar (batch with ``jax.vmap``).
     """
     if isinstance(value, bool | str) or value is None:
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -30,18 +28,18 @@ def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
 
 
 def is_concrete(*values: ArrayLike) -> bool:
-    """Whether all values are known now, and can be checked."""
+    """Whether no value is traced."""
     return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def check_interval(name: str, low: ArrayLike, high: ArrayLike, what: str = "logSNR") -> None:
-    """Raises ValueError unless low < high. NaN fails, infinite ends pass."""
+    """Raise ValueError unless low < high. NaN fails, infinite ends pass."""
     if is_concrete(low, high) and not low < high:
         raise ValueError(f"{name} needs low < high ({what}), got low={low}, high={high}")
 
 
 def check_finite(name: str, **values: ArrayLike) -> None:
-    """Raises ValueError for the first of the named values that is known and not finite."""
+    """Raise ValueError for the first named value that is known and not finite."""
     for key, value in values.items():
         if is_concrete(value) and not np.isfinite(value):
             raise ValueError(f"{name} needs a finite {key}, got {value}")
@@ -50,17 +48,10 @@ def check_finite(name: str, **values: ArrayLike) -> None:
 def parameters(
     name: str, requirement: str, holds: Callable[..., bool], /, **values: ArrayLike
 ) -> tuple[ArrayLike, ...]:
-    """The values as parameters of a factory, checked where they are known.
+    """Check the parameters of a factory where they are known; see :func:`as_parameter`.
 
-    Args:
-        name: of the factory, for error messages.
-        requirement: what the values must satisfy, in words.
-        holds: the same as a predicate of the values.
-        values: by name, each as for :func:`as_parameter`.
-
-    Raises:
-        ValueError: for a known value that is not finite, or known values that violate the
-            requirement.
+    ValueError for a known value that is not finite, or if the predicate ``holds(*values)``, worded
+    as ``requirement``, is False. ``name`` is that of the factory.
     """
     checked = {key: as_parameter(value, key) for key, value in values.items()}
     check_finite(name, **checked)
@@ -71,7 +62,7 @@ def parameters(
 
 
 def log_positive(name: str, what: str, value: ArrayLike) -> ArrayLike:
-    """log of a parameter; ValueError unless it is finite and positive, where it is known."""
+    """log of a parameter; ValueError if it is known and not finite and positive."""
     value = as_parameter(value, what)
     check_finite(name, **{what: value})
     if not is_concrete(value):
@@ -89,10 +80,8 @@ def unknown_name(
 ) -> ValueError:
     """The error for an unknown name, with close matches.
 
-    Args:
-        name, known: the name, and those allowed.
-        kind: what they name, as in "masked schedule".
-        elsewhere: homes of names in another registry, by name.
+    ``kind`` is what is named, as in "masked schedule"; ``elsewhere`` maps names of other registries
+    to their homes.
     """
     known = sorted(known)
     message = f"unknown {kind} {name!r}; "

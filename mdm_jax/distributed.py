@@ -1,6 +1,6 @@
-"""Runs of several processes: barriers, agreement, and arrays that span processes.
+"""Multi-process runs: barriers, agreement, and arrays that span processes.
 
-With several processes these are collectives: all must call them at the same point of the program.
+These are collectives: all processes must call them at the same point of the program.
 """
 
 import json
@@ -24,7 +24,7 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has reached the barrier of this name."""
+    """Wait until every process has reached the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -59,11 +59,9 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def spread_rows(batch: PyTree, like: PyTree) -> PyTree:
-    """A batch that every process holds, with its rows sharded over the devices that hold ``like``.
+    """Shard the rows of a batch, the same in every process, over the devices that hold ``like``.
 
-    Args:
-        batch: NumPy arrays with a leading axis of rows, the same in every process.
-        like: parameters; if their mesh does not divide the rows, every device gets all rows.
+    If the mesh of the parameters ``like`` does not divide the rows, every device gets all of them.
     """
     mesh = _mesh_of(like)
     if mesh is None:

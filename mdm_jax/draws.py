@@ -1,8 +1,7 @@
 """The randomness of one training step, as data.
 
-Variance transforms couple and warp a :class:`Draw`, corruptions and objectives consume it. Its
-numbers lie on one grid, the odd multiples of 2**-24 in (0, 1): symmetric, so ``1 - u`` is exact,
-and without ends, so quantile functions stay finite.
+Variance transforms couple and warp a :class:`Draw`; corruptions and objectives consume it. Uniforms
+are odd multiples of 2**-24 in (0, 1): ``1 - u`` is exact and quantile functions stay finite.
 """
 
 import math
@@ -22,12 +21,12 @@ class DrawSpec(NamedTuple):
     """Static shape of a draw.
 
     Attributes:
-        batch_size: B, rows of the global batch (all devices, hosts and microbatches together).
+        batch_size: B, rows of the global batch (all devices, hosts and microbatches).
         num_levels: S, independent noise levels per row.
-        event_shape: shape of one row's base noise; ``(L,)`` for masks, ``(L, 2)`` for a process
-            that consumes two numbers per element.
-        separate_levels: whether each level's loss depends on its own quantile and segment of the
-            noise alone, as in block diffusion. Only then may the levels of one row be coupled.
+        event_shape: base noise of a row; ``(L,)`` for masks, ``(L, 2)`` with two numbers per
+            element.
+        separate_levels: whether each level's loss depends on its own quantile and noise segment
+            alone, as in block diffusion. Only then may the levels of one row be coupled.
     """
 
     batch_size: int
@@ -40,7 +39,7 @@ class Draw(NamedTuple):
     """All randomness of one step.
 
     Attributes:
-        u: [V, B, S] quantile of the objective's own noise law, in the open interval (0, 1).
+        u: [V, B, S] quantile of the objective's noise law, in (0, 1).
         log_weight: [V, B, S] log importance weight; zero until ``u`` is warped.
         noise: [V, B, *event_shape] base noise of the corruption, in (0, 1).
     """
@@ -51,16 +50,15 @@ class Draw(NamedTuple):
 
 
 class LossStats(NamedTuple):
-    """Per-example loss of one forward pass, before any reduction.
+    """Per-example losses of one forward pass, unreduced, [V, B, S].
 
     Attributes:
-        raw: [V, B, S] sum of the per-element losses over the target elements, nats.
-        weight: [V, B, S] the objective's factor at this level. ``raw * weight`` is, for uniform
-            quantiles, an unbiased estimate of the level's loss in nats.
-        scored: [V, B, S] number of eligible elements, the unit of normalisation.
-        targets: [V, B, S] number of elements that carried a loss.
-        slopes: [V, B, S] sum over the target elements of the squared gradient norm of the element's
-            loss at the network's outputs, up to a common factor; None if unknown.
+        raw: sum of the losses of the target elements, nats.
+        weight: the objective's factor; for uniform quantiles ``raw * weight`` is an unbiased
+            estimate of the level's loss in nats.
+        scored, targets: number of eligible elements (the normaliser), and of those with a loss.
+        slopes: sum over targets of the squared gradient norm of the element's loss at the network's
+            outputs, up to a common factor; None if unknown.
     """
 
     raw: Array
@@ -71,7 +69,7 @@ class LossStats(NamedTuple):
 
 
 def check_spec(spec: DrawSpec) -> DrawSpec:
-    """Returns ``spec``; raises ValueError unless all its sizes are positive and fit the grid."""
+    """Return ``spec``; ValueError unless all sizes are positive and fit the grid."""
     if not 1 <= spec.batch_size <= 2**GRID_BITS:
         raise ValueError(f"batch_size must be in [1, 2**{GRID_BITS}], got {spec.batch_size}")
     if spec.num_levels < 1:
@@ -87,7 +85,7 @@ def from_grid(index: ArrayLike) -> Array:
 
 
 def open_uniform(key: Array, shape: tuple[int, ...]) -> Array:
-    """Independent uniforms on the open unit interval, float32, of the given shape."""
+    """Independent float32 uniforms on the open unit interval."""
     bits = jax.random.bits(key, shape, jnp.uint32)
     return from_grid(bits >> (32 - GRID_BITS))
 
@@ -95,8 +93,8 @@ def open_uniform(key: Array, shape: tuple[int, ...]) -> Array:
 def iid(key: Array, spec: DrawSpec) -> Draw:
     """One view of independent uniforms, the start of every chain.
 
-    Element i of a row depends on the key, the row's global index and i alone, not on the number of
-    devices, processes or microbatches, nor on the batch size.
+    Element i of a row depends on the key, the row's global index and i alone, not on devices,
+    processes, microbatches or the batch size.
     """
     check_spec(spec)
     levels = (1, spec.batch_size, spec.num_levels)
@@ -108,12 +106,10 @@ def iid(key: Array, spec: DrawSpec) -> Draw:
 
 
 def split_rows(tree: PyTree, parts: int, axis: int) -> PyTree:
-    """Microbatches: the row axis of every leaf split into ``parts``, on a new leading axis.
+    """Microbatches: split the row axis of every leaf into ``parts``, on a new leading axis.
 
-    Part j takes rows j, j + parts, j + 2 parts, ..., so nothing moves between devices.
-
-    Raises:
-        ValueError: if ``parts`` does not divide the number of rows.
+    Part j takes rows j, j + parts, ..., so no row moves between devices. ValueError if ``parts``
+    does not divide the rows.
     """
 
     def split(leaf: Array) -> Array:

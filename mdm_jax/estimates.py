@@ -1,12 +1,8 @@
-"""Standard errors of means and ratios, running means of gradients, and numbers as JSON takes them.
+"""Standard errors, running means of gradients, and JSON-safe numbers.
 
-Adding sample i to a running mean of the samples before it yields the number
-
-    (i - 1) / i * |G_i - mean of G_1 .. G_{i-1}|^2 ,
-
-zero for the first. For independent samples of one law each of the others has the expectation
-``tr Cov(G)``, and together they add up to the sum of squared deviations from the final mean.
-Reference: Welford 1962; recursive residuals.
+Adding sample i to a running mean yields ``(i - 1) / i * |G_i - mean of G_1 .. G_{i-1}|^2``, zero
+for the first. For independent samples the others have the expectation ``tr Cov(G)``, and together
+they add up to the sum of squared deviations from the final mean (Welford 1962).
 """
 
 import math
@@ -20,7 +16,7 @@ from mdm_jax.types import Array, PyTree
 
 
 class Estimate(NamedTuple):
-    """A number with its standard error, in the same unit; NaN where none can be given."""
+    """A number and its standard error in the same unit, or NaN."""
 
     value: float
     standard_error: float
@@ -39,9 +35,9 @@ def standard_error_of_mean(values: np.ndarray) -> float:
 
 
 def standard_error_of_ratio(totals: np.ndarray, sizes: np.ndarray) -> float:
-    """Standard error of ``sum(totals) / sum(sizes)`` with rows [N] as the sampling unit.
+    """Linearised standard error of ``sum(totals) / sum(sizes)``, with rows [N] as sampling unit.
 
-    To first order (linearised); NaN for fewer than two rows or without size.
+    NaN for fewer than two rows or zero size.
     """
     rows, size = len(totals), sizes.sum()
     if rows < 2 or size <= 0:
@@ -51,30 +47,25 @@ def standard_error_of_ratio(totals: np.ndarray, sizes: np.ndarray) -> float:
 
 
 def finite_or_none(value: float) -> float | None:
-    """A number as JSON takes it: None for NaN and the infinities."""
+    """A float for JSON: None for NaN and infinities."""
     return float(value) if math.isfinite(value) else None
 
 
 class RunningMean(NamedTuple):
-    """Mean of the samples so far.
-
-    Attributes:
-        count: [] float32 number of samples.
-        mean: like one sample, in float32.
-    """
+    """Mean of ``count`` [] samples, like one sample, in float32."""
 
     count: Array
     mean: PyTree
 
 
 def start(like: PyTree) -> RunningMean:
-    """The mean of no samples, for samples of the structure of ``like``."""
+    """The mean of no samples, of the structure of ``like``."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), like)
     return RunningMean(jnp.zeros((), jnp.float32), zeros)
 
 
 def add(running: RunningMean, sample: PyTree) -> tuple[RunningMean, Array]:
-    """The mean with one more sample, and that sample's term of the squared deviations."""
+    """Add a sample to the mean; also returns its term of the squared deviations."""
     count = running.count + 1
     change = jax.tree.map(lambda x, m: x.astype(jnp.float32) - m, sample, running.mean)
     mean = jax.tree.map(lambda m, d: m + d / count, running.mean, change)

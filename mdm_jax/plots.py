@@ -1,4 +1,4 @@
-"""Plots; functions that take axes draw on them and return them, the others make a new figure."""
+"""Plots: functions that take axes draw on them and return them; the others return a new figure."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from mdm_jax.meter.levels import LevelTable, Moments, optimal_density
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """An empty matplotlib figure of ``size`` inches, for files: it needs no display."""
+    """An empty matplotlib figure of ``size`` inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -24,7 +24,7 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 
 def save(draw: Callable[[Any], Any], path: str | os.PathLike, size: tuple[float, float]) -> None:
-    """Write ``draw(axes)`` as a PNG of ``size`` inches; directories are made as needed."""
+    """Write ``draw(axes)`` as a PNG of ``size`` inches, making directories."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure = new_figure(size)
     draw(figure.add_subplot())
@@ -39,12 +39,8 @@ def training_curve(
 ) -> Any:
     """Training and evaluation loss over steps, bits per ``unit``.
 
-    Args:
-        axes: matplotlib axes.
-        records: the rows of a ``metrics.jsonl`` (``training.read_metrics``); with the monitor
-            "levels" the training loss without the noise of its levels is drawn too.
-        unit: what bits are counted per.
-        references: horizontal lines to compare with, by name.
+    ``records`` are those of ``training.read_metrics``; with the monitor "levels" the training loss
+    without level noise is drawn too. ``references`` are horizontal lines by name.
     """
     training = [r for r in records if r["kind"] == "train"]
     train = [(r["step"], r["bits_per_unit"]) for r in training]
@@ -118,7 +114,7 @@ def law_densities(axes: Any, laws: Mapping[str, Any], low: float = -15, high: fl
 def trajectories(axes: Any, levels: np.ndarray, states: np.ndarray, **style: Any) -> Any:
     """Sampling paths: states [N + 1, paths] over logSNR levels [N + 1]; ``style`` of ``axes.plot``.
 
-    A last level of +inf is drawn one step on. Raises ValueError if the lengths differ.
+    A last level of +inf is drawn one step on. ValueError if the lengths differ.
     """
     levels, states = np.array(levels, np.float64), np.asarray(states)
     if len(levels) != len(states):
@@ -179,14 +175,10 @@ def quality_curve(
         axes: matplotlib axes.
         records: ``{"sampler": name, "num_steps": int, "forward_passes": float, "quality": dict}``
             with the dict of ``TextQuality.to_dict``, in any order; those without the metric are
-            left out. Error bars are drawn from ``<metric>_standard_error``.
-        metric: key of the dict.
-        label: of the vertical axis; the metric if not given.
-        against: "num_steps" or "forward_passes".
+            left out. Error bars come from ``<metric>_standard_error``.
+        metric, label: key of the dict, and the label of its axis (by default the key).
+        against: "num_steps" or "forward_passes", positive; ValueError otherwise.
         reference: horizontal line, the metric of held-out text.
-
-    Raises:
-        ValueError: for another ``against``, or one that is not positive.
     """
     if against not in _X:
         raise ValueError(f"against must be one of {', '.join(_X)}, got {against!r}")
@@ -219,10 +211,9 @@ def quality_by_steps(
     references: Mapping[str, float] | None = None,
     size: tuple[float, float] = (10, 4),
 ) -> Any:
-    """A figure of ``size`` inches: generative perplexity and token entropy by sampler.
+    """Figure of generative perplexity and token entropy by sampler, as :func:`quality_curve`.
 
-    ``records`` and ``against`` as for :func:`quality_curve`; ``references`` is the
-    ``TextQuality.to_dict()`` of held-out text.
+    ``references`` is the ``TextQuality.to_dict()`` of held-out text; ``size`` is in inches.
     """
     figure = new_figure(size)
     for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS):
@@ -237,9 +228,9 @@ RATE = "masking rate"
 
 
 def component_bars(axes: Any, results: Mapping[str, Decomposition], what: str) -> Any:
-    """A, B and C of each method as stacked bars, with the total's standard error.
+    """Stacked bars of A, B and C of each method, with the total's standard error.
 
-    ``what`` is "loss" or "gradient", for the label. Negative estimates are drawn as zero.
+    ``what`` is "loss" or "gradient". Negative estimates are drawn as zero.
     """
     rows = np.arange(len(results))
     left = np.zeros(len(results))
@@ -265,7 +256,7 @@ def component_bars(axes: Any, results: Mapping[str, Decomposition], what: str) -
 def efficiency_bars(axes: Any, results: Mapping[str, Efficiency]) -> Any:
     """Variance of the batch gradient times forward passes, with standard errors.
 
-    Methods whose estimate has not settled are named and have no bar.
+    Methods whose estimate has not settled have no bar.
     """
     for row, result in enumerate(results.values()):
         if result.settled:
@@ -284,8 +275,7 @@ def level_moments(
 ) -> Any:
     """g, root of v and root of c over the noise level, in the unit of the loss.
 
-    ``moments`` is ``table.loss`` or ``table.gradient``; ``what`` names it and ``level`` the table's
-    rates, for the labels.
+    ``moments`` is ``table.loss`` or ``table.gradient``; ``what`` and ``level`` are labels.
     """
     curves = (("mean_square", "g (mean)"), ("pattern", "√v (pattern)"), ("data", "√c (rows)"))
     for number, (name, label) in enumerate(curves):
@@ -309,8 +299,8 @@ def level_densities(
 ) -> Any:
     """The optimal densities of the noise level and those that methods draw from.
 
-    ``moments`` is ``table.loss`` or ``table.gradient``; ``drawn`` holds (rates, density) by method,
-    as ``warp_density`` returns them; ``level`` names the table's rates, for the label.
+    ``moments`` as in :func:`level_moments`; ``drawn`` holds the (rates, density) of
+    ``warp_density`` by method; ``level`` is a label.
     """
     value = moments.value
     targets = (
@@ -331,7 +321,7 @@ def level_densities(
 
 
 def level_loss(axes: Any, table: LevelTable, level: str = RATE) -> Any:
-    """Mean loss per scored element over the noise level, nats, with standard errors."""
+    """Mean loss per eligible element over the noise level, nats, with standard errors."""
     scale = table.nats_per_token / np.where(table.loss.value.mean, table.loss.value.mean, 1.0)
     error = np.asarray(table.loss.standard_error.mean) * scale
     axes.errorbar(
@@ -365,7 +355,7 @@ def recipe_densities(axes: Any, recipes: Mapping[str, Recipe]) -> Any:
 def effective_weights(axes: Any, recipes: Mapping[str, Recipe], at: float = 0.0) -> Any:
     """Effective weight W of each recipe relative to that at logSNR ``at``, on a logarithmic axis.
 
-    Dotted where the recipe draws no levels, so that the actual weight is zero.
+    Dotted where the recipe draws no levels (actual weight zero).
     """
     for number, (name, recipe) in enumerate(recipes.items()):
         summary = summarise(recipe, np.append(LEVELS, at))
@@ -381,7 +371,7 @@ def effective_weights(axes: Any, recipes: Mapping[str, Recipe], at: float = 0.0)
 
 
 def compare_recipes(recipes: Mapping[str, Recipe], size: tuple[float, float] = (11, 4)) -> Any:
-    """A figure of ``size`` inches: densities of the recipes and their effective weights."""
+    """Figure of the recipes' densities and effective weights; ``size`` in inches."""
     figure = new_figure(size)
     left, right = figure.subplots(1, 2)
     recipe_densities(left, recipes)

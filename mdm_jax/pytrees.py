@@ -12,11 +12,11 @@ T = TypeVar("T", bound=type)
 
 @dataclass_transform(frozen_default=True)
 def pytree_dataclass(cls: T) -> T:
-    """Makes ``cls`` a frozen dataclass and a pytree whose fields are its children.
+    """Make ``cls`` a frozen dataclass and a pytree whose fields are its children.
 
-    Under ``jax.tree_util.register_dataclass`` (seen in jax 0.10.2) the structures of two classes
-    with equally many fields compare equal and only their hashes differ, so about once in a hundred
-    pairs ``jax.jit`` runs the code compiled for one class on the other.
+    ``jax.tree_util.register_dataclass`` (jax 0.10.2) gives equal structures to two classes with
+    equally many fields, so now and then ``jax.jit`` runs the code compiled for one class on the
+    other.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = tuple(field.name for field in dataclasses.fields(cls))

@@ -1,7 +1,6 @@
 """Random keys as a function of (seed, step, name), never part of a state.
 
-So a resumed run draws what the uninterrupted one would have drawn, and switching one random part on
-or off leaves the others' numbers unchanged.
+A resumed run draws what the uninterrupted one would have, and streams do not affect each other.
 """
 
 import zlib
@@ -14,12 +13,8 @@ from mdm_jax.types import Array, ArrayLike
 def step_key(seed: ArrayLike, step: ArrayLike) -> Array:
     """Typed key of one training step.
 
-    Args:
-        seed: non-negative integer below 2**32; traced, as uint32, it gives the same key.
-        step: scalar integer, may be traced.
-
-    Raises:
-        ValueError: if the seed is out of range.
+    ``seed`` is an integer in [0, 2**32), ValueError otherwise; seed (as uint32) and step may be
+    traced.
     """
     if not isinstance(seed, jax.core.Tracer) and not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
@@ -27,8 +22,5 @@ def step_key(seed: ArrayLike, step: ArrayLike) -> Array:
 
 
 def stream(key: Array, name: str) -> Array:
-    """Key of the named stream below ``key``.
-
-    Names are hashed with CRC-32, which is the same in every process; Python's ``hash`` is salted.
-    """
+    """Key of the named stream below ``key``: CRC-32 of the name, the same in every process."""
     return jax.random.fold_in(key, zlib.crc32(name.encode("utf-8")))

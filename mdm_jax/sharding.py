@@ -1,4 +1,4 @@
-"""Device meshes, and the sharding of parameters, batches and activations by logical axis names."""
+"""Device meshes; sharding of parameters, batches and activations by logical axis names."""
 
 import math
 from collections.abc import Callable
@@ -25,15 +25,13 @@ LOGICAL_RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices with the axes ``data``, ``fsdp`` and ``tensor``.
+    """A mesh over all devices.
 
     Args:
-        data: data-parallel copies; -1 takes all devices that the other two axes leave.
-        fsdp: shards of parameters along their ``embed`` axis; also splits the batch.
-        tensor: shards of layers.
+        data: data-parallel copies; -1 takes the devices that the other axes leave.
+        fsdp, tensor: shards of parameters along ``embed``, which also split the batch; of layers.
 
-    Raises:
-        ValueError: if the product is not the number of devices.
+    ValueError if the product is not the number of devices.
     """
     devices = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -52,12 +50,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data-parallel axes."""
+    """Sharding of rows over the data-parallel axes."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> None:
-    """Raises ValueError unless every microbatch splits evenly over the data-parallel devices."""
+    """Raise ValueError unless every microbatch splits evenly over the data-parallel devices."""
     if num_microbatches < 1:
         raise ValueError(
             f"num_microbatches must be at least 1, got {num_microbatches}; 1 takes the batch as a "
@@ -72,7 +70,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, num_microbatches: int = 1) -> 
 
 
 def check_num_heads(mesh: Mesh, num_heads: int) -> None:
-    """Raises ValueError if the tensor axis would cut through attention heads."""
+    """Raise ValueError if the tensor axis would cut through attention heads."""
     ways = mesh.shape["tensor"]
     if num_heads % ways:
         raise ValueError(
@@ -84,19 +82,16 @@ def check_num_heads(mesh: Mesh, num_heads: int) -> None:
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """Ascending indices of the rows of a global batch that this process's devices hold.
 
-    Where another axis than those of the rows spans processes, several hold the same rows.
+    Several processes hold the same rows where another axis spans processes.
     """
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int | None = None) -> Batch:
-    """A global batch with this process's rows on its devices.
+    """A global batch of ``batch_size`` rows (default: all given) from this process's rows.
 
-    Args:
-        batch: the rows of :func:`local_rows`, in this order.
-        sharding: of the rows.
-        batch_size: rows of the global batch; by default those of ``batch``.
+    ``batch`` holds the rows of :func:`local_rows` in this order; ValueError otherwise.
     """
     size = len(batch.tokens) if batch_size is None else batch_size
     rows = local_rows(sharding, size)
@@ -119,24 +114,17 @@ def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int | None = 
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copies of every leaf on every device."""
+    """Copy every leaf to every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def abstract_sharded(
     init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES
 ) -> PyTree:
-    """Shapes, dtypes and shardings of what ``init`` returns, without computing it.
+    """Shapes, dtypes and shardings (jax.ShapeDtypeStruct) of what ``init`` returns, uncomputed.
 
-    Args:
-        init: returns a pytree whose parameters may carry linen's logical axis names; optimiser and
-            EMA copies carry them too.
-        mesh: device mesh.
-        rules: logical axis -> mesh axis.
-
-    Returns:
-        Pytree of jax.ShapeDtypeStruct without axis names. A dimension that its mesh axis does not
-        divide is not sharded.
+    Parameters, and their optimiser and EMA copies, may carry linen's logical axis names, which
+    ``rules`` map to mesh axes. A dimension that its mesh axis does not divide is not sharded.
     """
 
     def place(node: PyTree) -> PyTree:
@@ -156,10 +144,7 @@ def abstract_sharded(
 
 
 def kept_whole(init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES) -> list[str]:
-    """Messages on logical axes that are not sharded since their mesh axis does not divide them.
-
-    Arguments are those of :func:`abstract_sharded`.
-    """
+    """Messages on logical axes not sharded since their mesh axis does not divide them."""
     names, arrays = dict(rules), {}
     boxes = jax.tree.leaves(jax.eval_shape(init), is_leaf=_is_box)
     for box in filter(_is_box, boxes):
@@ -179,10 +164,7 @@ def kept_whole(init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RU
 def init_sharded(
     init: Callable[[], PyTree], mesh: Mesh, rules: tuple = LOGICAL_RULES
 ) -> tuple[PyTree, PyTree]:
-    """Runs ``init``, every leaf computed where it is sharded: values and their shardings.
-
-    Arguments are those of :func:`abstract_sharded`.
-    """
+    """Run ``init`` with every leaf computed where it is sharded: values and their shardings."""
     abstract = abstract_sharded(init, mesh, rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda: nn.meta.unbox(init()), out_shardings=shardings)(), shardings
@@ -191,7 +173,7 @@ def init_sharded(
 def sharded_apply(
     apply_fn: Callable[..., Array], mesh: Mesh, rules: tuple[tuple[str, object], ...]
 ) -> Callable[..., Array]:
-    """``apply_fn`` of a network of ours with its activations sharded over ``mesh``, for ``jit``."""
+    """``apply_fn`` with its activations sharded over ``mesh``, for use inside ``jit``."""
 
     def apply(*args, **options):
         with (
@@ -204,9 +186,9 @@ def sharded_apply(
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """``x`` sharded by its axes' logical names; ``x`` itself outside :func:`sharded_apply`.
+    """Shard ``x`` by its axes' logical names; a no-op outside :func:`sharded_apply`.
 
-    An axis with the name None, or that the mesh does not divide, is not sharded.
+    An axis named None, or that the mesh does not divide, is not sharded.
     """
     layout = _layout(x.shape, names)
     return x if layout is None else jax.lax.with_sharding_constraint(x, NamedSharding(*layout))
@@ -215,12 +197,9 @@ def constrain(x: Array, *names: str | None) -> Array:
 def map_shards(
     function: Callable[..., Array], names: tuple[tuple[str | None, ...], ...], *arrays: Array
 ) -> Array:
-    """``function(*arrays)`` shard by shard: for kernels that the compiler cannot partition.
+    """``function(*arrays)`` shard by shard, for kernels that the compiler cannot partition.
 
-    Args:
-        function: of the arrays' shards on one device; its result is sharded like the first array.
-        names: logical names of every array's axes, as for :func:`constrain`.
-        arrays: global arrays.
+    ``names`` are the logical axis names of every array; the result is sharded like the first array.
     """
     layouts = [_layout(x.shape, axes) for x, axes in zip(arrays, names)]
     if layouts[0] is None:
@@ -233,7 +212,7 @@ def map_shards(
 
 
 def num_shards(size: int, name: str) -> int:
-    """Shards of an axis of this size and logical name; 1 outside :func:`sharded_apply`."""
+    """Shards of an axis of this logical name; 1 outside :func:`sharded_apply`."""
     layout = _layout((size,), (name,))
     return 1 if layout is None else _ways(layout[0], layout[1][0])
 

@@ -1,15 +1,10 @@
-"""Shared type names and the glossary of axes.
+"""Shared types and the glossary of axes.
 
-Axes, always in this order where several occur:
-
-* ``V`` views of one example (replications such as the two masks of MIRROR),
-* ``B`` rows of the *global* batch,
-* ``S`` independent noise levels per row (1; one per block; one per data type),
-* ``L`` elements of a row (tokens, or pixels flattened),
-* ``K`` vocabulary entries.
-
-The noise coordinate is the log signal-to-noise ratio ``logsnr`` = lambda, with large values clean.
-For tokens the survival probability is ``sigmoid(logsnr)``, the masking rate ``sigmoid(-logsnr)``.
+Axes, in this order: ``V`` views of one example (replications, as the two masks of MIRROR), ``B``
+rows of the *global* batch, ``S`` noise levels per row (1, one per block or data type), ``L``
+elements of a row (tokens or flattened pixels), ``K`` vocabulary entries. The noise coordinate is
+the log signal-to-noise ratio ``logsnr`` = lambda, large values clean. For tokens the survival
+probability is ``sigmoid(logsnr)``, the masking rate ``sigmoid(-logsnr)``.
 """
 
 from collections.abc import Callable
@@ -31,15 +26,14 @@ logits [N, L, K] or a ``models.Readout`` of them, for Gaussian diffusion one num
 
 
 class Batch(NamedTuple):
-    """Clean examples. Fields are NumPy or JAX arrays; a single row has no leading axis.
+    """Clean examples in NumPy or JAX arrays; a single row has no leading axis.
 
     Attributes:
-        tokens: [B, L] int32 clean token ids. Padding holds any valid id.
-        eligible: [B, L] bool, positions that may be corrupted and carry a loss; never prompt and
-            padding.
+        tokens: [B, L] int32 clean token ids; padding holds any valid id.
+        eligible: [B, L] bool, may be corrupted and carry a loss; False on prompt and padding.
         documents: [B, L] int32, 0 on padding; attention stays within a positive number.
-        units: [B] int32, units of measurement of the eligible elements: characters of the raw text,
-            or pixels times channels.
+        units: [B] int32 units of the eligible elements: characters of raw text, or pixels x
+            channels.
     """
 
     tokens: Array

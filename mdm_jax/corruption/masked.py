@@ -15,7 +15,7 @@ References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM), Ou et al. 2024 (RAD
 Token-dependent rates mask rare tokens more often. Raising the rate of some positions from m to q_i
 > m makes their targets more frequent, and hides them more often as context. Dividing each loss by
 its own q_i repairs the former only; the ratio of the whole mask's probabilities repairs both. The
-per-token form is our reading of a training script in the repository of arXiv 2511.18159 (ISAD). """
+per-token form is our reading of a training script in the repository of arXiv 2511.18159 (ISAD)."""
 
 from collections.abc import Callable
 

@@ -1,16 +1,13 @@
 """Likelihood bounds by process, each by a fixed estimator with error bars.
 
-The estimator of the masked bound is the count design of ``estimators.py``, whatever the training
-chain. With S_j the summed cross-entropy of the k_j of n tokens that view j masks, every ``(n / k_j)
-S_j`` is an unbiased estimate of
+With S_j the summed cross-entropy of the k_j of n tokens that view j masks (``estimators.py``,
+whatever the training chain), every ``(n / k_j) S_j`` is an unbiased estimate of
 
     NELBO(x) = sum_{k=1}^{n} (1/k) E[S | k masked]   (nats)
 
-and a row's estimate is the mean over its F views. The views are negatively correlated, so their
-spread is no error of the mean: the whole design is repeated R times, and the spread of the R totals
-gives the standard error.
-
-References: Ou et al. 2024 (RADD) and Nie et al. 2025 (LLaDA) for the fixed-count form of the bound.
+and a row's estimate is the mean over its F views. These are negatively correlated, so the standard
+error comes from R repetitions of the design. References: Ou et al. 2024 (RADD), Nie et al. 2025
+(LLaDA) for the fixed-count form.
 """
 
 from collections.abc import Callable
@@ -52,24 +49,23 @@ def make_likelihood(
     """Evaluation of the masked bound; the forward pass is compiled once.
 
     Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]``, or
-            a readout of them (``models.readout_apply``). The level for k of n masked tokens is that
-            of the rate (k - 1/2) / n.
+        apply_fn: ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]``, or a
+            readout of them (``models.readout_apply``), so that a pass holds the logits of a chunk.
+            The level for k of n masked tokens is that of the rate (k - 1/2) / n.
         mask_id: the mask token; it is excluded from the softmax.
         passes: F >= 1, forward passes per row and replicate. May exceed n.
         replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
         level_bins: bins of the loss curve over the masking rate.
 
     Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``. All batches have one shape
-        (fill the last with rows that have no eligible token). A row's random numbers depend on the
-        key and its number in the stream, not on the batch size: two models evaluated with one key
-        get the same masks. ``progress(rows)`` is called after each batch (``tqdm.update``). A
-        forward pass holds the logits of one batch, of a readout those of a chunk.
+        ``evaluate(params, key, batches, progress=None) -> Likelihood``. A row's random numbers
+            depend
+        on the key and its number in the stream, not on the batch size: models evaluated with one
+            key
+        get the same masks. ``progress(rows)`` is called after each batch (``tqdm.update``).
 
-    Raises:
-        ValueError: for passes, replicates or level_bins below 1, batches of different shapes, or no
-            eligible token in all the data.
+    ValueError for passes, replicates or level_bins below 1, batches of different shapes (fill the
+    last with rows that have no eligible token), or no eligible token in all the data.
     """
 
     @jax.jit
@@ -94,21 +90,12 @@ def make_evaluation(
     level_bins: int,
     exact: bool = False,
 ) -> Callable[..., Likelihood]:
-    """Evaluation by a count design in every segment of a row.
+    """Evaluation by a count design in every segment of a row; errors as :func:`make_likelihood`.
 
-    Args:
-        score: ``score(params, key, batch, first_row, replicate, view) -> (count [B, S], nats
-            [B, S])`` for S contiguous segments of every row: how many of a segment's n eligible
-            tokens are masked, and their summed cross-entropy; ``n / count`` times it estimates the
-            segment's bound.
-        passes, replicates, level_bins: as in :func:`make_likelihood`.
-        exact: the pass draws nothing: one stands for all passes and replicates, which are equal.
-
-    Returns:
-        ``evaluate``, as of :func:`make_likelihood`.
-
-    Raises:
-        ValueError: likewise.
+    ``score(params, key, batch, first_row, replicate, view) -> (count [B, S], nats [B, S])`` gives,
+    for S contiguous segments of a row, how many of a segment's n eligible tokens are masked and
+    their summed cross-entropy; ``n / count`` times it estimates the segment's bound. With ``exact``
+    it draws nothing, and one pass stands for all passes and replicates.
     """
     check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
     num_runs, num_passes = (1, 1) if exact else (replicates, passes)
@@ -139,25 +126,12 @@ def make_block_likelihood(
     replicates: int = 8,
     level_bins: int = 10,
 ) -> Callable[..., Likelihood]:
-    """Evaluation of the block bound; the forward pass is compiled once.
+    """Evaluation of the block bound; all else as :func:`make_likelihood`.
 
-    With blocks of one token the bound is the autoregressive log-likelihood: every pass is the same,
-    one is run, and its Monte Carlo error is zero.
-
-    Args:
-        apply_fn: ``apply_fn(params, inputs [B, 2L], logsnr [B, S], documents [B, L]) -> logits
-            [B, L, K]``, such as ``models.block_apply(model, block_size)``. The level for k of n
-            masked tokens of a block is that of the rate (k - 1/2) / n.
-        mask_id: the mask token; it is excluded from the softmax.
-        block_size: L'.
-        passes: F >= 1, forward passes per row and replicate. May exceed L'.
-        replicates, level_bins: as of ``make_likelihood``.
-
-    Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``, as of ``make_likelihood``.
-
-    Raises:
-        ValueError: as ``make_likelihood``, and if L' does not divide the length of the rows.
+    With blocks of one token the bound is the autoregressive log-likelihood: one pass is run, and
+    its Monte Carlo error is zero. ``apply_fn(params, inputs [B, 2L], logsnr [B, S], documents [B,
+    L]) -> logits [B, L, K]`` is ``models.block_apply(model, block_size)``; levels, and ``passes``,
+    are per block. ValueError also if L' does not divide the length of the rows.
     """
 
     @jax.jit
@@ -196,24 +170,12 @@ def make_uniform_likelihood(
     replicates: int = 8,
     level_bins: int = 10,
 ) -> Callable[..., Likelihood]:
-    """Evaluation of the uniform-token bound; the forward pass is compiled once.
+    """Evaluation of the uniform-token bound; all else as :func:`make_likelihood`.
 
-    Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]`` as of
-            ``objectives.bound_rate`` (see ``corruption.leave_one_out``).
-        num_tokens: K of ``corruption.uniform_tokens``.
-        passes: F >= 1, forward passes per row and replicate.
-        replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
-        level_bins: equal bins of the loss curve over the replacement rate.
-
-    Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``, as of ``make_likelihood``.
-        In its level curve rates are replacement rates, tokens all eligible ones, and the mean of a
-        bin is that of the bound's integrand, nats per token, over the rates of the bin.
-
-    Raises:
-        ValueError: for fewer than two tokens, passes, replicates or level_bins below 1, batches of
-            different shapes, or no eligible token in all the data.
+    ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]`` is as of
+    ``objectives.bound_rate`` (see ``corruption.leave_one_out``), ``num_tokens`` >= 2 the K of
+    ``corruption.uniform_tokens``. In the level curve rates are replacement rates, tokens all
+    eligible ones, and a bin's mean is that of the bound's integrand, nats per token.
     """
     check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
     law = schedules.law_of(masked.power(3.0))
@@ -256,25 +218,19 @@ def pass_numbers(row_key: Array, view: Array, passes: int, length: int) -> tuple
 def make_next_token_likelihood(
     apply_fn: Callable[..., Array], mask_id: int, *, replicates: int = 2
 ) -> Callable[..., Likelihood]:
-    """Exact evaluation of ``-log p(eligible tokens | prompt)``; compiled once.
+    """Exact evaluation of ``-log p(eligible tokens | prompt)``, with the fields of the bounds.
 
-    The result has the fields of the bounds. Its level curve has one bin: an autoregressive model
-    predicts every token with its position masked.
+    The level curve has one bin: an autoregressive model predicts every token with its position
+    masked.
 
     Args:
-        apply_fn: ``apply_fn(params, tokens, logsnr, documents) -> logits [B, L, K]``, such as
-            ``models.causal_apply(model, mask_id)``; logsnr is None.
-        mask_id: the mask token; it is excluded from the softmax.
-        replicates: copies of the same numbers in the result. Two or more give the true standard
-            error, zero; a paired comparison with an estimate of R replicates needs R.
+        apply_fn: ``apply_fn(params, tokens, None, documents) -> logits [B, L, K]``, such as
+            ``models.causal_apply(model, mask_id)``.
+        replicates: copies of the same numbers. Two or more give the true standard error, zero; a
+            paired comparison with an estimate of R replicates needs R.
 
-    Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``; the key is not used and may
-        be None.
-
-    Raises:
-        ValueError: for replicates below 1, batches of different shapes, or no eligible token in all
-            the data.
+    Returns ``evaluate`` as :func:`make_likelihood`, with its errors; the key is unused, may be
+    None.
     """
 
     @jax.jit

@@ -1,12 +1,12 @@
-"""The count design of the likelihood estimators, and the loop over a data set that they share.
+"""The count design of the likelihood estimators, and the shared loop over a data set.
 
 Of a row with n eligible tokens, view j of F masks
 
     k_j = 1 + (k_0 - 1 + floor(j n / F)) mod n
 
-tokens, with k_0 uniform on {1..n}: those whose rank in a random permutation, rotated by floor(j n /
-F), is below k_j. In integers every k_j is exactly uniform (a floating-point lattice rounded half to
-even is not), the F counts lie evenly over the noise levels, and each view is a uniform subset.
+tokens, k_0 uniform on {1..n}: those whose rank in a random permutation, rotated by floor(j n / F),
+is below k_j. In integers every k_j is exactly uniform (a float lattice rounded half to even is
+not), the F counts lie evenly over the noise levels, and each view is a uniform subset.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ def row_keys(key: Array, first_row: Array | int, num_rows: int, replicate: Array
 def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> tuple[Array, Array]:
     """Mask [B, L] bool and count k_j [B] int32 of view j in {0..F-1}, which may be traced.
 
-    ``keys`` [B] are the same for every view of a replicate. A row without eligible elements has an
+    ``keys`` [B] are the same for every view of a replicate. Rows without eligible elements get an
     empty mask.
     """
     lap = view_lap(jnp.sum(eligible, axis=-1), view, passes)
@@ -57,7 +57,7 @@ def draw_design(keys: Array, eligible: Array, lap: Array) -> tuple[Array, Array]
 def view_mask(
     first_count: Array, ranks: Array, eligible: Array, view: Array | int, passes: int
 ) -> tuple[Array, Array]:
-    """:func:`pass_masks` for given numbers k_0 [B] in {1..n} and ranks [B, L] of a permutation."""
+    """:func:`pass_masks` for given k_0 [B] in {1..n} and ranks [B, L] of a permutation."""
     num_eligible = jnp.maximum(jnp.sum(eligible, axis=-1), 1)
     offset = view * num_eligible // passes
     count = 1 + (first_count - 1 + offset) % num_eligible
@@ -66,10 +66,7 @@ def view_mask(
 
 
 def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
-    """[B] number of earlier views with the same count as view j; zero wherever F <= n.
-
-    With more passes than tokens several views share a count, and each takes its own permutation.
-    """
+    """[B] number of earlier views with the count of view j (zero for F <= n): its permutation's number."""
     num_eligible = jnp.maximum(num_eligible, 1)
     offset = view * num_eligible // passes
     first_view = (offset * passes + num_eligible - 1) // num_eligible
@@ -77,10 +74,10 @@ def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
 
 
 def logsnr_of_count(count: Array, num_eligible: Array) -> Array:
-    """logSNR of the masking rate (k - 1/2) / n, float32.
+    """logSNR of the masking rate (k - 1/2) / n, float32, finite at both ends.
 
     Training with fixed counts masks k tokens at the rates from (k - 1) / n to k / n; this is the
-    level in the middle, finite at both ends.
+    middle.
     """
     kept = jnp.maximum(num_eligible, 1) - count
     return (jnp.log(kept + 0.5) - jnp.log(count - 0.5)).astype(jnp.float32)
@@ -116,16 +113,13 @@ def make_evaluate(
     design: Callable[[ScoredRows], tuple[int, int]],
     stream_name: str = "likelihood",
 ) -> Callable[..., Likelihood]:
-    """The evaluation of a likelihood, from one compiled pass over a batch.
+    """The evaluation of a likelihood, as of ``make_likelihood``, from one compiled pass over a batch.
 
     Args:
         score: ``score(params, key, batch, first_row, replicate, view) -> arrays [B, ...]``.
         collect: ``collect(arrays [R', F, N, ...], rows)`` on the host, of the scored rows.
         design: ``design(rows) -> (R', F)``, replicates and views to run for a batch.
         stream_name: of the random numbers.
-
-    Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``.
     """
 
     def evaluate(
@@ -162,16 +156,9 @@ def score_batches(
 ) -> tuple[list[Collected], int]:
     """Score every batch that has an eligible element: results of ``collect``, number of rows.
 
-    Args:
-        params: of the network; a batch is spread over the devices that hold them.
-        batches: all of one shape.
-        score: ``score(batch, first_row, rows) -> arrays`` on the devices.
-        collect: ``collect(arrays, rows)`` on the host.
-        progress: called with the number of rows after each batch.
-        element: name of an element in messages.
-
-    Raises:
-        ValueError: for batches of different shapes, or no eligible element in all the data.
+    ``score(batch, first_row, rows) -> arrays`` runs on the devices that hold ``params``,
+    ``collect(arrays, rows)`` on the host; ``element`` is for messages. ValueError for batches of
+    different shapes, or no eligible element in all the data.
     """
     shape, num_rows, collected = None, 0, []
     for batch in batches:
@@ -210,7 +197,7 @@ def pool(scores: list[RowScores], rows_seen: int) -> Likelihood:
 def count_scores(
     row_nats: np.ndarray, rows: ScoredRows, loss: np.ndarray, count: np.ndarray, bins: int
 ) -> RowScores:
-    """Scores of masked passes; their level is the share of tokens that they mask.
+    """Scores of masked passes; their level is the share of masked tokens.
 
     ``count`` [R', F, N, S] int64 and ``loss`` are the number and the summed cross-entropy of the
     masked tokens of each segment; ``row_nats`` is [R, N].
@@ -224,7 +211,7 @@ def count_scores(
 
 
 def check_at_least_one(**settings: int) -> None:
-    """Raises ValueError unless every setting is at least 1."""
+    """Raise ValueError unless every setting is at least 1."""
     for name, value in settings.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -16,8 +16,8 @@ class LevelCurve(NamedTuple):
 
     Attributes:
         edges: [bins + 1] masking rates; bin b holds the passes with edges[b] < k/n <= edges[b+1].
-        nats: [bins] mean cross-entropy of a masked token, NaN for an empty bin.
-        targets: [bins] number of masked tokens behind the mean.
+        nats, targets: [bins] mean cross-entropy of a masked token (NaN for an empty bin), and
+            number of masked tokens.
     """
 
     edges: np.ndarray
@@ -30,16 +30,14 @@ class Likelihood:
     """An upper bound on the negative log-likelihood of a data set, with its uncertainty.
 
     Totals are pooled over rows before any ratio is taken. ``standard_error_*`` is the Monte Carlo
-    error of the estimate, from the spread over replicates of the whole design (NaN for one
-    replicate). ``data_standard_error_*`` is the error from the spread over rows, taken as
-    independent, their Monte Carlo noise included: what another sample of rows might change.
-    Properties end in their unit; a unit is a character, or a pixel and channel.
+    error, from the spread over replicates of the design (NaN for one). ``data_standard_error_*`` is
+    from the spread over rows, taken as independent, Monte Carlo noise included: what another sample
+    of rows might change. A unit is a character, or a pixel and channel.
 
     Attributes:
         replicate_row_nats: [R, N] float64, each replicate's estimate of each scored row, nats.
-        row_tokens: [N] eligible tokens of each scored row.
-        row_units: [N] units of measurement of each scored row.
-        row_index: [N] number of each scored row in the data stream.
+        row_tokens, row_units, row_index: [N] eligible tokens, units of measurement and number in
+            the data stream of each scored row.
         rows_seen: rows in the stream, those without eligible tokens included.
         passes: F, forward passes per row and replicate.
         levels: loss by masking rate.
@@ -70,7 +68,7 @@ class Likelihood:
 
     @property
     def units(self) -> int:
-        """Units that the eligible tokens stand for."""
+        """Units of the eligible tokens."""
         return int(self.row_units.sum())
 
     @property
@@ -90,7 +88,6 @@ class Likelihood:
 
     @property
     def nats_per_token(self) -> float:
-        """Total nats over total tokens."""
         return _ratio(self.nats, self.tokens)
 
     @property
@@ -99,12 +96,12 @@ class Likelihood:
 
     @property
     def bits_per_unit(self) -> float:
-        """Total bits over total units: bits per character, or per dimension."""
+        """Total bits over total units: per character, or per dimension."""
         return _ratio(self.nats, self.units) / _LN2
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of the pooled nats per token."""
+        """``exp`` of the pooled nats per token; its standard error is to first order."""
         return float(np.exp(self.nats_per_token))
 
     @property
@@ -125,7 +122,6 @@ class Likelihood:
 
     @property
     def standard_error_perplexity(self) -> float:
-        """To first order."""
         return self.perplexity * self.standard_error_nats_per_token
 
     @property

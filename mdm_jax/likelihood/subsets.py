@@ -6,7 +6,7 @@ w_ij such that the expectation is, for a row with n eligible tokens, the any-ord
 
     NELBO = sum_{k=1}^{n} (1/k) E[sum_{i in M} ce_i(M) | M uniform of size k] .
 
-The designs differ in forward passes and variance only: on row 1 of the toy (n = 4), four passes,
+Designs differ in forward passes and variance only: on row 1 of the toy (n = 4), four passes,
 
     uniform_counts    0.48719781   every count alike, weight n/k
     harmonic_counts   1.85573119   count with probability 1 / (k H_n), weight H_n
@@ -14,12 +14,12 @@ The designs differ in forward passes and variance only: on row 1 of the toy (n =
     one_path          0.11880705   the next token of each prefix
     rotated_counts    0.35653381   counts spread evenly, one permutation rotated
 
-The NELBO equals the mean, over all orders of unmasking, of the sum of ``-log p(next token | those
-before it)``. So it is ``-log p(x | prompt)``, exactly, where all conditionals are those of *one*
-joint law. For any other network it bounds ``-log P(x | prompt)`` of exact one-by-one sampling in
-random order, with equality for a row if and only if all orders give it the same probability
-(``testing.exact_nelbo`` against ``testing.any_order_log_likelihood``). The difference of two rows
-on common subsets (``evaluation.paired_difference``) estimates a log-likelihood ratio.
+The NELBO is the mean, over orders of unmasking, of the sum of ``-log p(next token | those before
+it)``: ``-log p(x | prompt)`` exactly if all conditionals are those of *one* joint law. Otherwise it
+bounds ``-log P(x | prompt)`` of one-by-one sampling in random order, with equality for a row iff
+all orders give it the same probability (``testing.exact_nelbo``,
+``testing.any_order_log_likelihood``). ``evaluation.paired_difference`` of two rows on common
+subsets estimates a log-likelihood ratio.
 
 References: Uria et al. 2014 (any-order models); Jeon et al. 2025, Information-Theoretic Discrete
 Diffusion (arXiv 2510.24088), for ``harmonic_counts`` and the identity.
@@ -58,12 +58,11 @@ class SubsetDesign(NamedTuple):
     """How the subsets of one replicate are drawn.
 
     Attributes:
-        name: for results and messages.
-        passes: ``passes(n) -> int``, views of a row with n >= 1 eligible tokens. Views beyond them
-            mask nothing.
+        passes: ``passes(n) -> int``, views of a row with n >= 1 eligible tokens; further ones mask
+            nothing.
         draw: ``draw(keys [B], eligible [B, L], view) -> (mask [B, L] bool, weight [B, L] float32)``
-            of one view; the keys are the same in every view, which may be traced. Jit-able.
-        fixed: ``fixed(n) -> bool``, whether such a row's subsets are the same in every replicate.
+            of one view, jit-able; the keys are the same in every view.
+        fixed: ``fixed(n) -> bool``, whether such a row has the same subsets in every replicate.
     """
 
     name: str
@@ -80,9 +79,9 @@ def uniform_counts(passes: int) -> SubsetDesign:
 def harmonic_counts(passes: int) -> SubsetDesign:
     """F >= 1 independent subsets of size k with probability ``1 / (k H_n)``, weight ``H_n / F``.
 
-    The time-free form of the bound: all subsets have one weight, the harmonic number H_n, and small
-    ones are frequent. Where the loss grows with the number of masked tokens, uniform counts have
-    the smaller variance; for differences of two rows it may be the other way round.
+    The time-free form of the bound: all subsets have one weight, the harmonic number H_n. Where the
+    loss grows with the number of masked tokens, uniform counts have the smaller variance; for
+    differences of two rows it may be the other way round.
     """
     return _independent("harmonic_counts", passes, lambda count: 1 / count)
 
@@ -112,8 +111,8 @@ def nested_prefixes() -> SubsetDesign:
 def one_path() -> SubsetDesign:
     """One random order of unmasking, n passes: each token once, given those before it.
 
-    The variance is zero exactly where the conditionals of the row are those of one joint law: then
-    every order's sum is -log p(x), by the chain rule.
+    The variance is zero exactly where the row's conditionals are those of one joint law (chain
+    rule).
     """
 
     def draw(keys, eligible, view):
@@ -159,8 +158,7 @@ def every_subset(max_eligible: int = MAX_ELIGIBLE) -> SubsetDesign:
 def exact_when_short(design: SubsetDesign, max_eligible: int) -> SubsetDesign:
     """Every subset of the rows with at most ``max_eligible`` eligible tokens, else ``design``.
 
-    A short row has no Monte Carlo error and takes ``2^n - 1`` passes: one for a single token, and
-    for seven fewer than the 128 of 8 replicates of 16 passes.
+    A short row takes ``2^n - 1`` passes: for seven tokens fewer than 8 replicates of 16 passes.
     """
     short = every_subset(max_eligible)
 
@@ -224,7 +222,7 @@ def draw_count(
 ) -> tuple[Array, Array]:
     """Count k on {1..n} and weight ``1 / (k P(k))`` at quantiles u [B] of P ~ density.
 
-    ``size`` [B] is n of each row, at most ``length``; the density is that of the counts 1..length.
+    ``size`` [B] is n of each row, at most ``length``; the density takes the counts 1..length.
     """
     counts = np.arange(1, length + 1, dtype=np.float64)
     mass = np.asarray(density(counts), np.float64)
@@ -245,23 +243,11 @@ def make_subset_likelihood(
     replicates: int = 8,
     level_bins: int = 10,
 ) -> Callable[..., Likelihood]:
-    """Evaluation of the any-order bound by a subset design; the forward pass is compiled once.
+    """Evaluation of the any-order bound by a subset design; all else as ``make_likelihood``.
 
-    Args:
-        apply_fn: as of ``make_likelihood``.
-        mask_id: the mask token; it is excluded from the softmax.
-        design: which subsets are masked. A batch takes the passes of its costliest row.
-        replicates: R >= 1, independent repetitions of the design. A batch all of whose rows are
-            fixed by the design is computed once; its replicates are equal.
-        level_bins: bins of the loss curve over the masking rate.
-
-    Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``, as of ``make_likelihood``;
-        ``passes`` of the result is that of the costliest batch.
-
-    Raises:
-        ValueError: for replicates or level_bins below 1, a row that the design refuses, batches of
-            different shapes, or no eligible token in all the data.
+    A batch takes the passes of its costliest row, and ``passes`` of the result is that of the
+    costliest batch. A batch all of whose rows are fixed by the design is computed once; its
+    replicates are equal. ValueError also for a row that the design refuses.
     """
     check_at_least_one(replicates=replicates, level_bins=level_bins)
 

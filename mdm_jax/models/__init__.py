@@ -1,4 +1,4 @@
-"""Flax networks: the rest of the package uses ``model_fn(inputs, logsnr, documents) -> logits``.
+"""Flax networks; elsewhere only ``model_fn(inputs, logsnr, documents) -> logits`` is used.
 
 Names are loaded on first use, so that losses and samplers do not load Flax.
 """

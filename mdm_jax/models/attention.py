@@ -1,7 +1,7 @@
 """Attention by name: matrix products, XLA, cuDNN and the splash kernel for TPUs.
 
-All take queries q [N, Q, H, D], keys and values k, v [N, M, H, D] and a mask rule, and give the
-same result up to rounding.
+All take queries q [N, Q, H, D], keys and values k, v [N, M, H, D] and a mask rule, and agree up to
+rounding.
 """
 
 import functools
@@ -52,9 +52,8 @@ def einsum_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
 def recompute_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
     """Attention by matrix products over a few rows at a time; the backward pass recomputes.
 
-    No array of all scores [N, H, Q, M] exists. Where the scores are few, and for cached decoding,
-    this is :func:`einsum_attention`. On a mesh every step takes rows of every device, so that no
-    row moves.
+    No array of all scores [N, H, Q, M] exists. With few scores, or for cached decoding, this is
+    :func:`einsum_attention`. On a mesh a step takes rows of every device, so that no row moves.
     """
     rows, heads = q.shape[0], q.shape[2]
     shards = num_shards(rows, "batch")
@@ -132,18 +131,15 @@ def _dense_mask(rule: AnyRule) -> Array | None:
 
 
 def xla_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
-    """``jax.nn.dot_product_attention`` as XLA compiles it, under the dense mask."""
+    """``jax.nn.dot_product_attention`` by XLA, with the dense mask."""
     return jax.nn.dot_product_attention(q, k, v, mask=_dense_mask(rule), implementation="xla")
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
     """cuDNN's fused kernel, which never stores the probabilities.
 
-    Causal rules without documents use the kernel's own causal mask; others a dense one [N or 1, 1,
-    Q, M] shared by all heads.
-
-    Raises:
-        ValueError: where the kernel does not work; the message says why.
+    Causal rules without documents use the kernel's causal mask; others a dense one [N or 1, 1, Q,
+    M]. ValueError with :func:`cudnn_obstacle`.
     """
     _check("cudnn", cudnn_obstacle(q, k, rule))
     pattern = rule.pattern if isinstance(rule, Rule) and rule.documents is None else None
@@ -156,7 +152,7 @@ def cudnn_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
 
 
 def cudnn_obstacle(q: Array, k: Array, rule: AnyRule) -> str | None:
-    """Why cuDNN's kernel cannot be used for these operands, or None where it can."""
+    """Why cuDNN's kernel cannot be used for these operands, or None."""
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, and this process runs on {jax.default_backend()}"
     # "8.0" on CUDA; names such as "gfx90a" on other GPUs.
@@ -178,12 +174,9 @@ def cudnn_obstacle(q: Array, k: Array, rule: AnyRule) -> str | None:
 def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule, interpret: bool = False) -> Array:
     """JAX's splash kernel for TPUs, which skips masked blocks; documents are its segments.
 
-    Runs device by device, row by row. Cached decoding, which has few queries at traced positions,
-    uses :func:`einsum_attention`. Not yet run on a TPU: tests compare it with the dense mask in
-    Pallas' interpret mode.
-
-    Raises:
-        ValueError: where the kernel does not work; the message says why.
+    Runs device by device, row by row. Cached decoding (few queries at traced positions) uses
+    :func:`einsum_attention`. Not yet run on a TPU, only in Pallas' interpret mode. ValueError with
+    :func:`splash_obstacle`.
     """
     if isinstance(rule, CachedRule):
         return einsum_attention(q, k, v, rule)
@@ -218,7 +211,7 @@ def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule, interpret: boo
 
 
 def splash_obstacle(q: Array, k: Array, rule: AnyRule, interpret: bool = False) -> str | None:
-    """Why the splash kernel cannot be used for these operands, or None where it can."""
+    """Why the splash kernel cannot be used for these operands, or None."""
     if not interpret and jax.default_backend() != "tpu":
         return f"needs a TPU, and this process runs on {jax.default_backend()}"
     if not isinstance(rule, Rule):
@@ -232,7 +225,7 @@ def splash_obstacle(q: Array, k: Array, rule: AnyRule, interpret: bool = False) 
 
 
 def pattern_mask(pattern: Pattern):
-    """A pattern as a mask of the splash kernel, which reads it tile by tile."""
+    """A pattern as a lazily read mask of the splash kernel."""
     return _pattern_mask_class()(pattern)
 
 
@@ -288,17 +281,12 @@ def attention(
     """Scaled dot-product attention, ``softmax(q k / sqrt(D)) v`` under a mask.
 
     Args:
-        q: [N, Q, H, D] queries.
-        k, v: [N, M, H, D] keys and values, of the same dtype.
+        q, k, v: queries [N, Q, H, D], keys and values [N, M, H, D], of one dtype.
         mask: a rule of ``models.masks``, a boolean array [N or 1, 1 or H, Q, M], or None.
         implementation: a name of ``IMPLEMENTATIONS``, or "auto" for :func:`best`.
 
-    Returns:
-        [N, Q, H, D] in the dtype of ``q``; the softmax is float32.
-
-    Raises:
-        ValueError: for an unknown name, a mask of other sizes, or a named implementation that does
-            not work here.
+    Returns [N, Q, H, D] in the dtype of ``q``, by a float32 softmax. ValueError for an unknown
+    name, a mask of other sizes, or a named implementation that does not work here.
     """
     rule = as_rule(mask, q.shape[1], k.shape[1])
     name = best(q, k, rule) if implementation == "auto" else implementation
@@ -308,10 +296,10 @@ def attention(
 
 
 def best(q: Array, k: Array, rule: AnyRule) -> str:
-    """Name of the implementation that "auto" selects on the backend of this process.
+    """Name of the implementation that "auto" selects on this backend.
 
-    "recompute" on CPUs (measured); "cudnn" on GPUs and "splash" on TPUs where they support these
-    operands and this rule, else "einsum".
+    "recompute" on CPUs (measured); "cudnn" on GPUs and "splash" on TPUs where they support operands
+    and rule, else "einsum".
     """
     backend = jax.default_backend()
     if backend == "cpu":

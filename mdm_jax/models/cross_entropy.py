@@ -46,12 +46,12 @@ class Projection:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Chunking:
-    """How many logits exist at a time. It changes what a loss costs, never its value.
+    """How many logits exist at a time; changes the cost of a loss, not its value.
 
     Attributes:
-        groups: of contiguous rows, one per device that holds rows; lowered to divide their number.
-        positions: chunk size in a group. None chooses 32 MiB of logits on CPUs, whose caches hold
-            them, 512 MiB elsewhere, and at most an eighth of the positions.
+        groups: of contiguous rows, one per device that holds rows; lowered to divide the rows.
+        positions: chunk size in a group. None: 32 MiB of logits on CPUs (cache size), 512 MiB
+            elsewhere, and at most an eighth of the positions.
     """
 
     groups: int = 1
@@ -62,7 +62,7 @@ class Chunking:
             raise ValueError(f"Chunking needs groups and positions of at least 1, got {self}")
 
     def size(self, positions: int, num_tokens: int) -> int:
-        """Chunk size for a group of so many positions and a vocabulary of so many tokens."""
+        """Chunk size for a group of ``positions`` positions."""
         if self.positions is not None:
             return min(self.positions, positions)
         budget = 2**25 if jax.default_backend() == "cpu" else 2**29
@@ -71,10 +71,10 @@ class Chunking:
 
 @pytree_dataclass
 class Readout:
-    """Logits as a product that is still to be taken.
+    """Logits as a product not yet taken.
 
     Attributes:
-        features, weights: [N, L, D] and [K, D] or [D, K], as ``projection`` says.
+        features, weights: [N, L, D], and [K, D] or [D, K] by ``projection``.
         loss_weights: [N, L], of :func:`with_loss_weights`, up to a common factor.
         losses: [N, L], returned instead of computed ones.
     """
@@ -91,11 +91,11 @@ class Readout:
         return self.weights.shape[0 if self.projection.tied else 1]
 
     def logits(self) -> Array:
-        """All of them, [N, L, K] float32."""
+        """All logits, [N, L, K] float32."""
         return self.projection(self.features, self.weights)
 
     def chunked(self, chunking: Chunking | None) -> "Array | Readout":
-        """The logits without a chunking, else the readout with it."""
+        """The logits if ``chunking`` is None, else the readout with it."""
         return self.logits() if chunking is None else dataclasses.replace(self, chunking=chunking)
 
 
@@ -105,7 +105,7 @@ def as_logits(outputs: Array | Readout) -> Array:
 
 
 def readout_apply(model: Any, chunking: Chunking | None = None) -> Callable[..., Readout]:
-    """``model.apply`` of a ``models.Transformer`` with a readout in place of the logits."""
+    """``model.apply`` of a ``models.Transformer`` that returns a readout instead of logits."""
     apply = functools.partial(model.apply, method="readout")
     return lambda params, *inputs, **options: apply(params, *inputs, **options).chunked(
         chunking or Chunking()
@@ -113,7 +113,7 @@ def readout_apply(model: Any, chunking: Chunking | None = None) -> Callable[...,
 
 
 def exclude_token(logits: Array, mask_id: int | None) -> Array:
-    """float32 logits with the mask token's set so low that its probability is exactly zero."""
+    """float32 logits, the mask token's so low that its probability is exactly zero."""
     logits = logits.astype(jnp.float32)
     if mask_id is None or logits.shape[-1] <= mask_id:
         return logits
@@ -129,10 +129,8 @@ def token_nats(
 ) -> Array:
     """Cross-entropy of the clean tokens in ``where``, nats, float32 [N, L]; zero elsewhere.
 
-    Args:
-        outputs: logits [N, L, K] of any float dtype, or a readout.
-        targets, where: [N, L] clean token ids, and bool, the positions that carry a loss.
-        mask_id: the mask token, taken out of the softmax since a clean token is never it; or None.
+    ``outputs`` are logits [N, L, K] of any float dtype or a readout; ``targets`` and ``where``
+    (bool) are [N, L]. The mask token, if any, is excluded from the softmax.
     """
 
     def loss(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -147,11 +145,11 @@ def token_nats(
 
 
 def position_losses(loss: PositionLoss, readout: Readout, where: Array, *known: Array) -> Array:
-    """``loss`` of every position in ``where``, float32 [N, L], and zero elsewhere.
+    """``loss`` of every position in ``where``, float32 [N, L], zero elsewhere.
 
-    The cost follows their number. In reverse mode ``readout.loss_weights`` save a second pass over
-    the chunks if they turn out to be right; forward mode needs ``readout.logits()``. ``known`` are
-    [N, L], what the loss reads of each position besides its logits.
+    The cost follows their number. ``known`` [N, L] are the further arguments of the loss. In
+    reverse mode, correct ``readout.loss_weights`` save a second pass over the chunks; forward mode
+    needs ``readout.logits()``.
     """
     if readout.losses is not None:
         return jnp.where(where, readout.losses, 0.0)
@@ -169,8 +167,8 @@ def position_losses(loss: PositionLoss, readout: Readout, where: Array, *known: 
 def with_loss_weights(model_fn: ModelFn, loss: Callable[[ModelFn], Array]) -> ModelFn:
     """``model_fn`` whose readouts carry per-token loss weights, computed before the forward pass.
 
-    They are the loss's derivatives by the tokens' losses, in which it should be linear. A network
-    that returns logits, or that the loss calls repeatedly, is returned as it is.
+    They are the derivatives of the loss by the tokens' losses, in which it should be linear. A
+    network that returns logits, or that the loss calls repeatedly, is returned unchanged.
     """
     shapes: list[Any] = []
 

@@ -1,9 +1,9 @@
 """Block diffusion and autoregressive models from a transformer: training passes and decoders.
 
 Both use the parameters of plain masked diffusion. A block model cuts a row into blocks of L' tokens
-and models each block given the *clean* blocks before it (Arriola et al. 2025, BD3-LM). In an
-autoregressive model the input at position i is token i - 1, and the start token (as a rule the mask
-token) where a document begins.
+and models each given the *clean* blocks before it (Arriola et al. 2025, BD3-LM). An autoregressive
+model reads token i - 1 at position i, and the start token (as a rule the mask token) where a
+document begins. Documents are int32 of the shape of the tokens, 0 for padding.
 """
 
 from __future__ import annotations
@@ -32,19 +32,16 @@ if TYPE_CHECKING:  # Flax is not needed to write a sampler
 
 
 class BlockDecoder(NamedTuple):
-    """A block model as a generator uses it: the next block given the finished ones.
+    """Block decoding for generators: the next block given the finished ones.
 
     Attributes:
-        block_size: L'.
         init: ``init(num_rows, length) -> memory`` of empty rows.
-        logits: ``logits(params, memory, tokens [N, L'], logsnr [N, 1], documents, estimate=None)
-            -> [N, L', K]`` of the next, noised block; ``estimate`` [N, L', K] is for networks with
+        logits: ``logits(params, memory, tokens [N, L'], logsnr [N, 1], documents, estimate=None) ->
+            [N, L', K]`` of the next, noised block; ``estimate`` [N, L', K] is for
             self-conditioning.
-        append: ``append(params, memory, tokens [N, c L'], documents) -> memory`` with the next c
+        append: ``append(params, memory, tokens [N, c L'], documents) -> memory`` with c more
             finished blocks.
         take_rows: ``take_rows(memory, rows [N'] int32) -> memory`` of some of the rows.
-
-    Documents are int32 of the shape of the tokens, 0 for padding.
     """
 
     block_size: int
@@ -55,16 +52,13 @@ class BlockDecoder(NamedTuple):
 
 
 class CausalDecoder(NamedTuple):
-    """An autoregressive model as a generator uses it.
+    """Autoregressive decoding for generators; ``init`` as of :class:`BlockDecoder`.
 
     Attributes:
-        init: ``init(num_rows, length) -> memory`` of empty rows.
         append: ``append(params, memory, tokens [N, P], documents [N, P]) -> memory``: the first P
-            tokens of every row, in one pass. Only at the beginning.
+            tokens of every row in one pass. Only at the beginning.
         step: ``step(params, memory, previous [N], documents [N]) -> (logits [N, K], memory)`` for
             the next position; ``previous`` is the token before it, not read at position 0.
-
-    Documents are int32 numbers, 0 for padding.
     """
 
     init: Callable[[int, int], PyTree]
@@ -81,19 +75,16 @@ def block_apply(
     """The ``apply_fn`` of ``objectives.block_nelbo``: all blocks of a row in one pass.
 
     Args:
-        model: the network; parameters of plain masked diffusion fit.
-        block_size: L'.
-        window: blocks that a block attends to, itself included; None for all.
-        chunking: of losses; if given, ``apply_fn`` returns a readout in place of the logits.
+        block_size, window: L', and blocks that a block attends to, itself included; None for all.
+        chunking: of losses; if given, ``apply_fn`` returns a readout instead of logits.
 
     Returns:
-        ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents, estimate=None)`` of the noised
-        row and the clean row side by side, returning logits [N, L, K] of the noised one.
-        ``logsnr``, ``documents`` [N, L] and ``estimate`` [N, L, K] are those of the noised row; the
-        clean row has level +inf.
-
-    Raises:
-        ValueError: from ``apply_fn``, if 2L is odd or L' does not divide L.
+        ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents [N, L], estimate=None)`` of the
+        noised row and the clean row (level +inf) side by side, returning logits [N, L, K] of the
+            noised
+        one, to which ``logsnr``, ``documents`` and ``estimate`` [N, L, K] refer. ValueError if 2L
+            is
+        odd or L' does not divide L.
     """
 
     def apply_fn(
@@ -128,18 +119,16 @@ def causal_apply(
     window: int | None = None,
     chunking: Chunking | None = None,
 ) -> Callable[..., Array | Readout]:
-    """The ``apply_fn`` of ``objectives.next_token``.
+    """The ``apply_fn`` of ``objectives.next_token``; see :func:`block_apply` for ``chunking``.
 
     Args:
-        model: the network; parameters of masked diffusion fit.
         start_token: input before the first token of a document, as a rule the mask token.
         window: tokens that a position attends to, its own input included; None for all.
-        chunking: of losses; if given, ``apply_fn`` returns a readout in place of the logits.
 
     Returns:
-        ``apply_fn(params, tokens [N, L], logsnr, documents) -> logits [N, L, K]``. Logits at
-        position i depend on the *clean* tokens before i alone. ``logsnr`` is not read; a network
-        conditioned on it gets +inf.
+        ``apply_fn(params, tokens [N, L], logsnr, documents) -> logits [N, L, K]``; those at
+            position i
+        depend on the *clean* tokens before i alone. ``logsnr`` is not read, but +inf used instead.
     """
 
     def apply_fn(
@@ -177,9 +166,9 @@ def cached_block_decoder(
 ) -> BlockDecoder:
     """Block decoding with a KV cache of the finished blocks: a pass runs L' tokens, not the row.
 
-    Equals :func:`block_apply` with the same arguments. With a window the cache holds ``window - 1``
-    blocks whatever the length: rows may be longer than those of training. ``init`` raises
-    ValueError if L' does not divide the length or the window is below 1.
+    Equals :func:`block_apply`. With a window the cache holds ``window - 1`` blocks, so rows may be
+    longer than in training. ``init`` raises ValueError if L' does not divide the length or the
+    window is below 1.
     """
 
     def init(num_rows: int, length: int) -> KeyValueCache:
@@ -214,8 +203,8 @@ def cached_causal_decoder(
 ) -> CausalDecoder:
     """Autoregressive decoding with a KV cache: a step runs one token.
 
-    Equals :func:`causal_apply` with the same arguments. With a window the cache holds
-    ``window - 1`` tokens whatever the length. ``init`` raises ValueError if the window is below 1.
+    Equals :func:`causal_apply`. With a window the cache holds ``window - 1`` tokens. ``init``
+    raises ValueError if the window is below 1.
     """
 
     def init(num_rows: int, length: int) -> CausalMemory:
@@ -251,7 +240,7 @@ def _run_cached(
     window: int | None,
     estimate: Array | None = None,
 ) -> tuple[Array, KeyValues]:
-    """Logits [N, Q, K] and keys and values of the next tokens, block-causal over the cache."""
+    """Logits [N, Q, K], keys and values of the next tokens, block-causal over the cache."""
     positions = cache.written + jnp.arange(tokens.shape[-1])
     keys = jnp.concatenate([cached_positions(cache), positions])
     key_documents = jnp.concatenate([cache.documents, documents], axis=-1)
@@ -277,9 +266,9 @@ class WrittenRow(NamedTuple):
 
 
 def recomputing_block_decoder(apply_fn: Callable[..., Array], block_size: int) -> BlockDecoder:
-    """Block decoding of any ``apply_fn`` as of :func:`block_apply`, without a cache.
+    """Block decoding of an ``apply_fn`` as of :func:`block_apply`: every pass runs both whole rows.
 
-    Every pass runs both whole rows. ``init`` raises ValueError if L' does not divide the length.
+    ``init`` raises ValueError if L' does not divide the length.
     """
 
     def init(num_rows: int, length: int) -> WrittenRow:
@@ -307,7 +296,7 @@ def recomputing_block_decoder(apply_fn: Callable[..., Array], block_size: int) -
 
 
 def recomputing_causal_decoder(apply_fn: Callable[..., Array]) -> CausalDecoder:
-    """Decoding of any ``apply_fn`` as of :func:`causal_apply`: every step runs the whole row."""
+    """Decoding of an ``apply_fn`` as of :func:`causal_apply`: every step runs the whole row."""
 
     def append_tokens(params, row, tokens, documents) -> WrittenRow:
         del params

@@ -15,12 +15,11 @@ class KeyValues(NamedTuple):
 
 
 class KeyValueCache(NamedTuple):
-    """A ring buffer of the last M tokens written: the token at position p is in slot p mod M.
+    """A ring buffer of the last M tokens: position p is in slot p mod M.
 
     Attributes:
         key_values: keys and values [depth, N, M, H, D]; keys are rotated to absolute positions.
-        documents: [N, M] int32 document of each token.
-        written: [] int32, tokens written since the beginning.
+        documents, written: [N, M] int32 document of each token, and [] int32 tokens written so far.
     """
 
     key_values: KeyValues
@@ -33,7 +32,7 @@ class KeyValueCache(NamedTuple):
 
 
 def new_cache(config: Any, num_rows: int, capacity: int) -> KeyValueCache:
-    """An empty cache of N rows and M slots for the network of a ``TransformerConfig``."""
+    """An empty cache of N rows and M slots for a ``TransformerConfig``."""
     if num_rows < 1 or capacity < 1:
         raise ValueError(f"a cache needs at least one row and slot, got {num_rows} and {capacity}")
     shape = (config.depth, num_rows, capacity, config.num_heads, config.head_size)
@@ -43,7 +42,7 @@ def new_cache(config: Any, num_rows: int, capacity: int) -> KeyValueCache:
 
 
 def cached_positions(cache: KeyValueCache) -> Array:
-    """[M] int32, position in the row of the token in each slot; negative for an empty slot."""
+    """[M] int32 position in the row of each slot's token; negative for an empty slot."""
     last = cache.written - 1
     return last - (last - jnp.arange(cache.capacity)) % cache.capacity
 
@@ -51,10 +50,7 @@ def cached_positions(cache: KeyValueCache) -> Array:
 def append(cache: KeyValueCache, new: KeyValues, documents: Array) -> KeyValueCache:
     """Write the next tokens of every row; in a full ring they replace the oldest.
 
-    Args:
-        cache: of the tokens before.
-        new: keys and values [depth, N, Q, H, D], rotated to the positions from ``cache.written``.
-        documents: [N, Q] int32.
+    ``new`` [depth, N, Q, H, D] has keys rotated to the positions from ``cache.written`` on.
     """
     count = documents.shape[-1]
     kept = min(count, cache.capacity)
@@ -72,6 +68,6 @@ def append(cache: KeyValueCache, new: KeyValues, documents: Array) -> KeyValueCa
 
 
 def take_rows(cache: KeyValueCache, rows: Array) -> KeyValueCache:
-    """The cache of rows [N'] of its own, in that order; a row may occur several times."""
+    """The cache of rows [N'] in that order; a row may occur several times."""
     key_values = KeyValues(*(leaf[:, rows] for leaf in cache.key_values))
     return KeyValueCache(key_values, cache.documents[rows], cache.written)

@@ -1,4 +1,4 @@
-"""Building blocks of the networks: linear layers, norms, rotary embedding, rematerialisation.
+"""Network layers: linear, norms, rotary embedding, level features, rematerialisation.
 
 Every parameter carries logical axis names, which ``mdm_jax.sharding`` maps to mesh axes: ``vocab``,
 ``embed`` (the residual width), ``heads`` (heads times head size), ``mlp``, ``layers``.
@@ -45,7 +45,7 @@ class Linear(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel of a :class:`Linear` alone, for products that are taken elsewhere."""
+    """The kernel of a :class:`Linear`, for products taken elsewhere."""
 
     shape: tuple[int, int]
     axes: tuple[str, str]
@@ -59,7 +59,7 @@ class Kernel(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, computed in float32, with a learned scale.
+    """RMSNorm or LayerNorm over the last axis in float32.
 
     ``kind`` is "rms" or "layer"; ``learned=False`` leaves the scale to a conditioning network;
     ``axes`` names the scale's logical axis.
@@ -95,10 +95,10 @@ class Rotary(NamedTuple):
 
 
 def rotary_embedding(positions: Array | np.ndarray, size: int, base: float = 10_000.0) -> Rotary:
-    """Rotary position embedding (Su et al. 2021) of integer positions [L] or [N, L].
+    """Rotary embedding (Su et al. 2021) of positions [L] or [N, L] for heads of even ``size`` D.
 
-    For a NumPy array the tables are NumPy arrays, constants of the program; a CPU would otherwise
-    compute them anew for every element of every layer. ``size`` is D of a head, even.
+    NumPy positions give NumPy tables, constants of the program; a CPU would otherwise recompute
+    them for every element of every layer.
     """
     xp = np if isinstance(positions, np.ndarray) else jnp
     half = size // 2
@@ -128,8 +128,8 @@ def _gelu_argument(x: Array) -> Array:
 def gelu(x: Array) -> Array:
     """``x Phi(x)`` by the tanh approximation (Hendrycks & Gimpel 2016), as ``jax.nn.gelu``.
 
-    The backward pass keeps ``x`` alone. The forward pass writes the tanh as a logistic function: a
-    compiler that finds the same expression in both passes would keep its result too.
+    The backward pass keeps ``x`` alone. The forward pass writes the tanh as a logistic function,
+    since a compiler that finds one expression in both passes would keep its result too.
     """
     return x * jax.nn.sigmoid(2 * _gelu_argument(x))
 
@@ -146,8 +146,8 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 def logsnr_features(logsnr: Array, width: int) -> Array:
     """Sinusoidal features [..., width] of log signal-to-noise ratios [...].
 
-    The input is clipped to [-20, 20], where both rates are within 2e-9 of 0 and 1, so infinite
-    levels (the ends of a sampling grid) are valid.
+    Inputs are clipped to [-20, 20], where both rates are within 2e-9 of 0 and 1; infinite levels
+    (ends of a sampling grid) are valid.
     """
     frequency = jnp.exp(jnp.linspace(jnp.log(0.05), jnp.log(8.0), width // 2))
     level = jnp.clip(logsnr.astype(jnp.float32), -20.0, 20.0)[..., None]
@@ -178,7 +178,7 @@ so attention and elementwise functions are recomputed."""
 def rematerialised(module: type[nn.Module], name: str, scanned: bool = False) -> type[nn.Module]:
     """The module class under a policy of ``POLICIES``: equal values, less memory, more compute.
 
-    ``scanned`` says that it is the body of a scan, which already separates the two passes.
+    ``scanned``: it is the body of a scan, which already separates the two passes.
     """
     if name == "none":
         return module

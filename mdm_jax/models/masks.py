@@ -1,11 +1,9 @@
-"""Attention masks as rules, which become boolean arrays only where an implementation needs them.
+"""Attention masks as rules, made into boolean arrays only where an implementation needs them.
 
-A pattern is the static part: ``allows(queries, keys)`` is True where a query may attend to a key,
-for integer indices of NumPy or JAX that broadcast, and ``shape`` holds their numbers. A rule adds
-documents: attention stays within one document, and padding (document 0) attends to itself alone.
-Under every rule a position attends to itself, so no softmax runs over an empty set. A window counts
-blocks, its own included: block b attends to blocks b - window + 1 to b (banded attention, Child et
-al. 2019).
+A pattern is the static part: ``allows(queries, keys)`` for broadcasting integer indices (NumPy or
+JAX), and ``shape`` (their numbers). A rule adds documents: attention stays within one; padding
+(document 0) attends to itself alone. Every position attends to itself, so no softmax is empty. A
+window counts blocks: block b attends to b - window + 1 .. b (banded attention, Child et al. 2019).
 """
 
 import dataclasses
@@ -32,7 +30,7 @@ class Full:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class BlockCausal:
-    """A position attends to its own block of ``block_size`` tokens and the blocks before it."""
+    """A position attends to its own block of ``block_size`` tokens and those before it."""
 
     length: int
     block_size: int
@@ -52,7 +50,7 @@ class BlockCausal:
 class BlockTraining:
     """Noised blocks attend to themselves and earlier clean ones, clean blocks to clean ones.
 
-    ``length`` is L: the first L of 2L positions are the noised row, the other L the clean one.
+    The first ``length`` of 2L positions are the noised row, the other L the clean one.
     """
 
     length: int
@@ -90,12 +88,9 @@ def check_blocks(length: int, block_size: int, window: int | None = None) -> int
 
 @pytree_dataclass
 class Rule:
-    """A pattern within documents.
+    """A static pattern within documents.
 
-    Attributes:
-        pattern: which positions may attend to which by index alone; static.
-        documents: [N, L] int32 documents of the queries, which are the keys too, 0 for padding;
-            None for a single document.
+    ``documents`` [N, L] int32 are those of queries and keys alike, 0 for padding; None for one.
     """
 
     pattern: Pattern
@@ -110,7 +105,7 @@ class Rule:
         return isinstance(self.pattern, Full) and self.documents is None
 
     def segments(self) -> Array | None:
-        """[N, L] int32: attention stays within equal numbers; padding has one of its own each."""
+        """[N, L] int32: attention stays within equal numbers; each padding has one of its own."""
         if self.documents is None:
             return None
         return _segments(self.documents, jnp.arange(self.documents.shape[-1]))
@@ -124,7 +119,7 @@ class Rule:
         return allowed & (segments[:, queries, None] == segments[:, None, keys])
 
     def dense(self) -> Array:
-        """The boolean array [N or 1, 1, Q, M], True where a query may attend to a key."""
+        """The boolean mask [N or 1, 1, Q, M], True where a query may attend to a key."""
         return self.between(*map(jnp.arange, self.shape))[:, None]
 
 
@@ -134,10 +129,9 @@ class CachedRule:
 
     Attributes:
         pattern: of the row, with any length; static.
-        query_positions: [Q] positions in the row.
-        key_positions: [M] positions in the row, negative for an empty slot.
-        query_documents: [N, Q] int32, 0 for padding.
-        key_documents: [N, M] int32.
+        query_positions, key_positions: [Q] and [M] positions in the row; negative for an empty
+            slot.
+        query_documents, key_documents: [N, Q] and [N, M] int32, 0 for padding.
     """
 
     pattern: BlockCausal
@@ -151,7 +145,7 @@ class CachedRule:
         return self.query_positions.shape[0], self.key_positions.shape[0]
 
     def dense(self) -> Array:
-        """The boolean array [N, 1, Q, M], True where a query may attend to a key."""
+        """The boolean mask [N, 1, Q, M]."""
         queries, keys = self.query_positions, self.key_positions
         allowed = self.pattern.allows(queries[:, None], keys[None]) & (keys >= 0)[None]
         query_segments = _segments(self.query_documents, queries)
@@ -161,7 +155,7 @@ class CachedRule:
 
 @pytree_dataclass
 class DenseRule:
-    """Any boolean array ``mask`` [N or 1, 1 or H, Q, M] as a rule."""
+    """A boolean array ``mask`` [N or 1, 1 or H, Q, M] as a rule."""
 
     mask: Array
 
@@ -205,14 +199,8 @@ def block_causal(
 ) -> Rule:
     """Attention to a position's own block and the blocks before it.
 
-    Args:
-        length: L.
-        block_size: L', which divides L.
-        window: number of blocks attended to, the own one included; None for all.
-        documents: [N, L] int32 document numbers, 0 for padding; None for a single document.
-
-    Raises:
-        ValueError: if the block size does not divide the length or the window is below 1.
+    ``length`` L must be a multiple of ``block_size`` L' and the window (None for all) at least 1,
+    else ValueError. ``documents`` [N, L] int32, 0 for padding; None for a single one.
     """
     check_blocks(length, block_size, window)
     return Rule(BlockCausal(length, block_size, window), documents)
@@ -221,14 +209,12 @@ def block_causal(
 def block_training(
     length: int, block_size: int, window: int | None = None, documents: Array | None = None
 ) -> Rule:
-    """All blocks of a block diffusion model in one pass, over 2L positions.
+    """All blocks of a block diffusion model in one pass, over 2L positions: noised row, clean row.
 
-    The first L positions are the noised row, the other L the clean one. Noised block b attends to
-    itself and the clean blocks before b, clean block b to the clean blocks up to b. So the noised
-    outputs are those of a loop over blocks on [clean blocks before b, noised block b].
-
-    Arguments and errors as :func:`block_causal`; with N = L / L' blocks and no window or documents
-    ``L'^2 (N + N^2)`` pairs are allowed. Reference: Arriola et al. 2025 (BD3-LM).
+    Noised block b attends to itself and the clean blocks before b, clean block b to the clean
+    blocks up to b: the noised outputs are those of a loop over [clean blocks before b, noised block
+    b]. Arguments and errors as :func:`block_causal`. With N = L / L' blocks, no window or
+    documents, ``L'^2 (N + N^2)`` pairs are allowed. Reference: Arriola et al. 2025 (BD3-LM).
     """
     check_blocks(length, block_size, window)
     if documents is not None:

@@ -19,22 +19,12 @@ Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...
 
 
 def product(spec: str, left: Array, right: Array, dtype: jnp.dtype | None = None) -> Array:
-    """``einsum(spec, left, right)`` with operands rounded to ``dtype`` and a float32 result.
+    """``einsum(spec, left, right)`` with operands rounded to ``dtype`` (default: that of ``left``).
 
-    Gradients have the dtype of their operand: float32 weights get float32 gradients from bfloat16
-    products. Supports forward and reverse mode, ``vmap``, ``scan`` and sharding.
-
-    Args:
-        spec: as in "nhqd,nhkd->nhqk": each letter once in two of the three terms, or in all three;
-            "..." stands for leading axes of ``left`` and the result.
-        left, right: the operands.
-        dtype: of the multiplication; None for that of ``left``.
-
-    Returns:
-        The result in float32, or in float64 if ``dtype`` is.
-
-    Raises:
-        ValueError: for a spec of another form.
+    The result is float32, or float64 if ``dtype`` is. Gradients have the dtype of their operand.
+    Supports forward and reverse mode, ``vmap``, ``scan`` and sharding. In the spec, such as
+    "nhqd,nhkd->nhqk", each letter occurs once in two or all of the three terms, else ValueError;
+    "..." stands for leading axes of ``left`` and the result.
     """
     dtype = jnp.dtype(left.dtype if dtype is None else dtype)
     a, b, out = _letters(spec, left.ndim)

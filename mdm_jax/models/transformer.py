@@ -34,35 +34,28 @@ class TransformerConfig:
     Attributes:
         vocab_size: K, including the mask token.
         width: residual width, divisible by ``num_heads`` into an even head size.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the feed-forward layer over ``width`` (times 2/3 for "swiglu", so
-            that the parameter counts agree).
-        norm: "rms" or "layer".
-        mlp: "gelu" or "swiglu".
+        mlp_ratio: hidden width of the feed-forward layer over ``width`` (times 2/3 for "swiglu",
+            for equal parameter counts).
+        norm, mlp: "rms" or "layer"; "gelu" or "swiglu".
         condition_on_logsnr: adaptive norms and gates driven by the noise level (adaLN-zero, Peebles
             & Xie 2022). Off by default: the masked bound's optimum does not need the level.
         tie_embeddings: use the embedding matrix as the output projection.
         scan_layers: scan one compiled block over depth; compiles faster, runs slower on CPUs.
-        qk_norm: RMS norms on queries and keys (Henry et al. 2020), which keep attention from
-            saturating at high learning rates.
+        qk_norm: RMS norms on queries and keys (Henry et al. 2020), against saturated attention at
+            high learning rates.
         rope_base: wavelength base of the rotary embedding.
         learned_positions: longest row with a learned vector per position, added to the token's; 0
             for none. Rotary embeddings hold distances alone; fixed layouts such as grids are learnt
             sooner with both.
-        self_conditioning: take an earlier estimate of the clean tokens as a second input (Chen et
-            al. 2022, Analog Bits), through the embedding table and a projection that starts at
-            zero, so that a new network ignores it.
+        self_conditioning: an earlier estimate of the clean tokens as a second input (Chen et al.
+            2022, Analog Bits), through the embedding table and a projection initialised to zero.
         attention: an implementation (``models.attention``); "auto" for the best on this backend.
-        remat: what the backward pass recomputes, block by block: "none", "full", "dots" or
-            "dots_without_batch" (``models.layers.POLICIES``). On CPUs it needs ``scan_layers``:
-            their compiler merges the two passes of an unrolled block again.
+        remat: what the backward pass recomputes, by block (``models.layers.POLICIES``). On CPUs it
+            needs ``scan_layers``: their compiler merges the two passes of an unrolled block again.
         dtype: of the operands of matrix products, in both passes; accumulation, softmax and norms
             are float32.
-        param_dtype: of the parameters.
 
-    Raises:
-        ValueError: for sizes below 1, widths that do not divide, or unknown names.
+    ValueError for sizes below 1, widths that do not divide, or unknown names.
     """
 
     vocab_size: int
@@ -103,7 +96,6 @@ class TransformerConfig:
 
     @property
     def head_size(self) -> int:
-        """D."""
         return self.width // self.num_heads
 
     @property
@@ -117,7 +109,7 @@ _ROWS, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary embedding, over the tokens themselves and cached ones."""
+    """Multi-head attention with rotary embedding, over the tokens and cached ones."""
 
     config: TransformerConfig
 
@@ -212,13 +204,8 @@ def run_blocks(
 ) -> tuple[Array, KeyValues]:
     """All blocks and the final norm, inside a compact module: outputs and [depth, ...] keys.
 
-    Args:
-        c: shape and arithmetic.
-        x: [N, Q, width] embedded inputs.
-        mask: a rule of ``models.masks`` or a boolean array [N or 1, 1, Q, M + Q]; None for none.
-        positions: [Q] or [N, Q] for the rotary embedding; in NumPy where they are known.
-        condition: [N, S, width] from :func:`level_condition`, or None.
-        cached: keys and values [depth, N, M, H, D] of earlier tokens, or None.
+    Arguments as of :meth:`Transformer.attend_readout`; ``x`` [N, Q, width] are embedded inputs and
+    ``condition`` [N, S, width] is that of :func:`level_condition`, or None.
     """
     x = constrain(x, *_ROWS)
     rotary = layers.rotary_embedding(positions, c.head_size, c.rope_base)
@@ -250,8 +237,7 @@ def run_blocks(
 def level_condition(c: TransformerConfig, logsnr: Array | None, length: int) -> Array:
     """Features of the noise levels for the adaptive norms, [N, S, width]; in a compact module.
 
-    Raises:
-        ValueError: unless the number S of levels per row divides ``length``.
+    ValueError unless the number S of levels per row divides ``length``.
     """
     if logsnr is None or logsnr.ndim != 2 or length % logsnr.shape[-1]:
         shape = None if logsnr is None else logsnr.shape
@@ -299,17 +285,13 @@ class Transformer(nn.Module):
         logsnr: [N, S] noise levels of S contiguous segments of equal length (1 for the whole row);
             read only if the config conditions on them.
         documents: [N, L] int32 document numbers, 0 for padding; None for a single document.
-        estimate: [N, L, K] probabilities of an earlier estimate of the clean tokens, for a config
-            with self_conditioning; None (or zeros) for no estimate. Parameters are the same.
+        estimate: [N, L, K] probabilities of an earlier estimate of the clean tokens, for
+            self_conditioning; None (or zeros) for none. Parameters are the same.
 
-    Returns:
-        [N, L, K] float32 logits; a softmax must exclude the mask token
-        (``models.exclude_token``).
-
-    Raises:
-        ValueError: for an estimate of another shape or without self_conditioning; for levels that
-            are missing or do not divide the row, if the config conditions on them; for rows longer
-            than the config's learned positions.
+    Returns [N, L, K] float32 logits; a softmax must exclude the mask token
+    (``models.exclude_token``). ValueError for an estimate of another shape or without
+    self_conditioning; for levels missing or not dividing the row, if conditioned on; for rows
+    longer than the learned positions.
     """
 
     config: TransformerConfig
@@ -336,7 +318,7 @@ class Transformer(nn.Module):
         return self.attend_readout(inputs, logsnr, positions, mask, estimate=estimate)[0]
 
     def attend(self, *args: Array | None, **options) -> tuple[Array, KeyValues]:
-        """:meth:`attend_readout` with logits [N, num_outputs, K] float32 for the readout."""
+        """:meth:`attend_readout` with logits [N, num_outputs, K] float32 instead of the readout."""
         readout, key_values = self.attend_readout(*args, **options)
         return readout.logits(), key_values
 
@@ -353,22 +335,16 @@ class Transformer(nn.Module):
     ) -> tuple[Readout, KeyValues]:
         """Run tokens at given positions, which may attend to each other and to cached ones.
 
+        Inputs [N, Q], ``logsnr``, ``estimate`` [N, Q, K] and errors are as in a call.
+
         Args:
-            inputs: [N, Q] int32 tokens.
-            logsnr: [N, S] noise levels of S contiguous segments of equal length, or None.
-            positions: [Q] or [N, Q] integer positions in the row.
+            positions: [Q] or [N, Q] integer positions in the row; in NumPy where known.
             mask: a rule of ``models.masks`` or a boolean array [N or 1, 1, Q, M + Q] over M cached
                 tokens, then the Q new ones; None for none.
             cached: keys and values [depth, N, M, H, D] of earlier tokens, or None.
-            estimate: [N, Q, K], as in a call.
             num_outputs: number of leading positions whose readout is returned; None for all.
 
-        Returns:
-            Readout of [N, num_outputs] positions, and the keys and values of the new tokens
-            [depth, N, Q, H, D]. Under jit an unused one costs nothing.
-
-        Raises:
-            ValueError: as a call.
+        Returns the readout, and keys and values of the new tokens [depth, N, Q, H, D].
         """
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))

@@ -1,7 +1,6 @@
-"""Exact values for rows short enough to enumerate every mask.
+"""Exact values for rows short enough to enumerate every mask, in float64 on the host.
 
-A row with n eligible positions has 2^n masks; mask number M masks the j-th of them iff bit j of M
-is set. All sums are float64 on the host.
+A row with n eligible positions has 2^n masks; mask M masks the j-th of them iff bit j of M is set.
 """
 
 import math
@@ -19,17 +18,9 @@ _CHUNK, _SMALLEST_CHUNK = 1024, 64
 def mask_cross_entropies(model_fn: ModelFn, row: Batch, mask_id: int) -> np.ndarray:
     """Cross-entropy of every masked position under every mask, nats, [2^n, n] float64.
 
-    Args:
-        model_fn: the network, run at the level of the rate (k - 1/2) / n for k masked positions;
-            its mask logit, if any, is excluded.
-        row: one row, fields without a batch axis.
-        mask_id: the mask token.
-
-    Returns:
-        Entry [M, j] for the j-th eligible position, 0 where M does not mask it.
-
-    Raises:
-        ValueError: if the row has a batch axis or more than 15 eligible positions.
+    Entry [M, j] is that of the j-th eligible position of one row (no batch axis), 0 where M does
+    not mask it. The network runs at the level of the rate (k - 1/2) / n for k masked positions, its
+    mask logit excluded. ValueError for a batch axis or more than 15 eligible positions.
     """
     tokens, eligible = np.asarray(row.tokens), np.asarray(row.eligible)
     if tokens.ndim != 1:

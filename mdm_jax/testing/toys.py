@@ -17,8 +17,7 @@ exp(-lambda)``, and with the gain ``k = s^2 / v``
     E[x0 | z] = sum_j r_j (k z + (1 - k) mu_j) ,   r_j proportional to w_j N(z; mu_j, v) .
 
 Averages over z are trapezoidal sums, right to 12 digits with ``jax.enable_x64``. Levels are logSNR;
-functions of z and a level are elementwise, both of one rank. Several elements are independent
-copies.
+functions of z and a level are elementwise, of one rank; elements are independent copies.
 """
 
 import math
@@ -70,7 +69,6 @@ def toy_batch() -> Batch:
 
 
 def toy_params(dtype: jnp.dtype = jnp.float32) -> dict:
-    """Parameters of :class:`Toy`."""
     return {"params": {"theta": jnp.asarray(THETA, dtype)}}
 
 
@@ -81,9 +79,9 @@ def row_denoiser(
 ) -> ModelFn:
     """``model_fn(inputs [N, L], logsnr [N, S]) -> log P(x_i | z without z_i)`` [N, L, K].
 
-    Of the dtype of the levels, which belong to S contiguous segments of equal length; impossible
-    tokens have a large negative logit. ``rows`` [J, L] are distinct, with ``probabilities`` [J] and
-    tokens below ``num_tokens``; ValueError otherwise.
+    The dtype is that of the levels, one for each of S contiguous segments of equal length;
+    impossible tokens have a large negative logit. ``rows`` [J, L] are distinct, with
+    ``probabilities`` [J] and tokens below ``num_tokens``; ValueError otherwise.
     """
     rows, probabilities = np.asarray(rows), np.asarray(probabilities, np.float64)
     if rows.ndim != 2 or probabilities.shape != rows.shape[:1] or rows.max() >= num_tokens:

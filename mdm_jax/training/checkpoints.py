@@ -1,7 +1,6 @@
 """Checkpoints that are intact or refused: Orbax arrays under a SHA-256 manifest.
 
-A layer over Orbax's CheckpointManager that falls back past a damaged checkpoint, naming it.
-Layout below the directory::
+A layer over Orbax's CheckpointManager that falls back past a damaged checkpoint, naming it::
 
     last/<step>/             the latest full states (TrainState, data position, notes)
     best/<step>/             the averaged parameters with the lowest evaluation loss so far
@@ -32,10 +31,10 @@ class CheckpointError(RuntimeError):
 
 
 class Store:
-    """The store ``name`` below ``root``, whose pytrees are called ``item``.
+    """The checkpoints ``name`` below ``root``, of pytrees saved as ``item``.
 
-    With ``keep``, the largest number of checkpoints, it is that of the one trainer, who writes and
-    sets damaged checkpoints aside. Without, nothing is changed, and a trainer may be at work.
+    ``keep``, the largest number of checkpoints, is for the one trainer, who writes and sets damaged
+    ones aside. Without it nothing is changed, and a trainer may be at work.
     """
 
     def __init__(self, root: pathlib.Path, name: str, item: str, keep: int | None = None):
@@ -55,14 +54,13 @@ class Store:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints at hand, ascending."""
+        """Steps of the checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict | None:
         """Tree (unless None) and records of the newest intact checkpoint, by item name.
 
-        Raises:
-            CheckpointError: if that one does not fit ``abstract_tree``.
+        CheckpointError if that one does not fit ``abstract_tree``.
         """
         tried = set()
         while remaining := [step for step in self.steps() if step not in tried]:
@@ -94,7 +92,7 @@ class Store:
         return self._read(step, abstract_tree, ())[self._item]
 
     def as_saved(self, leaves: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-        """Abstract leaves to restore: ``fields`` as given, others as the newest manifest says."""
+        """Abstract leaves to restore: ``fields`` as given, others as in the newest manifest."""
         saved = self._saved_shapes()
         if saved is None:
             return leaves
@@ -117,9 +115,9 @@ class Store:
     def save(
         self, step: int, tree: PyTree, records: dict[str, dict[str, Any]], force: bool = False
     ) -> bool:
-        """Writes a checkpoint; returns False, having done nothing, if the step is there already.
+        """Write a checkpoint; returns False, doing nothing, if the step exists.
 
-        Also if a later one is there, unless ``force``.
+        Also if a later one exists, unless ``force``.
         """
         steps = self.steps()
         if step in steps or (not force and any(other > step for other in steps)):
@@ -142,12 +140,11 @@ class Store:
         return True
 
     def amend(self, step: int, records: dict[str, dict[str, Any]]) -> None:
-        """Replaces records of a checkpoint; only its manifest is written."""
+        """Replace records of a checkpoint; only its manifest is written."""
         if distributed.is_first() and self._manifest(step).exists():
             self._write_manifest(step, self._load_manifest(step) | {"amended": records})
 
     def close(self) -> None:
-        """Releases the manager's threads."""
         self._manager.close()
 
     def _meanwhile(self, step: int) -> str | None:
@@ -250,7 +247,7 @@ class Store:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, such as "params/kernel": files stay readable without the state's classes."""
+    """Leaves by path, such as "params/kernel", readable without the state's classes."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
@@ -286,7 +283,6 @@ class Restored(NamedTuple):
     """Contents of a checkpoint in ``last/``.
 
     Attributes:
-        state: TrainState.
         position: JSON state of the data iterator, right after the last batch trained on.
         notes: JSON notes, such as the data fingerprint and the metric window in progress.
     """
@@ -297,10 +293,10 @@ class Restored(NamedTuple):
 
 
 class CheckpointReader:
-    """Verifies and restores the states of one run, which may still be training; changes nothing.
+    """Read-only access to the verified states of one run, which may still be training.
 
-    With several processes all of them call every method at the same point, on a directory that all
-    share. A checkpoint fits any number of processes and any mesh. The directory may be missing.
+    All processes call every method at the same point, on a shared directory, which may be missing.
+    A checkpoint fits any number of processes and any mesh.
     """
 
     _damaged = "the warnings above say what is wrong with them"
@@ -316,21 +312,17 @@ class CheckpointReader:
         self._best_metrics: dict[str, float] | None = None
 
     def steps(self) -> list[int]:
-        """Steps of the full states at hand, ascending."""
+        """Steps of the full states, ascending."""
         return self._last.steps()
 
     def best_metrics(self) -> dict[str, float] | None:
-        """Metrics of the best parameters, with their step; None if none are kept and intact."""
+        """Metrics of the best parameters, with their step; None without an intact checkpoint."""
         if self._best_metrics is None:  # reading verifies every byte: once is enough
             self._best_metrics = (self._best.restore(None, ("metrics",)) or {}).get("metrics")
         return self._best_metrics
 
     def restore_best(self, abstract_ema: PyTree) -> PyTree:
-        """The best averaged parameters.
-
-        Raises:
-            CheckpointError: if none are kept and intact, or they do not fit ``abstract_ema``.
-        """
+        """The best averaged parameters; CheckpointError if none is intact or they do not fit."""
         restored = self._best.restore(abstract_ema, ("metrics",))
         if restored is None:
             raise CheckpointError(f"no whole checkpoint in {self._best.directory}")
@@ -338,13 +330,9 @@ class CheckpointReader:
         return restored["ema"]
 
     def restore_last(self, abstract_state: PyTree) -> Restored | None:
-        """The newest intact state, or None if the run has not saved any.
+        """The newest intact state for ShapeDtypeStructs with shardings; None if the run saved none.
 
-        Args:
-            abstract_state: pytree of jax.ShapeDtypeStruct with shardings.
-
-        Raises:
-            CheckpointError: if checkpoints exist but none is intact, or an intact one does not fit.
+        CheckpointError if none of the checkpoints is intact, or the newest intact one does not fit.
         """
         steps = self.steps()
         restored = self._last.restore(abstract_state, ("position", "notes"))
@@ -356,7 +344,7 @@ class CheckpointReader:
         return None if restored is None else Restored(**restored)
 
     def restore_last_fields(self, abstract_state: PyTree, fields: Sequence[str]) -> PyTree | None:
-        """As :meth:`restore_last`, with None in all but ``fields``; its optimiser may be another.
+        """As :meth:`restore_last`, with None in all but ``fields``; the optimiser may differ.
 
         Everything is read; leaves that do not fit are on every device until this returns.
         """
@@ -370,15 +358,14 @@ class CheckpointReader:
     def restore_step(self, step: int, abstract_state: PyTree) -> PyTree:
         """The full state of one of :meth:`steps`, whose files are not checked again.
 
-        Raises:
-            CheckpointError: if there is no such step, or it does not fit ``abstract_state``.
+        CheckpointError if there is no such step, or it does not fit ``abstract_state``.
         """
         if step not in self.steps():
             raise CheckpointError(f"no checkpoint of step {step}, there are {self.steps()}")
         return self._last.read(step, abstract_state)
 
     def close(self) -> None:
-        """Releases the managers' threads."""
+        """Release the managers' threads."""
         self._last.close()
         self._best.close()
 
@@ -386,11 +373,8 @@ class CheckpointReader:
 class Checkpoints(CheckpointReader):
     """Saves states too, and sets damaged ones aside; for the one trainer of a directory.
 
-    Each process writes the shards that it holds, process 0 the manifests.
-
-    Args:
-        directory: created if missing; what a save left unfinished is removed.
-        keep_last: how many full states to keep, at least 1.
+    Each process writes its own shards, process 0 the manifests. The directory is created if missing
+    and unfinished saves are removed. ``keep_last`` >= 1 full states are kept.
     """
 
     _damaged = "they were set aside beside it as damaged-*"
@@ -403,10 +387,9 @@ class Checkpoints(CheckpointReader):
     def save(
         self, step: int, state: PyTree, position: dict[str, Any], notes: dict[str, Any]
     ) -> None:
-        """Writes a full state; a step that is already there is left as it is.
+        """Write a full state; an existing step is left as it is.
 
-        Raises:
-            CheckpointError: if only later steps are there, which a restore would prefer.
+        CheckpointError if only later steps exist, which a restore would prefer.
         """
         records = {"position": position, "notes": notes}
         if not self._last.save(step, state, records) and step not in self.steps():
@@ -416,11 +399,11 @@ class Checkpoints(CheckpointReader):
             )
 
     def amend_notes(self, step: int, notes: dict[str, Any]) -> None:
-        """Replaces the notes of a full state, at the cost of a small file."""
+        """Replace the notes of a full state, at the cost of a small file."""
         self._last.amend(step, {"notes": notes})
 
     def save_best(self, step: int, ema: PyTree, metrics: dict[str, float]) -> bool:
-        """Keeps ``ema`` if ``metrics["loss"]`` is finite and the lowest; returns whether it was."""
+        """Keep ``ema`` if ``metrics["loss"]`` is finite and the lowest; returns whether it was."""
         best = self.best_metrics()
         if not math.isfinite(metrics["loss"]):
             return False
@@ -435,7 +418,7 @@ class Checkpoints(CheckpointReader):
 
 
 def abstract(tree: PyTree) -> PyTree:
-    """Shapes, dtypes and shardings of a pytree of arrays, for restoring into."""
+    """Shapes, dtypes and shardings of a pytree of arrays, to restore into."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
     )

@@ -1,7 +1,7 @@
 """Exponential moving average of the parameters, in float32 or in half the memory.
 
-An average in bfloat16 would stand still, since its relative steps are below 2^-8. Its *offset* from
-the parameters is small, and eight bits are plenty for it:
+A bfloat16 average would stand still, since its relative steps are below 2^-8. Its *offset* from the
+parameters is small, and eight bits suffice for it:
 
     offset' = average' - p' = d (average - p') = d (offset + p - p')
 """
@@ -15,20 +15,16 @@ from mdm_jax.types import Array, PyTree
 
 
 class AverageOffset(NamedTuple):
-    """An average as its offset from the parameters, a pytree like them."""
+    """An average stored as its offset from the parameters."""
 
     offset: PyTree
 
 
 def new_average(params: PyTree, dtype: jnp.dtype = jnp.float32) -> PyTree:
-    """The average at step 0, which is the parameters.
+    """The average at step 0, equal to the parameters.
 
-    Args:
-        params: parameters.
-        dtype: float32 keeps the average itself; bfloat16 keeps an :class:`AverageOffset`.
-
-    Raises:
-        ValueError: for another dtype.
+    dtype float32 keeps the average itself, bfloat16 an :class:`AverageOffset`; others raise
+    ValueError.
     """
     if dtype == jnp.float32:
         return jax.tree.map(jnp.copy, params)

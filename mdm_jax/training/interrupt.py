@@ -11,17 +11,14 @@ from mdm_jax import distributed
 
 
 class Interrupted(Exception):
-    """Raised by :meth:`Interrupt.check` where work in progress can be thrown away."""
+    """Raised by :meth:`Interrupt.check` where work in progress can be discarded."""
 
 
 class Interrupt:
     """Context manager that turns the first SIGINT or SIGTERM into a flag; reentrant.
 
-    The second SIGINT raises KeyboardInterrupt. With several processes a signal to any of them stops
-    all, at a point where they :meth:`agree`.
-
-    Attributes:
-        requested: whether this process got a signal.
+    A second SIGINT raises KeyboardInterrupt. With several processes a signal to any stops all,
+    where they :meth:`agree`; ``requested`` is that of this process alone.
     """
 
     def __init__(self):
@@ -32,15 +29,15 @@ class Interrupt:
 
     @property
     def stopping(self) -> bool:
-        """Whether all processes are to stop: as requested, or as last agreed if several."""
+        """Whether all processes are to stop, as last agreed."""
         return self.requested if jax.process_count() == 1 else self._agreed
 
     def agree(self) -> None:
-        """Shares requests between processes; all call it at the same point."""
+        """Share requests between processes; all call it at the same point."""
         self._agreed = self._agreed or distributed.any_of(self.requested)
 
     def check(self, *_: object) -> None:
-        """Raises Interrupted if a stop was requested; as :meth:`agree`, and a progress callback."""
+        """Agree, and raise Interrupted if a stop was requested; usable as a progress callback."""
         self.agree()
         if self.stopping:
             raise Interrupted

@@ -21,14 +21,11 @@ from mdm_jax.types import Batch, PyTree
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message has the reason and a remedy."""
+    """Training cannot go on; the message names the reason and a remedy."""
 
 
 class BatchStream(Protocol):
-    """An endless iterator of placed batches whose position can be saved.
-
-    ``get_state()`` describes the position right after the last batch handed out.
-    """
+    """An endless iterator of placed batches; ``get_state()`` is the position after the last one."""
 
     def __next__(self) -> Batch: ...
 
@@ -37,21 +34,18 @@ class BatchStream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """When things happen, in steps; 0 switches a recurring one off.
+    """Frequencies of the loop's actions, in steps; 0 switches a recurring one off.
 
     Attributes:
-        total_steps: where training ends.
-        log_every: metrics are fetched from the device and written this often.
-        evaluate_every: likewise, and once more after the last step.
-        sample_every, checkpoint_every: likewise; the last step is always saved.
+        log_every: also how often metrics are fetched from the device.
+        evaluate_every: an evaluation also follows the last step.
+        checkpoint_every: the last step is always saved.
         max_skipped_in_a_row: stop after this many non-finite steps in a row.
-        tokens_per_step: tokens that pass through the network each step, for the speed.
-        unit: what ``bits`` in the progress bar are counted per, such as "character".
-        profile_at: first step of a profile, 0 for none.
-        profile_steps: its length.
-        profile_directory: where it goes.
-        launched_at: ``time.monotonic()`` of the start of the program, to report how long the first
-            step took to come; None for no report.
+        tokens_per_step: tokens through the network each step, for the speed.
+        unit: of ``bits`` in the progress bar, such as "character".
+        profile_at, profile_steps, profile_directory: first step (0 for none), length and target of
+            a profile.
+        launched_at: ``time.monotonic()`` at launch, to report the time to the first step, or None.
     """
 
     total_steps: int
@@ -78,16 +72,15 @@ class LoopOptions:
 
 @dataclasses.dataclass
 class Hooks:
-    """What the loop calls besides the step.
+    """Functions that the loop calls besides the step.
 
     Attributes:
         evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss"; it calls ``check``
             now and then, which raises if a stop was requested.
         sample: ``sample(step, ema, check)``.
-        monitor: ``monitor(state) -> scalars`` on the device, jitted; read and written whenever
-            metrics are.
-        adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings
-            that are chosen from held-out data and live in the state.
+        monitor: ``monitor(state) -> scalars`` on the device, jitted; written with the metrics.
+        adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings in
+            the state that are chosen from held-out data.
     """
 
     evaluate: Callable[[int, PyTree, Callable], dict[str, float]] | None = None
@@ -109,27 +102,24 @@ def train(
     progress: dict[str, Any] | None = None,
     interrupt: Interrupt | None = None,
 ) -> TrainState:
-    """Trains until ``options.total_steps`` or until interrupted; saves either way.
+    """Train until ``options.total_steps`` or until interrupted; saves either way.
 
-    Nothing is fetched from the device between logging steps. With several processes a request to
-    stop takes effect for all at the next logging step, or inside a hook. States are saved before
-    their hooks run, and a resumed run runs what is left of them. In a run of one process an error
-    saves the state before it is raised.
+    Nothing is fetched from the device between logging steps. With several processes a stop request
+    takes effect at the next logging step, or inside a hook. States are saved before their hooks
+    run; a resumed run runs the hooks that are left. In a single process an error saves the state
+    first.
 
     Args:
         step_fn: jitted step, state donated.
-        state: where to start, by its step counter.
-        batches: positioned to match ``state``.
-        options, checkpoints, writer, hooks: see there.
+        state, batches: where to start (by its step counter), and the data at the matching position.
         notes: stored in each checkpoint, beside the loop's own.
-        progress: the loop's own, ``restored.notes["progress"]``.
+        progress: ``restored.notes["progress"]`` of a resumed run.
         interrupt: stop request; by default one of the loop's own.
 
     Returns:
         The final state. If ``interrupt.stopping`` is set, training is unfinished and saved.
 
-    Raises:
-        TrainingStopped: after too many non-finite steps in a row; the last good state is saved.
+    TrainingStopped after too many non-finite steps in a row; the last good state is saved.
     """
     hooks = hooks or Hooks()
     start = step = int(jax.device_get(state.step))
@@ -243,20 +233,16 @@ class _Log:
         self._timed_from = start
 
     def collect(self) -> None:
-        """Waits for the device and moves what is pending into the window."""
+        """Move pending metrics from the device into the window."""
         self.window += [[float(v) for v in metrics] for metrics in jax.device_get(self.pending)]
         self.pending = []
 
     def pause(self, seconds: float) -> None:
-        """Takes time that was not training out of the speed shown."""
+        """Exclude time that was not training from the speed."""
         self._clock += seconds
 
     def write(self, step: int, readings: dict[str, jax.Array], stop_after: int) -> None:
-        """Writes the means over the window and what the monitors read.
-
-        Raises:
-            TrainingStopped: after too many steps in a row without a finite one.
-        """
+        """Write means over the window and monitor readings; TrainingStopped as in :func:`train`."""
         self.collect()
         rows = np.asarray(self.window, np.float64)
         columns = dict(zip(StepMetrics._fields, rows.T))

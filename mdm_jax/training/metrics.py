@@ -1,4 +1,4 @@
-"""Metrics: one JSON line per record, TensorBoard, and the terminal."""
+"""Metrics: JSON lines, TensorBoard, and the terminal."""
 
 import json
 import os
@@ -13,16 +13,9 @@ import numpy as np
 class MetricWriter:
     """Writes metrics of a run to ``metrics.jsonl`` and ``tensorboard/`` below a directory.
 
-    On resuming, records of later steps than the restored one are dropped from the file: they are
-    about to be computed again, to the same numbers.
-
-    Args:
-        directory: the run's working directory.
-        resume_step: step of the restored state, 0 for a new run.
-        again: kinds of record that will be written again for ``resume_step`` itself.
-
-    Raises:
-        ValueError: naming file and line, if a line other than the last is not a record.
+    On resuming at ``resume_step`` (0 for a new run), records of later steps, and of this step for
+    kinds in ``again``, are dropped: they are computed again, to the same numbers. ValueError,
+    naming file and line, if a line other than the last is not a record.
     """
 
     def __init__(
@@ -44,7 +37,7 @@ class MetricWriter:
         )
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One record: ``{"step": step, "kind": kind, **values}``."""
+        """Write one record: ``{"step": step, "kind": kind, **values}``."""
         numbers = {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
         self._file.flush()
@@ -52,21 +45,19 @@ class MetricWriter:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Text for TensorBoard."""
         self._board.add_text(name, text, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """A picture for TensorBoard: [height, width] or [height, width, 3], values in [0, 1]."""
+        """Write a picture for TensorBoard: [height, width] or [height, width, 3], in [0, 1]."""
         self._board.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
 
     def close(self) -> None:
-        """Flushes and closes both."""
         self._file.close()
         self._board.close()
 
 
 class SilentWriter(MetricWriter):
-    """A :class:`MetricWriter` that writes nothing; for all processes but process 0."""
+    """A :class:`MetricWriter` that writes nothing, for all processes but process 0."""
 
     def __init__(self):
         pass
@@ -78,24 +69,16 @@ class SilentWriter(MetricWriter):
 
 
 def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, of one kind if given.
-
-    Raises:
-        ValueError: naming file and line, if a line is not a record.
-    """
+    """The records of a ``metrics.jsonl``, of one kind if given; ValueError for a malformed line."""
     lines = pathlib.Path(path).read_text("utf-8").splitlines()
     records = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     return [record for record in records if kind in (None, record["kind"])]
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines anywhere else (cluster logs, pipes).
+    """A progress bar on a terminal, plain lines elsewhere (cluster logs, pipes).
 
-    Args:
-        total: steps of the whole run.
-        start: steps already done.
-        stream: where to write; standard error if not given.
-        silent: shows nothing at all.
+    ``total`` steps, of which ``start`` are done; ``stream`` is standard error by default.
     """
 
     def __init__(
@@ -121,7 +104,7 @@ class Progress:
         )
 
     def advance(self, step: int, values: dict[str, str], seconds_per_step: float) -> None:
-        """Shows that ``step`` steps are done."""
+        """Show that ``step`` steps are done."""
         if self._silent:
             return
         text = " ".join(f"{name} {value}" for name, value in values.items())
@@ -133,14 +116,13 @@ class Progress:
         print(f"step {step}/{self._total} {text} left {left}", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
-        """A line of text that does not break the bar."""
+        """Print a line without breaking the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         elif not self._silent:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
 

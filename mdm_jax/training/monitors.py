@@ -1,7 +1,7 @@
 """Monitors: running estimates for the metrics of a training run.
 
-Pure functions, called in the jitted step after the backward pass. A step whose losses or gradients
-are not finite leaves a monitor's state as it was, and is counted.
+Pure functions, called in the jitted step after the backward pass. A step with non-finite losses or
+gradients leaves a monitor's state as it was, and is counted.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,13 +25,11 @@ from mdm_jax.variance.transform import Phase, VarianceTransform
 
 
 class Monitor(NamedTuple):
-    """Running statistics as pure functions.
+    """Running statistics as pure functions; ``name`` is the key of the state.
 
     Attributes:
-        name: key of its state.
-        init: ``init(params) -> state``.
-        update: ``update(state, draw, stats, gradients) -> state``; gradients are those of the whole
-            batch, before clipping.
+        update: ``update(state, draw, stats, gradients) -> state``, gradients of the whole batch
+            before clipping.
         read: ``read(state) -> {name: scalar or [bins]}``; NaN without data.
     """
 
@@ -42,11 +40,9 @@ class Monitor(NamedTuple):
 
 
 def read_monitors(monitors: Iterable[Monitor], states: dict[str, PyTree]) -> dict[str, Array]:
-    """All readings as scalars on the device; a reading per bin gets the bin's number as a suffix.
+    """All readings of ``TrainState.monitors`` as scalars on the device.
 
-    Args:
-        monitors: those of the step.
-        states: ``TrainState.monitors``.
+    A reading per bin gets the bin's number as a suffix.
     """
     readings = {}
     for monitor in monitors:
@@ -58,17 +54,12 @@ def read_monitors(monitors: Iterable[Monitor], states: dict[str, PyTree]) -> dic
 def read_level_profile(
     transform: VarianceTransform, state: PyTree, num_levels: int = 1, bins: int = 10
 ) -> dict[str, Array]:
-    """The current warp of a chain, as scalars on the device; empty if no level is warped.
+    """The current warp of a chain (``state``: ``TrainState.variance``), as scalars on the device.
 
     At the middle of each of ``bins`` equal bins of the quantile, noisy to clean, mean over levels:
     ``level_density``, that of the draw relative to the objective's law, and ``effective_weight``,
-    the factor on the objective's weighting (p times w), 1 for exact transforms.
-
-    Args:
-        transform: of the run.
-        state: ``TrainState.variance``.
-        num_levels: S.
-        bins: of the quantile.
+    the factor on the objective's weighting (p times w), 1 for exact transforms. Empty if nothing is
+    warped.
     """
     members = transform.members or (transform,)
     if transform.profile is None or not any(t.phase == Phase.WARP for t in members):
@@ -93,12 +84,10 @@ class LevelSums(NamedTuple):
     """Exponentially forgotten sums per bin of the masking rate, [bins] each.
 
     Attributes:
-        nats: cross-entropies of masked tokens.
-        targets: number of masked tokens.
-        loss: per-token losses ``raw * weight / scored``.
-        square: their squares.
+        nats, targets: cross-entropies and number of masked tokens.
+        loss, square: per-token losses ``raw * weight / scored`` and their squares.
         rows: number of (view, row, level)s.
-        rejected: [] int32 steps left out because something was not finite.
+        rejected: [] int32 non-finite steps left out.
     """
 
     nats: Array
@@ -113,18 +102,15 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
     """Loss by masking rate, and a training loss without the noise of the levels.
 
     In masking rate m the bound is flat, nats per token = int_0^1 (mean cross-entropy of a masked
-    token at rate m) dm, so the mean over equal bins of each bin's running cross-entropy is the
-    training loss without the level's noise, up to the square of a bin's width. It lags by about
-    ``1 / (1 - decay)`` visits of a bin.
+    token at rate m) dm. So the mean over equal bins of each bin's running cross-entropy is the
+    training loss without the level's noise, up to the square of a bin's width; it lags by about ``1
+    / (1 - decay)`` visits of a bin.
 
     ``read`` gives ``normalised_loss`` (nats per token, over the bins visited so far),
     ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation`` [bins], mean and
-    standard deviation of the per-token loss, and ``level_rejected``.
-
-    Args:
-        objective: whose law turns quantiles into masking rates.
-        bins: equal bins of the masking rate, at least 1.
-        decay: of a bin's sums, whenever it is visited, in [0, 1).
+    standard deviation of the per-token loss, and ``level_rejected``. ``objective.law`` maps
+    quantiles to rates; ``decay`` applies to a bin's sums at each visit. ValueError unless bins >= 1
+    and decay is in [0, 1).
     """
     if bins < 1 or not 0 <= decay < 1:
         raise ValueError(f"level_monitor needs bins >= 1 and 0 <= decay < 1, got {bins}, {decay}")
@@ -171,11 +157,10 @@ class GradientMoments(NamedTuple):
     """Exponentially forgotten moments of the batch gradient.
 
     Attributes:
-        mean: weighted sum of gradients, like the parameters, float32.
-        square: [] weighted sum of their squared norms.
-        weight: [] sum of the weights.
-        weight_square: [] sum of the squared weights.
-        rejected: [] int32 steps left out because something was not finite.
+        mean, square: weighted sums of gradients (like the parameters, float32) and squared norms
+            [].
+        weight, weight_square: [] sums of the weights and of their squares.
+        rejected: [] int32 non-finite steps left out.
     """
 
     mean: PyTree
@@ -193,15 +178,13 @@ def gradient_noise_monitor(decay: float = 0.95) -> Monitor:
 
         tr Cov(G) ~ (mean |G|^2 - |mean G|^2) / (1 - r) ,
 
-    data noise included, also if the rows of a batch are coupled. Drift of the parameters adds to
-    it; ``meter.efficiency`` measures at fixed parameters.
-
-    ``read`` gives ``gradient_noise`` (trace of the covariance), ``gradient_signal`` (squared norm
-    of the mean gradient, unbiased, may be negative), ``gradient_noise_share`` (noise over mean
-    squared norm) and ``gradient_rejected``. Noise equals signal at the batch size times noise over
-    signal. ``decay`` is in (0, 1). Costs a buffer of the size of the parameters.
-
-    Reference: McCandlish et al. 2018, the simple noise scale; estimated there from two batch sizes.
+    data noise included, also for coupled rows. Drift of the parameters adds to it;
+    ``meter.efficiency`` measures at fixed parameters. ``read`` gives ``gradient_noise`` (trace of
+    the covariance), ``gradient_signal`` (squared norm of the mean gradient, unbiased, may be
+    negative), ``gradient_noise_share`` (noise over mean squared norm) and ``gradient_rejected``.
+    Noise equals signal at the batch size times noise over signal. ``decay`` is in (0, 1), else
+    ValueError. Costs a buffer of the size of the parameters. Reference: McCandlish et al. 2018, the
+    simple noise scale, there from two batch sizes.
     """
     if not 0 < decay < 1:
         raise ValueError(f"gradient_noise_monitor needs 0 < decay < 1, got {decay}")
@@ -246,14 +229,12 @@ def gradient_noise_monitor(decay: float = 0.95) -> Monitor:
 
 
 class ControlledLoss(NamedTuple):
-    """A baseline and the running mean of the loss that it steadies.
+    """A baseline (EMA of the integrand per quantile bin) and the losses that it controls.
 
     Attributes:
-        baseline: EMA of the integrand per bin of the quantile.
-        total: forgotten sum of the controlled losses, nats.
-        raw: likewise of the plain losses.
-        scored: likewise of the scored elements.
-        rejected: [] int32 steps left out because something was not finite.
+        total, raw, scored: forgotten sums of controlled losses and plain losses, nats, and of
+            eligible elements.
+        rejected: [] int32 non-finite steps left out.
     """
 
     baseline: Baseline
@@ -271,16 +252,14 @@ def baseline_monitor(
 ) -> Monitor:
     """The reported loss with an EMA baseline as control variate: same mean, less noise.
 
-    Gradients do not change. See :class:`~mdm_jax.objectives.objective.Baseline`.
-
-    ``read`` gives ``controlled_loss`` and, for comparison, ``uncontrolled_loss``, nats per token,
-    both averaged over about ``1 / (1 - forget)`` steps, and ``controlled_rejected``.
+    Gradients do not change (:class:`~mdm_jax.objectives.objective.Baseline`). ``read`` gives
+    ``controlled_loss`` and ``uncontrolled_loss``, nats per token, both averaged over about ``1 / (1
+    - forget)`` steps, and ``controlled_rejected``.
 
     Args:
         bins: of the quantile, at least 1.
-        decay: of a bin's mean, whenever it is visited, in [0, 1).
-        forget: decay of the two averages, per step, in [0, 1).
-        chain: of the run; refused unless its bias is "exact", under others the mean is wrong.
+        decay, forget: of a bin's mean per visit, and of the two averages per step, in [0, 1).
+        chain: of the run; ValueError unless its bias is "exact", since otherwise the mean is wrong.
     """
     if chain is not None and chain.bias != "exact":
         raise ValueError(

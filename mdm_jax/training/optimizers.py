@@ -1,4 +1,4 @@
-"""The optax chain after the backward pass, and moments in fewer bits."""
+"""Optimisers, learning-rate schedule, and moments in fewer bits."""
 
 from typing import Any
 
@@ -16,20 +16,15 @@ def store_moments(
     second: jnp.dtype = jnp.float32,
     b2: float | None = None,
 ) -> optax.GradientTransformation:
-    """Stores the moments of an optimiser in other dtypes; a step works in float32.
+    """Store the moments ``mu`` and ``nu`` of an optimiser in other dtypes; steps work in float32.
 
     Optax's ``mu_dtype`` has no counterpart for second moments and decays first ones in the narrow
     dtype. A second moment falls by at most ``1 - b2`` of itself a step, which bfloat16 rounds away
-    for ``b2`` near 1: it could rise but never fall again, and is refused.
+    for ``b2`` near 1: it could rise but never fall, so ``second`` then raises ValueError.
 
     Args:
-        optimizer: one whose state has fields ``mu`` and ``nu``, such as Adam and Muon.
-        first: dtype of the running means of gradients, momentum included.
-        second: dtype of the running means of their squares.
-        b2: decay of the second moment, to check ``second`` by.
-
-    Raises:
-        ValueError: if ``second`` cannot follow a decay as slow as ``b2``.
+        first, second: dtypes of the running means of gradients (momentum too) and of their squares.
+        b2: decay of the second moment, for that check.
     """
     lost = float(jnp.finfo(second).eps) / 2
     if b2 is not None and 1 - b2 <= lost:
@@ -68,8 +63,7 @@ def warmup_cosine(
 ) -> optax.Schedule:
     """Linear warm-up to ``peak``, then a cosine to ``final_fraction * peak`` at ``total_steps``.
 
-    Raises:
-        ValueError: if the warm-up does not end before the run does.
+    ValueError unless the warm-up ends before the run does.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
@@ -90,10 +84,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW that decays kernels and embeddings only.
 
-    Args:
-        schedule: learning rate by step.
-        b1, b2, weight_decay: of AdamW.
-        clip_norm: largest allowed global norm of the gradient, positive, or None.
+    ``clip_norm`` is positive or None.
     """
     return optax.chain(
         _clip(clip_norm),
@@ -110,18 +101,11 @@ def muon(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then Muon for the kernels inside the network and Adam for the rest.
+    """Global-norm clipping, then Muon for the network's inner kernels and Adam for the rest.
 
-    Embeddings, the output head, norms and biases take Adam steps at the same learning rate.
-
-    Args:
-        schedule: learning rate by step; good values are about ten times those of AdamW.
-        momentum: decay of Muon's momentum.
-        b1, b2: decay of Adam's moments.
-        weight_decay: of the kernels that Muon updates.
-        clip_norm: as of :func:`adamw`.
-
-    Reference: Jordan et al. 2024, Muon; implemented by ``optax.contrib.muon``.
+    Embeddings, output head, norms and biases take Adam steps at the same learning rate; good values
+    are about ten times those of AdamW. ``momentum`` and ``weight_decay`` are Muon's, ``b1`` and
+    ``b2`` Adam's. Reference: Jordan et al. 2024, Muon (``optax.contrib.muon``).
     """
     return optax.chain(
         _clip(clip_norm),

@@ -21,14 +21,11 @@ class TrainState:
 
     Attributes:
         step: [] int32, number of steps begun, skipped ones included.
-        params: parameters.
-        ema: their exponential moving average, for evaluation and sampling; read it with
-            :func:`~mdm_jax.training.averaged`, since it may be stored as an offset.
-        opt_state: optax state.
-        variance: state of the variance transform.
-        monitors: states of the monitors by name; empty without any.
-        skipped: [] int32, steps skipped because loss, gradient or update was not finite.
-        skipped_in_a_row: [] int32, how many of the latest steps were.
+        ema: for evaluation and sampling; read with :func:`~mdm_jax.training.averaged`, since it may
+            be an offset.
+        monitors: states of the monitors by name.
+        skipped, skipped_in_a_row: [] int32, steps skipped because loss, gradient or update was not
+            finite: all, and the latest ones.
     """
 
     step: Array
@@ -63,19 +60,16 @@ def new_state(
 
 
 def num_params(params: PyTree) -> int:
-    """Number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def linen_init(
     model: nn.Module, length: int, dtype: jnp.dtype = jnp.int32
 ) -> Callable[[Array], PyTree]:
-    """``init(key) -> variables`` of a linen model, with logical axis names still attached.
+    """``init(key) -> variables`` of a linen model, with logical axis names attached.
 
-    Args:
-        model: called as ``model(inputs [1, length], logsnr [1, 1], documents [1, length])``.
-        length: of a row.
-        dtype: of the inputs; a float type for Gaussian diffusion.
+    The model is called as ``model(inputs [1, length], logsnr [1, 1], documents [1, length])``,
+    inputs of ``dtype`` (a float type for Gaussian diffusion).
     """
 
     def init(key: Array) -> PyTree:

@@ -1,4 +1,4 @@
-"""One training step as a pure function, and its compilation ahead of time."""
+"""The training step as a pure function, and its compilation ahead of time."""
 
 import importlib.metadata
 import math
@@ -31,8 +31,7 @@ class StepMetrics(NamedTuple):
         bits_per_unit: the loss in bits per unit of the data (character, dimension).
         cross_entropy: nats per masked token, unweighted: biased towards high rates and smooth.
         gradient_norm: global norm before clipping.
-        skipped: 1.0 if the step was skipped because something was not finite.
-        skipped_in_a_row: how many of the latest steps were.
+        skipped: 1.0 for a skipped (non-finite) step; ``skipped_in_a_row`` counts the latest ones.
     """
 
     loss: Array
@@ -62,26 +61,21 @@ def make_train_step(
     num_microbatches: int = 1,
     monitors: Sequence[Monitor] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Builds ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
+    """Build ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
     The draw is made once for the global batch and cut into microbatches, so gradients under k
     microbatches equal those of the full batch. A step whose loss, gradient or update is not finite
     leaves parameters, EMA, optimiser and variance state as they were and counts itself.
 
     Args:
-        apply_fn: the network.
-        objective: what is estimated.
         transform: variance reduction, a chain or a single transform.
-        optimizer: optax transformation of the gradients.
         spec: ``objective.spec(batch_size, length)`` of the global batch.
-        seed: of the run.
-        ema_decay: of the parameter average; shorter during the first steps.
+        ema_decay: of the parameter average, in [0, 1); shorter during the first steps.
         num_microbatches: must divide the batch size.
-        monitors: running estimates, updated after the backward pass; read them from
-            ``TrainState.monitors`` with :func:`~mdm_jax.training.read_monitors`.
+        monitors: running estimates with distinct names; read with
+            :func:`~mdm_jax.training.read_monitors`.
 
-    Raises:
-        ValueError: if the settings do not fit together.
+    ValueError if the settings do not fit together.
     """
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
@@ -156,12 +150,11 @@ def _keep_counters(finite: Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def compiler_options() -> dict[str, str]:
-    """Compiler settings with which a training step is fastest on this process's backend.
+    """The fastest measured compiler settings for a training step on this backend.
 
-    On CPUs products go to its kernel library and reductions are fused with the functions before
-    them: up to 3% less time and a quarter less memory. Results change by the order of sums only.
-    Empty for other backends, and for versions of jaxlib that were not measured, since an unknown
-    setting is an error.
+    On CPUs products use its kernel library and reductions are fused with the functions before them:
+    up to 3% less time and a quarter less memory; results change by the order of sums only. Empty
+    for other backends and unmeasured jaxlib versions, where an unknown setting is an error.
     """
     measured = importlib.metadata.version("jaxlib").startswith("0.10.")
     if jax.default_backend() != "cpu" or not measured:
@@ -173,10 +166,10 @@ class CompiledStep(NamedTuple):
     """A compiled step and its costs.
 
     Attributes:
-        call: ``call(state, batch) -> (state, metrics)``; TypeError or ValueError for arguments of
-            other shapes, dtypes or shardings than those it was compiled for.
+        call: ``call(state, batch) -> (state, metrics)``; TypeError or ValueError for other shapes,
+            dtypes or shardings than compiled for.
         seconds: of tracing, lowering and compiling, or of loading from the cache.
-        memory_bytes: on each device while it runs, arguments included; None if unknown.
+        memory_bytes: on each device, arguments included; None if unknown.
     """
 
     call: Callable[..., Any]
@@ -197,17 +190,15 @@ def compile_step(
     *constants: Array,
     options: Mapping[str, str] | None = None,
 ) -> CompiledStep:
-    """Compiles a train step, its state donated and its sharding kept.
+    """Compile a train step, its state donated and its sharding kept.
 
     Args:
-        step: pure step function.
         abstract_state, abstract_batch: pytrees of jax.ShapeDtypeStruct with shardings.
-        constants: placed arrays, further arguments of the step. They are no part of the program, so
-            runs that differ in them alone, such as in the seed, share an entry of the cache.
+        constants: placed arrays, further arguments of the step. Runs that differ in them alone,
+            such as in the seed, share a cache entry.
         options: of the compiler, in place of :func:`compiler_options`.
 
-    Raises:
-        MemoryError: if the compiler finds no plan that fits a device.
+    MemoryError if the compiler finds no plan that fits a device.
     """
     started = time.monotonic()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
@@ -234,7 +225,6 @@ def compile_step(
 
 
 def format_bytes(size: float) -> str:
-    """``size`` bytes in KiB, MiB or GiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
