@@ -1,11 +1,8 @@
 """Data-driven choice of the range of masking rates for block diffusion (BD3-LM).
-
-Small blocks train with less noise if rates are drawn from part of (0, 1) only (Arriola et al.
-2025); validation data choose which. Training on it is ``variance.clipped(low, high)``, truncated:
-report no likelihood from it. ``variance.clipped_mixture`` takes the same range and stays exact. The
-smallest score of a criterion wins, the first of equals. The published search also gives ranges
-above 1/2 the weight 1 instead of 1/m, and redraws masks until the masked fraction lies in the
-range, without correcting for it; neither is done here.
+Small blocks train with less noise on part of (0, 1) (Arriola et al. 2025). Validation data choose
+the range of smallest score (first of equals) for ``variance.clipped``, truncated, or
+``variance.clipped_mixture``, exact. Unlike the published search, ranges above 1/2 keep the weight
+1/m, and masks are not redrawn until the masked fraction lies in the range (uncorrected there).
 """
 
 import math
@@ -26,7 +23,7 @@ from mdm_jax.types import Array, Batch, PyTree
 from mdm_jax.variance.warps import ClippedDensity
 
 SMALLEST_RATE = 1e-3
-"""Where the widest candidate begins."""
+"""Lower end of the widest candidate."""
 
 _WIDTHS = (50, 60, 70, 80, 90)  # percent
 _STEP = 5
@@ -40,9 +37,8 @@ Criterion = Callable[[ApplyFn, Objective, DrawSpec], Score]
 
 
 class ClipChoice(NamedTuple):
-    """Outcome of a search among ``intervals``, as plain values.
-
-    ``step`` is that of the parameters; a score that is not finite is None.
+    """Outcome of a search among ``intervals``; ``step`` is that of the parameters.
+    A score that is not finite is None.
     """
 
     low: float
@@ -54,7 +50,6 @@ class ClipChoice(NamedTuple):
     scores: tuple[float | None, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
         return self._asdict() | {
             "intervals": [list(i) for i in self.intervals],
             "scores": list(self.scores),
@@ -62,7 +57,7 @@ class ClipChoice(NamedTuple):
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "ClipChoice":
-        """The inverse of :meth:`to_dict`; ValueError if a field is missing or unknown."""
+        """Inverse of :meth:`to_dict`; ValueError if a field is missing or unknown."""
         if set(record) != set(cls._fields):
             raise ValueError(
                 f"a clip choice has the fields {', '.join(cls._fields)}, got "
@@ -73,10 +68,8 @@ class ClipChoice(NamedTuple):
 
 
 def candidate_intervals(block_size: int) -> tuple[Interval, ...]:
-    """The published candidates: the whole range, then every width from 0.5 to 0.9 in steps of 0.05.
-
-    36 ranges; for blocks of one token only the whole range and (0.999, 1).
-    Raises: ValueError if the block size is not positive.
+    """The 36 published candidates: the whole range, and widths from 0.5 to 0.9 in steps of 0.05.
+    For blocks of one token only the whole range and (0.999, 1). ValueError unless block_size >= 1.
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
@@ -96,7 +89,7 @@ def reachable_counts(block_size: int, low: float, high: float) -> range:
 
 
 def check_feasible(block_size: int, low: float, high: float) -> None:
-    """Raises ValueError unless the range is one and some number of masked tokens lies in it."""
+    """Raises ValueError unless 0 <= low < high <= 1 and a number of masked tokens is within."""
     if block_size < 1 or not 0 <= low < high <= 1:
         raise ValueError(
             f"a range of masking rates needs 0 <= low < high <= 1, got {low}, {high} for blocks of "
@@ -119,18 +112,12 @@ def make_clip_search(
 ) -> Callable[..., ClipChoice]:
     """``search(params, batches, key, step=0, progress=None) -> ClipChoice``, compiled once.
 
-    Scores ranges of the masking rate on validation batches and takes the best. All ranges get the
-    same rows and base noise; blocks draw their rates independently. ``batches`` are at least two of
-    one shape (100 in the published code), ``step`` is kept for the record, and ``progress`` counts
-    batches (for the gradient's criterion every range is a pass over all of them).
-
-    Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``, without dropout.
-        objective: with one level per block and a uniform law of the masking rate.
-        batch_shape: (rows, length) of a validation batch.
-        criterion: one of this module's, :func:`gradient_noise_to_signal` if not given.
-        intervals: candidates, :func:`candidate_intervals` of the block size if not given.
-
+    Scores ranges of the masking rate on at least two validation batches of ``batch_shape`` = (rows,
+    length) (published: 100). All ranges share rows and base noise; blocks draw rates independently.
+    ``apply_fn`` is without dropout; ``objective`` has one level per block and a uniform law of the
+    rate. By default ``criterion`` is :func:`gradient_noise_to_signal` (one pass over the batches
+    per range), ``intervals`` are :func:`candidate_intervals`. ``step`` is only recorded;
+    ``progress`` counts batches.
     Raises: ValueError if the law is not uniform or a range is infeasible; in ``search``, if there
     are fewer than two batches or no score is finite.
     """
@@ -175,8 +162,7 @@ def make_clip_search(
 
 def raw_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
     """Variance of the block losses, data variance included, nats per token squared; as published.
-
-    Favours high, narrow ranges by scale alone, since losses of different ranges differ in mean.
+    Favours high, narrow ranges, as it is not relative to their mean loss.
     """
     moments = block_loss_moments(apply_fn, objective, spec)
     return lambda *arguments: moments(*arguments).variance
@@ -194,9 +180,8 @@ def relative_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -
 
 
 def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
-    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included: what slows training down.
-
-    Infinite where no signal can be told from the noise. Holds three gradients at a time.
+    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included.
+    Infinite if the signal is not positive. Holds three gradients.
     """
     estimator = make_estimator(apply_fn, objective)
 
@@ -232,9 +217,7 @@ def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: Draw
 
 class BlockMoments(NamedTuple):
     """Moments of the block losses, nats per token, under each range, [intervals].
-
-    The variance is over rows, blocks and draws of a batch, averaged over batches; its standard
-    error is from the spread over batches.
+    Variances over rows, blocks and draws are averaged over batches, whose spread is the error.
     """
 
     mean: np.ndarray
@@ -245,10 +228,8 @@ class BlockMoments(NamedTuple):
 def block_loss_moments(
     apply_fn: ApplyFn, objective: Objective, spec: DrawSpec
 ) -> Callable[..., BlockMoments]:
-    """Moments of the block losses ``S_b / (m L')`` under each range.
-
-    ``moments(params, batches, key, intervals, progress=None) -> BlockMoments`` leaves out blocks
-    without eligible tokens; ValueError if a batch has fewer than two others.
+    """``moments(params, batches, key, intervals, progress=None) -> BlockMoments``.
+    Of block losses ``S_b / (m L')`` with eligible tokens; ValueError if a batch has fewer than two.
     """
 
     @jax.jit

@@ -1,9 +1,7 @@
-"""Where the variance of a training loss and of its gradient comes from: A, B and C.
-
-For one forward pass of one row (all views of the transform, importance weights inside), with row,
-level and mask drawn in this order, total variance = A (which positions) + B (which level) + C
-(which row). An autoregressive loss has C alone. For gradients each variance is the trace of a
-covariance. Dropout must be off, or it would appear inside A. Estimators and draws: ``nested.py``.
+"""Variance components A, B, C of a training loss and of its gradient.
+For one forward pass of one row (all views, importance weights inside) the variance is A (mask
+positions) + B (level) + C (row); an autoregressive loss has C alone. For gradients it is the trace
+of the covariance. Dropout must be off, or it counts in A. Estimators and draws: ``nested.py``.
 """
 
 import dataclasses
@@ -34,18 +32,10 @@ from mdm_jax.types import Array, Batch, PyTree
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
     """Variance of one forward pass and its parts, in nats squared (per squared parameter).
-
-    Unbiased, so B and C can be negative. Standard errors are by bootstrap over rows.
-
-    Attributes:
-        pattern: A, from which positions are masked.
-        rate: B, from the noise level.
-        data: C, from the row.
-        total: their sum.
-        signal: squared mean loss, or squared norm of the mean gradient, unbiased.
-        passes: forward passes that one evaluation takes (views).
-        rows, levels_per_row, masks_per_level: size of the design.
-        rows_left_out: rows without eligible tokens, not part of the design.
+    ``pattern`` (A), ``rate`` (B), ``data`` (C) and ``total`` have bootstrap errors over rows;
+    unbiased, so B and C can be negative. ``signal``: squared mean loss, or squared norm of the mean
+    gradient, unbiased. ``passes`` per evaluation (views). ``rows_left_out`` have no eligible
+    tokens.
     """
 
     pattern: Estimate
@@ -67,11 +57,10 @@ class Decomposition:
 
     @property
     def noise_to_signal(self) -> float:
-        """Total over signal: scale-free, comparable between models. NaN where no signal is left."""
+        """Total over signal, comparable between models; NaN if the signal is not positive."""
         return self.total.value / self.signal if self.signal > 0 else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
         record = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -97,15 +86,10 @@ def decompose(
     """A, B, C of the loss.
 
     Args:
-        subject: what is measured.
-        rows: the design's rows [N, L], drawn at random from the data. Rows without eligible tokens
-            are left out and counted.
-        key: typed key. Two transforms measured with one key get the same base noise.
-        levels_per_row: levels of each row, at least 2.
-        masks_per_level: masks of each level, at least 2.
-        chunk: evaluations per forward call, at least 1; bounds the memory.
-        resamples: bootstrap samples.
-        progress: counts ``rows * levels_per_row * masks_per_level`` evaluations.
+        rows: [N, L] drawn at random from the data; those without eligible tokens are left out.
+        key: transforms measured with one key get the same base noise.
+        levels_per_row, masks_per_level: at least 2 each.
+        chunk: evaluations per forward call; bounds the memory.
 
     Raises: ValueError if no row has an eligible token, the design is too small, ``chunk`` is below
     1, or a loss is not finite.
@@ -135,11 +119,10 @@ def decompose_by_probes(
     progress: Progress | None = None,
 ) -> tuple[Decomposition, Decomposition]:
     """A, B, C of the loss and of the gradient, by forward-mode probes: (loss, gradient).
-
-    The variance of the derivative along a random direction estimates the trace of the gradient's
-    covariance (Hutchinson), at about ``1 + probes`` forward passes per evaluation. Standard errors
-    of the gradient contain the spread over probes. Where forward mode is impossible (custom reverse
-    rules), use :func:`decompose_gradients`. Arguments and errors as :func:`decompose`.
+    The variance of derivatives along random directions estimates the trace of the covariance
+    (Hutchinson), at about ``1 + probes`` forward passes per evaluation; standard errors include the
+    spread over probes. For custom reverse rules (no forward mode) use :func:`decompose_gradients`.
+    Arguments and errors as :func:`decompose`.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     if probes < 1:
@@ -170,9 +153,7 @@ def decompose_gradients(
     progress: Progress | None = None,
 ) -> Decomposition:
     """A, B, C of the gradient, exactly per sample, by running means of gradients.
-
-    Keeps three running means the size of the parameters (cell, row, grand mean); each evaluation
-    is one backward pass of one row. Arguments and errors as :func:`decompose`.
+    One backward pass per evaluation; holds three gradients. See :func:`decompose`.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     draw_row, losses = nested_draw(key, subject), subject.estimator.losses
@@ -223,7 +204,7 @@ def _design(rows: Batch, levels: int, masks: int) -> tuple[Batch, int]:
 def _of_values(
     values: np.ndarray, subject: Subject, left_out: int, resamples: int
 ) -> Decomposition:
-    """From losses [..., rows, levels, masks]; leading axes are probes and are averaged over."""
+    """Decomposition of losses [..., rows, levels, masks], averaged over leading axes (probes)."""
     means = values.mean((-2, -1))
     square = means.mean(-1) ** 2 - means.var(-1, ddof=1) / means.shape[-1]
     return _result(row_terms(values), float(np.mean(square)), subject, left_out, resamples)

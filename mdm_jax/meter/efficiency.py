@@ -1,10 +1,7 @@
-"""Variance of the batch gradient, by redrawing whole batches: the figure that compares methods.
-
-The spread of per-example gradients *within* a batch says nothing about a batch whose rows are
-coupled, and the variance of the loss is not that of its gradient. So the gradient that the
-optimiser would get is drawn again through the whole chain, its state held fixed, and the trace of
-its covariance times the forward passes per row is compared at equal compute. Where heavy tails of
-squared weights (Bernoulli masks) keep the estimate from settling, :class:`Efficiency` says so.
+"""Variance of the batch gradient from redrawn batches, the figure to compare methods by.
+Coupled rows, and a gradient instead of a loss, rule out per-example variances. So whole batches are
+redrawn through the chain at fixed state; trace of the gradient's covariance times forward passes
+per row compares methods at equal compute. Heavy tails (Bernoulli masks) may leave it unsettled.
 """
 
 import dataclasses
@@ -26,26 +23,24 @@ from mdm_jax.types import Array, Batch, PyTree
 from mdm_jax.variance.transform import VarianceTransform, draw_batch
 
 MAX_RELATIVE_ERROR = 0.2
-"""Largest standard error across groups, relative to the estimate, of a settled estimate."""
+"""Largest relative standard error across groups of a settled estimate."""
 
 MAX_TOP_SHARE = 0.2
-"""Largest share of the sum of squares that the largest 1% of the redraws may carry."""
+"""Largest share of the sum of squares in the largest 1% of the redraws, if settled."""
 
 MIN_TAIL_INDEX = 1.3
-"""Smallest tail index of the squared deviations; at 1 and below their mean is infinite.
-
-On the toy (three parameters, batches of 16) the three rules together refuse Bernoulli masks of
-infinite variance in 86% of the runs of 256 redraws and in all of 1024, and fixed counts in none.
+"""Smallest tail index of the squared deviations; their mean is infinite at 1 and below.
+On the toy (three parameters, batches of 16) the three rules refuse Bernoulli masks of infinite
+variance in 86% of the runs of 256 redraws and in all of 1024, fixed counts in none.
 """
 
 MIN_REDRAWS = 40
-"""Fewest squared deviations (redraws less one per group) that an estimate is given from."""
+"""Fewest squared deviations (redraws less one per group) for an estimate."""
 
 
 class Comparison(NamedTuple):
     """First against second of two variances x passes, paired by group.
-
-    ``standard_errors`` is the signed difference in its standard errors, infinite without noise.
+    ``standard_errors``: signed difference in its standard errors; infinite without noise.
     """
 
     difference: Estimate
@@ -58,10 +53,9 @@ class Efficiency:
     """Variance of the batch gradient, nats per eligible token, under one method.
 
     Attributes:
-        group_variances: [groups] trace of the covariance, each from redraws of its own.
+        group_variances: [groups] trace of the covariance, each from its own redraws.
         signal: squared norm of the mean gradient, unbiased.
-        passes: forward passes per row.
-        redraws: batches drawn in each group.
+        passes, redraws: forward passes per row; batches per group.
         top_share: share of the sum of squared deviations in the largest 1% of the redraws.
         tail_index: Hill's estimate from the largest tenth of the squared deviations.
         unsettled: why there is no number, or an empty string.
@@ -77,12 +71,11 @@ class Efficiency:
 
     @property
     def settled(self) -> bool:
-        """Whether the estimate may be used."""
         return not self.unsettled
 
     @property
     def variance(self) -> Estimate:
-        """Trace of the covariance; ValueError, saying why, if the estimate has not settled."""
+        """Trace of the covariance; ValueError, with the reason, if unsettled."""
         if self.unsettled:
             raise ValueError(self.unsettled)
         return mean_estimate(self.group_variances)
@@ -121,20 +114,15 @@ def efficiency(
     num_microbatches: int = 1,
     progress: Progress | None = None,
 ) -> Efficiency:
-    """Noise of the batch gradient: the data stay, levels and masks are drawn anew.
+    """Noise of the batch gradient with fixed data: levels and masks are redrawn.
 
     Args:
-        subject: what is measured.
         batches: training batches of ``spec.batch_size`` rows; group g uses batch g modulo their
-            number. Only with as many batches as groups does the standard error cover which batches
-            they happen to be.
-        key: typed key. Methods measured with one key get the same base draws in the same groups, so
-            differences are more certain than either figure; see :func:`compare`.
-        groups: independent repetitions, at least 2, a multiple of the number of batches; their
-            spread gives the standard error.
-        redraws: batches drawn in each group, at least 2.
+            number. The standard error covers the choice of batches only if there is one per group.
+        key: with one key, methods get the same base draws per group, for :func:`compare`.
+        groups: independent repetitions that give the standard error; a multiple of the batches.
+        redraws: batches drawn in each group; like ``groups`` at least 2.
         num_microbatches: of a batch; bounds the memory, which also holds three gradients.
-        progress: counts redraws.
 
     Raises: ValueError if settings do not fit together, or a gradient is not finite.
     """
@@ -165,10 +153,8 @@ def efficiency_with_data(
     num_microbatches: int = 1,
     progress: Progress | None = None,
 ) -> Efficiency:
-    """Noise of the batch gradient when rows are drawn anew too, as in training.
-
-    Each redraw takes ``spec.batch_size`` rows from ``rows`` [N, L] with replacement. Everything
-    else as in :func:`efficiency`.
+    """Noise of the batch gradient with rows redrawn too, as in training.
+    A redraw takes ``spec.batch_size`` of ``rows`` [N, L] with replacement; see :func:`efficiency`.
     """
     eligible_rows(rows)  # raises where nothing is eligible
     size, count = subject.spec.batch_size, rows.tokens.shape[0]
@@ -186,10 +172,8 @@ def efficiency_with_data(
 
 
 def compare(first: Efficiency, second: Efficiency) -> Comparison:
-    """Which of two methods has less gradient variance per compute, and how sure that is.
-
-    Groups are paired: the two must have been measured with the same key, batches and groups.
-    Raises: ValueError if they cannot be paired, or one of the two has not settled.
+    """Difference and ratio of two methods' gradient variance per compute, paired by group.
+    Needs the same key, batches and groups. ValueError if groups differ or one is unsettled.
     """
     if first.group_variances.shape != second.group_variances.shape:
         raise ValueError(
@@ -298,12 +282,10 @@ def inverse_rates_diverge(
     objective: Objective, transform: VarianceTransform, state: PyTree, spec: DrawSpec
 ) -> bool:
     """Whether an estimate with losses S/m of the bound has infinite variance, by law and chain.
-
-    With p the law's density of the rate, and quantiles drawn from q(u) with the weight w(u), the
+    With p the law's density of the rate, q(u) that of the quantiles and w(u) their weight, the
     second moment near m = 0 is ``int q w^2 / (m p) dm``: finite if law or chain stop above m = 0,
-    or ``q w^2 / p`` falls like a power of m, read off the two last quantiles of the float32 grid. A
-    warp without profile counts as one of bounded density. An objective labelled "biased" has
-    another weight than the bound's: the answer is no.
+    or ``q w^2 / p`` falls like a power of m (from the last two float32 grid points). A warp without
+    profile counts as bounded. False for "biased" objectives, whose weight is not the bound's.
     """
     if objective.bias == "biased" or float(objective.law.support[1]) < jnp.inf:
         return False

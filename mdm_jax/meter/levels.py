@@ -1,11 +1,8 @@
 """Loss and gradient by noise level: v, g, c on a grid, and the densities that follow from them.
 
-With f the loss of one forward pass at level u (before importance weights), over rows and masks,
+With f the loss of one forward pass at level u (no importance weight), over rows and masks,
 
     v(u) = E Var(f | row)    g(u) = E f    c(u) = Var(E[f | row])    s = E f^2 = v + g^2 + c .
-
-A level drawn with density q and weighted by 1/q has the second moment ``int s / q``, smallest for
-``q ~ sqrt(s)`` (P-POTS, arXiv 2511.18159); for stratified levels ``sqrt(v + c)`` takes its place.
 """
 
 import dataclasses
@@ -38,7 +35,7 @@ _ROUNDING = 1e-6  # of float32 rates at the ends of a law's support
 
 
 class Moments(NamedTuple):
-    """v, g, c, s at each level with standard errors (bootstrap over rows); see ``nested.py``."""
+    """v, g, c, s at each level, with standard errors by bootstrap over rows."""
 
     value: CrossedMoments
     standard_error: CrossedMoments
@@ -46,17 +43,11 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LevelTable:
-    """Statistics at given levels.
-
-    Attributes:
-        masking_rates: [levels], increasing.
-        quantiles: [levels] of the objective's law at these rates; decreasing.
-        base_density: [levels] density of the masking rate under the objective's law.
-        loss: of the loss, nats per row.
-        gradient: of its gradient (traces; ``mean`` is the norm of the mean gradient), or None if it
-            was not measured.
-        nats_per_token: [levels] mean loss over mean number of eligible tokens.
-        rows, masks_per_level, passes, rows_left_out: size of the design.
+    """Statistics at increasing masking rates [levels].
+    ``quantiles`` [levels] are those of the objective's law (decreasing), ``base_density`` [levels]
+    its density of the masking rate. ``loss`` is in nats per row; ``gradient`` holds traces, with
+    the norm of the mean gradient as ``mean``, or is None. ``nats_per_token`` [levels] is mean loss
+    over mean number of eligible tokens. ``passes`` per row.
     """
 
     masking_rates: np.ndarray
@@ -71,7 +62,6 @@ class LevelTable:
     rows_left_out: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
         record: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -100,20 +90,12 @@ def measure_levels(
 ) -> LevelTable:
     """v, g and c on a grid of levels shared by all rows and their blocks (a crossed design).
 
-    Args:
-        subject: what is measured; views of its transform are averaged.
-        rows: rows [N, L] drawn from the data.
-        key: typed key.
-        masking_rates: [levels], increasing, in (0, 1] and within the law's support.
-        masks_per_level: at least 2.
-        probes: random directions along which the gradient is measured, 0 for the loss alone.
-        chunk: evaluations per forward call, at least 1.
-        resamples: bootstrap samples.
-        progress: counts evaluations.
-
-    Raises: ValueError if the rates are not increasing in (0, 1] or lie outside the law's support,
-    no row has an eligible token, the design is too small, ``chunk`` is below 1, or a loss is not
-    finite.
+    Views of the transform are averaged. ``rows`` [N, L] are drawn from the data, ``masking_rates``
+    [levels] increase within (0, 1] and the law's support, ``masks_per_level`` is at least 2,
+    ``probes`` is the number of random directions for the gradient (0: loss only), ``chunk`` of
+    evaluations per forward call, ``resamples`` of the bootstrap.
+    Raises: ValueError if the rates do not fit, no row has an eligible token, the design is too
+    small, ``chunk`` is below 1, or a loss is not finite.
     """
     rates = np.asarray(masking_rates, np.float64)
     rows, left_out = eligible_rows(rows)
@@ -150,10 +132,8 @@ def measure_levels(
 
 
 def quantiles_of(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
-    """Quantiles of the objective's law at masking rates, on the open interval; same shape.
-
-    Raises: ValueError if the rates are not increasing in (0, 1], any is outside the law's support,
-    or two are too close for the law to tell them apart.
+    """Quantiles of the objective's law at masking rates, in (0, 1); same shape.
+    ValueError unless rates increase in (0, 1] and the law's support, far enough apart for the law.
     """
     rates = np.asarray(masking_rates, np.float64)
     if (
@@ -181,8 +161,7 @@ def quantiles_of(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
 
 def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
     """Density of the masking rate under the objective's law, ``law(logsnr) / (m (1 - m))``.
-
-    1 for a uniform rate; taken next to the end at m = 1.
+    1 for a uniform rate; m = 1 is replaced by the largest float32 rate below.
     """
 
     @jax.jit
@@ -196,11 +175,10 @@ def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
 
 def optimal_density(table: LevelTable, target: np.ndarray) -> np.ndarray:
     """Density over the masking rate proportional to ``base_density * sqrt(target)``, [levels].
-
-    The target, of the loss or of the gradient, is ``second`` for independent levels (p*), ``pattern
-    + data`` for stratified ones, ``pattern + mean_square`` in the scripts of P-POTS; negative
-    estimates count as zero. Normalised by the trapezoid rule over the grid's range.
-    Raises: ValueError if the target vanishes everywhere.
+    ``target``: ``second`` for independent levels (p*, arXiv 2511.18159), ``pattern + data`` for
+    stratified ones, ``pattern + mean_square`` in the scripts of P-POTS; of loss or gradient,
+    negative values count as 0. Normalised by the trapezoid rule. ValueError if it is zero
+    everywhere.
     """
     shape = table.base_density * np.sqrt(np.maximum(target, 0.0))
     mass = np.trapezoid(shape, table.masking_rates)
@@ -217,11 +195,9 @@ def warp_density(
     objective: Objective,
     draws: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The density that a transform draws masking rates from: (rates, density), sorted by rate.
-
-    One entry per level of every view of ``draws`` batches of ``spec``. The density is that of the
-    transform's profile, or of its weights where it has none: an exact warp pays ``-log density``.
-    The objective's law turns quantiles into masking rates.
+    """Density of the masking rates that a transform draws: (rates, density), sorted by rate.
+    One entry per level of every view of ``draws`` batches. From the transform's profile, or else
+    its weights (``-log density`` if exact); the objective's law maps quantiles to masking rates.
     """
     keys = jax.random.split(stream(key, "density"), draws)
 
@@ -241,10 +217,8 @@ def warp_density(
 
 
 def rate_grid(levels: int = 16, lowest: float = 1e-3, highest: float = 1.0) -> np.ndarray:
-    """Masking rates for a table: a third of them logarithmic up to 0.1, the rest even from there.
-
-    All are even if ``lowest`` is 0.1 or more.
-    Raises: ValueError if levels < 6 or not 0 < lowest < highest <= 1.
+    """Masking rates for a table: a third logarithmic up to 0.1, the rest evenly spaced above.
+    All even if ``lowest >= 0.1``. ValueError if levels < 6 or not 0 < lowest < highest <= 1.
     """
     if levels < 6 or not 0 < lowest < highest <= 1:
         raise ValueError(
@@ -258,11 +232,8 @@ def rate_grid(levels: int = 16, lowest: float = 1e-3, highest: float = 1.0) -> n
 
 
 def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> LevelMoments:
-    """Moments of a table in bins of the quantile, as ``variance.ppots_binned`` takes them.
-
-    ``moments`` is ``table.loss`` or ``table.gradient``. Interpolates over the logarithm of 1 - u
-    (the masking rate, where that is uniform), at the geometric middle of each bin of ``edges``;
-    beyond the table's quantiles the outermost values are kept.
+    """Moments (``table.loss`` or ``.gradient``) in bins of the quantile, for ``ppots_binned``.
+    Linear in log(1 - u) at the geometric middle of each bin; constant beyond the table.
     """
     noise = np.maximum(1.0 - np.asarray(edges, np.float64), _FIRST)
     middle = np.log(noise[1:] * noise[:-1]) / 2

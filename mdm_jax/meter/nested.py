@@ -1,19 +1,15 @@
-"""Variance components of nested and crossed designs, and the draws of such designs.
+"""Variance components of nested and crossed designs (analysis of variance), and their draws.
 
-``Y[i, j, k]`` is the loss of row i at level j under mask k. With the sampling order row, level,
-mask, the law of total variance says Var(Y) = A + B + C:
+For losses Y[i, j, k] of row i, level j, mask k, sampled in this order, Var(Y) = A + B + C:
 
     A = E Var(Y | row, level)             masking-pattern noise
     B = E Var(E[Y | row, level] | row)    masking-rate noise
     C = Var(E[Y | row])                   data noise
 
-Estimates are unbiased for every design size of at least two, so B and C can be negative. Leading
-axes (probes) are not mixed. Reference: analysis of variance of a nested random-effects design.
-
-One evaluation is one forward pass of one row, all its views included: the level comes from one
-independent batch of the transform, the base noise from another (no transform lets the law of the
-noise depend on the level), and a row of the batch is picked at random. Couplings between rows keep
-the law of every row, so they leave these numbers alone.
+Estimates are unbiased from size two on, so B and C can be negative. Leading axes are probes. An
+evaluation is a forward pass of one row with its views: a random row of one batch of the transform
+for the level, of another for the noise (whose law depends on no level). Couplings keep each row's
+law.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,12 +36,9 @@ class Components(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """What each row contributes to the components, [..., rows], in a design of levels and masks.
-
-    Attributes:
-        pattern: unbiased estimate of A from this row alone.
-        between: variance over levels of the means over masks, B + A / masks on average.
-        spread: its mean over rows is unbiased for the variance of row means; NaN for no term.
+    """Contribution of each row to the components, [..., rows], in a design of levels and masks.
+    ``pattern``: unbiased A of this row. ``between``: variance over levels of the means over masks,
+    B + A / masks on average. ``spread``: averages to the variance of row means; NaN for no term.
     """
 
     pattern: np.ndarray
@@ -55,15 +48,13 @@ class RowTerms(NamedTuple):
     masks: int
 
     def take(self, index: np.ndarray) -> "RowTerms":
-        """The terms of some rows."""
         rows = (terms[..., index] for terms in self[:3])
         return RowTerms(*rows, self.levels, self.masks)
 
 
 def row_terms(values: np.ndarray) -> RowTerms:
     """Contribution of every row of losses [..., rows, levels, masks].
-
-    Raises: ValueError if an axis is shorter than two or a value is not finite.
+    ValueError if an axis is shorter than two or a value is not finite.
     """
     values = _checked(values)
     cells = values.mean(-1)
@@ -80,7 +71,7 @@ def row_terms(values: np.ndarray) -> RowTerms:
 
 
 def components(terms: RowTerms) -> Components:
-    """Means of the rows' contributions, corrected for the noise of lower levels of the design."""
+    """Means of the rows' contributions, corrected for noise from lower levels of the design."""
     pattern = terms.pattern.mean(-1)
     between = terms.between.mean(-1)
     rate = between - pattern / terms.masks
@@ -90,14 +81,9 @@ def components(terms: RowTerms) -> Components:
 
 class CrossedMoments(NamedTuple):
     """Moments at each level of a crossed design, [..., levels].
-
-    Attributes:
-        pattern: v, variance over masks, averaged over rows.
-        mean: g, mean over rows and masks.
-        data: c, variance over rows of the mean over masks.
-        second: s = v + g^2 + c, the second moment, which governs importance sampling.
-        mean_square: unbiased g^2, that is s - v - c; the square of ``mean`` is too large by
-            (c + v / masks) / rows.
+    ``pattern``: v, variance over masks, averaged over rows. ``mean``: g. ``data``: c, variance over
+    rows of the mean over masks. ``second``: s = v + g^2 + c. ``mean_square``: unbiased g^2 = s - v
+    - c (the square of ``mean`` is too large by (c + v / masks) / rows).
     """
 
     pattern: np.ndarray
@@ -108,9 +94,8 @@ class CrossedMoments(NamedTuple):
 
 
 def crossed_moments(values: np.ndarray) -> CrossedMoments:
-    """v, g, c of losses [..., rows, levels, masks] where all rows share the levels.
-
-    Raises: ValueError if there are fewer than two rows or masks, or a value is not finite.
+    """v, g, c of losses [..., rows, levels, masks] if all rows share the levels.
+    ValueError if there are fewer than two rows or masks, or a value is not finite.
     """
     values = _checked(values, need_levels=False)
     cells = values.mean(-1)
@@ -123,10 +108,7 @@ def crossed_moments(values: np.ndarray) -> CrossedMoments:
 def bootstrap_errors(
     statistic: Callable[[np.ndarray], Any], rows: int, resamples: int, seed: int = 0
 ) -> Any:
-    """Standard errors of ``statistic(index)``, a NamedTuple of arrays, by bootstrap over rows.
-
-    Levels and masks of a row stay together: rows are the sampling unit.
-    """
+    """Standard errors of ``statistic(index)``, a NamedTuple of arrays, by bootstrap over rows."""
     samples = [statistic(index) for index in _resampled_rows(rows, resamples, seed)]
     return type(samples[0])(*(np.std(np.stack(part), axis=0, ddof=1) for part in zip(*samples)))
 
@@ -166,7 +148,7 @@ DrawRow = Callable[[Array, Array, Array], Draw]
 
 
 def eligible_rows(rows: Batch) -> tuple[Batch, int]:
-    """The rows with eligible tokens, as NumPy arrays, and how many have none; ValueError if all."""
+    """Rows with eligible tokens, as NumPy arrays, and the number of others; ValueError if none."""
     kept = np.asarray(rows.eligible).any(-1)
     if not kept.any():
         raise ValueError(f"none of {len(kept)} rows has an eligible token")
@@ -190,8 +172,7 @@ def nested_draw(key: Array, subject: Subject) -> DrawRow:
 
 def crossed_draw(key: Array, subject: Subject, quantiles: Array) -> DrawRow:
     """Draws at ``quantiles`` [levels], the same for all rows and views, without importance weights.
-
-    Of the transform only the noise of its views is used.
+    The transform contributes only the noise of its views.
     """
     masks = stream(key, "masks")
 
@@ -214,14 +195,8 @@ def evaluate_cells(
     progress: Progress | None,
 ) -> PyTree:
     """Evaluates every (row, level, mask) of a design: float64 arrays [..., rows, levels, masks].
-
-    Args:
-        score: ``score(batch, draw) -> arrays [..., chunk]``.
-        draw_row: see :data:`DrawRow`.
-        rows: [rows, L] clean rows.
-        shape: levels per row and masks per level.
-        chunk: evaluations per call; a forward pass holds ``chunk`` times the views.
-        progress: counts evaluations.
+    ``score(batch, draw) -> arrays [..., chunk]``; ``shape`` is (levels per row, masks per level); a
+    forward pass holds ``chunk`` times the views.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")

@@ -1,7 +1,7 @@
-"""What the variance meter measures: a network's loss and gradient under a transform.
-
-Every method is measured with the same forward and backward pass; only the draw differs. So these
-functions take the draw as an argument, and compile once per number of views, not per method.
+"""Subject of the variance meter: a network's loss and gradient under a transform.
+All methods share one compiled forward and backward pass per number of views: the draw is an
+argument. ``progress`` callbacks in this package get the number of evaluations (redraws, batches)
+since the last call.
 """
 
 import dataclasses
@@ -31,19 +31,17 @@ ApplyFn = Callable[..., Array]
 """``apply_fn(params, inputs, logsnr, documents) -> logits``."""
 
 Progress = Callable[[int], None]
-"""Called with the number of evaluations done since the last call."""
 
 
 class Estimator(NamedTuple):
-    """A network and an objective; see :func:`make_estimator`.
+    """Jitted functions of a network and an objective; see :func:`make_estimator`.
 
     Attributes:
-        objective: what is estimated.
-        losses: ``(params, batch, draw) -> [B]`` nats per row, importance weights inside, averaged
-            over views and summed over levels.
-        directional: ``(params, batch, draw, key, probes) -> (losses [B], [probes, B])``, with the
-            losses' derivatives along random signs.
-        gradient: ``(params, batch, draw, num_microbatches)`` -> gradient, nats per eligible token.
+        losses: ``(params, batch, draw) -> [B]`` nats per row, importance-weighted, averaged over
+            views and summed over levels.
+        directional: ``(params, batch, draw, key, probes) -> (losses [B], [probes, B])``, the latter
+            derivatives along random signs.
+        gradient: ``(params, batch, draw, num_microbatches)`` -> nats per eligible token.
         accumulate: ``(mean, count, params, batch, draw, num_microbatches) -> (mean, term)``: adds
             that gradient to a running mean of ``count`` gradients, which is donated.
     """
@@ -57,14 +55,8 @@ class Estimator(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is measured.
-
-    Attributes:
-        estimator: network and objective; share it between methods.
-        params: parameters.
-        transform: variance reduction; any chain.
-        state: its state; read, never written.
-        spec: shape of a *training* batch, ``objective.spec(batch_size, length)``.
+    """What is measured; ``state`` is only read.
+    ``spec`` is that of a *training* batch, ``objective.spec(batch_size, length)``.
     """
 
     estimator: Estimator
@@ -75,12 +67,8 @@ class Subject:
 
 
 def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
-    """Jitted functions shared by all measurements of one network under one objective.
-
-    Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``, without dropout, which
-            would pass for masking noise.
-        objective: what is estimated.
+    """Jitted functions for all measurements of one network under one objective.
+    ``apply_fn`` must be without dropout, which would count as masking noise.
     """
 
     def losses(params: PyTree, batch: Batch, draw: Draw, network: ApplyFn = apply_fn) -> Array:
@@ -129,9 +117,7 @@ def gradient_deviations(
     num_microbatches: int = 1,
 ) -> tuple[np.ndarray, float]:
     """Squared deviations of batch gradients [N - 1] and the squared norm of their mean.
-
-    Each deviation has the expectation ``tr Cov(G)``; see :mod:`mdm_jax.estimates`. Holds three
-    gradients at a time.
+    Each has the expectation ``tr Cov(G)``; see :mod:`mdm_jax.estimates`. Holds three gradients.
     """
     mean, terms = start(params).mean, []
     for index, (batch, draw) in enumerate(batches):

@@ -1,7 +1,4 @@
-"""Variance reduction: transforms of the draw that compose like optax transformations.
-
-Densities, moments, states and the parts of your own transforms are in the modules.
-"""
+"""Variance reduction: transforms of the draw that compose like optax transformations."""
 
 from mdm_jax.variance.couplings import (
     antithetic_pairs,

@@ -1,6 +1,5 @@
 """Couplings of rows: strata, lattices and antithetic pairs of levels; the complementary view.
-
-Within one (view, row) the law of levels and noise stays i.i.d. uniform, which keeps them exact.
+They are exact: levels and noise within one (view, row) stay i.i.d. uniform.
 """
 
 import math
@@ -18,9 +17,7 @@ from mdm_jax.variance.transform import EmptyState, Phase, VarianceTransform, sta
 
 def jitter(key: Array, cells: Array, num_cells: int) -> Array:
     """One uniform grid point in each of the given cells ``[j / N, (j + 1) / N)``, float32.
-
-    For uniform cells it is uniform up to the rounding of the cells' edges, 2**-23.
-    ValueError if there are more cells than grid points.
+    Uniform up to rounded edges (2**-23) for uniform cells. ValueError unless ``1 <= N <= 2**23``.
     """
     if not 1 <= num_cells <= 2**GRID_BITS:
         raise ValueError(f"the number of cells must be in [1, 2**{GRID_BITS}], got {num_cells}")
@@ -29,20 +26,16 @@ def jitter(key: Array, cells: Array, num_cells: int) -> Array:
 
 
 def permuted_rows(key: Array, values: Array, levels: int, axis: int = 0) -> Array:
-    """``values`` [..., levels], each level permuted along ``axis`` on its own."""
+    """``values`` [..., levels], permuted along ``axis`` independently for each level."""
     spread = jnp.broadcast_to(values[..., None], (*values.shape, levels))
     return jax.random.permutation(key, spread, axis=axis, independent=True)
 
 
 def stratified() -> VarianceTransform:
-    """One jittered quantile per cell of width 1/B: ``u_i = (pi(i) + xi_i) / B``.
-
-    ``pi`` is a random permutation of the rows, one for each level of a row.
-
-    Keeps: the law of each row. Couples: rows, through the permutation. Costs: one view.
-    Removes: the main effect of the level, V_m, up to O(B^-3). Bias: exact.
-    Reference: proportional stratified sampling; called "antithetic sampling" in MDLM, BD3-LM and
-    Duo, which leave out the permutation.
+    """Stratified levels: one jittered quantile per cell of width 1/B, ``u_i = (pi(i) + xi_i) / B``.
+    Keeps: the law of each row. Couples: rows, through the random permutation ``pi``, one per level.
+    Costs: one view. Removes: the main effect of the level, V_m, up to O(B^-3). Bias: exact.
+    Reference: proportional strata; "antithetic sampling" in MDLM, BD3-LM, Duo, without ``pi``.
     """
 
     def levels(key: Array, spec: DrawSpec) -> Array:
@@ -54,18 +47,16 @@ def stratified() -> VarianceTransform:
 
 
 def stratified_blocks() -> VarianceTransform:
-    """One jittered quantile per cell of width 1/(B S), for B rows of S blocks.
+    """Stratified levels over rows and blocks: one jittered quantile per cell of width 1/(B S).
 
     Each block takes the B strata of width 1/B in a random order over the rows, and the S blocks in
-    a stratum share its S cells at random, so a row's levels are spread over all strata.
-
-    Keeps: the law of each level of each row. Couples: rows, and the levels of one row.
-    Costs: one view. Removes: the main effect V_m, which blocks share, up to O((B S)^-3); what
-    differs between blocks up to O(B^-3). Bias: exact for the objectives that it accepts.
-    Reference: sliced Latin hypercubes (Qian 2012); BD3-LM stratifies blocks in order.
-    Raises: ValueError from ``init`` and ``draw``, for several levels that the spec does not call
-    separate (:class:`~mdm_jax.draws.DrawSpec`): tied levels would change the law of a level's
-    context. From ``draw``, if B S exceeds 2**23.
+    a stratum share its S cells at random, so a row's levels spread over all strata.
+    Keeps: the law of each level of each row. Couples: rows, and the levels of one row. Costs: one
+    view. Removes: the main effect V_m shared by blocks, up to O((B S)^-3); differences between
+    blocks, up to O(B^-3). Bias: exact for the objectives that it accepts. Reference: sliced Latin
+    hypercubes (Qian 2012); BD3-LM stratifies blocks in order.
+    Raises: ValueError from ``init`` and ``draw`` if S > 1 and the spec lacks ``separate_levels``
+    (tied levels would change the law of a level's context); from ``draw`` if B S exceeds 2**23.
     """
 
     def init(spec: DrawSpec) -> EmptyState:
@@ -85,11 +76,10 @@ def stratified_blocks() -> VarianceTransform:
 
 
 def systematic() -> VarianceTransform:
-    """A lattice with one random offset: ``u_i = frac(u_0 + i / B)``, one offset per level of a row.
-
-    Keeps: the law of each row. Couples: all rows, through the offset. Costs: one view.
-    Removes: the main effect of the level, up to O(B^-2) for a non-periodic loss. Bias: exact.
-    Reference: systematic sampling; Kingma et al. 2021, VDM, the low-discrepancy sampler.
+    """Lattice of levels with one random offset per level of a row: ``u_i = frac(u_0 + i / B)``.
+    Keeps: the law of each row. Couples: all rows, through the offset. Costs: one view. Removes: the
+    main effect of the level, up to O(B^-2) for a non-periodic loss. Bias: exact. Reference:
+    systematic sampling; the low-discrepancy sampler of VDM (Kingma et al. 2021).
     """
 
     def levels(key: Array, spec: DrawSpec) -> Array:
@@ -101,15 +91,13 @@ def systematic() -> VarianceTransform:
 
 
 def antithetic_pairs() -> VarianceTransform:
-    """Pairs of rows with one quantile and its reflection: ``u`` and ``1 - u``.
+    """Antithetic levels: rows in random pairs with quantiles ``u`` and ``1 - u``.
 
-    The pairing is random, for each level of a row on its own; an odd row has no partner.
-
-    Keeps: the law of each row. Couples: rows in pairs. Costs: one view.
-    Removes: the part of the level's main effect V_m that is odd about u = 1/2: the batch mean keeps
-    ``(V_m / B) (1 + corr(g(u), g(1 - u)))``, so a symmetric loss is worse off. Bias: exact.
-    Reference: antithetic variates (Hammersley and Morton 1956); not what MDLM, BD3-LM and Duo call
-    "antithetic sampling", which is :func:`stratified` without its permutation.
+    Keeps: the law of each row. Couples: rows in pairs, separate for each level; an odd row stays
+    alone. Costs: one view. Removes: the part of the level's main effect V_m that is odd about
+    u = 1/2; the batch mean keeps ``(V_m / B) (1 + corr(g(u), g(1 - u)))``, so a symmetric loss is
+    worse off. Bias: exact. Reference: antithetic variates (Hammersley and Morton 1956); the
+    "antithetic sampling" of MDLM, BD3-LM and Duo is :func:`stratified` without its permutation.
     """
 
     def levels(key: Array, spec: DrawSpec) -> Array:
@@ -122,13 +110,13 @@ def antithetic_pairs() -> VarianceTransform:
 
 
 def coarse_strata(cells: int | None = None) -> VarianceTransform:
-    """J equal cells with ``floor(B / J)`` rows each; the rows left over go to distinct random ones.
+    """J equal strata with ``floor(B / J)`` rows each; left-over rows go to distinct random strata.
 
     Keeps: the law of each row. Couples: rows, through a random assignment. Costs: one view.
-    Removes: the level's main effect V_m between cells; what is left falls as J^-2 / B. Bias: exact.
-    Reference: proportional allocation; floor(sqrt(B)) strata, the default, are from a StableDLLM
-    training script (that it is the StraTS of arXiv 2511.18159 is our inference).
-    Args: ``cells``, J. Raises: ValueError if it is not positive.
+    Removes: the level's main effect V_m between cells (the rest falls as ``J^-2 / B``). Bias:
+    exact. Reference: proportional allocation; J = ``cells`` = floor(sqrt(B)), the default, is from
+    a StableDLLM training script (perhaps the StraTS of arXiv 2511.18159: our inference).
+    Raises: ValueError if ``cells`` is not positive.
     """
     if cells is not None and cells < 1:
         raise ValueError(f"coarse_strata needs at least 1 cell, got {cells}")
@@ -153,15 +141,13 @@ def coarse_strata(cells: int | None = None) -> VarianceTransform:
 def complement() -> VarianceTransform:
     """A second view of every row with the level ``1 - u`` and the noise ``1 - v``.
 
-    For a uniform masking rate the second view masks what the first one left visible, so under
-    Bernoulli masks every token is predicted once per pair; under fixed counts k_1 + k_2 = n + 1.
-    After a warp, or a law that is not symmetric about logSNR 0, masks are not complementary.
-
-    Keeps: the law of each view. Couples: the two views, in level and noise.
-    Costs: two forward passes per row. Removes: part of A and B, depending on the model; it can lose
-    against two independent views. Bias: exact, as each view carries its own weight.
-    Reference: antithetic variates over level and noise; complementary masking in LaViDa (Li et al.
-    2025). Not MIRROR, whose two views share their level.
+    For a uniform masking rate the second view masks what the first left visible: under Bernoulli
+    masks every token is predicted once per pair, under fixed counts k_1 + k_2 = n + 1. Not so after
+    a warp, or if the law is asymmetric about logSNR 0.
+    Keeps: the law of each view. Couples: the two views, in level and noise. Costs: two forward
+    passes per row. Removes: part of A and B, depending on the model; can lose to two independent
+    views. Bias: exact, as each view has its own weight. Reference: antithetic variates over level
+    and noise; complementary masking in LaViDa (Li et al. 2025). MIRROR's views share their level.
     """
 
     def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:
@@ -184,7 +170,7 @@ def _new_levels(name: str, levels: Callable[[Array, DrawSpec], Array]) -> Varian
 
 
 def _lattice(count: int, cells: int) -> Array:
-    """The first ``count`` edges of equal cells, as grid indices; integers, so none is rounded."""
+    """The first ``count`` edges of equal cells, as exact integer grid indices."""
     return jnp.asarray((np.arange(count, dtype=np.int64) << GRID_BITS) // cells, jnp.int32)
 
 

@@ -1,16 +1,10 @@
-"""Densities over the quantile ``u``, which warps sample from and pay for; moments per level.
+"""Densities over the quantile ``u`` that warps sample from; moments per level.
 
-u lies in (0, 1), near 1 = clean: for a uniform masking rate the rate is ``1 - u``.
-With f the integrand (raw loss times the objective's weight, before any importance weight), v its
-variance over masks, g its mean and c the variance of its mean over rows, an estimate from density p
-has the second moment ``int E[f^2] / p``, so the best density is the root of a moment:
-
-* levels independent: ``E f^2 = v + g^2 + c`` (:func:`second_moment`),
-* levels stratified, which removes g^2 at leading order: ``v + c`` (:func:`level_variance`),
-* the published scripts: ``v + g^2`` (:func:`published_second_moment`),
-* Kingma and Gao: ``g^2``, a density proportional to the loss (:func:`squared_mean`).
-
-For gradients ``E ||G||^2`` replaces ``E f^2``. With several views at one level f is their average.
+u lies in (0, 1), near 1 = clean (masking rate ``1 - u`` if that is uniform). With f the integrand
+(raw loss times the objective's weight, averaged over views at one level), v its variance over
+masks, g its mean and c the variance over rows of its mean, levels from p have the second moment
+``int E[f^2] / p``, least for p ~ sqrt(E f^2), ``E f^2 = v + g^2 + c`` (for gradients
+``E ||G||^2``). Other targets are below.
 """
 
 from collections.abc import Callable
@@ -36,7 +30,7 @@ class QuantileDensity(Protocol):
 
     @property
     def support(self) -> tuple[float, float]:
-        """(low, high): the interval on which the density is positive; all of (0, 1) by default."""
+        """(low, high), the interval of positive density; (0, 1) by default."""
         return 0.0, 1.0
 
     def log_pdf(self, u: ArrayLike) -> Array:
@@ -52,10 +46,9 @@ class QuantileDensity(Protocol):
 @pytree_dataclass
 class PiecewiseDensity(QuantileDensity):
     """Uniform within each of J cells between ``edges`` [J + 1] that cover (0, 1).
-
-    ``points`` [J + 1] int32 counts the grid points below each edge. The density is computed from
-    them, so sampling and weighting use the same density to the last bit, the weights average to 1
-    exactly, and every cell has a point, whatever the masses were.
+    ``points`` [J + 1] int32 counts the grid points below each edge; the density is computed from
+    them, so sampling and weighting agree to the last bit, weights average to 1 exactly, and every
+    cell has a point.
     """
 
     edges: Array
@@ -67,22 +60,19 @@ class PiecewiseDensity(QuantileDensity):
         return jnp.diff(self.points) / _SIZE
 
     def cell(self, u: ArrayLike) -> Array:
-        """Index of the cell [edges[j], edges[j + 1]) that holds each quantile, int32."""
+        """Index of the cell [edges[j], edges[j + 1]) of each quantile, int32."""
         return find_cell(self.edges, jnp.asarray(u, self.edges.dtype))
 
     def log_pdf(self, u: ArrayLike) -> Array:
-        """Log density, nats."""
         return jnp.log(self.masses / jnp.diff(self.edges))[self.cell(u)]
 
     def cdf(self, u: ArrayLike) -> Array:
-        """Probability of a smaller quantile."""
         u = jnp.asarray(u, self.edges.dtype)
         cell = self.cell(u)
         left, right = self.edges[cell], self.edges[cell + 1]
         return self.points[cell] / _SIZE + self.masses[cell] * ((u - left) / (right - left))
 
     def icdf(self, u: ArrayLike) -> Array:
-        """The quantile with the given probability below it."""
         point = jnp.asarray(u, self.edges.dtype) * _SIZE  # exact: a power of two
         cell = find_cell(self.points, jnp.floor(point).astype(self.points.dtype))
         start, count = self.points[cell], self.points[cell + 1] - self.points[cell]
@@ -94,9 +84,8 @@ class PiecewiseDensity(QuantileDensity):
 
 def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
     """Density with the given mass in each cell, rounded to whole grid points, 2**-23.
-
-    Args: ``edges``, [J + 1] quantiles from 0 to 1, and ``masses``, [J] up to a common factor, the
-    first of the highest masking rates. If masses are traced, only their shape is checked.
+    ``edges``: [J + 1] quantiles from 0 to 1; ``masses``: [J] up to a common factor, highest masking
+    rates first; if traced, only their shape is checked.
     Raises: ValueError if shapes do not fit, the edges do not run from 0 to 1 in steps of at least
     2**-22, or a mass is not positive and finite.
     """
@@ -121,10 +110,8 @@ def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
 
 def log_spaced_edges(num_bins: int = 32, smallest_rate: float = 1e-3) -> np.ndarray:
     """[J + 1] float32 edges from 0 to 1, equally spaced in the logarithm of the rate ``1 - u``.
-
-    Losses with weight 1/m grow towards small rates, where cells of equal width in m waste most of
-    what a density can gain. There is one cell below ``smallest_rate``.
-    Raises: ValueError if an argument is out of range or a cell would be narrower than 2**-22.
+    One cell lies below ``smallest_rate``. Equal widths would not resolve losses with weight 1/m.
+    ValueError if an argument is out of range or a cell would be narrower than 2**-22.
     """
     if num_bins < 2:
         raise ValueError(f"log_spaced_edges needs at least 2 bins, got {num_bins}")
@@ -171,26 +158,26 @@ def find_cell(edges: Array, values: Array) -> Array:
 
 
 def warp(draw: Draw, density: QuantileDensity) -> Draw:
-    """``draw`` with its quantiles drawn from ``density``, and ``-log density`` added as weight."""
+    """``draw`` with quantiles from ``density``, and ``-log density`` added to ``log_weight``."""
     u = density.icdf(draw.u)
     return draw._replace(u=u, log_weight=draw.log_weight - density.log_pdf(u))
 
 
 def density_profile(density: QuantileDensity, u: ArrayLike) -> LevelProfile:
-    """The profile of :func:`warp`: paid in full within the support, nothing drawn outside."""
+    """Level profile of :func:`warp`: weight ``1 / density`` on the support, no draws outside."""
     log_density = density.log_pdf(u)
     return LevelProfile(log_density, jnp.where(jnp.isfinite(log_density), -log_density, 0.0))
 
 
 def open_interval(u: Array) -> Array:
-    """``u`` moved to the outermost grid point where rounding took it further, to 0 or 1."""
+    """``u`` clipped to the outermost grid points, as rounding can reach 0 or 1."""
     tiny = 2.0 ** -(GRID_BITS + 1)
     return jnp.clip(u, tiny, 1.0 - tiny)
 
 
 @jax.jit
 def _grid_points(masses: Array) -> Array:
-    """Cumulative masses [J] as whole numbers of grid points [J + 1], at least one per cell."""
+    """Cumulative masses [J] in whole grid points [J + 1], at least one per cell."""
     total = jnp.cumsum(masses)
     points = jnp.round(total / total[-1] * _SIZE).astype(jnp.int32)
     # Both bounds rise by at least 1 per cell, so their minimum does.
@@ -202,9 +189,8 @@ def _grid_points(masses: Array) -> Array:
 
 
 class LevelLosses(NamedTuple):
-    """Losses [V, B, S] of rows at the levels of a draw, averaged over a row's views at that level.
-
-    ``count`` is 1 over the number of these views. Both are 0 where no token is eligible.
+    """Losses [V, B, S], averaged over a row's views at one level; ``count`` is 1 / number of these.
+    Both are 0 where no token is eligible.
     """
 
     value: Array
@@ -237,13 +223,9 @@ def _per_level(draw: Draw, total: Array, elements: Array) -> LevelLosses:
 
 
 class LevelMoments(NamedTuple):
-    """Moments of the integrand f in each of J bins of the level, over rows and masks.
-
-    Attributes:
-        second: [J] mean of f squared, ``v + g^2 + c``; for gradients the mean squared norm.
-        mean: [J] mean of f, ``g``; for gradients the norm of the mean.
-        data: [J] variance over rows of the mean of f given the row, ``c``, or None where it was
-            not measured: that takes several masks of one row.
+    """Moments of the integrand f in each of J bins of the level, over rows and masks, [J] each.
+    ``second``: E f^2 = v + g^2 + c, for gradients the mean squared norm. ``mean``: g, for gradients
+    the norm of the mean. ``data``: c; measuring it takes several masks per row, otherwise None.
     """
 
     second: Array
@@ -261,16 +243,14 @@ def second_moment(moments: LevelMoments) -> Array:
 
 
 def level_variance(moments: LevelMoments) -> Array:
-    """``v + c``, the second moment minus the squared mean: optimal for stratified levels only.
-
+    """``v + c``, optimal only for stratified levels (which remove g^2 at leading order).
     Needs a uniform floor. Variation of g inside a bin counts as variance.
     """
     return jnp.maximum(jnp.asarray(moments.second) - jnp.square(moments.mean), 0.0)
 
 
 def published_second_moment(moments: LevelMoments) -> Array:
-    """``v + g^2``: the target of the StableDLLM scripts, optimal where c is like the rest or zero.
-
+    """``v + g^2``: target of the StableDLLM scripts, optimal if c is zero or proportional to it.
     ValueError if the moments hold no data variance.
     """
     if moments.data is None:
@@ -283,7 +263,7 @@ def published_second_moment(moments: LevelMoments) -> Array:
 
 
 def squared_mean(moments: LevelMoments) -> Array:
-    """``g^2``, whose root is the mean loss: optimal where ``E f^2 / g^2`` is constant."""
+    """``g^2``: density proportional to the loss (Kingma and Gao); optimal if E f^2 ~ g^2."""
     return jnp.square(moments.mean)
 
 
@@ -291,10 +271,10 @@ def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> Pie
     """Density proportional to the root of ``moment`` in each bin, mixed with the uniform one.
 
     Bin j of width d_j gets the mass ``(1 - floor) d_j sqrt(moment_j) / sum + floor d_j``, so no
-    weight exceeds ``1 / floor``. Moments that are all zero or not finite give the uniform density.
-    Args: ``edges``, [J + 1] quantiles from 0 to 1; ``moment``, [J] non-negative; ``floor``, the
-    share of the uniform density in (0, 1]. The last two may be traced.
-    Raises: ValueError if the edges do not run from 0 to 1, or there is not one moment per bin.
+    weight exceeds ``1 / floor``. Moments all zero or not finite give the uniform density.
+    ``edges``: [J + 1] from 0 to 1; ``moment``: [J] non-negative; ``floor`` in (0, 1]. The last two
+    may be traced. Raises: ValueError if the edges do not run from 0 to 1, or there is not one
+    moment per bin.
     """
     edges, moment = check_edges(edges), jnp.asarray(moment, jnp.float32)
     if moment.shape != (edges.size - 1,):  # one moment would be broadcast to all bins
@@ -321,9 +301,7 @@ def check_floor(name: str, floor: float) -> None:
 
 
 def gradient_stats(stats: LossStats, norms: Array) -> LossStats:
-    """Statistics whose integrand is the row's gradient norm, for :func:`~mdm_jax.variance.ppots`.
-
-    A loop that computes per-row gradients passes them to ``update`` in place of the loss
-    statistics, ``norms`` [V, B, S] of the gradient of ``stats.raw * stats.weight``.
+    """Statistics whose integrand is the row's gradient norm, for ``update`` of ``variance.ppots``.
+    ``norms`` [V, B, S] are those of the gradient of ``stats.raw * stats.weight``.
     """
     return stats._replace(raw=norms, weight=jnp.ones_like(norms))

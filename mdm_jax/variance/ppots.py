@@ -1,7 +1,4 @@
-"""P-POTS: importance sampling of the masking rate by moments of the loss or gradient per level.
-
-Online bins, measured bins, the gradient norm at the logits, and the parametric family with its fit.
-"""
+"""P-POTS: importance sampling of the masking rate by moments of the loss or gradient per level."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -38,10 +35,9 @@ class EprParameters(NamedTuple):
         g(m) = mean_scale * exp(mean_growth * m ** mean_power)
         v(m) = high_scale * m ** high_power + low_scale * (1 - m) ** low_power
 
-    a model of the mean and variance of the loss at rate m; published letters a, b, A, r, q, k, m.
-    Scales and growth are positive, powers at least 1. A common factor (c on the mean's scale, c^2
-    on the other two) leaves the density unchanged. v stays finite at m = 0, so the family cannot
-    follow the 1/m growth of Bernoulli's weights.
+    for the mean and variance of the loss (published letters a, b, A, r, q, k, m). Scales and growth
+    are positive, powers at least 1. A common factor (c on the mean's scale, c^2 on the other two)
+    leaves the density unchanged. v is finite at m = 0, so it cannot follow Bernoulli's 1/m.
     """
 
     high_scale: float
@@ -71,16 +67,13 @@ def epr_curve(parameters: EprParameters, rates: ArrayLike) -> np.ndarray:
 def fit_epr(
     rates: ArrayLike, mean: ArrayLike, variance: ArrayLike, restarts: int = 20, seed: int = 0
 ) -> EprFit:
-    """Fits the family to measured moments by the KL divergence on the grid of rates.
+    """Fits the EPR curve to measured moments of the integrand at ``rates`` [N >= 3], increasing.
 
     Minimises ``KL(w || p)`` by the trapezoid rule, w the normalised ``sqrt(mean^2 + variance)``,
-    with L-BFGS-B from random starts. The pattern variance v alone is the published target; v + c,
-    the variance over masks and rows, makes it the second moment.
-
-    Args: ``rates``, [N >= 3] increasing masking rates in [0, 1]; ``mean`` and ``variance`` [N] of
-    the integrand at each; number of random ``restarts``, and their ``seed``.
-    Raises: ValueError if the arguments are out of range, nothing was measured (all zero), or no
-    restart ends at a finite divergence.
+    with L-BFGS-B from random starts. The published ``variance`` is the pattern variance v; v + c,
+    the variance over masks and rows, gives the second moment.
+    Raises: ValueError if shapes or values are out of range, all moments are zero, or no restart
+    ends at a finite divergence.
     """
     from scipy import optimize  # slow to import
 
@@ -137,12 +130,10 @@ def _check(rates: np.ndarray, mean: np.ndarray, variance: np.ndarray, restarts: 
 
 
 class PpotsState(NamedTuple):
-    """Running moments of the integrand per bin.
-
-    Attributes:
-        second, mean: [J] decayed means of the squared integrand and of the integrand.
-        weight: [J] total weight of these means, from 0 (bin never visited) towards 1.
-        steps, rejected: batches learnt from; batches that were not finite and changed nothing else.
+    """Running moments of the integrand per bin, [J].
+    ``second``, ``mean``: decayed means of its square and of itself; ``weight``: their total weight,
+    from 0 (never visited) towards 1. ``steps`` counts batches used, ``rejected`` non-finite
+    batches, which change nothing else.
     """
 
     second: Array
@@ -160,28 +151,22 @@ def ppots(
     warmup_steps: int = 100,
     target: Target = second_moment,
 ) -> VarianceTransform:
-    """Levels from bins whose masses follow running moments of the raw loss.
+    """P-POTS, adaptive: level bins with masses from running moments of the raw loss.
 
-    Bins are equally wide in the logarithm of the masking rate m = 1 - u. The density is formed from
-    the past only. Views of a row at one level are averaged first, which gives the optimum for
-    pairs. A bin never visited counts as average. A loop with per-row gradient norms passes
-    ``moments.gradient_stats(stats, norms)`` to ``update``.
-
-    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
-    Costs: one view, and a few operations on vectors of the number of bins.
-    Removes: as :func:`ppots_binned`, without a calibration run. Bias: exact.
-    Reference: P-POTS, arXiv 2511.18159, made adaptive; adaptive importance sampling of the level as
-    in Nichol and Dhariwal 2021, with an exact weight.
+    J = ``num_bins`` bins are equally wide in the logarithm of the masking rate m = 1 - u, with one
+    below ``smallest_rate``. The density uses past batches only. Views of a row at one level are
+    averaged first, which is optimal for pairs. A bin never visited counts as average. For per-row
+    gradient norms call ``update`` with ``densities.gradient_stats(stats, norms)``.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
+    and a few operations on [J]. Removes: as :func:`ppots_binned`, without calibration. Bias: exact.
+    Reference: arXiv 2511.18159, made adaptive; Nichol and Dhariwal 2021, with an exact weight.
 
     Args:
-        num_bins: J.
-        smallest_rate: masking rate below which there is one bin.
         decay: of the moments per draw of a bin, in [0, 1).
         floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
         warmup_steps: number of batches with uniform levels.
-        target: from moments per bin to the moment whose root the density follows;
-            ``moments.level_variance`` when levels are stratified.
-    Raises: ValueError if a setting is out of range, or the target needs what running moments lack.
+        target: moment whose root the density follows; ``densities.level_variance`` for stratified
+            levels. ValueError if it needs what running moments lack, or a setting is out of range.
     """
     check_settings("ppots", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
@@ -196,23 +181,18 @@ def ppots_slopes(
     warmup_steps: int = 50,
     target: Target = second_moment,
 ) -> VarianceTransform:
-    """Levels from bins whose masses follow running moments of the gradient norm at the logits.
+    """:func:`ppots` with running moments of the gradient norm at the logits.
 
-    As :func:`ppots` in all but what it learns from. The best density follows the second moment of
-    the row's *gradient*. Per-row gradients are expensive; the gradient norm at the logits is nearly
-    free: for a cross-entropy its square is between ``(1 - p)^2`` and twice that, p the probability
-    of the right token. The objective sums it over the row's targets (``LossStats.slopes``), and the
-    density follows the mean of ``weight^2 slopes`` per bin: the gradient's second moment up to a
-    factor, where tokens' gradients do not line up and the network stretches them alike at every
-    level.
-
-    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
-    Costs: one view, an exponential per token, and a few operations on vectors of bins.
-    Removes: the spread of the root of the gradient's second moment over levels. Bias: exact.
-    Reference: the last layer's gradient as a bound is Katharopoulos and Fleuret 2018, who choose
-    rows by it; P-POTS is arXiv 2511.18159.
-
-    Args, Raises: as :func:`ppots`; ValueError from ``update`` for statistics without ``slopes``.
+    The optimal density follows the second moment of the row's *gradient*. Its norm at the logits is
+    nearly free: for a cross-entropy its square is between ``(1 - p)^2`` and twice that, p the
+    probability of the right token, summed over targets in ``LossStats.slopes``. The density follows
+    the mean of ``weight^2 slopes`` per bin: the gradient's second moment up to a factor, if
+    gradients of tokens are not aligned and the network scales them alike at every level.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
+    an exponential per token, and a few operations on [J]. Removes: the spread of the root of the
+    gradient's second moment over levels. Bias: exact. Reference: arXiv 2511.18159; Katharopoulos
+    and Fleuret 2018, who choose rows by the last layer's gradient. Args, Raises: as :func:`ppots`;
+    ValueError from ``update`` for statistics without ``slopes``.
     """
     check_settings("ppots_slopes", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
@@ -233,10 +213,8 @@ def running_bins(
     warmup_steps: int,
     target: Target,
 ) -> VarianceTransform:
-    """Levels from bins whose masses follow running moments: :func:`ppots` and its like.
-
-    ``keep`` maps the number of draws in each bin [J] to the share of the old moments that stays;
-    the rest, and errors, as for :func:`ppots`.
+    """Warp by running moments per bin: the common part of :func:`ppots` and its variants.
+    ``keep`` maps draws per bin [J] to the share of the old moments kept; the rest as :func:`ppots`.
     """
     check_floor(name, floor)
     if warmup_steps < 0:
@@ -265,7 +243,7 @@ def running_bins(
 
 
 def level_moments(state: PpotsState) -> LevelMoments:
-    """Moments per bin, debiased; a bin never visited gets the mean over the visited ones."""
+    """Debiased moments per bin; a bin never visited gets the mean over the visited ones."""
     total = jnp.sum(state.weight)
 
     def debiased(value: Array) -> Array:
@@ -279,19 +257,15 @@ def level_moments(state: PpotsState) -> LevelMoments:
 def ppots_binned(
     edges: ArrayLike, second_moments: ArrayLike, floor: float = 0.1
 ) -> VarianceTransform:
-    """Levels from bins with mass in proportion to ``d_j sqrt(second_moments_j)``, d_j the width.
+    """P-POTS from measured moments: bin masses proportional to ``width_j sqrt(second_moments_j)``.
 
-    The moments are measured once, of the loss or of the gradient; see
-    :mod:`mdm_jax.variance.densities`. Bins equally wide in the logarithm of the rate
-    (``densities.log_spaced_edges``) reach within half a percent of the optimum with ten bins.
-
-    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
-    Removes: the variance of sqrt(E f^2) over uniform levels. Bias: exact.
-    Reference: P-POTS, arXiv 2511.18159, as a histogram.
-    Args: ``edges``, [J + 1] quantiles from 0 to 1, the first bin of the highest masking rates;
-    ``second_moments``, [J] non-negative, in any unit; ``floor`` as for :func:`ppots`.
-    Raises: ValueError if the edges do not cover (0, 1), there is not one moment per bin, a moment
-    is negative or not finite, or the floor is out of range.
+    Moments of the loss or gradient, measured once, [J] non-negative in any unit; ``edges`` [J + 1]
+    from 0 to 1, highest masking rates first. Ten bins of ``densities.log_spaced_edges`` come within
+    half a percent of the optimum.
+    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: the variance of
+    sqrt(E f^2) over uniform levels. Bias: exact. Reference: P-POTS, arXiv 2511.18159, as a
+    histogram. Raises: ValueError if the edges do not cover (0, 1), there is not one moment per bin,
+    a moment is negative or not finite, or ``floor`` is not in (0, 1].
     """
     check_floor("ppots_binned", floor)
     moments = np.asarray(second_moments, np.float64)
@@ -307,16 +281,14 @@ _NODES = 8
 def ppots_parametric(
     parameters: EprParameters | Sequence[float], floor: float = 0.1
 ) -> VarianceTransform:
-    """Levels from the seven-parameter curve of P-POTS, fitted by ``epr.fit_epr``.
+    """P-POTS from its seven-parameter curve, fitted by :func:`fit_epr`.
 
-    The curve is integrated over 256 equal cells of the masking rate m = 1 - u, which are both
-    sampled and paid for (the published engine pays for another density than it samples).
-
-    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
-    Removes: what the curve captures of the optimal density. Bias: exact.
-    Reference: P-POTS, arXiv 2511.18159, and the "EPR" family of its code.
-    Args: seven ``parameters`` in the order of ``EprParameters``; ``floor`` as for :func:`ppots`.
-    Raises: ValueError if the number or the range of the parameters or the floor is wrong.
+    The curve is integrated over 256 equal cells of the masking rate m = 1 - u; sampling and weights
+    use the same density (not so in the published engine).
+    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: what the curve
+    captures of the optimal density. Bias: exact. Reference: P-POTS, arXiv 2511.18159, "EPR" in its
+    code. Raises: ValueError if number or range of the parameters is wrong or ``floor`` not in (0,
+    1].
     """
     return importance(epr_density(parameters, floor))._replace(name="ppots_parametric")
 
@@ -356,7 +328,7 @@ def _bin_sums(edges: np.ndarray, u: Array, losses: LevelLosses) -> tuple[Array, 
 
 
 def _norms_at_logits(stats: LossStats) -> Array:
-    """[V, B, S] gradient norm at the logits; NaN where the loss is no number."""
+    """[V, B, S] gradient norm at the logits; NaN where the loss is not finite."""
     if stats.slopes is None:
         raise ValueError(
             "ppots_slopes learns from LossStats.slopes, which this objective does not fill in; use "

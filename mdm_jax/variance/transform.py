@@ -1,8 +1,7 @@
 """Variance transforms as triples ``(init, draw, update)``, and their composition by ``chain``.
-
-A :class:`~mdm_jax.draws.Draw` flows through a chain as gradients flow through an optax chain. A
-transform couples rows, warps quantiles (and pays in ``log_weight``) or replicates views. While it
-draws it has no noise level, model or loss at hand, so it cannot change the objective.
+A :class:`~mdm_jax.draws.Draw` passes through a chain as gradients pass through an optax chain.
+Transforms couple rows, warp quantiles (compensated in ``log_weight``) or replicate views. No noise
+level, model or loss is available while drawing, so they cannot change the objective.
 """
 
 import enum
@@ -20,10 +19,8 @@ from mdm_jax.types import BIAS_LABELS, Array, PyTree, worst_bias
 
 
 class LevelProfile(NamedTuple):
-    """Density and factor that a transform gives to levels at stated quantiles.
-
-    ``log_density`` is -inf where nothing is drawn. The sum of the two is the log of the factor on
-    the effective weighting: zero for an exact transform, a function of the level for a biased one.
+    """Log density of the levels drawn, -inf where none are, and log weight, at given quantiles.
+    Their sum is the log factor on the effective weighting: 0 if exact, level-dependent if biased.
     """
 
     log_density: Array
@@ -37,10 +34,8 @@ ProfileFn = Callable[[PyTree, Array], LevelProfile]
 
 
 class Phase(enum.IntEnum):
-    """Order of transforms in a chain, in which phases never decrease.
-
-    A coupling ties quantiles and leaves each uniform; after a warp it would discard the warp and
-    keep its weight. A warp moves quantiles and pays for it. A replication copies views.
+    """Order of transforms in a chain; phases never decrease.
+    Couplings keep each quantile uniform; after a warp, one would discard it but keep its weight.
     """
 
     COUPLE = 0
@@ -57,17 +52,16 @@ class VarianceTransform(NamedTuple):
 
     Attributes:
         name: key of its state and of its random stream; unique within a chain.
-        phase: see :class:`Phase`.
-        init: ``init(spec) -> state``. Structure, shapes and dtypes never change afterwards.
-        draw: ``draw(key, state, draw, spec) -> draw``, from named streams of the key. The state is
-            read only, so a batch can be redrawn without disturbing training.
+        init: ``init(spec) -> state``; structure, shapes and dtypes are fixed from then on.
+        draw: ``draw(key, state, draw, spec) -> draw``, from named streams of the key; pure, so a
+            batch can be redrawn without disturbing training.
         update: ``update(state, draw, stats) -> state`` after the step, from raw losses.
-        bias: one of :data:`mdm_jax.types.BIAS_LABELS`; a chain carries the worst of its members.
+        bias: one of :data:`mdm_jax.types.BIAS_LABELS`; a chain has the worst of its members.
         views: factor on the number of views, hence on forward passes per row.
-        replaces: names of the Draw fields that are drawn anew, whatever stood there before.
+        replaces: names of the Draw fields that are drawn anew, discarding earlier values.
         members: the parts of a chain, empty otherwise.
-        profile: ``profile(state, u) -> LevelProfile`` at quantiles ``u`` [..., S], or None if not
-            known; couplings and replications leave the density flat and have none.
+        profile: ``profile(state, u) -> LevelProfile`` at quantiles ``u`` [..., S]; None if unknown,
+            and for couplings and replications, which leave the density flat.
     """
 
     name: str
@@ -107,10 +101,8 @@ def stateless(
 
 
 def draw_batch(key: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec) -> Draw:
-    """The draw of one step, with ``transform.views`` views: uniforms passed through ``transform``.
-
-    ``key`` is a typed key such as ``rng.step_key(seed, step)``; ``spec`` is the shape of the
-    *global* batch, of which shards and microbatches take slices.
+    """The draw of one step: uniforms passed through ``transform``, with ``transform.views`` views.
+    ``spec`` is the shape of the *global* batch, of which shards and microbatches take slices.
     """
     return transform.draw(key, state, iid(key, spec), spec)
 
@@ -122,8 +114,7 @@ def replicate_views(draw: Draw, noises: list[Array]) -> Draw:
 
 
 def identity() -> VarianceTransform:
-    """Independent levels and masks, the baseline: leaves the draw alone.
-
+    """Independent levels and masks, the baseline.
     Keeps: everything. Couples: nothing. Costs: nothing, one view. Bias: exact.
     """
     return stateless("identity", Phase.COUPLE, lambda _key, current, _spec: current)
@@ -132,18 +123,14 @@ def identity() -> VarianceTransform:
 def chain(*transforms: VarianceTransform) -> VarianceTransform:
     """Composes transforms in reading order: couple, then warp, then replicate.
 
-    The result is itself a transform; a chain inside a chain is spliced in. States are kept in a
-    dict by member name, and each member draws from its own named stream, so adding one leaves the
-    random numbers of the others unchanged. Its level profile is that of its warp, flat without one.
-
-    Keeps: what every member keeps. Couples: what any member couples.
-    Costs: the product of the members' views. Bias: the worst label of its members.
-
-    Raises:
-        TypeError: if an argument is no variance transform.
-        ValueError: naming the two that clash, if a name occurs twice, phases decrease, there are
-            two warps, two members draw the same field anew, or a member draws levels anew after
-            one that made several views.
+    Nested chains are flattened. States are a dict by member name, and each member has its own named
+    random stream, so adding one leaves the others' random numbers unchanged. The level profile is
+    that of the warp, flat without one.
+    Keeps: what every member keeps. Couples: what any member couples. Costs: the product of the
+    members' views. Bias: the worst label of its members.
+    Raises: TypeError if an argument is no variance transform; ValueError if a name occurs twice,
+    phases decrease, there are two warps, two members draw the same field anew, or a member draws
+    levels anew after one that made several views.
     """
     members = tuple(itertools.chain.from_iterable(_members(t) for t in transforms)) or (identity(),)
     _check(members)

@@ -1,4 +1,6 @@
-"""Replications: several views of every row, with coupled masks (MIRROR, rotations) or levels."""
+"""Replications: several views of every row, with coupled masks (MIRROR, rotations) or levels.
+All raise ValueError if ``views`` is not positive.
+"""
 
 import jax.numpy as jnp
 
@@ -10,13 +12,11 @@ from mdm_jax.variance.transform import Phase, VarianceTransform, replicate_views
 
 
 def repeat(views: int = 2) -> VarianceTransform:
-    """R views of every row at the same level, each with independent noise.
-
-    Keeps: the law of each view. Couples: nothing; the views of a row share its level.
-    Costs: R forward passes per row. Removes: pattern noise A by the factor R (R times the rows
-    would remove B and C too): the baseline for coupled views. Bias: exact.
-    Reference: plain Monte Carlo; the public StableDLLM release does this under the name MIRROR.
-    Args: ``views``, R. Raises: ValueError if it is not positive.
+    """R = ``views`` views of every row at the same level, with independent noise.
+    Keeps: the law of each view. Couples: nothing, beyond the shared level. Costs: R forward passes
+    per row. Removes: pattern noise A by the factor R (R times the rows would remove B and C too);
+    the baseline for coupled views. Bias: exact. Reference: plain Monte Carlo; what the public
+    StableDLLM release calls MIRROR.
     """
     _check_views("repeat", views)
 
@@ -28,16 +28,14 @@ def repeat(views: int = 2) -> VarianceTransform:
 
 
 def mirror() -> VarianceTransform:
-    """A second view of every row at the same level, with base noise ``1 - v``.
+    """MIRROR: a second view of every row at the same level, with base noise ``1 - v``.
 
-    For Bernoulli masks at rate p the two masked sets are disjoint up to p = 1/2 and jointly cover
-    everything above it: the most negative correlation there is. Fixed counts reverse the ranks.
-
-    Keeps: the law of each view. Couples: the two views. Costs: two forward passes per row.
-    Removes: pattern noise A; at equal compute it wins over twice the rows iff the views'
-    covariance, in absolute value, exceeds B + C. Bias: exact.
+    Under Bernoulli masks at rate p the two masked sets are disjoint up to p = 1/2 and cover
+    everything above, the most negative correlation possible. Fixed counts reverse the ranks.
+    Keeps: the law of each view. Couples: the two views. Costs: two forward passes per row. Removes:
+    pattern noise A; better than twice the rows iff |covariance of the views| > B + C. Bias: exact.
     Reference: antithetic variates; MIRROR in arXiv 2511.18159, whose public release draws the
-    second mask independently, which is not this method.
+    second mask independently instead.
     """
 
     def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:
@@ -47,17 +45,15 @@ def mirror() -> VarianceTransform:
 
 
 def rotate(views: int = 2) -> VarianceTransform:
-    """K views of every row at the same level; view j has the noise ``frac(v + j / K)``.
+    """K = ``views`` views of every row at the same level; view j has the noise ``frac(v + j / K)``.
 
-    Under Bernoulli masks at rate p every element is masked in floor(K p) or ceil(K p) of the views,
-    the least spread of any coupling; K = 2 has the joint law of :func:`mirror`. Under fixed counts
-    ranks rotate by a random amount of mean n j / K; :func:`rotate_ranks` is sharper there.
-
+    Under Bernoulli masks at rate p every element is masked in floor(K p) or ceil(K p) views, the
+    least spread possible; K = 2 has the joint law of :func:`mirror`. Under fixed counts ranks
+    rotate by a random amount of mean n j / K; :func:`rotate_ranks` is sharper there.
     Keeps: the law of each view. Couples: the views of a row. Costs: K forward passes per row.
-    Removes: pattern noise A, of an additive loss with weight 1/p all but the share
-    ``frac(K p) (1 - frac(K p)) / (K p)^2``. Bias: exact.
-    Reference: systematic sampling of each element over the views (Cranley and Patterson 1976).
-    Args: ``views``, K. Raises: ValueError if it is not positive.
+    Removes: pattern noise A; for an additive loss with weight 1/p all but the share
+    ``frac(K p) (1 - frac(K p)) / (K p)^2``. Bias: exact. Reference: systematic sampling of each
+    element over the views (Cranley and Patterson 1976).
     """
     _check_views("rotate", views)
 
@@ -72,18 +68,16 @@ def rotate(views: int = 2) -> VarianceTransform:
 
 
 def rotate_ranks(views: int = 2) -> VarianceTransform:
-    """K views of every row at the same level, whose noise has the same numbers with rotated ranks.
+    """K = ``views`` views of every row at the same level, with the noise's ranks rotated.
 
-    The element of rank r among L gets, in view j, the noise of rank ``(r - floor(j L / K)) mod L``.
-    Under fixed counts the numbers of views in which two elements are masked differ by at most one.
-    A row with S levels that divide L is rotated segment by segment. Where only n < L elements are
-    eligible, their ranks rotate by a random amount of mean n j / K, which stays exact.
-
-    Keeps: the law of each view. Couples: the views of a row; Bernoulli masks have the same count in
-    every view, which :func:`rotate` avoids. Costs: K forward passes per row.
-    Removes: pattern noise A under fixed counts, all of its additive part where L divides K k.
-    Bias: exact. Reference: systematic sampling without replacement along a random permutation.
-    Args: ``views``, K. Raises: ValueError if it is not positive.
+    The element of rank r among L gets, in view j, the noise of rank ``(r - floor(j L / K)) mod L``,
+    so under fixed counts the numbers of views in which two elements are masked differ by at most 1.
+    Rows whose S levels divide L rotate segment by segment. Of n < L eligible elements, ranks rotate
+    by a random amount of mean n j / K (still exact).
+    Keeps: the law of each view. Couples: the views of a row; also equal counts of Bernoulli masks
+    in all views, which :func:`rotate` avoids. Costs: K forward passes per row. Removes: pattern
+    noise A under fixed counts k, all of its additive part if L divides K k. Bias: exact. Reference:
+    systematic sampling without replacement along a random permutation.
     """
     _check_views("rotate_ranks", views)
 
@@ -106,17 +100,15 @@ def rotate_ranks(views: int = 2) -> VarianceTransform:
 
 
 def stratified_levels(views: int = 2) -> VarianceTransform:
-    """R views of every row, at levels stratified within the row and over the whole batch.
+    """R = ``views`` views of every row, at levels stratified within the row and over the batch.
 
-    A row gets one of B R cells in each of its R strata ``[r/R, (r+1)/R)``, every cell is used by
-    one row, and the order of strata over a row's views is random. Each view has its own noise.
-
-    Keeps: the law of each view of each row. Couples: the levels of a row's views, and rows.
-    Costs: R forward passes per row.
-    Removes: V_m and what varies of the interaction V_xm of level and row between the strata of a
-    row: for large R it wins against N R rows of one level iff B > (R - 1) C, and if those are
+    A row gets one of B cells in each of its R strata ``[r/R, (r+1)/R)``; each of the B R cells is
+    used once, and strata are in random order over a row's views. Views have independent noise.
+    Keeps: the law of each view of each row. Couples: the levels of a row's views, and rows. Costs:
+    R forward passes per row. Removes: V_m, and the interaction V_xm of level and row between a
+    row's strata: for large R better than N R rows of one level iff B > (R - 1) C, and if those are
     stratified iff V_xm > (R - 1) C. Bias: exact. Reference: stratified sampling nested in rows.
-    Args: ``views``, R. Raises: ValueError if it is not positive, or B R exceeds 2**23 when drawing.
+    Raises: ValueError if ``views`` is not positive, or B R exceeds 2**23 when drawing.
     """
     _check_views("stratified_levels", views)
 

@@ -1,6 +1,5 @@
 """Warps: importance sampling of the level, clipped ranges, log-uniform rates; learned warps' frame.
-
-A warp draws quantiles from a density and pays for it in ``log_weight``.
+A warp draws quantiles from a density, with the importance weight in ``log_weight``.
 """
 
 from collections.abc import Callable
@@ -25,15 +24,13 @@ from mdm_jax.variance.transform import InitFn, Phase, VarianceTransform, statele
 
 
 def importance(density: QuantileDensity) -> VarianceTransform:
-    """Draws quantiles from ``density`` and pays ``-log density`` into ``log_weight``.
+    """Importance sampling of levels: quantiles from ``density``, with its inverse as weight.
 
     Strata become strata of equal probability under the density.
-
-    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
-    Removes: variance of level and pattern where the density follows the root of the integrand's
-    second moment (``moments.second_moment``); a poor density adds variance.
-    Bias: exact if the density covers (0, 1), truncated to its support otherwise.
-    Reference: importance sampling (Kahn and Marshall 1953).
+    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: variance of level and
+    pattern if the density follows the root of the integrand's second moment
+    (``densities.second_moment``); a poor density adds variance. Bias: exact if the density covers
+    (0, 1), else truncated. Reference: importance sampling (Kahn and Marshall 1953).
     """
     low, high = density.support
     return stateless(
@@ -46,13 +43,13 @@ def importance(density: QuantileDensity) -> VarianceTransform:
 
 
 def clipped(low: float, high: float) -> VarianceTransform:
-    """Draws masking rates m = 1 - u in [low, high] only, with the weight ``high - low``.
+    """Clipped masking rates: m = 1 - u uniform in [low, high], with the weight ``high - low``.
 
-    Keeps: ``int_low^high g(m) dm``, the bound's part in the range. Couples: nothing.
-    Costs: one view. Removes: what the rates outside contribute to the variance *and* to the bound.
-    Bias: truncated. Report no likelihood from it; :func:`clipped_mixture` is the exact variant.
-    Reference: Arriola et al. 2025 (BD3-LM), whose code leaves out the factor ``high - low``.
-    Raises: ValueError unless 0 <= low < high <= 1.
+    Keeps: ``int_low^high g(m) dm``, the bound's part in the range. Couples: nothing. Costs: one
+    view. Removes: what rates outside add to the variance *and* to the bound. Bias: truncated, so
+    report no likelihood from it; :func:`clipped_mixture` is the exact variant. Reference: Arriola
+    et al. 2025 (BD3-LM), whose code omits the factor ``high - low``. Raises: ValueError unless 0 <=
+    low < high <= 1.
     """
     _check_range("clipped", low, high)
     return importance(ClippedDensity(low, high))._replace(name="clipped")
@@ -67,11 +64,9 @@ class ClippedDensity(QuantileDensity):
 
     @property
     def support(self) -> tuple[ArrayLike, ArrayLike]:
-        """Quantiles between which all mass lies."""
         return 1.0 - self.high, 1.0 - self.low
 
     def log_pdf(self, u: ArrayLike) -> Array:
-        """Log density, nats; -inf outside the support, whose ends allow for rounding."""
         u = jnp.asarray(u)
         below, above = self.support
         slack = 2.0**-GRID_BITS
@@ -79,12 +74,10 @@ class ClippedDensity(QuantileDensity):
         return jnp.where(inside, -jnp.log(self.high - self.low), -jnp.inf)
 
     def cdf(self, u: ArrayLike) -> Array:
-        """Probability of a smaller quantile."""
         below, above = self.support
         return jnp.clip((jnp.asarray(u) - below) / (above - below), 0.0, 1.0)
 
     def icdf(self, u: ArrayLike) -> Array:
-        """The quantile with the given probability below it."""
         below, above = self.support
         inside = below + (above - below) * jnp.asarray(u)
         return open_interval(jnp.clip(inside, below, above))
@@ -98,15 +91,13 @@ class ClipRange(NamedTuple):
 
 
 def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
-    """:func:`clipped` with its range in the state, for ``meter.make_clip_search`` to choose.
+    """:func:`clipped` with its range in the state, to be set by :func:`set_clip_range`.
 
-    :func:`set_clip_range` changes it: nothing is compiled again, and checkpoints hold it.
-
-    Keeps: ``int_low^high g(m) dm``, the bound's part in the range in use, which moves.
-    Couples: nothing. Costs: one view.
-    Removes: what the rates outside contribute, to the variance *and* to the bound.
-    Bias: truncated. Reference: Arriola et al. 2025 (BD3-LM), data-driven clipping.
-    Args: the range until another is chosen. Raises: ValueError unless 0 <= low < high <= 1.
+    Starts at [low, high]; ``meter.make_clip_search`` finds a range. No recompilation; saved in
+    checkpoints.
+    Keeps: ``int_low^high g(m) dm`` for the current range, which moves. Couples: nothing. Costs: one
+    view. Removes: as :func:`clipped`. Bias: truncated. Reference: Arriola et al. 2025 (BD3-LM),
+    data-driven clipping. Raises: ValueError unless 0 <= low < high <= 1.
     """
     _check_range("clipped_adaptive", low, high)
     return learned_warp(
@@ -118,7 +109,7 @@ def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
 
 
 def set_clip_range(state: PyTree, low: float, high: float) -> PyTree:
-    """The state of :func:`clipped_adaptive`, or of a chain with it, with another range.
+    """Sets the range in the state of :func:`clipped_adaptive` or of a chain with it.
     ValueError unless 0 <= low < high <= 1, or if the chain has no such member.
     """
     _check_range("set_clip_range", low, high)
@@ -137,15 +128,13 @@ _LEAST = 2 * NARROWEST  # so that it is wide enough after the rounding of both e
 
 
 def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTransform:
-    """Mixture of a clipped range of masking rates and, with probability ``share``, the full range.
+    """Mixture of a clipped range of masking rates and the full one: exact clipping.
 
-    The density is ``(1 - share) U[low, high] + share U[0, 1]``.
-
-    Keeps: E[weight f(u)] = int f, the whole bound. Couples: nothing. Costs: one view.
-    Removes: what a preference for the range can; weights of ``1 / share`` outside are its price.
-    Bias: exact. Reference: defensive importance sampling (Hesterberg 1995).
-    Args: masking rates ``low`` and ``high``, which count as 0 and 1 within 2**-21 of them (float32
-    quantiles cannot tell), and the probability ``share`` of drawing from the whole interval.
+    The density is ``(1 - share) U[low, high] + share U[0, 1]``. Rates within 2**-21 of 0 or 1 count
+    as 0 or 1 (the resolution of float32 quantiles).
+    Keeps: E[weight f(u)] = int f, the whole bound. Couples: nothing. Costs: one view. Removes: what
+    a preference for the range can, at the price of weights of ``1 / share`` outside. Bias: exact.
+    Reference: defensive importance sampling (Hesterberg 1995).
     Raises: ValueError unless 0 <= low < high <= 1, high - low >= 2**-21 and 0 < share <= 1.
     """
     _check_range("clipped_mixture", low, high)
@@ -169,18 +158,16 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
 
 
 def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
-    """Draws ``ln m`` uniformly for rates m = 1 - u above ``smallest_rate``, and m uniformly below.
+    """Log-uniform masking rates m = 1 - u above ``smallest_rate``, uniform ones below.
 
-    The density of the rate is ``1 / (T max(m, smallest_rate))`` with ``T = 1 - ln smallest_rate``,
-    so with the weight 1/m masked cross-entropies have the constant weight T above
-    ``smallest_rate``. The published form, truncated, is ``schedules.masked.log_uniform``.
-
-    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view.
-    Removes: the tail of Bernoulli's weight 1/m above ``smallest_rate``; below it the second moment
-    stays infinite, T smallest_rate times that of uniform rates. It draws small rates more often
-    than the optimum; under fixed counts there is no tail to remove. Bias: exact.
-    Reference: Sahoo et al. 2024 (MDLM), change of variables (its option for importance sampling).
-    Raises: ValueError if ``smallest_rate`` is not in (0, 1).
+    The density of m is ``1 / (T max(m, smallest_rate))`` with ``T = 1 - ln smallest_rate``; with
+    the weight 1/m, cross-entropies above ``smallest_rate`` get the constant weight T. The published
+    form, truncated, is ``schedules.masked.log_uniform``.
+    Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: the tail of
+    Bernoulli's weight 1/m above ``smallest_rate``; below it the second moment stays infinite, T
+    smallest_rate times that of uniform rates. Small rates are drawn more often than optimal; fixed
+    counts have no tail to remove. Bias: exact. Reference: Sahoo et al. 2024 (MDLM), change of
+    variables (its option for importance sampling). Raises: ValueError unless 0 < smallest_rate < 1.
     """
     if not 0 < smallest_rate < 1:
         raise ValueError(f"log_uniform needs 0 < smallest_rate < 1, got {smallest_rate}")
@@ -199,17 +186,14 @@ class LogUniformDensity(QuantileDensity):
         return 1.0 - jnp.log(self.smallest_rate)
 
     def log_pdf(self, u: ArrayLike) -> Array:
-        """Log density, nats."""
         return -jnp.log(self.total * jnp.maximum(1.0 - jnp.asarray(u), self.smallest_rate))
 
     def cdf(self, u: ArrayLike) -> Array:
-        """Probability of a smaller quantile."""
         ratio = (1.0 - jnp.asarray(u)) / self.smallest_rate
         foot, body = jnp.minimum(ratio, 1.0), jnp.log(jnp.maximum(ratio, 1.0))
         return 1.0 - (foot + body) / self.total
 
     def icdf(self, u: ArrayLike) -> Array:
-        """The quantile with the given probability below it."""
         above = (1.0 - jnp.asarray(u)) * self.total
         growth = jnp.exp(jnp.maximum(above - 1.0, 0.0))
         rate = self.smallest_rate * jnp.minimum(above, 1.0) * growth
@@ -217,7 +201,7 @@ class LogUniformDensity(QuantileDensity):
 
 
 LearnFn = Callable[[Any, Draw, LossStats], tuple[dict[str, PyTree], Array]]
-"""``learn(state, draw, stats) -> (fields that change, whether they may be kept)``."""
+"""``learn(state, draw, stats) -> (changed fields, whether to keep them)``."""
 
 
 def learned_warp(
@@ -227,7 +211,7 @@ def learned_warp(
     learn: LearnFn | None = None,
     bias: str = "exact",
 ) -> VarianceTransform:
-    """A warp with its density in the state, paid for in full; without ``learn`` it stays as it is.
+    """A warp with importance weights and its density in the state, fixed without ``learn``.
     ``density`` maps the state to the density of the quantile; for ``learn`` see :func:`updates`.
     """
     return VarianceTransform(
@@ -242,9 +226,8 @@ def learned_warp(
 
 
 def updates(learn: LearnFn) -> Callable[[Any, Draw, LossStats], Any]:
-    """``update`` of a state with counters ``steps`` and ``rejected``, from what a batch changes.
-
-    Changes that may not be kept leave the state as it was and raise ``rejected``.
+    """``update`` of a state with counters ``steps`` and ``rejected``, from ``learn``.
+    If the changes are not to be kept, the state stays as it was and ``rejected`` grows by 1.
     """
 
     def update(state: Any, current: Draw, stats: LossStats) -> Any:
@@ -257,7 +240,7 @@ def updates(learn: LearnFn) -> Callable[[Any, Draw, LossStats], Any]:
 
 
 def counters() -> dict[str, Array]:
-    """Fresh ``steps`` and ``rejected``, two buffers: a donated state may not hold one twice."""
+    """Fresh ``steps`` and ``rejected``; two buffers, as a donated state may not hold one twice."""
     return {name: jnp.zeros((), jnp.int32) for name in ("steps", "rejected")}
 
 

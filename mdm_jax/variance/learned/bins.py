@@ -30,17 +30,15 @@ def ema_bins(
     warmup_steps: int = 100,
     target: Target = squared_mean,
 ) -> VarianceTransform:
-    """Levels in proportion to an exponential average of the loss in bins of equal width.
+    """Levels in proportion to an exponential moving average of the loss in equally wide bins.
 
-    A step moves the average of every bin that it visited, once, towards the mean of the integrand
-    over its draws there. The default density is proportional to W E[l] over the logSNR;
-    ``target=moments.second_moment`` follows the optimum at the same cost.
-
-    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
-    Costs: one view, and a few operations on vectors of the number of bins.
-    Removes: the whole excess over the optimum where E f^2 / (E f)^2 does not depend on the level.
-    Bias: exact. Reference: Kingma and Gao 2023, appendix F.
-    Args, Raises: as :func:`~mdm_jax.variance.ppots`; ``decay`` is per step that visits a bin.
+    A step moves each visited bin's average once, towards the mean of the integrand there. The
+    default density over the logSNR is proportional to W E[l]; ``target=densities.second_moment``
+    gives the optimum at the same cost.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
+    and a few operations on [J]. Removes: the whole excess over the optimum if E f^2 / (E f)^2 is
+    the same at all levels. Bias: exact. Reference: Kingma and Gao 2023, appendix F. Args, Raises:
+    as :func:`~mdm_jax.variance.ppots`; ``decay`` is per step that visits a bin.
     """
     check_settings("ema_bins", decay=decay)
     edges = equal_edges("ema_bins", num_bins)
@@ -52,10 +50,8 @@ def ema_bins(
 
 
 class LossHistory(NamedTuple):
-    """The latest H values of the integrand in each of J bins; counters as in PpotsState.
-
-    ``values`` [J, H] are ring buffers; entry n of a bin is at position n modulo H. ``count`` [J] is
-    the number of values that a bin has had; once full, known modulo H only.
+    """Ring buffers ``values`` [J, H] of the integrand per bin; counters as in PpotsState.
+    Value n is at n modulo H. ``count`` [J]: values so far; known only modulo H once full.
     """
 
     values: Array
@@ -65,17 +61,14 @@ class LossHistory(NamedTuple):
 
 
 def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> VarianceTransform:
-    """Levels in proportion to the root mean square of the latest losses of each equal bin.
+    """Levels in proportion to the root mean square of the latest H losses of each equal bin.
 
-    Levels are uniform until every bin is full, after about J (length + log J) / B batches: prefer
-    some tens of bins over one per diffusion step.
-
-    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
-    Costs: one view, and the memory of J times ``length`` numbers.
-    Removes: as much as sqrt(E f^2) varies with the level, less for few values. Bias: exact.
-    Reference: Nichol and Dhariwal 2021 (improved DDPM), the resampler by the second moment.
-    Args: ``num_bins``, J; ``length``, H; ``floor``, share of uniform levels, in (0, 1].
-    Raises: ValueError if a setting is out of range.
+    Uniform until all J = ``num_bins`` bins hold H = ``length`` values, about J (H + log J) / B
+    batches: prefer some tens of bins to one per diffusion step.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
+    and J H numbers of memory. Removes: as much as sqrt(E f^2) varies with the level, less for small
+    H. Bias: exact. Reference: Nichol and Dhariwal 2021 (improved DDPM), second-moment resampler.
+    Raises: ValueError if a setting is out of range; ``floor``, the uniform share, is in (0, 1].
     """
     if length < 1:
         raise ValueError(f"loss_history needs length >= 1, got {length}")
@@ -103,7 +96,7 @@ def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> V
 def _remember(
     edges: np.ndarray, state: LossHistory, draw: Draw, losses: LevelLosses
 ) -> dict[str, Array]:
-    """The ring buffers and counts after the values of a batch, in their order."""
+    """Ring buffers and counts with the batch's values appended in order."""
     num_bins, length = state.values.shape
     entered = (_first_views(draw) & (losses.count > 0)).ravel()
     bins = bin_of(edges, draw.u).ravel()
@@ -125,7 +118,7 @@ def _remember(
 
 
 def _first_views(draw: Draw) -> Array:
-    """[V, B, S] whether no earlier view of the row is at the same level: it has the same value."""
+    """[V, B, S] whether no earlier view of the row is at the same level (with the same value)."""
     same = draw.u[:, None] == draw.u[None]
     views = jnp.arange(len(draw.u))
     earlier = (views[None] < views[:, None])[..., None, None]

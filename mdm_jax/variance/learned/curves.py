@@ -1,7 +1,5 @@
-"""Time warping: levels drawn from the slope of a fitted curve of the loss (CDCD, CDTD).
-
-A curve F(xi) rises with a noise coordinate xi in (0, 1), here ``xi = 1 - u``. Divided by its value
-at 1 it is a distribution function, so its slope is a density over levels and its inverse a sampler.
+"""Time warping (CDCD, CDTD): levels drawn from the derivative of a fitted curve of the loss.
+F(xi) / F(1), increasing in the noise ``xi = 1 - u`` in (0, 1), serves as distribution function.
 """
 
 import math
@@ -23,13 +21,10 @@ _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower th
 
 
 class LossCurve(NamedTuple):
-    """A family of rising curves, as elementwise functions.
-
-    Attributes:
-        init: ``init() -> parameters``, near the line F(xi) = xi.
-        value: ``value(parameters, xi)``, the loss at this noise.
-        log_density: ``log_density(parameters, xi)``, log of the slope of F / F(1), nats.
-        quantile: ``quantile(parameters, share)``, where F / F(1) has the given value.
+    """A family of increasing curves F, as elementwise functions.
+    ``init() -> parameters`` is near F(xi) = xi; ``value(parameters, xi)`` is the loss;
+    ``log_density(parameters, xi)`` is the log derivative of F / F(1), nats;
+    ``quantile(parameters, share)`` is the inverse of F / F(1).
     """
 
     init: Callable[[], PyTree]
@@ -39,7 +34,7 @@ class LossCurve(NamedTuple):
 
 
 class PiecewiseLinear(NamedTuple):
-    """Cells: [K] logits of their widths, which add up to 1, and [K] logarithms of their rises."""
+    """[K] logits of the cells' widths, which sum to 1, and [K] logarithms of their rises."""
 
     widths: Array
     heights: Array
@@ -54,9 +49,7 @@ class LogisticShape(NamedTuple):
 
 
 def piecewise_linear_curve(num_bins: int = 100) -> LossCurve:
-    """Piecewise-linear curves with ``num_bins`` cells (CDCD, Dieleman et al. 2022).
-    ValueError unless ``num_bins`` is positive.
-    """
+    """Piecewise-linear curves (CDCD, Dieleman et al. 2022); ValueError unless num_bins >= 1."""
     if num_bins < 1:
         raise ValueError(f"piecewise_linear_curve needs num_bins >= 1, got {num_bins}")
 
@@ -93,7 +86,6 @@ def piecewise_linear_curve(num_bins: int = 100) -> LossCurve:
 
 def logistic_curve() -> LossCurve:
     """Curves of three parameters, ``F(xi) = c / (1 + (odds(xi) / exp(m))^-v)`` with v > 1.
-
     F / F(1) has the quantile ``sigmoid(m + logit(share) / v)``; CDTD (Mueller et al. 2025).
     """
 
@@ -125,23 +117,17 @@ def logistic_curve() -> LossCurve:
 def squared_misfit(
     curve: LossCurve, parameters: PyTree, xi: Array, loss: Array, log_density: Array
 ) -> Array:
-    """``(F(xi) - loss)^2 / density(xi)``, elementwise: uniform in xi for levels of that density.
-
-    ``loss`` and ``log_density``, of the density that levels were *drawn* from (no gradient flows
-    through it), are those at the noise ``xi``.
+    """``(F(xi) - loss)^2 / density(xi)``, elementwise: least squares uniform in xi.
+    ``log_density`` is that of the density that ``xi`` was drawn from; no gradient flows through it.
     """
     drawn = jax.lax.stop_gradient(log_density)
     return jnp.square(curve.value(parameters, xi) - loss) * jnp.exp(-drawn)
 
 
 class CurveState(NamedTuple):
-    """Fitted curves of the loss.
-
-    Attributes:
-        curves: parameters of the family, each with a leading axis of G curves, as fitted.
-        averages: their exponential moving averages, from which levels are drawn.
-        optimizer: Adam's moments.
-        steps, rejected: as in :class:`~mdm_jax.variance.ppots.PpotsState`.
+    """Fitted curves of the loss; counters as in PpotsState.
+    ``curves``: parameters with a leading axis of G curves. ``averages``: their exponential moving
+    averages, which levels are drawn from. ``optimizer``: Adam's moments.
     """
 
     curves: PyTree
@@ -159,10 +145,9 @@ def curve_warp(
     decay: float,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
-    """Draws levels from the slopes of fitted curves and pays no weight.
-
-    ``curve_of_level`` maps S to the number of each level's curve, [S] integers from 0 to G - 1;
-    ``log_factor`` takes quantiles [V, B, S]. The rest, and errors, as for :func:`cdcd_warp`.
+    """Draws levels from the derivatives of fitted curves, without importance weights.
+    ``curve_of_level`` maps S to each level's curve, [S] integers from 0 to G - 1; ``log_factor``
+    takes quantiles [V, B, S]; the rest, and errors, as :func:`cdcd_warp`.
     """
     check_settings(name, decay=decay, learning_rate=learning_rate)
     optimizer = optax.adam(learning_rate, b2=0.99)
@@ -225,20 +210,18 @@ def cdcd_warp(
     decay: float = 0.99,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
-    """Draws levels so that each share of the draws covers the same share of the rise of the loss.
+    """CDCD time warping: equal shares of the draws cover equal rises of the loss.
 
-    A piecewise-linear curve F(xi) over the noise ``xi = 1 - u`` is fitted to the raw loss per
-    target element by least squares, uniformly in xi. Levels are drawn from its slope, and *no*
-    weight is paid. The loss has to rise with the noise; for Gaussian diffusion, where the error of
-    eps falls, pass ``log_factor=lambda u: -law.icdf(u)`` to fit the error of the clean data.
-
+    A piecewise-linear curve F(xi) of K = ``num_bins`` cells, free in width and height, is fitted to
+    the raw loss per target element by least squares uniform in the noise ``xi = 1 - u``. Levels are
+    drawn from its derivative, with *no* weight. The loss has to rise with the noise; for Gaussian
+    diffusion, where the error of eps falls, ``log_factor=lambda u: -law.icdf(u)``, added to the log
+    loss before the fit, gives the error of the clean data. ``decay`` (per batch) is that of the
+    averaged curve that levels are drawn from, 0 for the fitted one; ``learning_rate`` is Adam's.
     Keeps: the range of levels, not the loss: the effective weighting is the objective's times the
-    learnt density, which moves. Couples: steps, through the state. Costs: one view.
-    Removes: draws at levels where nothing is decided, by changing what is estimated. Bias: biased.
-    Reference: Dieleman et al. 2022 (CDCD), time warping.
-    Args: ``num_bins``, K cells free in width and height; ``learning_rate`` of Adam; ``decay`` per
-    batch of the average that levels are drawn from, 0 for the curve as fitted; ``log_factor`` of
-    the quantile, on the loss before it is fitted. Raises: ValueError if a setting is out of range.
+    learnt density, which moves. Couples: steps, through the state. Costs: one view. Removes: draws
+    at levels where the loss hardly changes, by changing the estimand. Bias: biased. Reference:
+    Dieleman et al. 2022 (CDCD). Raises: ValueError if a setting is out of range.
     """
     curve = piecewise_linear_curve(num_bins)
     return curve_warp(
@@ -254,26 +237,17 @@ def cdtd_warp(
     decay: float = 0.99,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
-    """Draws the levels of a row at one common fraction of the loss, a curve for each data type.
+    """CDTD time warping: a row's levels at one common fraction of the loss, a curve per data type.
 
-    As :func:`cdcd_warp`, with a curve for each group of the S levels of a row and one base quantile
-    for all. Condition the network on the logSNR, not on the common quantile, which changes its
-    meaning whenever a curve moves.
-
-    Keeps: each level's range, not the loss (as there), nor the independence of a row's levels.
-    Couples: the levels of a row; steps through the state. Costs: one view.
-    Removes: differences in difficulty between levels and types, by changing what is estimated.
-    Bias: biased. Reference: Mueller et al. 2025 (CDTD).
-
-    Args:
-        curve: family of curves, piecewise linear if not given, or ``logistic_curve()``.
-        groups: for each level the number of its curve, 0 .. G - 1; one curve per level if not
-            given.
-        normalisers: for each level the unit that its loss is divided by before it is fitted, such
-            as the entropy of a marginal; the loss that trains the network is not divided.
-        learning_rate, decay, log_factor: see :func:`cdcd_warp`.
-
-    Raises: ValueError if a setting is out of range, or groups or normalisers do not fit S.
+    :func:`cdcd_warp` with one base quantile for the S levels of a row and a curve per group.
+    Condition the network on the logSNR: the meaning of the common quantile changes with the curves.
+    ``curve`` is piecewise linear by default, or ``logistic_curve()``. ``groups`` [S] numbers each
+    level's curve from 0, default one each. Losses are divided by ``normalisers`` [S] (such as the
+    entropy of a marginal) for the fit only, not for training.
+    Keeps: each level's range, not the loss, nor the independence of a row's levels. Couples: the
+    levels of a row; steps through the state. Costs: one view. Removes: differences in difficulty
+    between levels and types, by changing the estimand. Bias: biased. Reference: Mueller et al. 2025
+    (CDTD). Raises: ValueError if a setting is out of range, or groups or normalisers do not fit S.
     """
     if groups is not None and set(groups) != set(range(len(set(groups)))):
         raise ValueError(
@@ -313,7 +287,7 @@ def _at_least(shares: Array) -> Array:
 
 
 def _edges(parts: Array, total: Array) -> Array:
-    """[K + 1] from 0 to ``total``, which the sum of all parts may miss by rounding."""
+    """[K + 1] cumulative sums from 0 to exactly ``total``."""
     inner = jnp.cumsum(parts[:-1])
     return jnp.concatenate([jnp.zeros_like(parts[:1]), inner, total[None]])
 

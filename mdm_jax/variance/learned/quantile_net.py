@@ -26,11 +26,8 @@ class MonotoneNet(QuantileDensity):
 
         g(u) = r u + sum_k h_k [sigmoid(a_k (u - c_k)) - sigmoid(-a_k c_k)] .
 
-    It is the quantile function of the density ``q(Q(u)) = 1 / Q'(u)``, positive on all of (0, 1).
-
-    Attributes:
-        line, height: [] and [K] softplus inverses of r and h.
-        log_steepness, centre: [K] log of a, and c.
+    The quantile function of the density ``q(Q(u)) = 1 / Q'(u)``, positive on all of (0, 1).
+    ``line`` [] and ``height`` [K] are softplus inverses of r and h, ``log_steepness`` [K] is log a.
     """
 
     line: Array
@@ -39,7 +36,6 @@ class MonotoneNet(QuantileDensity):
     centre: Array
 
     def icdf(self, u: ArrayLike) -> Array:
-        """Q, strictly inside (0, 1)."""
         return open_interval(self._value(jnp.asarray(u)))
 
     def log_slope(self, u: ArrayLike) -> Array:
@@ -51,7 +47,7 @@ class MonotoneNet(QuantileDensity):
         return jnp.log(line + jnp.sum(units, axis=-1)) - jnp.log(self._rise(jnp.ones(())))
 
     def cdf(self, u: ArrayLike) -> Array:
-        """Probability of a smaller quantile: the inverse of Q, to rounding."""
+        """Inverse of Q, to rounding, by bisection."""
         u = jnp.asarray(u)
 
         def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -90,10 +86,8 @@ class MonotoneNet(QuantileDensity):
 
 
 def monotone_net(resolution: int = 32) -> MonotoneNet:
-    """The identity, as a network that can become any increasing map.
-
-    Sigmoids of width 1 / resolution at that spacing, with 16 more on either side, add up to a
-    straight line to 1e-7 of it: K = resolution + 32 units.
+    """The identity map as a :class:`MonotoneNet` of K = resolution + 32 units.
+    Sigmoids of width and spacing 1 / resolution, 16 more on either side, sum to a line within 1e-7.
     ValueError unless ``resolution`` is positive.
     """
     if resolution < 1:
@@ -109,10 +103,8 @@ def monotone_net(resolution: int = 32) -> MonotoneNet:
 
 
 class LearnedQuantile(NamedTuple):
-    """A density, Adam's moments, and what normalises its gradient; counters as in PpotsState.
-
-    ``square`` is the decayed mean of the squared, weighted integrand, and ``weight`` its total
-    weight, from 0 towards 1.
+    """Density, Adam's moments and gradient normaliser; counters as in PpotsState.
+    ``square`` is the decayed mean of the squared, weighted integrand, ``weight`` its total weight.
     """
 
     net: MonotoneNet
@@ -126,23 +118,21 @@ class LearnedQuantile(NamedTuple):
 def learned_quantile(
     resolution: int = 32, learning_rate: float = 1e-2, decay: float = 0.99
 ) -> VarianceTransform:
-    """Levels through a learned quantile function ``u' = Q(u)``, paid for by ``Q'(u)``.
+    """Learned quantile function of the level: ``u' = Q(u)``, with the weight ``Q'(u)``.
 
-    Q is a monotone network that starts at the identity. Each step descends the second moment
-    M = E[(f / q)^2] of the weighted integrand by the score function,
+    Q is a monotone network that starts at the identity. Adam descends the second moment
+    ``M = E[(f / q)^2]`` of the weighted integrand by the score function,
 
         grad M = -E[ (f / q)^2 grad log q(u') ] ,
 
-    divided by a running mean of the square. The minimum is ``q`` proportional to sqrt(E f^2). Q has
-    no floor; under heavy tails the bins of :func:`~mdm_jax.variance.ppots` are safer.
-
-    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state.
-    Costs: one view, and a network of one hidden layer per level.
-    Removes: as much as sqrt(E f^2) varies with the level. Bias: exact.
-    Reference: Kingma et al. 2021 (VDM), appendix I.2, with the score function in place of the
-    derivative of the loss, and kernels made positive by softplus and exponential.
-    Args: ``resolution``, hidden units per unit of the level; ``learning_rate`` of Adam; ``decay``
-    of the running mean, in [0, 1). Raises: ValueError if a setting is out of range.
+    divided by a running mean (``decay`` in [0, 1)) of the square; at the minimum ``q`` is
+    proportional to sqrt(E f^2). Q has no floor; for heavy tails prefer
+    :func:`~mdm_jax.variance.ppots`.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
+    and a network of one hidden layer (``resolution`` units per unit of u) per level. Removes: as
+    much as sqrt(E f^2) varies with the level. Bias: exact. Reference: Kingma et al. 2021 (VDM),
+    appendix I.2, with the score function in place of the loss's derivative, and kernels made
+    positive by softplus and exponential. Raises: ValueError if a setting is out of range.
     """
     check_settings("learned_quantile", decay=decay, learning_rate=learning_rate)
     monotone_net(resolution)  # raises where there is none
@@ -190,9 +180,8 @@ def second_moment_gradient(
     squares: Array,
     mean: Callable[[Array], Array],
 ) -> PyTree:
-    """Gradient of ``E[(f / q)^2]`` in the parameters of q, by the score function.
-
-    ``log_density`` maps parameters to log q at the levels drawn with ``parameters``, ``squares`` is
-    the squared weighted integrand there, and ``mean`` averages over these levels.
+    """Score-function gradient of ``E[(f / q)^2]`` in the parameters of q.
+    ``log_density(parameters)`` is log q at the levels drawn, ``squares`` the squared weighted
+    integrand there; ``mean`` averages over these levels.
     """
     return jax.grad(lambda parameters: -mean(squares * log_density(parameters)))(parameters)

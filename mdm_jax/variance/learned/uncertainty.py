@@ -1,4 +1,4 @@
-"""A learned weighting that makes every level count the same."""
+"""A learned weighting that equalises the mean loss over levels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,23 +35,20 @@ def uncertainty_weighting(
     learning_rate: float = 1e-2,
     seed: int = 0,
 ) -> VarianceTransform:
-    """Divides the loss of every level by a learned ``exp(s(u))`` that follows its mean.
+    """Learned loss weighting by level: divides the loss by ``exp(s(u))``, which follows its mean.
 
-    ``s`` is linear in frozen Fourier features of a coordinate of the level. Its coefficients
-    descend ``f exp(-s) + s``, f the raw loss times the objective's weight per eligible element; at
-    the minimum ``exp(s) = E[f | u]``. The network is trained with s held fixed, which gives it the
-    gradient of joint training.
-
-    Keeps: the levels (it counts as a chain's warp), not the loss: once learnt, the effective
-    weighting is ``p / E[l | level]`` over the logSNR, p the objective's law, and moves.
-    Couples: steps, through the state. Costs: one view.
-    Removes: variance by changing what is estimated: no level outweighs another. Bias: biased.
-    Reference: Karras et al. 2024 (EDM2), appendix B.2, after Kendall et al. 2018; theirs has
-    normalised coefficients, which cannot start at zero.
-    Args: ``coordinate``, elementwise in the quantile and of order 1 (for a law
-    ``lambda u: -law.icdf(u) / 8`` is EDM2's ``log(sigma) / 4``); ``num_features``, C;
-    ``learning_rate`` of Adam; ``seed`` of the frozen frequencies and phases.
-    Raises: ValueError if a setting is out of range.
+    ``s`` is linear in C = ``num_features`` frozen Fourier features (drawn from ``seed``) of
+    ``coordinate``, an elementwise function of the quantile of order 1 (for a law,
+    ``lambda u: -law.icdf(u) / 8`` is EDM2's ``log(sigma) / 4``). Adam minimises ``f exp(-s) + s``
+    over its coefficients, f the raw loss times the objective's weight per eligible element; at the
+    minimum ``exp(s) = E[f | u]``. The network trains with s fixed, which is the gradient of joint
+    training.
+    Keeps: the levels (it is a chain's warp), not the loss: the effective weighting becomes
+    ``p / E[l | level]`` over the logSNR, p the objective's law, and moves. Couples: steps, through
+    the state. Costs: one view. Removes: variance by changing the estimand: all levels weigh the
+    same. Bias: biased. Reference: Karras et al. 2024 (EDM2), appendix B.2, with coefficients not
+    normalised so that they can start at zero; Kendall et al. 2018. Raises: ValueError if a setting
+    is out of range.
     """
     if num_features < 1:
         raise ValueError(f"uncertainty_weighting needs num_features >= 1, got {num_features}")
