@@ -1,21 +1,13 @@
 """Masked (absorbing-state) diffusion: tokens are kept or replaced by the mask token.
 
-At logSNR lambda a token survives with probability ``sigmoid(lambda)`` and is masked at the rate
-``m = sigmoid(-lambda)``. With S the sum of the cross-entropies of the masked tokens of a row with n
-eligible ones, the negative evidence lower bound is, for every schedule,
+At logSNR lambda a token is masked at the rate ``m = sigmoid(-lambda)``. With S the sum of the
+cross-entropies of the k masked of n eligible tokens of a row, for every schedule
 
     NELBO = int_0^1 (1/m) E[S | m] dm = sum_{k=1}^{n} (1/k) E[S | k masked]
 
-so a process says which tokens it masks at m, and by which weight S is multiplied. Near m = 0 the
-second moment of Bernoulli's S/m is of the order of 1/m, and infinite under laws whose density of
-the rate is bounded there; the other processes have bounded weights.
-
-References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM), Ou et al. 2024 (RADD, any-order form).
-
-Token-dependent rates mask rare tokens more often. Raising the rate of some positions from m to q_i
-> m makes their targets more frequent, and hides them more often as context. Dividing each loss by
-its own q_i repairs the former only; the ratio of the whole mask's probabilities repairs both. The
-per-token form is our reading of a training script in the repository of arXiv 2511.18159 (ISAD)."""
+A process defines the mask at rate m and the weight of S. References: Shi et al. 2024 (MD4), Sahoo
+et al. 2024 (MDLM), Ou et al. 2024 (RADD, any-order form).
+"""
 
 from collections.abc import Callable
 
@@ -32,11 +24,11 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
 def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) -> Array:
-    """``E[1/m | k of n masked]`` for m uniform on [low, high]; 1/rates, float32, same shape.
+    """``E[1/m | k of n masked]`` for m uniform on [low, high]; float32, same shape.
 
-    It is ``int m^(k-1) (1-m)^(n-k) dm / int m^k (1-m)^(n-k) dm`` over the interval. Both are Gauss
-    sums on the two sides of the denominator's peak and relative to its height, since as beta
-    probabilities they are 0/0 in float32 wherever the interval lies in a tail.
+    ``int m^(k-1) (1-m)^(n-k) dm / int m^k (1-m)^(n-k) dm`` by Gauss sums on both sides of the
+    denominator's peak, relative to its height: as beta probabilities both are 0/0 in float32 in a
+    tail.
 
     Args:
         masked, count: k and n, integers of one shape; k = 0 is raised to 1.
@@ -76,8 +68,7 @@ def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) 
 def fixed_count(mask_id: int) -> Corruption:
     """Masks exactly ``k = 1 + floor(n m)`` of n eligible tokens, those of the lowest base noise.
 
-    Under a uniform rate k is uniform on {1..n}; the weight is n/k. Exact and of finite variance:
-    the default.
+    Weight n/k; k is uniform on {1..n} under a uniform rate. Exact, finite variance: the default.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -94,9 +85,9 @@ def fixed_count(mask_id: int) -> Corruption:
 def bernoulli(mask_id: int) -> Corruption:
     """Masks each eligible token independently at the rate m, with weight 1/m.
 
-    The variance is infinite under a law, or a warp, whose density of the rate is bounded down to
-    m = 0, such as the uniform one; finite under laws with more small rates, such as
-    ``schedules.masked.power(2.0)``, and under those that stop above some epsilon ("truncated").
+    The second moment is of the order of 1/m near m = 0, so the variance is infinite under laws (or
+    warps) whose density of the rate is bounded there, such as the uniform one; finite under
+    ``schedules.masked.power(2.0)`` and under laws that stop above some epsilon ("truncated").
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -111,10 +102,9 @@ def bernoulli(mask_id: int) -> Corruption:
 def rao_blackwell(mask_id: int) -> Corruption:
     """Bernoulli masks with the weight 1/m averaged over the rates that give the same count.
 
-    For m uniform on (0, 1) the posterior given k of n masked is Beta(k+1, n-k+1), hence
-    ``E[1/m | k] = (n+1)/k``. Exact, finite variance, no epsilon; the second moment is (n+1)/n times
-    that of :func:`fixed_count`. Right under laws of all rates; for others there is
-    :func:`rao_blackwell_clipped`.
+    For m uniform on (0, 1) the rate given k of n masked is Beta(k+1, n-k+1): ``E[1/m | k] =
+    (n+1)/k``. Exact, finite variance; the second moment is (n+1)/n times that of
+    :func:`fixed_count`. For laws of all rates only; otherwise :func:`rao_blackwell_clipped`.
     """
 
     def log_weight(masked: Array, count: Array) -> Array:
@@ -124,14 +114,10 @@ def rao_blackwell(mask_id: int) -> Corruption:
 
 
 def rao_blackwell_clipped(mask_id: int, low: float, high: float) -> Corruption:
-    """:func:`rao_blackwell` for rates uniform on [low, high].
+    """:func:`rao_blackwell` for rates uniform on [low, high], 0 <= low < high <= 1 (ValueError).
 
-    The weight is ``E[1/m | k, m ~ U(low, high)]``, right under laws that cover just these rates,
-    such as ``schedules.masked.clipped(low, high)``; objectives refuse any other. "truncated", and
-    "exact" for all rates.
-
-    Raises:
-        ValueError: unless 0 <= low < high <= 1.
+    Weight ``E[1/m | k, m ~ U(low, high)]``. Objectives refuse laws that do not cover just these
+    rates, as ``schedules.masked.clipped(low, high)`` does. "truncated", and "exact" for all rates.
     """
     if not 0 <= low < high <= 1:
         raise ValueError(f"rao_blackwell_clipped needs 0 <= low < high <= 1, got {low}, {high}")
@@ -145,7 +131,7 @@ def rao_blackwell_clipped(mask_id: int, low: float, high: float) -> Corruption:
 
 
 def _averaged_weight(name: str, mask_id: int, log_weight: Callable) -> Corruption:
-    """Bernoulli masks with the weight a function of the masked and the eligible count."""
+    """Bernoulli masks weighted by a function of the masked and the eligible count."""
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
         mask = bernoulli_mask(noise, logsnr, eligible, level_ids)
@@ -166,7 +152,7 @@ def count_at_rate(rate: Array, count: Array) -> Array:
 def noise_ranks(
     noise: Array, eligible: Array, num_levels: int = 1, level_ids: Array | None = None
 ) -> Array:
-    """Rank of each element's noise among the eligible elements of its level, [..., L] int32.
+    """Rank of each element's noise among the eligible ones of its level, [..., L] int32.
 
     Ineligible elements rank last, equal numbers by position.
     """
@@ -184,7 +170,7 @@ def noise_ranks(
 def bernoulli_mask(
     noise: Array, logsnr: Array, eligible: Array, level_ids: Array | None = None
 ) -> Array:
-    """Each eligible element masked where its base noise falls below the rate, [..., L] bool."""
+    """Eligible elements whose base noise falls below the rate, [..., L] bool."""
     rate = spread_levels(jax.nn.sigmoid(-logsnr), noise.shape[-1], level_ids)
     return eligible & (noise < rate)
 
@@ -207,16 +193,16 @@ def _masked(name: str, corrupt: Callable[..., Corrupted], mask_id: int) -> Corru
 def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) -> Corruption:
     """Masks rare tokens at ``min(m + delta, 1)``, others at m, with weight 1/q_i on each loss.
 
-    "biased": the expectation is ``sum_i E[ce_i | other positions masked at q]``;
-    :func:`bernoulli_shifted_logit` is the exact variant.
+    q_i is the token's own rate. Raising it makes rare targets more frequent and hides them more
+    often as context; 1/q_i corrects the former only: "biased", with expectation ``sum_i E[ce_i |
+    other positions masked at q]``. :func:`bernoulli_shifted_logit` is exact. Our reading of a
+    training script in the repository of arXiv 2511.18159 (ISAD).
 
     Args:
-        mask_id: the mask token.
-        rare: [K] bool, tokens that are masked more often.
-        delta: what is added to their rate, in [0, 1].
+        mask_id, rare: mask token, and [K] bool, the tokens masked more often.
+        delta: in [0, 1].
 
-    Raises:
-        ValueError: if ``rare`` is not a vector or ``delta`` is out of range.
+    Raises ValueError if ``rare`` is not a bool vector or ``delta`` is out of range.
     """
     rare = _check_rare("bernoulli_shifted_rate", rare)
     if not 0 <= delta <= 1:
@@ -243,17 +229,13 @@ def bernoulli_shifted_logit(
 
         1/m  prod_i (m / q_i)^M_i ((1 - m) / (1 - q_i))^(1 - M_i) .
 
-    Exact for every model, and of infinite variance under the same laws as ``corruption.bernoulli``.
-    The product degenerates as the number of shifted positions grows; cap it.
+    Exact for every model, with infinite variance under the same laws as :func:`bernoulli`. The
+    product degenerates as shifted positions grow in number; cap it.
 
     Args:
-        mask_id: the mask token.
-        rare: [K] bool, tokens that are masked more often (or less, for a negative shift).
-        shift: added to the logit of their rate.
-        max_shifted: largest number of shifted positions of each level, the first ones.
-
-    Raises:
-        ValueError: if ``rare`` is not a vector, the shift is not finite or the cap is negative.
+        mask_id, rare: as of :func:`bernoulli_shifted_rate`; a negative shift masks them less often.
+        shift: added to the logit of their rate, finite (ValueError).
+        max_shifted: number of shifted positions per level, the first ones; >= 0 (ValueError).
     """
     rare = _check_rare("bernoulli_shifted_logit", rare)
     if not jnp.isfinite(shift):

@@ -13,7 +13,7 @@ class Corrupted(NamedTuple):
     """A corrupted batch.
 
     Attributes:
-        inputs: [..., L] of the network.
+        inputs: [..., L] network inputs.
         target_mask: [..., L] bool, elements that carry a loss.
         log_weight: [..., S] log factor on the sum of the targets' losses that makes it an unbiased
             estimate of the level's loss under a uniform masking rate.
@@ -30,16 +30,13 @@ class Corruption(NamedTuple):
     """A forward process as pure functions.
 
     Attributes:
-        name: for logs and error messages.
-        corrupt: ``corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted`` with
-            x [..., L], logsnr [..., S], noise [..., *event_shape(L)], eligible [..., L] bool.
-            ``level_ids`` [..., L] int32 is each element's level; by default the row has S
-            contiguous segments of equal length.
+        corrupt: ``corrupt(x [..., L], logsnr [..., S], noise [..., *event_shape(L)], eligible [...,
+            L] bool, level_ids=None) -> Corrupted``; ``level_ids`` [..., L] int32 is each element's
+            level, by default S contiguous segments of equal length.
         event_shape: ``event_shape(L)`` of the base noise of one row.
         mask_id: the mask token, or None.
         bias: label (``types.BIAS_LABELS``) of the bound estimated with the process's own weights.
-        rates: (low, high), the masking rates that a law must cover exactly for the weights to be
-            right; None where they are right at every rate.
+        rates: (low, high) masking rates that a law must cover exactly; None: any law.
     """
 
     name: str
@@ -53,8 +50,7 @@ class Corruption(NamedTuple):
 def spread_levels(values: Array, length: int, level_ids: Array | None = None) -> Array:
     """Per-level values [..., S] as per-element values [..., L].
 
-    Raises:
-        ValueError: if no ``level_ids`` are given and S does not divide L.
+    Raises ValueError if no ``level_ids`` are given and S does not divide L.
     """
     if level_ids is None:
         return jnp.repeat(values, _segment_length(length, values.shape[-1]), axis=-1)

@@ -1,12 +1,8 @@
 """Uniform-token diffusion: tokens are kept, or replaced by a token drawn uniformly.
 
-At logSNR lambda a token survives with probability ``sigmoid(lambda)``; otherwise, at the rate
-``m = sigmoid(-lambda)``, it becomes one of the K tokens, all equally likely, itself included:
-``q(z | x) = (1 - m) [z = x] + m / K``. A bound over all levels has neither a reconstruction nor a
-prior term.
-
-References: Austin et al. 2021 (D3PM, uniform transitions), Schiff et al. 2024 (UDLM), Sahoo et al.
-2025 (Duo).
+At the rate ``m = sigmoid(-lambda)`` a token becomes one of the K tokens, possibly itself: ``q(z |
+x) = (1 - m) [z = x] + m / K``. A bound over all levels has no reconstruction or prior term.
+References: Austin et al. 2021 (D3PM), Schiff et al. 2024 (UDLM), Sahoo et al. 2025 (Duo).
 """
 
 import math
@@ -23,16 +19,12 @@ from mdm_jax.types import Array, ArrayLike, ModelFn
 def uniform_tokens(num_tokens: int) -> Corruption:
     """Replaces each eligible token at the rate m by a token uniform on {0..num_tokens - 1}.
 
-    Two base noises per element, event shape (L, 2): a token is replaced where the first is below m,
-    by token ``floor(K v)`` of the second, v; its probability is right to within 2**-23. All
-    eligible elements are targets, replaced or not. There is no mask token and no weight.
+    Base noise of event shape (L, 2): a token is replaced where the first is below m, by ``floor(K
+    v)`` of the second, v (probability right to within 2**-23). All eligible elements are targets,
+    replaced or not. No mask token, no weight.
 
-    Args:
-        num_tokens: K >= 2, the real tokens. Special ids from K on are never drawn; they may stand
-            at positions that are not eligible.
-
-    Raises:
-        ValueError: for fewer than two tokens or more than grid points.
+    ``num_tokens``: K >= 2 real tokens, at most 2**GRID_BITS (ValueError). Special ids from K on are
+    never drawn; they may stand at ineligible positions.
     """
     check_num_tokens("uniform_tokens", num_tokens)
 
@@ -62,20 +54,16 @@ def check_num_tokens(name: str, num_tokens: int) -> None:
 
 
 def leave_one_out(model_fn: ModelFn, num_tokens: int) -> ModelFn:
-    """A network of ``P(x_i | z)`` as one of ``P(x_i | z without z_i)``.
+    """Converts a network of ``P(x_i | z)`` to one of ``P(x_i | z without z_i)``.
 
-    Cross-entropy over all positions learns the former, the clean token given all noisy tokens; the
-    bound and the samplers of uniform diffusion take the latter, for which the reverse process of
-    Schiff et al. 2024 and Sahoo et al. 2025 is exact. By Bayes' rule
+    Cross-entropy over all positions learns the former; the bound and the samplers of uniform
+    diffusion take the latter, for which the reverse process of Schiff et al. 2024 and Sahoo et al.
+    2025 is exact. By Bayes' rule
 
         P(x_i = v | z)  is proportional to  P(x_i = v | z without z_i) q(z_i | v) ,
 
-    so they differ by :func:`own_evidence` on the logit of the token at hand.
-
-    Args:
-        model_fn: logits of ``P(x_i | z)``; inputs [N, L], logsnr [N, S]. Further keyword arguments,
-            such as ``estimate``, are passed on.
-        num_tokens: K of :func:`uniform_tokens`.
+    so :func:`own_evidence` is subtracted from the logit of z_i. ``model_fn``: inputs [N, L], logsnr
+    [N, S]; further keyword arguments, such as ``estimate``, are passed on.
     """
     check_num_tokens("leave_one_out", num_tokens)
 
@@ -93,10 +81,8 @@ def leave_one_out(model_fn: ModelFn, num_tokens: int) -> ModelFn:
 def token_estimate(logits: Array, num_tokens: int) -> Array:
     """Estimate of the clean tokens for self-conditioning: probabilities [..., K] float32.
 
-    Exactly zero from ``num_tokens`` on, the special tokens. No gradient flows through them.
-
-    Raises:
-        ValueError: for fewer logits than tokens.
+    Zero from ``num_tokens`` on (special tokens); no gradient. ValueError for fewer logits than
+    tokens.
     """
     if logits.shape[-1] < num_tokens:
         raise ValueError(f"{logits.shape[-1]} logits are too few for {num_tokens} tokens")

@@ -27,22 +27,21 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
 
         NELBO = int g(m) dm = E_{lambda ~ law} [ logistic(lambda) / law(lambda) * w S ],
 
-    where w is the corruption's own weight (1/m, n/k, ...; a weight per element goes into S). The
-    law changes the estimate's variance, not its mean, if it covers the real line.
-
-    Stats have shape [V, B, S]; prompt and padding carry neither loss nor gradient.
+    where w is the corruption's weight (1/m, n/k, ...; a weight per element goes into S). A law that
+    covers the real line changes the variance only. Stats have shape [V, B, S]; prompt and padding
+    carry neither loss nor gradient.
 
     Args:
         corruption: a masked process such as ``corruption.fixed_count(mask_id)``; its bias label
             carries over.
-        law: law over logSNR, standard logistic (uniform masking rate) by default; one of bounded
-            support makes the objective "truncated".
+        law: over logSNR; standard logistic (uniform rate) by default; "truncated" if of bounded
+            support.
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
-            More than 1 bounds nothing ("biased"); :func:`~mdm_jax.objectives.block_nelbo` does.
+            More than 1 bounds nothing ("biased"); use :func:`block_nelbo`.
 
     Raises:
-        ValueError: if the process has no mask token, or weights for other rates than those of the
-            law, or ``num_levels`` is not positive; from ``spec``, if it does not divide L.
+        ValueError: if the process has no mask token or weights for other rates than the law's, or
+            ``num_levels`` is not positive; from ``spec``, if it does not divide L.
 
     References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM), after substituting the schedule.
     """
@@ -101,31 +100,26 @@ def _check_rates(corruption: Corruption, law: Law) -> None:
 
 
 def block_nelbo(corruption: Corruption, block_size: int, law: Law | None = None) -> Objective:
-    """Negative evidence lower bound of a block diffusion model, nats.
+    """Negative evidence lower bound of a block diffusion model, nats (Arriola et al. 2025, BD3-LM).
 
     With S_b the sum of the cross-entropies of the masked tokens of block b, given the rest of the
     block and the *clean* blocks before it,
 
         NELBO = sum_b int_0^1 (1/m) E[S_b | m] dm ,
 
-    estimated with an independent level per block and one pass over the noised row and the clean row
-    side by side. With one block it is :func:`masked_nelbo`; with blocks of one token the
-    autoregressive log-likelihood, which fixed counts estimate without noise.
-
-    Stats have shape [V, B, S] with S = L / L' blocks; a block counts as a row of its eligible
-    tokens. The network is ``model_fn(inputs [N, 2L], logsnr [N, S], documents [N, L]) -> logits
-    [N, L, K]``, such as ``models.block_apply(model, block_size)``.
+    estimated with an independent level per block, in one pass over the noised and the clean row
+    side by side. One block: :func:`masked_nelbo`; blocks of one token: the autoregressive
+    log-likelihood, without noise under fixed counts. Stats have shape [V, B, L / L']; a block
+    counts as a row of its eligible tokens. The network is ``model_fn(inputs [N, 2L], logsnr [N, S],
+    documents [N, L]) -> logits [N, L, K]``, such as ``models.block_apply(model, block_size)``.
 
     Args:
-        corruption: a masked process such as ``corruption.fixed_count(mask_id)``.
+        corruption, law: as of :func:`masked_nelbo`.
         block_size: L'.
-        law: as of :func:`masked_nelbo`.
 
     Raises:
         ValueError: as :func:`masked_nelbo`, and if the block size is below 1; from ``spec`` and
             ``loss``, if L' does not divide L or the draw has another number of levels.
-
-    Reference: Arriola et al. 2025 (BD3-LM).
     """
     if block_size < 1:
         raise ValueError(f"block_nelbo needs a block_size of at least 1, got {block_size}")
@@ -167,29 +161,25 @@ LOGSNR_LIMIT = 25.0
 def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) -> Objective:
     """Negative evidence lower bound of a uniform-token diffusion model, nats.
 
-    With f the sum of :func:`bound_rate` over the eligible tokens, replaced or not,
+    With f the sum of :func:`bound_rate` over the eligible tokens, replaced or not, and replacement
+    rate m,
 
-        NELBO = int_0^1 E[f | m] dm = E_{lambda ~ law} [ logistic(lambda) / law(lambda) f ] ,
-
-    where m is the replacement rate; prior and reconstruction terms vanish. The law changes the
-    estimate's variance, not its mean, if it covers the real line.
+        NELBO = int_0^1 E[f | m] dm = E_{lambda ~ law} [ logistic(lambda) / law(lambda) f ] .
 
     For small m a replaced token costs about 1/m, and more by a logarithm where the network finds it
-    plausible: the variance is infinite under the default law (large on the grid of quantiles), and
-    finite under laws with more levels there, ``schedules.law_of(schedules.masked.power(3.0))``.
-
-    Stats have shape [V, B, S]; prompt and padding carry neither loss nor gradient. The network is
-    that of :func:`bound_rate`: one that predicts P(x_i | z) goes through
+    plausible: the variance is infinite under the default law (large on the grid of quantiles),
+    finite under ``schedules.law_of(schedules.masked.power(3.0))``. Stats and law as of
+    :func:`masked_nelbo`. The network is that of :func:`bound_rate`; one of P(x_i | z) goes through
     ``corruption.leave_one_out``.
 
     Args:
         num_tokens: K of ``corruption.uniform_tokens``. Eligible tokens must lie in {0..K - 1};
             logits from K on are ignored.
-        law, num_levels: as of :func:`~mdm_jax.objectives.masked_nelbo`.
+        law, num_levels: as of :func:`masked_nelbo`.
 
     Raises:
-        ValueError: for fewer than two tokens, or if ``num_levels`` is not positive; from ``spec``,
-            if it does not divide L; from ``loss``, for a network of fewer logits than tokens.
+        ValueError: for fewer than two tokens or ``num_levels`` not positive; from ``spec``, if it
+            does not divide L; from ``loss``, for a network of fewer logits than tokens.
 
     References: Schiff et al. 2024 (UDLM), the continuous-time bound; Sahoo et al. 2025 (Duo).
     """
@@ -244,24 +234,21 @@ def bound_rate(logits: Array, inputs: Array, tokens: Array, logsnr: Array) -> Ar
     """Cost of each token per unit of the replacement rate m, nats [..., L]; never negative.
 
     From a noisy token z the reversed forward process jumps to y != z at a rate proportional to
-    ``r(y) = q(y | x) / q(z | x)``, the model's at ``r_c(y)``, with the network's probabilities c in
-    place of the clean token x. The Kullback-Leibler divergence of their paths grows, per unit of m,
-    by
+    ``r(y) = q(y | x) / q(z | x)``, the model at ``r_c(y)``, with probabilities c for the clean
+    token x. The Kullback-Leibler divergence of their paths grows, per unit of m, by
 
         1 / (K (1 - m))  sum_{y != z} [ r_c(y) - r(y) + r(y) log(r(y) / r_c(y)) ] .
 
-    With ``e = K (1 - m) / m = K exp(lambda)`` these ratios are
-    ``(1 + e [y = x]) / (1 + e [z = x])`` and ``(1 + e c_y) / (1 + e c_z)``. Each bracket is taken
-    as ``r (expm1(d) - d)`` with ``d = log(r_c / r)``, which cancels nothing at either end of m. For
-    a model whose c is ``P(x_i | z without z_i)`` the bound is -log p(x).
+    With ``e = K (1 - m) / m = K exp(lambda)`` the ratios are ``(1 + e [y = x]) / (1 + e [z = x])``
+    and ``(1 + e c_y) / (1 + e c_z)``; each bracket is ``r (expm1(d) - d)``, ``d = log(r_c / r)``,
+    without cancellation at either end of m. For c = ``P(x_i | z without z_i)`` the bound is -log
+    p(x).
 
     Args:
         logits: [..., L, K] of c, any float dtype; computed in float32 or wider.
-        inputs, tokens: [..., L] noisy and clean tokens in {0..K - 1}.
-        logsnr: [..., L] finite levels.
+        inputs, tokens, logsnr: [..., L] noisy and clean tokens in {0..K - 1}, finite levels.
 
-    References: Campbell et al. 2022 (bound on rates); Schiff et al. 2024 (UDLM), whose integrand
-    this is after substituting the schedule.
+    References: Campbell et al. 2022 (bound on rates); Schiff et al. 2024 (UDLM), their integrand.
     """
     num_tokens = logits.shape[-1]
     probs = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
@@ -281,19 +268,13 @@ def bound_rate(logits: Array, inputs: Array, tokens: Array, logsnr: Array) -> Ar
 def next_token(mask_id: int) -> Objective:
     """Negative log-likelihood of the eligible tokens, each given all tokens before it, nats.
 
-    There is no noise. A law and a process are there for the train step, monitors and chains; the
-    quantile is drawn and not read. An exact warp can only add noise and a truncated one scales the
-    loss, so train with an empty chain.
-
-    Stats have shape [V, B, 1]; prompt and padding carry no loss. The network is
+    No noise: law and process exist for the train step, monitors and chains, and the quantile is not
+    read. Exact warps only add noise and truncated ones scale the loss, so train with an empty
+    chain. Stats have shape [V, B, 1]; prompt and padding carry no loss. The network is
     ``model_fn(tokens [N, L], logsnr, documents) -> logits [N, L, K]``, at position i a function of
-    the tokens before i only, such as ``models.causal_apply(model, mask_id)``.
+    earlier tokens only, such as ``models.causal_apply(model, mask_id)``.
 
-    Args:
-        mask_id: the mask token, taken out of the softmax as in the bounds that this is compared to.
-
-    Raises:
-        ValueError: for a negative mask_id.
+    The mask token, ``mask_id`` >= 0 (ValueError), is left out of the softmax, as in the bounds.
     """
     if mask_id < 0:
         raise ValueError(f"next_token: mask_id must be a token id, got {mask_id}")

@@ -22,9 +22,7 @@ class Objective(NamedTuple):
     """A training objective as pure functions. It receives a draw and never makes one.
 
     Attributes:
-        name: for logs and reports.
         law: noise law over logSNR; ``draw.u`` holds its quantiles.
-        corruption: forward process.
         spec: ``spec(batch_size, length) -> DrawSpec``, the randomness that the loss consumes.
         loss: ``loss(model_fn, batch, draw) -> LossStats`` with a leading view axis.
         bias: "exact" if the expected loss is a full likelihood bound, "truncated" if the law leaves
@@ -43,10 +41,8 @@ class LossSums(NamedTuple):
     """Sums over rows; they add up over microbatches and shards.
 
     Attributes:
-        loss: weighted loss, nats, averaged over views.
-        scored: number of eligible elements.
-        cross_entropy: unweighted loss of the target elements, nats, over all views.
-        targets: number of target elements, over all views.
+        loss, scored: weighted loss, nats, and number of eligible elements, averaged over views.
+        cross_entropy, targets: unweighted loss, nats, and number of the target elements, all views.
     """
 
     loss: Array
@@ -74,10 +70,8 @@ def token_mean(total: Array, count: Array) -> Array:
 def summed_loss(apply_fn: Callable[..., Any], objective: Objective) -> Callable[..., tuple]:
     """``loss(params, batch, draw) -> (sum, (sums, stats))``, nats: what training differentiates.
 
-    Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr, documents)``; its readouts get the tokens' loss
-            weights before the forward pass.
-        objective: what is estimated.
+    ``apply_fn(params, inputs, logsnr, documents)``; its readouts get the per-token loss weights
+    before the forward pass.
     """
 
     def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
@@ -103,8 +97,8 @@ def accumulate_gradient(
 ) -> tuple[PyTree, LossSums, LossStats]:
     """Gradient of a :func:`summed_loss`, its sums and stats, accumulated over microbatches.
 
-    Nothing is divided: the denominator belongs to the global batch, of which ``batch`` and ``draw``
-    are. ``num_microbatches`` divides its number of rows.
+    Undivided: the denominator is the global batch's. ``num_microbatches`` must divide the rows of
+    ``batch``.
     """
     gradient = jax.grad(loss, has_aux=True)
     if num_microbatches == 1:
@@ -125,7 +119,7 @@ def accumulate_gradient(
 
 
 def flatten_views(values: Array) -> Array:
-    """[V, B, ...] -> [B V, ...]: all views of a row stay next to it, hence on its device."""
+    """[V, B, ...] -> [B V, ...]: the views of a row stay adjacent, hence on its device."""
     swapped = jnp.swapaxes(values, 0, 1)
     return swapped.reshape(-1, *swapped.shape[2:])
 
@@ -152,9 +146,7 @@ def call_model(
 
     Args:
         model_fn: returns logits, a readout or predictions.
-        inputs: [V, B, ...].
-        logsnr: [V, B, S].
-        documents: [B, L].
+        inputs, logsnr, documents: [V, B, ...], [V, B, S] and [B, L].
         loss: ``loss(outputs, *known)`` of the rows [B V, L] of all views, such as ``token_nats``.
         known: arrays that broadcast to [V, B, L].
     """
@@ -168,13 +160,10 @@ def call_model(
 
 
 def bias_of_levels(name: str, num_levels: int) -> str:
-    """Label of S noise levels per row: "exact" for one, "biased" for several.
+    """Bias label of S noise levels per row: "exact" for 1, "biased" for more; ValueError below 1.
 
-    A bound conditions a target on a context of the target's own level. With several levels per row
-    the context is drawn at the others' levels: the expectation can lie below the data's entropy.
-
-    Raises:
-        ValueError: unless ``num_levels`` is positive.
+    A bound conditions a target on a context of its own level. With several levels the context has
+    the others' levels: the expectation can lie below the data's entropy.
     """
     if num_levels < 1:
         raise ValueError(
@@ -184,7 +173,7 @@ def bias_of_levels(name: str, num_levels: int) -> str:
 
 
 def bias_of_law(law: Law) -> str:
-    """Label of a noise law: "exact" if it covers the real line, else "truncated"."""
+    """Bias label of a noise law: "exact" if it covers the real line, else "truncated"."""
     low, high = law.support
     return "exact" if low == -jnp.inf and high == jnp.inf else "truncated"
 
@@ -195,19 +184,19 @@ def describe(objective: Objective) -> str:
 
 
 def stop_gradient_stats(stats: LossStats) -> LossStats:
-    """Statistics for adaptive transforms: values, without a path to parameters."""
+    """Statistics for adaptive transforms, without gradient."""
     return jax.tree.map(jax.lax.stop_gradient, stats)
 
 
 class Baseline(NamedTuple):
-    """Running mean of the per-token integrand in bins of the quantile, to report a steadier loss.
+    """Running mean of the per-token integrand in bins of the quantile, for a steadier logged loss.
 
-    It is a control variate for the number that is logged and leaves gradients as they are:
+    A control variate for that number; gradients do not change:
 
         reported = sum_rows [ w (f - n b(u)) + n mean(b) ] ,
 
-    with w the importance weight, n the eligible tokens, b the running mean of past batches. Its
-    expectation is the loss's where ``w b(u)`` has the mean of b: under chains labelled "exact".
+    with importance weight w, n eligible tokens, b the running mean of past batches. Its expectation
+    is the loss's where ``w b(u)`` has the mean of b: under chains labelled "exact".
 
     Attributes:
         mean: [bins] nats per token; 0 before the first visit.
@@ -221,11 +210,7 @@ class Baseline(NamedTuple):
 
 
 def new_baseline(bins: int = 16) -> Baseline:
-    """An empty baseline, which changes nothing.
-
-    Raises:
-        ValueError: unless bins >= 1.
-    """
+    """An empty baseline, which changes nothing; ValueError unless bins >= 1."""
     if bins < 1:
         raise ValueError(f"a baseline needs at least 1 bin, got {bins}")
     mean, weight = (jnp.zeros((bins,), jnp.float32) for _ in range(2))  # both can be donated
@@ -237,7 +222,7 @@ def update_baseline(
 ) -> Baseline:
     """The baseline after one more batch; rows of one bin are averaged, empty rows left out.
 
-    ``decay`` is that of a bin's mean, whenever it is visited, in [0, 1).
+    ``decay`` in [0, 1) is applied to a bin's mean whenever it is visited.
     """
     member, loss, eligible = _bins(baseline, draw, stats)
     finite = jnp.all(jnp.isfinite(jnp.where(eligible, loss, 0.0)))
@@ -255,10 +240,7 @@ def update_baseline(
 
 
 def reported_loss(baseline: Baseline, draw: Draw, stats: LossStats) -> Array:
-    """The controlled counterpart of ``sum_losses(draw, stats).loss``, nats.
-
-    The baseline must not contain this batch.
-    """
+    """``sum_losses(draw, stats).loss`` with the control, nats; ``baseline`` without this batch."""
     member, _, eligible = _bins(baseline, draw, stats)
     level = jnp.dot(member, baseline.mean, precision=jax.lax.Precision.HIGHEST)
     correction = jnp.mean(baseline.mean) - jnp.exp(draw.log_weight) * level

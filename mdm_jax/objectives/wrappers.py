@@ -18,14 +18,10 @@ LogFactor = Callable[[Array], Array]
 def reweighted(objective: Objective, log_factor: LogFactor, name: str) -> Objective:
     """``objective`` with its weight multiplied by ``exp(log_factor(logsnr))``; "biased".
 
-    Raw loss, law and noise stay as they were. On masked diffusion, where ``exp(logsnr)`` is the
-    odds of a token being visible, the factor multiplies the bound's integrand.
-
-    Args:
-        objective: any.
-        log_factor: a fixed function, such as :func:`min_snr_factor` or the ``log_weight`` of a
-            weighting without a law; ``variance.uncertainty_weighting`` learns one.
-        name: of the factor, appended to the objective's name.
+    Raw loss, law and noise stay. On masked diffusion ``exp(logsnr)`` is the odds of a token being
+    visible, and the factor multiplies the bound's integrand. ``log_factor`` is fixed, such as
+    :func:`min_snr_factor` or the ``log_weight`` of a weighting without a law;
+    ``variance.uncertainty_weighting`` learns one. ``name`` is appended to the objective's.
     """
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
@@ -37,21 +33,16 @@ def reweighted(objective: Objective, log_factor: LogFactor, name: str) -> Object
 
 
 def min_snr_factor(gamma: ArrayLike = 5.0) -> LogFactor:
-    """log of ``min(1, gamma exp(-lambda))`` (Hang et al. 2023): less weight on clean levels.
+    """log of ``min(1, gamma exp(-lambda))``, gamma > 0 (ValueError): less weight on clean levels.
 
-    Raises:
-        ValueError: unless gamma > 0.
+    Reference: Hang et al. 2023.
     """
     log_gamma = log_positive("min_snr", "gamma", gamma)
     return lambda logsnr: jnp.minimum(0.0, log_gamma - logsnr)
 
 
 def p2_factor(k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> LogFactor:
-    """log of ``(k + exp(lambda))^-gamma`` (Choi et al. 2022).
-
-    Raises:
-        ValueError: unless k > 0 and gamma is finite.
-    """
+    """log of ``(k + exp(lambda))^-gamma``, k > 0, finite gamma (ValueError). Choi et al. 2022."""
     gamma = as_parameter(gamma, "gamma")
     check_finite("p2", gamma=gamma)
     log_k = log_positive("p2", "k", k)
@@ -61,20 +52,18 @@ def p2_factor(k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> LogFactor:
 def self_conditioned(objective: Objective, num_tokens: int) -> Objective:
     """``objective`` for a network that takes an estimate of the clean tokens as a further input.
 
-    For half of the rows of every view, those of :func:`estimate_coin`, a first pass without an
-    estimate gives probabilities, through which no gradient flows, and the loss is that of the
-    second pass, with the estimate. The expectation is the mean of the losses of one and two passes
-    (:func:`two_pass`); if the objective is a bound, both are. Costs a forward pass over all rows.
+    For half of the rows of every view (:func:`estimate_coin`) a first pass without an estimate
+    gives probabilities, without gradient, and the loss is that of a second pass with them. The
+    expectation is the mean of the losses of one and two passes (:func:`two_pass`); if the objective
+    is a bound, both are. Costs a forward pass over all rows. Reference: Chen et al. 2022 (Analog
+    Bits), section 3.
 
     Args:
-        objective: for tokens, such as ``masked_nelbo`` or ``uniform_nelbo``.
+        objective: for tokens, such as ``masked_nelbo`` or ``uniform_nelbo``, with a network
+            ``model_fn(inputs, logsnr, documents, estimate=None)``; the estimate is [N, L, K] over
+            its K logits.
         num_tokens: number of real tokens; ids from there on, such as the mask token, have
             probability zero in the estimate.
-
-    The network is ``model_fn(inputs, logsnr, documents, estimate=None)``, with the estimate
-    [N, L, K] over as many ids as it has logits.
-
-    Reference: Chen et al. 2022 (Analog Bits), section 3.
     """
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
@@ -90,8 +79,7 @@ def two_pass(model_fn: ModelFn, num_tokens: int, rows: Array | None = None) -> M
     Args:
         model_fn: ``model_fn(inputs [N, L], logsnr, documents, estimate=None) -> [N, L, K]``.
         num_tokens: as for :func:`self_conditioned`.
-        rows: [N] bool, those with the estimate of the first pass; the others get zeros. All if
-            None.
+        rows: [N] bool, those with the first pass's estimate, others get zeros; None for all.
     """
 
     def second(inputs: Array, logsnr: Array, documents: Array | None = None) -> Array:
@@ -106,10 +94,9 @@ def two_pass(model_fn: ModelFn, num_tokens: int, rows: Array | None = None) -> M
 def estimate_coin(noise: Array) -> Array:
     """A fair coin per view and row, [V, B] bool, from the draw's base noise [V, B, ...].
 
-    It is the parity of the row's numbers on their grid (``draws.GRID_BITS``), of which corruptions
-    read size and order only, so it is independent of the corruption. It is taken from the first
-    view, which no replication touches, and alternates from view to view. Rows are as independent as
-    their noise.
+    The parity of the row's numbers on their grid (``draws.GRID_BITS``); corruptions read size and
+    order only, so it is independent of them. Taken from the first view, which no replication
+    changes, and alternates from view to view. Rows are as independent as their noise.
     """
     index = jnp.floor(noise[0] * 2**GRID_BITS).astype(jnp.int32)
     parity = jnp.sum((index & 1).reshape(index.shape[0], -1), axis=-1)
