@@ -26,13 +26,9 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) -> Array:
     """``E[1/m | k of n masked]`` for m uniform on [low, high]; float32, same shape.
 
-    ``int m^(k-1) (1-m)^(n-k) dm / int m^k (1-m)^(n-k) dm`` by Gauss sums on both sides of the
-    denominator's peak, relative to its height: as beta probabilities both are 0/0 in float32 in a
-    tail.
-
-    Args:
-        masked, count: k and n, integers of one shape; k = 0 is raised to 1.
-        low, high: masking rates, 0 <= low < high <= 1.
+    ``masked``, ``count``: k (0 is raised to 1) and n, of one shape; 0 <= low < high <= 1. A ratio
+    of two Gauss sums on both sides of the denominator's peak, since as beta probabilities both are
+    0/0 in float32 in a tail.
     """
     k = jnp.maximum(masked, 1).astype(jnp.float32)[..., None]
     n = jnp.maximum(jnp.asarray(count, jnp.float32)[..., None], k)
@@ -68,7 +64,7 @@ def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) 
 def fixed_count(mask_id: int) -> Corruption:
     """Masks exactly ``k = 1 + floor(n m)`` of n eligible tokens, those of the lowest base noise.
 
-    Weight n/k; k is uniform on {1..n} under a uniform rate. Exact, finite variance: the default.
+    Weight n/k. Exact, finite variance: the default.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -152,10 +148,7 @@ def count_at_rate(rate: Array, count: Array) -> Array:
 def noise_ranks(
     noise: Array, eligible: Array, num_levels: int = 1, level_ids: Array | None = None
 ) -> Array:
-    """Rank of each element's noise among the eligible ones of its level, [..., L] int32.
-
-    Ineligible elements rank last, equal numbers by position.
-    """
+    """Noise rank within each level, [..., L] int32; ineligible elements last, ties by position."""
     noise, eligible = jnp.broadcast_arrays(noise, eligible)
     key = jnp.where(eligible, noise, jnp.inf)
     if level_ids is None:
@@ -198,11 +191,8 @@ def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) ->
     other positions masked at q]``. :func:`bernoulli_shifted_logit` is exact. Our reading of a
     training script in the repository of arXiv 2511.18159 (ISAD).
 
-    Args:
-        mask_id, rare: mask token, and [K] bool, the tokens masked more often.
-        delta: in [0, 1].
-
-    Raises ValueError if ``rare`` is not a bool vector or ``delta`` is out of range.
+    ``rare``: [K] bool, the tokens masked more often. ValueError for other shapes or delta outside
+    [0, 1].
     """
     rare = _check_rare("bernoulli_shifted_rate", rare)
     if not 0 <= delta <= 1:
@@ -230,12 +220,9 @@ def bernoulli_shifted_logit(
         1/m  prod_i (m / q_i)^M_i ((1 - m) / (1 - q_i))^(1 - M_i) .
 
     Exact for every model, with infinite variance under the same laws as :func:`bernoulli`. The
-    product degenerates as shifted positions grow in number; cap it.
-
-    Args:
-        mask_id, rare: as of :func:`bernoulli_shifted_rate`; a negative shift masks them less often.
-        shift: added to the logit of their rate, finite (ValueError).
-        max_shifted: number of shifted positions per level, the first ones; >= 0 (ValueError).
+    product degenerates with many shifted positions: ``max_shifted`` caps them per level, to the
+    first ones. ``rare`` [K] bool; a negative shift masks them less often. Raises ValueError if
+    ``rare`` is not a bool vector, the shift not finite or the cap negative.
     """
     rare = _check_rare("bernoulli_shifted_logit", rare)
     if not jnp.isfinite(shift):

@@ -48,9 +48,8 @@ class Corruption(NamedTuple):
 
 
 def spread_levels(values: Array, length: int, level_ids: Array | None = None) -> Array:
-    """Per-level values [..., S] as per-element values [..., L].
-
-    Raises ValueError if no ``level_ids`` are given and S does not divide L.
+    """Per-level values [..., S] as [..., L]; ValueError if S must divide L (no level_ids) and does
+    not.
     """
     if level_ids is None:
         return jnp.repeat(values, _segment_length(length, values.shape[-1]), axis=-1)

@@ -39,11 +39,9 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
             More than 1 bounds nothing ("biased"); use :func:`block_nelbo`.
 
-    Raises:
-        ValueError: if the process has no mask token or weights for other rates than the law's, or
-            ``num_levels`` is not positive; from ``spec``, if it does not divide L.
-
-    References: Shi et al. 2024 (MD4), Sahoo et al. 2024 (MDLM), after substituting the schedule.
+    Raises ValueError if the process has no mask token or weights for other rates than the law's, or
+    ``num_levels`` is not positive; from ``spec``, if it does not divide L. References: Shi et al.
+    2024 (MD4), Sahoo et al. 2024 (MDLM), after substituting the schedule.
     """
     if corruption.mask_id is None:
         raise ValueError(f"masked_nelbo needs a process with a mask token, not {corruption.name!r}")
@@ -112,14 +110,10 @@ def block_nelbo(corruption: Corruption, block_size: int, law: Law | None = None)
     log-likelihood, without noise under fixed counts. Stats have shape [V, B, L / L']; a block
     counts as a row of its eligible tokens. The network is ``model_fn(inputs [N, 2L], logsnr [N, S],
     documents [N, L]) -> logits [N, L, K]``, such as ``models.block_apply(model, block_size)``.
+    Other arguments and errors as of :func:`masked_nelbo`.
 
-    Args:
-        corruption, law: as of :func:`masked_nelbo`.
-        block_size: L'.
-
-    Raises:
-        ValueError: as :func:`masked_nelbo`, and if the block size is below 1; from ``spec`` and
-            ``loss``, if L' does not divide L or the draw has another number of levels.
+    Raises ValueError if L' = ``block_size`` is below 1; from ``spec`` and ``loss``, if it does not
+    divide L or the draw has another number of levels.
     """
     if block_size < 1:
         raise ValueError(f"block_nelbo needs a block_size of at least 1, got {block_size}")
@@ -168,20 +162,14 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
 
     For small m a replaced token costs about 1/m, and more by a logarithm where the network finds it
     plausible: the variance is infinite under the default law (large on the grid of quantiles),
-    finite under ``schedules.law_of(schedules.masked.power(3.0))``. Stats and law as of
+    finite under ``schedules.law_of(schedules.masked.power(3.0))``. Stats, law and num_levels as of
     :func:`masked_nelbo`. The network is that of :func:`bound_rate`; one of P(x_i | z) goes through
-    ``corruption.leave_one_out``.
+    ``corruption.leave_one_out``. Eligible tokens must lie in {0..K - 1}, K = ``num_tokens``; logits
+    from K on are ignored.
 
-    Args:
-        num_tokens: K of ``corruption.uniform_tokens``. Eligible tokens must lie in {0..K - 1};
-            logits from K on are ignored.
-        law, num_levels: as of :func:`masked_nelbo`.
-
-    Raises:
-        ValueError: for fewer than two tokens or ``num_levels`` not positive; from ``spec``, if it
-            does not divide L; from ``loss``, for a network of fewer logits than tokens.
-
-    References: Schiff et al. 2024 (UDLM), the continuous-time bound; Sahoo et al. 2025 (Duo).
+    Raises ValueError for fewer than two tokens or ``num_levels`` not positive; from ``spec``, if it
+    does not divide L; from ``loss``, for a network of fewer logits than tokens. References: Schiff
+    et al. 2024 (UDLM), the continuous-time bound; Sahoo et al. 2025 (Duo).
     """
     corruption = uniform_tokens(num_tokens)
     law = UNIFORM_RATE if law is None else law
@@ -244,11 +232,9 @@ def bound_rate(logits: Array, inputs: Array, tokens: Array, logsnr: Array) -> Ar
     without cancellation at either end of m. For c = ``P(x_i | z without z_i)`` the bound is -log
     p(x).
 
-    Args:
-        logits: [..., L, K] of c, any float dtype; computed in float32 or wider.
-        inputs, tokens, logsnr: [..., L] noisy and clean tokens in {0..K - 1}, finite levels.
-
-    References: Campbell et al. 2022 (bound on rates); Schiff et al. 2024 (UDLM), their integrand.
+    Takes logits [..., L, K] of c (computed in float32 or wider) and [..., L] noisy tokens, clean
+    tokens in {0..K - 1} and finite levels. References: Campbell et al. 2022 (bound on rates);
+    Schiff et al. 2024 (UDLM), their integrand.
     """
     num_tokens = logits.shape[-1]
     probs = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
@@ -272,9 +258,8 @@ def next_token(mask_id: int) -> Objective:
     read. Exact warps only add noise and truncated ones scale the loss, so train with an empty
     chain. Stats have shape [V, B, 1]; prompt and padding carry no loss. The network is
     ``model_fn(tokens [N, L], logsnr, documents) -> logits [N, L, K]``, at position i a function of
-    earlier tokens only, such as ``models.causal_apply(model, mask_id)``.
-
-    The mask token, ``mask_id`` >= 0 (ValueError), is left out of the softmax, as in the bounds.
+    earlier tokens only, such as ``models.causal_apply(model, mask_id)``. ``mask_id`` >= 0
+    (ValueError) is left out of the softmax, as in the bounds.
     """
     if mask_id < 0:
         raise ValueError(f"next_token: mask_id must be a token id, got {mask_id}")

@@ -70,8 +70,7 @@ def token_mean(total: Array, count: Array) -> Array:
 def summed_loss(apply_fn: Callable[..., Any], objective: Objective) -> Callable[..., tuple]:
     """``loss(params, batch, draw) -> (sum, (sums, stats))``, nats: what training differentiates.
 
-    ``apply_fn(params, inputs, logsnr, documents)``; its readouts get the per-token loss weights
-    before the forward pass.
+    ``apply_fn(params, inputs, logsnr, documents)``; readouts get per-token loss weights beforehand.
     """
 
     def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
@@ -222,7 +221,7 @@ def update_baseline(
 ) -> Baseline:
     """The baseline after one more batch; rows of one bin are averaged, empty rows left out.
 
-    ``decay`` in [0, 1) is applied to a bin's mean whenever it is visited.
+    ``decay`` in [0, 1) is per visit of a bin.
     """
     member, loss, eligible = _bins(baseline, draw, stats)
     finite = jnp.all(jnp.isfinite(jnp.where(eligible, loss, 0.0)))

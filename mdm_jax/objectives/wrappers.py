@@ -33,10 +33,7 @@ def reweighted(objective: Objective, log_factor: LogFactor, name: str) -> Object
 
 
 def min_snr_factor(gamma: ArrayLike = 5.0) -> LogFactor:
-    """log of ``min(1, gamma exp(-lambda))``, gamma > 0 (ValueError): less weight on clean levels.
-
-    Reference: Hang et al. 2023.
-    """
+    """log of ``min(1, gamma exp(-lambda))``, gamma > 0 (ValueError). Hang et al. 2023."""
     log_gamma = log_positive("min_snr", "gamma", gamma)
     return lambda logsnr: jnp.minimum(0.0, log_gamma - logsnr)
 
@@ -58,12 +55,8 @@ def self_conditioned(objective: Objective, num_tokens: int) -> Objective:
     is a bound, both are. Costs a forward pass over all rows. Reference: Chen et al. 2022 (Analog
     Bits), section 3.
 
-    Args:
-        objective: for tokens, such as ``masked_nelbo`` or ``uniform_nelbo``, with a network
-            ``model_fn(inputs, logsnr, documents, estimate=None)``; the estimate is [N, L, K] over
-            its K logits.
-        num_tokens: number of real tokens; ids from there on, such as the mask token, have
-            probability zero in the estimate.
+    The network is ``model_fn(inputs [N, L], logsnr, documents, estimate=None) -> [N, L, K]``, the
+    estimate [N, L, K]; ids from ``num_tokens`` on (special tokens) have probability zero in it.
     """
 
     def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
@@ -76,10 +69,8 @@ def self_conditioned(objective: Objective, num_tokens: int) -> Objective:
 def two_pass(model_fn: ModelFn, num_tokens: int, rows: Array | None = None) -> ModelFn:
     """A network that feeds the probabilities of a first pass to a second one.
 
-    Args:
-        model_fn: ``model_fn(inputs [N, L], logsnr, documents, estimate=None) -> [N, L, K]``.
-        num_tokens: as for :func:`self_conditioned`.
-        rows: [N] bool, those with the first pass's estimate, others get zeros; None for all.
+    ``model_fn`` and ``num_tokens`` as for :func:`self_conditioned`; ``rows``: [N] bool, those with
+    the first pass's estimate (others get zeros), None for all.
     """
 
     def second(inputs: Array, logsnr: Array, documents: Array | None = None) -> Array:

@@ -27,12 +27,11 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
     """Reveal each masked token with probability ``(m_t - m_s) / m_t`` per step from m_t to m_s.
 
     A step that reveals nothing in any row costs no forward pass. Positions are selected before
-    tokens are drawn, so tail tokens are not multiplied by a small probability (Zheng et al. 2024).
-    ``token_filter`` is e.g. ``compose(temperature(0.8), top_p(0.9))``.
+    tokens are drawn, so tail tokens keep their probability (Zheng et al. 2024). ``token_filter`` is
+    e.g. ``compose(temperature(0.8), top_p(0.9))``.
 
-    Bias: discretised; the distance to the model's law falls like 1/N in the number of steps.
-
-    References: Austin et al. 2021 (D3PM), Sahoo et al. 2024 (MDLM), Shi et al. 2024 (MD4).
+    Bias: discretised; the error falls like 1/N in the number of steps. References: Austin et al.
+    2021 (D3PM), Sahoo et al. 2024 (MDLM), Shi et al. 2024 (MD4).
     """
     token_filter = token_filter or compose()
 
@@ -54,19 +53,13 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
 def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None) -> Sampler:
     """:func:`ancestral` that runs the network only on rows in which the step reveals a token.
 
-    Draws the tokens of ``ancestral`` under the same key, up to rounding by batch size. Nothing is
-    stored, unlike in MDLM's caching sampler, and networks may depend on the level. Rows are packed,
-    which moves them across devices if the batch is sharded. On N levels uniform in the masking rate
-    a row of L positions takes ``N (1 - (1 - 1/N)^L)`` passes on average, at most L.
+    Same tokens under the same key, up to rounding by batch size. Nothing is stored, unlike in
+    MDLM's caching sampler, and networks may depend on the level. A row of L positions takes ``N (1
+    - (1 - 1/N)^L)`` passes on average on N levels uniform in the masking rate. ``rows_per_pass`` >=
+    1 (ValueError): small values waste less on the last pass of a step, large ones use the hardware
+    better. Rows are packed, which moves them across devices if the batch is sharded.
 
-    Bias: discretised.
-
-    Args:
-        rows_per_pass: rows of one forward pass, at least 1. Small ones waste less on the last pass
-            of a step, large ones use the hardware better.
-        token_filter: as for ``ancestral``.
-
-    Reference: Sahoo et al. 2024 (MDLM), caching.
+    Bias: discretised. Reference: Sahoo et al. 2024 (MDLM), caching.
     """
     if rows_per_pass < 1:
         raise ValueError(f"cached_ancestral needs rows_per_pass >= 1, got {rows_per_pass}")
@@ -117,10 +110,9 @@ def fill_positions(
     read: Callable[[Array], Array],
     size: int,
 ) -> Array:
-    """Tokens [B, L] with one drawn at each position of ``reveal`` [B, L].
+    """Tokens [B, L] with one drawn at each position of ``reveal`` [B, L]; ``keys`` [B].
 
-    ``size`` positions of a row are read (``sampler.read_positions``) and drawn at a time, which
-    affects speed only; ``keys`` [B].
+    ``size`` positions of a row are read and drawn at a time, which affects speed only.
     """
     num_rows, length = tokens.shape
     size = min(size, length)
@@ -149,22 +141,20 @@ def position_noise(keys: Array, tokens: Array) -> Array:
 def reveal_probability(logsnr: Array, next_logsnr: Array) -> Array:
     """``(m_t - m_s) / m_t`` for masking rates m = sigmoid(-logsnr), from level t to the cleaner s.
 
-    Computed as ``-expm1(lambda_t - lambda_s) sigmoid(lambda_s)``: no difference of rates, exact at
-    lambda_t = -inf and lambda_s = +inf.
+    As ``-expm1(lambda_t - lambda_s) sigmoid(lambda_s)``: exact at lambda_t = -inf and lambda_s =
+    +inf.
     """
     return -jnp.expm1(logsnr - next_logsnr) * jax.nn.sigmoid(next_logsnr)
 
 
 def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:
-    """Exact sampling of the continuous-time reverse process: n passes for n masked tokens.
+    """Exact sampling of the continuous-time reverse process: n passes for n masked tokens, no grid.
 
     At masking rate m the reveal levels of n masked tokens are independent and uniform on (0, m).
-    The next one is the largest, ``m U^(1/n)``, at a position uniform among the n; the network is
-    evaluated at that level. ``state.memory`` is each row's log masking rate [B] float32. No grid.
+    The next is the largest, ``m U^(1/n)``, at a position uniform among the n; the network runs at
+    that level. ``state.memory`` is each row's log masking rate [B] float32.
 
-    Bias: exact, for the filtered model if there is a ``token_filter``.
-
-    Reference: Zheng et al. 2024 (masked diffusion models as time-agnostic masked models).
+    Bias: exact, for the filtered model. Reference: Zheng et al. 2024 (time-agnostic masked models).
     """
     token_filter = token_filter or compose()
 
@@ -190,10 +180,7 @@ def first_hitting(token_filter: LogitFilter | None = None) -> Sampler:
 
 
 def next_log_rate(u: Array, log_rate: Array, masked_count: Array) -> Array:
-    """log of ``m U^(1/n)``, the level of the next reveal; float32, all arguments of one shape.
-
-    Its law has the distribution function ``(y / m)^n`` on (0, m) and mean ``m n / (n + 1)``.
-    """
+    """log of ``m U^(1/n)``, the level of the next reveal; float32, all arguments of one shape."""
     return log_rate + jnp.log(u) / jnp.maximum(masked_count, 1)
 
 

@@ -33,30 +33,24 @@ def sample_blocks(
 ) -> Array:
     """Fill the masked positions of a canvas from left to right; tokens [B, L] without masks.
 
-    Each block is filled by ``sample`` until all rows are finished; one more pass appends it to the
-    cache. Given tokens never change; a block does not see those of later blocks. Rows are
-    independent. Steps, confidence and self-conditioning start anew in every block; wrappers see all
-    tokens so far. Samplers that are exact within a block are exact for the product over blocks.
+    ``sample`` fills each block until all rows are finished; one more pass appends it to the cache.
+    Given tokens never change; a block does not see later blocks. Rows are independent. Steps,
+    confidence and self-conditioning restart in every block; wrappers see all tokens so far. A
+    sampler that is exact within a block is exact for the product over blocks. ``sampler``, ``grid``
+    (levels of every block), ``documents`` and ``row_offset`` are as in ``sample``.
 
     Args:
         key: typed key. Row i draws in block b from ``fold_in(fold_in(key, b), row_offset + i)``.
         decoder: e.g. ``models.cached_block_decoder(model, block_size)``.
-        params: of the network.
-        sampler: as in ``sample``.
-        grid: levels of every block, as in ``sample``.
-        canvas: [B, L] integers; ``mask_id`` where a token is to be generated. L is any multiple of
-            the block size; a decoder with a window needs no more memory for longer rows.
-        mask_id: the mask token.
-        documents: [B, L] document numbers, 0 on padding; None for one document per row.
-        row_offset: number of the first row, for sampling a large batch in parts.
+        canvas: [B, L] integers, ``mask_id`` where to generate; L a multiple of the block size. A
+            decoder with a window needs no more memory for longer rows.
         prefix: number of leading positions given in every row, whose complete blocks are run in one
             pass; changes nothing else. Not checked where the canvas is traced.
-        guided: for samplers with ``prompt_guidance``: keep a second cache in which the given tokens
-            of finished blocks are padding, at a second pass per finished block.
+        guided: for ``prompt_guidance``: keep a second cache in which the given tokens of finished
+            blocks are padding, at a second pass per finished block.
 
-    Raises:
-        ValueError: as ``sample``; if the block size does not divide the length; if the prefix is
-            longer than the canvas or not all given; if a sampler is guided and ``guided`` not set.
+    Raises ValueError as ``sample``; if the block size does not divide the length; if the prefix is
+    longer than the canvas or not all given; if a sampler is guided and ``guided`` not set.
     """
     canvas, documents = check_canvas(canvas, documents)
     num_rows, length = canvas.shape
@@ -149,8 +143,7 @@ def make_block_generator(
 ) -> Callable[..., Array]:
     """:func:`sample_blocks` compiled once per canvas shape; the prefix is checked every call.
 
-    Returns:
-        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+    Returns ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
     """
 
     @jax.jit

@@ -1,6 +1,4 @@
-"""Samplers that select positions by the network's certainty: by score, by bounded entropy, and
-within blocks from left to right (LLaDA).
-"""
+"""Samplers that fill certain positions first: by score, bounded entropy, or in blocks (LLaDA)."""
 
 from collections.abc import Callable, Sequence
 
@@ -53,20 +51,12 @@ def by_score(
     """Fill the masked positions of highest score in each row, a fixed number per step. No grid.
 
     Scores are of the unfiltered distribution; ties go to the left. Deterministic with
-    ``temperature(0)``. The network's noise level is :func:`counted_logsnr`.
+    ``temperature(0)``. The network runs at the level :func:`counted_logsnr`. ``score`` is
+    ``confidence``, ``margin``, ``negative_entropy`` or your own; ``tokens_per_step`` a number or
+    one per step, the last of which fills the rest, each >= 1 (ValueError).
 
-    Bias: biased, towards tokens that are easy to predict.
-
-    Args:
-        score: ``confidence``, ``margin``, ``negative_entropy`` or your own.
-        tokens_per_step: positions per step, or a list of one number per step, the last of which
-            fills the rest.
-        token_filter: e.g. ``temperature(0.0)`` for the most likely tokens.
-
-    Raises:
-        ValueError: if a number of tokens is below 1, or there is none.
-
-    References: Chang et al. 2022 (MaskGIT), Kim et al. 2025 (margin).
+    Bias: biased, towards tokens that are easy to predict. References: Chang et al. 2022 (MaskGIT),
+    Kim et al. 2025 (margin).
     """
     constant = isinstance(tokens_per_step, int)
     counts = [tokens_per_step] if constant else [int(count) for count in tokens_per_step]
@@ -108,24 +98,17 @@ def by_score_along_grid(
 
 
 def entropy_bounded(gamma: float, token_filter: LogitFilter | None = None) -> Sampler:
-    """Fill, in order of entropy, as many positions per step as a bound on dependence allows.
+    """Fill as many positions per step, by rising entropy, as a bound on dependence allows. No grid.
 
     The divergence between the joint law of independently drawn tokens and the true one is at most
     the sum of their entropies without the largest. Each step and row takes the most positions,
-    lowest (filtered) entropy first, that keep this sum within ``gamma``, and at least one. No grid,
-    at most one step per position; the network's noise level is :func:`counted_logsnr`.
+    lowest (filtered) entropy first, that keep this sum within ``gamma`` >= 0 nats, and at least
+    one. At most one step per position; the network runs at the level :func:`counted_logsnr`. Raises
+    ValueError for a negative or NaN gamma and, when sampling, for a filter that leaves a single
+    token, whose entropy is 0: everything would be filled at once.
 
-    Bias: biased, towards tokens that are easy to predict.
-
-    Args:
-        gamma: bound per step, nats; at 0 one position per step and all that are certain.
-        token_filter: e.g. ``temperature(0.8)``.
-
-    Raises:
-        ValueError: if gamma is negative or NaN; when sampling, if the filter leaves a single token,
-            whose entropy is 0: everything would be filled at once.
-
-    Reference: Ben-Hamu et al. 2025 (EB-Sampler, arXiv 2505.24857).
+    Bias: biased, towards tokens that are easy to predict. Reference: Ben-Hamu et al. 2025
+    (EB-Sampler, arXiv 2505.24857).
     """
     if not gamma >= 0:
         raise ValueError(f"entropy_bounded needs gamma >= 0 nats, got {gamma}")
@@ -151,20 +134,11 @@ def low_confidence_remasking(
     """Draw all masked tokens of a block, keep the most likely, mask the others again. No grid.
 
     A row's positions to fill are split from left to right, whatever lies in between, into blocks of
-    ``block_size``; the last may be shorter. A block of n positions keeps ``floor(n / steps)`` per
-    step, and one more in the first ``n mod steps``. Likelihoods are of the unfiltered distribution.
+    ``block_size`` (the last may be shorter). A block of n positions takes ``steps_per_block``
+    passes and keeps ``floor(n / steps)`` tokens per step, one more in the first ``n mod steps``.
+    Likelihoods are of the unfiltered distribution. Raises ValueError if a number is below 1.
 
-    Bias: biased, towards likely tokens.
-
-    Args:
-        block_size: positions per block; the row's length for a single block.
-        steps_per_block: forward passes per block; ``block_size`` for one token at a time.
-        token_filter: e.g. ``temperature(0.0)``.
-
-    Raises:
-        ValueError: if a number is below 1.
-
-    Reference: Nie et al. 2025 (LLaDA, arXiv 2502.09992), low-confidence remasking.
+    Bias: biased, towards likely tokens. Reference: Nie et al. 2025 (LLaDA, arXiv 2502.09992).
     """
 
     def preference(context: StepContext, logits: Array, drawn: Array) -> Array:
@@ -180,10 +154,8 @@ def random_remasking(
 ) -> Sampler:
     """Keep drawn tokens at random; otherwise as :func:`low_confidence_remasking`.
 
-    Bias: biased by the order of the blocks. In a single block discretised, and exact at one token
-    per step.
-
-    Reference: Nie et al. 2025 (LLaDA), random remasking.
+    Bias: biased by the order of the blocks; in a single block discretised, exact at one token per
+    step.
     """
 
     def noise(context: StepContext, logits: Array, drawn: Array) -> Array:
@@ -195,18 +167,15 @@ def random_remasking(
 
 
 def best_positions(score: Array, candidates: Array, count: Array) -> Array:
-    """[B, L] bool: the ``count`` [B] candidates of highest score, ties to the left; all if fewer.
-
-    ``score`` [B, L] float32, ``candidates`` [B, L] bool.
-    """
+    """[B, L] bool: the ``count`` [B] candidates of highest score all if fewer, ties left."""
     order = jnp.lexsort((-score, ~candidates), axis=-1)
     rank = jnp.argsort(order, axis=-1)
     return candidates & (rank < count[:, None])
 
 
 def bounded_positions(entropy: Array, candidates: Array, gamma: float) -> Array:
-    """[B, L] bool: the longest run of candidates by entropy [B, L], ties to the left, of which all
-    but the last sum to at most ``gamma``.
+    """[B, L] bool: the longest run of candidates by rising entropy of which all but the last sum to
+    at most ``gamma``; ties to the left.
     """
     order = jnp.lexsort((entropy, ~candidates), axis=-1)
     rank = jnp.argsort(order, axis=-1)
@@ -218,10 +187,10 @@ def bounded_positions(entropy: Array, candidates: Array, gamma: float) -> Array:
 
 
 def counted_logsnr(tokens: Array, free: Array, mask_id: int) -> Array:
-    """[B] float32 noise level for a network when k of n positions to fill are masked.
+    """[B] float32 noise level of samplers without a grid, when k of n positions to fill are masked.
 
     That of the masking rate ``(k - 1/2) / n``, the middle of the rates at which fixed-count
-    training masks k of n; for samplers without a grid.
+    training masks k of n.
     """
     masked = jnp.maximum(jnp.sum(tokens == mask_id, axis=-1), 1)
     total = jnp.sum(free, axis=-1)
@@ -272,8 +241,8 @@ def _fill_preferred(
     *,
     along_grid: bool = False,
 ):
-    """A step that fills the preferred positions of ``select(context, masked) -> (candidates [B, L],
-    count [B])``.
+    """A step that fills preferred positions of ``select(context, masked) -> (candidates, count
+    [B])``.
     """
     token_filter = token_filter or compose()
 

@@ -21,8 +21,7 @@ def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
 def prompt_canvas(prompt: ArrayLike, length: int, mask_id: int) -> Array:
     """Canvas [B, length] int32 of a prompt followed by masks.
 
-    The prompt is [P] for one row or [B, P], integers without the mask token, at most ``length``;
-    ValueError otherwise.
+    ``prompt``: [P] or [B, P] integers without the mask token, at most ``length`` (ValueError).
     """
     tokens = _piece(prompt, "the prompt", mask_id)
     if tokens.shape[1] > length:
@@ -39,15 +38,9 @@ def canvas_with_gaps(
 ) -> Array:
     """Canvas [B, L] int32 for infilling: piece, gap, piece, gap, ..., piece.
 
-    Args:
-        pieces: one more than gaps, each [P] (the same in all rows) or [B, P], integers without
-            the mask token; an empty one where the row begins or ends with a gap.
-        gap_lengths: number of positions to generate in each gap.
-        mask_id: the mask token.
-
-    Raises:
-        ValueError: if there is no gap or one that is not positive, or if pieces do not fit their
-            number, each other, or :func:`prompt_canvas`.
+    ``pieces``, one more than gaps, are as in :func:`prompt_canvas`, empty where the row begins or
+    ends with a gap. Raises ValueError without a gap, for one that is not positive, or if pieces do
+    not fit their number or each other.
     """
     if len(gap_lengths) == 0:
         raise ValueError("canvas_with_gaps needs at least one gap length; got an empty list")
@@ -78,9 +71,7 @@ def check_mask_id(mask_id: int) -> None:
 
 
 def check_canvas(canvas: ArrayLike, documents: ArrayLike | None) -> tuple[Array, Array | None]:
-    """Canvas [B, L] as int32, documents as an array; ValueError unless both are of one shape, the
-    canvas a non-empty integer matrix.
-    """
+    """Canvas as int32, documents as an array, [B, L]; ValueError for other shapes or dtypes."""
     canvas = jnp.asarray(canvas)
     if canvas.ndim != 2 or 0 in canvas.shape or not jnp.issubdtype(canvas.dtype, jnp.integer):
         raise ValueError(
@@ -110,9 +101,7 @@ def check_prefix(canvas: ArrayLike, prefix: int, mask_id: int) -> None:
 
 
 def checked_generator(run: Callable[..., Array], mask_id: int, prefix: int) -> Callable[..., Array]:
-    """``generate(params, key, canvas, documents=None, row_offset=0)``: the compiled ``run`` after
-    :func:`check_canvas` and :func:`check_prefix`.
-    """
+    """``run`` behind :func:`check_canvas` and :func:`check_prefix`."""
 
     def generate(params, key, canvas, documents=None, row_offset=0):
         canvas, documents = check_canvas(canvas, documents)

@@ -1,7 +1,7 @@
 """Logit filters (temperature, top-k, top-p) and a categorical draw that keeps the tail.
 
-A filter maps logits [..., K] to logits [..., K] with -inf for excluded tokens. It acts on the
-network's distribution with the mask token excluded, before positions are selected.
+A filter maps logits [..., K] to logits with -inf for excluded tokens. It acts on the network's
+distribution with the mask token excluded, before positions are selected.
 """
 
 import math
@@ -78,10 +78,9 @@ def compose(*filters: LogitFilter) -> LogitFilter:
 
 
 def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead: str) -> None:
-    """Refuse filters that leave a single token, such as ``temperature(0)`` and ``top_k(1)``.
+    """Raises ValueError for filters that leave one token, as ``temperature(0)``, where concrete.
 
-    Tested on ``vocab_size`` >= 2 almost equal logits, which a filter truncates least, where its
-    settings are concrete. The ValueError names the sampler and what to use ``instead``.
+    Tested on ``vocab_size`` >= 2 almost equal logits, which a filter truncates least.
     """
     with jax.ensure_compile_time_eval():
         filtered = token_filter(jnp.linspace(0.0, -1e-3, vocab_size))
@@ -95,29 +94,19 @@ def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead:
 
 
 def draw_tokens(keys: Array, logits: Array) -> Array:
-    """One token per position from ``softmax(logits [B, ..., K])``, int32 [B, ...].
-
-    :func:`draw_tokens_at` with keys [B], positions counted over the axes in between.
-    """
+    """One token per position from ``softmax(logits [B, ..., K])``, int32 [B, ...]; ``keys`` [B]."""
     flat = logits.reshape(logits.shape[0], -1, logits.shape[-1])
     positions = jnp.broadcast_to(jnp.arange(flat.shape[1])[None], flat.shape[:2])
     return draw_tokens_at(keys, flat, positions).reshape(logits.shape[:-1])
 
 
 def draw_tokens_at(keys: Array, logits: Array, positions: Array) -> Array:
-    """One token for each of some positions of each row, from ``softmax(logits)``, int32 [B, C].
+    """One token at each of some positions [B, C] from ``softmax(logits [B, C, K])``, int32 [B, C].
 
-    It depends on the row's key, the position and its logits alone.
-
-    More than 64 tokens are drawn in two stages, a run of about sqrt(K) tokens by its total mass and
-    then a token of the run: the same law for 2 sqrt(K) random numbers instead of K. Both stages use
-    Gumbel noise of high range, which reaches tokens of probability 1e-14; the default float32 noise
-    is cut off near 16 and never produces those below 1e-7.
-
-    Args:
-        keys: [B] typed keys, one per row.
-        logits: [B, C, K] float32.
-        positions: [B, C] integers, numbers of the positions.
+    Depends on the row's key, the position's number and its logits alone. Above 64 tokens a run of
+    about sqrt(K) tokens is drawn by its total mass, then a token of it: the same law for 2 sqrt(K)
+    random numbers. Gumbel noise of high range reaches tokens of probability 1e-14; the default
+    float32 noise is cut off near 16 and never produces those below 1e-7.
     """
     choose = _draw_in_two_stages if logits.shape[-1] > _ONE_STAGE else _draw
 

@@ -29,23 +29,16 @@ def sample_next_tokens(
 
     Exact sampling from the (filtered) model, one pass per position. Given tokens never change; a
     gap does not see tokens after it. Rows are independent: row i draws from ``fold_in(key,
-    row_offset + i)`` alone.
+    row_offset + i)`` alone. Canvas, ``documents`` and ``row_offset`` are as in ``sample``.
 
     Args:
-        key: typed key.
         decoder: e.g. ``models.cached_causal_decoder(model, mask_id)``.
-        params: of the network.
-        canvas: [B, L] integers; ``mask_id`` where a token is to be generated.
-        mask_id: the mask token, never drawn.
         token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``.
-        documents: [B, L] document numbers, 0 on padding; None for one document per row.
-        row_offset: number of the first row, for sampling a large batch in parts.
         prefix: number of leading positions given in every row, run in one pass. Not checked where
             the canvas is traced.
 
-    Raises:
-        ValueError: for a canvas that is not a non-empty integer matrix, documents of another shape,
-            a negative mask_id, or a prefix that is longer than the canvas or not all given.
+    Raises ValueError for a canvas that is not a non-empty integer matrix, documents of another
+    shape, a negative mask_id, or a prefix that is longer than the canvas or not all given.
     """
     check_mask_id(mask_id)
     canvas, documents = check_canvas(canvas, documents)
@@ -85,8 +78,7 @@ def make_next_token_generator(
 ) -> Callable[..., Array]:
     """:func:`sample_next_tokens` compiled once per canvas shape; the prefix is checked every call.
 
-    Returns:
-        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+    Returns ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
     """
 
     @jax.jit

@@ -1,16 +1,10 @@
-"""ReMDM: ancestral steps that mask some revealed tokens again, to be redrawn.
+"""ReMDM: ancestral steps that mask some revealed tokens again (Wang et al. 2025, arXiv 2503.00307).
 
-With survival probabilities a_t < a_s before and after a step and a remasking probability sigma,
-
-    revealed:  masked again with probability  sigma
-    masked:    revealed with probability      (a_s - (1 - sigma) a_t) / (1 - a_t)
-
-so that for every sigma up to ``min(1, (1 - a_s) / a_t)`` a position is masked with probability
-``1 - a_s`` after the step, as without remasking. Nothing is remasked at the last level.
-
-All are labelled biased: with exact posteriors of some law their limit would be that law, but a
-trained network's conditionals contradict each other, and remasking then leads to another law than
-filling each position once. Reference: Wang et al. 2025 (arXiv 2503.00307).
+A step from survival a_t to a_s remasks revealed tokens with probability sigma and reveals masked
+ones with ``(a_s - (1 - sigma) a_t) / (1 - a_t)``. For sigma up to ``min(1, (1 - a_s) / a_t)`` a
+position is then masked with probability ``1 - a_s``, as without remasking. Nothing is remasked at
+the last level. All are biased: a trained network's conditionals contradict each other, and
+remasking leads to another law than filling once.
 """
 
 from collections.abc import Callable
@@ -40,7 +34,7 @@ _ROUNDING = 1e-6  # of times in float32
 def remdm_cap(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
     """Remask every revealed token with probability ``min(eta, largest possible)`` per step.
 
-    ``eta = 0`` is ancestral sampling. Bias: biased. Raises ValueError unless eta is in [0, 1].
+    ``eta`` in [0, 1] (ValueError); 0 is ancestral sampling. Bias: biased.
     """
     check_probability("remdm_cap", eta)
     return _uniform_remasking("remdm_cap", lambda largest: jnp.minimum(eta, largest), token_filter)
@@ -49,8 +43,7 @@ def remdm_cap(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
 def remdm_rescale(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
     """Remask every revealed token with ``eta`` times the largest possible probability per step.
 
-    ``eta = 0`` is ancestral sampling; ``eta = 1`` remasks as much as the levels allow. Bias:
-    biased. Raises ValueError unless eta is in [0, 1].
+    ``eta`` in [0, 1] (ValueError); 0 is ancestral sampling. Bias: biased.
     """
     check_probability("remdm_rescale", eta)
     return _uniform_remasking("remdm_rescale", lambda largest: eta * largest, token_filter)
@@ -59,10 +52,10 @@ def remdm_rescale(eta: float, token_filter: LogitFilter | None = None) -> Sample
 def remdm_confidence(token_filter: LogitFilter | None = None) -> Sampler:
     """Remask uncertain tokens: each with its own share of the largest possible probability.
 
-    The shares are ``softmax(-confidence)`` over a row's revealed positions, with the network's
-    (unfiltered) probability of the token when it was revealed as confidence, kept in
-    ``state.memory`` [B, L]. Masked positions are revealed as without remasking, so somewhat more
-    are masked than the levels say. Bias: biased.
+    Shares are ``softmax(-confidence)`` over a row's revealed positions; confidence is the network's
+    unfiltered probability of the token when revealed (``state.memory`` [B, L]). Masked positions
+    are revealed as without remasking, so somewhat more are masked than the levels imply. Bias:
+    biased.
     """
     token_filter = token_filter or compose()
 
@@ -96,20 +89,10 @@ def remdm_loop(
     The grid's masking rates serve as times from 1 to 0. The survival probability rises linearly to
     ``survival_on`` at time ``on``, stays until ``off`` and rises to 1. Steps within [off, on]
     remask each revealed token with probability ``eta`` and reveal as many; others remask nothing.
+    Raises ValueError unless 0 < off < on < 1, 0 < survival_on < 1 and eta is in [0, ``min(1, (1 -
+    survival_on) / survival_on)``].
 
-    Bias: biased.
-
-    Args:
-        eta: remasking probability per step, at most ``min(1, (1 - survival_on) / survival_on)``.
-        on: time at which remasking begins.
-        off: time at which it ends.
-        survival_on: share of positions filled in between.
-        token_filter: as for ``ancestral``.
-
-    Raises:
-        ValueError: unless 0 < off < on < 1, 0 < survival_on < 1 and eta is in its range.
-
-    Reference: Wang et al. 2025 (arXiv 2503.00307), whose settings are the defaults.
+    Bias: biased. Reference: Wang et al. 2025, whose settings are the defaults.
     """
     if not 0 < off < on < 1:
         raise ValueError(f"remdm_loop needs times 0 < off < on < 1, got on={on}, off={off}")
@@ -152,21 +135,16 @@ def predictor_corrector(
 ) -> Sampler:
     """Ancestral steps, each followed by ``corrector_steps`` at the level that it reached.
 
-    A corrector step at masking rate m masks each revealed position with probability
-    ``sigma = min(eta, m / (1 - m))`` and reveals each masked one with ``sigma (1 - m) / m``. It
-    leaves a product of positions that are masked with probability m, and otherwise follow the
-    network's law, exactly invariant if that law ignores the context, and the noised law of the data
-    up to order sigma^2 if the conditionals are exact.
+    A corrector step at masking rate m masks each revealed position with probability ``sigma =
+    min(eta, m / (1 - m))`` and reveals each masked one with ``sigma (1 - m) / m``. Positions masked
+    with probability m, and otherwise of the network's law, stay so exactly if that law ignores the
+    context; the noised data law does up to order sigma^2 if the conditionals are exact. Costs up to
+    ``1 + corrector_steps`` passes per step; the last step is not corrected. Raises ValueError
+    unless corrector_steps >= 1 and eta is in (0, 1]; when sampling, if the filter leaves a single
+    token.
 
-    Costs up to ``1 + corrector_steps`` passes per step; the last step is not corrected. Bias:
-    biased.
-
-    Raises:
-        ValueError: unless corrector_steps >= 1 and eta is in (0, 1]; when sampling, if the filter
-            leaves a single token, since a correction draws from the network's distribution.
-
-    References: Campbell et al. 2022 (correctors of discrete diffusion); the step is ReMDM's at a
-    constant level.
+    Bias: biased. Reference: Campbell et al. 2022 (correctors); the step is ReMDM's at a constant
+    level.
     """
     if corrector_steps < 1:
         raise ValueError(
@@ -222,11 +200,8 @@ def reveal_and_remask(
     """Reveal masked positions and mask revealed ones, independently, by probabilities [] or [B, L].
 
     The network runs at ``context.logsnr``, and only if some position is revealed. The last step
-    reveals everything and remasks nothing.
-
-    Returns:
-        tokens [B, L] int32 afterwards, positions [B, L] bool that were filled, and the network's
-        unfiltered probability [B, L] of the tokens drawn.
+    reveals everything and remasks nothing. Returns tokens [B, L] int32, filled positions [B, L]
+    bool, and the network's unfiltered probability [B, L] of the tokens drawn.
     """
     last = is_last(context)
     masked = tokens == context.mask_id
@@ -247,8 +222,8 @@ def reveal_and_remask(
 
 
 def largest_remasking(logsnr: Array, next_logsnr: Array) -> Array:
-    """``min(1, (1 - a_s) / a_t)``, the largest remasking probability from level t to s; 1 at
-    survival 0, where nothing is revealed.
+    """``min(1, (1 - a_s) / a_t)``, the largest remasking probability from level t to s; 1 at a_t =
+    0.
     """
     survival = jax.nn.sigmoid(logsnr)
     ratio = jax.nn.sigmoid(-next_logsnr) / jnp.where(survival > 0, survival, 1.0)
@@ -256,9 +231,7 @@ def largest_remasking(logsnr: Array, next_logsnr: Array) -> Array:
 
 
 def reveal_with_remasking(logsnr: Array, next_logsnr: Array, remask: Array) -> Array:
-    """``(a_s - (1 - sigma) a_t) / (1 - a_t)``, which keeps the share of masked positions: the
-    probability without remasking plus ``sigma`` times the odds of the level.
-    """
+    """``(a_s - (1 - sigma) a_t) / (1 - a_t)``, which keeps the share of masked positions."""
     odds = jnp.exp(jnp.minimum(logsnr, 80.0))  # finite, as 0 times infinity is not
     return reveal_probability(logsnr, next_logsnr) + remask * odds
 

@@ -1,4 +1,4 @@
-"""The sampling loop and what a sampler is.
+"""The sampler interface and the sampling loop.
 
 A sampler fills the masked positions of a *canvas* (all masks, a prompt followed by masks, or text
 with gaps); given tokens never change. Rows are independent and keyed by their own number: row 5 of
@@ -29,14 +29,14 @@ LOGSNR_LIMIT = math.log(2.0**24 - 1)
 Denoise = Callable[..., Array]
 """``denoise(tokens [N, L], logsnr [] or [N] or [N, S], rows=None) -> float32 logits [N, L, K]``:
 the network with its documents bound, the mask token excluded and infinite noise levels clipped.
-``rows`` [N] int32 are the canvas rows of the tokens, where these are not all of them in order.
-Further keyword arguments, such as ``estimate``, go to the network."""
+``rows`` [N] int32 are the tokens' canvas rows, where not all of them in order. Further keyword
+arguments, such as ``estimate``, go to the network."""
 
 SAMPLER_LABELS = ("exact", "discretised", "biased")
-"""The law of the samples against that of filling positions one at a time in uniformly random order,
-each token drawn from the (filtered) network: the reverse process in continuous time, whose
-likelihood the objective bounds. ``exact``: the same law. ``discretised``: approaches it as steps
-are added. ``biased``: another law."""
+"""The samples' law against the reverse process in continuous time, whose likelihood the objective
+bounds: positions filled one at a time in uniformly random order, tokens drawn from the (filtered)
+network. ``exact``: the same law; ``discretised``: approaches it with more steps; ``biased``:
+another."""
 
 
 class SamplerState(NamedTuple):
@@ -59,10 +59,8 @@ class StepContext(NamedTuple):
         index, num_steps: [] int32 number of the step, and the maximum number of steps.
         logsnr, next_logsnr: [] float32 levels before and after the step; NaN without a grid.
         free: [B, L] bool, the positions to generate.
-        mask_id: the mask token.
-        before: [B, P] int32, tokens of the rows right before a canvas that is a block of longer
-            rows, the mask token where there are none; None otherwise. In blocks the network also
-            takes ``without_prompt=True`` (see ``sample_blocks``).
+        before: [B, P] int32, the rows' tokens before a block (the mask token where there are none);
+            None outside blocks. In blocks the network also takes ``without_prompt=True``.
     """
 
     keys: Array
@@ -79,13 +77,11 @@ class Sampler(NamedTuple):
     """A reverse process as pure functions; the loop restores given tokens and finished rows.
 
     Attributes:
-        name: for logs and error messages.
         init: ``init(keys [B], canvas [B, L], mask_id) -> SamplerState``.
         step: ``step(context, denoise, state) -> state``. May call ``denoise`` any number of times.
         finished: ``finished(state, mask_id) -> [B] bool``, rows that no later step would change;
             sampling stops when all are.
-        num_steps: ``num_steps(length) -> int``, the maximum, for a sampler without a grid; None
-            where the grid determines it.
+        num_steps: ``num_steps(length) -> int``, the maximum, without a grid; None with one.
         bias: one of :data:`SAMPLER_LABELS`.
     """
 
@@ -120,16 +116,15 @@ def sample(
         sampler: e.g. ``ancestral()`` or ``first_hitting()``.
         grid: [N + 1] logSNR levels, strictly increasing to +inf (nothing masked), from -inf or
             above; None for samplers that set their own levels.
-        canvas: [B, L] integers; ``mask_id`` where a token is to be generated.
-        mask_id: the mask token.
-        documents: [B, L] document numbers, 0 on padding, which should hold any token but the mask.
+        canvas, mask_id: [B, L] integers; the mask token where a token is to be generated.
+        documents: [B, L] document numbers, None for one per row; 0 on padding, which should hold
+            any token but the mask.
         row_offset: number of the first row, for sampling a large batch in parts.
-        progress: called after each step; an early stop ends the calls before ``num_steps``.
+        progress: see :data:`Progress`; an early stop ends the calls before ``num_steps``.
 
-    Raises:
-        ValueError: for a canvas that is not a non-empty integer matrix, documents of another shape,
-            a negative mask_id, or a grid that is missing, superfluous, not increasing or does not
-            end at +inf (values are checked where they are concrete).
+    Raises ValueError for a canvas that is not a non-empty integer matrix, documents of another
+    shape, a negative mask_id, or a grid that is missing, superfluous, not increasing or does not
+    end at +inf (values are checked where concrete).
     """
     tokens, _ = sample_with_trace(
         key,
@@ -161,8 +156,7 @@ def sample_with_trace(
 ) -> tuple[Array, PyTree]:
     """:func:`sample`, with ``trace(state)`` after every step stacked to [num_steps, ...].
 
-    Returns:
-        Tokens as of :func:`sample`, and the traces; steps after an early stop repeat the last one.
+    Returns tokens and traces; steps after an early stop repeat the last one.
     """
     check_mask_id(mask_id)
     canvas, documents = check_canvas(canvas, documents)
@@ -214,19 +208,11 @@ def make_generator(
     mask_id: int,
     progress: Progress | None = None,
 ) -> Callable[..., Array]:
-    """:func:`sample` compiled once per canvas shape.
+    """:func:`sample` compiled once per canvas shape; grid (concrete) and mask_id are checked here.
 
-    Args:
-        apply_fn: ``apply_fn(params, inputs, logsnr, documents) -> logits``, or a
-            ``models.Readout``, which spares samplers that reveal few positions per step the logits
-            of all others.
-        sampler, grid, mask_id, progress: as in :func:`sample`; the grid concrete.
-
-    Returns:
-        ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
-
-    Raises:
-        ValueError: as :func:`sample`; for grid and mask_id immediately.
+    ``apply_fn(params, inputs, logsnr, documents)`` returns logits, or a ``models.Readout``, which
+    saves samplers that reveal few positions per step the logits of all others. Returns
+    ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
     """
     levels = _check_grid(sampler, grid)
     check_mask_id(mask_id)
@@ -256,12 +242,9 @@ def read_positions(
 ) -> Callable[[Array], Array]:
     """One forward pass whose logits are needed at some positions only.
 
-    A ``models.Readout`` is projected to the vocabulary at these positions alone; a network behind
-    wrappers computes all logits at once.
-
-    Returns:
-        ``read(positions [N, C] integers) -> float32 logits [N, C, K]`` of ``denoise(tokens, logsnr,
-        rows)``, for any number of calls.
+    Returns ``read(positions [N, C] integers) -> float32 logits [N, C, K]`` of ``denoise(tokens,
+    logsnr, rows)``, for any number of calls. A ``models.Readout`` is projected to the vocabulary at
+    these positions alone; a wrapped network computes all logits at once.
     """
     if isinstance(denoise, _Network):
         return denoise.reader(tokens, logsnr, rows)
@@ -292,7 +275,7 @@ def row_streams(keys: Array, name: str) -> Array:
 
 
 def canvas_only(keys: Array, canvas: Array, mask_id: int) -> SamplerState:
-    """``init`` of samplers that carry nothing but the canvas."""
+    """``init`` of samplers without memory."""
     del keys, mask_id
     return SamplerState(canvas, ())
 

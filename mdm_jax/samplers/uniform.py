@@ -26,22 +26,14 @@ def uniform_ancestral(
     """Draw every position of every step from ``q(z_s | z_t, x)`` with the network's c for x.
 
     Starts from uniform tokens at the free positions, which the canvas marks by an id that is no
-    real token. All may change in every step, drawn independently: the law approaches the model's as
-    the grid is refined. The network's output c is that of ``objectives.bound_rate``.
+    real token. All may change in every step, drawn independently. c is that of
+    ``objectives.bound_rate``, ``num_tokens`` the K of ``corruption.uniform_tokens``;
+    ``token_filter`` acts on c. ``greedy_tail`` takes the most likely token of ``q(x | z_t, c)`` in
+    the last step (Duo takes that of c itself, in one more pass at a rate of 1e-5). Raises
+    ValueError for fewer than two tokens, or a marker that is one of them.
 
-    Bias: discretised; with a greedy tail biased.
-
-    Args:
-        num_tokens: K of ``corruption.uniform_tokens``.
-        token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``, acts on c.
-        greedy_tail: take the most likely token of ``q(x | z_t, c)`` at each position in the last
-            step. (Duo takes that of c itself, in one more pass at a rate of 1e-5.)
-
-    Raises:
-        ValueError: for fewer than two tokens, or a marker that is one of them.
-
-    References: Austin et al. 2021 (D3PM, uniform transitions), Schiff et al. 2024 (UDLM), Sahoo et
-    al. 2025 (Duo; ancestral steps, with or without a greedy tail).
+    Bias: discretised; with a greedy tail biased. References: Austin et al. 2021 (D3PM), Schiff et
+    al. 2024 (UDLM), Sahoo et al. 2025 (Duo; ancestral steps, with or without a greedy tail).
     """
     token_filter = token_filter or compose()
 
@@ -67,26 +59,15 @@ def uniform_corrected(
         z_s ~ prediction q(z_s | z_t, c) + (1 - prediction) sum_x q(z_s | x) q(x | z_t, c)
 
     with the network's probabilities c of clean tokens given the other positions. The second part
-    draws a clean token and noises it to the next level, so a replaced token may come back and a
-    surviving one may be replaced, without a forward pass of its own. For an ideal network each part
-    preserves the law of a single noisy token given the others; at the last step they are the same.
-
-    This is Duo's psi-sampler with a constant share (their kappa) along any grid; their
-    level-dependent shares, piecewise rules, constant-level stretch and greedy last step are not
-    implemented.
+    draws a clean token and noises it to the next level, at no extra pass. For an ideal network each
+    part preserves the law of a single noisy token given the others; at the last step they coincide.
+    Arguments as of :func:`uniform_ancestral`, with ``prediction`` in [0, 1] (ValueError); 1 is
+    ``uniform_ancestral``. This is Duo's psi-sampler with a constant share (their kappa) along any
+    grid, without level-dependent shares, piecewise rules, constant-level stretch and greedy last
+    step.
 
     Bias: biased; tokens re-noised in one step are independent, and their number does not vanish as
-    the grid is refined. It repairs early errors of imperfect networks; an ideal one gains nothing.
-
-    Args:
-        num_tokens: K of ``corruption.uniform_tokens``.
-        prediction: share of the reverse step, in [0, 1]; 1 is ``uniform_ancestral``.
-        token_filter: acts on c.
-
-    Raises:
-        ValueError: for fewer than two tokens, a marker that is one of them, or a share outside
-            [0, 1].
-
+    the grid is refined. Repairs early errors of imperfect networks; an ideal one gains nothing.
     Reference: Deschenaux et al. 2026 (arXiv 2602.21185, Duo, chapter II) and its public code.
     """
     if not 0 <= prediction <= 1:
@@ -112,11 +93,9 @@ def uniform_corrected(
 def reverse_logits(logits: Array, tokens: Array, logsnr: Array, next_logsnr: Array) -> Array:
     """log ``q(z_s | z_t, x)`` with probabilities c for x, up to a constant, [..., L, K].
 
-    By Bayes' rule: :func:`noisy_logits` at the cleaner level plus :func:`step_evidence` for the
-    current token.
-
-    ``logits`` [..., L, K] of c and ``tokens`` [..., L] of z_t (one beyond the K is evidence for
-    none); level t may be -inf, the cleaner s +inf.
+    By Bayes' rule: :func:`noisy_logits` at the cleaner level plus :func:`step_evidence` for z_t.
+    Logits [..., L, K] of c, tokens z_t [..., L] (no evidence from ids >= K); level t may be -inf, s
+    +inf.
     """
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     evidence = step_evidence(logsnr, next_logsnr, logits.shape[-1])
@@ -133,8 +112,8 @@ def noisy_logits(logits: Array, logsnr: Array) -> Array:
 def step_evidence(logsnr: Array, next_logsnr: Array, num_tokens: int) -> Array:
     """``log q(z_t = v | z_s = v) / q(z_t = v | z_s = w)`` for w != v, nats.
 
-    ``log(1 + K b / (1 - b))`` with the survival probability ``b = alpha_t / alpha_s`` of the step;
-    no difference of probabilities, exact at lambda_t = -inf and lambda_s = +inf.
+    ``log(1 + K b / (1 - b))`` with the step's survival ``b = alpha_t / alpha_s``; exact at both
+    ends.
     """
     log_odds = logsnr - jax.nn.log_sigmoid(next_logsnr) - jnp.log(-jnp.expm1(logsnr - next_logsnr))
     return jax.nn.softplus(log_odds + math.log(num_tokens))

@@ -1,7 +1,7 @@
 """Denoiser wrappers, which modify logits before the sampler uses them, and self-conditioning.
 
-Unlike a :data:`~mdm_jax.samplers.filters.LogitFilter`, which sees the logits of one position, a
-wrapper sees the row's tokens, which of them were given and, in blocks, the tokens before
+Unlike a :data:`~mdm_jax.samplers.filters.LogitFilter`, which gets the logits of one position, a
+wrapper gets the row's tokens, which of them were given and, in blocks, the tokens before
 (``context.before``). It works with every sampler.
 """
 
@@ -17,8 +17,8 @@ from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
 from mdm_jax.types import Array
 
 DenoiseWrapper = Callable[[StepContext, Denoise], Denoise]
-"""``wrapper(context, denoise) -> denoise`` of the same signature, rows independent; it passes
-further keyword arguments on if it is to stand between the network and another wrapper."""
+"""``wrapper(context, denoise) -> denoise`` of the same signature, rows independent; it must pass
+further keyword arguments on to stand between the network and another wrapper."""
 
 
 def wrapped(sampler: Sampler, *wrappers: DenoiseWrapper) -> Sampler:
@@ -39,21 +39,15 @@ def wrapped(sampler: Sampler, *wrappers: DenoiseWrapper) -> Sampler:
 def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Sampler:
     """``sampler`` for a network trained with ``objectives.self_conditioned``.
 
-    Carries the network's probabilities of the clean tokens at the start of a step, [B, L,
-    vocab_size], in memory and passes them to the network in the next step as ``model_fn(...,
-    estimate=...)``; zeros in the first step (of a block). They take one pass per step, at its level
-    or, without a grid, at ``counted_logsnr``; a call of the sampler for these tokens at this level
-    reuses that pass, as most samplers do once per step. Other calls cost passes of their own.
+    Memory carries the network's probabilities of the clean tokens at the start of a step, [B, L,
+    vocab_size]; the next step passes them on as ``model_fn(..., estimate=...)``, zeros in the first
+    step (of a block). They take one pass per step, at its level or, without a grid, at
+    ``counted_logsnr``; the sampler reuses it for these tokens at this level, as most samplers do
+    once per step. Other calls cost passes of their own. ``num_tokens``: real tokens, as in
+    training; ``vocab_size``: number of logits.
 
     Bias: biased; the estimate is one step old, while the bound's is of the same noisy tokens
-    (``objectives.two_pass``).
-
-    Args:
-        sampler: any, masked or uniform.
-        num_tokens: number of real tokens, as in training.
-        vocab_size: number of the network's logits.
-
-    Reference: Chen et al. 2022 (Analog Bits).
+    (``objectives.two_pass``). Reference: Chen et al. 2022 (Analog Bits).
     """
 
     def init(keys, canvas, mask_id):
@@ -95,19 +89,14 @@ def prompt_guidance(scale: float) -> DenoiseWrapper:
     """Classifier-free guidance by the given tokens; see ``wrapped``.
 
     ``y = y_u + scale (y_c - y_u)``, with y_u the logits when every given token of the canvas is
-    masked; one pass over a doubled batch. Needs no training beyond fully masked rows. Tokens
-    excluded in either pass keep the conditional logit. In ``sample_blocks``, with ``guided=True``,
-    given tokens of earlier blocks are padding instead (a block model never sees a mask there), at
-    two passes, each over a cache of its own.
-
-    Args:
-        scale: guidance scale, 1 for none; LLaDA's ``w + 1``.
-
-    Raises:
-        ValueError: if the scale is not a positive, finite number.
+    masked; one pass over a doubled batch. ``scale`` is 1 for none (LLaDA's ``w + 1``), positive and
+    finite (ValueError). Needs no training beyond fully masked rows. Tokens excluded in either pass
+    keep the conditional logit. In ``sample_blocks``, with ``guided=True``, given tokens of earlier
+    blocks are padding instead (a block model never sees a mask there), at two passes, each over its
+    own cache.
 
     References: Ho and Salimans 2022; Nie et al. 2024 (arXiv 2410.18514), unsupervised guidance of
-    masked models. For two networks, and for a part of the levels: ``gaussian.samplers.guided``.
+    masked models. For two networks or a part of the levels: ``gaussian.samplers.guided``.
     """
     if not 0 < scale < float("inf"):
         raise ValueError(f"prompt_guidance needs a finite scale > 0 (1 for none), got {scale}")
@@ -139,12 +128,9 @@ def no_repeat_ngrams(n: int) -> DenoiseWrapper:
     A token at a masked position is excluded if, with visible tokens to its left, its right or both,
     it forms an n-gram equal to another visible one; if no token is left, none is excluded. Samplers
     that fill one position at a time never repeat an n-gram otherwise; tokens revealed in one step
-    may. In ``sample_blocks`` the row ends with the current block.
-
-    Costs ``n^2 L^2`` comparisons per row and pass, ``n^2 (L' + n) L`` in blocks of L'.
-
-    Raises:
-        ValueError: unless n >= 1 (1 never uses a token twice).
+    may. In ``sample_blocks`` the row ends with the current block. n >= 1 (ValueError); 1 never uses
+    a token twice. Costs ``n^2 L^2`` comparisons per row and pass, ``n^2 (L' + n) L`` in blocks of
+    L'.
     """
     if n < 1:
         raise ValueError(f"no_repeat_ngrams needs n >= 1, got {n}")
@@ -172,12 +158,7 @@ def completes_repeat(
 ) -> Array:
     """[B, L, K] bool: whether a token at a masked position would complete an n-gram seen elsewhere.
 
-    Args:
-        tokens: [B, L] int32.
-        n: length of the n-grams.
-        mask_id: the mask token.
-        vocab_size: K.
-        before: [B, P] int32, tokens before, the mask token where there are none.
+    ``before``: [B, P] int32, earlier tokens, the mask token where there are none.
     """
     past = 0 if before is None else before.shape[-1]
     rows = tokens if before is None else jnp.concatenate([before, tokens], axis=-1)
