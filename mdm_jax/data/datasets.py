@@ -32,13 +32,10 @@ class Dataset:
     """Three splits and their metadata.
 
     Attributes:
-        train, valid, test: rows to learn from, to choose by, to report on; the last two may be
-            empty.
-        tokenizer: None for images.
+        train, valid, test: rows to learn from, choose by, report on; the last two may be empty.
+        tokenizer, event_shape: None for images; shape of a picture, product L, None for text.
         vocab_size, mask_id: K, ids lie in [0, K); and K - 1, which no clean row holds.
-        length: L, elements of a row.
-        unit: what ``Batch.units`` counts and likelihood is reported per.
-        event_shape: shape of a picture, product L; None for text.
+        length, unit: L, elements of a row; unit of ``Batch.units`` and of likelihood.
         fingerprint: SHA-256 of the content and of every setting that changes the rows.
         description: sizes, source, licence, and every policy that removed something.
         report: counts of what was read, changed or left out.
@@ -94,11 +91,9 @@ def make_dataset(
     """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 
     Args:
-        rows: row source by split.
         content, settings: for the fingerprint: bytes, and JSON values that change the rows.
         headline, policy: for the description: first line; what was cut, padded or left out.
-        report: counts; those that are not zero are in the description too.
-        vocab_size: None: that of the tokenizer.
+        report, vocab_size: counts, nonzero ones are described too; None: the tokenizer's.
     """
     digest = hashlib.sha256(hashlib.sha256(content).digest())
     digest.update(json.dumps(settings, sort_keys=True).encode("utf-8"))
@@ -135,8 +130,7 @@ def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
 def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[int, int]:
     """First index of valid and of test when ``size`` items are split in order by ``fractions``.
 
-    Raises ValueError if the fractions are not three non-negative numbers with sum 1, or if a split
-    with a positive fraction, or train, would be empty.
+    ValueError unless these are three numbers >= 0 with sum 1; no split but those of 0 may be empty.
     """
     in_range = len(fractions) == 3 and all(0 <= f <= 1 for f in fractions)
     if not in_range or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
@@ -165,13 +159,12 @@ def shuffled_split(
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise ValueError unless ``value`` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def check_choice(name: str, value: str, literal: Any) -> None:
-    """Raise ValueError unless ``value`` is one of the values of a ``typing.Literal``."""
+    """Raise ValueError unless ``value`` is one of a ``typing.Literal``."""
     allowed = get_args(literal)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -198,7 +191,6 @@ class VectorisedRows(abc.ABC):
         return self._read(indices)
 
     def __getitem__(self, index: int) -> Batch:
-        """One row; IndexError outside [0, len)."""
         return Batch(*(field[0] for field in self.rows(np.asarray([index], np.int64))))
 
     def __repr__(self) -> str:
@@ -208,10 +200,8 @@ class VectorisedRows(abc.ABC):
 class TokenSpans(VectorisedRows):
     """Rows of ``length`` consecutive tokens of one array, padded after its end.
 
-    Args:
-        tokens, starts: [n] int32; first token of each row.
-        pad_id: id of padding, which is not eligible and belongs to document 0.
-        character_counts: [K], characters per id; a row's ``units`` is their sum.
+    ``tokens`` [n] int32, first one of each row in ``starts``. Padding is not eligible and of
+    document 0. A row's ``units`` are the sum of ``character_counts`` [K].
     """
 
     def __init__(
@@ -245,13 +235,9 @@ class TokenSpans(VectorisedRows):
 class PackedSpans(VectorisedRows):
     """Rows of several spans of one token array each, padded at the end.
 
-    The spans of a row are its documents 1, 2, ..., in order; padding is document 0.
-
-    Args:
-        starts, ends, rows: [P] first token, one past the last, and row of each span; rows are
-            numbered without gaps.
-        length: L; the spans of a row have at most so many tokens together.
-        tokens, pad_id, character_counts: as in :class:`TokenSpans`.
+    A row's spans are its documents 1, 2, ... in order. ``starts``, ``ends``, ``rows`` [P]: first
+    token, one past the last, and row (numbered without gaps) of each span; at most ``length``
+    tokens a row. Padding and ``units`` as in :class:`TokenSpans`.
     """
 
     def __init__(

@@ -43,9 +43,7 @@ def picture_dataset(
     settings: dict[str, Any],
     headline: str,
 ) -> Dataset:
-    """Dataset of flattened pictures, per split [rows, L] uint8 in [0, num_levels); the mask comes
-    last.
-    """
+    """Dataset of flattened pictures, [rows, L] uint8 per split; the mask id is ``num_levels``."""
     shape = " x ".join(map(str, event_shape))
     return make_dataset(
         {name: PictureRows(levels) for name, levels in parts.items()},

@@ -1,8 +1,7 @@
 """Rows of documents: each in rows of its own, or several packed into a row.
 
-Attention stays within a document (``models.masks``), so its outputs and its part of the bound do
-not depend on packing. Positions are not restarted: rotary embeddings depend on differences of
-positions alone, absolute ones would need a restart.
+Attention stays within a document (``models.masks``), so outputs and bound do not depend on packing.
+Positions are not restarted, as rotary embeddings allow; absolute ones would not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,15 +27,9 @@ def cut_documents(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Cut consecutive documents of ``sizes`` tokens into pieces of at most ``length``, in order.
 
-    A long document gives full rows and then the rest; an empty one gives none.
-
-    Returns:
-        [P] first token of each piece in the concatenated documents, [P] one past its last token,
-            and the number of documents that were cut.
-
-    Raises:
-        ValueError: naming ``origin`` and the first long document if ``long_documents`` is "error";
-            for invalid settings.
+    Gives [P] first token of each piece in the concatenation, [P] one past its last, and the number
+    of documents cut. A long document gives full rows and then the rest; an empty one none.
+    ValueError names ``origin`` and the first long document if ``long_documents`` is "error".
     """
     check_positive("length", length)
     check_choice("long_documents", long_documents, LongDocuments)
@@ -57,10 +50,10 @@ def cut_documents(
 
 
 def first_fit(sizes: Sequence[int], length: int) -> np.ndarray:
-    """The row of each piece, [P] int64: the first row, in order, that still has room for it.
+    """The row of each piece, [P] int64: the first row with room. ValueError unless 1 <= sizes <=
+    length.
 
-    At most 1.7 times as many rows as the best packing (Dosa and Sgall 2013), in time ``O(P log
-    P)``. Raises ValueError if a piece is empty or longer than a row of ``length`` tokens.
+    At most 1.7 times the fewest rows possible (Dosa and Sgall 2013); time ``O(P log P)``.
     """
     sizes = np.asarray(sizes, np.int64)
     if len(sizes) and (sizes.min() < 1 or sizes.max() > length):
@@ -100,13 +93,9 @@ def document_dataset(
 ) -> Dataset:
     """Dataset of documents, each ended by EOS; a function of the arguments alone.
 
-    Args:
-        texts: documents by split; the tokenizer is fitted to those of "train".
-        origin: for error messages.
-        headline, settings, content: as in ``datasets.make_dataset``; content None: the tokens.
-
-    Other arguments are those of :func:`mdm_jax.data.documents`. Raises ValueError as
-    :func:`cut_documents`, naming the split, and for an unknown packing.
+    ``texts`` are the documents by split; the tokenizer is fitted to "train". Other arguments as in
+    :func:`mdm_jax.data.documents` and ``datasets.make_dataset`` (content None: the tokens).
+    ValueError as :func:`cut_documents`, naming the split, and for an unknown packing.
     """
     check_choice("packing", packing, Packing)
     codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)

@@ -29,8 +29,7 @@ AnswerPadding = Literal["eos_scored", "pad_hidden"]
 def result_after(answer: str, marker: str) -> str | None:
     """The result after the last ``marker``, as after ``####`` in GSM8K; None without a marker.
 
-    Numbers are normalised: ``$1,000``, ``1000.0`` and ``1000.`` are ``1000``. Other texts are
-    stripped.
+    Numbers are normalised (``$1,000``, ``1000.0``, ``1000.`` are ``1000``), other texts stripped.
     """
     _, separator, text = answer.rpartition(marker)
     if not separator:
@@ -47,8 +46,7 @@ def result_after(answer: str, marker: str) -> str | None:
 class ResultAfterMarker:
     """``Dataset.check``: whether an answer ends in the result of a reference answer.
 
-    ``marker`` precedes a result; ``results`` are those of the references, by prompt. ValueError for
-    a prompt without a reference.
+    ``results`` after ``marker`` by prompt; ValueError for a prompt without a reference.
     """
 
     marker: str
@@ -93,8 +91,7 @@ def jsonl(
 ) -> Dataset:
     """Rows ``[PAD ... prompt][answer EOS ...]`` from a file of one JSON object per line, UTF-8.
 
-    The prompt is right-aligned in the first ``prompt_length`` positions and never eligible; the
-    padding before it is neither eligible nor attended to.
+    The prompt is right-aligned and never eligible; its padding is not attended to either.
 
     Args:
         prompt_length, answer_length: positions of each, the EOS of the answer included.
@@ -102,19 +99,16 @@ def jsonl(
         valid_path, test_path, fractions, split_seed: one file split by distinct prompt, or a file
             for each split; see :func:`mdm_jax.data.text.read_splits`.
         tokenizer, bpe_vocab_size: as in :func:`mdm_jax.data.text`, fitted to the training pairs.
-        too_long: a pair that does not fit: "error"; "truncate" keeps the end of the prompt and the
-            beginning of the answer, which then has no EOS; "drop". The report counts both, by
-            split.
+        too_long: for pairs that do not fit: "error"; "truncate" keeps the end of the prompt and the
+            start of the answer, then without EOS; "drop". The report counts both.
         answer_padding: after the EOS. "eos_scored": more EOS, eligible, so the model has to find
             the length (as in LLaDA, Nie et al. 2025). "pad_hidden": padding, neither eligible nor
             attended to; easier to fit, but likelihoods are then conditional on the answer's length.
-        answer_marker: text before the result in every answer, such as ``"####"`` in GSM8K; answers
-            are checked by their results (``Dataset.check``). "": no check.
+        answer_marker: text before the result in every answer, such as ``"####"`` in GSM8K, for
+            ``Dataset.check``; "": no check.
 
-    Raises:
-        ValueError: as ``read_splits``; naming file and line, if an answer lacks the marker or a
-            pair is too long under "error"; if a whole split is dropped or a setting is out of
-            range.
+    ValueError as ``read_splits``; naming file and line, if an answer lacks the marker or a pair is
+    too long under "error"; if every pair of a split is dropped or a setting is out of range.
     """
     check_positive("prompt_length", prompt_length)
     check_positive("answer_length", answer_length)
@@ -214,7 +208,6 @@ def _encode(
 def _rows(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]], codec: Tokenizer, layout: _Layout
 ) -> Batch:
-    """Rows of encoded prompts and answers that fit, answers with their EOS."""
     shape = (len(pairs), layout.length)
     tokens = np.full(shape, codec.pad_id, np.int32)
     eligible, documents = np.zeros(shape, bool), np.zeros(shape, np.int32)

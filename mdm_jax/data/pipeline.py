@@ -36,26 +36,19 @@ def train_iterator(
     """Endless iterator over shuffled batches of ``source``, resumable and prefetched by Grain.
 
     Each epoch visits every row once in its own order; a batch may span two epochs. Global batch i
-    is a function of (source, batch_size, seed, i) alone.
+    is a function of (source, batch_size, seed, i) alone. ValueError for an argument out of range.
 
     ``get_state()`` counts the batches handed out, not those prefetched: a small JSON-able dict for
-    ``set_state(state)``. It does not identify the data: keep :func:`stream_fingerprint` next to it.
-    An error in reading or placing a batch is raised by the ``next`` that would have returned it;
-    the following ``next`` tries that batch again. ``close()`` ends the thread.
+    ``set_state(state)``. Keep :func:`stream_fingerprint`, which identifies the data, next to it. If
+    reading or placing a batch fails, its ``next`` raises and the following one tries again.
+    ``close()`` ends the thread.
 
     Args:
-        batch_size: B, rows of the *global* batch, over all processes.
+        batch_size: B, rows of the *global* batch, over all processes; at most those of ``source``.
         seed: of the order, in [0, 2**32).
         prefetch: batches held ready by a background thread, which prepares one more; 0: none.
         rows: which rows of each global batch to return, such as ``sharding.local_rows``; None: all.
-        place: applied to each batch by the thread that read it, for example ``jax.device_put``.
-
-    Returns:
-        Iterator of Batch, leading axis ``batch_size`` or ``len(rows)``; NumPy, or what ``place``
-            returns.
-
-    Raises:
-        ValueError: if the source has fewer rows than a batch, or an argument is out of range.
+        place: applied to each batch of NumPy arrays by its thread, for example ``jax.device_put``.
     """
     check_positive("batch_size", batch_size)
     local = np.arange(batch_size) if rows is None else np.asarray(rows)
@@ -95,9 +88,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Batches of ``batch_size`` that hold every row of ``source`` exactly once, in order.
 
-    The last one is filled up with empty rows: nothing eligible, documents and units 0. ``max_rows``
-    takes so many rows, evenly spaced. Raises ValueError if the source is empty or an argument is
-    not positive.
+    Empty rows fill up the last: nothing eligible, documents and units 0. ``max_rows`` takes so
+    many, evenly spaced. ValueError if the source is empty or an argument is not positive.
     """
     check_positive("batch_size", batch_size)
     size = len(source)

@@ -16,10 +16,8 @@ class NgramEntropies(NamedTuple):
     unigram or bigram model reaches them on unseen text.
 
     Attributes:
-        unigram, bigram: H(X_t) and H(X_t | X_{t-1}), bits per token; pairs lie inside one row,
-            bigram is None without pairs.
-        tokens, pairs: numbers counted.
-        units: characters or dimensions that the tokens stand for.
+        unigram, bigram: H(X_t), H(X_t | X_{t-1}), bits per token; bigram is None without pairs.
+        tokens, pairs, units: numbers counted, pairs inside one row; characters or dimensions.
     """
 
     unigram: float
@@ -48,14 +46,9 @@ def ngram_entropies(
 ) -> NgramEntropies:
     """Unigram and bigram plug-in entropies of rows of tokens.
 
-    Args:
-        tokens: [L] one stream, or [N, L] rows; integers in [0, vocab_size).
-        eligible: bool, shape of ``tokens``: which to count, None: all. A pair needs two eligible
-            neighbours in one row.
-        units: characters or dimensions that the counted tokens stand for; None: their number.
-
-    Raises:
-        ValueError: if no token is eligible, a shape is wrong or a token is out of range.
+    ``tokens``: [L] or [N, L] integers in [0, vocab_size). ``eligible``: bool, same shape, which to
+    count (pairs need two); None: all. ``units``: characters or dimensions; None: the tokens
+    counted. ValueError if no token is eligible, a shape is wrong or a token is out of range.
     """
     tokens = np.atleast_2d(np.asarray(tokens))
     keep = np.ones(tokens.shape, bool)
@@ -87,9 +80,7 @@ def ngram_entropies(
 def split_entropies(
     source: RowSource, vocab_size: int, max_rows: int | None = None
 ) -> NgramEntropies:
-    """:func:`ngram_entropies` of a split's eligible tokens; ``max_rows`` as in
-    ``evaluation_batches``.
-    """
+    """:func:`ngram_entropies` of eligible tokens; ``max_rows`` as in ``evaluation_batches``."""
     batches = list(evaluation_batches(source, 256, max_rows))
     return ngram_entropies(
         np.concatenate([batch.tokens for batch in batches]),
@@ -104,8 +95,8 @@ def rare_tokens(
 ) -> np.ndarray:
     """The least frequent tokens that together make up at most ``share`` of a split, [K] bool.
 
-    Ids without eligible occurrences are rare too. For token-dependent corruption
-    (``corruption.bernoulli_shifted_logit``). Raises ValueError unless 0 < share < 1.
+    For ``corruption.bernoulli_shifted_logit``; unseen ids are rare. ValueError unless 0 < share <
+    1.
     """
     if not 0 < share < 1:
         raise ValueError(f"rare_tokens needs 0 < share < 1, got {share}")

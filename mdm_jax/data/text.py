@@ -34,19 +34,17 @@ def text(
     """Rows of ``length`` tokens from a UTF-8 text file, all of whose characters are kept.
 
     The text is cut into three contiguous parts by number of characters, each encoded by itself.
-    Validation and test rows cover their part without overlap; padding, neither eligible nor
-    attended to, fills up the last one.
+    Valid and test rows do not overlap; padding, neither eligible nor attended to, completes the
+    last.
 
     Args:
         tokenizer: "char", "byte", "bpe" (the first and last are fitted to the training part), the
             path of a tokenizer's JSON file, or a tokenizer.
-        bpe_vocab_size: K for "bpe".
-        fractions: of the characters for train, valid and test; 0 for no such split.
+        bpe_vocab_size, fractions: K for "bpe"; of characters for train, valid, test, 0 for none.
         train_stride: tokens between the starts of consecutive training rows.
 
-    Raises:
-        ValueError: naming the file, if it is empty, not UTF-8 (with byte offset and line), or too
-            short for one training row; or if a setting is out of range.
+    ValueError, naming the file, if it is empty, not UTF-8 (with byte offset and line), or too short
+    for one training row; or if a setting is out of range.
     """
     content = read_utf8(path)
     if not content:
@@ -74,10 +72,9 @@ def embedded_text(
 ) -> Dataset:
     """Rows from the language reference in every CPython, ``pydoc_data.topics`` (PSF-2.0).
 
-    About half a million characters: the topics in the order of their names, joined by blank lines,
-    reduced to ASCII (NFKD, the rest dropped and counted). The text differs between Python versions,
-    patch releases included; the description records version and SHA-256. Arguments as in
-    :func:`text`.
+    Half a million characters: topics in the order of their names, joined by blank lines, reduced to
+    ASCII (NFKD, the rest dropped and counted). The text differs between Python versions, patches
+    too; the description has version and SHA-256. Arguments as in :func:`text`.
     """
     from pydoc_data.topics import topics
 
@@ -192,10 +189,8 @@ def read_splits(
     with ``split_seed`` and split by ``fractions``, so none is in two splits. With it, the whole
     file is for training, and ``test_path``, or nothing, is the test split.
 
-    Raises:
-        ValueError: naming file and line, if a line is malformed or empty before the end of the
-            file, or a field is missing or not a string; naming the file, if it is empty or a split
-            would be.
+    ValueError names file and line, if a line is malformed or empty before the end of the file, or a
+    field is missing or not a string; the file, if it is empty or a split would be.
     """
     if test_path is not None and valid_path is None:
         raise ValueError("test_path needs valid_path; without both, the one file is split")
@@ -262,22 +257,17 @@ def documents(
 ) -> Dataset:
     """Rows of documents from a UTF-8 file of one JSON object per line, each with a text.
 
-    EOS, which is eligible and stands for no character, ends a document. Each stands in rows of its
-    own, the last filled up with padding that is neither eligible nor attended to; with ``packing``
-    documents share rows (:mod:`mdm_jax.data.packing`).
+    EOS, eligible and of no character, ends a document. Each has rows of its own, the last completed
+    by padding, neither eligible nor attended to, unless ``packing`` (:mod:`mdm_jax.data.packing`).
 
     Args:
-        length: L, tokens per row.
-        text_field: key of the text, a string.
         valid_path, test_path, fractions, split_seed: one file split by distinct text, or a file for
             each split; see :func:`mdm_jax.data.text.read_splits`.
-        tokenizer, bpe_vocab_size: as in :func:`mdm_jax.data.text`, fitted to the training split.
-        packing: "" for none, or "first_fit".
+        text_field, tokenizer, bpe_vocab_size: key of the text; as in :func:`mdm_jax.data.text`.
+        packing: "" for none, or "first_fit", which lets documents share rows.
         long_documents: longer than a row with their EOS: "split" them, or raise an "error".
 
-    Raises:
-        ValueError: as ``read_splits``; naming the file and the document if one is too long under
-            "error"; if a setting is out of range.
+    ValueError as ``read_splits``, for a long document under "error", or a setting out of range.
     """
     check_positive("length", length)
     parts = read_splits(

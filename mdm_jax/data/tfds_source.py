@@ -30,21 +30,17 @@ def tfds_text(
 ) -> Dataset:
     """Rows of documents, one per example, from a TFDS dataset with a text feature.
 
-    Rows are those of :func:`mdm_jax.data.documents`. All text is read and encoded at once and kept
-    at 4 bytes per token; use a slice such as "train[:1%]" of a large dataset.
+    All text is encoded at once and kept at 4 bytes per token; of a large dataset use a slice such
+    as "train[:1%]". Other arguments and rows are those of :func:`mdm_jax.data.documents`.
 
     Args:
-        name: of the dataset, with config and version where needed ("lm1b", "my_data/a:1.0.0").
-        text_field: feature that holds the text.
-        splits: TFDS split expressions for train, valid and test.
+        name: with config and version where needed ("lm1b", "my_data/a:1.0.0").
+        text_field, splits: feature that holds the text; TFDS expressions for train, valid, test.
         data_dir: where TFDS keeps its datasets; None: its default.
         download: whether TFDS may download and prepare a missing dataset.
-        length, tokenizer, bpe_vocab_size, packing, long_documents: as in ``documents``.
 
-    Raises:
-        ValueError: if the dataset, a split or the feature does not exist, is empty, is not prepared
-            as array_record, or is not UTF-8 text; or as ``documents``.
-        ImportError: if tensorflow-datasets is not installed.
+    ValueError if the dataset, a split or the feature does not exist, is empty, not array_record or
+    not UTF-8 text; ImportError without tensorflow-datasets.
     """
     check_positive("length", length)
     sources = _open(name, splits, data_dir, download)
@@ -77,8 +73,8 @@ def tfds_images(
     """Rows of one flattened picture each, from a TFDS dataset of uint8 images of one shape.
 
     An intensity v becomes ``v * levels // 256``, 2 <= levels <= 256. A trailing axis of one channel
-    is removed. All pictures are decoded at once and kept at one byte per element. Other arguments
-    and errors as in :func:`tfds_text`; ValueError too if the pictures are not uint8 of one shape.
+    is removed. All pictures are decoded at once and kept at one byte per element. Else as
+    :func:`tfds_text`; ValueError too if the pictures are not uint8 of one shape.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels must be in [2, 256], got {levels}")

@@ -1,7 +1,6 @@
 """Tokenizers: characters, bytes, and byte-level BPE through the ``tokenizers`` package.
 
-Content ids start at 0; padding, end of sequence and mask are the last three ids, which ``encode``
-never returns.
+Content ids come first; the last three are padding, EOS and mask, never returned by ``encode``.
 """
 
 import abc
@@ -23,12 +22,11 @@ _CHUNK = 2**20
 
 
 class Tokenizer(abc.ABC):
-    """Base of all tokenizers.
+    """Base of all tokenizers; ``kind`` is the name under which one is saved.
 
     Attributes:
-        kind: name under which the tokenizer is saved.
-        character_counts: [K] int32, characters of raw text that each id stands for; a character
-            spread over several ids counts at its first one.
+        character_counts: [K] int32, characters of text per id; one of several ids counts at its
+            first.
         unknown_id: id of characters outside the vocabulary, None where every text can be encoded.
     """
 
@@ -96,7 +94,6 @@ class Tokenizer(abc.ABC):
         return ids[: stops[0]] if len(stops) else ids
 
     def to_json(self) -> str:
-        """JSON text for :func:`tokenizer_from_json`."""
         return json.dumps({"kind": self.kind, **self._settings()})
 
     def save(self, path: str | os.PathLike) -> None:
@@ -198,7 +195,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class SpecialTokens(NamedTuple):
-    """Names of the special tokens inside a tokenizers JSON."""
+    """Names of the special tokens in tokenizers JSON."""
 
     pad: str = "<pad>"
     eos: str = "<eos>"
@@ -211,16 +208,9 @@ DEFAULT_SPECIAL_TOKENS = SpecialTokens()
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding, in the JSON format of the ``tokenizers`` package.
 
-    Ids are those of the JSON except that the three special tokens are moved to the end. Text that
-    spells a special token is encoded as ordinary text.
-
-    Args:
-        tokenizer_json: contents of a ``tokenizer.json``.
-        special_tokens: names of padding, end of sequence and mask in it.
-
-    Raises:
-        ValueError: if the JSON cannot be read, lacks a special token, or does not reproduce text
-            exactly (then characters could not be counted).
+    Ids are those of the JSON, but the three special tokens, by their names in it, move to the end.
+    Text that spells a special token is ordinary text. ValueError if the JSON cannot be read, lacks
+    a special token, or does not reproduce text exactly (characters could not be counted).
     """
 
     kind = "bpe"
@@ -265,8 +255,8 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Learn merges from ``texts``, which should be the training split only.
 
-        Each digit is a token. A function of the texts alone; fewer than ``vocab_size`` tokens where
-        the texts hold fewer distinct pairs. Raises ValueError for ``vocab_size`` below 259.
+        Each digit is a token. Deterministic; fewer than ``vocab_size`` tokens where the texts hold
+        fewer distinct pairs. ValueError for ``vocab_size`` below 259.
         """
         smallest = 256 + NUM_SPECIAL
         if vocab_size < smallest:
@@ -357,8 +347,7 @@ class BPETokenizer(Tokenizer):
 def tokenizer_from_json(text: str, origin: str = "the given JSON") -> Tokenizer:
     """The tokenizer of :meth:`Tokenizer.to_json`, or of Hugging Face tokenizers JSON.
 
-    Raises ValueError, naming ``origin``, if it is not JSON, of an unknown kind, or lacks a special
-    token.
+    ValueError, naming ``origin``, if not JSON, of an unknown kind, or without a special token.
     """
     try:
         payload = json.loads(text)
@@ -432,9 +421,7 @@ def _counts_table(content: list[int]) -> np.ndarray:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte by its character in byte-level tokenizers: printable Latin-1 itself, others from U+0100
-    up.
-    """
+    """Byte by its character in byte-level tokenizers: printable Latin-1, others from U+0100 up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

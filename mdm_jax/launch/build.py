@@ -35,9 +35,8 @@ class Experiment:
     """The objects of a run, built once and used by every mode.
 
     Attributes:
-        transform: the variance chain.
+        transform, spec: the variance chain, and the shape of the global draw.
         monitors: running estimates that go to the metrics.
-        spec: shape of the global draw.
         held_out: name and rows of the final evaluation split.
         validate, evaluate: likelihood estimators, during training and in the end.
         generate: ``generate(params, key, canvas, documents) -> tokens`` of the configured sampler.
@@ -75,10 +74,7 @@ class Experiment:
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
-        """The pure step ``(state, batch, seed=the config's)``, not yet jitted.
-
-        A seed that is passed is traced: one program serves all seeds.
-        """
+        """Pure step ``(state, batch, seed=the config's)``, not jitted; the seed can be traced."""
         apply_fn = sharding.sharded_apply(self.apply_fn, self.mesh, sharding.LOGICAL_RULES)
 
         def make(seed: ArrayLike) -> Callable[[TrainState, Batch], tuple]:
@@ -106,7 +102,6 @@ class Experiment:
         return sharding.init_sharded(self._new_state, self.mesh)[0]
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state."""
         return sharding.abstract_sharded(self._new_state, self.mesh)
 
     def placed_seed(self) -> Array:
@@ -125,7 +120,6 @@ class Experiment:
         )
 
     def abstract_batch(self) -> Batch:
-        """Shapes, dtypes and shardings of a training batch."""
         size, rows = self.config.train.batch_size, sharding.batch_sharding(self.mesh)
         return jax.tree.map(
             lambda field: jax.ShapeDtypeStruct(
@@ -176,10 +170,7 @@ class Experiment:
 
 
 def make_experiment(config: ConfigDict) -> Experiment:
-    """Build the objects of a run.
-
-    Raises ValueError, OSError, ImportError or WorkdirError, with a message for the user.
-    """
+    """Build a run; ValueError, OSError, ImportError and WorkdirError are messages for users."""
     rows = dataset(config)
     family = lookup(FAMILIES, config.process, "process")(config, rows)
     _check_unread(config, family.unread)
@@ -420,8 +411,7 @@ def open_workdir(workdir: str | pathlib.Path) -> training.CheckpointReader:
 def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
     """(step, averaged parameters) of a run: the best by validation loss, else the last.
 
-    Its optimiser and variance chain may differ from the experiment's. Raises CheckpointError
-    without checkpoints, or for those of another network.
+    Its optimiser and variance chain may differ. CheckpointError if there are none of this network.
     """
     checkpoints = open_workdir(workdir)
     try:

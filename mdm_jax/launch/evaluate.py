@@ -20,9 +20,9 @@ Check = Callable[..., None] | None
 
 
 def evaluate(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -> dict[str, Any]:
-    """Final-split bound under the best parameters, and accuracy where answers are checked.
+    """Bound and, with a checker, accuracy of the best parameters; also in ``evaluation.json``.
 
-    Returned, and written to ``evaluation.json``. ``check`` is called after every batch; may raise.
+    ``check`` is called after every batch; may raise.
     """
     max_rows = experiment.config.evaluate.max_rows
     step, params = load_parameters(experiment, workdir)

@@ -70,7 +70,6 @@ class Family:
         noise_axis: label of the noise axis of plots; "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
         with_corruption: the objective under another corruption by name, where there are several.
-        input_dtype: of the network's inputs.
         record, details: a likelihood as JSON values; report lines about these.
     """
 
@@ -123,9 +122,8 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
 
 
 def block(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """Block diffusion; ``train.init_from`` may name a masked run.
-
-    Raises ValueError if the block size does not divide the row.
+    """Block diffusion; ``train.init_from`` may be a masked run. ValueError if blocks do not fill
+    rows.
     """
     size, length, window = config.block.size, dataset.length, config.block.window or None
     if size < 1 or length % size:
@@ -237,10 +235,7 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
 
 
 def gaussian_family(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """Gaussian diffusion of pictures by the configured recipe; all recipes share the network.
-
-    Raises ValueError for text or self-conditioning.
-    """
+    """Gaussian diffusion of pictures by recipe; ValueError for text or self-conditioning."""
     if dataset.event_shape is None:
         raise ValueError(
             'process="gaussian" needs pictures (data.source=digits, or tfds with kind=image); for '
@@ -342,7 +337,7 @@ def _chunking(logits_at: str, tensor: int) -> models.Chunking | None:
     """Chunking of losses at target positions; None for logits of all positions."""
     if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
         return None
-    # Every device but those that share a layer has rows of its own.
+    # All devices hold different rows, except along the tensor axis.
     return models.Chunking(jax.device_count() // tensor)
 
 

@@ -32,10 +32,10 @@ from mdm_jax.variance.ppots import fit_epr
 from mdm_jax.variance.transform import Phase, VarianceTransform
 
 CONFIGURED = "this run"
-"""The chain, process and state that the run itself trains with."""
+"""The run's own chain, process and state."""
 
 _MASKED_ONLY = ("bernoulli", "rao_blackwell")
-"""Corruptions that are methods by themselves, and mean nothing for other processes."""
+"""Corruptions that are methods of the masked process alone."""
 
 _INVERSE_RATES = ("bernoulli", "bernoulli_shifted_logit")
 """Corruptions with weights 1/m."""
@@ -45,7 +45,7 @@ _INFINITE = (
     "these redraws show; use fixed counts, Rao-Blackwell weights, a law with more small rates "
     "(power) or one that stays away from 0"
 )
-"""Known, and rarely seen in a few hundred redraws of long rows."""
+"""Holds though a few hundred redraws of long rows rarely show it."""
 
 
 class Method(NamedTuple):
@@ -130,10 +130,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure every method, write ``variance/`` below the workdir, return the record.
 
-    All methods get the same parameters (the last checkpoint's if any), rows and base noise. The
-    baseline and the run's own chain are always included. A method that cannot be built or measured
-    is kept with the reason. ``methods`` None: :data:`METHODS`. Raises ValueError if the settings do
-    not fit the data, or the run has no noise.
+    All share parameters (of the last checkpoint, if any), rows and base noise. The baseline and the
+    run's own chain are added to ``methods`` (None: :data:`METHODS`); one that fails is kept with
+    the reason. Raises ValueError if the settings do not fit the data, or the run has no noise.
     """
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")

@@ -73,11 +73,7 @@ def digits_masked(variant: str = "") -> ConfigDict:
 
 
 def digits_gaussian(variant: str = "vdm") -> ConfigDict:
-    """Gaussian diffusion on 8 x 8 digits, by the recipe that ``variant`` names.
-
-    Recipes differ in law, weighting and output alone; ``python -m experiments.recipes`` compares
-    them.
-    """
+    """Gaussian diffusion on 8 x 8 digits; recipes differ in law, weighting and output alone."""
     check_variant("digits_gaussian", variant, sorted(RECIPES))
     config = defaults.get_config()
     config.process = "gaussian"

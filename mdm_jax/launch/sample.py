@@ -30,15 +30,13 @@ class Job(NamedTuple):
 def make_jobs(
     dataset: data.Dataset, source: data.RowSource, *, num_samples: int, gap: int, prompts: str
 ) -> tuple[Job, ...]:
-    """Rows to complete, from the settings of ``sample``.
+    """Rows to complete, from the settings of ``sample``; ValueError or OSError if unusable.
 
     Args:
         source: held-out rows.
         num_samples: free samples, or answers where rows have prompts.
         gap: length of the gap in the infilled passage; 0 for none.
         prompts: file of texts, one a line, in place of both; "" for none.
-
-    Raises ValueError or OSError if a setting or the file cannot be used.
     """
     if num_samples < 1:
         raise ValueError(f"sample.num_samples must be at least 1, got {num_samples}")
@@ -69,9 +67,8 @@ def show_samples(
 ) -> dict[str, Any]:
     """Draw samples and write them below ``workdir/samples`` and to ``writer``; keeps older files.
 
-    ``generate(params, key, canvas, documents) -> tokens``; ``step`` is that of ``params``. Returns
-    {"samples": [record, ...], "files": [path, ...]}; a text record has "kind" (see :class:`Job`),
-    "text", and "given" for jobs with context.
+    ``generate(params, key, canvas, documents) -> tokens``. Returns {"samples": records, "files":
+    paths}; a text record has "kind" (see :class:`Job`), "text", and "given" for jobs with context.
     """
     directory = workdir / "samples"
     if distributed.is_first():

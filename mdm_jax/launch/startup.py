@@ -80,10 +80,9 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
 
 def use_compilation_cache(directory: str | None) -> pathlib.Path | None:
-    """Keep compiled programs on disk for the next start; returns where.
+    """Keep compiled programs on disk for the next start; returns where; "" for no cache.
 
-    ``directory`` None: ``JAX_COMPILATION_CACHE_DIR`` if set, else ``mdm_jax`` below the user's
-    cache directory; "": no cache.
+    None: ``JAX_COMPILATION_CACHE_DIR`` if set, else ``mdm_jax`` below the user's cache directory.
     """
     if directory == "":
         jax.config.update("jax_compilation_cache_dir", None)

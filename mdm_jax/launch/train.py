@@ -38,9 +38,8 @@ def train(
 ) -> bool:
     """Train, resuming from the directory's last undamaged checkpoint.
 
-    The directory is claimed (``workdir.claim``) after all checks. Returns True if finished, False
-    if interrupted and saved. Raises WorkdirError, CheckpointError, TrainingStopped or ValueError,
-    with a message for the user.
+    Claims the directory (``workdir.claim``) after all checks. True: finished; False: interrupted
+    and saved. Raises WorkdirError, CheckpointError, TrainingStopped, ValueError with user messages.
     """
     c = experiment.config
     check(workdir, c, allow_config_change)
@@ -97,9 +96,9 @@ def train(
 def initial_state(experiment: Experiment) -> TrainState:
     """The state at step 0, with the parameters of the run ``train.init_from`` if set.
 
-    So a masked model goes on as a block or autoregressive one (one network, other attention masks).
-    Optimiser, averages and variance transforms start afresh. Raises WorkdirError if there is no run
-    or its tokens differ, CheckpointError without a checkpoint of this network.
+    A masked model can continue as a block or autoregressive one; optimiser, averages and variance
+    transforms start afresh. Raises WorkdirError if there is no run or its tokens differ,
+    CheckpointError without a checkpoint of this network.
     """
     source = experiment.config.train.init_from
     if not source:
@@ -161,10 +160,7 @@ def make_hooks(
 def _adapt_hook(
     experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
 ) -> Callable[..., TrainState]:
-    """Choose the range of ``clipped_adaptive`` from validation rows.
-
-    Choices go to ``clip_search.jsonl`` with all scores; the range in use is in the state.
-    """
+    """Choose the range of ``clipped_adaptive``; scores are logged to ``clip_search.jsonl``."""
     source, rows = experiment.dataset.valid, experiment.config.evaluate.batch_size
     count = min(experiment.config.clip_search.batches, len(source) // rows)
 

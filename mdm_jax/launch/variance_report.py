@@ -88,8 +88,7 @@ def write_report(
 ) -> list[str]:
     """Write ``variance.csv`` and the plots; returns the files, the JSON record's included.
 
-    ``record`` is from ``measure.measure``, ``table`` measured under the run's own process,
-    ``level`` labels the noise axis.
+    ``record`` is from ``measure.measure``, ``table`` of the run's process, ``level`` an axis label.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(directory / "variance.csv", record)
@@ -139,7 +138,7 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     settled), ``text`` for display, and comparisons with the baseline and the runner-up: ratio,
     difference in standard errors, methods less than two standard errors from the best.
     """
-    # A truncated objective makes every label truncated; what counts is that a method adds nothing.
+    # A truncated objective makes every label truncated: compare with the baseline's label.
     own = results[BASELINE].bias if BASELINE in results else "exact"
     settled = {
         name: result.efficiency

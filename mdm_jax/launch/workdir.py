@@ -54,7 +54,7 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
 
 
 def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
-    """Raise WorkdirError for a directory of another config (listing what differs) or without a run."""
+    """Raise WorkdirError if the directory holds a run of another config (with a diff) or no run."""
     old = read_config(workdir)
     if old is None:
         if workdir.exists() and not workdir.is_dir():
@@ -100,7 +100,7 @@ def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) 
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Write ``config.json`` and ``run.json``; those of another config become ``config.1.json`` ..."""
+    """Write ``config.json`` and ``run.json``; those of another config are numbered and kept."""
     new, old = resolved(config), read_config(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     changed = old is not None and _changes(old, new)
@@ -174,8 +174,8 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 def training_lock(workdir: pathlib.Path) -> Iterator[None]:
     """Lock out other trainers of ``workdir``, which exists, until the block ends.
 
-    A file lock, held by process 0 and released when it ends in any way; none on file systems
-    without locks. Raises WorkdirError, in all processes, naming the trainer that holds it.
+    Process 0 holds a file lock, released however it ends; file systems without locks have none.
+    WorkdirError, in all processes, names the trainer at work.
     """
     with contextlib.ExitStack() as stack:
         other = None

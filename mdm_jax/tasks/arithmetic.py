@@ -31,9 +31,8 @@ _REMOVE = str.maketrans("", "", LETTERS)
 class Noisy(Task):
     """Another task with a random letter of ``wxyz`` after every ``every`` characters of its answer.
 
-    Its loss never vanishes, as in natural language: each letter costs log 4 nats. Instances,
-    canonical forms and splits are the other task's. Raises ValueError if ``every`` is out of range,
-    or the task is noisy already.
+    Its loss never vanishes, as in natural language: each letter costs log 4 nats. Instances and
+    splits are the other task's. ValueError if ``every`` is out of range or the task is noisy.
     """
 
     task: Task
@@ -76,9 +75,8 @@ class Noisy(Task):
 class Run(Task):
     """``4+3*2-5=`` to ``749``: the value after each operator, from left to right, modulo p.
 
-    ``steps`` operators, ``modulus`` p from 2 to 10 (each value is one digit); ``last_only``: the
-    answer is the last value alone. An instance is the prompt without ``=``. ValueError for a
-    setting out of range.
+    ``modulus`` is p, 2 to 10 (each value is one digit); ``last_only``: the answer is the last value
+    alone. An instance is the prompt without ``=``. ValueError for a setting out of range.
     """
 
     steps: int = 4
@@ -134,14 +132,9 @@ class Chain(Task):
 
     One leaf, then ``steps`` needed nodes, each combining the one before it with a constant or an
     earlier node, then ``distractors``: unneeded nodes that depend on needed ones. An instance is
-    the right-hand sides in this order, with nodes called A, B, C, ...
-
-    Attributes:
-        modulus: p, at least 2. Up to 10, all answers have one length.
-        result_only: the answer is the result without its derivation, as in ``2``.
-
-    Raises:
-        ValueError: if a setting is out of range, or there are more nodes than letters.
+    the right-hand sides in this order, with nodes called A, B, C, ... ``modulus`` is p, at least 2;
+    up to 10, all answers have one length. ``result_only``: without the derivation, as in ``2``.
+    ValueError if a setting is out of range, or there are more nodes than letters.
     """
 
     steps: int = 2

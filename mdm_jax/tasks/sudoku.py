@@ -22,12 +22,9 @@ class Sudoku(Task):
 
     n = ``rows`` times ``columns``, the shape of a box: 2 x 3 makes 6 x 6 grids. An instance is a
     full grid, found by a random depth-first search (every grid is possible, not all equally
-    likely), so all puzzles of one grid are in one split. Raises ValueError for a setting out of
-    range.
-
-    Attributes:
-        blanks: fewest and most blank cells; the number is uniform between them, but smaller where
-            no such puzzle with one solution is found.
+    likely), so all puzzles of one grid are in one split. ``blanks``: fewest and most blank cells;
+    the number is uniform between them, but smaller where no such puzzle with one solution is found.
+    ValueError for a setting out of range.
     """
 
     rows: int = 2
@@ -112,9 +109,7 @@ class Sudoku(Task):
         return set(blank)
 
     def count_solutions(self, prompt: str, limit: int = 2) -> int:
-        """Valid grids that keep a prompt's givens, at most ``limit``; ValueError unless n² digits
-        up to n.
-        """
+        """Valid grids that keep the givens, at most ``limit``; ValueError if malformed."""
         groups = _groups(self.rows, self.columns)
         known = set("0123456789"[: self.size + 1])
         if len(prompt) != self.size**2 or not known.issuperset(prompt):
