@@ -1,7 +1,8 @@
 """Answers to prompts: their likelihood, multiple choice by likelihood, and accuracy by a checker.
 
 Only the answer's tokens are eligible. Any estimator that returns a ``Likelihood`` works; with
-``exact_when_short`` short answers have no Monte Carlo error.
+``exact_when_short`` short answers have no Monte Carlo error. ``key`` is typed: masks and samples of
+a row depend on it and the row's number alone. ``progress`` gets the number of rows done.
 """
 
 import dataclasses
@@ -28,12 +29,11 @@ Evaluate = Callable[..., Likelihood]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerScores:
-    """Bounds on ``-log p(answer | prompt)``. Fields are NaN (or 0) where there is no answer.
+    """Bounds on ``-log p(answer | prompt)``; NaN (or 0) where there is no answer.
 
     Attributes:
         replicate_nats: [R, ...] each replicate's estimate for each answer, nats.
-        tokens: [...] eligible tokens of each answer.
-        units: [...] units (characters) of each answer.
+        tokens, units: [...] eligible tokens and units (characters) of each answer.
     """
 
     replicate_nats: np.ndarray
@@ -64,19 +64,15 @@ def answer_rows(
 ) -> Batch:
     """Rows ``[PAD ... prompt][answer PAD ...]``, the layout of ``data.jsonl``, as one batch.
 
-    Only the answer's tokens are eligible; padding is not attended to. To score the end of an answer
-    append the tokenizer's ``eos_id`` (up to ``answer_length`` for a network that was trained with
-    ``answer_padding="eos_scored"``).
+    Padding is not attended to. To score the end of an answer append the tokenizer's ``eos_id`` (up
+    to ``answer_length`` for a network trained with ``answer_padding="eos_scored"``).
 
     Args:
-        prompts: [N] of token ids; may be empty.
-        answers: [N] of token ids; an empty one is a row without eligible tokens.
-        prompt_length, answer_length: positions for prompt and answer.
-        pad_id: padding token.
+        prompts, answers: [N] of token ids; an empty answer is a row without eligible tokens.
+        prompt_length, answer_length: positions of each.
         units: [N] characters of each answer; None: its number of tokens.
 
-    Raises:
-        ValueError: if the numbers of prompts, answers and units differ, or one does not fit.
+    Raises ValueError if the numbers of prompts, answers and units differ, or one does not fit.
     """
     count = len(prompts)
     if len(answers) != count or (units is not None and len(units) != count):
@@ -109,16 +105,10 @@ def score_answers(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> AnswerScores:
-    """Scores [N]: nats of each row's eligible tokens given the rest.
+    """Scores [N]: nats of each row's eligible tokens given the rest, ``batch_size`` rows per pass.
 
-    Args:
-        evaluate: any estimator; for short answers
-            ``make_subset_likelihood(..., exact_when_short(rotated_counts(16), 7))``.
-        params: parameters.
-        key: typed key. The masks of a row depend on it and the row's number alone.
-        rows: [N, L], of :func:`answer_rows` or of a dataset.
-        batch_size: rows per forward pass.
-        progress: called with the number of rows done.
+    ``rows`` [N, L] of :func:`answer_rows` or a dataset. ``evaluate`` is any estimator; for short
+    answers ``make_subset_likelihood(..., exact_when_short(rotated_counts(16), 7))``.
     """
     result = evaluate(params, key, row_batches(rows, batch_size), progress)
     return spread_rows(result, len(rows.tokens))
@@ -133,19 +123,12 @@ def log_likelihood_ratios(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> PairedDifference:
-    """``log p(second) - log p(first)`` of corresponding rows, on common subsets.
+    """``log p(second) - log p(first)`` of corresponding rows [N, L], on common subsets.
 
     ``per_row_nats`` of the result estimates the ratio, without bias under the conditions of
-    ``likelihood.subsets``, else the difference of two bounds. Common subsets help the more, the
-    more the rows have in common (``tests/unit/evaluation/test_answers.py`` has variances).
-
-    Args:
-        evaluate, params, key, batch_size, progress: as for :func:`score_answers`.
-        first: [N, L].
-        second: [N, L], with the eligible positions of ``first``.
-
-    Raises:
-        ValueError: if the eligible positions differ: then no subset is common.
+    ``likelihood.subsets``, else the difference of two bounds. Common subsets help more the more the
+    rows share (variances: ``tests/unit/evaluation/test_answers.py``). Raises ValueError if the
+    eligible positions differ: then no subset is common.
     """
     if not np.array_equal(first.eligible, second.eligible):
         raise ValueError(
@@ -185,11 +168,7 @@ def nats_per_token(scores: AnswerScores) -> np.ndarray:
 
 
 def nats_per_character(scores: AnswerScores) -> np.ndarray:
-    """Nats per character (``units``); does not depend on the tokenizer.
-
-    Raises:
-        ValueError: if an answer with tokens has no characters.
-    """
+    """Nats per character (``units``); ValueError if an answer with tokens has none."""
     if np.any((scores.units < 1) & (scores.tokens > 0)):
         raise ValueError("an answer has tokens but no characters; give answer_rows its units")
     return scores.replicate_nats / np.maximum(scores.units, 1)
@@ -199,13 +178,10 @@ def nats_per_character(scores: AnswerScores) -> np.ndarray:
 class Choices:
     """Chosen candidates and their accuracy.
 
-    In a tie ``chosen`` is the first candidate, and the credit that of a fair draw among the tied.
-
     Attributes:
-        rule: name of the rule.
-        chosen: [Q] number of the chosen candidate.
+        chosen: [Q] number of the chosen candidate, the first one in a tie.
         ties: [Q] candidates with the smallest value; 1 where there is no tie.
-        credit: [Q] 1 for correct, 0 for wrong, a fraction for a tie with the correct answer.
+        credit: [Q] 1 or 0, or a fair draw's share of correct among the tied.
         margin: [Q] value of the runner-up minus that of the chosen one; 0 for a tie.
         margin_standard_error: [Q] its Monte Carlo error, paired over replicates.
         chance: accuracy of guessing.
@@ -277,17 +253,17 @@ def score_candidates(
 ) -> AnswerScores:
     """Scores [Q, C] of every candidate of every question, NaN beyond a question's candidates.
 
-    Args:
-        evaluate, params, key, batch_size: as for ``score_answers``.
-        prompts: [Q] of token ids.
-        candidates: for each question two or more answers, token ids.
-        prompt_length, answer_length, pad_id: layout, see ``answer_rows``.
-        characters: of each candidate; None: its number of tokens.
-        progress: called with the number of rows done, of Q times the largest number of candidates.
+    ``evaluate`` and ``batch_size`` as for :func:`score_answers`, the layout as for
+    :func:`answer_rows`.
 
-    Raises:
-        ValueError: for no question, fewer than two candidates, an empty candidate, or as
-            ``answer_rows``.
+    Args:
+        prompts: [Q] of token ids.
+        candidates: two or more answers for each question, token ids.
+        characters: of each candidate; None: its number of tokens.
+        progress: counts Q times the largest number of candidates.
+
+    Raises ValueError for no question, fewer than two candidates, an empty one, or as
+    ``answer_rows``.
     """
     if not len(prompts) or len(prompts) != len(candidates):
         raise ValueError(
@@ -328,11 +304,8 @@ def choose(scores: AnswerScores, correct: ArrayLike, rule: Rule = total_nats) ->
 
     Args:
         scores: [Q, C], of :func:`score_candidates`.
-        correct: [Q] number of the correct candidate.
+        correct: [Q] number of the correct candidate; ValueError if not one of the question's.
         rule: ``total_nats``, ``nats_per_token``, ``nats_per_character``, or a function of yours.
-
-    Raises:
-        ValueError: if a correct candidate is not one of the question's.
     """
     present, correct = scores.tokens > 0, np.asarray(correct)
     if correct.shape != present.shape[:1] or np.any((correct < 0) | (correct >= present.sum(1))):
@@ -367,11 +340,8 @@ Check = Callable[[str, str], bool]
 class TaskAccuracy:
     """Answers of a model, and which are correct.
 
-    Attributes:
-        prompts: N prompts.
-        answers: N texts, up to the first EOS; padding or masks in an answer are shown and make it
-            wrong.
-        correct: [N] bool.
+    ``answers``: N texts, up to the first EOS; padding or masks in an answer are shown and make it
+    wrong. ``correct``: [N] bool.
     """
 
     prompts: tuple[str, ...]
@@ -419,20 +389,14 @@ def measure_task_accuracy(
 ) -> TaskAccuracy:
     """Answers every prompt once and checks the answers.
 
-    A row's eligible positions are its answer, the attended positions before them its prompt.
+    A row's eligible positions (ValueError if no row has any) are its answer, attended ones before,
+    its prompt.
 
     Args:
         generate: ``generate(params, key, canvas, documents, row_offset=...) -> tokens [B, L]``,
             such as ``samplers.make_generator(...)``.
-        params: parameters.
-        key: typed key. An answer depends on it and the row's number alone.
         batches: as of ``data.evaluation_batches``; rows without eligible positions are left out.
         check: as ``Dataset.check``.
-        tokenizer: of the data.
-        progress: called with the number of rows after each batch.
-
-    Raises:
-        ValueError: if no row has an eligible position.
     """
     prompts, answers, correct, seen = [], [], [], 0
     for batch in batches:

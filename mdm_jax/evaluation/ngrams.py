@@ -1,6 +1,8 @@
 """n-grams of generated texts: divergence from held-out text, entropy, distinct n-grams, self-BLEU.
 
-All figures depend on the number and length of the texts: compare sets of one size only.
+All figures depend on the number and length of the texts: compare sets of one size only. Texts are
+tokens [N, L], integers >= 0, with ``valid`` [N, L] bool (default all); functions raise ValueError
+for other shapes or dtypes, if no token is valid, or for an order n below 1.
 """
 
 import math
@@ -17,12 +19,7 @@ SMOOTHING = 0.1
 
 
 class Texts(NamedTuple):
-    """Texts as rows of one length.
-
-    Attributes:
-        tokens: [N, L] integers, not negative.
-        valid: [N, L] bool, the tokens that belong to the text.
-    """
+    """Texts as rows of one length: tokens [N, L], and which of them are valid, [N, L] bool."""
 
     tokens: np.ndarray
     valid: np.ndarray
@@ -34,12 +31,7 @@ class Texts(NamedTuple):
 
 
 class Ngrams(NamedTuple):
-    """Occurrences of n-grams.
-
-    Attributes:
-        number: [M] which n-gram, numbered from 0 without gaps.
-        row: [M] its text.
-    """
+    """Occurrences of n-grams: [M] which n-gram, numbered from 0 without gaps, and [M] its text."""
 
     number: np.ndarray
     row: np.ndarray
@@ -51,8 +43,7 @@ class NgramDivergence(NamedTuple):
     Attributes:
         value: generated texts from one half of the held-out texts.
         reference: the other half from the same half, which a perfect sampler would reach (samples
-            of one law diverge too); well below it means that held-out text was copied.
-        order: n.
+            of one law diverge too); a value well below it means that held-out text was copied.
         texts: texts in each of the three sets.
         ngrams: n-grams in the generated texts, the other half and the one half.
     """
@@ -68,8 +59,7 @@ class TokenEntropy(NamedTuple):
     """Entropy of the tokens, nats.
 
     Attributes:
-        per_text: mean over texts of the entropy of a text's own token frequencies; falls when texts
-            repeat themselves.
+        per_text: mean over texts of the entropy of a text's own frequencies; low under repetition.
         corpus: entropy of the frequencies in all texts together; the plug-in estimate is low by
             about (K - 1) / (2 N) for N tokens of K kinds.
     """
@@ -79,12 +69,9 @@ class TokenEntropy(NamedTuple):
 
 
 class SelfBleu(NamedTuple):
-    """Mean BLEU of each text against all others; 1 for identical texts.
+    """Mean BLEU in [0, 1] of each text against all others; 1 for identical texts.
 
-    Attributes:
-        value: in [0, 1].
-        order: longest n-grams.
-        texts: number of texts; more of them give a larger value.
+    ``order``: longest n-grams; more ``texts`` give a larger value.
     """
 
     value: float
@@ -93,11 +80,7 @@ class SelfBleu(NamedTuple):
 
 
 def as_texts(tokens: ArrayLike, valid: ArrayLike | None = None) -> Texts:
-    """Tokens [N, L] and the valid ones among them (default all).
-
-    Raises:
-        ValueError: if shapes are wrong, a token is negative or not an integer, or none is valid.
-    """
+    """Checked :class:`Texts` of tokens [N, L] and the valid ones among them."""
     tokens = np.asarray(tokens)
     valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
     if tokens.ndim != 2 or valid.shape != tokens.shape:
@@ -114,11 +97,7 @@ def as_texts(tokens: ArrayLike, valid: ArrayLike | None = None) -> Texts:
 
 
 def ngrams(sets: Sequence[Texts], order: int) -> list[Ngrams]:
-    """n-grams (``order`` neighbouring valid tokens of a row) of each set, in one numbering.
-
-    Raises:
-        ValueError: for an order below 1.
-    """
+    """n-grams (``order`` neighbouring valid tokens of a row) of each set, in one numbering."""
     if order < 1:
         raise ValueError(f"the order of n-grams must be at least 1, got {order}")
     size = 1 + max(int(texts.tokens.max()) for texts in sets)
@@ -149,18 +128,8 @@ def ngram_divergence(
 ) -> NgramDivergence:
     """Divergence of generated from held-out texts, beside that of held-out texts themselves.
 
-    Even held-out texts are compared with, odd ones give the reference; all three sets have the same
-    number of texts.
-
-    Args:
-        tokens: [N, L] generated.
-        held_out: [M, L'] texts of the same tokenizer, M >= 2, best of the same length.
-        order: n.
-        valid, held_out_valid: bool, like the tokens; default all.
-
-    Raises:
-        ValueError: if shapes are wrong, no token is valid, there are fewer than two held-out texts
-            or the order is below 1.
+    Even ``held_out`` texts [M, L'] (same tokenizer, best of the same length) are compared with, odd
+    ones give the reference; all three sets have the same number of texts. ValueError unless M >= 2.
     """
     generated, held_out = as_texts(tokens, valid), as_texts(held_out, held_out_valid)
     if len(held_out.tokens) < 2:
@@ -186,10 +155,7 @@ def ngram_divergence(
 
 
 def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
-    """Jensen-Shannon divergence of two laws on the same outcomes [K], nats, in [0, log 2].
-
-    ``(KL(p, m) + KL(q, m)) / 2`` with ``m = (p + q) / 2``; NaN where a law is not defined.
-    """
+    """``(KL(p, m) + KL(q, m)) / 2``, ``m = (p + q) / 2``, nats; NaN for an undefined law."""
     middle = (first + second) / 2
     if np.isnan(middle).any():
         return math.nan
@@ -198,16 +164,9 @@ def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def token_entropy(tokens: ArrayLike, valid: ArrayLike | None = None) -> TokenEntropy:
-    """Entropy of token frequencies, within texts and over all.
+    """Entropy of token frequencies, within texts and over all; texts without tokens are left out.
 
     Low entropy beside a low generative perplexity means repetition, not quality.
-
-    Args:
-        tokens: [N, L].
-        valid: [N, L] bool; default all. Texts without tokens are left out.
-
-    Raises:
-        ValueError: if shapes are wrong or no token is valid.
     """
     texts = as_texts(tokens, valid)
     (grams,) = ngrams([texts], 1)
@@ -226,14 +185,6 @@ def distinct_ngrams(tokens: ArrayLike, order: int, valid: ArrayLike | None = Non
     """Distinct n-grams over all n-grams of the set ("distinct-n", Li et al. 2016).
 
     In (0, 1], falling with the size of the set; NaN where no text is long enough.
-
-    Args:
-        tokens: [N, L].
-        order: n.
-        valid: [N, L] bool; default all.
-
-    Raises:
-        ValueError: if shapes are wrong, no token is valid or the order is below 1.
     """
     (grams,) = ngrams([as_texts(tokens, valid)], order)
     if not len(grams.number):
@@ -251,19 +202,11 @@ def self_bleu(
     """BLEU of each text with all others as references, averaged (Zhu et al. 2018).
 
     BLEU as in Papineni et al. 2002: geometric mean over orders 1 to n of the n-gram precisions,
-    clipped at the largest count in one reference, times the brevity penalty
-    ``exp(min(0, 1 - r / c))`` for a text of length c and the closest reference length r, the
-    shorter of two. Orders without a match count ``SMOOTHING`` matches; orders that a text is too
-    short for are left out. The cost is that of sorting the n-grams.
-
-    Args:
-        tokens: [N, L].
-        valid: [N, L] bool; default all. Texts without tokens are left out.
-        order: n.
-        max_texts: use the first so many texts; None for all.
-
-    Raises:
-        ValueError: if shapes are wrong, the order is below 1 or fewer than two texts have tokens.
+    clipped at the largest count in one reference, times the brevity penalty ``exp(min(0, 1 - r /
+    c))`` for a text of length c and the closest reference length r, the shorter of two. Orders
+    without a match count ``SMOOTHING`` matches; orders that a text is too short for, and texts
+    without tokens, are left out. ``max_texts`` keeps the first so many texts. ValueError for fewer
+    than two texts with tokens.
     """
     texts = as_texts(tokens, valid)
     kept = np.flatnonzero(texts.lengths)[:max_texts]

@@ -1,7 +1,7 @@
 """Paired comparisons: two likelihoods on common noise, two methods over a few seeds.
 
-What two measurements share (masks, initial parameters, order of the data) drops out of their
-difference, which is therefore far more certain than either of them.
+Shared masks, initial parameters and data order cancel in the difference, which is therefore far
+more certain than either measurement.
 """
 
 import dataclasses
@@ -28,9 +28,6 @@ class PairedDifference:
     ``standard_error_*`` is the Monte Carlo error of the paired differences (over replicates),
     ``data_standard_error_*`` their error over rows; ``unpaired_*`` are the errors that independent
     noise and different rows would have.
-
-    Attributes:
-        first, second: likelihoods of the same rows on the same noise.
     """
 
     first: Likelihood
@@ -59,32 +56,26 @@ class PairedDifference:
 
     @property
     def nats_per_token(self) -> float:
-        """``nats`` over the number of tokens."""
         return self.nats / self.first.tokens
 
     @property
     def standard_error_nats(self) -> float:
-        """Monte Carlo standard error of ``nats``."""
         return standard_error_of_mean(self.replicate_row_nats.sum(1))
 
     @property
     def standard_error_nats_per_token(self) -> float:
-        """Monte Carlo standard error of ``nats_per_token``."""
         return self.standard_error_nats / self.first.tokens
 
     @property
     def data_standard_error_nats_per_token(self) -> float:
-        """Standard error of ``nats_per_token`` from the spread over rows."""
         return standard_error_of_ratio(self.per_row_nats, self.first.row_tokens)
 
     @property
     def unpaired_standard_error_nats_per_token(self) -> float:
-        """Monte Carlo standard error of the difference under independent noise."""
         return math.hypot(*(r.standard_error_nats_per_token for r in (self.first, self.second)))
 
     @property
     def unpaired_data_standard_error_nats_per_token(self) -> float:
-        """Standard error of the difference under different rows."""
         both = (self.first, self.second)
         return math.hypot(*(r.data_standard_error_nats_per_token for r in both))
 
@@ -129,12 +120,10 @@ class PairedDifference:
 def paired_difference(first: Likelihood, second: Likelihood) -> PairedDifference:
     """First minus second, of two results of one estimator and *one key*.
 
-    An exact result (all replicates agree) can be paired with that of another estimator. That the
-    keys agree is checked only by the number of masked tokens; :func:`compare_parameters` is safe.
-
-    Raises:
-        ValueError: naming what differs: rows, tokens per row or replicates, and, if both have
-            noise, passes or the masked tokens by level.
+    An exact result (all replicates agree) can be paired with that of another estimator. Equal keys
+    are checked only by the number of masked tokens; :func:`compare_parameters` is safe. The
+    ValueError names what differs: rows, tokens per row or replicates, and, if both have noise,
+    passes or the masked tokens by level.
     """
     same = [
         ("the rows", first.row_index, second.row_index),
@@ -165,15 +154,8 @@ def compare_parameters(
 ) -> PairedDifference:
     """Two checkpoints of one network on the same rows and masks.
 
-    Args:
-        evaluate: ``evaluate(params, key, batches, progress) -> Likelihood``.
-        first, second: parameters.
-        key: typed key.
-        batches: read twice, so a sequence, not an iterator.
-        progress: called as in ``evaluate``, for both.
-
-    Raises:
-        ValueError: if ``batches`` is an iterator, or as ``evaluate``.
+    ``evaluate(params, key, batches, progress) -> Likelihood``; ``batches`` is read twice, so an
+    iterator is a ValueError.
     """
     if isinstance(batches, Iterator):
         raise ValueError("batches is read twice, but is an iterator; give a list of batches")
@@ -191,17 +173,15 @@ def _short(values: np.ndarray) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PairedSeeds:
-    """Differences of two methods over seeds, first minus second.
+    """Differences [N] of two methods over seeds, first minus second.
 
     Attributes:
-        differences: [N] one per seed.
-        mean: of the differences.
-        standard_error: of that mean, from their spread; NaN for one seed.
-        bootstrap: percentile bootstrap interval of the mean.
-        student: interval of the mean for normal differences; NaN for one seed.
+        mean, standard_error: of the differences and, from their spread, of the mean.
+        bootstrap, student: intervals of the mean: percentile bootstrap, and for normal differences.
         sign_flips: share of the 2^N signs of the differences whose mean is at least as far from 0;
             at least 2 / 2^N, which is 0.0625 for five seeds.
-        student_p: two-sided p-value of Student's test of mean 0; NaN for one seed.
+        student_p: two-sided, of Student's test of mean 0; NaN for one seed, like student and
+            standard_error.
     """
 
     differences: np.ndarray
@@ -244,13 +224,8 @@ def paired_seeds(
     """Compares two methods run with the same seeds, in the same order.
 
     Args:
-        first, second: [N] a finite score per seed.
-        coverage: of the intervals, in (0, 1).
-        resamples: of the bootstrap.
-
-    Raises:
-        ValueError: if the two cannot be paired, are empty or not finite, or coverage is out of
-            range.
+        first, second: [N] a score per seed; ValueError if empty, not finite or of different shapes.
+        coverage, resamples: of the intervals, in (0, 1) (ValueError), and of the bootstrap.
     """
     from scipy import special, stats  # slow to import
 
@@ -302,11 +277,8 @@ def paired_seeds(
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for several comparisons (Holm 1979), in the same order.
 
-    Those below 0.05 are false with a probability of at most 5 % *together*, however the
-    comparisons depend on each other.
-
-    Raises:
-        ValueError: if a value is not in [0, 1].
+    Those below 0.05 are false with a probability of at most 5 % *together*, however the comparisons
+    depend on each other. ValueError for values outside [0, 1].
     """
     values = np.asarray(p_values, np.float64)
     if values.ndim != 1 or not np.all((values >= 0) & (values <= 1)):

@@ -10,12 +10,7 @@ import numpy as np
 
 
 class PrincipalSpace(NamedTuple):
-    """An affine map to the leading principal components.
-
-    Attributes:
-        mean: [L] of the fitted rows.
-        basis: [L, k] orthonormal columns, by falling variance.
-    """
+    """An affine map to principal components: [L] mean, and basis [L, k] by falling variance."""
 
     mean: np.ndarray
     basis: np.ndarray
@@ -28,8 +23,7 @@ class PrincipalSpace(NamedTuple):
 def principal_space(rows: np.ndarray, components: int) -> PrincipalSpace:
     """The leading principal components of rows [N, L].
 
-    Raises:
-        ValueError: unless 1 <= components <= min(N - 1, L) and all numbers are finite.
+    Raises ValueError unless 1 <= components <= min(N - 1, L) and all numbers are finite.
     """
     rows = _check(rows, "rows")
     limit = min(rows.shape[0] - 1, rows.shape[1])
@@ -46,11 +40,8 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Squared Frechet distance between the Gaussians fitted to two samples [N, k] and [M, k].
 
     ``|mean difference|^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2))`` with unbiased covariances
-    (Dowson & Landau 1982; Heusel et al. 2017 for its use), in the squared unit of the data.
-
-    Raises:
-        ValueError: if a sample has fewer than two rows, the widths differ or a number is not
-            finite.
+    (Dowson & Landau 1982; Heusel et al. 2017 for its use), in the squared unit of the data. Raises
+    ValueError for fewer than two rows, different widths or numbers that are not finite.
     """
     first, second = _check(first, "first"), _check(second, "second")
     if first.shape[1] != second.shape[1]:

@@ -31,14 +31,9 @@ under a model that did not generate them. Documents are positive, and 0 on paddi
 
 
 class GenerativePerplexity(NamedTuple):
-    """Perplexity of texts under another model, with their entropy.
+    """Perplexity of texts under another model, ``exp(nats_per_token)``, with their token entropy.
 
-    Attributes:
-        perplexity: ``exp(nats_per_token)``.
-        standard_error: of ``perplexity``, to first order, from the spread over texts.
-        nats_per_token: total nats over total tokens.
-        tokens: number of tokens.
-        token_entropy: of the same texts.
+    ``standard_error`` is that of ``perplexity``, to first order, from the spread over texts.
     """
 
     perplexity: float
@@ -51,17 +46,10 @@ class GenerativePerplexity(NamedTuple):
 def generative_perplexity(
     score: Score, tokens: ArrayLike, valid: ArrayLike | None = None, *, batch_size: int = 64
 ) -> GenerativePerplexity:
-    """Perplexity and token entropy of generated texts.
+    """Perplexity and token entropy of generated texts [N, L]; ``valid`` as in ``ngrams``.
 
-    Args:
-        score: see ``Score``.
-        tokens: [N, L].
-        valid: [N, L] bool; default all.
-        batch_size: rows per call; the last batch is padded with rows of document 0.
-
-    Raises:
-        ValueError: if shapes are wrong, no token is valid, batch_size is below 1, or the score is
-            not one finite number per row.
+    ``batch_size`` rows per call; the last batch is padded with rows of document 0. ValueError as
+    ``ngrams``, for batch_size below 1, or a score that is not one finite number per row.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -101,11 +89,7 @@ def likelihood_score(evaluate: Evaluate, params: PyTree, key: Array | None = Non
     """A likelihood as a score; exact for ``make_next_token_likelihood``.
 
     With an estimator that draws masks the perplexity is noisy and, being a bound, too high.
-
-    Args:
-        evaluate: ``evaluate(params, key, batches) -> Likelihood``.
-        params: parameters.
-        key: typed key, the same for every call; None where the estimator needs none.
+    ``key``, the same for every call, may be None where the estimator needs none.
     """
 
     def score(tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -120,15 +104,8 @@ def likelihood_score(evaluate: Evaluate, params: PyTree, key: Array | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class TextQuality:
-    """Figures of one set of texts; None or empty where not measured.
-
-    Attributes:
-        texts, tokens: how many there are.
-        entropy: of the tokens, nats.
-        distinct: distinct n-grams over all n-grams, by n.
-        self_bleu: BLEU of each text against the others.
-        divergence: of the n-grams from held-out ones, by n.
-        perplexity: under another model.
+    """Figures of one set of texts, see :func:`measure_text_quality`; None or empty where not
+    measured.
     """
 
     texts: int
@@ -203,21 +180,16 @@ def measure_text_quality(
     max_bleu_texts: int | None = None,
     batch_size: int = 64,
 ) -> TextQuality:
-    """All figures of a set of generated texts.
+    """All figures of a set of generated texts; ValueError as the functions that measure each.
 
     Args:
-        tokens: [N, L].
-        valid: [N, L] bool, false after the end of a text; default all.
-        held_out: [M, L'] texts for the n-gram divergence; None for no divergence.
-        held_out_valid: [M, L'] bool; default all.
+        tokens, valid: [N, L]; valid is false after the end of a text, default all true.
+        held_out, held_out_valid: [M, L'] texts for the n-gram divergence; None for no divergence.
         score: another model, for the generative perplexity; None for none.
         orders: n of distinct n-grams and of the divergence.
-        bleu_order: n of self-BLEU, which needs at least two texts.
-        max_bleu_texts: use the first so many texts for self-BLEU; None for all.
+        bleu_order, max_bleu_texts: n of self-BLEU, which needs at least two texts, and the number
+            of texts that it uses, the first ones; None for all.
         batch_size: rows per call of ``score``.
-
-    Raises:
-        ValueError: as the functions that measure each figure.
     """
     texts = as_texts(tokens, valid)
     several = np.count_nonzero(texts.lengths) > 1

@@ -1,10 +1,9 @@
 """Likelihood of texts longer than the context, in overlapping windows.
 
-The first window scores all its tokens, each later one begins ``stride`` tokens on and scores those
-that no earlier window did. So every token counts once, and after the first window it has at least
-``window - stride`` tokens of left context. By the chain rule the sum over windows bounds ``-log p``
-of the text under a model with that context. It falls with the overlap: compare at one window and
-stride only.
+The first window scores all its tokens, each later one begins ``stride`` tokens on and scores the
+new ones: every token counts once, with at least ``window - stride`` tokens of left context after
+the first window. The sum over windows bounds ``-log p`` of the text under a model with that
+context, and falls with the overlap: compare at one window and stride only.
 """
 
 import dataclasses
@@ -22,14 +21,11 @@ from mdm_jax.types import Array, Batch, PyTree
 
 
 class Windows(NamedTuple):
-    """Texts cut into windows.
+    """Texts cut into W windows.
 
     Attributes:
-        rows: [W, window] the windows; eligible are the tokens that a window scores.
-        text: [W] number of its text.
-        start: [W] position of its first token in the text.
-        window: tokens of a window.
-        stride: tokens between the starts of consecutive windows.
+        rows: [W, window]; eligible are the tokens that a window scores.
+        text, start: [W] number of a window's text, and position of its first token there.
     """
 
     rows: Batch
@@ -43,12 +39,9 @@ class Windows(NamedTuple):
 class WindowedLikelihood:
     """A bound on the negative log-likelihood of long texts.
 
-    Attributes:
-        likelihood: of the windows. Its errors over rows treat windows as independent, which those
-            of one text are not; the errors here are over texts.
-        row_text: [N] text of each window.
-        window: tokens of a window.
-        stride: tokens between the starts of consecutive windows.
+    ``likelihood`` is that of the N windows; its errors over rows treat windows as independent,
+    which those of one text are not. The errors here are over texts. ``row_text``: [N] text of each
+    window.
     """
 
     likelihood: Likelihood
@@ -124,16 +117,14 @@ def sliding_windows(
 
     Args:
         texts: token ids of each text.
-        window: L, the context of the network.
-        stride: 1 <= stride <= window; ``window`` for no overlap.
+        window, stride: L, the context of the network, and 1 <= stride <= L; L for no overlap.
         pad_id: padding of texts shorter than a window.
         eligible: of each text, the tokens to score (not a prompt, say); default all. Windows
             without any are left out.
         character_counts: [K] characters of each token id; default one unit per token.
 
-    Raises:
-        ValueError: if a size is out of range, masks and texts do not match, or no token is
-            eligible.
+    Raises ValueError if a size is out of range, masks and texts differ in shape, or nothing is
+    eligible.
     """
     if not 1 <= stride <= window:
         raise ValueError(
@@ -176,11 +167,7 @@ def score_windows(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> WindowedLikelihood:
-    """The bound of the texts by any estimator; other arguments as for ``score_answers``.
-
-    Args:
-        windows: of :func:`sliding_windows`.
-    """
+    """The bound of the texts of :func:`sliding_windows`; arguments as for ``score_answers``."""
     result = evaluate(params, key, row_batches(windows.rows, batch_size), progress)
     text = windows.text[result.row_index]
     return WindowedLikelihood(result, text, windows.window, windows.stride)
