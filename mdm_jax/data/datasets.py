@@ -130,7 +130,7 @@ def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
 def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[int, int]:
     """First index of valid and of test when ``size`` items are split in order by ``fractions``.
 
-    ValueError unless these are three numbers >= 0 with sum 1; no split but those of 0 may be empty.
+    ValueError unless these are >= 0 with sum 1; if train or a split of a positive one is empty.
     """
     in_range = len(fractions) == 3 and all(0 <= f <= 1 for f in fractions)
     if not in_range or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):

@@ -11,10 +11,10 @@ _SPLIT_SEED = 0
 
 
 def digits() -> Dataset:
-    """Handwritten digits of scikit-learn: 1,797 pictures of 8 by 8 with 17 intensities.
+    """Handwritten digits of scikit-learn: 1,797 pictures of 8 by 8, ids 0 to 16, mask 17.
 
-    Ids 0 to 16 are intensities, 17 is the mask. Shuffled with a fixed seed, split 80/10/10. Source:
-    UCI "Optical recognition of handwritten digits" (CC BY 4.0), shipped with scikit-learn (BSD-3).
+    Shuffled with a fixed seed, split 80/10/10. Source: UCI "Optical recognition of handwritten
+    digits" (CC BY 4.0), shipped with scikit-learn (BSD-3).
     """
     try:
         from sklearn.datasets import load_digits

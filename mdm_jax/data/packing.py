@@ -1,7 +1,7 @@
 """Rows of documents: each in rows of its own, or several packed into a row.
 
 Attention stays within a document (``models.masks``), so outputs and bound do not depend on packing.
-Positions are not restarted, as rotary embeddings allow; absolute ones would not.
+Positions are not restarted: rotary embeddings use differences, absolute ones would need it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,10 +50,10 @@ def cut_documents(
 
 
 def first_fit(sizes: Sequence[int], length: int) -> np.ndarray:
-    """The row of each piece, [P] int64: the first row with room. ValueError unless 1 <= sizes <=
-    length.
+    """The row of each piece, [P] int64: the first row, in order, that still has room for it.
 
-    At most 1.7 times the fewest rows possible (Dosa and Sgall 2013); time ``O(P log P)``.
+    At most 1.7 times the fewest rows possible (Dosa and Sgall 2013), in time ``O(P log P)``.
+    ValueError if a piece is empty or longer than ``length``.
     """
     sizes = np.asarray(sizes, np.int64)
     if len(sizes) and (sizes.min() < 1 or sizes.max() > length):

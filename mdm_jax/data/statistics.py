@@ -17,7 +17,7 @@ class NgramEntropies(NamedTuple):
 
     Attributes:
         unigram, bigram: H(X_t), H(X_t | X_{t-1}), bits per token; bigram is None without pairs.
-        tokens, pairs, units: numbers counted, pairs inside one row; characters or dimensions.
+        tokens, pairs: numbers counted, pairs inside one row. ``units``: characters or dimensions.
     """
 
     unigram: float
@@ -47,8 +47,8 @@ def ngram_entropies(
     """Unigram and bigram plug-in entropies of rows of tokens.
 
     ``tokens``: [L] or [N, L] integers in [0, vocab_size). ``eligible``: bool, same shape, which to
-    count (pairs need two); None: all. ``units``: characters or dimensions; None: the tokens
-    counted. ValueError if no token is eligible, a shape is wrong or a token is out of range.
+    count (a pair needs both in one row); None: all. ``units``: characters or dimensions; None: the
+    tokens counted. ValueError for no eligible token, a wrong shape or a token out of range.
     """
     tokens = np.atleast_2d(np.asarray(tokens))
     keep = np.ones(tokens.shape, bool)
@@ -95,7 +95,7 @@ def rare_tokens(
 ) -> np.ndarray:
     """The least frequent tokens that together make up at most ``share`` of a split, [K] bool.
 
-    For ``corruption.bernoulli_shifted_logit``; unseen ids are rare. ValueError unless 0 < share <
+    Unseen ids are rare. For ``corruption.bernoulli_shifted_logit``; ValueError unless 0 < share <
     1.
     """
     if not 0 < share < 1:

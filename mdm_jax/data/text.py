@@ -34,8 +34,7 @@ def text(
     """Rows of ``length`` tokens from a UTF-8 text file, all of whose characters are kept.
 
     The text is cut into three contiguous parts by number of characters, each encoded by itself.
-    Valid and test rows do not overlap; padding, neither eligible nor attended to, completes the
-    last.
+    Valid and test rows tile their part, the last padded: neither eligible nor attended to.
 
     Args:
         tokenizer: "char", "byte", "bpe" (the first and last are fitted to the training part), the
@@ -257,14 +256,15 @@ def documents(
 ) -> Dataset:
     """Rows of documents from a UTF-8 file of one JSON object per line, each with a text.
 
-    EOS, eligible and of no character, ends a document. Each has rows of its own, the last completed
-    by padding, neither eligible nor attended to, unless ``packing`` (:mod:`mdm_jax.data.packing`).
+    A document ends with EOS, eligible and of no character. It has rows of its own, padded at the
+    end (neither eligible nor attended to), or shares rows by ``packing``
+    (:mod:`mdm_jax.data.packing`).
 
     Args:
         valid_path, test_path, fractions, split_seed: one file split by distinct text, or a file for
             each split; see :func:`mdm_jax.data.text.read_splits`.
         text_field, tokenizer, bpe_vocab_size: key of the text; as in :func:`mdm_jax.data.text`.
-        packing: "" for none, or "first_fit", which lets documents share rows.
+        packing: "" for none, or "first_fit".
         long_documents: longer than a row with their EOS: "split" them, or raise an "error".
 
     ValueError as ``read_splits``, for a long document under "error", or a setting out of range.

@@ -31,13 +31,13 @@ def tfds_text(
     """Rows of documents, one per example, from a TFDS dataset with a text feature.
 
     All text is encoded at once and kept at 4 bytes per token; of a large dataset use a slice such
-    as "train[:1%]". Other arguments and rows are those of :func:`mdm_jax.data.documents`.
+    as "train[:1%]". Other arguments, rows and errors are those of :func:`mdm_jax.data.documents`.
 
     Args:
         name: with config and version where needed ("lm1b", "my_data/a:1.0.0").
         text_field, splits: feature that holds the text; TFDS expressions for train, valid, test.
-        data_dir: where TFDS keeps its datasets; None: its default.
-        download: whether TFDS may download and prepare a missing dataset.
+        data_dir, download: where TFDS keeps its datasets, None: its default; whether it may prepare
+            one.
 
     ValueError if the dataset, a split or the feature does not exist, is empty, not array_record or
     not UTF-8 text; ImportError without tensorflow-datasets.

@@ -25,8 +25,8 @@ class Tokenizer(abc.ABC):
     """Base of all tokenizers; ``kind`` is the name under which one is saved.
 
     Attributes:
-        character_counts: [K] int32, characters of text per id; one of several ids counts at its
-            first.
+        character_counts: [K] int32, characters of text that each id stands for; one spread over
+            several ids counts at its first one.
         unknown_id: id of characters outside the vocabulary, None where every text can be encoded.
     """
 
@@ -123,8 +123,8 @@ class Tokenizer(abc.ABC):
 class CharTokenizer(Tokenizer):
     """One id per Unicode character; other characters share ``unknown_id``, the id before padding.
 
-    Likelihood does not cover which unknown characters occurred: report their count. Raises
-    ValueError unless ``characters`` are distinct, in code point order and at least one.
+    A likelihood does not tell unknown characters apart: report their count. ValueError unless
+    ``characters`` are distinct, in code point order and at least one.
     """
 
     kind = "char"
@@ -208,9 +208,9 @@ DEFAULT_SPECIAL_TOKENS = SpecialTokens()
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding, in the JSON format of the ``tokenizers`` package.
 
-    Ids are those of the JSON, but the three special tokens, by their names in it, move to the end.
-    Text that spells a special token is ordinary text. ValueError if the JSON cannot be read, lacks
-    a special token, or does not reproduce text exactly (characters could not be counted).
+    Ids are those of the JSON, except that the three ``special_tokens``, named as there, move to the
+    end. Text that spells one is ordinary text. ValueError if the JSON cannot be read, lacks one, or
+    does not reproduce text exactly (then characters could not be counted).
     """
 
     kind = "bpe"

@@ -170,7 +170,7 @@ class Experiment:
 
 
 def make_experiment(config: ConfigDict) -> Experiment:
-    """Build a run; ValueError, OSError, ImportError and WorkdirError are messages for users."""
+    """Build a run's objects; raises ValueError, OSError, ImportError or WorkdirError."""
     rows = dataset(config)
     family = lookup(FAMILIES, config.process, "process")(config, rows)
     _check_unread(config, family.unread)

@@ -39,7 +39,7 @@ def train(
     """Train, resuming from the directory's last undamaged checkpoint.
 
     Claims the directory (``workdir.claim``) after all checks. True: finished; False: interrupted
-    and saved. Raises WorkdirError, CheckpointError, TrainingStopped, ValueError with user messages.
+    and saved. Raises WorkdirError, CheckpointError, TrainingStopped or ValueError for users.
     """
     c = experiment.config
     check(workdir, c, allow_config_change)

@@ -54,7 +54,7 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
 
 
 def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
-    """Raise WorkdirError if the directory holds a run of another config (with a diff) or no run."""
+    """Raise WorkdirError if another config's run (with a diff), or files but no run, are there."""
     old = read_config(workdir)
     if old is None:
         if workdir.exists() and not workdir.is_dir():
@@ -100,7 +100,7 @@ def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) 
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Write ``config.json`` and ``run.json``; those of another config are numbered and kept."""
+    """Write ``config.json`` and ``run.json``; keep another config's as ``config.1.json`` etc."""
     new, old = resolved(config), read_config(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     changed = old is not None and _changes(old, new)
