@@ -12,7 +12,7 @@ from mdm_jax.types import ArrayLike
 
 
 def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
-    """A known number as a Python float; a traced scalar unchanged.
+    """A known number as a float, a traced scalar as it is.
 
     TypeError unless numeric; ValueError unless scalar (batch with ``jax.vmap``).
     """
@@ -48,10 +48,10 @@ def check_finite(name: str, **values: ArrayLike) -> None:
 def parameters(
     name: str, requirement: str, holds: Callable[..., bool], /, **values: ArrayLike
 ) -> tuple[ArrayLike, ...]:
-    """Check the parameters of a factory where they are known; see :func:`as_parameter`.
+    """Check a factory's parameters, each by :func:`as_parameter`, where they are known.
 
-    ValueError for a known value that is not finite, or if the predicate ``holds(*values)``, worded
-    as ``requirement``, is False. ``name`` is that of the factory.
+    ValueError for a value that is not finite, or if ``holds(*values)``, in words the
+    ``requirement``, is False.
     """
     checked = {key: as_parameter(value, key) for key, value in values.items()}
     check_finite(name, **checked)
@@ -78,11 +78,7 @@ def unknown_name(
     kind: str,
     elsewhere: Mapping[str, str] | None = None,
 ) -> ValueError:
-    """The error for an unknown name, with close matches.
-
-    ``kind`` is what is named, as in "masked schedule"; ``elsewhere`` maps names of other registries
-    to their homes.
-    """
+    """The error for an unknown name, with close matches; ``elsewhere`` maps names to their home."""
     known = sorted(known)
     message = f"unknown {kind} {name!r}; "
     if elsewhere and name in elsewhere:

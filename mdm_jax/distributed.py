@@ -1,7 +1,4 @@
-"""Multi-process runs: barriers, agreement, and arrays that span processes.
-
-These are collectives: all processes must call them at the same point of the program.
-"""
+"""Multi-process runs: collectives, which all processes must call at the same point."""
 
 import json
 from typing import Any
@@ -59,10 +56,7 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def spread_rows(batch: PyTree, like: PyTree) -> PyTree:
-    """Shard the rows of a batch, the same in every process, over the devices that hold ``like``.
-
-    If the mesh of the parameters ``like`` does not divide the rows, every device gets all of them.
-    """
+    """Shard a batch held by every process over the devices of ``like``; uneven rows are copied."""
     mesh = _mesh_of(like)
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)

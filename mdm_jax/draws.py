@@ -23,8 +23,7 @@ class DrawSpec(NamedTuple):
     Attributes:
         batch_size: B, rows of the global batch (all devices, hosts and microbatches).
         num_levels: S, independent noise levels per row.
-        event_shape: base noise of a row; ``(L,)`` for masks, ``(L, 2)`` with two numbers per
-            element.
+        event_shape: base noise of a row; ``(L,)`` for masks, ``(L, 2)`` for two per element.
         separate_levels: whether each level's loss depends on its own quantile and noise segment
             alone, as in block diffusion. Only then may the levels of one row be coupled.
     """
@@ -93,8 +92,7 @@ def open_uniform(key: Array, shape: tuple[int, ...]) -> Array:
 def iid(key: Array, spec: DrawSpec) -> Draw:
     """One view of independent uniforms, the start of every chain.
 
-    Element i of a row depends on the key, the row's global index and i alone, not on devices,
-    processes, microbatches or the batch size.
+    Element i of a row depends on the key, the row's global index and i alone.
     """
     check_spec(spec)
     levels = (1, spec.batch_size, spec.num_levels)
@@ -108,8 +106,7 @@ def iid(key: Array, spec: DrawSpec) -> Draw:
 def split_rows(tree: PyTree, parts: int, axis: int) -> PyTree:
     """Microbatches: split the row axis of every leaf into ``parts``, on a new leading axis.
 
-    Part j takes rows j, j + parts, ..., so no row moves between devices. ValueError if ``parts``
-    does not divide the rows.
+    Part j takes rows j, j + parts, ..., so no row moves between devices; ValueError if uneven.
     """
 
     def split(leaf: Array) -> Array:

@@ -35,10 +35,7 @@ def standard_error_of_mean(values: np.ndarray) -> float:
 
 
 def standard_error_of_ratio(totals: np.ndarray, sizes: np.ndarray) -> float:
-    """Linearised standard error of ``sum(totals) / sum(sizes)``, with rows [N] as sampling unit.
-
-    NaN for fewer than two rows or zero size.
-    """
+    """Linearised standard error of ``sum(totals) / sum(sizes)``, rows [N]; NaN below two rows."""
     rows, size = len(totals), sizes.sum()
     if rows < 2 or size <= 0:
         return math.nan

@@ -37,10 +37,9 @@ def training_curve(
     unit: str,
     references: Mapping[str, float] | None = None,
 ) -> Any:
-    """Training and evaluation loss over steps, bits per ``unit``.
+    """Training and evaluation loss, bits per ``unit``, from ``training.read_metrics`` records.
 
-    ``records`` are those of ``training.read_metrics``; with the monitor "levels" the training loss
-    without level noise is drawn too. ``references`` are horizontal lines by name.
+    With the monitor "levels" the training loss without level noise is drawn too.
     """
     training = [r for r in records if r["kind"] == "train"]
     train = [(r["step"], r["bits_per_unit"]) for r in training]
@@ -171,14 +170,10 @@ def quality_curve(
 ) -> Any:
     """One metric of each sampler against its number of steps, on a base-2 logarithmic axis.
 
-    Args:
-        axes: matplotlib axes.
-        records: ``{"sampler": name, "num_steps": int, "forward_passes": float, "quality": dict}``
-            with the dict of ``TextQuality.to_dict``, in any order; those without the metric are
-            left out. Error bars come from ``<metric>_standard_error``.
-        metric, label: key of the dict, and the label of its axis (by default the key).
-        against: "num_steps" or "forward_passes", positive; ValueError otherwise.
-        reference: horizontal line, the metric of held-out text.
+    ``records`` are ``{"sampler": name, "num_steps": int, "forward_passes": float, "quality":
+    dict}``, the dict that of ``TextQuality.to_dict``, with error bars from
+    ``<metric>_standard_error``; those without the metric are left out. ``against`` is "num_steps"
+    or "forward_passes", positive, else ValueError. ``reference`` is the metric of held-out text.
     """
     if against not in _X:
         raise ValueError(f"against must be one of {', '.join(_X)}, got {against!r}")
@@ -211,10 +206,7 @@ def quality_by_steps(
     references: Mapping[str, float] | None = None,
     size: tuple[float, float] = (10, 4),
 ) -> Any:
-    """Figure of generative perplexity and token entropy by sampler, as :func:`quality_curve`.
-
-    ``references`` is the ``TextQuality.to_dict()`` of held-out text; ``size`` is in inches.
-    """
+    """Figure of perplexity and entropy by sampler; ``references``: a ``TextQuality.to_dict()``."""
     figure = new_figure(size)
     for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS):
         reference = (references or {}).get(name)
@@ -228,10 +220,7 @@ RATE = "masking rate"
 
 
 def component_bars(axes: Any, results: Mapping[str, Decomposition], what: str) -> Any:
-    """Stacked bars of A, B and C of each method, with the total's standard error.
-
-    ``what`` is "loss" or "gradient". Negative estimates are drawn as zero.
-    """
+    """Stacked bars of A, B, C by method, with the total's standard error; negative ones as zero."""
     rows = np.arange(len(results))
     left = np.zeros(len(results))
     for number, (name, label) in enumerate(_PARTS):
@@ -254,10 +243,7 @@ def component_bars(axes: Any, results: Mapping[str, Decomposition], what: str) -
 
 
 def efficiency_bars(axes: Any, results: Mapping[str, Efficiency]) -> Any:
-    """Variance of the batch gradient times forward passes, with standard errors.
-
-    Methods whose estimate has not settled have no bar.
-    """
+    """Variance of the batch gradient times forward passes; no bar for unsettled estimates."""
     for row, result in enumerate(results.values()):
         if result.settled:
             value, error = result.variance_times_passes
@@ -273,10 +259,7 @@ def efficiency_bars(axes: Any, results: Mapping[str, Efficiency]) -> Any:
 def level_moments(
     axes: Any, table: LevelTable, moments: Moments, what: str, level: str = RATE
 ) -> Any:
-    """g, root of v and root of c over the noise level, in the unit of the loss.
-
-    ``moments`` is ``table.loss`` or ``table.gradient``; ``what`` and ``level`` are labels.
-    """
+    """g, root of v and root of c by noise level, for ``table.loss`` or ``table.gradient``."""
     curves = (("mean_square", "g (mean)"), ("pattern", "√v (pattern)"), ("data", "√c (rows)"))
     for number, (name, label) in enumerate(curves):
         square = np.asarray(getattr(moments.value, name))
@@ -297,11 +280,7 @@ def level_densities(
     drawn: Mapping[str, tuple[np.ndarray, np.ndarray]],
     level: str = RATE,
 ) -> Any:
-    """The optimal densities of the noise level and those that methods draw from.
-
-    ``moments`` as in :func:`level_moments`; ``drawn`` holds the (rates, density) of
-    ``warp_density`` by method; ``level`` is a label.
-    """
+    """The optimal densities of the level and ``drawn``, (rates, density) of ``warp_density``."""
     value = moments.value
     targets = (
         ("p* (independent levels)", value.second, "-"),
@@ -353,10 +332,7 @@ def recipe_densities(axes: Any, recipes: Mapping[str, Recipe]) -> Any:
 
 
 def effective_weights(axes: Any, recipes: Mapping[str, Recipe], at: float = 0.0) -> Any:
-    """Effective weight W of each recipe relative to that at logSNR ``at``, on a logarithmic axis.
-
-    Dotted where the recipe draws no levels (actual weight zero).
-    """
+    """Effective weight W relative to that at logSNR ``at``; dotted where no levels are drawn."""
     for number, (name, recipe) in enumerate(recipes.items()):
         summary = summarise(recipe, np.append(LEVELS, at))
         weight = summary.weight[:-1] / summary.weight[-1]

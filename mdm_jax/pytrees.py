@@ -14,9 +14,8 @@ T = TypeVar("T", bound=type)
 def pytree_dataclass(cls: T) -> T:
     """Make ``cls`` a frozen dataclass and a pytree whose fields are its children.
 
-    ``jax.tree_util.register_dataclass`` (jax 0.10.2) gives equal structures to two classes with
-    equally many fields, so now and then ``jax.jit`` runs the code compiled for one class on the
-    other.
+    ``jax.tree_util.register_dataclass`` (jax 0.10.2) gives two classes with equally many fields
+    equal structures, so ``jax.jit`` may run the code compiled for one on the other.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = tuple(field.name for field in dataclasses.fields(cls))

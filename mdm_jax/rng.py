@@ -1,7 +1,4 @@
-"""Random keys as a function of (seed, step, name), never part of a state.
-
-A resumed run draws what the uninterrupted one would have, and streams do not affect each other.
-"""
+"""Random keys as a function of (seed, step, name), so that resumed runs draw the same numbers."""
 
 import zlib
 
@@ -11,11 +8,7 @@ from mdm_jax.types import Array, ArrayLike
 
 
 def step_key(seed: ArrayLike, step: ArrayLike) -> Array:
-    """Typed key of one training step.
-
-    ``seed`` is an integer in [0, 2**32), ValueError otherwise; seed (as uint32) and step may be
-    traced.
-    """
+    """Typed key of a training step, which may be traced; ValueError for a seed outside [0, 2**32)."""
     if not isinstance(seed, jax.core.Tracer) and not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     return jax.random.fold_in(jax.random.key(seed), step)

@@ -25,13 +25,10 @@ LOGICAL_RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices.
+    """A mesh over all devices; ValueError unless the product of the axes is their number.
 
-    Args:
-        data: data-parallel copies; -1 takes the devices that the other axes leave.
-        fsdp, tensor: shards of parameters along ``embed``, which also split the batch; of layers.
-
-    ValueError if the product is not the number of devices.
+    ``data``: copies, -1 for the devices left over; ``fsdp``: shards along ``embed``, which also
+    split the batch; ``tensor``: shards of layers.
     """
     devices = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -80,19 +77,13 @@ def check_num_heads(mesh: Mesh, num_heads: int) -> None:
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Ascending indices of the rows of a global batch that this process's devices hold.
-
-    Several processes hold the same rows where another axis spans processes.
-    """
+    """Ascending indices of the global rows on this process's devices; processes may share rows."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int | None = None) -> Batch:
-    """A global batch of ``batch_size`` rows (default: all given) from this process's rows.
-
-    ``batch`` holds the rows of :func:`local_rows` in this order; ValueError otherwise.
-    """
+    """A global batch from this process's rows, those of :func:`local_rows`, else ValueError."""
     size = len(batch.tokens) if batch_size is None else batch_size
     rows = local_rows(sharding, size)
     if len(batch.tokens) != len(rows):
@@ -199,7 +190,7 @@ def map_shards(
 ) -> Array:
     """``function(*arrays)`` shard by shard, for kernels that the compiler cannot partition.
 
-    ``names`` are the logical axis names of every array; the result is sharded like the first array.
+    ``names`` are the axis names of every array; the result is sharded like the first.
     """
     layouts = [_layout(x.shape, axes) for x, axes in zip(arrays, names)]
     if layouts[0] is None:

@@ -32,8 +32,7 @@ class Batch(NamedTuple):
         tokens: [B, L] int32 clean token ids; padding holds any valid id.
         eligible: [B, L] bool, may be corrupted and carry a loss; False on prompt and padding.
         documents: [B, L] int32, 0 on padding; attention stays within a positive number.
-        units: [B] int32 units of the eligible elements: characters of raw text, or pixels x
-            channels.
+        units: [B] int32 units of the eligible elements: raw text characters, or pixels x channels.
     """
 
     tokens: Array

@@ -57,15 +57,11 @@ def make_likelihood(
         replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
         level_bins: bins of the loss curve over the masking rate.
 
-    Returns:
-        ``evaluate(params, key, batches, progress=None) -> Likelihood``. A row's random numbers
-            depend
-        on the key and its number in the stream, not on the batch size: models evaluated with one
-            key
-        get the same masks. ``progress(rows)`` is called after each batch (``tqdm.update``).
-
-    ValueError for passes, replicates or level_bins below 1, batches of different shapes (fill the
-    last with rows that have no eligible token), or no eligible token in all the data.
+    Returns ``evaluate(params, key, batches, progress=None) -> Likelihood``. A row's random numbers
+    depend on the key and its number in the stream, not on the batch size: models evaluated with one
+    key get the same masks. ``progress(rows)`` is called after each batch (``tqdm.update``).
+    ValueError for numbers below 1, batches of different shapes (fill the last with rows that have
+    no eligible token), or no eligible token in all the data.
     """
 
     @jax.jit
@@ -218,19 +214,12 @@ def pass_numbers(row_key: Array, view: Array, passes: int, length: int) -> tuple
 def make_next_token_likelihood(
     apply_fn: Callable[..., Array], mask_id: int, *, replicates: int = 2
 ) -> Callable[..., Likelihood]:
-    """Exact evaluation of ``-log p(eligible tokens | prompt)``, with the fields of the bounds.
+    """Exact evaluation of ``-log p(eligible tokens | prompt)``, as :func:`make_likelihood`.
 
-    The level curve has one bin: an autoregressive model predicts every token with its position
-    masked.
-
-    Args:
-        apply_fn: ``apply_fn(params, tokens, None, documents) -> logits [B, L, K]``, such as
-            ``models.causal_apply(model, mask_id)``.
-        replicates: copies of the same numbers. Two or more give the true standard error, zero; a
-            paired comparison with an estimate of R replicates needs R.
-
-    Returns ``evaluate`` as :func:`make_likelihood`, with its errors; the key is unused, may be
-    None.
+    ``apply_fn(params, tokens, None, documents) -> logits [B, L, K]`` is
+    ``models.causal_apply(model, mask_id)`` or similar. The level curve has one bin (every token is
+    predicted masked), the key may be None. ``replicates`` are copies: two or more give the true
+    standard error, zero; a paired comparison with an estimate of R replicates needs R.
     """
 
     @jax.jit

@@ -31,11 +31,7 @@ def row_keys(key: Array, first_row: Array | int, num_rows: int, replicate: Array
 
 
 def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> tuple[Array, Array]:
-    """Mask [B, L] bool and count k_j [B] int32 of view j in {0..F-1}, which may be traced.
-
-    ``keys`` [B] are the same for every view of a replicate. Rows without eligible elements get an
-    empty mask.
-    """
+    """Mask [B, L] bool and count k_j [B] int32 of view j < F (may be traced); one key per row."""
     lap = view_lap(jnp.sum(eligible, axis=-1), view, passes)
     first_count, ranks = draw_design(keys, eligible, lap)
     return view_mask(first_count, ranks, eligible, view, passes)
@@ -66,7 +62,7 @@ def view_mask(
 
 
 def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
-    """[B] number of earlier views with the count of view j (zero for F <= n): its permutation's number."""
+    """[B] number of earlier views with the count of view j, zero for F <= n."""
     num_eligible = jnp.maximum(num_eligible, 1)
     offset = view * num_eligible // passes
     first_view = (offset * passes + num_eligible - 1) // num_eligible
@@ -74,11 +70,7 @@ def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
 
 
 def logsnr_of_count(count: Array, num_eligible: Array) -> Array:
-    """logSNR of the masking rate (k - 1/2) / n, float32, finite at both ends.
-
-    Training with fixed counts masks k tokens at the rates from (k - 1) / n to k / n; this is the
-    middle.
-    """
+    """logSNR of the rate (k - 1/2) / n, the middle of those that fixed counts train k tokens at."""
     kept = jnp.maximum(num_eligible, 1) - count
     return (jnp.log(kept + 0.5) - jnp.log(count - 0.5)).astype(jnp.float32)
 
@@ -113,13 +105,11 @@ def make_evaluate(
     design: Callable[[ScoredRows], tuple[int, int]],
     stream_name: str = "likelihood",
 ) -> Callable[..., Likelihood]:
-    """The evaluation of a likelihood, as of ``make_likelihood``, from one compiled pass over a batch.
+    """The evaluation of a likelihood from one compiled pass over a batch, as ``make_likelihood``.
 
-    Args:
-        score: ``score(params, key, batch, first_row, replicate, view) -> arrays [B, ...]``.
-        collect: ``collect(arrays [R', F, N, ...], rows)`` on the host, of the scored rows.
-        design: ``design(rows) -> (R', F)``, replicates and views to run for a batch.
-        stream_name: of the random numbers.
+    ``score(params, key, batch, first_row, replicate, view) -> arrays [B, ...]``; ``collect(arrays
+    [R', F, N, ...], rows)`` on the host, of the scored rows; ``design(rows) -> (R', F)``,
+    replicates and views to run for a batch.
     """
 
     def evaluate(
@@ -197,11 +187,7 @@ def pool(scores: list[RowScores], rows_seen: int) -> Likelihood:
 def count_scores(
     row_nats: np.ndarray, rows: ScoredRows, loss: np.ndarray, count: np.ndarray, bins: int
 ) -> RowScores:
-    """Scores of masked passes; their level is the share of masked tokens.
-
-    ``count`` [R', F, N, S] int64 and ``loss`` are the number and the summed cross-entropy of the
-    masked tokens of each segment; ``row_nats`` is [R, N].
-    """
+    """Scores of masked passes by share of masked tokens; count and loss are [R', F, N, S]."""
     size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
     # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers; an empty mask adds nothing.
     level = np.maximum(-(-count * bins // np.maximum(size, 1)) - 1, 0).ravel()

@@ -12,12 +12,9 @@ _LN2 = math.log(2.0)
 
 
 class LevelCurve(NamedTuple):
-    """Mean cross-entropy by masking rate.
+    """Mean cross-entropy ``nats`` [bins] of a masked token (NaN: empty bin), of ``targets`` tokens.
 
-    Attributes:
-        edges: [bins + 1] masking rates; bin b holds the passes with edges[b] < k/n <= edges[b+1].
-        nats, targets: [bins] mean cross-entropy of a masked token (NaN for an empty bin), and
-            number of masked tokens.
+    Bin b holds the passes with masking rate edges[b] < k/n <= edges[b+1].
     """
 
     edges: np.ndarray

@@ -111,8 +111,7 @@ def nested_prefixes() -> SubsetDesign:
 def one_path() -> SubsetDesign:
     """One random order of unmasking, n passes: each token once, given those before it.
 
-    The variance is zero exactly where the row's conditionals are those of one joint law (chain
-    rule).
+    The variance is zero exactly where the row's conditionals are those of one joint law.
     """
 
     def draw(keys, eligible, view):
@@ -156,10 +155,7 @@ def every_subset(max_eligible: int = MAX_ELIGIBLE) -> SubsetDesign:
 
 
 def exact_when_short(design: SubsetDesign, max_eligible: int) -> SubsetDesign:
-    """Every subset of the rows with at most ``max_eligible`` eligible tokens, else ``design``.
-
-    A short row takes ``2^n - 1`` passes: for seven tokens fewer than 8 replicates of 16 passes.
-    """
+    """Every subset of rows with at most ``max_eligible`` eligible tokens, else ``design``."""
     short = every_subset(max_eligible)
 
     def passes(n: int) -> int:
@@ -220,10 +216,7 @@ def _independent(
 def draw_count(
     u: Array, size: Array, length: int, density: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[Array, Array]:
-    """Count k on {1..n} and weight ``1 / (k P(k))`` at quantiles u [B] of P ~ density.
-
-    ``size`` [B] is n of each row, at most ``length``; the density takes the counts 1..length.
-    """
+    """Count k on {1..n <= length} and weight ``1 / (k P(k))`` at quantiles u [B] of P ~ density."""
     counts = np.arange(1, length + 1, dtype=np.float64)
     mass = np.asarray(density(counts), np.float64)
     cumulative = jnp.asarray(np.cumsum(mass), jnp.float32)

@@ -1,7 +1,4 @@
-"""Flax networks; elsewhere only ``model_fn(inputs, logsnr, documents) -> logits`` is used.
-
-Names are loaded on first use, so that losses and samplers do not load Flax.
-"""
+"""Flax networks ``(inputs, logsnr, documents) -> logits``, loaded on first use of a name."""
 
 import importlib
 

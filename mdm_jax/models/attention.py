@@ -278,15 +278,13 @@ CHOICES = ("auto", *IMPLEMENTATIONS)
 def attention(
     q: Array, k: Array, v: Array, mask: AnyRule | Array | None = None, implementation: str = "auto"
 ) -> Array:
-    """Scaled dot-product attention, ``softmax(q k / sqrt(D)) v`` under a mask.
+    """Scaled dot-product attention, ``softmax(q k / sqrt(D)) v`` under a mask, [N, Q, H, D].
 
-    Args:
-        q, k, v: queries [N, Q, H, D], keys and values [N, M, H, D], of one dtype.
-        mask: a rule of ``models.masks``, a boolean array [N or 1, 1 or H, Q, M], or None.
-        implementation: a name of ``IMPLEMENTATIONS``, or "auto" for :func:`best`.
-
-    Returns [N, Q, H, D] in the dtype of ``q``, by a float32 softmax. ValueError for an unknown
-    name, a mask of other sizes, or a named implementation that does not work here.
+    ``q`` [N, Q, H, D], ``k`` and ``v`` [N, M, H, D] have one dtype, also that of the result; the
+    softmax is float32. The mask is a rule of ``models.masks``, a boolean array [N or 1, 1 or H, Q,
+    M] or None, the implementation a name of ``IMPLEMENTATIONS`` or "auto" (:func:`best`).
+    ValueError for an unknown name, a mask of other sizes, or an implementation that does not work
+    here.
     """
     rule = as_rule(mask, q.shape[1], k.shape[1])
     name = best(q, k, rule) if implementation == "auto" else implementation
@@ -298,8 +296,8 @@ def attention(
 def best(q: Array, k: Array, rule: AnyRule) -> str:
     """Name of the implementation that "auto" selects on this backend.
 
-    "recompute" on CPUs (measured); "cudnn" on GPUs and "splash" on TPUs where they support operands
-    and rule, else "einsum".
+    "recompute" on CPUs (measured); "cudnn" on GPUs and "splash" on TPUs where they work, else
+    "einsum".
     """
     backend = jax.default_backend()
     if backend == "cpu":

@@ -48,10 +48,9 @@ class Projection:
 class Chunking:
     """How many logits exist at a time; changes the cost of a loss, not its value.
 
-    Attributes:
-        groups: of contiguous rows, one per device that holds rows; lowered to divide the rows.
-        positions: chunk size in a group. None: 32 MiB of logits on CPUs (cache size), 512 MiB
-            elsewhere, and at most an eighth of the positions.
+    ``groups`` of contiguous rows, one per device, are lowered to divide the rows. ``positions`` is
+    the chunk size in a group; None: 32 MiB of logits on CPUs (cache size), 512 MiB elsewhere, and
+    at most an eighth of the positions.
     """
 
     groups: int = 1
@@ -71,12 +70,10 @@ class Chunking:
 
 @pytree_dataclass
 class Readout:
-    """Logits as a product not yet taken.
+    """Logits as a product not yet taken: features [N, L, D], weights [K, D] or [D, K].
 
-    Attributes:
-        features, weights: [N, L, D], and [K, D] or [D, K] by ``projection``.
-        loss_weights: [N, L], of :func:`with_loss_weights`, up to a common factor.
-        losses: [N, L], returned instead of computed ones.
+    ``loss_weights`` [N, L] are those of :func:`with_loss_weights`, up to a common factor;
+    ``losses`` [N, L] are returned instead of computed ones.
     """
 
     features: Array
@@ -129,8 +126,7 @@ def token_nats(
 ) -> Array:
     """Cross-entropy of the clean tokens in ``where``, nats, float32 [N, L]; zero elsewhere.
 
-    ``outputs`` are logits [N, L, K] of any float dtype or a readout; ``targets`` and ``where``
-    (bool) are [N, L]. The mask token, if any, is excluded from the softmax.
+    The mask token, if not None, is excluded from the softmax: a clean token is never it.
     """
 
     def loss(logits: Array, targets: Array) -> tuple[Array, Array]:

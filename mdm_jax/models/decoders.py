@@ -167,8 +167,8 @@ def cached_block_decoder(
     """Block decoding with a KV cache of the finished blocks: a pass runs L' tokens, not the row.
 
     Equals :func:`block_apply`. With a window the cache holds ``window - 1`` blocks, so rows may be
-    longer than in training. ``init`` raises ValueError if L' does not divide the length or the
-    window is below 1.
+    longer than in training. ``init`` raises ValueError unless L' divides the length and window >=
+    1.
     """
 
     def init(num_rows: int, length: int) -> KeyValueCache:
@@ -203,8 +203,8 @@ def cached_causal_decoder(
 ) -> CausalDecoder:
     """Autoregressive decoding with a KV cache: a step runs one token.
 
-    Equals :func:`causal_apply`. With a window the cache holds ``window - 1`` tokens. ``init``
-    raises ValueError if the window is below 1.
+    Equals :func:`causal_apply`. With a window (>= 1, else ValueError) the cache holds ``window -
+    1`` tokens.
     """
 
     def init(num_rows: int, length: int) -> CausalMemory:
@@ -266,10 +266,7 @@ class WrittenRow(NamedTuple):
 
 
 def recomputing_block_decoder(apply_fn: Callable[..., Array], block_size: int) -> BlockDecoder:
-    """Block decoding of an ``apply_fn`` as of :func:`block_apply`: every pass runs both whole rows.
-
-    ``init`` raises ValueError if L' does not divide the length.
-    """
+    """Block decoding of an ``apply_fn`` as of :func:`block_apply`: a pass runs both whole rows."""
 
     def init(num_rows: int, length: int) -> WrittenRow:
         check_blocks(length, block_size)

@@ -17,9 +17,8 @@ class KeyValues(NamedTuple):
 class KeyValueCache(NamedTuple):
     """A ring buffer of the last M tokens: position p is in slot p mod M.
 
-    Attributes:
-        key_values: keys and values [depth, N, M, H, D]; keys are rotated to absolute positions.
-        documents, written: [N, M] int32 document of each token, and [] int32 tokens written so far.
+    ``key_values`` [depth, N, M, H, D] hold keys rotated to absolute positions, ``documents`` [N, M]
+    int32 those of each token, ``written`` [] the number of tokens so far.
     """
 
     key_values: KeyValues
@@ -48,10 +47,7 @@ def cached_positions(cache: KeyValueCache) -> Array:
 
 
 def append(cache: KeyValueCache, new: KeyValues, documents: Array) -> KeyValueCache:
-    """Write the next tokens of every row; in a full ring they replace the oldest.
-
-    ``new`` [depth, N, Q, H, D] has keys rotated to the positions from ``cache.written`` on.
-    """
+    """Write the next tokens of every row, keys rotated; in a full ring they replace the oldest."""
     count = documents.shape[-1]
     kept = min(count, cache.capacity)
     slots = (cache.written + count - kept + jnp.arange(kept)) % cache.capacity

@@ -59,11 +59,7 @@ class Kernel(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis in float32.
-
-    ``kind`` is "rms" or "layer"; ``learned=False`` leaves the scale to a conditioning network;
-    ``axes`` names the scale's logical axis.
-    """
+    """RMSNorm or LayerNorm in float32, ``kind`` "rms" or "layer", with a scale if ``learned``."""
 
     kind: str = "rms"
     learned: bool = True
@@ -176,10 +172,7 @@ so attention and elementwise functions are recomputed."""
 
 
 def rematerialised(module: type[nn.Module], name: str, scanned: bool = False) -> type[nn.Module]:
-    """The module class under a policy of ``POLICIES``: equal values, less memory, more compute.
-
-    ``scanned``: it is the body of a scan, which already separates the two passes.
-    """
+    """The module class under a policy of ``POLICIES``; ``scanned`` as the body of a scan."""
     if name == "none":
         return module
     return nn.remat(module, prevent_cse=not scanned, policy=POLICIES[name])

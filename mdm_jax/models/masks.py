@@ -88,10 +88,7 @@ def check_blocks(length: int, block_size: int, window: int | None = None) -> int
 
 @pytree_dataclass
 class Rule:
-    """A static pattern within documents.
-
-    ``documents`` [N, L] int32 are those of queries and keys alike, 0 for padding; None for one.
-    """
+    """A static pattern within documents [N, L] int32, 0 for padding; None for a single one."""
 
     pattern: Pattern
     documents: Array | None
@@ -127,11 +124,8 @@ class Rule:
 class CachedRule:
     """Block-causal attention of new tokens to cached ones, in any order, and to each other.
 
-    Attributes:
-        pattern: of the row, with any length; static.
-        query_positions, key_positions: [Q] and [M] positions in the row; negative for an empty
-            slot.
-        query_documents, key_documents: [N, Q] and [N, M] int32, 0 for padding.
+    Positions in the row are [Q] and [M], negative for an empty slot; documents [N, Q] and [N, M]
+    int32, 0 for padding.
     """
 
     pattern: BlockCausal
@@ -197,10 +191,10 @@ def causal(length: int, window: int | None = None, documents: Array | None = Non
 def block_causal(
     length: int, block_size: int, window: int | None = None, documents: Array | None = None
 ) -> Rule:
-    """Attention to a position's own block and the blocks before it.
+    """Attention to a position's own block and those before it, ``window`` of them at most.
 
-    ``length`` L must be a multiple of ``block_size`` L' and the window (None for all) at least 1,
-    else ValueError. ``documents`` [N, L] int32, 0 for padding; None for a single one.
+    ValueError unless ``block_size`` L' divides ``length`` L and ``window`` >= 1. ``documents`` [N,
+    L] int32, 0 for padding.
     """
     check_blocks(length, block_size, window)
     return Rule(BlockCausal(length, block_size, window), documents)

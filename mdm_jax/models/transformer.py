@@ -204,8 +204,7 @@ def run_blocks(
 ) -> tuple[Array, KeyValues]:
     """All blocks and the final norm, inside a compact module: outputs and [depth, ...] keys.
 
-    Arguments as of :meth:`Transformer.attend_readout`; ``x`` [N, Q, width] are embedded inputs and
-    ``condition`` [N, S, width] is that of :func:`level_condition`, or None.
+    Arguments as of :meth:`Transformer.attend_readout`, ``condition`` as of :func:`level_condition`.
     """
     x = constrain(x, *_ROWS)
     rotary = layers.rotary_embedding(positions, c.head_size, c.rope_base)
@@ -235,10 +234,7 @@ def run_blocks(
 
 
 def level_condition(c: TransformerConfig, logsnr: Array | None, length: int) -> Array:
-    """Features of the noise levels for the adaptive norms, [N, S, width]; in a compact module.
-
-    ValueError unless the number S of levels per row divides ``length``.
-    """
+    """Level features [N, S, width] for adaptive norms; ValueError unless S divides ``length``."""
     if logsnr is None or logsnr.ndim != 2 or length % logsnr.shape[-1]:
         shape = None if logsnr is None else logsnr.shape
         raise ValueError(

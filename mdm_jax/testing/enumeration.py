@@ -1,6 +1,6 @@
-"""Exact values for rows short enough to enumerate every mask, in float64 on the host.
+"""Exact values by enumeration of all masks of a row, float64, on the host.
 
-A row with n eligible positions has 2^n masks; mask M masks the j-th of them iff bit j of M is set.
+A row with n eligible positions has 2^n masks; bit j of mask M is set iff it masks the j-th.
 """
 
 import math

@@ -58,10 +58,7 @@ class Store:
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict | None:
-        """Tree (unless None) and records of the newest intact checkpoint, by item name.
-
-        CheckpointError if that one does not fit ``abstract_tree``.
-        """
+        """Tree and records of the newest intact checkpoint; CheckpointError if it does not fit."""
         tried = set()
         while remaining := [step for step in self.steps() if step not in tried]:
             step = remaining[-1]
@@ -115,10 +112,7 @@ class Store:
     def save(
         self, step: int, tree: PyTree, records: dict[str, dict[str, Any]], force: bool = False
     ) -> bool:
-        """Write a checkpoint; returns False, doing nothing, if the step exists.
-
-        Also if a later one exists, unless ``force``.
-        """
+        """Write a checkpoint; False if the step (or, unless ``force``, a later one) exists."""
         steps = self.steps()
         if step in steps or (not force and any(other > step for other in steps)):
             return False
@@ -280,12 +274,7 @@ def _files(directory: pathlib.Path, digests: bool = True) -> dict[str, dict[str,
 
 
 class Restored(NamedTuple):
-    """Contents of a checkpoint in ``last/``.
-
-    Attributes:
-        position: JSON state of the data iterator, right after the last batch trained on.
-        notes: JSON notes, such as the data fingerprint and the metric window in progress.
-    """
+    """Contents of a checkpoint in ``last/``; the data position and notes are JSON."""
 
     state: PyTree
     position: dict[str, Any]
@@ -330,9 +319,10 @@ class CheckpointReader:
         return restored["ema"]
 
     def restore_last(self, abstract_state: PyTree) -> Restored | None:
-        """The newest intact state for ShapeDtypeStructs with shardings; None if the run saved none.
+        """The newest intact state, or None if none was saved.
 
-        CheckpointError if none of the checkpoints is intact, or the newest intact one does not fit.
+        CheckpointError if checkpoints exist but none is intact, or the newest intact one does not
+        fit.
         """
         steps = self.steps()
         restored = self._last.restore(abstract_state, ("position", "notes"))
@@ -356,10 +346,7 @@ class CheckpointReader:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), kept)
 
     def restore_step(self, step: int, abstract_state: PyTree) -> PyTree:
-        """The full state of one of :meth:`steps`, whose files are not checked again.
-
-        CheckpointError if there is no such step, or it does not fit ``abstract_state``.
-        """
+        """The full state of a step, unverified; CheckpointError if missing or of another shape."""
         if step not in self.steps():
             raise CheckpointError(f"no checkpoint of step {step}, there are {self.steps()}")
         return self._last.read(step, abstract_state)
@@ -387,10 +374,7 @@ class Checkpoints(CheckpointReader):
     def save(
         self, step: int, state: PyTree, position: dict[str, Any], notes: dict[str, Any]
     ) -> None:
-        """Write a full state; an existing step is left as it is.
-
-        CheckpointError if only later steps exist, which a restore would prefer.
-        """
+        """Write a full state unless it exists; CheckpointError if only later steps exist."""
         records = {"position": position, "notes": notes}
         if not self._last.save(step, state, records) and step not in self.steps():
             raise CheckpointError(

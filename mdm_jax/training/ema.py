@@ -21,11 +21,7 @@ class AverageOffset(NamedTuple):
 
 
 def new_average(params: PyTree, dtype: jnp.dtype = jnp.float32) -> PyTree:
-    """The average at step 0, equal to the parameters.
-
-    dtype float32 keeps the average itself, bfloat16 an :class:`AverageOffset`; others raise
-    ValueError.
-    """
+    """The average at step 0; float32, or bfloat16 as an :class:`AverageOffset`, else ValueError."""
     if dtype == jnp.float32:
         return jax.tree.map(jnp.copy, params)
     if dtype == jnp.bfloat16:

@@ -36,15 +36,15 @@ class BatchStream(Protocol):
 class LoopOptions:
     """Frequencies of the loop's actions, in steps; 0 switches a recurring one off.
 
+    Metrics are fetched from the device when logged. Evaluation also follows the last step, which is
+    always saved.
+
     Attributes:
-        log_every: also how often metrics are fetched from the device.
-        evaluate_every: an evaluation also follows the last step.
-        checkpoint_every: the last step is always saved.
         max_skipped_in_a_row: stop after this many non-finite steps in a row.
-        tokens_per_step: tokens through the network each step, for the speed.
-        unit: of ``bits`` in the progress bar, such as "character".
-        profile_at, profile_steps, profile_directory: first step (0 for none), length and target of
-            a profile.
+        tokens_per_step, unit: tokens through the network each step, for the speed; unit of the bits
+            shown, such as "character".
+        profile_at, profile_steps, profile_directory: first step (0: none), length, target of a
+            profile.
         launched_at: ``time.monotonic()`` at launch, to report the time to the first step, or None.
     """
 
@@ -72,11 +72,10 @@ class LoopOptions:
 
 @dataclasses.dataclass
 class Hooks:
-    """Functions that the loop calls besides the step.
+    """Functions that the loop calls besides the step; ``check`` raises if a stop was requested.
 
     Attributes:
-        evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss"; it calls ``check``
-            now and then, which raises if a stop was requested.
+        evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss".
         sample: ``sample(step, ema, check)``.
         monitor: ``monitor(state) -> scalars`` on the device, jitted; written with the metrics.
         adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings in
@@ -106,19 +105,13 @@ def train(
 
     Nothing is fetched from the device between logging steps. With several processes a stop request
     takes effect at the next logging step, or inside a hook. States are saved before their hooks
-    run; a resumed run runs the hooks that are left. In a single process an error saves the state
-    first.
+    run; a resumed run runs those that are left. In a single process an error saves the state first.
 
-    Args:
-        step_fn: jitted step, state donated.
-        state, batches: where to start (by its step counter), and the data at the matching position.
-        notes: stored in each checkpoint, beside the loop's own.
-        progress: ``restored.notes["progress"]`` of a resumed run.
-        interrupt: stop request; by default one of the loop's own.
+    ``step_fn`` is jitted, the state donated; ``batches`` are at the position that matches
+    ``state``; ``notes`` are stored in each checkpoint; ``progress`` is
+    ``restored.notes["progress"]``.
 
-    Returns:
-        The final state. If ``interrupt.stopping`` is set, training is unfinished and saved.
-
+    Returns the final state; if ``interrupt.stopping``, training is unfinished and saved.
     TrainingStopped after too many non-finite steps in a row; the last good state is saved.
     """
     hooks = hooks or Hooks()

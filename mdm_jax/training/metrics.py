@@ -76,10 +76,7 @@ def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines elsewhere (cluster logs, pipes).
-
-    ``total`` steps, of which ``start`` are done; ``stream`` is standard error by default.
-    """
+    """A progress bar on a terminal (standard error by default), plain lines elsewhere."""
 
     def __init__(
         self, total: int, start: int = 0, stream: TextIO | None = None, silent: bool = False

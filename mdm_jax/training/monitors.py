@@ -1,7 +1,6 @@
-"""Monitors: running estimates for the metrics of a training run.
+"""Monitors: running estimates for training metrics, pure functions called after the backward pass.
 
-Pure functions, called in the jitted step after the backward pass. A step with non-finite losses or
-gradients leaves a monitor's state as it was, and is counted.
+A step with non-finite losses or gradients leaves a monitor's state as it was, and is counted.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,10 +26,8 @@ from mdm_jax.variance.transform import Phase, VarianceTransform
 class Monitor(NamedTuple):
     """Running statistics as pure functions; ``name`` is the key of the state.
 
-    Attributes:
-        update: ``update(state, draw, stats, gradients) -> state``, gradients of the whole batch
-            before clipping.
-        read: ``read(state) -> {name: scalar or [bins]}``; NaN without data.
+    ``update(state, draw, stats, gradients) -> state`` gets the gradients of the whole batch before
+    clipping; ``read(state) -> {name: scalar or [bins]}`` gives NaN without data.
     """
 
     name: str
@@ -40,10 +37,7 @@ class Monitor(NamedTuple):
 
 
 def read_monitors(monitors: Iterable[Monitor], states: dict[str, PyTree]) -> dict[str, Array]:
-    """All readings of ``TrainState.monitors`` as scalars on the device.
-
-    A reading per bin gets the bin's number as a suffix.
-    """
+    """All readings of ``TrainState.monitors`` as device scalars, those per bin with its number."""
     readings = {}
     for monitor in monitors:
         for name, value in monitor.read(states[monitor.name]).items():
@@ -56,10 +50,9 @@ def read_level_profile(
 ) -> dict[str, Array]:
     """The current warp of a chain (``state``: ``TrainState.variance``), as scalars on the device.
 
-    At the middle of each of ``bins`` equal bins of the quantile, noisy to clean, mean over levels:
-    ``level_density``, that of the draw relative to the objective's law, and ``effective_weight``,
-    the factor on the objective's weighting (p times w), 1 for exact transforms. Empty if nothing is
-    warped.
+    At the middle of ``bins`` equal bins of the quantile, noisy to clean, mean over levels:
+    ``level_density``, relative to the objective's law, and ``effective_weight``, the factor on its
+    weighting (p times w), 1 for exact transforms. Empty if nothing is warped.
     """
     members = transform.members or (transform,)
     if transform.profile is None or not any(t.phase == Phase.WARP for t in members):
@@ -81,13 +74,10 @@ def _scalars(name: str, value: Array) -> dict[str, Array]:
 
 
 class LevelSums(NamedTuple):
-    """Exponentially forgotten sums per bin of the masking rate, [bins] each.
+    """Exponentially forgotten sums by bin of the masking rate, [bins].
 
-    Attributes:
-        nats, targets: cross-entropies and number of masked tokens.
-        loss, square: per-token losses ``raw * weight / scored`` and their squares.
-        rows: number of (view, row, level)s.
-        rejected: [] int32 non-finite steps left out.
+    ``nats`` and ``targets`` are of masked tokens, ``loss`` per token (``raw * weight / scored``),
+    ``square`` its square; ``rows`` counts (view, row, level)s, ``rejected`` [] non-finite steps.
     """
 
     nats: Array
@@ -104,13 +94,10 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
     In masking rate m the bound is flat, nats per token = int_0^1 (mean cross-entropy of a masked
     token at rate m) dm. So the mean over equal bins of each bin's running cross-entropy is the
     training loss without the level's noise, up to the square of a bin's width; it lags by about ``1
-    / (1 - decay)`` visits of a bin.
-
-    ``read`` gives ``normalised_loss`` (nats per token, over the bins visited so far),
-    ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation`` [bins], mean and
-    standard deviation of the per-token loss, and ``level_rejected``. ``objective.law`` maps
-    quantiles to rates; ``decay`` applies to a bin's sums at each visit. ValueError unless bins >= 1
-    and decay is in [0, 1).
+    / (1 - decay)`` visits of a bin. ``read`` gives this ``normalised_loss`` (nats per token,
+    visited bins), ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation``
+    [bins], mean and standard deviation of the per-token loss, and ``level_rejected``. ValueError
+    unless bins >= 1 and decay (per visit of a bin) is in [0, 1).
     """
     if bins < 1 or not 0 <= decay < 1:
         raise ValueError(f"level_monitor needs bins >= 1 and 0 <= decay < 1, got {bins}, {decay}")
@@ -154,14 +141,7 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
 
 
 class GradientMoments(NamedTuple):
-    """Exponentially forgotten moments of the batch gradient.
-
-    Attributes:
-        mean, square: weighted sums of gradients (like the parameters, float32) and squared norms
-            [].
-        weight, weight_square: [] sums of the weights and of their squares.
-        rejected: [] int32 non-finite steps left out.
-    """
+    """Exponentially forgotten moments of the batch gradient, float32."""
 
     mean: PyTree
     square: Array
@@ -229,13 +209,7 @@ def gradient_noise_monitor(decay: float = 0.95) -> Monitor:
 
 
 class ControlledLoss(NamedTuple):
-    """A baseline (EMA of the integrand per quantile bin) and the losses that it controls.
-
-    Attributes:
-        total, raw, scored: forgotten sums of controlled losses and plain losses, nats, and of
-            eligible elements.
-        rejected: [] int32 non-finite steps left out.
-    """
+    """A baseline, forgotten sums of controlled and plain losses (nats) and of eligible elements."""
 
     baseline: Baseline
     total: Array

@@ -20,11 +20,8 @@ def store_moments(
 
     Optax's ``mu_dtype`` has no counterpart for second moments and decays first ones in the narrow
     dtype. A second moment falls by at most ``1 - b2`` of itself a step, which bfloat16 rounds away
-    for ``b2`` near 1: it could rise but never fall, so ``second`` then raises ValueError.
-
-    Args:
-        first, second: dtypes of the running means of gradients (momentum too) and of their squares.
-        b2: decay of the second moment, for that check.
+    for ``b2`` near 1: it could rise but never fall, so that ``second`` raises ValueError. ``first``
+    covers momentum too.
     """
     lost = float(jnp.finfo(second).eps) / 2
     if b2 is not None and 1 - b2 <= lost:
@@ -82,10 +79,7 @@ def adamw(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW that decays kernels and embeddings only.
-
-    ``clip_norm`` is positive or None.
-    """
+    """Global-norm clipping (positive or None), then AdamW decaying kernels and embeddings only."""
     return optax.chain(
         _clip(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
@@ -121,10 +115,7 @@ def muon(
 
 
 def decayed(params: PyTree) -> PyTree:
-    """True for the parameters that weight decay applies to, by name.
-
-    Not by rank: scanned layers stack norm scales into matrices.
-    """
+    """True for parameters under weight decay, by name: scanned layers stack norm scales."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: bool({"kernel", "embedding"} & _names(path)), params
     )

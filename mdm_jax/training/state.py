@@ -21,11 +21,9 @@ class TrainState:
 
     Attributes:
         step: [] int32, number of steps begun, skipped ones included.
-        ema: for evaluation and sampling; read with :func:`~mdm_jax.training.averaged`, since it may
-            be an offset.
+        ema: read with :func:`~mdm_jax.training.averaged`, since it may be an offset.
         monitors: states of the monitors by name.
-        skipped, skipped_in_a_row: [] int32, steps skipped because loss, gradient or update was not
-            finite: all, and the latest ones.
+        skipped, skipped_in_a_row: [] int32 steps with a non-finite loss, gradient or update.
     """
 
     step: Array
@@ -66,11 +64,7 @@ def num_params(params: PyTree) -> int:
 def linen_init(
     model: nn.Module, length: int, dtype: jnp.dtype = jnp.int32
 ) -> Callable[[Array], PyTree]:
-    """``init(key) -> variables`` of a linen model, with logical axis names attached.
-
-    The model is called as ``model(inputs [1, length], logsnr [1, 1], documents [1, length])``,
-    inputs of ``dtype`` (a float type for Gaussian diffusion).
-    """
+    """``init(key) -> variables`` of a linen model for rows of ``length``, logical axes named."""
 
     def init(key: Array) -> PyTree:
         documents = jnp.ones((1, length), jnp.int32)

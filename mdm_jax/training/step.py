@@ -65,17 +65,10 @@ def make_train_step(
 
     The draw is made once for the global batch and cut into microbatches, so gradients under k
     microbatches equal those of the full batch. A step whose loss, gradient or update is not finite
-    leaves parameters, EMA, optimiser and variance state as they were and counts itself.
-
-    Args:
-        transform: variance reduction, a chain or a single transform.
-        spec: ``objective.spec(batch_size, length)`` of the global batch.
-        ema_decay: of the parameter average, in [0, 1); shorter during the first steps.
-        num_microbatches: must divide the batch size.
-        monitors: running estimates with distinct names; read with
-            :func:`~mdm_jax.training.read_monitors`.
-
-    ValueError if the settings do not fit together.
+    leaves parameters, EMA, optimiser and variance state as they were and counts itself. ``spec`` is
+    ``objective.spec(batch_size, length)`` of the global batch; ``ema_decay`` in [0, 1) is shorter
+    during the first steps. ValueError unless ``num_microbatches`` divides the batch size and
+    monitors have distinct names.
     """
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
@@ -152,9 +145,9 @@ def _keep_counters(finite: Array, new: PyTree, old: PyTree) -> PyTree:
 def compiler_options() -> dict[str, str]:
     """The fastest measured compiler settings for a training step on this backend.
 
-    On CPUs products use its kernel library and reductions are fused with the functions before them:
-    up to 3% less time and a quarter less memory; results change by the order of sums only. Empty
-    for other backends and unmeasured jaxlib versions, where an unknown setting is an error.
+    On CPUs, kernel-library products and reductions fused with the functions before them: up to 3%
+    less time, a quarter less memory, another order of sums. Empty for other backends and unmeasured
+    jaxlib versions, where an unknown setting is an error.
     """
     measured = importlib.metadata.version("jaxlib").startswith("0.10.")
     if jax.default_backend() != "cpu" or not measured:
@@ -163,13 +156,10 @@ def compiler_options() -> dict[str, str]:
 
 
 class CompiledStep(NamedTuple):
-    """A compiled step and its costs.
+    """A compiled step, its compile or load time, and its memory per device (None if unknown).
 
-    Attributes:
-        call: ``call(state, batch) -> (state, metrics)``; TypeError or ValueError for other shapes,
-            dtypes or shardings than compiled for.
-        seconds: of tracing, lowering and compiling, or of loading from the cache.
-        memory_bytes: on each device, arguments included; None if unknown.
+    ``call(state, batch) -> (state, metrics)`` raises TypeError or ValueError for other shapes,
+    dtypes or shardings than compiled for.
     """
 
     call: Callable[..., Any]
@@ -190,14 +180,10 @@ def compile_step(
     *constants: Array,
     options: Mapping[str, str] | None = None,
 ) -> CompiledStep:
-    """Compile a train step, its state donated and its sharding kept.
+    """Compile a train step for ShapeDtypeStructs with shardings, its state donated.
 
-    Args:
-        abstract_state, abstract_batch: pytrees of jax.ShapeDtypeStruct with shardings.
-        constants: placed arrays, further arguments of the step. Runs that differ in them alone,
-            such as in the seed, share a cache entry.
-        options: of the compiler, in place of :func:`compiler_options`.
-
+    ``constants`` are placed arrays, further arguments of the step; runs that differ in them alone,
+    such as in the seed, share a cache entry. ``options`` replace :func:`compiler_options`.
     MemoryError if the compiler finds no plan that fits a device.
     """
     started = time.monotonic()
