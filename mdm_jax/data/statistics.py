@@ -95,8 +95,7 @@ def rare_tokens(
 ) -> np.ndarray:
     """The least frequent tokens that together make up at most ``share`` of a split, [K] bool.
 
-    Unseen ids are rare. For ``corruption.bernoulli_shifted_logit``; ValueError unless 0 < share <
-    1.
+    Unseen ids too. For ``corruption.bernoulli_shifted_logit``. ValueError unless 0 < share < 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"rare_tokens needs 0 < share < 1, got {share}")

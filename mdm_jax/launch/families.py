@@ -122,7 +122,7 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
 
 
 def block(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """Block diffusion; ``train.init_from`` may be a masked run. ValueError if row % size."""
+    """Block diffusion; ``train.init_from`` may be a masked run. ValueError if sizes do not divide."""
     size, length, window = config.block.size, dataset.length, config.block.window or None
     if size < 1 or length % size:
         raise ValueError(
