@@ -1,20 +1,10 @@
-"""Likelihood of Gaussian diffusion: the bound in its parts, and the probability flow's density.
+"""Likelihood of Gaussian diffusion: the variational bound, and the probability flow's density.
 
-Between a noisiest level ``low`` and a cleanest level ``high`` the bound of a row is, in nats,
+    NELBO(x0) = E[-log p(x0 | z_high)]                       reconstruction
+              + 1/2 int_low^high E|eps - eps_hat|^2 dlambda  diffusion
+              + KL(q(x_low | x0) || N(0, 1))                 prior, variance-preserving
 
-    NELBO(x0) = E[-log p(x0 | z_high)]                              reconstruction
-              + 1/2 int_low^high E|eps - eps_hat|^2 dlambda         diffusion
-              + KL(q(x_low | x0) || N(0, 1))                        prior, variance-preserving,
-
-whatever the path of the network (Kingma et al. 2021, VDM, equations 11 to 17). The estimator is
-fixed, apart from the training chain: F levels per row, one in each of F equal cells of [low, high],
-repeated R times with fresh randomness for a Monte Carlo standard error. Its weight is constant; for
-N(0, 1) data on [-10, 10] and many cells its variance is 1.8 times the least of any level density.
-
-In variance-preserving coordinates, with the denoiser D a function of ``z = x / alpha``, the flow is
-
-    dx / dlambda = -1/2 sigmoid(lambda) x + 1/2 alpha D(z, lambda) ,
-    dlog p / dlambda = 1/2 sum_i [sigmoid(lambda) - dD_i / dz_i] .
+in nats between logSNR ``low`` and ``high``, on any path (Kingma et al. 2021, VDM, eq. 11 to 17).
 """
 
 import dataclasses
@@ -52,14 +42,11 @@ _VP = paths.vp()
 
 
 def grey_value_decoder(num_values: int) -> Decoder:
-    """Over K equally spaced values from -1 to 1, in proportion to N(z; value, exp(-logsnr)).
+    """p(x0 | z) over K equally spaced values from -1 to 1, weighted by N(z; value, exp(-logsnr)).
 
-    The exact posterior of independent, uniform values. The bound on pictures is tight where
-    exp(-logsnr / 2) is small against their distance 2 / (K - 1). ``scaled_integers(K)`` makes x0.
-    Kingma et al. 2021 (VDM), equation 13 and appendix.
-
-    Raises:
-        ValueError: unless num_values >= 2.
+    The exact posterior of independent, uniform values; on pictures tight where exp(-logsnr / 2) is
+    small against the spacing 2 / (K - 1). ``scaled_integers(K)`` makes x0. ValueError unless
+    num_values >= 2. Kingma et al. 2021 (VDM), equation 13 and appendix.
     """
     to_values = scaled_integers(num_values)
 
@@ -80,7 +67,7 @@ def grey_value_decoder(num_values: int) -> Decoder:
 
 
 def normal_decoder() -> Decoder:
-    """N(x0; z, exp(-logsnr)): for continuous data that are smooth at the scale of the noise."""
+    """N(x0; z, exp(-logsnr)), for continuous data smooth at the scale of the noise."""
 
     def decoder(x0: Array, z: Array, logsnr: ArrayLike) -> Array:
         logsnr = jnp.asarray(logsnr, z.dtype)
@@ -92,17 +79,15 @@ def normal_decoder() -> Decoder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussianLikelihood:
-    """An upper bound on the negative log-likelihood of a data set, with its uncertainty.
+    """Upper bound on the negative log-likelihood of a data set, with standard errors.
 
-    Rows are pooled before any ratio is taken; a dimension is an eligible element.
-    ``standard_error_*`` is the Monte Carlo error, from the spread over replicates (NaN for one);
-    ``data_standard_error_*`` that from the spread over rows, taken as independent.
+    Rows are pooled before any ratio; a dimension is an eligible element. ``standard_error_*`` is
+    Monte Carlo error (NaN for one replicate), ``data_standard_error_*`` is from the spread of rows.
 
     Attributes:
-        replicate_row_parts: [3, R, N] float64, each replicate's estimate of each scored row's
-            reconstruction, diffusion and prior terms, nats. The prior has no Monte Carlo error.
-        row_elements: [N] eligible elements of each scored row.
-        row_index: [N] number of each scored row in the data stream.
+        replicate_row_parts: [3, R, N] float64 nats, reconstruction, diffusion and prior of each
+            scored row in each replicate. The prior has no Monte Carlo error.
+        row_elements, row_index: [N] eligible elements of each scored row, its number in the stream.
         rows_seen: rows in the stream, those without eligible elements included.
         passes: F, forward passes per row and replicate.
     """
@@ -115,17 +100,14 @@ class GaussianLikelihood:
 
     @property
     def replicates(self) -> int:
-        """R, independent repetitions of the design."""
         return self.replicate_row_parts.shape[1]
 
     @property
     def rows(self) -> int:
-        """Number of scored rows."""
         return self.row_elements.shape[0]
 
     @property
     def elements(self) -> int:
-        """Number of scored elements."""
         return int(self.row_elements.sum())
 
     @property
@@ -135,7 +117,6 @@ class GaussianLikelihood:
 
     @property
     def nats(self) -> float:
-        """Bound of the whole data set."""
         return float(self.per_row_nats.sum())
 
     @property
@@ -148,7 +129,6 @@ class GaussianLikelihood:
 
     @property
     def parts_bits_per_dimension(self) -> dict[str, float]:
-        """Each part's share of ``bits_per_dimension``, by its name."""
         totals = self.replicate_row_parts.mean(1).sum(1) / (self.elements * _LN2)
         return dict(zip(PARTS, map(float, totals)))
 
@@ -190,7 +170,6 @@ class GaussianLikelihood:
         return result
 
     def summary(self) -> str:
-        """A few lines for the terminal."""
         errors = self.standard_error_parts_bits_per_dimension
         lines = [
             f"likelihood bound over {self.rows} rows, {self.elements} dimensions"
@@ -218,28 +197,25 @@ def make_gaussian_likelihood(
     replicates: int = 8,
     values: Callable[[Array], Array] | None = None,
 ) -> Callable[..., GaussianLikelihood]:
-    """A compiled evaluation of the bound. Elements that are not eligible are clean and not scored.
+    """Compile an estimator of the likelihood bound. Ineligible elements are clean and unscored.
+
+    F levels per row, one in each of F equal cells of [low, high], repeated R times with fresh
+    randomness. Constant weight: for N(0, 1) data on [-10, 10] and many cells the variance is 1.8
+    times the least of any level density. ValueError for passes or replicates below 1, levels not
+    finite with low < high, batches of different shapes, or no eligible element in all the data.
 
     Args:
         apply_fn: ``apply_fn(params, x [B, L], logsnr [B, 1], documents) -> y [B, L]``.
-        output: what the network predicts.
-        path: of the network's inputs.
         decoder: p(x0 | z_high), such as ``grey_value_decoder(256)``.
-        low: noisiest logSNR, finite; the prior term shows whether it is low enough.
-        high: cleanest logSNR, finite. For 256 grey values about 13.
-        passes: F >= 1, forward passes per row and replicate.
-        replicates: R >= 1, repetitions of the design; 8 or more for a usable standard error.
-        values: data from ``batch.tokens``, elementwise, such as ``scaled_integers(256)``; if not
-            given the tokens are floats and are the data, and the bound is on their density.
+        low, high: noisiest and cleanest logSNR. The prior term shows whether ``low`` is low enough;
+            for 256 grey values ``high`` is about 13.
+        passes, replicates: F and R; R >= 8 for a usable standard error.
+        values: elementwise map from ``batch.tokens`` to data, such as ``scaled_integers(256)``.
+            Without it the tokens are float data, and the bound is on their density.
 
     Returns:
-        ``evaluate(params, key, batches, progress=None) -> GaussianLikelihood``. All batches have
-        one shape. The randomness of a row depends on the key and its number in the stream, not on
-        the batch size. ``progress(rows)`` is called after each batch.
-
-    Raises:
-        ValueError: for passes or replicates below 1, levels that are not finite with low < high,
-            batches of different shapes, or no eligible element in all the data.
+        ``evaluate(params, key, batches, progress=None) -> GaussianLikelihood``. A row's randomness
+        depends on key and number in the stream only. ``progress(rows)`` runs after each batch.
     """
     check_at_least_one(passes=passes, replicates=replicates)
     check_interval("make_gaussian_likelihood", low, high)
@@ -303,7 +279,7 @@ def make_gaussian_likelihood(
 
 
 def prior_divergence(data: Array, logsnr: float) -> Array:
-    """KL of the noisy data at a level from N(0, 1), per element, nats; variance-preserving."""
+    """KL of the noisy data at a level from N(0, 1), nats per element; variance-preserving."""
     kept = survival_probability(logsnr).astype(data.dtype)
     log_noise = log_masking_rate(logsnr).astype(data.dtype)
     # sigma^2 - 1 = -alpha^2, so nothing cancels but the logarithm's first order.
@@ -315,9 +291,9 @@ class OdeLikelihood(NamedTuple):
 
     Attributes:
         log_density: [B] log p of each row at the cleanest level of the grid, nats.
-        standard_error: [B] of the estimated divergence over its probes; 0 for the exact one, NaN
-            for a single probe. The error of the integration is not in it: refine the grid.
-        latent: [B, ...] the row carried to the noisiest level, variance-preserving.
+        standard_error: [B] of the divergence over its probes, without the integration error (refine
+            the grid for that); 0 if exact, NaN for one probe.
+        latent: [B, ...] the row at the noisiest level, variance-preserving.
     """
 
     log_density: Array
@@ -339,27 +315,24 @@ def ode_likelihood(
 ) -> OdeLikelihood:
     """Log density of each row by the probability flow; jit-able.
 
-    Data at the cleanest level are carried to the noisiest, where they are N(0, 1), by the
-    Runge-Kutta method of order 4, one step per interval of the grid. The density is that of data
-    plus noise of variance exp(-grid[-1]). Discrete data have none: dequantise them first, and the
-    result bounds their probability. Song et al. 2021 (arXiv 2011.13456), appendix D.2; FFJORD
-    (Grathwohl et al. 2019) for the estimated divergence.
+    In variance-preserving coordinates, with the denoiser D a function of ``z = x / alpha``,
+
+        dx / dlambda = -1/2 sigmoid(lambda) x + 1/2 alpha D(z, lambda) ,
+        dlog p / dlambda = 1/2 sum_i [sigmoid(lambda) - dD_i / dz_i] ,
+
+    from the cleanest level to the noisiest, N(0, 1), by Runge-Kutta of order 4, one step per grid
+    interval. It is the density of data plus noise of variance exp(-grid[-1]). Discrete data have
+    none: dequantise them, and the result bounds their probability. Song et al. 2021 (arXiv
+    2011.13456), appendix D.2; FFJORD (Grathwohl et al. 2019) for the estimated divergence.
+    ValueError for probes below 1, data without rows, or a bad grid where concrete.
 
     Args:
-        key: row i draws from ``fold_in(key, row_offset + i)`` alone; unused without probes.
-        model_fn: ``model_fn(x [B, ...], logsnr [B, 1], documents) -> y [B, ...]``; rows must not
-            influence each other.
-        data: [B, ...] clean rows.
+        key, row_offset: row i draws from ``fold_in(key, row_offset + i)`` alone; only for probes.
+        model_fn, output, path, documents: as in :func:`sample_gaussian`; rows must not influence
+            each other.
         grid: [N + 1] finite logSNR levels, increasing.
-        output: what the network predicts.
-        path: of the network's inputs.
-        probes: number of Rademacher vectors for Hutchinson's estimate of the divergence; None for
-            the exact one, which costs a derivative per element.
-        documents: passed on to the network.
-        row_offset: number of the first row.
-
-    Raises:
-        ValueError: for probes below 1, data without rows, or a bad grid where it is concrete.
+        probes: Rademacher vectors of Hutchinson's estimate of the divergence; None is exact, at the
+            cost of a derivative per element.
     """
     data = jnp.asarray(data)
     if probes is not None and probes < 1:

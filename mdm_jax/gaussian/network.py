@@ -14,17 +14,10 @@ from mdm_jax.types import Array
 class PictureTransformer(nn.Module):
     """Diffusion transformer (Peebles & Xie 2022): ``apply(params, inputs, logsnr) -> [N, L]``.
 
-    Takes noisy pictures as rows [N, L] with L = H W C, one noise level each [N, 1], and returns
-    float32 [N, L] in the trained parameterisation. adaLN-zero conditioning, learned positions, and
-    a zero head, so that a new network outputs zero. ``documents`` is ignored.
-
-    Attributes:
-        config: of the blocks; ``vocab_size`` is not used.
-        event_shape: (H, W, C) or (H, W) of a picture.
-        patch_size: side of a patch; divides H and W.
-
-    Raises:
-        ValueError: if patches do not divide the picture or rows have another length.
+    Noisy pictures are rows [N, L], L = H W C, with one logSNR each [N, 1]; the result is float32.
+    adaLN-zero conditioning, learned positions, and a zero head: a new network outputs zero.
+    ``documents`` and ``config.vocab_size`` are ignored. ``event_shape`` is (H, W, C) or (H, W).
+    ValueError if ``patch_size`` does not divide H and W, or rows have another length.
     """
 
     config: TransformerConfig

@@ -17,11 +17,9 @@ from mdm_jax.types import Array, ArrayLike, Batch, ModelFn, worst_bias
 
 
 def gaussian(path: Path) -> Corruption:
-    """``alpha x + sigma eps`` with ``eps`` the normal quantiles of the uniform base noise.
+    """Corruption ``alpha x + sigma eps`` of floats, eps the normal quantiles of the base noise.
 
-    Every coupling of draws works as for masks: reflected base noise gives -eps exactly. ``corrupt``
-    takes float data; elements that are not eligible stay clean and carry no loss. There is no mask
-    token and no weight.
+    Reflected base noise gives -eps exactly. Ineligible elements stay clean and carry no loss.
     """
 
     def corrupt(
@@ -54,26 +52,18 @@ def check_float(data: Array) -> None:
 def normal_noise(noise: ArrayLike) -> Array:
     """Standard normal numbers with the quantiles ``noise`` in (0, 1).
 
-    On the grid of ``draws.open_uniform`` they are finite, within 5.3, and exactly antisymmetric:
-    ``normal_noise(1 - v) == -normal_noise(v)``.
+    On the grid of ``draws.open_uniform`` within 5.3, and exactly ``f(1 - v) == -f(v)``.
     """
     return jax.scipy.special.ndtri(noise)
 
 
 def precondition(model_fn: ModelFn, path: Path, sigma_data: ArrayLike = 0.5) -> ModelFn:
-    """A network whose inputs are scaled to unit variance at every level (Karras et al. 2022, c_in).
+    """Scale a network's inputs to unit variance at every level (Karras et al. 2022, c_in).
 
-    On any path the input becomes ``c_in x / alpha``, eligible or not. With the output
-    ``parameterisations.edm(sigma_data)`` this is EDM's preconditioning; the noise label stays the
-    logSNR, which is -8 c_noise.
-
-    Args:
-        model_fn: inputs [N, L], logsnr [N, S].
-        path: of the noisy inputs.
-        sigma_data: standard deviation of the data.
-
-    Raises:
-        ValueError: unless sigma_data is positive and finite.
+    All inputs of ``model_fn(inputs [N, L], logsnr [N, S])``, eligible or not, become ``c_in x /
+    alpha``, for data of standard deviation ``sigma_data`` (ValueError unless positive and finite).
+    With ``parameterisations.edm(sigma_data)`` as output this is EDM's preconditioning; the noise
+    label stays the logSNR, -8 c_noise.
     """
     sigma_data = check_sigma_data("precondition", sigma_data)
 
@@ -89,27 +79,23 @@ def precondition(model_fn: ModelFn, path: Path, sigma_data: ArrayLike = 0.5) -> 
 def gaussian_loss(
     recipe: Recipe, values: Callable[[Array], Array] | None = None, num_levels: int = 1
 ) -> Objective:
-    """``E_{lambda ~ p} [ W(lambda) / p(lambda) l ]`` with l the squared error of eps, nats per row.
+    """Gaussian diffusion loss ``E_{lambda ~ p} [W / p l]``, l the squared error of eps, in nats.
 
-    The error is taken in the network's own output: with ``|dy|^2 = c |deps|^2``, the stats
-    [V, B, S] have ``raw = |y - y_hat|^2 / c``, summed over eligible elements, and
-    ``weight = W / p``: the same l for every output, and no conversion that loses digits.
+    The error is that of the network's own output y, ``|dy|^2 = c |deps|^2``: stats [V, B, S] have
+    ``raw = |y - y_hat|^2 / c``, summed over eligible elements, and ``weight = W / p``. ValueError
+    for num_levels < 1; from ``spec`` if it does not divide L; from ``loss`` for data that are no
+    floats or outputs of another shape.
 
     Bias: for W = 1/2 the expectation is the diffusion term ``1/2 int E|eps - eps_hat|^2 dlambda``
-    over the law's support: "exact" if that is all levels, else "truncated". Every other weighting,
-    and several levels per row, are "biased": no likelihood.
+    over the law's support: "exact" if that is all levels, else "truncated". Other weightings and
+    several levels per row are "biased": no likelihood.
     Reference: Kingma et al. 2021 (VDM), equation 18; Kingma and Gao 2023 for general weights.
 
     Args:
-        recipe: law, weighting, output and path. The network is
-            ``model_fn(inputs [N, L] float, logsnr [N, S], documents) -> y [N, L]``.
-        values: data from ``batch.tokens``, elementwise, such as ``scaled_integers(256)``. If not
-            given the tokens must be floats and are the data.
+        recipe: of ``model_fn(inputs [N, L] float, logsnr [N, S], documents) -> y [N, L]``.
+        values: elementwise map from ``batch.tokens`` to data, such as ``scaled_integers(256)``; by
+            default the tokens are float data.
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
-
-    Raises:
-        ValueError: if ``num_levels`` is not positive; from ``spec``, if it does not divide L; from
-            ``loss``, for data that are no floats or a network with another shape of output.
     """
     corruption, output, path = gaussian(recipe.path), recipe.output, recipe.path
     bias = worst_bias(_bias(recipe), bias_of_levels("gaussian_loss", num_levels))
@@ -146,11 +132,7 @@ def gaussian_loss(
 
 
 def scaled_integers(num_values: int) -> Callable[[ArrayLike], Array]:
-    """A map from integers 0 .. num_values - 1 to equally spaced numbers from -1 to 1.
-
-    Raises:
-        ValueError: unless num_values >= 2.
-    """
+    """Map integers 0 .. num_values - 1 evenly onto [-1, 1]; ValueError unless num_values >= 2."""
     if num_values < 2:
         raise ValueError(f"scaled_integers needs num_values >= 2, got {num_values}")
     middle = (num_values - 1) / 2

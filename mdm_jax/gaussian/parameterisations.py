@@ -1,13 +1,9 @@
-"""Outputs of a Gaussian denoiser, and the conversion of one kind of output into another.
+"""Outputs of a Gaussian denoiser, and conversions between them.
 
-Every output in use is linear in the clean data and the noise, ``y = A x0 + B eps``, with A and B
-functions of path and logSNR. Given ``x = alpha x0 + sigma eps`` and ``D = A sigma - B alpha``,
-
-    y' = (D' / D) y + ((A B' - A' B) / D) x ,
-    |dy|^2 = (D / sigma)^2 |dx0|^2 = (D / alpha)^2 |deps|^2 .
-
-A loss is best computed in the network's own output, times a factor of the level: going from eps to
-x0 multiplies rounding errors by exp(-logsnr / 2), going back by exp(logsnr / 2).
+All are ``y = A x0 + B eps`` with A, B functions of path and logSNR. With D = A sigma - B alpha,
+``y' = (D' / D) y + ((A B' - A' B) / D) x`` and ``|dy|^2 = (D / sigma)^2 |dx0|^2 = (D / alpha)^2
+|deps|^2``. Compute losses in the network's own output, times a factor of the level: converting eps
+to x0 multiplies rounding errors by exp(-logsnr / 2), and back by exp(logsnr / 2).
 """
 
 import abc
@@ -26,7 +22,7 @@ from mdm_jax.types import Array, ArrayLike
 
 
 class Output(abc.ABC):
-    """Base of the outputs. Methods are elementwise in the logSNR, on any path, and jit-able."""
+    """Base of the outputs. Methods are elementwise in the logSNR, on any path."""
 
     name: ClassVar[str]
     sign: ClassVar[int]
@@ -57,11 +53,7 @@ class Output(abc.ABC):
 def convert(
     y: Array, x: Array, path: Path, logsnr: ArrayLike, source: Output, target: Output
 ) -> Array:
-    """An output of kind ``source`` at the noisy input ``x`` as one of kind ``target``.
-
-    Well-conditioned at all levels between v, flow velocity and EDM's F. From eps towards x0 the
-    factor of ``y`` is exp(-logsnr / 2), from x0 towards eps exp(logsnr / 2), as in any such method.
-    """
+    """Convert an output at noisy input ``x``; well-conditioned between v, flow velocity and F."""
     determinant = source.log_determinant(path, logsnr)
     change = target.log_determinant(path, logsnr) - determinant
     data, noise = source.coefficients(path, logsnr)
@@ -152,8 +144,7 @@ class Score(Output):
 class EdmOutput(Output):
     """``F`` with ``D(x) = c_skip x / alpha + c_out F`` (Karras et al. 2022, equation 7).
 
-    The target has unit variance at every level for data of standard deviation ``sigma_data``; at
-    sigma_data = 1 it is minus the velocity of the variance-preserving path.
+    Its variance is 1 at all levels for data of std ``sigma_data``; at 1 it is -v of path ``vp``.
     """
 
     sigma_data: ArrayLike
@@ -188,7 +179,6 @@ OUTPUTS: dict[str, Callable[..., Output]] = {
     "score": score,
     "edm": edm,
 }
-"""Name -> factory, for configurations."""
 
 
 def by_name(name: str, **parameters: ArrayLike) -> Output:

@@ -1,8 +1,8 @@
 """Paths of Gaussian diffusion: signal and noise amplitude as functions of the logSNR.
 
-A noisy example is ``x = alpha x0 + sigma eps`` with ``logsnr = 2 log(alpha / sigma)``: large is
-clean. Logarithms are the primitives: ``sqrt(1 - alpha^2)`` in float32 is off by 0.4 % at logSNR 12,
-the forms here keep a relative error of 1e-6 from -20 to 20. Methods are elementwise.
+``x = alpha x0 + sigma eps`` with ``logsnr = 2 log(alpha / sigma)``; large is clean. Computed by
+logarithms: ``sqrt(1 - alpha^2)`` in float32 is off by 0.4 % at logSNR 12, these forms keep a
+relative error of 1e-6 from -20 to 20. Methods are elementwise.
 """
 
 import abc
@@ -89,7 +89,6 @@ class SongSubVP(Path):
 vp, ve, flow, song_subvp = VariancePreserving, VarianceExploding, Flow, SongSubVP
 
 PATHS: dict[str, type[Path]] = {path.name: path for path in (vp, ve, flow, song_subvp)}
-"""Name -> path, for configurations."""
 
 
 def by_name(name: str) -> Path:

@@ -1,8 +1,4 @@
-"""Recipes of Gaussian diffusion: law, weighting, output and path, and a comparison of them.
-
-The losses of the literature differ in these four and no more. The presets are published models in
-these terms; :func:`explain` puts any number of them side by side.
-"""
+"""Recipes of Gaussian diffusion (law, weighting, output and path) of published models."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -23,13 +19,9 @@ from mdm_jax.types import Array, ArrayLike
 
 @pytree_dataclass
 class Recipe:
-    """A Gaussian diffusion loss. Frozen; ``dataclasses.replace`` changes one part.
+    """A Gaussian diffusion loss: law p of the levels, effective weight W, output, path of inputs.
 
-    Attributes:
-        law: p, of the training levels.
-        weighting: W, the effective weight; it does not change when the law is replaced.
-        output: what the network predicts.
-        path: of the noisy input.
+    Frozen; ``dataclasses.replace`` changes one part. W does not change when the law is replaced.
     """
 
     law: Law
@@ -38,7 +30,7 @@ class Recipe:
     path: Path
 
     def log_importance_weight(self, logsnr: ArrayLike) -> Array:
-        """``log(W / p)``, the factor of the eps error of a level drawn from the law."""
+        """``log(W / p)``, the factor of the eps error at a level drawn from the law."""
         return self.weighting.log_weight(logsnr) - self.law.log_pdf(logsnr)
 
 
@@ -86,7 +78,6 @@ def sd3(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Recipe:
 RECIPES: dict[str, Callable[..., Recipe]] = {
     make.__name__: make for make in (ddpm, iddpm, vdm, v_prediction, edm, edm2, flow, sd3)
 }
-"""Name -> factory, for configurations."""
 
 
 def by_name(name: str, **parameters: ArrayLike) -> Recipe:
@@ -104,26 +95,22 @@ WINDOW = (-20.0, 20.0)
 """logSNR between which losses are integrated and weights are compared."""
 
 LEVELS = np.arange(-12.0, 12.5, 2.0)
-"""logSNR of the table's rows."""
 
 
 class RecipeSummary(NamedTuple):
-    """A recipe in numbers; see :func:`summarise`.
+    """A recipe in numbers; all levels are logSNR. See :func:`summarise`.
 
     Attributes:
         parts: law, weighting, output and path, as words.
-        levels: [n] logSNR of the following.
-        density: [n] p.
-        weight: [n] W.
+        levels, density, weight: [n] levels, with p and W there.
         importance: [n] W / p, NaN where both are zero and infinite where only p is.
-        output_weight: [n] W / (p c), the factor on the network's own error.
-        drawn: (low, high) logSNR between which the middle 90 % of draws fall.
-        loss: (low, high) logSNR between which the middle 90 % of the loss lies.
+        output_weight: [n] W / (p c), the factor on the error of the network's own output.
+        drawn, loss: (low, high) of the middle 90 % of draws, and of the loss.
         monotone: whether W never rises with the logSNR on its support, in the window.
-        peak: logSNR of the largest W in the window.
+        peak: level of the largest W in the window.
         bound: whether W is constant there: the evidence lower bound.
-        lost: (below, above) share of the loss at levels that are weighted and never drawn.
-        support: (low, high) logSNR of the law.
+        lost: (below, above) share of the loss at weighted levels that are never drawn.
+        support: (low, high) of the law.
         effective_draws: E[f]^2 / E[f^2] for f = W / p E[l]; 1 where draws follow the loss.
     """
 
@@ -144,10 +131,9 @@ class RecipeSummary(NamedTuple):
 
 
 def explain(recipes: Recipe | Mapping[str, Recipe]) -> str:
-    """A comparison of one or several recipes as text: a paragraph each, and a table by level.
+    """Compare recipes as text: a paragraph each, and a table of p, W, W / p and W / (p c) by level.
 
-    The table holds p, W, W / p and W / (p c), with c the error of the network's output over that of
-    eps. :func:`summarise` has the numbers and defines "loss". Parameters must be known numbers.
+    c is the output's squared error over that of eps. Terms and limits as in :func:`summarise`.
     """
     if isinstance(recipes, Recipe):
         recipes = {"recipe": recipes}
@@ -157,13 +143,9 @@ def explain(recipes: Recipe | Mapping[str, Recipe]) -> str:
 
 
 def summarise(recipe: Recipe, levels: np.ndarray = LEVELS) -> RecipeSummary:
-    """Where a recipe draws, weighs and loses, tabulated at ``levels`` [n].
+    """Where a recipe draws, weighs and loses at ``levels`` [n]; TypeError if it is traced.
 
-    The loss is that of N(0, 1) data under the ideal denoiser, ``E[l | lambda] = sigmoid(lambda)``
-    per element.
-
-    Raises:
-        TypeError: if a parameter of the recipe is traced.
+    The loss is that of N(0, 1) data and the ideal denoiser, ``sigmoid(lambda)`` per element.
     """
     if not is_concrete(*jax.tree.leaves(recipe)):
         raise TypeError("a recipe is summarised outside of jit, from known parameters")
@@ -253,7 +235,6 @@ def _middle(grid: np.ndarray, mass: np.ndarray) -> tuple[float, float]:
 
 
 def _words(part: object) -> str:
-    """A law, weighting, output or path as its name and its parameters."""
     if isinstance(part, tuple):
         return ", ".join(_words(member) for member in part)
     if not dataclasses.is_dataclass(part):

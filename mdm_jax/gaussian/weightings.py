@@ -1,15 +1,11 @@
-"""Weightings of Gaussian diffusion: what is minimised, whatever law the levels are drawn from.
+"""Weightings of Gaussian diffusion: the objective, whatever law the levels are drawn from.
 
-With l the squared error of the predicted noise, summed over the elements of a row, the loss is
-
-    int W(lambda) E[l | lambda] dlambda = E_{lambda ~ p} [ W(lambda) / p(lambda) l ] .
-
-The *effective weight* W is the objective; the law p only sets the variance of its estimate. Drawing
-from p with explicit weight w on the error of an output y, ``|dy|^2 = c |deps|^2``, has W = p w c.
-``W = 1/2`` is the evidence lower bound; a W that never rises with the logSNR is the bound of data
-with added noise (Kingma and Gao 2023). Those of published models are in ``recipes``, as in
-``recipes.edm().weighting``. Weightings are frozen pytrees; constants are kept.
-Factories raise ValueError for parameters that are not finite, or not positive where they must be.
+The loss is ``int W(lambda) E[l | lambda] dlambda = E_{lambda ~ p} [W(lambda) / p(lambda) l]``, with
+l the squared error of the predicted noise, summed over the elements of a row. An explicit weight w
+on the error of an output y, ``|dy|^2 = c |deps|^2``, at levels from p has W = p w c. ``W = 1/2`` is
+the evidence lower bound; a W that never rises with the logSNR is the bound of data with added noise
+(Kingma and Gao 2023). Published models: ``recipes.edm().weighting`` etc. Factories raise ValueError
+for parameters that are not finite, or not positive where they must be.
 """
 
 import abc
@@ -143,13 +139,9 @@ def from_law(law: Law) -> Product:
 def from_recipe(
     law: Law, output: Output, path: Path | None = None, explicit: Weighting | None = None
 ) -> Product:
-    """The effective weight of a recipe, ``W = p w c``.
+    """Effective weight ``W = p w c``, with w ``explicit`` (default 1) and c that of ``output``.
 
-    Args:
-        law: p, of the levels.
-        output: whose squared error is taken.
-        path: of the noisy input, variance-preserving if not given. It matters for v and score only.
-        explicit: w, the factor on that squared error as a function of the level; default 1.
+    ``path``, by default variance-preserving, matters for the outputs v and score only.
     """
     factor = OutputFactor(output, vp() if path is None else path)
     return Product(law, (factor,) if explicit is None else (factor, explicit))
@@ -165,11 +157,7 @@ def sigmoid(bias: ArrayLike = 2.0) -> Sigmoid:
 def edm_monotonic(
     mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5
 ) -> FlatBelow:
-    """EDM's weighting, held at its maximum for noisier levels (Kingma and Gao 2023).
-
-    Raises:
-        TypeError: for traced parameters; the maximum is searched for when the weighting is built.
-    """
+    """EDM's weighting, flat below its peak (Kingma and Gao 2023). TypeError if traced."""
     mean, std = as_parameter(mean, "mean"), as_parameter(std, "std")
     sigma_data = check_sigma_data("edm_monotonic", sigma_data)
     if not is_concrete(mean, std, sigma_data):

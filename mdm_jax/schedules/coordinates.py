@@ -1,8 +1,8 @@
 """Coordinates of a noise level: logSNR, masking rate, survival probability.
 
-The survival probability is ``sigmoid(logsnr)``, the masking rate m is ``sigmoid(-logsnr)``; large
-logSNR is clean. Levels travel as logSNR because float32 rates lose all digits of 1 - m once m is
-within 6e-8 of 1. Functions are elementwise, logarithms natural.
+Survival probability ``sigmoid(logsnr)``, masking rate m ``sigmoid(-logsnr)``; large logSNR is
+clean. Levels are passed as logSNR because float32 rates lose all digits of 1 - m once m is within
+6e-8 of 1. Functions are elementwise, logarithms natural.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,7 @@ from mdm_jax.types import Array, ArrayLike
 
 
 class MaskingLevel(NamedTuple):
-    """One noise level in every coordinate, none obtained by subtracting from 1.
-
-    ``rate`` is also sigma^2, and ``survival`` alpha^2, of the variance-preserving Gaussian path.
-    """
+    """A noise level in every coordinate. On the path ``vp`` rate is sigma^2, survival alpha^2."""
 
     logsnr: Array  # log_survival - log_rate
     rate: Array
@@ -27,14 +24,14 @@ class MaskingLevel(NamedTuple):
 
 
 def level_from_logsnr(logsnr: ArrayLike) -> MaskingLevel:
-    """Every coordinate of a logSNR, each exact to rounding."""
+    """All coordinates of a logSNR, each exact to rounding."""
     x = as_float(logsnr)
     log_rate, log_survival = log_masking_rate(x), log_survival_probability(x)
     return MaskingLevel(x, masking_rate(x), survival_probability(x), log_rate, log_survival)
 
 
 def level_from_masking_rate(rate: ArrayLike) -> MaskingLevel:
-    """Every coordinate of a masking rate; near rate 1 only as exact as ``1 - rate``."""
+    """All coordinates of a masking rate; near rate 1 only as exact as ``1 - rate``."""
     rate = as_float(rate)
     log_rate, log_survival = jnp.log(rate), jnp.log1p(-rate)
     return MaskingLevel(log_survival - log_rate, rate, 1 - rate, log_rate, log_survival)

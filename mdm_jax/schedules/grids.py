@@ -26,21 +26,13 @@ def uniform_masking_rate(n: int) -> Array:
 
 
 def from_schedule(schedule: MaskedSchedule, n: int) -> Array:
-    """[n + 1] levels of a schedule at times falling in equal steps from 1 to 0.
-
-    The ends are those of the schedule. Where it stops short of rates 1 and 0, a sampler that starts
-    from masks only and must leave none needs :func:`open_ends` of it.
-    """
+    """[n + 1] levels of a schedule at equally spaced times from 1 to 0; see :func:`open_ends`."""
     done, left = _steps(n)
     return _evaluate(schedule, lambda: schedule.logsnr(left / n, done / n))
 
 
 def cosine(schedule: MaskedSchedule, n: int) -> Array:
-    """[n + 1] levels of a schedule at times ``cos(pi/2 (1 - t))``, t falling from 1 to 0.
-
-    The cosine grid of MD4 (Shi et al. 2024): the smallest steps are at the noisy end, where a
-    revealed token matters most.
-    """
+    """MD4's cosine grid (Shi et al. 2024): times ``cos(pi/2 (1 - t))``, t falling from 1 to 0."""
     done, left = _steps(n)
     time = np.sin(np.pi / 2 * left / n)
     rest = 2 * np.square(np.sin(np.pi / 4 * done / n))
@@ -48,28 +40,23 @@ def cosine(schedule: MaskedSchedule, n: int) -> Array:
 
 
 def from_law(law: Law, n: int) -> Array:
-    """[n + 1] levels at equally spaced quantiles of a law, the ends of its support included."""
+    """[n + 1] levels at equally spaced quantiles of a law, ends of its support included."""
     return _evaluate(law, lambda: _levels(law, _steps(n)[0] / n))
 
 
 def from_log_density(
     log_density: Callable[[np.ndarray], ArrayLike], n: int, law: Law | None = None
 ) -> Array:
-    """[n + 1] levels that cut a density over the quantile of a law into n equal parts.
+    """[n + 1] levels that cut a density over the quantile of a law into n parts of equal mass.
 
-    For a density learned in training. Its distribution function is summed over some 8000 cells,
-    finer towards both ends, and inverted; the grid ends where the density's support does, to
-    within a cell.
+    For densities learned in training. The distribution function is summed over some 8000 cells and
+    inverted; the grid ends where the density's support does, to within a cell. ValueError also if
+    the density is nowhere positive, infinite or NaN.
 
     Args:
-        log_density: elementwise log density of the quantile u in (0, 1), near 1 = clean, up to a
-            constant; -inf where there is none. For a variance transform
-            ``lambda u: transform.profile(state, u).log_density``, for a density its ``log_pdf``.
-        n: steps.
-        law: whose quantiles they are, by default uniform masking rates (``logistic()``).
-
-    Raises:
-        ValueError: also if the density is nowhere positive, infinite or NaN.
+        log_density: elementwise, of the quantile u in (0, 1), near 1 = clean, up to a constant; may
+            be -inf. Of a variance transform ``lambda u: transform.profile(state, u).log_density``.
+        law: of the quantiles; default uniform masking rates (``logistic()``).
     """
     law = logistic() if law is None else law
     shares = _steps(n)[0] / n
@@ -82,17 +69,15 @@ def explicit(values: ArrayLike) -> Array:
 
 
 def open_ends(grid: ArrayLike) -> Array:
-    """The grid with its first level moved to -inf (rate 1) and its last to +inf (rate 0)."""
+    """The grid from rate 1 to rate 0: first level replaced by -inf, last by +inf."""
     return check_grid(grid).at[0].set(-jnp.inf).at[-1].set(jnp.inf)
 
 
 def check_grid(grid: ArrayLike) -> Array:
-    """Return the grid as float32 [n + 1].
+    """Validate a grid and return it as float32 [n + 1].
 
-    Raises:
-        TypeError: for a traced grid, whose values cannot be checked.
-        ValueError: unless it has one axis, at least two levels, and they increase strictly as
-            float32; -inf may only be first and +inf last.
+    TypeError for a traced grid. ValueError unless it has one axis and at least two levels, strictly
+    increasing as float32; -inf may only be first and +inf last.
     """
     if not is_concrete(grid):
         raise TypeError("a grid is built and checked outside of jit; pass it in as an argument")
@@ -121,7 +106,6 @@ def _evaluate(source: Law | MaskedSchedule, levels: Callable[[], ArrayLike]) -> 
 
 
 def _levels(law: Law, u: np.ndarray) -> np.ndarray:
-    """Levels of the quantiles, at 0 and 1 the ends of the support."""
     low, high = (float(end) for end in law.support)
     inner = np.asarray(np.clip(u, 2.0**-24, 1 - 2.0**-24), jnp.result_type(float))
     levels = np.asarray(law.icdf(inner), np.float64)

@@ -1,9 +1,9 @@
-"""Laws over the logSNR: what a training noise level is drawn from.
+"""Laws over the logSNR: distributions of the training noise level.
 
-``icdf`` turns a quantile u in (0, 1), near 0 noisy and near 1 clean, into a level of known density.
-Next to 1 float32 quantiles are spaced by 6e-8, so the laws here work with the probabilities on both
-sides of a level (:class:`Tails`). Laws are frozen pytrees: parameters may be traced, differentiated
-and mapped over. The lower-case factories check parameters, the classes do not.
+``icdf`` maps a quantile u in (0, 1), near 0 noisy and near 1 clean, to a level of known density.
+Near 1 float32 quantiles are spaced by 6e-8, so laws use the probabilities on both sides of a level
+(:class:`Tails`). Laws are frozen pytrees: parameters may be traced, differentiated and mapped over.
+The lower-case factories check parameters, the classes do not.
 """
 
 import abc
@@ -43,24 +43,21 @@ class Law(Protocol):
 
 
 class Tails(NamedTuple):
-    """Probabilities of a noisier and of a cleaner level; sum 1, each exact to rounding."""
+    """Probabilities of a noisier and of a cleaner level, each exact to rounding."""
 
     below: Array
     above: Array
 
 
 class Instant(NamedTuple):
-    """A time in [0, 1], 0 clean, and 1 - t, neither obtained from the other by rounding."""
+    """A time in [0, 1], 0 clean, and 1 - t, each exact to rounding."""
 
     t: Array
     rest: Array
 
 
 class TwoSidedLaw(Law):
-    """Base of the laws here. A subclass gives ``support``, ``log_pdf``, ``tails``, ``quantile``.
-
-    A level that ``icdf`` returned must count as inside the support; see :func:`inside`.
-    """
+    """Base of laws with ``support``, ``log_pdf``, ``tails``, ``quantile``; see :func:`inside`."""
 
     @abc.abstractmethod
     def tails(self, logsnr: ArrayLike) -> Tails:
@@ -81,8 +78,7 @@ class TwoSidedLaw(Law):
 class CurveLaw(TwoSidedLaw):
     """Base of laws given by a falling curve logsnr(t), t ~ U(0, 1), written as three formulas.
 
-    They receive and return t with 1 - t, or a level in all its coordinates, so that none needs a
-    difference of nearly equal numbers. Levels that reach them lie within ``support``.
+    Times come with 1 - t, levels in all coordinates and within ``support``, for exact arithmetic.
     """
 
     @property
@@ -142,8 +138,6 @@ class Logistic(TwoSidedLaw):
 
 @pytree_dataclass
 class Uniform(TwoSidedLaw):
-    """Uniform law on [low, high]."""
-
     low: ArrayLike
     high: ArrayLike
 
@@ -165,31 +159,19 @@ class Uniform(TwoSidedLaw):
 
 
 def logistic(loc: ArrayLike = 0.0, scale: ArrayLike = 1.0) -> Logistic:
-    """Logistic law; the default is a uniform masking rate, the law of the linear schedule.
-
-    Raises:
-        ValueError: unless scale > 0, both finite.
-    """
+    """Logistic law, by default a uniform masking rate; ValueError unless scale > 0, both finite."""
     (loc,) = parameters("logistic", "", lambda _: True, loc=loc)
     (scale,) = parameters("logistic", "scale > 0", lambda s: s > 0, scale=scale)
     return Logistic(loc, scale)
 
 
 def uniform(low: ArrayLike, high: ArrayLike) -> Uniform:
-    """Uniform law on the logSNR interval [low, high].
-
-    Raises:
-        ValueError: unless low < high, both finite.
-    """
+    """Uniform law on the logSNR interval [low, high]; ValueError unless low < high, both finite."""
     return Uniform(*parameters("uniform", "low < high", lambda a, b: a < b, low=low, high=high))
 
 
 def inside(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
-    """Whether finite levels lie in the support, both ends widened by 8 units of rounding.
-
-    Compiled and interpreted code round differently: without the allowance a level drawn next to an
-    end could have density zero and infinite weight.
-    """
+    """Whether finite levels lie in the support, widened by 8 ulp as compiled code rounds apart."""
     low, high = (jnp.asarray(end, logsnr.dtype) for end in support)
     slack = 8 * jnp.finfo(logsnr.dtype).eps
     above_low = logsnr >= low - slack * jnp.maximum(1, jnp.abs(low))
@@ -198,7 +180,7 @@ def inside(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
 
 
 def confine(logsnr: Array, support: tuple[ArrayLike, ArrayLike]) -> Array:
-    """Levels clipped into the support that they left by rounding; gradient of the unclipped."""
+    """Levels clipped into the support against rounding; gradient of the unclipped."""
     return _confine(logsnr, *(jnp.asarray(end, logsnr.dtype) for end in support))
 
 
@@ -216,12 +198,8 @@ def _confine_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tup
 class PiecewiseConstant(TwoSidedLaw):
     """Uniform within each of J cells of the logSNR; a cell without mass is never drawn.
 
-    The density is computed from the very table that is inverted, so that sampling and weighting
-    agree to the last bit.
-
-    Attributes:
-        edges: [J + 1] strictly increasing logSNR, finite; the support reaches to the outermost.
-        cumulative: [J + 1] probability below each edge, from 0 to 1.
+    ``edges`` [J + 1] are finite, strictly increasing logSNR, ``cumulative`` [J + 1] the probability
+    below each, from 0 to 1. Sampling and density read one table, so they agree to the last bit.
     """
 
     edges: Array
@@ -268,15 +246,12 @@ class PiecewiseConstant(TwoSidedLaw):
 def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
     """Law with the given mass in each cell of the logSNR, uniform within a cell.
 
-    To follow masked losses, which grow like 1/m, use cells of about equal width in the logSNR.
+    ValueError if shapes do not fit or values are not as follows (traced masses are not checked).
 
     Args:
-        masses: [J] non-negative, not all zero; normalised here. If traced, only shapes are checked.
-        edges: [J + 1] strictly increasing logSNR, or the two outer ends of J equal cells.
-
-    Raises:
-        ValueError: if shapes do not fit, edges are not finite and increasing (as float32 too), or
-            masses are negative, not finite or all zero.
+        masses: [J] finite, non-negative, not all zero; normalised here.
+        edges: [J + 1] finite, strictly increasing (as float32 too) logSNR, or the ends of J equal
+            cells. For masked losses, which grow like 1/m, choose cells of about equal width.
     """
     masses, edges = _as_table(masses), _as_table(edges)
     if masses.ndim != 1 or edges.ndim != 1 or masses.size < 1:
@@ -298,7 +273,7 @@ def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
 
 
 def _as_table(values: ArrayLike) -> Array | np.ndarray:
-    """Known numbers as NumPy float64: exact, never compiled, and checked even while tracing."""
+    """Known numbers as NumPy float64: exact, and checked even while tracing."""
     known = is_concrete(*jax.tree.leaves(values))
     return np.asarray(values, np.float64) if known else as_float(values)
 
@@ -342,18 +317,12 @@ def tabulated(
 ) -> PiecewiseConstant:
     """Law of the logSNR of an arbitrary schedule m(t), t ~ U(0, 1).
 
-    m is evaluated once, in float64, at times refined by octaves towards both ends, down to 2**-24;
-    in between the law is uniform in the logSNR. Density and inverse are exact for this law, which
-    follows m(t) to a few parts in ``num_cells``. Where m reaches 0 or 1, the last octave is
-    repeated, so the support is finite.
-
-    Args:
-        masking_rate: elementwise, rate in [0, 1] of times in [0, 1], not decreasing; 0 is clean.
-        num_cells: cells of the middle part, at least 16.
-
-    Raises:
-        ValueError: if m has another shape than its argument, leaves [0, 1], falls, stands still for
-            more than 2**-8 of the time (no density describes an atom), or varies too little.
+    Samples m in float64 at times refined by octaves towards both ends, down to 2**-24, and is
+    uniform in the logSNR in between: an exact law that follows m(t) to a few parts in
+    ``num_cells`` >= 16 (cells of the middle part). Where m reaches 0 or 1 the last octave is
+    repeated: the support is finite. ``masking_rate`` is elementwise, 0 is clean in time and rate.
+    ValueError if m changes shape, leaves [0, 1], falls, stands still for more than 2**-8 of the
+    time (an atom has no density), or varies too little.
     """
     if num_cells < 16:
         raise ValueError(f"tabulated needs num_cells >= 16, got {num_cells}")
@@ -413,7 +382,7 @@ def _check_rate(times: np.ndarray, rate: np.ndarray) -> np.ndarray:
 
 
 def _close_ends(quantile: np.ndarray, logsnr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Replaces infinite levels at the ends by one octave beyond the outermost finite one."""
+    """Replace infinite levels at the ends by one octave beyond the outermost finite one."""
     finite = np.isfinite(logsnr)
     inner, level = quantile[finite], logsnr[finite]
     if not finite[0]:

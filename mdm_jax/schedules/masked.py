@@ -1,11 +1,9 @@
-"""Masked schedules: a masking rate m(t) that rises over t in [0, 1], t = 0 clean.
+"""Masked schedules: masking rates m(t) that rise over t in [0, 1], t = 0 clean.
 
-With t uniform a schedule is a law of the logSNR, and is one here: the quantile u is 1 - t. The loss
-weight of the papers, m'(t) / m(t), is one over the rate times the density of the rate. So the bound
-does not depend on the schedule, only the variance of its estimate does.
-
-Two curves are called "cosine" in public code, mirror images of each other; here each carries the
-name of those who use it. "loglinear" is the linear rate; only ``sigma = -log(1 - m)`` is a log.
+With t uniform a schedule is a law of the logSNR at the quantile u = 1 - t. The papers' loss weight
+m'(t) / m(t) is 1 / (rate * density of the rate): the schedule changes not the bound, only the
+variance of its estimate. Two mirror-image curves are called "cosine" in public code: here
+``cosine_md4`` and ``cosine_mdlm``. "loglinear" is the linear rate (``sigma = -log(1 - m)``).
 """
 
 import abc
@@ -37,14 +35,12 @@ class LostSupport(NamedTuple):
 
 
 class MaskedSchedule(CurveLaw):
-    """Base of the masked schedules: the formulas of a :class:`CurveLaw`, and of the rate.
+    """Base of the masked schedules: a :class:`CurveLaw` with a formula for the rate.
 
-    Decorate a subclass with ``pytrees.pytree_dataclass``, so that it can be passed through jit. In
-    the methods, t is a time of any shape and ``rest`` is 1 - t, where known more exactly.
+    Decorate subclasses with ``pytrees.pytree_dataclass``. ``rest`` is 1 - t, where known exactly.
     """
 
     def masking_rate(self, t: ArrayLike, rest: ArrayLike | None = None) -> Array:
-        """m(t)."""
         return self.rate_formula(_instant(t, rest))
 
     def survival_probability(self, t: ArrayLike, rest: ArrayLike | None = None) -> Array:
@@ -62,7 +58,7 @@ class MaskedSchedule(CurveLaw):
         return jnp.where(level.logsnr == jnp.inf, jnp.inf, jnp.exp(log_weight))
 
     def time(self, rate: ArrayLike) -> Array:
-        """The t of a masking rate, its distribution function; 0 or 1 outside [m(0), m(1)]."""
+        """Time of a masking rate, i.e. its distribution function; 0 or 1 outside [m(0), m(1)]."""
         level = level_from_masking_rate(jnp.clip(as_float(rate), *self.rate_range))
         return jnp.clip(self.time_formula(level).t, 0, 1)
 
@@ -82,7 +78,6 @@ class MaskedSchedule(CurveLaw):
 
     @property
     def rate_range(self) -> tuple[Array, Array]:
-        """(m(0), m(1))."""
         return self.masking_rate(0.0), self.masking_rate(1.0)
 
     @property
@@ -103,12 +98,7 @@ class MaskedSchedule(CurveLaw):
 
 
 def law_of(schedule: MaskedSchedule) -> MaskedSchedule:
-    """The law of the logSNR that a schedule with t ~ U(0, 1) draws from: the schedule itself.
-
-    Raises:
-        TypeError: if ``schedule`` is not a masked schedule; a bare function m(t) goes to
-            ``schedules.tabulated``.
-    """
+    """The schedule itself, as a law; TypeError for a bare m(t), which goes to ``tabulated``."""
     if not isinstance(schedule, MaskedSchedule):
         raise TypeError(
             f"law_of needs a MaskedSchedule, got {type(schedule).__name__}; "
@@ -204,8 +194,6 @@ class CosineSquared(MaskedSchedule):
 
 @pytree_dataclass
 class Power(MaskedSchedule):
-    """m = t^exponent."""
-
     exponent: ArrayLike
 
     def rate_formula(self, at: Instant) -> Array:
@@ -289,8 +277,6 @@ class LogUniform(_LinearCoordinate):
 
 @pytree_dataclass
 class UniformLogsnr(_LinearCoordinate):
-    """logSNR = high - (high - low) t."""
-
     low: ArrayLike
     high: ArrayLike
 
@@ -351,7 +337,6 @@ def _quarter_circle(sine: Array, cosine: Array) -> Instant:
 
 
 def _interpolate_geometrically(low: ArrayLike, high: ArrayLike, at: Instant) -> Array:
-    """low^(1 - t) high^t, from the nearer end: exact at both."""
     log_ratio = jnp.log(high) - jnp.log(low)
     from_low, from_high = low * jnp.exp(at.t * log_ratio), high * jnp.exp(-at.rest * log_ratio)
     return jnp.where(at.t < 0.5, from_low, from_high)
@@ -370,18 +355,14 @@ def loglinear(eps: ArrayLike = 1e-3) -> Clipped:
 def clipped(low: ArrayLike, high: ArrayLike) -> Clipped:
     """m uniform on [low, high], 0 <= low < high <= 1. BD3-LM; (eps, 1) is that of LLaDA and SMDM.
 
-    The weight (high - low)/m estimates the integral over [low, high]; public code that uses 1/m
-    estimates the average instead.
+    Weight (high - low)/m, for the integral on [low, high]. Public code with 1/m has the mean.
     """
     low, high = _rates("clipped", low, high)
     return Clipped(low, 1 - high)
 
 
 def cosine_md4() -> CosineMD4:
-    """m = sin(pi t / 2), survival 1 - cos(pi (1 - t) / 2). "cosine" in MD4, dllm and Duo.
-
-    Weight (pi/2) cot(pi t / 2). Mirror image of :func:`cosine_mdlm` in time and sign of the logSNR.
-    """
+    """m = sin(pi t / 2), "cosine" in MD4, dllm and Duo. Weight (pi/2) cot(pi t / 2)."""
     return CosineMD4()
 
 
@@ -425,11 +406,7 @@ def linear_sigma(sigma_min: ArrayLike, sigma_max: ArrayLike) -> LinearSigma:
 
 
 def log_uniform(low: ArrayLike, high: ArrayLike) -> LogUniform:
-    """log m uniform, 0 < low < high <= 1. Weight ln(high/low) for every t.
-
-    So an unweighted sum of masked cross-entropies is the bound, up to that constant; MDLM's
-    "importance sampling" option.
-    """
+    """log m uniform, 0 < low < high <= 1; MDLM's "importance sampling". Weight ln(high/low)."""
     low, high = _rates("log_uniform", low, high)
     if is_concrete(low) and not low > 0:
         raise ValueError(f"log_uniform needs low > 0, got {low}")
@@ -449,16 +426,11 @@ MASKED_SCHEDULES: dict[str, Callable[..., MaskedSchedule]] = {
         *(geometric, linear_sigma, log_uniform, uniform_logsnr),
     )
 }
-"""Name -> factory, for configurations. A factory refuses bad parameters with a ValueError."""
+"""Name -> factory, for configurations. Factories raise a ValueError for bad parameters."""
 
 
 def by_name(name: str, **settings: ArrayLike) -> MaskedSchedule:
-    """The schedule of that name; ``settings`` are the parameters of its factory.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest known ones.
-        TypeError: for a parameter the factory does not have.
-    """
+    """The named schedule; ValueError for unknown names, TypeError for unknown parameters."""
     if name not in MASKED_SCHEDULES:
         raise unknown_name(name, MASKED_SCHEDULES, "masked schedule")
     return MASKED_SCHEDULES[name](**settings)

@@ -5,8 +5,6 @@ to the cleaner level s, the estimate held at ``x0_t`` and z standard normal,
 
     x_s = (sigma_s / sigma_t) k x_t - alpha_s expm1(-h / 2 + log k) x0_t + eta sigma_s g z ,
     g^2 = 1 - exp(-h) ,   k^2 = 1 - eta^2 g^2 .
-
-No estimate of the noise is formed, which would lose digits at clean levels.
 """
 
 import math
@@ -31,16 +29,11 @@ _MAX_CHURN = math.sqrt(2.0) - 1.0
 
 
 def ddim(eta: ArrayLike = 0.0) -> GaussianSampler:
-    """DDIM: the probability flow at eta = 0, the ancestral sampler at eta = 1.
+    """DDIM: the probability flow at eta = 0, the ancestral sampler at eta = 1; else in between.
 
     At eta = 0 it is also DPM-Solver++ of order 1 and, on the same grid, Euler's method for the flow
-    path and for EDM's sigma. Song et al. 2021 (arXiv 2010.02502), equations 12 and 16.
-
-    Args:
-        eta: share of the fresh noise.
-
-    Raises:
-        ValueError: for eta outside [0, 1].
+    path and for EDM's sigma. ValueError for eta outside [0, 1]. Song et al. 2021 (arXiv
+    2010.02502), equations 12 and 16.
     """
     if is_concrete(eta) and not 0 <= eta <= 1:
         raise ValueError(f"ddim needs 0 <= eta <= 1, got {eta}")
@@ -60,17 +53,11 @@ def ddim(eta: ArrayLike = 0.0) -> GaussianSampler:
 def ddpm_ancestral(large_fraction: ArrayLike = 0.0) -> GaussianSampler:
     """DDPM's ancestral sampler, with a variance between its two bounds.
 
-    The log variance is ``v log(large) + (1 - v) log(small)``: "small", the posterior variance
-    ``sigma_s^2 (1 - exp(-h))``, is right for data without spread; "large",
-    ``sigma_t^2 (1 - exp(-h))``, for normal data of unit variance on the variance-preserving path,
-    where it is DDPM's beta_t. Only "small" gives the same samples on every path. A step to +inf
-    adds no noise. Ho et al. 2020, section 3.2; Nichol and Dhariwal 2021, equation 15.
-
-    Args:
-        large_fraction: v; 0 is "small", 1 is "large".
-
-    Raises:
-        ValueError: for a fraction outside [0, 1].
+    The log variance is ``v log(large) + (1 - v) log(small)`` with v = large_fraction (ValueError
+    outside [0, 1]): "small", the posterior ``sigma_s^2 (1 - exp(-h))``, is right for data without
+    spread; "large", ``sigma_t^2 (1 - exp(-h))``, DDPM's beta_t, for N(0, 1) data on path ``vp``.
+    Only "small" gives the same samples on every path. A step to +inf adds no noise. Ho et al. 2020,
+    section 3.2; Nichol and Dhariwal 2021, equation 15.
     """
     if is_concrete(large_fraction) and not 0 <= large_fraction <= 1:
         raise ValueError(f"ddpm_ancestral needs 0 <= large_fraction <= 1, got {large_fraction}")
@@ -88,13 +75,10 @@ def ddpm_ancestral(large_fraction: ArrayLike = 0.0) -> GaussianSampler:
 def dpm_solver_pp_2m(lower_order_final: bool = True) -> GaussianSampler:
     """DPM-Solver++(2M): DDIM with the estimate of the data extrapolated to the middle of the step.
 
-    One call of the denoiser per step, order 2. With h the step in logSNR and r = h_previous / h the
-    estimate used is ``(1 + 1 / 2r) x0 - x0_previous / 2r``; the first step is DDIM's.
+    One denoiser call per step, order 2. With h the step in logSNR and r = h_previous / h it uses
+    ``(1 + 1 / 2r) x0 - x0_previous / 2r``, but takes a DDIM step first, to +inf, and with
+    ``lower_order_final`` (safer with few steps) last.
     Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
-
-    Args:
-        lower_order_final: make the last step DDIM's too, which is safer with few steps. A step to
-            +inf is one in any case.
     """
 
     def step(context: GaussianContext, denoise: Denoise, state: GaussianState) -> GaussianState:
@@ -115,10 +99,7 @@ def dpm_solver_pp_2m(lower_order_final: bool = True) -> GaussianSampler:
 def transition_mean(
     path: Path, logsnr: Array, next_logsnr: Array, x: Array, x0: Array, eta: ArrayLike = 0.0
 ) -> Array:
-    """Mean of x at the next level, given x at this one (may be -inf) and the estimate x0.
-
-    At a next level of +inf it is x0. ``eta`` is the share of the fresh noise, as in :func:`ddim`.
-    """
+    """Mean of x at the next level (x0 at +inf), given x at this one (-inf allowed) and x0."""
     half_step = 0.5 * (next_logsnr - logsnr)
     log_keep = 0.5 * jnp.log1p(jnp.square(eta) * jnp.expm1(-2 * half_step))
     from_x = jnp.exp(path.log_sigma(next_logsnr) - path.log_sigma(logsnr) + log_keep)
@@ -142,7 +123,6 @@ def ancestral_std(
 
 
 def _log_share(step: Array) -> Array:
-    """``log(1 - exp(-h))``."""
     return jnp.log(-jnp.expm1(-step))
 
 
@@ -155,19 +135,16 @@ def edm_heun(
 ) -> GaussianSampler:
     """EDM's sampler: Heun's method in sigma, with noise added back before each step.
 
-    Karras et al. 2022, algorithm 2; without churn algorithm 1. For networks of any path. Two calls
-    of the denoiser per step, one in a step to +inf. Goes with ``spacings.edm``.
+    Karras et al. 2022, algorithm 2; without churn algorithm 1. For networks of any path. Two
+    denoiser calls per step, one in a step to +inf. Pair with ``spacings.edm``. ValueError for
+    negative settings or churn_min > churn_max.
 
     Args:
         churn: S_churn; noise is added back until sigma has grown by the factor
             ``1 + min(S_churn / N, sqrt(2) - 1)``, so values above 0.414 N change nothing.
-        churn_min: S_tmin, smallest sigma / alpha at which noise is added back.
-        churn_max: S_tmax, largest.
+        churn_min, churn_max: S_tmin and S_tmax, sigma / alpha between which noise is added back.
         churn_noise: S_noise, standard deviation of the added noise.
-        second_order: False for Euler's method, with one call of the denoiser per step.
-
-    Raises:
-        ValueError: for negative settings or churn_min > churn_max.
+        second_order: False for Euler's method, with one denoiser call per step.
     """
     if not (churn >= 0 and churn_noise >= 0 and 0 <= churn_min <= churn_max):
         raise ValueError(
@@ -191,15 +168,12 @@ def edm_heun(
 
 
 def euler_flow() -> GaussianSampler:
-    """Euler's method in flow time; the same steps as DDIM on the same grid, and InDI's update.
-
-    Liu et al. 2023 (rectified flow); Delbracio and Milanfar 2023 (InDI).
-    """
+    """Euler's method in flow time (Liu et al. 2023): steps as in DDIM and InDI on the same grid."""
     return GaussianSampler("euler_flow", _flow_step(second_order=False))
 
 
 def heun_flow() -> GaussianSampler:
-    """Heun's method in flow time, order 2: two calls of the denoiser per step, one towards +inf."""
+    """Heun's method in flow time, order 2: two denoiser calls per step, one in a step to +inf."""
     return GaussianSampler("heun_flow", _flow_step(second_order=True))
 
 
@@ -220,11 +194,7 @@ def _ode_step(
     logsnr: Array,
     second_order: bool,
 ) -> tuple[Array, Array]:
-    """A step of the probability flow ``dx / dt = (x - x0) / t`` from x at ``logsnr``.
-
-    ``path``, of x, is flow or ve: there the noise amplitude is such a time t. Returns the state at
-    the context's next level, on the context's path, and the first estimate of the data.
-    """
+    """Step of the flow ``dx / dt = (x - x0) / t``, x on path flow or ve; the new state and x0."""
     target, clean = context.next_logsnr, jnp.isposinf(context.next_logsnr)
     time, next_time = path.sigma(logsnr), path.sigma(target)
 
@@ -245,7 +215,6 @@ def _ode_step(
 
 
 def _change_path(x: Array, source: Path, target: Path, logsnr: Array) -> Array:
-    """The noisy data x on another path; the ratios of signal and noise amplitudes are equal."""
     by_noise = target.log_sigma(logsnr) - source.log_sigma(logsnr)
     by_signal = target.log_alpha(logsnr) - source.log_alpha(logsnr)
     return x * jnp.exp(jnp.where(logsnr < 0, by_noise, by_signal))

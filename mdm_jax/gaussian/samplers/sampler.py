@@ -1,9 +1,8 @@
-"""Gaussian samplers and the loop that runs them, from noise at the first level of a grid to data.
+"""Gaussian sampling loop, from noise at the first level of a grid to data.
 
-The state x is that of the network's path, ``x = alpha x0 + sigma eps``; samplers use the network as
-a *denoiser*, whatever it outputs. A last level of +inf is clean data: the step to it ends in the
-denoiser's last estimate. Everything random about a row is keyed by its own number, so row 5 of a
-batch of 8 is what a batch of one with ``row_offset=5`` returns.
+The state is ``x = alpha x0 + sigma eps`` on the network's path; samplers use the network as a
+*denoiser*, whatever its output. A step to +inf, clean data, ends in the denoiser's last estimate.
+Rows have their own keys: row 5 of a batch of 8 equals a batch of one with ``row_offset=5``.
 """
 
 import math
@@ -34,14 +33,8 @@ def bind_denoiser(
 ) -> Denoise:
     """A network as an estimate of the clean data, in the dtype of its input.
 
-    The network receives levels within :data:`NETWORK_LOGSNR_LIMIT`; the conversion of its output
-    uses the exact level.
-
-    Args:
-        model_fn: ``model_fn(x [B, ...], logsnr [B, 1], documents) -> y [B, ...]``.
-        output: what y is.
-        path: of the network's inputs.
-        documents: passed on to the network.
+    ``model_fn(x [B, ...], logsnr [B, 1], documents) -> y [B, ...]`` receives levels clipped to
+    :data:`NETWORK_LOGSNR_LIMIT`; the conversion from ``output`` uses the exact level.
     """
 
     def denoise(x: Array, logsnr: ArrayLike) -> Array:
@@ -60,10 +53,7 @@ def bind_denoiser(
 
 
 def initial_std(path: Path, logsnr: ArrayLike, data_std: ArrayLike = 1.0) -> Array:
-    """``sqrt(sigma^2 + alpha^2 data_std^2)``, the scale of noisy data of mean zero at a level.
-
-    1 on the variance-preserving path for data_std = 1; sigma, as EDM starts, for data_std = 0.
-    """
+    """``sqrt(sigma^2 + alpha^2 data_std^2)``, scale of noisy mean-zero data; EDM has std 0."""
     spread = 1.0 + jnp.square(data_std) * jnp.exp(logsnr)
     return jnp.exp(path.log_sigma(logsnr)) * jnp.sqrt(spread)
 
@@ -71,10 +61,8 @@ def initial_std(path: Path, logsnr: ArrayLike, data_std: ArrayLike = 1.0) -> Arr
 class GaussianState(NamedTuple):
     """State of the sampling loop; shapes and dtypes stay the same.
 
-    Attributes:
-        x: [B, ...] the noisy data, on the network's path.
-        x0: [B, ...] the first estimate of the data in the last step; zero before any.
-        memory: further state of the sampler; every leaf [B, ...].
+    ``x`` [B, ...] is on the network's path, ``x0`` [B, ...] the first estimate of the data in the
+    last step, at first zero, ``memory`` further state of the sampler, leaves [B, ...].
     """
 
     x: Array
@@ -85,14 +73,8 @@ class GaussianState(NamedTuple):
 class GaussianContext(NamedTuple):
     """Inputs of one step.
 
-    Attributes:
-        keys: [B] typed keys, one per row, for this step only.
-        index: [] int32, number of the step.
-        num_steps: number of steps.
-        previous_logsnr: [] level before the last step; that of the current state in the first step.
-        logsnr: [] level of the current state.
-        next_logsnr: [] level after the step; +inf for clean data.
-        path: of the state.
+    ``keys`` [B] are for this step only, one per row. The levels [] are those before the last step
+    (in the first step ``logsnr``), of the current state, and after the step (+inf for clean data).
     """
 
     keys: Array
@@ -107,11 +89,8 @@ class GaussianContext(NamedTuple):
 class GaussianSampler(NamedTuple):
     """A reverse process as pure functions.
 
-    Attributes:
-        name: for logs and error messages.
-        step: ``step(context, denoise, state) -> state``. May call ``denoise`` any number of times.
-        init: ``init(x) -> memory`` of the first state.
-        finite_start: whether the first level of the grid must be finite.
+    ``step(context, denoise, state) -> state`` may call ``denoise`` any number of times;
+    ``init(x) -> memory`` is for the first state; ``finite_start`` demands a finite first level.
     """
 
     name: str
@@ -135,30 +114,22 @@ def sample_gaussian(
     row_offset: ArrayLike = 0,
     progress: Progress | None = None,
 ) -> Array:
-    """Samples of data [B, ...]: the state at the last level of the grid, divided by alpha.
+    """Sample data [B, ...]: the state at the last level of the grid, divided by alpha.
 
-    At a last level of +inf that is the denoiser's estimate; at a finite one it still has noise of
-    variance ``exp(-lambda)``. Pure and jit-able (see :func:`make_gaussian_generator`).
+    At a last level of +inf that is the denoiser's estimate; at a finite one it has noise of
+    variance ``exp(-lambda)``. Jit-able. ValueError for an empty shape, a start of another shape, or
+    a grid that does not increase or starts where the network is undefined (checked where concrete).
 
     Args:
-        key: typed key. Row i draws from ``fold_in(key, row_offset + i)`` alone.
+        key, row_offset: row i draws from ``fold_in(key, row_offset + i)`` alone.
         model_fn: ``model_fn(x [B, ...], logsnr [B, 1], documents) -> y [B, ...]``.
-        sampler: such as ``ddim()`` or ``edm_heun()``.
-        grid: [N + 1] logSNR levels, strictly increasing; the last may be +inf. The first may be
-            -inf, zero terminal SNR, where path and output are defined there (such as v on the
-            variance-preserving path).
+        grid: [N + 1] strictly increasing logSNR; the last may be +inf. The first may be -inf (zero
+            terminal SNR) where path and output are defined there, such as v on path ``vp``.
         shape: of the result; the rows come first.
-        output: what the network predicts.
-        path: of the network's inputs.
-        documents: passed on to the network.
+        output, path: what the network predicts, and the path of its inputs.
         start: [B, ...] the state at the first level, on the path, in place of noise.
         data_std: standard deviation of the data, for the first state (:func:`initial_std`).
-        row_offset: number of the first row, for sampling a large batch piecewise.
         progress: called after each step with the number of steps done and that of all.
-
-    Raises:
-        ValueError: for an empty shape, a start of another shape, or a grid that does not increase
-            or starts where the network is undefined (values are checked where they are concrete).
     """
     data, _ = sample_gaussian_with_trace(
         key,
@@ -243,20 +214,11 @@ def make_gaussian_generator(
     data_std: ArrayLike = 1.0,
     progress: Progress | None = None,
 ) -> Callable[..., Array]:
-    """:func:`sample_gaussian` compiled once per batch size.
+    """Compile :func:`sample_gaussian` once per batch size; the grid is concrete and checked here.
 
-    Args:
-        apply_fn: ``apply_fn(params, x, logsnr [B, 1], documents) -> y``.
-        sampler, output, path, data_std, progress: as in :func:`sample_gaussian`.
-        grid: concrete levels.
-        event_shape: of one row.
-
-    Returns:
-        ``generate(params, key, batch_size, documents=None, start=None, row_offset=0) -> data``
-        of shape [batch_size, \\*event_shape].
-
-    Raises:
-        ValueError: as :func:`sample_gaussian`; those about the grid right here.
+    Takes ``apply_fn(params, x, logsnr [B, 1], documents) -> y``; ``event_shape`` is that of a row.
+    ``generate(params, key, batch_size, documents=None, start=None, row_offset=0)`` returns data
+    ``[batch_size, *event_shape]``. Other arguments and errors are those of sample_gaussian.
     """
     _check_grid(sampler, grid, output, path)
 
@@ -280,7 +242,7 @@ def make_gaussian_generator(
 
 
 def step_noise(context: GaussianContext, x: Array) -> Array:
-    """Standard normal numbers like x; each row's from its own key of this step."""
+    """Standard normal numbers like x, each row from its own key of this step."""
     return _row_noise(context.keys, x.shape, x.dtype)
 
 
@@ -314,19 +276,10 @@ def guided(
 ) -> ModelFn:
     """Classifier-free guidance at logSNR within [low, high]: ``y = y_u + scale (y_c - y_u)``.
 
-    Outside of the interval, ``y_c``. Any output will do, as all are affine in each other. Where no
-    row is inside the interval the unconditional network is not run. Ho and Salimans 2022; the
-    interval is that of Kynkäänniemi et al. 2024 (arXiv 2404.07724).
-
-    Args:
-        conditional: ``(x [B, ...], logsnr [B, 1], documents) -> y``.
-        unconditional: likewise, with the same output.
-        scale: guidance scale, 1 for none.
-        low: noisiest guided logSNR.
-        high: cleanest guided logSNR.
-
-    Raises:
-        ValueError: unless low < high.
+    ``y_c`` outside the interval; scale 1 is no guidance. Both networks are
+    ``(x [B, ...], logsnr [B, 1], documents) -> y`` with the same output of any kind (all are affine
+    in each other). Where no row is inside, the unconditional one is not run. ValueError unless
+    low < high. Ho and Salimans 2022; interval: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
     """
     check_interval("guided", low, high)
 

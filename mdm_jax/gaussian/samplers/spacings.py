@@ -1,8 +1,7 @@
 """Spacings of Gaussian sampling grids: how n steps are spread over the noise levels.
 
-As in :mod:`~mdm_jax.schedules.grids`, a grid is [n + 1] strictly increasing logSNR. Where a spacing
-ends at sigma = 0, the last level is +inf: the last step goes to the network's estimate of the data.
-A learned law is a spacing too, by ``grids.from_law``.
+Grids as in :mod:`~mdm_jax.schedules.grids`. Where a spacing ends at sigma = 0 the last level is
++inf: the last step goes to the denoiser's estimate. For learned laws use ``grids.from_law``.
 """
 
 import operator
@@ -33,9 +32,7 @@ the variance-preserving path, Fisher arc length arccos(alpha), and sigma / alpha
 def uniform_time(law: TwoSidedLaw, n: int, clean: float = 0.0, noisy: float = 0.0) -> Array:
     """[n + 1] levels of a schedule at times falling in equal steps from 1 - noisy to clean.
 
-    Raises:
-        TypeError: if the law's parameters are traced.
-        ValueError: unless n >= 1, clean and noisy >= 0, and clean + noisy < 1.
+    TypeError for a traced law. ValueError unless n >= 1, clean, noisy >= 0 and clean + noisy < 1.
     """
     done = _fractions(n)
     if not (clean >= 0 and noisy >= 0 and clean + noisy < 1):
@@ -59,13 +56,10 @@ def uniform_logsnr(n: int, low: float, high: float) -> Array:
 def uniform_in(
     quantity: str | Callable[[np.ndarray], ArrayLike], n: int, low: float, high: float
 ) -> Array:
-    """[n + 1] levels from ``low`` to ``high``, between which a quantity changes in equal steps.
+    """[n + 1] levels from ``low`` to ``high``, in equal steps of a quantity.
 
     ``quantity`` is a name in :data:`QUANTITIES` (Santos & Lin 2023), or an elementwise function of
-    float64 levels that rises or falls throughout [low, high].
-
-    Raises:
-        ValueError: for an unknown name, bad ends, or a quantity that is not monotone.
+    float64 levels, monotone on [low, high]. ValueError if not, for unknown names, or bad ends.
     """
     if isinstance(quantity, str):
         if quantity not in QUANTITIES:
@@ -97,12 +91,9 @@ def uniform_in(
 
 
 def edm(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Array:
-    """[n + 1] levels of EDM: n values of sigma, uniform in sigma^(1 / rho), and then sigma = 0.
+    """[n + 1] levels of EDM: n values of sigma, uniform in sigma^(1 / rho), then sigma = 0 (+inf).
 
-    Karras et al. (2022), eq. 5. The last level is +inf.
-
-    Raises:
-        ValueError: unless n >= 2, 0 < sigma_min < sigma_max and rho > 0.
+    Karras et al. (2022), eq. 5. ValueError unless n >= 2, 0 < sigma_min < sigma_max and rho > 0.
     """
     if operator.index(n) < 2:
         raise ValueError(f"edm needs n >= 2 steps, from sigma_max over sigma_min to 0, got {n}")
@@ -116,17 +107,11 @@ def edm(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 
 
 
 def uniform_information(loss: ArrayLike, edges: ArrayLike, n: int) -> Array:
-    """[n + 1] levels between which the information I(data; noisy) grows in equal steps.
+    """[n + 1] levels in equal steps of the information I(data; noisy).
 
-    It gains half the noise-prediction error per unit of logSNR (I-MMSE).
-
-    Args:
-        loss: [K] tracked mean squared error of the predicted noise in each bin, not negative.
-        edges: [K + 1] logSNR, or the two outer ends.
-        n: steps.
-
-    Raises:
-        ValueError: if shapes do not fit, or errors are negative, not finite or all zero.
+    It grows by half the noise-prediction error per unit of logSNR (I-MMSE): ``loss`` [K], a tracked
+    mean square between ``edges`` [K + 1] logSNR (or two outer ends). ValueError if shapes do not
+    fit, or errors are negative, not finite or all zero.
     """
     loss, edges = np.asarray(loss, np.float64), np.asarray(edges, np.float64)
     if loss.ndim == 1 and edges.shape == (2,):
@@ -140,16 +125,10 @@ def uniform_information(loss: ArrayLike, edges: ArrayLike, n: int) -> Array:
 
 
 def uniform_mmse(mmse: ArrayLike, logsnr: ArrayLike, n: int) -> Array:
-    """[n + 1] levels between which the error of the predicted data falls in equal steps.
+    """[n + 1] levels in equal steps of the error of the predicted data, from first to last level.
 
-    Args:
-        mmse: [K] tracked mean squared error of the predicted data; where estimates rise with the
-            logSNR, they are held at the smallest so far.
-        logsnr: [K] their levels, increasing; the grid runs from the first to the last.
-        n: steps.
-
-    Raises:
-        ValueError: if shapes do not fit, values are not finite, or the error never falls.
+    ``mmse`` [K] is the tracked mean squared error at increasing ``logsnr`` [K], made to fall by its
+    running minimum. ValueError if shapes do not fit, it is not finite, or never falls.
     """
     mmse, logsnr = np.asarray(mmse, np.float64), np.asarray(logsnr, np.float64)
     if mmse.ndim != 1 or mmse.shape != logsnr.shape or mmse.size < 2:
@@ -164,10 +143,7 @@ def table_indices(num_table: int, n: int, spacing: str) -> np.ndarray:
     """[n] rising indices of the levels of a table, 0 the cleanest, at which the network is called.
 
     "leading" takes every (num_table // n)-th from 0, "linspace" includes both ends, "trailing"
-    counts back from the last in steps of num_table / n.
-
-    Raises:
-        ValueError: unless 1 <= n <= num_table and the spacing is known.
+    counts back from the last by num_table / n. ValueError for others, or n outside [1, num_table].
     """
     if not 1 <= operator.index(n) <= num_table:
         raise ValueError(f"table_indices needs 1 <= n <= {num_table} steps, got {n}")
@@ -181,10 +157,9 @@ def table_indices(num_table: int, n: int, spacing: str) -> np.ndarray:
 
 
 def from_table(table: ArrayLike, n: int, spacing: str) -> Array:
-    """[n + 1] levels of a noise table at :func:`table_indices`, and +inf, clean data, at the end.
+    """[n + 1] levels of a noise table at :func:`table_indices`, then +inf, clean data.
 
-    ``table`` is logSNR [num_table], falling, as from ``schedules.ddpm_table``; the last may be
-    -inf. A sampler with "leading" spacing never starts there.
+    ``table`` is falling logSNR; the last may be -inf, where "leading" spacing never starts.
     """
     table = np.asarray(table, np.float64)
     check_table(table[:-1] if table.size and table[-1] == -np.inf else table)
@@ -193,7 +168,6 @@ def from_table(table: ArrayLike, n: int, spacing: str) -> Array:
 
 
 def _fractions(n: int) -> np.ndarray:
-    """0, 1/n, ..., 1 in float64."""
     if operator.index(n) < 1:
         raise ValueError(f"a grid needs n >= 1 steps, got {n}")
     return np.arange(n + 1, dtype=np.float64) / n

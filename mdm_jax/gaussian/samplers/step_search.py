@@ -1,13 +1,9 @@
-"""Searches for sampling grids, offline: interval costs, Align Your Steps, black-box search.
+"""Offline searches for sampling grids: interval costs, Align Your Steps, black-box search.
 
-A sampler that freezes the denoiser D at the noisy end of each step differs from the exact reverse
-process by a Kullback-Leibler divergence between paths that is a sum over steps,
-
-    K(a, b) = 1/2 int_a^b exp(lambda) E|D_lambda - D_a|^2 dlambda   (nats),
-
-an upper bound of that of the samples: the KLUB of Sabour et al. 2024 (Align Your Steps, arXiv
-2404.14507) in the logSNR. Measure both: for N(0, 1) the best 10-step grid has 20 times less of the
-bound than the cosine grid, yet samples further from the data.
+A sampler that freezes the denoiser D at the noisy end of each step has the KLUB of Sabour et al.
+2024 (arXiv 2404.14507), ``K(a, b) = 1/2 int_a^b exp(lambda) E|D_lambda - D_a|^2 dlambda`` nats,
+summed over steps. Measure samples too: for N(0, 1) the best 10-step grid has 1/20 of the cosine
+grid's bound, yet its samples are further from the data.
 """
 
 import itertools
@@ -28,29 +24,22 @@ IntervalCost = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """``cost(noisy [M], clean [M]) -> K [M]``, nats, float64 on the host."""
 
 Metric = Callable[[np.ndarray], float]
-"""``metric(grid [N + 1] float64) -> float``, smaller is better, NaN never the best.
-
-Use the same random numbers at every call, so that grids are compared and not their luck.
-"""
+"""``metric(grid [N + 1] float64) -> float``, smaller is better, NaN never the best. Use the same
+random numbers at every call."""
 
 _BISECTIONS = 40
 
 
 def klub(cost: IntervalCost, grid: ArrayLike) -> float:
-    """The bound of a grid [N + 1] of finite levels: the sum of the costs of its steps, nats.
-
-    Raises:
-        ValueError: for another shape, or levels that do not increase or are not finite.
-    """
+    """KL bound of a grid, summed over its steps; nats. Raises as :func:`check_levels`."""
     levels = check_levels(grid)
     return float(np.sum(cost(levels[:-1], levels[1:])))
 
 
 def normal_cost(data_std: float = 1.0) -> IntervalCost:
-    """The exact cost, per element, for normal data of standard deviation ``data_std`` > 0.
+    """Exact cost per element for normal data; equal steps in the softplus are optimal for every N.
 
-    ``K = 1/2 (exp(r) - 1 - r)`` with r the step in ``softplus(lambda + 2 log data_std)``; hence
-    equal steps in that quantity are optimal for every N.
+    ``K = 1/2 (exp(r) - 1 - r)`` with r the step in ``softplus(lambda + 2 log data_std)``.
     """
     shift = _check_std("normal_cost", data_std)
 
@@ -62,22 +51,13 @@ def normal_cost(data_std: float = 1.0) -> IntervalCost:
 
 
 def curve_cost(logsnr: ArrayLike, eps_mse: ArrayLike) -> IntervalCost:
-    """The cost according to a tracked loss curve, without a network.
+    """Cost from a tracked loss curve, without a network.
 
-    If D is the posterior mean, with l = E|eps - eps_hat|^2 (summed over elements)
-
-        K(a, b) = 1/2 [(exp(b - a) - 1) l(a) - int_a^b l dlambda].
-
-    Where a curve is noisy, or the network far from the posterior mean, this may be negative;
-    :func:`pair_cost` never is.
-
-    Args:
-        logsnr: [K] strictly increasing levels; costs are defined between the first and the last.
-        eps_mse: [K] error of the predicted noise; linear in between.
-
-    Raises:
-        ValueError: if shapes do not fit, levels do not increase, or errors are negative or not
-            finite. The cost raises it for levels outside the curve.
+    ``K(a, b) = 1/2 [(exp(b - a) - 1) l(a) - int_a^b l dlambda]`` if D is the posterior mean, with
+    l = E|eps - eps_hat|^2 summed over elements: ``eps_mse`` [K] at strictly increasing ``logsnr``
+    [K], linear in between. May be negative for a noisy curve or a network far from the posterior
+    mean, unlike :func:`pair_cost`. ValueError if shapes do not fit, levels do not increase, or
+    errors are negative or not finite; from the cost, for levels outside the curve.
     """
     levels, curve = check_levels(logsnr), np.asarray(eps_mse, np.float64)
     if curve.shape != levels.shape or not np.all(np.isfinite(curve) & (curve >= 0)):
@@ -108,22 +88,12 @@ def curve_cost(logsnr: ArrayLike, eps_mse: ArrayLike) -> IntervalCost:
 def pair_cost(
     key: Array, denoise: Denoise, data: ArrayLike, *, path: Path, data_std: float = 1.0
 ) -> IntervalCost:
-    """The cost of a trained network, from pairs of noisy versions of the same data; nats per row.
+    """Cost of a trained network, from pairs of noisy versions of the same data; nats per row.
 
-    For each row one level is drawn within the interval, from the density that would make all rows
-    count alike for normal data (Sabour et al.'s proposal). All intervals use the same random
-    numbers, so differences between grids are far less noisy than their values. The denoiser runs
-    twice per interval, compiled once for each number of intervals.
-
-    Args:
-        key: typed key of the random numbers.
-        denoise: the network, as by ``bind_denoiser``, with [B] levels.
-        data: [B, ...] clean rows; more rows, less noise.
-        path: of the network's inputs.
-        data_std: standard deviation of the data's elements, for the proposal.
-
-    Raises:
-        ValueError: unless data_std > 0, or for data without rows.
+    One level is drawn per row and interval, from Sabour et al.'s proposal for normal data of
+    standard deviation ``data_std``. All intervals share random numbers, so differences between
+    grids are far less noisy than values. ``denoise``, with [B] levels, runs twice per interval and
+    compiles once per number of intervals. ValueError unless data_std > 0 and ``data`` has rows.
     """
     shift = _check_std("pair_cost", data_std)
     data = jnp.asarray(data)
@@ -198,15 +168,12 @@ def _level_after(r: Array, level: Array) -> Array:
 
 
 def _check_std(name: str, data_std: float) -> float:
-    """2 log data_std."""
     if not 0 < data_std < np.inf:
         raise ValueError(f"{name} needs a positive, finite data_std, got {data_std}")
     return float(2 * np.log(data_std))
 
 
 class AlignedSteps(NamedTuple):
-    """Result of :func:`align_steps`."""
-
     grid: np.ndarray  # [N + 1] float64 levels, strictly increasing, with the ends of the start
     cost: float  # total of the grid, nats
     trace: list[float]  # total before the first and after each sweep; falls, except at ``doubled``
@@ -225,22 +192,17 @@ def align_steps(
 ) -> AlignedSteps:
     """Move the inner levels of a grid until no candidate lowers the cost, then double the steps.
 
-    A sweep tries equally spaced candidates around each inner level, at first between its two
+    A sweep tries equally spaced candidates around each inner level, at first between its
     neighbours, and keeps the best; every second level moves at once. When a sweep no longer helps,
-    the window is halved. Doubling inserts the midpoints in logSNR. With an estimated cost use few
-    refinements: the search fits the noise otherwise. Sabour et al. 2024, section 3 and appendix.
+    the window is halved. Doubling inserts midpoints. With an estimated cost use few refinements, or
+    the search fits noise. ValueError for a bad start or settings. Sabour et al. 2024, section 3.
 
     Args:
-        cost: such as :func:`pair_cost`.
         start: [N + 1] finite levels, strictly increasing; the ends stay.
-        doublings: how often to double N.
-        candidates: levels tried per move, odd, so that the present one is among them.
-        refinements: how often to halve the window.
+        doublings, refinements: how often to double N, and to halve the window.
+        candidates: levels tried per move, odd and >= 3, so that the present one is among them.
         max_sweeps: at most so many sweeps per window.
         tolerance: relative fall of the cost below which a sweep does not count as helping.
-
-    Raises:
-        ValueError: for a bad start or settings out of range.
     """
     levels = check_levels(start)
     if candidates < 3 or candidates % 2 == 0:
@@ -285,7 +247,7 @@ def _sweep(cost: IntervalCost, levels: np.ndarray, candidates: int, window: floa
 
 
 class Improvement(NamedTuple):
-    """A grid that was the best so far, and the number of the metric's call, from 0."""
+    """The best grid so far, and the number of the metric's call, from 0."""
 
     evaluation: int
     value: float
@@ -293,8 +255,6 @@ class Improvement(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """Result of a black-box search."""
-
     grid: np.ndarray  # [N + 1] float64, the best grid
     value: float  # the metric there
     trace: list[Improvement]  # every improvement, in order; the last is the result
@@ -305,21 +265,11 @@ class SearchResult(NamedTuple):
 def exhaustive_search(
     metric: Metric, candidates: ArrayLike, num_inner: int, low: float, high: float, budget: int
 ) -> SearchResult:
-    """Try every choice of ``num_inner`` of the candidates as inner levels from low to high.
+    """Minimise ``metric`` over all choices of ``num_inner`` = N - 1 inner levels among candidates.
 
-    The search of WaveGrad (Chen et al. 2021, arXiv 2009.00713) for a 6-step sampler.
-
-    Args:
-        metric: to be minimised.
-        candidates: [M] increasing levels strictly between low and high.
-        num_inner: N - 1, inner levels of the grid.
-        low: first level.
-        high: last level.
-        budget: calls of the metric allowed; M choose N - 1 are made.
-
-    Raises:
-        ValueError: for unusable candidates, a budget that does not suffice, or a metric that is
-            NaN everywhere.
+    ``candidates`` [M] increase strictly between low and high. WaveGrad's search (Chen et al. 2021,
+    arXiv 2009.00713). ValueError for unusable candidates, ``budget`` below M choose N - 1 calls of
+    the metric, or a metric that is NaN everywhere.
     """
     inner = check_levels([low, *np.asarray(candidates, np.float64), high])[1:-1]
     if not 1 <= num_inner <= inner.size:
@@ -344,18 +294,11 @@ def pattern_search(
     step: float = 1.0,
     smallest_step: float = 1e-6,
 ) -> SearchResult:
-    """Move one inner level at a time by a fixed step while that helps, then halve the step.
+    """Minimise ``metric`` by moving one inner level at a time, halving the step when none helps.
 
-    Args:
-        metric: to be minimised.
-        start: [N + 1] finite levels, strictly increasing; the ends stay, levels do not cross.
-        budget: calls of the metric allowed, at least 1.
-        step: first step, in logSNR.
-        smallest_step: the search has converged when the step falls below this.
-
-    Raises:
-        ValueError: for a bad start, budget or steps, or a metric that is NaN at the start and
-            everywhere the search went.
+    ``start`` [N + 1] is finite and strictly increasing; ends stay, levels do not cross. ``budget``
+    >= 1 counts metric calls; converged once the logSNR step is below ``smallest_step``. ValueError
+    for a bad start, budget or steps, or if the metric was NaN throughout.
     """
     levels = check_levels(start)
     if budget < 1 or not 0 < smallest_step <= step:
@@ -382,13 +325,11 @@ def pattern_search(
 
 
 class _Record:
-    """Counts calls of a metric and remembers improvements."""
-
     def __init__(self, metric: Metric):
         self.metric, self.evaluations, self.trace = metric, 0, []
 
     def consider(self, grid: np.ndarray) -> bool:
-        """Whether the grid is the best so far."""
+        """Record a call; whether the grid is the best so far."""
         value = float(self.metric(grid))
         better = value < (self.trace[-1].value if self.trace else math.inf)
         if better:

@@ -1,7 +1,7 @@
-"""The Gaussian schedules of the literature, by name; each is a law over the logSNR.
+"""Gaussian schedules of the literature by name; each is a law over the logSNR.
 
-Many named curves are one law: ``sd3_cosmap`` is ``cosine``, ``sd3_logit_normal`` is ``lognormal``.
-No name is shared with a masked schedule unless the law is the same.
+Many are one law: ``sd3_cosmap`` is ``cosine``, ``sd3_logit_normal`` is ``lognormal``. A name is
+shared with a masked schedule only if the law is the same.
 """
 
 from collections.abc import Callable
@@ -75,17 +75,11 @@ MODIFIERS: dict[str, Callable[..., TwoSidedLaw]] = {
     factory.__name__: factory
     for factory in (beta_time, interpolated, shifted, speed, truncated, two_rates, zero_terminal)
 }
-"""Name -> ``modify(base, **parameters)``, laws made of laws."""
+"""Name -> ``modify(base, **parameters)``, laws derived from a base law."""
 
 
 def by_name(name: str, **settings: ArrayLike) -> TwoSidedLaw:
-    """The schedule of that name; ``settings`` are the parameters of its factory.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest known ones, or where the masked schedule
-            of that name stands.
-        TypeError: for a parameter the factory does not have.
-    """
+    """The named schedule; ValueError for unknown names, TypeError for unknown parameters."""
     if name not in GAUSSIAN_SCHEDULES:
         masked = {key: f"a masked schedule, schedules.masked.{key}" for key in MASKED_SCHEDULES}
         raise unknown_name(name, GAUSSIAN_SCHEDULES, "Gaussian schedule", masked)

@@ -1,13 +1,9 @@
-"""The Gaussian schedules of the literature, each a law of the logSNR with t ~ U(0, 1), 0 clean.
+"""Gaussian schedules of the literature, each a law of the logSNR with t ~ U(0, 1), 0 clean.
 
-On the variance-preserving path alpha^2 = sigmoid(logsnr), and the Ornstein-Uhlenbeck time is
-``-log(alpha^2) / 2``. Variance-exploding curves are written for sigma = exp(-logsnr / 2), those of
-rectified flow x = (1 - t) data + t noise have logsnr = 2 log((1 - t) / t). As laws all serve every
-path. A factory raises ValueError for parameters outside the range stated, or not finite.
-
-Four curves are called "cosine": :func:`cosine` is the plain one, :func:`cosine_iddpm` shifts time
-and divides by the value at t = 0, :func:`cosine_offset` leaves out the division, and
-:func:`cosine_power` is Chen's family.
+On the variance-preserving path alpha^2 = sigmoid(logsnr) and Ornstein-Uhlenbeck time is
+``-log(alpha^2) / 2``. Variance-exploding curves have sigma = exp(-logsnr / 2), rectified flow
+x = (1 - t) data + t noise has logsnr = 2 log((1 - t) / t). As laws all serve every path.
+Factories raise ValueError for parameters outside the stated range or not finite.
 """
 
 import jax
@@ -71,10 +67,7 @@ class CosineOffset(CurveLaw):
 
 @pytree_dataclass
 class CosinePower(CurveLaw):
-    """sigmoid(logsnr) = (cos theta / cos theta_0)^(2 power), theta linear from theta_0 to pi/2.
-
-    ``start`` is theta_0 as a fraction of the right angle.
-    """
+    """The curve of :func:`cosine_power`; ``start`` is theta_0 / (pi/2)."""
 
     start: ArrayLike
     power: ArrayLike
@@ -120,18 +113,14 @@ class CosinePower(CurveLaw):
 
 
 def cosine() -> Cosine:
-    """logsnr = -2 log tan(pi t / 2): alpha = cos(pi t / 2) on the variance-preserving path.
-
-    The same law as the masked ``cosine_squared``; no masked schedule is called plain "cosine".
-    """
+    """logsnr = -2 log tan(pi t / 2), alpha = cos(pi t / 2); as masked law ``cosine_squared``."""
     return Cosine()
 
 
 def cosine_iddpm(offset: ArrayLike = 0.008) -> CosinePower:
     """alpha^2 = f(t) / f(0), f(t) = cos^2((pi/2) (t + offset) / (1 + offset)), offset >= 0.
 
-    The continuous form of Nichol & Dhariwal (2021), eq. 17; logsnr(0) = +inf because of the
-    division. The table with its clipped betas is :func:`iddpm_discrete`.
+    Nichol & Dhariwal (2021), eq. 17; +inf at t = 0. With clipped betas: :func:`iddpm_discrete`.
     """
     (offset,) = parameters("cosine_iddpm", "offset >= 0", lambda x: x >= 0, offset=offset)
     return CosinePower(offset / (1 + offset), 1.0)
@@ -140,8 +129,7 @@ def cosine_iddpm(offset: ArrayLike = 0.008) -> CosinePower:
 def cosine_offset(offset: ArrayLike = 0.008) -> CosineOffset:
     """logsnr = -2 log tan((pi/2) (t + offset) / (1 + offset)), offset > 0: not divided at t = 0.
 
-    The density of :func:`cosine`, cut at logSNR -2 log tan((pi/2) offset / (1 + offset)), which is
-    8.77 for the default.
+    The density of :func:`cosine`, cut at its logSNR at t = 0 (8.77 for the default).
     """
     return CosineOffset(*parameters("cosine_offset", "offset > 0", _positive, offset=offset))
 
@@ -149,8 +137,8 @@ def cosine_offset(offset: ArrayLike = 0.008) -> CosineOffset:
 def cosine_power(start: ArrayLike = 0.0, power: ArrayLike = 1.0) -> CosinePower:
     """alpha^2 = (cos theta / cos theta_0)^(2 power), theta from theta_0 = (pi/2) start to pi/2.
 
-    0 <= start < 1, power > 0. The cosine family of Chen (2023), "On the importance of noise
-    scheduling", with end = 1; his tau is ``power``. Start 0 and power 1 are :func:`cosine`.
+    0 <= start < 1, power > 0. Chen (2023), "On the importance of noise scheduling", with end = 1
+    and tau = ``power``. Start 0 and power 1 are :func:`cosine`.
     """
     (start,) = parameters("cosine_power", "0 <= start < 1", lambda x: 0 <= x < 1, start=start)
     return CosinePower(start, *parameters("cosine_power", "power > 0", _positive, power=power))
@@ -159,9 +147,7 @@ def cosine_power(start: ArrayLike = 0.0, power: ArrayLike = 1.0) -> CosinePower:
 def santos_lin_fisher() -> Cosine:
     """Times of density sqrt(Fisher information) along an Ornstein-Uhlenbeck process: the cosine.
 
-    One observation at OU time tau carries the information SNR about the data, and
-    ``int sqrt(SNR) dtau`` is the angle arccos(alpha). After Santos & Lin (2023), whose other three
-    placements are ``ou_time``, ``variance_linear`` and ``amplitude_linear``.
+    Santos & Lin (2023): at OU time tau information is SNR; ``int sqrt(SNR) dtau`` = arccos(alpha).
     """
     return Cosine()
 
@@ -199,8 +185,6 @@ class LinearBeta(CurveLaw):
 
 @pytree_dataclass
 class AmplitudeLinear(CurveLaw):
-    """alpha = 1 - t."""
-
     def logsnr_formula(self, at: Instant) -> Array:
         return 2 * jnp.log(at.rest) - jnp.log(at.t) - jnp.log(1 + at.rest)
 
@@ -239,10 +223,10 @@ class Sigmoid(CurveLaw):
 
 
 def ddpm_linear(beta_start: ArrayLike = 0.1, beta_end: ArrayLike = 20.0) -> LinearBeta:
-    """alpha^2 = exp(-B), B = beta_start t + (beta_end - beta_start) t^2 / 2.
+    """alpha^2 = exp(-B), B = beta_start t + (beta_end - beta_start) t^2 / 2; ends at logSNR -10.05.
 
-    0 < beta_start <= beta_end. The continuous limit of the linear betas of DDPM (Ho et al. 2020),
-    the VP-SDE of Song et al. (2021); ends at logSNR -10.05. Discrete: :func:`ddpm_discrete`.
+    0 < beta_start <= beta_end. VP-SDE of Song et al. (2021), the continuous limit of DDPM's linear
+    betas (Ho et al. 2020). Discrete: :func:`ddpm_discrete`.
     """
     ends = {"beta_start": beta_start, "beta_end": beta_end}
     rule = "0 < beta_start <= beta_end"
@@ -270,7 +254,7 @@ def chen_sigmoid(
 ) -> Sigmoid:
     """alpha^2 = (S(end) - S(z)) / (S(end) - S(start)), z from start to end, S(x) = sigmoid(x / T).
 
-    start < end, T > 0. The sigmoid family of Jabri et al. (2022) and Chen (2023).
+    start < end, T > 0. Sigmoid family of Jabri et al. (2022) and Chen (2023).
     """
     low, high = parameters("chen_sigmoid", "start < end", lambda a, b: a < b, start=start, end=end)
     rule = "temperature > 0"
@@ -280,8 +264,6 @@ def chen_sigmoid(
 
 @pytree_dataclass
 class Normal(TwoSidedLaw):
-    """Normal law of the logSNR."""
-
     loc: ArrayLike
     scale: ArrayLike
 
@@ -352,10 +334,7 @@ def edm2_lognormal() -> Normal:
 
 
 def edm_sigma(sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> PowerSigma:
-    """sigma uniform on [sigma_min, sigma_max], sigma_min >= 0: EDM's sigma(t) = t.
-
-    ``edm_sigma(0, 1)`` is logsnr = -2 log t.
-    """
+    """EDM's sigma(t) = t: sigma uniform, 0 <= sigma_min < sigma_max; (0, 1): logsnr = -2 log t."""
     ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     rule = "0 <= sigma_min < sigma_max"
     return PowerSigma(*parameters("edm_sigma", rule, lambda a, b: 0 <= a < b, **ends), 1.0)
@@ -364,11 +343,7 @@ def edm_sigma(sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Powe
 def edm_rho(
     sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0, rho: ArrayLike = 7.0
 ) -> PowerSigma:
-    """sigma^(1/rho) uniform, rho > 0: EDM's step spacing (Karras et al. 2022, eq. 5) as a law.
-
-    Its density is proportional to exp(-logsnr / (2 rho)). The grid of N steps that ends at sigma 0
-    is ``spacings.edm``.
-    """
+    """EDM's spacing (``spacings.edm``) as a law: density ~ exp(-logsnr / (2 rho)), rho > 0."""
     low, high = _sigmas("edm_rho", sigma_min, sigma_max)
     return PowerSigma(low, high, *parameters("edm_rho", "rho > 0", _positive, rho=rho))
 
@@ -410,10 +385,7 @@ class FlowMode(CurveLaw):
 
 
 def flow() -> Logistic:
-    """logsnr = 2 log((1 - t) / t), Logistic(0, 2): rectified flow, flow matching.
-
-    Sometimes called "sub-VP"; the sub-VP of Song et al. (2021), sigma = 1 - alpha^2, is a path.
-    """
+    """Rectified flow, flow matching: logsnr = 2 log((1 - t) / t), Logistic(0, 2)."""
     return Logistic(0.0, 2.0)
 
 
@@ -423,9 +395,9 @@ def indi() -> Logistic:
 
 
 def flow_shifted(ratio: ArrayLike) -> Logistic:
-    """:func:`flow` at the time ratio t / (1 + (ratio - 1) t), ratio > 0: moved by -2 log ratio.
+    """SD3's timestep shift of :func:`flow`: time ratio t / (1 + (ratio - 1) t), ratio > 0.
 
-    SD3's timestep shift; ``ratio`` is the square root of the ratio of pixel counts.
+    Moves the logSNR by -2 log ratio; ``ratio`` is the square root of the ratio of pixel counts.
     """
     (ratio,) = parameters("flow_shifted", "ratio > 0", _positive, ratio=ratio)
     return Logistic(-2 * jnp.log(ratio), 2.0)
@@ -434,8 +406,7 @@ def flow_shifted(ratio: ArrayLike) -> Logistic:
 def sd3_logit_normal(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Normal:
     """logit of the flow time ~ N(mean, std^2), the law ``lognormal(mean, std)``. Esser et al. 2024.
 
-    A positive mean favours noise, because t = 1 is noise. Code that indexes a descending table of
-    timesteps with the drawn number has the sign of the mean flipped.
+    A positive mean favours noise (t = 1); code indexing a descending table flips its sign.
     """
     return lognormal(mean, std)
 
@@ -463,7 +434,6 @@ def log_amplitude_rate(level: MaskingLevel) -> Array:
 
 
 def _angles(logsnr: Array) -> tuple[Array, Array]:
-    """arctan(sigma / alpha) and its complement."""
     return jnp.arctan(jnp.exp(-0.5 * logsnr)), jnp.arctan(jnp.exp(0.5 * logsnr))
 
 

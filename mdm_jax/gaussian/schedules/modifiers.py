@@ -1,12 +1,8 @@
 """Laws made of laws: shifted along the logSNR, truncated, with warped time or zero terminal SNR.
 
-More pixels of a smooth image hide more noise, so the same picture quality needs a lower logSNR:
-Simple diffusion (Hoogeboom et al. 2023) shifts by ``2 log(reference / size)``; SD3's timestep shift
-and a rescaled input are the same operation. Warped times (:func:`beta_time`, :func:`two_rates`)
-keep the loss weight in their papers, so they change the objective: pair them with a weighting.
-
-A factory raises TypeError for a base without tail probabilities, ValueError for parameters outside
-the range stated, or not finite.
+Pair warped times (:func:`beta_time`, :func:`two_rates`) with a weighting: their papers keep the
+loss weight, which changes the objective. Factories raise TypeError for a base without tail
+probabilities, ValueError for parameters outside the stated range or not finite.
 """
 
 import jax
@@ -25,8 +21,6 @@ from mdm_jax.types import Array, ArrayLike
 
 @pytree_dataclass
 class Shifted(TwoSidedLaw):
-    """``base`` with ``shift`` added to every level."""
-
     base: TwoSidedLaw
     shift: ArrayLike
 
@@ -47,8 +41,6 @@ class Shifted(TwoSidedLaw):
 
 @pytree_dataclass
 class Interpolated(CurveLaw):
-    """``base`` with a shift that is linear in time between two values."""
-
     base: TwoSidedLaw
     clean_shift: ArrayLike
     noisy_shift: ArrayLike
@@ -72,16 +64,13 @@ class Interpolated(CurveLaw):
 
 
 def shifted(base: TwoSidedLaw, shift: ArrayLike) -> Shifted:
-    """``base`` with every level moved by ``shift``; negative towards noise."""
+    """``base`` with ``shift`` added to every level; negative is towards noise."""
     check_law("shifted", base)
     return Shifted(base, *parameters("shifted", "", lambda _: True, shift=shift))
 
 
 def interpolated(base: TwoSidedLaw, clean_shift: ArrayLike, noisy_shift: ArrayLike) -> Interpolated:
-    """``base`` shifted by ``clean_shift`` at t = 0, by ``noisy_shift`` at t = 1, linear in between.
-
-    noisy_shift <= clean_shift, so that the curve falls.
-    """
+    """``base`` with a shift linear in t from ``clean_shift`` to ``noisy_shift`` <= clean_shift."""
     check_law("interpolated", base)
     shifts = {"clean_shift": clean_shift, "noisy_shift": noisy_shift}
     rule = "noisy_shift <= clean_shift, otherwise the logSNR may rise along time"
@@ -89,7 +78,7 @@ def interpolated(base: TwoSidedLaw, clean_shift: ArrayLike, noisy_shift: ArrayLi
 
 
 def resolution_shift(size: float, reference: float) -> float:
-    """2 log(reference / size), the shift for images of side ``size``; doubling costs log 4."""
+    """2 log(reference / size), the shift of Simple diffusion (Hoogeboom et al. 2023)."""
     if not (size > 0 and reference > 0):
         raise ValueError(f"resolution_shift needs positive sides, got {size} and {reference}")
     return float(2 * np.log(reference / size))
@@ -103,10 +92,9 @@ def cosine_shifted(size: float, reference: float = 64) -> Shifted:
 def cosine_interpolated(
     size: float, noisy_reference: float = 32, clean_reference: float = 256
 ) -> Interpolated:
-    """The cosine schedule with a shift between two reference sizes, noisy_reference the smaller.
+    """Simple diffusion's interpolated cosine: a shift between two reference sizes, noisy < clean.
 
-    Simple diffusion's "interpolated" schedule. The paper truncates the *base* to [-15, 15]:
-    ``interpolated(truncated(cosine(), -15, 15), ...)`` with :func:`resolution_shift`.
+    The paper truncates the *base*: ``interpolated(truncated(cosine(), -15, 15), ...)``.
     """
     clean = resolution_shift(size, clean_reference)
     return interpolated(Cosine(), clean, resolution_shift(size, noisy_reference))
@@ -131,8 +119,6 @@ class _WarpedTime(CurveLaw):
 
 @pytree_dataclass
 class BetaTime(_WarpedTime):
-    """Time of ``base`` drawn from Beta(alpha, beta)."""
-
     base: TwoSidedLaw
     alpha: ArrayLike
     beta: ArrayLike
@@ -205,9 +191,7 @@ class TwoRates(_WarpedTime):
 def beta_time(base: TwoSidedLaw, alpha: ArrayLike, beta: ArrayLike) -> BetaTime:
     """``base`` with its time drawn from Beta(alpha, beta), both > 0; (1, 1) is ``base`` itself.
 
-    Beta-tuned timesteps (Zheng et al. 2024): a small alpha favours the clean end, where the
-    distribution changes fastest. The inverse is found by bisection. In float32 its probabilities
-    are exact to 1e-6, as JAX's incomplete beta function is.
+    Beta-tuned timesteps (Zheng et al. 2024); small alpha favours clean; to 1e-6 in float32.
     """
     check_law("beta_time", base)
     rule, values = "alpha > 0 and beta > 0", {"alpha": alpha, "beta": beta}
@@ -215,10 +199,7 @@ def beta_time(base: TwoSidedLaw, alpha: ArrayLike, beta: ArrayLike) -> BetaTime:
 
 
 def two_rates(base: TwoSidedLaw, boundary: ArrayLike, ratio: ArrayLike = 5.0) -> TwoRates:
-    """``base`` with times before ``boundary`` drawn ``ratio`` times as often as those after it.
-
-    0 < boundary < 1, ratio > 0. SpeeD's asymmetric sampling (Wang et al. 2024).
-    """
+    """Draw times below 0 < boundary < 1 ``ratio`` > 0 times as often. SpeeD (Wang et al. 2024)."""
     check_law("two_rates", base)
     rule = "a time 0 < boundary < 1"
     (boundary,) = parameters("two_rates", rule, lambda x: 0 < x < 1, boundary=boundary)
@@ -229,13 +210,9 @@ def two_rates(base: TwoSidedLaw, boundary: ArrayLike, ratio: ArrayLike = 5.0) ->
 def speed(base: TwoSidedLaw, slope: float = 0.1, ratio: float = 5.0) -> TwoRates:
     """SpeeD: rarely draw the times where sigma has stopped growing.
 
-    The boundary is where the slope of the variance-preserving sigma(t) falls below ``slope`` for
-    good. The public code compares the step of sigma in a table of 1000 with 1e-4 and draws with
-    weights 2.5 and 0.5. Its pairing of times is a coupling and not part of the law.
-
-    Raises:
-        TypeError: also if ``base`` is traced.
-        ValueError: if the slope does not fall from above ``slope`` to below it at the noisy end.
+    The boundary is where dsigma/dt on the variance-preserving path falls below ``slope`` for good;
+    ValueError if it does not do so at the noisy end, TypeError for a traced base. The public code
+    compares steps of sigma in a table of 1000 with 1e-4, with weights 2.5 and 0.5, and pairs times.
     """
     check_law("speed", base)
     if not is_concrete(*jax.tree.leaves(base)):
@@ -266,9 +243,7 @@ def _sigma_slope(base: TwoSidedLaw, time: ArrayLike) -> Array:
 class ZeroTerminal(CurveLaw):
     """alpha' = (alpha - alpha_T) alpha_0 / (alpha_0 - alpha_T), sigma'^2 = 1 - alpha'^2.
 
-    alpha_T and alpha_0 are those of ``base`` at its noisy and its clean end. Next to the noisy end
-    the distance of the base level from it is found from the density: the difference of two rounded
-    levels would have no digits left.
+    alpha_T, alpha_0: noisy and clean end of ``base``. Next to alpha_T computed by the density.
     """
 
     base: TwoSidedLaw
@@ -333,11 +308,8 @@ def zero_terminal(base: TwoSidedLaw) -> ZeroTerminal:
     """``base`` with its variance-preserving alpha rescaled so that t = 1 is pure noise.
 
     Lin et al. (2024), "Common diffusion noise schedules and sample steps are flawed", in continuous
-    time. The clean end of ``base`` keeps its level; to keep the level of some time t_0 > 0 instead,
-    truncate the base there. For a discrete table see :func:`zero_terminal_table`.
-
-    Raises:
-        ValueError: if ``base`` already reaches pure noise.
+    time; the clean end keeps its level. To keep that of a time t_0 > 0 instead, truncate the base
+    there. ValueError if ``base`` reaches pure noise. Discrete: :func:`zero_terminal_table`.
     """
     check_law("zero_terminal", base)
     low = base.support[0]
@@ -371,9 +343,8 @@ def _logsnr_of(amplitude: Array, lost: Array) -> Array:
 class Truncated(TwoSidedLaw):
     """``base`` given that low <= logsnr <= high.
 
-    Training on it estimates the part of the bound that lies within the interval: with masking rates
-    m0 to m1 at its ends, ``int_0^m0 g dm + int_m1^1 g dm`` is missing, g being the mean per-row
-    loss at a rate. :attr:`lost_mass` is the mass of ``base`` that is never drawn.
+    A bound estimated on it lacks ``int_0^m0 g dm + int_m1^1 g dm``, with [m0, m1] the masking rates
+    of the interval and g the mean per-row loss at a rate. :attr:`lost_mass` is the mass left out.
     """
 
     base: TwoSidedLaw
@@ -387,7 +358,6 @@ class Truncated(TwoSidedLaw):
 
     @property
     def mass(self) -> Array:
-        """Mass of ``base`` within the interval."""
         return _mass_between(*self._end_tails())
 
     @property
@@ -423,10 +393,7 @@ class Truncated(TwoSidedLaw):
 def truncated(base: TwoSidedLaw, low: ArrayLike = -jnp.inf, high: ArrayLike = jnp.inf) -> Truncated:
     """``base`` restricted to the logSNR interval [low, high]; either end may be infinite.
 
-    For rates in [m0, m1] the ends are ``logsnr_from_masking_rate(m1)`` and ``(m0)``, in this order.
-
-    Raises:
-        ValueError: unless low < high and the interval holds some of the mass of ``base``.
+    ValueError unless low < high and the interval holds some of the mass of ``base``.
     """
     check_law("truncated", base)
     low, high = as_parameter(low, "low"), as_parameter(high, "high")

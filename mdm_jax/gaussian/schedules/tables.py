@@ -1,7 +1,7 @@
 """Discrete noise tables, and the continuous laws that interpolate them.
 
-A table is a NumPy float64 array [num_steps] of the logSNR after k = 1, 2, ... steps of noising, so
-it falls. Step k stands at time k / num_steps; time 0 is clean data and in no table.
+A table is NumPy float64 [num_steps], the falling logSNR after k = 1, 2, ... noising steps, at
+times k / num_steps; time 0, clean data, is in no table.
 """
 
 import operator
@@ -64,13 +64,7 @@ class InterpolatedAmplitude(CurveLaw):
 def ddpm_table(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> np.ndarray:
-    """logSNR [num_steps] of DDPM's betas, linear from ``beta_start`` to ``beta_end``.
-
-    Ho et al. (2020): alpha_k^2 is the product of 1 - beta_i for i <= k.
-
-    Raises:
-        ValueError: unless num_steps >= 2 and the betas lie between 0 and 1.
-    """
+    """logSNR [num_steps >= 2] of DDPM's linear betas in (0, 1), else ValueError. Ho et al. 2020."""
     return table_from_betas(np.linspace(beta_start, beta_end, _count(num_steps)))
 
 
@@ -79,8 +73,7 @@ def iddpm_cosine_table(
 ) -> np.ndarray:
     """logSNR [num_steps] of the cosine schedule of Nichol & Dhariwal (2021) with clipped betas.
 
-    Raises:
-        ValueError: unless num_steps >= 2, offset >= 0 and 0 < max_beta < 1.
+    ValueError unless num_steps >= 2, offset >= 0 and 0 < max_beta < 1.
     """
     if not offset >= 0:
         raise ValueError(f"iddpm_cosine_table needs offset >= 0, got {offset}")
@@ -90,10 +83,9 @@ def iddpm_cosine_table(
 
 
 def table_from_betas(betas: ArrayLike) -> np.ndarray:
-    """logSNR [num_steps] of the variances added in each step of a variance-preserving chain.
+    """logSNR [num_steps] of the variances ``betas`` added per step of a variance-preserving chain.
 
-    Raises:
-        ValueError: unless ``betas`` is [num_steps], num_steps >= 2, each strictly in (0, 1).
+    ValueError unless ``betas`` is [num_steps], num_steps >= 2, each strictly in (0, 1).
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 2:
@@ -106,13 +98,10 @@ def table_from_betas(betas: ArrayLike) -> np.ndarray:
 
 
 def zero_terminal_table(table: ArrayLike) -> np.ndarray:
-    """The table with alpha moved and stretched so that its last level is pure noise, -inf.
+    """The table with alpha shifted and scaled so that its last level is pure noise, -inf.
 
-    Lin et al. (2024). The first level stays. At -inf the noise says nothing about the data: train
-    on v or on the data, and start the sampler exactly there (``spacings.from_table``, "trailing").
-
-    Raises:
-        ValueError: unless the levels are finite and fall strictly.
+    Lin et al. (2024). Train on v or on the data, as the noise is uninformative at -inf, and start
+    the sampler there (``spacings.from_table``, "trailing"). ValueError for a bad table.
     """
     table = check_table(table)
     first, last = _amplitude(table[0]), _amplitude(table[-1])
@@ -127,11 +116,8 @@ def zero_terminal_table(table: ArrayLike) -> np.ndarray:
 def interpolated_table(table: ArrayLike) -> InterpolatedDecay:
     """Law of a continuous time along a table: log alpha^2 linear in between, and from 0 at t = 0.
 
-    The rule of DPM-Solver (Lu et al. 2022) for models trained on discrete steps.
-
-    Raises:
-        ValueError: unless the levels are finite and fall strictly. For a zero terminal SNR apply
-            ``zero_terminal`` to the law instead of rescaling the table.
+    DPM-Solver's rule (Lu et al. 2022) for models trained on discrete steps. ValueError for a bad
+    table; for zero terminal SNR apply ``zero_terminal`` to the law instead.
     """
     decay = np.logaddexp(0.0, -check_table(table))
     return InterpolatedDecay(jnp.asarray(np.append(0.0, decay), dtype=float))
@@ -140,36 +126,30 @@ def interpolated_table(table: ArrayLike) -> InterpolatedDecay:
 def ddpm_discrete(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> InterpolatedDecay:
-    """The law that interpolates :func:`ddpm_table`; differs from ``ddpm_linear`` by up to 0.07."""
+    """Law interpolating :func:`ddpm_table`; differs from ``ddpm_linear`` by up to 0.07."""
     return interpolated_table(ddpm_table(num_steps, beta_start, beta_end))
 
 
 def iddpm_discrete(
     num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
 ) -> InterpolatedDecay:
-    """The law that interpolates :func:`iddpm_cosine_table`."""
+    """Law interpolating :func:`iddpm_cosine_table`."""
     return interpolated_table(iddpm_cosine_table(num_steps, offset, max_beta))
 
 
 def wavegrad(
     num_steps: int = 1000, beta_start: float = 1e-6, beta_end: float = 0.01
 ) -> InterpolatedAmplitude:
-    """alpha uniform within a segment, chosen uniformly, of a table of alpha. WaveGrad (2021).
+    """WaveGrad (2021): alpha uniform within a uniformly chosen segment of a table of alpha.
 
-    The table is :func:`ddpm_table` preceded by alpha = 1. The defaults are recalled from the
-    paper's base model; few segments (``num_steps=6``) make the staircase visible.
+    The table is :func:`ddpm_table` preceded by alpha = 1. Defaults are recalled from the paper.
     """
     loss = _amplitude_loss(ddpm_table(num_steps, beta_start, beta_end))
     return InterpolatedAmplitude(jnp.asarray(np.append(0.0, loss), dtype=float))
 
 
 def check_table(table: ArrayLike) -> np.ndarray:
-    """The table as float64 [num_steps].
-
-    Raises:
-        TypeError: for a traced table.
-        ValueError: unless it has one axis, at least two levels, all finite and falling strictly.
-    """
+    """Check a table: float64 [n >= 2], finite, falling, else ValueError; TypeError if traced."""
     if not is_concrete(table):
         raise TypeError("a noise table is built and checked outside of jit")
     table = np.asarray(table, np.float64)
@@ -184,7 +164,7 @@ def check_table(table: ArrayLike) -> np.ndarray:
 
 
 def _interpolate(table: Array, at: Instant) -> Array:
-    """Linear between points that are equally spaced in time, from the nearer end."""
+    """Linear interpolation between equally spaced times, from the nearer end."""
     cells = table.size - 1
     early = at.t < 0.5
     from_start, from_end = at.t * cells, at.rest * cells
@@ -197,7 +177,7 @@ def _interpolate(table: Array, at: Instant) -> Array:
 
 
 def _locate(table: Array, value: Array) -> tuple[Instant, Array]:
-    """The time at which the interpolated table has a value, and its derivative there."""
+    """Time at which the interpolated table has a value, and its derivative there."""
     cells = table.size - 1
     left = jnp.searchsorted(table, jax.lax.stop_gradient(value), side="right") - 1
     cell = jnp.clip(left, 0, cells - 1)
@@ -208,7 +188,6 @@ def _locate(table: Array, value: Array) -> tuple[Instant, Array]:
 
 
 def _amplitude_loss(logsnr: np.ndarray) -> np.ndarray:
-    """1 - alpha."""
     return np.exp(-np.logaddexp(0.0, logsnr)) / (1 + _amplitude(logsnr))
 
 

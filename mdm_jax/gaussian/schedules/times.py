@@ -1,7 +1,4 @@
-"""Times of a law: the law read as a schedule, and curves inverted by bisection.
-
-t = 0 is clean and t = 1 noise, so the time of a level is the probability of a cleaner one.
-"""
+"""Times of a law, t = 0 clean and t = 1 noise, and curves inverted by bisection."""
 
 import math
 from collections.abc import Callable
@@ -15,29 +12,23 @@ from mdm_jax.types import Array, ArrayLike
 
 
 def logsnr_at(law: TwoSidedLaw, time: ArrayLike, rest: ArrayLike | None = None) -> Array:
-    """The level at a time in [0, 1]; the ends of an unbounded law are infinite.
-
-    ``rest`` is 1 - time. The noisy end needs it: next to 1 float32 times are spaced by 6e-8.
-    """
+    """Level at a time in [0, 1]; near 1 pass ``rest`` = 1 - time (float32 steps there are 6e-8)."""
     time = as_float(time)
     return law.quantile(1 - time if rest is None else as_float(rest), time)
 
 
 def time_at(law: TwoSidedLaw, logsnr: ArrayLike) -> Array:
-    """The time of a level; 0 above the support and 1 below it."""
+    """Time of a level, the probability of a cleaner one; 0 above the support and 1 below it."""
     return law.tails(logsnr).above
 
 
 def logsnr_rate(law: TwoSidedLaw, logsnr: ArrayLike) -> Array:
-    """-dlogsnr/dt where the schedule passes a level: 1 / density. Infinite outside the support."""
+    """-dlogsnr/dt where the schedule passes a level, 1 / density; infinite outside the support."""
     return jnp.exp(-law.log_pdf(logsnr))
 
 
 def bisect_time(too_early: Callable[[Instant], Array], like: Array) -> Array:
-    """log(t / (1 - t)), shaped as ``like``, at which an elementwise test turns from True to False.
-
-    Bisection runs in this coordinate because it resolves both ends. No gradient passes.
-    """
+    """log(t / (1 - t)), shaped as ``like``, where an elementwise test turns False; no gradient."""
     info = jnp.finfo(like.dtype)
     bound = -math.log(info.tiny) - 4
 
@@ -53,10 +44,9 @@ def bisect_time(too_early: Callable[[Instant], Array], like: Array) -> Array:
 
 
 def solve_time(logsnr_of: Callable[[Instant], Array], logsnr: Array) -> Instant:
-    """The time at which a falling curve without closed inverse has the given level.
+    """Time at which a falling curve without closed inverse has the given level.
 
-    Bisection, then one Newton step, which also carries the gradient with respect to the level and
-    to whatever else ``logsnr_of`` depends on. Times beyond the smallest normal number are cut off.
+    Bisection, then a Newton step that carries the gradients of ``logsnr`` and ``logsnr_of``.
     """
     target = jax.lax.stop_gradient(logsnr)
     logit = bisect_time(lambda at: jax.lax.stop_gradient(logsnr_of(at)) > target, target)
@@ -69,5 +59,4 @@ def solve_time(logsnr_of: Callable[[Instant], Array], logsnr: Array) -> Instant:
 
 
 def instant_of_logit(logit: Array) -> Instant:
-    """The time whose log-odds are given."""
     return Instant(jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit))
