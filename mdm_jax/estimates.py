@@ -35,7 +35,7 @@ def standard_error_of_mean(values: np.ndarray) -> float:
 
 
 def standard_error_of_ratio(totals: np.ndarray, sizes: np.ndarray) -> float:
-    """Linearised standard error of ``sum(totals) / sum(sizes)``, rows [N]; NaN below two rows."""
+    """Standard error of ``sum(totals) / sum(sizes)`` to first order; NaN for N < 2 or size 0."""
     rows, size = len(totals), sizes.sum()
     if rows < 2 or size <= 0:
         return math.nan

@@ -292,7 +292,7 @@ def level_densities(
             axes.plot(table.masking_rates, density, style, color="black", label=label)
     for number, (name, (rates, density)) in enumerate(drawn.items()):
         axes.plot(rates, density, color=f"C{number % 10}", linewidth=1, label=name)
-    # Logarithmic: what sets the methods apart happens at small rates.
+    # Logarithmic: methods differ at small rates.
     axes.set(xlabel=level, ylabel="density", xscale="log", yscale="log")
     axes.set(xlim=(table.masking_rates[0], 1.0), ylim=(0.1, 20.0))
     axes.legend(fontsize="x-small")

@@ -83,7 +83,10 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int | None = None) -> Batch:
-    """A global batch from this process's rows, those of :func:`local_rows`, else ValueError."""
+    """A global batch of ``batch_size`` rows (default: all given) from this process's rows.
+
+    ``batch`` holds the rows of :func:`local_rows` in this order; ValueError for another number.
+    """
     size = len(batch.tokens) if batch_size is None else batch_size
     rows = local_rows(sharding, size)
     if len(batch.tokens) != len(rows):

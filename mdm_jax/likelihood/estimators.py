@@ -70,7 +70,7 @@ def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
 
 
 def logsnr_of_count(count: Array, num_eligible: Array) -> Array:
-    """logSNR of the rate (k - 1/2) / n, the middle of those that fixed counts train k tokens at."""
+    """logSNR of the rate (k - 1/2) / n, finite: the middle of those that fixed counts use for k."""
     kept = jnp.maximum(num_eligible, 1) - count
     return (jnp.log(kept + 0.5) - jnp.log(count - 0.5)).astype(jnp.float32)
 
@@ -107,9 +107,10 @@ def make_evaluate(
 ) -> Callable[..., Likelihood]:
     """The evaluation of a likelihood from one compiled pass over a batch, as ``make_likelihood``.
 
-    ``score(params, key, batch, first_row, replicate, view) -> arrays [B, ...]``; ``collect(arrays
-    [R', F, N, ...], rows)`` on the host, of the scored rows; ``design(rows) -> (R', F)``,
-    replicates and views to run for a batch.
+    Args:
+        score: ``score(params, key, batch, first_row, replicate, view) -> arrays [B, ...]``.
+        collect: ``collect(arrays [R', F, N, ...], rows)`` on the host, of the scored rows.
+        design: ``design(rows) -> (R', F)``, replicates and views to run for a batch.
     """
 
     def evaluate(

@@ -138,8 +138,8 @@ def xla_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
 def cudnn_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
     """cuDNN's fused kernel, which never stores the probabilities.
 
-    Causal rules without documents use the kernel's causal mask; others a dense one [N or 1, 1, Q,
-    M]. ValueError with :func:`cudnn_obstacle`.
+    Causal rules without documents use the kernel's causal mask; others a dense one
+    [N or 1, 1, Q, M]. ValueError where :func:`cudnn_obstacle` gives a reason.
     """
     _check("cudnn", cudnn_obstacle(q, k, rule))
     pattern = rule.pattern if isinstance(rule, Rule) and rule.documents is None else None
@@ -175,8 +175,8 @@ def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule, interpret: boo
     """JAX's splash kernel for TPUs, which skips masked blocks; documents are its segments.
 
     Runs device by device, row by row. Cached decoding (few queries at traced positions) uses
-    :func:`einsum_attention`. Not yet run on a TPU, only in Pallas' interpret mode. ValueError with
-    :func:`splash_obstacle`.
+    :func:`einsum_attention`. Not yet run on a TPU, only in Pallas' interpret mode. ValueError where
+    :func:`splash_obstacle` gives a reason.
     """
     if isinstance(rule, CachedRule):
         return einsum_attention(q, k, v, rule)
@@ -281,10 +281,10 @@ def attention(
     """Scaled dot-product attention, ``softmax(q k / sqrt(D)) v`` under a mask, [N, Q, H, D].
 
     ``q`` [N, Q, H, D], ``k`` and ``v`` [N, M, H, D] have one dtype, also that of the result; the
-    softmax is float32. The mask is a rule of ``models.masks``, a boolean array [N or 1, 1 or H, Q,
-    M] or None, the implementation a name of ``IMPLEMENTATIONS`` or "auto" (:func:`best`).
-    ValueError for an unknown name, a mask of other sizes, or an implementation that does not work
-    here.
+    softmax is float32. The mask is a rule of ``models.masks``, a boolean array
+    [N or 1, 1 or H, Q, M] or None, the implementation a name of ``IMPLEMENTATIONS`` or "auto"
+    (:func:`best`). ValueError for another name, a mask of other sizes, or an implementation that
+    does not work here.
     """
     rule = as_rule(mask, q.shape[1], k.shape[1])
     name = best(q, k, rule) if implementation == "auto" else implementation
@@ -296,7 +296,7 @@ def attention(
 def best(q: Array, k: Array, rule: AnyRule) -> str:
     """Name of the implementation that "auto" selects on this backend.
 
-    "recompute" on CPUs (measured); "cudnn" on GPUs and "splash" on TPUs where they work, else
+    "recompute" on CPUs (measured); "cudnn" on GPUs, "splash" on TPUs where they work; else
     "einsum".
     """
     backend = jax.default_backend()

@@ -61,7 +61,6 @@ class Chunking:
             raise ValueError(f"Chunking needs groups and positions of at least 1, got {self}")
 
     def size(self, positions: int, num_tokens: int) -> int:
-        """Chunk size for a group of ``positions`` positions."""
         if self.positions is not None:
             return min(self.positions, positions)
         budget = 2**25 if jax.default_backend() == "cpu" else 2**29
@@ -194,7 +193,7 @@ def _losses_and_gradients(loss, projection, chunk, features, weights, where, los
     if loss_weights is not None:
         used = lax.broadcasted_iota(jnp.int32, order.shape, 1) < count
         scale = jnp.where(used, take(loss_weights, order), 0.0)[..., None]
-        # Of the weights one sum per group, so that devices communicate once, after the loop.
+        # One weight gradient per group, so that devices communicate once, after the loop.
         empty += [jnp.zeros(s, jnp.float32) for s in (x.shape, (len(x), *weights.shape))]
 
     def add_chunk(i, results):

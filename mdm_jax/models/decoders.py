@@ -37,10 +37,8 @@ class BlockDecoder(NamedTuple):
     Attributes:
         init: ``init(num_rows, length) -> memory`` of empty rows.
         logits: ``logits(params, memory, tokens [N, L'], logsnr [N, 1], documents, estimate=None) ->
-            [N, L', K]`` of the next, noised block; ``estimate`` [N, L', K] is for
-            self-conditioning.
-        append: ``append(params, memory, tokens [N, c L'], documents) -> memory`` with c more
-            finished blocks.
+            [N, L', K]`` of the next, noised block; ``estimate`` [N, L', K]: self-conditioning.
+        append: ``append(params, memory, tokens [N, c L'], documents) -> memory``, c blocks.
         take_rows: ``take_rows(memory, rows [N'] int32) -> memory`` of some of the rows.
     """
 
@@ -78,13 +76,10 @@ def block_apply(
         block_size, window: L', and blocks that a block attends to, itself included; None for all.
         chunking: of losses; if given, ``apply_fn`` returns a readout instead of logits.
 
-    Returns:
-        ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents [N, L], estimate=None)`` of the
-        noised row and the clean row (level +inf) side by side, returning logits [N, L, K] of the
-            noised
-        one, to which ``logsnr``, ``documents`` and ``estimate`` [N, L, K] refer. ValueError if 2L
-            is
-        odd or L' does not divide L.
+    Returns ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents [N, L], estimate=None)`` of
+    the noised and the clean row (level +inf) side by side, giving logits [N, L, K] of the noised
+    one, to which levels, documents and ``estimate`` [N, L, K] refer. ValueError if 2L is odd or L'
+    does not divide L.
     """
 
     def apply_fn(
@@ -125,10 +120,9 @@ def causal_apply(
         start_token: input before the first token of a document, as a rule the mask token.
         window: tokens that a position attends to, its own input included; None for all.
 
-    Returns:
-        ``apply_fn(params, tokens [N, L], logsnr, documents) -> logits [N, L, K]``; those at
-            position i
-        depend on the *clean* tokens before i alone. ``logsnr`` is not read, but +inf used instead.
+    Returns ``apply_fn(params, tokens [N, L], logsnr, documents) -> logits [N, L, K]``; those at
+    position i depend on the *clean* tokens before i alone. ``logsnr`` is not read; a network
+    conditioned on it gets +inf.
     """
 
     def apply_fn(
@@ -166,9 +160,8 @@ def cached_block_decoder(
 ) -> BlockDecoder:
     """Block decoding with a KV cache of the finished blocks: a pass runs L' tokens, not the row.
 
-    Equals :func:`block_apply`. With a window the cache holds ``window - 1`` blocks, so rows may be
-    longer than in training. ``init`` raises ValueError unless L' divides the length and window >=
-    1.
+    Equals :func:`block_apply`. With a window (>= 1) the cache holds ``window - 1`` blocks, so rows
+    may be longer than in training. ``init`` raises ValueError unless L' divides the length.
     """
 
     def init(num_rows: int, length: int) -> KeyValueCache:
@@ -203,8 +196,7 @@ def cached_causal_decoder(
 ) -> CausalDecoder:
     """Autoregressive decoding with a KV cache: a step runs one token.
 
-    Equals :func:`causal_apply`. With a window (>= 1, else ValueError) the cache holds ``window -
-    1`` tokens.
+    Equals :func:`causal_apply`. With a window (>= 1) the cache holds ``window - 1`` tokens.
     """
 
     def init(num_rows: int, length: int) -> CausalMemory:

@@ -193,8 +193,7 @@ def block_causal(
 ) -> Rule:
     """Attention to a position's own block and those before it, ``window`` of them at most.
 
-    ValueError unless ``block_size`` L' divides ``length`` L and ``window`` >= 1. ``documents`` [N,
-    L] int32, 0 for padding.
+    ValueError unless ``block_size`` L' divides ``length`` L and ``window`` >= 1; documents [N, L].
     """
     check_blocks(length, block_size, window)
     return Rule(BlockCausal(length, block_size, window), documents)

@@ -121,7 +121,7 @@ class Store:
         leaves = named_leaves(tree)
         items = {self._item: ocp.args.StandardSave(leaves)}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
-        # Unforced, Orbax would not write below its latest step, and only say so by what it returns.
+        # Unforced, Orbax skips steps below its latest one and only returns False.
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._manager.wait_until_finished()
         distributed.barrier(f"saved {self.directory} {step}")
@@ -321,8 +321,7 @@ class CheckpointReader:
     def restore_last(self, abstract_state: PyTree) -> Restored | None:
         """The newest intact state, or None if none was saved.
 
-        CheckpointError if checkpoints exist but none is intact, or the newest intact one does not
-        fit.
+        CheckpointError if none of the checkpoints is intact, or the newest intact one does not fit.
         """
         steps = self.steps()
         restored = self._last.restore(abstract_state, ("position", "notes"))
@@ -394,7 +393,7 @@ class Checkpoints(CheckpointReader):
         if best is not None and metrics["loss"] >= best["loss"]:
             return False
         kept = {"step": step, **metrics}
-        # A resumed run may be better at a step before the one that was best until now.
+        # A resumed run may improve at an earlier step than the best so far.
         if not self._best.save(step, ema, {"metrics": kept}, force=True):
             return False
         self._best_metrics = kept

@@ -135,7 +135,7 @@ def train(
         if hooks_due[:1] == ["adapt"]:
             state = hooks.adapt(step, state, check)
             hooks_due.pop(0)
-        if keep:  # what adapts is part of the state; what comes now may end the process
+        if keep:  # after adapting, before hooks that may end the process
             save()
         while hooks_due:
             if hooks_due[0] == "evaluate":
@@ -153,8 +153,7 @@ def train(
     with interrupt or Interrupt() as stop:
         consistent = True  # the state is that of `step`, and no step has taken its buffers
         try:
-            # What an interrupt or a kill left undone. The checkpoint has this state unless the
-            # state is yet to adapt.
+            # Hooks left by an interrupt or a kill; the checkpoint has this state unless it must adapt.
             call_hooks(stop.check, keep=bool(hooks_due) and "adapt" not in hooks_due)
             while step < options.total_steps and not stop.stopping:
                 if options.profile_at and step == options.profile_at:

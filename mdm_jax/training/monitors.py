@@ -93,8 +93,8 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
 
     In masking rate m the bound is flat, nats per token = int_0^1 (mean cross-entropy of a masked
     token at rate m) dm. So the mean over equal bins of each bin's running cross-entropy is the
-    training loss without the level's noise, up to the square of a bin's width; it lags by about ``1
-    / (1 - decay)`` visits of a bin. ``read`` gives this ``normalised_loss`` (nats per token,
+    training loss without the level's noise, up to the square of a bin's width; it lags by about
+    ``1 / (1 - decay)`` visits of a bin. ``read`` gives this ``normalised_loss`` (nats per token,
     visited bins), ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation``
     [bins], mean and standard deviation of the per-token loss, and ``level_rejected``. ValueError
     unless bins >= 1 and decay (per visit of a bin) is in [0, 1).
@@ -117,7 +117,7 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
         finite = jnp.all(jnp.isfinite(jnp.where(scored, values, 0.0)))
         values = jnp.where(scored & finite, values, 0.0)
         sums = jnp.einsum("cvbs,vbsj->cj", values, member, precision=jax.lax.Precision.HIGHEST)
-        # A bin forgets only when it has something new, so a rare one keeps what it knows.
+        # A bin decays only when visited, so rare ones keep their estimate.
         keep = jnp.where(sums[4] > 0, decay, 1.0)
         totals = [old * keep + new for old, new in zip(state[:5], sums)]
         return LevelSums(*totals, rejected=state.rejected + jnp.where(finite, 0, 1))
@@ -227,13 +227,10 @@ def baseline_monitor(
     """The reported loss with an EMA baseline as control variate: same mean, less noise.
 
     Gradients do not change (:class:`~mdm_jax.objectives.objective.Baseline`). ``read`` gives
-    ``controlled_loss`` and ``uncontrolled_loss``, nats per token, both averaged over about ``1 / (1
-    - forget)`` steps, and ``controlled_rejected``.
-
-    Args:
-        bins: of the quantile, at least 1.
-        decay, forget: of a bin's mean per visit, and of the two averages per step, in [0, 1).
-        chain: of the run; ValueError unless its bias is "exact", since otherwise the mean is wrong.
+    ``controlled_loss`` and ``uncontrolled_loss``, nats per token, both averaged over about
+    ``1 / (1 - forget)`` steps, and ``controlled_rejected``. ``decay`` (of the mean of one of the
+    quantile's ``bins``, per visit) and ``forget`` (per step) are in [0, 1). ValueError for these,
+    and unless the bias of the run's ``chain`` is "exact", since otherwise the mean is wrong.
     """
     if chain is not None and chain.bias != "exact":
         raise ValueError(

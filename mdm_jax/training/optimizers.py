@@ -20,8 +20,8 @@ def store_moments(
 
     Optax's ``mu_dtype`` has no counterpart for second moments and decays first ones in the narrow
     dtype. A second moment falls by at most ``1 - b2`` of itself a step, which bfloat16 rounds away
-    for ``b2`` near 1: it could rise but never fall, so that ``second`` raises ValueError. ``first``
-    covers momentum too.
+    for ``b2`` near 1: it could rise but never fall. With ``b2`` given, such a ``second`` is a
+    ValueError.
     """
     lost = float(jnp.finfo(second).eps) / 2
     if b2 is not None and 1 - b2 <= lost:
@@ -115,7 +115,7 @@ def muon(
 
 
 def decayed(params: PyTree) -> PyTree:
-    """True for parameters under weight decay, by name: scanned layers stack norm scales."""
+    """True for parameters under weight decay, by name: stacked norm scales look like matrices."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: bool({"kernel", "embedding"} & _names(path)), params
     )
