@@ -8,7 +8,7 @@ from mdm_jax.types import Array, ArrayLike
 
 
 def step_key(seed: ArrayLike, step: ArrayLike) -> Array:
-    """Typed key of a training step; ValueError unless the seed, maybe traced, is in [0, 2**32)."""
+    """Typed key of a training step; ValueError for a known seed outside [0, 2**32)."""
     if not isinstance(seed, jax.core.Tracer) and not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     return jax.random.fold_in(jax.random.key(seed), step)

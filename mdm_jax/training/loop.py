@@ -153,7 +153,7 @@ def train(
     with interrupt or Interrupt() as stop:
         consistent = True  # the state is that of `step`, and no step has taken its buffers
         try:
-            # Hooks left by an interrupt or a kill; the checkpoint has this state unless it must adapt.
+            # Hooks left by an interrupt; the checkpoint has this state unless adapting is due.
             call_hooks(stop.check, keep=bool(hooks_due) and "adapt" not in hooks_due)
             while step < options.total_steps and not stop.stopping:
                 if options.profile_at and step == options.profile_at:
