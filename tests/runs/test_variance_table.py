@@ -3,8 +3,6 @@
 Nothing is sampled: masks, weights and densities of the implementation are enumerated or integrated.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from toy_oracle import MEAN, decomposition, fine_density, g, s, v
 from variants import slow_except
 
 from mdm_jax import corruption, variance
+from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.testing import toys
 from mdm_jax.variance.densities import PiecewiseDensity, moment_density, piecewise_density
 from mdm_jax.variance.warps import importance
@@ -43,7 +42,7 @@ def rao_blackwell(eps):
     return oracle.moments(variance.identity(), process, u, du, eps)
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class RootDensity:
     """Piecewise constant in sqrt(1 - u): grows like 1 / sqrt(m), as p* does down to m = 0."""
 

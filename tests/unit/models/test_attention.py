@@ -98,7 +98,7 @@ def both_passes(function, rule, inputs):
 @pytest.fixture
 def few_scores(monkeypatch):
     """So few at once that rows are mapped over, two at a time on [12, 12] and one on [24, 24]."""
-    monkeypatch.setattr(attention_kernels, "SCORES_AT_ONCE", 2 * HEADS * LENGTH**2)
+    monkeypatch.setattr(attentions, "SCORES_AT_ONCE", 2 * HEADS * LENGTH**2)
 
 
 def implementations():
