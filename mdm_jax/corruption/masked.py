@@ -27,8 +27,8 @@ def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) 
     """``E[1/m | k of n masked]`` for m uniform on [low, high]; float32, same shape.
 
     ``masked``, ``count``: k (0 is raised to 1) and n, of one shape; 0 <= low < high <= 1. A ratio
-    of two Gauss sums on both sides of the denominator's peak, since as beta probabilities both are
-    0/0 in float32 in a tail.
+    of Gauss sums about the denominator's peak; as beta probabilities both are 0/0 in float32 in a
+    tail.
     """
     k = jnp.maximum(masked, 1).astype(jnp.float32)[..., None]
     n = jnp.maximum(jnp.asarray(count, jnp.float32)[..., None], k)
@@ -62,9 +62,8 @@ def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) 
 
 
 def fixed_count(mask_id: int) -> Corruption:
-    """Masks exactly ``k = 1 + floor(n m)`` of n eligible tokens, those of the lowest base noise.
-
-    Weight n/k. Exact, finite variance: the default.
+    """Masks the ``k = 1 + floor(n m)`` of n eligible tokens of lowest noise, with weight n/k;
+    exact.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -81,9 +80,8 @@ def fixed_count(mask_id: int) -> Corruption:
 def bernoulli(mask_id: int) -> Corruption:
     """Masks each eligible token independently at the rate m, with weight 1/m.
 
-    The second moment is of the order of 1/m near m = 0, so the variance is infinite under laws (or
-    warps) whose density of the rate is bounded there, such as the uniform one; finite under
-    ``schedules.masked.power(2.0)`` and under laws that stop above some epsilon ("truncated").
+    The variance is infinite under laws (or warps) whose density of the rate is bounded at m = 0,
+    such as the uniform one; finite under ``schedules.masked.power(2.0)`` and "truncated" laws.
     """
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
@@ -98,9 +96,9 @@ def bernoulli(mask_id: int) -> Corruption:
 def rao_blackwell(mask_id: int) -> Corruption:
     """Bernoulli masks with the weight 1/m averaged over the rates that give the same count.
 
-    For m uniform on (0, 1) the rate given k of n masked is Beta(k+1, n-k+1): ``E[1/m | k] =
-    (n+1)/k``. Exact, finite variance; the second moment is (n+1)/n times that of
-    :func:`fixed_count`. For laws of all rates only; otherwise :func:`rao_blackwell_clipped`.
+    For m uniform on (0, 1), ``E[1/m | k of n] = (n+1)/k``. Exact, finite variance; the second
+    moment is (n+1)/n times that of :func:`fixed_count`. For laws of all rates; else
+    :func:`rao_blackwell_clipped`.
     """
 
     def log_weight(masked: Array, count: Array) -> Array:

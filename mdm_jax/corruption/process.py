@@ -48,9 +48,7 @@ class Corruption(NamedTuple):
 
 
 def spread_levels(values: Array, length: int, level_ids: Array | None = None) -> Array:
-    """Per-level values [..., S] as [..., L]; ValueError if S must divide L (no level_ids) and does
-    not.
-    """
+    """Per-level values [..., S] as [..., L]; ValueError if S does not divide L (no level_ids)."""
     if level_ids is None:
         return jnp.repeat(values, _segment_length(length, values.shape[-1]), axis=-1)
     shape = jnp.broadcast_shapes(values.shape[:-1], level_ids.shape[:-1])

@@ -79,9 +79,8 @@ def leave_one_out(model_fn: ModelFn, num_tokens: int) -> ModelFn:
 
 
 def token_estimate(logits: Array, num_tokens: int) -> Array:
-    """Estimate of the clean tokens for self-conditioning: probabilities [..., K] float32.
-
-    Zero from ``num_tokens`` on, without gradient; ValueError for fewer logits than tokens.
+    """Clean-token probabilities, no gradient, 0 from ``num_tokens`` on (ValueError if fewer
+    logits).
     """
     if logits.shape[-1] < num_tokens:
         raise ValueError(f"{logits.shape[-1]} logits are too few for {num_tokens} tokens")

@@ -40,9 +40,8 @@ class Objective(NamedTuple):
 class LossSums(NamedTuple):
     """Sums over rows; they add up over microbatches and shards.
 
-    Attributes:
-        loss, scored: weighted loss, nats, and number of eligible elements, averaged over views.
-        cross_entropy, targets: unweighted loss, nats, and number of the target elements, all views.
+    Weighted loss, nats, and eligible elements, averaged over views; unweighted loss, nats, and
+    number of the target elements, over all views.
     """
 
     loss: Array
@@ -68,10 +67,7 @@ def token_mean(total: Array, count: Array) -> Array:
 
 
 def summed_loss(apply_fn: Callable[..., Any], objective: Objective) -> Callable[..., tuple]:
-    """``loss(params, batch, draw) -> (sum, (sums, stats))``, nats: what training differentiates.
-
-    ``apply_fn(params, inputs, logsnr, documents)``; readouts get per-token loss weights beforehand.
-    """
+    """``loss(params, batch, draw) -> (sum, (sums, stats))``, nats: what training differentiates."""
 
     def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
         def evaluate(model_fn: ModelFn) -> tuple[LossSums, LossStats]:
@@ -96,8 +92,7 @@ def accumulate_gradient(
 ) -> tuple[PyTree, LossSums, LossStats]:
     """Gradient of a :func:`summed_loss`, its sums and stats, accumulated over microbatches.
 
-    Undivided: the denominator is the global batch's. ``num_microbatches`` must divide the rows of
-    ``batch``.
+    Not divided by the global batch's tokens. ``num_microbatches`` must divide the batch's rows.
     """
     gradient = jax.grad(loss, has_aux=True)
     if num_microbatches == 1:
@@ -161,8 +156,7 @@ def call_model(
 def bias_of_levels(name: str, num_levels: int) -> str:
     """Bias label of S noise levels per row: "exact" for 1, "biased" for more; ValueError below 1.
 
-    A bound conditions a target on a context of its own level. With several levels the context has
-    the others' levels: the expectation can lie below the data's entropy.
+    With several the context has other levels, and the loss can lie below the data's entropy.
     """
     if num_levels < 1:
         raise ValueError(
@@ -219,10 +213,7 @@ def new_baseline(bins: int = 16) -> Baseline:
 def update_baseline(
     baseline: Baseline, draw: Draw, stats: LossStats, decay: float = 0.99
 ) -> Baseline:
-    """The baseline after one more batch; rows of one bin are averaged, empty rows left out.
-
-    ``decay`` in [0, 1) is per visit of a bin.
-    """
+    """The baseline after one more batch; ``decay`` in [0, 1) is per visit of a bin."""
     member, loss, eligible = _bins(baseline, draw, stats)
     finite = jnp.all(jnp.isfinite(jnp.where(eligible, loss, 0.0)))
     loss = jnp.where(eligible & finite, loss, 0.0)

@@ -18,9 +18,8 @@ LogFactor = Callable[[Array], Array]
 def reweighted(objective: Objective, log_factor: LogFactor, name: str) -> Objective:
     """``objective`` with its weight multiplied by ``exp(log_factor(logsnr))``; "biased".
 
-    Raw loss, law and noise stay. On masked diffusion ``exp(logsnr)`` is the odds of a token being
-    visible, and the factor multiplies the bound's integrand. ``log_factor`` is fixed, such as
-    :func:`min_snr_factor` or the ``log_weight`` of a weighting without a law;
+    On masked diffusion ``exp(logsnr)`` is the odds of a token being visible. ``log_factor`` is
+    fixed, such as :func:`min_snr_factor` or the ``log_weight`` of a weighting without a law;
     ``variance.uncertainty_weighting`` learns one. ``name`` is appended to the objective's.
     """
 
@@ -69,8 +68,7 @@ def self_conditioned(objective: Objective, num_tokens: int) -> Objective:
 def two_pass(model_fn: ModelFn, num_tokens: int, rows: Array | None = None) -> ModelFn:
     """A network that feeds the probabilities of a first pass to a second one.
 
-    ``model_fn`` and ``num_tokens`` as for :func:`self_conditioned`; ``rows``: [N] bool, those with
-    the first pass's estimate (others get zeros), None for all.
+    Arguments as for :func:`self_conditioned`; rows [N] bool that are false get a zero estimate.
     """
 
     def second(inputs: Array, logsnr: Array, documents: Array | None = None) -> Array:
@@ -85,9 +83,8 @@ def two_pass(model_fn: ModelFn, num_tokens: int, rows: Array | None = None) -> M
 def estimate_coin(noise: Array) -> Array:
     """A fair coin per view and row, [V, B] bool, from the draw's base noise [V, B, ...].
 
-    The parity of the row's numbers on their grid (``draws.GRID_BITS``); corruptions read size and
-    order only, so it is independent of them. Taken from the first view, which no replication
-    changes, and alternates from view to view. Rows are as independent as their noise.
+    The parity of the first view's numbers on their grid (``draws.GRID_BITS``), independent of
+    corruptions, which read size and order only; it alternates from view to view.
     """
     index = jnp.floor(noise[0] * 2**GRID_BITS).astype(jnp.int32)
     parity = jnp.sum((index & 1).reshape(index.shape[0], -1), axis=-1)

@@ -110,10 +110,7 @@ def fill_positions(
     read: Callable[[Array], Array],
     size: int,
 ) -> Array:
-    """Tokens [B, L] with one drawn at each position of ``reveal`` [B, L]; ``keys`` [B].
-
-    ``size`` positions of a row are read and drawn at a time, which affects speed only.
-    """
+    """Tokens [B, L] with one drawn at each of ``reveal`` [B, L], ``size`` positions at a time."""
     num_rows, length = tokens.shape
     size = min(size, length)
     # Positions to reveal come first; `length`, which is not written, pads the end.
@@ -139,11 +136,7 @@ def position_noise(keys: Array, tokens: Array) -> Array:
 
 
 def reveal_probability(logsnr: Array, next_logsnr: Array) -> Array:
-    """``(m_t - m_s) / m_t`` for masking rates m = sigmoid(-logsnr), from level t to the cleaner s.
-
-    As ``-expm1(lambda_t - lambda_s) sigmoid(lambda_s)``: exact at lambda_t = -inf and lambda_s =
-    +inf.
-    """
+    """``(m_t - m_s) / m_t`` for masking rates m = sigmoid(-logsnr), exact at infinite levels."""
     return -jnp.expm1(logsnr - next_logsnr) * jax.nn.sigmoid(next_logsnr)
 
 

@@ -141,9 +141,8 @@ def make_block_generator(
     prefix: int = 0,
     guided: bool = False,
 ) -> Callable[..., Array]:
-    """:func:`sample_blocks` compiled once per canvas shape; the prefix is checked every call.
-
-    Returns ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+    """:func:`sample_blocks` compiled as in :func:`make_generator`; the prefix is checked every
+    call.
     """
 
     @jax.jit

@@ -84,8 +84,8 @@ def by_score_along_grid(
 ) -> Sampler:
     """:func:`by_score` that leaves ``round(n m)`` of n positions masked at each level's rate m.
 
-    A step without change costs no pass. Along the cosine grid of linear masking this is MaskGIT's
-    schedule. Bias: biased.
+    On the cosine grid of linear masking: MaskGIT's schedule. Unchanged steps cost no pass. Bias:
+    biased.
     """
 
     def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
@@ -154,8 +154,7 @@ def random_remasking(
 ) -> Sampler:
     """Keep drawn tokens at random; otherwise as :func:`low_confidence_remasking`.
 
-    Bias: biased by the order of the blocks; in a single block discretised, exact at one token per
-    step.
+    Bias: biased by block order; a single block discretised, exact at one token per step.
     """
 
     def noise(context: StepContext, logits: Array, drawn: Array) -> Array:
@@ -174,9 +173,7 @@ def best_positions(score: Array, candidates: Array, count: Array) -> Array:
 
 
 def bounded_positions(entropy: Array, candidates: Array, gamma: float) -> Array:
-    """[B, L] bool: the longest run of candidates by rising entropy of which all but the last sum to
-    at most ``gamma``; ties to the left.
-    """
+    """[B, L] bool: most candidates by rising entropy, all but the last summing to <= gamma."""
     order = jnp.lexsort((entropy, ~candidates), axis=-1)
     rank = jnp.argsort(order, axis=-1)
     ordered = jnp.take_along_axis(jnp.where(candidates, entropy, 0.0), order, axis=-1)
@@ -187,10 +184,9 @@ def bounded_positions(entropy: Array, candidates: Array, gamma: float) -> Array:
 
 
 def counted_logsnr(tokens: Array, free: Array, mask_id: int) -> Array:
-    """[B] float32 noise level of samplers without a grid, when k of n positions to fill are masked.
+    """[B] float32 noise level of samplers without a grid, for k masked of n positions to fill.
 
-    That of the masking rate ``(k - 1/2) / n``, the middle of the rates at which fixed-count
-    training masks k of n.
+    Masking rate ``(k - 1/2) / n``: the middle of those at which fixed counts mask k of n.
     """
     masked = jnp.maximum(jnp.sum(tokens == mask_id, axis=-1), 1)
     total = jnp.sum(free, axis=-1)
@@ -241,9 +237,7 @@ def _fill_preferred(
     *,
     along_grid: bool = False,
 ):
-    """A step that fills preferred positions of ``select(context, masked) -> (candidates, count
-    [B])``.
-    """
+    """Step that fills the best of ``select(context, masked) -> (candidates [B, L], count [B])``."""
     token_filter = token_filter or compose()
 
     def step(context, denoise, state):

@@ -19,9 +19,8 @@ def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
 
 
 def prompt_canvas(prompt: ArrayLike, length: int, mask_id: int) -> Array:
-    """Canvas [B, length] int32 of a prompt followed by masks.
-
-    ``prompt``: [P] or [B, P] integers without the mask token, at most ``length`` (ValueError).
+    """Canvas [B, length] of a prompt [P] or [B, P], without the mask token (ValueError), then
+    masks.
     """
     tokens = _piece(prompt, "the prompt", mask_id)
     if tokens.shape[1] > length:

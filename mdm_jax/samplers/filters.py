@@ -78,10 +78,7 @@ def compose(*filters: LogitFilter) -> LogitFilter:
 
 
 def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead: str) -> None:
-    """Raises ValueError for filters that leave one token, as ``temperature(0)``, where concrete.
-
-    Tested on ``vocab_size`` >= 2 almost equal logits, which a filter truncates least.
-    """
+    """ValueError for a filter that leaves one of ``vocab_size`` >= 2 near-equal logits."""
     with jax.ensure_compile_time_eval():
         filtered = token_filter(jnp.linspace(0.0, -1e-3, vocab_size))
         left = jnp.sum(filtered > jnp.finfo(jnp.float32).min)

@@ -28,17 +28,12 @@ def sample_next_tokens(
     """Fill the masked positions of a canvas from left to right; tokens [B, L] without masks.
 
     Exact sampling from the (filtered) model, one pass per position. Given tokens never change; a
-    gap does not see tokens after it. Rows are independent: row i draws from ``fold_in(key,
-    row_offset + i)`` alone. Canvas, ``documents`` and ``row_offset`` are as in ``sample``.
+    gap does not see tokens after it. Key, canvas, ``documents``, ``row_offset`` and their errors
+    are as in ``sample``. ``decoder`` is e.g. ``models.cached_causal_decoder(model, mask_id)``,
+    ``token_filter`` e.g. ``compose(temperature(0.8), top_p(0.9))``.
 
-    Args:
-        decoder: e.g. ``models.cached_causal_decoder(model, mask_id)``.
-        token_filter: e.g. ``compose(temperature(0.8), top_p(0.9))``.
-        prefix: number of leading positions given in every row, run in one pass. Not checked where
-            the canvas is traced.
-
-    Raises ValueError for a canvas that is not a non-empty integer matrix, documents of another
-    shape, a negative mask_id, or a prefix that is longer than the canvas or not all given.
+    ``prefix`` leading positions, given in every row, run in one pass; ValueError if it is longer
+    than the canvas or not all given (not checked where the canvas is traced).
     """
     check_mask_id(mask_id)
     canvas, documents = check_canvas(canvas, documents)
@@ -76,9 +71,8 @@ def make_next_token_generator(
     token_filter: LogitFilter | None = None,
     prefix: int = 0,
 ) -> Callable[..., Array]:
-    """:func:`sample_next_tokens` compiled once per canvas shape; the prefix is checked every call.
-
-    Returns ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+    """:func:`sample_next_tokens` compiled as in ``make_generator``; the prefix is checked every
+    call.
     """
 
     @jax.jit

@@ -3,8 +3,8 @@
 A step from survival a_t to a_s remasks revealed tokens with probability sigma and reveals masked
 ones with ``(a_s - (1 - sigma) a_t) / (1 - a_t)``. For sigma up to ``min(1, (1 - a_s) / a_t)`` a
 position is then masked with probability ``1 - a_s``, as without remasking. Nothing is remasked at
-the last level. All are biased: a trained network's conditionals contradict each other, and
-remasking leads to another law than filling once.
+the last level, nor with eta = 0 (ancestral sampling). Bias: all biased, since a trained network's
+conditionals contradict each other and remasking leads to another law than filling once.
 """
 
 from collections.abc import Callable
@@ -32,18 +32,16 @@ _ROUNDING = 1e-6  # of times in float32
 
 
 def remdm_cap(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
-    """Remask every revealed token with probability ``min(eta, largest possible)`` per step.
-
-    ``eta`` in [0, 1] (ValueError); 0 is ancestral sampling. Bias: biased.
+    """Remask revealed tokens with ``min(eta, largest possible)`` per step; eta in [0, 1]
+    (ValueError).
     """
     check_probability("remdm_cap", eta)
     return _uniform_remasking("remdm_cap", lambda largest: jnp.minimum(eta, largest), token_filter)
 
 
 def remdm_rescale(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
-    """Remask every revealed token with ``eta`` times the largest possible probability per step.
-
-    ``eta`` in [0, 1] (ValueError); 0 is ancestral sampling. Bias: biased.
+    """Remask revealed tokens with ``eta`` times the largest probability; eta in [0, 1]
+    (ValueError).
     """
     check_probability("remdm_rescale", eta)
     return _uniform_remasking("remdm_rescale", lambda largest: eta * largest, token_filter)
@@ -222,9 +220,7 @@ def reveal_and_remask(
 
 
 def largest_remasking(logsnr: Array, next_logsnr: Array) -> Array:
-    """``min(1, (1 - a_s) / a_t)``, the largest remasking probability from level t to s; 1 at a_t =
-    0.
-    """
+    """``min(1, (1 - a_s) / a_t)``, the largest remasking probability of a step; 1 at a_t = 0."""
     survival = jax.nn.sigmoid(logsnr)
     ratio = jax.nn.sigmoid(-next_logsnr) / jnp.where(survival > 0, survival, 1.0)
     return jnp.where(survival > 0, jnp.minimum(ratio, 1.0), 1.0)

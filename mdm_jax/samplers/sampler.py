@@ -21,7 +21,7 @@ from mdm_jax.schedules import grids
 from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
 
 Progress = Callable[[int, int], None]
-"""``progress(steps_done, num_steps)``, for display: called on the host after each step."""
+"""``progress(steps_done, num_steps)``, called on the host after each step until an early stop."""
 
 LOGSNR_LIMIT = math.log(2.0**24 - 1)
 """Largest |logSNR| passed to a network: that of the outermost quantiles in training."""
@@ -42,9 +42,7 @@ another."""
 class SamplerState(NamedTuple):
     """What changes from step to step; shapes and dtypes stay the same.
 
-    Attributes:
-        tokens: [B, L] int32, the canvas so far.
-        memory: whatever else the sampler carries (clocks, cached logits); every leaf [B, ...].
+    ``tokens`` [B, L] int32; ``memory`` is whatever else the sampler carries, every leaf [B, ...].
     """
 
     tokens: Array
@@ -79,10 +77,9 @@ class Sampler(NamedTuple):
     Attributes:
         init: ``init(keys [B], canvas [B, L], mask_id) -> SamplerState``.
         step: ``step(context, denoise, state) -> state``. May call ``denoise`` any number of times.
-        finished: ``finished(state, mask_id) -> [B] bool``, rows that no later step would change;
-            sampling stops when all are.
+        finished: ``finished(state, mask_id) -> [B] bool``, rows that no later step would change.
         num_steps: ``num_steps(length) -> int``, the maximum, without a grid; None with one.
-        bias: one of :data:`SAMPLER_LABELS`.
+        bias: of :data:`SAMPLER_LABELS`.
     """
 
     name: str
@@ -112,15 +109,13 @@ def sample(
     Args:
         key: typed key. Row i draws from ``fold_in(key, row_offset + i)`` alone.
         model_fn: ``model_fn(inputs, logsnr [B, 1], documents) -> logits [B, L, K]``, or a
-            ``models.Readout`` in their place.
-        sampler: e.g. ``ancestral()`` or ``first_hitting()``.
+            ``models.Readout``.
         grid: [N + 1] logSNR levels, strictly increasing to +inf (nothing masked), from -inf or
             above; None for samplers that set their own levels.
         canvas, mask_id: [B, L] integers; the mask token where a token is to be generated.
-        documents: [B, L] document numbers, None for one per row; 0 on padding, which should hold
-            any token but the mask.
+        documents: [B, L] document numbers, None for one per row; 0 on padding, which holds any
+            token but the mask.
         row_offset: number of the first row, for sampling a large batch in parts.
-        progress: see :data:`Progress`; an early stop ends the calls before ``num_steps``.
 
     Raises ValueError for a canvas that is not a non-empty integer matrix, documents of another
     shape, a negative mask_id, or a grid that is missing, superfluous, not increasing or does not
@@ -154,9 +149,8 @@ def sample_with_trace(
     row_offset: ArrayLike = 0,
     progress: Progress | None = None,
 ) -> tuple[Array, PyTree]:
-    """:func:`sample`, with ``trace(state)`` after every step stacked to [num_steps, ...].
-
-    Returns tokens and traces; steps after an early stop repeat the last one.
+    """:func:`sample` and ``trace(state)`` of every step, [num_steps, ...]; an early stop repeats
+    the last.
     """
     check_mask_id(mask_id)
     canvas, documents = check_canvas(canvas, documents)

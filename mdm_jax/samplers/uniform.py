@@ -93,9 +93,8 @@ def uniform_corrected(
 def reverse_logits(logits: Array, tokens: Array, logsnr: Array, next_logsnr: Array) -> Array:
     """log ``q(z_s | z_t, x)`` with probabilities c for x, up to a constant, [..., L, K].
 
-    By Bayes' rule: :func:`noisy_logits` at the cleaner level plus :func:`step_evidence` for z_t.
-    Logits [..., L, K] of c, tokens z_t [..., L] (no evidence from ids >= K); level t may be -inf, s
-    +inf.
+    By Bayes' rule: :func:`noisy_logits` at level s plus :func:`step_evidence` for z_t (none for ids
+    >= K); level t may be -inf, s +inf.
     """
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     evidence = step_evidence(logsnr, next_logsnr, logits.shape[-1])
@@ -110,10 +109,9 @@ def noisy_logits(logits: Array, logsnr: Array) -> Array:
 
 
 def step_evidence(logsnr: Array, next_logsnr: Array, num_tokens: int) -> Array:
-    """``log q(z_t = v | z_s = v) / q(z_t = v | z_s = w)`` for w != v, nats.
+    """``log q(z_t = v | z_s = v) / q(z_t = v | z_s = w)`` for w != v, nats; exact at both ends.
 
-    ``log(1 + K b / (1 - b))`` with the step's survival ``b = alpha_t / alpha_s``; exact at both
-    ends.
+    ``log(1 + K b / (1 - b))`` with the step's survival probability ``b = alpha_t / alpha_s``.
     """
     log_odds = logsnr - jax.nn.log_sigmoid(next_logsnr) - jnp.log(-jnp.expm1(logsnr - next_logsnr))
     return jax.nn.softplus(log_odds + math.log(num_tokens))

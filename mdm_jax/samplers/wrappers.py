@@ -24,8 +24,7 @@ further keyword arguments on to stand between the network and another wrapper.""
 def wrapped(sampler: Sampler, *wrappers: DenoiseWrapper) -> Sampler:
     """A sampler behind denoiser wrappers, the first of them next to the network.
 
-    ``wrapped(ancestral(), prompt_guidance(2.0), no_repeat_ngrams(3))`` guides, then forbids. The
-    bias label stays, relative to the wrapped network.
+    E.g. ``wrapped(ancestral(), prompt_guidance(2.0), no_repeat_ngrams(3))``; the bias label stays.
     """
 
     def step(context, denoise, state):
@@ -156,10 +155,7 @@ def no_repeat_ngrams(n: int) -> DenoiseWrapper:
 def completes_repeat(
     tokens: Array, n: int, mask_id: int, vocab_size: int, before: Array | None = None
 ) -> Array:
-    """[B, L, K] bool: whether a token at a masked position would complete an n-gram seen elsewhere.
-
-    ``before``: [B, P] int32, earlier tokens, the mask token where there are none.
-    """
+    """[B, L, K] bool: tokens that would complete an n-gram seen elsewhere, at masked positions."""
     past = 0 if before is None else before.shape[-1]
     rows = tokens if before is None else jnp.concatenate([before, tokens], axis=-1)
     if rows.shape[-1] < n:
