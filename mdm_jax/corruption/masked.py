@@ -62,9 +62,7 @@ def expected_inverse_rate(masked: Array, count: Array, low: float, high: float) 
 
 
 def fixed_count(mask_id: int) -> Corruption:
-    """Masks the ``k = 1 + floor(n m)`` of n eligible tokens of lowest noise, with weight n/k;
-    exact.
-    """
+    """Masks the ``k = 1 + floor(n m)`` of n tokens of lowest noise; weight n/k; exact."""
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
         count = _eligible_count(eligible, logsnr, level_ids)

@@ -79,9 +79,7 @@ def leave_one_out(model_fn: ModelFn, num_tokens: int) -> ModelFn:
 
 
 def token_estimate(logits: Array, num_tokens: int) -> Array:
-    """Clean-token probabilities, no gradient, 0 from ``num_tokens`` on (ValueError if fewer
-    logits).
-    """
+    """Clean-token probabilities, 0 from ``num_tokens`` on; ValueError for fewer logits."""
     if logits.shape[-1] < num_tokens:
         raise ValueError(f"{logits.shape[-1]} logits are too few for {num_tokens} tokens")
     real = jax.lax.stop_gradient(logits[..., :num_tokens]).astype(jnp.float32)

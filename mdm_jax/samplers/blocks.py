@@ -141,9 +141,7 @@ def make_block_generator(
     prefix: int = 0,
     guided: bool = False,
 ) -> Callable[..., Array]:
-    """:func:`sample_blocks` compiled as in :func:`make_generator`; the prefix is checked every
-    call.
-    """
+    """Compiled :func:`sample_blocks`, as ``make_generator``; checks the prefix every call."""
 
     @jax.jit
     def run(params, key, canvas, documents, row_offset):

@@ -84,8 +84,7 @@ def by_score_along_grid(
 ) -> Sampler:
     """:func:`by_score` that leaves ``round(n m)`` of n positions masked at each level's rate m.
 
-    On the cosine grid of linear masking: MaskGIT's schedule. Unchanged steps cost no pass. Bias:
-    biased.
+    MaskGIT on the cosine grid of linear masking. Unchanged steps cost no pass. Bias: biased.
     """
 
     def select(context: StepContext, masked: Array) -> tuple[Array, Array]:

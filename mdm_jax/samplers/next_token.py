@@ -71,9 +71,7 @@ def make_next_token_generator(
     token_filter: LogitFilter | None = None,
     prefix: int = 0,
 ) -> Callable[..., Array]:
-    """:func:`sample_next_tokens` compiled as in ``make_generator``; the prefix is checked every
-    call.
-    """
+    """Compiled :func:`sample_next_tokens`, as ``make_generator``; checks the prefix."""
 
     @jax.jit
     def run(params, key, canvas, documents, row_offset):

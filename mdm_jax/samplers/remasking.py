@@ -32,17 +32,13 @@ _ROUNDING = 1e-6  # of times in float32
 
 
 def remdm_cap(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
-    """Remask revealed tokens with ``min(eta, largest possible)`` per step; eta in [0, 1]
-    (ValueError).
-    """
+    """Remask revealed tokens with ``min(eta, largest possible)``, eta in [0, 1], per step."""
     check_probability("remdm_cap", eta)
     return _uniform_remasking("remdm_cap", lambda largest: jnp.minimum(eta, largest), token_filter)
 
 
 def remdm_rescale(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
-    """Remask revealed tokens with ``eta`` times the largest probability; eta in [0, 1]
-    (ValueError).
-    """
+    """Remask revealed tokens with ``eta`` in [0, 1] times the largest probability per step."""
     check_probability("remdm_rescale", eta)
     return _uniform_remasking("remdm_rescale", lambda largest: eta * largest, token_filter)
 

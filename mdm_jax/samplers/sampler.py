@@ -149,9 +149,7 @@ def sample_with_trace(
     row_offset: ArrayLike = 0,
     progress: Progress | None = None,
 ) -> tuple[Array, PyTree]:
-    """:func:`sample` and ``trace(state)`` of every step, [num_steps, ...]; an early stop repeats
-    the last.
-    """
+    """:func:`sample` and ``trace(state)`` of every step, repeating the last when it stops."""
     check_mask_id(mask_id)
     canvas, documents = check_canvas(canvas, documents)
     levels = _check_grid(sampler, grid)
