@@ -122,7 +122,7 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
 
 
 def block(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """Block diffusion; ``train.init_from`` may be a masked run. ValueError if sizes do not divide."""
+    """Block diffusion, from a masked run if ``train.init_from`` names one; size divides the row."""
     size, length, window = config.block.size, dataset.length, config.block.window or None
     if size < 1 or length % size:
         raise ValueError(
