@@ -19,7 +19,7 @@ def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
 
 
 def prompt_canvas(prompt: ArrayLike, length: int, mask_id: int) -> Array:
-    """Canvas of a prompt, [P] or [B, P] without the mask token (ValueError), then masks."""
+    """Canvas: a prompt [P] or [B, P] of <= ``length`` non-mask tokens (ValueError), then masks."""
     tokens = _piece(prompt, "the prompt", mask_id)
     if tokens.shape[1] > length:
         raise ValueError(

@@ -113,7 +113,7 @@ def sample(
         grid: [N + 1] logSNR levels, strictly increasing to +inf (nothing masked), from -inf or
             above; None for samplers that set their own levels.
         canvas, mask_id: [B, L] integers; the mask token where a token is to be generated.
-        documents: [B, L] document numbers, None for one per row; 0 on padding, which holds any
+        documents: [B, L] numbers, None for one document per row; 0 on padding, which holds any
             token but the mask.
         row_offset: number of the first row, for sampling a large batch in parts.
 
