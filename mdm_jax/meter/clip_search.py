@@ -1,8 +1,8 @@
 """Data-driven choice of the range of masking rates for block diffusion (BD3-LM).
 Small blocks train with less noise on part of (0, 1) (Arriola et al. 2025). Validation data choose
-the range of smallest score (first of equals) for ``variance.clipped``, truncated, or
-``variance.clipped_mixture``, exact. Unlike the published search, ranges above 1/2 keep the weight
-1/m, and masks are not redrawn until the masked fraction lies in the range (uncorrected there).
+the range of smallest score (first of equals) for ``variance.clipped`` or, exact,
+``variance.clipped_mixture``. Unlike the published search, ranges above 1/2 keep the weight 1/m, and
+masks are not redrawn (without correction) until the masked fraction is in the range.
 """
 
 import math
@@ -37,9 +37,7 @@ Criterion = Callable[[ApplyFn, Objective, DrawSpec], Score]
 
 
 class ClipChoice(NamedTuple):
-    """Outcome of a search among ``intervals``; ``step`` is that of the parameters.
-    A score that is not finite is None.
-    """
+    """Outcome of a search among ``intervals``; scores that are not finite are None."""
 
     low: float
     high: float
@@ -112,12 +110,12 @@ def make_clip_search(
 ) -> Callable[..., ClipChoice]:
     """``search(params, batches, key, step=0, progress=None) -> ClipChoice``, compiled once.
 
-    Scores ranges of the masking rate on at least two validation batches of ``batch_shape`` = (rows,
-    length) (published: 100). All ranges share rows and base noise; blocks draw rates independently.
+    Scores ranges of the masking rate on at least two batches of ``batch_shape`` = (rows, length)
+    (published: 100), with the same rows and base noise; blocks draw rates independently.
     ``apply_fn`` is without dropout; ``objective`` has one level per block and a uniform law of the
-    rate. By default ``criterion`` is :func:`gradient_noise_to_signal` (one pass over the batches
-    per range), ``intervals`` are :func:`candidate_intervals`. ``step`` is only recorded;
-    ``progress`` counts batches.
+    rate. By default ``criterion`` is :func:`gradient_noise_to_signal` (a pass over the batches per
+    range), ``intervals`` are :func:`candidate_intervals`; ``step``, of the parameters, is only
+    recorded.
     Raises: ValueError if the law is not uniform or a range is infeasible; in ``search``, if there
     are fewer than two batches or no score is finite.
     """
@@ -180,9 +178,7 @@ def relative_variance(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -
 
 
 def gradient_noise_to_signal(apply_fn: ApplyFn, objective: Objective, spec: DrawSpec) -> Score:
-    """``tr Cov(G) / |E G|^2`` of the batch gradient, data noise included.
-    Infinite if the signal is not positive. Holds three gradients.
-    """
+    """``tr Cov(G) / |E G|^2`` of the batch gradient, with data noise; infinite without signal."""
     estimator = make_estimator(apply_fn, objective)
 
     @jax.jit

@@ -32,10 +32,9 @@ from mdm_jax.types import Array, Batch, PyTree
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
     """Variance of one forward pass and its parts, in nats squared (per squared parameter).
-    ``pattern`` (A), ``rate`` (B), ``data`` (C) and ``total`` have bootstrap errors over rows;
+    Parts A, B, C (``pattern``, ``rate``, ``data``) and ``total`` have bootstrap errors over rows;
     unbiased, so B and C can be negative. ``signal``: squared mean loss, or squared norm of the mean
-    gradient, unbiased. ``passes`` per evaluation (views). ``rows_left_out`` have no eligible
-    tokens.
+    gradient, unbiased. ``passes``: views. ``rows_left_out`` have no eligible tokens.
     """
 
     pattern: Estimate
@@ -84,15 +83,10 @@ def decompose(
     progress: Progress | None = None,
 ) -> Decomposition:
     """A, B, C of the loss.
-
-    Args:
-        rows: [N, L] drawn at random from the data; those without eligible tokens are left out.
-        key: transforms measured with one key get the same base noise.
-        levels_per_row, masks_per_level: at least 2 each.
-        chunk: evaluations per forward call; bounds the memory.
-
-    Raises: ValueError if no row has an eligible token, the design is too small, ``chunk`` is below
-    1, or a loss is not finite.
+    ``rows`` [N, L] are drawn at random from the data; those without eligible tokens are left out.
+    With one key, transforms get the same base noise. ``chunk`` evaluations share a forward call.
+    ValueError if no row is eligible, there are < 2 rows, levels or masks, ``chunk`` < 1, or a loss
+    is not finite.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     values = evaluate_cells(
@@ -120,9 +114,8 @@ def decompose_by_probes(
 ) -> tuple[Decomposition, Decomposition]:
     """A, B, C of the loss and of the gradient, by forward-mode probes: (loss, gradient).
     The variance of derivatives along random directions estimates the trace of the covariance
-    (Hutchinson), at about ``1 + probes`` forward passes per evaluation; standard errors include the
-    spread over probes. For custom reverse rules (no forward mode) use :func:`decompose_gradients`.
-    Arguments and errors as :func:`decompose`.
+    (Hutchinson), in about ``1 + probes`` forward passes; standard errors include the spread over
+    probes. Custom reverse rules need :func:`decompose_gradients`. See :func:`decompose`.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     if probes < 1:

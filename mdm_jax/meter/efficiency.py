@@ -1,5 +1,5 @@
 """Variance of the batch gradient from redrawn batches, the figure to compare methods by.
-Coupled rows, and a gradient instead of a loss, rule out per-example variances. So whole batches are
+Per-example variances are wrong for coupled rows, and losses for gradients. So whole batches are
 redrawn through the chain at fixed state; trace of the gradient's covariance times forward passes
 per row compares methods at equal compute. Heavy tails (Bernoulli masks) may leave it unsettled.
 """
@@ -30,8 +30,8 @@ MAX_TOP_SHARE = 0.2
 
 MIN_TAIL_INDEX = 1.3
 """Smallest tail index of the squared deviations; their mean is infinite at 1 and below.
-On the toy (three parameters, batches of 16) the three rules refuse Bernoulli masks of infinite
-variance in 86% of the runs of 256 redraws and in all of 1024, fixed counts in none.
+On the toy (3 parameters, batches of 16) the three rules refuse Bernoulli masks of infinite variance
+in 86% of runs of 256 redraws and all of 1024, fixed counts in none.
 """
 
 MIN_REDRAWS = 40
@@ -39,9 +39,7 @@ MIN_REDRAWS = 40
 
 
 class Comparison(NamedTuple):
-    """First against second of two variances x passes, paired by group.
-    ``standard_errors``: signed difference in its standard errors; infinite without noise.
-    """
+    """Difference, ratio, and difference in standard errors (inf if exact) of variance x passes."""
 
     difference: Estimate
     ratio: float
@@ -116,15 +114,12 @@ def efficiency(
 ) -> Efficiency:
     """Noise of the batch gradient with fixed data: levels and masks are redrawn.
 
-    Args:
-        batches: training batches of ``spec.batch_size`` rows; group g uses batch g modulo their
-            number. The standard error covers the choice of batches only if there is one per group.
-        key: with one key, methods get the same base draws per group, for :func:`compare`.
-        groups: independent repetitions that give the standard error; a multiple of the batches.
-        redraws: batches drawn in each group; like ``groups`` at least 2.
-        num_microbatches: of a batch; bounds the memory, which also holds three gradients.
-
-    Raises: ValueError if settings do not fit together, or a gradient is not finite.
+    Group g uses batch g modulo their number; ``groups`` is a multiple of it, and the standard
+    error, from the spread of groups, covers the choice of batches only if the two are equal. With
+    one key, methods get the same base draws, for :func:`compare`. ``num_microbatches`` bounds the
+    memory, which also holds three gradients. Raises: ValueError if a batch has not
+    ``spec.batch_size`` rows, ``groups`` or ``redraws`` (per group) is below 2, settings do not fit,
+    or gradients are not finite.
     """
     if not batches or groups % len(batches):
         raise ValueError(f"groups must be a multiple of the {len(batches)} batches, got {groups}")
@@ -153,9 +148,7 @@ def efficiency_with_data(
     num_microbatches: int = 1,
     progress: Progress | None = None,
 ) -> Efficiency:
-    """Noise of the batch gradient with rows redrawn too, as in training.
-    A redraw takes ``spec.batch_size`` of ``rows`` [N, L] with replacement; see :func:`efficiency`.
-    """
+    """:func:`efficiency` of batches redrawn from ``rows`` [N, L] too, with replacement."""
     eligible_rows(rows)  # raises where nothing is eligible
     size, count = subject.spec.batch_size, rows.tokens.shape[0]
     pool = jax.tree.map(jnp.asarray, rows)

@@ -44,10 +44,9 @@ class Moments(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class LevelTable:
     """Statistics at increasing masking rates [levels].
-    ``quantiles`` [levels] are those of the objective's law (decreasing), ``base_density`` [levels]
-    its density of the masking rate. ``loss`` is in nats per row; ``gradient`` holds traces, with
-    the norm of the mean gradient as ``mean``, or is None. ``nats_per_token`` [levels] is mean loss
-    over mean number of eligible tokens. ``passes`` per row.
+    ``quantiles`` [levels] are the law's (decreasing), ``base_density`` [levels] its density of the
+    masking rate. ``loss`` is in nats per row; ``gradient``, or None, holds traces, with the norm of
+    the mean gradient as ``mean``. ``nats_per_token`` [levels] is mean loss / mean eligible tokens.
     """
 
     masking_rates: np.ndarray
@@ -89,13 +88,10 @@ def measure_levels(
     progress: Progress | None = None,
 ) -> LevelTable:
     """v, g and c on a grid of levels shared by all rows and their blocks (a crossed design).
-
-    Views of the transform are averaged. ``rows`` [N, L] are drawn from the data, ``masking_rates``
-    [levels] increase within (0, 1] and the law's support, ``masks_per_level`` is at least 2,
-    ``probes`` is the number of random directions for the gradient (0: loss only), ``chunk`` of
-    evaluations per forward call, ``resamples`` of the bootstrap.
-    Raises: ValueError if the rates do not fit, no row has an eligible token, the design is too
-    small, ``chunk`` is below 1, or a loss is not finite.
+    Averages the transform's views. ``rows`` [N, L] are data, ``masking_rates`` increase within (0,
+    1] and the law's support, ``probes`` counts random directions for the gradient (0: loss only),
+    ``chunk`` evaluations per forward call. ValueError if rates do not fit, no row is eligible,
+    there are < 2 rows or masks, ``chunk`` < 1, or a loss is not finite.
     """
     rates = np.asarray(masking_rates, np.float64)
     rows, left_out = eligible_rows(rows)
@@ -160,9 +156,7 @@ def quantiles_of(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
 
 
 def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
-    """Density of the masking rate under the objective's law, ``law(logsnr) / (m (1 - m))``.
-    1 for a uniform rate; m = 1 is replaced by the largest float32 rate below.
-    """
+    """Density of the masking rate, ``law(logsnr) / (m (1 - m))``: 1 for a uniform rate."""
 
     @jax.jit
     def density(rates: Array) -> Array:
@@ -175,10 +169,9 @@ def base_density(objective: Objective, masking_rates: np.ndarray) -> np.ndarray:
 
 def optimal_density(table: LevelTable, target: np.ndarray) -> np.ndarray:
     """Density over the masking rate proportional to ``base_density * sqrt(target)``, [levels].
-    ``target``: ``second`` for independent levels (p*, arXiv 2511.18159), ``pattern + data`` for
-    stratified ones, ``pattern + mean_square`` in the scripts of P-POTS; of loss or gradient,
-    negative values count as 0. Normalised by the trapezoid rule. ValueError if it is zero
-    everywhere.
+    ``target``, of loss or gradient: ``second`` for independent levels (p*, arXiv 2511.18159),
+    ``pattern + data`` for stratified ones, ``pattern + mean_square`` in the scripts of P-POTS.
+    Negative values count as 0. Normalised by the trapezoid rule. ValueError if all are 0.
     """
     shape = table.base_density * np.sqrt(np.maximum(target, 0.0))
     mass = np.trapezoid(shape, table.masking_rates)

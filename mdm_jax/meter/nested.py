@@ -7,9 +7,8 @@ For losses Y[i, j, k] of row i, level j, mask k, sampled in this order, Var(Y) =
     C = Var(E[Y | row])                   data noise
 
 Estimates are unbiased from size two on, so B and C can be negative. Leading axes are probes. An
-evaluation is a forward pass of one row with its views: a random row of one batch of the transform
-for the level, of another for the noise (whose law depends on no level). Couplings keep each row's
-law.
+evaluation is a pass of one row with its views: a random row of one batch of the transform for the
+level, of another for the noise (its law depends on no level). Couplings keep each row's law.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,9 +52,7 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(values: np.ndarray) -> RowTerms:
-    """Contribution of every row of losses [..., rows, levels, masks].
-    ValueError if an axis is shorter than two or a value is not finite.
-    """
+    """Terms of losses [..., rows, levels, masks]; ValueError if an axis < 2 or any is NaN/inf."""
     values = _checked(values)
     cells = values.mean(-1)
     rows = cells.mean(-1)
@@ -171,9 +168,7 @@ def nested_draw(key: Array, subject: Subject) -> DrawRow:
 
 
 def crossed_draw(key: Array, subject: Subject, quantiles: Array) -> DrawRow:
-    """Draws at ``quantiles`` [levels], the same for all rows and views, without importance weights.
-    The transform contributes only the noise of its views.
-    """
+    """Unweighted draws at ``quantiles`` [levels]; only the noise is from the transform's views."""
     masks = stream(key, "masks")
 
     def draw_row(row: Array, level: Array, mask: Array) -> Draw:
@@ -195,8 +190,8 @@ def evaluate_cells(
     progress: Progress | None,
 ) -> PyTree:
     """Evaluates every (row, level, mask) of a design: float64 arrays [..., rows, levels, masks].
-    ``score(batch, draw) -> arrays [..., chunk]``; ``shape`` is (levels per row, masks per level); a
-    forward pass holds ``chunk`` times the views.
+    ``score(batch, draw) -> [..., chunk]``, with ``chunk`` times the views in a forward pass;
+    ``shape`` is (levels per row, masks per level).
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")

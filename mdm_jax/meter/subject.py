@@ -1,7 +1,6 @@
 """Subject of the variance meter: a network's loss and gradient under a transform.
-All methods share one compiled forward and backward pass per number of views: the draw is an
-argument. ``progress`` callbacks in this package get the number of evaluations (redraws, batches)
-since the last call.
+Methods share compiled functions that take the draw, one per number of views. ``progress`` callbacks
+get the number of evaluations (redraws, batches) since the last call.
 """
 
 import dataclasses
@@ -37,10 +36,8 @@ class Estimator(NamedTuple):
     """Jitted functions of a network and an objective; see :func:`make_estimator`.
 
     Attributes:
-        losses: ``(params, batch, draw) -> [B]`` nats per row, importance-weighted, averaged over
-            views and summed over levels.
-        directional: ``(params, batch, draw, key, probes) -> (losses [B], [probes, B])``, the latter
-            derivatives along random signs.
+        losses: ``(params, batch, draw) -> [B]`` nats per row, weighted, view mean, level sum.
+        directional: ``(params, batch, draw, key, probes)`` -> [B], [probes, B] along random signs.
         gradient: ``(params, batch, draw, num_microbatches)`` -> nats per eligible token.
         accumulate: ``(mean, count, params, batch, draw, num_microbatches) -> (mean, term)``: adds
             that gradient to a running mean of ``count`` gradients, which is donated.
@@ -55,9 +52,7 @@ class Estimator(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is measured; ``state`` is only read.
-    ``spec`` is that of a *training* batch, ``objective.spec(batch_size, length)``.
-    """
+    """What is measured; ``spec`` is that of a *training* batch, and ``state`` is only read."""
 
     estimator: Estimator
     params: PyTree
@@ -67,9 +62,7 @@ class Subject:
 
 
 def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
-    """Jitted functions for all measurements of one network under one objective.
-    ``apply_fn`` must be without dropout, which would count as masking noise.
-    """
+    """Jitted functions of network and objective, for ``apply_fn`` without dropout (extra noise)."""
 
     def losses(params: PyTree, batch: Batch, draw: Draw, network: ApplyFn = apply_fn) -> Array:
         stats = objective.loss(functools.partial(network, params), batch, draw)

@@ -16,9 +16,7 @@ from mdm_jax.variance.transform import EmptyState, Phase, VarianceTransform, sta
 
 
 def jitter(key: Array, cells: Array, num_cells: int) -> Array:
-    """One uniform grid point in each of the given cells ``[j / N, (j + 1) / N)``, float32.
-    Uniform up to rounded edges (2**-23) for uniform cells. ValueError unless ``1 <= N <= 2**23``.
-    """
+    """One uniform per cell ``[j/N, (j+1)/N)``, to 2**-23; ValueError unless 1 <= N <= 2**23."""
     if not 1 <= num_cells <= 2**GRID_BITS:
         raise ValueError(f"the number of cells must be in [1, 2**{GRID_BITS}], got {num_cells}")
     edges = _lattice(num_cells + 1, num_cells)
@@ -33,9 +31,9 @@ def permuted_rows(key: Array, values: Array, levels: int, axis: int = 0) -> Arra
 
 def stratified() -> VarianceTransform:
     """Stratified levels: one jittered quantile per cell of width 1/B, ``u_i = (pi(i) + xi_i) / B``.
-    Keeps: the law of each row. Couples: rows, through the random permutation ``pi``, one per level.
-    Costs: one view. Removes: the main effect of the level, V_m, up to O(B^-3). Bias: exact.
-    Reference: proportional strata; "antithetic sampling" in MDLM, BD3-LM, Duo, without ``pi``.
+    Keeps: the law of each row. Couples: rows, by a random permutation ``pi`` per level. Costs: one
+    view. Removes: the level's main effect V_m, up to O(B^-3). Bias: exact. Reference: proportional
+    strata; "antithetic sampling" in MDLM, BD3-LM and Duo, without ``pi``.
     """
 
     def levels(key: Array, spec: DrawSpec) -> Array:
@@ -51,12 +49,11 @@ def stratified_blocks() -> VarianceTransform:
 
     Each block takes the B strata of width 1/B in a random order over the rows, and the S blocks in
     a stratum share its S cells at random, so a row's levels spread over all strata.
-    Keeps: the law of each level of each row. Couples: rows, and the levels of one row. Costs: one
-    view. Removes: the main effect V_m shared by blocks, up to O((B S)^-3); differences between
-    blocks, up to O(B^-3). Bias: exact for the objectives that it accepts. Reference: sliced Latin
-    hypercubes (Qian 2012); BD3-LM stratifies blocks in order.
-    Raises: ValueError from ``init`` and ``draw`` if S > 1 and the spec lacks ``separate_levels``
-    (tied levels would change the law of a level's context); from ``draw`` if B S exceeds 2**23.
+    Keeps: the law of each level of each row. Couples: rows, and levels of a row. Costs: one view.
+    Removes: V_m shared by blocks, up to O((B S)^-3), and differences between them, up to O(B^-3).
+    Bias: exact for the objectives accepted. Reference: sliced Latin hypercubes (Qian 2012); BD3-LM
+    stratifies blocks in order. Raises: ValueError if S > 1 and the spec lacks ``separate_levels``
+    (tied levels would change the law of a level's context), or B S > 2**23 in ``draw``.
     """
 
     def init(spec: DrawSpec) -> EmptyState:
@@ -92,12 +89,11 @@ def systematic() -> VarianceTransform:
 
 def antithetic_pairs() -> VarianceTransform:
     """Antithetic levels: rows in random pairs with quantiles ``u`` and ``1 - u``.
-
-    Keeps: the law of each row. Couples: rows in pairs, separate for each level; an odd row stays
-    alone. Costs: one view. Removes: the part of the level's main effect V_m that is odd about
-    u = 1/2; the batch mean keeps ``(V_m / B) (1 + corr(g(u), g(1 - u)))``, so a symmetric loss is
-    worse off. Bias: exact. Reference: antithetic variates (Hammersley and Morton 1956); the
-    "antithetic sampling" of MDLM, BD3-LM and Duo is :func:`stratified` without its permutation.
+    Keeps: the law of each row. Couples: pairs of rows, drawn per level; an odd row stays alone.
+    Costs: one view. Removes: the part of V_m, the level's main effect, odd about u = 1/2; the batch
+    mean keeps ``(V_m / B) (1 + corr(g(u), g(1 - u)))``, so a symmetric loss is worse off. Bias:
+    exact. Reference: antithetic variates (Hammersley and Morton 1956); not the "antithetic
+    sampling" of MDLM, BD3-LM and Duo, see :func:`stratified`.
     """
 
     def levels(key: Array, spec: DrawSpec) -> Array:
@@ -111,12 +107,10 @@ def antithetic_pairs() -> VarianceTransform:
 
 def coarse_strata(cells: int | None = None) -> VarianceTransform:
     """J equal strata with ``floor(B / J)`` rows each; left-over rows go to distinct random strata.
-
-    Keeps: the law of each row. Couples: rows, through a random assignment. Costs: one view.
-    Removes: the level's main effect V_m between cells (the rest falls as ``J^-2 / B``). Bias:
-    exact. Reference: proportional allocation; J = ``cells`` = floor(sqrt(B)), the default, is from
-    a StableDLLM training script (perhaps the StraTS of arXiv 2511.18159: our inference).
-    Raises: ValueError if ``cells`` is not positive.
+    Keeps: the law of each row. Couples: rows, by random assignment. Costs: one view. Removes: V_m,
+    the level's main effect, between cells (the rest falls as ``J^-2 / B``). Bias: exact. Reference:
+    proportional allocation; the default J = ``cells`` = floor(sqrt(B)) is from a StableDLLM script
+    (by our inference StraTS, arXiv 2511.18159). ValueError unless positive.
     """
     if cells is not None and cells < 1:
         raise ValueError(f"coarse_strata needs at least 1 cell, got {cells}")
@@ -141,13 +135,13 @@ def coarse_strata(cells: int | None = None) -> VarianceTransform:
 def complement() -> VarianceTransform:
     """A second view of every row with the level ``1 - u`` and the noise ``1 - v``.
 
-    For a uniform masking rate the second view masks what the first left visible: under Bernoulli
-    masks every token is predicted once per pair, under fixed counts k_1 + k_2 = n + 1. Not so after
-    a warp, or if the law is asymmetric about logSNR 0.
+    For a uniform masking rate it masks what the first view left visible: Bernoulli masks predict
+    every token once per pair, fixed counts have k_1 + k_2 = n + 1. Not so after a warp, or if the
+    law is asymmetric about logSNR 0.
     Keeps: the law of each view. Couples: the two views, in level and noise. Costs: two forward
     passes per row. Removes: part of A and B, depending on the model; can lose to two independent
-    views. Bias: exact, as each view has its own weight. Reference: antithetic variates over level
-    and noise; complementary masking in LaViDa (Li et al. 2025). MIRROR's views share their level.
+    views. Bias: exact, with a weight per view. Reference: antithetic variates over level and noise;
+    LaViDa (Li et al. 2025), complementary masking. Unlike MIRROR, whose views share their level.
     """
 
     def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:

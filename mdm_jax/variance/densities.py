@@ -1,10 +1,8 @@
 """Densities over the quantile ``u`` that warps sample from; moments per level.
-
 u lies in (0, 1), near 1 = clean (masking rate ``1 - u`` if that is uniform). With f the integrand
 (raw loss times the objective's weight, averaged over views at one level), v its variance over
 masks, g its mean and c the variance over rows of its mean, levels from p have the second moment
-``int E[f^2] / p``, least for p ~ sqrt(E f^2), ``E f^2 = v + g^2 + c`` (for gradients
-``E ||G||^2``). Other targets are below.
+``int E[f^2] / p``, least for p ~ sqrt(E f^2), ``E f^2 = v + g^2 + c``; for gradients ``E ||G||^2``.
 """
 
 from collections.abc import Callable
@@ -46,9 +44,8 @@ class QuantileDensity(Protocol):
 @pytree_dataclass
 class PiecewiseDensity(QuantileDensity):
     """Uniform within each of J cells between ``edges`` [J + 1] that cover (0, 1).
-    ``points`` [J + 1] int32 counts the grid points below each edge; the density is computed from
-    them, so sampling and weighting agree to the last bit, weights average to 1 exactly, and every
-    cell has a point.
+    ``points`` [J + 1] int32 counts the grid points below each edge and defines the density, so
+    sampling and weights agree to the last bit, weights average to 1 exactly, and no cell is empty.
     """
 
     edges: Array
@@ -84,10 +81,9 @@ class PiecewiseDensity(QuantileDensity):
 
 def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
     """Density with the given mass in each cell, rounded to whole grid points, 2**-23.
-    ``edges``: [J + 1] quantiles from 0 to 1; ``masses``: [J] up to a common factor, highest masking
-    rates first; if traced, only their shape is checked.
-    Raises: ValueError if shapes do not fit, the edges do not run from 0 to 1 in steps of at least
-    2**-22, or a mass is not positive and finite.
+    ``edges``: [J + 1] quantiles; ``masses``: [J] up to a common factor, highest masking rates
+    first; if traced, only their shape is checked. ValueError if shapes do not fit, edges do not run
+    from 0 to 1 in steps of 2**-22 or more, or a mass is not positive and finite.
     """
     edges = check_edges(edges)
     cells = edges.size - 1
@@ -109,8 +105,7 @@ def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
 
 
 def log_spaced_edges(num_bins: int = 32, smallest_rate: float = 1e-3) -> np.ndarray:
-    """[J + 1] float32 edges from 0 to 1, equally spaced in the logarithm of the rate ``1 - u``.
-    One cell lies below ``smallest_rate``. Equal widths would not resolve losses with weight 1/m.
+    """[J + 1] float32 edges from 0 to 1, even in log(1 - u); one bin below ``smallest_rate``.
     ValueError if an argument is out of range or a cell would be narrower than 2**-22.
     """
     if num_bins < 2:
@@ -189,9 +184,7 @@ def _grid_points(masses: Array) -> Array:
 
 
 class LevelLosses(NamedTuple):
-    """Losses [V, B, S], averaged over a row's views at one level; ``count`` is 1 / number of these.
-    Both are 0 where no token is eligible.
-    """
+    """Losses averaged over a row's views at a level, and 1 / views, [V, B, S]; 0 if ineligible."""
 
     value: Array
     count: Array
@@ -269,12 +262,10 @@ def squared_mean(moments: LevelMoments) -> Array:
 
 def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> PiecewiseDensity:
     """Density proportional to the root of ``moment`` in each bin, mixed with the uniform one.
-
     Bin j of width d_j gets the mass ``(1 - floor) d_j sqrt(moment_j) / sum + floor d_j``, so no
-    weight exceeds ``1 / floor``. Moments all zero or not finite give the uniform density.
-    ``edges``: [J + 1] from 0 to 1; ``moment``: [J] non-negative; ``floor`` in (0, 1]. The last two
-    may be traced. Raises: ValueError if the edges do not run from 0 to 1, or there is not one
-    moment per bin.
+    weight exceeds ``1 / floor``. Uniform if moments are all zero or not finite. ``moment`` [J] is
+    not negative, ``floor`` in (0, 1]; both may be traced. ValueError unless ``edges`` [J + 1] fit
+    in number and run from 0 to 1.
     """
     edges, moment = check_edges(edges), jnp.asarray(moment, jnp.float32)
     if moment.shape != (edges.size - 1,):  # one moment would be broadcast to all bins

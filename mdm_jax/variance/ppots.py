@@ -68,12 +68,10 @@ def fit_epr(
     rates: ArrayLike, mean: ArrayLike, variance: ArrayLike, restarts: int = 20, seed: int = 0
 ) -> EprFit:
     """Fits the EPR curve to measured moments of the integrand at ``rates`` [N >= 3], increasing.
-
     Minimises ``KL(w || p)`` by the trapezoid rule, w the normalised ``sqrt(mean^2 + variance)``,
     with L-BFGS-B from random starts. The published ``variance`` is the pattern variance v; v + c,
-    the variance over masks and rows, gives the second moment.
-    Raises: ValueError if shapes or values are out of range, all moments are zero, or no restart
-    ends at a finite divergence.
+    over masks and rows, gives the second moment. Raises: ValueError if shapes or values are out of
+    range, all moments are zero, or no restart ends at a finite divergence.
     """
     from scipy import optimize  # slow to import
 
@@ -131,9 +129,9 @@ def _check(rates: np.ndarray, mean: np.ndarray, variance: np.ndarray, restarts: 
 
 class PpotsState(NamedTuple):
     """Running moments of the integrand per bin, [J].
-    ``second``, ``mean``: decayed means of its square and of itself; ``weight``: their total weight,
-    from 0 (never visited) towards 1. ``steps`` counts batches used, ``rejected`` non-finite
-    batches, which change nothing else.
+    ``second``, ``mean``: decayed means of its square and of itself, of total ``weight`` from 0
+    (never visited) towards 1. ``steps`` counts batches used, ``rejected`` non-finite batches, which
+    change nothing else.
     """
 
     second: Array
@@ -154,19 +152,16 @@ def ppots(
     """P-POTS, adaptive: level bins with masses from running moments of the raw loss.
 
     J = ``num_bins`` bins are equally wide in the logarithm of the masking rate m = 1 - u, with one
-    below ``smallest_rate``. The density uses past batches only. Views of a row at one level are
-    averaged first, which is optimal for pairs. A bin never visited counts as average. For per-row
-    gradient norms call ``update`` with ``densities.gradient_stats(stats, norms)``.
+    below ``smallest_rate``. Past batches, views averaged per level (optimal for pairs), give the
+    density; a bin never visited counts as average. ``decay`` of the moments is per draw of a bin,
+    in [0, 1); ``floor`` in (0, 1], the share of uniform levels, bounds the weights by
+    ``1 / floor``; ``target`` is the moment whose root the density follows: for stratified levels
+    ``densities.level_variance``. For per-row gradient norms call ``update`` with
+    ``densities.gradient_stats(stats, norms)``.
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
     and a few operations on [J]. Removes: as :func:`ppots_binned`, without calibration. Bias: exact.
     Reference: arXiv 2511.18159, made adaptive; Nichol and Dhariwal 2021, with an exact weight.
-
-    Args:
-        decay: of the moments per draw of a bin, in [0, 1).
-        floor: share of uniform levels, in (0, 1]; bounds the weights by ``1 / floor``.
-        warmup_steps: number of batches with uniform levels.
-        target: moment whose root the density follows; ``densities.level_variance`` for stratified
-            levels. ValueError if it needs what running moments lack, or a setting is out of range.
+    Raises: ValueError if a setting is out of range, or running moments cannot give the target.
     """
     check_settings("ppots", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
@@ -184,15 +179,15 @@ def ppots_slopes(
     """:func:`ppots` with running moments of the gradient norm at the logits.
 
     The optimal density follows the second moment of the row's *gradient*. Its norm at the logits is
-    nearly free: for a cross-entropy its square is between ``(1 - p)^2`` and twice that, p the
-    probability of the right token, summed over targets in ``LossStats.slopes``. The density follows
-    the mean of ``weight^2 slopes`` per bin: the gradient's second moment up to a factor, if
-    gradients of tokens are not aligned and the network scales them alike at every level.
-    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
-    an exponential per token, and a few operations on [J]. Removes: the spread of the root of the
-    gradient's second moment over levels. Bias: exact. Reference: arXiv 2511.18159; Katharopoulos
-    and Fleuret 2018, who choose rows by the last layer's gradient. Args, Raises: as :func:`ppots`;
-    ValueError from ``update`` for statistics without ``slopes``.
+    nearly free: squared, for a cross-entropy, between ``(1 - p)^2`` and twice that, p the
+    probability of the right token, summed over targets in ``LossStats.slopes``. The mean of
+    ``weight^2 slopes`` per bin is the gradient's second moment up to a factor, if gradients of
+    tokens are not aligned and the network scales them alike at every level.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: as
+    :func:`ppots`, and an exponential per token. Removes: the spread of the root of the gradient's
+    second moment over levels. Bias: exact. Reference: arXiv 2511.18159; Katharopoulos and Fleuret
+    2018 (rows chosen by the last layer's gradient). Raises: as there, and from ``update`` without
+    ``slopes``.
     """
     check_settings("ppots_slopes", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
@@ -259,13 +254,13 @@ def ppots_binned(
 ) -> VarianceTransform:
     """P-POTS from measured moments: bin masses proportional to ``width_j sqrt(second_moments_j)``.
 
-    Moments of the loss or gradient, measured once, [J] non-negative in any unit; ``edges`` [J + 1]
-    from 0 to 1, highest masking rates first. Ten bins of ``densities.log_spaced_edges`` come within
-    half a percent of the optimum.
+    Moments [J] of loss or gradient are non-negative, in any unit; ``edges`` [J + 1] run from 0 to
+    1, highest masking rates first. Ten ``densities.log_spaced_edges`` bins are within 0.5% of the
+    optimum.
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: the variance of
-    sqrt(E f^2) over uniform levels. Bias: exact. Reference: P-POTS, arXiv 2511.18159, as a
-    histogram. Raises: ValueError if the edges do not cover (0, 1), there is not one moment per bin,
-    a moment is negative or not finite, or ``floor`` is not in (0, 1].
+    sqrt(E f^2) over uniform levels. Bias: exact. Reference: arXiv 2511.18159, as a histogram.
+    Raises: ValueError unless edges cover (0, 1), moments fit, are finite and >= 0, and ``floor`` is
+    in (0, 1].
     """
     check_floor("ppots_binned", floor)
     moments = np.asarray(second_moments, np.float64)
@@ -282,13 +277,11 @@ def ppots_parametric(
     parameters: EprParameters | Sequence[float], floor: float = 0.1
 ) -> VarianceTransform:
     """P-POTS from its seven-parameter curve, fitted by :func:`fit_epr`.
-
-    The curve is integrated over 256 equal cells of the masking rate m = 1 - u; sampling and weights
-    use the same density (not so in the published engine).
+    Integrated over 256 equal cells of m = 1 - u, with weights for the density that is sampled (not
+    so in the published engine).
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: what the curve
-    captures of the optimal density. Bias: exact. Reference: P-POTS, arXiv 2511.18159, "EPR" in its
-    code. Raises: ValueError if number or range of the parameters is wrong or ``floor`` not in (0,
-    1].
+    captures of the optimal density. Bias: exact. Reference: arXiv 2511.18159, "EPR" in its code.
+    Raises: ValueError if the parameters' number or range is wrong, or ``floor`` is not in (0, 1].
     """
     return importance(epr_density(parameters, floor))._replace(name="ppots_parametric")
 

@@ -34,9 +34,7 @@ ProfileFn = Callable[[PyTree, Array], LevelProfile]
 
 
 class Phase(enum.IntEnum):
-    """Order of transforms in a chain; phases never decrease.
-    Couplings keep each quantile uniform; after a warp, one would discard it but keep its weight.
-    """
+    """Order in a chain; phases never decrease, as couplings discard warped levels, not weights."""
 
     COUPLE = 0
     WARP = 1
@@ -53,15 +51,13 @@ class VarianceTransform(NamedTuple):
     Attributes:
         name: key of its state and of its random stream; unique within a chain.
         init: ``init(spec) -> state``; structure, shapes and dtypes are fixed from then on.
-        draw: ``draw(key, state, draw, spec) -> draw``, from named streams of the key; pure, so a
-            batch can be redrawn without disturbing training.
+        draw: ``draw(key, state, draw, spec) -> draw``, from named streams of the key; reads state.
         update: ``update(state, draw, stats) -> state`` after the step, from raw losses.
         bias: one of :data:`mdm_jax.types.BIAS_LABELS`; a chain has the worst of its members.
         views: factor on the number of views, hence on forward passes per row.
         replaces: names of the Draw fields that are drawn anew, discarding earlier values.
-        members: the parts of a chain, empty otherwise.
-        profile: ``profile(state, u) -> LevelProfile`` at quantiles ``u`` [..., S]; None if unknown,
-            and for couplings and replications, which leave the density flat.
+        members: the parts of a chain.
+        profile: ``profile(state, u [..., S]) -> LevelProfile``; None if flat (no warp) or unknown.
     """
 
     name: str
@@ -101,9 +97,7 @@ def stateless(
 
 
 def draw_batch(key: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec) -> Draw:
-    """The draw of one step: uniforms passed through ``transform``, with ``transform.views`` views.
-    ``spec`` is the shape of the *global* batch, of which shards and microbatches take slices.
-    """
+    """The draw of one step for the *global* batch of ``spec``; shards and microbatches slice it."""
     return transform.draw(key, state, iid(key, spec), spec)
 
 
@@ -115,7 +109,7 @@ def replicate_views(draw: Draw, noises: list[Array]) -> Draw:
 
 def identity() -> VarianceTransform:
     """Independent levels and masks, the baseline.
-    Keeps: everything. Couples: nothing. Costs: nothing, one view. Bias: exact.
+    Keeps: everything. Couples: nothing. Costs: one view. Bias: exact.
     """
     return stateless("identity", Phase.COUPLE, lambda _key, current, _spec: current)
 
@@ -123,14 +117,13 @@ def identity() -> VarianceTransform:
 def chain(*transforms: VarianceTransform) -> VarianceTransform:
     """Composes transforms in reading order: couple, then warp, then replicate.
 
-    Nested chains are flattened. States are a dict by member name, and each member has its own named
-    random stream, so adding one leaves the others' random numbers unchanged. The level profile is
-    that of the warp, flat without one.
+    Nested chains are flattened. States are a dict by member name; each member has its own named
+    random stream, so adding one leaves the others' numbers unchanged. The level profile is the
+    warp's, or flat.
     Keeps: what every member keeps. Couples: what any member couples. Costs: the product of the
-    members' views. Bias: the worst label of its members.
-    Raises: TypeError if an argument is no variance transform; ValueError if a name occurs twice,
-    phases decrease, there are two warps, two members draw the same field anew, or a member draws
-    levels anew after one that made several views.
+    members' views. Bias: the worst label of its members. Raises: TypeError for other arguments;
+    ValueError if a name occurs twice, phases decrease, there are two warps, two members draw the
+    same field anew, or a member draws levels anew after one that made several views.
     """
     members = tuple(itertools.chain.from_iterable(_members(t) for t in transforms)) or (identity(),)
     _check(members)

@@ -13,10 +13,9 @@ from mdm_jax.variance.transform import Phase, VarianceTransform, replicate_views
 
 def repeat(views: int = 2) -> VarianceTransform:
     """R = ``views`` views of every row at the same level, with independent noise.
-    Keeps: the law of each view. Couples: nothing, beyond the shared level. Costs: R forward passes
-    per row. Removes: pattern noise A by the factor R (R times the rows would remove B and C too);
-    the baseline for coupled views. Bias: exact. Reference: plain Monte Carlo; what the public
-    StableDLLM release calls MIRROR.
+    Keeps: the law of each view. Couples: nothing but the shared level. Costs: R forward passes per
+    row. Removes: pattern noise A by the factor R (R times the rows would remove B and C too);
+    baseline for coupled views. Bias: exact. Reference: Monte Carlo; "MIRROR" in StableDLLM's code.
     """
     _check_views("repeat", views)
 
@@ -29,13 +28,11 @@ def repeat(views: int = 2) -> VarianceTransform:
 
 def mirror() -> VarianceTransform:
     """MIRROR: a second view of every row at the same level, with base noise ``1 - v``.
-
     Under Bernoulli masks at rate p the two masked sets are disjoint up to p = 1/2 and cover
     everything above, the most negative correlation possible. Fixed counts reverse the ranks.
     Keeps: the law of each view. Couples: the two views. Costs: two forward passes per row. Removes:
     pattern noise A; better than twice the rows iff |covariance of the views| > B + C. Bias: exact.
-    Reference: antithetic variates; MIRROR in arXiv 2511.18159, whose public release draws the
-    second mask independently instead.
+    Reference: antithetic variates; arXiv 2511.18159 (its public release draws independent masks).
     """
 
     def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:
@@ -51,9 +48,8 @@ def rotate(views: int = 2) -> VarianceTransform:
     least spread possible; K = 2 has the joint law of :func:`mirror`. Under fixed counts ranks
     rotate by a random amount of mean n j / K; :func:`rotate_ranks` is sharper there.
     Keeps: the law of each view. Couples: the views of a row. Costs: K forward passes per row.
-    Removes: pattern noise A; for an additive loss with weight 1/p all but the share
-    ``frac(K p) (1 - frac(K p)) / (K p)^2``. Bias: exact. Reference: systematic sampling of each
-    element over the views (Cranley and Patterson 1976).
+    Removes: A, for additive losses with weight 1/p up to ``frac(K p) (1 - frac(K p)) / (K p)^2`` of
+    it. Bias: exact. Reference: systematic sampling over the views (Cranley and Patterson 1976).
     """
     _check_views("rotate", views)
 
@@ -72,12 +68,11 @@ def rotate_ranks(views: int = 2) -> VarianceTransform:
 
     The element of rank r among L gets, in view j, the noise of rank ``(r - floor(j L / K)) mod L``,
     so under fixed counts the numbers of views in which two elements are masked differ by at most 1.
-    Rows whose S levels divide L rotate segment by segment. Of n < L eligible elements, ranks rotate
-    by a random amount of mean n j / K (still exact).
-    Keeps: the law of each view. Couples: the views of a row; also equal counts of Bernoulli masks
-    in all views, which :func:`rotate` avoids. Costs: K forward passes per row. Removes: pattern
-    noise A under fixed counts k, all of its additive part if L divides K k. Bias: exact. Reference:
-    systematic sampling without replacement along a random permutation.
+    Rows whose S levels divide L rotate by segments. Of n < L eligible elements, ranks rotate by a
+    random amount of mean n j / K (still exact).
+    Keeps: the law of each view. Couples: a row's views; unlike :func:`rotate` also the counts of
+    Bernoulli masks. Costs: K forward passes per row. Removes: A under fixed counts k, all of its
+    additive part if L divides K k. Bias: exact. Reference: systematic sampling without replacement.
     """
     _check_views("rotate_ranks", views)
 
@@ -103,12 +98,12 @@ def stratified_levels(views: int = 2) -> VarianceTransform:
     """R = ``views`` views of every row, at levels stratified within the row and over the batch.
 
     A row gets one of B cells in each of its R strata ``[r/R, (r+1)/R)``; each of the B R cells is
-    used once, and strata are in random order over a row's views. Views have independent noise.
+    used once, strata are in random order over a row's views, and views have independent noise.
     Keeps: the law of each view of each row. Couples: the levels of a row's views, and rows. Costs:
-    R forward passes per row. Removes: V_m, and the interaction V_xm of level and row between a
-    row's strata: for large R better than N R rows of one level iff B > (R - 1) C, and if those are
-    stratified iff V_xm > (R - 1) C. Bias: exact. Reference: stratified sampling nested in rows.
-    Raises: ValueError if ``views`` is not positive, or B R exceeds 2**23 when drawing.
+    R forward passes per row. Removes: V_m, and the interaction V_xm of level and row between
+    strata: for large R better than N R rows of one level iff B > (R - 1) C, stratified ones iff
+    V_xm > (R - 1) C. Bias: exact. Reference: nested stratified sampling. ValueError if
+    ``B R > 2**23``.
     """
     _check_views("stratified_levels", views)
 

@@ -1,5 +1,5 @@
 """Warps: importance sampling of the level, clipped ranges, log-uniform rates; learned warps' frame.
-A warp draws quantiles from a density, with the importance weight in ``log_weight``.
+Quantiles are drawn from a density, with the importance weight in ``log_weight``.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,10 @@ from mdm_jax.variance.transform import InitFn, Phase, VarianceTransform, statele
 
 def importance(density: QuantileDensity) -> VarianceTransform:
     """Importance sampling of levels: quantiles from ``density``, with its inverse as weight.
-
-    Strata become strata of equal probability under the density.
+    Strata become strata of equal probability.
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: variance of level and
-    pattern if the density follows the root of the integrand's second moment
-    (``densities.second_moment``); a poor density adds variance. Bias: exact if the density covers
-    (0, 1), else truncated. Reference: importance sampling (Kahn and Marshall 1953).
+    pattern for densities like the root of ``densities.second_moment``; poor ones add variance.
+    Bias: exact if the density covers (0, 1), else truncated. Reference: Kahn and Marshall 1953.
     """
     low, high = density.support
     return stateless(
@@ -44,12 +42,10 @@ def importance(density: QuantileDensity) -> VarianceTransform:
 
 def clipped(low: float, high: float) -> VarianceTransform:
     """Clipped masking rates: m = 1 - u uniform in [low, high], with the weight ``high - low``.
-
     Keeps: ``int_low^high g(m) dm``, the bound's part in the range. Couples: nothing. Costs: one
-    view. Removes: what rates outside add to the variance *and* to the bound. Bias: truncated, so
-    report no likelihood from it; :func:`clipped_mixture` is the exact variant. Reference: Arriola
-    et al. 2025 (BD3-LM), whose code omits the factor ``high - low``. Raises: ValueError unless 0 <=
-    low < high <= 1.
+    view. Removes: what rates outside add to variance *and* bound. Bias: truncated, so report no
+    likelihood from it; :func:`clipped_mixture` is exact. Reference: Arriola et al. 2025 (BD3-LM),
+    whose code omits the weight. Raises: ValueError unless ``0 <= low < high <= 1``.
     """
     _check_range("clipped", low, high)
     return importance(ClippedDensity(low, high))._replace(name="clipped")
@@ -92,12 +88,10 @@ class ClipRange(NamedTuple):
 
 def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
     """:func:`clipped` with its range in the state, to be set by :func:`set_clip_range`.
-
-    Starts at [low, high]; ``meter.make_clip_search`` finds a range. No recompilation; saved in
-    checkpoints.
+    Starts at [low, high]; ``meter.make_clip_search`` finds a range. No recompilation; checkpointed.
     Keeps: ``int_low^high g(m) dm`` for the current range, which moves. Couples: nothing. Costs: one
     view. Removes: as :func:`clipped`. Bias: truncated. Reference: Arriola et al. 2025 (BD3-LM),
-    data-driven clipping. Raises: ValueError unless 0 <= low < high <= 1.
+    data-driven clipping. Raises: as :func:`clipped`.
     """
     _check_range("clipped_adaptive", low, high)
     return learned_warp(
@@ -131,11 +125,11 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
     """Mixture of a clipped range of masking rates and the full one: exact clipping.
 
     The density is ``(1 - share) U[low, high] + share U[0, 1]``. Rates within 2**-21 of 0 or 1 count
-    as 0 or 1 (the resolution of float32 quantiles).
+    as these (float32 resolution).
     Keeps: E[weight f(u)] = int f, the whole bound. Couples: nothing. Costs: one view. Removes: what
-    a preference for the range can, at the price of weights of ``1 / share`` outside. Bias: exact.
-    Reference: defensive importance sampling (Hesterberg 1995).
-    Raises: ValueError unless 0 <= low < high <= 1, high - low >= 2**-21 and 0 < share <= 1.
+    a preference for the range can, with weights of ``1 / share`` outside. Bias: exact. Reference:
+    defensive importance sampling (Hesterberg 1995). Raises: ValueError unless
+    ``0 <= low < high <= 1``, ``high - low >= 2**-21`` and ``0 < share <= 1``.
     """
     _check_range("clipped_mixture", low, high)
     if not 0 < share <= 1:
@@ -160,14 +154,14 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
 def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
     """Log-uniform masking rates m = 1 - u above ``smallest_rate``, uniform ones below.
 
-    The density of m is ``1 / (T max(m, smallest_rate))`` with ``T = 1 - ln smallest_rate``; with
-    the weight 1/m, cross-entropies above ``smallest_rate`` get the constant weight T. The published
-    form, truncated, is ``schedules.masked.log_uniform``.
+    The density of m is ``1 / (T max(m, smallest_rate))``, ``T = 1 - ln smallest_rate``;
+    cross-entropies with weight 1/m then get the constant T above ``smallest_rate``.
+    ``schedules.masked.log_uniform`` is the published form, truncated.
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: the tail of
-    Bernoulli's weight 1/m above ``smallest_rate``; below it the second moment stays infinite, T
-    smallest_rate times that of uniform rates. Small rates are drawn more often than optimal; fixed
-    counts have no tail to remove. Bias: exact. Reference: Sahoo et al. 2024 (MDLM), change of
-    variables (its option for importance sampling). Raises: ValueError unless 0 < smallest_rate < 1.
+    Bernoulli's weight 1/m above ``smallest_rate``; the second moment below stays infinite, T
+    smallest_rate times that of uniform rates. Draws small rates more often than optimal; fixed
+    counts have no tail. Bias: exact. Reference: Sahoo et al. 2024 (MDLM), change of variables (an
+    option for importance sampling). Raises: ValueError unless 0 < smallest_rate < 1.
     """
     if not 0 < smallest_rate < 1:
         raise ValueError(f"log_uniform needs 0 < smallest_rate < 1, got {smallest_rate}")
@@ -226,9 +220,7 @@ def learned_warp(
 
 
 def updates(learn: LearnFn) -> Callable[[Any, Draw, LossStats], Any]:
-    """``update`` of a state with counters ``steps`` and ``rejected``, from ``learn``.
-    If the changes are not to be kept, the state stays as it was and ``rejected`` grows by 1.
-    """
+    """Counting ``update`` from ``learn``; changes not to be kept only raise ``rejected``."""
 
     def update(state: Any, current: Draw, stats: LossStats) -> Any:
         changes, keep = learn(state, current, stats)

@@ -32,13 +32,12 @@ def ema_bins(
 ) -> VarianceTransform:
     """Levels in proportion to an exponential moving average of the loss in equally wide bins.
 
-    A step moves each visited bin's average once, towards the mean of the integrand there. The
-    default density over the logSNR is proportional to W E[l]; ``target=densities.second_moment``
-    gives the optimum at the same cost.
-    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
-    and a few operations on [J]. Removes: the whole excess over the optimum if E f^2 / (E f)^2 is
-    the same at all levels. Bias: exact. Reference: Kingma and Gao 2023, appendix F. Args, Raises:
-    as :func:`~mdm_jax.variance.ppots`; ``decay`` is per step that visits a bin.
+    Errors and other settings as :func:`~mdm_jax.variance.ppots`. A step moves each visited bin's
+    average once (``decay``), towards the mean of the integrand there. The density over the logSNR
+    is proportional to W E[l], or with ``target=densities.second_moment`` optimal.
+    Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: as ppots.
+    Removes: the whole excess over the optimum if ``E f^2 / (E f)^2`` is the same at all levels.
+    Bias: exact. Reference: Kingma and Gao 2023, app. F.
     """
     check_settings("ema_bins", decay=decay)
     edges = equal_edges("ema_bins", num_bins)
@@ -66,9 +65,9 @@ def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> V
     Uniform until all J = ``num_bins`` bins hold H = ``length`` values, about J (H + log J) / B
     batches: prefer some tens of bins to one per diffusion step.
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
-    and J H numbers of memory. Removes: as much as sqrt(E f^2) varies with the level, less for small
-    H. Bias: exact. Reference: Nichol and Dhariwal 2021 (improved DDPM), second-moment resampler.
-    Raises: ValueError if a setting is out of range; ``floor``, the uniform share, is in (0, 1].
+    J H numbers. Removes: as much as sqrt(E f^2) varies with the level, less for small H. Bias:
+    exact. Reference: Nichol and Dhariwal 2021 (improved DDPM), second-moment resampler. Raises:
+    ValueError if a setting is out of range; ``floor``, the uniform share, is in (0, 1].
     """
     if length < 1:
         raise ValueError(f"loss_history needs length >= 1, got {length}")

@@ -21,10 +21,9 @@ _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower th
 
 
 class LossCurve(NamedTuple):
-    """A family of increasing curves F, as elementwise functions.
-    ``init() -> parameters`` is near F(xi) = xi; ``value(parameters, xi)`` is the loss;
-    ``log_density(parameters, xi)`` is the log derivative of F / F(1), nats;
-    ``quantile(parameters, share)`` is the inverse of F / F(1).
+    """A family of increasing curves F, as elementwise functions; ``init()`` is near F(xi) = xi.
+    ``value(parameters, xi)`` is the loss, ``log_density(parameters, xi)`` the log derivative of F /
+    F(1), nats, and ``quantile(parameters, share)`` the inverse of F / F(1).
     """
 
     init: Callable[[], PyTree]
@@ -145,9 +144,8 @@ def curve_warp(
     decay: float,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
-    """Draws levels from the derivatives of fitted curves, without importance weights.
-    ``curve_of_level`` maps S to each level's curve, [S] integers from 0 to G - 1; ``log_factor``
-    takes quantiles [V, B, S]; the rest, and errors, as :func:`cdcd_warp`.
+    """Draws levels from the derivatives of fitted curves, unweighted; see :func:`cdcd_warp`.
+    ``curve_of_level`` maps S to [S] curve numbers below G; ``log_factor`` takes u [V, B, S].
     """
     check_settings(name, decay=decay, learning_rate=learning_rate)
     optimizer = optax.adam(learning_rate, b2=0.99)
@@ -212,12 +210,12 @@ def cdcd_warp(
 ) -> VarianceTransform:
     """CDCD time warping: equal shares of the draws cover equal rises of the loss.
 
-    A piecewise-linear curve F(xi) of K = ``num_bins`` cells, free in width and height, is fitted to
-    the raw loss per target element by least squares uniform in the noise ``xi = 1 - u``. Levels are
-    drawn from its derivative, with *no* weight. The loss has to rise with the noise; for Gaussian
-    diffusion, where the error of eps falls, ``log_factor=lambda u: -law.icdf(u)``, added to the log
-    loss before the fit, gives the error of the clean data. ``decay`` (per batch) is that of the
-    averaged curve that levels are drawn from, 0 for the fitted one; ``learning_rate`` is Adam's.
+    A piecewise-linear curve F(xi) of ``num_bins`` cells, free in width and height, is fitted to the
+    raw loss per target element by least squares uniform in the noise ``xi = 1 - u``, with Adam.
+    Levels come from the derivative of its average (``decay`` per batch, 0 for none), with *no*
+    weight. The loss has to rise with the noise: for Gaussian diffusion, where the error of eps
+    falls, fit that of the clean data by ``log_factor=lambda u: -law.icdf(u)``, added to the log
+    loss.
     Keeps: the range of levels, not the loss: the effective weighting is the objective's times the
     learnt density, which moves. Couples: steps, through the state. Costs: one view. Removes: draws
     at levels where the loss hardly changes, by changing the estimand. Bias: biased. Reference:
@@ -239,11 +237,11 @@ def cdtd_warp(
 ) -> VarianceTransform:
     """CDTD time warping: a row's levels at one common fraction of the loss, a curve per data type.
 
-    :func:`cdcd_warp` with one base quantile for the S levels of a row and a curve per group.
-    Condition the network on the logSNR: the meaning of the common quantile changes with the curves.
-    ``curve`` is piecewise linear by default, or ``logistic_curve()``. ``groups`` [S] numbers each
-    level's curve from 0, default one each. Losses are divided by ``normalisers`` [S] (such as the
-    entropy of a marginal) for the fit only, not for training.
+    :func:`cdcd_warp` with one base quantile for the S levels of a row and a ``curve`` (piecewise
+    linear if not given) per group; ``groups`` [S] numbers each level's from 0, one each if not
+    given. The fit, not training, divides losses by ``normalisers`` [S], such as entropies of
+    marginals. Condition the network on the logSNR: the meaning of the common quantile changes with
+    the curves.
     Keeps: each level's range, not the loss, nor the independence of a row's levels. Couples: the
     levels of a row; steps through the state. Costs: one view. Removes: differences in difficulty
     between levels and types, by changing the estimand. Bias: biased. Reference: Mueller et al. 2025

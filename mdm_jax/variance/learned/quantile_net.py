@@ -86,9 +86,8 @@ class MonotoneNet(QuantileDensity):
 
 
 def monotone_net(resolution: int = 32) -> MonotoneNet:
-    """The identity map as a :class:`MonotoneNet` of K = resolution + 32 units.
-    Sigmoids of width and spacing 1 / resolution, 16 more on either side, sum to a line within 1e-7.
-    ValueError unless ``resolution`` is positive.
+    """The identity map as a :class:`MonotoneNet` of K = resolution + 32 units, within 1e-7.
+    Sigmoids of width and spacing 1 / resolution, 16 more on either side; ValueError if it is < 1.
     """
     if resolution < 1:
         raise ValueError(f"monotone_net needs resolution >= 1, got {resolution}")
@@ -125,14 +124,13 @@ def learned_quantile(
 
         grad M = -E[ (f / q)^2 grad log q(u') ] ,
 
-    divided by a running mean (``decay`` in [0, 1)) of the square; at the minimum ``q`` is
-    proportional to sqrt(E f^2). Q has no floor; for heavy tails prefer
-    :func:`~mdm_jax.variance.ppots`.
+    over a running mean of the square (``decay`` in [0, 1)); the minimum is ``q`` proportional to
+    sqrt(E f^2). Q has no floor; for heavy tails prefer :func:`~mdm_jax.variance.ppots`.
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
-    and a network of one hidden layer (``resolution`` units per unit of u) per level. Removes: as
-    much as sqrt(E f^2) varies with the level. Bias: exact. Reference: Kingma et al. 2021 (VDM),
-    appendix I.2, with the score function in place of the loss's derivative, and kernels made
-    positive by softplus and exponential. Raises: ValueError if a setting is out of range.
+    a network of one hidden layer (``resolution`` units per unit of u) per level. Removes: as much
+    as sqrt(E f^2) varies with the level. Bias: exact. Reference: Kingma et al. 2021 (VDM), appendix
+    I.2, but by the score function, and with softplus and exponential kernels. Raises: ValueError if
+    a setting is out of range.
     """
     check_settings("learned_quantile", decay=decay, learning_rate=learning_rate)
     monotone_net(resolution)  # raises where there is none
@@ -180,8 +178,7 @@ def second_moment_gradient(
     squares: Array,
     mean: Callable[[Array], Array],
 ) -> PyTree:
-    """Score-function gradient of ``E[(f / q)^2]`` in the parameters of q.
-    ``log_density(parameters)`` is log q at the levels drawn, ``squares`` the squared weighted
-    integrand there; ``mean`` averages over these levels.
+    """Score-function gradient of ``E[(f / q)^2]`` in the parameters of q, given log q as drawn.
+    ``squares`` is the squared weighted integrand there; ``mean`` averages over these levels.
     """
     return jax.grad(lambda parameters: -mean(squares * log_density(parameters)))(parameters)

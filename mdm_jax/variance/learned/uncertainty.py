@@ -37,18 +37,17 @@ def uncertainty_weighting(
 ) -> VarianceTransform:
     """Learned loss weighting by level: divides the loss by ``exp(s(u))``, which follows its mean.
 
-    ``s`` is linear in C = ``num_features`` frozen Fourier features (drawn from ``seed``) of
-    ``coordinate``, an elementwise function of the quantile of order 1 (for a law,
-    ``lambda u: -law.icdf(u) / 8`` is EDM2's ``log(sigma) / 4``). Adam minimises ``f exp(-s) + s``
-    over its coefficients, f the raw loss times the objective's weight per eligible element; at the
-    minimum ``exp(s) = E[f | u]``. The network trains with s fixed, which is the gradient of joint
-    training.
-    Keeps: the levels (it is a chain's warp), not the loss: the effective weighting becomes
+    ``s`` is linear in C = ``num_features`` frozen Fourier features (from ``seed``) of
+    ``coordinate``, elementwise in the quantile and of order 1 (``lambda u: -law.icdf(u) / 8`` is
+    EDM2's ``log(sigma) / 4``). Adam minimises ``f exp(-s) + s``, f the raw loss times the
+    objective's weight per eligible element, at ``exp(s) = E[f | u]``. The network trains with s
+    fixed: the gradient of joint training.
+    Keeps: the levels (it is a chain's warp), not the loss: the weighting becomes
     ``p / E[l | level]`` over the logSNR, p the objective's law, and moves. Couples: steps, through
     the state. Costs: one view. Removes: variance by changing the estimand: all levels weigh the
-    same. Bias: biased. Reference: Karras et al. 2024 (EDM2), appendix B.2, with coefficients not
-    normalised so that they can start at zero; Kendall et al. 2018. Raises: ValueError if a setting
-    is out of range.
+    same. Bias: biased. Reference: Karras et al. 2024 (EDM2), app. B.2, but coefficients not
+    normalised (zero at start); Kendall et al. 2018. Raises: ValueError if a setting is out of
+    range.
     """
     if num_features < 1:
         raise ValueError(f"uncertainty_weighting needs num_features >= 1, got {num_features}")
