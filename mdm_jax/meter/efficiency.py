@@ -129,7 +129,7 @@ def efficiency(
                 f"each batch must have the spec's {subject.spec.batch_size} rows, got "
                 f"{batch.tokens.shape[0]}"
             )
-        eligible_rows(batch)  # raises where nothing is eligible
+        eligible_rows(batch)  # raises if nothing is eligible
     placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
 
     def batch_of(group: int, _key: Array) -> Batch:
@@ -149,7 +149,7 @@ def efficiency_with_data(
     progress: Progress | None = None,
 ) -> Efficiency:
     """:func:`efficiency` of batches redrawn from ``rows`` [N, L] too, with replacement."""
-    eligible_rows(rows)  # raises where nothing is eligible
+    eligible_rows(rows)  # raises if nothing is eligible
     size, count = subject.spec.batch_size, rows.tokens.shape[0]
     pool = jax.tree.map(jnp.asarray, rows)
 

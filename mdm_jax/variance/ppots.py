@@ -85,7 +85,7 @@ def fit_epr(
     held = measured > 0
 
     def divergence(raw: np.ndarray) -> float:
-        with np.errstate(over="ignore", invalid="ignore"):  # a start may lead astray
+        with np.errstate(over="ignore", invalid="ignore"):  # bad starts overflow
             fitted = trapezoid * epr_curve(_positive(raw), rates)
             fitted = fitted / np.sum(fitted)
             return float(np.sum(measured[held] * np.log(measured[held] / fitted[held])))
@@ -215,7 +215,7 @@ def running_bins(
     if warmup_steps < 0:
         raise ValueError(f"{name} needs warmup_steps >= 0, got {warmup_steps}")
     num_bins = len(edges) - 1
-    target(LevelMoments(jnp.ones(num_bins), jnp.ones(num_bins)))  # raises where it needs more
+    target(LevelMoments(jnp.ones(num_bins), jnp.ones(num_bins)))  # raises if it needs more
 
     def init(_spec: DrawSpec) -> PpotsState:
         return PpotsState(*(jnp.zeros(num_bins, jnp.float32) for _ in range(3)), **counters())

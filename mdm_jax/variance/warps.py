@@ -118,7 +118,7 @@ def set_clip_range(state: PyTree, low: float, high: float) -> PyTree:
     return state | {"clipped_adaptive": _clip_range(low, high)}
 
 
-_LEAST = 2 * NARROWEST  # so that it is wide enough after the rounding of both ends, too
+_LEAST = 2 * NARROWEST  # wide enough even after both ends are rounded
 
 
 def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTransform:

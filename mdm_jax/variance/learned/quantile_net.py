@@ -133,7 +133,7 @@ def learned_quantile(
     a setting is out of range.
     """
     check_settings("learned_quantile", decay=decay, learning_rate=learning_rate)
-    monotone_net(resolution)  # raises where there is none
+    monotone_net(resolution)  # checks the resolution
     optimizer = optax.adam(learning_rate)
 
     def init(_spec: DrawSpec) -> LearnedQuantile:
