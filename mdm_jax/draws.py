@@ -55,16 +55,16 @@ class LossStats(NamedTuple):
         raw: sum of the losses of the target elements, nats.
         weight: the objective's factor; for uniform quantiles ``raw * weight`` is an unbiased
             estimate of the level's loss in nats.
-        scored, targets: number of eligible elements (the normaliser), and of those with a loss.
-        slopes: sum over targets of the squared gradient norm of the element's loss at the network's
-            outputs, up to a common factor; None if unknown.
+        eligible, targets: number of eligible elements (the normaliser), and of those with a loss.
+        gradient_norms: sum over targets of the squared gradient norm of the element's loss at the
+            logits, up to a common factor; None if unknown.
     """
 
     raw: Array
     weight: Array
-    scored: Array
+    eligible: Array
     targets: Array
-    slopes: Array | None = None
+    gradient_norms: Array | None = None
 
 
 def check_spec(spec: DrawSpec) -> DrawSpec:

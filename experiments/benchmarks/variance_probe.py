@@ -96,7 +96,7 @@ class _Probe:
         def loss(params: PyTree, draw: Any) -> Array:
             stats = task.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
             sums = sum_losses(draw, stats)
-            return token_mean(sums.loss, sums.scored)
+            return token_mean(sums.loss, sums.eligible)
 
         @jax.jit
         def add(params: PyTree, index: Array, total: PyTree) -> tuple[PyTree, Array]:

@@ -120,7 +120,7 @@ def gaussian_loss(
         return LossStats(
             raw=sum_levels(jnp.square(error), levels) * jnp.exp(-change),
             weight=jnp.exp(recipe.log_importance_weight(logsnr)),
-            scored=jnp.broadcast_to(scored, draw.u.shape),
+            eligible=jnp.broadcast_to(scored, draw.u.shape),
             targets=sum_levels(corrupted.target_mask.astype(jnp.int32), levels),
         )
 

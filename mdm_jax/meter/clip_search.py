@@ -236,8 +236,8 @@ def block_loss_moments(
             stats = objective.loss(
                 lambda *inputs: apply_fn(params, *inputs), batch, _in_interval(draw, interval)
             )
-            value = stats.weight * stats.raw / jnp.maximum(stats.scored, 1)
-            return value[0], stats.scored[0] > 0
+            value = stats.weight * stats.raw / jnp.maximum(stats.eligible, 1)
+            return value[0], stats.eligible[0] > 0
 
         return jax.lax.map(one, intervals)
 

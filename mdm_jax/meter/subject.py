@@ -84,7 +84,7 @@ def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
 
     def gradient(params: PyTree, batch: Batch, draw: Draw, num_microbatches: int) -> PyTree:
         total, sums, _ = accumulate_gradient(loss, params, batch, draw, num_microbatches)
-        return jax.tree.map(lambda g: token_mean(g, sums.scored.astype(g.dtype)), total)
+        return jax.tree.map(lambda g: token_mean(g, sums.eligible.astype(g.dtype)), total)
 
     @functools.partial(jax.jit, static_argnums=5, donate_argnums=0)
     def accumulate(

@@ -71,9 +71,9 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
         return LossStats(
             raw=sum_levels(nats, levels),
             weight=jnp.exp(log_weight),
-            scored=jnp.broadcast_to(count, draw.u.shape),
+            eligible=jnp.broadcast_to(count, draw.u.shape),
             targets=sum_levels(corrupted.target_mask.astype(jnp.int32), levels),
-            slopes=sum_levels(squares, levels),
+            gradient_norms=sum_levels(squares, levels),
         )
 
     def spec(batch_size: int, length: int) -> DrawSpec:
@@ -207,7 +207,7 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
         return LossStats(
             raw=sum_levels(nats, levels),
             weight=jnp.exp(UNIFORM_RATE.log_pdf(logsnr) - law.log_pdf(logsnr)),
-            scored=jnp.broadcast_to(count, draw.u.shape),
+            eligible=jnp.broadcast_to(count, draw.u.shape),
             targets=sum_levels(where.astype(jnp.int32), levels),
         )
 
@@ -277,7 +277,7 @@ def next_token(mask_id: int) -> Objective:
         return LossStats(
             raw=jnp.sum(nats, axis=-1, keepdims=True),
             weight=jnp.ones(draw.u.shape, jnp.float32),
-            scored=count.astype(jnp.float32),
+            eligible=count.astype(jnp.float32),
             targets=count.astype(jnp.int32),
         )
 

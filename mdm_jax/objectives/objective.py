@@ -45,7 +45,7 @@ class LossSums(NamedTuple):
     """
 
     loss: Array
-    scored: Array
+    eligible: Array
     cross_entropy: Array
     targets: Array
 
@@ -55,7 +55,7 @@ def sum_losses(draw: Draw, stats: LossStats) -> LossSums:
     views = draw.u.shape[0]
     return LossSums(
         loss=jnp.sum(jnp.exp(draw.log_weight) * stats.weight * stats.raw) / views,
-        scored=jnp.sum(stats.scored) / views,
+        eligible=jnp.sum(stats.eligible) / views,
         cross_entropy=jnp.sum(stats.raw),
         targets=jnp.sum(stats.targets).astype(jnp.float32),
     )
@@ -234,13 +234,13 @@ def reported_loss(baseline: Baseline, draw: Draw, stats: LossStats) -> Array:
     member, _, eligible = _bins(baseline, draw, stats)
     level = jnp.dot(member, baseline.mean, precision=jax.lax.Precision.HIGHEST)
     correction = jnp.mean(baseline.mean) - jnp.exp(draw.log_weight) * level
-    control = jnp.where(eligible, stats.scored * correction, 0.0)
+    control = jnp.where(eligible, stats.eligible * correction, 0.0)
     return sum_losses(draw, stats).loss + jnp.sum(control) / draw.u.shape[0]
 
 
 def _bins(baseline: Baseline, draw: Draw, stats: LossStats) -> tuple[Array, Array, Array]:
     bins = baseline.mean.shape[0]
-    eligible = stats.scored > 0
+    eligible = stats.eligible > 0
     index = jnp.clip((draw.u * bins).astype(jnp.int32), 0, bins - 1)
     member = jax.nn.one_hot(index, bins, dtype=jnp.float32) * eligible[..., None]
-    return member, stats.raw * stats.weight / jnp.maximum(stats.scored, 1), eligible
+    return member, stats.raw * stats.weight / jnp.maximum(stats.eligible, 1), eligible

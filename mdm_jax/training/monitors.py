@@ -109,9 +109,9 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
     def update(state: LevelSums, draw: Draw, stats: LossStats, _gradients: PyTree) -> LevelSums:
         rate = jax.nn.sigmoid(-objective.law.icdf(draw.u))
         index = jnp.clip((rate * bins).astype(jnp.int32), 0, bins - 1)
-        scored = stats.scored > 0
+        scored = stats.eligible > 0
         member = jax.nn.one_hot(index, bins, dtype=jnp.float32) * scored[..., None]
-        loss = stats.raw * stats.weight / jnp.maximum(stats.scored, 1)
+        loss = stats.raw * stats.weight / jnp.maximum(stats.eligible, 1)
         columns = (stats.raw, stats.targets, loss, loss**2, jnp.ones_like(loss))
         values = jnp.stack([column.astype(jnp.float32) for column in columns])
         finite = jnp.all(jnp.isfinite(jnp.where(scored, values, 0.0)))
@@ -252,7 +252,7 @@ def baseline_monitor(
     ) -> ControlledLoss:
         sums = sum_losses(draw, stats)
         # Before the baseline is updated with this batch, to keep the mean.
-        new = (reported_loss(state.baseline, draw, stats), sums.loss, sums.scored)
+        new = (reported_loss(state.baseline, draw, stats), sums.loss, sums.eligible)
         finite = jnp.isfinite(new[0]) & jnp.isfinite(new[1])
         keep = jnp.where(finite, forget, 1.0)
         old = (state.total, state.raw, state.scored)

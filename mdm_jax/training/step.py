@@ -89,8 +89,8 @@ def make_train_step(
         gradients, sums, stats = accumulate_gradient(
             loss_fn, state.params, batch, draw, num_microbatches
         )
-        gradients = jax.tree.map(lambda g: token_mean(g, sums.scored), gradients)
-        loss = token_mean(sums.loss, sums.scored)
+        gradients = jax.tree.map(lambda g: token_mean(g, sums.eligible), gradients)
+        loss = token_mean(sums.loss, sums.eligible)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         # Of the updates too: an optimiser can overflow on gradients that are finite.

@@ -197,7 +197,7 @@ class LevelLosses(NamedTuple):
 
 def integrand(draw: Draw, stats: LossStats) -> LevelLosses:
     """f, whose mean over uniform quantiles is the loss, per eligible element."""
-    return _per_level(draw, stats.raw * stats.weight, stats.scored)
+    return _per_level(draw, stats.raw * stats.weight, stats.eligible)
 
 
 def target_loss(draw: Draw, stats: LossStats) -> LevelLosses:

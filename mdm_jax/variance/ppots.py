@@ -180,14 +180,14 @@ def ppots_slopes(
 
     The optimal density follows the second moment of the row's *gradient*. Its norm at the logits is
     nearly free: squared, for a cross-entropy, between ``(1 - p)^2`` and twice that, p the
-    probability of the right token, summed over targets in ``LossStats.slopes``. The mean of
-    ``weight^2 slopes`` per bin is the gradient's second moment up to a factor, if gradients of
-    tokens are not aligned and the network scales them alike at every level.
+    probability of the right token, summed over targets in ``LossStats.gradient_norms``. The mean of
+    ``weight^2 gradient_norms`` per bin is the gradient's second moment up to a factor, if gradients
+    of tokens are not aligned and the network scales them alike at every level.
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: as
     :func:`ppots`, and an exponential per token. Removes: the spread of the root of the gradient's
     second moment over levels. Bias: exact. Reference: arXiv 2511.18159; Katharopoulos and Fleuret
     2018 (rows chosen by the last layer's gradient). Raises: as there, and from ``update`` without
-    ``slopes``.
+    ``gradient_norms``.
     """
     check_settings("ppots_slopes", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
@@ -322,9 +322,11 @@ def _bin_sums(edges: np.ndarray, u: Array, losses: LevelLosses) -> tuple[Array, 
 
 def _norms_at_logits(stats: LossStats) -> Array:
     """[V, B, S] gradient norm at the logits; NaN where the loss is not finite."""
-    if stats.slopes is None:
+    if stats.gradient_norms is None:
         raise ValueError(
-            "ppots_slopes learns from LossStats.slopes, which this objective does not fill in; use "
-            "ppots, which learns from the loss, or an objective of masked tokens"
+            "ppots_slopes learns from LossStats.gradient_norms, which this objective does not fill "
+            "in; use ppots, which learns from the loss, or an objective of masked tokens"
         )
-    return jnp.where(jnp.isfinite(stats.raw), jnp.sqrt(stats.slopes) * stats.weight, jnp.nan)
+    return jnp.where(
+        jnp.isfinite(stats.raw), jnp.sqrt(stats.gradient_norms) * stats.weight, jnp.nan
+    )

@@ -100,7 +100,7 @@ def block_moments(block_size, low, high):
             batch = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), toys.toy_batch())
             draw = Draw(u, jnp.zeros_like(u), noise)
             stats = objective.loss(toy_fn(block_size), batch, draw)
-            value = stats.weight * stats.raw / stats.scored
+            value = stats.weight * stats.raw / stats.eligible
             return value[0].reshape(3, len(rate), len(bits), blocks)
 
         value = np.asarray(run(jnp.asarray(rate)), np.float64)
@@ -169,7 +169,7 @@ def test_blocks_count_their_own_eligible_tokens():
     draw = draw_of(fixed_count(2), 3)
     stats = loss_of(fixed_count(2), toy_fn(2), batch, draw)
     assert stats.raw.shape == stats.weight.shape == (2, 3, 2)
-    np.testing.assert_array_equal(stats.scored[0], [[0, 2], [1, 2], [0, 0]])
+    np.testing.assert_array_equal(stats.eligible[0], [[0, 2], [1, 2], [0, 0]])
     np.testing.assert_array_equal(stats.targets[:, 2], 0)
     np.testing.assert_allclose(stats.weight[:, 1, 0], 1.0)
 

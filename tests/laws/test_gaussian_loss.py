@@ -92,7 +92,7 @@ def test_raw_is_the_noise_error_whatever_the_network_predicts(path_name):
         for stats in all_stats(draw):
             np.testing.assert_allclose(stats.raw, expected, rtol=1e-8)
             np.testing.assert_allclose(stats.weight, np.full((2, 3, 2), 7.0), rtol=1e-12)
-            np.testing.assert_array_equal(stats.scored, np.full((2, 3, 2), 2.0))
+            np.testing.assert_array_equal(stats.eligible, np.full((2, 3, 2), 2.0))
             np.testing.assert_array_equal(stats.targets, np.full((2, 3, 2), 2))
 
 
@@ -333,13 +333,13 @@ def test_elements_that_are_not_eligible_carry_nothing():
     def loss(outputs):
         stats = objective.loss(lambda *_: outputs, batch, draw)
         sums = sum_losses(draw, stats)
-        return token_mean(sums.loss, sums.scored), stats
+        return token_mean(sums.loss, sums.eligible), stats
 
     differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, stats), gradient = differentiate(jnp.zeros((2, 3)))
     assert np.isfinite(value) and value > 0
     np.testing.assert_array_equal(np.asarray(gradient) != 0, eligible)
-    np.testing.assert_array_equal(stats.scored[0, :, 0], [2, 0])
+    np.testing.assert_array_equal(stats.eligible[0, :, 0], [2, 0])
     np.testing.assert_array_equal(stats.targets[0, :, 0], [2, 0])
     assert stats.raw[0, 1, 0] == 0
 

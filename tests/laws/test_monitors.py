@@ -69,7 +69,7 @@ def test_level_monitor_keeps_bins_and_rejects_what_is_not_finite():
     stats = LossStats(
         raw=jnp.array([[[2.0], [jnp.nan]]]),
         weight=jnp.full((1, 2, 1), 4.0),
-        scored=jnp.array([[[4.0], [0.0]]]),  # the second row has nothing to score
+        eligible=jnp.array([[[4.0], [0.0]]]),  # the second row has nothing to score
         targets=jnp.array([[[1], [0]]]),
     )
     state = monitor.update(state, draw, stats, None)

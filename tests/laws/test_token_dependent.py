@@ -213,7 +213,7 @@ def test_baseline_leaves_the_gradient_bit_for_bit():
     def loss(params, reported):
         stats = objective.loss(lambda *a: toys.Toy().apply(params, *a), toys.toy_batch(), draw)
         total = reported(stats)
-        return token_mean(total, sum_losses(draw, stats).scored)
+        return token_mean(total, sum_losses(draw, stats).eligible)
 
     graded = tiny.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = graded(toys.toy_params(), lambda stats: sum_losses(draw, stats).loss)
@@ -274,7 +274,7 @@ def test_baseline_averages_rows_of_one_bin_and_rejects_what_is_not_finite():
     kept = update(twice, draw, bad)
     np.testing.assert_array_equal(kept.mean, twice.mean)
     assert kept.rejected == 1
-    empty = stats._replace(scored=jnp.zeros_like(stats.scored))
+    empty = stats._replace(eligible=jnp.zeros_like(stats.eligible))
     np.testing.assert_array_equal(update(twice, draw, empty).mean, twice.mean)
     with pytest.raises(ValueError, match="at least 1 bin"):
         objectives_objective.new_baseline(0)

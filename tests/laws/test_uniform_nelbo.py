@@ -374,7 +374,7 @@ def test_unscored_positions_carry_nothing():
     assert not np.any(np.abs(gradient).sum((1, 3))[~eligible])
     assert np.all(np.abs(gradient).sum((1, 3))[eligible] > 0)
     np.testing.assert_array_equal(gradient[..., 3:], 0)
-    np.testing.assert_array_equal(stats.scored[:, :, 0], [[2, 2, 0, 4]] * 2)
+    np.testing.assert_array_equal(stats.eligible[:, :, 0], [[2, 2, 0, 4]] * 2)
     np.testing.assert_array_equal(stats.targets[:, :, 0], [[2, 2, 0, 4]] * 2)
     np.testing.assert_array_equal(stats.raw[:, 2], 0)
     (other, _), other_gradient = both(mixed_batch(padding=4))
@@ -390,7 +390,7 @@ def test_all_empty_batch_has_zero_loss_and_gradient():
 
     def loss(params):
         sums = sum_losses(draw, objective.loss(toy_fn(params), batch, draw))
-        return token_mean(sums.loss, sums.scored)
+        return token_mean(sums.loss, sums.eligible)
 
     value, gradient = zoo.quick(jax.value_and_grad(loss))(toys.toy_params())
     assert value == 0

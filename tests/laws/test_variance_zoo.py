@@ -202,7 +202,7 @@ def some_stats(draw, value=1.0):
     shape = draw.u.shape
     raw = value * (1.0 + draw.u + draw.noise[..., :1])
     counts = jnp.full(shape, 4.0), jnp.full(shape, 2)
-    return LossStats(raw, jnp.ones(shape), *counts, slopes=jnp.square(raw))
+    return LossStats(raw, jnp.ones(shape), *counts, gradient_norms=jnp.square(raw))
 
 
 LEARNING = [
@@ -226,7 +226,7 @@ def learning_step():
         def learn(transform, state, draw):
             stats = some_stats(draw)
             raw = stats.raw.at[0, 3, 1].add(offset)
-            stats = stats._replace(raw=raw, slopes=jnp.square(raw))
+            stats = stats._replace(raw=raw, gradient_norms=jnp.square(raw))
             stats = LossStats(*(f if f.dtype == jnp.int32 else f + everything for f in stats))
             return transform.update(state, draw, stats)
 

@@ -40,7 +40,7 @@ def test_the_yardstick_computes_the_loss_and_the_gradient_of_the_library(tiny_ne
     def library(params):
         stats = task.loss(lambda *inputs: network.apply(params, *inputs), batch, draw)
         sums = objectives.sum_losses(draw, stats)
-        return objectives.token_mean(sums.loss, sums.scored)
+        return objectives.token_mean(sums.loss, sums.eligible)
 
     def plain(params):
         rate = jax.nn.sigmoid(-task.law.icdf(draw.u[0, :, 0]))

@@ -16,14 +16,14 @@ LAW = schedules.uniform(-10.0, 10.0)
 FINE = (np.arange(20_000) + 0.5) / 20_000
 
 
-def one_batch(u, raw, scored=1.0, targets=None):
+def one_batch(u, raw, eligible=1.0, targets=None):
     """Draw and statistics with the given levels and losses [V, B] or [V, B, S]."""
     u, raw = (np.asarray(a, np.float32) for a in (u, raw))
     u, raw = (a[..., None] if a.ndim == 2 else a for a in (u, raw))
     draw = Draw(u, np.zeros_like(u), np.full((*u.shape[:2], 1), 0.5, np.float32))
-    scored = np.full_like(u, scored)
-    targets = scored if targets is None else np.asarray(targets, np.float32).reshape(u.shape)
-    return draw, LossStats(raw, np.ones_like(u), scored, targets, slopes=np.square(raw))
+    eligible = np.full_like(u, eligible)
+    targets = eligible if targets is None else np.asarray(targets, np.float32).reshape(u.shape)
+    return draw, LossStats(raw, np.ones_like(u), eligible, targets, gradient_norms=np.square(raw))
 
 
 def fresh(transform, levels=1):

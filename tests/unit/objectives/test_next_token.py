@@ -81,10 +81,10 @@ def test_prompt_and_padding_carry_no_loss():
     losses = block_toy.block_losses(1)[..., 1]
     expected = np.where(np.asarray(eligible), losses, 0).sum(1)
     np.testing.assert_allclose(stats.raw[..., 0], np.tile(expected, (2, 1)), rtol=1e-6)
-    np.testing.assert_array_equal(stats.scored[1, :, 0], [2, 0, 2])
+    np.testing.assert_array_equal(stats.eligible[1, :, 0], [2, 0, 2])
     sums = objectives.sum_losses(numbers(spec, views=2), stats)
     np.testing.assert_allclose(sums.loss, expected.sum(), rtol=1e-6)  # a mean over views
-    assert sums.scored == 4
+    assert sums.eligible == 4
 
     def total(logits):
         return jnp.sum(OBJECTIVE.loss(lambda *_: logits, batch, numbers(spec)).raw)

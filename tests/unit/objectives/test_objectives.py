@@ -93,12 +93,12 @@ def test_sums_normalise_by_eligible_tokens_of_the_whole_batch():
     draw = _draw(objective.spec(4, 4))
     stats = _loss(objective, _mixed_batch(), draw)
     assert stats.raw.shape == (2, 4, 1)
-    np.testing.assert_array_equal(stats.scored[:, :, 0], [[2, 2, 0, 4]] * 2)
+    np.testing.assert_array_equal(stats.eligible[:, :, 0], [[2, 2, 0, 4]] * 2)
     np.testing.assert_array_equal(stats.raw[:, 2], 0.0)
     sums = sum_losses(draw, stats)
-    assert sums.scored == 8
+    assert sums.eligible == 8
     by_hand = np.mean(np.sum(stats.weight * stats.raw, axis=(1, 2))) / 8
-    np.testing.assert_allclose(token_mean(sums.loss, sums.scored), by_hand, rtol=1e-6)
+    np.testing.assert_allclose(token_mean(sums.loss, sums.eligible), by_hand, rtol=1e-6)
 
 
 def test_segments_are_independent_terms():
@@ -180,7 +180,7 @@ def test_all_empty_batch_has_zero_loss_and_gradient():
     def loss(params):
         stats = objective.loss(lambda *a: toys.Toy().apply(params, *a), batch, draw)
         sums = sum_losses(draw, stats)
-        return token_mean(sums.loss, sums.scored)
+        return token_mean(sums.loss, sums.eligible)
 
     value, gradient = tiny.jit(jax.value_and_grad(loss))(toys.toy_params())
     assert value == 0

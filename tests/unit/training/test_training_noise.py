@@ -81,7 +81,7 @@ def _recorder(rows):
         return LossStats(
             raw=draw.noise[..., :1] + zero,
             weight=draw.u,
-            scored=jnp.ones_like(draw.u),
+            eligible=jnp.ones_like(draw.u),
             targets=tokens,
         )
 

@@ -69,7 +69,7 @@ def test_a_mean_of_means_would_be_noticed():
     def mean_of_means(params):
         def mean(part, draw):
             stats = objective.loss(lambda *a: tiny.apply_fn(params, *a), part, draw)
-            return jnp.sum(stats.raw * stats.weight) / jnp.maximum(jnp.sum(stats.scored), 1.0)
+            return jnp.sum(stats.raw * stats.weight) / jnp.maximum(jnp.sum(stats.eligible), 1.0)
 
         parts, draws_of = split_rows(batch, 4, axis=0), split_rows(_draw(0), 4, axis=1)
         return jnp.mean(jax.vmap(mean)(parts, draws_of))

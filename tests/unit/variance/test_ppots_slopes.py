@@ -49,7 +49,7 @@ def test_slopes_are_those_of_the_logits_but_for_a_factor_of_at_most_two(name):
 
     stats, slope = both(jax.random.key(0), jnp.zeros((ROWS, LENGTH, TOKENS)))
     squared = np.sum(np.square(slope), axis=(1, 2))
-    found = np.asarray(stats.slopes[0, :, 0])
+    found = np.asarray(stats.gradient_norms[0, :, 0])
     assert found.shape == (ROWS,) and np.all(
         (found > 0) == (np.asarray(stats.targets[0, :, 0]) > 0)
     )
@@ -125,5 +125,7 @@ def test_statistics_without_slopes_are_refused():
     state = transform.init(SPEC)
     draw = draws.iid(jax.random.key(0), SPEC)
     ones = np.ones(draw.u.shape, np.float32)
-    with pytest.raises(ValueError, match="LossStats.slopes, which this objective does not fill in"):
+    with pytest.raises(
+        ValueError, match="LossStats.gradient_norms, which this objective does not fill in"
+    ):
         transform.update(state, draw, LossStats(ones, ones, ones, ones))

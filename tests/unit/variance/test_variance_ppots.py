@@ -132,12 +132,12 @@ def test_floor_bounds_the_weights():
 # Learning while training.
 
 
-def one_batch(u, raw, scored=4.0):
+def one_batch(u, raw, eligible=4.0):
     """Draw and statistics with the given levels [V, B] and losses [V, B]."""
     u, raw = (np.asarray(a, np.float32)[..., None] for a in (u, raw))
     draw = Draw(u, np.zeros_like(u), np.full(u.shape, 0.5, np.float32))
-    scored = np.broadcast_to(np.asarray(scored, np.float32).reshape(1, -1, 1), u.shape)
-    return draw, LossStats(raw, np.full_like(u, 2.0), scored, scored)
+    eligible = np.broadcast_to(np.asarray(eligible, np.float32).reshape(1, -1, 1), u.shape)
+    return draw, LossStats(raw, np.full_like(u, 2.0), eligible, eligible)
 
 
 def learn(transform, *batches):
