@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from experiments.study.gradient_noise import drawn_batches
 from mdm_jax import data, meter, variance
-from mdm_jax.evaluation import picture_quality
+from mdm_jax.evaluation import quality as picture_quality
 from mdm_jax.gaussian.recipes import RECIPES
 from mdm_jax.launch import evaluate, presets, train
 from mdm_jax.launch.build import Experiment, load_parameters, make_experiment

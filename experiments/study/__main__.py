@@ -28,10 +28,10 @@ from experiments.study import plots, table
 from experiments.study import runs as study_runs
 from experiments.study.runs import Run
 from experiments.study.suites import SUITES, Suite
-from mdm_jax.launch import startup
+from mdm_jax.launch import command_line
 from mdm_jax.launch.workdir import WorkdirError
 from mdm_jax.training.checkpoints import CheckpointError
-from mdm_jax.training.interrupt import Interrupt, Interrupted
+from mdm_jax.training.loop import Interrupt, Interrupted
 
 _SUITE = flags.DEFINE_enum("suite", None, sorted(SUITES), "Which runs.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
@@ -122,7 +122,7 @@ def _work(suite: Suite, root: pathlib.Path) -> int:
     _stay_on_a_core(_WORKER.value)
     parent = os.getppid()
     try:
-        startup.use_compilation_cache(_CACHE.value)
+        command_line.use_compilation_cache(_CACHE.value)
         with Interrupt() as interrupt:
             for run in _claimed(suite, root):
                 print(f"=== {run.name}", flush=True)

@@ -16,8 +16,7 @@ from experiments.study.suites import METHODS, Method, Suite, Task
 from mdm_jax.launch import evaluate, train
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.workdir import WorkdirError, changes, check, read_config, write_json
-from mdm_jax.training.interrupt import Interrupt
-from mdm_jax.training.loop import TrainingStopped
+from mdm_jax.training.loop import Interrupt, TrainingStopped
 from mdm_jax.training.metrics import read_metrics
 
 RECORD = "study.json"

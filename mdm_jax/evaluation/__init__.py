@@ -31,7 +31,7 @@ from mdm_jax.evaluation.paired import (
     paired_difference,
     paired_seeds,
 )
-from mdm_jax.evaluation.text_quality import (
+from mdm_jax.evaluation.quality import (
     GenerativePerplexity,
     Score,
     TextQuality,

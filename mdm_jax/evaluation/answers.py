@@ -20,7 +20,7 @@ from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import to_host
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean
 from mdm_jax.evaluation.paired import PairedDifference, paired_difference
-from mdm_jax.likelihood.result import Likelihood
+from mdm_jax.likelihood.estimators import Likelihood
 from mdm_jax.types import Array, Batch, PyTree
 
 Evaluate = Callable[..., Likelihood]

@@ -17,7 +17,7 @@ from mdm_jax.estimates import (
     standard_error_of_mean,
     standard_error_of_ratio,
 )
-from mdm_jax.likelihood.result import Likelihood
+from mdm_jax.likelihood.estimators import Likelihood
 from mdm_jax.types import Array, Batch, PyTree
 
 

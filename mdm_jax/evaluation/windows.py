@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from mdm_jax.estimates import finite_or_none, standard_error_of_ratio
 from mdm_jax.evaluation.answers import Evaluate, row_batches
-from mdm_jax.likelihood.result import Likelihood
+from mdm_jax.likelihood.estimators import Likelihood
 from mdm_jax.types import Array, Batch, PyTree
 
 

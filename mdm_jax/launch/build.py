@@ -25,7 +25,7 @@ from mdm_jax.meter.clip_search import make_clip_search
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import BatchStream
-from mdm_jax.training.state import TrainState
+from mdm_jax.training.step import TrainState
 from mdm_jax.types import Array, ArrayLike, Batch, PyTree, worst_bias
 from mdm_jax.variance.transform import VarianceTransform
 

@@ -37,15 +37,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mdm_jax.launch import command_line, evaluate, measure, startup, train
+from mdm_jax.launch import command_line, evaluate, measure, train
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.sample import format_samples
 from mdm_jax.launch.variance_report import format_table
 from mdm_jax.launch.workdir import WorkdirError, check, claim
 from mdm_jax.training.checkpoints import CheckpointError
-from mdm_jax.training.interrupt import Interrupt, Interrupted
-from mdm_jax.training.loop import TrainingStopped
+from mdm_jax.training.loop import Interrupt, Interrupted, TrainingStopped
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config: a built-in one, as in quickstart:smoke, or a file."
@@ -102,8 +101,8 @@ def main(argv: list[str]) -> int:
     if _CONFIG.value is None:
         return _fail("--config is required to train, as in --config=quickstart")
     try:
-        startup.use_compilation_cache(_CACHE.value)
-        startup.start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        command_line.use_compilation_cache(_CACHE.value)
+        command_line.start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     except (ValueError, RuntimeError) as error:
         return _fail(str(error))
     workdir = pathlib.Path(_WORKDIR.value)

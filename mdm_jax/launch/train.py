@@ -24,7 +24,7 @@ from mdm_jax.launch.workdir import (
 from mdm_jax.meter.clip_search import ClipChoice
 from mdm_jax.training.checkpoints import Restored
 from mdm_jax.training.loop import BatchStream
-from mdm_jax.training.state import TrainState
+from mdm_jax.training.step import TrainState
 from mdm_jax.types import PyTree
 from mdm_jax.variance.warps import set_clip_range
 

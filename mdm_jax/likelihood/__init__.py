@@ -6,5 +6,5 @@ from mdm_jax.likelihood.bounds import (
     make_next_token_likelihood,
     make_uniform_likelihood,
 )
-from mdm_jax.likelihood.result import LevelCurve, Likelihood
+from mdm_jax.likelihood.estimators import LevelCurve, Likelihood
 from mdm_jax.likelihood.subsets import make_subset_likelihood

@@ -20,6 +20,7 @@ from mdm_jax import schedules
 from mdm_jax.corruption.process import sum_levels
 from mdm_jax.draws import GRID_BITS, Draw, open_uniform
 from mdm_jax.likelihood.estimators import (
+    Likelihood,
     RowScores,
     ScoredRows,
     check_at_least_one,
@@ -29,7 +30,6 @@ from mdm_jax.likelihood.estimators import (
     pass_masks,
     row_keys,
 )
-from mdm_jax.likelihood.result import Likelihood
 from mdm_jax.models.cross_entropy import token_nats
 from mdm_jax.models.masks import check_blocks
 from mdm_jax.objectives.losses import uniform_nelbo

@@ -36,6 +36,7 @@ import numpy as np
 from mdm_jax.corruption.masked import noise_ranks
 from mdm_jax.draws import open_uniform
 from mdm_jax.likelihood.estimators import (
+    Likelihood,
     RowScores,
     ScoredRows,
     check_at_least_one,
@@ -45,7 +46,6 @@ from mdm_jax.likelihood.estimators import (
     pass_masks,
     row_keys,
 )
-from mdm_jax.likelihood.result import Likelihood
 from mdm_jax.models.cross_entropy import token_nats
 from mdm_jax.rng import stream
 from mdm_jax.types import Array

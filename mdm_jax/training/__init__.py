@@ -8,8 +8,7 @@ from mdm_jax.training.checkpoints import (
     abstract,
 )
 from mdm_jax.training.ema import AverageOffset, averaged, new_average, update_average
-from mdm_jax.training.interrupt import Interrupt, Interrupted
-from mdm_jax.training.loop import Hooks, LoopOptions, TrainingStopped, train
+from mdm_jax.training.loop import Hooks, Interrupt, Interrupted, LoopOptions, TrainingStopped, train
 from mdm_jax.training.metrics import MetricWriter, Progress, SilentWriter, read_metrics
 from mdm_jax.training.monitors import (
     Monitor,
@@ -20,13 +19,16 @@ from mdm_jax.training.monitors import (
     read_monitors,
 )
 from mdm_jax.training.optimizers import adamw, muon, store_moments, warmup_cosine
-from mdm_jax.training.state import TrainState, linen_init, new_state, num_params
 from mdm_jax.training.step import (
     CompiledStep,
     StepMetrics,
+    TrainState,
     compile_step,
     compiler_options,
     format_bytes,
+    linen_init,
     make_train_step,
+    new_state,
+    num_params,
     step_draw,
 )

@@ -313,7 +313,7 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line(stopped):
 
 
 def test_an_interrupt_during_the_final_evaluation_says_how_to_go_on(stopped):
-    from mdm_jax.training.interrupt import Interrupted
+    from mdm_jax.training.loop import Interrupted
 
     code, out, _ = stopped("report", Interrupted())
     assert code == 130 and "the same command line resumes" in out

@@ -14,7 +14,7 @@ import process_script
 import pytest
 
 from mdm_jax import training
-from mdm_jax.launch import startup
+from mdm_jax.launch import command_line
 
 STEPS = 12
 ARGUMENTS = [
@@ -237,17 +237,17 @@ SLURM = {
     ],
 )
 def test_clusters_are_told_from_workstations(environment, kind):
-    found = startup.detected({"JAX_PLATFORMS": "cpu", **environment})
+    found = command_line.detected({"JAX_PLATFORMS": "cpu", **environment})
     assert (found is None) if kind is None else kind in found
 
 
 def test_half_given_coordinates_are_refused(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", pytest.fail)
     with pytest.raises(ValueError, match="--coordinator_address is missing"):
-        startup.start_processes(None, 2, 0)
+        command_line.start_processes(None, 2, 0)
     with pytest.raises(ValueError, match=r"--process_id must be in \[0, 2\)"):
-        startup.start_processes("localhost:1", 2, 2)
-    startup.start_processes(None, None, None)  # a workstation
+        command_line.start_processes("localhost:1", 2, 2)
+    command_line.start_processes(None, None, None)  # a workstation
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    startup.start_processes(None, 1, None)  # told not to look
+    command_line.start_processes(None, 1, None)  # told not to look

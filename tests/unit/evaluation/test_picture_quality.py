@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mdm_jax.evaluation import picture_quality
+from mdm_jax.evaluation import quality as picture_quality
 
 
 def exact_sample(covariance, mean, count=64, seed=0):

@@ -10,9 +10,9 @@ import joint_law
 import numpy as np
 import pytest
 
-from mdm_jax.evaluation import ngrams, text_quality
+from mdm_jax.evaluation import ngrams
 from mdm_jax.evaluation.ngrams import as_texts, jensen_shannon, ngram_divergence
-from mdm_jax.evaluation.text_quality import generative_perplexity, likelihood_score
+from mdm_jax.evaluation.quality import generative_perplexity, likelihood_score, measure_text_quality
 from mdm_jax.likelihood import subsets as designs
 from mdm_jax.likelihood.subsets import make_subset_likelihood
 from mdm_jax.plots import quality_by_steps, quality_curve
@@ -222,7 +222,7 @@ def test_scores_that_cannot_be_used(score, message):
 def test_all_figures_together():
     tokens, valid = random_texts(rows=6)
     held_out, _ = random_texts(3, rows=12)
-    quality = text_quality.measure_text_quality(
+    quality = measure_text_quality(
         tokens,
         valid,
         held_out=held_out,
@@ -248,7 +248,7 @@ def test_all_figures_together():
 
 
 def test_figures_of_a_single_text():
-    quality = text_quality.measure_text_quality([[1, 1, 2]], orders=(1, 4))
+    quality = measure_text_quality([[1, 1, 2]], orders=(1, 4))
     assert quality.self_bleu is None and quality.perplexity is None and quality.divergence == {}
     stored = json.loads(json.dumps(quality.to_dict(), allow_nan=False))
     assert stored["distinct_4"] is None and stored["token_entropy_standard_error"] is None
@@ -261,7 +261,7 @@ def test_errors():
     with pytest.raises(ValueError, match="must be integers"):
         ngrams.token_entropy(SAME * 1.0)
     with pytest.raises(ValueError, match="none of the tokens of 4 texts"):
-        text_quality.measure_text_quality(SAME, np.zeros((4, 5), bool))
+        measure_text_quality(SAME, np.zeros((4, 5), bool))
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         ngrams.distinct_ngrams(SAME - 1, 2)
     with pytest.raises(ValueError, match="at least 1, got 0"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mdm_jax.models import masks
 from mdm_jax.models.decoders import block_apply, causal_apply, shift_right
-from mdm_jax.training.state import linen_init
+from mdm_jax.training.step import linen_init
 
 LENGTH, SIZE = 6, 2
 EVERY = {

@@ -13,7 +13,7 @@ from variants import slow_except
 from mdm_jax import corruption, likelihood, models, objectives
 from mdm_jax import meter as mdm_jax_meter
 from mdm_jax.models.cross_entropy import Chunking, Projection
-from mdm_jax.training.state import linen_init
+from mdm_jax.training.step import linen_init
 from mdm_jax.variance.transform import draw_batch
 
 ROWS = 8

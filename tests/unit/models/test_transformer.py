@@ -21,7 +21,7 @@ from mdm_jax.models.layers import (
 )
 from mdm_jax.models.transformer import Transformer, TransformerConfig
 from mdm_jax.sharding import LOGICAL_RULES
-from mdm_jax.training.state import linen_init, num_params
+from mdm_jax.training.step import linen_init, num_params
 
 ROWS, LENGTH = 4, 10
 VARIANTS = {

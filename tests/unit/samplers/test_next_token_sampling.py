@@ -17,7 +17,7 @@ from mdm_jax import samplers
 from mdm_jax.models.decoders import cached_causal_decoder, causal_apply, recomputing_causal_decoder
 from mdm_jax.samplers.next_token import make_next_token_generator, sample_next_tokens
 from mdm_jax.testing import toys
-from mdm_jax.training.state import linen_init
+from mdm_jax.training.step import linen_init
 
 MASK = toys.MASK_ID
 

@@ -13,7 +13,7 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 
 from mdm_jax import training
-from mdm_jax.launch import presets, startup
+from mdm_jax.launch import command_line, presets
 from mdm_jax.launch import train as launch_train
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.training import loop
@@ -161,7 +161,7 @@ def test_a_second_start_finds_the_step_in_the_cache(own_cache):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         (tiny.new_state(spec, optax.adam(0.01)), tiny.batch(8)),
     )
-    assert startup.use_compilation_cache(str(own_cache)) == own_cache
+    assert command_line.use_compilation_cache(str(own_cache)) == own_cache
     jax.monitoring.register_event_listener(count)
     try:
         training.compile_step(step, state, batch)
@@ -182,13 +182,13 @@ def test_a_second_start_finds_the_step_in_the_cache(own_cache):
 def test_where_the_cache_lies(own_cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache))
     jax.config.update("jax_compilation_cache_dir", None)
-    assert startup.use_compilation_cache("") is None
+    assert command_line.use_compilation_cache("") is None
     assert jax.config.jax_compilation_cache_dir is None
-    assert startup.use_compilation_cache(None) == own_cache / "mdm_jax" / "compiled"
+    assert command_line.use_compilation_cache(None) == own_cache / "mdm_jax" / "compiled"
     jax.config.update(
         "jax_compilation_cache_dir", str(own_cache / "own")
     )  # as from the environment
-    assert startup.use_compilation_cache(None) == own_cache / "own"
+    assert command_line.use_compilation_cache(None) == own_cache / "own"
 
 
 # --- the command line -----------------------------------------------------------------------------
