@@ -343,5 +343,5 @@ def test_figure_lays_recipes_over_each_other():
     lost = right.lines[1].get_ydata()  # dotted: weighted, never drawn
     np.testing.assert_array_equal(np.isfinite(lost), drawn == 0)
     edm = right.lines[2].get_ydata()
-    at_zero = np.argmin(np.abs(plots.gaussian.LEVELS))
+    at_zero = np.argmin(np.abs(plots.LEVELS))
     np.testing.assert_allclose(edm[at_zero], 1.0, rtol=1e-6)

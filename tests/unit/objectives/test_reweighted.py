@@ -57,7 +57,7 @@ def test_masked_bound_with_a_factor(scale):
         factor = FACTORS[name][1]
         assert objective.bias == "biased" and name in objective.name and objective.law is law
         np.testing.assert_allclose(after.weight, before.weight * factor(level), rtol=2e-5)
-        for field in ("raw", "scored", "targets"):
+        for field in ("raw", "eligible", "targets"):
             np.testing.assert_array_equal(getattr(after, field), getattr(before, field))
         found = np.asarray(after.weight * after.raw, np.float64).reshape(3, len(u), 24).mean(2) @ du
         factors = factor(np.log1p(-rates) - np.log(rates))

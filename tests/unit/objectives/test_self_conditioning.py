@@ -127,7 +127,7 @@ def test_loss_is_plain_or_two_pass_by_the_coin(name):
     np.testing.assert_allclose(again.raw, second.raw, rtol=1e-5)
     assert np.abs(second.raw - alone.raw).max() > 1e-2
     assert coin[:2].sum() == 8  # two views, half and half
-    for field in ("weight", "scored", "targets"):
+    for field in ("weight", "eligible", "targets"):
         np.testing.assert_array_equal(getattr(found, field), getattr(alone, field))
 
 
