@@ -1,5 +1,6 @@
 """Strict numerics and eight host devices for every test; set before JAX wakes up."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -19,6 +20,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Tracing allocates millions of small objects; collecting them less often saves a tenth of the time.
+gc.set_threshold(200_000, 20, 20)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

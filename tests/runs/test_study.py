@@ -337,6 +337,7 @@ def _as_if_killed_at_step_2(run):
         (run / name).unlink()
 
 
+@pytest.mark.slow  # resuming itself is tested by default in test_launch.py
 def test_a_run_of_a_study_cut_off_and_resumed_ends_as_one_that_was_not(tmp_path):
     """One run of four; the others are said to be finished."""
     _pretend_finished(tmp_path)
