@@ -27,7 +27,7 @@ def uniform_ancestral(
 
     Starts from uniform tokens at the free positions, which the canvas marks by an id that is no
     real token. All may change in every step, drawn independently. c is that of
-    ``objectives.bound_rate``, ``num_tokens`` the K of ``corruption.uniform_tokens``;
+    ``objectives.losses.bound_rate``, ``num_tokens`` the K of ``corruption.uniform_tokens``;
     ``token_filter`` acts on c. ``greedy_tail`` takes the most likely token of ``q(x | z_t, c)`` in
     the last step (Duo takes that of c itself, in one more pass at a rate of 1e-5). Raises
     ValueError for fewer than two tokens, or a marker that is one of them.
