@@ -169,8 +169,8 @@ def make_uniform_likelihood(
     """Evaluation of the uniform-token bound; all else as :func:`make_likelihood`.
 
     ``apply_fn(params, inputs, logsnr [B, 1], documents) -> logits [B, L, K]`` is as of
-    ``objectives.losses.bound_rate`` (see ``corruption.leave_one_out``), ``num_tokens`` >= 2 the K of
-    ``corruption.uniform_tokens``. In the level curve rates are replacement rates, tokens all
+    ``objectives.losses.bound_rate`` (see ``corruption.leave_one_out``), ``num_tokens`` >= 2 the K
+    of ``corruption.uniform_tokens``. In the level curve rates are replacement rates, tokens all
     eligible ones, and a bin's mean is that of the bound's integrand, nats per token.
     """
     check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
