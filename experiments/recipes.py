@@ -3,7 +3,7 @@
     python -m experiments.recipes --workdir=runs/recipes [--steps=1500] [--recipes=vdm,edm]
 
 Every recipe gets the same network, data order, steps and optimiser; only its law, weighting and
-output differ (``experiments/configs/digits_gaussian.py``). Stopped runs resume.
+output differ (``--config=digits_gaussian:NAME``). Stopped runs resume.
 The table, ``recipes.md`` and ``recipes.json`` in the workdir, holds
 
 * the bound in bits per dimension on the test split, by one estimator for all;

@@ -8,7 +8,7 @@ and their share of the gradient without a chain (the overhead); seconds of a gra
 of the gradient over redraws of the noise as a share of its squared mean, relative to independent
 noise; and that ratio times the ratio of seconds, the compute for one and the same precision. The
 variance of random parameters says that chains work, not how well: that is measured on trained ones
-(``experiments.launch`` with mode variance).
+(``mdm variance``).
 """
 
 from collections.abc import Mapping

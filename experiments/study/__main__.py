@@ -41,7 +41,7 @@ _PROCESSES = flags.DEFINE_integer(
 _ONLY_TABLES = flags.DEFINE_bool("only_tables", False, "Run nothing, write tables and plots.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep those of finished runs.")
 _CACHE = flags.DEFINE_string(
-    "compilation_cache_dir", None, "As of experiments.launch; '' for no cache."
+    "compilation_cache_dir", None, "As of the command mdm; '' for no cache."
 )
 _WORKER = flags.DEFINE_integer("worker", -1, "Used by the command itself.")
 

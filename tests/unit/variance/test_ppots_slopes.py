@@ -29,7 +29,7 @@ def _batch():
     return Batch(tokens, whole, whole.astype(jnp.int32), jnp.full((ROWS,), LENGTH))
 
 
-@pytest.mark.parametrize("name", ["fixed_count", pytest.param("bernoulli", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["fixed_count", "bernoulli"])
 def test_slopes_are_those_of_the_logits_but_for_a_factor_of_at_most_two(name):
     process = getattr(corruption, name)(MASK)
     objective, batch, model_fn = objectives.masked_nelbo(process), _batch(), _network()
