@@ -20,7 +20,7 @@ def digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the digits source needs scikit-learn: pip install 'mdm_jax[digits]'"
+            "the digits source needs scikit-learn: pip install scikit-learn"
         ) from error
     pictures = load_digits().images
     levels = pictures.astype(np.uint8).reshape(len(pictures), -1)

@@ -1,6 +1,8 @@
 """Text and small-image datasets of TensorFlow Datasets, read without TensorFlow."""
 
+import json
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -115,6 +117,7 @@ def _open(
             "pip install tensorflow-datasets array_record"
         ) from error
     origin = f"tfds dataset {name!r} in {data_dir or 'the default data_dir'}"
+    _check_features(tensorflow_datasets, name, data_dir, origin)
     sources = {}
     for part, split in zip(SPLITS, splits):
         try:
@@ -138,6 +141,40 @@ def _open(
                 "lets TFDS prepare the datasets it knows"
             ) from error
     return sources
+
+
+def _check_features(tfds: Any, name: str, data_dir: str | os.PathLike | None, origin: str) -> None:
+    """Raise ValueError if prepared files name a class outside of TFDS, whose module it imports."""
+    known, _ = tfds.core.naming.parse_builder_name_kwargs(name)
+    if known.namespace:
+        raise ValueError(
+            f"{origin}: names with a namespace ({known.namespace}:) load code of others and are "
+            "refused; prepare the dataset yourself and name it without"
+        )
+    for folder in tfds.core.utils.file_utils.list_data_dirs(data_dir and os.fspath(data_dir)):
+        for path in sorted(pathlib.Path(folder, known.name).glob("**/features.json")):
+            try:
+                classes = set(_class_names(json.loads(path.read_text("utf-8"))))
+            except ValueError as error:
+                raise ValueError(f"{path}: not a description of features ({error})") from error
+            if foreign := sorted(c for c in classes if not c.startswith("tensorflow_datasets.")):
+                raise ValueError(
+                    f"{path}: names {', '.join(foreign)}, which would be imported and run; only "
+                    "TFDS's own features are read. Prepare the dataset with those"
+                )
+
+
+def _class_names(node: Any) -> Iterator[str]:
+    """Every class that a ``features.json`` names, at any depth, in old and new files."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if key == "pythonClassName" or (key == "type" and "content" in node):
+            yield str(value)
+        # Some features are JSON in a string.
+        yield from _class_names(json.loads(value) if key == "json" else value)
 
 
 def _values(source: Any, field: str) -> Iterator[tuple[Any, str]]:

@@ -104,6 +104,25 @@ def test_a_notebook_runs(name, tmp_path):
     run_notebook(name, tmp_path)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_installed_is_named_by_the_user(name, monkeypatch):
+    """Never a bare name: an index answers it with the package of a stranger."""
+    cells = json.loads((FOLDER / name).read_text("utf-8"))["cells"]
+    installing = ["".join(cell["source"]) for cell in cells if "%pip" in str(cell["source"])]
+    (cell,) = installing
+    assert cell.count('SOURCE = ""') == 1 and cell.count("%pip install --quiet {SOURCE}") == 1
+    cell = cell.replace("%pip install --quiet {SOURCE}", "installed.append(SOURCE)")
+    installed = []
+    exec(cell, {"installed": installed})  # mdm_jax is there
+    monkeypatch.setitem(sys.modules, "mdm_jax", None)
+    for bare in ("", "mdm_jax", "mdm-jax==1.0"):
+        with pytest.raises(ValueError, match="set SOURCE above to a path"):
+            exec(cell.replace('SOURCE = ""', f'SOURCE = "{bare}"'), {"installed": installed})
+    assert not installed
+    exec(cell.replace('SOURCE = ""', 'SOURCE = "./mdm_jax"'), {"installed": installed})
+    assert installed == ["./mdm_jax"]
+
+
 def test_the_notebook_of_the_study_reads_one_that_is_not_finished(tmp_path):
     write_study(tmp_path / "study")
     out = run_notebook("stability.ipynb", tmp_path, MDM_JAX_STUDY=str(tmp_path / "study"))

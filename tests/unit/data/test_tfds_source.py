@@ -1,7 +1,10 @@
 """TFDS datasets, built here in array_record format, read without TensorFlow."""
 
 import io
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +158,37 @@ def test_no_tensorflow_is_imported(local):
     data.tfds_text("local_documents", length=8, **local)
     data.tfds_images("local_pictures", **local)
     assert not [name for name in set(sys.modules) - before if name.split(".")[0] == "tensorflow"]
+
+
+EVIL = {"pythonClassName": "planted_module.Evil", "tensor": {"shape": {}, "dtype": "int64"}}
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        EVIL,
+        {"type": "planted_module.Evil", "content": {"shape": []}},  # as older releases wrote it
+        {"pythonClassName": f"{Local.__mro__[1].__module__}.X", "sequence": {"feature": EVIL}},
+        {"pythonClassName": "tensorflow_datasets.x.Y", "jsonFeature": {"json": json.dumps([EVIL])}},
+    ],
+    ids=["new", "old", "nested", "in_a_string"],
+)
+def test_classes_named_by_data_are_not_imported(local, tmp_path, monkeypatch, feature):
+    shutil.copytree(Path(local["data_dir"], "local_documents"), tmp_path / "local_documents")
+    (path,) = tmp_path.glob("**/features.json")
+    content = json.loads(path.read_text())
+    content["featuresDict"]["features"]["label"] = feature
+    path.write_text(json.dumps(content))
+    (tmp_path / "planted_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {**local, "data_dir": tmp_path}
+    with pytest.raises(ValueError, match=r"features.json: names planted_module.Evil, which would"):
+        data.tfds_text("local_documents", length=8, **settings)
+    with pytest.raises(ValueError, match=r"namespace \(kaggle:\) load code of others"):
+        data.tfds_text("kaggle:local_documents", length=8, **settings)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="features.json: not a description of features"):
+        data.tfds_text("local_documents", length=8, **settings)
 
 
 @pytest.mark.parametrize(
