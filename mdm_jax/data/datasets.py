@@ -79,7 +79,7 @@ def make_dataset(
     tokenizer: Tokenizer | None,
     *,
     length: int,
-    content: bytes,
+    digest: bytes,
     settings: Mapping[str, Any],
     headline: str,
     policy: str,
@@ -91,12 +91,12 @@ def make_dataset(
     """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 
     Args:
-        content, settings: for the fingerprint: bytes, and JSON values that change the rows.
+        digest, settings: for the fingerprint: SHA-256 of the content, and JSON values that change
+            the rows.
         headline, policy: for the description: first line; what was cut, padded or left out.
         report, vocab_size: counts, nonzero ones are described too; None: the tokenizer's.
     """
-    digest = hashlib.sha256(hashlib.sha256(content).digest())
-    digest.update(json.dumps(settings, sort_keys=True).encode("utf-8"))
+    fingerprint = hashlib.sha256(digest + json.dumps(settings, sort_keys=True).encode("utf-8"))
     lines = [headline, policy]
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
@@ -112,7 +112,7 @@ def make_dataset(
         length=length,
         unit="dimension" if tokenizer is None else "character",
         event_shape=event_shape,
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint.hexdigest(),
         description="\n".join([*lines, f"Counts: {counts}."]),
         report=report,
         check=check,

@@ -1,11 +1,20 @@
 """Pictures as rows of quantised intensities."""
 
+import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mdm_jax.data.datasets import SPLITS, Dataset, PictureRows, make_dataset, shuffled_split
+from mdm_jax.data.datasets import (
+    SPLITS,
+    Dataset,
+    PictureRows,
+    RowSource,
+    make_dataset,
+    shuffled_split,
+)
 
 _SPLIT_SEED = 0
 
@@ -36,22 +45,27 @@ def digits() -> Dataset:
 
 
 def picture_dataset(
-    parts: dict[str, np.ndarray],
+    parts: Mapping[str, np.ndarray | RowSource],
     *,
     num_levels: int,
     event_shape: tuple[int, ...],
     settings: dict[str, Any],
     headline: str,
 ) -> Dataset:
-    """Dataset of flattened pictures, [rows, L] uint8 per split; the mask id is ``num_levels``."""
+    """Dataset of flattened pictures: [rows, L] uint8 per split, or rows as they are read.
+
+    The mask id is ``num_levels``. The fingerprint covers arrays, not rows that are read later, so
+    ``settings`` must identify those.
+    """
     shape = " x ".join(map(str, event_shape))
+    stored = {name: part for name, part in parts.items() if isinstance(part, np.ndarray)}
     return make_dataset(
-        {name: PictureRows(levels) for name, levels in parts.items()},
+        {**parts} | {name: PictureRows(levels) for name, levels in stored.items()},
         None,
         vocab_size=num_levels + 1,
         length=math.prod(event_shape),
         event_shape=tuple(event_shape),
-        content=b"".join(np.ascontiguousarray(parts[name]).tobytes() for name in SPLITS),
+        digest=hashlib.sha256(b"".join(part.tobytes() for part in stored.values())).digest(),
         settings={
             **settings,
             "levels": num_levels,

@@ -4,8 +4,15 @@ Attention stays within a document (``models.masks``), so outputs and bound do no
 Positions are not restarted: rotary embeddings use differences, absolute ones would need it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import array
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,10 +23,10 @@ from mdm_jax.data.datasets import (
     check_positive,
     make_dataset,
 )
-from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 
 Packing = Literal["", "first_fit"]
-LongDocuments = Literal["split", "error"]
+LongDocuments = Literal["split", "cut", "error"]
 
 
 def cut_documents(
@@ -28,7 +35,8 @@ def cut_documents(
     """Cut consecutive documents of ``sizes`` tokens into pieces of at most ``length``, in order.
 
     Gives [P] first token of each piece in the concatenation, [P] one past its last, and the number
-    of documents cut. A long document gives full rows and then the rest; an empty one none.
+    of long documents. Of these "split" makes full rows and then the rest, "cut" keeps the first
+    row's worth only. An empty one gives none.
     ValueError names ``origin`` and the first long document if ``long_documents`` is "error".
     """
     check_positive("length", length)
@@ -41,7 +49,7 @@ def cut_documents(
             f"the first of them document {long[0]} (counted from 0) with {sizes[long[0]]} tokens, "
             "EOS included; raise data.length, or choose long_documents='split'"
         )
-    counts = -(-sizes // length)
+    counts = -(-sizes // length) if long_documents == "split" else np.minimum(sizes, 1)
     first = np.repeat(np.cumsum(sizes) - sizes, counts)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = first + number * length
@@ -78,8 +86,63 @@ def first_fit(sizes: Sequence[int], length: int) -> np.ndarray:
     return rows
 
 
+class Encoded(NamedTuple):
+    """Documents as one array of tokens, each ended by EOS: in memory, or mapped from a file.
+
+    Attributes:
+        tokens, sizes: [n] integers; [documents] tokens of each.
+        counts: "unknown_characters", "empty_documents".
+    """
+
+    tokens: np.ndarray
+    sizes: np.ndarray
+    counts: dict[str, int]
+
+
+def encode_documents(
+    documents: Iterable[str], codec: Tokenizer, write: Callable[[np.ndarray], Any] | None = None
+) -> Encoded:
+    """Encode ``documents`` one after another; tokens go to ``write`` if given, else to memory."""
+    pieces: list[np.ndarray] = []
+    sizes, unknown, empty = array.array("q"), 0, 0
+    for document in documents:
+        ids = np.append(codec.encode(document), codec.eos_id).astype(np.int32)
+        (write or pieces.append)(ids)
+        sizes.append(len(ids))
+        unknown += codec.count_unknown(ids)
+        empty += not document
+    counts = {"unknown_characters": unknown, "empty_documents": empty}
+    tokens = np.concatenate([*pieces, np.zeros(0, np.int32)])
+    return Encoded(tokens, np.frombuffer(sizes, np.int64), counts)
+
+
+def document_rows(
+    encoded: Encoded,
+    codec: Tokenizer,
+    length: int,
+    packing: Packing,
+    long_documents: LongDocuments,
+    origin: str,
+) -> tuple[PackedSpans, dict[str, int]]:
+    """Rows of encoded documents and counts of what they hold; raises as :func:`cut_documents`."""
+    tokens, sizes, counts = encoded
+    starts, ends, num_cut = cut_documents(sizes, length, long_documents, origin)
+    numbers = first_fit(ends - starts, length) if packing else np.arange(len(starts))
+    rows = PackedSpans(tokens, starts, ends, numbers, length, codec.pad_id, codec.character_counts)
+    kept = int((ends - starts).sum())
+    return rows, {
+        "documents": len(sizes),
+        "split_documents" if long_documents == "split" else "cut_documents": num_cut,
+        "tokens": len(tokens),
+        "tokens_cut_off": len(tokens) - kept,
+        "rows": len(rows),
+        "padded_positions": len(rows) * length - kept,
+        **counts,
+    }
+
+
 def document_dataset(
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Iterable[str]],
     length: int,
     tokenizer: str | Tokenizer,
     bpe_vocab_size: int,
@@ -89,41 +152,37 @@ def document_dataset(
     origin: str,
     headline: str,
     settings: Mapping[str, Any],
-    content: bytes | None = None,
+    digest: bytes | None = None,
+    cache: str | os.PathLike | None = None,
+    identity: Any = None,
 ) -> Dataset:
     """Dataset of documents, each ended by EOS; a function of the arguments alone.
 
-    ``texts`` are the documents by split; the tokenizer is fitted to "train". Other arguments as in
-    :func:`mdm_jax.data.documents` and ``datasets.make_dataset`` (content None: the tokens).
-    ValueError as :func:`cut_documents`, naming the split, and for an unknown packing.
+    ``texts`` are the documents by split; the tokenizer is fitted to "train". ``cache`` is a folder
+    that keeps tokens on disk, under ``identity``, the JSON value that identifies the texts. Other
+    arguments as in :func:`mdm_jax.data.documents` and ``datasets.make_dataset`` (digest None: of
+    the tokens). ValueError as :func:`cut_documents`, naming the split, and for an unknown packing.
     """
     check_choice("packing", packing, Packing)
-    codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
+    if cache is None:
+        codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
+        parts = {split: encode_documents(documents, codec) for split, documents in texts.items()}
+        content = hashlib.sha256()
+        for part in parts.values():
+            content.update(part.tokens)
+            content.update(b"/")
+        digest = digest or content.digest()
+    else:
+        codec, parts, digest = cached_documents(
+            pathlib.Path(cache), identity, texts, tokenizer, bpe_vocab_size
+        )
     rows: dict[str, PackedSpans] = {}
     report: dict[str, int] = {}
-    for split, documents in texts.items():
-        encoded = [np.append(codec.encode(text), codec.eos_id) for text in documents]
-        sizes = [len(ids) for ids in encoded]
-        starts, ends, num_split = cut_documents(
-            sizes, length, long_documents, f"{origin}, {split} split"
+    for split, part in parts.items():
+        rows[split], counts = document_rows(
+            part, codec, length, packing, long_documents, f"{origin}, {split} split"
         )
-        tokens = np.concatenate([*encoded, np.zeros(0, np.int32)]).astype(np.int32)
-        numbers = first_fit(ends - starts, length) if packing else np.arange(len(starts))
-        rows[split] = PackedSpans(
-            tokens, starts, ends, numbers, length, codec.pad_id, codec.character_counts
-        )
-        counts = {
-            "documents": len(documents),
-            "split_documents": num_split,
-            "tokens": len(tokens),
-            "rows": len(rows[split]),
-            "padded_positions": len(rows[split]) * length - len(tokens),
-            "unknown_characters": codec.count_unknown(tokens),
-            "empty_documents": sum(len(text) == 0 for text in documents),
-        }
         report |= {f"{split}_{name}": count for name, count in counts.items()}
-    if content is None:
-        content = b"".join(source.tokens.tobytes() + b"/" for source in rows.values())
     positions = report["train_rows"] * length
     filled = 1 - report["train_padded_positions"] / positions if positions else 1.0
     sharing = "several to a row, first fit in order" if packing else "each in rows of its own"
@@ -131,10 +190,87 @@ def document_dataset(
         rows,
         codec,
         length=length,
-        content=content,
+        digest=digest,
         settings={**settings, "length": length, "tokenizer": codec.fingerprint},
         headline=headline,
         policy=f"Documents end with EOS and stand {sharing}; those longer than a row: "
         f"{long_documents}. Training rows are filled to {filled:.1%}.",
         report=report,
     )
+
+
+def cached_documents(
+    cache: pathlib.Path,
+    identity: Any,
+    texts: Mapping[str, Iterable[str]],
+    tokenizer: str | Tokenizer,
+    bpe_vocab_size: int,
+) -> tuple[Tokenizer, dict[str, Encoded], bytes]:
+    """Tokenizer, documents by split and digest of their tokens, from a folder of ``cache``.
+
+    The folder is named by ``identity`` and the tokenizer. Where it is missing it is written whole
+    and renamed, so that processes that write at once do no harm; then tokens are mapped from disk,
+    not read. ValueError if its files do not fit one another.
+    """
+    wanted = tokenizer.to_json() if isinstance(tokenizer, Tokenizer) else tokenizer
+    key = json.dumps([identity, str(wanted), bpe_vocab_size], sort_keys=True)
+    if isinstance(wanted, str) and wanted.endswith(".json"):
+        key += pathlib.Path(wanted).read_text("utf-8")
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="partial-", dir=cache) as partial:
+            _write_cache(pathlib.Path(partial, "new"), texts, tokenizer, bpe_vocab_size)
+            with contextlib.suppress(OSError):  # written by another process meanwhile
+                os.rename(pathlib.Path(partial, "new"), folder)
+    try:
+        about = json.loads((folder / "about.json").read_text("utf-8"))
+        parts = {}
+        for split in texts:
+            # An empty file cannot be mapped.
+            tokens, sizes = (
+                np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+                for path, dtype in (
+                    (folder / f"{split}.tokens", about["dtype"]),
+                    (folder / f"{split}.sizes", "int64"),
+                )
+            )
+            if sizes.sum() != len(tokens):
+                raise ValueError(f"{split}.tokens has {len(tokens)} tokens for {sizes.sum()}")
+            parts[split] = Encoded(tokens, sizes, about["counts"][split])
+        codec = tokenizer_from_json(json.dumps(about["tokenizer"]))
+        return codec, parts, bytes.fromhex(about["digest"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: not tokens as mdm_jax keeps them ({error}); remove the folder to have it "
+            "written anew"
+        ) from error
+
+
+def _write_cache(
+    folder: pathlib.Path,
+    texts: Mapping[str, Iterable[str]],
+    tokenizer: str | Tokenizer,
+    bpe_vocab_size: int,
+) -> None:
+    folder.mkdir()
+    codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
+    dtype, content, counts = np.min_scalar_type(codec.vocab_size - 1), hashlib.sha256(), {}
+    for split, documents in texts.items():
+        with open(folder / f"{split}.tokens", "wb") as file:
+
+            def write(ids: np.ndarray, file: Any = file) -> None:
+                content.update(ids)
+                file.write(ids.astype(dtype))
+
+            encoded = encode_documents(documents, codec, write)
+        content.update(b"/")
+        encoded.sizes.tofile(folder / f"{split}.sizes")
+        counts[split] = encoded.counts
+    about = {
+        "tokenizer": json.loads(codec.to_json()),
+        "dtype": dtype.name,
+        "counts": counts,
+        "digest": content.hexdigest(),
+    }
+    (folder / "about.json").write_text(json.dumps(about), "utf-8")

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import decimal
+import hashlib
 import json
 import os
 import pathlib
@@ -146,7 +147,7 @@ def jsonl(
         rows,
         codec,
         length=layout.length,
-        content=content.encode(),
+        digest=hashlib.sha256(content.encode()).digest(),
         settings=dataclasses.asdict(layout) | {"source": "jsonl", "tokenizer": codec.fingerprint},
         headline=f"Prompt and answer pairs from {pathlib.Path(path).name}, one a line.",
         policy=f"Prompt in {prompt_length} positions, answer in {answer_length}; pairs that are "

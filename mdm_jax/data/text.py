@@ -139,7 +139,7 @@ def _windows(
         rows,
         codec,
         length=length,
-        content=content.encode("utf-8"),
+        digest=hashlib.sha256(content.encode("utf-8")).digest(),
         settings={
             "source": "text",
             "length": length,
@@ -265,7 +265,8 @@ def documents(
             each split; see :func:`mdm_jax.data.text.read_splits`.
         text_field, tokenizer, bpe_vocab_size: key of the text; as in :func:`mdm_jax.data.text`.
         packing: "" for none, or "first_fit".
-        long_documents: longer than a row with their EOS: "split" them, or raise an "error".
+        long_documents: longer than a row with their EOS: "split" them over rows, "cut" them to
+            one, or raise an "error".
 
     ValueError as ``read_splits``, for a long document under "error", or a setting out of range.
     """
@@ -289,5 +290,5 @@ def documents(
         origin=str(path),
         headline=f"Documents from {pathlib.Path(path).name}, one a line.",
         settings={"source": "documents", "packing": packing},
-        content=json.dumps(list(texts.values())).encode(),
+        digest=hashlib.sha256(json.dumps(list(texts.values())).encode()).digest(),
     )

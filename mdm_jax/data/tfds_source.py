@@ -1,20 +1,37 @@
 """Text and small-image datasets of TensorFlow Datasets, read without TensorFlow."""
 
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mdm_jax.data.datasets import SPLITS, Dataset, check_positive
+from mdm_jax.data.datasets import (
+    SPLITS,
+    Dataset,
+    PictureRows,
+    VectorisedRows,
+    check_choice,
+    check_positive,
+    make_dataset,
+)
 from mdm_jax.data.images import picture_dataset
-from mdm_jax.data.packing import LongDocuments, Packing, document_dataset
-from mdm_jax.data.tokenizers import Tokenizer
+from mdm_jax.data.packing import (
+    LongDocuments,
+    Packing,
+    document_dataset,
+    document_rows,
+    encode_documents,
+)
+from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from mdm_jax.types import Batch
 
 DEFAULT_SPLITS = ("train[:90%]", "train[90%:95%]", "train[95%:]")
 _READ = 256  # examples read at a time
+_FITTED = 10_000  # examples that a tokenizer is fitted to in a stream
 
 
 def tfds_text(
@@ -29,37 +46,75 @@ def tfds_text(
     bpe_vocab_size: int = 4096,
     packing: Packing = "",
     long_documents: LongDocuments = "split",
+    stream: bool = False,
+    cache: str | os.PathLike | None = None,
 ) -> Dataset:
     """Rows of documents, one per example, from a TFDS dataset with a text feature.
 
-    All text is encoded at once and kept at 4 bytes per token; of a large dataset use a slice such
-    as "train[:1%]". Other arguments, rows and errors are those of :func:`mdm_jax.data.documents`.
+    All text is encoded at once and kept at 4 bytes per token, unless ``cache`` or ``stream`` is
+    given: then memory does not grow with the dataset, and each process reads its own rows only.
+    Other arguments, rows and errors are those of :func:`mdm_jax.data.documents`.
 
     Args:
         name: with config and version where needed ("lm1b", "my_data/a:1.0.0").
         text_field, splits: feature that holds the text; TFDS expressions for train, valid, test.
         data_dir, download: where TFDS keeps its datasets, None: its default; whether it may prepare
             one.
+        stream: read and encode examples when their rows are needed, one row each. A tokenizer that
+            is fitted sees 10,000 examples, evenly spaced. No packing, and ``long_documents`` "cut"
+            or "error".
+        cache: folder where all text is encoded once, a pass that every process may make, and from
+            which tokens are mapped; the rows are those without it.
 
     ValueError if the dataset, a split or the feature does not exist, is empty, not array_record or
     not UTF-8 text; ImportError without tensorflow-datasets.
     """
     check_positive("length", length)
+    check_choice("long_documents", long_documents, LongDocuments)
     sources = _open(name, splits, data_dir, download)
-    texts = {
-        part: [_as_text(value, origin) for value, origin in _values(source, text_field)]
-        for part, source in sources.items()
-    }
-    return document_dataset(
-        texts,
-        length,
-        tokenizer,
-        bpe_vocab_size,
-        packing,
-        long_documents,
-        origin=f"tfds dataset {name!r}",
-        headline=_headline(sources["train"].dataset_info, splits),
-        settings={"source": "tfds_text"} | ({"packing": packing} if packing else {}),
+    texts = {part: _Examples(source, text_field, _as_text) for part, source in sources.items()}
+    headline = _headline(sources["train"].dataset_info, splits)
+    origin = f"tfds dataset {name!r}"
+    settings = {"source": "tfds_text"} | ({"packing": packing} if packing else {})
+    if not stream:
+        return document_dataset(
+            texts,
+            length,
+            tokenizer,
+            bpe_vocab_size,
+            packing,
+            long_documents,
+            origin=origin,
+            headline=headline,
+            settings=settings,
+            cache=cache,
+            identity=_identity(sources, text_field),
+        )
+    if packing or long_documents == "split" or cache:
+        raise ValueError(
+            "stream=True makes one row of each example: it needs packing='', no cache and "
+            f"long_documents='cut' or 'error', got packing={packing!r}, cache={cache!r} and "
+            f"long_documents={long_documents!r}; for packed or split documents use cache alone"
+        )
+    codec = make_tokenizer(tokenizer, texts["train"].spaced(_FITTED), bpe_vocab_size)
+
+    def rows(documents: Sequence[str]) -> Batch:
+        encoded = encode_documents(documents, codec)
+        packed, _ = document_rows(encoded, codec, length, "", long_documents, origin)
+        return packed.rows(np.arange(len(packed)))
+
+    return make_dataset(
+        {part: StreamedRows(examples, rows) for part, examples in texts.items()},
+        codec,
+        length=length,
+        digest=hashlib.sha256(json.dumps(_identity(sources, text_field)).encode()).digest(),
+        settings=settings
+        | {"stream": True, "length": length, "long_documents": long_documents}
+        | {"tokenizer": codec.fingerprint},
+        headline=headline,
+        policy="Examples are read when needed, a row each; documents end with EOS, those longer "
+        f"than a row: {long_documents}.",
+        report={f"{part}_rows": len(examples) for part, examples in texts.items()},
     )
 
 
@@ -71,37 +126,81 @@ def tfds_images(
     splits: Sequence[str] = DEFAULT_SPLITS,
     data_dir: str | os.PathLike | None = None,
     download: bool = True,
+    stream: bool = False,
 ) -> Dataset:
     """Rows of one flattened picture each, from a TFDS dataset of uint8 images of one shape.
 
     An intensity v becomes ``v * levels // 256``, 2 <= levels <= 256. A trailing axis of one channel
-    is removed. All pictures are decoded at once and kept at one byte per element. Else as
-    :func:`tfds_text`; ValueError too if the pictures are not uint8 of one shape.
+    is removed. All pictures are decoded at once and kept at one byte per element, or with
+    ``stream`` when they are needed. Else as :func:`tfds_text`; ValueError too if the pictures are
+    not uint8 of one shape.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels must be in [2, 256], got {levels}")
     sources = _open(name, splits, data_dir, download)
-    shape: tuple[int, ...] | None = None
-    parts: dict[str, np.ndarray] = {}
-    for part, source in sources.items():
-        pictures = []
-        for value, origin in _values(source, image_field):
-            picture = np.asarray(value)
-            shape = shape or picture.shape
-            if picture.dtype != np.uint8 or picture.shape != shape or picture.ndim < 2:
-                raise ValueError(
-                    f"{origin}: expected a uint8 picture of shape {shape}, got {picture.dtype} of "
-                    f"shape {picture.shape}; all pictures must be alike"
-                )
-            pictures.append((picture.reshape(-1).astype(np.uint16) * levels // 256).astype("u1"))
-        parts[part] = np.stack(pictures)
+    first = np.asarray(next(_values(sources["train"], image_field, [0]))[0])
+    shape = first.shape
+
+    def as_levels(picture: Any, origin: str) -> np.ndarray:
+        picture = np.asarray(picture)
+        if picture.dtype != np.uint8 or picture.shape != shape or picture.ndim < 2:
+            raise ValueError(
+                f"{origin}: expected a uint8 picture of shape {shape}, got {picture.dtype} of "
+                f"shape {picture.shape}; all pictures must be alike"
+            )
+        return (picture.reshape(-1).astype(np.uint16) * levels // 256).astype("u1")
+
+    def rows(pictures: Sequence[np.ndarray]) -> Batch:
+        return PictureRows(np.stack(pictures)).rows(np.arange(len(pictures)))
+
+    parts = {part: _Examples(source, image_field, as_levels) for part, source in sources.items()}
+    settings = {"source": "tfds_images"}
+    if stream:
+        settings["stream"] = _identity(sources, image_field)
+        pictures = {part: StreamedRows(examples, rows) for part, examples in parts.items()}
+    else:
+        pictures = {part: np.stack(list(examples)) for part, examples in parts.items()}
     return picture_dataset(
-        parts,
+        pictures,
         num_levels=levels,
         event_shape=shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape,
-        settings={"source": "tfds_images"},
+        settings=settings,
         headline=_headline(sources["train"].dataset_info, splits),
     )
+
+
+class _Examples:
+    """One feature of a split, read and converted one block of examples after another."""
+
+    def __init__(self, source: Any, field: str, convert: Callable[[Any, str], Any]):
+        self._source, self._field, self._convert = source, field, convert
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Any]:
+        return (self._convert(*value) for value in _values(self._source, self._field, indices))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.read(range(len(self)))
+
+    def spaced(self, most: int) -> Iterator[Any]:
+        """At most so many, evenly spaced."""
+        count = min(most, len(self))
+        return self.read([i * len(self) // count for i in range(count)])
+
+
+class StreamedRows(VectorisedRows):
+    """Row i is made of example i of a split when it is needed; ``convert`` makes n rows at once."""
+
+    def __init__(self, examples: _Examples, convert: Callable[[Sequence[Any]], Batch]):
+        self._examples, self._convert = examples, convert
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        return self._convert(list(self._examples.read(indices.tolist())))
 
 
 def _open(
@@ -177,16 +276,23 @@ def _class_names(node: Any) -> Iterator[str]:
         yield from _class_names(json.loads(value) if key == "json" else value)
 
 
-def _values(source: Any, field: str) -> Iterator[tuple[Any, str]]:
-    """Values of one feature in order, each with a name for error messages."""
+def _values(source: Any, field: str, indices: Sequence[int]) -> Iterator[tuple[Any, str]]:
+    """Values of one feature in the order of ``indices``, each with a name for error messages."""
     features = source.dataset_info.features
     title = f"tfds dataset {source.dataset_info.full_name}, split {source.split}"
     if field not in features:
         raise ValueError(f"{title}: no feature {field!r}; it has {sorted(features)}")
-    for start in range(0, len(source), _READ):
-        indices = list(range(start, min(start + _READ, len(source))))
-        for i, example in zip(indices, source.__getitems__(indices)):
+    for start in range(0, len(indices), _READ):
+        block = list(indices[start : start + _READ])
+        for i, example in zip(block, source.__getitems__(block)):
             yield example[field], f"{title}, example {i}"
+
+
+def _identity(sources: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """JSON value that identifies the content of one feature without reading it."""
+    info = sources["train"].dataset_info
+    splits = {part: [str(source.split), len(source)] for part, source in sources.items()}
+    return {"name": info.full_name, "size": info.dataset_size, "field": field, "splits": splits}
 
 
 def _as_text(value: Any, origin: str) -> str:

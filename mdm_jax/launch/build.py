@@ -243,7 +243,7 @@ def dataset(config: ConfigDict) -> data.Dataset:
         if name in known and not values[name]:
             raise ValueError(f"data.source={source!r} needs --config.data.{name}=...")
     arguments = {name: value for name, value in values.items() if name in known}
-    for name in {"data_dir", "valid_path", "test_path"} & arguments.keys():
+    for name in {"data_dir", "cache", "valid_path", "test_path"} & arguments.keys():
         arguments[name] = arguments[name] or None
     if source == "task":
         return _task_dataset(arguments.pop("task"), **arguments)

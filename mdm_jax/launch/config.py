@@ -177,7 +177,11 @@ def _data() -> ConfigDict:
             "splits": default["splits"],  # tfds
             "text_field": default["text_field"],  # tfds text, documents
             "packing": default["packing"],  # first_fit puts short documents into shared rows
-            "long_documents": default["long_documents"],  # tfds text, documents: split | error
+            "long_documents": default[
+                "long_documents"
+            ],  # documents: split | cut | error
+            "stream": default["stream"],  # tfds: examples are read when their rows are needed
+            "cache": "",  # tfds text: folder for tokens, encoded once; "" keeps them in memory
             "image_field": default["image_field"],  # tfds image
             "levels": default["levels"],  # tfds image: intensities
             "length": 128,  # text: tokens of a row

@@ -234,7 +234,7 @@ def task_dataset(
         sources,
         codec,
         length=sum(lengths.values()),
-        content=repr(first).encode(),
+        digest=hashlib.sha256(repr(first).encode()).digest(),
         settings={"source": "task", "task": repr(task), **settings, **report},
         headline=f"Generated problems, {task!r}, as in {' to '.join(first[0])}",
         policy=f"Prompt in {lengths['prompt_length']} positions, answer in "

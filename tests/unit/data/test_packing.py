@@ -66,10 +66,16 @@ def test_long_documents_are_cut_into_full_rows_and_a_rest():
     assert num_split == 2
 
 
+def test_long_documents_may_be_cut_to_one_row():
+    starts, ends, num_long = cut_documents([3, 20, 0, 8, 9], 8, "cut", "here")
+    assert starts.tolist() == [0, 3, 23, 31] and ends.tolist() == [3, 11, 31, 39]
+    assert num_long == 2
+
+
 def test_long_documents_are_named_when_they_are_errors():
     with pytest.raises(ValueError, match=r"here: 2 of 4 .* document 1 .* 20 tokens.*'split'"):
         cut_documents([3, 20, 8, 9], 8, "error", "here")
-    with pytest.raises(ValueError, match="must be one of 'split', 'error', got 'drop'"):
+    with pytest.raises(ValueError, match="must be one of 'split', 'cut', 'error', got 'drop'"):
         cut_documents([3], 8, "drop", "here")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mdm_jax import data
+from mdm_jax.data import tfds_source
 
 tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
@@ -119,6 +120,91 @@ def test_documents_end_with_eos_and_share_no_row(local):
     assert report["valid_empty_documents"] == 1
     assert report["train_padded_positions"] == len(dataset.train) * 8 - report["train_tokens"]
     assert "local_documents/1.0.0" in dataset.description
+
+
+def same_rows(first, second):
+    for part in ("train", "valid", "test"):
+        rows = [
+            data.gather(getattr(d, part), range(len(getattr(d, part)))) for d in (first, second)
+        ]
+        for a, b in zip(*rows):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Numbers of the examples read, in order."""
+    indices, values = [], tfds_source._values
+
+    def counted(source, field, block):
+        indices.extend(block)
+        yield from values(source, field, block)
+
+    monkeypatch.setattr(tfds_source, "_values", counted)
+    return indices
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+def test_tokens_kept_on_disk_are_those_in_memory(local, tmp_path, reads, tokenizer):
+    settings = dict(length=8, tokenizer=tokenizer, bpe_vocab_size=262, packing="first_fit", **local)
+    memory = data.tfds_text("local_documents", **settings)
+    written = data.tfds_text("local_documents", cache=tmp_path, **settings)
+    reads.clear()
+    mapped = data.tfds_text("local_documents", cache=tmp_path, **settings)
+    assert not reads, "the second time the files are mapped"
+    assert isinstance(mapped.train.tokens, np.memmap) and mapped.train.tokens.itemsize <= 2
+    for dataset in (written, mapped):
+        same_rows(memory, dataset)
+        assert dataset.fingerprint == memory.fingerprint and dataset.report == memory.report
+        assert dataset.tokenizer.fingerprint == memory.tokenizer.fingerprint
+    other = data.tfds_text(
+        "local_documents", cache=tmp_path, **settings | {"splits": ("test",) * 3}
+    )
+    assert other.fingerprint != memory.fingerprint and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "test.sizes", "about.json"])
+def test_damaged_tokens_on_disk_are_named(local, tmp_path, name):
+    settings = dict(length=8, tokenizer="byte", cache=tmp_path, **local)
+    data.tfds_text("local_documents", **settings)
+    (path,) = tmp_path.glob(f"*/{name}")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{path.parent}: not tokens .* remove the folder"):
+        data.tfds_text("local_documents", **settings)
+
+
+def test_streamed_documents_are_read_when_their_rows_are(local, reads):
+    settings = dict(length=8, tokenizer="byte", long_documents="cut", **local)
+    stored = data.tfds_text("local_documents", **settings)
+    reads.clear()
+    streamed = data.tfds_text("local_documents", stream=True, **settings)
+    assert not reads
+    same_rows(stored, streamed)
+    assert stored.report["train_cut_documents"] == 32
+    reads.clear()
+    local_rows = next(data.train_iterator(streamed.train, 8, seed=0, rows=np.array([2, 5])))
+    assert len(reads) == 2, "a process reads its own rows only"
+    whole = next(data.train_iterator(streamed.train, 8, seed=0))
+    np.testing.assert_array_equal(local_rows.tokens, whole.tokens[[2, 5]])
+    longer = data.tfds_text("local_documents", stream=True, **settings | {"length": 9})
+    assert len({stored.fingerprint, streamed.fingerprint, longer.fingerprint}) == 3
+
+
+def test_a_streamed_document_that_must_fit_is_named(local):
+    settings = dict(length=8, tokenizer="char", stream=True, **local)
+    rows = data.tfds_text("local_documents", long_documents="error", **settings).train
+    with pytest.raises(ValueError, match="'local_documents': 1 of 1 documents do not fit a row"):
+        rows[3]
+    for refused in ({}, {"packing": "first_fit"}, {"cache": "x"}):
+        with pytest.raises(ValueError, match="stream=True makes one row of each example"):
+            data.tfds_text("local_documents", **settings | refused)
+
+
+def test_streamed_pictures_are_the_stored_ones(local):
+    stored = data.tfds_images("local_pictures", levels=5, **local)
+    streamed = data.tfds_images("local_pictures", levels=5, stream=True, **local)
+    same_rows(stored, streamed)
+    assert streamed.event_shape == (4, 3) and streamed.fingerprint != stored.fingerprint
 
 
 def test_text_tokenizers_are_fitted_to_the_train_split(local):
