@@ -1,14 +1,164 @@
-"""Argument checks: numbers known when an object is built, and registry names."""
+"""Argument checks: settings stated in signatures, numbers known at building, registry names.
 
+A setting is stated beside its default, ``decay: Annotated[float, Real("[0, 1)", "per step",
+"of the running mean")] = 0.99``: what is allowed, the unit, one line of meaning. :func:`checked`
+holds every call to it, and the launcher's config, its check and its help are read from it.
+"""
+
+import dataclasses
 import difflib
+import functools
+import inspect
 import math
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.types import ArrayLike
+
+
+class Rule:
+    """What a setting may be; ``several``: a sequence is checked element by element.
+
+    ``check(name, value)`` raises TypeError or ValueError that says what is allowed.
+    """
+
+    meaning: str
+    unit: str = ""
+    several: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        for each in value if self.several and isinstance(value, tuple | list) else (value,):
+            self.check_one(name, each)
+
+    def explained(self) -> str:
+        return f" ({self.meaning})" if self.meaning else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Real(Rule):
+    """Finite numbers of an interval such as "(0, 1]"; a traced one passes."""
+
+    interval: str
+    unit: str = ""
+    meaning: str = ""
+    several: bool = False
+    kind = "a number"
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        low, high = self.interval[1:-1].split(",")
+        return float(low), float(high)
+
+    @property
+    def allowed(self) -> str:
+        return f"{self.kind} in {self.interval}"
+
+    def check_one(self, name: str, value: Any) -> None:
+        try:
+            number = as_parameter(value, name)
+        except OverflowError:
+            number = math.inf
+        if is_concrete(number) and not self._holds(number):
+            raise ValueError(f"{name} must be {self.allowed}, got {value}{self.explained()}")
+
+    def _holds(self, value: float) -> bool:
+        low, high = self.ends
+        above = value >= low if self.interval[0] == "[" else value > low
+        below = value <= high if self.interval[-1] == "]" else value < high
+        return above and below and math.isfinite(value)
+
+
+class Whole(Real):
+    """Integers of an interval."""
+
+    kind = "a whole number"
+
+    def check_one(self, name: str, value: Any) -> None:
+        super().check_one(name, value)
+        if not (isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer)):
+            raise TypeError(f"{name} must be {self.allowed}, got {value!r}{self.explained()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Name(Rule):
+    """One of some names."""
+
+    names: tuple[str, ...]
+    meaning: str = ""
+    several: bool = False
+
+    @property
+    def allowed(self) -> str:
+        return " | ".join(name or "''" for name in self.names)
+
+    def check_one(self, name: str, value: Any) -> None:
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be {self.allowed}, got {value!r}{self.explained()}")
+        if value not in self.names:
+            raise ValueError(f"{name}: {unknown_name(value, self.names, 'name')}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Rule):
+    """A switch, or free text."""
+
+    type: type
+    meaning: str = ""
+    several: bool = False
+
+    @property
+    def allowed(self) -> str:
+        return {bool: "True | False", str: "text"}[self.type]
+
+    def check_one(self, name: str, value: Any) -> None:
+        if not isinstance(value, self.type):
+            raise TypeError(f"{name} must be {self.allowed}, got {value!r}{self.explained()}")
+
+
+def rule_of(parameter: inspect.Parameter) -> Rule | None:
+    """What is stated for a parameter by ``Annotated`` or ``Literal``, or by a plain default."""
+    annotation, default = parameter.annotation, parameter.default
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    for part in typing.get_args(annotation) if union else (annotation,):
+        for rule in getattr(part, "__metadata__", ()):
+            if isinstance(rule, Rule):
+                return rule
+        if typing.get_origin(part) is typing.Literal:
+            return Name(typing.get_args(part))
+    return Plain(type(default)) if isinstance(default, bool | str) else None
+
+
+def checked(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a factory or dataclass: its arguments must keep to the rules of its signature."""
+    if inspect.isclass(factory):
+        factory.__init__ = checked(factory.__init__)
+        return factory
+    signature, name = inspect.signature(factory), factory.__qualname__.removesuffix(".__init__")
+    rules = {
+        key: (rule, type(None) in typing.get_args(parameter.annotation))
+        for key, parameter in signature.parameters.items()
+        if (rule := rule_of(parameter)) is not None
+    }
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            arguments = signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            return factory(*args, **kwargs)  # raises it with its own name
+        for key in arguments.keys() & rules.keys():
+            rule, optional = rules[key]
+            if not (optional and arguments[key] is None):
+                rule.check(f"{name}: {key}", arguments[key])
+        return factory(*args, **kwargs)
+
+    return call
 
 
 def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
@@ -84,5 +234,5 @@ def unknown_name(
     if elsewhere and name in elsewhere:
         message += f"{name!r} is {elsewhere[name]}; "
     if near := difflib.get_close_matches(name, known, n=3, cutoff=0.4):
-        message += f"did you mean {' or '.join(near)}? "
+        message += f"did you mean {' or '.join(map(repr, near))}? "
     return ValueError(f"{message}known: {', '.join(known)}")

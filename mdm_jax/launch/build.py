@@ -171,6 +171,7 @@ class Experiment:
 
 def make_experiment(config: ConfigDict) -> Experiment:
     """Build a run's objects; raises ValueError, OSError, ImportError or WorkdirError."""
+    launch_config.check_config(config)
     rows = dataset(config)
     family = lookup(FAMILIES, config.process, "process")(config, rows)
     _check_unread(config, family.unread)
@@ -178,8 +179,6 @@ def make_experiment(config: ConfigDict) -> Experiment:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches)
     sharding.check_num_heads(mesh, config.model.num_heads)
-    if c.keep_last < 1:
-        raise ValueError(f"train.keep_last must be at least 1, got {c.keep_last}")
     chain = transform(config, family.objective.law)
     held_out = _held_out(rows, e.final_split)
     validate = evaluate = family.likelihood(e.passes, e.replicates)
@@ -208,10 +207,6 @@ def make_experiment(config: ConfigDict) -> Experiment:
     )
     experiment.step  # noqa: B018  (checks the step's settings)
     experiment.batches(held_out[1], e.max_rows)
-    if s.num_answers < 0:
-        raise ValueError(
-            f"sample.num_answers must be at least 1, or 0 for all rows, got {s.num_answers}"
-        )
     if s.quality_steps:
         check_quality(experiment)
     return experiment
@@ -255,8 +250,8 @@ def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
     task = lookup(names.TASKS, name, "data.task.name")(**settings(section, name))
     if section["noise_every"]:
         task = tasks.Noisy(task, section["noise_every"])
-    rows = ("answer_padding", "train_rows", "valid_rows", "test_rows")
-    return tasks.task_dataset(task, **lengths, **{row: section[row] for row in rows})
+    rows = {name: section[name] for name in launch_config.TASK_ROWS}
+    return tasks.task_dataset(task, **lengths, **rows)
 
 
 def _check_unread(config: ConfigDict, sections: tuple[str, ...]) -> None:
@@ -393,11 +388,6 @@ def check_quality(experiment: Experiment) -> None:
             f"sample.quality_steps: {c.sampler!r} sets its own number of steps, so that quality "
             "would be the same at all of them; those that take any number are "
             f"{', '.join(grid_samplers(c))} (--config.sample.sampler)"
-        )
-    if min(c.quality_steps) < 1 or c.quality_texts < 2:
-        raise ValueError(
-            "sample.quality_steps must be positive and sample.quality_texts at least 2, got "
-            f"{c.quality_steps} and {c.quality_texts}"
         )
     if c.judge:
         check_source(pathlib.Path(c.judge), dataset.tokenizer, "sample.judge")

@@ -1,76 +1,123 @@
-"""Every setting of a run with its default. Presets start from here and change a few.
+"""Every setting of a run: default, allowed values, unit, and one line of meaning.
 
 A config is data: a name refers to :mod:`~mdm_jax.launch.names`, a section of that name holds its
-settings, and the command line can set any: ``--config.variance.order="('stratified',)"``. Defaults
-come from the factories' signatures; only deviations are written here.
+settings, and the command line can set any: ``--config.variance.order="('stratified',)"``. Settings
+of a factory come from its signature (:mod:`mdm_jax.checks`); here stand those of the launcher, and
+defaults that differ. :func:`get_config` makes the config, :func:`check_config` holds it to them.
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mdm_jax import data, models, training
+from mdm_jax import data, models, samplers, training
+from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.launch import names
-from mdm_jax.launch.names import defaults, sections
+from mdm_jax.launch.names import Setting, defaults, sections
+
+TASK_ROWS = ("answer_padding", "train_rows", "valid_rows", "test_rows")
+"""Settings of the rows of any task."""
+LOOP_OWN = ("tokens_per_step", "unit", "profile_directory")
+"""Options of the loop that follow from other settings."""
+
+_COUNT, _NATURAL = "[1, 2e9]", "[0, 2e9]"
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class MeasureSettings:
-    """How much the mode ``variance`` measures.
+    """How much the mode ``variance`` measures."""
 
-    Attributes:
-        rows, levels_per_row, masks_per_level, probes, chunk: of the decomposition; rows per forward
-            call.
-        grid_rows, grid_levels, grid_masks: of the statistics by level.
-        groups, redraws, data_batches: of the batch gradient's variance; standard errors cover the
-            choice of batches if there are as many as groups.
-        warm_up: batches that an adaptive transform learns from before it is measured.
-    """
-
-    rows: int = 32
-    levels_per_row: int = 4
-    masks_per_level: int = 2
-    probes: int = 2
-    grid_rows: int = 16
-    grid_levels: int = 12
-    grid_masks: int = 4
-    groups: int = 8
-    redraws: int = 12
-    data_batches: int = 8
-    warm_up: int = 50
-    chunk: int = 32
+    rows: Annotated[int, Whole("[2, 1e6]", "rows", "of the decomposition")] = 32
+    levels_per_row: Annotated[int, Whole("[2, 1e6]", "", "noise levels of a row")] = 4
+    masks_per_level: Annotated[int, Whole("[2, 1e6]", "", "masks of a row at a level")] = 2
+    probes: Annotated[int, Whole("[1, 1e6]", "", "random projections of the gradient")] = 2
+    grid_rows: Annotated[int, Whole("[2, 1e6]", "rows", "of the statistics by level")] = 16
+    grid_levels: Annotated[int, Whole("[6, 1e6]", "", "levels of the statistics by level")] = 12
+    grid_masks: Annotated[int, Whole("[2, 1e6]", "", "masks of a row at each of these")] = 4
+    groups: Annotated[int, Whole("[2, 1e6]", "", "of redraws, for standard errors")] = 8
+    redraws: Annotated[int, Whole("[2, 1e6]", "", "of the batch gradient, in a group")] = 12
+    data_batches: Annotated[
+        int, Whole("[1, 1e6]", "", "errors cover the choice of batches if there is one a group")
+    ] = 8
+    warm_up: Annotated[
+        int, Whole("[0, 1e6]", "batches", "that an adaptive transform learns from first")
+    ] = 50
+    chunk: Annotated[int, Whole("[1, 1e6]", "rows", "of a forward pass")] = 32
 
 
 def get_config() -> ConfigDict:
     """Defaults: the embedded text, a small transformer, stratified fixed counts, P-POTS."""
-    config = ConfigDict()
-    config.seed = 0  # of parameters, order of the data, and noise
-    config.process = "masked"  # masked | block | uniform | autoregressive | gaussian
-    config.data = _data()
-    config.model = _model()
-    config.block = ConfigDict(
-        {
-            "size": 16,  # tokens of a block, a divisor of data.length; 1 is autoregressive
-            "window": 0,  # blocks that a block attends to, itself included; 0 for all
+
+    def values(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: values(entry)
+            if isinstance(entry, Mapping)
+            else placeholder(int)
+            if entry.default is None
+            else entry.default
+            for name, entry in section.items()
         }
-    )
-    config.gaussian = _gaussian()
-    config.corruption = ConfigDict(
-        {
-            "name": "fixed_count",  # names.CORRUPTIONS
-            # Tokens that together make up at most rare_share of the training rows are rare.
+
+    return ConfigDict(values(settings()))
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise ValueError or TypeError for a setting, read or not, that its rule does not allow."""
+    for path, setting in flat_settings():
+        value: Any = config
+        for part in path.split("."):
+            if not isinstance(value, Mapping | ConfigDict) or part not in value:
+                raise ValueError(f"the config has no setting {path}; start from its get_config()")
+            value = value[part]
+        if value is None and setting.default is None:
+            continue
+        if isinstance(setting.default, tuple) != isinstance(value, tuple | list):
+            kind = "a tuple" if isinstance(setting.default, tuple) else "one value"
+            raise TypeError(f"{path} must be {kind}, such as {setting.default!r}, got {value!r}")
+        if setting.rule is not None:
+            setting.rule.check(path, value)
+
+
+def flat_settings(section: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Setting]]:
+    """(path as in "train.steps", setting) of all settings."""
+    for name, entry in (settings() if section is None else section).items():
+        if isinstance(entry, Mapping):
+            yield from ((f"{name}.{path}", leaf) for path, leaf in flat_settings(entry))
+        else:
+            yield name, entry
+
+
+@functools.cache
+def settings() -> Mapping[str, Any]:
+    """All settings, in sections as those of the config."""
+    return {
+        "seed": _whole(0, "[0, 4294967295]", "", "of parameters, order of the data, and noise"),
+        "process": _name(
+            "masked", ("masked", "block", "uniform", "autoregressive", "gaussian"), "model class"
+        ),
+        "data": _data(),
+        "model": _model(),
+        "block": {
+            "size": _whole(16, _COUNT, "tokens", "a divisor of data.length; 1: autoregressive"),
+            "window": _whole(0, _NATURAL, "blocks", "attended to, own included; 0: all"),
+        },
+        "gaussian": _gaussian(),
+        "corruption": {
+            "name": _name("fixed_count", names.CORRUPTIONS, "how a row is masked at a rate"),
             **sections(
                 names.CORRUPTIONS,
                 rao_blackwell_clipped={"low": 0.001, "high": 1.0},  # with a law of the same rates
-                bernoulli_shifted_logit={"rare_share": 0.1, "shift": 1.0, "max_shifted": 8},
-                bernoulli_shifted_rate={"rare_share": 0.1},
+                bernoulli_shifted_logit={"rare_share": _RARE, "shift": 1.0, "max_shifted": 8},
+                bernoulli_shifted_rate={"rare_share": _RARE},
             ),
-        }
-    )
-    config.law = ConfigDict(
-        {
-            "name": "linear",  # of the noise level: a masked schedule; linear is a uniform rate
+        },
+        "law": {
+            "name": _name("linear", names.LAWS, "of the masking rate; linear: uniform rates"),
             **sections(
                 names.LAWS,
                 power={"exponent": 2.0},
@@ -80,217 +127,208 @@ def get_config() -> ConfigDict:
                 log_uniform={"low": 0.001, "high": 1.0},
                 uniform_logsnr={"low": -10.0, "high": 10.0},
             ),
-        }
-    )
-    # A factor on the bound's integrand, which is then no bound: "" | min_snr | p2
-    config.weighting = ConfigDict({"name": "", **sections(names.WEIGHTINGS)})
-    config.variance = ConfigDict(
-        {
-            # Transforms in reading order: couple, warp, replicate. () is independent noise.
-            "order": ("stratified", "ppots_slopes"),
+        },
+        "weighting": {
+            "name": _name("", ("", *names.WEIGHTINGS), "factor on the bound, then no bound"),
+            **sections(names.WEIGHTINGS),
+        },
+        "variance": {
+            "order": _names(
+                ("stratified", "ppots_slopes"),
+                names.VARIANCE,
+                "transforms in reading order: couple, warp, replicate; (): independent noise",
+            ),
             **sections(
                 names.VARIANCE,
-                coarse_strata={"cells": placeholder(int)},  # None: the root of the batch size
-                # The fields of variance.epr.EprParameters in order, as fit_epr returns them.
+                coarse_strata={"cells": None},
+                # The fields of variance.ppots.EprParameters in order, as fit_epr returns them.
                 ppots_parametric={"parameters": (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)},
                 clipped={"low": 0.3, "high": 0.8},
                 clipped_mixture={"low": 0.3, "high": 0.8, "share": 0.3},
                 rotate={"views": 4},
                 rotate_ranks={"views": 4},
             ),
-        }
-    )
-    config.optimizer = ConfigDict(
-        {
-            **defaults(training.adamw, weight_decay=0.01),  # b1, b2, clip_norm; 0 does not clip
-            "name": "muon",  # muon | adamw
-            "peak": 2e-2,  # learning rate after the warm-up; about a tenth of this for adamw
-            "warmup_steps": 50,
-            "final_fraction": defaults(training.warmup_cosine)["final_fraction"],  # of the peak
-            "ema_decay": 0.99,  # of the averaged parameters, which are evaluated
-            "muon": {"momentum": defaults(training.muon)["momentum"]},
-            # How state is stored between steps, float32 | bfloat16; arithmetic is in float32.
-            "first_moment_dtype": "float32",
-            "second_moment_dtype": "float32",  # bfloat16 needs b2 < 0.996
-            "ema_dtype": "float32",  # bfloat16 keeps its offset from the parameters
-        }
-    )
-    loop = defaults(training.LoopOptions)
-    config.train = ConfigDict(
-        {
-            "steps": 500,
-            "init_from": "",  # working directory of a run whose parameters to start from
-            "batch_size": 32,  # rows of the global batch; each view is a forward pass more
-            "num_microbatches": 1,  # the batch is computed in so many equal microbatches
-            "log_every": loop["log_every"],
-            "evaluate_every": 250,  # 0 for never, as for the next two
-            "sample_every": 0,
-            "checkpoint_every": 250,
-            "keep_last": 2,  # checkpoints
-            "max_skipped_in_a_row": loop["max_skipped_in_a_row"],  # steps that are not finite
-            "prefetch": 2,  # batches
-            "monitors": ("levels",),  # levels | gradient_noise | baseline: running estimates
-            "profile_at": loop["profile_at"],  # first step of a profile, 0 for none
-            "profile_steps": loop["profile_steps"],
-        }
-    )
-    config.monitors = ConfigDict(sections(names.MONITORS))
-    # With clipped_adaptive in variance.order: how its range is chosen, before each evaluation.
-    config.clip_search = ConfigDict(
-        {
-            # gradient_noise_to_signal | relative_variance | raw_variance (as published)
-            "criterion": "gradient_noise_to_signal",
-            "batches": 8,  # validation batches of evaluate.batch_size rows, for each of 36 ranges
-        }
-    )
-    # In one line: --config.mesh=data=2,fsdp=4,tensor=1. May differ when a run is resumed.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.evaluate = ConfigDict(
-        {
-            "batch_size": 32,
-            "passes": 4,  # forward passes per row and replicate
-            "replicates": 2,  # repetitions of the design, for the standard error
-            "max_rows": 0,  # 0: all rows
-            "final_split": "test",  # test | valid
-            "final_passes": 4,
-            "final_replicates": 8,
-        }
-    )
-    # The mode variance; methods are those of measure.METHODS, as in "('mirror',)", () for all.
-    config.measure = ConfigDict({"methods": (), **dataclasses.asdict(MeasureSettings())})
-    config.sample = _sample()
-    return config
+        },
+        "optimizer": _optimizer(),
+        "train": _train(),
+        "monitors": sections(names.MONITORS),
+        # With clipped_adaptive in variance.order: how its range is chosen, before each evaluation.
+        "clip_search": {
+            "criterion": _name(
+                "gradient_noise_to_signal", names.CLIP_CRITERIA, "raw_variance as published"
+            ),
+            "batches": _whole(8, "[2, 1e6]", "batches", "for validation, for each of 36 ranges"),
+        },
+        # In one line: --config.mesh=data=2,fsdp=4,tensor=1. May differ when a run is resumed.
+        "mesh": {
+            "data": _whole(-1, "[-1, 1e6]", "devices", "along the axis; -1: what is left"),
+            "fsdp": _whole(1, "[1, 1e6]", "devices", "that share parameters and the batch"),
+            "tensor": _whole(1, "[1, 1e6]", "devices", "that share heads and hidden units"),
+        },
+        "evaluate": {
+            "batch_size": _whole(32, "[1, 1e6]", "rows"),
+            "passes": _whole(4, "[1, 1e6]", "", "forward passes of a row and replicate"),
+            "replicates": _whole(2, "[1, 1e6]", "", "of the design, for the standard error"),
+            "max_rows": _whole(0, _NATURAL, "rows", "0: all"),
+            "final_split": _name("test", ("test", "valid")),
+            "final_passes": _whole(4, "[1, 1e6]", "", "passes, after training"),
+            "final_replicates": _whole(8, "[1, 1e6]", "", "replicates, after training"),
+        },
+        "measure": {
+            "methods": _names(
+                (), (*names.METHODS, names.CONFIGURED), "that the mode variance measures; (): all"
+            ),
+            **defaults(MeasureSettings),
+        },
+        "sample": _sample(),
+    }
 
 
-def _data() -> ConfigDict:
+def _whole(default: Any, *rule: Any) -> Setting:
+    return Setting(default, Whole(*rule))
+
+
+def _real(default: float, *rule: Any) -> Setting:
+    return Setting(default, Real(*rule))
+
+
+def _name(default: str, known: Iterable[str], meaning: str = "") -> Setting:
+    return Setting(default, Name(tuple(known), meaning))
+
+
+def _names(default: tuple[str, ...], known: Iterable[str], meaning: str = "") -> Setting:
+    return Setting(default, Name(tuple(known), meaning, several=True))
+
+
+def _text(default: str, meaning: str) -> Setting:
+    return Setting(default, Plain(str, meaning))
+
+
+_RARE = _real(0.1, "[0, 1]", "of tokens", "tokens that together make up at most this are rare")
+
+
+def _data() -> dict[str, Any]:
     factories = (data.documents, data.jsonl, data.tfds_images, data.tfds_text, data.text)
     default = {k: v for factory in factories for k, v in defaults(factory).items()}
-    return ConfigDict(
-        {
-            # embedded | text | jsonl | documents | tfds_text | tfds_images | tfds (with kind) |
-            # digits | task
-            "source": "embedded",
-            "path": "",  # text, jsonl, documents: the file
-            "name": "",  # tfds: the dataset, as in "lm1b" or "mnist"
-            "kind": "text",  # tfds: "text" or "image"
-            "data_dir": "",  # tfds: where prepared datasets lie; "" is TFDS's own default
-            "splits": default["splits"],  # tfds
-            "text_field": default["text_field"],  # tfds text, documents
-            "packing": default["packing"],  # first_fit puts short documents into shared rows
-            "long_documents": default[
-                "long_documents"
-            ],  # documents: split | cut | error
-            "stream": default["stream"],  # tfds: examples are read when their rows are needed
-            "cache": "",  # tfds text: folder for tokens, encoded once; "" keeps them in memory
-            "image_field": default["image_field"],  # tfds image
-            "levels": default["levels"],  # tfds image: intensities
-            "length": 128,  # text: tokens of a row
-            "tokenizer": default["tokenizer"],  # char | byte | bpe | path of a tokenizer's JSON
-            "bpe_vocab_size": default["bpe_vocab_size"],
-            "fractions": default["fractions"],  # train, valid, test
-            "train_stride": default["train_stride"],  # text: tokens between starts of rows
-            "prompt_length": 0,  # jsonl, task: positions for the prompt; task: 0 for the longest
-            "answer_length": 0,  # jsonl, task: positions for the answer and its EOS
-            "prompt_field": default["prompt_field"],
-            "answer_field": default["answer_field"],
-            "valid_path": "",  # jsonl, documents: "" splits the file instead
-            "test_path": "",
-            "too_long": default["too_long"],  # jsonl: error | truncate | drop
-            "answer_padding": default["answer_padding"],  # jsonl: eos_scored | pad_hidden
-            "answer_marker": default["answer_marker"],  # jsonl: answers are checked after it
-            # Generated problems with a checker (docs/tasks.md).
-            "task": {
-                "name": "sudoku",  # sudoku | chain | run | add | countdown
-                "noise_every": 0,  # characters of an answer before each random letter; 0: none
-                "answer_padding": "eos_once",  # eos_once | eos_scored
-                "train_rows": 20_000,  # problems, made as they are read
-                "valid_rows": 512,
-                "test_rows": 512,
-                **sections(names.TASKS),
-            },
-        }
-    )
+    task = defaults(names.DATA["task"])
+    return {
+        "source": _name("embedded", (*names.DATA, "tfds"), "tfds: with kind"),
+        "path": _text("", "text, jsonl, documents: the file"),
+        "name": _text("", 'tfds: the dataset, as in "lm1b" or "mnist"'),
+        "kind": _name("text", ("text", "image"), "tfds"),
+        "data_dir": _text("", 'tfds: where prepared datasets are; "": its own default'),
+        "length": _whole(128, "[1, 1e7]", "tokens", "of a row of text"),
+        "prompt_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task; task: 0 for the longest"),
+        "answer_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task: with its EOS"),
+        "valid_path": _text("", 'jsonl, documents: "" splits the file instead'),
+        "test_path": _text("", "jsonl, documents: with valid_path"),
+        "cache": _text("", 'tfds text: folder for tokens, encoded once; "" keeps them in memory'),
+        **{name: default[name] for name in default if name not in ("split_seed", "download")},
+        # Generated problems with a checker (docs/tasks.md).
+        "task": {
+            "name": _name("sudoku", names.TASKS),
+            "noise_every": _whole(0, "[0, 1e6]", "characters", "for each random letter; 0: none"),
+            **{name: task[name] for name in TASK_ROWS},
+            **sections(names.TASKS),
+        },
+    }
 
 
-def _model() -> ConfigDict:
-    """Shape and arithmetic of the network.
-
-    mlp_ratio: hidden width of the MLP over the model's; norm: rms | layer; mlp: gelu | swiglu.
-    condition_on_logsnr: the noise level is an input; rope_base: of the rotary embeddings.
-    learned_positions: longest row with a learned vector per position, 0 for rotary alone.
-    self_conditioning: for the processes masked, block and uniform.
-    attention: auto | einsum | recompute | xla | cudnn | splash.
-    remat: none | full | dots | dots_without_batch, what the backward pass computes again.
-    """
-    return ConfigDict(
-        {
-            **defaults(models.TransformerConfig, depth=3, qk_norm=True, rope_base=100.0),
-            "dtype": "float32",  # operands of matrix products: float32 | bfloat16
-            "param_dtype": "float32",
-            # Where losses of tokens compute logits: targets (same losses, less memory) | all
-            "logits_at": "targets",
-            "patch_size": 2,  # process gaussian
-        }
-    )
+def _model() -> dict[str, Any]:
+    return {
+        **defaults(models.TransformerConfig, depth=3, qk_norm=True, rope_base=100.0),
+        "dtype": _name("float32", names.DTYPES, "operands of matrix products"),
+        "param_dtype": _name("float32", names.DTYPES, "of the parameters"),
+        "logits_at": _name(
+            "targets", ("targets", "all"), "where losses compute logits; targets: less memory"
+        ),
+        "patch_size": _whole(2, "[1, 1e4]", "pixels", "process gaussian: edge of a patch"),
+    }
 
 
-def _gaussian() -> ConfigDict:
+def _optimizer() -> dict[str, Any]:
+    dtype = functools.partial(_name, "float32", names.DTYPES)
+    clip_norm = _real(1.0, "[0, 1e6]", "global norm", "of gradients; 0 does not clip")
+    return {
+        **defaults(training.adamw, weight_decay=0.01, clip_norm=clip_norm),
+        "name": _name("muon", names.OPTIMIZERS),
+        **defaults(training.warmup_cosine, peak=2e-2, warmup_steps=50),
+        "ema_decay": _real(0.99, "[0, 1)", "per step", "of the averaged, evaluated parameters"),
+        "muon": {"momentum": defaults(training.muon)["momentum"]},
+        # How state is stored between steps; arithmetic is in float32.
+        "first_moment_dtype": dtype(""),
+        "second_moment_dtype": dtype("bfloat16 needs b2 < 0.996"),
+        "ema_dtype": dtype("bfloat16 keeps its offset from the parameters"),
+    }
+
+
+def _train() -> dict[str, Any]:
+    loop = defaults(training.LoopOptions, evaluate_every=250, checkpoint_every=250)
+    return {
+        "steps": _whole(500, _COUNT, "steps", "of the run"),
+        "init_from": _text("", "workdir of a run whose parameters to start from"),
+        "batch_size": _whole(32, "[1, 1e6]", "rows", "globally; each view is a forward pass more"),
+        "num_microbatches": _whole(1, "[1, 1e6]", "", "equal ones that a batch is computed in"),
+        "keep_last": _whole(2, "[1, 1e6]", "checkpoints"),
+        "prefetch": _whole(2, "[0, 1e4]", "batches"),
+        "monitors": _names(("levels",), names.MONITORS, "running estimates in the metrics"),
+        **{name: setting for name, setting in loop.items() if name not in LOOP_OWN},
+    }
+
+
+def _gaussian() -> dict[str, Any]:
     low, high = -10.0, 10.0
-    return ConfigDict(
-        {
-            # What is minimised, and the network's output:
-            # ddpm | iddpm | vdm | v_prediction | edm | edm2 | flow | sd3
-            "recipe": "vdm",
-            "law": "",  # another law to draw levels from, a Gaussian schedule's name; "": its own
-            "low": low,  # noisiest and cleanest logSNR of the run
-            "high": high,
-            "sigma_data": 0.5,  # standard deviation of the data, for the scale of the inputs
-            **sections(
-                names.GAUSSIAN_LAWS,
-                lognormal={"mean": -1.2, "std": 1.2},
-                uniform_logsnr={"low": low, "high": high},
-            ),
-            **sections(names.RECIPES, vdm={"low": low, "high": high}),
-        }
-    )
+    return {
+        "recipe": _name("vdm", names.RECIPES, "what is minimised, and the network's output"),
+        "law": _name("", ("", *names.GAUSSIAN_LAWS), 'of the levels; "": the recipe\'s own'),
+        "low": _real(low, "[-100, 100]", "logSNR", "noisiest level of the run"),
+        "high": _real(high, "[-100, 100]", "logSNR", "cleanest level of the run"),
+        "sigma_data": _real(0.5, "(0, 1e4]", "", "standard deviation of the data"),
+        **sections(
+            names.GAUSSIAN_LAWS,
+            lognormal={"mean": -1.2, "std": 1.2},
+            uniform_logsnr={"low": low, "high": high},
+        ),
+        **sections(names.RECIPES, vdm={"low": low, "high": high}),
+    }
 
 
-def _sample() -> ConfigDict:
+def _sample() -> dict[str, Any]:
     blocks = {"block_size": 32, "steps_per_block": 16}
-    return ConfigDict(
-        {
-            # masked, block: names.SAMPLERS; uniform: names.UNIFORM_SAMPLERS; gaussian:
-            # names.GAUSSIAN_SAMPLERS
-            "sampler": "first_hitting",
-            "num_steps": 64,  # of samplers that step along a grid
-            # masked: uniform_masking_rate or a masked schedule; gaussian: uniform_logsnr, edm or a
-            # Gaussian schedule
-            "grid": "uniform_masking_rate",
-            **sections(
-                names.SAMPLERS,
-                cached_ancestral={"rows_per_pass": 8},
-                entropy_bounded={"gamma": 0.5},  # nats
-                low_confidence_remasking=blocks,
-                random_remasking=blocks,
-                remdm_cap={"eta": 0.02},
-                remdm_rescale={"eta": 0.1},
-            ),
-            **sections(names.UNIFORM_SAMPLERS),
-            **sections(names.GAUSSIAN_SAMPLERS),
-            "guidance": 0.0,  # masked: scale of classifier-free guidance by the prompt
-            "no_repeat_ngrams": 0,  # masked: n-grams of this length never repeat; 0 for no limit
-            "num_samples": 3,
-            "num_answers": 256,  # task: held-out prompts that are answered and checked; 0: all
-            "temperature": 1.0,
-            "top_k": 0,  # 0: all tokens
-            "top_p": 1.0,
-            "gap": 32,  # length of the gap in the infilled passage; 0 for no infilling
-            "quality_steps": (),  # text: numbers of steps at which sample quality is measured
-            "quality_texts": 64,
-            "judge": "",  # workdir of the run whose model gives the generative perplexity
-            "prompts": "",  # file of texts, one a line, ▁ where a token is to be generated
-        }
-    )
+    tables = (names.SAMPLERS, names.UNIFORM_SAMPLERS, names.GAUSSIAN_SAMPLERS)
+    grids = ("uniform_masking_rate", "uniform_logsnr", "edm", *names.LAWS, *names.GAUSSIAN_LAWS)
+    return {
+        "sampler": _name(
+            "first_hitting", [name for table in tables for name in table], "of the process"
+        ),
+        "num_steps": _whole(64, "[1, 1e6]", "steps", "of samplers that step along a grid"),
+        "grid": _name(
+            "uniform_masking_rate", dict.fromkeys(grids), "gaussian: uniform_logsnr, edm, its laws"
+        ),
+        **sections(
+            names.SAMPLERS,
+            cached_ancestral={"rows_per_pass": 8},
+            entropy_bounded={"gamma": 0.5},
+            low_confidence_remasking=blocks,
+            random_remasking=blocks,
+            remdm_cap={"eta": 0.02},
+            remdm_rescale={"eta": 0.1},
+        ),
+        **sections(names.UNIFORM_SAMPLERS),
+        **sections(names.GAUSSIAN_SAMPLERS),
+        "guidance": _real(0.0, "[0, 1e3]", "", "masked: scale of guidance by the prompt"),
+        "no_repeat_ngrams": _whole(0, "[0, 1e4]", "tokens", "n-grams that never repeat; 0: none"),
+        "num_samples": _whole(3, "[1, 1e6]", "rows"),
+        "num_answers": _whole(256, _NATURAL, "prompts", "held out, answered, checked; 0: all"),
+        "temperature": defaults(samplers.temperature, value=1.0)["value"],
+        "top_k": _whole(0, _NATURAL, "tokens", "most likely ones that are drawn; 0: all"),
+        "top_p": defaults(samplers.top_p, mass=1.0)["mass"],
+        "gap": _whole(32, _NATURAL, "tokens", "gap of the infilled passage; 0: no infilling"),
+        "quality_steps": _whole((), "[1, 1e6]", "steps", "at which text quality is measured", True),
+        "quality_texts": _whole(64, "[2, 1e6]", "texts"),
+        "judge": _text("", "workdir of the run that gives the generative perplexity"),
+        "prompts": _text("", "file of texts, one a line, ▁ where a token is to be generated"),
+    }
 
 
 def shrink(config: ConfigDict) -> None:

@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import tqdm
 from mdm_jax import data, meter, rng, sharding, variance
 from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.names import lookup
+from mdm_jax.launch.names import CONFIGURED, METHODS, Method, lookup
 from mdm_jax.launch.variance_report import BASELINE, Result, recommend, write_report
 from mdm_jax.launch.workdir import write_json
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
@@ -27,12 +27,7 @@ from mdm_jax.meter.levels import LevelTable
 from mdm_jax.meter.subject import Estimator, Subject
 from mdm_jax.objectives.objective import Objective, stop_gradient_stats
 from mdm_jax.types import Array, Batch, PyTree, worst_bias
-from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_moment
-from mdm_jax.variance.ppots import fit_epr
 from mdm_jax.variance.transform import Phase, VarianceTransform
-
-CONFIGURED = "this run"
-"""The run's own chain, process and state."""
 
 _MASKED_ONLY = ("bernoulli", "rao_blackwell")
 """Corruptions that are methods of the masked process alone."""
@@ -46,74 +41,6 @@ _INFINITE = (
     "(power) or one that stays away from 0"
 )
 """Holds though a few hundred redraws of long rows rarely show it."""
-
-
-class Method(NamedTuple):
-    """``build`` makes a transform from the levels under ``corruption``; None is the run's own."""
-
-    build: Callable[[LevelTable], VarianceTransform]
-    corruption: str | None = "fixed_count"
-
-
-def _fixed(*factories: Callable[[], VarianceTransform], corruption="fixed_count") -> Method:
-    return Method(lambda _table: variance.chain(*(factory() for factory in factories)), corruption)
-
-
-def _binned(table: LevelTable, target: Callable) -> VarianceTransform:
-    edges = log_spaced_edges(16)
-    moments = meter.binned_moments(table, table.gradient, edges)
-    return variance.ppots_binned(edges, target(moments))
-
-
-def _parametric(table: LevelTable) -> VarianceTransform:
-    value = table.loss.value
-    spread = np.maximum(value.pattern, 0.0)  # the published target, v + g^2 of the loss
-    # Over 1 - u, which is the masking rate where that is uniform.
-    fit = fit_epr(1.0 - table.quantiles, value.mean, spread)
-    return variance.chain(variance.ppots_parametric(fit.parameters))
-
-
-def _stratified_binned(table: LevelTable) -> VarianceTransform:
-    return variance.chain(variance.stratified(), _binned(table, level_variance))
-
-
-_online = functools.partial(variance.ppots, num_bins=16, warmup_steps=10, decay=0.99)
-_by_logits = functools.partial(variance.ppots_slopes, num_bins=16, warmup_steps=10)
-
-METHODS: dict[str, Method] = {
-    BASELINE: _fixed(variance.identity),
-    "stratified": _fixed(variance.stratified),
-    "systematic": _fixed(variance.systematic),
-    "antithetic pairs": _fixed(variance.antithetic_pairs),
-    "coarse strata": _fixed(variance.coarse_strata),
-    "stratified levels": _fixed(variance.stratified_levels),
-    "repeat": _fixed(variance.repeat),
-    "mirror": _fixed(variance.mirror),
-    "complement": _fixed(variance.complement),
-    "rotate, 4 views": _fixed(functools.partial(variance.rotate, 4)),
-    "rotate ranks, 4 views": _fixed(functools.partial(variance.rotate_ranks, 4)),
-    "stratified, mirror": _fixed(variance.stratified, variance.mirror),
-    "stratified, rotate ranks": _fixed(variance.stratified, variance.rotate_ranks),
-    "ppots": _fixed(_online),
-    "ppots, parametric": Method(_parametric),
-    "ppots, slopes": _fixed(_by_logits),
-    "stratified, ppots slopes": _fixed(variance.stratified, _by_logits),
-    "ppots, binned": Method(lambda table: _binned(table, second_moment)),
-    "stratified, ppots binned": Method(_stratified_binned),
-    "stratified, ppots binned, mirror": Method(
-        lambda table: variance.chain(_stratified_binned(table), variance.mirror())
-    ),
-    "ema bins": _fixed(functools.partial(variance.ema_bins, num_bins=16, warmup_steps=10)),
-    "loss history": _fixed(functools.partial(variance.loss_history, num_bins=16)),
-    "learned quantile": _fixed(variance.learned_quantile),
-    "clipped": _fixed(functools.partial(variance.clipped, 0.3, 0.8)),
-    "clipped mixture": _fixed(functools.partial(variance.clipped_mixture, 0.3, 0.8, 0.3)),
-    "rao-blackwell": _fixed(variance.identity, corruption="rao_blackwell"),
-    "rao-blackwell, complement": _fixed(variance.complement, corruption="rao_blackwell"),
-    "bernoulli": _fixed(variance.identity, corruption="bernoulli"),
-    "bernoulli, log-uniform": _fixed(variance.log_uniform, corruption="bernoulli"),
-    "bernoulli, ppots": _fixed(_online, corruption="bernoulli"),
-}
 
 
 def named(methods: Iterable[str]) -> dict[str, Method]:

@@ -3,16 +3,17 @@
 A new method is a line here; its settings are the factory's arguments with plain defaults.
 """
 
-import difflib
 import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax import (
+    checks,
     corruption,
     data,
     meter,
@@ -26,7 +27,11 @@ from mdm_jax import (
 from mdm_jax.gaussian import recipes
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian import schedules as gaussian_schedules
-from mdm_jax.variance.densities import level_variance, second_moment
+from mdm_jax.launch.variance_report import BASELINE
+from mdm_jax.meter.levels import LevelTable
+from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_moment
+from mdm_jax.variance.ppots import fit_epr
+from mdm_jax.variance.transform import VarianceTransform
 
 VARIANCE = {
     "identity": variance.identity,
@@ -128,13 +133,83 @@ CLIP_CRITERIA = {
 }
 
 
+CONFIGURED = "this run"
+"""The method that is the run's own chain, process and state."""
+
+
+class Method(NamedTuple):
+    """``build`` makes a transform from the levels under ``corruption``; None is the run's own."""
+
+    build: Callable[[LevelTable], VarianceTransform]
+    corruption: str | None = "fixed_count"
+
+
+def _fixed(*factories: Callable[[], VarianceTransform], corruption="fixed_count") -> Method:
+    return Method(lambda _table: variance.chain(*(factory() for factory in factories)), corruption)
+
+
+def _binned(table: LevelTable, target: Callable) -> VarianceTransform:
+    edges = log_spaced_edges(16)
+    moments = meter.binned_moments(table, table.gradient, edges)
+    return variance.ppots_binned(edges, target(moments))
+
+
+def _parametric(table: LevelTable) -> VarianceTransform:
+    value = table.loss.value
+    spread = np.maximum(value.pattern, 0.0)  # the published target, v + g^2 of the loss
+    # Over 1 - u, which is the masking rate where that is uniform.
+    fit = fit_epr(1.0 - table.quantiles, value.mean, spread)
+    return variance.chain(variance.ppots_parametric(fit.parameters))
+
+
+def _stratified_binned(table: LevelTable) -> VarianceTransform:
+    return variance.chain(variance.stratified(), _binned(table, level_variance))
+
+
+_online = functools.partial(variance.ppots, num_bins=16, warmup_steps=10, decay=0.99)
+_by_logits = functools.partial(variance.ppots_slopes, num_bins=16, warmup_steps=10)
+
+METHODS: dict[str, Method] = {
+    BASELINE: _fixed(variance.identity),
+    "stratified": _fixed(variance.stratified),
+    "systematic": _fixed(variance.systematic),
+    "antithetic pairs": _fixed(variance.antithetic_pairs),
+    "coarse strata": _fixed(variance.coarse_strata),
+    "stratified levels": _fixed(variance.stratified_levels),
+    "repeat": _fixed(variance.repeat),
+    "mirror": _fixed(variance.mirror),
+    "complement": _fixed(variance.complement),
+    "rotate, 4 views": _fixed(functools.partial(variance.rotate, 4)),
+    "rotate ranks, 4 views": _fixed(functools.partial(variance.rotate_ranks, 4)),
+    "stratified, mirror": _fixed(variance.stratified, variance.mirror),
+    "stratified, rotate ranks": _fixed(variance.stratified, variance.rotate_ranks),
+    "ppots": _fixed(_online),
+    "ppots, parametric": Method(_parametric),
+    "ppots, slopes": _fixed(_by_logits),
+    "stratified, ppots slopes": _fixed(variance.stratified, _by_logits),
+    "ppots, binned": Method(lambda table: _binned(table, second_moment)),
+    "stratified, ppots binned": Method(_stratified_binned),
+    "stratified, ppots binned, mirror": Method(
+        lambda table: variance.chain(_stratified_binned(table), variance.mirror())
+    ),
+    "ema bins": _fixed(functools.partial(variance.ema_bins, num_bins=16, warmup_steps=10)),
+    "loss history": _fixed(functools.partial(variance.loss_history, num_bins=16)),
+    "learned quantile": _fixed(variance.learned_quantile),
+    "clipped": _fixed(functools.partial(variance.clipped, 0.3, 0.8)),
+    "clipped mixture": _fixed(functools.partial(variance.clipped_mixture, 0.3, 0.8, 0.3)),
+    "rao-blackwell": _fixed(variance.identity, corruption="rao_blackwell"),
+    "rao-blackwell, complement": _fixed(variance.complement, corruption="rao_blackwell"),
+    "bernoulli": _fixed(variance.identity, corruption="bernoulli"),
+    "bernoulli, log-uniform": _fixed(variance.log_uniform, corruption="bernoulli"),
+    "bernoulli, ppots": _fixed(_online, corruption="bernoulli"),
+}
+
+
 def lookup(table: Mapping[str, Any], name: str, field: str) -> Any:
     """``table[name]``; ValueError with the field and close matches otherwise."""
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"{field}: unknown name {name!r}; {hint}known are {', '.join(sorted(table))}")
+    raise ValueError(f"{field}: {checks.unknown_name(name, table, 'name')}")
 
 
 def settings(section: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -142,10 +217,26 @@ def settings(section: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(section.get(name, {}))
 
 
-def defaults(factory: Callable[..., Any], **changes: Any) -> dict[str, Any]:
-    """Settings of a factory: its arguments with plain finite defaults, and ``changes``."""
-    arguments = inspect.signature(factory).parameters.values()
-    return {p.name: p.default for p in arguments if _is_plain(p.default)} | changes
+class Setting(NamedTuple):
+    """A setting of the config: its default, and what is allowed (None: not stated)."""
+
+    default: Any
+    rule: checks.Rule | None
+
+
+def defaults(factory: Callable[..., Any], **changes: Any) -> dict[str, Setting]:
+    """Settings of a factory: its arguments with plain finite defaults or in ``changes``.
+
+    A change is another default or, where the config means something else, a :class:`Setting`.
+    """
+    parameters = inspect.signature(factory).parameters
+    found = {}
+    for name in [n for n, p in parameters.items() if _is_plain(p.default)] + [*changes]:
+        value = changes.get(name, parameters[name].default if name in parameters else None)
+        if not isinstance(value, Setting):
+            value = Setting(value, checks.rule_of(parameters[name]))
+        found[name] = value
+    return found
 
 
 def sections(table: Mapping[str, Callable[..., Any]], **changes: Mapping[str, Any]) -> dict:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.models import attention as attentions
 from mdm_jax.models import layers
 from mdm_jax.models.cross_entropy import Projection, Readout
@@ -19,80 +20,61 @@ from mdm_jax.models.products import product
 from mdm_jax.sharding import constrain
 from mdm_jax.types import Array
 
-_CHOICES = {
-    "norm": ("rms", "layer"),
-    "mlp": ("gelu", "swiglu"),
-    "attention": attentions.CHOICES,
-    "remat": tuple(layers.POLICIES),
-}
 
-
+@checked
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shape and arithmetic of a :class:`Transformer`.
 
-    Attributes:
-        vocab_size: K, including the mask token.
-        width: residual width, divisible by ``num_heads`` into an even head size.
-        mlp_ratio: hidden width of the feed-forward layer over ``width`` (times 2/3 for "swiglu",
-            for equal parameter counts).
-        norm, mlp: "rms" or "layer"; "gelu" or "swiglu".
-        condition_on_logsnr: adaptive norms and gates driven by the noise level (adaLN-zero, Peebles
-            & Xie 2022). Off by default: the masked bound's optimum does not need the level.
-        tie_embeddings: use the embedding matrix as the output projection.
-        scan_layers: scan one compiled block over depth; compiles faster, runs slower on CPUs.
-        qk_norm: RMS norms on queries and keys (Henry et al. 2020), against saturated attention at
-            high learning rates.
-        rope_base: wavelength base of the rotary embedding.
-        learned_positions: longest row with a learned vector per position, added to the token's; 0
-            for none. Rotary embeddings hold distances alone; fixed layouts such as grids are learnt
-            sooner with both.
-        self_conditioning: an earlier estimate of the clean tokens as a second input (Chen et al.
-            2022, Analog Bits), through the embedding table and a projection initialised to zero.
-        attention: an implementation (``models.attention``); "auto" for the best on this backend.
-        remat: what the backward pass recomputes, by block (``models.layers.POLICIES``). On CPUs it
-            needs ``scan_layers``: their compiler merges the two passes of an unrolled block again.
-        dtype: of the operands of matrix products, in both passes; accumulation, softmax and norms
-            are float32.
+    ``width`` is divisible by ``num_heads`` into an even head size. ``mlp_ratio`` counts times 2/3
+    for "swiglu", for equal parameter counts. ``condition_on_logsnr`` is off by default: the masked
+    bound's optimum does not need the level. With ``scan_layers`` depth compiles faster and runs
+    slower on CPUs, where ``remat`` needs it: their compiler merges the two passes of an unrolled
+    block again. Rotary embeddings hold distances alone; fixed layouts such as grids are learnt
+    sooner with ``learned_positions`` too. ``dtype`` is of operands in both passes; accumulation,
+    softmax and norms are float32.
 
-    ValueError for sizes below 1, widths that do not divide, or unknown names.
+    ValueError for settings out of range, widths that do not divide, or unknown names. References:
+    Peebles & Xie 2022 (adaLN-zero); Henry et al. 2020 (qk_norm); Chen et al. 2022, Analog Bits
+    (self_conditioning, here through the embedding table and a projection initialised to zero).
     """
 
-    vocab_size: int
-    width: int = 128
-    depth: int = 4
-    num_heads: int = 4
-    mlp_ratio: float = 4.0
-    norm: str = "rms"
-    mlp: str = "gelu"
-    condition_on_logsnr: bool = False
-    tie_embeddings: bool = False
-    scan_layers: bool = False
-    qk_norm: bool = False
-    rope_base: float = 10_000.0
-    learned_positions: int = 0
-    self_conditioning: bool = False
-    attention: str = "auto"
-    remat: str = "none"
+    vocab_size: Annotated[int, Whole("[1, 2e9]", "tokens", "K, including the mask token")]
+    width: Annotated[int, Whole("[2, 1e6]", "", "of the residual stream")] = 128
+    depth: Annotated[int, Whole("[1, 1e4]", "blocks")] = 4
+    num_heads: Annotated[int, Whole("[1, 1e4]", "heads", "of attention; 2 num_heads | width")] = 4
+    mlp_ratio: Annotated[float, Real("(0, 1e3]", "widths", "hidden width of the MLP")] = 4.0
+    norm: Annotated[str, Name(("rms", "layer"), "normalisation of blocks")] = "rms"
+    mlp: Annotated[str, Name(("gelu", "swiglu"), "feed-forward layer")] = "gelu"
+    condition_on_logsnr: Annotated[bool, Plain(bool, "norms driven by the noise level")] = False
+    tie_embeddings: Annotated[bool, Plain(bool, "the embedding is the output projection")] = False
+    scan_layers: Annotated[bool, Plain(bool, "one compiled block, scanned over depth")] = False
+    qk_norm: Annotated[bool, Plain(bool, "RMS norms on queries and keys")] = False
+    rope_base: Annotated[
+        float, Real("(1, 1e9]", "positions", "wavelength base of the rotary embedding")
+    ] = 10_000.0
+    learned_positions: Annotated[
+        int, Whole("[0, 1e7]", "tokens", "longest row with a vector per position; 0: none")
+    ] = 0
+    self_conditioning: Annotated[bool, Plain(bool, "an earlier estimate is an input")] = False
+    attention: Annotated[str, Name(tuple(attentions.CHOICES), "auto: best of the device")] = "auto"
+    remat: Annotated[str, Name(tuple(layers.POLICIES), "what the backward pass recomputes")] = (
+        "none"
+    )
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learned_positions < 0:
-            raise ValueError(
-                f"learned_positions must not be negative, got {self.learned_positions}"
-            )
         if self.width % (2 * self.num_heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads} "
                 "(the rotary embedding needs an even head size)"
             )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.hidden < 1:
+            raise ValueError(
+                f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves no hidden units (they "
+                "are a multiple of 8); raise mlp_ratio"
+            )
 
     @property
     def head_size(self) -> int:
@@ -100,9 +82,9 @@ class TransformerConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the feed-forward layer."""
+        """Hidden width of the feed-forward layer, the nearest multiple of 8."""
         share = 2 / 3 if self.mlp == "swiglu" else 1.0
-        return max(8, round(self.width * self.mlp_ratio * share / 8) * 8)
+        return round(self.width * self.mlp_ratio * share / 8) * 8
 
 
 _ROWS, _HEADS = ("batch", None, None), ("batch", None, "heads", None)

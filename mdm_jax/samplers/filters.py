@@ -6,11 +6,12 @@ distribution with the mask token excluded, before positions are selected.
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.checks import is_concrete
+from mdm_jax.checks import Real, Whole, checked, is_concrete
 from mdm_jax.types import Array
 
 LogitFilter = Callable[[Array], Array]
@@ -20,19 +21,21 @@ _ONE_STAGE = 64
 """Largest vocabulary that is drawn from with one random number per token."""
 
 
-def temperature(value: float) -> LogitFilter:
+@checked
+def temperature(
+    value: Annotated[float, Real("[0, 1e6]", "", "divisor of logits; 0: the most likely token")],
+) -> LogitFilter:
     """Divides logits by ``value`` >= 0; 0 keeps the most likely token, of the lowest id on ties."""
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"temperature must be finite and at least 0, got {value}")
     if value == 0:
         return _keep_most_likely
     return lambda logits: logits / value
 
 
-def top_k(count: int) -> LogitFilter:
+@checked
+def top_k(
+    count: Annotated[int, Whole("[1, 2e9]", "tokens", "likely ones kept")],
+) -> LogitFilter:
     """Keeps the ``count`` >= 1 most likely tokens (lower ids on ties), or all if fewer."""
-    if count < 1:
-        raise ValueError(f"top_k needs a count of at least 1, got {count}")
 
     def keep_top(logits: Array) -> Array:
         if count >= logits.shape[-1]:
@@ -45,13 +48,14 @@ def top_k(count: int) -> LogitFilter:
     return keep_top
 
 
-def top_p(mass: float) -> LogitFilter:
+@checked
+def top_p(
+    mass: Annotated[float, Real("(0, 1]", "probability", "least mass of the tokens kept; 1: all")],
+) -> LogitFilter:
     """Nucleus (Holtzman et al. 2020): the fewest most likely tokens of mass >= ``mass`` in (0, 1].
 
     The token that crosses ``mass`` is kept: of (.5, .3, .2) and mass .6 two tokens stay.
     """
-    if not 0 < mass <= 1:
-        raise ValueError(f"top_p needs a probability mass in (0, 1], got {mass}")
 
     def keep_nucleus(logits: Array) -> Array:
         if mass == 1:

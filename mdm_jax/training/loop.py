@@ -8,13 +8,14 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
 import numpy as np
 from absl import logging
 
 from mdm_jax import distributed
+from mdm_jax.checks import Whole, checked
 from mdm_jax.training.checkpoints import Checkpoints
 from mdm_jax.training.ema import averaged
 from mdm_jax.training.metrics import MetricWriter, Progress
@@ -87,6 +88,7 @@ class BatchStream(Protocol):
     def get_state(self) -> dict[str, Any]: ...
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
     """Frequencies of the loop's actions, in steps; 0 switches a recurring one off.
@@ -95,34 +97,26 @@ class LoopOptions:
     always saved.
 
     Attributes:
-        max_skipped_in_a_row: stop after this many non-finite steps in a row.
         tokens_per_step, unit: tokens through the network each step, for the speed; unit of the bits
             shown, such as "character".
-        profile_at, profile_steps, profile_directory: first step (0: none), length, target of a
-            profile.
+        profile_directory: target of a profile.
         launched_at: ``time.monotonic()`` at launch, to report the time to the first step, or None.
     """
 
-    total_steps: int
-    log_every: int = 10
-    evaluate_every: int = 0
-    sample_every: int = 0
-    checkpoint_every: int = 0
-    max_skipped_in_a_row: int = 10
+    total_steps: Annotated[int, Whole("[1, 2e9]", "steps")]
+    log_every: Annotated[int, Whole("[1, 2e9]", "steps", "between lines of metrics")] = 10
+    evaluate_every: Annotated[int, Whole("[0, 2e9]", "steps", "0: never")] = 0
+    sample_every: Annotated[int, Whole("[0, 2e9]", "steps", "0: never")] = 0
+    checkpoint_every: Annotated[int, Whole("[0, 2e9]", "steps", "0: never")] = 0
+    max_skipped_in_a_row: Annotated[
+        int, Whole("[1, 2e9]", "steps", "that are not finite, before training stops")
+    ] = 10
     tokens_per_step: int = 0
     unit: str = "token"
-    profile_at: int = 0
-    profile_steps: int = 5
+    profile_at: Annotated[int, Whole("[0, 2e9]", "step", "first one of a profile; 0: none")] = 0
+    profile_steps: Annotated[int, Whole("[1, 1e6]", "steps", "of a profile")] = 5
     profile_directory: str = ""
     launched_at: float | None = None
-
-    def __post_init__(self):
-        for name in ("total_steps", "log_every", "max_skipped_in_a_row", "profile_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "sample_every", "checkpoint_every", "profile_at"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass

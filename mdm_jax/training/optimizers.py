@@ -1,13 +1,21 @@
 """Optimisers, learning-rate schedule, and moments in fewer bits."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.types import PyTree
+
+_B1 = Annotated[float, Real("[0, 1)", "per step", "decay of Adam's first moments")]
+_B2 = Annotated[float, Real("[0, 1)", "per step", "decay of Adam's second moments")]
+_WeightDecay = Annotated[
+    float, Real("[0, 10]", "per step and learning rate", "of kernels and embeddings")
+]
+_ClipNorm = Annotated[float, Real("(0, 1e6]", "global norm", "of gradients; None: no clipping")]
 
 
 def store_moments(
@@ -55,8 +63,14 @@ def _cast(state: PyTree, dtypes: dict[str, jnp.dtype]) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+@checked
 def warmup_cosine(
-    peak: float, warmup_steps: int, total_steps: int, final_fraction: float = 0.1
+    peak: Annotated[
+        float, Real("(0, 10]", "learning rate", "after the warm-up; for adamw a tenth of muon's")
+    ],
+    warmup_steps: Annotated[int, Whole("[0, 2e9]", "steps", "of rising learning rate")],
+    total_steps: Annotated[int, Whole("[1, 2e9]", "steps")],
+    final_fraction: Annotated[float, Real("[0, 1]", "of the peak", "at the end")] = 0.1,
 ) -> optax.Schedule:
     """Linear warm-up to ``peak``, then a cosine to ``final_fraction * peak`` at ``total_steps``.
 
@@ -71,29 +85,31 @@ def warmup_cosine(
     )
 
 
+@checked
 def adamw(
     schedule: optax.Schedule,
     *,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0,
+    b1: _B1 = 0.9,
+    b2: _B2 = 0.99,
+    weight_decay: _WeightDecay = 0.0,
+    clip_norm: _ClipNorm | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping (positive or None), then AdamW decaying kernels and embeddings only."""
+    """Global-norm clipping, then AdamW decaying kernels and embeddings only."""
     return optax.chain(
         _clip(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
     )
 
 
+@checked
 def muon(
     schedule: optax.Schedule,
     *,
-    momentum: float = 0.95,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0,
+    momentum: Annotated[float, Real("[0, 1)", "per step", "decay of Muon's momentum")] = 0.95,
+    b1: _B1 = 0.9,
+    b2: _B2 = 0.99,
+    weight_decay: _WeightDecay = 0.0,
+    clip_norm: _ClipNorm | None = 1.0,
 ) -> optax.GradientTransformation:
     """Global-norm clipping, then Muon for the network's inner kernels and Adam for the rest.
 
@@ -134,8 +150,4 @@ def _names(path: tuple) -> set[str]:
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:
-    if norm is None:
-        return optax.identity()
-    if norm <= 0:
-        raise ValueError(f"clip_norm must be positive or None, got {norm}")
-    return optax.clip_by_global_norm(norm)
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)

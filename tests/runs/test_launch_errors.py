@@ -104,13 +104,13 @@ def test_unknown_names_are_refused_with_suggestions(refused, argument, field, ne
     name = argument.split("=")[1].strip("()").split(",")[-1].strip("'")
     line = refused(argument)
     assert f"{field}: unknown name '{name}'" in line and f"'{near}'" in line
-    assert "known are" in line
+    assert "known: " in line
 
 
 def test_an_unknown_grid_is_refused(refused):
     grid = "--config.sample.grid=unifrom_masking_rate"
     line = refused("--config.sample.sampler=ancestral", grid)
-    assert "sample.grid: unknown name" in line and "did you mean 'uniform_masking_rate'?" in line
+    assert "sample.grid: unknown name" in line and "did you mean 'uniform_masking_rate'" in line
 
 
 # --- settings that cannot work, refused before anything is trained ------------------------------
@@ -122,25 +122,52 @@ def test_an_unknown_grid_is_refused(refused):
         (["--config.train.batch_size=80000"], "larger than the source"),
         (["--config.train.batch_size=7"], "does not split over 8 data-parallel devices"),
         (["--config.train.num_microbatches=4"], "use a multiple of 32"),
-        (["--config.train.num_microbatches=0"], "num_microbatches must be at least 1, got 0"),
+        (
+            ["--config.train.num_microbatches=0"],
+            "num_microbatches must be a whole number in [1, 1e6], got 0",
+        ),
         (["--config.mesh.data=3"], "does not use the 8 devices"),
         (["--config.mesh.fsdp=3"], "does not use the 8 devices"),
         (["--config.train.steps=2"], "warmup_steps must lie in [0, total_steps)"),
-        (["--config.train.log_every=0"], "log_every must be at least 1"),
-        (["--config.train.keep_last=0"], "keep_last must be at least 1"),
-        (["--config.optimizer.ema_decay=1.5"], "ema_decay must be in [0, 1)"),
-        (["--config.optimizer.clip_norm=-1.0"], "clip_norm must be positive"),
-        (["--config.evaluate.passes=0"], "passes must be at least 1"),
-        (["--config.evaluate.final_replicates=0"], "replicates must be at least 1"),
-        (["--config.evaluate.batch_size=0"], "batch_size must be a positive integer"),
+        (
+            ["--config.train.log_every=0"],
+            "train.log_every must be a whole number in [1, 2e9], got 0",
+        ),
+        (
+            ["--config.train.keep_last=0"],
+            "train.keep_last must be a whole number in [1, 1e6], got 0",
+        ),
+        (
+            ["--config.optimizer.ema_decay=1.5"],
+            "optimizer.ema_decay must be a number in [0, 1), got 1.5",
+        ),
+        (
+            ["--config.optimizer.clip_norm=-1.0"],
+            "optimizer.clip_norm must be a number in [0, 1e6], got -1.0",
+        ),
+        (
+            ["--config.evaluate.passes=0"],
+            "evaluate.passes must be a whole number in [1, 1e6], got 0",
+        ),
+        (
+            ["--config.evaluate.final_replicates=0"],
+            "final_replicates must be a whole number in [1, 1e6], got 0",
+        ),
+        (
+            ["--config.evaluate.batch_size=0"],
+            "evaluate.batch_size must be a whole number in [1, 1e6], got 0",
+        ),
         (["--config.sample.gap=1000"], "sample.gap must be in [0, 32], got 1000"),
-        (["--config.sample.num_samples=0"], "sample.num_samples must be at least 1"),
+        (
+            ["--config.sample.num_samples=0"],
+            "sample.num_samples must be a whole number in [1, 1e6], got 0",
+        ),
         (["--config.sample.prompts=/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
         (["--config.sample.top_p=0.0"], "top_p"),
         (["--config.sample.temperature=-1.0"], "temperature"),
         (["--config.model.width=10"], "width 10 must be a multiple of 2 * num_heads"),
-        (["--config.model.mlp=relu"], "mlp must be one of"),
-        (["--config.seed=-1"], "seed must be in [0, 2**32)"),
+        (["--config.model.mlp=relu"], "model.mlp: unknown name 'relu'"),
+        (["--config.seed=-1"], "seed must be a whole number in [0, 4294967295], got -1"),
         (["--config.data.fractions=(1.0,0.0,0.0)"], "neither test nor validation rows"),
         (
             ["--config.data.fractions=(0.9,0.0,0.1)", "--config.evaluate.final_split=valid"],

@@ -171,7 +171,7 @@ def test_gradients_are_finite_at_extreme_levels_in_float32(path_name):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="unknown output 'epsilon'; did you mean eps"):
+    with pytest.raises(ValueError, match="unknown output 'epsilon'; did you mean 'eps'"):
         outputs.by_name("epsilon")
     with pytest.raises(ValueError, match="edm needs sigma_data > 0, got -1.0"):
         outputs.by_name("edm", sigma_data=-1.0)

@@ -330,7 +330,7 @@ def test_parameters_may_be_traced():
 
 def test_names():
     assert gaussian.by_name("edm_rho", rho=3.0) == gaussian.edm_rho(rho=3.0)
-    with pytest.raises(ValueError, match="did you mean flow or"):
+    with pytest.raises(ValueError, match="did you mean 'flow' or"):
         gaussian.by_name("flows")
     with pytest.raises(TypeError, match="rho"):
         gaussian.by_name("cosine", rho=1.0)

@@ -376,13 +376,13 @@ def test_gelu_and_its_derivatives_are_those_of_jax(dtype, tolerance):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"depth": 0}, "depth must be at least 1"),
-        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"vocab_size": 0}, r"vocab_size must be a whole number in \[1, 2e9\], got 0"),
+        ({"depth": 0}, "depth must be a whole number"),
+        ({"num_heads": 0}, "num_heads must be a whole number"),
         ({"width": 12, "num_heads": 4}, r"width 12 must be a multiple of 2 \* num_heads = 8"),
-        ({"norm": "batch"}, "norm must be one of .*'rms'.*, got 'batch'"),
-        ({"learned_positions": -1}, "learned_positions must not be negative, got -1"),
-        ({"mlp": "relu"}, "mlp must be one of .*'swiglu'.*, got 'relu'"),
+        ({"norm": "batch"}, "norm: unknown name 'batch'; .*known: layer, rms"),
+        ({"learned_positions": -1}, "learned_positions must be a whole number .*, got -1"),
+        ({"mlp": "relu"}, "mlp: unknown name 'relu'"),
     ],
 )
 def test_settings_that_make_no_model_are_refused(settings, message):

@@ -21,7 +21,7 @@ def test_schedule_warms_up_and_ends_at_its_fraction():
     assert float(training.warmup_cosine(2.0, 0, 20)(0)) == 2.0
 
 
-@pytest.mark.parametrize("warmup, total", [(20, 20), (-1, 20), (1, 0)])
+@pytest.mark.parametrize("warmup, total", [(20, 20), (5, 3)])
 def test_a_warm_up_as_long_as_the_run_is_refused(warmup, total):
     with pytest.raises(ValueError, match=r"warmup_steps must lie in \[0, total_steps\)"):
         training.warmup_cosine(1.0, warmup, total)
@@ -29,7 +29,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused(warmup, total):
 
 @pytest.mark.parametrize("factory", [training.adamw, training.muon])
 def test_clip_norm_must_be_positive(factory):
-    with pytest.raises(ValueError, match="clip_norm must be positive or None"):
+    with pytest.raises(ValueError, match=r"clip_norm must be a number in \(0, 1e6\]"):
         factory(optax.constant_schedule(0.1), clip_norm=0.0)
 
 
