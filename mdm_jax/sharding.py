@@ -15,6 +15,7 @@ AXES = ("data", "fsdp", "tensor")
 
 LOGICAL_RULES = (
     ("batch", ROW_AXES),
+    ("replica", "data"),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.models.products import product, product_p
+from mdm_jax.sharding import constrain
 from mdm_jax.types import Array
 
 Initializer = Callable[..., Array]
@@ -56,6 +57,16 @@ class Kernel(nn.Module):
     def __call__(self) -> Array:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         return self.param("kernel", init, self.shape, self.param_dtype)
+
+
+def look_up(table: Array, indices: Array) -> Array:
+    """Rows of ``table`` [K, D], axes ("vocab" or None, "embed"), at ``indices`` [N, Q]: float32.
+
+    Each device of a replica takes its columns for all rows of the replica; then rows and columns
+    change places, both ways, which moves the rows' vectors alone and not the table.
+    """
+    vectors = constrain(jnp.take(table, indices, axis=0), "replica", None, "embed")
+    return constrain(vectors.astype(jnp.float32), "batch", None, None)
 
 
 class Norm(nn.Module):

@@ -327,7 +327,7 @@ class Transformer(nn.Module):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         table = self.param("embedding", init, (c.vocab_size, c.width), c.param_dtype)
-        x = jnp.take(table, inputs, axis=0).astype(jnp.float32)
+        x = layers.look_up(table, inputs)
         if c.learned_positions:
             x = x + _LearnedPositions(c, name="positions")(positions)
         x = _add_estimate(c, x, table, estimate)

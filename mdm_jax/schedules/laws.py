@@ -3,6 +3,7 @@
 ``icdf`` maps a quantile u in (0, 1), near 0 noisy and near 1 clean, to a level of known density.
 Near 1 float32 quantiles are spaced by 6e-8, so laws use the probabilities on both sides of a level
 (:class:`Tails`). Laws are frozen pytrees: parameters may be traced, differentiated and mapped over.
+Known ones are Python floats or NumPy float64, so that a law computes in the precision of its use.
 The lower-case factories check parameters, the classes do not.
 """
 
@@ -224,19 +225,21 @@ class PiecewiseConstant(TwoSidedLaw):
 
     def tails(self, logsnr: ArrayLike) -> Tails:
         logsnr = jnp.clip(as_float(logsnr), *self.support)
-        cell = _cell(self.edges, logsnr)
-        left, right, mass = self.edges[cell], self.edges[cell + 1], self.masses[cell]
+        edges, cumulative = jnp.asarray(self.edges), jnp.asarray(self.cumulative)
+        cell = _cell(edges, logsnr)
+        left, right, mass = edges[cell], edges[cell + 1], self.masses[cell]
         return Tails(
-            self.cumulative[cell] + mass * ((logsnr - left) / (right - left)),
-            (1 - self.cumulative[cell + 1]) + mass * ((right - logsnr) / (right - left)),
+            cumulative[cell] + mass * ((logsnr - left) / (right - left)),
+            (1 - cumulative[cell + 1]) + mass * ((right - logsnr) / (right - left)),
         )
 
     def quantile(self, below: Array, above: Array) -> Array:
         # Rounded to 1, ``below`` would land in the last cell even if that is empty.
-        cell = _cell(self.cumulative, jnp.minimum(below, 1 - jnp.finfo(below.dtype).epsneg))
-        left, right, mass = self.edges[cell], self.edges[cell + 1], self.masses[cell]
-        from_left = (below - self.cumulative[cell]) / mass
-        from_right = (above - (1 - self.cumulative[cell + 1])) / mass
+        edges, cumulative = jnp.asarray(self.edges), jnp.asarray(self.cumulative)
+        cell = _cell(cumulative, jnp.minimum(below, 1 - jnp.finfo(below.dtype).epsneg))
+        left, right, mass = edges[cell], edges[cell + 1], self.masses[cell]
+        from_left = (below - cumulative[cell]) / mass
+        from_right = (above - (1 - cumulative[cell + 1])) / mass
         fraction = jnp.where(below < 0.5, from_left, 1 - from_right)
         # Strictly below the right edge, where the next cell and its density begin.
         last = jnp.nextafter(*jax.lax.stop_gradient((right, left)))
@@ -269,7 +272,7 @@ def piecewise(masses: ArrayLike, edges: ArrayLike) -> PiecewiseConstant:
         edges = xp.linspace(edges[0], edges[1], masses.size + 1)
     if is_concrete(edges):
         _check_edges(edges.astype(jnp.result_type(float)))
-    return PiecewiseConstant(jnp.asarray(edges), _cumulative(masses))
+    return PiecewiseConstant(edges, _cumulative(masses))
 
 
 def _as_table(values: ArrayLike) -> Array | np.ndarray:
@@ -285,7 +288,7 @@ def _cumulative(masses: Array | np.ndarray) -> Array:
     total = xp.cumsum(masses)
     table = xp.concatenate([xp.zeros(1), total[:-1] / total[-1], xp.ones(1)])
     # A parallel sum may step back by one rounding where a cell is empty.
-    return jax.lax.cummax(table) if xp is jnp else jnp.asarray(table)
+    return jax.lax.cummax(table) if xp is jnp else table
 
 
 def _check_edges(known: np.ndarray) -> None:
@@ -338,7 +341,7 @@ def tabulated(
         raise ValueError(
             f"tabulated: m(t) varies too little, from {rate[-1]} to {rate[0]}, for float32"
         )
-    return PiecewiseConstant(jnp.asarray(logsnr[kept]), jnp.asarray(quantile[kept]))
+    return PiecewiseConstant(logsnr[kept], quantile[kept])
 
 
 def _quantile_table(num_cells: int) -> np.ndarray:

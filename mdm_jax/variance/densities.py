@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import is_concrete
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike
@@ -79,11 +80,16 @@ class PiecewiseDensity(QuantileDensity):
         return open_interval(jnp.clip(inside, left, jnp.nextafter(right, left)))
 
 
-def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
-    """Density with the given mass in each cell, rounded to whole grid points, 2**-23.
-    ``edges``: [J + 1] quantiles; ``masses``: [J] up to a common factor, highest masking rates
-    first; if traced, only their shape is checked. ValueError if shapes do not fit, edges do not run
-    from 0 to 1 in steps of 2**-22 or more, or a mass is not positive and finite.
+def piecewise_density(
+    edges: ArrayLike, masses: ArrayLike, floor: ArrayLike = 0.0
+) -> PiecewiseDensity:
+    """Density with mass ``(1 - floor) masses_j / sum + floor width_j`` in cell j.
+    Masses are rounded to whole grid points, 2**-23, upwards where a cell would fall below ``floor
+    width_j``: no weight exceeds ``1 / floor``, however narrow the cells. ``edges``: [J + 1]
+    quantiles, rounded to the grid; ``masses``: [J] up to a common factor, highest masking rates
+    first; ``floor``: share of uniform levels. If masses are traced, only their shape is checked.
+    ValueError if shapes do not fit, edges do not run from 0 to 1 in steps of 2**-22 or more, or a
+    mass is not finite, negative, or zero without a floor.
     """
     edges = check_edges(edges)
     cells = edges.size - 1
@@ -93,14 +99,16 @@ def piecewise_density(edges: ArrayLike, masses: ArrayLike) -> PiecewiseDensity:
         raise ValueError(
             f"piecewise_density: {edges.size} edges need {cells} masses, got shape {masses.shape}"
         )
-    if not isinstance(masses, jax.core.Tracer):
+    if is_concrete(masses, floor):
         values = np.asarray(masses)
-        if not (np.all(np.isfinite(values)) and np.all(values > 0)):
+        if not np.all(np.isfinite(values) & (values >= 0) & (values + floor > 0)):
             raise ValueError(
                 "piecewise_density: masses must be positive and finite, since a cell without mass "
                 f"would be lost; got {values}. clipped() leaves out a range on purpose"
             )
-    points = _grid_points(jnp.asarray(masses / masses.max(), jnp.float32))
+    shares = jnp.asarray(masses / masses.max(), jnp.float32)
+    widths = np.diff(edges.astype(np.float64) * _SIZE).astype(np.float32)  # whole numbers
+    points = _grid_points(shares, jnp.asarray(widths), jnp.asarray(floor, jnp.float32))
     return PiecewiseDensity(jnp.asarray(edges), points)
 
 
@@ -117,13 +125,16 @@ def log_spaced_edges(num_bins: int = 32, smallest_rate: float = 1e-3) -> np.ndar
 
 
 def check_edges(edges: ArrayLike) -> np.ndarray:
-    """``edges`` as float32; ValueError unless they run from 0 to 1 in steps of 2**-22 or more."""
+    """``edges`` as float32 on the grid, multiples of 2**-23.
+    ValueError unless they run from 0 to 1 in steps of 2**-22 or more.
+    """
     edges = np.asarray(edges, np.float32)
     if edges.ndim != 1 or edges.size < 2 or edges[0] != 0 or edges[-1] != 1:
         raise ValueError(
             "edges must run over the quantile from 0 to 1, both included, so that no level is "
             f"lost; got {edges}"
         )
+    edges = np.round(edges.astype(np.float64) * _SIZE).astype(np.float32) / np.float32(_SIZE)
     wide = np.diff(edges) >= NARROWEST
     if not np.all(wide):
         at = int(np.argmin(wide))
@@ -171,15 +182,18 @@ def open_interval(u: Array) -> Array:
 
 
 @jax.jit
-def _grid_points(masses: Array) -> Array:
-    """Cumulative masses [J] in whole grid points [J + 1], at least one per cell."""
-    total = jnp.cumsum(masses)
-    points = jnp.round(total / total[-1] * _SIZE).astype(jnp.int32)
-    # Both bounds rise by at least 1 per cell, so their minimum does.
-    cells = masses.size
-    order = jnp.arange(1, cells + 1)
-    lower = order + jax.lax.cummax(jnp.maximum(points - order, 0))
-    points = jnp.minimum(lower, _SIZE - cells + order)
+def _grid_points(shares: Array, widths: Array, floor: Array) -> Array:
+    """Cumulative masses in whole grid points [J + 1]: of each cell ``floor * width``, at least 1.
+    ``shares`` [J] up to a factor, ``widths`` [J] in grid points.
+    """
+    followed = jnp.cumsum(shares)
+    uniform = jnp.cumsum(widths)  # exact: whole numbers below 2**24
+    total = (1.0 - floor) * (followed / followed[-1]) * _SIZE + floor * uniform
+    points = jnp.round(total).astype(jnp.int32)
+    # Both bounds rise by at least the least number of a cell, so their minimum does.
+    least = jnp.cumsum(jnp.maximum(jnp.ceil(floor * widths), 1.0).astype(jnp.int32))
+    lower = least + jax.lax.cummax(jnp.maximum(points - least, 0))
+    points = jnp.minimum(lower, _SIZE - least[-1] + least)
     return jnp.concatenate([jnp.zeros(1, points.dtype), points])
 
 
@@ -262,10 +276,9 @@ def squared_mean(moments: LevelMoments) -> Array:
 
 def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> PiecewiseDensity:
     """Density proportional to the root of ``moment`` in each bin, mixed with the uniform one.
-    Bin j of width d_j gets the mass ``(1 - floor) d_j sqrt(moment_j) / sum + floor d_j``, so no
-    weight exceeds ``1 / floor``. Uniform if moments are all zero or not finite. ``moment`` [J] is
-    not negative, ``floor`` in (0, 1]; both may be traced. ValueError unless ``edges`` [J + 1] fit
-    in number and run from 0 to 1.
+    :func:`piecewise_density` with masses ``d_j sqrt(moment_j)`` in bins of width d_j; uniform if
+    moments are all zero or not finite. ``moment`` [J] is not negative, ``floor`` in (0, 1]; both
+    may be traced. ValueError unless ``edges`` [J + 1] fit in number and run from 0 to 1.
     """
     edges, moment = check_edges(edges), jnp.asarray(moment, jnp.float32)
     if moment.shape != (edges.size - 1,):  # one moment would be broadcast to all bins
@@ -278,8 +291,7 @@ def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> Pie
     share = widths * (root / jnp.max(root))
     total = jnp.sum(share)
     usable = jnp.isfinite(total) & (total > 0)
-    followed = jnp.where(usable, share / jnp.where(usable, total, 1.0), widths)
-    return piecewise_density(edges, (1.0 - floor) * followed + floor * widths)
+    return piecewise_density(edges, jnp.where(usable, share, widths), floor)
 
 
 def check_floor(name: str, floor: float) -> None:

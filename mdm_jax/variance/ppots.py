@@ -303,9 +303,7 @@ def epr_density(parameters: EprParameters | Sequence[float], floor: float) -> Pi
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     edges = np.linspace(0.0, 1.0, _NUM_CELLS + 1)
     quantiles = edges[:-1, None] + (nodes + 1) / 2 / _NUM_CELLS
-    shares = epr_curve(p, 1.0 - quantiles) @ weights
-    shares = shares / shares.sum()
-    return piecewise_density(edges, (1.0 - floor) * shares + floor / _NUM_CELLS)
+    return piecewise_density(edges, epr_curve(p, 1.0 - quantiles) @ weights, floor)
 
 
 def _bin_sums(edges: np.ndarray, u: Array, losses: LevelLosses) -> tuple[Array, Array, Array]:

@@ -144,11 +144,12 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
             f"{low} to {high}; widen it"
         )
     widths = np.array([1.0 - high, high - low, low])
-    masses = share * widths + np.array([0.0, 1.0 - share, 0.0])
-    kept = widths > 0
+    masses, kept = np.array([0.0, 1.0, 0.0]), widths > 0
     edges = np.concatenate([[0.0], np.cumsum(widths[kept])])
     edges[-1] = 1.0
-    return importance(piecewise_density(edges, masses[kept]))._replace(name="clipped_mixture")
+    return importance(piecewise_density(edges, masses[kept], share))._replace(
+        name="clipped_mixture"
+    )
 
 
 def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
@@ -220,10 +221,16 @@ def learned_warp(
 
 
 def updates(learn: LearnFn) -> Callable[[Any, Draw, LossStats], Any]:
-    """Counting ``update`` from ``learn``; changes not to be kept only raise ``rejected``."""
+    """Counting ``update`` from ``learn``; changes not to be kept only raise ``rejected``.
+    A batch without losses other than zero teaches nothing, and only raises ``steps``: momentum, and
+    steps that do not depend on the size of a gradient, would move a learner for ever.
+    """
 
     def update(state: Any, current: Draw, stats: LossStats) -> Any:
         changes, keep = learn(state, current, stats)
+        taught = jnp.any((stats.raw != 0) & (stats.eligible > 0))
+        held = {name: getattr(state, name) for name in changes}
+        changes = jax.tree.map(lambda new, old: jnp.where(taught, new, old), changes, held)
         learnt = state._replace(steps=state.steps + 1, **changes)
         refused = state._replace(rejected=state.rejected + 1)
         return jax.tree.map(lambda new, old: jnp.where(keep, new, old), learnt, refused)

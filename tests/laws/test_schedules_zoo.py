@@ -39,6 +39,15 @@ def test_every_public_law_is_in_the_zoo():
     assert all(getattr(gaussian, name) is factory for name, factory in tables.items())
 
 
+def test_a_law_keeps_its_parameters_in_full():
+    """Built without x64 it is the law built with it, and can be evaluated in float64."""
+    for name in LAWS:
+        pairs = zip(jax.tree.leaves(law_in(name, 32)), jax.tree.leaves(law_in(name, 64)))
+        for plain, exact in pairs:
+            assert np.asarray(plain).dtype == np.float64, name
+            np.testing.assert_array_equal(plain, exact, err_msg=name)
+
+
 class Measured(NamedTuple):
     """A law at :data:`QUANTILES`, and at four levels outside the support."""
 

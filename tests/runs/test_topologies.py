@@ -101,11 +101,20 @@ def draw_of(experiment, state, number, place=None):
     return jax.device_get(make(state.variance))
 
 
+def assert_same_sums(found, expected):
+    """Equal up to the order of summation. Parameters moved by a gradient, whose entries are float32
+    sums of terms of both signs and of about the size of the array's largest entry; where they
+    cancel, the error does not shrink with the sum. So the absolute tolerance follows the array's
+    norm: 1e-5 of its largest entry, some eighty roundings."""
+    atol = 1e-5 * np.max(np.abs(expected), initial=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol)
+
+
 # A default test of the step itself on a mesh of eight is in test_training_step.
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh_name", MESHES)
 @pytest.mark.parametrize("case", CASES)
-def test_a_mesh_changes_nothing(case, mesh_name):
+def test_a_mesh_changes_nothing(case, mesh_name, capfd):
     experiment, (state, batches) = build(case, mesh_name), start(case)
     expected = on_one_device(case)
     abstract = mdm_jax_sharding.abstract_sharded(
@@ -125,10 +134,11 @@ def test_a_mesh_changes_nothing(case, mesh_name):
     found = follow(
         experiment, jax.device_put(state, shardings), placed, out_shardings=(shardings, None)
     )
+    assert "rematerialization" not in capfd.readouterr().err  # the compiler's warning
     for number, ((one, told), (other, said)) in enumerate(zip(expected, found)):
         assert float(told.gradient_norm) > 1e-3
         chex.assert_trees_all_close(said, told, rtol=2e-5, atol=1e-6)
-        chex.assert_trees_all_close(other.params, one.params, rtol=1e-4, atol=1e-5)
+        jax.tree.map(assert_same_sums, other.params, one.params)
         chex.assert_trees_all_close(other.variance, one.variance, rtol=1e-4, atol=1e-6)
         if number:
             assert any(

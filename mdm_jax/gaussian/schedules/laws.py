@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
-from mdm_jax.checks import parameters
+from mdm_jax.checks import log_positive, parameters
 from mdm_jax.gaussian.schedules.times import solve_time
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import (
@@ -351,7 +351,8 @@ def edm_rho(
 def ve_geometric(sigma_min: ArrayLike = 0.01, sigma_max: ArrayLike = 50.0) -> Uniform:
     """sigma = sigma_min^(1 - t) sigma_max^t, the VE-SDE of Song et al. (2021): uniform logSNR."""
     low, high = _sigmas("ve_geometric", sigma_min, sigma_max)
-    return Uniform(-2 * jnp.log(high), -2 * jnp.log(low))
+    logs = (log_positive("ve_geometric", "sigma", sigma) for sigma in (high, low))
+    return Uniform(*(-2 * log for log in logs))
 
 
 def uniform_logsnr(low: ArrayLike = -5.0, high: ArrayLike = 13.3) -> Uniform:
@@ -399,8 +400,7 @@ def flow_shifted(ratio: ArrayLike) -> Logistic:
 
     Moves the logSNR by -2 log ratio; ``ratio`` is the square root of the ratio of pixel counts.
     """
-    (ratio,) = parameters("flow_shifted", "ratio > 0", _positive, ratio=ratio)
-    return Logistic(-2 * jnp.log(ratio), 2.0)
+    return Logistic(-2 * log_positive("flow_shifted", "ratio", ratio), 2.0)
 
 
 def sd3_logit_normal(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Normal:

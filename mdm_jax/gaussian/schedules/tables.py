@@ -120,7 +120,7 @@ def interpolated_table(table: ArrayLike) -> InterpolatedDecay:
     table; for zero terminal SNR apply ``zero_terminal`` to the law instead.
     """
     decay = np.logaddexp(0.0, -check_table(table))
-    return InterpolatedDecay(jnp.asarray(np.append(0.0, decay), dtype=float))
+    return InterpolatedDecay(np.append(0.0, decay))
 
 
 def ddpm_discrete(
@@ -145,7 +145,7 @@ def wavegrad(
     The table is :func:`ddpm_table` preceded by alpha = 1. Defaults are recalled from the paper.
     """
     loss = _amplitude_loss(ddpm_table(num_steps, beta_start, beta_end))
-    return InterpolatedAmplitude(jnp.asarray(np.append(0.0, loss), dtype=float))
+    return InterpolatedAmplitude(np.append(0.0, loss))
 
 
 def check_table(table: ArrayLike) -> np.ndarray:
@@ -165,6 +165,7 @@ def check_table(table: ArrayLike) -> np.ndarray:
 
 def _interpolate(table: Array, at: Instant) -> Array:
     """Linear interpolation between equally spaced times, from the nearer end."""
+    table = jnp.asarray(table)
     cells = table.size - 1
     early = at.t < 0.5
     from_start, from_end = at.t * cells, at.rest * cells
@@ -178,6 +179,7 @@ def _interpolate(table: Array, at: Instant) -> Array:
 
 def _locate(table: Array, value: Array) -> tuple[Instant, Array]:
     """Time at which the interpolated table has a value, and its derivative there."""
+    table = jnp.asarray(table)
     cells = table.size - 1
     left = jnp.searchsorted(table, jax.lax.stop_gradient(value), side="right") - 1
     cell = jnp.clip(left, 0, cells - 1)

@@ -154,7 +154,8 @@ def learned_quantile(
         mean = losses.mean(squares)
         # The past's mean: one of this batch would tie numerator and denominator.
         past = jnp.where(state.weight > 0, state.square / jnp.maximum(state.weight, 1e-30), mean)
-        relative = squares / jnp.where(past > 0, past, 1.0)
+        # Losses whose squares underflow teach nothing.
+        relative = jnp.where(past > 0, squares / jnp.where(past > 0, past, 1.0), 1.0)
         # The score has mean zero, so taking 1 away changes the noise and not the mean.
         gradient = second_moment_gradient(
             lambda net: net.log_pdf(current.u), state.net, relative - 1.0, losses.mean
@@ -166,7 +167,7 @@ def learned_quantile(
             "square": decay * state.square + (1 - decay) * mean,
             "weight": decay * state.weight + (1 - decay),
         }
-        return changes, all_finite(changes) & jnp.any(losses.count > 0)
+        return changes, all_finite(changes)
 
     warp = learned_warp("learned_quantile", init, lambda state: state.net, learn)
     return warp._replace(draw=draw)

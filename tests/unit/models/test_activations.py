@@ -11,7 +11,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mdm_jax.models import attention as attention_kernels
 from mdm_jax.models.attention import attention
 from mdm_jax.models.masks import within_documents
-from mdm_jax.sharding import constrain, make_mesh, num_shards, sharded_apply
+from mdm_jax.sharding import (
+    LOGICAL_RULES,
+    abstract_sharded,
+    batch_sharding,
+    constrain,
+    make_mesh,
+    num_shards,
+    sharded_apply,
+)
+from mdm_jax.training import linen_init
 
 pytestmark = pytest.mark.keyless
 
@@ -74,6 +83,44 @@ def test_networks_give_the_same_on_a_mesh(remat, scanned, monkeypatch):
         sharded,
         expected,
     )
+
+
+MESHES = [(2, 2, 2), (1, 8, 1), (2, 4, 1), (1, 1, 8)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        *(
+            pytest.param(options, id="-".join(options), marks=pytest.mark.slow)
+            for options in (
+                {"tie_embeddings": True, "learned_positions": 16, "scan_layers": True},
+                {"self_conditioning": True, "condition_on_logsnr": True, "mlp": "swiglu"},
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_the_compiler_lays_the_network_out_without_a_warning(shape, options, capfd):
+    """Losses and gradients, with parameters cut along both axes: the compiler warns on stderr when
+    it has to copy an array to every device (an "involuntary full rematerialization")."""
+    model = tiny.transformer(vocab_size=64, width=32, depth=1, num_heads=8, **options)
+    mesh = make_mesh(*shape)
+    params = abstract_sharded(lambda: linen_init(model, 16)(jax.random.key(0)), mesh)
+    rows = batch_sharding(mesh)
+    inputs = jax.ShapeDtypeStruct((16, 16), jnp.int32, sharding=rows)
+    logsnr = jax.ShapeDtypeStruct((16, 1), jnp.float32, sharding=rows)
+    apply = sharded_apply(model.apply, mesh, LOGICAL_RULES)
+
+    def loss(params, inputs, logsnr):
+        return jnp.mean(apply(params, inputs, logsnr) ** 2)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    gradient = tiny.jit(jax.grad(loss), out_shardings=shardings)
+    capfd.readouterr()
+    gradient.lower(params, inputs, logsnr).compile()
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["einsum", "recompute"])

@@ -383,6 +383,38 @@ def test_learned_quantile_does_not_depend_on_the_unit_of_the_loss():
     assert np.any(np.asarray(small.height) != np.asarray(fresh(transform).net.height))
 
 
+LEARNERS = ("ppots", "ppots_slopes", "ppots_level_variance", "ema_bins", "loss_history")
+LEARNERS += ("learned_quantile", "uncertainty_weighting", "cdcd_warp", "cdtd_warp", "cdtd_logistic")
+
+
+def test_a_learner_with_nothing_to_learn_stays_where_it_is():
+    """Losses that are all zero, and rows without eligible tokens, at the start and after a batch
+    that did teach something (Adam's momentum would go on); losses whose squares underflow."""
+    assert set(LEARNERS) >= {learner for learner, _ in zoo.STATES.values()}
+    u = np.array([[0.1, 0.3, 0.5, 0.7, 0.8, 0.95]])
+    taught, silent = one_batch(u, 1 + 5 * u), (one_batch(u, 0 * u), one_batch(u, 1 + u, 0.0))
+    pairs = jax.tree.map(lambda *leaves: np.stack([*leaves, *leaves]), *silent)
+
+    @zoo.quick
+    def run(states):
+        found = {}
+        for name, state in states.items():
+            update = zoo.FACTORIES[name]().update
+            learnt = update(state, *taught)
+            befores = jax.tree.map(lambda a, b: jnp.stack([a, a, b, b]), state, learnt)
+            found[name] = befores, jax.vmap(update)(befores, *pairs)
+        return found
+
+    for name, (before, after) in run({n: fresh(zoo.FACTORIES[n]()) for n in LEARNERS}).items():
+        np.testing.assert_array_equal(after.steps, before.steps + 1)
+        jax.tree.map(np.testing.assert_array_equal, after._replace(steps=before.steps), before)
+        moved = [np.any(leaf[0] != leaf[-1]) for leaf in jax.tree.leaves(before)]
+        assert sum(moved) > 1, name
+    network = variance.learned_quantile(4)
+    small = learn(network, one_batch(u, 1e-25 * (1 + u))).net
+    jax.tree.map(np.testing.assert_array_equal, small, fresh(network).net)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [

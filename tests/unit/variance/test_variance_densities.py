@@ -27,8 +27,7 @@ GRID = np.array([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 
 
 def floored(density, floor):
-    edges, masses = np.asarray(density.edges), np.asarray(density.masses)
-    return piecewise_density(edges, (1 - floor) * masses + floor * np.diff(edges))
+    return piecewise_density(np.asarray(density.edges), np.asarray(density.masses), floor)
 
 
 def test_toy_moments():
@@ -130,7 +129,7 @@ def test_uniform_floor_costs_little(floor, total):
     density = floored(fine_density(s), floor)
     np.testing.assert_allclose(decomposition(density).total, total, rtol=1e-5)
     weights = np.exp(-density.log_pdf(density.edges[:-1]))
-    assert weights.max() <= 1 / floor * 1.02  # narrow cells hold few grid points
+    assert weights.max() <= 1 / floor * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +185,35 @@ def test_weights_average_to_one_exactly_and_nothing_is_out_of_reach(masses):
         assert np.all((out >= edges[:-1]) & (out < edges[1:]) & (out > 0))
         mean = np.sum(np.diff(points) / 2**23 * np.exp(-log_pdf.astype(np.float64)))
         np.testing.assert_allclose(mean, 1.0, rtol=2e-6)
+
+
+@pytest.mark.parametrize("floor", [1e-3, 0.01, 0.2, 1.0])
+@pytest.mark.parametrize("bins, rate", [(2, 1e-6), (32, 1e-5), (32, 1e-6), (256, 1e-5)])
+def test_no_weight_exceeds_the_inverse_floor(bins, rate, floor):
+    """In whole grid points, for moments of one bin alone, of all others, and over 20 decades."""
+    edges = log_spaced_edges(bins, rate)
+    rng = np.random.default_rng(0)
+    alone = np.eye(bins)[rng.integers(bins, size=6)]
+    moments = np.concatenate([alone, 1 - alone, 10.0 ** rng.uniform(-10, 10, (20, bins))])
+    many = zoo.quick(
+        jax.vmap(lambda moment, floor: moment_density(edges, moment, floor), (0, None))
+    )
+    points = np.asarray(many(np.float32(moments), np.float32(floor)).points, np.int64)
+    widths = np.diff(np.float64(edges)) * 2**23
+    assert np.all(widths == np.round(widths))
+    assert np.all(points[:, 0] == 0) and np.all(points[:, -1] == 2**23)
+    weights = widths / np.diff(points)
+    assert weights.min() > 0 and weights.max() <= 1 / floor * (1 + 1e-6)
+    if floor == 1:
+        np.testing.assert_array_equal(weights, 1)
+
+
+@pytest.mark.parametrize("low, high", [(0.3, 1 - 2.9e-6), (2.9e-6, 0.5), (2.9e-6, 0.9999)])
+def test_no_weight_of_a_mixture_exceeds_the_inverse_share(low, high):
+    transform = variance.clipped_mixture(low, high, 0.1)
+    u = jnp.asarray([2.0**-24, 1 - 2.0**-24, 1 - high / 2 - low / 2])
+    weights = np.exp(transform.profile(EmptyState(), u).log_weight)
+    assert weights.max() <= 10 * (1 + 1e-6)
 
 
 def test_inverse_and_distribution_function_agree():

@@ -126,7 +126,9 @@ def test_floor_bounds_the_weights():
         density = moment_density(log_spaced_edges(8), moment, 0.2)
         return density.log_pdf(density.edges[:-1])
 
-    assert np.exp(-run(np.eye(8, dtype=np.float32)[0])).max() <= 5 * 1.01
+    assert np.exp(-run(np.eye(8, dtype=np.float32)[0])).max() <= 5 * (1 + 1e-6)
+    curve = epr_density(REFERENCE._replace(mean_growth=40.0), 1e-3)
+    assert np.max(np.diff(curve.edges) / np.asarray(curve.masses)) <= 1000 * (1 + 1e-6)
 
 
 # Learning while training.
