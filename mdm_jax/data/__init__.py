@@ -2,7 +2,7 @@
 
 from mdm_jax.data.datasets import Dataset, RowSource, gather
 from mdm_jax.data.images import digits
-from mdm_jax.data.packing import first_fit
+from mdm_jax.data.packing import check_document_blocks, first_fit, unpacked
 from mdm_jax.data.pairs import jsonl
 from mdm_jax.data.pipeline import (
     check_same_stream,

@@ -35,6 +35,7 @@ class Dataset:
         train, valid, test: rows to learn from, choose by, report on; the last two may be empty.
         tokenizer, event_shape: None for images; shape of a picture, product L, None for text.
         vocab_size, mask_id: K, ids lie in [0, K); and K - 1, which no clean row holds.
+        absent_ids: ids besides the mask that no eligible position holds; samplers leave them out.
         length, unit: L, elements of a row; unit of ``Batch.units`` and of likelihood.
         fingerprint: SHA-256 of the content and of every setting that changes the rows.
         description: sizes, source, licence, and every policy that removed something.
@@ -55,6 +56,7 @@ class Dataset:
     description: str
     report: Mapping[str, int]
     check: Callable[[str, str], bool] | None = None
+    absent_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.length < 1:
@@ -87,6 +89,7 @@ def make_dataset(
     vocab_size: int | None = None,
     event_shape: tuple[int, ...] | None = None,
     check: Callable[[str, str], bool] | None = None,
+    has_eos: bool = True,
 ) -> Dataset:
     """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 
@@ -95,11 +98,14 @@ def make_dataset(
             the rows.
         headline, policy: for the description: first line; what was cut, padded or left out.
         report, vocab_size: counts, nonzero ones are described too; None: the tokenizer's.
+        has_eos: whether rows hold EOS; without it, as without padding, samplers do not write it.
     """
     fingerprint = hashlib.sha256(digest + json.dumps(settings, sort_keys=True).encode("utf-8"))
     lines = [headline, policy]
+    absent_ids: tuple[int, ...] = ()
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
+        absent_ids = (tokenizer.pad_id,) + (() if has_eos else (tokenizer.eos_id,))
         lines.insert(
             1, f"Tokenizer: {tokenizer.kind}, {vocab_size} ids with padding, EOS and mask."
         )
@@ -116,6 +122,7 @@ def make_dataset(
         description="\n".join([*lines, f"Counts: {counts}."]),
         report=report,
         check=check,
+        absent_ids=absent_ids,
     )
 
 
@@ -233,11 +240,13 @@ class TokenSpans(VectorisedRows):
 
 
 class PackedSpans(VectorisedRows):
-    """Rows of several spans of one token array each, padded at the end.
+    """Rows of several spans of one token array each, padded after them.
 
-    A row's spans are its documents 1, 2, ... in order. ``starts``, ``ends``, ``rows`` [P]: first
-    token, one past the last, and row (numbered without gaps) of each span; at most ``length``
-    tokens a row. Padding and ``units`` as in :class:`TokenSpans`.
+    A row's spans are its documents 1, 2, ... in order, each beginning at a multiple of ``align``.
+    ``starts``, ``ends``, ``rows`` [P]: first token, one past the last, and row (numbered without
+    gaps) of each span; at most ``length`` positions a row. Padding and ``units`` as in
+    :class:`TokenSpans`; with ``eos_id``, for rows of one span, it is EOS, eligible and of
+    document 1. ``offsets`` [P] are the columns at which the spans begin, row by row.
     """
 
     def __init__(
@@ -249,13 +258,18 @@ class PackedSpans(VectorisedRows):
         length: int,
         pad_id: int,
         character_counts: np.ndarray,
+        *,
+        align: int = 1,
+        eos_id: int | None = None,
     ):
         order = np.argsort(rows, kind="stable")
         self.tokens, self.length = tokens, length
         self._starts, self._ends = starts[order], ends[order]
         self._num_rows = int(rows.max()) + 1 if len(rows) else 0
         self._first = np.searchsorted(rows[order], np.arange(self._num_rows + 1))
-        self._pad_id, self._character_counts = pad_id, character_counts
+        before = np.cumsum(np.append(0, aligned(self._ends - self._starts, align)))[:-1]
+        self.offsets = before - before[self._first[rows[order]]]
+        self._pad_id, self._character_counts, self._eos_id = pad_id, character_counts, eos_id
 
     def __len__(self) -> int:
         return self._num_rows
@@ -265,15 +279,22 @@ class PackedSpans(VectorisedRows):
         documents = np.zeros_like(tokens)
         for i, row in enumerate(indices):
             spans = slice(self._first[row], self._first[row + 1])
-            offset = 0
-            for number, (start, end) in enumerate(zip(self._starts[spans], self._ends[spans]), 1):
+            pieces = zip(self._starts[spans], self._ends[spans], self.offsets[spans])
+            for number, (start, end, offset) in enumerate(pieces, 1):
                 positions = slice(offset, offset + end - start)
                 tokens[i, positions] = self.tokens[start:end]
                 documents[i, positions] = number
-                offset = positions.stop
+        if self._eos_id is not None:
+            rest = documents == 0
+            tokens[rest], documents[rest] = self._eos_id, 1
         eligible = documents > 0
         characters = self._character_counts[tokens] * eligible
         return Batch(tokens, eligible, documents, characters.sum(axis=1, dtype=np.int32))
+
+
+def aligned(sizes: np.ndarray, align: int) -> np.ndarray:
+    """``sizes`` rounded up to multiples of ``align``."""
+    return -(-sizes // align) * align
 
 
 class StoredRows(VectorisedRows):

@@ -1,7 +1,8 @@
 """Rows of documents: each in rows of its own, or several packed into a row.
 
-Attention stays within a document (``models.masks``), so outputs and bound do not depend on packing.
-Positions are not restarted: rotary embeddings use differences, absolute ones would need it.
+Attention stays within a document (``models.masks``), so outputs and bound do not depend on packing,
+those of a block model if documents begin where blocks do (``align``). Positions are not restarted:
+rotary embeddings use differences, absolute ones would need it.
 """
 
 import array
@@ -12,13 +13,16 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
+from mdm_jax.checks import Whole
 from mdm_jax.data.datasets import (
+    SPLITS,
     Dataset,
     PackedSpans,
+    aligned,
     check_choice,
     check_positive,
     make_dataset,
@@ -27,6 +31,8 @@ from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_js
 
 Packing = Literal["", "first_fit"]
 LongDocuments = Literal["split", "cut", "error"]
+DocumentPadding = Literal["pad_hidden", "eos_scored"]
+Align = Annotated[int, Whole("[1, 1e7]", "positions", "packed documents begin at multiples of it")]
 
 
 def cut_documents(
@@ -122,13 +128,19 @@ def document_rows(
     length: int,
     packing: Packing,
     long_documents: LongDocuments,
+    document_padding: DocumentPadding,
+    align: Align,
     origin: str,
 ) -> tuple[PackedSpans, dict[str, int]]:
     """Rows of encoded documents and counts of what they hold; raises as :func:`cut_documents`."""
     tokens, sizes, counts = encoded
     starts, ends, num_cut = cut_documents(sizes, length, long_documents, origin)
-    numbers = first_fit(ends - starts, length) if packing else np.arange(len(starts))
-    rows = PackedSpans(tokens, starts, ends, numbers, length, codec.pad_id, codec.character_counts)
+    numbers = np.arange(len(starts))
+    if packing:
+        numbers = first_fit(aligned(ends - starts, align), length)
+    eos_id = codec.eos_id if document_padding == "eos_scored" else None
+    ids = {"pad_id": codec.pad_id, "character_counts": codec.character_counts, "eos_id": eos_id}
+    rows = PackedSpans(tokens, starts, ends, numbers, length, align=align, **ids)
     kept = int((ends - starts).sum())
     return rows, {
         "documents": len(sizes),
@@ -148,6 +160,8 @@ def document_dataset(
     bpe_vocab_size: int,
     packing: Packing,
     long_documents: LongDocuments,
+    document_padding: DocumentPadding = "pad_hidden",
+    align: Align = 1,
     *,
     origin: str,
     headline: str,
@@ -161,9 +175,21 @@ def document_dataset(
     ``texts`` are the documents by split; the tokenizer is fitted to "train". ``cache`` is a folder
     that keeps tokens on disk, under ``identity``, the JSON value that identifies the texts. Other
     arguments as in :func:`mdm_jax.data.documents` and ``datasets.make_dataset`` (digest None: of
-    the tokens). ValueError as :func:`cut_documents`, naming the split, and for an unknown packing.
+    the tokens). ValueError as :func:`cut_documents`, naming the split, and for other settings.
     """
     check_choice("packing", packing, Packing)
+    check_choice("document_padding", document_padding, DocumentPadding)
+    check_positive("align", align)
+    if length % align:
+        raise ValueError(
+            f"align must divide a row of {length} tokens, got {align}; choose a divisor, or "
+            "another length"
+        )
+    if packing and document_padding == "eos_scored":
+        raise ValueError(
+            f"document_padding={document_padding!r} fills the row after a document with EOS, where "
+            f"packing={packing!r} puts other documents; choose one of the two"
+        )
     if cache is None:
         codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
         parts = {split: encode_documents(documents, codec) for split, documents in texts.items()}
@@ -180,21 +206,36 @@ def document_dataset(
     report: dict[str, int] = {}
     for split, part in parts.items():
         rows[split], counts = document_rows(
-            part, codec, length, packing, long_documents, f"{origin}, {split} split"
+            part,
+            codec,
+            length,
+            packing,
+            long_documents,
+            document_padding,
+            align,
+            f"{origin}, {split} split",
         )
         report |= {f"{split}_{name}": count for name, count in counts.items()}
     positions = report["train_rows"] * length
     filled = 1 - report["train_padded_positions"] / positions if positions else 1.0
     sharing = "several to a row, first fit in order" if packing else "each in rows of its own"
+    settings = {**settings, "length": length, "tokenizer": codec.fingerprint}
+    # Only where they matter, so that the fingerprints of older runs stay.
+    if packing and align > 1:
+        settings["align"] = align
+        sharing += f", each from a multiple of {align} positions on"
+    if document_padding != "pad_hidden":
+        settings["document_padding"] = document_padding
     return make_dataset(
         rows,
         codec,
         length=length,
         digest=digest,
-        settings={**settings, "length": length, "tokenizer": codec.fingerprint},
+        settings=settings,
         headline=headline,
         policy=f"Documents end with EOS and stand {sharing}; those longer than a row: "
-        f"{long_documents}. Training rows are filled to {filled:.1%}.",
+        f"{long_documents}; after the EOS: {document_padding}. Training rows are filled to "
+        f"{filled:.1%}.",
         report=report,
     )
 
@@ -274,3 +315,33 @@ def _write_cache(
         "digest": content.hexdigest(),
     }
     (folder / "about.json").write_text(json.dumps(about), "utf-8")
+
+
+def unpacked(
+    tokens: np.ndarray, documents: np.ndarray, eos_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each document of rows [N, L] in a row of its own, up to its first EOS: tokens, valid [M, L].
+
+    The EOS is the last valid token; a document without one ends with its last token.
+    """
+    texts = []
+    for row, numbers in zip(tokens, documents):
+        for number in np.unique(numbers[numbers > 0]):
+            text = row[numbers == number]
+            texts.append(text[: np.append(np.flatnonzero(text == eos_id), len(text))[0] + 1])
+    valid = np.arange(tokens.shape[1]) < np.array([[len(text)] for text in texts])
+    apart = np.full(valid.shape, eos_id, np.int32)
+    apart[valid] = np.concatenate(texts)
+    return apart, valid
+
+
+def check_document_blocks(dataset: Dataset, block_size: int) -> None:
+    """Raise ValueError if documents that share a row begin inside a block of ``block_size``."""
+    for split in SPLITS:
+        source = getattr(dataset, split)
+        if isinstance(source, PackedSpans) and np.any(source.offsets % block_size):
+            raise ValueError(
+                f"documents share the rows of the {split} split and begin inside blocks of "
+                f"{block_size} tokens, so blocks would depend on the packing; pack with "
+                f"align={block_size}, or not at all (packing='')"
+            )

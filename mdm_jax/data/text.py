@@ -18,7 +18,7 @@ from mdm_jax.data.datasets import (
     shuffled_split,
     split_bounds,
 )
-from mdm_jax.data.packing import LongDocuments, Packing, document_dataset
+from mdm_jax.data.packing import Align, DocumentPadding, LongDocuments, Packing, document_dataset
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, utf8
 
 
@@ -150,6 +150,7 @@ def _windows(
         headline=headline,
         policy=f"Training rows begin every {train_stride} tokens.",
         report=report,
+        has_eos=False,
     )
 
 
@@ -253,12 +254,13 @@ def documents(
     bpe_vocab_size: int = 4096,
     packing: Packing = "",
     long_documents: LongDocuments = "split",
+    document_padding: DocumentPadding = "pad_hidden",
+    align: Align = 1,
 ) -> Dataset:
     """Rows of documents from a UTF-8 file of one JSON object per line, each with a text.
 
     A document ends with EOS, eligible and of no character. It has rows of its own, padded at the
-    end (neither eligible nor attended to), or shares rows by ``packing``
-    (:mod:`mdm_jax.data.packing`).
+    end, or shares rows by ``packing`` (:mod:`mdm_jax.data.packing`).
 
     Args:
         valid_path, test_path, fractions, split_seed: one file split by distinct text, or a file for
@@ -267,6 +269,10 @@ def documents(
         packing: "" for none, or "first_fit".
         long_documents: longer than a row with their EOS: "split" them over rows, "cut" them to
             one, or raise an "error".
+        document_padding: after the EOS. "pad_hidden": neither eligible nor attended to; models are
+            then conditional on the length, which free samples take from the training rows.
+            "eos_scored": more EOS, eligible, so the model has to find the length; not with packing.
+        align: packed documents begin at multiples of it; a block model needs its block size.
 
     ValueError as ``read_splits``, for a long document under "error", or a setting out of range.
     """
@@ -287,6 +293,8 @@ def documents(
         bpe_vocab_size,
         packing,
         long_documents,
+        document_padding,
+        align,
         origin=str(path),
         headline=f"Documents from {pathlib.Path(path).name}, one a line.",
         settings={"source": "documents", "packing": packing},

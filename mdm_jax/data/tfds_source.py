@@ -20,6 +20,8 @@ from mdm_jax.data.datasets import (
 )
 from mdm_jax.data.images import picture_dataset
 from mdm_jax.data.packing import (
+    Align,
+    DocumentPadding,
     LongDocuments,
     Packing,
     document_dataset,
@@ -46,6 +48,8 @@ def tfds_text(
     bpe_vocab_size: int = 4096,
     packing: Packing = "",
     long_documents: LongDocuments = "split",
+    document_padding: DocumentPadding = "pad_hidden",
+    align: Align = 1,
     stream: bool = False,
     cache: str | os.PathLike | None = None,
 ) -> Dataset:
@@ -71,6 +75,7 @@ def tfds_text(
     """
     check_positive("length", length)
     check_choice("long_documents", long_documents, LongDocuments)
+    check_choice("document_padding", document_padding, DocumentPadding)
     sources = _open(name, splits, data_dir, download)
     texts = {part: _Examples(source, text_field, _as_text) for part, source in sources.items()}
     headline = _headline(sources["train"].dataset_info, splits)
@@ -84,6 +89,8 @@ def tfds_text(
             bpe_vocab_size,
             packing,
             long_documents,
+            document_padding,
+            align,
             origin=origin,
             headline=headline,
             settings=settings,
@@ -100,7 +107,9 @@ def tfds_text(
 
     def rows(documents: Sequence[str]) -> Batch:
         encoded = encode_documents(documents, codec)
-        packed, _ = document_rows(encoded, codec, length, "", long_documents, origin)
+        packed, _ = document_rows(
+            encoded, codec, length, "", long_documents, document_padding, 1, origin
+        )
         return packed.rows(np.arange(len(packed)))
 
     return make_dataset(
@@ -110,6 +119,7 @@ def tfds_text(
         digest=hashlib.sha256(json.dumps(_identity(sources, text_field)).encode()).digest(),
         settings=settings
         | {"stream": True, "length": length, "long_documents": long_documents}
+        | {"document_padding": document_padding}
         | {"tokenizer": codec.fingerprint},
         headline=headline,
         policy="Examples are read when needed, a row each; documents end with EOS, those longer "

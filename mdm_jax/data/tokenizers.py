@@ -67,17 +67,22 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def _from_settings(cls, settings: dict[str, Any], origin: str) -> Self: ...
 
-    def decode(self, ids: ArrayLike, mask_text: str = "▁") -> str:
-        """Text of ``ids`` [n]; each mask becomes ``mask_text``, padding and EOS become nothing.
+    def decode(self, ids: ArrayLike, mask_text: str = "▁", eos_text: str = "␃") -> str:
+        """Text of ``ids`` [n]; each mask becomes ``mask_text``, padding becomes nothing.
 
-        Invalid UTF-8 becomes U+FFFD. Raises ValueError for an id outside [0, K).
+        An EOS before anything else becomes ``eos_text``, at the end nothing. Invalid UTF-8 becomes
+        U+FFFD. Raises ValueError for an id outside [0, K).
         """
         ids = self._checked(ids).reshape(-1)
-        ids = ids[(ids != self.pad_id) & (ids != self.eos_id)]
-        pieces = np.split(ids, np.flatnonzero(ids == self.mask_id))
-        return mask_text.join(
-            self._decode_content(piece[1:] if i else piece) for i, piece in enumerate(pieces)
-        )
+        ids = ids[ids != self.pad_id]
+        others = np.flatnonzero(ids != self.eos_id)
+        ids = ids[: others[-1] + 1 if len(others) else 0]
+        first, *pieces = np.split(ids, np.flatnonzero(ids >= self.pad_id))
+        texts = [self._decode_content(first)]
+        for special, *content in pieces:
+            texts.append(mask_text if special == self.mask_id else eos_text)
+            texts.append(self._decode_content(np.asarray(content, ids.dtype)))
+        return "".join(texts)
 
     def count_characters(self, ids: ArrayLike) -> int:
         """Characters of raw text that ``ids`` (any shape) stand for; special ids: 0."""

@@ -21,6 +21,7 @@ from mdm_jax.distributed import to_host
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean
 from mdm_jax.evaluation.paired import PairedDifference, paired_difference
 from mdm_jax.likelihood.estimators import Likelihood
+from mdm_jax.samplers.canvas import canvas_like
 from mdm_jax.types import Array, Batch, PyTree
 
 Evaluate = Callable[..., Likelihood]
@@ -400,8 +401,8 @@ def measure_task_accuracy(
     """
     prompts, answers, correct, seen = [], [], [], 0
     for batch in batches:
-        tokens, eligible, documents = map(np.asarray, batch[:3])
-        canvas = np.where(eligible, np.int32(tokenizer.mask_id), tokens)
+        tokens, eligible = map(np.asarray, batch[:2])
+        canvas, documents = canvas_like(batch, tokenizer.mask_id)
         generated = to_host(generate(params, key, canvas, documents, row_offset=seen))
         for row in np.flatnonzero(eligible.any(1)):
             first = np.flatnonzero(eligible[row])[0]

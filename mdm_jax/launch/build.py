@@ -199,7 +199,12 @@ def make_experiment(config: ConfigDict) -> Experiment:
         evaluate=evaluate,
         generate=family.generator(s.num_steps),
         jobs=sample.make_jobs(
-            rows, held_out[1], num_samples=s.num_samples, gap=s.gap, prompts=s.prompts
+            rows,
+            held_out[1],
+            num_samples=s.num_samples,
+            gap=s.gap,
+            prompts=s.prompts,
+            left_to_right=config.process == "autoregressive",
         ),
         clip_search=_clip_search(rows, family, e.batch_size, **config.clip_search)
         if "clipped_adaptive" in config.variance.order

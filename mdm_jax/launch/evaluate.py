@@ -12,7 +12,7 @@ import tqdm
 from mdm_jax import data, distributed, evaluation, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
-from mdm_jax.launch.sample import format_samples, show_samples
+from mdm_jax.launch.sample import format_samples, free_canvases, show_samples
 from mdm_jax.launch.workdir import saved_config, write_json
 from mdm_jax.types import Array, PyTree
 
@@ -112,16 +112,21 @@ def measure_quality(
     if first:
         directory.mkdir(parents=True, exist_ok=True)
     _, source = experiment.held_out
+
+    def texts(tokens: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        apart = data.unpacked(tokens, documents, dataset.tokenizer.eos_id)
+        return tuple(values[: c.quality_texts] for values in apart)
+
     rows = data.gather(source, np.arange(min(c.quality_texts, len(source))))
-    held_out, valid = np.asarray(rows.tokens), np.asarray(rows.documents) > 0
+    held_out, valid = texts(rows.tokens, rows.documents)
     score = _score(experiment, c.judge) if c.judge else None
-    canvas = np.full((c.quality_texts, dataset.length), dataset.mask_id, np.int32)
+    canvas, documents = free_canvases(dataset, c.quality_texts)
     files = []
     for count in tqdm.tqdm(c.quality_steps, desc="quality", unit="setting", disable=not first):
         generate = experiment.family.generator(count)
-        tokens = distributed.to_host(generate(params, key, canvas, np.ones_like(canvas)))
+        tokens = distributed.to_host(generate(params, key, canvas, documents))
         quality = evaluation.measure_text_quality(
-            tokens, held_out=held_out, held_out_valid=valid, score=score
+            *texts(tokens, documents), held_out=held_out, held_out_valid=valid, score=score
         )
         files.append(_free_path(directory, f"{c.sampler}-{count}"))
         record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}

@@ -104,7 +104,8 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
 
     def generator(num_steps: int) -> Callable[..., Array]:
         levels = masked_levels(grid, num_steps, config.law) if takes_steps else None
-        return samplers.make_generator(apply_fn, sampler, levels, mask_id=dataset.mask_id)
+        network = models.without_tokens(apply_fn, dataset.absent_ids)
+        return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
     return Family(
         objective=with_corruption(config.corruption.name),
@@ -129,6 +130,7 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
             f"block.size must divide a row of {length} tokens, got {size}; choose a divisor, or "
             "another data.length"
         )
+    data.check_document_blocks(dataset, size)
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
 
     def with_corruption(name: str) -> Objective:
@@ -143,8 +145,10 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
 
     def generator(num_steps: int) -> Callable[..., Array]:
         levels = masked_levels(grid, num_steps, config.law) if takes_steps else None
+        decoder = models.cached_block_decoder(model, size, window)
+        logits = models.without_tokens(decoder.logits, dataset.absent_ids)
         return samplers.make_block_generator(
-            models.cached_block_decoder(model, size, window),
+            decoder._replace(logits=logits),
             sampler,
             levels,
             mask_id=dataset.mask_id,
@@ -183,7 +187,8 @@ def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
 
     def generator(num_steps: int) -> Callable[..., Array]:
         levels = masked_levels(c.grid, num_steps, config.law)
-        return samplers.make_generator(model.apply, sampler, levels, mask_id=dataset.mask_id)
+        network = models.without_tokens(model.apply, dataset.absent_ids)
+        return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
     return Family(
         objective=_finished(config, dataset, objectives.uniform_nelbo(num_tokens, law)),
@@ -213,6 +218,11 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
     model = models.Transformer(_network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = models.causal_apply(model, mask_id, chunking=chunking)
+    decoder = models.cached_causal_decoder(model, mask_id)
+    token_filter = samplers.compose(
+        lambda logits: models.exclude_token(logits, *dataset.absent_ids),
+        _token_filter(c.temperature, c.top_k, c.top_p),
+    )
     return Family(
         objective=objectives.next_token(mask_id),
         model=model,
@@ -221,9 +231,7 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
             apply_fn, mask_id
         ),
         generator=lambda _num_steps: samplers.make_next_token_generator(
-            models.cached_causal_decoder(model, mask_id),
-            mask_id=mask_id,
-            token_filter=_token_filter(c.temperature, c.top_k, c.top_p),
+            decoder, mask_id=mask_id, token_filter=token_filter
         ),
         takes_steps=False,
         levels_from="no noise",

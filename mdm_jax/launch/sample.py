@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mdm_jax import data, distributed, plots
+from mdm_jax import data, distributed, plots, samplers
 from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -28,7 +28,13 @@ class Job(NamedTuple):
 
 
 def make_jobs(
-    dataset: data.Dataset, source: data.RowSource, *, num_samples: int, gap: int, prompts: str
+    dataset: data.Dataset,
+    source: data.RowSource,
+    *,
+    num_samples: int,
+    gap: int,
+    prompts: str,
+    left_to_right: bool = False,
 ) -> tuple[Job, ...]:
     """Rows to complete, from the settings of ``sample``; ValueError or OSError if unusable.
 
@@ -37,6 +43,8 @@ def make_jobs(
         num_samples: free samples, or answers where rows have prompts.
         gap: length of the gap in the infilled passage; 0 for none.
         prompts: file of texts, one a line, in place of both; "" for none.
+        left_to_right: whether the model ends a text by itself; if not, free samples have the
+            lengths of training rows drawn at random.
     """
     if num_samples < 1:
         raise ValueError(f"sample.num_samples must be at least 1, got {num_samples}")
@@ -47,12 +55,21 @@ def make_jobs(
     if prompts:
         return _prompt_jobs(pathlib.Path(prompts), dataset)
     if _has_prompts(dataset):
-        rows = (source[int(i)] for i in range(min(num_samples, len(source))))
-        return tuple(_fill_in_job("answer", row, None, dataset) for row in rows)
+        rows = data.gather(source, np.arange(min(num_samples, len(source))))
+        canvases = zip(*samplers.canvas_like(rows, dataset.mask_id), rows.tokens)
+        return tuple(Job("answer", *canvas) for canvas in canvases)
     jobs = (Job("free", blank, everywhere),) * num_samples
+    if not left_to_right:
+        jobs = tuple(Job("free", *canvas) for canvas in zip(*free_canvases(dataset, num_samples)))
     if gap:
-        jobs += (_fill_in_job("infilled", source[len(source) // 2], gap, dataset),)
+        jobs += (_infilling_job(source[len(source) // 2], gap, dataset),)
     return jobs
+
+
+def free_canvases(dataset: data.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Canvas and documents [count, L] of training rows drawn at random, all of them masked."""
+    rows = np.random.default_rng(0).integers(len(dataset.train), size=count)
+    return samplers.canvas_like(data.gather(dataset.train, rows), dataset.mask_id)
 
 
 def show_samples(
@@ -68,7 +85,8 @@ def show_samples(
     """Draw samples and write them below ``workdir/samples`` and to ``writer``; keeps older files.
 
     ``generate(params, key, canvas, documents) -> tokens``. Returns {"samples": records, "files":
-    paths}; a text record has "kind" (see :class:`Job`), "text", and "given" for jobs with context.
+    paths}; a text record, one of each document, has "kind" (see :class:`Job`), "text" up to the
+    EOS, and "given" for jobs with context.
     """
     directory = workdir / "samples"
     if distributed.is_first():
@@ -87,7 +105,7 @@ def show_samples(
         if writer is not None:
             writer.image(step, "samples", image)
         return {"samples": [], "files": [str(path)]}
-    records = [_text_record(job, row, dataset) for job, row in zip(jobs, tokens)]
+    records = [r for job, row in zip(jobs, tokens) for r in _text_records(job, row, dataset)]
     lines, text = directory / f"{stem}.jsonl", directory / f"{stem}.txt"
     if distributed.is_first():
         lines.write_text(
@@ -115,17 +133,15 @@ def _has_prompts(dataset: data.Dataset) -> bool:
     return bool(np.any((np.asarray(rows.documents) > 0) & ~np.asarray(rows.eligible)))
 
 
-def _fill_in_job(kind: str, row: Batch, gap: int | None, dataset: data.Dataset) -> Job:
-    """A held-out row with its eligible tokens, or ``gap`` of them in the middle, masked."""
-    positions = np.flatnonzero(row.eligible)
-    if gap is not None:
-        if not 0 < gap <= len(positions):
-            raise ValueError(f"sample.gap must be in [0, {len(positions)}], got {gap}")
-        start = (len(positions) - gap) // 2
-        positions = positions[start : start + gap]
+def _infilling_job(row: Batch, gap: int, dataset: data.Dataset) -> Job:
+    """A held-out row, ``gap`` tokens in the middle of its text masked."""
+    positions = np.flatnonzero(row.eligible & (row.tokens != dataset.tokenizer.eos_id))
+    if not 0 < gap <= len(positions):
+        raise ValueError(f"sample.gap must be in [0, {len(positions)}], got {gap}")
+    start = (len(positions) - gap) // 2
     canvas = np.array(row.tokens)
-    canvas[positions] = dataset.mask_id
-    return Job(kind, canvas, row.documents, row.tokens)
+    canvas[positions[start : start + gap]] = dataset.mask_id
+    return Job("infilled", canvas, row.documents, row.tokens)
 
 
 def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset) -> tuple[Job, ...]:
@@ -147,14 +163,23 @@ def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset) -> tuple[Job, ...]:
     return tuple(jobs)
 
 
-def _text_record(job: Job, row: np.ndarray, dataset: data.Dataset) -> dict[str, str]:
-    shown, decode = job.documents > 0, dataset.tokenizer.decode
-    record = {"kind": job.kind, "text": decode(row[shown], mask_text=MASK_TEXT)}
-    if np.any(job.canvas[shown] != dataset.mask_id):
-        record["given"] = decode(job.canvas[shown], mask_text=MASK_TEXT)
-    if job.original is not None:
-        record["original"] = decode(job.original[shown])
-    return record
+def _text_records(job: Job, row: np.ndarray, dataset: data.Dataset) -> list[dict[str, str]]:
+    """A record of each document of which something was generated; the rest was not asked for."""
+    codec, records = dataset.tokenizer, []
+    for number in np.unique(job.documents[(job.canvas == dataset.mask_id) & (job.documents > 0)]):
+        shown = job.documents == number
+        canvas, tokens = job.canvas[shown], row[shown]
+        given = np.flatnonzero(canvas != dataset.mask_id)
+        # The text ends with the first EOS after all that was given; one before that is shown.
+        end = given[-1] + 1 if len(given) else 0
+        tokens = np.append(tokens[:end], codec.truncate_at_eos(tokens[end:]))
+        record = {"kind": job.kind, "text": codec.decode(tokens, mask_text=MASK_TEXT)}
+        if len(given):
+            record["given"] = codec.decode(canvas, mask_text=MASK_TEXT)
+        if job.original is not None:
+            record["original"] = codec.decode(job.original[shown])
+        records.append(record)
+    return records
 
 
 def _free_stem(directory: pathlib.Path, stem: str) -> str:

@@ -5,7 +5,7 @@ import importlib
 _NAMES = {
     "transformer": "Transformer TransformerConfig",
     "cross_entropy": "Chunking PositionLoss Readout as_logits exclude_token position_losses"
-    " readout_apply",
+    " readout_apply without_tokens",
     "decoders": "BlockDecoder CausalDecoder block_apply cached_block_decoder cached_causal_decoder"
     " causal_apply recomputing_block_decoder recomputing_causal_decoder",
     "kv_cache": "KeyValueCache",

@@ -7,7 +7,7 @@ A network may return a :class:`Readout` instead of logits [N, L, K], the largest
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,14 +25,19 @@ PositionLoss = Callable[..., tuple[Array, Array]]
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """Logits from features: weights [K, D] if ``tied``, else [D, K]; operands of ``dtype``."""
+    """Logits from features: weights [K, D] if ``tied``, else [D, K]; operands of ``dtype``.
+
+    Those of the ids ``excluded`` are as of :func:`exclude_token`.
+    """
 
     tied: bool
     dtype: Any
+    excluded: tuple[int, ...] = ()
 
     def __call__(self, features: Array, weights: Array) -> Array:
         spec = "...d,kd->...k" if self.tied else "...d,dk->...k"
-        return product(spec, features, weights, self.dtype)
+        logits = product(spec, features, weights, self.dtype)
+        return exclude_token(logits, *self.excluded) if self.excluded else logits
 
     def gradients(self, at_logits: Array, features: Array, weights: Array) -> tuple[Array, Array]:
         """From [G, C, K] those of the features, [G, C, D], and of the weights, for each group."""
@@ -108,12 +113,29 @@ def readout_apply(model: Any, chunking: Chunking | None = None) -> Callable[...,
     )
 
 
-def exclude_token(logits: Array, mask_id: int | None) -> Array:
-    """float32 logits, the mask token's so low that its probability is exactly zero."""
+def exclude_token(logits: Array, *ids: int | None) -> Array:
+    """float32 logits, those of ``ids`` (None: no token) so low that the probability is zero."""
     logits = logits.astype(jnp.float32)
-    if mask_id is None or logits.shape[-1] <= mask_id:
-        return logits
-    return jnp.where(_is_token(logits, mask_id), jnp.finfo(jnp.float32).min, logits)
+    for token in ids:
+        if token is not None and token < logits.shape[-1]:
+            logits = jnp.where(_is_token(logits, token), jnp.finfo(jnp.float32).min, logits)
+    return logits
+
+
+def without_tokens(apply_fn: Callable[..., Any], ids: Sequence[int]) -> Callable[..., Any]:
+    """``apply_fn`` whose logits or readouts exclude ``ids``, for samplers that must not write them.
+
+    E.g. padding, ``Dataset.absent_ids``: a network learns little about ids that no row holds.
+    """
+
+    def apply(*inputs: Any, **options: Any) -> Array | Readout:
+        outputs = apply_fn(*inputs, **options)
+        if isinstance(outputs, Readout):
+            projection = dataclasses.replace(outputs.projection, excluded=tuple(ids))
+            return dataclasses.replace(outputs, projection=projection)
+        return exclude_token(outputs, *ids)
+
+    return apply
 
 
 def _is_token(logits: Array, ids: ArrayLike) -> Array:

@@ -24,7 +24,14 @@ from mdm_jax.models.kv_cache import (
     new_cache,
     take_rows,
 )
-from mdm_jax.models.masks import BlockCausal, CachedRule, block_training, causal, check_blocks
+from mdm_jax.models.masks import (
+    BlockCausal,
+    CachedRule,
+    block_training,
+    causal,
+    check_blocks,
+    check_document_blocks,
+)
 from mdm_jax.types import Array, PyTree
 
 if TYPE_CHECKING:  # Flax is not needed to write a sampler
@@ -78,8 +85,8 @@ def block_apply(
 
     Returns ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents [N, L], estimate=None)`` of
     the noised and the clean row (level +inf) side by side, giving logits [N, L, K] of the noised
-    one, to which levels, documents and ``estimate`` [N, L, K] refer. ValueError if 2L is odd or L'
-    does not divide L.
+    one, to which levels, documents and ``estimate`` [N, L, K] refer. ValueError if 2L is odd, L'
+    does not divide L, or as ``masks.check_document_blocks``.
     """
 
     def apply_fn(
@@ -95,6 +102,7 @@ def block_apply(
                 f"{inputs.shape}"
             )
         length = inputs.shape[-1] // 2
+        check_document_blocks(documents, block_size)
         mask = block_training(length, block_size, window, documents)
         positions = np.tile(np.arange(length), 2)
         if logsnr is not None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import is_concrete
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array
 
@@ -84,6 +85,27 @@ def check_blocks(length: int, block_size: int, window: int | None = None) -> int
     if window is not None and window < 1:
         raise ValueError(f"a window must hold at least 1 block (its own), got {window}")
     return length // block_size
+
+
+def check_document_blocks(documents: Array | None, block_size: int) -> None:
+    """Raise ValueError if documents [N, L], where concrete, share a row and begin inside blocks.
+
+    Such blocks differ from those of the document in a row of its own. The first document of a row
+    may begin anywhere.
+    """
+    if documents is None or not is_concrete(documents):
+        return
+    documents = np.asarray(documents)
+    before = np.pad(documents[:, :-1], ((0, 0), (1, 0)))
+    begins = (documents > 0) & (documents != before) & (np.maximum.accumulate(before, 1) > 0)
+    inside = np.argwhere(begins & (np.arange(documents.shape[1]) % block_size > 0))
+    if len(inside):
+        row, column = inside[0].tolist()
+        raise ValueError(
+            f"document {documents[row, column]} of row {row} begins at position {column}, inside a "
+            f"block of {block_size} tokens; pack documents with align={block_size} (data.align), "
+            "or give each a row of its own"
+        )
 
 
 @pytree_dataclass

@@ -13,7 +13,7 @@ from mdm_jax.samplers.by_score import (
     negative_entropy,
     random_remasking,
 )
-from mdm_jax.samplers.canvas import blank_canvas, canvas_with_gaps, prompt_canvas
+from mdm_jax.samplers.canvas import blank_canvas, canvas_like, canvas_with_gaps, prompt_canvas
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens, temperature, top_k, top_p
 from mdm_jax.samplers.next_token import make_next_token_generator, sample_next_tokens
 from mdm_jax.samplers.remasking import (

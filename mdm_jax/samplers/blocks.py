@@ -141,7 +141,7 @@ def make_block_generator(
     prefix: int = 0,
     guided: bool = False,
 ) -> Callable[..., Array]:
-    """Compiled :func:`sample_blocks`, as ``make_generator``; checks the prefix every call."""
+    """Compiled :func:`sample_blocks`, as ``make_generator``; each call checks prefix, documents."""
 
     @jax.jit
     def run(params, key, canvas, documents, row_offset):
@@ -159,7 +159,7 @@ def make_block_generator(
             guided=guided,
         )
 
-    return checked_generator(run, mask_id, prefix)
+    return checked_generator(run, mask_id, prefix, decoder.block_size)
 
 
 def _with_context(sampler: Sampler, before: Array) -> Sampler:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.checks import is_concrete
-from mdm_jax.types import Array, ArrayLike
+from mdm_jax.models.masks import check_document_blocks
+from mdm_jax.types import Array, ArrayLike, Batch
 
 
 def blank_canvas(batch_size: int, length: int, mask_id: int) -> Array:
@@ -61,6 +62,16 @@ def canvas_with_gaps(
     return jnp.concatenate(parts, axis=1)
 
 
+def canvas_like(rows: Batch, mask_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Canvas and documents [B, L] of rows of data, their eligible tokens masked.
+
+    For answers to prompts, and for free samples of the data's lengths: where padding is hidden, a
+    masked model is one of the tokens *given* how many there are, and a blank canvas fills up.
+    """
+    tokens, eligible, documents = map(np.asarray, rows[:3])
+    return np.where(eligible, np.int32(mask_id), tokens), documents
+
+
 def check_mask_id(mask_id: int) -> None:
     """Raises ValueError for a negative mask token."""
     if mask_id < 0:
@@ -97,12 +108,15 @@ def check_prefix(canvas: ArrayLike, prefix: int, mask_id: int) -> None:
         )
 
 
-def checked_generator(run: Callable[..., Array], mask_id: int, prefix: int) -> Callable[..., Array]:
-    """``run`` behind :func:`check_canvas` and :func:`check_prefix`."""
+def checked_generator(
+    run: Callable[..., Array], mask_id: int, prefix: int, block_size: int = 1
+) -> Callable[..., Array]:
+    """``run`` behind :func:`check_canvas`, :func:`check_prefix` and ``check_document_blocks``."""
 
     def generate(params, key, canvas, documents=None, row_offset=0):
         canvas, documents = check_canvas(canvas, documents)
         check_prefix(canvas, prefix, mask_id)
+        check_document_blocks(documents, block_size)
         return run(params, key, canvas, documents, row_offset)
 
     return generate

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mdm_jax import corruption, data, objectives
+from mdm_jax import corruption, data, models, objectives
 from mdm_jax.data import datasets
 from mdm_jax.data.datasets import PackedSpans
-from mdm_jax.data.packing import cut_documents, first_fit
+from mdm_jax.data.packing import check_document_blocks, cut_documents, first_fit, unpacked
 from mdm_jax.data.text import documents
 from mdm_jax.draws import Draw
-from mdm_jax.launch import build
+from mdm_jax.launch import build, families
 from mdm_jax.launch import config as launch_config
 from mdm_jax.types import Batch
 
@@ -107,6 +107,59 @@ def test_every_document_is_in_the_rows_exactly_once(path, packing):
         assert report[f"{name}_padded_positions"] == (~batch.eligible).sum()
     filled = data.gather(dataset.train, range(len(dataset.train))).eligible.mean()
     assert f"Training rows are filled to {filled:.1%}." in dataset.description
+
+
+def test_documents_begin_at_multiples_of_align(path):
+    dataset = documents(path, 16, packing="first_fit", align=4)
+    assert sorted(texts_of(dataset.train, dataset.tokenizer)) == sorted(
+        texts_of(documents(path, 16).train, dataset.tokenizer)
+    )
+    rows = data.gather(dataset.train, range(len(dataset.train)))
+    begins = np.argwhere(np.diff(rows.documents, axis=1, prepend=0) > 0)
+    assert (begins[:, 1] % 4 == 0).all() and (begins[:, 1] > 0).any()
+    assert (dataset.train.offsets == begins[:, 1]).all()
+    check_document_blocks(dataset, 4)
+    assert "each from a multiple of 4 positions on" in dataset.description
+    assert dataset.fingerprint != documents(path, 16, packing="first_fit").fingerprint
+    with pytest.raises(ValueError, match="align must divide a row of 16 tokens, got 5"):
+        documents(path, 16, packing="first_fit", align=5)
+
+
+def test_documents_that_begin_inside_blocks_are_refused(path):
+    packed = documents(path, 16, packing="first_fit")
+    with pytest.raises(ValueError, match="train split .* blocks of 4 tokens.* align=4"):
+        check_document_blocks(packed, 4)
+    check_document_blocks(packed, 1)
+    check_document_blocks(documents(path, 16), 4)  # each in rows of its own
+    config = launch_config.get_config()
+    config.process = "block"
+    config.block.size = 4
+    config.data.update(source="documents", path=str(path), length=16, packing="first_fit")
+    with pytest.raises(ValueError, match="align=4"):
+        families.block(config, build.dataset(config))
+    config.data.align = 4
+    families.block(config, build.dataset(config))
+
+
+def test_padding_may_be_eos_that_counts(path):
+    """The likelihood then includes the length, and every position is generated."""
+    apart, scored = (documents(path, 16, document_padding=p) for p in ("pad_hidden", "eos_scored"))
+    rows, hidden = (data.gather(d.train, range(len(d.train))) for d in (scored, apart))
+    assert rows.eligible.all() and (rows.documents == 1).all()
+    eos = scored.tokenizer.eos_id
+    np.testing.assert_array_equal(rows.tokens, np.where(hidden.eligible, hidden.tokens, eos))
+    np.testing.assert_array_equal(rows.units, hidden.units)
+    assert scored.fingerprint != apart.fingerprint
+    with pytest.raises(ValueError, match="document_padding='eos_scored' .* packing='first_fit'"):
+        documents(path, 16, document_padding="eos_scored", packing="first_fit")
+
+
+def test_documents_are_told_apart_and_end_with_their_eos():
+    tokens = np.array([[1, 2, 9, 3, 9, 0], [4, 9, 5, 6, 9, 0], [7, 7, 7, 7, 7, 7]], np.int32)
+    numbers = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 3, 3, 3], [1] * 6], np.int32)
+    apart, valid = unpacked(tokens, numbers, eos_id=9)
+    texts = [row[keep].tolist() for row, keep in zip(apart, valid)]
+    assert texts == [[1, 2, 9], [3, 9], [4, 9], [6, 9], [7] * 6]
 
 
 def test_packing_fills_rows_and_has_a_fingerprint_of_its_own(path):
@@ -207,3 +260,43 @@ def test_losses_of_packed_documents_are_those_of_rows_of_their_own():
     shared, own = both[: len(packed)], both[len(packed) :]
     assert len(shared) == 4 and len(own) == 6 and (own > 0).sum() >= 5
     np.testing.assert_allclose(shared, np.bincount(numbers, own), rtol=2e-5)
+
+
+def test_block_logits_of_aligned_documents_are_those_of_rows_of_their_own():
+    """Three documents in a row of 12; begun inside a block of 4, the second is another one."""
+    model = tiny.transformer(depth=2, qk_norm=True)
+    params = tiny.parameters(model, 12)
+    apply_fn = models.block_apply(model, 4)
+    run = tiny.jit(lambda inputs, level, documents: apply_fn(params, inputs, level, documents))
+    draw = np.random.default_rng(0)
+    texts, noised = (
+        [draw.integers(0, k, n) for n in (3, 2, 4)] for k in (tiny.MASK_ID, tiny.VOCAB)
+    )
+
+    def logits(offsets_of_rows):
+        """Logits of the three documents, each put at an offset of a row."""
+        rows = np.zeros((len(offsets_of_rows), 2, 12), np.int32)
+        documents = np.zeros((len(offsets_of_rows), 12), np.int32)
+        where = {}
+        for row, offsets in enumerate(offsets_of_rows):
+            for number, offset in offsets.items():
+                where[number] = row, slice(offset, offset + len(texts[number]))
+                rows[row, :, where[number][1]] = noised[number], texts[number]
+                documents[where[number]] = number + 1
+        level = np.full((len(rows), 3), 0.3, np.float32)
+        found = np.asarray(run(rows.reshape(len(rows), 24), level, documents))
+        return np.concatenate([found[where[number]] for number in range(3)]), documents
+
+    own, _ = logits([{0: 0}, {1: 0}, {2: 0}])
+    shared, documents = logits([{0: 0, 1: 4, 2: 8}, {}, {}])
+    np.testing.assert_allclose(shared, own, atol=2e-5)
+    models.masks.check_document_blocks(documents, 4)
+    wrong, documents = logits([{0: 0, 1: 3, 2: 8}, {}, {}])
+    assert np.abs(wrong - own).max() > 0.05
+    inputs = np.zeros((3, 24), np.int32)
+    for refuse in (
+        lambda: apply_fn(params, inputs, np.zeros((3, 3), np.float32), documents),
+        lambda: models.masks.check_document_blocks(documents, 4),
+    ):
+        with pytest.raises(ValueError, match=r"document 2 of row 0 begins at position 3.*align=4"):
+            refuse()

@@ -78,13 +78,16 @@ def test_characters_are_counted_once_over_any_cut(tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", ALL, ids=lambda t: t.kind)
-def test_decode_shows_masks_and_hides_padding_and_eos(tokenizer):
+def test_decode_shows_masks_and_eos_between_texts_and_hides_padding(tokenizer):
     a, b = tokenizer.encode("the"), tokenizer.encode("end")
     mask, pad, eos = [tokenizer.mask_id], [tokenizer.pad_id], [tokenizer.eos_id]
     ids = np.concatenate([pad, mask, a, mask, mask, b, eos, pad, mask])
-    assert tokenizer.decode(ids, mask_text="_") == "_the__end_"
-    assert tokenizer.decode(ids) == "▁the▁▁end▁"
-    assert tokenizer.decode([]) == ""
+    assert tokenizer.decode(ids, mask_text="_", eos_text="|") == "_the__end|_"
+    assert tokenizer.decode(ids) == "▁the▁▁end␃▁"
+    assert tokenizer.decode(ids[:-1]) == "▁the▁▁end"
+    two = np.concatenate([eos, a, eos, pad, b, eos, eos, pad])
+    assert tokenizer.decode(two) == "␃the␃end"
+    assert tokenizer.decode([]) == tokenizer.decode(eos) == tokenizer.decode(pad) == ""
     assert tokenizer.decode(tokenizer.truncate_at_eos(ids), mask_text="") == "theend"
     assert tokenizer.truncate_at_eos(a).tolist() == a.tolist()
 
