@@ -7,6 +7,7 @@ rotary embeddings use differences, absolute ones would need it.
 
 import array
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,6 +34,41 @@ Packing = Literal["", "first_fit"]
 LongDocuments = Literal["split", "cut", "error"]
 DocumentPadding = Literal["pad_hidden", "eos_scored"]
 Align = Annotated[int, Whole("[1, 1e7]", "positions", "packed documents begin at multiples of it")]
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentLayout:
+    """How documents become rows, see :func:`mdm_jax.data.documents`; ValueError out of range."""
+
+    length: int
+    packing: Packing = ""
+    long_documents: LongDocuments = "split"
+    document_padding: DocumentPadding = "pad_hidden"
+    align: Align = 1
+
+    def __post_init__(self):
+        check_positive("length", self.length)
+        check_choice("packing", self.packing, Packing)
+        check_choice("long_documents", self.long_documents, LongDocuments)
+        check_choice("document_padding", self.document_padding, DocumentPadding)
+        check_positive("align", self.align)
+        if self.length % self.align:
+            raise ValueError(
+                f"align must divide a row of {self.length} tokens, got {self.align}; choose a "
+                "divisor, or another length"
+            )
+        if self.packing and self.document_padding == "eos_scored":
+            raise ValueError(
+                "document_padding='eos_scored' fills the row after a document with EOS, where "
+                f"packing={self.packing!r} puts other documents; choose one of the two"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What changes rows, for the fingerprint; no defaults, so that older ones stay."""
+        values, unsaid = dataclasses.asdict(self), ("split", "error", "pad_hidden", 1)
+        del values["packing"]  # the source's
+        length = values.pop("length")
+        return {"length": length} | {k: v for k, v in values.items() if v not in unsaid}
 
 
 def cut_documents(
@@ -125,26 +161,30 @@ def encode_documents(
 def document_rows(
     encoded: Encoded,
     codec: Tokenizer,
-    length: int,
-    packing: Packing,
-    long_documents: LongDocuments,
-    document_padding: DocumentPadding,
-    align: Align,
+    layout: DocumentLayout,
     origin: str,
 ) -> tuple[PackedSpans, dict[str, int]]:
     """Rows of encoded documents and counts of what they hold; raises as :func:`cut_documents`."""
-    tokens, sizes, counts = encoded
-    starts, ends, num_cut = cut_documents(sizes, length, long_documents, origin)
+    (tokens, sizes, counts), length = encoded, layout.length
+    starts, ends, num_cut = cut_documents(sizes, length, layout.long_documents, origin)
     numbers = np.arange(len(starts))
-    if packing:
-        numbers = first_fit(aligned(ends - starts, align), length)
-    eos_id = codec.eos_id if document_padding == "eos_scored" else None
-    ids = {"pad_id": codec.pad_id, "character_counts": codec.character_counts, "eos_id": eos_id}
-    rows = PackedSpans(tokens, starts, ends, numbers, length, align=align, **ids)
+    if layout.packing:
+        numbers = first_fit(aligned(ends - starts, layout.align), length)
+    rows = PackedSpans(
+        tokens,
+        starts,
+        ends,
+        numbers,
+        length,
+        codec.pad_id,
+        codec.character_counts,
+        align=layout.align,
+        eos_id=codec.eos_id if layout.document_padding == "eos_scored" else None,
+    )
     kept = int((ends - starts).sum())
     return rows, {
         "documents": len(sizes),
-        "split_documents" if long_documents == "split" else "cut_documents": num_cut,
+        "split_documents" if layout.long_documents == "split" else "cut_documents": num_cut,
         "tokens": len(tokens),
         "tokens_cut_off": len(tokens) - kept,
         "rows": len(rows),
@@ -155,13 +195,9 @@ def document_rows(
 
 def document_dataset(
     texts: Mapping[str, Iterable[str]],
-    length: int,
+    layout: DocumentLayout,
     tokenizer: str | Tokenizer,
     bpe_vocab_size: int,
-    packing: Packing,
-    long_documents: LongDocuments,
-    document_padding: DocumentPadding = "pad_hidden",
-    align: Align = 1,
     *,
     origin: str,
     headline: str,
@@ -175,21 +211,8 @@ def document_dataset(
     ``texts`` are the documents by split; the tokenizer is fitted to "train". ``cache`` is a folder
     that keeps tokens on disk, under ``identity``, the JSON value that identifies the texts. Other
     arguments as in :func:`mdm_jax.data.documents` and ``datasets.make_dataset`` (digest None: of
-    the tokens). ValueError as :func:`cut_documents`, naming the split, and for other settings.
+    the tokens). ValueError as :func:`cut_documents`, naming the split.
     """
-    check_choice("packing", packing, Packing)
-    check_choice("document_padding", document_padding, DocumentPadding)
-    check_positive("align", align)
-    if length % align:
-        raise ValueError(
-            f"align must divide a row of {length} tokens, got {align}; choose a divisor, or "
-            "another length"
-        )
-    if packing and document_padding == "eos_scored":
-        raise ValueError(
-            f"document_padding={document_padding!r} fills the row after a document with EOS, where "
-            f"packing={packing!r} puts other documents; choose one of the two"
-        )
     if cache is None:
         codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
         parts = {split: encode_documents(documents, codec) for split, documents in texts.items()}
@@ -205,37 +228,24 @@ def document_dataset(
     rows: dict[str, PackedSpans] = {}
     report: dict[str, int] = {}
     for split, part in parts.items():
-        rows[split], counts = document_rows(
-            part,
-            codec,
-            length,
-            packing,
-            long_documents,
-            document_padding,
-            align,
-            f"{origin}, {split} split",
-        )
+        rows[split], counts = document_rows(part, codec, layout, f"{origin}, {split} split")
         report |= {f"{split}_{name}": count for name, count in counts.items()}
-    positions = report["train_rows"] * length
+    positions = report["train_rows"] * layout.length
     filled = 1 - report["train_padded_positions"] / positions if positions else 1.0
-    sharing = "several to a row, first fit in order" if packing else "each in rows of its own"
-    settings = {**settings, "length": length, "tokenizer": codec.fingerprint}
-    # Only where they matter, so that the fingerprints of older runs stay.
-    if packing and align > 1:
-        settings["align"] = align
-        sharing += f", each from a multiple of {align} positions on"
-    if document_padding != "pad_hidden":
-        settings["document_padding"] = document_padding
+    sharing = "each in rows of its own"
+    if layout.packing:
+        sharing = "several to a row, first fit in order"
+        sharing += f", from multiples of {layout.align} on" * (layout.align > 1)
     return make_dataset(
         rows,
         codec,
-        length=length,
+        length=layout.length,
         digest=digest,
-        settings=settings,
+        settings={**settings, **layout.settings(), "tokenizer": codec.fingerprint},
         headline=headline,
         policy=f"Documents end with EOS and stand {sharing}; those longer than a row: "
-        f"{long_documents}; after the EOS: {document_padding}. Training rows are filled to "
-        f"{filled:.1%}.",
+        f"{layout.long_documents}; after the EOS: {layout.document_padding}. Training rows are "
+        f"filled to {filled:.1%}.",
         report=report,
     )
 

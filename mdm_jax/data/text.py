@@ -18,7 +18,14 @@ from mdm_jax.data.datasets import (
     shuffled_split,
     split_bounds,
 )
-from mdm_jax.data.packing import Align, DocumentPadding, LongDocuments, Packing, document_dataset
+from mdm_jax.data.packing import (
+    Align,
+    DocumentLayout,
+    DocumentPadding,
+    LongDocuments,
+    Packing,
+    document_dataset,
+)
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, utf8
 
 
@@ -276,7 +283,7 @@ def documents(
 
     ValueError as ``read_splits``, for a long document under "error", or a setting out of range.
     """
-    check_positive("length", length)
+    layout = DocumentLayout(length, packing, long_documents, document_padding, align)
     parts = read_splits(
         path,
         (text_field,),
@@ -288,13 +295,9 @@ def documents(
     texts = {name: [record.values[0] for record in records] for name, records in parts.items()}
     return document_dataset(
         texts,
-        length,
+        layout,
         tokenizer,
         bpe_vocab_size,
-        packing,
-        long_documents,
-        document_padding,
-        align,
         origin=str(path),
         headline=f"Documents from {pathlib.Path(path).name}, one a line.",
         settings={"source": "documents", "packing": packing},

@@ -14,13 +14,12 @@ from mdm_jax.data.datasets import (
     Dataset,
     PictureRows,
     VectorisedRows,
-    check_choice,
-    check_positive,
     make_dataset,
 )
 from mdm_jax.data.images import picture_dataset
 from mdm_jax.data.packing import (
     Align,
+    DocumentLayout,
     DocumentPadding,
     LongDocuments,
     Packing,
@@ -73,9 +72,7 @@ def tfds_text(
     ValueError if the dataset, a split or the feature does not exist, is empty, not array_record or
     not UTF-8 text; ImportError without tensorflow-datasets.
     """
-    check_positive("length", length)
-    check_choice("long_documents", long_documents, LongDocuments)
-    check_choice("document_padding", document_padding, DocumentPadding)
+    layout = DocumentLayout(length, packing, long_documents, document_padding, align)
     sources = _open(name, splits, data_dir, download)
     texts = {part: _Examples(source, text_field, _as_text) for part, source in sources.items()}
     headline = _headline(sources["train"].dataset_info, splits)
@@ -84,13 +81,9 @@ def tfds_text(
     if not stream:
         return document_dataset(
             texts,
-            length,
+            layout,
             tokenizer,
             bpe_vocab_size,
-            packing,
-            long_documents,
-            document_padding,
-            align,
             origin=origin,
             headline=headline,
             settings=settings,
@@ -107,9 +100,7 @@ def tfds_text(
 
     def rows(documents: Sequence[str]) -> Batch:
         encoded = encode_documents(documents, codec)
-        packed, _ = document_rows(
-            encoded, codec, length, "", long_documents, document_padding, 1, origin
-        )
+        packed, _ = document_rows(encoded, codec, layout, origin)
         return packed.rows(np.arange(len(packed)))
 
     return make_dataset(
@@ -118,8 +109,7 @@ def tfds_text(
         length=length,
         digest=hashlib.sha256(json.dumps(_identity(sources, text_field)).encode()).digest(),
         settings=settings
-        | {"stream": True, "length": length, "long_documents": long_documents}
-        | {"document_padding": document_padding}
+        | {"stream": True, **layout.settings(), "long_documents": long_documents}
         | {"tokenizer": codec.fingerprint},
         headline=headline,
         policy="Examples are read when needed, a row each; documents end with EOS, those longer "

@@ -88,12 +88,13 @@ def check_blocks(length: int, block_size: int, window: int | None = None) -> int
 
 
 def check_document_blocks(documents: Array | None, block_size: int) -> None:
-    """Raise ValueError if documents [N, L], where concrete, share a row and begin inside blocks.
+    """Raise ValueError if documents [N, L], where known here, share a row and begin inside blocks.
 
     Such blocks differ from those of the document in a row of its own. The first document of a row
     may begin anywhere.
     """
-    if documents is None or not is_concrete(documents):
+    whole = getattr(documents, "is_fully_addressable", True)  # not spread over processes
+    if documents is None or not is_concrete(documents) or not whole:
         return
     documents = np.asarray(documents)
     before = np.pad(documents[:, :-1], ((0, 0), (1, 0)))

@@ -203,8 +203,9 @@ def make_generator(
     """:func:`sample` compiled once per canvas shape; grid (concrete) and mask_id are checked here.
 
     ``apply_fn(params, inputs, logsnr, documents)`` returns logits, or a ``models.Readout``, which
-    saves samplers that reveal few positions per step the logits of all others. Returns
-    ``generate(params, key, canvas, documents=None, row_offset=0) -> tokens [B, L]``.
+    saves samplers that reveal few positions per step the logits of all others. Behind
+    ``models.without_tokens`` it does not write padding. Returns ``generate(params, key, canvas,
+    documents=None, row_offset=0) -> tokens [B, L]``.
     """
     levels = _check_grid(sampler, grid)
     check_mask_id(mask_id)

@@ -1,6 +1,8 @@
 """Samples of documents: lengths as in the data, ends at EOS, no padding written."""
 
+import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 import tiny
 
 from mdm_jax import data
+from mdm_jax.launch import evaluate
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
 from mdm_jax.launch.sample import Job, free_canvases, make_jobs, show_samples
@@ -102,6 +105,28 @@ def test_gaps_are_in_the_text_not_in_its_padding(path):
     (job,) = jobs_of(dataset, 1, gap=1)[1:]
     eos = dataset.tokenizer.eos_id
     assert (job.original[job.canvas == dataset.mask_id] != eos).all()
+
+
+def test_quality_is_of_texts_up_to_their_eos(path, tmp_path):
+    """Every text has two tokens, EOS included, however long its row is."""
+    config = quickstart("smoke")
+    config.data.update(source="documents", path=str(path), length=LENGTH, packing="first_fit")
+    config.data.update(train_stride=1, fractions=(0.6, 0.2, 0.2))
+    config.sample.update(gap=0, sampler="ancestral", quality_steps=(2,), quality_texts=6)
+    experiment = make_experiment(config)
+    codec, canvases = experiment.dataset.tokenizer, []
+
+    def generate(params, key, canvas, documents):
+        canvases.append(canvas)
+        second = (np.diff(documents, axis=1, prepend=0) == 0) & (documents > 0)
+        return np.where(second, codec.eos_id, np.where(documents > 0, codec.encode("a"), canvas))
+
+    family = dataclasses.replace(experiment.family, generator=lambda _: generate)
+    experiment = dataclasses.replace(experiment, family=family)
+    files = evaluate.measure_quality(experiment, tmp_path, 0, {}, jax.random.key(0))
+    record = json.loads(pathlib.Path(files[0]).read_text())["quality"]
+    assert (record["texts"], record["tokens"]) == (6, 12)
+    np.testing.assert_array_equal(canvases[0], free_canvases(experiment.dataset, 6)[0])
 
 
 @pytest.mark.parametrize("config", [quickstart, text_block, text_uniform, text_ar])

@@ -3,11 +3,12 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from mdm_jax import corruption, data, models, objectives
+from mdm_jax import corruption, data, models, objectives, samplers
 from mdm_jax.data import datasets
 from mdm_jax.data.datasets import PackedSpans
 from mdm_jax.data.packing import check_document_blocks, cut_documents, first_fit, unpacked
@@ -119,8 +120,10 @@ def test_documents_begin_at_multiples_of_align(path):
     assert (begins[:, 1] % 4 == 0).all() and (begins[:, 1] > 0).any()
     assert (dataset.train.offsets == begins[:, 1]).all()
     check_document_blocks(dataset, 4)
-    assert "each from a multiple of 4 positions on" in dataset.description
-    assert dataset.fingerprint != documents(path, 16, packing="first_fit").fingerprint
+    assert "several to a row, first fit in order, from multiples of 4 on" in dataset.description
+    others = ({}, {"long_documents": "error"}, {"long_documents": "cut"})
+    same = [documents(path, 16, packing="first_fit", **other).fingerprint for other in others]
+    assert same[0] == same[1] and len({dataset.fingerprint, *same}) == 3
     with pytest.raises(ValueError, match="align must divide a row of 16 tokens, got 5"):
         documents(path, 16, packing="first_fit", align=5)
 
@@ -294,9 +297,14 @@ def test_block_logits_of_aligned_documents_are_those_of_rows_of_their_own():
     wrong, documents = logits([{0: 0, 1: 3, 2: 8}, {}, {}])
     assert np.abs(wrong - own).max() > 0.05
     inputs = np.zeros((3, 24), np.int32)
+    decoder = models.cached_block_decoder(model, 4)
+    generate = samplers.make_block_generator(
+        decoder, samplers.first_hitting(), None, mask_id=tiny.MASK_ID
+    )
     for refuse in (
         lambda: apply_fn(params, inputs, np.zeros((3, 3), np.float32), documents),
         lambda: models.masks.check_document_blocks(documents, 4),
+        lambda: generate(params, jax.random.key(0), inputs[:, :12], documents),
     ):
         with pytest.raises(ValueError, match=r"document 2 of row 0 begins at position 3.*align=4"):
             refuse()
