@@ -93,8 +93,9 @@ def check_document_blocks(documents: Array | None, block_size: int) -> None:
     Such blocks differ from those of the document in a row of its own. The first document of a row
     may begin anywhere.
     """
-    whole = getattr(documents, "is_fully_addressable", True)  # not spread over processes
-    if documents is None or not is_concrete(documents) or not whole:
+    if documents is None or not is_concrete(documents):
+        return
+    if not getattr(documents, "is_fully_addressable", True):  # spread over processes
         return
     documents = np.asarray(documents)
     before = np.pad(documents[:, :-1], ((0, 0), (1, 0)))
