@@ -100,6 +100,22 @@ def test_prompts_partial_blocks_and_empty_rows():
     np.testing.assert_allclose(result.levels.nats, sum(expected) / 3, rtol=1e-6)
 
 
+def test_blocks_of_one_token_take_one_pass():
+    """Whatever is asked for: the bound is the likelihood, in which nothing is drawn."""
+    calls = []
+
+    def apply_fn(params, inputs, logsnr, documents):
+        jax.debug.callback(lambda: calls.append(1))
+        return block_toy.block_apply(1)(params, inputs)
+
+    evaluate = make_block_likelihood(apply_fn, toys.MASK_ID, 1, passes=3, replicates=4)
+    result = evaluate(toys.toy_params(), jax.random.key(0), [toys.toy_batch()])
+    jax.effects_barrier()
+    assert len(calls) == 1 and result.passes == 1 and result.replicates == 4
+    np.testing.assert_allclose(result.per_row_nats, BLOCK_NELBO[1], rtol=1e-6)
+    assert result.standard_error_nats == 0.0
+
+
 @pytest.mark.slow  # test_likelihood has it of the loop that they share
 def test_result_does_not_depend_on_the_batch_size():
     evaluate = evaluation_of(2, passes=2, replicates=2)

@@ -160,10 +160,10 @@ def counting_decoder(block_size, calls):
     return plain._replace(**{name: note(name, getattr(plain, name)) for name in names})
 
 
-def counted(sampler, prefix=0):
+def counted(sampler, prefix=0, block_size=2):
     """``passes(canvas) -> [logits, append, take_rows]``, runs of the decoder's functions."""
     calls = []
-    decoder = counting_decoder(2, calls)
+    decoder = counting_decoder(block_size, calls)
     generate = make_block_generator(decoder, *SAMPLERS[sampler], mask_id=MASK, prefix=prefix)
 
     def passes(canvas):
@@ -184,6 +184,8 @@ def test_no_forward_pass_is_wasted():
     assert passes([[1, 0, MASK, 2]]) == [1, 1, 0]
     assert passes([[1, 0, 1, 2]]) == [0, 1, 0]
     assert counted("first_hitting", prefix=2)([[1, 0, MASK, 2]]) == [1, 1, 0]
+    # All blocks of the prefix at once.
+    assert counted("first_hitting", 3, block_size=1)([[1, 0, 1, MASK]]) == [1, 1, 0]
 
 
 def test_a_sampler_may_ask_for_some_rows_only():

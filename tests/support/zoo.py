@@ -238,13 +238,19 @@ def for_each(function, states, *arguments):
 
 
 @functools.cache
-def all_draws(spec, count, seed=0):
-    """``count`` independent draws of every member of ALL, name -> Draw [count, V, B, ...]."""
-    states = {name: state(name, spec) for name in ALL}
+def draw_function(spec, names):
+    """Jitted keys [N] -> independent draws of members of ALL, name -> Draw [N, V, B, ...]."""
+    states = {name: state(name, spec) for name in names}
 
     def draw(key):
         # As draw_batch, which starts from the same numbers for all.
         start = draws.iid(key, spec)
         return for_each(lambda transform, own: transform.draw(key, own, start, spec), states)
 
-    return jax.tree.map(np.asarray, quick(jax.vmap(draw))(draw_keys(count, seed)))
+    return quick(jax.vmap(draw))
+
+
+@functools.cache
+def all_draws(spec, count, seed=0):
+    """``count`` independent draws of every member of ALL."""
+    return jax.tree.map(np.asarray, draw_function(spec, tuple(ALL))(draw_keys(count, seed)))

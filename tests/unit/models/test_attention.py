@@ -170,6 +170,16 @@ def test_recomputing_takes_less_memory(few_scores):
     assert memory["recompute"] < memory["einsum"]
 
 
+def test_what_recomputing_keeps_for_the_backward_pass(few_scores):
+    """Besides q, k and v the result and, of each softmax, its largest score and its total."""
+    inputs = [jax.ShapeDtypeStruct((16, LENGTH, HEADS, SIZE), jnp.float32)] * 3
+    attend = functools.partial(attention, implementation="recompute")
+    pull = jax.eval_shape(lambda *x: jax.vjp(attend, *x)[1], *inputs)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pull))
+    per_query = 16 * LENGTH * HEADS
+    assert kept == per_query * (3 * SIZE + SIZE + 2)
+
+
 def test_forward_mode(few_scores):
     """Likelihoods by the trace of a Jacobian push tangents through the network."""
     q, k, v, tangent = operands(None)

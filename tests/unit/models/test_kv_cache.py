@@ -193,6 +193,8 @@ def test_causal_decoding_equals_one_pass_over_the_row(name, window, first):
 
     logits = np.moveaxis(np.asarray(run(clean, DOCUMENTS)), 0, 1)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    kept = max(LENGTH if window is None else window, 2) - 1
+    assert decoder.init(ROWS, LENGTH).cache.capacity == kept
 
 
 def test_block_decoders_with_and_without_a_cache_agree():

@@ -97,6 +97,25 @@ def test_a_prefix_changes_nothing(prefix):
     np.testing.assert_array_equal(toy_generator(prefix)(jax.random.key(2), canvas), expected)
 
 
+def test_a_prefix_takes_one_pass():
+    plain, calls = recomputing_causal_decoder(block_toy.causal_apply), []
+
+    def note(name):
+        def noted(*arguments):
+            jax.debug.callback(lambda: calls.append(name))
+            return getattr(plain, name)(*arguments)
+
+        return noted
+
+    decoder = plain._replace(append=note("append"), step=note("step"))
+    for prefix, passes in ((0, ["step"] * 4), (3, ["append", "step"])):
+        calls.clear()
+        generate = make_next_token_generator(decoder, mask_id=MASK, prefix=prefix)
+        generate(toys.toy_params(), jax.random.key(0), np.array([[1, 0, 2, MASK]]))
+        jax.effects_barrier()
+        assert calls == passes
+
+
 LENGTH = 12
 CANVAS = np.full((4, LENGTH), tiny.MASK_ID, np.int32)
 CANVAS[:, 0] = [0, 1, 2, 3]

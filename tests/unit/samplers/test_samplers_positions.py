@@ -57,11 +57,12 @@ def test_positions_are_filled_where_asked_and_only_there(size):
     reveal = rng.random((ROWS, LENGTH)) < 0.6
     reveal[1] = False
     logits = rng.normal(size=(ROWS, LENGTH, 6)).astype(np.float32)
-    tokens = np.full((ROWS, LENGTH), -7, np.int32)
+    tokens, reads = np.full((ROWS, LENGTH), -7, np.int32), []
 
     @tiny.jit
     def run(keys):
         def read(places):
+            jax.debug.callback(lambda: reads.append(1))
             return jnp.take_along_axis(logits, places[..., None], axis=1)
 
         filled = fill_positions(keys, reveal, tokens, samplers.temperature(0.7), read, size)
@@ -69,6 +70,8 @@ def test_positions_are_filled_where_asked_and_only_there(size):
 
     filled, drawn = run(jax.random.split(jax.random.key(0), ROWS))
     np.testing.assert_array_equal(filled, np.where(reveal, drawn, tokens))
+    jax.effects_barrier()
+    assert len(reads) == -(-reveal.sum(1).max() // min(size, LENGTH))
 
 
 @functools.cache

@@ -29,30 +29,53 @@ def _batch():
     return Batch(tokens, whole, whole.astype(jnp.int32), jnp.full((ROWS,), LENGTH))
 
 
-@pytest.mark.parametrize("name", ["fixed_count", "bernoulli"])
+RARE, RAISED = np.array([True, False, True, False]), 0.2
+PROCESSES = {
+    "fixed_count": corruption.fixed_count(MASK),
+    "bernoulli": corruption.bernoulli(MASK),
+    "bernoulli_shifted_rate": corruption.bernoulli_shifted_rate(MASK, RARE, RAISED),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
 def test_slopes_are_those_of_the_logits_but_for_a_factor_of_at_most_two(name):
-    process = getattr(corruption, name)(MASK)
+    """The sum of (1 - p)^2, exactly, which |p - one_hot|^2 at the logits is not far from."""
+    process = PROCESSES[name]
     objective, batch, model_fn = objectives.masked_nelbo(process), _batch(), _network()
     identity = variance.identity()
     spec = objective.spec(ROWS, LENGTH)
 
     @tiny.jit
     def both(key, shift):
-        """Statistics, and the slopes of the rows' losses where their logits are shifted."""
+        """Draw and statistics, and the slopes of the rows' losses where logits are shifted."""
         draw = variance.draw_batch(key, identity, identity.init(spec), spec)
 
-        def total(shift):
+        def losses(shift):
             stats = objective.loss(lambda *inputs: model_fn(*inputs) + shift, batch, draw)
             return jnp.sum(stats.raw[0, :, 0])
 
-        return objective.loss(model_fn, batch, draw), jax.jacrev(total)(shift)
+        masked = process.corrupt(
+            batch.tokens, objective.law.icdf(draw.u[0]), draw.noise[0], batch.eligible
+        )
+        stats = objective.loss(model_fn, batch, draw)
+        return draw, stats, masked.target_mask, jax.jacrev(losses)(shift)
 
-    stats, slope = both(jax.random.key(0), jnp.zeros((ROWS, LENGTH, TOKENS)))
+    shift = jnp.zeros((ROWS, LENGTH, TOKENS))
+    draw, stats, masked, slope = jax.tree.map(np.asarray, both(jax.random.key(0), shift))
+    found = stats.gradient_norms[0, :, 0]
+
+    tokens = np.asarray(batch.tokens)
+    logits = np.asarray(model_fn(np.full_like(tokens, MASK)), np.float64)[..., :MASK]
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    right = np.take_along_axis(weights, tokens[..., None], -1)[..., 0] / weights.sum(-1)
+    rate = np.ones_like(right)  # of which a token's loss is divided by, if it has its own
+    if name == "bernoulli_shifted_rate":
+        own = 1 - draw.u[0].astype(np.float64)
+        rate = np.where(RARE[tokens], np.minimum(own + RAISED, 1), own)
+    wanted = np.where(masked, ((1 - right) / rate) ** 2, 0.0).sum(1)
+    assert np.any(wanted > 0) and np.ptp(right) > 0.5
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
     squared = np.sum(np.square(slope), axis=(1, 2))
-    found = np.asarray(stats.gradient_norms[0, :, 0])
-    assert found.shape == (ROWS,) and np.all(
-        (found > 0) == (np.asarray(stats.targets[0, :, 0]) > 0)
-    )
     assert np.all(found <= squared * (1 + 1e-5)) and np.all(squared <= 2 * found * (1 + 1e-5))
 
 
@@ -104,6 +127,18 @@ def test_moments_are_those_of_weight_and_slopes_whatever_the_loss():
     root = np.sqrt(levels)
     wanted = 0.8 * root / np.sum(root * np.diff(edges)) + 0.2
     np.testing.assert_allclose(density, wanted, rtol=1e-3)
+
+
+def test_moments_decay_with_every_draw_of_a_bin():
+    """Three draws of the first of bins [0, .9), [.9, .99), [.99, 1) and one of the second."""
+    transform = variance.ppots_slopes(num_bins=3, smallest_rate=0.01, decay=0.5)
+    u = jnp.asarray([0.1, 0.5, 0.7, 0.95]).reshape(1, 4, 1)
+    ones = jnp.ones_like(u)
+    stats = LossStats(ones, ones, ones, ones, 4 * ones)
+    draw = draws.Draw(u, 0 * ones, 0.5 * ones)
+    state = tiny.jit(transform.update)(transform.init(SPEC), draw, stats)
+    np.testing.assert_allclose(state.weight, [1 - 0.5**3, 1 - 0.5, 0])
+    np.testing.assert_allclose(state.second, [4 * (1 - 0.5**3), 4 * 0.5, 0])
 
 
 def test_a_step_that_is_skipped_teaches_nothing():
