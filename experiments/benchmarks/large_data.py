@@ -9,6 +9,7 @@ bytes. Prints the memory of the process without pages of mapped files (RssAnon o
 dataset is open and along the batches, and rows per second. ``--folder`` is kept for the next run.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -19,18 +20,10 @@ import time
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 
 from mdm_jax import data
 
-_GIGABYTES = flags.DEFINE_float("gigabytes", 5.0, "Size of the text.", lower_bound=0.001)
-_BATCHES = flags.DEFINE_integer("batches", 4000, "Batches read.", lower_bound=10)
-_WAYS = flags.DEFINE_list("ways", ["stream", "cache", "memory"], "Ways to read.")
-_FOLDER = flags.DEFINE_string("folder", "", "Where the dataset lies; '' is a temporary one.")
-_OUT = flags.DEFINE_string("out", "", "File for the record, JSON.")
-_ONE = flags.DEFINE_string("one", "", "Read in one way, in this process; for internal use.")
-
-_BYTES, _LENGTH, _BATCH = 16_384, 1024, 32
+_BYTES, _LENGTH, _BATCH, _PARTS = 16_384, 1024, 32, 8
 _NAME = "synthetic_text"
 _SETTINGS: dict[str, dict[str, Any]] = {
     "stream": {"stream": True, "long_documents": "cut"},
@@ -53,10 +46,13 @@ def write(folder: pathlib.Path, gigabytes: float) -> None:
             return tfds.core.DatasetInfo(builder=self, features=text, disable_shuffling=True)
 
         def _split_generators(self, dl_manager):  # noqa: ARG002
-            return {"train": self._generate_examples(count), "test": self._generate_examples(64)}
+            # A split of more than 1 GB is written with TensorFlow, which is not installed.
+            parts = range(_PARTS)
+            sizes = {f"part{i}": count // _PARTS for i in parts} | {"valid": 64}
+            return {name: self._generate_examples(size, name) for name, size in sizes.items()}
 
-        def _generate_examples(self, count):
-            generator = np.random.default_rng(0)
+        def _generate_examples(self, count, name):
+            generator = np.random.default_rng(list(name.encode()))
             for i in range(count):
                 size = generator.integers(_BYTES // 2, 3 * _BYTES // 2)
                 yield i, {"text": generator.integers(97, 123, size, dtype=np.uint8).tobytes()}
@@ -75,7 +71,7 @@ def read(folder: pathlib.Path, way: str, batches: int) -> dict[str, Any]:
         _NAME,
         length=_LENGTH,
         tokenizer="byte",
-        splits=("train", "test", "test"),
+        splits=("+".join(f"part{i}" for i in range(_PARTS)), "valid", "valid"),
         data_dir=folder,
         download=False,
         **settings,
@@ -100,22 +96,29 @@ def _anonymous() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    if unknown := set(_WAYS.value) - set(_SETTINGS):
-        raise app.UsageError(f"--ways must be among {list(_SETTINGS)}, got {sorted(unknown)}")
-    if _ONE.value:
-        print(json.dumps(read(pathlib.Path(_FOLDER.value), _ONE.value, _BATCHES.value)))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=5.0, help="size of the text, at most 7")
+    parser.add_argument("--batches", type=int, default=4000, help="batches read")
+    parser.add_argument("--ways", default="stream,cache,memory", help="ways to read")
+    parser.add_argument("--folder", default="", help="where the dataset lies and stays")
+    parser.add_argument("--out", default="", help="file for the record, JSON")
+    parser.add_argument("--one", choices=_SETTINGS, help="read in this process; for internal use")
+    options = parser.parse_args()
+    ways = options.ways.split(",")
+    if unknown := set(ways) - set(_SETTINGS):
+        parser.error(f"--ways must be among {list(_SETTINGS)}, got {sorted(unknown)}")
+    if options.one:
+        print(json.dumps(read(pathlib.Path(options.folder), options.one, options.batches)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(_FOLDER.value or temporary)
-        write(folder, _GIGABYTES.value)
+        folder = pathlib.Path(options.folder or temporary)
+        write(folder, options.gigabytes)
         command = [sys.executable, "-m", "experiments.benchmarks.large_data"]
-        command += [f"--folder={folder}", f"--batches={_BATCHES.value}"]
+        command += [f"--folder={folder}", f"--batches={options.batches}"]
         records = {}
         print("| way | opening | memory open | along the batches | rows/s |\n|---|---|---|---|---|")
-        for way in _WAYS.value:
+        for way in ways:
             out = subprocess.run(
                 [*command, f"--one={way}"], stdout=subprocess.PIPE, text=True, check=True
             ).stdout
@@ -126,10 +129,10 @@ def main(argv: list[str]) -> None:
                 f"{along} MB | {record['rows_per_second']:.0f} |",
                 flush=True,
             )
-    if _OUT.value:
-        record = {"gigabytes": _GIGABYTES.value, "cores": os.cpu_count(), "ways": records}
-        pathlib.Path(_OUT.value).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    if options.out:
+        record = {"gigabytes": options.gigabytes, "cores": os.cpu_count(), "ways": records}
+        pathlib.Path(options.out).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

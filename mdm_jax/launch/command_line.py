@@ -125,7 +125,7 @@ def get_config(name: str) -> ConfigDict:
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """``argv`` as absl and ml_collections read it, config loaded once, ``--config.field``s checked.
+    """``argv`` as absl and ml_collections read it, config loaded once, its fields checked.
 
     The mode may come first, without ``--mode=``. ``--config`` may name a built-in config; where an
     existing workdir is evaluated, sampled or measured, it defaults to the config of its run. Raises

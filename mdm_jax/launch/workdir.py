@@ -148,9 +148,11 @@ def provenance(seed: int) -> dict[str, Any]:
     }
 
 
-def git_revision() -> str:
-    """Commit of the source tree, with "+changes" where files differ from it."""
-    root = pathlib.Path(__file__).resolve().parent
+def git_revision(root: pathlib.Path = pathlib.Path(__file__).resolve().parent) -> str:
+    """Commit of the source tree, with "+changes" where files differ from it.
+
+    A repository that surrounds an installed package, as that of the user, is not the package's.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -158,6 +160,7 @@ def git_revision() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", ".")
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"

@@ -106,7 +106,7 @@ def as_logits(outputs: Array | Readout) -> Array:
 
 
 def readout_apply(model: Any, chunking: Chunking | None = None) -> Callable[..., Readout]:
-    """``model.apply`` of a ``models.Transformer`` that returns a readout instead of logits."""
+    """The ``apply`` of a ``models.Transformer`` that returns a readout instead of logits."""
     apply = functools.partial(model.apply, method="readout")
     return lambda params, *inputs, **options: apply(params, *inputs, **options).chunked(
         chunking or Chunking()

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import chex
@@ -20,7 +21,7 @@ from launching import DIGITS, QUICKSTART
 from mdm_jax import samplers, training
 from mdm_jax.launch import main, presets, train
 from mdm_jax.launch.build import load_parameters, make_experiment
-from mdm_jax.launch.workdir import saved_config
+from mdm_jax.launch.workdir import git_revision, saved_config
 
 pytestmark = pytest.mark.first
 
@@ -402,3 +403,25 @@ def test_too_few_validation_rows_for_a_clip_search_are_refused_early(tmp_path, m
     )
     assert code != 0 and "at least 2 validation batches" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_revision_is_not_that_of_a_repository_around_an_installed_package(tmp_path):
+    package = tmp_path / "venv" / "mdm_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+
+    def git(*arguments):
+        settings = ["-c", "user.name=x", "-c", "user.email=x@y"]
+        subprocess.run(
+            ["git", *settings, *arguments], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    assert git_revision(package) == "not a git checkout"
+    git("init")
+    git("commit", "--allow-empty", "--message=around")
+    assert git_revision(package) == "not a git checkout"
+    git("add", ".")
+    git("commit", "--message=ours")
+    assert re.fullmatch(r"[0-9a-f]{40}", git_revision(package))
+    (package / "__init__.py").write_text("changed")
+    assert git_revision(package).endswith("+changes")
