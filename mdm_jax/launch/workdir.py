@@ -144,12 +144,12 @@ def provenance(seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
-        "git_revision": git_revision(),
+        "git_revision": git_revision(pathlib.Path(__file__).resolve().parent),
     }
 
 
-def git_revision(root: pathlib.Path = pathlib.Path(__file__).resolve().parent) -> str:
-    """Commit of the source tree, with "+changes" where files differ from it.
+def git_revision(root: pathlib.Path) -> str:
+    """Commit of the source tree that holds ``root``, with "+changes" where files differ from it.
 
     A repository that surrounds an installed package, as that of the user, is not the package's.
     """
