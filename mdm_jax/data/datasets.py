@@ -228,15 +228,10 @@ class TokenSpans(VectorisedRows):
     def _read(self, indices: np.ndarray) -> Batch:
         starts = self._starts.start + self._starts.step * indices
         positions = starts[:, None] + np.arange(self.length)
-        eligible = positions < len(self.tokens)
+        inside = positions < len(self.tokens)
         tokens = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
-        characters = self._character_counts[tokens] * eligible
-        return Batch(
-            tokens=np.where(eligible, tokens, np.int32(self._pad_id)).astype(np.int32),
-            eligible=eligible,
-            documents=eligible.astype(np.int32),
-            units=characters.sum(axis=1, dtype=np.int32),
-        )
+        tokens = np.where(inside, tokens, np.int32(self._pad_id)).astype(np.int32)
+        return _text_rows(tokens, inside.astype(np.int32), self._character_counts)
 
 
 class PackedSpans(VectorisedRows):
@@ -287,9 +282,13 @@ class PackedSpans(VectorisedRows):
         if self._eos_id is not None:
             rest = documents == 0
             tokens[rest], documents[rest] = self._eos_id, 1
-        eligible = documents > 0
-        characters = self._character_counts[tokens] * eligible
-        return Batch(tokens, eligible, documents, characters.sum(axis=1, dtype=np.int32))
+        return _text_rows(tokens, documents, self._character_counts)
+
+
+def _text_rows(tokens: np.ndarray, documents: np.ndarray, character_counts: np.ndarray) -> Batch:
+    eligible = documents > 0
+    units = (character_counts[tokens] * eligible).sum(axis=1, dtype=np.int32)
+    return Batch(tokens, eligible, documents, units)
 
 
 def aligned(sizes: np.ndarray, align: int) -> np.ndarray:

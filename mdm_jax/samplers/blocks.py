@@ -143,21 +143,12 @@ def make_block_generator(
 ) -> Callable[..., Array]:
     """Compiled :func:`sample_blocks`, as ``make_generator``; each call checks prefix, documents."""
 
+    options = {"mask_id": mask_id, "prefix": prefix, "guided": guided}
+
     @jax.jit
     def run(params, key, canvas, documents, row_offset):
-        return sample_blocks(
-            key,
-            decoder,
-            params,
-            sampler,
-            grid,
-            canvas,
-            mask_id=mask_id,
-            documents=documents,
-            row_offset=row_offset,
-            prefix=prefix,
-            guided=guided,
-        )
+        given = {"documents": documents, "row_offset": row_offset}
+        return sample_blocks(key, decoder, params, sampler, grid, canvas, **given, **options)
 
     return checked_generator(run, mask_id, prefix, decoder.block_size)
 

@@ -73,18 +73,11 @@ def make_next_token_generator(
 ) -> Callable[..., Array]:
     """Compiled :func:`sample_next_tokens`, as ``make_generator``; checks the prefix."""
 
+    options = {"mask_id": mask_id, "token_filter": token_filter, "prefix": prefix}
+
     @jax.jit
     def run(params, key, canvas, documents, row_offset):
-        return sample_next_tokens(
-            key,
-            decoder,
-            params,
-            canvas,
-            mask_id=mask_id,
-            token_filter=token_filter,
-            documents=documents,
-            row_offset=row_offset,
-            prefix=prefix,
-        )
+        given = {"documents": documents, "row_offset": row_offset}
+        return sample_next_tokens(key, decoder, params, canvas, **given, **options)
 
     return checked_generator(run, mask_id, prefix)

@@ -215,17 +215,9 @@ def make_generator(
         def model_fn(inputs, logsnr, docs, **further):
             return apply_fn(params, inputs, logsnr, docs, **further)
 
-        return sample(
-            key,
-            model_fn,
-            sampler,
-            levels,
-            canvas,
-            mask_id=mask_id,
-            documents=documents,
-            row_offset=row_offset,
-            progress=progress,
-        )
+        given = {"documents": documents, "row_offset": row_offset}
+        options = {"mask_id": mask_id, "progress": progress}
+        return sample(key, model_fn, sampler, levels, canvas, **given, **options)
 
     return generate
 

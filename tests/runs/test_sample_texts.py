@@ -145,6 +145,8 @@ def test_samplers_do_not_write_padding(path, config):
     )
     tokens = experiment.generate(params, jax.random.key(0), canvas, np.ones_like(canvas))
     assert dataset.absent_ids == (dataset.tokenizer.pad_id,)
+    whole = [(job.documents == 1).all() for job in experiment.jobs]
+    assert all(whole) if config.process == "autoregressive" else not any(whole)
     counts = np.bincount(np.asarray(tokens).ravel(), minlength=dataset.vocab_size)
     assert counts[dataset.tokenizer.pad_id] == counts[dataset.mask_id] == 0
     assert counts[dataset.tokenizer.eos_id] > 0

@@ -294,6 +294,7 @@ def test_block_logits_of_aligned_documents_are_those_of_rows_of_their_own():
     shared, documents = logits([{0: 0, 1: 4, 2: 8}, {}, {}])
     np.testing.assert_allclose(shared, own, atol=2e-5)
     models.masks.check_document_blocks(documents, 4)
+    models.masks.check_document_blocks(np.array([[0, 1, 1, 1, 2, 2, 0, 0]]), 4)  # first: anywhere
     wrong, documents = logits([{0: 0, 1: 3, 2: 8}, {}, {}])
     assert np.abs(wrong - own).max() > 0.05
     inputs = np.zeros((3, 24), np.int32)
