@@ -41,6 +41,7 @@ ADAPTIVE = "tests/unit/variance/test_adaptive_levels.py"
 LEARNING = "tests/unit/variance/test_learning_steps.py"
 ZOO = "tests/laws/test_variance_zoo.py"
 STEP = "tests/unit/training/test_training_step.py"
+COMPILED = "tests/unit/training/test_compiled_loop.py"
 OPTIMIZERS = "tests/unit/training/test_training_optimizers.py"
 CROSS_ENTROPY = "tests/unit/models/test_cross_entropy.py"
 CACHE = "tests/unit/models/test_kv_cache.py"
@@ -102,15 +103,29 @@ MUTATIONS = [
     Mutation(
         "floor: half as high",
         "variance/densities.py",
-        "(1.0 - floor) * followed + floor * widths",
-        "(1.0 - floor / 2) * followed + floor / 2 * widths",
+        "jnp.asarray(widths), jnp.asarray(floor, jnp.float32))",
+        "jnp.asarray(widths), jnp.asarray(floor / 2, jnp.float32))",
         f"{PPOTS} {SLOPES}",
+    ),
+    Mutation(
+        "ceiling of the weights: narrow cells rounded down to the grid",
+        "variance/densities.py",
+        "jnp.maximum(jnp.ceil(floor * widths), 1.0)",
+        "jnp.maximum(jnp.floor(floor * widths), 1.0)",
+        DENSITIES,
+    ),
+    Mutation(
+        "ceiling of the weights: no cell kept above its floor",
+        "variance/densities.py",
+        "jnp.maximum(jnp.ceil(floor * widths), 1.0)",
+        "jnp.ones_like(widths)",
+        DENSITIES,
     ),
     Mutation(
         "floor of the parametric density: none",
         "variance/ppots.py",
-        "(1.0 - floor) * shares + floor / _NUM_CELLS",
-        "shares",
+        "epr_curve(p, 1.0 - quantiles) @ weights, floor)",
+        "epr_curve(p, 1.0 - quantiles) @ weights)",
         PPOTS,
     ),
     Mutation(
@@ -170,11 +185,18 @@ MUTATIONS = [
         PPOTS,
     ),
     Mutation(
-        "mixture of clipped and full rates: the share inside the range only",
+        "mixture of clipped and full rates: another share",
         "variance/warps.py",
-        "masses = share * widths + np.array([0.0, 1.0 - share, 0.0])",
-        "masses = share**2 * widths + np.array([0.0, 1.0 - share**2, 0.0])",
+        "piecewise_density(edges, masses[kept], share)",
+        "piecewise_density(edges, masses[kept], share**2)",
         DENSITIES,
+    ),
+    Mutation(
+        "learners: moved by batches that teach nothing",
+        "variance/warps.py",
+        "jnp.where(taught, new, old), changes, held)",
+        "jnp.where(taught | True, new, old), changes, held)",
+        ADAPTIVE,
     ),
     Mutation(
         "log-uniform rates: foot at twice the rate",
@@ -508,7 +530,7 @@ MUTATIONS = [
     Mutation(
         "packing: each piece in a row of its own",
         "data/packing.py",
-        "numbers = first_fit(ends - starts, length) if packing else np.arange(len(starts))",
+        "numbers = first_fit(aligned(ends - starts, layout.align), length)",
         "numbers = np.arange(len(starts))",
         PACKING,
     ),
@@ -735,8 +757,8 @@ MUTATIONS = [
     Mutation(
         "default chain: no strata",
         "launch/config.py",
-        '"order": ("stratified", "ppots_slopes"),',
-        '"order": ("ppots_slopes",),',
+        '("stratified", "ppots_slopes"),',
+        '("ppots_slopes",),',
         LEARNING,
     ),
     Mutation(
@@ -800,21 +822,21 @@ MUTATIONS = [
         "training/loop.py",
         "loop.pending.append(metrics)",
         "loop.pending.append(metrics)\n                loop.collect()",
-        "tests/unit/training/test_training_loop.py",
+        COMPILED,
     ),
     Mutation(
         "training step: the old state is kept in memory",
         "training/step.py",
         "jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))",
         "jax.jit(step, out_shardings=(shardings, None))",
-        "tests/unit/training/test_compiled_loop.py",
+        COMPILED,
     ),
     Mutation(
         "narrow moments: decayed in bfloat16",
         "training/optimizers.py",
         "optimizer.update(updates, _cast(state, wide), params)",
         "optimizer.update(updates, state, params)",
-        "tests/unit/training/test_compiled_loop.py",
+        COMPILED,
     ),
     Mutation(
         "baseline: decay and gain exchanged",

@@ -122,6 +122,9 @@ def test_gradient_noise_is_unbiased_from_the_second_step_on():
         assert abs(values.mean() - expected) < 5 * values.std() / len(values) ** 0.5
     first = monitor.update(monitor.init(jnp.zeros((2,))), None, None, jnp.ones((2,)))
     assert np.isnan(monitor.read(first)["gradient_noise"])
+    second = monitor.update(first, None, None, jnp.array([3.0, 0.0]))
+    np.testing.assert_allclose(second.mean, [0.21 + 0.9, 0.21], rtol=1e-6)
+    np.testing.assert_allclose(second[1:4], [0.21 * 2 + 0.3 * 9, 0.51, 0.21**2 + 0.3**2], rtol=1e-6)
     bad = monitor.update(first, None, None, jnp.array([1.0, jnp.nan]))
     assert bad.rejected == 1
     chex.assert_trees_all_equal(bad._replace(rejected=first.rejected), first)

@@ -19,7 +19,7 @@ from mdm_jax.objectives.objective import accumulate_gradient, summed_loss, token
 from mdm_jax.schedules import masked
 
 FEW, MANY = range(3), range(3, 27)
-EVALUATED = 7_000  # rows of all draws of a member: so many divided by B are the draws
+EVALUATED = 7_000  # rows of all draws of a member, EVALUATED / B draws; 1, 5 and 7 divide it
 
 
 @functools.cache
@@ -160,7 +160,11 @@ def test_enumeration_of_the_package_agrees():
 
 LOADED = ("ema_steep", "history_steep", "ppots_steep", "quantile_steep")
 ADAPTIVE = ("ppots", "ppots_slopes", "ema_bins", "loss_history", "learned_quantile")
-"""Uniform until they have learnt; LOADED holds what they become."""
+"""Uniform until they have learnt; LOADED holds what they become.
+
+States that have seen extremes are left to test_variance_zoo: their weights are so unequal that the
+standard error of a thousand draws says little.
+"""
 CHAINS = ("levels_ppots_rotate", "blocks_importance_mirror", "pairs_complement_log_uniform")
 WITHOUT_STATE = [n for n in zoo.EXACT if n in zoo.SINGLES and n not in ADAPTIVE]
 FEW_MEMBERS = (*WITHOUT_STATE, *LOADED, *CHAINS)
@@ -185,20 +189,16 @@ def weighted_losses(process):
 def estimates(t, draw, process):
     """Losses and derivatives of every row in every draw, [draws, B]."""
     count, views = draw.u.shape[:2]
-    missing = EVALUATED - count * t.rows
 
     def joined(leaf):  # [draws, V, B, ...] -> [V, EVALUATED, ...]
-        leaf = np.moveaxis(leaf, 0, 1).reshape(views, count * t.rows, *leaf.shape[3:])
-        return np.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2), "edge")
+        return np.moveaxis(leaf, 0, 1).reshape(views, EVALUATED, *leaf.shape[3:])
 
-    u, log_weight, noise = (joined(leaf) for leaf in draw)
+    u, log_weight, noise = (joined(np.asarray(leaf)) for leaf in draw)
     noise = np.pad(noise, [(0, 0), (0, 0), (0, toys.LENGTH - t.length)], constant_values=0.5)
     batch = jax.tree.map(lambda f: np.tile(f, (count, *(1,) * (f.ndim - 1))), t.batch)
     params, along = toys.single(t.params), toys.single(toys.tangent(t))
-    both = weighted_losses(process)(
-        params, along, toys.filled(batch, EVALUATED), Draw(u, log_weight, noise)
-    )
-    return [np.asarray(a, np.float64)[: count * t.rows].reshape(count, -1) for a in both]
+    both = weighted_losses(process)(params, along, batch, Draw(u, log_weight, noise))
+    return [np.asarray(a, np.float64).reshape(count, t.rows) for a in both]
 
 
 def check_members(t, members, process):
@@ -216,11 +216,14 @@ def check_members(t, members, process):
 
 @pytest.mark.parametrize("seed", FEW)
 def test_exact_transforms_keep_loss_and_gradient_of_a_random_toy(seed):
-    check_members(toy(seed), FEW_MEMBERS, "fixed_count")
+    """All on the toy with rows of every kind, and each on one of the two smaller ones."""
+    members = FEW_MEMBERS if toy(seed).rows == 7 else FEW_MEMBERS[seed::2]
+    check_members(toy(seed), members, "fixed_count")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["fixed_count", "rao_blackwell"])
 def test_exact_transforms_keep_loss_and_gradient_of_many_random_toys(process):
+    members = [n for n in zoo.EXACT if n not in zoo.STATES or n in LOADED]
     for seed in MANY:
-        check_members(toy(seed), tuple(zoo.EXACT), process)
+        check_members(toy(seed), tuple(members), process)

@@ -113,6 +113,15 @@ def test_the_compiler_says_what_the_step_needs(watched):
     assert "compiled in" in compiled.describe() and "per device" in compiled.describe()
 
 
+def test_the_compiled_step_takes_the_buffers_of_its_state():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=place)
+    compiled = training.compile_step(lambda state, batch: (state + batch, None), shape, shape)
+    state, batch = (jax.device_put(np.ones(2, np.float32), place) for _ in range(2))
+    new, _ = compiled.call(state, batch)
+    assert state.is_deleted() and not batch.is_deleted() and new.tolist() == [2, 2]
+
+
 def test_a_step_that_does_not_fit_is_refused_with_advice(monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 GiB")
@@ -295,6 +304,27 @@ def test_moments_in_bfloat16_cost_little(name):
     assert exact < 0.6 * first
     assert abs(stored - exact) < 0.02 * exact
     assert small < 0.55 * size
+
+
+def test_narrow_moments_are_rounded_once_a_step():
+    """Two steps of Adam's first moment: float32 arithmetic on what is stored in bfloat16."""
+    optimizer = training.store_moments(optax.adam(0.1), first=jnp.bfloat16)
+    gradients = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+
+    @jax.jit
+    def both(gradients):
+        state = optimizer.init(gradients[0])
+        for gradient in gradients:
+            _, state = optimizer.update(gradient, state)
+        return optax.tree.get(state, "mu")
+
+    stored = np.zeros(64, np.float32)
+    for gradient in gradients:
+        moved = np.float32(0.1) * gradient + np.float32(0.9) * stored
+        stored = moved.astype(jnp.bfloat16).astype(np.float32)
+    found = both(gradients)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(np.float32), stored)
 
 
 def test_second_moments_that_could_never_fall_are_refused():
