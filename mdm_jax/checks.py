@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Real(Rule):
     several: bool = False
     kind = "a number"
 
-    @property
+    @functools.cached_property
     def ends(self) -> tuple[float, float]:
         low, high = self.interval[1:-1].split(",")
         return float(low), float(high)
@@ -82,7 +82,7 @@ class Whole(Real):
     def check_one(self, name: str, value: Any) -> None:
         super().check_one(name, value)
         if not (isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer)):
-            raise TypeError(f"{name} must be {self.allowed}, got {value!r}{self.explained()}")
+            raise ValueError(f"{name} must be {self.allowed}, got {value!r}{self.explained()}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +121,18 @@ class Plain(Rule):
             raise TypeError(f"{name} must be {self.allowed}, got {value!r}{self.explained()}")
 
 
+Bins = Annotated[int, Whole("[1, 1e5]", "bins", "of equal width")]
+Decay = Annotated[float, Real("[0, 1)", "per step", "of running averages; 0: the latest value")]
+LearningRate = Annotated[float, Real("(0, 10]", "learning rate", "of Adam for what is learned")]
+Probability = Annotated[float, Real("[0, 1]", "probability")]
+Rate = Annotated[ArrayLike, Real("[0, 1]", "masking rate")]
+PositiveRate = Annotated[ArrayLike, Real("(0, 1]", "masking rate")]
+Logsnr = Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "an end of the range")]
+
+
 def rule_of(parameter: inspect.Parameter) -> Rule | None:
-    """What is stated for a parameter by ``Annotated`` or ``Literal``, or by a plain default."""
-    annotation, default = parameter.annotation, parameter.default
+    """What is stated for a parameter, by ``Annotated`` or ``Literal``."""
+    annotation = parameter.annotation
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     for part in typing.get_args(annotation) if union else (annotation,):
         for rule in getattr(part, "__metadata__", ()):
@@ -131,7 +140,7 @@ def rule_of(parameter: inspect.Parameter) -> Rule | None:
                 return rule
         if typing.get_origin(part) is typing.Literal:
             return Name(typing.get_args(part))
-    return Plain(type(default)) if isinstance(default, bool | str) else None
+    return None
 
 
 def checked(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,4 +244,4 @@ def unknown_name(
         message += f"{name!r} is {elsewhere[name]}; "
     if near := difflib.get_close_matches(name, known, n=3, cutoff=0.4):
         message += f"did you mean {' or '.join(map(repr, near))}? "
-    return ValueError(f"{message}known: {', '.join(known)}")
+    return ValueError(f"{message}known: {', '.join(name or repr(name) for name in known)}")

@@ -10,11 +10,13 @@ et al. 2024 (MDLM), Ou et al. 2024 (RADD, any-order form).
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import Rate, Real, Whole, checked
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
 from mdm_jax.types import Array, ArrayLike
 
@@ -105,7 +107,8 @@ def rao_blackwell(mask_id: int) -> Corruption:
     return _averaged_weight("rao_blackwell", mask_id, log_weight)
 
 
-def rao_blackwell_clipped(mask_id: int, low: float, high: float) -> Corruption:
+@checked
+def rao_blackwell_clipped(mask_id: int, low: Rate, high: Rate) -> Corruption:
     """:func:`rao_blackwell` for rates uniform on [low, high], 0 <= low < high <= 1 (ValueError).
 
     Weight ``E[1/m | k, m ~ U(low, high)]``. Objectives refuse laws that do not cover just these
@@ -179,7 +182,12 @@ def _masked(name: str, corrupt: Callable[..., Corrupted], mask_id: int) -> Corru
     return Corruption(name, corrupt, lambda length: (length,), mask_id)
 
 
-def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) -> Corruption:
+@checked
+def bernoulli_shifted_rate(
+    mask_id: int,
+    rare: ArrayLike,
+    delta: Annotated[float, Real("[0, 1]", "masking rate", "added for rare tokens")] = 0.2,
+) -> Corruption:
     """Masks rare tokens at ``min(m + delta, 1)``, others at m, with weight 1/q_i on each loss.
 
     q_i is the token's own rate. Raising it makes rare targets more frequent and hides them more
@@ -191,8 +199,6 @@ def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) ->
     [0, 1].
     """
     rare = _check_rare("bernoulli_shifted_rate", rare)
-    if not 0 <= delta <= 1:
-        raise ValueError(f"bernoulli_shifted_rate needs 0 <= delta <= 1, got {delta}")
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
         rate = spread_levels(jax.nn.sigmoid(-logsnr), x.shape[-1], level_ids)
@@ -206,8 +212,13 @@ def bernoulli_shifted_rate(mask_id: int, rare: ArrayLike, delta: float = 0.2) ->
     )
 
 
+@checked
 def bernoulli_shifted_logit(
-    mask_id: int, rare: ArrayLike, shift: float, max_shifted: int | None = None
+    mask_id: int,
+    rare: ArrayLike,
+    shift: Annotated[float, Real("[-30, 30]", "logits", "added to the rate of rare tokens")],
+    max_shifted: Annotated[int, Whole("[0, 2e9]", "tokens", "shifted in a row; None: all")]
+    | None = None,
 ) -> Corruption:
     """Masks rare tokens at ``sigmoid(logit(m) + shift)``, weighted by the whole mask's ratio.
 
@@ -221,10 +232,6 @@ def bernoulli_shifted_logit(
     ``rare`` is not a bool vector, the shift not finite or the cap negative.
     """
     rare = _check_rare("bernoulli_shifted_logit", rare)
-    if not jnp.isfinite(shift):
-        raise ValueError(f"bernoulli_shifted_logit needs a finite shift, got {shift}")
-    if max_shifted is not None and max_shifted < 0:
-        raise ValueError(f"max_shifted must not be negative, got {max_shifted}")
 
     def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
         levels, length = logsnr.shape[-1], x.shape[-1]

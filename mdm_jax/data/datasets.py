@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from mdm_jax.checks import Real, Whole
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.types import Batch
 
@@ -132,6 +133,14 @@ def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
         return source.rows(np.asarray(indices, np.int64))
     rows = [source[int(i)] for i in indices]
     return Batch(*(np.stack(field) for field in zip(*rows)))
+
+
+Length = Annotated[int, Whole("[1, 1e7]", "tokens", "of a row")]
+Fractions = Annotated[
+    Sequence[float], Real("[0, 1]", "of the data", "for train, valid, test", several=True)
+]
+VocabSize = Annotated[int, Whole("[259, 1e7]", "tokens", "of the tokenizer that bpe trains")]
+Stride = Annotated[int, Whole("[1, 1e7]", "tokens", "between starts of training rows of a text")]
 
 
 def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[int, int]:

@@ -12,11 +12,14 @@ from typing import Literal
 
 import numpy as np
 
+from mdm_jax.checks import checked
 from mdm_jax.data.datasets import (
     Dataset,
+    Fractions,
+    Length,
     StoredRows,
+    VocabSize,
     check_choice,
-    check_positive,
     make_dataset,
 )
 from mdm_jax.data.text import Record, read_splits
@@ -73,19 +76,20 @@ class _Layout:
         return self.prompt_length + self.answer_length
 
 
+@checked
 def jsonl(
     path: str | os.PathLike,
     *,
-    prompt_length: int,
-    answer_length: int,
+    prompt_length: Length,
+    answer_length: Length,
     prompt_field: str = "prompt",
     answer_field: str = "answer",
     valid_path: str | os.PathLike | None = None,
     test_path: str | os.PathLike | None = None,
-    fractions: Sequence[float] = (0.9, 0.05, 0.05),
+    fractions: Fractions = (0.9, 0.05, 0.05),
     split_seed: int = 0,
     tokenizer: str | Tokenizer = "char",
-    bpe_vocab_size: int = 4096,
+    bpe_vocab_size: VocabSize = 4096,
     too_long: TooLong = "error",
     answer_padding: AnswerPadding = "eos_scored",
     answer_marker: str = "",
@@ -111,8 +115,6 @@ def jsonl(
     ValueError as ``read_splits``; naming file and line, if an answer lacks the marker or a pair is
     too long under "error"; if every pair of a split is dropped or a setting is out of range.
     """
-    check_positive("prompt_length", prompt_length)
-    check_positive("answer_length", answer_length)
     check_choice("too_long", too_long, TooLong)
     check_choice("answer_padding", answer_padding, AnswerPadding)
     layout = _Layout(prompt_length, answer_length, answer_padding, too_long)

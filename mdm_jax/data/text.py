@@ -9,11 +9,15 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mdm_jax.checks import checked
 from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
+    Fractions,
+    Length,
+    Stride,
     TokenSpans,
-    check_positive,
+    VocabSize,
     make_dataset,
     shuffled_split,
     split_bounds,
@@ -29,14 +33,15 @@ from mdm_jax.data.packing import (
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, utf8
 
 
+@checked
 def text(
     path: str | os.PathLike,
-    length: int,
+    length: Length,
     *,
     tokenizer: str | Tokenizer = "char",
-    bpe_vocab_size: int = 4096,
-    fractions: Sequence[float] = (0.9, 0.05, 0.05),
-    train_stride: int = 1,
+    bpe_vocab_size: VocabSize = 4096,
+    fractions: Fractions = (0.9, 0.05, 0.05),
+    train_stride: Stride = 1,
 ) -> Dataset:
     """Rows of ``length`` tokens from a UTF-8 text file, all of whose characters are kept.
 
@@ -68,13 +73,14 @@ def text(
     )
 
 
+@checked
 def embedded_text(
-    length: int,
+    length: Length,
     *,
     tokenizer: str | Tokenizer = "char",
-    bpe_vocab_size: int = 4096,
-    fractions: Sequence[float] = (0.9, 0.05, 0.05),
-    train_stride: int = 1,
+    bpe_vocab_size: VocabSize = 4096,
+    fractions: Fractions = (0.9, 0.05, 0.05),
+    train_stride: Stride = 1,
 ) -> Dataset:
     """Rows from the language reference in every CPython, ``pydoc_data.topics`` (PSF-2.0).
 
@@ -115,8 +121,6 @@ def _windows(
     fractions: Sequence[float],
     train_stride: int,
 ) -> Dataset:
-    check_positive("length", length)
-    check_positive("train_stride", train_stride)
     first, second = split_bounds(len(content), fractions, origin)
     parts = dict(zip(SPLITS, (content[:first], content[first:second], content[second:])))
     codec = make_tokenizer(tokenizer, [parts["train"]], bpe_vocab_size)
@@ -248,17 +252,18 @@ def _parse(line: str, origin: str, fields: Sequence[str]) -> Record:
     return Record(tuple(record[field] for field in fields), origin)
 
 
+@checked
 def documents(
     path: str | os.PathLike,
-    length: int,
+    length: Length,
     *,
     text_field: str = "text",
     valid_path: str | os.PathLike | None = None,
     test_path: str | os.PathLike | None = None,
-    fractions: Sequence[float] = (0.9, 0.05, 0.05),
+    fractions: Fractions = (0.9, 0.05, 0.05),
     split_seed: int = 0,
     tokenizer: str | Tokenizer = "char",
-    bpe_vocab_size: int = 4096,
+    bpe_vocab_size: VocabSize = 4096,
     packing: Packing = "",
     long_documents: LongDocuments = "split",
     document_padding: DocumentPadding = "pad_hidden",

@@ -5,15 +5,18 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from mdm_jax.checks import Whole, checked
 from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
+    Length,
     PictureRows,
     VectorisedRows,
+    VocabSize,
     make_dataset,
 )
 from mdm_jax.data.images import picture_dataset
@@ -35,16 +38,17 @@ _READ = 256  # examples read at a time
 _FITTED = 10_000  # examples that a tokenizer is fitted to in a stream
 
 
+@checked
 def tfds_text(
     name: str,
     *,
-    length: int,
+    length: Length,
     text_field: str = "text",
     splits: Sequence[str] = DEFAULT_SPLITS,
     data_dir: str | os.PathLike | None = None,
     download: bool = True,
     tokenizer: str | Tokenizer = "char",
-    bpe_vocab_size: int = 4096,
+    bpe_vocab_size: VocabSize = 4096,
     packing: Packing = "",
     long_documents: LongDocuments = "split",
     document_padding: DocumentPadding = "pad_hidden",
@@ -118,10 +122,11 @@ def tfds_text(
     )
 
 
+@checked
 def tfds_images(
     name: str,
     *,
-    levels: int = 256,
+    levels: Annotated[int, Whole("[2, 256]", "intensities", "of a picture's element")] = 256,
     image_field: str = "image",
     splits: Sequence[str] = DEFAULT_SPLITS,
     data_dir: str | os.PathLike | None = None,
@@ -135,8 +140,6 @@ def tfds_images(
     ``stream`` when they are needed. Else as :func:`tfds_text`; ValueError too if the pictures are
     not uint8 of one shape.
     """
-    if not 2 <= levels <= 256:
-        raise ValueError(f"levels must be in [2, 256], got {levels}")
     sources = _open(name, splits, data_dir, download)
     first = np.asarray(next(_values(sources["train"], image_field, [0]))[0])
     shape = first.shape

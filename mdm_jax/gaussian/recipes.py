@@ -2,19 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
 
-from mdm_jax.checks import is_concrete, unknown_name
+from mdm_jax.checks import Logsnr, Real, checked, is_concrete, unknown_name
 from mdm_jax.gaussian import parameterisations, paths, schedules, weightings
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
+from mdm_jax.gaussian.schedules.laws import Mean, Std
 from mdm_jax.gaussian.weightings import Weighting
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.laws import Law, logistic, uniform
 from mdm_jax.types import Array, ArrayLike
+
+DataStd = Annotated[ArrayLike, Real("(0, 1e4]", "", "standard deviation of the data")]
 
 
 @pytree_dataclass
@@ -44,7 +47,8 @@ def iddpm() -> Recipe:
     return _unit_weight(schedules.cosine(), parameterisations.eps(), paths.vp())
 
 
-def vdm(low: ArrayLike = -5.0, high: ArrayLike = 13.3) -> Recipe:
+@checked
+def vdm(low: Logsnr = -5.0, high: Logsnr = 13.3) -> Recipe:
     """Kingma et al. 2021: the bound, eps, logSNR uniform between two levels."""
     return Recipe(uniform(low, high), weightings.elbo(), parameterisations.eps(), paths.vp())
 
@@ -54,13 +58,15 @@ def v_prediction() -> Recipe:
     return _unit_weight(schedules.cosine(), parameterisations.v(), paths.vp())
 
 
-def edm(mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5) -> Recipe:
+@checked
+def edm(mean: Mean = -1.2, std: Std = 1.2, sigma_data: DataStd = 0.5) -> Recipe:
     """Karras et al. 2022: log sigma ~ N(mean, std^2), preconditioned output F, unit weight."""
     law = schedules.lognormal(mean, std)
     return _unit_weight(law, parameterisations.edm(sigma_data), paths.ve())
 
 
-def edm2(mean: ArrayLike = -0.4, std: ArrayLike = 1.0, sigma_data: ArrayLike = 0.5) -> Recipe:
+@checked
+def edm2(mean: Mean = -0.4, std: Std = 1.0, sigma_data: DataStd = 0.5) -> Recipe:
     """Karras et al. 2024 without the learned weight: :func:`edm` with another law."""
     return edm(mean, std, sigma_data)
 
@@ -70,7 +76,8 @@ def flow() -> Recipe:
     return _unit_weight(logistic(0.0, 2.0), parameterisations.flow(), paths.flow())
 
 
-def sd3(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Recipe:
+@checked
+def sd3(mean: Mean = 0.0, std: Std = 1.0) -> Recipe:
     """Esser et al. 2024: :func:`flow` with logit(flow time) ~ N(mean, std^2)."""
     return _unit_weight(schedules.lognormal(mean, std), parameterisations.flow(), paths.flow())
 

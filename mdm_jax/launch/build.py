@@ -154,6 +154,7 @@ class Experiment:
                 f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}"
                 + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
                 *sharding.kept_whole(self._new_state, self.mesh),
+                *sample.adaptations(self.jobs, self.config.sample, self.dataset.mask_id),
             ]
         )
 
@@ -212,6 +213,10 @@ def make_experiment(config: ConfigDict) -> Experiment:
     )
     experiment.step  # noqa: B018  (checks the step's settings)
     experiment.batches(held_out[1], e.max_rows)
+    if s.judge:
+        check_source(pathlib.Path(s.judge), rows.tokenizer, "sample.judge")
+    if s.prompts and rows.tokenizer is None:
+        raise ValueError("sample.prompts is about text, and this run's data are pictures")
     if s.quality_steps:
         check_quality(experiment)
     return experiment
@@ -394,8 +399,6 @@ def check_quality(experiment: Experiment) -> None:
             "would be the same at all of them; those that take any number are "
             f"{', '.join(grid_samplers(c))} (--config.sample.sampler)"
         )
-    if c.judge:
-        check_source(pathlib.Path(c.judge), dataset.tokenizer, "sample.judge")
 
 
 def open_workdir(workdir: str | pathlib.Path) -> training.CheckpointReader:

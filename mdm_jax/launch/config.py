@@ -68,10 +68,10 @@ def get_config() -> ConfigDict:
 
 def check_config(config: ConfigDict) -> None:
     """Raise ValueError or TypeError for a setting, read or not, that its rule does not allow."""
-    for path, setting in flat_settings():
+    for path, setting in flat_settings().items():
         value: Any = config
         for part in path.split("."):
-            if not isinstance(value, Mapping | ConfigDict) or part not in value:
+            if not isinstance(value, ConfigDict) or part not in value:
                 raise ValueError(f"the config has no setting {path}; start from its get_config()")
             value = value[part]
         if value is None and setting.default is None:
@@ -83,13 +83,18 @@ def check_config(config: ConfigDict) -> None:
             setting.rule.check(path, value)
 
 
-def flat_settings(section: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Setting]]:
-    """(path as in "train.steps", setting) of all settings."""
-    for name, entry in (settings() if section is None else section).items():
-        if isinstance(entry, Mapping):
-            yield from ((f"{name}.{path}", leaf) for path, leaf in flat_settings(entry))
-        else:
-            yield name, entry
+@functools.cache
+def flat_settings() -> Mapping[str, Setting]:
+    """All settings by path, as in "train.steps"."""
+
+    def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Setting]]:
+        for name, entry in section.items():
+            if isinstance(entry, Mapping):
+                yield from flat(entry, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", entry
+
+    return dict(flat(settings()))
 
 
 @functools.cache

@@ -141,7 +141,9 @@ def measure_quality(
 
 
 def _score(experiment: Experiment, judge: str) -> evaluation.Score:
-    other = make_experiment(saved_config(judge))
+    config = saved_config(judge)
+    config.sample.update(judge="", prompts="")  # the judge's own, which may be gone
+    other = make_experiment(config)
     if other.dataset.length != experiment.dataset.length:
         raise ValueError(
             f"sample.judge: {judge} was trained on rows of {other.dataset.length} tokens, this run "

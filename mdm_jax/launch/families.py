@@ -99,11 +99,11 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
     model = models.Transformer(_network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
-    sampler, grid = _masked_sampler(config, dataset), config.sample.grid
+    sampler, levels_of = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
     def generator(num_steps: int) -> Callable[..., Array]:
-        levels = masked_levels(grid, num_steps, config.law) if takes_steps else None
+        levels = levels_of(num_steps) if takes_steps else None
         network = models.without_tokens(apply_fn, dataset.absent_ids)
         return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
@@ -140,11 +140,11 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
     model = models.Transformer(_network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = models.block_apply(model, size, window, chunking)
-    sampler, grid = _masked_sampler(config, dataset), config.sample.grid
+    sampler, levels_of = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
     def generator(num_steps: int) -> Callable[..., Array]:
-        levels = masked_levels(grid, num_steps, config.law) if takes_steps else None
+        levels = levels_of(num_steps) if takes_steps else None
         decoder = models.cached_block_decoder(model, size, window)
         logits = models.without_tokens(decoder.logits, dataset.absent_ids)
         return samplers.make_block_generator(
@@ -185,8 +185,10 @@ def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
     if config.model.self_conditioning:
         sampler = samplers.self_conditioned(sampler, num_tokens, dataset.vocab_size)
 
+    levels_of = masked_grid(c.grid, config.law)
+
     def generator(num_steps: int) -> Callable[..., Array]:
-        levels = masked_levels(c.grid, num_steps, config.law)
+        levels = levels_of(num_steps)
         network = models.without_tokens(model.apply, dataset.absent_ids)
         return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
@@ -386,9 +388,12 @@ def masked_schedule(
         raise ValueError(f"{field}: {error}") from error
 
 
-def _masked_sampler(config: ConfigDict, dataset: data.Dataset) -> samplers.Sampler:
-    """Configured sampler, with its filters and denoiser wrappers."""
+def _masked_sampler(
+    config: ConfigDict, dataset: data.Dataset
+) -> tuple[samplers.Sampler, Callable[[int], Array]]:
+    """Configured sampler, with its filters and denoiser wrappers, and grid by number of steps."""
     c = config.sample
+    levels = masked_grid(c.grid, config.law)  # checked even where the sampler takes no steps
     sampler = lookup(names.SAMPLERS, c.sampler, "sample.sampler")(
         token_filter=_token_filter(c.temperature, c.top_k, c.top_p), **settings(c, c.sampler)
     )
@@ -396,8 +401,8 @@ def _masked_sampler(config: ConfigDict, dataset: data.Dataset) -> samplers.Sampl
     wrappers += [samplers.no_repeat_ngrams(c.no_repeat_ngrams)] if c.no_repeat_ngrams else []
     sampler = samplers.wrapped(sampler, *wrappers) if wrappers else sampler
     if config.model.self_conditioning:
-        return samplers.self_conditioned(sampler, dataset.vocab_size - 1, dataset.vocab_size)
-    return sampler
+        sampler = samplers.self_conditioned(sampler, dataset.vocab_size - 1, dataset.vocab_size)
+    return sampler, levels
 
 
 def grid_samplers(section: Mapping[str, Any]) -> list[str]:
@@ -416,13 +421,13 @@ def _token_filter(temperature: float, top_k: int, top_p: float) -> samplers.Logi
     return samplers.compose(*filters)
 
 
-def masked_levels(grid: str, num_steps: int, section: Mapping[str, Any]) -> Array:
-    """Levels of a grid of masking rates; ``section`` has the settings of schedules."""
+def masked_grid(grid: str, section: Mapping[str, Any]) -> Callable[[int], Array]:
+    """Levels of a grid of masking rates by number of steps; ``section`` has schedules' settings."""
     own = "uniform_masking_rate"
     if grid == own:
-        return grids.uniform_masking_rate(num_steps)
+        return grids.uniform_masking_rate
     schedule = masked_schedule(grid, section, "sample.grid", (own,))
-    return grids.open_ends(grids.from_schedule(schedule, num_steps))
+    return lambda num_steps: grids.open_ends(grids.from_schedule(schedule, num_steps))
 
 
 # --- parts of the Gaussian family -----------------------------------------------------------------

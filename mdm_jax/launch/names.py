@@ -234,7 +234,7 @@ def defaults(factory: Callable[..., Any], **changes: Any) -> dict[str, Setting]:
     for name in [n for n, p in parameters.items() if _is_plain(p.default)] + [*changes]:
         value = changes.get(name, parameters[name].default if name in parameters else None)
         if not isinstance(value, Setting):
-            value = Setting(value, checks.rule_of(parameters[name]))
+            value = Setting(value, checks.rule_of(parameters[name]) or _plain_rule(value))
         found[name] = value
     return found
 
@@ -243,6 +243,12 @@ def sections(table: Mapping[str, Callable[..., Any]], **changes: Mapping[str, An
     """:func:`defaults` by name, for all of a table that have settings."""
     found = {name: defaults(table[name], **changes.get(name, {})) for name in table}
     return {name: plain for name, plain in found.items() if plain}
+
+
+def _plain_rule(default: Any) -> checks.Rule | None:
+    several = isinstance(default, tuple) and bool(default)
+    kind = type(default[0] if several else default)
+    return checks.Plain(kind, several=several) if kind in (bool, str) else None
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ def make_jobs(
     Args:
         source: held-out rows.
         num_samples: free samples, or answers where rows have prompts.
-        gap: length of the gap in the infilled passage; 0 for none.
+        gap: length of the gap in the infilled passage, half of one that is shorter; 0 for none.
         prompts: file of texts, one a line, in place of both; "" for none.
         left_to_right: whether the model ends a text by itself; if not, free samples have the
             lengths of training rows drawn at random.
@@ -70,6 +70,22 @@ def free_canvases(dataset: data.Dataset, count: int) -> tuple[np.ndarray, np.nda
     """Canvas and documents [count, L] of training rows drawn at random, all of them masked."""
     rows = np.random.default_rng(0).integers(len(dataset.train), size=count)
     return samplers.canvas_like(data.gather(dataset.train, rows), dataset.mask_id)
+
+
+def adaptations(jobs: Sequence[Job], settings: Mapping[str, Any], mask_id: int) -> list[str]:
+    """Lines about settings of demonstrations that the data are too small for."""
+    lines = []
+    for job in jobs:
+        gap = int(np.sum(job.canvas == mask_id))
+        if job.kind == "infilled" and gap < settings["gap"]:
+            lines.append(
+                f"sample.gap={settings['gap']} is longer than the infilled passage; its middle "
+                f"{gap} tokens are left out instead"
+            )
+    answers = sum(job.kind == "answer" for job in jobs)
+    if 0 < answers < settings["num_samples"]:
+        lines.append(f"sample.num_samples={settings['num_samples']}: there are {answers} prompts")
+    return lines
 
 
 def show_samples(
@@ -134,10 +150,9 @@ def _has_prompts(dataset: data.Dataset) -> bool:
 
 
 def _infilling_job(row: Batch, gap: int, dataset: data.Dataset) -> Job:
-    """A held-out row, ``gap`` tokens in the middle of its text masked."""
+    """A held-out row, ``gap`` tokens (half of a shorter text) in the middle of its text masked."""
     positions = np.flatnonzero(row.eligible & (row.tokens != dataset.tokenizer.eos_id))
-    if not 0 < gap <= len(positions):
-        raise ValueError(f"sample.gap must be in [0, {len(positions)}], got {gap}")
+    gap = gap if gap <= len(positions) else len(positions) // 2
     start = (len(positions) - gap) // 2
     canvas = np.array(row.tokens)
     canvas[positions[start : start + gap]] = dataset.mask_id

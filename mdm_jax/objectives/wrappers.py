@@ -1,10 +1,11 @@
 """Objectives with another weighting of their levels, and self-conditioning."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax.numpy as jnp
 
-from mdm_jax.checks import as_parameter, check_finite, log_positive
+from mdm_jax.checks import Real, as_parameter, checked, log_positive
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.models.cross_entropy import as_logits
@@ -31,16 +32,22 @@ def reweighted(objective: Objective, log_factor: LogFactor, name: str) -> Object
     return objective._replace(name=f"{objective.name}, {name}", loss=loss, bias="biased")
 
 
-def min_snr_factor(gamma: ArrayLike = 5.0) -> LogFactor:
+@checked
+def min_snr_factor(
+    gamma: Annotated[ArrayLike, Real("(0, 1e6]", "SNR", "above which weights fall")] = 5.0,
+) -> LogFactor:
     """log of ``min(1, gamma exp(-lambda))``, gamma > 0 (ValueError). Hang et al. 2023."""
     log_gamma = log_positive("min_snr", "gamma", gamma)
     return lambda logsnr: jnp.minimum(0.0, log_gamma - logsnr)
 
 
-def p2_factor(k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> LogFactor:
+@checked
+def p2_factor(
+    k: Annotated[ArrayLike, Real("(0, 1e6]", "SNR", "below which weights are flat")] = 1.0,
+    gamma: Annotated[ArrayLike, Real("[-100, 100]", "", "exponent of the fall")] = 1.0,
+) -> LogFactor:
     """log of ``(k + exp(lambda))^-gamma``, k > 0, finite gamma (ValueError). Choi et al. 2022."""
     gamma = as_parameter(gamma, "gamma")
-    check_finite("p2", gamma=gamma)
     log_k = log_positive("p2", "k", k)
     return lambda logsnr: -gamma * jnp.logaddexp(log_k, logsnr)
 

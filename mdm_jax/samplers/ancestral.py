@@ -1,11 +1,13 @@
 """Ancestral sampling along a grid of noise levels; first hitting, its exact form without a grid."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from mdm_jax import schedules
+from mdm_jax.checks import Whole, checked
 from mdm_jax.draws import open_uniform
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens, draw_tokens_at
 from mdm_jax.samplers.sampler import (
@@ -50,7 +52,11 @@ def ancestral(token_filter: LogitFilter | None = None) -> Sampler:
     return Sampler("ancestral", canvas_only, step, no_mask_left, bias="discretised")
 
 
-def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None) -> Sampler:
+@checked
+def cached_ancestral(
+    rows_per_pass: Annotated[int, Whole("[1, 1e6]", "rows", "of a forward pass")],
+    token_filter: LogitFilter | None = None,
+) -> Sampler:
     """:func:`ancestral` that runs the network only on rows in which the step reveals a token.
 
     Same tokens under the same key, up to rounding by batch size. Nothing is stored, unlike in
@@ -61,8 +67,6 @@ def cached_ancestral(rows_per_pass: int, token_filter: LogitFilter | None = None
 
     Bias: discretised. Reference: Sahoo et al. 2024 (MDLM), caching.
     """
-    if rows_per_pass < 1:
-        raise ValueError(f"cached_ancestral needs rows_per_pass >= 1, got {rows_per_pass}")
     token_filter = token_filter or compose()
 
     def step(context, denoise, state):

@@ -1,10 +1,12 @@
 """Samplers that fill certain positions first: by score, bounded entropy, or in blocks (LLaDA)."""
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.draws import open_uniform
 from mdm_jax.samplers.filters import LogitFilter, check_random, compose, draw_tokens
 from mdm_jax.samplers.sampler import (
@@ -43,9 +45,12 @@ def negative_entropy(logits: Array) -> Array:
     return jnp.sum(probs * jnp.where(probs > 0, log_probs, 0.0), axis=-1)
 
 
+@checked
 def by_score(
     score: Score = confidence,
-    tokens_per_step: int | Sequence[int] = 1,
+    tokens_per_step: Annotated[
+        int | Sequence[int], Whole("[1, 2e9]", "tokens", "of a step", several=True)
+    ] = 1,
     token_filter: LogitFilter | None = None,
 ) -> Sampler:
     """Fill the masked positions of highest score in each row, a fixed number per step. No grid.
@@ -60,10 +65,8 @@ def by_score(
     """
     constant = isinstance(tokens_per_step, int)
     counts = [tokens_per_step] if constant else [int(count) for count in tokens_per_step]
-    if not counts or min(counts) < 1:
-        raise ValueError(
-            f"by_score needs tokens_per_step of at least 1 in every step, got {tokens_per_step}"
-        )
+    if not counts:
+        raise ValueError("by_score needs tokens_per_step of at least one step, got none")
 
     def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
         left = jnp.sum(masked, axis=-1)
@@ -96,7 +99,11 @@ def by_score_along_grid(
     return Sampler("by_score_along_grid", canvas_only, step, no_mask_left)
 
 
-def entropy_bounded(gamma: float, token_filter: LogitFilter | None = None) -> Sampler:
+@checked
+def entropy_bounded(
+    gamma: Annotated[float, Real("[0, 1e6]", "nats", "bound on the entropies of a step")],
+    token_filter: LogitFilter | None = None,
+) -> Sampler:
     """Fill as many positions per step, by rising entropy, as a bound on dependence allows. No grid.
 
     The divergence between the joint law of independently drawn tokens and the true one is at most
@@ -109,8 +116,6 @@ def entropy_bounded(gamma: float, token_filter: LogitFilter | None = None) -> Sa
     Bias: biased, towards tokens that are easy to predict. Reference: Ben-Hamu et al. 2025
     (EB-Sampler, arXiv 2505.24857).
     """
-    if not gamma >= 0:
-        raise ValueError(f"entropy_bounded needs gamma >= 0 nats, got {gamma}")
     token_filter = token_filter or compose()
 
     def step(context, denoise, state):
@@ -127,8 +132,13 @@ def entropy_bounded(gamma: float, token_filter: LogitFilter | None = None) -> Sa
     return Sampler("entropy_bounded", canvas_only, step, no_mask_left, lambda length: length)
 
 
+BlockSize = Annotated[int, Whole("[1, 2e9]", "tokens", "of a block, filled together")]
+BlockSteps = Annotated[int, Whole("[1, 1e6]", "steps", "of a block")]
+
+
+@checked
 def low_confidence_remasking(
-    block_size: int, steps_per_block: int, token_filter: LogitFilter | None = None
+    block_size: BlockSize, steps_per_block: BlockSteps, token_filter: LogitFilter | None = None
 ) -> Sampler:
     """Draw all masked tokens of a block, keep the most likely, mask the others again. No grid.
 
@@ -148,8 +158,9 @@ def low_confidence_remasking(
     return _in_blocks(name, block_size, steps_per_block, preference, token_filter)
 
 
+@checked
 def random_remasking(
-    block_size: int, steps_per_block: int, token_filter: LogitFilter | None = None
+    block_size: BlockSize, steps_per_block: BlockSteps, token_filter: LogitFilter | None = None
 ) -> Sampler:
     """Keep drawn tokens at random; otherwise as :func:`low_confidence_remasking`.
 
@@ -209,12 +220,6 @@ def _scored(score: Score) -> Preference:
 
 
 def _in_blocks(name, block_size, steps_per_block, preference, token_filter) -> Sampler:
-    if block_size < 1 or steps_per_block < 1:
-        raise ValueError(
-            f"{name} needs block_size and steps_per_block of at least 1, got {block_size} and "
-            f"{steps_per_block}"
-        )
-
     def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
         block, step_in_block = jnp.divmod(context.index, steps_per_block)
         number = (jnp.cumsum(context.free, axis=-1) - 1) // block_size

@@ -8,10 +8,12 @@ conditionals contradict each other and remasking leads to another law than filli
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.samplers.ancestral import position_noise, reveal_probability
 from mdm_jax.samplers.by_score import token_probability
 from mdm_jax.samplers.filters import LogitFilter, check_random, compose, draw_tokens
@@ -31,15 +33,19 @@ from mdm_jax.types import Array
 _ROUNDING = 1e-6  # of times in float32
 
 
-def remdm_cap(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
+Eta = Annotated[float, Real("[0, 1]", "probability", "of remasking, in a step")]
+LoopTime = Annotated[float, Real("(0, 1)", "time", "from 1, noise, to 0; off < on")]
+
+
+@checked
+def remdm_cap(eta: Eta, token_filter: LogitFilter | None = None) -> Sampler:
     """Remask revealed tokens with ``min(eta, largest possible)``, eta in [0, 1], per step."""
-    check_probability("remdm_cap", eta)
     return _uniform_remasking("remdm_cap", lambda largest: jnp.minimum(eta, largest), token_filter)
 
 
-def remdm_rescale(eta: float, token_filter: LogitFilter | None = None) -> Sampler:
+@checked
+def remdm_rescale(eta: Eta, token_filter: LogitFilter | None = None) -> Sampler:
     """Remask revealed tokens with ``eta`` in [0, 1] times the largest probability per step."""
-    check_probability("remdm_rescale", eta)
     return _uniform_remasking("remdm_rescale", lambda largest: eta * largest, token_filter)
 
 
@@ -71,11 +77,12 @@ def remdm_confidence(token_filter: LogitFilter | None = None) -> Sampler:
     return Sampler("remdm_confidence", init, step, never_finished)
 
 
+@checked
 def remdm_loop(
-    eta: float = 0.02,
-    on: float = 0.55,
-    off: float = 0.05,
-    survival_on: float = 0.9,
+    eta: Eta = 0.02,
+    on: LoopTime = 0.55,
+    off: LoopTime = 0.05,
+    survival_on: Annotated[float, Real("(0, 1)", "probability", "of survival in the loop")] = 0.9,
     token_filter: LogitFilter | None = None,
 ) -> Sampler:
     """Ancestral to ``survival_on``, remasking at that level, then ancestral to the end.
@@ -88,12 +95,10 @@ def remdm_loop(
 
     Bias: biased. Reference: Wang et al. 2025, whose settings are the defaults.
     """
-    if not 0 < off < on < 1:
+    if not off < on:
         raise ValueError(f"remdm_loop needs times 0 < off < on < 1, got on={on}, off={off}")
-    if not 0 < survival_on < 1:
-        raise ValueError(f"remdm_loop needs 0 < survival_on < 1, got {survival_on}")
     largest = min(1.0, (1 - survival_on) / survival_on)
-    if not 0 <= eta <= largest:
+    if not eta <= largest:
         raise ValueError(
             f"remdm_loop needs eta in [0, {largest:.4g}], the most that survival_on={survival_on} "
             f"allows, got {eta}"
@@ -124,8 +129,11 @@ def remdm_loop(
     return Sampler("remdm_loop", init, step, finished)
 
 
+@checked
 def predictor_corrector(
-    corrector_steps: int = 1, eta: float = 0.1, token_filter: LogitFilter | None = None
+    corrector_steps: Annotated[int, Whole("[1, 1e4]", "steps", "after each; none: ancestral")] = 1,
+    eta: Annotated[float, Real("(0, 1]", "probability", "of remasking; 0: ancestral")] = 0.1,
+    token_filter: LogitFilter | None = None,
 ) -> Sampler:
     """Ancestral steps, each followed by ``corrector_steps`` at the level that it reached.
 
@@ -140,14 +148,6 @@ def predictor_corrector(
     Bias: biased. Reference: Campbell et al. 2022 (correctors); the step is ReMDM's at a constant
     level.
     """
-    if corrector_steps < 1:
-        raise ValueError(
-            f"predictor_corrector needs corrector_steps >= 1, got {corrector_steps}; without any "
-            "it is ancestral()"
-        )
-    check_probability("predictor_corrector", eta)
-    if eta == 0:
-        raise ValueError("predictor_corrector with eta = 0 corrects nothing; use ancestral()")
     token_filter = token_filter or compose()
 
     def checked_filter(logits: Array) -> Array:
@@ -237,12 +237,6 @@ def loop_logsnr(logsnr: Array, on: float, off: float, survival_on: float) -> Arr
     survival = jnp.where(time > on, first, jnp.where(time < off, 1 - third, survival_on))
     rate = jnp.where(time > on, 1 - first, jnp.where(time < off, third, 1 - survival_on))
     return jnp.log(survival) - jnp.log(rate)
-
-
-def check_probability(name: str, eta: float) -> None:
-    """Raises ValueError unless ``eta`` is in [0, 1]."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"{name} needs a remasking probability eta in [0, 1], got {eta}")
 
 
 def _uniform_remasking(

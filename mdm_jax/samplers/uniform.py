@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.checks import Real, checked
 from mdm_jax.corruption.uniform import check_num_tokens
 from mdm_jax.samplers.ancestral import position_noise
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
@@ -51,8 +53,11 @@ def uniform_ancestral(
     return Sampler("uniform_ancestral", init, step, never_finished, bias=bias)
 
 
+@checked
 def uniform_corrected(
-    num_tokens: int, prediction: float = 0.9, token_filter: LogitFilter | None = None
+    num_tokens: int,
+    prediction: Annotated[float, Real("[0, 1]", "of positions", "by the reverse step")] = 0.9,
+    token_filter: LogitFilter | None = None,
 ) -> Sampler:
     """Mix, position by position, the reverse step with one that draws the noise anew.
 
@@ -70,8 +75,6 @@ def uniform_corrected(
     the grid is refined. Repairs early errors of imperfect networks; an ideal one gains nothing.
     Reference: Deschenaux et al. 2026 (arXiv 2602.21185, Duo, chapter II) and its public code.
     """
-    if not 0 <= prediction <= 1:
-        raise ValueError(f"uniform_corrected needs a prediction share in [0, 1], got {prediction}")
     token_filter = token_filter or compose()
 
     def step(context, denoise, state):

@@ -6,11 +6,12 @@ wrapper gets the row's tokens, which of them were given and, in blocks, the toke
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.checks import Real, checked
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.samplers.by_score import counted_logsnr
 from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
@@ -84,7 +85,10 @@ def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Samp
     return sampler._replace(name=name, init=init, step=step, finished=finished, bias="biased")
 
 
-def prompt_guidance(scale: float) -> DenoiseWrapper:
+@checked
+def prompt_guidance(
+    scale: Annotated[float, Real("(0, 1e3]", "", "of guidance by given tokens; 1: none")],
+) -> DenoiseWrapper:
     """Classifier-free guidance by the given tokens; see ``wrapped``.
 
     ``y = y_u + scale (y_c - y_u)``, with y_u the logits when every given token of the canvas is
@@ -97,8 +101,6 @@ def prompt_guidance(scale: float) -> DenoiseWrapper:
     References: Ho and Salimans 2022; Nie et al. 2024 (arXiv 2410.18514), unsupervised guidance of
     masked models. For two networks or a part of the levels: ``gaussian.samplers.guided``.
     """
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"prompt_guidance needs a finite scale > 0 (1 for none), got {scale}")
 
     def wrapper(context: StepContext, denoise: Denoise) -> Denoise:
         def guided(tokens: Array, logsnr: Array, rows: Array | None = None) -> Array:

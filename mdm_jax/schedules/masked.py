@@ -8,11 +8,20 @@ variance of its estimate. Two mirror-image curves are called "cosine" in public 
 
 import abc
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 
-from mdm_jax.checks import is_concrete, parameters, unknown_name
+from mdm_jax.checks import (
+    Logsnr,
+    PositiveRate,
+    Rate,
+    Real,
+    as_parameter,
+    checked,
+    parameters,
+    unknown_name,
+)
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import (
     MaskingLevel,
@@ -342,17 +351,25 @@ def _interpolate_geometrically(low: ArrayLike, high: ArrayLike, at: Instant) -> 
     return jnp.where(at.t < 0.5, from_low, from_high)
 
 
+Sigma = Annotated[ArrayLike, Real("[0, 1e6]", "total noise", "-log of the rate of survival")]
+PositiveSigma = Annotated[ArrayLike, Real("(0, 1e6]", "total noise", "-log of survival")]
+
+
 def linear() -> Clipped:
     """m = t, a uniform masking rate. Weight 1/t."""
     return Clipped(0.0, 0.0)
 
 
-def loglinear(eps: ArrayLike = 1e-3) -> Clipped:
+@checked
+def loglinear(
+    eps: Annotated[ArrayLike, Real("[0, 1)", "masking rate", "distance of the end from 1")] = 1e-3,
+) -> Clipped:
     """m = (1 - eps) t, 0 <= eps < 1, stopping short of rate 1. SEDD, RADD, MDLM, BD3-LM, Duo."""
-    return Clipped(0.0, *parameters("loglinear", "0 <= eps < 1", lambda e: 0 <= e < 1, eps=eps))
+    return Clipped(0.0, as_parameter(eps, "eps"))
 
 
-def clipped(low: ArrayLike, high: ArrayLike) -> Clipped:
+@checked
+def clipped(low: Rate, high: Rate) -> Clipped:
     """m uniform on [low, high], 0 <= low < high <= 1. BD3-LM; (eps, 1) is that of LLaDA and SMDM.
 
     Weight (high - low)/m, for the integral on [low, high]. Public code with 1/m has the mean.
@@ -376,9 +393,12 @@ def cosine_squared() -> CosineSquared:
     return CosineSquared()
 
 
-def power(exponent: ArrayLike) -> Power:
+@checked
+def power(
+    exponent: Annotated[ArrayLike, Real("(0, 1e3]", "", "of time; above 1: more small rates")],
+) -> Power:
     """m = t^exponent, exponent > 0; above 1 favours small rates. Weight exponent/t."""
-    return Power(*parameters("power", "exponent > 0", lambda e: e > 0, exponent=exponent))
+    return Power(as_parameter(exponent, "exponent"))
 
 
 def sqrt() -> Power:
@@ -391,29 +411,30 @@ def log() -> Log:
     return Log()
 
 
-def geometric(sigma_min: ArrayLike, sigma_max: ArrayLike) -> Geometric:
+@checked
+def geometric(sigma_min: PositiveSigma, sigma_max: PositiveSigma) -> Geometric:
     """m = 1 - exp(-sigma), log sigma linear in t, 0 < sigma_min < sigma_max. SEDD, MDLM."""
     ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     rule = "0 < sigma_min < sigma_max"
     return Geometric(*parameters("geometric", rule, lambda a, b: 0 < a < b, **ends))
 
 
-def linear_sigma(sigma_min: ArrayLike, sigma_max: ArrayLike) -> LinearSigma:
+@checked
+def linear_sigma(sigma_min: Sigma, sigma_max: Sigma) -> LinearSigma:
     """m = 1 - exp(-sigma), sigma linear in t, 0 <= sigma_min < sigma_max. MDLM's "linear"."""
     ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     rule = "0 <= sigma_min < sigma_max"
     return LinearSigma(*parameters("linear_sigma", rule, lambda a, b: 0 <= a < b, **ends))
 
 
-def log_uniform(low: ArrayLike, high: ArrayLike) -> LogUniform:
+@checked
+def log_uniform(low: PositiveRate, high: PositiveRate) -> LogUniform:
     """log m uniform, 0 < low < high <= 1; MDLM's "importance sampling". Weight ln(high/low)."""
-    low, high = _rates("log_uniform", low, high)
-    if is_concrete(low) and not low > 0:
-        raise ValueError(f"log_uniform needs low > 0, got {low}")
-    return LogUniform(low, high)
+    return LogUniform(*_rates("log_uniform", low, high))
 
 
-def uniform_logsnr(low: ArrayLike, high: ArrayLike) -> UniformLogsnr:
+@checked
+def uniform_logsnr(low: Logsnr, high: Logsnr) -> UniformLogsnr:
     """logSNR uniform on [low, high], low < high. Weight (high - low) (1 - m)."""
     ends = {"low": low, "high": high}
     return UniformLogsnr(*parameters("uniform_logsnr", "low < high", lambda a, b: a < b, **ends))

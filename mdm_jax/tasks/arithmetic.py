@@ -4,8 +4,9 @@ import dataclasses
 import math
 import re
 import string
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from mdm_jax.checks import Plain, Whole, checked
 from mdm_jax.tasks.task import Choices, Pair, Task, check_range
 
 OPERATORS = "+-*"
@@ -71,6 +72,7 @@ class Noisy(Task):
         return math.log(len(LETTERS)) * sum(letter in LETTERS for letter in answer)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Run(Task):
     """``4+3*2-5=`` to ``749``: the value after each operator, from left to right, modulo p.
@@ -79,12 +81,9 @@ class Run(Task):
     alone. An instance is the prompt without ``=``. ValueError for a setting out of range.
     """
 
-    steps: int = 4
-    modulus: int = 10
-    last_only: bool = False
-
-    def __post_init__(self):
-        check_range(self, steps=(self.steps, 1, 500), modulus=(self.modulus, 2, 10))
+    steps: Annotated[int, Whole("[1, 500]", "operators")] = 4
+    modulus: Annotated[int, Whole("[2, 10]", "", "p: each value is one digit")] = 10
+    last_only: Annotated[bool, Plain(bool, "the answer is the last value alone")] = False
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -126,6 +125,7 @@ _NODES = string.ascii_uppercase  # names before the names of a prompt are chosen
 _EXPRESSION = re.compile(r"(\w+)([-+*])(\w+)")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Chain(Task):
     """``c=i-g;i=g*7;g=2;?c`` to ``g=2,i=2*7=4,c=4-2=2#2``, all modulo p.
@@ -137,18 +137,14 @@ class Chain(Task):
     ValueError if a setting is out of range, or there are more nodes than letters.
     """
 
-    steps: int = 2
-    distractors: int = 1
-    modulus: int = 10
-    result_only: bool = False
+    steps: Annotated[int, Whole("[1, 1e2]", "assignments", "that the answer needs")] = 2
+    distractors: Annotated[int, Whole("[0, 1e2]", "assignments", "that it does not need")] = 1
+    modulus: Annotated[int, Whole("[2, 1000]", "", "of all values")] = 10
+    result_only: Annotated[bool, Plain(bool, "the answer has no derivation")] = False
 
     def __post_init__(self):
-        check_range(
-            self,
-            steps=(self.steps, 1, len(_NAMES) - 1),
-            distractors=(self.distractors, 0, len(_NAMES) - 1 - self.steps),
-            modulus=(self.modulus, 2, 1000),
-        )
+        check_range(self, steps=(self.steps, 1, len(_NAMES) - 1))
+        check_range(self, distractors=(self.distractors, 0, len(_NAMES) - 1 - self.steps))
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -232,6 +228,7 @@ def _sorted_operands(side: str) -> str:
     return match[2].join(sorted((match[1], match[3])))
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Add(Task):
     """``357+689=`` to ``1046``: two n-digit numbers, their sum in n + 1 digits, zeros kept.
@@ -239,10 +236,7 @@ class Add(Task):
     An instance is the two numbers; ``digits`` is n, 1 to 100, else ValueError.
     """
 
-    digits: int = 4
-
-    def __post_init__(self):
-        check_range(self, digits=(self.digits, 1, 100))
+    digits: Annotated[int, Whole("[1, 100]", "digits", "of both numbers")] = 4
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -280,6 +274,7 @@ class CountdownInstance(NamedTuple):
     target: int
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Countdown(Task):
     """``4,17,1:68`` to ``1*17=17,17*4=68``: steps with + - * that lead to the target.
@@ -288,11 +283,8 @@ class Countdown(Task):
     ``numbers`` are k, drawn from 1 to ``largest``. ValueError for a setting out of range.
     """
 
-    numbers: int = 3
-    largest: int = 20
-
-    def __post_init__(self):
-        check_range(self, numbers=(self.numbers, 2, 20), largest=(self.largest, 1, _LARGEST))
+    numbers: Annotated[int, Whole("[2, 20]", "numbers", "to combine")] = 3
+    largest: Annotated[int, Whole("[1, 999]", "", "number")] = 20
 
     @property
     def lengths(self) -> tuple[int, int]:

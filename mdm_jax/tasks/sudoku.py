@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from mdm_jax.checks import Whole, checked
 from mdm_jax.tasks.task import Choices, Pair, Task, check_range
 
 _ORDERS = 100  # of taking cells away, before a grid is given up
@@ -16,6 +17,7 @@ class _Groups(NamedTuple):
     cells: tuple[tuple[int, ...], ...]  # for each group, its cells
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Sudoku(Task):
     """n² digits, 0 for blank, to the n² digits of the only valid grid with these givens.
@@ -27,12 +29,13 @@ class Sudoku(Task):
     ValueError for a setting out of range.
     """
 
-    rows: int = 2
-    columns: int = 2
-    blanks: tuple[int, int] = (6, 11)
+    rows: Annotated[int, Whole("[1, 9]", "cells", "rows of a box")] = 2
+    columns: Annotated[int, Whole("[1, 9]", "cells", "columns of a box")] = 2
+    blanks: Annotated[
+        tuple[int, int], Whole("[1, 73]", "cells", "fewest and most blank ones", several=True)
+    ] = (6, 11)
 
     def __post_init__(self):
-        check_range(self, rows=(self.rows, 1, 9), columns=(self.columns, 1, 9))
         check_range(self, size=(self.size, 2, 9))
         if len(self.blanks) != 2:
             raise ValueError(

@@ -7,16 +7,15 @@ valid, 10 % test), so no renamed or reordered training problem is tested.
 import abc
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from mdm_jax.checks import Whole, checked
 from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
     VectorisedRows,
-    check_choice,
-    check_positive,
     make_dataset,
 )
 from mdm_jax.data.tokenizers import CharTokenizer
@@ -187,15 +186,16 @@ class TaskRows(VectorisedRows):
         self._made[index] = True
 
 
+@checked
 def task_dataset(
     task: Task,
     *,
-    prompt_length: int = 0,
-    answer_length: int = 0,
+    prompt_length: Annotated[int, Whole("[0, 1e7]", "tokens", "0: the longest")] = 0,
+    answer_length: Annotated[int, Whole("[0, 1e7]", "tokens", "with EOS; 0: the longest")] = 0,
     answer_padding: AnswerPadding = "eos_once",
-    train_rows: int = 20_000,
-    valid_rows: int = 512,
-    test_rows: int = 512,
+    train_rows: Annotated[int, Whole("[1, 2e9]", "rows", "of the split")] = 20_000,
+    valid_rows: Annotated[int, Whole("[1, 2e9]", "rows", "of the split")] = 512,
+    test_rows: Annotated[int, Whole("[1, 2e9]", "rows", "of the split")] = 512,
 ) -> Dataset:
     """Data set of a generated task; no instance is in two splits.
 
@@ -221,10 +221,7 @@ def task_dataset(
                 f"{given}"
             )
         lengths[name] = given or needed[name]
-    check_choice("answer_padding", answer_padding, AnswerPadding)
     sizes = dict(zip(SPLITS, (train_rows, valid_rows, test_rows)))
-    for name, size in sizes.items():
-        check_positive(f"{name}_rows", size)
     codec = CharTokenizer(VOCABULARY)
     settings = {**lengths, "answer_padding": answer_padding}
     sources = {name: TaskRows(task, name, size, codec, **settings) for name, size in sizes.items()}

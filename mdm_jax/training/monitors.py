@@ -4,12 +4,13 @@ A step with non-finite losses or gradients leaves a monitor's state as it was, a
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mdm_jax.checks import Bins, Decay, Real, checked
 from mdm_jax.draws import Draw, LossStats
 from mdm_jax.objectives.objective import (
     Baseline,
@@ -88,7 +89,8 @@ class LevelSums(NamedTuple):
     rejected: Array
 
 
-def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> Monitor:
+@checked
+def level_monitor(objective: Objective, bins: Bins = 10, decay: Decay = 0.99) -> Monitor:
     """Loss by masking rate, and a training loss without the noise of the levels.
 
     In masking rate m the bound is flat, nats per token = int_0^1 (mean cross-entropy of a masked
@@ -99,8 +101,6 @@ def level_monitor(objective: Objective, bins: int = 10, decay: float = 0.99) -> 
     [bins], mean and standard deviation of the per-token loss, and ``level_rejected``. ValueError
     unless bins >= 1 and decay (per visit of a bin) is in [0, 1).
     """
-    if bins < 1 or not 0 <= decay < 1:
-        raise ValueError(f"level_monitor needs bins >= 1 and 0 <= decay < 1, got {bins}, {decay}")
 
     def init(_params: PyTree) -> LevelSums:
         zeros = [jnp.zeros((bins,), jnp.float32) for _ in range(5)]
@@ -150,7 +150,10 @@ class GradientMoments(NamedTuple):
     rejected: Array
 
 
-def gradient_noise_monitor(decay: float = 0.95) -> Monitor:
+@checked
+def gradient_noise_monitor(
+    decay: Annotated[float, Real("(0, 1)", "per step", "of running gradients")] = 0.95,
+) -> Monitor:
     """Noise of the batch gradient, from its change between steps.
 
     With weights w_i over the past steps (summing to one), r = sum w_i^2 and a mean gradient that
@@ -166,8 +169,6 @@ def gradient_noise_monitor(decay: float = 0.95) -> Monitor:
     ValueError. Costs a buffer of the size of the parameters. Reference: McCandlish et al. 2018, the
     simple noise scale, there from two batch sizes.
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"gradient_noise_monitor needs 0 < decay < 1, got {decay}")
 
     def init(params: PyTree) -> GradientMoments:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
@@ -218,10 +219,11 @@ class ControlledLoss(NamedTuple):
     rejected: Array
 
 
+@checked
 def baseline_monitor(
-    bins: int = 16,
-    decay: float = 0.99,
-    forget: float = 0.9,
+    bins: Bins = 16,
+    decay: Decay = 0.99,
+    forget: Decay = 0.9,
     chain: VarianceTransform | None = None,
 ) -> Monitor:
     """The reported loss with an EMA baseline as control variate: same mean, less noise.
@@ -237,11 +239,6 @@ def baseline_monitor(
             f"baseline_monitor keeps the mean of the loss under exact chains, and {chain.name} is "
             f"{chain.bias}; leave the monitor 'baseline' out, or take a chain labelled exact"
         )
-    if not 0 <= decay < 1 or not 0 <= forget < 1:
-        raise ValueError(
-            f"baseline_monitor needs 0 <= decay < 1 and 0 <= forget < 1, got {decay}, {forget}"
-        )
-    new_baseline(bins)  # raises where there is no bin
 
     def init(_params: PyTree) -> ControlledLoss:
         zeros = [jnp.zeros(()) for _ in range(3)]

@@ -4,11 +4,13 @@ They are exact: levels and noise within one (view, row) stay i.i.d. uniform.
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import Whole, checked
 from mdm_jax.draws import GRID_BITS, Draw, DrawSpec, from_grid, open_uniform
 from mdm_jax.rng import stream
 from mdm_jax.types import Array
@@ -105,15 +107,17 @@ def antithetic_pairs() -> VarianceTransform:
     return _new_levels("antithetic_pairs", levels)
 
 
-def coarse_strata(cells: int | None = None) -> VarianceTransform:
+@checked
+def coarse_strata(
+    cells: Annotated[int, Whole("[1, 4194304]", "cells", "equal ones; None: root of B")]
+    | None = None,
+) -> VarianceTransform:
     """J equal strata with ``floor(B / J)`` rows each; left-over rows go to distinct random strata.
     Keeps: the law of each row. Couples: rows, by random assignment. Costs: one view. Removes: V_m,
     the level's main effect, between cells (the rest falls as ``J^-2 / B``). Bias: exact. Reference:
     proportional allocation; the default J = ``cells`` = floor(sqrt(B)) is from a StableDLLM script
     (by our inference StraTS, arXiv 2511.18159). ValueError unless positive.
     """
-    if cells is not None and cells < 1:
-        raise ValueError(f"coarse_strata needs at least 1 cell, got {cells}")
 
     def levels(key: Array, spec: DrawSpec) -> Array:
         num_cells = math.isqrt(spec.batch_size) if cells is None else cells

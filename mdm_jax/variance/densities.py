@@ -6,13 +6,13 @@ masks, g its mean and c the variance over rows of its mean, levels from p have t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.checks import is_concrete
+from mdm_jax.checks import Real, Whole, checked, is_concrete
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike
@@ -112,14 +112,17 @@ def piecewise_density(
     return PiecewiseDensity(jnp.asarray(edges), points)
 
 
-def log_spaced_edges(num_bins: int = 32, smallest_rate: float = 1e-3) -> np.ndarray:
+Floor = Annotated[float, Real("(0, 1]", "of draws", "at uniform levels, so that none is lost")]
+LogBins = Annotated[int, Whole("[2, 1e5]", "bins", "of equal width in the log of the rate")]
+SmallestRate = Annotated[float, Real("(0, 1)", "masking rate", "below which rates are uniform")]
+WarmupSteps = Annotated[int, Whole("[0, 2e9]", "steps", "of uniform levels")]
+
+
+@checked
+def log_spaced_edges(num_bins: LogBins = 32, smallest_rate: SmallestRate = 1e-3) -> np.ndarray:
     """[J + 1] float32 edges from 0 to 1, even in log(1 - u); one bin below ``smallest_rate``.
     ValueError if an argument is out of range or a cell would be narrower than 2**-22.
     """
-    if num_bins < 2:
-        raise ValueError(f"log_spaced_edges needs at least 2 bins, got {num_bins}")
-    if not 0 < smallest_rate < 1:
-        raise ValueError(f"log_spaced_edges needs 0 < smallest_rate < 1, got {smallest_rate}")
     rates = np.geomspace(1.0, smallest_rate, num_bins)
     return check_edges(np.concatenate([1.0 - rates, [1.0]]))
 
@@ -145,10 +148,8 @@ def check_edges(edges: ArrayLike) -> np.ndarray:
     return edges
 
 
-def equal_edges(name: str, num_bins: int) -> np.ndarray:
-    """[J + 1] edges of bins equally wide in the quantile; ValueError unless J is positive."""
-    if num_bins < 1:
-        raise ValueError(f"{name} needs num_bins >= 1, got {num_bins}")
+def equal_edges(num_bins: int) -> np.ndarray:
+    """[J + 1] edges of bins equally wide in the quantile."""
     return check_edges(np.linspace(0.0, 1.0, num_bins + 1))
 
 
@@ -292,15 +293,6 @@ def moment_density(edges: ArrayLike, moment: ArrayLike, floor: ArrayLike) -> Pie
     total = jnp.sum(share)
     usable = jnp.isfinite(total) & (total > 0)
     return piecewise_density(edges, jnp.where(usable, share, widths), floor)
-
-
-def check_floor(name: str, floor: float) -> None:
-    """Raises ValueError unless ``floor`` is in (0, 1]."""
-    if not 0 < floor <= 1:
-        raise ValueError(
-            f"{name} needs a floor in (0, 1], got {floor}: without a share of uniform levels a "
-            "level that looked harmless would be lost, or get a huge weight"
-        )
 
 
 def gradient_stats(stats: LossStats, norms: Array) -> LossStats:

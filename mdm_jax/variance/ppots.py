@@ -1,20 +1,24 @@
 """P-POTS: importance sampling of the masking rate by moments of the loss or gradient per level."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import Decay, Real, checked
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, ArrayLike
 from mdm_jax.variance.densities import (
+    Floor,
     LevelLosses,
     LevelMoments,
+    LogBins,
     PiecewiseDensity,
+    SmallestRate,
     Target,
+    WarmupSteps,
     bin_of,
-    check_floor,
     gradient_stats,
     integrand,
     log_spaced_edges,
@@ -23,7 +27,7 @@ from mdm_jax.variance.densities import (
     second_moment,
 )
 from mdm_jax.variance.transform import VarianceTransform
-from mdm_jax.variance.warps import check_settings, counters, importance, learned_warp
+from mdm_jax.variance.warps import counters, importance, learned_warp
 
 _START = (-0.3, 0.4, -1.0, 0.3, 0.2, -0.2, 0.2)
 _SPREAD = 0.6
@@ -141,12 +145,13 @@ class PpotsState(NamedTuple):
     rejected: Array
 
 
+@checked
 def ppots(
-    num_bins: int = 32,
-    smallest_rate: float = 1e-3,
-    decay: float = 0.999,
-    floor: float = 0.1,
-    warmup_steps: int = 100,
+    num_bins: LogBins = 32,
+    smallest_rate: SmallestRate = 1e-3,
+    decay: Decay = 0.999,
+    floor: Floor = 0.1,
+    warmup_steps: WarmupSteps = 100,
     target: Target = second_moment,
 ) -> VarianceTransform:
     """P-POTS, adaptive: level bins with masses from running moments of the raw loss.
@@ -163,17 +168,17 @@ def ppots(
     Reference: arXiv 2511.18159, made adaptive; Nichol and Dhariwal 2021, with an exact weight.
     Raises: ValueError if a setting is out of range, or running moments cannot give the target.
     """
-    check_settings("ppots", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
     return running_bins("ppots", edges, lambda count: decay**count, floor, warmup_steps, target)
 
 
+@checked
 def ppots_slopes(
-    num_bins: int = 32,
-    smallest_rate: float = 1e-3,
-    decay: float = 0.99,
-    floor: float = 0.2,
-    warmup_steps: int = 50,
+    num_bins: LogBins = 32,
+    smallest_rate: SmallestRate = 1e-3,
+    decay: Decay = 0.99,
+    floor: Floor = 0.2,
+    warmup_steps: WarmupSteps = 50,
     target: Target = second_moment,
 ) -> VarianceTransform:
     """:func:`ppots` with running moments of the gradient norm at the logits.
@@ -189,7 +194,6 @@ def ppots_slopes(
     2018 (rows chosen by the last layer's gradient). Raises: as there, and from ``update`` without
     ``gradient_norms``.
     """
-    check_settings("ppots_slopes", decay=decay)
     edges = log_spaced_edges(num_bins, smallest_rate)
     keep = lambda count: decay**count  # noqa: E731
     bins = running_bins("ppots_slopes", edges, keep, floor, warmup_steps, target)
@@ -211,9 +215,6 @@ def running_bins(
     """Warp by running moments per bin: the common part of :func:`ppots` and its variants.
     ``keep`` maps draws per bin [J] to the share of the old moments kept; the rest as :func:`ppots`.
     """
-    check_floor(name, floor)
-    if warmup_steps < 0:
-        raise ValueError(f"{name} needs warmup_steps >= 0, got {warmup_steps}")
     num_bins = len(edges) - 1
     target(LevelMoments(jnp.ones(num_bins), jnp.ones(num_bins)))  # raises if it needs more
 
@@ -249,8 +250,9 @@ def level_moments(state: PpotsState) -> LevelMoments:
     return LevelMoments(debiased(state.second), debiased(state.mean))
 
 
+@checked
 def ppots_binned(
-    edges: ArrayLike, second_moments: ArrayLike, floor: float = 0.1
+    edges: ArrayLike, second_moments: ArrayLike, floor: Floor = 0.1
 ) -> VarianceTransform:
     """P-POTS from measured moments: bin masses proportional to ``width_j sqrt(second_moments_j)``.
 
@@ -262,7 +264,6 @@ def ppots_binned(
     Raises: ValueError unless edges cover (0, 1), moments fit, are finite and >= 0, and ``floor`` is
     in (0, 1].
     """
-    check_floor("ppots_binned", floor)
     moments = np.asarray(second_moments, np.float64)
     if not (np.all(np.isfinite(moments)) and np.all(moments >= 0)):
         raise ValueError(f"ppots_binned: moments must be finite and not negative, got {moments}")
@@ -273,8 +274,13 @@ _NUM_CELLS = 256
 _NODES = 8
 
 
+@checked
 def ppots_parametric(
-    parameters: EprParameters | Sequence[float], floor: float = 0.1
+    parameters: Annotated[
+        EprParameters | Sequence[float],
+        Real("[0, 1e6]", "", "scales, powers >= 1 and growth, as of fit_epr", several=True),
+    ],
+    floor: Floor = 0.1,
 ) -> VarianceTransform:
     """P-POTS from its seven-parameter curve, fitted by :func:`fit_epr`.
     Integrated over 256 equal cells of m = 1 - u, with weights for the density that is sampled (not
@@ -288,7 +294,6 @@ def ppots_parametric(
 
 def epr_density(parameters: EprParameters | Sequence[float], floor: float) -> PiecewiseDensity:
     """The density of :func:`ppots_parametric`; arguments and errors as there."""
-    check_floor("ppots_parametric", floor)
     parameters = tuple(parameters)
     if len(parameters) != len(EprParameters._fields):
         raise ValueError(

@@ -1,23 +1,26 @@
-"""Replications: several views of every row, with coupled masks (MIRROR, rotations) or levels.
-All raise ValueError if ``views`` is not positive.
-"""
+"""Replications: several views of every row, with coupled masks (MIRROR, rotations) or levels."""
+
+from typing import Annotated
 
 import jax.numpy as jnp
 
+from mdm_jax.checks import Whole, checked
 from mdm_jax.draws import GRID_BITS, Draw, DrawSpec, from_grid, open_uniform
 from mdm_jax.rng import stream
 from mdm_jax.types import Array
 from mdm_jax.variance.couplings import jitter, permuted_rows
 from mdm_jax.variance.transform import Phase, VarianceTransform, replicate_views, stateless
 
+Views = Annotated[int, Whole("[1, 1e3]", "views", "forward passes of every row")]
 
-def repeat(views: int = 2) -> VarianceTransform:
+
+@checked
+def repeat(views: Views = 2) -> VarianceTransform:
     """R = ``views`` views of every row at the same level, with independent noise.
     Keeps: the law of each view. Couples: nothing but the shared level. Costs: R forward passes per
     row. Removes: pattern noise A by the factor R (R times the rows would remove B and C too);
     baseline for coupled views. Bias: exact. Reference: Monte Carlo; "MIRROR" in StableDLLM's code.
     """
-    _check_views("repeat", views)
 
     def draw(key: Array, current: Draw, _spec: DrawSpec) -> Draw:
         noise = _fresh_noise(stream(key, "noise"), current.noise, views)
@@ -41,7 +44,8 @@ def mirror() -> VarianceTransform:
     return stateless("mirror", Phase.REPLICATE, draw, views=2)
 
 
-def rotate(views: int = 2) -> VarianceTransform:
+@checked
+def rotate(views: Views = 2) -> VarianceTransform:
     """K = ``views`` views of every row at the same level; view j has the noise ``frac(v + j / K)``.
 
     Under Bernoulli masks at rate p every element is masked in floor(K p) or ceil(K p) views, the
@@ -51,7 +55,6 @@ def rotate(views: int = 2) -> VarianceTransform:
     Removes: A, for additive losses with weight 1/p up to ``frac(K p) (1 - frac(K p)) / (K p)^2`` of
     it. Bias: exact. Reference: systematic sampling over the views (Cranley and Patterson 1976).
     """
-    _check_views("rotate", views)
 
     def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:
         size = 2**GRID_BITS
@@ -63,7 +66,8 @@ def rotate(views: int = 2) -> VarianceTransform:
     return stateless("rotate", Phase.REPLICATE, draw, views=views)
 
 
-def rotate_ranks(views: int = 2) -> VarianceTransform:
+@checked
+def rotate_ranks(views: Views = 2) -> VarianceTransform:
     """K = ``views`` views of every row at the same level, with the noise's ranks rotated.
 
     The element of rank r among L gets, in view j, the noise of rank ``(r - floor(j L / K)) mod L``,
@@ -74,7 +78,6 @@ def rotate_ranks(views: int = 2) -> VarianceTransform:
     Bernoulli masks. Costs: K forward passes per row. Removes: A under fixed counts k, all of its
     additive part if L divides K k. Bias: exact. Reference: systematic sampling without replacement.
     """
-    _check_views("rotate_ranks", views)
 
     def draw(_key: Array, current: Draw, spec: DrawSpec) -> Draw:
         length, shape = spec.event_shape[0], current.noise.shape
@@ -94,7 +97,8 @@ def rotate_ranks(views: int = 2) -> VarianceTransform:
     return stateless("rotate_ranks", Phase.REPLICATE, draw, views=views)
 
 
-def stratified_levels(views: int = 2) -> VarianceTransform:
+@checked
+def stratified_levels(views: Views = 2) -> VarianceTransform:
     """R = ``views`` views of every row, at levels stratified within the row and over the batch.
 
     A row gets one of B cells in each of its R strata ``[r/R, (r+1)/R)``; each of the B R cells is
@@ -105,7 +109,6 @@ def stratified_levels(views: int = 2) -> VarianceTransform:
     V_xm > (R - 1) C. Bias: exact. Reference: nested stratified sampling. ValueError if
     ``B R > 2**23``.
     """
-    _check_views("stratified_levels", views)
 
     def draw(key: Array, current: Draw, spec: DrawSpec) -> Draw:
         rows, levels = spec.batch_size, spec.num_levels
@@ -131,8 +134,3 @@ def _fresh_noise(key: Array, noise: Array, views: int) -> Array:
     # One stream per copy, so that a row's numbers do not depend on the batch size.
     copies = (open_uniform(stream(key, f"view {i}"), noise.shape) for i in range(1, views))
     return jnp.concatenate([noise, *copies])
-
-
-def _check_views(name: str, views: int) -> None:
-    if views < 1:
-        raise ValueError(f"{name} needs at least 1 view, got {views}")

@@ -3,18 +3,20 @@ Quantiles are drawn from a density, with the importance weight in ``log_weight``
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import Rate, Real, checked
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, PyTree
 from mdm_jax.variance.densities import (
     NARROWEST,
     QuantileDensity,
+    SmallestRate,
     density_profile,
     open_interval,
     piecewise_density,
@@ -40,7 +42,8 @@ def importance(density: QuantileDensity) -> VarianceTransform:
     )
 
 
-def clipped(low: float, high: float) -> VarianceTransform:
+@checked
+def clipped(low: Rate, high: Rate) -> VarianceTransform:
     """Clipped masking rates: m = 1 - u uniform in [low, high], with the weight ``high - low``.
     Keeps: ``int_low^high g(m) dm``, the bound's part in the range. Couples: nothing. Costs: one
     view. Removes: what rates outside add to variance *and* bound. Bias: truncated, so report no
@@ -86,7 +89,8 @@ class ClipRange(NamedTuple):
     high: Array
 
 
-def clipped_adaptive(low: float = 1e-3, high: float = 1.0) -> VarianceTransform:
+@checked
+def clipped_adaptive(low: Rate = 1e-3, high: Rate = 1.0) -> VarianceTransform:
     """:func:`clipped` with its range in the state, to be set by :func:`set_clip_range`.
     Starts at [low, high]; ``meter.make_clip_search`` finds a range. No recompilation; checkpointed.
     Keeps: ``int_low^high g(m) dm`` for the current range, which moves. Couples: nothing. Costs: one
@@ -121,7 +125,14 @@ def set_clip_range(state: PyTree, low: float, high: float) -> PyTree:
 _LEAST = 2 * NARROWEST  # wide enough even after both ends are rounded
 
 
-def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTransform:
+@checked
+def clipped_mixture(
+    low: Rate,
+    high: Rate,
+    share: Annotated[
+        float, Real("(0, 1]", "of draws", "from all rates; with none it would be clipped")
+    ] = 0.1,
+) -> VarianceTransform:
     """Mixture of a clipped range of masking rates and the full one: exact clipping.
 
     The density is ``(1 - share) U[low, high] + share U[0, 1]``. Rates within 2**-21 of 0 or 1 count
@@ -132,11 +143,6 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
     ``0 <= low < high <= 1``, ``high - low >= 2**-21`` and ``0 < share <= 1``.
     """
     _check_range("clipped_mixture", low, high)
-    if not 0 < share <= 1:
-        raise ValueError(
-            f"clipped_mixture needs a share in (0, 1], got {share}; with none at all the range "
-            "would be clipped(low, high), which is not exact"
-        )
     low, high = (0.0 if low < _LEAST else low), (1.0 if high > 1.0 - _LEAST else high)
     if high - low < _LEAST:
         raise ValueError(
@@ -152,7 +158,8 @@ def clipped_mixture(low: float, high: float, share: float = 0.1) -> VarianceTran
     )
 
 
-def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
+@checked
+def log_uniform(smallest_rate: SmallestRate = 1e-3) -> VarianceTransform:
     """Log-uniform masking rates m = 1 - u above ``smallest_rate``, uniform ones below.
 
     The density of m is ``1 / (T max(m, smallest_rate))``, ``T = 1 - ln smallest_rate``;
@@ -164,8 +171,6 @@ def log_uniform(smallest_rate: float = 1e-3) -> VarianceTransform:
     counts have no tail. Bias: exact. Reference: Sahoo et al. 2024 (MDLM), change of variables (an
     option for importance sampling). Raises: ValueError unless 0 < smallest_rate < 1.
     """
-    if not 0 < smallest_rate < 1:
-        raise ValueError(f"log_uniform needs 0 < smallest_rate < 1, got {smallest_rate}")
     return importance(LogUniformDensity(smallest_rate))._replace(name="log_uniform")
 
 
@@ -246,14 +251,6 @@ def counters() -> dict[str, Array]:
 def all_finite(tree: PyTree) -> Array:
     """Whether no leaf holds an infinity or NaN."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def check_settings(name: str, *, decay: float = 0.0, learning_rate: float = 1.0) -> None:
-    """Raises ValueError unless ``decay`` is in [0, 1) and ``learning_rate`` is positive."""
-    if not learning_rate > 0:
-        raise ValueError(f"{name} needs learning_rate > 0, got {learning_rate}")
-    if not 0 <= decay < 1:
-        raise ValueError(f"{name} needs a decay in [0, 1), got {decay}")
 
 
 def _check_range(name: str, low: float, high: float) -> None:

@@ -267,5 +267,3 @@ def test_labels_and_errors():
             make(1)
         with pytest.raises(ValueError, match="mask_id must be at least num_tokens = 4, got 3"):
             draw(make(4), uniform_grid(2), np.full((1, 2), 3))
-    with pytest.raises(ValueError, match=r"prediction share in \[0, 1\], got 1.5"):
-        uniform_corrected(3, 1.5)

@@ -157,7 +157,7 @@ def test_an_unknown_grid_is_refused(refused):
             ["--config.evaluate.batch_size=0"],
             "evaluate.batch_size must be a whole number in [1, 1e6], got 0",
         ),
-        (["--config.sample.gap=1000"], "sample.gap must be in [0, 32], got 1000"),
+        (["--config.sample.gap=-1"], "sample.gap must be a whole number in [0, 2e9], got -1"),
         (
             ["--config.sample.num_samples=0"],
             "sample.num_samples must be a whole number in [1, 1e6], got 0",

@@ -8,11 +8,12 @@ to the cleaner level s, the estimate held at ``x0_t`` and z standard normal,
 """
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.checks import is_concrete
+from mdm_jax.checks import Real, checked, is_concrete
 from mdm_jax.gaussian import paths
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.samplers.sampler import (
@@ -28,15 +29,16 @@ _FLOW, _VE = paths.flow(), paths.ve()
 _MAX_CHURN = math.sqrt(2.0) - 1.0
 
 
-def ddim(eta: ArrayLike = 0.0) -> GaussianSampler:
+@checked
+def ddim(
+    eta: Annotated[ArrayLike, Real("[0, 1]", "", "0: probability flow; 1: ancestral")] = 0.0,
+) -> GaussianSampler:
     """DDIM: the probability flow at eta = 0, the ancestral sampler at eta = 1; else in between.
 
     At eta = 0 it is also DPM-Solver++ of order 1 and, on the same grid, Euler's method for the flow
     path and for EDM's sigma. ValueError for eta outside [0, 1]. Song et al. 2021 (arXiv
     2010.02502), equations 12 and 16.
     """
-    if is_concrete(eta) and not 0 <= eta <= 1:
-        raise ValueError(f"ddim needs 0 <= eta <= 1, got {eta}")
     deterministic = is_concrete(eta) and float(eta) == 0.0
 
     def step(context: GaussianContext, denoise: Denoise, state: GaussianState) -> GaussianState:
@@ -50,7 +52,12 @@ def ddim(eta: ArrayLike = 0.0) -> GaussianSampler:
     return GaussianSampler("ddim", step)
 
 
-def ddpm_ancestral(large_fraction: ArrayLike = 0.0) -> GaussianSampler:
+@checked
+def ddpm_ancestral(
+    large_fraction: Annotated[
+        ArrayLike, Real("[0, 1]", "of log variance", "0: the posterior's; 1: DDPM's beta")
+    ] = 0.0,
+) -> GaussianSampler:
     """DDPM's ancestral sampler, with a variance between its two bounds.
 
     The log variance is ``v log(large) + (1 - v) log(small)`` with v = large_fraction (ValueError
@@ -59,8 +66,6 @@ def ddpm_ancestral(large_fraction: ArrayLike = 0.0) -> GaussianSampler:
     Only "small" gives the same samples on every path. A step to +inf adds no noise. Ho et al. 2020,
     section 3.2; Nichol and Dhariwal 2021, equation 15.
     """
-    if is_concrete(large_fraction) and not 0 <= large_fraction <= 1:
-        raise ValueError(f"ddpm_ancestral needs 0 <= large_fraction <= 1, got {large_fraction}")
 
     def step(context: GaussianContext, denoise: Denoise, state: GaussianState) -> GaussianState:
         x0 = denoise(state.x, context.logsnr)
@@ -126,11 +131,12 @@ def _log_share(step: Array) -> Array:
     return jnp.log(-jnp.expm1(-step))
 
 
+@checked
 def edm_heun(
-    churn: float = 0.0,
-    churn_min: float = 0.0,
+    churn: Annotated[float, Real("[0, 1e6]", "", "noise added back, over all steps")] = 0.0,
+    churn_min: Annotated[float, Real("[0, 1e6]", "sigma", "smallest at which it is added")] = 0.0,
     churn_max: float = math.inf,
-    churn_noise: float = 1.0,
+    churn_noise: Annotated[float, Real("[0, 1e3]", "", "factor on that noise's scale")] = 1.0,
     second_order: bool = True,
 ) -> GaussianSampler:
     """EDM's sampler: Heun's method in sigma, with noise added back before each step.

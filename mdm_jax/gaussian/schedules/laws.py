@@ -6,12 +6,20 @@ x = (1 - t) data + t noise has logsnr = 2 log((1 - t) / t). As laws all serve ev
 Factories raise ValueError for parameters outside the stated range or not finite.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
-from mdm_jax.checks import log_positive, parameters
+from mdm_jax.checks import (
+    Logsnr,
+    Real,
+    as_parameter,
+    checked,
+    log_positive,
+    parameters,
+)
 from mdm_jax.gaussian.schedules.times import solve_time
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import (
@@ -112,36 +120,52 @@ class CosinePower(CurveLaw):
         return _HALF_PI * (1 - self.start)
 
 
+Mean = Annotated[ArrayLike, Real("[-100, 100]", "log sigma", "centre of the levels")]
+Std = Annotated[ArrayLike, Real("(0, 100]", "log sigma", "spread of the levels")]
+Sigma = Annotated[ArrayLike, Real("[0, 1e6]", "noise per signal", "an end of the range")]
+PositiveSigma = Annotated[ArrayLike, Real("(0, 1e6]", "noise per signal", "an end of the range")]
+Beta = Annotated[ArrayLike, Real("(0, 1e4]", "per unit of time", "rate of noise at an end")]
+
+
 def cosine() -> Cosine:
     """logsnr = -2 log tan(pi t / 2), alpha = cos(pi t / 2); as masked law ``cosine_squared``."""
     return Cosine()
 
 
-def cosine_iddpm(offset: ArrayLike = 0.008) -> CosinePower:
+@checked
+def cosine_iddpm(
+    offset: Annotated[ArrayLike, Real("[0, 10]", "time", "before 0")] = 0.008,
+) -> CosinePower:
     """alpha^2 = f(t) / f(0), f(t) = cos^2((pi/2) (t + offset) / (1 + offset)), offset >= 0.
 
     Nichol & Dhariwal (2021), eq. 17; +inf at t = 0. With clipped betas: :func:`iddpm_discrete`.
     """
-    (offset,) = parameters("cosine_iddpm", "offset >= 0", lambda x: x >= 0, offset=offset)
+    offset = as_parameter(offset, "offset")
     return CosinePower(offset / (1 + offset), 1.0)
 
 
-def cosine_offset(offset: ArrayLike = 0.008) -> CosineOffset:
+@checked
+def cosine_offset(
+    offset: Annotated[ArrayLike, Real("(0, 10]", "time", "before 0")] = 0.008,
+) -> CosineOffset:
     """logsnr = -2 log tan((pi/2) (t + offset) / (1 + offset)), offset > 0: not divided at t = 0.
 
     The density of :func:`cosine`, cut at its logSNR at t = 0 (8.77 for the default).
     """
-    return CosineOffset(*parameters("cosine_offset", "offset > 0", _positive, offset=offset))
+    return CosineOffset(as_parameter(offset, "offset"))
 
 
-def cosine_power(start: ArrayLike = 0.0, power: ArrayLike = 1.0) -> CosinePower:
+@checked
+def cosine_power(
+    start: Annotated[ArrayLike, Real("[0, 1)", "time", "of the clean end")] = 0.0,
+    power: Annotated[ArrayLike, Real("(0, 1e3]", "", "of alpha, tau of the paper")] = 1.0,
+) -> CosinePower:
     """alpha^2 = (cos theta / cos theta_0)^(2 power), theta from theta_0 = (pi/2) start to pi/2.
 
     0 <= start < 1, power > 0. Chen (2023), "On the importance of noise scheduling", with end = 1
     and tau = ``power``. Start 0 and power 1 are :func:`cosine`.
     """
-    (start,) = parameters("cosine_power", "0 <= start < 1", lambda x: 0 <= x < 1, start=start)
-    return CosinePower(start, *parameters("cosine_power", "power > 0", _positive, power=power))
+    return CosinePower(as_parameter(start, "start"), as_parameter(power, "power"))
 
 
 def santos_lin_fisher() -> Cosine:
@@ -222,7 +246,8 @@ class Sigmoid(CurveLaw):
         return _log_cosh(0.5 * self.high) - _log_cosh(0.5 * self.low)
 
 
-def ddpm_linear(beta_start: ArrayLike = 0.1, beta_end: ArrayLike = 20.0) -> LinearBeta:
+@checked
+def ddpm_linear(beta_start: Beta = 0.1, beta_end: Beta = 20.0) -> LinearBeta:
     """alpha^2 = exp(-B), B = beta_start t + (beta_end - beta_start) t^2 / 2; ends at logSNR -10.05.
 
     0 < beta_start <= beta_end. VP-SDE of Song et al. (2021), the continuous limit of DDPM's linear
@@ -233,9 +258,12 @@ def ddpm_linear(beta_start: ArrayLike = 0.1, beta_end: ArrayLike = 20.0) -> Line
     return LinearBeta(*parameters("ddpm_linear", rule, lambda a, b: 0 < a <= b, **ends))
 
 
-def ou_time(max_time: ArrayLike = 5.025) -> LinearBeta:
+@checked
+def ou_time(
+    max_time: Annotated[ArrayLike, Real("(0, 1e3]", "OU time", "of the end")] = 5.025,
+) -> LinearBeta:
     """alpha = exp(-max_time t), max_time > 0: uniform Ornstein-Uhlenbeck time; ends as DDPM's."""
-    (max_time,) = parameters("ou_time", "max_time > 0", _positive, max_time=max_time)
+    max_time = as_parameter(max_time, "max_time")
     return LinearBeta(2 * max_time, 2 * max_time)
 
 
@@ -249,16 +277,18 @@ def amplitude_linear() -> AmplitudeLinear:
     return AmplitudeLinear()
 
 
+@checked
 def chen_sigmoid(
-    start: ArrayLike = -3.0, end: ArrayLike = 3.0, temperature: ArrayLike = 1.0
+    start: Annotated[ArrayLike, Real("[-100, 100]", "logits", "of the clean end")] = -3.0,
+    end: Annotated[ArrayLike, Real("[-100, 100]", "logits", "of the noisy end")] = 3.0,
+    temperature: Annotated[ArrayLike, Real("(0, 1e3]", "logits", "divides both")] = 1.0,
 ) -> Sigmoid:
     """alpha^2 = (S(end) - S(z)) / (S(end) - S(start)), z from start to end, S(x) = sigmoid(x / T).
 
     start < end, T > 0. Sigmoid family of Jabri et al. (2022) and Chen (2023).
     """
     low, high = parameters("chen_sigmoid", "start < end", lambda a, b: a < b, start=start, end=end)
-    rule = "temperature > 0"
-    (temperature,) = parameters("chen_sigmoid", rule, _positive, temperature=temperature)
+    temperature = as_parameter(temperature, "temperature")
     return Sigmoid(low / temperature, high / temperature)
 
 
@@ -316,11 +346,10 @@ class PowerSigma(CurveLaw):
         return jnp.power(self.sigma_min, 1 / self.rho), jnp.power(self.sigma_max, 1 / self.rho)
 
 
-def lognormal(mean: ArrayLike, std: ArrayLike) -> Normal:
+@checked
+def lognormal(mean: Mean, std: Std) -> Normal:
     """log sigma ~ N(mean, std^2), so logsnr ~ N(-2 mean, 4 std^2). EDM (Karras et al. 2022)."""
-    values = {"mean": mean, "std": std}
-    mean, std = parameters("lognormal", "std > 0", lambda _, std: std > 0, **values)
-    return Normal(-2 * mean, 2 * std)
+    return Normal(-2 * as_parameter(mean, "mean"), 2 * as_parameter(std, "std"))
 
 
 def edm_lognormal() -> Normal:
@@ -333,29 +362,35 @@ def edm2_lognormal() -> Normal:
     return lognormal(-0.4, 1.0)
 
 
-def edm_sigma(sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> PowerSigma:
+@checked
+def edm_sigma(sigma_min: Sigma = 0.002, sigma_max: Sigma = 80.0) -> PowerSigma:
     """EDM's sigma(t) = t: sigma uniform, 0 <= sigma_min < sigma_max; (0, 1): logsnr = -2 log t."""
     ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     rule = "0 <= sigma_min < sigma_max"
     return PowerSigma(*parameters("edm_sigma", rule, lambda a, b: 0 <= a < b, **ends), 1.0)
 
 
+@checked
 def edm_rho(
-    sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0, rho: ArrayLike = 7.0
+    sigma_min: PositiveSigma = 0.002,
+    sigma_max: PositiveSigma = 80.0,
+    rho: Annotated[ArrayLike, Real("(0, 1e3]", "", "large: more steps at small sigma")] = 7.0,
 ) -> PowerSigma:
     """EDM's spacing (``spacings.edm``) as a law: density ~ exp(-logsnr / (2 rho)), rho > 0."""
     low, high = _sigmas("edm_rho", sigma_min, sigma_max)
-    return PowerSigma(low, high, *parameters("edm_rho", "rho > 0", _positive, rho=rho))
+    return PowerSigma(low, high, as_parameter(rho, "rho"))
 
 
-def ve_geometric(sigma_min: ArrayLike = 0.01, sigma_max: ArrayLike = 50.0) -> Uniform:
+@checked
+def ve_geometric(sigma_min: PositiveSigma = 0.01, sigma_max: PositiveSigma = 50.0) -> Uniform:
     """sigma = sigma_min^(1 - t) sigma_max^t, the VE-SDE of Song et al. (2021): uniform logSNR."""
     low, high = _sigmas("ve_geometric", sigma_min, sigma_max)
     logs = (log_positive("ve_geometric", "sigma", sigma) for sigma in (high, low))
     return Uniform(*(-2 * log for log in logs))
 
 
-def uniform_logsnr(low: ArrayLike = -5.0, high: ArrayLike = 13.3) -> Uniform:
+@checked
+def uniform_logsnr(low: Logsnr = -5.0, high: Logsnr = 13.3) -> Uniform:
     """logsnr = high - (high - low) t. The defaults are VDM's initial gamma, negated."""
     return uniform(low, high)
 
@@ -395,7 +430,10 @@ def indi() -> Logistic:
     return flow()
 
 
-def flow_shifted(ratio: ArrayLike) -> Logistic:
+@checked
+def flow_shifted(
+    ratio: Annotated[ArrayLike, Real("(0, 1e6]", "", "root of the ratio of pixel counts")],
+) -> Logistic:
     """SD3's timestep shift of :func:`flow`: time ratio t / (1 + (ratio - 1) t), ratio > 0.
 
     Moves the logSNR by -2 log ratio; ``ratio`` is the square root of the ratio of pixel counts.
@@ -403,7 +441,8 @@ def flow_shifted(ratio: ArrayLike) -> Logistic:
     return Logistic(-2 * log_positive("flow_shifted", "ratio", ratio), 2.0)
 
 
-def sd3_logit_normal(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Normal:
+@checked
+def sd3_logit_normal(mean: Mean = 0.0, std: Std = 1.0) -> Normal:
     """logit of the flow time ~ N(mean, std^2), the law ``lognormal(mean, std)``. Esser et al. 2024.
 
     A positive mean favours noise (t = 1); code indexing a descending table flips its sign.
@@ -411,11 +450,12 @@ def sd3_logit_normal(mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Normal:
     return lognormal(mean, std)
 
 
-def sd3_mode(scale: ArrayLike = 1.29) -> FlowMode:
+@checked
+def sd3_mode(
+    scale: Annotated[ArrayLike, Real("[-1, 1.7519383]", "", "above 0: more middle times")] = 1.29,
+) -> FlowMode:
     """Flow time q + scale (q - sin^2(pi q / 2)), q uniform; scale > 0 favours the middle. SD3."""
-    largest = 2 / (np.pi - 2)
-    rule = f"-1 <= scale <= 2 / (pi - 2) = {largest:.8f} (a monotone map of time)"
-    return FlowMode(*parameters("sd3_mode", rule, lambda x: -1 <= x <= largest, scale=scale))
+    return FlowMode(as_parameter(scale, "scale"))
 
 
 def sd3_cosmap() -> Cosine:
@@ -455,10 +495,6 @@ def _log_sinh(x: ArrayLike) -> Array:
 def _log_cosh(x: ArrayLike) -> Array:
     x = jnp.asarray(x)
     return jnp.logaddexp(x, -x) - jnp.log(2.0)
-
-
-def _positive(value: ArrayLike) -> bool:
-    return value > 0
 
 
 def _sigmas(name: str, low: ArrayLike, high: ArrayLike) -> tuple[ArrayLike, ArrayLike]:

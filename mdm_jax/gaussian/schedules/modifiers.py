@@ -5,12 +5,14 @@ loss weight, which changes the objective. Factories raise TypeError for a base w
 probabilities, ValueError for parameters outside the stated range or not finite.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import betainc, betaln
 
-from mdm_jax.checks import as_parameter, check_interval, is_concrete, parameters
+from mdm_jax.checks import Real, as_parameter, check_interval, checked, is_concrete, parameters
 from mdm_jax.gaussian.schedules.laws import Cosine, amplitude_loss, log_amplitude_rate
 from mdm_jax.gaussian.schedules.times import bisect_time, instant_of_logit, solve_time
 from mdm_jax.pytrees import pytree_dataclass
@@ -77,20 +79,24 @@ def interpolated(base: TwoSidedLaw, clean_shift: ArrayLike, noisy_shift: ArrayLi
     return Interpolated(base, *parameters("interpolated", rule, lambda a, b: b <= a, **shifts))
 
 
-def resolution_shift(size: float, reference: float) -> float:
+Side = Annotated[float, Real("(0, 1e6]", "pixels", "side of a picture")]
+
+
+@checked
+def resolution_shift(size: Side, reference: Side) -> float:
     """2 log(reference / size), the shift of Simple diffusion (Hoogeboom et al. 2023)."""
-    if not (size > 0 and reference > 0):
-        raise ValueError(f"resolution_shift needs positive sides, got {size} and {reference}")
     return float(2 * np.log(reference / size))
 
 
-def cosine_shifted(size: float, reference: float = 64) -> Shifted:
+@checked
+def cosine_shifted(size: Side, reference: Side = 64) -> Shifted:
     """The cosine schedule shifted for images of side ``size``. Simple diffusion."""
     return shifted(Cosine(), resolution_shift(size, reference))
 
 
+@checked
 def cosine_interpolated(
-    size: float, noisy_reference: float = 32, clean_reference: float = 256
+    size: Side, noisy_reference: Side = 32, clean_reference: Side = 256
 ) -> Interpolated:
     """Simple diffusion's interpolated cosine: a shift between two reference sizes, noisy < clean.
 

@@ -5,12 +5,13 @@ times k / num_steps; time 0, clean data, is in no table.
 """
 
 import operator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.checks import is_concrete
+from mdm_jax.checks import Real, Whole, checked, is_concrete
 from mdm_jax.gaussian.schedules.laws import amplitude_loss, log_amplitude_rate
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import MaskingLevel, logsnr_from_log_survival_probability
@@ -61,15 +62,22 @@ class InterpolatedAmplitude(CurveLaw):
         return 2 * jnp.log1p(-loss) - jnp.log(loss) - jnp.log(2 - loss)
 
 
+TableSteps = Annotated[int, Whole("[2, 1e6]", "steps", "of the table")]
+TableBeta = Annotated[float, Real("(0, 1)", "variance", "added in a step")]
+Offset = Annotated[float, Real("[0, 10]", "time", "before 0")]
+
+
+@checked
 def ddpm_table(
-    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    num_steps: TableSteps = 1000, beta_start: TableBeta = 1e-4, beta_end: TableBeta = 0.02
 ) -> np.ndarray:
     """logSNR [num_steps >= 2] of DDPM's linear betas in (0, 1), else ValueError. Ho et al. 2020."""
     return table_from_betas(np.linspace(beta_start, beta_end, _count(num_steps)))
 
 
+@checked
 def iddpm_cosine_table(
-    num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+    num_steps: TableSteps = 1000, offset: Offset = 0.008, max_beta: TableBeta = 0.999
 ) -> np.ndarray:
     """logSNR [num_steps] of the cosine schedule of Nichol & Dhariwal (2021) with clipped betas.
 
@@ -123,22 +131,25 @@ def interpolated_table(table: ArrayLike) -> InterpolatedDecay:
     return InterpolatedDecay(np.append(0.0, decay))
 
 
+@checked
 def ddpm_discrete(
-    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    num_steps: TableSteps = 1000, beta_start: TableBeta = 1e-4, beta_end: TableBeta = 0.02
 ) -> InterpolatedDecay:
     """Law interpolating :func:`ddpm_table`; differs from ``ddpm_linear`` by up to 0.07."""
     return interpolated_table(ddpm_table(num_steps, beta_start, beta_end))
 
 
+@checked
 def iddpm_discrete(
-    num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+    num_steps: TableSteps = 1000, offset: Offset = 0.008, max_beta: TableBeta = 0.999
 ) -> InterpolatedDecay:
     """Law interpolating :func:`iddpm_cosine_table`."""
     return interpolated_table(iddpm_cosine_table(num_steps, offset, max_beta))
 
 
+@checked
 def wavegrad(
-    num_steps: int = 1000, beta_start: float = 1e-6, beta_end: float = 0.01
+    num_steps: TableSteps = 1000, beta_start: TableBeta = 1e-6, beta_end: TableBeta = 0.01
 ) -> InterpolatedAmplitude:
     """WaveGrad (2021): alpha uniform within a uniformly chosen segment of a table of alpha.
 

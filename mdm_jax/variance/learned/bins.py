@@ -1,18 +1,20 @@
 """Levels that follow the loss in equal bins: exponential averages, or the latest losses."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import Bins, Decay, Whole, checked
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array
 from mdm_jax.variance.densities import (
+    Floor,
     LevelLosses,
     PiecewiseDensity,
     Target,
+    WarmupSteps,
     bin_of,
-    check_floor,
     equal_edges,
     integrand,
     moment_density,
@@ -20,14 +22,15 @@ from mdm_jax.variance.densities import (
 )
 from mdm_jax.variance.ppots import running_bins
 from mdm_jax.variance.transform import VarianceTransform
-from mdm_jax.variance.warps import check_settings, counters, learned_warp
+from mdm_jax.variance.warps import counters, learned_warp
 
 
+@checked
 def ema_bins(
-    num_bins: int = 100,
-    decay: float = 0.99,
-    floor: float = 0.01,
-    warmup_steps: int = 100,
+    num_bins: Bins = 100,
+    decay: Decay = 0.99,
+    floor: Floor = 0.01,
+    warmup_steps: WarmupSteps = 100,
     target: Target = squared_mean,
 ) -> VarianceTransform:
     """Levels in proportion to an exponential moving average of the loss in equally wide bins.
@@ -39,8 +42,7 @@ def ema_bins(
     Removes: the whole excess over the optimum if ``E f^2 / (E f)^2`` is the same at all levels.
     Bias: exact. Reference: Kingma and Gao 2023, app. F.
     """
-    check_settings("ema_bins", decay=decay)
-    edges = equal_edges("ema_bins", num_bins)
+    edges = equal_edges(num_bins)
 
     def keep(count: Array) -> Array:
         return jnp.where(count > 0, decay, 1.0)
@@ -59,7 +61,12 @@ class LossHistory(NamedTuple):
     rejected: Array
 
 
-def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> VarianceTransform:
+@checked
+def loss_history(
+    num_bins: Bins = 32,
+    length: Annotated[int, Whole("[1, 1e5]", "losses", "remembered of each bin")] = 10,
+    floor: Floor = 1e-3,
+) -> VarianceTransform:
     """Levels in proportion to the root mean square of the latest H losses of each equal bin.
 
     Uniform until all J = ``num_bins`` bins hold H = ``length`` values, about J (H + log J) / B
@@ -69,10 +76,7 @@ def loss_history(num_bins: int = 32, length: int = 10, floor: float = 1e-3) -> V
     exact. Reference: Nichol and Dhariwal 2021 (improved DDPM), second-moment resampler. Raises:
     ValueError if a setting is out of range; ``floor``, the uniform share, is in (0, 1].
     """
-    if length < 1:
-        raise ValueError(f"loss_history needs length >= 1, got {length}")
-    check_floor("loss_history", floor)
-    edges = equal_edges("loss_history", num_bins)
+    edges = equal_edges(num_bins)
 
     def init(_spec: DrawSpec) -> LossHistory:
         values = jnp.zeros((num_bins, length), jnp.float32)

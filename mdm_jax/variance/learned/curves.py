@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mdm_jax.checks import Bins, Decay, LearningRate, checked
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, PyTree
 from mdm_jax.variance.densities import find_cell, open_interval, target_loss
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
-from mdm_jax.variance.warps import all_finite, check_settings, counters, updates
+from mdm_jax.variance.warps import all_finite, counters, updates
 
 _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower than 2**-22
 
@@ -47,10 +48,9 @@ class LogisticShape(NamedTuple):
     scale: Array
 
 
-def piecewise_linear_curve(num_bins: int = 100) -> LossCurve:
+@checked
+def piecewise_linear_curve(num_bins: Bins = 100) -> LossCurve:
     """Piecewise-linear curves (CDCD, Dieleman et al. 2022); ValueError unless num_bins >= 1."""
-    if num_bins < 1:
-        raise ValueError(f"piecewise_linear_curve needs num_bins >= 1, got {num_bins}")
 
     def init() -> PiecewiseLinear:
         level = -math.log(num_bins)
@@ -136,18 +136,18 @@ class CurveState(NamedTuple):
     rejected: Array
 
 
+@checked
 def curve_warp(
     name: str,
     curve: LossCurve,
     curve_of_level: Callable[[int], np.ndarray],
-    learning_rate: float,
-    decay: float,
+    learning_rate: LearningRate,
+    decay: Decay,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
     """Draws levels from the derivatives of fitted curves, unweighted; see :func:`cdcd_warp`.
     ``curve_of_level`` maps S to [S] curve numbers below G; ``log_factor`` takes u [V, B, S].
     """
-    check_settings(name, decay=decay, learning_rate=learning_rate)
     optimizer = optax.adam(learning_rate, b2=0.99)
 
     def init(spec: DrawSpec) -> CurveState:
@@ -202,10 +202,11 @@ def curve_warp(
     )
 
 
+@checked
 def cdcd_warp(
-    num_bins: int = 100,
-    learning_rate: float = 1e-2,
-    decay: float = 0.99,
+    num_bins: Bins = 100,
+    learning_rate: LearningRate = 1e-2,
+    decay: Decay = 0.99,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
     """CDCD time warping: equal shares of the draws cover equal rises of the loss.
@@ -227,12 +228,13 @@ def cdcd_warp(
     )
 
 
+@checked
 def cdtd_warp(
     curve: LossCurve | None = None,
     groups: Sequence[int] | None = None,
     normalisers: Sequence[float] | None = None,
-    learning_rate: float = 1e-2,
-    decay: float = 0.99,
+    learning_rate: LearningRate = 1e-2,
+    decay: Decay = 0.99,
     log_factor: Callable[[Array], Array] | None = None,
 ) -> VarianceTransform:
     """CDTD time warping: a row's levels at one common fraction of the loss, a curve per data type.

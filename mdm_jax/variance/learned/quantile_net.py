@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mdm_jax.checks import Decay, LearningRate, Whole, checked
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, PyTree
 from mdm_jax.variance.densities import QuantileDensity, integrand, open_interval
 from mdm_jax.variance.transform import VarianceTransform
-from mdm_jax.variance.warps import all_finite, check_settings, counters, learned_warp
+from mdm_jax.variance.warps import all_finite, counters, learned_warp
 
 _MARGIN = 16
 _HALVINGS = 30
@@ -85,12 +86,14 @@ class MonotoneNet(QuantileDensity):
         return line, *(a.reshape((1,) * rank + (-1,)) for a in units)
 
 
-def monotone_net(resolution: int = 32) -> MonotoneNet:
+Resolution = Annotated[int, Whole("[1, 1e5]", "units", "sigmoids of the learned quantile")]
+
+
+@checked
+def monotone_net(resolution: Resolution = 32) -> MonotoneNet:
     """The identity map as a :class:`MonotoneNet` of K = resolution + 32 units, within 1e-7.
     Sigmoids of width and spacing 1 / resolution, 16 more on either side; ValueError if it is < 1.
     """
-    if resolution < 1:
-        raise ValueError(f"monotone_net needs resolution >= 1, got {resolution}")
     units = resolution + 2 * _MARGIN
     centre = (np.arange(units) - _MARGIN + 0.5) / resolution
     return MonotoneNet(
@@ -114,8 +117,9 @@ class LearnedQuantile(NamedTuple):
     rejected: Array
 
 
+@checked
 def learned_quantile(
-    resolution: int = 32, learning_rate: float = 1e-2, decay: float = 0.99
+    resolution: Resolution = 32, learning_rate: LearningRate = 1e-2, decay: Decay = 0.99
 ) -> VarianceTransform:
     """Learned quantile function of the level: ``u' = Q(u)``, with the weight ``Q'(u)``.
 
@@ -132,8 +136,6 @@ def learned_quantile(
     I.2, but by the score function, and with softplus and exponential kernels. Raises: ValueError if
     a setting is out of range.
     """
-    check_settings("learned_quantile", decay=decay, learning_rate=learning_rate)
-    monotone_net(resolution)  # checks the resolution
     optimizer = optax.adam(learning_rate)
 
     def init(_spec: DrawSpec) -> LearnedQuantile:

@@ -1,18 +1,19 @@
 """A learned weighting that equalises the mean loss over levels."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mdm_jax.checks import LearningRate, Whole, checked
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, PyTree
 from mdm_jax.variance.densities import integrand
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
-from mdm_jax.variance.warps import all_finite, check_settings, counters, updates
+from mdm_jax.variance.warps import all_finite, counters, updates
 
 
 class UncertaintyState(NamedTuple):
@@ -29,11 +30,12 @@ def logit_coordinate(u: Array) -> Array:
     return (jnp.log(u) - jnp.log1p(-u)) / 8
 
 
+@checked
 def uncertainty_weighting(
     coordinate: Callable[[Array], Array] = logit_coordinate,
-    num_features: int = 128,
-    learning_rate: float = 1e-2,
-    seed: int = 0,
+    num_features: Annotated[int, Whole("[1, 1e6]", "", "Fourier features of the level")] = 128,
+    learning_rate: LearningRate = 1e-2,
+    seed: Annotated[int, Whole("[0, 4294967295]", "", "of the features")] = 0,
 ) -> VarianceTransform:
     """Learned loss weighting by level: divides the loss by ``exp(s(u))``, which follows its mean.
 
@@ -49,9 +51,6 @@ def uncertainty_weighting(
     normalised (zero at start); Kendall et al. 2018. Raises: ValueError if a setting is out of
     range.
     """
-    if num_features < 1:
-        raise ValueError(f"uncertainty_weighting needs num_features >= 1, got {num_features}")
-    check_settings("uncertainty_weighting", learning_rate=learning_rate)
     random = np.random.default_rng(seed)
     frequencies = 2 * np.pi * random.standard_normal(num_features)
     phases = 2 * np.pi * random.random(num_features)

@@ -188,10 +188,11 @@ def test_bad_line_in_the_validation_file_names_that_file(write):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"too_long": "ignore"}, "too_long must be one of 'error', 'truncate', 'drop'"),
-        ({"answer_padding": "none"}, "answer_padding must be one of 'eos_scored', 'pad_hidden'"),
-        ({"prompt_length": 0}, "prompt_length must be a positive integer"),
-        ({"answer_length": -1}, "answer_length must be a positive integer"),
+        ({"too_long": "ignore"}, "too_long: unknown name 'ignore'; known: drop, error, truncate"),
+        (
+            {"answer_padding": "none"},
+            "answer_padding: unknown name 'none'; known: eos_scored, pad_hidden",
+        ),
         ({"fractions": (0.98, 0.01, 0.01)}, r"pairs\.jsonl: too small, the test split"),
     ],
 )

@@ -228,8 +228,7 @@ def test_wrappers_apply_from_the_network_on():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: prompt_guidance(0.0), "finite scale > 0 .* got 0.0"),
-        (lambda: prompt_guidance(float("inf")), "got inf"),
+        (lambda: prompt_guidance(float("inf")), "scale must be a number .* got inf"),
         (lambda: no_repeat_ngrams(0), "n >= 1, got 0"),
     ],
 )

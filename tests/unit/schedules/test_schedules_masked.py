@@ -319,19 +319,9 @@ def test_small_gap_at_the_noisy_end_keeps_its_digits():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masked.loglinear(1.0), "0 <= eps < 1"),
-        (lambda: masked.loglinear(-0.1), "0 <= eps < 1"),
         (lambda: masked.clipped(0.8, 0.3), "low < high"),
-        (lambda: masked.clipped(0.0, 1.1), "<= 1"),
-        (lambda: masked.clipped(float("nan"), 0.5), "nan"),
-        (lambda: masked.power(0.0), "exponent > 0"),
-        (lambda: masked.power(float("inf")), "finite exponent"),
-        (lambda: masked.geometric(0.0, 1.0), "0 < sigma_min"),
-        (lambda: masked.geometric(1.0, float("inf")), "finite sigma_max"),
         (lambda: masked.linear_sigma(2.0, 1.0), "sigma_min < sigma_max"),
-        (lambda: masked.log_uniform(0.0, 1.0), "low > 0"),
         (lambda: masked.uniform_logsnr(5.0, -5.0), "low < high"),
-        (lambda: masked.uniform_logsnr(-5.0, float("inf")), "finite high"),
         (lambda: masked.power(jnp.ones(3)), "scalar"),
     ],
 )

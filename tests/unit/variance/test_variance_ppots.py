@@ -275,13 +275,8 @@ def test_learning_under_bernoulli_weights_finds_the_rise_at_small_rates():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: variance.ppots(floor=0.0), "floor in .0, 1."),
-        (lambda: variance.ppots(decay=1.0), r"decay in \[0, 1\)"),
-        (lambda: variance.ppots(warmup_steps=-1), "warmup_steps >= 0"),
-        (lambda: variance.ppots(num_bins=1), "at least 2 bins"),
         (lambda: variance.ppots_parametric((1, 2, 3)), "got 3 of them"),
         (lambda: variance.ppots_parametric(REFERENCE._replace(high_power=0.5)), "powers >= 1"),
-        (lambda: variance.ppots_parametric(REFERENCE, floor=2.0), "floor in .0, 1."),
         (lambda: fit_epr([0.1, 0.2], [1, 1], [1, 1]), "N >= 3"),
         (lambda: fit_epr([0.1, 0.2, 0.2], [1] * 3, [1] * 3), "increase within"),
         (lambda: fit_epr([0.1, 0.2, 0.3], [0] * 3, [0] * 3), "not everything zero"),

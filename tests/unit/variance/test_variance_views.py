@@ -279,11 +279,3 @@ def test_complement_can_win_and_can_lose():
         one = oracle.moments(variance.identity(), process, u, du, rows=rows)
         np.testing.assert_allclose(pair.total, expected, rtol=1e-6)
         assert (pair.total < one.data + (one.pattern + one.rate) / 2) == wins
-
-
-@pytest.mark.parametrize(
-    "factory", [variance.rotate, variance.rotate_ranks, variance.repeat, variance.stratified_levels]
-)
-def test_views_must_be_positive(factory):
-    with pytest.raises(ValueError, match=f"{factory.__name__} needs at least 1 view, got 0"):
-        factory(0)
