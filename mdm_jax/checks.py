@@ -13,13 +13,15 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.types import ArrayLike
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 class Rule:
@@ -37,7 +39,8 @@ class Rule:
             self.check_one(name, each)
 
     def explained(self) -> str:
-        return f" ({self.meaning})" if self.meaning else ""
+        words = ", ".join(filter(None, (self.unit, self.meaning)))
+        return f" ({words})" if words else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,6 @@ class Plain(Rule):
 Bins = Annotated[int, Whole("[1, 1e5]", "bins", "of equal width")]
 Decay = Annotated[float, Real("[0, 1)", "per step", "of running averages; 0: the latest value")]
 LearningRate = Annotated[float, Real("(0, 10]", "learning rate", "of Adam for what is learned")]
-Probability = Annotated[float, Real("[0, 1]", "probability")]
 Rate = Annotated[ArrayLike, Real("[0, 1]", "masking rate")]
 PositiveRate = Annotated[ArrayLike, Real("(0, 1]", "masking rate")]
 Logsnr = Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "an end of the range")]
@@ -143,7 +145,7 @@ def rule_of(parameter: inspect.Parameter) -> Rule | None:
     return None
 
 
-def checked(factory: Callable[..., Any]) -> Callable[..., Any]:
+def checked(factory: Factory) -> Factory:
     """Decorate a factory or dataclass: its arguments must keep to the rules of its signature."""
     if inspect.isclass(factory):
         factory.__init__ = checked(factory.__init__)
@@ -161,10 +163,10 @@ def checked(factory: Callable[..., Any]) -> Callable[..., Any]:
             arguments = signature.bind_partial(*args, **kwargs).arguments
         except TypeError:
             return factory(*args, **kwargs)  # raises it with its own name
-        for key in arguments.keys() & rules.keys():
-            rule, optional = rules[key]
-            if not (optional and arguments[key] is None):
-                rule.check(f"{name}: {key}", arguments[key])
+        for key, value in arguments.items():
+            rule, optional = rules.get(key, (None, False))
+            if rule is not None and not (optional and value is None):
+                rule.check(f"{name}: {key}", value)
         return factory(*args, **kwargs)
 
     return call

@@ -258,7 +258,7 @@ def _optimizer() -> dict[str, Any]:
         **defaults(training.adamw, weight_decay=0.01, clip_norm=clip_norm),
         "name": _name("muon", names.OPTIMIZERS),
         **defaults(training.warmup_cosine, peak=2e-2, warmup_steps=50),
-        "ema_decay": _real(0.99, "[0, 1)", "per step", "of the averaged, evaluated parameters"),
+        "ema_decay": defaults(training.make_train_step, ema_decay=0.99)["ema_decay"],
         "muon": {"momentum": defaults(training.muon)["momentum"]},
         # How state is stored between steps; arithmetic is in float32.
         "first_moment_dtype": dtype(""),
@@ -273,7 +273,7 @@ def _train() -> dict[str, Any]:
         "steps": _whole(500, _COUNT, "steps", "of the run"),
         "init_from": _text("", "workdir of a run whose parameters to start from"),
         "batch_size": _whole(32, "[1, 1e6]", "rows", "globally; each view is a forward pass more"),
-        "num_microbatches": _whole(1, "[1, 1e6]", "", "equal ones that a batch is computed in"),
+        "num_microbatches": defaults(training.make_train_step)["num_microbatches"],
         "keep_last": _whole(2, "[1, 1e6]", "checkpoints"),
         "prefetch": _whole(2, "[0, 1e4]", "batches"),
         "monitors": _names(("levels",), names.MONITORS, "running estimates in the metrics"),

@@ -46,8 +46,6 @@ def make_jobs(
         left_to_right: whether the model ends a text by itself; if not, free samples have the
             lengths of training rows drawn at random.
     """
-    if num_samples < 1:
-        raise ValueError(f"sample.num_samples must be at least 1, got {num_samples}")
     blank = np.full(dataset.length, dataset.mask_id, np.int32)
     everywhere = np.ones(dataset.length, np.int32)
     if dataset.tokenizer is None:

@@ -369,7 +369,7 @@ def count_scores(
 def check_at_least_one(**settings: int) -> None:
     """Raise ValueError unless every setting is at least 1."""
     for name, value in settings.items():
-        if value < 1:
+        if not (isinstance(value, int | np.integer) and value >= 1):
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from mdm_jax import rng
+from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.draws import Draw, DrawSpec
 from mdm_jax.objectives.objective import Objective, accumulate_gradient, summed_loss, token_mean
 from mdm_jax.training.ema import new_average, update_average
@@ -109,6 +110,7 @@ def step_draw(
     return draw_batch(rng.stream(rng.step_key(seed, step), "draw"), transform, state, spec)
 
 
+@checked
 def make_train_step(
     apply_fn: ApplyFn,
     objective: Objective,
@@ -117,8 +119,8 @@ def make_train_step(
     spec: DrawSpec,
     *,
     seed: ArrayLike,
-    ema_decay: float = 0.999,
-    num_microbatches: int = 1,
+    ema_decay: Annotated[float, Real("[0, 1)", "per step", "of the parameters' average")] = 0.999,
+    num_microbatches: Annotated[int, Whole("[1, 1e6]", "", "equal parts of the batch")] = 1,
     monitors: Sequence[Monitor] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Build ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
@@ -126,13 +128,11 @@ def make_train_step(
     The draw is made once for the global batch and cut into microbatches, so gradients under k
     microbatches equal those of the full batch. A step whose loss, gradient or update is not finite
     leaves parameters, EMA, optimiser and variance state as they were and counts itself. ``spec`` is
-    ``objective.spec(batch_size, length)`` of the global batch; ``ema_decay`` in [0, 1) is shorter
-    during the first steps. ValueError unless ``num_microbatches`` divides the batch size and
+    ``objective.spec(batch_size, length)`` of the global batch; ``ema_decay`` is less during
+    the first steps. ValueError unless ``num_microbatches`` divides the batch size and
     monitors have distinct names.
     """
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-    if num_microbatches < 1 or spec.batch_size % num_microbatches:
+    if spec.batch_size % num_microbatches:
         raise ValueError(
             f"num_microbatches must be a divisor of the batch size {spec.batch_size}, "
             f"got {num_microbatches}"

@@ -140,8 +140,7 @@ def cosine_iddpm(
 
     Nichol & Dhariwal (2021), eq. 17; +inf at t = 0. With clipped betas: :func:`iddpm_discrete`.
     """
-    offset = as_parameter(offset, "offset")
-    return CosinePower(offset / (1 + offset), 1.0)
+    return CosinePower(as_parameter(offset, "offset") / (1 + offset), 1.0)
 
 
 @checked
@@ -365,9 +364,7 @@ def edm2_lognormal() -> Normal:
 @checked
 def edm_sigma(sigma_min: Sigma = 0.002, sigma_max: Sigma = 80.0) -> PowerSigma:
     """EDM's sigma(t) = t: sigma uniform, 0 <= sigma_min < sigma_max; (0, 1): logsnr = -2 log t."""
-    ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
-    rule = "0 <= sigma_min < sigma_max"
-    return PowerSigma(*parameters("edm_sigma", rule, lambda a, b: 0 <= a < b, **ends), 1.0)
+    return PowerSigma(*_sigmas("edm_sigma", sigma_min, sigma_max), 1.0)
 
 
 @checked
@@ -499,4 +496,4 @@ def _log_cosh(x: ArrayLike) -> Array:
 
 def _sigmas(name: str, low: ArrayLike, high: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
     ends = {"sigma_min": low, "sigma_max": high}
-    return parameters(name, "0 < sigma_min < sigma_max", lambda a, b: 0 < a < b, **ends)
+    return parameters(name, "sigma_min < sigma_max", lambda a, b: a < b, **ends)

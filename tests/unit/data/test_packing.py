@@ -76,9 +76,7 @@ def test_long_documents_may_be_cut_to_one_row():
 def test_long_documents_are_named_when_they_are_errors():
     with pytest.raises(ValueError, match=r"here: 2 of 4 .* document 1 .* 20 tokens.*'split'"):
         cut_documents([3, 20, 8, 9], 8, "error", "here")
-    with pytest.raises(
-        ValueError, match="long_documents: unknown name 'drop'; .*known: cut, error, split"
-    ):
+    with pytest.raises(ValueError, match="must be one of 'split', 'cut', 'error', got 'drop'"):
         cut_documents([3], 8, "drop", "here")
 
 
@@ -201,9 +199,7 @@ def test_the_launcher_reaches_packing_by_config(path):
     with pytest.raises(ValueError, match="do not fit a row of 12 tokens"):
         build.dataset(config)
     config.data.packing = "best_fit"
-    with pytest.raises(
-        ValueError, match="packing: unknown name 'best_fit'; .* known: '', first_fit"
-    ):
+    with pytest.raises(ValueError, match="packing: unknown name 'best_fit'; .*first_fit"):
         build.dataset(config)
     config.data.update(source="embedded", packing="first_fit", length=16)
     with pytest.raises(ValueError, match="does not read .*data.packing="):

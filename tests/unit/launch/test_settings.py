@@ -19,6 +19,7 @@ TABLES = (
 FACTORIES = [
     *(factory for table in TABLES for factory in table.values()),
     *(models.TransformerConfig, training.LoopOptions, training.warmup_cosine),
+    training.make_train_step,
     *(config.MeasureSettings, samplers.temperature, samplers.top_k, samplers.top_p),
 ]
 
@@ -131,7 +132,7 @@ def test_numbers_of_factories_all_have_a_rule():
 @pytest.mark.parametrize(
     "value, message",
     [
-        (-0.01, r"rate: step must be a number in \(0, 1\], got -0.01 \(of the walk\)"),
+        (-0.01, r"rate: step must be a number in \(0, 1\], got -0.01 \(per step, of the walk\)"),
         (0.0, r"in \(0, 1\], got 0.0"),
         (math.nan, "got nan"),
         (np.float32(1.5), "got 1.5"),

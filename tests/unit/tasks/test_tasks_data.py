@@ -125,7 +125,7 @@ def test_settings_from_the_config_reach_the_task():
     [
         (
             {"answer_padding": "eos"},
-            "answer_padding: unknown name 'eos'; .* known: eos_once, eos_scored",
+            "unknown name 'eos'; .* known: eos_once, eos_scored",
         ),
         ({"prompt_length": 3}, "prompt_length must be at least 12 for Countdown"),
         ({"answer_length": 4}, "answer_length must be at least 21 for Countdown"),
