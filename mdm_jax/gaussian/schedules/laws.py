@@ -140,7 +140,8 @@ def cosine_iddpm(
 
     Nichol & Dhariwal (2021), eq. 17; +inf at t = 0. With clipped betas: :func:`iddpm_discrete`.
     """
-    return CosinePower(as_parameter(offset, "offset") / (1 + offset), 1.0)
+    offset = as_parameter(offset, "offset")
+    return CosinePower(offset / (1 + offset), 1.0)
 
 
 @checked
