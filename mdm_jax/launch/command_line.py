@@ -1,30 +1,41 @@
 """Command lines: configs and their errors, processes of a cluster, the compilation cache."""
 
+import contextlib
 import difflib
 import importlib.util
+import inspect
+import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
+from jax._src.distributed import global_state  # its key-value store has no public name
 from ml_collections import ConfigDict
 
 from mdm_jax.launch import presets
-from mdm_jax.launch.workdir import read_config, saved_config
+from mdm_jax.launch.workdir import differences, read_config, saved_config
 
 HEARTBEAT_SECONDS = 60
 """A process that was silent for this long counts as dead, and the others end."""
 
+JOIN_SECONDS = 300
+"""How long processes wait for each other when they start."""
+
 
 def start_processes(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Join the other processes of the run, if any.
+) -> Callable[[], None]:
+    """Join the other processes of the run, if any; to be called at the end: what this returns.
 
     Unset arguments are those of a :func:`detected` cluster; ``num_processes`` 1: look for none.
-    Raises ValueError if only some arguments are given and no cluster gives the others.
+    Raises ValueError if an argument is malformed or some are missing and no cluster gives them.
     """
     flags = {
         "--coordinator_address": coordinator_address,
@@ -33,11 +44,13 @@ def start_processes(
     }
     missing = [name for name, value in flags.items() if value is None]
     if num_processes == 1 and coordinator_address is None:
-        return
+        return lambda: None
     if 0 < len(missing) < len(flags):
         raise ValueError(
             f"several processes need {', '.join(flags)} together; {', '.join(missing)} is missing"
         )
+    if coordinator_address is not None:
+        _check_address(coordinator_address)
     if not missing and not 0 <= process_id < num_processes:
         raise ValueError(
             f"--process_id must be in [0, {num_processes}) for --num_processes={num_processes},"
@@ -45,21 +58,164 @@ def start_processes(
         )
     cluster = detected(os.environ) if missing else "a run of several processes"
     if cluster is None:
-        return
+        return lambda: None
+    tell = _start_companion(coordinator_address, num_processes, process_id)
     try:
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
+            initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         if not missing:
-            raise
+            raise ValueError(
+                f"process {process_id} could not join the others at {coordinator_address}, where "
+                f"process 0 must be able to open the port ({error})"
+            ) from error
         raise ValueError(
             f"this looks like a process of {cluster}, but it could not join the others ({error}). "
             f"Give {', '.join(flags)}, or --num_processes=1 for a run of its own"
         ) from error
+    tell(global_state.coordinator_address)
+    return lambda: tell("end")
+
+
+def check_same(settings: dict[str, Any]) -> None:
+    """Raise ValueError, in all processes, unless all were started with the same ``settings``.
+
+    Over the coordination service: no devices are needed, whose set-up may hang where they differ.
+    """
+    client, me, count = global_state.client, global_state.process_id, global_state.num_processes
+    client.key_value_set(f"mdm_jax/settings/{me}", json.dumps(settings))
+    if me == 0:
+        verdict = ""
+        for other in range(1, count):
+            theirs = json.loads(_get(f"mdm_jax/settings/{other}", f"process {other}"))
+            if lines := differences(settings, theirs):
+                verdict = (
+                    f"process {other} was started with other settings than process 0:\n  "
+                    + "\n  ".join(lines)
+                    + "\nStart all processes with the same command line, but for --process_id"
+                )
+                break
+        client.key_value_set("mdm_jax/verdict", verdict or "same")
+    verdict = _get("mdm_jax/verdict", "process 0 to compare the settings of all")
+    if verdict != "same":
+        raise ValueError(verdict)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit at once, without waiting for other processes; closed connections end them.
+
+    Process 0, without whom JAX aborts the others, gives those that fail as it does a second.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if global_state.service is not None:
+        time.sleep(1)
+    os._exit(code)
+
+
+def _get(key: str, whom: str) -> str:
+    """The value of a key of the coordination service; says every 10 s for ``whom`` it waits."""
+    for waited in range(10, JOIN_SECONDS + 10, 10):
+        try:
+            return global_state.client.blocking_key_value_get(key, 10_000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        me = global_state.process_id
+        print(f"process {me} has waited {waited} s for {whom}", file=sys.stderr, flush=True)
+    raise ValueError(f"process {me} has waited {waited} s for {whom}; see what that one says")
+
+
+def _check_address(address: str) -> None:
+    match = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.%\w]+\]):(\d+)", address)
+    if match is None or not 0 < int(match[2]) < 2**16:
+        raise ValueError(
+            f"--coordinator_address={address}: give HOST:PORT of process 0, with a name or number "
+            "of its machine and a free port from 1 to 65535, as in --coordinator_address=node1:1234"
+        )
+
+
+def _start_companion(
+    address: str | None, num_processes: int | None, process_id: int | None, pause: float = 10
+) -> Callable[[str], None]:
+    """Start :func:`_companion` in a process of its own; returns a function that writes to it."""
+    code = f"{inspect.getsource(_companion)}\nimport sys\n_companion(*sys.argv[1:])"
+    arguments = (address or "", num_processes or "", process_id or 0, pause, JOIN_SECONDS)
+    process = subprocess.Popen(
+        [sys.executable, "-ISc", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C is not meant for it
+        text=True,
+    )
+
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+
+    return tell
+
+
+def _companion(address: str, count: str, me: str, pause: str, patience: str) -> None:
+    """Say on standard error what this process cannot: that it waits, that process 0 has ended.
+
+    JAX blocks while processes join, and aborts milliseconds after it loses process 0. Standard
+    input gives the address once all have joined, then a last line. Imports no package.
+    """
+    import os
+    import select
+    import socket
+    import time
+
+    def say(text: str) -> None:
+        os.write(2, f"{text}\n".encode())
+
+    def connect() -> socket.socket:
+        host, _, port = address.rpartition(":")
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=20)
+        if not connection.recv(1000):  # the greeting of a server that is alive
+            raise ConnectionResetError
+        return connection
+
+    def problem() -> str:
+        """Why process 0 cannot be reached, or nothing."""
+        try:
+            connect().close()
+        except OSError as error:
+            return error.strerror or str(error) or type(error).__name__
+        return ""
+
+    start, wait = time.monotonic(), float(pause)
+    while not select.select([0], [], [], wait)[0]:
+        whom = f"the others; start all {count} processes, each with a --process_id of its own"
+        if me != "0" and address and (why := problem()):
+            whom = f"process 0, which does not answer at {address} ({why})"
+        waited = time.monotonic() - start
+        wait = min(3 * float(pause), float(patience) - 5 - waited)
+        if wait < 0:
+            return say(f"error: process {me} waited {waited:.0f} s for {whom}")
+        say(f"process {me} waits for {whom} ({waited:.0f} of {patience} s)")
+    address = os.read(0, 1000).decode().strip()
+    if me == "0" or not address or problem():
+        return None  # nothing to watch, or a firewall lets only JAX through
+    while True:
+        try:
+            with connect() as connection:  # a new one, and so a greeting, every 20 s
+                while ready := select.select([0, connection], [], [], 20)[0]:
+                    if 0 in ready and (os.read(0, 1000) or connection not in ready):
+                        return None  # the last line, or this process has gone
+                    if not connection.recv(1000):
+                        raise ConnectionResetError
+        except TimeoutError:
+            say(f"process 0 has not answered process {me} for 20 s")
+        except OSError:
+            return say(f"error: process 0 has ended, so process {me} ends; process 0 says why")
 
 
 def detected(environment: Mapping[str, str]) -> str | None:
@@ -131,10 +287,13 @@ def with_config(argv: list[str]) -> list[str]:
     existing workdir is evaluated, sampled or measured, it defaults to the config of its run. Raises
     CommandLineError with close matches, and absl's flags.Error.
     """
+    try:
+        argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
+    except flags.Error as error:
+        raise CommandLineError(str(error).removeprefix("ERROR:: ")) from error
     if argv[1:] and argv[1] in MODES:
         argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
-    argv = _expand_mesh(argv)
-    path = config_path(argv)
+    path, argv = take_config(_expand_mesh(argv))
     if path is None:
         flags.FLAGS(argv, known_only=True)
         values = flags.FLAGS
@@ -144,9 +303,8 @@ def with_config(argv: list[str]) -> list[str]:
                     f"{values.workdir} holds no run (no config.json); train one first"
                 )
             path = f"{__file__}:{_SAVED}{values.workdir}"
-            argv = [argv[0], f"--config={path}", *argv[1:]]
     elif path.split(":", 1)[0] in presets.PRESETS and not pathlib.Path(path).is_file():
-        argv, path = _replace_config(argv, f"{__file__}:{path}"), f"{__file__}:{path}"
+        path = f"{__file__}:{path}"
     overrides = [m.group(1) for a in argv[1:] if (m := _OVERRIDE.match(a))]
     if path is None:
         if overrides:
@@ -158,7 +316,7 @@ def with_config(argv: list[str]) -> list[str]:
     config = load(path)
     for name in overrides:
         check_field(config, name)
-    return argv
+    return [argv[0], f"--config={path}", *argv[1:]]
 
 
 def _expand_mesh(argv: list[str]) -> list[str]:
@@ -180,25 +338,15 @@ def _expand_mesh(argv: list[str]) -> list[str]:
     return expanded
 
 
-def config_path(argv: list[str]) -> str | None:
-    for number, argument in enumerate(argv):
+def take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of the last ``--config``, or None, and ``argv`` without any of them."""
+    path, rest, arguments = None, [], iter(argv)
+    for argument in arguments:
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
-            following = argv[number + 1] if number + 1 < len(argv) else None
-            return following if match.group(1) is None else match.group(1)
-    return None
-
-
-def _replace_config(argv: list[str], path: str) -> list[str]:
-    replaced, skip = [], False
-    for argument in argv:
-        if skip:
-            skip = False
-        elif re.fullmatch(r"--?config(?:=.*)?", argument, re.DOTALL):
-            replaced.append(f"--config={path}")
-            skip = "=" not in argument
+            path = next(arguments, None) if match.group(1) is None else match.group(1)
         else:
-            replaced.append(argument)
-    return replaced
+            rest.append(argument)
+    return path, rest
 
 
 def load(path: str) -> ConfigDict:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,23 @@ import tqdm
 from mdm_jax import data, distributed, evaluation, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
-from mdm_jax.launch.sample import format_samples, free_canvases, show_samples
-from mdm_jax.launch.workdir import saved_config, write_json
+from mdm_jax.launch.sample import free_canvases, show_samples
+from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
 from mdm_jax.types import Array, PyTree
 
 Check = Callable[..., None] | None
 
 
-def evaluate(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -> dict[str, Any]:
+def evaluate(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    check: Check = None,
+    show: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Bound and, with a checker, accuracy of the best parameters; also in ``evaluation.json``.
 
-    ``check`` is called after every batch; may raise.
+    ``check`` is called after every batch; may raise. ``show`` is called with the results before
+    they are written, so that a full or read-only disk does not lose them.
     """
     max_rows = experiment.config.evaluate.max_rows
     step, params = load_parameters(experiment, workdir)
@@ -41,8 +47,10 @@ def evaluate(experiment: Experiment, workdir: pathlib.Path, check: Check = None)
         **experiment.family.record(result),
         **measure_accuracy(experiment, params, check),
     }
+    show(record)
     if distributed.is_first():
-        write_json(workdir / "evaluation.json", record)
+        with writing(workdir / "evaluation.json"):
+            write_json(workdir / "evaluation.json", record)
     return record
 
 
@@ -85,13 +93,13 @@ def _progress_bar(rows: int, description: str, check: Check) -> Iterator[Callabl
         yield progress
 
 
-def sample(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Draw samples under the best parameters; written to ``samples/`` and returned."""
+def sample(
+    experiment: Experiment, workdir: pathlib.Path, show: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Draw samples under the best parameters; shown, written to ``samples/`` and returned."""
     step, params = load_parameters(experiment, workdir)
-    key = experiment.key(step, "sample")
-    drawn = show_samples(
-        experiment.dataset, experiment.jobs, experiment.generate, workdir, step, params, key
-    )
+    key, made = experiment.key(step, "sample"), (experiment.dataset, experiment.jobs)
+    drawn = show_samples(*made, experiment.generate, workdir, step, params, key, show=show)
     if experiment.config.sample.quality_steps:
         drawn["files"] += measure_quality(experiment, workdir, step, params, key)
     return drawn
@@ -109,8 +117,6 @@ def measure_quality(
     check_quality(experiment)
     c, dataset = experiment.config.sample, experiment.dataset
     directory, first = workdir / "quality", distributed.is_first()
-    if first:
-        directory.mkdir(parents=True, exist_ok=True)
     _, source = experiment.held_out
 
     def texts(tokens: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,14 +134,16 @@ def measure_quality(
         quality = evaluation.measure_text_quality(
             *texts(tokens, documents), held_out=held_out, held_out_valid=valid, score=score
         )
-        files.append(_free_path(directory, f"{c.sampler}-{count}"))
         record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}
         if first:
-            write_json(files[-1], record | {"quality": quality.to_dict()})
+            files += new_files(directory, f"{c.sampler}-{count}", ".json")
+            with writing(files[-1]):
+                write_json(files[-1], record | {"quality": quality.to_dict()})
     reference = evaluation.measure_text_quality(held_out, valid, score=score)
     files.append(directory / "quality.png")
     if first:
-        records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
+        found = [path.read_text("utf-8") for path in sorted(directory.glob("*.json"))]
+        records = [json.loads(content) for content in found if content]  # others may be writing
         plots.quality_by_steps(records, references=reference.to_dict()).savefig(files[-1])
     return [str(path) for path in files]
 
@@ -153,47 +161,53 @@ def _score(experiment: Experiment, judge: str) -> evaluation.Score:
     return evaluation.likelihood_score(other.evaluate, params, other.key(0, "judge"))
 
 
-def _free_path(directory: pathlib.Path, stem: str) -> pathlib.Path:
-    number, path = 1, directory / f"{stem}.json"
-    while path.exists():
-        number += 1
-        path = directory / f"{stem}-{number}.json"
-    return path
-
-
 # --- the report -----------------------------------------------------------------------------------
 
 
-def report(experiment: Experiment, workdir: pathlib.Path, check: Check = None) -> str:
-    """Evaluate, sample, plot; returns the text that ends a training run."""
-    record = evaluate(experiment, workdir, check)
-    drawn = sample(experiment, workdir)
+def report(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    check: Check = None,
+    show: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Evaluate, sample, plot; returns the text that ends a training run.
+
+    ``show`` is called with each part of the text before it is written.
+    """
+    parts: list[str] = []
+
+    def add(text: str) -> None:
+        parts.append(text)
+        show(text)
+
+    def add_results(record: dict[str, Any]) -> None:
+        add(format_results(record, experiment.family.details(record)))
+
+    record = evaluate(experiment, workdir, check, show=add_results)
+    files = sample(experiment, workdir, show=add)["files"]
     if not distributed.is_first():
         return ""
-    details = experiment.family.details(record)
-    text = write_report(workdir, record, drawn, details)
-    (workdir / "report.txt").write_text(f"{experiment.describe()}\n\n{text}\n", "utf-8")
+    shown = write_plots(workdir, record)
+    add(
+        "\n".join(
+            [
+                f"samples:     {', '.join(files)}",
+                f"plots:       {', '.join(map(str, shown))}",
+                f"TensorBoard: tensorboard --logdir {workdir / 'tensorboard'}",
+                f"metrics:     {workdir / 'metrics.jsonl'}",
+                f"checkpoint:  {workdir / 'checkpoints'}",
+            ]
+        )
+    )
+    with writing(workdir / "report.txt"):
+        text = "\n".join(parts)
+        (workdir / "report.txt").write_text(f"{experiment.describe()}\n\n{text}\n", "utf-8")
     return text
 
 
-def write_report(
-    workdir: pathlib.Path, record: dict[str, Any], drawn: dict[str, Any], details: list[str]
-) -> str:
-    """Write the plots; returns the text. ``record`` and ``drawn`` are from evaluate and sample."""
-    unit = record["unit"]
-    entropies = {
-        f"{name} entropy": record[f"{name}_bits_per_unit"] for name in ("unigram", "bigram")
-    }
-    known = {name: value for name, value in entropies.items() if value is not None}
-    curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
-    shown = [curve]
-    records = training.read_metrics(workdir / "metrics.jsonl")
-    plots.save(lambda axes: plots.training_curve(axes, records, unit, known), curve, (7, 4))
-    if "levels" in record:
-        edges = np.array(record["levels"]["masking_rate_edges"])
-        nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
-        plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
-        shown.append(levels)
+def format_results(record: Mapping[str, Any], details: Sequence[str]) -> str:
+    """A record of :func:`evaluate` for the terminal."""
+    unit, entropies = record["unit"], _entropies(record)
     return "\n".join(
         [
             f"held-out likelihood bound ({record['split']} split, {record['rows']} rows, "
@@ -205,15 +219,28 @@ def write_report(
             f"bigram entropy {_number(entropies['bigram entropy'])} bits per {unit}",
             *details,
             "",
-            format_samples(drawn["samples"]).strip() if drawn["samples"] else "",
-            "",
-            f"samples:     {', '.join(drawn['files'])}",
-            f"plots:       {', '.join(map(str, shown))}",
-            f"TensorBoard: tensorboard --logdir {workdir / 'tensorboard'}",
-            f"metrics:     {workdir / 'metrics.jsonl'}",
-            f"checkpoint:  {workdir / 'checkpoints'}",
         ]
     )
+
+
+def write_plots(workdir: pathlib.Path, record: Mapping[str, Any]) -> list[pathlib.Path]:
+    """Plot the metrics, and the levels of a record of :func:`evaluate`; returns the files."""
+    curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
+    shown, unit = [curve], record["unit"]
+    known = {name: value for name, value in _entropies(record).items() if value is not None}
+    records = training.read_metrics(workdir / "metrics.jsonl")
+    with writing(curve.parent):
+        plots.save(lambda axes: plots.training_curve(axes, records, unit, known), curve, (7, 4))
+        if "levels" in record:
+            edges = np.array(record["levels"]["masking_rate_edges"])
+            nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
+            plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
+            shown.append(levels)
+    return shown
+
+
+def _entropies(record: Mapping[str, Any]) -> dict[str, float | None]:
+    return {f"{name} entropy": record[f"{name}_bits_per_unit"] for name in ("unigram", "bigram")}
 
 
 def _number(value: float | None) -> str:

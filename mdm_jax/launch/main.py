@@ -26,12 +26,14 @@ Flags:
 """
 
 import contextlib
+import functools
 import os
 import pathlib
+import re
 import shlex
 import sys
 import time
-from typing import NoReturn
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -40,14 +42,28 @@ from ml_collections import config_flags
 from mdm_jax.launch import command_line, evaluate, measure, train
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.sample import format_samples
 from mdm_jax.launch.variance_report import format_table
-from mdm_jax.launch.workdir import WorkdirError, check, claim
+from mdm_jax.launch.workdir import (
+    WorkdirError,
+    check,
+    claim,
+    read_config,
+    resolved,
+    training_lock,
+)
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import Interrupt, Interrupted, TrainingStopped
 
+_ARGUMENTS: list[str] = []
+"""The command line as typed."""
+_PARSED: list[str] = []
+"""The command line as :func:`command_line.with_config` leaves it."""
+
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config: a built-in one, as in quickstart:smoke, or a file."
+    "config",
+    None,
+    "Config: a built-in one, as in quickstart:smoke, or a file.",
+    sys_argv=_PARSED,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
 _MODE = flags.DEFINE_enum(
@@ -75,8 +91,6 @@ _CACHE = flags.DEFINE_string(
     "$JAX_COMPILATION_CACHE_DIR; '' for no cache.",
 )
 _STARTED = time.monotonic()
-_ARGUMENTS: list[str] = []
-"""The command line as typed."""
 
 _USER_ERRORS = (
     ValueError,
@@ -87,6 +101,7 @@ _USER_ERRORS = (
     CheckpointError,
     TrainingStopped,
 )
+_print = functools.partial(print, flush=True)
 _STOPPED = 130  # what shells report after Ctrl-C
 
 
@@ -100,14 +115,20 @@ def main(argv: list[str]) -> int:
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None:
         return _fail("--config is required to train, as in --config=quickstart")
+    cluster = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     try:
         command_line.use_compilation_cache(_CACHE.value)
-        command_line.start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        farewell = command_line.start_processes(*cluster)
+        if jax.distributed.is_initialized():
+            command_line.check_same(_settings())
     except (ValueError, RuntimeError) as error:
-        return _fail(str(error))
+        code = _fail(str(error))
+        return command_line.leave(code) if jax.distributed.is_initialized() else code
     workdir = pathlib.Path(_WORKDIR.value)
     if jax.process_count() > 1:
-        return _run_as_one_of_several(workdir)
+        code = _run_as_one_of_several(workdir)
+        farewell()
+        return code
     try:
         return _run(workdir)
     except KeyboardInterrupt:
@@ -124,7 +145,8 @@ def _run(workdir: pathlib.Path) -> int:
         return _MODES[_MODE.value](experiment, workdir)
     except _USER_ERRORS as error:
         logging.debug("where it came from:", exc_info=True)
-        return _fail(str(error))
+        nameless = isinstance(error, OSError) and error.filename is None
+        return _fail(f"{workdir}: {error}" if nameless else str(error))
 
 
 def _run_as_one_of_several(workdir: pathlib.Path) -> int:
@@ -138,21 +160,24 @@ def _run_as_one_of_several(workdir: pathlib.Path) -> int:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             code = _run(workdir)
     except KeyboardInterrupt:
-        _leave(_stopped_at_once())
+        command_line.leave(_stopped_at_once())
     except BaseException as error:
         logging.debug("where it came from:", exc_info=True)
         code = _fail(str(error))
     if code not in (0, _STOPPED):
         _fail(f"process {jax.process_index()} ends; the first to end says why")
-        _leave(code)
+        command_line.leave(code)
     return code
 
 
-def _leave(code: int) -> NoReturn:
-    """Exit at once, without waiting for other processes; closed connections end them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _settings() -> dict[str, Any]:
+    """What all processes of a run must have in common."""
+    return {
+        "mode": _MODE.value,
+        "allow_config_change": _ALLOW.value,
+        "num_processes": _NUM_PROCESSES.value,
+        "config": resolved(_CONFIG.value),
+    }
 
 
 def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
@@ -160,7 +185,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
     with Interrupt() as interrupt:
         try:
             if train.train(experiment, workdir, interrupt, _ALLOW.value, _STARTED):
-                print(evaluate.report(experiment, workdir, interrupt.check))
+                evaluate.report(experiment, workdir, interrupt.check, show=_print)
                 return 0
         except Interrupted:
             pass  # during the final evaluation; training itself is saved
@@ -169,22 +194,22 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
 
 
 def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
-    record = evaluate.evaluate(experiment, workdir)
-    error = record["standard_error_bits_per_unit"]
-    print(
-        f"{record['split']}: {record['bits_per_unit']:.4f}"
-        + (f" ± {error:.4f}" if error is not None else "")
-        + f" bits per {record['unit']}; all numbers in {workdir / 'evaluation.json'}"
-    )
-    for line in experiment.family.details(record):
-        print(line)
+    def show(record: dict[str, Any]) -> None:
+        error = record["standard_error_bits_per_unit"]
+        result = (
+            f"{record['split']}: {record['bits_per_unit']:.4f}"
+            + (f" ± {error:.4f}" if error is not None else "")
+            + f" bits per {record['unit']}"
+        )
+        _print("\n".join([result, *experiment.family.details(record)]))
+
+    evaluate.evaluate(experiment, workdir, show=show)
+    print(f"all numbers in {workdir / 'evaluation.json'}")
     return 0
 
 
 def _sample(experiment: Experiment, workdir: pathlib.Path) -> int:
-    drawn = evaluate.sample(experiment, workdir)
-    if drawn["samples"]:
-        print(format_samples(drawn["samples"]))
+    drawn = evaluate.sample(experiment, workdir, show=_print)
     print(f"written to {', '.join(drawn['files'])}")
     return 0
 
@@ -193,9 +218,13 @@ def _variance(experiment: Experiment, workdir: pathlib.Path) -> int:
     c = dict(experiment.config.measure)
     names = c.pop("methods")
     methods = measure.named(names) if names else None
-    claim(workdir, experiment.config)
-    record = measure.measure(experiment, workdir, methods, MeasureSettings(**c))
-    print(format_table(record))
+    if read_config(workdir) is None or _ALLOW.value:
+        with training_lock(workdir):
+            claim(workdir, experiment.config, _ALLOW.value)
+    settings = MeasureSettings(**c)
+    record = measure.measure(
+        experiment, workdir, methods, settings, show=lambda record: _print(format_table(record))
+    )
     print(f"written to {', '.join(map(str, record['files']))}")
     return 0
 
@@ -205,17 +234,23 @@ _MODES = {"train": _train, "evaluate": _evaluate, "sample": _sample, "variance":
 
 def _parse(argv: list[str]) -> list[str]:
     _ARGUMENTS[:] = argv
-    if {"--help", "-help", "-h"} & {*argv[1:]}:
-        print(__doc__)
-        sys.exit(1)  # absl's status for --help
+    if len(argv) == 1:
+        start = "\n\n".join(__doc__.split("\n\n")[1:3])
+        sys.exit(_fail(f"say what to do; mdm --help says more\n\n{start}"))
+    for asked in (a for a in argv[1:] if re.fullmatch("--?h(elp(short|full|xml)?)?", a)):
+        if asked.endswith(("full", "xml")):
+            with contextlib.suppress(SystemExit):
+                app.parse_flags_with_usage([argv[0], asked])
+        else:
+            print(__doc__)
+        sys.exit(0)
     try:
-        # ml_collections reads the overrides from sys.argv, whatever it is given.
-        sys.argv = command_line.with_config(argv)
+        _PARSED[:] = command_line.with_config(argv)
     except command_line.CommandLineError as error:
         sys.exit(_fail(str(error)))
     except flags.Error:
-        pass  # absl reports it below
-    return app.parse_flags_with_usage(sys.argv)
+        _PARSED[:] = argv  # absl reports it below
+    return app.parse_flags_with_usage([*_PARSED])
 
 
 def _command() -> str:

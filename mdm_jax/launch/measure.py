@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.names import CONFIGURED, METHODS, Method, lookup
 from mdm_jax.launch.variance_report import BASELINE, Result, recommend, write_report
-from mdm_jax.launch.workdir import write_json
+from mdm_jax.launch.workdir import write_json, writing
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.meter.subject import Estimator, Subject
@@ -54,12 +54,14 @@ def measure(
     workdir: pathlib.Path,
     methods: Mapping[str, Method] | None = None,
     settings: MeasureSettings | None = None,
+    show: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every method, write ``variance/`` below the workdir, return the record.
 
     All share parameters (of the last checkpoint, if any), rows and base noise. The baseline and the
     run's own chain are added to ``methods`` (None: :data:`METHODS`); one that fails is kept with
-    the reason. Raises ValueError if the settings do not fit the data, or the run has no noise.
+    the reason. ``show(record)`` is called before anything is written. Raises ValueError if the
+    settings do not fit the data, or the run has no noise.
     """
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")
@@ -85,10 +87,12 @@ def measure(
         "recommendation": recommend(results),
     }
     own = experiment.objective.corruption.name
-    record["files"] = write_report(
-        workdir / "variance", record, results, bench.levels(own), experiment.family.noise_axis
-    )
-    write_json(workdir / "variance" / "variance.json", record)
+    show(record)
+    with writing(workdir / "variance"):
+        record["files"] = write_report(
+            workdir / "variance", record, results, bench.levels(own), experiment.family.noise_axis
+        )
+        write_json(workdir / "variance" / "variance.json", record)
     return record
 
 

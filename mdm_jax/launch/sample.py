@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdm_jax import data, distributed, plots, samplers
+from mdm_jax.launch.workdir import new_files, writing
 from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -95,40 +96,41 @@ def show_samples(
     params: PyTree,
     key: Array,
     writer: MetricWriter | None = None,
+    show: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Draw samples and write them below ``workdir/samples`` and to ``writer``; keeps older files.
 
+    ``show`` is called with texts before they are written, so that a full disk does not lose them.
     ``generate(params, key, canvas, documents) -> tokens``. Returns {"samples": records, "files":
     paths}; a text record, one of each document, has "kind" (see :class:`Job`), "text" up to the
     EOS, and "given" for jobs with context.
     """
-    directory = workdir / "samples"
-    if distributed.is_first():
-        directory.mkdir(parents=True, exist_ok=True)
-    stem = distributed.from_first(
-        _free_stem(directory, f"step-{step}") if distributed.is_first() else None
-    )
+    directory, stem, paths = workdir / "samples", f"step-{step}", []
     canvas = np.stack([job.canvas for job in jobs])
     documents = np.stack([job.documents for job in jobs])
     tokens = distributed.to_host(generate(params, key, canvas, documents))
     if dataset.tokenizer is None:
         pictures = tokens.reshape(len(jobs), *dataset.event_shape) / (dataset.mask_id - 1)
-        image, path = plots.picture_grid(pictures), directory / f"{stem}.png"
+        image = plots.picture_grid(pictures)
         if distributed.is_first():
-            plots.save(lambda axes: plots.picture(axes, image), path, (4, 4))
+            paths = new_files(directory, stem, ".png")
+            with writing(paths[0]):
+                plots.save(lambda axes: plots.picture(axes, image), paths[0], (4, 4))
         if writer is not None:
             writer.image(step, "samples", image)
-        return {"samples": [], "files": [str(path)]}
+        return {"samples": [], "files": [str(path) for path in paths]}
     records = [r for job, row in zip(jobs, tokens) for r in _text_records(job, row, dataset)]
-    lines, text = directory / f"{stem}.jsonl", directory / f"{stem}.txt"
+    text = format_samples(records)
+    show(text)
     if distributed.is_first():
-        lines.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8"
-        )
-        text.write_text(format_samples(records), "utf-8")
+        paths = new_files(directory, stem, ".jsonl", ".txt")
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        for path, content in zip(paths, (lines, text)):
+            with writing(path):
+                path.write_text(content, "utf-8")
     if writer is not None:
-        writer.text(step, "samples", format_samples(records))
-    return {"samples": records, "files": [str(lines), str(text)]}
+        writer.text(step, "samples", text)
+    return {"samples": records, "files": [str(path) for path in paths]}
 
 
 def format_samples(records: list[dict[str, str]]) -> str:
@@ -193,12 +195,3 @@ def _text_records(job: Job, row: np.ndarray, dataset: data.Dataset) -> list[dict
             record["original"] = codec.decode(job.original[shown])
         records.append(record)
     return records
-
-
-def _free_stem(directory: pathlib.Path, stem: str) -> str:
-    taken = {path.stem for path in directory.iterdir()}
-    number, name = 1, stem
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}"
-    return name

@@ -44,17 +44,18 @@ def train(
     c = experiment.config
     check(workdir, c, allow_config_change)
     check_start(experiment, workdir)
-    distributed.barrier("settings and directory are good")
     abstract = experiment.abstract_state()
     stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
     interrupt = interrupt or training.Interrupt()
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
+        stack.enter_context(training_lock(workdir))
+        check(workdir, c, allow_config_change)  # again: a run may have begun in the meantime
+        distributed.barrier("settings and directory are good")
         if read_config(workdir) is None and distributed.is_first():
             claim(workdir, c)
         distributed.barrier("directory claimed")
         _check_shared(workdir)
-        stack.enter_context(training_lock(workdir))
         checkpoints = training.Checkpoints(workdir / "checkpoints", c.train.keep_last)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore_last(abstract)
@@ -63,7 +64,7 @@ def train(
         else:
             state, progress = _continue(restored, stream, batches), restored.notes["progress"]
         if distributed.is_first():
-            claim(workdir, c)
+            claim(workdir, c, allow_config_change)
             _save_tokenizer(experiment, workdir)
         start, compiled = int(jax.device_get(state.step)), None
         writer = _writer(workdir, start, progress)

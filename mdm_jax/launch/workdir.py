@@ -25,7 +25,7 @@ FILE = "training.lock"
 
 
 class WorkdirError(RuntimeError):
-    """The working directory belongs to another run."""
+    """The working directory belongs to another run, or cannot be written."""
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -55,11 +55,12 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
 
 def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
     """Raise WorkdirError if another config's run (with a diff), or files but no run, are there."""
+    there = [*workdir.iterdir()] if workdir.is_dir() else []  # first: a run may begin meanwhile
     old = read_config(workdir)
     if old is None:
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"{workdir} is not a directory; name another --workdir")
-        if workdir.exists() and any(p.suffix != ".partial" for p in workdir.iterdir()):
+        if any(path.suffix != ".partial" and path.name != FILE for path in there):
             raise WorkdirError(
                 f"{workdir} is not empty and holds no run (no config.json); name a new directory"
             )
@@ -99,8 +100,12 @@ def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) 
     )
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Write ``config.json`` and ``run.json``; keep another config's as ``config.1.json`` etc."""
+def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
+    """Check, then write ``config.json``, ``run.json``; keep others as ``config.1.json`` etc.
+
+    Where another process may do the same, under the training lock.
+    """
+    check(workdir, config, allow_change)
     new, old = resolved(config), read_config(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     changed = old is not None and _changes(old, new)
@@ -116,6 +121,34 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
         write_json(workdir / "config.json", new)
     if not (workdir / "run.json").exists():
         write_json(workdir / "run.json", provenance(config.seed))
+
+
+def new_files(directory: pathlib.Path, stem: str, *suffixes: str) -> list[pathlib.Path]:
+    """New files ``stem`` or ``stem-2`` etc., made here, so that nobody else takes the names.
+
+    To be called when the contents are ready. Raises WorkdirError where nothing can be written.
+    """
+    number, name = 1, stem
+    with writing(directory / f"{stem}{suffixes[0]}"):
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            paths = [directory / f"{name}{suffix}" for suffix in suffixes]
+            if not any(path.exists() for path in paths[1:]):
+                with contextlib.suppress(FileExistsError):
+                    paths[0].open("x").close()
+                    return paths
+            number += 1
+            name = f"{stem}-{number}"
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Turn errors of the disk into a WorkdirError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise WorkdirError(f"{path} could not be written: {reason}") from error
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -175,7 +208,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def training_lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Lock out other trainers of ``workdir``, which exists, until the block ends.
+    """Lock out other trainers of ``workdir``, made if missing, until the block ends.
 
     Process 0 holds a file lock, released however it ends; file systems without locks have none.
     WorkdirError, in all processes, names the trainer at work.
@@ -183,6 +216,7 @@ def training_lock(workdir: pathlib.Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         other = None
         if distributed.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((workdir / FILE).open("a+", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

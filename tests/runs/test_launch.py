@@ -1,7 +1,10 @@
 """Whole runs in processes of their own: train, kill, interrupt, resume, evaluate, sample."""
 
+import dataclasses
+import errno
 import importlib.metadata
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -18,10 +21,11 @@ import pytest
 from absl import flags
 from launching import DIGITS, QUICKSTART
 
-from mdm_jax import samplers, training
-from mdm_jax.launch import main, presets, train
+from mdm_jax import plots, samplers, training
+from mdm_jax.launch import evaluate, main, presets, train
 from mdm_jax.launch.build import load_parameters, make_experiment
-from mdm_jax.launch.workdir import git_revision, saved_config
+from mdm_jax.launch.sample import show_samples
+from mdm_jax.launch.workdir import WorkdirError, git_revision, saved_config
 
 pytestmark = pytest.mark.first
 
@@ -323,12 +327,75 @@ def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_pat
     assert names == ["step-1.jsonl", "step-1.txt", "step-2.jsonl", "step-2.txt"]
 
 
+def test_two_samplings_at_once_keep_both(tmp_path):
+    """The second one is done while the first still generates."""
+    experiment = make_experiment(presets.quickstart("smoke"))
+
+    def draw(generate):
+        made = (experiment.dataset, experiment.jobs, generate, tmp_path)
+        return show_samples(*made, 3, {}, jax.random.key(0))["files"]
+
+    found = []
+
+    def second(_params, _key, canvas, _documents):
+        return np.full_like(canvas, 5)
+
+    def first(_params, _key, canvas, _documents):
+        found.append(draw(second))
+        return np.full_like(canvas, 6)
+
+    found.append(draw(first))
+    names = [[pathlib.Path(path).name for path in paths] for paths in found]
+    assert names == [["step-3.jsonl", "step-3.txt"], ["step-3-2.jsonl", "step-3-2.txt"]]
+    texts = [json.loads(pathlib.Path(paths[0]).read_text().splitlines()[0]) for paths in found]
+    assert texts[0]["text"][0] == experiment.dataset.tokenizer.decode([5])
+    assert texts[1]["text"][0] == experiment.dataset.tokenizer.decode([6])
+
+
+def test_results_that_cannot_be_written_are_printed(tmp_path, monkeypatch, capsys):
+    """The numbers first, then what could not be written; samples likewise."""
+    experiment = make_experiment(presets.quickstart("smoke"))
+    numbers = {"bits_per_unit": 1.25, "standard_error_bits_per_unit": 0.5}
+    family = dataclasses.replace(
+        experiment.family, record=lambda _: numbers, details=lambda _: ["and more"]
+    )
+    experiment = dataclasses.replace(
+        experiment,
+        family=family,
+        evaluate=lambda *_: None,
+        generate=lambda _params, _key, canvas, _documents: np.full_like(canvas, 5),
+    )
+    monkeypatch.setattr(evaluate, "load_parameters", lambda *_: (3, {}))
+    (tmp_path / "evaluation.json").mkdir()
+    with pytest.raises(WorkdirError, match="evaluation.json could not be written"):
+        main._evaluate(experiment, tmp_path)
+    assert capsys.readouterr().out == "test: 1.2500 ± 0.5000 bits per character\nand more\n"
+    (tmp_path / "samples").touch()
+    with pytest.raises(WorkdirError, match="samples/step-3.jsonl could not be written"):
+        main._sample(experiment, tmp_path)
+    assert "--- free ---" in capsys.readouterr().out
+
+    class Full:
+        def savefig(self, *_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def add_subplot(self):
+            return None
+
+    record = {"unit": "character", "unigram_bits_per_unit": 1.0, "bigram_bits_per_unit": 1.0}
+    monkeypatch.setattr(plots, "new_figure", lambda _: Full())
+    monkeypatch.setattr(plots, "training_curve", lambda *_: None)
+    monkeypatch.setattr(training, "read_metrics", lambda _: [])
+    with pytest.raises(WorkdirError, match="plots could not be written: No space left"):
+        evaluate.write_plots(tmp_path, record)
+
+
 HELP = ("the same line resumes", "--config.train.steps=2000", "--workdir:", "--mode:")
 
 
 def test_help_fits_a_screen(monkeypatch, capsys):
     code, out, _ = launching.call(monkeypatch, capsys, "--help")
-    assert code == 1 and [part for part in HELP if part not in out] == []
+    assert code == 0 and [part for part in HELP if part not in out] == []
     assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 80
     own = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(main)} - {"config"}
     assert all(f"--{name}" in out for name in own) and all(name in out for name in presets.PRESETS)
@@ -336,8 +403,18 @@ def test_help_fits_a_screen(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_help_is_printed():
-    out, err = launching.finish("--help", code=1)  # absl's own status
-    assert [part for part in HELP if part not in out + err] == []
+    for flag in ("--help", "--helpfull"):
+        out, err = launching.finish(flag)
+        assert [
+            part for part in HELP[2:] if part not in out.replace(" ", "") + out
+        ] == [] and not err
+
+
+def test_alone_it_says_what_to_do(capsys):
+    with pytest.raises(SystemExit) as left:
+        main._parse(["mdm"])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and "mdm --help" in err and "mdm train    --config=quick" in err
 
 
 def test_workdir_of_the_repository_is_left_alone():

@@ -83,6 +83,24 @@ def test_command_lines_that_are_not_complete(launch, arguments, expected):
     assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
 
 
+def test_files_of_flags_are_read_where_they_stand(launch, tmp_path):
+    """The config may stand in one, with its settings; what comes later wins."""
+    file, workdir = tmp_path / "flags", f"--workdir={tmp_path / 'run'}"
+    file.write_text(f"# mine\n--config=text_ar:smoke\n--config={QUICKSTART}\n--config.seed=-5\n")
+    code, _, err = launch(f"--flagfile={file}", workdir, "--config.train.steps=5")
+    assert code == 2 and "seed must be" in err and "got -5" in err
+    code, _, err = launch("--flagfile", file, workdir, "--config.seed=-7")
+    assert code == 2 and "got -7" in err
+    file.write_text("--config.train.stepz=5\n")
+    code, _, err = launch(f"--flagfile={file}", workdir, f"--config={QUICKSTART}")
+    assert code == 2 and "did you mean --config.train.steps?" in err
+    code, _, err = launch(f"--flagfile={file}s", workdir)
+    assert (
+        code == 2
+        and f"Unable to open flagfile: [Errno 2] No such file or directory: '{file}s'" in err
+    )
+
+
 # --- names --------------------------------------------------------------------------------------
 
 
@@ -285,9 +303,8 @@ def test_claiming_keeps_the_old_config(tmp_path):
     for number, peak in ((1, 0.5), (2, 0.25)):
         config.optimizer.peak = peak
         with pytest.raises(launch_workdir.WorkdirError, match="optimizer.peak"):
-            launch_workdir.check(tmp_path, config)
-        launch_workdir.check(tmp_path, config, allow_change=True)
-        launch_workdir.claim(tmp_path, config)
+            launch_workdir.claim(tmp_path, config)  # never without the flag
+        launch_workdir.claim(tmp_path, config, allow_change=True)
         assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["peak"] == peak
         assert (tmp_path / f"config.{number}.json").exists()
         assert (tmp_path / f"run.{number}.json").exists() and (tmp_path / "run.json").exists()

@@ -3,8 +3,11 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+import types
 
 import chex
 import jax
@@ -166,12 +169,18 @@ def test_one_of_two_processes_is_told_to_stop_and_one_process_goes_on(whole, tmp
     assert_same_run(workdir, whole)
 
 
+def kill_first(started):
+    started[0].send_signal(signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_with_a_word(whole, tmp_path):
+@pytest.mark.parametrize("killed,then", [(0, kill_first), (1, kill_second)])
+def test_a_process_that_dies_ends_the_others_with_a_word(whole, tmp_path, killed, then):
     workdir = tmp_path / "run"
-    (first, _, said), (second, _, _) = stop_at(workdir, 5, kill_second, 2)
-    assert second == -signal.SIGKILL and first not in (0, 130)
-    assert "process 0 ends" in said or "distributed service detected fatal" in said
+    found = stop_at(workdir, 5, then, 2)
+    assert found[killed][0] == -signal.SIGKILL and found[1 - killed][0] not in (0, 130)
+    word = "process 0 has ended, so process 1 ends" if killed == 0 else "error: process 0 ends"
+    assert word in found[1 - killed][2]
     assert "resuming at step 4" in finish(workdir, 2)
     assert_same_run(workdir, whole)
 
@@ -247,7 +256,95 @@ def test_half_given_coordinates_are_refused(monkeypatch):
         command_line.start_processes(None, 2, 0)
     with pytest.raises(ValueError, match=r"--process_id must be in \[0, 2\)"):
         command_line.start_processes("localhost:1", 2, 2)
+    for address in ("notaport", "localhost:", ":12", "a b:12", "localhost:x", "a:0", "a:65536"):
+        with pytest.raises(ValueError, match=f"--coordinator_address={address}: give HOST:PORT"):
+            command_line.start_processes(address, 2, 1)
+    for address in ("localhost:1", "10.0.0.1:65535", "[fe80::1%eth0]:1234", "node-1.lab:80"):
+        command_line._check_address(address)
     command_line.start_processes(None, None, None)  # a workstation
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     command_line.start_processes(None, 1, None)  # told not to look
+
+
+@pytest.fixture
+def first():
+    """A coordinator that greets whoever comes: (its socket, HOST:PORT)."""
+    with socket.create_server(("localhost", 0)) as server:
+        yield server, f"localhost:{server.getsockname()[1]}"
+
+
+def test_the_companion_says_who_is_waited_for_and_that_process_0_has_ended(capfd, first):
+    server, address = first
+    nobody = f"localhost:{launching.free_port()}"
+    tell = command_line._start_companion(nobody, 2, 1, pause=0.1)
+    expected = f"process 1 waits for process 0, which does not answer at {nobody} (Connection ref"
+    assert expected in said(capfd)
+    tell(address)  # all have joined
+    for _ in range(2):  # is process 0 within reach? then: it is alive
+        connection, _ = server.accept()
+        connection.send(b"greeting")
+    assert capfd.readouterr().err.count("error") == 0
+    connection.close()
+    assert "error: process 0 has ended, so process 1 ends" in said(capfd)
+    tell = command_line._start_companion(None, 3, 0, pause=0.1)
+    assert "process 0 waits for the others; start all 3 processes" in said(capfd)
+    tell("")
+
+
+def test_the_companion_leaves_without_a_word(capfd, first):
+    server, address = first
+    tell = command_line._start_companion(address, 2, 1)
+    tell(address)
+    for _ in range(2):
+        connection, _ = server.accept()
+        connection.send(b"greeting")
+    tell("end")
+    connection.settimeout(20)
+    assert connection.recv(1) == b"" and capfd.readouterr().err == ""
+
+
+def said(capfd):
+    """What came on standard error, at the latest after 20 s."""
+    for _ in range(400):
+        if text := capfd.readouterr().err:
+            return text
+        time.sleep(0.05)
+    raise AssertionError("nothing was said")
+
+
+class Store(dict):
+    """The coordination service's keys, set by processes that ran before."""
+
+    key_value_set = dict.__setitem__
+
+    def blocking_key_value_get(self, key, _):
+        return self[key]
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_settings_are_compared_before_anything_is_built(monkeypatch, steps):
+    store = Store({"mdm_jax/settings/2": json.dumps({"train": {"steps": steps}})})
+    store["mdm_jax/settings/1"] = json.dumps({"train": {"steps": 4}})
+    for me in range(3):  # every process says the same
+        state = types.SimpleNamespace(client=store, process_id=me, num_processes=3)
+        monkeypatch.setattr(command_line, "global_state", state)
+        settings = {"train": {"steps": steps if me == 2 else 4}}
+        if steps == 4:
+            command_line.check_same(settings)
+            continue
+        with pytest.raises(ValueError, match=r"process 2 was .*\n  train.steps: 4 -> 5"):
+            command_line.check_same(settings)
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_end_at_once(tmp_path):
+    together = (*ARGUMENTS, f"--workdir={tmp_path / 'run'}", "--num_processes=2")
+    together = (*together, f"--coordinator_address=localhost:{launching.free_port()}")
+    started = [
+        launching.start(*together, f"--process_id={number}", f"--config.seed={number}")
+        for number in range(2)
+    ]
+    for code, _, err in launching.finish_several(started):
+        assert code == 2 and "config.seed: 0 -> 1" in err and "Check failure" not in err
+    assert not (tmp_path / "run").exists()

@@ -2,7 +2,7 @@
 
 import json
 
-from mdm_jax.launch.evaluate import write_report
+from mdm_jax.launch.evaluate import format_results, write_plots
 
 
 def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
@@ -20,6 +20,7 @@ def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
         "unigram_bits_per_unit": 2.0,
         "bigram_bits_per_unit": None,
     }
-    text = write_report(tmp_path, record, {"samples": [], "files": []}, [])
+    text = format_results(record, [])
+    write_plots(tmp_path, record)
     assert "unigram entropy of the split 2.000, bigram entropy unknown bits per character" in text
     assert (tmp_path / "plots" / "training.png").exists()
