@@ -887,6 +887,20 @@ MUTATIONS = [
         "jnp.where(clean, ahead, heun()) if second_order else ahead",
         "tests/unit/gaussian/test_gaussian_samplers.py",
     ),
+    Mutation(
+        "variance mode: adaptive methods measured without a warm-up",
+        "launch/measure.py",
+        "for number in range(self.settings.warm_up):",
+        "for number in range(0):",
+        "tests/runs/test_variance_mode.py",
+    ),
+    Mutation(
+        "compilation cache: not used",
+        "launch/command_line.py",
+        'jax.config.update("jax_compilation_cache_dir", directory)',
+        "pass",
+        COMPILED,
+    ),
 ]
 
 

@@ -216,9 +216,8 @@ def check_members(t, members, process):
 
 @pytest.mark.parametrize("seed", FEW)
 def test_exact_transforms_keep_loss_and_gradient_of_a_random_toy(seed):
-    """All on the toy with rows of every kind, and each on one of the two smaller ones."""
-    members = FEW_MEMBERS if toy(seed).rows == 7 else FEW_MEMBERS[seed::2]
-    check_members(toy(seed), members, "fixed_count")
+    """Of five rows every other transform, to save time; of one and of seven all."""
+    check_members(toy(seed), FEW_MEMBERS[:: 2 if toy(seed).rows == 5 else 1], "fixed_count")
 
 
 @pytest.mark.slow

@@ -3,15 +3,19 @@
 import csv
 import dataclasses
 import json
+import types
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import launching
 import numpy as np
 import pytest
+import tiny
 import zoo
 
-from mdm_jax import meter
+from mdm_jax import meter, variance
+from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import measure as mode
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
@@ -68,6 +72,21 @@ def measured(tmp_path_factory):
     experiment = dataclasses.replace(experiment, family=family)
     record = mode.measure(experiment, workdir, methods, SETTINGS)
     return record, workdir
+
+
+def test_adaptive_methods_learn_from_as_many_batches_as_were_asked_for():
+    bench = object.__new__(mode._Bench)
+    bench.experiment = types.SimpleNamespace(
+        apply_fn=tiny.apply_fn,
+        key=lambda *_: jax.random.key(0),
+        spec=DrawSpec(4, 1, (tiny.LENGTH,)),
+        dataset=types.SimpleNamespace(length=tiny.LENGTH),
+    )
+    bench.params, bench.warm_up = tiny.params(), [tiny.batch(4, seed) for seed in range(2)]
+    bench.settings = dataclasses.replace(SETTINGS, warm_up=5)
+    transform = variance.ppots_slopes()
+    state = bench._warmed_up(tiny.objective(), transform, transform.init(bench.experiment.spec))
+    assert state.steps == 5 and state.rejected == 0 and np.any(state.second > 0)
 
 
 def test_every_method_is_in_the_record(measured):
