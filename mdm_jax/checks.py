@@ -45,7 +45,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Real(Rule):
-    """Finite numbers of an interval such as "(0, 1]"; a traced one passes."""
+    """Numbers of an interval with finite ends such as "(0, 1]"; a traced one passes."""
 
     interval: str
     unit: str = ""
@@ -74,7 +74,7 @@ class Real(Rule):
         low, high = self.ends
         above = value >= low if self.interval[0] == "[" else value > low
         below = value <= high if self.interval[-1] == "]" else value < high
-        return above and below and math.isfinite(value)
+        return above and below  # NaN is neither
 
 
 class Whole(Real):

@@ -305,12 +305,8 @@ def test_random_remasking_follows_its_law():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: by_score(tokens_per_step=0), "at least 1 in every step, got 0"),
-        (lambda: by_score(tokens_per_step=[2, 0]), r"got \[2, 0\]"),
-        (lambda: by_score(tokens_per_step=[]), "at least 1"),
-        (lambda: entropy_bounded(float("nan")), "got nan"),
-        (lambda: low_confidence_remasking(0, 2), "got 0 and 2"),
-        (lambda: random_remasking(2, 0), "random_remasking .* got 2 and 0"),
+        (lambda: by_score(tokens_per_step=[2, 0]), "tokens_per_step must be .* got 0"),
+        (lambda: by_score(tokens_per_step=[]), "at least one step"),
     ],
 )
 def test_bad_settings(build, message):

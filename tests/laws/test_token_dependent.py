@@ -187,7 +187,6 @@ def test_element_weights_equal_the_bound_where_nothing_is_rare():
     "make, words",
     [
         (lambda: masked.bernoulli_shifted_rate(3, [1, 2]), "bool vector"),
-        (lambda: masked.bernoulli_shifted_logit(3, RARE, 1.0, -1), "not be negative"),
     ],
 )
 def test_wrong_settings_are_refused(make, words):

@@ -71,6 +71,33 @@ def test_every_setting_states_what_it_may_be():
                     rule.check(name, int(end) if isinstance(rule, checks.Whole) else end)
 
 
+MEANINGLESS = {
+    "optimizer.peak": (-0.01, 0.0),
+    "optimizer.weight_decay": (-50.0,),
+    "optimizer.b1": (2.0, 1.0),
+    "optimizer.b2": (1.0,),
+    "optimizer.final_fraction": (-1.0,),
+    "optimizer.muon.momentum": (2.0, 1.0),
+    "optimizer.ema_decay": (1.0,),
+    "model.mlp_ratio": (-1.0, 0.0),
+    "model.rope_base": (0.0, 1.0),
+    "sample.top_p": (2.0, 0.0),
+    "sample.temperature": (-1.0,),
+    "train.steps": (0,),
+    "variance.ppots.floor": (0.0,),
+}
+
+
+def test_ranges_leave_out_what_has_no_meaning():
+    """Ends of ranges, written down once more."""
+    for name, values in MEANINGLESS.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} must be"):
+                SETTINGS[name].rule.check(name, value)
+    with pytest.raises(ValueError, match="mlp_ratio 0.01 of width 128 leaves no hidden units"):
+        models.TransformerConfig(8, mlp_ratio=0.01)
+
+
 def test_no_setting_outside_of_its_rule_becomes_a_run(monkeypatch):
     """Whatever the process reads: the config is checked before any data are touched."""
     monkeypatch.setattr(build, "dataset", lambda _: pytest.fail("got as far as the data"))
