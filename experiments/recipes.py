@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from experiments.study.gradient_noise import drawn_batches
 from mdm_jax import data, meter, variance
+from mdm_jax.data.tokenizers import printable
 from mdm_jax.evaluation import quality as picture_quality
 from mdm_jax.gaussian.recipes import RECIPES
 from mdm_jax.launch import evaluate, presets, train
@@ -59,7 +60,7 @@ def main() -> int:
                 return 130
             records[name] = measure(experiment, workdir, options.samples)
         except (ValueError, OSError, WorkdirError, CheckpointError, TrainingStopped) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 2
         write_json(options.workdir / "recipes.json", records)
     text = table(records)

@@ -28,6 +28,7 @@ from experiments.study import plots, table
 from experiments.study import runs as study_runs
 from experiments.study.runs import Run
 from experiments.study.suites import SUITES, Suite
+from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import command_line
 from mdm_jax.launch.workdir import WorkdirError
 from mdm_jax.training.checkpoints import CheckpointError
@@ -182,7 +183,7 @@ def _tail(path: pathlib.Path, lines: int = 10) -> list[str]:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -3,7 +3,7 @@
 from mdm_jax.data.datasets import Dataset, RowSource, gather
 from mdm_jax.data.images import digits
 from mdm_jax.data.packing import check_document_blocks, first_fit, unpacked
-from mdm_jax.data.pairs import jsonl
+from mdm_jax.data.pairs import PairLayout, jsonl
 from mdm_jax.data.pipeline import (
     check_same_stream,
     evaluation_batches,
@@ -11,7 +11,7 @@ from mdm_jax.data.pipeline import (
     train_iterator,
 )
 from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, rare_tokens, split_entropies
-from mdm_jax.data.text import documents, embedded_text, text
+from mdm_jax.data.text import documents, embedded_text, read_lines, text
 from mdm_jax.data.tfds_source import tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (
     BPETokenizer,
@@ -19,6 +19,8 @@ from mdm_jax.data.tokenizers import (
     CharTokenizer,
     SpecialTokens,
     Tokenizer,
+    describe_unknown,
     load_tokenizer,
+    printable,
     tokenizer_from_json,
 )

@@ -6,13 +6,24 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    get_args,
+    runtime_checkable,
+)
 
 import numpy as np
 
 from mdm_jax.checks import Real, Whole
-from mdm_jax.data.tokenizers import Tokenizer
+from mdm_jax.data.tokenizers import Tokenizer, printable
 from mdm_jax.types import Batch
+
+if TYPE_CHECKING:
+    from mdm_jax.data.pairs import PairLayout
 
 SPLITS = ("train", "valid", "test")
 
@@ -42,6 +53,7 @@ class Dataset:
         description: sizes, source, licence, and every policy that removed something.
         report: counts of what was read, changed or left out.
         check: ``check(prompt, answer)``, whether an answer is right; None where unknown.
+        layout: how rows hold prompts and answers; None where they hold none.
     """
 
     train: RowSource
@@ -58,6 +70,7 @@ class Dataset:
     report: Mapping[str, int]
     check: Callable[[str, str], bool] | None = None
     absent_ids: tuple[int, ...] = ()
+    layout: "PairLayout | None" = None
 
     def __post_init__(self):
         if self.length < 1:
@@ -91,6 +104,7 @@ def make_dataset(
     event_shape: tuple[int, ...] | None = None,
     check: Callable[[str, str], bool] | None = None,
     has_eos: bool = True,
+    layout: "PairLayout | None" = None,
 ) -> Dataset:
     """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 
@@ -120,10 +134,11 @@ def make_dataset(
         unit="dimension" if tokenizer is None else "character",
         event_shape=event_shape,
         fingerprint=fingerprint.hexdigest(),
-        description="\n".join([*lines, f"Counts: {counts}."]),
+        description=printable("\n".join([*lines, f"Counts: {counts}."])),
         report=report,
         check=check,
         absent_ids=absent_ids,
+        layout=layout,
     )
 
 

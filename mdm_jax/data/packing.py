@@ -205,13 +205,15 @@ def document_dataset(
     digest: bytes | None = None,
     cache: str | os.PathLike | None = None,
     identity: Any = None,
+    report: Mapping[str, int] | None = None,
 ) -> Dataset:
     """Dataset of documents, each ended by EOS; a function of the arguments alone.
 
     ``texts`` are the documents by split; the tokenizer is fitted to "train". ``cache`` is a folder
-    that keeps tokens on disk, under ``identity``, the JSON value that identifies the texts. Other
-    arguments as in :func:`mdm_jax.data.documents` and ``datasets.make_dataset`` (digest None: of
-    the tokens). ValueError as :func:`cut_documents`, naming the split.
+    that keeps tokens on disk, under ``identity``, the JSON value that identifies the texts.
+    ``report`` counts what reading dropped. Other arguments as in :func:`mdm_jax.data.documents` and
+    ``datasets.make_dataset`` (digest None: of the tokens). ValueError, naming the split, as
+    :func:`cut_documents` or if all documents of one are empty.
     """
     if cache is None:
         codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
@@ -226,9 +228,11 @@ def document_dataset(
             pathlib.Path(cache), identity, texts, tokenizer, bpe_vocab_size
         )
     rows: dict[str, PackedSpans] = {}
-    report: dict[str, int] = {}
+    report = dict(report or {})
     for split, part in parts.items():
         rows[split], counts = document_rows(part, codec, layout, f"{origin}, {split} split")
+        if 0 < counts["documents"] == counts["empty_documents"]:
+            raise ValueError(f"{origin}: every document of the {split} split is empty")
         report |= {f"{split}_{name}": count for name, count in counts.items()}
     positions = report["train_rows"] * layout.length
     filled = 1 - report["train_padded_positions"] / positions if positions else 1.0

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mdm_jax.checks import checked
 from mdm_jax.data.datasets import (
@@ -22,8 +23,8 @@ from mdm_jax.data.datasets import (
     check_choice,
     make_dataset,
 )
-from mdm_jax.data.text import Record, read_splits
-from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from mdm_jax.data.text import Line, Record, read_splits
+from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
 from mdm_jax.types import Batch
 
 TooLong = Literal["error", "truncate", "drop"]
@@ -63,17 +64,83 @@ class ResultAfterMarker:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Settings by which a pair becomes a row."""
+class PairLayout:
+    """Rows ``[PAD ... prompt][answer ...]``: where pairs stand, to train, to score and to answer.
+
+    The prompt is right-aligned and never eligible, its padding not attended to. After the answer,
+    which includes its EOS: "eos_scored", more EOS, eligible; "eos_once", EOS, and "pad_hidden",
+    padding, neither eligible nor attended to.
+    """
 
     prompt_length: int
     answer_length: int
-    answer_padding: AnswerPadding
-    too_long: TooLong
+    answer_padding: Literal["eos_scored", "eos_once", "pad_hidden"]
 
     @property
     def length(self) -> int:
+        """L, positions of a row."""
         return self.prompt_length + self.answer_length
+
+    def misfit(self, prompt: ArrayLike, answer: ArrayLike) -> str:
+        """Why token ids do not fit; "" if they do."""
+        if len(prompt) <= self.prompt_length and len(answer) <= self.answer_length:
+            return ""
+        return (
+            f"too long, the prompt has {len(prompt)} tokens (prompt_length {self.prompt_length}) "
+            f"and the answer with its EOS {len(answer)} (answer_length {self.answer_length})"
+        )
+
+    def rows(
+        self,
+        prompts: Sequence[ArrayLike],
+        answers: Sequence[ArrayLike],
+        *,
+        pad_id: int,
+        eos_id: int | None = None,
+        units: ArrayLike | None = None,
+    ) -> Batch:
+        """Rows [N, L] of N prompts and N answers, token ids; ValueError if one does not fit.
+
+        ``units``: [N] characters of each answer, None: its eligible tokens. "pad_hidden" does not
+        read ``eos_id``.
+        """
+        shape = (len(prompts), self.length)
+        tokens = np.full(shape, pad_id, np.int32)
+        eligible, documents = np.zeros(shape, bool), np.zeros(shape, np.int32)
+        middle = self.prompt_length
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            if misfit := self.misfit(prompt, answer):
+                raise ValueError(f"pair {row}: {misfit}")
+            begin, end = middle - len(prompt), middle + len(answer)
+            visible_end = self.length if self.answer_padding == "eos_scored" else end
+            tokens[row, begin:middle], tokens[row, middle:end] = prompt, answer
+            if self.answer_padding != "pad_hidden":
+                tokens[row, end:] = eos_id
+            eligible[row, middle:visible_end] = True
+            documents[row, begin:visible_end] = 1
+        units = eligible.sum(1) if units is None else units
+        return Batch(tokens, eligible, documents, np.asarray(units, np.int32))
+
+    def to_answer(self, ids: np.ndarray, codec: Tokenizer) -> Batch:
+        """The row [1, L] of a prompt whose answer is to be generated, masked there.
+
+        ``ids`` [n]: the prompt and, from the first mask on, the answer as far as it is known; under
+        "eos_scored" the rest is masked too. Otherwise rows show where the answer ends: ValueError
+        without a mask, as if something does not fit.
+        """
+        first = np.flatnonzero(np.append(ids, codec.mask_id) == codec.mask_id)[0]
+        prompt, answer = ids[:first], ids[first:]
+        if misfit := self.misfit(prompt, answer):
+            raise ValueError(misfit)
+        if self.answer_padding == "eos_scored":
+            rest = self.answer_length - len(answer)
+            answer = np.append(answer, np.full(rest, codec.mask_id, np.int32))
+        if not len(answer):
+            raise ValueError(
+                f"rows show where the answer ends (answer_padding={self.answer_padding!r}); say so "
+                "by one ▁ after the prompt for each token of the answer and one for its EOS"
+            )
+        return self.rows([prompt], [answer], pad_id=codec.pad_id, eos_id=codec.eos_id)
 
 
 @checked
@@ -113,12 +180,12 @@ def jsonl(
             ``Dataset.check``; "": no check.
 
     ValueError as ``read_splits``; naming file and line, if an answer lacks the marker or a pair is
-    too long under "error"; if every pair of a split is dropped or a setting is out of range.
+    too long under "error"; if all answers of a split are empty or dropped; for a bad setting.
     """
     check_choice("too_long", too_long, TooLong)
     check_choice("answer_padding", answer_padding, AnswerPadding)
-    layout = _Layout(prompt_length, answer_length, answer_padding, too_long)
-    parts = read_splits(
+    layout = PairLayout(prompt_length, answer_length, answer_padding)
+    parts, dropped = read_splits(
         path,
         (prompt_field, answer_field),
         valid_path=valid_path,
@@ -129,14 +196,16 @@ def jsonl(
     train_texts = [text for record in parts["train"] for text in record.values]
     codec = make_tokenizer(tokenizer, train_texts, bpe_vocab_size)
     check = _checker(parts, codec, layout, answer_marker) if answer_marker else None
-    rows, report = {}, {}
+    rows, report = {}, dict(dropped)
     train_prompts = {record.values[0] for record in parts["train"]}
     for name, records in parts.items():
-        batch, counts = _encode(records, codec, layout)
-        if records and not counts["rows"]:
+        batch, counts = _encode(records, codec, layout, too_long)
+        if records and not batch.units.any():
+            fault = "empty" if counts["rows"] else "dropped as too long"
             raise ValueError(
-                f"{records[0].origin}: every pair of the {name} split was dropped as too long; "
-                f"raise prompt_length ({prompt_length}) or answer_length ({answer_length})"
+                f"{records[0].origin}: the answer of every pair of the {name} split was {fault}; "
+                f"see answer_field ({answer_field!r}), prompt_length ({prompt_length}) and "
+                f"answer_length ({answer_length})"
             )
         rows[name] = StoredRows(batch)
         report |= {f"{name}_{key}": value for key, value in counts.items()}
@@ -144,23 +213,31 @@ def jsonl(
             report[f"{name}_prompts_also_in_train"] = sum(
                 record.values[0] in train_prompts for record in records
             )
+    lines = (Line(t, r.origin) for records in parts.values() for r in records for t in r.values)
     content = json.dumps([[record.values for record in records] for records in parts.values()])
     return make_dataset(
         rows,
         codec,
         length=layout.length,
         digest=hashlib.sha256(content.encode()).digest(),
-        settings=dataclasses.asdict(layout) | {"source": "jsonl", "tokenizer": codec.fingerprint},
+        settings={
+            **dataclasses.asdict(layout),
+            "too_long": too_long,
+            "source": "jsonl",
+            "tokenizer": codec.fingerprint,
+        },
         headline=f"Prompt and answer pairs from {pathlib.Path(path).name}, one a line.",
         policy=f"Prompt in {prompt_length} positions, answer in {answer_length}; pairs that are "
-        f"too long: {too_long}; after the answer: {answer_padding}.",
+        f"too long: {too_long}; after the answer: {answer_padding}."
+        + describe_unknown(lines, codec),
         report=report,
         check=check,
+        layout=layout,
     )
 
 
 def _checker(
-    parts: Mapping[str, Sequence[Record]], codec: Tokenizer, layout: _Layout, marker: str
+    parts: Mapping[str, Sequence[Record]], codec: Tokenizer, layout: PairLayout, marker: str
 ) -> ResultAfterMarker:
     """References by the prompt as its row holds it: cut, and without unknown characters."""
     results = collections.defaultdict(set)
@@ -177,52 +254,32 @@ def _checker(
 
 
 def _encode(
-    records: Sequence[Record], codec: Tokenizer, layout: _Layout
+    records: Sequence[Record], codec: Tokenizer, layout: PairLayout, too_long: TooLong
 ) -> tuple[Batch, dict[str, int]]:
     """Rows of one split, and counts for the report."""
     counts = dict.fromkeys(
         ("pairs", "rows", "truncated_prompts", "truncated_answers", "dropped_pairs"), 0
     )
     counts |= {"pairs": len(records), "unknown_characters": 0}
-    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    prompts, answers = [], []
     for (prompt, answer), origin in records:
-        prompt, answer = codec.encode(prompt), codec.encode(answer)
-        long_prompt = len(prompt) > layout.prompt_length
-        long_answer = len(answer) + 1 > layout.answer_length
-        if (long_prompt or long_answer) and layout.too_long == "error":
+        prompt, answer = codec.encode(prompt), np.append(codec.encode(answer), codec.eos_id)
+        misfit = layout.misfit(prompt, answer)
+        if misfit and too_long == "error":
             raise ValueError(
-                f"{origin}: too long, the prompt has {len(prompt)} tokens (prompt_length "
-                f"{layout.prompt_length}) and the answer with its EOS {len(answer) + 1} "
-                f"(answer_length {layout.answer_length}); raise the lengths, or choose "
-                "too_long='truncate' or 'drop', which count what they change"
+                f"{origin}: {misfit}; raise the lengths, or choose too_long='truncate' or 'drop', "
+                "which count what they change"
             )
-        if (long_prompt or long_answer) and layout.too_long == "drop":
+        if misfit and too_long == "drop":
             counts["dropped_pairs"] += 1
             continue
-        counts["truncated_prompts"] += long_prompt
-        counts["truncated_answers"] += long_answer
-        prompt = prompt[-layout.prompt_length :]
-        counts["rows"] += 1
-        counts["unknown_characters"] += codec.count_unknown(prompt) + codec.count_unknown(answer)
-        kept.append((prompt, np.append(answer, codec.eos_id)[: layout.answer_length]))
-    return _rows(kept, codec, layout), counts
-
-
-def _rows(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], codec: Tokenizer, layout: _Layout
-) -> Batch:
-    shape = (len(pairs), layout.length)
-    tokens = np.full(shape, codec.pad_id, np.int32)
-    eligible, documents = np.zeros(shape, bool), np.zeros(shape, np.int32)
-    units = np.zeros(len(pairs), np.int32)
-    middle = layout.prompt_length
-    for row, (prompt, answer) in enumerate(pairs):
-        begin, end = middle - len(prompt), middle + len(answer)
-        visible_end = layout.length if layout.answer_padding == "eos_scored" else end
-        tokens[row, begin:middle] = prompt
-        tokens[row, middle:end] = answer
-        tokens[row, end:visible_end] = codec.eos_id
-        eligible[row, middle:visible_end] = True
-        documents[row, begin:visible_end] = 1
-        units[row] = codec.count_characters(answer)
-    return Batch(tokens, eligible, documents, units)
+        counts["truncated_prompts"] += len(prompt) > layout.prompt_length
+        counts["truncated_answers"] += len(answer) > layout.answer_length
+        prompts.append(prompt[-layout.prompt_length :])
+        counts["unknown_characters"] += codec.count_unknown(prompts[-1])
+        counts["unknown_characters"] += codec.count_unknown(answer)
+        answers.append(answer[: layout.answer_length])
+    counts["rows"] = len(prompts)
+    units = [codec.count_characters(answer) for answer in answers]
+    ids = {"pad_id": codec.pad_id, "eos_id": codec.eos_id}
+    return layout.rows(prompts, answers, **ids, units=units), counts

@@ -1,11 +1,15 @@
-"""Text: windows of one file or of CPython's documentation, and JSONL documents."""
+"""Text files and their lines; windows of a text, and documents from JSON lines."""
 
+import collections
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import pathlib
 import sys
 import unicodedata
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,7 +34,7 @@ from mdm_jax.data.packing import (
     Packing,
     document_dataset,
 )
-from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, utf8
+from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer, utf8
 
 
 @checked
@@ -43,7 +47,7 @@ def text(
     fractions: Fractions = (0.9, 0.05, 0.05),
     train_stride: Stride = 1,
 ) -> Dataset:
-    """Rows of ``length`` tokens from a UTF-8 text file, all of whose characters are kept.
+    """Rows of ``length`` tokens from a UTF-8 text file (:func:`read_text`), line ends as they are.
 
     The text is cut into three contiguous parts by number of characters, each encoded by itself.
     Valid and test rows tile their part, the last padded: neither eligible nor attended to.
@@ -57,14 +61,12 @@ def text(
     ValueError, naming the file, if it is empty, not UTF-8 (with byte offset and line), or too short
     for one training row; or if a setting is out of range.
     """
-    content = read_utf8(path)
-    if not content:
-        raise ValueError(f"{path}: the file is empty")
+    content, dropped = read_text(path)
     return _windows(
         content,
         origin=str(path),
         headline=f"Text file {pathlib.Path(path).name}, {len(content)} characters.",
-        report={},
+        report=dropped,
         length=length,
         tokenizer=tokenizer,
         bpe_vocab_size=bpe_vocab_size,
@@ -146,6 +148,9 @@ def _windows(
             report["train_tokens_in_no_row"] = size - covered
         else:
             report[f"{name}_padded_positions"] = len(starts) * length - size
+    unknown = ""
+    if any(report[f"{name}_unknown_characters"] for name in SPLITS):
+        unknown = describe_unknown(_numbered(content, origin), codec)
     return make_dataset(
         rows,
         codec,
@@ -159,23 +164,87 @@ def _windows(
             "tokenizer": codec.fingerprint,
         },
         headline=headline,
-        policy=f"Training rows begin every {train_stride} tokens.",
+        policy=f"Training rows begin every {train_stride} tokens.{unknown}",
         report=report,
         has_eos=False,
     )
 
 
-def read_utf8(path: str | os.PathLike) -> str:
-    """Contents of a UTF-8 file; ValueError names file, line and byte offset of bad bytes."""
-    data = pathlib.Path(path).read_bytes()
+class Text(NamedTuple):
+    """Contents of a text file, and what was dropped, for ``Dataset.report``."""
+
+    content: str
+    dropped: dict[str, int]
+
+
+class Line(NamedTuple):
+    """A line of a text file without its end, and its ``file:line`` for messages."""
+
+    text: str
+    origin: str
+
+
+_SUFFIXES = {".gz": (gzip.open, b"\x1f\x8b"), ".xz": (lzma.open, b"\xfd7zXZ")}
+"""How compressed files are opened, and what they begin with."""
+
+
+def read_text(path: str | os.PathLike) -> Text:
+    """A UTF-8 text file, .gz and .xz decompressed, without the byte order mark at its beginning.
+
+    ValueError names the file if it is empty or not compressed as its suffix says; and the line and
+    byte offset of bytes that are not UTF-8.
+    """
+    path = pathlib.Path(path)
     try:
-        return data.decode("utf-8")
+        with _SUFFIXES.get(path.suffix.lower(), (open, b""))[0](path, "rb") as file:
+            data = file.read()
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged, or not a {path.suffix} file ({error})") from error
+    try:
+        content = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
+        suffixes = [suffix for suffix, (_, magic) in _SUFFIXES.items() if data.startswith(magic)]
+        remedy = f"name it *{suffixes[0]}" if suffixes else "convert the file to UTF-8 first"
         raise ValueError(
             f"{path}:{line}: not UTF-8, byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"({error.reason}); convert the file to UTF-8 first"
+            f"({error.reason}); {remedy}"
         ) from error
+    text = content.removeprefix("\ufeff")
+    if not text:
+        raise ValueError(f"{path}: the file is empty")
+    return Text(text, {"byte_order_marks": len(content) - len(text)})
+
+
+def read_lines(path: str | os.PathLike) -> tuple[list[Line], dict[str, int]]:
+    """The lines of :func:`read_text`, and counts of what was dropped.
+
+    Lines end at ``\\n`` alone, not where ``str.splitlines`` cuts too, such as at U+2028 or a form
+    feed; a ``\\r`` just before it is dropped and counted, and so are blank lines at the end.
+    ValueError names file and line of a blank line before.
+    """
+    text, dropped = read_text(path)
+    lines = _numbered(text, str(path))
+    while lines and not lines[-1].text.strip(_BLANK):
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}: the file is empty")
+    for line in lines:
+        if not line.text.strip(_BLANK):
+            raise ValueError(
+                f"{line.origin}: empty line; only the end of the file may have empty lines"
+            )
+    returns = sum(line.text.endswith("\r") for line in lines)
+    lines = [line._replace(text=line.text.removesuffix("\r")) for line in lines]
+    return lines, dropped | {"carriage_returns": returns}
+
+
+_BLANK = " \t\r"
+
+
+def _numbered(text: str, origin: str) -> list[Line]:
+    pieces = text.split("\n")
+    return [Line(piece, f"{origin}:{number}") for number, piece in enumerate(pieces, start=1)]
 
 
 class Record(NamedTuple):
@@ -193,8 +262,9 @@ def read_splits(
     test_path: str | os.PathLike | None,
     fractions: Sequence[float],
     split_seed: int,
-) -> dict[str, list[Record]]:
-    """Records of each split, in the order of the files, from files of one JSON object per line.
+) -> tuple[dict[str, list[Record]], dict[str, int]]:
+    """Records of each split, in the order of the files, from files of one JSON object per line;
+    and counts of what :func:`read_lines` dropped.
 
     ``fields`` are the keys to read. Without ``valid_path`` the *distinct first fields* are shuffled
     with ``split_seed`` and split by ``fractions``, so none is in two splits. With it, the whole
@@ -205,29 +275,24 @@ def read_splits(
     """
     if test_path is not None and valid_path is None:
         raise ValueError("test_path needs valid_path; without both, the one file is split")
+    dropped = collections.Counter()
+
+    def records(path: str | os.PathLike | None) -> list[Record]:
+        lines, counts = ([], {}) if path is None else read_lines(path)
+        dropped.update(counts)
+        return [_parse(*line, fields) for line in lines]
+
     if valid_path is not None:
-        paths = zip(SPLITS, (path, valid_path, test_path))
-        return {name: [] if p is None else _read_jsonl(p, fields) for name, p in paths}
-    records = _read_jsonl(path, fields)
-    distinct = list(dict.fromkeys(record.values[0] for record in records))
+        files = zip(SPLITS, (path, valid_path, test_path))
+        return {name: records(file) for name, file in files}, dropped
+    found = records(path)
+    distinct = list(dict.fromkeys(record.values[0] for record in found))
     parts = shuffled_split(len(distinct), fractions, split_seed, str(path))
     split_of = {distinct[i]: name for name, numbers in parts.items() for i in numbers}
-    return {name: [r for r in records if split_of[r.values[0]] == name] for name in SPLITS}
-
-
-def _read_jsonl(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
-    # Not str.splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
-    lines = read_utf8(path).split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{path}: the file is empty")
-    return [_parse(line, f"{path}:{number}", fields) for number, line in enumerate(lines, start=1)]
+    return {name: [r for r in found if split_of[r.values[0]] == name] for name in SPLITS}, dropped
 
 
 def _parse(line: str, origin: str, fields: Sequence[str]) -> Record:
-    if not line.strip():
-        raise ValueError(f"{origin}: empty line; only the end of the file may have empty lines")
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -289,7 +354,7 @@ def documents(
     ValueError as ``read_splits``, for a long document under "error", or a setting out of range.
     """
     layout = DocumentLayout(length, packing, long_documents, document_padding, align)
-    parts = read_splits(
+    parts, dropped = read_splits(
         path,
         (text_field,),
         valid_path=valid_path,
@@ -298,13 +363,17 @@ def documents(
         split_seed=split_seed,
     )
     texts = {name: [record.values[0] for record in records] for name, records in parts.items()}
+    codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
+    lines = (Line(*r.values, r.origin) for records in parts.values() for r in records)
     return document_dataset(
         texts,
         layout,
-        tokenizer,
+        codec,
         bpe_vocab_size,
         origin=str(path),
-        headline=f"Documents from {pathlib.Path(path).name}, one a line.",
+        headline=f"Documents from {pathlib.Path(path).name}, one a line."
+        + describe_unknown(lines, codec),
         settings={"source": "documents", "packing": packing},
         digest=hashlib.sha256(json.dumps(list(texts.values())).encode()).digest(),
+        report=dropped,
     )

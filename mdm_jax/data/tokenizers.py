@@ -4,10 +4,13 @@ Content ids come first; the last three are padding, EOS and mask, never returned
 """
 
 import abc
+import collections
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -19,6 +22,10 @@ REPLACEMENT = "\ufffd"
 # Text that normalisers, added prefix spaces and stripping would change.
 _PROBE = "A\u0301 é ﬁ²\r\n\n\t 2024 字\U0001f600  <mask> <pad>Don't \u2028end."
 _CHUNK = 2**20
+# Controls but tab and newline, line separators, bidirectional overrides, surrogates.
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class Tokenizer(abc.ABC):
@@ -91,6 +98,12 @@ class Tokenizer(abc.ABC):
     def count_unknown(self, ids: ArrayLike) -> int:
         """How many of ``ids`` (any shape) stand for characters outside the vocabulary."""
         return 0 if self.unknown_id is None else int((np.asarray(ids) == self.unknown_id).sum())
+
+    def unknown_in(self, text: str) -> str:
+        """The characters of ``text`` outside the vocabulary, in order."""
+        if self.unknown_id is None:
+            return ""
+        return "".join(text[i] for i in np.flatnonzero(self.encode(text) == self.unknown_id))
 
     def truncate_at_eos(self, ids: ArrayLike) -> np.ndarray:
         """The part of ``ids`` [n] before the first EOS, or all of it."""
@@ -397,6 +410,29 @@ def make_tokenizer(
         f"tokenizer must be 'char', 'byte', 'bpe', the path of a .json file or a Tokenizer, got "
         f"{tokenizer!r}"
     )
+
+
+def describe_unknown(lines: Iterable[tuple[str, str]], codec: Tokenizer, most: int = 5) -> str:
+    """Characters outside the vocabulary by place, a sentence to append; "" if there are none.
+
+    ``lines`` are texts, each with its ``file:line``; the first ``most`` that have any are named.
+    """
+    pairs = ((origin, codec.unknown_in(text)) for text, origin in lines)
+    found = list(itertools.islice(((o, unknown) for o, unknown in pairs if unknown), most + 1))
+    parts = [
+        f"{origin} has {', '.join(f'{c!r} ({n})' for c, n in collections.Counter(unknown).items())}"
+        for origin, unknown in found[:most]
+    ]
+    parts += ["and more lines"] * (len(found) > most)
+    return f" Outside the vocabulary: {'; '.join(parts)}." if found else ""
+
+
+def printable(text: str) -> str:
+    """``text`` without power over a terminal: control characters become their JSON escapes.
+
+    Tabs and newlines stay. Applied to JSON it stays JSON of the same values.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def utf8(text: str) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mdm_jax.data.datasets import StoredRows
+from mdm_jax.data.pairs import PairLayout
 from mdm_jax.data.pipeline import evaluation_batches
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import to_host
@@ -81,21 +82,8 @@ def answer_rows(
             f"{count} prompts need as many answers and units, got {len(answers)} answers"
             + ("" if units is None else f" and {len(units)} units")
         )
-    shape = (count, prompt_length + answer_length)
-    tokens = np.full(shape, pad_id, np.int32)
-    visible, eligible = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
-        prompt, answer = np.asarray(prompt, np.int32), np.asarray(answer, np.int32)
-        if len(prompt) > prompt_length or len(answer) > answer_length:
-            raise ValueError(
-                f"pair {row} does not fit: {len(prompt)} prompt tokens in {prompt_length} "
-                f"positions, {len(answer)} answer tokens in {answer_length}"
-            )
-        begin, end = prompt_length - len(prompt), prompt_length + len(answer)
-        tokens[row, begin:prompt_length], tokens[row, prompt_length:end] = prompt, answer
-        visible[row, begin:end], eligible[row, prompt_length:end] = True, True
-    units = eligible.sum(1) if units is None else units
-    return Batch(tokens, eligible, visible.astype(np.int32), np.asarray(units, np.int32))
+    layout = PairLayout(prompt_length, answer_length, "pad_hidden")
+    return layout.rows(prompts, answers, pad_id=pad_id, units=units)
 
 
 def score_answers(

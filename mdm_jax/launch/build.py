@@ -212,7 +212,13 @@ def make_experiment(config: ConfigDict) -> Experiment:
         else None,
     )
     experiment.step  # noqa: B018  (checks the step's settings)
-    experiment.batches(held_out[1], e.max_rows)
+    for split, source in (held_out, *[("valid", rows.valid)] * bool(len(rows.valid))):
+        batches = experiment.batches(source, e.max_rows)
+        if not any(np.any(batch.units) for batch in batches):  # as a rule the first one has some
+            raise ValueError(
+                f"evaluate.max_rows={e.max_rows}: the rows of the {split} split that are evaluated "
+                f"hold no {rows.unit}, so there is no bound per {rows.unit}; evaluate more rows"
+            )
     if s.judge:
         check_source(pathlib.Path(s.judge), rows.tokenizer, "sample.judge")
     if s.prompts and rows.tokenizer is None:
@@ -391,6 +397,8 @@ def check_quality(experiment: Experiment) -> None:
     c, dataset = experiment.config.sample, experiment.dataset
     if dataset.tokenizer is None:
         raise ValueError("sample.quality_steps is about text, and this run's data are pictures")
+    if dataset.layout is not None:
+        raise ValueError("sample.quality_steps is about free text, and this run answers prompts")
     if experiment.config.process == "autoregressive":
         raise ValueError("sample.quality_steps: an autoregressive model has one step per token")
     if not experiment.family.takes_steps:

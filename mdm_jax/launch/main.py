@@ -39,6 +39,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import command_line, evaluate, measure, train
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
@@ -268,7 +269,7 @@ def _stopped_at_once() -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
 

@@ -1,11 +1,13 @@
 """Samples: free text, infilled passages, answers to prompts, pictures."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from mdm_jax import data, distributed, plots, samplers
 from mdm_jax.launch.workdir import new_files, writing
@@ -43,7 +45,8 @@ def make_jobs(
         source: held-out rows.
         num_samples: free samples, or answers where rows have prompts.
         gap: length of the gap in the infilled passage, half of one that is shorter; 0 for none.
-        prompts: file of texts, one a line, in place of both; "" for none.
+        prompts: file of texts, one a line (:func:`mdm_jax.data.text.read_lines`), ▁ where a token
+            is to be generated, in place of both; "" for none. Laid out as rows of the data are.
         left_to_right: whether the model ends a text by itself; if not, free samples have the
             lengths of training rows drawn at random.
     """
@@ -52,8 +55,8 @@ def make_jobs(
     if dataset.tokenizer is None:
         return (Job("picture", blank, everywhere),) * num_samples
     if prompts:
-        return _prompt_jobs(pathlib.Path(prompts), dataset)
-    if _has_prompts(dataset):
+        return _prompt_jobs(pathlib.Path(prompts), dataset, left_to_right)
+    if dataset.layout is not None:
         rows = data.gather(source, np.arange(min(num_samples, len(source))))
         canvases = zip(*samplers.canvas_like(rows, dataset.mask_id), rows.tokens)
         return tuple(Job("answer", *canvas) for canvas in canvases)
@@ -124,8 +127,9 @@ def show_samples(
     show(text)
     if distributed.is_first():
         paths = new_files(directory, stem, ".jsonl", ".txt")
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        for path, content in zip(paths, (lines, text)):
+        # As JSON escapes too, so that no reader cuts a record at a U+2028 in it.
+        printed = [data.printable(json.dumps(record, ensure_ascii=False)) for record in records]
+        for path, content in zip(paths, ("".join(line + "\n" for line in printed), text)):
             with writing(path):
                 path.write_text(content, "utf-8")
     if writer is not None:
@@ -134,19 +138,13 @@ def show_samples(
 
 
 def format_samples(records: list[dict[str, str]]) -> str:
-    """Text records for the terminal."""
+    """Text records for the terminal, control characters as escapes."""
     parts = []
     for record in records:
         parts.append(f"--- {record['kind']} ---")
         parts += [f"[{name}] {record[name]}" for name in ("given", "original") if name in record]
         parts.append(record["text"])
-    return "\n".join(parts) + "\n"
-
-
-def _has_prompts(dataset: data.Dataset) -> bool:
-    """Whether rows have visible positions that are not eligible, such as a prompt."""
-    rows = data.gather(dataset.train, np.arange(min(64, len(dataset.train))))
-    return bool(np.any((np.asarray(rows.documents) > 0) & ~np.asarray(rows.eligible)))
+    return data.printable("\n".join(parts)) + "\n"
 
 
 def _infilling_job(row: Batch, gap: int, dataset: data.Dataset) -> Job:
@@ -159,23 +157,51 @@ def _infilling_job(row: Batch, gap: int, dataset: data.Dataset) -> Job:
     return Job("infilled", canvas, row.documents, row.tokens)
 
 
-def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset) -> tuple[Job, ...]:
+def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset, left_to_right: bool) -> tuple[Job, ...]:
+    lines, dropped = data.read_lines(path)
+    codec, layout, mask = dataset.tokenizer, dataset.layout, np.array([dataset.mask_id], np.int32)
+    _warn(path, lines, dropped, codec)
+    rng = np.random.default_rng(0)
+    drawn = data.gather(dataset.train, rng.integers(len(dataset.train), size=256))
+    sizes = np.sum(np.asarray(drawn.documents) == 1, axis=1)
+    if layout is not None and (left_to_right or np.all(np.asarray(drawn.documents)[:, -1])):
+        # The model ends answers by itself, or all of them end at the last position.
+        layout = dataclasses.replace(layout, answer_padding="eos_scored")
     jobs = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        pieces = [dataset.tokenizer.encode(piece) for piece in line.split(MASK_TEXT)]
-        mask = np.array([dataset.mask_id], np.int32)
-        prompt = np.concatenate([a for piece in pieces for a in (piece, mask)][:-1])
-        if len(prompt) > dataset.length:
-            raise ValueError(
-                f"{path}:{number}: {len(prompt)} tokens do not fit a row of {dataset.length}; "
-                "shorten the line"
-            )
-        canvas = np.full(dataset.length, dataset.mask_id, np.int32)
-        canvas[: len(prompt)] = prompt
-        jobs.append(Job("prompt", canvas, np.ones(dataset.length, np.int32)))
-    if not jobs:
-        raise ValueError(f"{path}: the file is empty; write one prompt a line")
+    for text, origin in lines:
+        pieces = [codec.encode(piece) for piece in text.split(MASK_TEXT)]
+        ids = np.concatenate([a for piece in pieces for a in (piece, mask)][:-1])
+        try:
+            if layout is not None:
+                row = layout.to_answer(ids, codec)
+                canvas, documents = row.tokens[0], row.documents[0]
+            elif (needed := len(ids) + (dataset.mask_id not in ids)) > dataset.length:
+                raise ValueError(
+                    f"{len(ids)} tokens do not fit a row of {dataset.length} in which at least one "
+                    "is generated"
+                )
+            else:
+                # As long as a training document drawn at random, of those that have room for it.
+                enough = sizes[sizes >= needed]
+                size = dataset.length if left_to_right or not len(enough) else rng.choice(enough)
+                documents = (np.arange(dataset.length) < size).astype(np.int32)
+                canvas = np.where(documents, mask, codec.pad_id)
+                canvas[: len(ids)] = ids
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}; change the line") from error
+        jobs.append(Job("prompt", canvas, documents))
     return tuple(jobs)
+
+
+def _warn(
+    path: pathlib.Path, lines: Sequence[Any], dropped: dict[str, int], codec: data.Tokenizer
+) -> None:
+    """Log what of a file of prompts the network does not get."""
+    counts = [f"{n} {name.replace('_', ' ')} dropped" for name, n in dropped.items() if n]
+    texts = ((text.replace(MASK_TEXT, ""), origin) for text, origin in lines)
+    unknown = data.describe_unknown(texts, codec, len(lines))
+    if distributed.is_first() and (counts or unknown):
+        logging.warning("%s: %s", path, f"{', '.join(counts)}.{unknown}".removeprefix("."))
 
 
 def _text_records(job: Job, row: np.ndarray, dataset: data.Dataset) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ valid, 10 % test), so no renamed or reordered training problem is tested.
 """
 
 import abc
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from mdm_jax.data.datasets import (
     VectorisedRows,
     make_dataset,
 )
+from mdm_jax.data.pairs import PairLayout
 from mdm_jax.data.tokenizers import CharTokenizer
 from mdm_jax.types import Batch
 
@@ -133,26 +135,14 @@ _FINGERPRINTED = 8  # examples of each split
 
 
 class TaskRows(VectorisedRows):
-    """Rows ``[PAD ... prompt][answer EOS ...]`` of examples 0 to size - 1, made when first read.
-
-    The prompt is right-aligned and never eligible; the padding before it is not attended to.
-    Arguments as in :func:`task_dataset`; the tokenizer is that of :data:`VOCABULARY`.
-    """
+    """Rows of examples 0 to size - 1 of a split, in ``layout``, made when first read."""
 
     def __init__(
-        self,
-        task: Task,
-        split: str,
-        size: int,
-        tokenizer: CharTokenizer,
-        prompt_length: int,
-        answer_length: int,
-        answer_padding: AnswerPadding,
+        self, task: Task, split: str, size: int, tokenizer: CharTokenizer, layout: PairLayout
     ):
         self.task, self.split = task, split
-        self._tokenizer, self._prompt_length = tokenizer, prompt_length
-        self._scores_padding = answer_padding == "eos_scored"
-        shape = (size, prompt_length + answer_length)
+        self._tokenizer, self._layout = tokenizer, layout
+        shape = (size, layout.length)
         # Threads may make a row twice: it is the same both times, and marked when complete.
         self._made = np.zeros(size, bool)
         self._rows = Batch(
@@ -172,17 +162,16 @@ class TaskRows(VectorisedRows):
 
     def _make(self, index: int) -> None:
         prompt, answer = example(self.task, self.split, index)
-        middle = self._prompt_length
-        begin, end = middle - len(prompt), middle + len(answer) + 1
-        tokens, eligible, documents, units = self._rows
-        visible_end = tokens.shape[1] if self._scores_padding else end
-        tokens[index, :begin] = self._tokenizer.pad_id
-        tokens[index, begin:middle] = self._tokenizer.encode(prompt)
-        tokens[index, middle : end - 1] = self._tokenizer.encode(answer)
-        tokens[index, end - 1 :] = self._tokenizer.eos_id
-        eligible[index, middle:visible_end] = True
-        documents[index, begin:visible_end] = 1
-        units[index] = len(answer)
+        codec = self._tokenizer
+        row = self._layout.rows(
+            [codec.encode(prompt)],
+            [np.append(codec.encode(answer), codec.eos_id)],
+            pad_id=codec.pad_id,
+            eos_id=codec.eos_id,
+            units=[len(answer)],
+        )
+        for field, made in zip(self._rows, row):
+            field[index] = made[0]
         self._made[index] = True
 
 
@@ -223,20 +212,21 @@ def task_dataset(
         lengths[name] = given or needed[name]
     sizes = dict(zip(SPLITS, (train_rows, valid_rows, test_rows)))
     codec = CharTokenizer(VOCABULARY)
-    settings = {**lengths, "answer_padding": answer_padding}
-    sources = {name: TaskRows(task, name, size, codec, **settings) for name, size in sizes.items()}
+    layout = PairLayout(**lengths, answer_padding=answer_padding)
+    sources = {name: TaskRows(task, name, size, codec, layout) for name, size in sizes.items()}
     first = [example(task, name, i) for name in SPLITS for i in range(_FINGERPRINTED)]
     report = {f"{name}_rows": size for name, size in sizes.items()}
     return make_dataset(
         sources,
         codec,
-        length=sum(lengths.values()),
+        length=layout.length,
         digest=hashlib.sha256(repr(first).encode()).digest(),
-        settings={"source": "task", "task": repr(task), **settings, **report},
+        settings={"source": "task", "task": repr(task), **dataclasses.asdict(layout), **report},
         headline=f"Generated problems, {task!r}, as in {' to '.join(first[0])}",
         policy=f"Prompt in {lengths['prompt_length']} positions, answer in "
         f"{lengths['answer_length']}; after the answer: {answer_padding}. Splits are disjoint by "
         "canonical instance.",
         report=report,
         check=task.check,
+        layout=layout,
     )

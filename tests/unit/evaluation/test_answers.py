@@ -226,7 +226,7 @@ def test_errors_of_multiple_choice(exact):
         ask(PROMPTS[:1], [[[1]]])
     with pytest.raises(ValueError, match=r"none of them empty, got lengths \[1, 0\]"):
         ask(PROMPTS[:1], [[[1], []]])
-    with pytest.raises(ValueError, match="pair 0 does not fit: 2 prompt tokens in 1"):
+    with pytest.raises(ValueError, match="pair 0: too long, the prompt has 2 tokens"):
         ask(PROMPTS[:1], [[[1], [2]]], prompt_length=1)
     with pytest.raises(ValueError, match="as many answers and units"):
         answers.answer_rows([[1]], [[1]], units=[1, 2], **LAYOUT)
