@@ -99,8 +99,30 @@ def test_drop_is_counted(write):
     assert dataset.report["train_dropped_pairs"] == 2
     assert dataset.report["train_pairs"] == 3 and dataset.report["train_rows"] == 1
     assert "train dropped pairs 2" in dataset.description
-    with pytest.raises(ValueError, match="every pair of the train split was dropped"):
+    with pytest.raises(ValueError, match="every pair of the train split was dropped as too long"):
         only_train(write([("12345678", "v")]), too_long="drop")
+
+
+def test_answers_that_are_all_empty_are_refused(write):
+    empty = [("ab", ""), ("c", "")]
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: .*the train split was empty; .*answer"):
+        only_train(write(empty))
+    valid = write(empty, "valid.jsonl")
+    with pytest.raises(ValueError, match=r"valid\.jsonl:1: .*the valid split was empty"):
+        data.jsonl(write(PAIRS), **LENGTHS, valid_path=valid)
+    with pytest.raises(ValueError, match="the train split was empty"):  # what is left is
+        only_train(write([*empty, ("ab", "too long")]), too_long="drop")
+    assert len(only_train(write([*empty, ("ab", "x")])).train) == 3
+
+
+def test_marks_and_unknown_characters_are_told(write):
+    path = write(PAIRS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    valid = write([("p00", "a1"), ("pé0", "?"), ("p\x1b", "a1")], "valid.jsonl")
+    dataset = data.jsonl(path, **LENGTHS, valid_path=valid)
+    assert dataset.report["byte_order_marks"] == 1
+    assert f"{valid}:2 has 'é' (1); {valid}:2 has '?' (1); {valid}:3" in dataset.description
+    assert "'\\x1b' (1)" in dataset.description and "\x1b" not in dataset.description
 
 
 def prompts_of(source, codec):

@@ -1,9 +1,13 @@
 """Plain text: windows that cover every split, counts, and errors that name the file."""
 
+import gzip
+import lzma
+
 import numpy as np
 import pytest
 
 from mdm_jax import data
+from mdm_jax.data.text import read_text
 
 TEXT = "".join(chr(ord("a") + i * i % 23) for i in range(1000))
 
@@ -154,6 +158,62 @@ def test_bad_utf8_is_named_with_line_and_offset(write):
     path = write(b"first\nsecond \xe9 line\n", "latin.txt")
     with pytest.raises(ValueError, match=r"latin\.txt:2: not UTF-8, byte 0xe9 at offset 13"):
         data.text(path, 4)
+
+
+def test_compressed_files_are_read_by_their_suffix(write):
+    base = data.text(write(TEXT), 16)
+    for name, compress in [("c.txt.gz", gzip.compress), ("c.XZ", lzma.compress)]:
+        packed = compress(TEXT.encode())
+        found = data.text(write(packed, name), 16)
+        assert found.fingerprint == base.fingerprint and (all_rows(found.test).tokens > 0).any()
+        for broken in (packed[:-9], packed[:40] + b"!!!" + packed[43:], TEXT.encode()):
+            with pytest.raises(ValueError, match=f"{name}: damaged, or not a"):
+                read_text(write(broken, name))
+    with pytest.raises(ValueError, match=r"c\.txt:1: not UTF-8, .*name it \*\.gz"):
+        read_text(write(gzip.compress(TEXT.encode()), "c.txt"))
+
+
+def test_a_byte_order_mark_at_the_beginning_is_dropped_and_counted(write):
+    marked = data.text(write("\ufeff" + TEXT, "marked.txt"), 16)
+    plain = data.text(write(TEXT), 16)
+    assert marked.fingerprint == plain.fingerprint and "\ufeff" not in marked.tokenizer.characters
+    assert (marked.report["byte_order_marks"], plain.report["byte_order_marks"]) == (1, 0)
+    assert "byte order marks 1" in marked.description
+    assert read_text(write("a\ufeff\ufeff")).content == "a\ufeff\ufeff"
+    with pytest.raises(ValueError, match=r"corpus\.txt: the file is empty"):
+        read_text(write("\ufeff"))
+
+
+def test_lines_end_at_newlines_alone(write):
+    inside = "a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh"
+    path = write(f"\ufeff{inside}\r\n é \nlast\r\n\n \r\n")
+    lines, dropped = data.read_lines(path)
+    assert lines == [(inside, f"{path}:1"), (" é ", f"{path}:2"), ("last", f"{path}:3")]
+    assert dropped == {"byte_order_marks": 1, "carriage_returns": 2}
+    with pytest.raises(ValueError, match=r"corpus\.txt:2: empty line"):
+        data.read_lines(write("a\n\t\nb"))
+
+
+def test_unknown_characters_are_named_with_file_and_line(write):
+    path = write("ab\n" * 30 + "a\x1bb\nüa\n" + "ab\n")
+    dataset = data.text(path, 4, fractions=(0.85, 0.07, 0.08))
+    assert (
+        dataset.report["valid_unknown_characters"] + dataset.report["test_unknown_characters"] == 2
+    )
+    places = f"Outside the vocabulary: {path}:31 has '\\x1b' (1); {path}:32 has 'ü' (1)."
+    assert places in dataset.description
+
+
+def test_documents_tell_unknown_characters_marks_and_empty_splits(write):
+    good, odd = b'{"text": "ab"}\n', '{"text": "aü"}\n'.encode()
+    valid = write(b"\xef\xbb\xbf" + good + odd, "valid.jsonl.gz")
+    valid.write_bytes(gzip.compress(valid.read_bytes()))
+    dataset = data.documents(write(good * 3, "train.jsonl"), 4, valid_path=valid)
+    assert dataset.report["byte_order_marks"] == 1
+    assert f"Outside the vocabulary: {valid}:2 has 'ü' (1)." in dataset.description
+    empty = write(b'{"text": ""}\n' * 3, "empty.jsonl")
+    with pytest.raises(ValueError, match=r"train\.jsonl: every document of the valid split is em"):
+        data.documents(write(good, "train.jsonl"), 4, valid_path=empty)
 
 
 def test_short_files_are_named(write):

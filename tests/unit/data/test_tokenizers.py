@@ -255,3 +255,26 @@ def test_bpe_without_the_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(ImportError, match="pip install tokenizers"):
         data.BPETokenizer.train(["abc"], 300)
+
+
+def test_unknown_characters_are_told_with_their_lines():
+    tokenizer = data.CharTokenizer.fit("ab")
+    assert (
+        tokenizer.unknown_in("a?b!?") == "?!?" and BYTE.unknown_in("?") == BPE.unknown_in("?") == ""
+    )
+    lines = [(text, f"f:{n}") for n, text in enumerate(["ab", "?!?", "", "é", "b\x1b"], start=1)]
+    expected = " Outside the vocabulary: f:2 has '?' (2), '!' (1); f:4 has 'é' (1)"
+    assert data.describe_unknown(lines, tokenizer) == f"{expected}; f:5 has '\\x1b' (1)."
+    assert data.describe_unknown(lines, tokenizer, 2) == f"{expected}; and more lines."
+    assert data.describe_unknown(lines[:1], tokenizer) == data.describe_unknown(lines, BYTE) == ""
+
+
+def test_printable_text_has_no_power_over_a_terminal_and_json_stays_the_same_values():
+    harmless = "a\tb\n字 é \xa0\u200d\U0001f600\\x1b"
+    assert data.printable(harmless) == harmless
+    assert data.printable("\x1b[1m\r\x7f\x9b\u2029\u2066\ud800") == (
+        "\\u001b[1m\\u000d\\u007f\\u009b\\u2029\\u2066\\ud800"
+    )
+    values = {"".join(map(chr, range(0x100))): "\u2028\u202e\ud800"}
+    printed = data.printable(json.dumps(values, ensure_ascii=False))
+    assert json.loads(printed) == values and len(printed.splitlines()) == 1
