@@ -397,8 +397,6 @@ def check_quality(experiment: Experiment) -> None:
     c, dataset = experiment.config.sample, experiment.dataset
     if dataset.tokenizer is None:
         raise ValueError("sample.quality_steps is about text, and this run's data are pictures")
-    if dataset.layout is not None:
-        raise ValueError("sample.quality_steps is about free text, and this run answers prompts")
     if experiment.config.process == "autoregressive":
         raise ValueError("sample.quality_steps: an autoregressive model has one step per token")
     if not experiment.family.takes_steps:

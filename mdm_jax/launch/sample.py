@@ -162,11 +162,12 @@ def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset, left_to_right: bool)
     codec, layout, mask = dataset.tokenizer, dataset.layout, np.array([dataset.mask_id], np.int32)
     _warn(path, lines, dropped, codec)
     rng = np.random.default_rng(0)
-    drawn = data.gather(dataset.train, rng.integers(len(dataset.train), size=256))
-    sizes = np.sum(np.asarray(drawn.documents) == 1, axis=1)
-    if layout is not None and (left_to_right or np.all(np.asarray(drawn.documents)[:, -1])):
+    seen = data.gather(dataset.train, rng.integers(len(dataset.train), size=256)).documents
+    if layout is not None and (left_to_right or np.all(seen[:, -1])):
         # The model ends answers by itself, or all of them end at the last position.
         layout = dataclasses.replace(layout, answer_padding="eos_scored")
+    numbered = seen + (np.max(seen) + 1) * np.arange(len(seen))[:, None]
+    sizes = np.unique(numbered[seen > 0], return_counts=True)[1]
     jobs = []
     for text, origin in lines:
         pieces = [codec.encode(piece) for piece in text.split(MASK_TEXT)]
@@ -181,7 +182,7 @@ def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset, left_to_right: bool)
                     "is generated"
                 )
             else:
-                # As long as a training document drawn at random, of those that have room for it.
+                # As long as a training document drawn at random from those with room for it.
                 enough = sizes[sizes >= needed]
                 size = dataset.length if left_to_right or not len(enough) else rng.choice(enough)
                 documents = (np.arange(dataset.length) < size).astype(np.int32)

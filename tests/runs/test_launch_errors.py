@@ -218,7 +218,7 @@ def test_prompts_that_do_not_fit_name_file_and_line(refused, tmp_path):
     assert f"{path}: the file is empty" in refused(f"--config.sample.prompts={path}")
 
 
-def test_rows_to_evaluate_without_a_character_and_quality_of_answers_are_refused(refused, tmp_path):
+def test_rows_to_evaluate_without_a_character_are_refused(refused, tmp_path):
     pairs = [tmp_path / "train.jsonl", tmp_path / "valid.jsonl"]
     for path, answers in zip(pairs, (["b"] * 9, ["", "b", "", "b"])):
         path.write_text("".join(f'{{"prompt": "a", "answer": "{a}"}}\n' for a in answers))
@@ -226,8 +226,6 @@ def test_rows_to_evaluate_without_a_character_and_quality_of_answers_are_refused
     source += ["--config.evaluate.max_rows=2", "--config.sample.gap=0"]
     line = refused(*source)
     assert "max_rows=2: the rows of the valid split that are evaluated hold no character" in line
-    quality = ["--config.sample.sampler=ancestral", "--config.sample.quality_steps=(4,)"]
-    assert "this run answers prompts" in refused(*source[:-2], *quality, "--config.sample.gap=0")
 
 
 def _source(kind, path):

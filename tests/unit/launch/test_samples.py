@@ -30,10 +30,11 @@ def pairs(tmp_path):
 def ask(tmp_path):
     """Jobs for the prompts of a file with this content."""
 
-    def ask(dataset, content):
+    def ask(dataset, content, **settings):
         path = tmp_path / "prompts.txt"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return sample.make_jobs(dataset, dataset.test, num_samples=9, gap=0, prompts=str(path))
+        settings |= {"num_samples": 9, "gap": 0, "prompts": str(path)}
+        return sample.make_jobs(dataset, dataset.test, **settings)
 
     return ask
 
@@ -103,6 +104,35 @@ def test_texts_without_prompts_begin_at_the_first_column(tmp_path, ask):
     masked = [dataset.mask_id]
     a, b, d = dataset.tokenizer.encode("abd").tolist()
     assert job.canvas.tolist() == [a, b, *masked, d, *masked * 4] and job.documents.all()
+
+
+def test_documents_that_continue_a_prompt_are_as_long_as_those_of_the_data(tmp_path, ask):
+    """Rows show where a document ends; a left-to-right model ends it by itself."""
+    texts = ["ab" * (n % 4 + 1) for n in range(60)]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for packing in ("", "first_fit"):
+        dataset = data.documents(path, 12, packing=packing, fractions=(1, 0, 0))
+        jobs = ask(dataset, "abab\n" * 90)
+        sizes = [int(job.documents.sum()) for job in jobs]
+        assert set(sizes) == {5, 7, 9}  # with their EOS, of 3, 5, 7 and 9
+        for job, size in zip(jobs, sizes):
+            assert dataset.tokenizer.decode(job.canvas[:4]) == "abab"
+            assert (job.canvas[4:size] == dataset.mask_id).all()
+            assert (job.canvas[size:] == dataset.tokenizer.pad_id).all()
+        (long,) = ask(dataset, "ab" * 5)  # longer than all
+        assert long.documents.all() and (long.canvas == dataset.mask_id).sum() == 2
+        (job,) = ask(dataset, "ab", left_to_right=True)
+        assert job.documents.all() and (job.canvas == dataset.mask_id).sum() == 10
+    hidden = data.documents(path, 12, document_padding="eos_scored", fractions=(1, 0, 0))
+    assert ask(hidden, "ab")[0].documents.all()
+
+
+def test_left_to_right_models_end_answers_by_themselves(pairs, ask):
+    hidden = pairs(answer_padding="pad_hidden")
+    (job,) = ask(hidden, "1+2=", left_to_right=True)
+    assert job.documents.tolist() == [0] * 4 + [1] * 10
+    assert (job.canvas[8:] == hidden.mask_id).all()
 
 
 # --- the file -----------------------------------------------------------------------------------
