@@ -34,7 +34,7 @@ def new_cache(config: Any, num_rows: int, capacity: int) -> KeyValueCache:
     """An empty cache of N rows and M slots for a ``TransformerConfig``."""
     if num_rows < 1 or capacity < 1:
         raise ValueError(f"a cache needs at least one row and slot, got {num_rows} and {capacity}")
-    shape = (config.depth, num_rows, capacity, config.num_heads, config.head_size)
+    shape = (config.depth, num_rows, capacity, config.kv_heads, config.head_size)
     keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
     documents = jnp.zeros((num_rows, capacity), jnp.int32)
     return KeyValueCache(KeyValues(keys, values), documents, jnp.zeros((), jnp.int32))

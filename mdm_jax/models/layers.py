@@ -59,6 +59,17 @@ class Kernel(nn.Module):
         return self.param("kernel", init, self.shape, self.param_dtype)
 
 
+class Bias(nn.Module):
+    """``x + b`` over the last axis, which is that of attention heads."""
+
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+        return x + _last_axis(self.param("bias", zeros, x.shape[-1:], self.param_dtype), x)
+
+
 def look_up(table: Array, indices: Array) -> Array:
     """Rows of ``table`` [K, D], axes ("vocab" or None, "embed"), at ``indices`` [N, Q]: float32.
 
@@ -70,24 +81,30 @@ def look_up(table: Array, indices: Array) -> Array:
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm in float32, ``kind`` "rms" or "layer", with a scale if ``learned``."""
+    """RMSNorm or LayerNorm in float32, ``kind`` "rms" or "layer", with a scale if ``learned``.
+
+    The normalised input is ``rounded`` to a dtype before it is scaled in it.
+    """
 
     kind: str = "rms"
     learned: bool = True
     axes: tuple[str | None, ...] = ("embed",)
     param_dtype: jnp.dtype = jnp.float32
+    eps: float = 1e-6
+    rounded: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x.astype(jnp.float32)
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         if not self.learned:
             return x
         ones = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
         scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
-        return x * _last_axis(scale, x)
+        x = x.astype(self.rounded) * _last_axis(scale, x).astype(self.rounded)
+        return x.astype(jnp.float32)
 
 
 def _last_axis(vector: Array, like: Array) -> Array:
@@ -101,8 +118,29 @@ class Rotary(NamedTuple):
     cos: Array
 
 
-def rotary_embedding(positions: Array | np.ndarray, size: int, base: float = 10_000.0) -> Rotary:
-    """Rotary embedding (Su et al. 2021) of positions [L] or [N, L] for heads of even ``size`` D.
+class Llama3Scaling(NamedTuple):
+    """Frequencies of Llama 3.1: ``factor`` times lower where a row of ``original`` positions has
+    fewer than ``low`` periods, as they were above ``high``, interpolated between."""
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+    def __call__(self, frequency: Array | np.ndarray) -> Array | np.ndarray:
+        xp = np if isinstance(frequency, np.ndarray) else jnp
+        periods = self.original * frequency / xp.float32(2 * math.pi)
+        kept = xp.clip((periods - self.low) / (self.high - self.low), 0.0, 1.0)
+        return (kept * frequency + (1 - kept) * frequency / self.factor).astype(xp.float32)
+
+
+def rotary_embedding(
+    positions: Array | np.ndarray,
+    size: int,
+    base: float = 10_000.0,
+    scaling: Llama3Scaling | None = None,
+) -> Rotary:
+    """Rotary embedding (Su et al. 2021) of positions [L] or [N, L] for ``size`` D of a head, even.
 
     NumPy positions give NumPy tables, constants of the program; a CPU would otherwise recompute
     them for every element of every layer.
@@ -110,6 +148,7 @@ def rotary_embedding(positions: Array | np.ndarray, size: int, base: float = 10_
     xp = np if isinstance(positions, np.ndarray) else jnp
     half = size // 2
     frequency = xp.float32(base) ** (-xp.arange(half, dtype=xp.float32) / half)
+    frequency = frequency if scaling is None else scaling(frequency)
     frequency = frequency.reshape((1,) * positions.ndim + (-1,))
     angle = positions[..., None].astype(xp.float32) * frequency
     angle = angle.reshape((-1, angle.shape[-2], 1, half))
@@ -117,11 +156,12 @@ def rotary_embedding(positions: Array | np.ndarray, size: int, base: float = 10_
 
 
 def apply_rotary(x: Array, rotary: Rotary) -> Array:
-    """Queries or keys [N, L, H, D] rotated by :func:`rotary_embedding`."""
-    half = x.shape[-1] // 2
+    """Queries or keys [N, L, H, D] rotated by :func:`rotary_embedding`, or their first numbers."""
+    half = rotary.sin.shape[-1]
     sin, cos = (jnp.asarray(table, x.dtype) for table in rotary)
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned + [rest] * (rest.shape[-1] > 0), axis=-1)
 
 
 _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715

@@ -11,7 +11,7 @@ import numpy as np
 
 from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.models import attention as attentions
-from mdm_jax.models import layers
+from mdm_jax.models import layers, moe
 from mdm_jax.models.cross_entropy import Projection, Readout
 from mdm_jax.models.kv_cache import KeyValues
 from mdm_jax.models.layers import Kernel, Linear, Norm, Rotary, rematerialised
@@ -34,6 +34,11 @@ class TransformerConfig:
     sooner with ``learned_positions`` too. ``dtype`` is of operands in both passes; accumulation,
     softmax and norms are float32.
 
+    Settings of 0 follow from others: ``num_kv_heads`` from ``num_heads``, ``head_dim`` from the
+    width, ``mlp_hidden`` from ``mlp_ratio``. Query heads share a key-value head in runs (0, 0, 1,
+    1). With ``experts`` a feed-forward layer is a mixture (:mod:`mdm_jax.models.moe`).
+    ``norm_rounded``: norms round to ``dtype`` before they scale, as Llama's do.
+
     ValueError for settings out of range, widths that do not divide, or unknown names. References:
     Peebles & Xie 2022 (adaLN-zero); Henry et al. 2020 (qk_norm); Chen et al. 2022, Analog Bits
     (self_conditioning, here through the embedding table and a projection initialised to zero).
@@ -50,6 +55,18 @@ class TransformerConfig:
     tie_embeddings: Annotated[bool, Plain(bool, "the embedding is the output projection")] = False
     scan_layers: Annotated[bool, Plain(bool, "one compiled block, scanned over depth")] = False
     qk_norm: Annotated[bool, Plain(bool, "RMS norms on queries and keys")] = False
+    qk_norm_over: Annotated[
+        str, Name(("head", "width"), "what they are over: each head, or all together")
+    ] = "head"
+    num_kv_heads: Annotated[int, Whole("[0, 1e4]", "heads", "of keys and values")] = 0
+    head_dim: Annotated[int, Whole("[0, 1e5]", "", "size of a head, even")] = 0
+    mlp_hidden: Annotated[int, Whole("[0, 1e7]", "", "hidden width of the MLP")] = 0
+    qkv_bias: Annotated[bool, Plain(bool, "biases of queries, keys and values")] = False
+    norm_eps: Annotated[float, Real("(0, 1)", "", "added to the mean square")] = 1e-6
+    norm_rounded: Annotated[bool, Plain(bool, "norms round before they scale")] = False
+    rope_scaling: layers.Llama3Scaling | None = None
+    rope_share: Annotated[float, Real("(0, 1]", "", "part of a head that is rotated")] = 1.0
+    experts: moe.Experts | None = None
     rope_base: Annotated[
         float, Real("(1, 1e9]", "positions", "wavelength base of the rotary embedding")
     ] = 10_000.0
@@ -65,10 +82,21 @@ class TransformerConfig:
     param_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
-        if self.width % (2 * self.num_heads):
+        if not self.head_dim and self.width % (2 * self.num_heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads} "
                 "(the rotary embedding needs an even head size)"
+            )
+        if self.head_dim % 2 or self.rotated % 2 or not self.rotated:
+            raise ValueError(
+                f"the rotary embedding turns pairs: head_dim {self.head_dim} and the part of it "
+                f"that is rotated, {self.rotated}, must be even"
+            )
+        if self.scan_layers and self.experts and not all(map(self.experts.at, range(self.depth))):
+            raise ValueError("scan_layers needs blocks that are alike, but some have experts")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.kv_heads}"
             )
         if self.hidden < 1:
             raise ValueError(
@@ -78,11 +106,22 @@ class TransformerConfig:
 
     @property
     def head_size(self) -> int:
-        return self.width // self.num_heads
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def rotated(self) -> int:
+        """How many numbers of a head are rotated."""
+        return round(self.head_size * self.rope_share)
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the feed-forward layer, the nearest multiple of 8."""
+        """Hidden width of the feed-forward layer: by ``mlp_ratio`` the nearest multiple of 8."""
+        if self.mlp_hidden:
+            return self.mlp_hidden
         share = 2 / 3 if self.mlp == "swiglu" else 1.0
         return round(self.width * self.mlp_ratio * share / 8) * 8
 
@@ -100,24 +139,42 @@ class Attention(nn.Module):
         self, x: Array, mask: AnyRule | Array | None, rotary: Rotary, cached: KeyValues | None
     ) -> tuple[Array, KeyValues]:
         c = self.config
-        kernel = {"axes": ("embed", "heads"), "param_dtype": c.param_dtype}
-        kernels = [
-            Kernel((c.width, c.width), name=name, **kernel)() for name in ("query", "key", "value")
-        ]
-        # One product: x is read once, and its gradient is summed inside the product.
-        qkv = product("nli,ico->nlco", x.astype(c.dtype), jnp.stack(kernels, axis=1), c.dtype)
-        shape = (*x.shape[:2], c.num_heads, c.head_size)
-        q, k, v = (qkv[:, :, i].reshape(shape) for i in range(3))
-        if c.qk_norm:
-            norm = {"axes": (None,), "param_dtype": c.param_dtype}
-            q, k = Norm(name="query_norm", **norm)(q), Norm(name="key_norm", **norm)(k)
+        heads = {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
+        kernels = {
+            name: Kernel(
+                (c.width, count * c.head_size), ("embed", "heads"), c.param_dtype, name=name
+            )()
+            for name, count in heads.items()
+        }
+        # Few products: x is read less often, and its gradient is summed inside them.
+        together = [list(heads)] if c.kv_heads == c.num_heads else [["query"], ["key", "value"]]
+        projected = {}
+        for names in together:
+            stacked = jnp.stack([kernels[name] for name in names], axis=1)
+            y = product("nli,ico->nlco", x.astype(c.dtype), stacked, c.dtype)
+            projected |= {name: y[:, :, i] for i, name in enumerate(names)}
+        if c.qkv_bias:
+            for name in heads:
+                projected[name] = layers.Bias(c.param_dtype, name=f"{name}_bias")(projected[name])
+        if c.qk_norm and c.qk_norm_over == "width":
+            for name in ("query", "key"):
+                projected[name] = _norm(c, f"{name}_norm", ("heads",))(projected[name])
+        q, k, v = (
+            projected[name].reshape(*x.shape[:2], count, c.head_size)
+            for name, count in heads.items()
+        )
+        if c.qk_norm and c.qk_norm_over == "head":
+            q, k = _norm(c, "query_norm", (None,))(q), _norm(c, "key_norm", (None,))(k)
         q, k = (layers.apply_rotary(a, rotary).astype(c.dtype) for a in (q, k))
         q, k, v = (constrain(a, *_HEADS) for a in (q, k, v.astype(c.dtype)))
         new = key_values = KeyValues(k, v)
         if cached is not None:
             key_values = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), cached, new)
+        group = c.num_heads // c.kv_heads
+        if group > 1:
+            key_values = jax.tree.map(lambda a: jnp.repeat(a, group, axis=2), key_values)
         y = attentions.attention(q, *key_values, mask, c.attention)
-        y = constrain(y, *_HEADS).reshape(x.shape)
+        y = constrain(y, *_HEADS).reshape(*x.shape[:2], c.num_heads * c.head_size)
         out = _linear(c, c.width, ("heads", "embed"), "out", kernel_init=_residual_init(c))
         return out(y), new
 
@@ -126,23 +183,37 @@ class FeedForward(nn.Module):
     """GeLU or SwiGLU feed-forward layer."""
 
     config: TransformerConfig
+    hidden: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        h = _linear(c, c.hidden, ("embed", "mlp"), "up")(x)
+        h = _linear(c, self.hidden, ("embed", "mlp"), "up")(x)
         if c.mlp == "swiglu":
-            h = jax.nn.silu(_linear(c, c.hidden, ("embed", "mlp"), "gate")(x)) * h
+            h = jax.nn.silu(_linear(c, self.hidden, ("embed", "mlp"), "gate")(x)) * h
         else:
             h = layers.gelu(h)
         h = constrain(h, "batch", None, "mlp")
         return _linear(c, c.width, ("mlp", "embed"), "down", kernel_init=_residual_init(c))(h)
 
 
+class MixedFeedForward(nn.Module):
+    """A mixture of experts, and the expert that all tokens visit."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, e = self.config, self.config.experts
+        y = moe.Mixture(e, c.dtype, c.param_dtype, name="experts")(x)
+        return y + FeedForward(c, e.shared_hidden, name="shared")(x) if e.shared_hidden else y
+
+
 class Block(nn.Module):
     """Pre-norm attention and feed-forward with residuals; adaLN-zero if conditioned."""
 
     config: TransformerConfig
+    mixed: bool
 
     @nn.compact
     def __call__(
@@ -154,17 +225,21 @@ class Block(nn.Module):
         cached: KeyValues | None,
     ) -> tuple[Array, KeyValues]:
         c = self.config
-        norm = {"kind": c.norm, "learned": condition is None, "param_dtype": c.param_dtype}
-        attention, mlp = Attention(c, name="attention"), FeedForward(c, name="mlp")
+        norm = {"kind": c.norm, "learned": condition is None}
+        attention = Attention(c, name="attention")
+        if self.mixed:
+            mlp = MixedFeedForward(c, name="mlp")
+        else:
+            mlp = FeedForward(c, c.hidden, name="mlp")
         if condition is None:
-            y, new = attention(Norm(name="norm_1", **norm)(x), mask, rotary, cached)
+            y, new = attention(_norm(c, "norm_1", **norm)(x), mask, rotary, cached)
             x = x + y
-            return constrain(x + mlp(Norm(name="norm_2", **norm)(x)), *_ROWS), new
+            return constrain(x + mlp(_norm(c, "norm_2", **norm)(x)), *_ROWS), new
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = _modulation(c, 6, condition, x)
-        h = Norm(name="norm_1", **norm)(x) * (1 + scale_1) + shift_1
+        h = _norm(c, "norm_1", **norm)(x) * (1 + scale_1) + shift_1
         y, new = attention(h, mask, rotary, cached)
         x = x + gate_1 * y
-        h = Norm(name="norm_2", **norm)(x) * (1 + scale_2) + shift_2
+        h = _norm(c, "norm_2", **norm)(x) * (1 + scale_2) + shift_2
         return constrain(x + gate_2 * mlp(h), *_ROWS), new
 
 
@@ -173,7 +248,8 @@ class _ScanBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, rotary, condition, cached):
-        return Block(self.config, name="block")(x, mask, rotary, condition, cached)
+        mixed = self.config.experts is not None
+        return Block(self.config, mixed, name="block")(x, mask, rotary, condition, cached)
 
 
 def run_blocks(
@@ -189,7 +265,7 @@ def run_blocks(
     Arguments as of :meth:`Transformer.attend_readout`, ``condition`` as of :func:`level_condition`.
     """
     x = constrain(x, *_ROWS)
-    rotary = layers.rotary_embedding(positions, c.head_size, c.rope_base)
+    rotary = layers.rotary_embedding(positions, c.rotated, c.rope_base, c.rope_scaling)
     if c.scan_layers:
         scanned = nn.scan(
             rematerialised(_ScanBlock, c.remat, scanned=True),
@@ -204,11 +280,12 @@ def run_blocks(
         new, block = [], rematerialised(Block, c.remat)
         for i in range(c.depth):
             layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
-            x, kv = block(c, name=f"block_{i}")(x, mask, rotary, condition, layer_cache)
+            mixed = c.experts is not None and c.experts.at(i)
+            x, kv = block(c, mixed, name=f"block_{i}")(x, mask, rotary, condition, layer_cache)
             new.append(kv)
         key_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
     learned = condition is None
-    x = Norm(c.norm, learned=learned, param_dtype=c.param_dtype, name="norm")(x)
+    x = _norm(c, "norm", kind=c.norm, learned=learned)(x)
     if learned:
         return x, key_values
     scale, shift = _modulation(c, 2, condition, x)
@@ -226,6 +303,14 @@ def level_condition(c: TransformerConfig, logsnr: Array | None, length: int) -> 
     h = layers.logsnr_features(logsnr, c.width)
     h = jax.nn.silu(_linear(c, c.width, ("embed", "mlp"), "level_1", use_bias=True)(h))
     return _linear(c, c.width, ("mlp", "embed"), "level_2", use_bias=True)(h)
+
+
+def _norm(
+    c: TransformerConfig, name: str, axes: tuple[str | None, ...] = ("embed",), **options: Any
+) -> Norm:
+    rounded = c.dtype if c.norm_rounded else jnp.float32
+    dtypes = {"param_dtype": c.param_dtype, "rounded": rounded}
+    return Norm(axes=axes, eps=c.norm_eps, name=name, **dtypes, **options)
 
 
 def _linear(

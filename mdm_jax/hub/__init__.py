@@ -1,0 +1,8 @@
+"""Models of others in their own layout: read, run, trained and written back.
+
+model = hub.load("LLaDA-8B-Instruct", dtype="bfloat16")
+logits = model.logits(input_ids)
+"""
+
+from mdm_jax.hub.family import Family, Traits, Unsupported
+from mdm_jax.hub.model import HubModel, load, save
