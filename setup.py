@@ -25,8 +25,10 @@ REQUIRED = [
     "tqdm>=4.66",
 ]
 DIGITS = ["scikit-learn>=1.5"]
+HUB = ["jinja2>=3.1", "safetensors>=0.5"]
 DEV = [
     *DIGITS,
+    *HUB,
     "chex>=0.1.90",
     "hypothesis>=6.100",
     "pillow>=10",
@@ -48,5 +50,5 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["mdm_jax", "mdm_jax.*"]),
     entry_points={"console_scripts": ["mdm = mdm_jax.launch.main:run"]},
     install_requires=REQUIRED,
-    extras_require={"digits": DIGITS, "dev": DEV, "notebooks": NOTEBOOKS},
+    extras_require={"digits": DIGITS, "hub": HUB, "dev": DEV, "notebooks": NOTEBOOKS},
 )

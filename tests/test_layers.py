@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "mdm_jax"
 WINGS = {
     "gaussian": set(),
+    "hub": set(),
     "meter": set(),
     "evaluation": set(),
     "tasks": {"evaluation"},

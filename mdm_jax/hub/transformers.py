@@ -251,11 +251,7 @@ def _read_llada(raw: Mapping[str, Any]) -> tuple[TransformerConfig, Traits]:
         num_heads=heads,
         num_kv_heads=field(raw, "n_kv_heads", default=heads),
         mlp="swiglu",
-        mlp_hidden=field(
-            raw,
-            "mlp_hidden_size",
-            default=field(raw, "mlp_ratio", default=4) * field(raw, "d_model"),
-        ),
+        mlp_hidden=field(raw, "mlp_hidden_size"),
         qkv_bias=field(raw, "include_qkv_bias", bool, default=False),
         qk_norm=field(raw, "attention_layer_norm", bool, default=False),
         qk_norm_over="width",
