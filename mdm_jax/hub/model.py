@@ -110,7 +110,7 @@ def save(
     weights are copied. Tensors that were not changed are the same to the bit.
 
     Args:
-        params: in place of ``model.params``, of the same shapes.
+        params: in place of the model's own, of the same shapes.
         dtype: of all tensors; None: as they were in the files.
         max_shard_size: bytes.
 
