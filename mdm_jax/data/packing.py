@@ -18,10 +18,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from mdm_jax.checks import Whole
+from mdm_jax.checks import Whole, checked
 from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
+    Length,
     PackedSpans,
     aligned,
     check_choice,
@@ -36,22 +37,18 @@ DocumentPadding = Literal["pad_hidden", "eos_scored"]
 Align = Annotated[int, Whole("[1, 1e7]", "positions", "packed documents begin at multiples of it")]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class DocumentLayout:
     """How documents become rows, see :func:`mdm_jax.data.documents`; ValueError out of range."""
 
-    length: int
+    length: Length
     packing: Packing = ""
     long_documents: LongDocuments = "split"
     document_padding: DocumentPadding = "pad_hidden"
     align: Align = 1
 
     def __post_init__(self):
-        check_positive("length", self.length)
-        check_choice("packing", self.packing, Packing)
-        check_choice("long_documents", self.long_documents, LongDocuments)
-        check_choice("document_padding", self.document_padding, DocumentPadding)
-        check_positive("align", self.align)
         if self.length % self.align:
             raise ValueError(
                 f"align must divide a row of {self.length} tokens, got {self.align}; choose a "

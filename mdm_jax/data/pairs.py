@@ -20,7 +20,6 @@ from mdm_jax.data.datasets import (
     Length,
     StoredRows,
     VocabSize,
-    check_choice,
     make_dataset,
 )
 from mdm_jax.data.text import Line, Record, read_splits
@@ -182,8 +181,6 @@ def jsonl(
     ValueError as ``read_splits``; naming file and line, if an answer lacks the marker or a pair is
     too long under "error"; if all answers of a split are empty or dropped; for a bad setting.
     """
-    check_choice("too_long", too_long, TooLong)
-    check_choice("answer_padding", answer_padding, AnswerPadding)
     layout = PairLayout(prompt_length, answer_length, answer_padding)
     parts, dropped = read_splits(
         path,

@@ -55,11 +55,10 @@ def text(
     Args:
         tokenizer: "char", "byte", "bpe" (the first and last are fitted to the training part), the
             path of a tokenizer's JSON file, or a tokenizer.
-        bpe_vocab_size, fractions: K for "bpe"; of characters for train, valid, test, 0 for none.
-        train_stride: tokens between the starts of consecutive training rows.
+        fractions: of characters for train, valid, test, 0 for none.
 
     ValueError, naming the file, if it is empty, not UTF-8 (with byte offset and line), or too short
-    for one training row; or if a setting is out of range.
+    for one training row.
     """
     content, dropped = read_text(path)
     return _windows(

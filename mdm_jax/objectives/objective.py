@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax import draws
+from mdm_jax.checks import Bins, checked
 from mdm_jax.corruption.process import Corruption
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.models.cross_entropy import with_loss_weights
@@ -202,10 +203,9 @@ class Baseline(NamedTuple):
     rejected: Array
 
 
-def new_baseline(bins: int = 16) -> Baseline:
-    """An empty baseline, which changes nothing; ValueError unless bins >= 1."""
-    if bins < 1:
-        raise ValueError(f"a baseline needs at least 1 bin, got {bins}")
+@checked
+def new_baseline(bins: Bins = 16) -> Baseline:
+    """An empty baseline, which changes nothing."""
     mean, weight = (jnp.zeros((bins,), jnp.float32) for _ in range(2))  # both can be donated
     return Baseline(mean, weight, jnp.zeros((), jnp.int32))
 

@@ -61,9 +61,9 @@ def cached_ancestral(
 
     Same tokens under the same key, up to rounding by batch size. Nothing is stored, unlike in
     MDLM's caching sampler, and networks may depend on the level. A row of L positions takes ``N (1
-    - (1 - 1/N)^L)`` passes on average on N levels uniform in the masking rate. ``rows_per_pass`` >=
-    1 (ValueError): small values waste less on the last pass of a step, large ones use the hardware
-    better. Rows are packed, which moves them across devices if the batch is sharded.
+    - (1 - 1/N)^L)`` passes on average on N levels uniform in the masking rate. Small
+    ``rows_per_pass`` waste less on the last pass of a step, large ones use the hardware better.
+    Rows are packed, which moves them across devices if the batch is sharded.
 
     Bias: discretised. Reference: Sahoo et al. 2024 (MDLM), caching.
     """

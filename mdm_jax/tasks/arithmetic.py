@@ -77,8 +77,7 @@ class Noisy(Task):
 class Run(Task):
     """``4+3*2-5=`` to ``749``: the value after each operator, from left to right, modulo p.
 
-    ``modulus`` is p, 2 to 10 (each value is one digit); ``last_only``: the answer is the last value
-    alone. An instance is the prompt without ``=``. ValueError for a setting out of range.
+    An instance is the prompt without ``=``.
     """
 
     steps: Annotated[int, Whole("[1, 500]", "operators")] = 4
@@ -132,14 +131,13 @@ class Chain(Task):
 
     One leaf, then ``steps`` needed nodes, each combining the one before it with a constant or an
     earlier node, then ``distractors``: unneeded nodes that depend on needed ones. An instance is
-    the right-hand sides in this order, with nodes called A, B, C, ... ``modulus`` is p, at least 2;
-    up to 10, all answers have one length. ``result_only``: without the derivation, as in ``2``.
-    ValueError if a setting is out of range, or there are more nodes than letters.
+    the right-hand sides in this order, with nodes called A, B, C, ... For p up to 10 all answers
+    have one length. ValueError if there are more nodes than letters.
     """
 
     steps: Annotated[int, Whole("[1, 1e2]", "assignments", "that the answer needs")] = 2
     distractors: Annotated[int, Whole("[0, 1e2]", "assignments", "that it does not need")] = 1
-    modulus: Annotated[int, Whole("[2, 1000]", "", "of all values")] = 10
+    modulus: Annotated[int, Whole("[2, 1000]", "", "p, of all values")] = 10
     result_only: Annotated[bool, Plain(bool, "the answer has no derivation")] = False
 
     def __post_init__(self):
@@ -233,7 +231,7 @@ def _sorted_operands(side: str) -> str:
 class Add(Task):
     """``357+689=`` to ``1046``: two n-digit numbers, their sum in n + 1 digits, zeros kept.
 
-    An instance is the two numbers; ``digits`` is n, 1 to 100, else ValueError.
+    An instance is the two numbers.
     """
 
     digits: Annotated[int, Whole("[1, 100]", "digits", "of both numbers")] = 4
@@ -280,11 +278,10 @@ class Countdown(Task):
     """``4,17,1:68`` to ``1*17=17,17*4=68``: steps with + - * that lead to the target.
 
     Intermediate results lie in 0 to 999. Several answers, of different lengths, can be correct.
-    ``numbers`` are k, drawn from 1 to ``largest``. ValueError for a setting out of range.
     """
 
     numbers: Annotated[int, Whole("[2, 20]", "numbers", "to combine")] = 3
-    largest: Annotated[int, Whole("[1, 999]", "", "number")] = 20
+    largest: Annotated[int, Whole("[1, 999]", "", "number to combine, from 1")] = 20
 
     @property
     def lengths(self) -> tuple[int, int]:

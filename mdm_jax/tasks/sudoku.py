@@ -24,9 +24,8 @@ class Sudoku(Task):
 
     n = ``rows`` times ``columns``, the shape of a box: 2 x 3 makes 6 x 6 grids. An instance is a
     full grid, found by a random depth-first search (every grid is possible, not all equally
-    likely), so all puzzles of one grid are in one split. ``blanks``: fewest and most blank cells;
-    the number is uniform between them, but smaller where no such puzzle with one solution is found.
-    ValueError for a setting out of range.
+    likely), so all puzzles of one grid are in one split. The number of blanks is uniform between
+    two, but smaller where no such puzzle with one solution is found.
     """
 
     rows: Annotated[int, Whole("[1, 9]", "cells", "rows of a box")] = 2

@@ -190,15 +190,9 @@ def task_dataset(
 
     A longer split begins with a shorter one; a task with few examples repeats some.
 
-    Args:
-        prompt_length, answer_length: positions of each, the answer's EOS included; 0: the longest.
-        answer_padding: EOS tokens after the first. "eos_once": neither eligible nor attended to,
-            which reveals the answer's length (harmless where it is fixed, as in all tasks but
-            countdown). "eos_scored": eligible like the answer.
-        train_rows, valid_rows, test_rows: examples of each split.
-
-    Raises:
-        ValueError: if a length is too small for the task, or another setting is out of range.
+    ``answer_padding``: EOS tokens after the first. "eos_once": neither eligible nor attended to,
+    which reveals the answer's length (harmless where it is fixed, as in all tasks but
+    countdown). "eos_scored": eligible like the answer. ValueError for a length that is too small.
     """
     longest_prompt, longest_answer = task.lengths
     needed = {"prompt_length": longest_prompt, "answer_length": longest_answer + 1}

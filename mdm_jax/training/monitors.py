@@ -230,9 +230,9 @@ def baseline_monitor(
 
     Gradients do not change (:class:`~mdm_jax.objectives.objective.Baseline`). ``read`` gives
     ``controlled_loss`` and ``uncontrolled_loss``, nats per token, both averaged over about
-    ``1 / (1 - forget)`` steps, and ``controlled_rejected``. ``decay`` (of the mean of one of the
-    quantile's ``bins``, per visit) and ``forget`` (per step) are in [0, 1). ValueError for these,
-    and unless the bias of the run's ``chain`` is "exact", since otherwise the mean is wrong.
+    ``1 / (1 - forget)`` steps, and ``controlled_rejected``. ``decay`` is per visit of one of the
+    quantile's ``bins``. ValueError unless the bias of the run's ``chain`` is "exact", since
+    otherwise the mean is wrong.
     """
     if chain is not None and chain.bias != "exact":
         raise ValueError(

@@ -158,15 +158,14 @@ def ppots(
 
     J = ``num_bins`` bins are equally wide in the logarithm of the masking rate m = 1 - u, with one
     below ``smallest_rate``. Past batches, views averaged per level (optimal for pairs), give the
-    density; a bin never visited counts as average. ``decay`` of the moments is per draw of a bin,
-    in [0, 1); ``floor`` in (0, 1], the share of uniform levels, bounds the weights by
-    ``1 / floor``; ``target`` is the moment whose root the density follows: for stratified levels
-    ``densities.level_variance``. For per-row gradient norms call ``update`` with
+    density; a bin never visited counts as average. ``decay`` is per draw of a bin; ``floor`` bounds
+    the weights by ``1 / floor``; ``target`` is the moment whose root the density follows: for
+    stratified levels ``densities.level_variance``. For per-row gradient norms call ``update`` with
     ``densities.gradient_stats(stats, norms)``.
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
     and a few operations on [J]. Removes: as :func:`ppots_binned`, without calibration. Bias: exact.
     Reference: arXiv 2511.18159, made adaptive; Nichol and Dhariwal 2021, with an exact weight.
-    Raises: ValueError if a setting is out of range, or running moments cannot give the target.
+    Raises: ValueError if running moments cannot give the target.
     """
     edges = log_spaced_edges(num_bins, smallest_rate)
     return running_bins("ppots", edges, lambda count: decay**count, floor, warmup_steps, target)
@@ -261,8 +260,7 @@ def ppots_binned(
     optimum.
     Keeps: E[weight f(u)] = int f. Couples: nothing. Costs: one view. Removes: the variance of
     sqrt(E f^2) over uniform levels. Bias: exact. Reference: arXiv 2511.18159, as a histogram.
-    Raises: ValueError unless edges cover (0, 1), moments fit, are finite and >= 0, and ``floor`` is
-    in (0, 1].
+    Raises: ValueError unless edges cover (0, 1), and moments fit, are finite and >= 0.
     """
     moments = np.asarray(second_moments, np.float64)
     if not (np.all(np.isfinite(moments)) and np.all(moments >= 0)):

@@ -139,8 +139,7 @@ def clipped_mixture(
     as these (float32 resolution).
     Keeps: E[weight f(u)] = int f, the whole bound. Couples: nothing. Costs: one view. Removes: what
     a preference for the range can, with weights of ``1 / share`` outside. Bias: exact. Reference:
-    defensive importance sampling (Hesterberg 1995). Raises: ValueError unless
-    ``0 <= low < high <= 1``, ``high - low >= 2**-21`` and ``0 < share <= 1``.
+    defensive importance sampling (Hesterberg 1995). Raises: ValueError if narrower than 2**-21.
     """
     _check_range("clipped_mixture", low, high)
     low, high = (0.0 if low < _LEAST else low), (1.0 if high > 1.0 - _LEAST else high)
@@ -169,7 +168,7 @@ def log_uniform(smallest_rate: SmallestRate = 1e-3) -> VarianceTransform:
     Bernoulli's weight 1/m above ``smallest_rate``; the second moment below stays infinite, T
     smallest_rate times that of uniform rates. Draws small rates more often than optimal; fixed
     counts have no tail. Bias: exact. Reference: Sahoo et al. 2024 (MDLM), change of variables (an
-    option for importance sampling). Raises: ValueError unless 0 < smallest_rate < 1.
+    option for importance sampling).
     """
     return importance(LogUniformDensity(smallest_rate))._replace(name="log_uniform")
 

@@ -73,8 +73,7 @@ def loss_history(
     batches: prefer some tens of bins to one per diffusion step.
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
     J H numbers. Removes: as much as sqrt(E f^2) varies with the level, less for small H. Bias:
-    exact. Reference: Nichol and Dhariwal 2021 (improved DDPM), second-moment resampler. Raises:
-    ValueError if a setting is out of range; ``floor``, the uniform share, is in (0, 1].
+    exact. Reference: Nichol and Dhariwal 2021 (improved DDPM), second-moment resampler.
     """
     edges = equal_edges(num_bins)
 

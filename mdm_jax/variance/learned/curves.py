@@ -50,7 +50,7 @@ class LogisticShape(NamedTuple):
 
 @checked
 def piecewise_linear_curve(num_bins: Bins = 100) -> LossCurve:
-    """Piecewise-linear curves (CDCD, Dieleman et al. 2022); ValueError unless num_bins >= 1."""
+    """Piecewise-linear curves (CDCD, Dieleman et al. 2022)."""
 
     def init() -> PiecewiseLinear:
         level = -math.log(num_bins)
@@ -220,7 +220,7 @@ def cdcd_warp(
     Keeps: the range of levels, not the loss: the effective weighting is the objective's times the
     learnt density, which moves. Couples: steps, through the state. Costs: one view. Removes: draws
     at levels where the loss hardly changes, by changing the estimand. Bias: biased. Reference:
-    Dieleman et al. 2022 (CDCD). Raises: ValueError if a setting is out of range.
+    Dieleman et al. 2022 (CDCD).
     """
     curve = piecewise_linear_curve(num_bins)
     return curve_warp(
@@ -247,7 +247,7 @@ def cdtd_warp(
     Keeps: each level's range, not the loss, nor the independence of a row's levels. Couples: the
     levels of a row; steps through the state. Costs: one view. Removes: differences in difficulty
     between levels and types, by changing the estimand. Bias: biased. Reference: Mueller et al. 2025
-    (CDTD). Raises: ValueError if a setting is out of range, or groups or normalisers do not fit S.
+    (CDTD). Raises: ValueError if groups or normalisers do not fit S.
     """
     if groups is not None and set(groups) != set(range(len(set(groups)))):
         raise ValueError(

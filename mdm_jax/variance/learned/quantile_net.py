@@ -128,13 +128,12 @@ def learned_quantile(
 
         grad M = -E[ (f / q)^2 grad log q(u') ] ,
 
-    over a running mean of the square (``decay`` in [0, 1)); the minimum is ``q`` proportional to
+    over a running mean of the square (``decay``); the minimum is ``q`` proportional to
     sqrt(E f^2). Q has no floor; for heavy tails prefer :func:`~mdm_jax.variance.ppots`.
     Keeps: E[weight f(u)] = int f at every step. Couples: steps, through the state. Costs: one view,
     a network of one hidden layer (``resolution`` units per unit of u) per level. Removes: as much
     as sqrt(E f^2) varies with the level. Bias: exact. Reference: Kingma et al. 2021 (VDM), appendix
-    I.2, but by the score function, and with softplus and exponential kernels. Raises: ValueError if
-    a setting is out of range.
+    I.2, but by the score function, and with softplus and exponential kernels.
     """
     optimizer = optax.adam(learning_rate)
 

@@ -48,8 +48,7 @@ def uncertainty_weighting(
     ``p / E[l | level]`` over the logSNR, p the objective's law, and moves. Couples: steps, through
     the state. Costs: one view. Removes: variance by changing the estimand: all levels weigh the
     same. Bias: biased. Reference: Karras et al. 2024 (EDM2), app. B.2, but coefficients not
-    normalised (zero at start); Kendall et al. 2018. Raises: ValueError if a setting is out of
-    range.
+    normalised (zero at start); Kendall et al. 2018.
     """
     random = np.random.default_rng(seed)
     frequencies = 2 * np.pi * random.standard_normal(num_features)
