@@ -1,12 +1,13 @@
 """Plots: functions that take axes draw on them and return them; the others return a new figure."""
 
+import io
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mdm_jax import files
 from mdm_jax.gaussian.recipes import Recipe, summarise
 from mdm_jax.meter.decompose import Decomposition
 from mdm_jax.meter.efficiency import Efficiency
@@ -25,10 +26,17 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 def save(draw: Callable[[Any], Any], path: str | os.PathLike, size: tuple[float, float]) -> None:
     """Write ``draw(axes)`` as a PNG of ``size`` inches, making directories."""
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure = new_figure(size)
     draw(figure.add_subplot())
-    figure.savefig(path, dpi=120)
+    write(figure, path)
+
+
+def write(figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure as a PNG, making directories."""
+    path, png = files.Path(path), io.BytesIO()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=120, format="png")
+    files.write(path, png.getvalue())
 
 
 def training_curve(

@@ -6,6 +6,7 @@ import sys
 import tempfile
 
 import compilation
+import fake_bucket
 import launching
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -52,6 +53,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Modules marked ``first`` begin first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The directory that stands for ``gs://bucket``."""
+    return fake_bucket.install(tmp_path / "buckets", monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Text files and their lines; windows of a text, and documents from JSON lines."""
 
 import collections
+import contextlib
 import gzip
 import hashlib
 import json
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mdm_jax import files
 from mdm_jax.checks import checked
 from mdm_jax.data.datasets import (
     SPLITS,
@@ -193,9 +195,10 @@ def read_text(path: str | os.PathLike) -> Text:
     ValueError names the file if it is empty or not compressed as its suffix says; and the line and
     byte offset of bytes that are not UTF-8.
     """
-    path = pathlib.Path(path)
+    path = files.Path(path)
+    decompress, _ = _SUFFIXES.get(path.suffix.lower(), (contextlib.nullcontext, b""))
     try:
-        with _SUFFIXES.get(path.suffix.lower(), (open, b""))[0](path, "rb") as file:
+        with path.open("rb") as raw, decompress(raw) as file:
             data = file.read()
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path}: damaged, or not a {path.suffix} file ({error})") from error
@@ -282,8 +285,8 @@ def read_splits(
         return [_parse(*line, fields) for line in lines]
 
     if valid_path is not None:
-        files = zip(SPLITS, (path, valid_path, test_path))
-        return {name: records(file) for name, file in files}, dropped
+        paths = zip(SPLITS, (path, valid_path, test_path))
+        return {name: records(file) for name, file in paths}, dropped
     found = records(path)
     distinct = list(dict.fromkeys(record.values[0] for record in found))
     parts = shuffled_split(len(distinct), fractions, split_seed, str(path))

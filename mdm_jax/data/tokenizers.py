@@ -9,13 +9,14 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from mdm_jax import files
 
 NUM_SPECIAL = 3
 REPLACEMENT = "\ufffd"
@@ -115,7 +116,7 @@ class Tokenizer(abc.ABC):
         return json.dumps({"kind": self.kind, **self._settings()})
 
     def save(self, path: str | os.PathLike) -> None:
-        pathlib.Path(path).write_text(self.to_json(), "utf-8")
+        files.write(path, self.to_json())
 
     @property
     def fingerprint(self) -> str:
@@ -386,7 +387,7 @@ def tokenizer_from_json(text: str, origin: str = "the given JSON") -> Tokenizer:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer file; see :func:`tokenizer_from_json`. Errors name the file."""
     try:
-        text = pathlib.Path(path).read_bytes().decode("utf-8")
+        text = files.Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a tokenizer, {error}") from error
     return tokenizer_from_json(text, origin=str(path))

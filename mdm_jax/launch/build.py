@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-import pathlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mdm_jax import data, rng, schedules, sharding, tasks, training, variance
+from mdm_jax import data, files, rng, schedules, sharding, tasks, training, variance
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names, sample
@@ -220,7 +220,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
                 f"hold no {rows.unit}, so there is no bound per {rows.unit}; evaluate more rows"
             )
     if s.judge:
-        check_source(pathlib.Path(s.judge), rows.tokenizer, "sample.judge")
+        check_source(files.as_path(s.judge), rows.tokenizer, "sample.judge")
     if s.prompts and rows.tokenizer is None:
         raise ValueError("sample.prompts is about text, and this run's data are pictures")
     if s.quality_steps:
@@ -407,12 +407,12 @@ def check_quality(experiment: Experiment) -> None:
         )
 
 
-def open_workdir(workdir: str | pathlib.Path) -> training.CheckpointReader:
+def open_workdir(workdir: str | os.PathLike) -> training.CheckpointReader:
     """Checkpoints of a run, for reading; it may be missing, or still training."""
-    return training.CheckpointReader(pathlib.Path(workdir) / "checkpoints")
+    return training.CheckpointReader(files.as_path(workdir) / "checkpoints")
 
 
-def load_parameters(experiment: Experiment, workdir: pathlib.Path) -> tuple[int, PyTree]:
+def load_parameters(experiment: Experiment, workdir: files.Path) -> tuple[int, PyTree]:
     """(step, averaged parameters) of a run: the best by validation loss, else the last.
 
     Its optimiser and variance chain may differ. CheckpointError if there are none of this network.

@@ -298,7 +298,7 @@ def with_config(argv: list[str]) -> list[str]:
         flags.FLAGS(argv, known_only=True)
         values = flags.FLAGS
         if values.mode != "train" and values.workdir is not None:
-            if read_config(pathlib.Path(values.workdir)) is None:
+            if read_config(values.workdir) is None:
                 raise CommandLineError(
                     f"{values.workdir} holds no run (no config.json); train one first"
                 )

@@ -1,15 +1,13 @@
 """The modes ``evaluate`` and ``sample``, and the report that ends a training run."""
 
 import contextlib
-import json
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from mdm_jax import data, distributed, evaluation, plots, training
+from mdm_jax import data, distributed, evaluation, files, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.sample import free_canvases, show_samples
@@ -21,7 +19,7 @@ Check = Callable[..., None] | None
 
 def evaluate(
     experiment: Experiment,
-    workdir: pathlib.Path,
+    workdir: files.Path,
     check: Check = None,
     show: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -94,7 +92,7 @@ def _progress_bar(rows: int, description: str, check: Check) -> Iterator[Callabl
 
 
 def sample(
-    experiment: Experiment, workdir: pathlib.Path, show: Callable[[str], None] = lambda _: None
+    experiment: Experiment, workdir: files.Path, show: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Draw samples under the best parameters; shown, written to ``samples/`` and returned."""
     step, params = load_parameters(experiment, workdir)
@@ -106,7 +104,7 @@ def sample(
 
 
 def measure_quality(
-    experiment: Experiment, workdir: pathlib.Path, step: int, params: PyTree, key: Array
+    experiment: Experiment, workdir: files.Path, step: int, params: PyTree, key: Array
 ) -> list[str]:
     """Quality of ``sample.quality_texts`` texts at each number of steps; returns the files.
 
@@ -127,7 +125,7 @@ def measure_quality(
     held_out, valid = texts(rows.tokens, rows.documents)
     score = _score(experiment, c.judge) if c.judge else None
     canvas, documents = free_canvases(dataset, c.quality_texts)
-    files = []
+    paths = []
     for count in tqdm.tqdm(c.quality_steps, desc="quality", unit="setting", disable=not first):
         generate = experiment.family.generator(count)
         tokens = distributed.to_host(generate(params, key, canvas, documents))
@@ -136,16 +134,16 @@ def measure_quality(
         )
         record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}
         if first:
-            files += new_files(directory, f"{c.sampler}-{count}", ".json")
-            with writing(files[-1]):
-                write_json(files[-1], record | {"quality": quality.to_dict()})
+            paths += new_files(directory, f"{c.sampler}-{count}", ".json")
+            with writing(paths[-1]):
+                write_json(paths[-1], record | {"quality": quality.to_dict()})
     reference = evaluation.measure_text_quality(held_out, valid, score=score)
-    files.append(directory / "quality.png")
+    paths.append(directory / "quality.png")
     if first:
-        found = [path.read_text("utf-8") for path in sorted(directory.glob("*.json"))]
-        records = [json.loads(content) for content in found if content]  # others may be writing
-        plots.quality_by_steps(records, references=reference.to_dict()).savefig(files[-1])
-    return [str(path) for path in files]
+        found = (path for path in sorted(directory.glob("*.json")) if files.size(path))
+        records = [files.read_json(path) for path in found]  # others may be writing empty ones
+        plots.write(plots.quality_by_steps(records, references=reference.to_dict()), paths[-1])
+    return [str(path) for path in paths]
 
 
 def _score(experiment: Experiment, judge: str) -> evaluation.Score:
@@ -157,7 +155,7 @@ def _score(experiment: Experiment, judge: str) -> evaluation.Score:
             f"sample.judge: {judge} was trained on rows of {other.dataset.length} tokens, this run "
             f"on rows of {experiment.dataset.length}"
         )
-    _, params = load_parameters(other, pathlib.Path(judge))
+    _, params = load_parameters(other, files.as_path(judge))
     return evaluation.likelihood_score(other.evaluate, params, other.key(0, "judge"))
 
 
@@ -166,7 +164,7 @@ def _score(experiment: Experiment, judge: str) -> evaluation.Score:
 
 def report(
     experiment: Experiment,
-    workdir: pathlib.Path,
+    workdir: files.Path,
     check: Check = None,
     show: Callable[[str], None] = lambda _: None,
 ) -> str:
@@ -184,14 +182,14 @@ def report(
         add(format_results(record, experiment.family.details(record)))
 
     record = evaluate(experiment, workdir, check, show=add_results)
-    files = sample(experiment, workdir, show=add)["files"]
+    paths = sample(experiment, workdir, show=add)["files"]
     if not distributed.is_first():
         return ""
     shown = write_plots(workdir, record)
     add(
         "\n".join(
             [
-                f"samples:     {', '.join(files)}",
+                f"samples:     {', '.join(paths)}",
                 f"plots:       {', '.join(map(str, shown))}",
                 f"TensorBoard: tensorboard --logdir {workdir / 'tensorboard'}",
                 f"metrics:     {workdir / 'metrics.jsonl'}",
@@ -201,7 +199,7 @@ def report(
     )
     with writing(workdir / "report.txt"):
         text = "\n".join(parts)
-        (workdir / "report.txt").write_text(f"{experiment.describe()}\n\n{text}\n", "utf-8")
+        files.write(workdir / "report.txt", f"{experiment.describe()}\n\n{text}\n")
     return text
 
 
@@ -223,7 +221,7 @@ def format_results(record: Mapping[str, Any], details: Sequence[str]) -> str:
     )
 
 
-def write_plots(workdir: pathlib.Path, record: Mapping[str, Any]) -> list[pathlib.Path]:
+def write_plots(workdir: files.Path, record: Mapping[str, Any]) -> list[files.Path]:
     """Plot the metrics, and the levels of a record of :func:`evaluate`; returns the files."""
     curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
     shown, unit = [curve], record["unit"]

@@ -18,6 +18,7 @@ Flags:
   --workdir: directory of the run, made if missing
   --mode: train, evaluate, sample or variance, as in the first word
   --allow_config_change: go on in a workdir whose run has another config
+  --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
     default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
   --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of
@@ -39,6 +40,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mdm_jax import files
 from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import command_line, evaluate, measure, train
 from mdm_jax.launch.build import Experiment, make_experiment
@@ -75,6 +77,9 @@ _MODE = flags.DEFINE_enum(
 )
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir whose run has another config."
+)
+_RESTART = flags.DEFINE_bool(
+    "restart", False, "Start anew in a workdir with a run; what that left is kept as *.1.* etc."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "Several processes: HOST:PORT of process 0, the same for all."
@@ -116,8 +121,11 @@ def main(argv: list[str]) -> int:
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None:
         return _fail("--config is required to train, as in --config=quickstart")
+    if _RESTART.value and _MODE.value != "train":
+        return _fail("--restart is for --mode=train")
     cluster = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     try:
+        workdir = files.as_path(_WORKDIR.value)
         command_line.use_compilation_cache(_CACHE.value)
         farewell = command_line.start_processes(*cluster)
         if jax.distributed.is_initialized():
@@ -125,7 +133,6 @@ def main(argv: list[str]) -> int:
     except (ValueError, RuntimeError) as error:
         code = _fail(str(error))
         return command_line.leave(code) if jax.distributed.is_initialized() else code
-    workdir = pathlib.Path(_WORKDIR.value)
     if jax.process_count() > 1:
         code = _run_as_one_of_several(workdir)
         farewell()
@@ -136,7 +143,7 @@ def main(argv: list[str]) -> int:
         return _stopped_at_once()
 
 
-def _run(workdir: pathlib.Path) -> int:
+def _run(workdir: files.Path) -> int:
     try:
         check(workdir, _CONFIG.value, _ALLOW.value)
         try:
@@ -150,7 +157,7 @@ def _run(workdir: pathlib.Path) -> int:
         return _fail(f"{workdir}: {error}" if nameless else str(error))
 
 
-def _run_as_one_of_several(workdir: pathlib.Path) -> int:
+def _run_as_one_of_several(workdir: files.Path) -> int:
     """As :func:`_run`; only process 0 prints, and a failing process ends the others too."""
     if _MODE.value == "variance":
         return _fail("--mode=variance runs in one process; start it with --num_processes=1")
@@ -176,16 +183,17 @@ def _settings() -> dict[str, Any]:
     return {
         "mode": _MODE.value,
         "allow_config_change": _ALLOW.value,
+        "restart": _RESTART.value,
         "num_processes": _NUM_PROCESSES.value,
         "config": resolved(_CONFIG.value),
     }
 
 
-def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
+def _train(experiment: Experiment, workdir: files.Path) -> int:
     print(experiment.describe(), flush=True)
     with Interrupt() as interrupt:
         try:
-            if train.train(experiment, workdir, interrupt, _ALLOW.value, _STARTED):
+            if train.train(experiment, workdir, interrupt, _ALLOW.value, _STARTED, _RESTART.value):
                 evaluate.report(experiment, workdir, interrupt.check, show=_print)
                 return 0
         except Interrupted:
@@ -194,7 +202,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> int:
     return _STOPPED
 
 
-def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
+def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
     def show(record: dict[str, Any]) -> None:
         error = record["standard_error_bits_per_unit"]
         result = (
@@ -209,13 +217,13 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path) -> int:
     return 0
 
 
-def _sample(experiment: Experiment, workdir: pathlib.Path) -> int:
+def _sample(experiment: Experiment, workdir: files.Path) -> int:
     drawn = evaluate.sample(experiment, workdir, show=_print)
     print(f"written to {', '.join(drawn['files'])}")
     return 0
 
 
-def _variance(experiment: Experiment, workdir: pathlib.Path) -> int:
+def _variance(experiment: Experiment, workdir: files.Path) -> int:
     c = dict(experiment.config.measure)
     names = c.pop("methods")
     methods = measure.named(names) if names else None
@@ -247,7 +255,7 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         _PARSED[:] = command_line.with_config(argv)
-    except command_line.CommandLineError as error:
+    except (command_line.CommandLineError, WorkdirError) as error:
         sys.exit(_fail(str(error)))
     except flags.Error:
         _PARSED[:] = argv  # absl reports it below
@@ -260,7 +268,8 @@ def _command() -> str:
         "mdm": ["mdm"],
         "__main__.py": ["python", "-m", "mdm_jax.launch"],
     }.get(program, ["python", "-m", "experiments.launch"])
-    return shlex.join([*start, *_ARGUMENTS[1:]])
+    again = [each for each in _ARGUMENTS[1:] if each.lstrip("-") not in ("restart", "restart=true")]
+    return shlex.join([*start, *again])
 
 
 def _stopped_at_once() -> int:

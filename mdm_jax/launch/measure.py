@@ -7,7 +7,6 @@ every method; the variance of the batch gradient per compute, by which one is re
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from mdm_jax import data, meter, rng, sharding, variance
+from mdm_jax import data, files, meter, rng, sharding, variance
 from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.names import CONFIGURED, METHODS, Method, lookup
@@ -51,7 +50,7 @@ def named(methods: Iterable[str]) -> dict[str, Method]:
 
 def measure(
     experiment: Experiment,
-    workdir: pathlib.Path,
+    workdir: files.Path,
     methods: Mapping[str, Method] | None = None,
     settings: MeasureSettings | None = None,
     show: Callable[[Mapping[str, Any]], None] = lambda _: None,
@@ -250,7 +249,7 @@ def _infinite(figure: Efficiency | None) -> Efficiency | None:
 
 
 def _parameters(
-    experiment: Experiment, workdir: pathlib.Path
+    experiment: Experiment, workdir: files.Path
 ) -> tuple[int | None, PyTree, PyTree | None]:
     """(step or None for a fresh model, parameters, state of the run's own chain if it has one)."""
     restored = None

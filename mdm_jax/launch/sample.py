@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from mdm_jax import data, distributed, plots, samplers
+from mdm_jax import data, distributed, files, plots, samplers
 from mdm_jax.launch.workdir import new_files, writing
 from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.types import Array, Batch, PyTree
@@ -55,7 +54,7 @@ def make_jobs(
     if dataset.tokenizer is None:
         return (Job("picture", blank, everywhere),) * num_samples
     if prompts:
-        return _prompt_jobs(pathlib.Path(prompts), dataset, left_to_right)
+        return _prompt_jobs(files.Path(prompts), dataset, left_to_right)
     if dataset.layout is not None:
         rows = data.gather(source, np.arange(min(num_samples, len(source))))
         canvases = zip(*samplers.canvas_like(rows, dataset.mask_id), rows.tokens)
@@ -94,7 +93,7 @@ def show_samples(
     dataset: data.Dataset,
     jobs: Sequence[Job],
     generate: Callable[..., Array],
-    workdir: pathlib.Path,
+    workdir: files.Path,
     step: int,
     params: PyTree,
     key: Array,
@@ -131,7 +130,7 @@ def show_samples(
         printed = [data.printable(json.dumps(record, ensure_ascii=False)) for record in records]
         for path, content in zip(paths, ("".join(line + "\n" for line in printed), text)):
             with writing(path):
-                path.write_text(content, "utf-8")
+                files.write(path, content)
     if writer is not None:
         writer.text(step, "samples", text)
     return {"samples": records, "files": [str(path) for path in paths]}
@@ -157,7 +156,7 @@ def _infilling_job(row: Batch, gap: int, dataset: data.Dataset) -> Job:
     return Job("infilled", canvas, row.documents, row.tokens)
 
 
-def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset, left_to_right: bool) -> tuple[Job, ...]:
+def _prompt_jobs(path: files.Path, dataset: data.Dataset, left_to_right: bool) -> tuple[Job, ...]:
     lines, dropped = data.read_lines(path)
     codec, layout, mask = dataset.tokenizer, dataset.layout, np.array([dataset.mask_id], np.int32)
     _warn(path, lines, dropped, codec)
@@ -195,7 +194,7 @@ def _prompt_jobs(path: pathlib.Path, dataset: data.Dataset, left_to_right: bool)
 
 
 def _warn(
-    path: pathlib.Path, lines: Sequence[Any], dropped: dict[str, int], codec: data.Tokenizer
+    path: files.Path, lines: Sequence[Any], dropped: dict[str, int], codec: data.Tokenizer
 ) -> None:
     """Log what of a file of prompts the network does not get."""
     counts = [f"{n} {name.replace('_', ' ')} dropped" for name, n in dropped.items() if n]

@@ -3,26 +3,30 @@
 import contextlib
 import dataclasses
 import json
-import pathlib
+import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from mdm_jax import data, distributed, training
+from mdm_jax import data, distributed, files, training
+from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import names
 from mdm_jax.launch.build import Experiment, load_parameters, open_workdir
 from mdm_jax.launch.sample import show_samples
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,
+    check_history,
     check_source,
     claim,
     read_config,
+    set_history_aside,
     training_lock,
 )
 from mdm_jax.meter.clip_search import ClipChoice
-from mdm_jax.training.checkpoints import Restored
+from mdm_jax.training.checkpoints import CheckpointError, Restored
 from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.step import TrainState
 from mdm_jax.types import PyTree
@@ -31,17 +35,20 @@ from mdm_jax.variance.warps import set_clip_range
 
 def train(
     experiment: Experiment,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     interrupt: training.Interrupt | None = None,
     allow_config_change: bool = False,
     launched_at: float | None = None,
+    restart: bool = False,
 ) -> bool:
     """Train, resuming from the directory's last undamaged checkpoint.
 
+    A directory with a history and no checkpoint is refused. ``restart``: from step 0, whatever is
+    there; the old history is kept beside the new one (``workdir.set_history_aside``).
     Claims the directory (``workdir.claim``) after all checks. True: finished; False: interrupted
     and saved. Raises WorkdirError, CheckpointError, TrainingStopped or ValueError for users.
     """
-    c = experiment.config
+    c, workdir = experiment.config, files.as_path(workdir)
     check(workdir, c, allow_config_change)
     check_start(experiment, workdir)
     abstract = experiment.abstract_state()
@@ -56,13 +63,17 @@ def train(
             claim(workdir, c)
         distributed.barrier("directory claimed")
         _check_shared(workdir)
+        if restart:
+            set_history_aside(workdir)
         checkpoints = training.Checkpoints(workdir / "checkpoints", c.train.keep_last)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore_last(abstract)
         if restored is None:
+            check_history(workdir, checkpoints.unsaved)
+            checkpoints.begin()
             state, progress = initial_state(experiment), {}
         else:
-            state, progress = _continue(restored, stream, batches), restored.notes["progress"]
+            state, progress = _continue(restored, stream, batches)
         if distributed.is_first():
             claim(workdir, c, allow_config_change)
             _save_tokenizer(experiment, workdir)
@@ -77,7 +88,7 @@ def train(
             )
             print(compiled.describe(), flush=True)
         options = dataclasses.replace(
-            experiment.loop, profile_directory=str(workdir / "profile"), launched_at=launched_at
+            experiment.loop, profile_directory=_profile_directory(workdir), launched_at=launched_at
         )
         training.train(
             compiled and compiled.call,
@@ -104,7 +115,7 @@ def initial_state(experiment: Experiment) -> TrainState:
     source = experiment.config.train.init_from
     if not source:
         return experiment.initial_state()
-    directory = pathlib.Path(source)
+    directory = files.as_path(source)
     check_source(directory, experiment.dataset.tokenizer, "train.init_from")
     step, params = load_parameters(experiment, directory)
     print(f"parameters of {directory}, step {step}", flush=True)
@@ -113,7 +124,7 @@ def initial_state(experiment: Experiment) -> TrainState:
     return state.replace(params=params, ema=_placed_as(average, state.ema))
 
 
-def check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
+def check_start(experiment: Experiment, workdir: files.Path) -> None:
     """Raise WorkdirError where ``train.init_from`` is needed (no checkpoints yet) but unusable."""
     source = experiment.config.train.init_from
     if not source:
@@ -122,11 +133,11 @@ def check_start(experiment: Experiment, workdir: pathlib.Path) -> None:
     started = bool(checkpoints.steps())
     checkpoints.close()
     if not started:
-        check_source(pathlib.Path(source), experiment.dataset.tokenizer, "train.init_from")
+        check_source(files.as_path(source), experiment.dataset.tokenizer, "train.init_from")
 
 
 def make_hooks(
-    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
+    experiment: Experiment, workdir: files.Path, writer: training.MetricWriter
 ) -> training.Hooks:
     """Hooks of the loop: evaluation, samples, monitors, the clip search."""
     dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
@@ -159,7 +170,7 @@ def make_hooks(
 
 
 def _adapt_hook(
-    experiment: Experiment, workdir: pathlib.Path, writer: training.MetricWriter
+    experiment: Experiment, workdir: files.Path, writer: training.MetricWriter
 ) -> Callable[..., TrainState]:
     """Choose the range of ``clipped_adaptive``; scores are logged to ``clip_search.jsonl``."""
     source, rows = experiment.dataset.valid, experiment.config.evaluate.batch_size
@@ -187,16 +198,23 @@ def _placed_as(new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jax.device_put(n, o.sharding), new, old)
 
 
-def _append_choice(path: pathlib.Path, choice: ClipChoice) -> None:
+def _append_choice(path: files.Path, choice: ClipChoice) -> None:
     """Add a line; those of this and later steps, from before a resume, are replaced."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] < choice.step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("\n".join([*kept, json.dumps(choice.to_dict()), ""]), "utf-8")
-    temporary.replace(path)
+    kept = []
+    for origin, record in files.read_records(path) if path.exists() else ():
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{origin}: not the record of a clip search")
+        if record["step"] < choice.step:
+            kept.append(record)
+    files.write(path, "".join(json.dumps(line) + "\n" for line in [*kept, choice.to_dict()]))
 
 
-def _check_shared(workdir: pathlib.Path) -> None:
+def _profile_directory(workdir: files.Path) -> str:
+    """Where the profiler writes, which cannot write to a bucket."""
+    return tempfile.mkdtemp() if files.is_remote(workdir) else str(workdir / "profile")
+
+
+def _check_shared(workdir: files.Path) -> None:
     if read_config(workdir) is None:
         raise WorkdirError(
             f"process {jax.process_index()} does not see the config.json that process 0 wrote to "
@@ -204,22 +222,35 @@ def _check_shared(workdir: pathlib.Path) -> None:
         )
 
 
-def _writer(workdir: pathlib.Path, start: int, progress: dict[str, Any]) -> training.MetricWriter:
+def _writer(workdir: files.Path, start: int, progress: dict[str, Any]) -> training.MetricWriter:
     if not distributed.is_first():
         return training.SilentWriter()
     return training.MetricWriter(workdir, start, again=progress.get("hooks_due", ()))
 
 
-def _save_tokenizer(experiment: Experiment, workdir: pathlib.Path) -> None:
-    path = workdir / "tokenizer.json"
-    if experiment.dataset.tokenizer is not None and not path.exists():
-        experiment.dataset.tokenizer.save(path)
+def _save_tokenizer(experiment: Experiment, workdir: files.Path) -> None:
+    path, tokenizer = workdir / "tokenizer.json", experiment.dataset.tokenizer
+    if tokenizer is not None and not path.exists():
+        tokenizer.save(path)
+    elif tokenizer is not None and load_tokenizer(path).fingerprint != tokenizer.fingerprint:
+        raise WorkdirError(
+            f"{path} is damaged: it is not the tokenizer of this run's data; move it away, and the "
+            "same command line writes it again"
+        )
 
 
-def _continue(restored: Restored, stream: dict[str, Any], batches: BatchStream) -> TrainState:
-    data.check_same_stream(restored.notes["stream"], stream)
+def _continue(
+    restored: Restored, stream: dict[str, Any], batches: BatchStream
+) -> tuple[TrainState, dict[str, Any]]:
+    notes = restored.notes if isinstance(restored.notes, dict) else {}
+    if not all(isinstance(notes.get(name), dict) for name in ("stream", "progress")):
+        raise CheckpointError(
+            f"the notes of the checkpoint of step {int(restored.state.step)} are not those of a "
+            f"training run: {restored.notes}; move it away to resume from the one before"
+        )
+    data.check_same_stream(notes["stream"], stream)
     batches.set_state(restored.position)
-    return restored.state
+    return restored.state, notes["progress"]
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
 import csv
 import dataclasses
-import pathlib
+import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from mdm_jax import meter, plots
+from mdm_jax import files, meter, plots
 from mdm_jax.meter.decompose import Decomposition
 from mdm_jax.meter.efficiency import Efficiency
 from mdm_jax.meter.levels import LevelTable
@@ -80,7 +80,7 @@ class Result:
 
 
 def write_report(
-    directory: pathlib.Path,
+    directory: files.Path,
     record: Mapping[str, Any],
     results: Mapping[str, Any],
     table: LevelTable,
@@ -114,21 +114,22 @@ def write_report(
     return [str(path) for path in paths]
 
 
-def write_csv(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+def write_csv(path: files.Path, record: Mapping[str, Any]) -> None:
     """One line per method; empty where there is no number."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        for name, method in record["methods"].items():
-            line = {"method": name}
-            line |= {key: method[key] for key in ("chain", "corruption", "bias", "refused")}
-            for of in ("gradient", "loss"):
-                parts = method[of] or {}
-                line |= {f"{of}_{k}": v for k, v in parts.items() if f"{of}_{k}" in COLUMNS}
-            line |= {k: v for k, v in (method["efficiency"] or {}).items() if k in COLUMNS}
-            line |= {f"training_{k}": v for k, v in (method["training"] or {}).items()}
-            line = {key: value for key, value in line.items() if key in COLUMNS}
-            writer.writerow({key: "" if value is None else value for key, value in line.items()})
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS, restval="")
+    writer.writeheader()
+    for name, method in record["methods"].items():
+        line = {"method": name}
+        line |= {key: method[key] for key in ("chain", "corruption", "bias", "refused")}
+        for of in ("gradient", "loss"):
+            parts = method[of] or {}
+            line |= {f"{of}_{k}": v for k, v in parts.items() if f"{of}_{k}" in COLUMNS}
+        line |= {k: v for k, v in (method["efficiency"] or {}).items() if k in COLUMNS}
+        line |= {f"training_{k}": v for k, v in (method["training"] or {}).items()}
+        line = {key: value for key, value in line.items() if key in COLUMNS}
+        writer.writerow({key: "" if value is None else value for key, value in line.items()})
+    files.write(path, table.getvalue())
 
 
 def recommend(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,16 +12,29 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+from absl import logging
 from ml_collections import ConfigDict
 
-from mdm_jax import distributed
+from mdm_jax import distributed, files
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mdm_jax.files import write_json
 from mdm_jax.launch import config as launch_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
 FREE_SECTIONS = ("evaluate", "measure", "mesh", "sample")
 """Sections about evaluation and devices; they may differ between calls."""
 FILE = "training.lock"
+HISTORY = (
+    "metrics.jsonl",
+    "checkpoints",
+    "tensorboard",
+    "clip_search.jsonl",
+    "evaluation.json",
+    "report.txt",
+    "tokenizer.json",
+)
+"""What is set aside when a run starts anew; samples never take the place of older ones."""
 
 
 class WorkdirError(RuntimeError):
@@ -32,28 +45,51 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The config that the directory's run was started with, as JSON values, or None."""
-    path = workdir / "config.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """The config of the directory's run, as JSON values, or None; WorkdirError if damaged."""
+    path = files.as_path(workdir) / "config.json"
+    with _reaching(path):
+        if not path.exists():
+            return None
+    try:
+        saved = files.read_json(path)
+        _typed(saved)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).removeprefix(f"{path} is damaged: ").splitlines()[0].strip("'\"")
+        raise WorkdirError(
+            f"{path} is damaged: {reason}. Put back the config that the run was started with (a "
+            "copy; or train with the same --config and settings in a new --workdir and take its "
+            "config.json)"
+        ) from error
+    return saved
 
 
-def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
+def saved_config(workdir: str | os.PathLike) -> ConfigDict:
     """Config of the run in ``workdir``; settings newer than the run have their defaults."""
+    return _typed(read_config(workdir) or {})
 
-    def update(section, saved: dict[str, Any]) -> None:
-        for name, value in saved.items():
+
+def _typed(saved: dict[str, Any]) -> ConfigDict:
+    """The default config with ``saved`` values; an error names a setting of the wrong type."""
+
+    def update(section: ConfigDict, values: Any, prefix: str) -> None:
+        if not isinstance(values, dict):
+            raise TypeError(f"{prefix or 'the whole'} is {values!r} instead of a group of settings")
+        for name, value in values.items():
             if isinstance(section.get(name), ConfigDict):
-                update(section[name], value)
+                update(section[name], value, f"{prefix}{name}.")
             else:
-                section[name] = tuple(value) if isinstance(value, list) else value
+                try:
+                    section[name] = tuple(value) if isinstance(value, list) else value
+                except (TypeError, ValueError, KeyError, AttributeError) as error:
+                    raise TypeError(f"{prefix}{name} is {value!r} ({error})") from error
 
     config = launch_config.get_config()
-    update(config, read_config(pathlib.Path(workdir)) or {})
+    update(config, saved, "")
     return config
 
 
-def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
+def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -> None:
     """Raise WorkdirError if another config's run (with a diff), or files but no run, are there."""
     there = [*workdir.iterdir()] if workdir.is_dir() else []  # first: a run may begin meanwhile
     old = read_config(workdir)
@@ -75,7 +111,44 @@ def check(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False)
         )
 
 
-def check_source(directory: pathlib.Path, tokenizer: Tokenizer | None, field: str) -> None:
+@contextlib.contextmanager
+def _reaching(workdir: files.Path) -> Iterator[None]:
+    """Turn errors of a bucket, which have no common class, into a WorkdirError."""
+    try:
+        yield
+    except Exception as error:
+        if not files.is_remote(workdir):
+            raise
+        raise WorkdirError(
+            f"{workdir} cannot be reached: {type(error).__name__}: {error} (a bucket needs the "
+            "package gcsfs and application default credentials)"
+        ) from error
+
+
+def check_history(workdir: files.Path, unsaved: bool) -> None:
+    """Raise WorkdirError, in all processes, if a run without a checkpoint would start over.
+
+    ``unsaved``: it is known to have saved nothing yet (``Checkpoints.unsaved``).
+    """
+    path = workdir / "metrics.jsonl"
+    if distributed.from_first(not unsaved and path.exists() and files.size(path) > 0):
+        raise WorkdirError(
+            f"{workdir} has the metrics of a run but no checkpoint to go on from. Put its "
+            "checkpoints back, or pass --restart to start anew, which keeps what there is as "
+            "metrics.1.jsonl etc."
+        )
+
+
+def set_history_aside(workdir: files.Path) -> None:
+    """Rename what a run left behind: ``metrics.jsonl`` to ``metrics.1.jsonl`` etc."""
+    if distributed.is_first():
+        for path in (workdir / name for name in HISTORY):
+            if path.exists():
+                path.rename(files.beside(path))
+    distributed.barrier("history set aside")
+
+
+def check_source(directory: files.Path, tokenizer: Tokenizer | None, field: str) -> None:
     """Raise WorkdirError unless ``directory`` holds a run with the same tokens."""
     if read_config(directory) is None:
         raise WorkdirError(f"{field}: {directory} holds no run (no config.json)")
@@ -89,7 +162,7 @@ def check_source(directory: pathlib.Path, tokenizer: Tokenizer | None, field: st
         )
 
 
-def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) -> list[str]:
+def changes(workdir: files.Path, config: ConfigDict, sections: Sequence[str]) -> list[str]:
     """``name: old -> new`` for what differs from the directory's config in these sections."""
     old, new = read_config(workdir), resolved(config)
     if old is None:
@@ -100,7 +173,7 @@ def changes(workdir: pathlib.Path, config: ConfigDict, sections: Sequence[str]) 
     )
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:
+def claim(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -> None:
     """Check, then write ``config.json``, ``run.json``; keep others as ``config.1.json`` etc.
 
     Where another process may do the same, under the training lock.
@@ -110,20 +183,18 @@ def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False)
     workdir.mkdir(parents=True, exist_ok=True)
     changed = old is not None and _changes(old, new)
     if changed:
-        number = 1
-        while (workdir / f"config.{number}.json").exists():
-            number += 1
+        copy = files.beside(workdir / "config.json")
         # The old config is copied, not moved: a kill must not leave a run without one.
-        write_json(workdir / f"config.{number}.json", old)
+        write_json(copy, old)
         if (workdir / "run.json").exists():
-            (workdir / "run.json").rename(workdir / f"run.{number}.json")
+            (workdir / "run.json").rename(workdir / copy.name.replace("config", "run"))
     if changed or old is None:
         write_json(workdir / "config.json", new)
     if not (workdir / "run.json").exists():
         write_json(workdir / "run.json", provenance(config.seed))
 
 
-def new_files(directory: pathlib.Path, stem: str, *suffixes: str) -> list[pathlib.Path]:
+def new_files(directory: files.Path, stem: str, *suffixes: str) -> list[files.Path]:
     """New files ``stem`` or ``stem-2`` etc., made here, so that nobody else takes the names.
 
     To be called when the contents are ready. Raises WorkdirError where nothing can be written.
@@ -135,14 +206,14 @@ def new_files(directory: pathlib.Path, stem: str, *suffixes: str) -> list[pathli
             paths = [directory / f"{name}{suffix}" for suffix in suffixes]
             if not any(path.exists() for path in paths[1:]):
                 with contextlib.suppress(FileExistsError):
-                    paths[0].open("x").close()
+                    files.create(paths[0])
                     return paths
             number += 1
             name = f"{stem}-{number}"
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: files.Path) -> Iterator[None]:
     """Turn errors of the disk into a WorkdirError that names ``path``."""
     try:
         yield
@@ -199,25 +270,28 @@ def git_revision(root: pathlib.Path) -> str:
         return "not a git checkout"
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Write JSON atomically."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(path)
-
-
 @contextlib.contextmanager
-def training_lock(workdir: pathlib.Path) -> Iterator[None]:
+def training_lock(workdir: files.Path) -> Iterator[None]:
     """Lock out other trainers of ``workdir``, made if missing, until the block ends.
 
-    Process 0 holds a file lock, released however it ends; file systems without locks have none.
-    WorkdirError, in all processes, names the trainer at work.
+    Process 0 holds a file lock, released however it ends; buckets and file systems without locks
+    have none. WorkdirError, in all processes, names the trainer at work.
     """
+    if files.is_remote(workdir):
+        logging.warning("%s: buckets have no locks; start one trainer at a time", workdir)
+        with _reaching(workdir):  # what a bucket refuses is known before training
+            probe = workdir / f"{jax.process_index()}.partial"
+            files.write(probe, "")
+            probe.unlink()
+        yield
+        return
     with contextlib.ExitStack() as stack:
         other = None
         if distributed.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((workdir / FILE).open("a+", encoding="utf-8"))
+            # Not through a link, whose target would be emptied.
+            opened = os.open(workdir / FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            file = stack.enter_context(open(opened, "r+", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -4,8 +4,10 @@ A layer over Orbax's CheckpointManager that falls back past a damaged checkpoint
 
     last/<step>/             the latest full states (TrainState, data position, notes)
     best/<step>/             the averaged parameters with the lowest evaluation loss so far
-    manifests/{last,best}/   of each: sizes and SHA-256 of files, shapes of arrays, amended records
+    manifests/{last,best}/   of each: sizes and SHA-256 of files, shapes of arrays, amended records,
+                             and its own SHA-256; a checkpoint without one is unfinished or damaged
     damaged-last-<step>-<n>/ checkpoints that failed their check, set aside, never deleted
+    unsaved                  there until the first state is saved: its run may start over
 """
 
 import contextlib
@@ -13,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +23,16 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mdm_jax import distributed
+from mdm_jax import distributed, files
 from mdm_jax.types import PyTree
 
 
 class CheckpointError(RuntimeError):
     """No usable checkpoint, or one that does not fit the configuration."""
+
+
+class _Damaged(Exception):
+    """A checkpoint is not as it was written; the message says in what."""
 
 
 class Store:
@@ -37,16 +42,15 @@ class Store:
     ones aside. Without it nothing is changed, and a trainer may be at work.
     """
 
-    def __init__(self, root: pathlib.Path, name: str, item: str, keep: int | None = None):
+    def __init__(self, root: files.Path, name: str, item: str, keep: int | None = None):
         self.directory = root / name
-        self._item, self._writable = item, keep is not None
+        self._item, self._keep, self._writable = item, keep, keep is not None
         self._manifests = root / "manifests" / name
         if self._writable:
             self._manifests.mkdir(parents=True, exist_ok=True)
         # Saving is synchronous: a kill then leaves the old or the new state, and the manifest
         # describes files that are all there. Orbax's read_only would print a warning each time.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
             enable_async_checkpointing=False,
             create=self._writable,
             cleanup_tmp_directories=self._writable,
@@ -63,30 +67,33 @@ class Store:
         while remaining := [step for step in self.steps() if step not in tried]:
             step = remaining[-1]
             tried.add(step)
-            problem = distributed.from_first(
-                self._problem(step) if distributed.is_first() else None
+            problem, manifest = distributed.from_first(
+                self._verify(step) if distributed.is_first() else None
             )
             if problem is None:
                 try:
-                    items = self._read(step, abstract_tree, records)
+                    items = self._read(step, abstract_tree, records, manifest)
                     problem = self._meanwhile(step)
                     if problem is None:
                         return items
                 except CheckpointError:
                     raise
                 except Exception as error:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                     problem = self._meanwhile(step)
-                    if problem is None and self._manifest(step).exists():
+                    if problem is None:
                         # Every byte is as written, so it is the configuration that differs.
+                        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                         raise _misfit(self.directory / str(step), reason) from error
-                    problem = problem or f"it cannot be read ({reason})"
             self._pass_over(step, problem)
         return None
 
     def read(self, step: int, abstract_tree: PyTree) -> PyTree:
         """The tree of a step, without checking its files."""
-        return self._read(step, abstract_tree, ())[self._item]
+        try:
+            manifest = self._load_manifest(step)
+        except _Damaged:
+            manifest = None
+        return self._read(step, abstract_tree, (), manifest)[self._item]
 
     def as_saved(self, leaves: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
         """Abstract leaves to restore: ``fields`` as given, others as in the newest manifest."""
@@ -126,7 +133,12 @@ class Store:
         self._manager.wait_until_finished()
         distributed.barrier(f"saved {self.directory} {step}")
         if distributed.is_first():
-            self._write_manifest(step, self._describe(step, leaves))
+            content = {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}
+            self._write_manifest(step, content)
+        # Not before the new one has its manifest, and not by Orbax, which would be too early.
+        for old in [other for other in steps if other != step][: len(steps) + 1 - self._keep]:
+            self._manager.delete(old)
+        if distributed.is_first():
             kept = {str(s) for s in self.steps()}
             for path in self._manifests.glob("*.json"):
                 if path.stem not in kept:
@@ -136,7 +148,8 @@ class Store:
     def amend(self, step: int, records: dict[str, dict[str, Any]]) -> None:
         """Replace records of a checkpoint; only its manifest is written."""
         if distributed.is_first() and self._manifest(step).exists():
-            self._write_manifest(step, self._load_manifest(step) | {"amended": records})
+            with contextlib.suppress(_Damaged):  # named when it is restored
+                self._write_manifest(step, self._load_manifest(step) | {"amended": records})
 
     def close(self) -> None:
         self._manager.close()
@@ -148,7 +161,7 @@ class Store:
         problem = None
         if distributed.is_first():
             removed = not (self.directory / str(step)).exists()
-            problem = "it was removed" if removed else self._problem(step, digests=False)
+            problem = "it was removed" if removed else self._verify(step, digests=False)[0]
         return distributed.from_first(problem)
 
     def _pass_over(self, step: int, problem: str) -> None:
@@ -169,27 +182,24 @@ class Store:
         if distributed.is_first() and (self._writable or step in self.steps()):
             logging.warning("checkpoint %s is damaged: %s. %s", source, problem, outcome)
 
-    def _read(self, step: int, abstract_tree: PyTree | None, records: tuple[str, ...]) -> dict:
+    def _read(
+        self, step: int, tree: PyTree | None, records: tuple[str, ...], manifest: dict | None
+    ) -> dict[str, Any]:
         items = {name: ocp.args.JsonRestore() for name in records}
-        if abstract_tree is not None:
-            leaves = named_leaves(abstract_tree)
-            self._check_fit(step, leaves)
+        if tree is not None:
+            leaves = named_leaves(tree)
+            if manifest is not None:
+                self._check_fit(step, leaves, manifest["arrays"])
             items[self._item] = ocp.args.StandardRestore(leaves)
         restored = dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
-        if abstract_tree is not None:
+        if tree is not None:
             values = [restored[self._item][name] for name in leaves]
-            restored[self._item] = jax.tree.unflatten(jax.tree.structure(abstract_tree), values)
-        if self._manifest(step).exists():
-            amended = self._load_manifest(step).get("amended", {})
-            restored |= {name: amended[name] for name in records if name in amended}
-        elif self._writable and abstract_tree is not None and distributed.is_first():
-            self._write_manifest(step, self._describe(step, leaves))  # killed before it could be
-        return restored
+            restored[self._item] = jax.tree.unflatten(jax.tree.structure(tree), values)
+        amended = (manifest or {}).get("amended", {})
+        return restored | {name: amended[name] for name in records if name in amended}
 
-    def _check_fit(self, step: int, leaves: dict[str, Any]) -> None:
-        if not self._manifest(step).exists():
-            return
-        saved, wanted = self._load_manifest(step)["arrays"], _shapes(leaves)
+    def _check_fit(self, step: int, leaves: dict[str, Any], saved: dict[str, str]) -> None:
+        wanted = _shapes(leaves)
         differing = [
             f"{name} is {saved.get(name, 'absent')}, wanted {wanted.get(name, 'absent')}"
             for name in sorted({*saved, *wanted})
@@ -199,45 +209,71 @@ class Store:
             more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise _misfit(self.directory / str(step), "; ".join(differing[:3]) + more)
 
-    def _problem(self, step: int, digests: bool = True) -> str | None:
-        path = self._manifest(step)
-        if not path.exists():
-            return None  # killed between the save and its manifest: let reading it decide
+    def _verify(self, step: int, digests: bool = True) -> tuple[str | None, dict[str, Any] | None]:
+        """(what is damaged or None, the manifest without its list of files)."""
         try:
-            expected = self._load_manifest(step)["files"]
-            files = _files(self.directory / str(step), digests)
+            manifest = self._load_manifest(step)
+            self._compare(step, manifest.pop("files"), digests)
+        except _Damaged as error:
+            return str(error), None
         except FileNotFoundError as error:
-            return f"file {error.filename} is missing"
-        except (ValueError, KeyError, TypeError):
-            return f"its manifest {path} is damaged"
+            return f"file {error.filename} is missing", None
+        return None, manifest
+
+    def _compare(self, step: int, expected: dict[str, dict], digests: bool) -> None:
+        found = _files(self.directory / str(step), digests)
         for name, entry in expected.items():
-            if name not in files:
-                return f"file {name} is missing"
-            if files[name]["size"] != entry["size"]:
-                return f"file {name} has {files[name]['size']} bytes instead of {entry['size']}"
-            if digests and files[name]["sha256"] != entry["sha256"]:
-                return f"file {name} has changed since it was written"
-        return None
+            if name not in found:
+                raise _Damaged(f"file {name} is missing")
+            if (size := found[name]["size"]) != entry["size"]:
+                raise _Damaged(f"file {name} has {size} bytes instead of {entry['size']}")
+            if digests and found[name]["sha256"] != entry["sha256"]:
+                raise _Damaged(f"file {name} has changed since it was written")
 
     def _saved_shapes(self) -> dict[str, str] | None:
         for step in reversed(self.steps()):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                return dict(self._load_manifest(step)["arrays"])
+            with contextlib.suppress(_Damaged):
+                return self._load_manifest(step)["arrays"]
         return None
 
-    def _manifest(self, step: int) -> pathlib.Path:
+    def _manifest(self, step: int) -> files.Path:
         return self._manifests / f"{step}.json"
 
     def _load_manifest(self, step: int) -> dict[str, Any]:
-        return json.loads(self._manifest(step).read_text("utf-8"))
-
-    def _describe(self, step: int, leaves: dict[str, Any]) -> dict[str, Any]:
-        return {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}
+        path = self._manifest(step)
+        try:
+            content = files.read_json(path)
+        except FileNotFoundError:
+            raise _Damaged(f"it has no manifest {path}, so its save was not finished") from None
+        except ValueError as error:
+            raise _Damaged(f"its manifest {error}") from error
+        if not _is_manifest(content) or content.pop("sha256", None) not in (None, _sum(content)):
+            raise _Damaged(f"its manifest {path} is damaged: it is not what was written")
+        return content
 
     def _write_manifest(self, step: int, content: dict[str, Any]) -> None:
-        temporary = self._manifest(step).with_suffix(".partial")
-        temporary.write_text(json.dumps(content, indent=1), "utf-8")
-        temporary.replace(self._manifest(step))
+        content = json.loads(json.dumps(content))  # as it will be read
+        files.write_json(self._manifest(step), content | {"sha256": _sum(content)})
+
+
+def _sum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest but for this entry, which earlier releases did not write."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def _is_manifest(content: Any) -> bool:
+    def maps(value: Any, kind: type) -> bool:
+        return isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
+
+    return (
+        maps(content, object)
+        and {"files", "arrays"} <= set(content) <= {"files", "arrays", "amended", "sha256"}
+        and maps(content["files"], dict)
+        and all({"size", "sha256"} <= set(entry) for entry in content["files"].values())
+        and maps(content["arrays"], str)
+        and maps(content.get("amended", {}), dict)
+    )
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -255,22 +291,32 @@ def _shapes(leaves: dict[str, Any]) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
-def _misfit(path: pathlib.Path, reason: str) -> CheckpointError:
+def _misfit(path: files.Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {path} is whole but does not fit this configuration (another model, "
         f"optimizer or variance chain?): {reason}"
     )
 
 
-def _files(directory: pathlib.Path, digests: bool = True) -> dict[str, dict[str, Any]]:
+def _files(directory: files.Path, digests: bool = True) -> dict[str, dict[str, Any]]:
     manifest = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        manifest[name] = {"size": path.stat().st_size}
+    for path in files.below(directory):
+        entry = manifest[path.relative_to(directory).as_posix()] = {"size": files.size(path)}
         if digests:
-            with path.open("rb") as file:
-                manifest[name]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            entry["sha256"] = _digest(path)
     return manifest
+
+
+def _digest(path: files.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_UNSAVED = "unsaved"
+_ANEW = "Start anew with another directory, or here with --restart, which keeps what there is"
 
 
 class Restored(NamedTuple):
@@ -294,7 +340,7 @@ class CheckpointReader:
         self._open(directory)
 
     def _open(self, directory: str | os.PathLike, keep: tuple[int, int] | None = None) -> None:
-        root = pathlib.Path(directory).absolute()
+        self._root = root = files.absolute(directory)
         keep_last, keep_best = keep or (None, None)
         self._last = Store(root, "last", "state", keep_last)
         self._best = Store(root, "best", "ema", keep_best)
@@ -321,16 +367,32 @@ class CheckpointReader:
     def restore_last(self, abstract_state: PyTree) -> Restored | None:
         """The newest intact state, or None if none was saved.
 
-        CheckpointError if none of the checkpoints is intact, or the newest intact one does not fit.
+        CheckpointError if none of the checkpoints is intact, also when all were set aside before,
+        or if the newest intact one does not fit.
         """
         steps = self.steps()
         restored = self._last.restore(abstract_state, ("position", "notes"))
-        if restored is None and steps:
+        if restored is None and steps and not self.unsaved:
             raise CheckpointError(
                 f"none of the checkpoints at steps {steps} in {self._last.directory} is whole; "
-                f"{self._damaged}. Start again with another workdir."
+                f"{self._damaged}. {_ANEW}"
             )
+        lost = None if restored else distributed.from_first(self._lost())
+        if lost:
+            raise CheckpointError(f"no checkpoint is left of a run that saved {lost}. {_ANEW}")
         return None if restored is None else Restored(**restored)
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the run is known to have saved nothing yet, so that it may start over."""
+        return distributed.from_first((self._root / _UNSAVED).exists())
+
+    def _lost(self) -> str | None:
+        """What shows that states were saved here."""
+        if self.unsaved or not self._root.exists():
+            return None
+        aside = sorted(p.name for p in self._root.iterdir() if p.name.startswith("damaged-last-"))
+        return f"{', '.join(aside)} in {self._root}" if aside else None
 
     def restore_last_fields(self, abstract_state: PyTree, fields: Sequence[str]) -> PyTree | None:
         """As :meth:`restore_last`, with None in all but ``fields``; the optimiser may differ.
@@ -370,6 +432,11 @@ class Checkpoints(CheckpointReader):
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         self._open(directory, keep=(keep_last, 1))
 
+    def begin(self) -> None:
+        """Note that a run starts here from its first step and has saved nothing yet."""
+        if distributed.is_first():
+            files.write(self._root / _UNSAVED, "nothing was saved yet\n")
+
     def save(
         self, step: int, state: PyTree, position: dict[str, Any], notes: dict[str, Any]
     ) -> None:
@@ -380,6 +447,8 @@ class Checkpoints(CheckpointReader):
                 f"step {step} cannot be saved in {self._last.directory}, which holds the later "
                 f"steps {self.steps()}; restore these or move them away first"
             )
+        if distributed.is_first():
+            (self._root / _UNSAVED).unlink(missing_ok=True)
 
     def amend_notes(self, step: int, notes: dict[str, Any]) -> None:
         """Replace the notes of a full state, at the cost of a small file."""

@@ -165,9 +165,9 @@ def train(
     """
     hooks = hooks or Hooks()
     start = step = int(jax.device_get(state.step))
-    progress = progress or {}
-    loop = _Log(options, writer, start, progress.get("window", []))
-    hooks_due = [name for name in progress.get("hooks_due", []) if getattr(hooks, name)]
+    window, hooks_due = _remembered(progress or {})
+    hooks_due = [name for name in hooks_due if getattr(hooks, name)]
+    loop = _Log(options, writer, start, window)
     profiling = False
 
     def remembered() -> dict[str, Any]:
@@ -176,6 +176,7 @@ def train(
 
     def save() -> None:
         loop.collect()
+        writer.flush()
         checkpoints.save(step, state, batches.get_state(), remembered())
 
     def call_hooks(check: Callable, keep: bool) -> None:
@@ -196,6 +197,7 @@ def train(
                 hooks.sample(step, averaged(state), check)
             hooks_due.pop(0)  # not before it is done: an interrupted one runs again
             if keep:
+                writer.flush()
                 checkpoints.amend_notes(step, remembered())
         loop.pause(time.monotonic() - started)
 
@@ -257,6 +259,22 @@ def train(
             loop.progress.close()
         save()
     return state
+
+
+def _remembered(progress: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
+    """Window and hooks due; ValueError unless as :func:`train` notes them."""
+    try:
+        window, due = progress.get("window", []), [*progress.get("hooks_due", [])]
+        rows = np.asarray(window, np.float64).reshape(len(window), len(StepMetrics._fields))
+        known = {*due} <= {"adapt", "evaluate", "sample"}
+    except (AttributeError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"the progress in the checkpoint's notes is not what the loop wrote: {progress}; "
+            "resume from another checkpoint"
+        )
+    return rows.tolist(), due
 
 
 class _Log:

@@ -2,20 +2,30 @@
 
 import json
 import os
-import pathlib
+import secrets
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Collection
 from typing import Any, TextIO
 
 import numpy as np
 
+from mdm_jax import files
+
+UPLOAD_SECONDS = 60
+"""In a bucket the files of metrics are written whole: at checkpoints, and at most this often."""
+
 
 class MetricWriter:
     """Writes metrics of a run to ``metrics.jsonl`` and ``tensorboard/`` below a directory.
 
-    On resuming at ``resume_step`` (0 for a new run), records of later steps, and of this step for
-    kinds in ``again``, are dropped: they are computed again, to the same numbers. ValueError,
-    naming file and line, if a line other than the last is not a record.
+    On resuming at ``resume_step`` records of later steps, and of this step for kinds in ``again``,
+    are dropped: they are computed again, to the same numbers. A new run (0) keeps those of an older
+    one as ``metrics.1.jsonl`` etc. ValueError, naming file and line, if a line other than the last
+    is not a record. In a bucket, where nothing can be appended, both are collected in a temporary
+    directory and written by :meth:`flush`.
     """
 
     def __init__(
@@ -24,16 +34,25 @@ class MetricWriter:
         # Here, so that a training step can be imported without packages that only display it.
         import tensorboardX
 
-        root = pathlib.Path(directory)
+        root = files.as_path(directory)
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / "metrics.jsonl"
         self.tensorboard_directory = root / "tensorboard"
         resumed = self.path.exists()
         if resumed:
-            _truncate(self.path, resume_step, again)
-        self._file = self.path.open("a", encoding="utf-8")
+            kept = _kept_lines(self.path, resume_step, again)
+            if resume_step == 0 and files.size(self.path) > len(kept):
+                self.path.rename(files.beside(self.path))
+            files.write(self.path, kept)
+        self._local = files.Path(tempfile.mkdtemp()) if files.is_remote(root) else None
+        self._uploaded = time.monotonic()
+        if self._local and resumed:
+            files.write(self._local / self.path.name, kept)
+        self._file = ((self._local or root) / self.path.name).open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(
-            str(self.tensorboard_directory), purge_step=resume_step + 1 if resumed else None
+            str(files.absolute(self._local or root) / "tensorboard"),
+            purge_step=resume_step + 1 if resumed else None,
+            filename_suffix=f".{secrets.token_hex(4)}",  # else named by the second
         )
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
@@ -43,6 +62,18 @@ class MetricWriter:
         self._file.flush()
         for name, value in numbers.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._local and time.monotonic() > self._uploaded + UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write to the bucket what was collected for it; on a disk everything is written."""
+        if self._local is None:
+            return
+        self._board.flush()
+        files.write(self.path, (self._local / self.path.name).read_bytes())
+        for source in (self._local / "tensorboard").iterdir():
+            files.write(self.tensorboard_directory / source.name, source.read_bytes())
+        self._uploaded = time.monotonic()
 
     def text(self, step: int, name: str, text: str) -> None:
         self._board.add_text(name, text, step)
@@ -54,6 +85,9 @@ class MetricWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._local:
+            self.flush()
+            shutil.rmtree(self._local)
 
 
 class SilentWriter(MetricWriter):
@@ -65,13 +99,12 @@ class SilentWriter(MetricWriter):
     def _ignore(self, *_args, **_options) -> None:
         """Nothing."""
 
-    scalars = text = image = close = _ignore
+    scalars = text = image = flush = close = _ignore
 
 
 def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``, of one kind if given; ValueError for a malformed line."""
-    lines = pathlib.Path(path).read_text("utf-8").splitlines()
-    records = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    records = [_checked(origin, record) for origin, record in files.read_records(path)]
     return [record for record in records if kind in (None, record["kind"])]
 
 
@@ -124,28 +157,20 @@ class Progress:
             self._bar.close()
 
 
-def _parse(line: str, origin: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-        record["step"], record["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{origin}: not a record with step and kind: {line[:80]!r}") from error
+def _checked(origin: str, record: Any) -> dict[str, Any]:
+    types = {name: type(value) for name, value in record.items()} if type(record) is dict else {}
+    good = (types.pop("step", None), types.pop("kind", None)) == (int, str)
+    if not good or not {*types.values()} <= {int, float}:
+        shown = json.dumps(record)[:80]
+        raise ValueError(f"{origin}: not a record with step, kind and numbers: {shown}")
     return record
 
 
-def _truncate(path: pathlib.Path, last_step: int, again: Collection[str]) -> None:
-    lines = path.read_text("utf-8").splitlines()
+def _kept_lines(path: files.Path, last_step: int, again: Collection[str]) -> str:
     kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = _parse(line, f"{path}:{number}")
-        except ValueError:
-            if number == len(lines):
-                break  # cut off by a kill
-            raise
+    for origin, record in files.read_records(path, cut_off=True):
+        record = _checked(origin, record)
         repeated = record["step"] == last_step and record["kind"] in again
         if record["step"] <= last_step and not repeated:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), "utf-8")
-    temporary.replace(path)
+            kept.append(json.dumps(record) + "\n")
+    return "".join(kept)

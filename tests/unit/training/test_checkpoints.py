@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from mdm_jax import sharding, training, variance
+from mdm_jax import files, sharding, training, variance
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.training import checkpoints as checkpoint_store
@@ -188,6 +188,9 @@ def test_when_all_are_damaged_the_error_says_so(opened):
     with pytest.raises(CheckpointError, match=r"none of the checkpoints at steps \[4, 8\]"):
         open_again().restore_last(abstract(_state()))
     assert (directory / "damaged-last-4-0").is_dir() and (directory / "damaged-last-8-0").is_dir()
+    for _ in range(2):  # nor does a second call, or a third, take the run for a new one
+        with pytest.raises(CheckpointError, match="saved damaged-last-4-0, damaged-last-8-0 in"):
+            open_again().restore_last(abstract(_state()))
 
 
 def test_a_damaged_manifest_counts_as_damage(opened, caplog):
@@ -199,16 +202,93 @@ def test_a_damaged_manifest_counts_as_damage(opened, caplog):
     assert str(manifest) in caplog.text
 
 
-def test_killed_before_the_manifest_the_files_decide(opened):
+def test_one_flipped_bit_anywhere_in_a_manifest_is_damage(opened, caplog):
+    directory, open_again = opened
+    checkpoints = _fill(open_again)
+    path = directory / "manifests" / "last" / "8.json"
+    whole = path.read_bytes()
+    for number in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[number] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(checkpoint_store._Damaged, match="manifest"):
+            checkpoints._last._load_manifest(8)
+    # A shape, which would otherwise be said not to fit.
+    assert whole.count(b"float32[3, 4]") == 1
+    path.write_bytes(whole.replace(b"float32[3, 4]", b"float32[3, 5]"))
+    _assert_holds(open_again().restore_last(abstract(_state())), 4)
+    assert "not what was written" in caplog.text and (directory / "damaged-last-8-0").is_dir()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"files": [1], "arrays": {}}',
+        '{"files": {"a": 3}, "arrays": {}}',
+        '{"files": {"a": {"size": 3}}, "arrays": {}}',
+        '{"files": {}, "arrays": {"low": 3}}',
+        '{"files": {}, "arrays": {}, "amended": {"notes": 3}}',
+        '{"files": {}}',
+        "[]",
+        "{",
+        "",
+        "\xff",
+    ],
+)
+def test_a_manifest_that_is_none_is_damage(opened, content):
+    directory, open_again = opened
+    checkpoints = _fill(open_again)
+    (directory / "manifests" / "last" / "8.json").write_bytes(content.encode("latin-1"))
+    checkpoints.amend_notes(8, {"window": []})  # neither in the way of the run
+    with pytest.raises(checkpoint_store._Damaged, match="manifest"):
+        checkpoints._last._load_manifest(8)
+    _assert_holds(open_again().restore_last(abstract(_state())), 4)
+
+
+def test_manifests_of_earlier_releases_have_no_sum_of_their_own(opened):
     directory, open_again = opened
     _fill(open_again)
-    manifest = directory / "manifests" / "last" / "8.json"
-    manifest.unlink()
+    path = directory / "manifests" / "last" / "8.json"
+    content = json.loads(path.read_text())
+    assert set(content) == {"files", "arrays", "sha256"}
+    del content["sha256"]
+    path.write_text(json.dumps(content))
     _assert_holds(open_again().restore_last(abstract(_state())), 8)
-    assert manifest.exists()  # from now on it is guarded again
-    manifest.unlink()
-    shutil.rmtree(directory / "last" / "8" / "state")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_checkpoint_without_its_manifest_is_damaged(opened, damaged):
+    """Nobody could tell whether its arrays are as they were written."""
+    directory, open_again = opened
+    _fill(open_again)
+    (directory / "manifests" / "last" / "8.json").unlink()
+    if damaged:
+        _flip(directory / "last" / "8")
     _assert_holds(open_again().restore_last(abstract(_state())), 4)
+    assert (directory / "damaged-last-8-0").is_dir()
+
+
+def test_killed_before_the_manifest_the_one_before_is_still_there(opened, monkeypatch):
+    """Even where only one is kept; killed in the very first save the run may start over."""
+    directory, open_again = opened
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    def killed(step):
+        checkpoints = open_again(keep_last=1)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint_store.Store, "_write_manifest", kill)
+            checkpoints.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+
+    open_again().begin()
+    killed(4)
+    checkpoints = open_again(keep_last=1)
+    assert checkpoints.restore_last(abstract(_state())) is None and checkpoints.unsaved
+    _fill(open_again, steps=(4,), keep_last=1)
+    assert not open_again().unsaved
+    killed(8)
+    _assert_holds(open_again(keep_last=1).restore_last(abstract(_state())), 4)
     assert (directory / "damaged-last-8-0").is_dir()
 
 
@@ -235,20 +315,20 @@ def _tree(directory):
 def test_a_reader_changes_nothing(opened, caplog):
     """Neither a save in progress, nor what is damaged, nor a manifest that is not written yet."""
     directory, open_again = opened
-    _fill(open_again).save_best(4, _state(4), {"loss": 1.0})
-    shutil.copytree(directory / "last" / "8", directory / "last" / "12.orbax-checkpoint-tmp")
+    _fill(open_again, (4, 8, 12), keep_last=3).save_best(4, _state(4), {"loss": 1.0})
+    shutil.copytree(directory / "last" / "8", directory / "last" / "16.orbax-checkpoint-tmp")
     _flip(directory / "last" / "8")
-    (directory / "manifests" / "last" / "4.json").unlink()
+    (directory / "manifests" / "last" / "12.json").unlink()
     before = _tree(directory)
     reader = CheckpointReader(directory)
     _assert_holds(reader.restore_last(abstract(_state())), 4)
     chex.assert_trees_all_equal(reader.restore_best(abstract(_state())), _state(4))
-    chex.assert_trees_all_equal(reader.restore_step(4, abstract(_state())), _state(4))
+    chex.assert_trees_all_equal(reader.restore_step(12, abstract(_state())), _state(12))
     reader.close()
     assert _tree(directory) == before
     assert f"{directory / 'last' / '8'} is damaged" in caplog.text and "stays" in caplog.text
     _truncate(directory / "last" / "4")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints at steps \[4, 8\].*warn"):
+    with pytest.raises(CheckpointError, match=r"none of .* at steps \[4, 8, 12\].*warn"):
         CheckpointReader(directory).restore_last(abstract(_state()))
 
 
@@ -398,16 +478,6 @@ def test_fields_of_a_damaged_checkpoint_come_from_the_one_before(opened):
     assert len(list(directory.glob("damaged-last-8-*"))) == 1
 
 
-def test_fields_without_a_manifest_are_read_as_a_whole_state(opened):
-    """Killed between the first save and its manifest: nothing is set aside."""
-    directory, open_again = opened
-    _fill(open_again, steps=(4,))
-    (directory / "manifests" / "last" / "4.json").unlink()
-    found = open_again().restore_last_fields(abstract(_state()), ("params", "step"))
-    _assert_fields(found, 4)
-    assert not list(directory.glob("damaged-*"))
-
-
 def test_fields_keep_the_sharding_that_the_rest_is_asked_for_with(opened):
     """What fits is asked for as the caller would lay it out, not whole on every device."""
     _, open_again = opened
@@ -465,6 +535,59 @@ def test_a_best_of_another_shape_does_not_fit(opened):
     open_again().save_best(3, _state(3), {"loss": 1.0})
     with pytest.raises(CheckpointError, match="does not fit this configuration"):
         open_again().restore_best(abstract(_state(width=9)))
+
+
+# --- paths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["lr[0.1]", "[!a]", "a*", "a?b", "ü {x,y}", 'q"u#o%41', "new\nline", "tilde~", "c:d"]
+)
+def test_a_directory_of_any_name_keeps_a_run(tmp_path, name):
+    """Orbax looks for what it has written by a pattern."""
+    for directory, step in ((tmp_path / "abb", 4), (tmp_path / name, 8)):
+        checkpoints = Checkpoints(directory / "checkpoints")
+        checkpoints.save(4, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+        checkpoints.close()
+    reader = CheckpointReader(tmp_path / name / "checkpoints")
+    _assert_holds(reader.restore_last(abstract(_state())), 8)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["back\\slash", "\udcff", "gs://b/a?b", "s3://bucket/run", "f:///r"]
+)
+def test_a_directory_in_which_orbax_would_lose_a_run_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="below a name with|in UTF-8|local directory or in gs://"):
+        Checkpoints(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_keeps_a_run(bucket):
+    """Damage, amended notes and the falling back work as on a disk."""
+    root = files.as_path("gs://bucket/run[1]/checkpoints")
+    trainer = Checkpoints(root)
+    assert trainer.restore_last(abstract(_state())) is None
+    trainer.begin()
+    for step in (4, 8, 12):
+        assert trainer.unsaved == (step == 4)
+        trainer.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+    assert trainer.save_best(8, _state(8), {"loss": 1.0})
+    assert trainer.steps() == [8, 12]
+    trainer.close()
+    saved = {path.relative_to(bucket).as_posix() for path in bucket.rglob("*") if path.is_file()}
+    assert "run[1]/checkpoints/manifests/last/12.json" in saved
+    assert "run[1]/checkpoints/best/8/ema/_METADATA" in saved
+    reader = CheckpointReader(root)
+    _assert_holds(reader.restore_last(abstract(_state())), 12)
+    chex.assert_trees_all_equal(reader.restore_best(abstract(_state())), _state(8))
+    reader.close()
+    _flip(bucket / "run[1]/checkpoints/last/12")
+    trainer = Checkpoints(root)
+    _assert_holds(trainer.restore_last(abstract(_state())), 8)
+    trainer.close()
+    assert (bucket / "run[1]/checkpoints/damaged-last-12-0").is_dir()
 
 
 # --- meshes -------------------------------------------------------------------------------------

@@ -49,8 +49,12 @@ def test_a_kind_that_is_repeated_at_the_resume_step_is_dropped_there(tmp_path):
 
 
 def test_a_run_that_starts_over_starts_an_empty_file(tmp_path):
-    _write(tmp_path, [2, 4])
-    assert _steps(_write(tmp_path, [2])) == [2]
+    path = _write(tmp_path, [2, 4])
+    for number in (1, 2):
+        before = path.read_bytes()
+        assert _steps(_write(tmp_path, [2])) == [2]
+        # What an older run left stays beside.
+        assert (tmp_path / f"metrics.{number}.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, 40])
@@ -71,12 +75,24 @@ def test_a_last_line_cut_off_by_a_kill_is_dropped(tmp_path, cut):
     )
 
 
-@pytest.mark.parametrize("line", ["not json", "[1, 2]", "7", '{"step": 3}', '{"kind": "train"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("not json", "[1, 2]", "7", '{"step": 3}', '{"kind": "train"}', "", "[" * 9999, "\xff"),
+        '{"step": "3", "kind": "train"}',
+        '{"step": true, "kind": "train"}',
+        '{"step": 3.0, "kind": "train"}',
+        '{"step": 3, "kind": ["train"]}',
+        '{"step": 3, "kind": "train", "loss": "low"}',
+        '{"step": 3, "kind": "train", "loss": null}',
+    ],
+    ids=lambda line: line[:40],
+)
 def test_a_bad_line_is_named_with_file_and_line(tmp_path, line):
     path = _write(tmp_path, [2, 4])
-    lines = path.read_text().splitlines()
-    lines[1] = line
-    path.write_text("\n".join(lines) + "\n")
+    lines = path.read_bytes().splitlines()
+    lines[1] = line.encode("latin-1")
+    path.write_bytes(b"\n".join(lines) + b"\n")
     expected = f"{path}:2: not a record"
     with pytest.raises(ValueError) as caught:
         training.read_metrics(path)
@@ -84,7 +100,7 @@ def test_a_bad_line_is_named_with_file_and_line(tmp_path, line):
     with pytest.raises(ValueError) as caught:
         training.MetricWriter(tmp_path, 4)
     assert expected in str(caught.value)
-    assert path.read_text().splitlines() == lines  # refused, not edited
+    assert path.read_bytes().splitlines() == lines  # refused, not edited
 
 
 def _events(directory):
@@ -137,6 +153,39 @@ def test_no_tensorflow_is_imported(tmp_path):
     )
     assert done.stdout.strip() == "[]"
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    """Neither under the name of a temporary file nor under that of the metrics themselves."""
+    _write(tmp_path, [2, 4])
+    target = tmp_path / "precious.txt"
+    target.write_text("precious")
+    for name in ("metrics.partial", "metrics.jsonl.partial"):
+        (tmp_path / name).symlink_to(target)
+    assert _steps(_write(tmp_path, [6], resume_step=4)) == [2, 4, 6]
+    assert target.read_text() == "precious"
+    assert not [p for p in tmp_path.glob("*.partial") if not p.is_symlink()]  # none left behind
+
+
+def test_a_bucket_has_the_metrics_after_a_flush(bucket, monkeypatch):
+    """Nothing can be appended there: whole files at a flush, by the loop before it saves."""
+    writer = training.MetricWriter("gs://bucket/run")
+    local = writer._local
+    writer.scalars(2, "train", {"loss": 1.0})
+    assert (bucket / "run/metrics.jsonl").exists() is False
+    writer.flush()
+    assert _steps("gs://bucket/run/metrics.jsonl") == [2]
+    monkeypatch.setattr("mdm_jax.training.metrics.UPLOAD_SECONDS", -1)
+    writer.scalars(4, "train", {"loss": 1.0})  # by the time
+    assert _steps("gs://bucket/run/metrics.jsonl") == [2, 4]
+    writer.close()
+    assert [e.step for e in _events(bucket / "run/tensorboard") if e.summary.value] == [2, 4]
+    assert not local.exists()
+    resumed = training.MetricWriter("gs://bucket/run", resume_step=2)
+    resumed.scalars(6, "train", {"loss": 1.0})
+    resumed.close()
+    assert _steps("gs://bucket/run/metrics.jsonl") == [2, 6]
+    assert len(list((bucket / "run/tensorboard").iterdir())) == 2
 
 
 class _Terminal(io.StringIO):
