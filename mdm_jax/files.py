@@ -29,8 +29,8 @@ def as_path(path: str | os.PathLike) -> Path:
     scheme, separator, _ = text.partition("://")
     if separator and scheme != "gs":
         raise ValueError(f"{text}: a run is kept in a local directory or in gs://BUCKET/DIRECTORY")
-    if bad := {*text} & ({*"\\"} | ({*"?#;\n\r\t"} if separator else set())):
-        # TensorStore and Orbax take these for separators and would write elsewhere.
+    if bad := {*text} & {*("\\[]*?#;\n\r\t" if separator else "\\")}:
+        # Separators to TensorStore and Orbax, or patterns to gcsfs: files would go elsewhere.
         raise ValueError(f"{text}: checkpoints cannot be kept below a name with {sorted(bad)}")
     try:
         text.encode("utf-8")

@@ -74,7 +74,8 @@ def _typed(saved: dict[str, Any]) -> ConfigDict:
 
     def update(section: ConfigDict, values: Any, prefix: str) -> None:
         if not isinstance(values, dict):
-            raise TypeError(f"{prefix or 'the whole'} is {values!r} instead of a group of settings")
+            what = prefix.rstrip(".") or "the whole"
+            raise TypeError(f"{what} is {values!r} instead of a group of settings")
         for name, value in values.items():
             if isinstance(section.get(name), ConfigDict):
                 update(section[name], value, f"{prefix}{name}.")

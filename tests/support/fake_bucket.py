@@ -3,7 +3,6 @@
 import os
 import pathlib
 
-import fsspec
 from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
 
@@ -56,7 +55,6 @@ def install(directory: pathlib.Path, monkeypatch) -> pathlib.Path:
         slash = "" if path.endswith("_sharding") else "/"  # the one file among directories
         return {"driver": "file", "path": Bucket._strip_protocol(path) + slash}
 
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
     monkeypatch.setattr(
         backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: Bucket()
     )

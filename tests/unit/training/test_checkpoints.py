@@ -566,7 +566,7 @@ def test_a_directory_in_which_orbax_would_lose_a_run_is_refused(tmp_path, monkey
 
 def test_a_bucket_keeps_a_run(bucket):
     """Damage, amended notes and the falling back work as on a disk."""
-    root = files.as_path("gs://bucket/run[1]/checkpoints")
+    root = files.as_path("gs://bucket/run/checkpoints")
     trainer = Checkpoints(root)
     assert trainer.restore_last(abstract(_state())) is None
     trainer.begin()
@@ -577,17 +577,17 @@ def test_a_bucket_keeps_a_run(bucket):
     assert trainer.steps() == [8, 12]
     trainer.close()
     saved = {path.relative_to(bucket).as_posix() for path in bucket.rglob("*") if path.is_file()}
-    assert "run[1]/checkpoints/manifests/last/12.json" in saved
-    assert "run[1]/checkpoints/best/8/ema/_METADATA" in saved
+    assert "run/checkpoints/manifests/last/12.json" in saved
+    assert "run/checkpoints/best/8/ema/_METADATA" in saved
     reader = CheckpointReader(root)
     _assert_holds(reader.restore_last(abstract(_state())), 12)
     chex.assert_trees_all_equal(reader.restore_best(abstract(_state())), _state(8))
     reader.close()
-    _flip(bucket / "run[1]/checkpoints/last/12")
+    _flip(bucket / "run/checkpoints/last/12")
     trainer = Checkpoints(root)
     _assert_holds(trainer.restore_last(abstract(_state())), 8)
     trainer.close()
-    assert (bucket / "run[1]/checkpoints/damaged-last-12-0").is_dir()
+    assert (bucket / "run/checkpoints/damaged-last-12-0").is_dir()
 
 
 # --- meshes -------------------------------------------------------------------------------------
