@@ -48,7 +48,7 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
 def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """The config of the directory's run, as JSON values, or None; WorkdirError if damaged."""
     path = files.as_path(workdir) / "config.json"
-    with _reaching(path):
+    with _reaching(path.parent):
         if not path.exists():
             return None
     try:
@@ -92,7 +92,8 @@ def _typed(saved: dict[str, Any]) -> ConfigDict:
 
 def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -> None:
     """Raise WorkdirError if another config's run (with a diff), or files but no run, are there."""
-    there = [*workdir.iterdir()] if workdir.is_dir() else []  # first: a run may begin meanwhile
+    with _reaching(workdir):
+        there = [*workdir.iterdir()] if workdir.is_dir() else []  # first: a run may begin meanwhile
     old = read_config(workdir)
     if old is None:
         if workdir.exists() and not workdir.is_dir():
@@ -113,7 +114,7 @@ def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -
 
 
 @contextlib.contextmanager
-def _reaching(workdir: files.Path) -> Iterator[None]:
+def _reaching(workdir: str | os.PathLike) -> Iterator[None]:
     """Turn errors of a bucket, which have no common class, into a WorkdirError."""
     try:
         yield

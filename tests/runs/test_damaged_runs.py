@@ -183,33 +183,31 @@ def test_links_planted_in_a_new_directory_are_not_followed(tmp_path, experiment)
 # --- buckets and unusual names ------------------------------------------------------------------
 
 
-def test_a_run_in_a_bucket_is_trained_resumed_evaluated_and_sampled(launch, bucket):
+def test_a_run_in_a_bucket_is_trained_and_evaluated(launch, bucket, caplog):
     workdir = "gs://bucket/runs/lr=0.1"
     arguments = [
         *(f"--config={launching.QUICKSTART}", f"--workdir={workdir}"),
         *("--config.model.width=4", "--config.model.num_heads=1", "--config.optimizer.name=adamw"),
         *("--config.train.log_every=1", "--config.train.checkpoint_every=2"),
-        *("--config.train.evaluate_every=4", "--allow_config_change"),
+        *("--config.train.evaluate_every=4", "--config.train.steps=4"),
     ]
-    for steps, said in ((4, "starting from step 0"), (6, "resuming at step 4")):
-        code, out, err = launch(*arguments, f"--config.train.steps={steps}")
-        assert code == 0, err
-        assert said in out and "buckets have no locks" in err
-        assert f"tensorboard --logdir {workdir}/tensorboard" in out
-    for mode in ("evaluate", "sample"):
-        code, out, err = launch(f"--workdir={workdir}", f"--mode={mode}")
-        assert code == 0 and workdir in out, err
+    code, out, err = launch(*arguments)
+    assert code == 0, err
+    assert "starting from step 0" in out and "buckets have no locks" in caplog.text
+    assert f"tensorboard --logdir {workdir}/tensorboard" in out
+    code, out, err = launch(f"--workdir={workdir}", "--mode=evaluate")
+    assert code == 0 and f"{workdir}/evaluation.json" in out, err
     run = bucket / "runs/lr=0.1"
     records = training.read_metrics(f"{workdir}/metrics.jsonl", "train")
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
     made = {path.name for path in run.iterdir()}
     assert made == {
-        *("config.json", "config.1.json", "run.json", "run.1.json", "tokenizer.json"),
+        *("config.json", "run.json", "tokenizer.json"),
         *("metrics.jsonl", "tensorboard", "checkpoints", "samples", "plots"),
         *("evaluation.json", "report.txt"),
     }
     assert (run / "plots/training.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list((run / "tensorboard").iterdir())) == 2
+    assert len(list((run / "tensorboard").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -225,5 +223,5 @@ def test_a_place_that_cannot_hold_a_run_is_refused_at_once(launch, name):
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_without_its_package_a_bucket_is_refused_before_training(launch):
     code, _, err = launch(f"--config={launching.QUICKSTART}", "--workdir=gs://bucket/run")
-    assert code == 2 and "gs://bucket/run cannot be written" in err and "package gcsfs" in err
+    assert code == 2 and "gs://bucket/run cannot be reached" in err and "package gcsfs" in err
     assert not (launching.ROOT / "gs:").exists()
