@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 # Lower bounds are the versions that the tests run with; newer ones are expected to work.
 REQUIRED = [
     "absl-py>=2.1",
+    "etils>=1.12",
     "flax>=0.12",
     "grain>=0.2.18",
     "jax>=0.10",
@@ -50,5 +51,11 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["mdm_jax", "mdm_jax.*"]),
     entry_points={"console_scripts": ["mdm = mdm_jax.launch.main:run"]},
     install_requires=REQUIRED,
-    extras_require={"digits": DIGITS, "hub": HUB, "dev": DEV, "notebooks": NOTEBOOKS},
+    extras_require={
+        "bucket": ["gcsfs>=2025.2"],
+        "digits": DIGITS,
+        "hub": HUB,
+        "dev": DEV,
+        "notebooks": NOTEBOOKS,
+    },
 )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import pathlib
 import shutil
 import time
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments.study.gradient_noise import along_training
 from experiments.study.suites import METHODS, Method, Suite, Task
+from mdm_jax import files
 from mdm_jax.launch import evaluate, train
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.workdir import WorkdirError, changes, check, read_config, write_json
@@ -176,7 +176,7 @@ def directory(root: pathlib.Path, run: Run) -> pathlib.Path:
 def read_record(root: pathlib.Path, run: Run) -> dict[str, Any] | None:
     """The record of a finished run, or None."""
     path = directory(root, run) / RECORD
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    return files.read_json(path) if path.exists() else None
 
 
 def validation_curve(
@@ -194,7 +194,7 @@ def validation_curve(
 def revision(root: pathlib.Path, run: Run) -> str:
     """Git revision of the source that a run was started with."""
     path = directory(root, run) / "run.json"
-    return json.loads(path.read_text("utf-8"))["git_revision"] if path.exists() else "unknown"
+    return files.read_json(path)["git_revision"] if path.exists() else "unknown"
 
 
 def execute(

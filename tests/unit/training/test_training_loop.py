@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import tempfile
 import threading
 
 import chex
@@ -16,8 +17,9 @@ import pytest
 import tiny
 from variants import slow_except
 
-from mdm_jax import data, training
+from mdm_jax import data, files, training
 from mdm_jax.data.datasets import StoredRows
+from mdm_jax.training import loop
 
 ROWS, STEPS = 8, 24
 OPTIONS = training.LoopOptions(
@@ -172,6 +174,35 @@ def test_runs_killed_at_random_steps_end_the_same(whole, tmp_path):
             run.start(before_step=_kill_at(killed_step))
     run.start()
     _assert_same_run(run, whole)
+
+
+def test_a_run_in_a_bucket_killed_between_uploads_ends_the_same(whole, bucket, monkeypatch):
+    """No checkpoint is there before the metrics up to it."""
+    run = Run(files.as_path("gs://bucket/run"))
+    monkeypatch.setattr(tempfile, "tempdir", str(bucket.parent.parent))
+    for killed_step in (8, 13, 21):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(training.MetricWriter, "close", lambda _: None)
+            run.start(before_step=_kill_at(killed_step))
+    run.start()
+    _assert_same_run(run, whole)
+
+
+WIDTH = len(training.StepMetrics._fields)
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        *({"window": 3}, {"window": [[1.0]]}, {"window": [["a"] * WIDTH]}, {"window": {}}, []),
+        *({"hooks_due": 3}, {"hooks_due": ["fly"]}, {"hooks_due": [["evaluate"]]}),
+    ],
+    ids=str,
+)
+def test_progress_that_the_loop_did_not_write_is_refused(progress):
+    with pytest.raises(ValueError, match="is not what the loop wrote"):
+        loop._remembered(progress)
+    assert loop._remembered({"window": [[1] * WIDTH], "hooks_due": ["sample"]})[1] == ["sample"]
 
 
 @pytest.mark.parametrize("where", slow_except({"evaluate"}, ["evaluate", "sample"]))
