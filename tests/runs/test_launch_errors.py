@@ -349,7 +349,7 @@ def stopped(launch, monkeypatch, tmp_path):
 
     def call(function, error):
 
-        def fail(*_):
+        def fail(*_, **__):
             raise error
 
         monkeypatch.setattr(train, "train", lambda *_: True)
