@@ -136,7 +136,8 @@ class Store:
             content = {"files": _files(self.directory / str(step)), "arrays": _shapes(leaves)}
             self._write_manifest(step, content)
         # Not before the new one has its manifest, and not by Orbax, which would be too early.
-        for old in [other for other in steps if other != step][: len(steps) + 1 - self._keep]:
+        distributed.barrier(f"described {self.directory} {step}")
+        for old in steps[: max(0, len(steps) + 1 - self._keep)]:
             self._manager.delete(old)
         if distributed.is_first():
             kept = {str(s) for s in self.steps()}

@@ -101,8 +101,11 @@ def test_only_the_last_are_kept(opened):
     directory, open_again = opened
     checkpoints = _fill(open_again, (1, 2, 3, 4, 5), keep_last=3)
     assert checkpoints.steps() == [3, 4, 5]
+    assert _fill(open_again, (6, 7, 8), keep_last=9).steps() == [3, 4, 5, 6, 7, 8]
+    checkpoints = _fill(open_again, (9,), keep_last=3)
+    assert checkpoints.steps() == [7, 8, 9]
     manifests = sorted(path.name for path in (directory / "manifests" / "last").iterdir())
-    assert manifests == ["3.json", "4.json", "5.json"]
+    assert manifests == ["7.json", "8.json", "9.json"]
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         Checkpoints(directory, 0)
 
