@@ -10,6 +10,7 @@ for parameters that are not finite, or not positive where they must be.
 
 import abc
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +194,17 @@ def p2(law: Law, k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> Product:
 def truncated_snr(law: Law) -> Product:
     """``p max(1, exp(-lambda))``: factor max(SNR, 1) on x0's error (Salimans and Ho 2022)."""
     return Product(law, (TruncatedSnr(),))
+
+
+WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
+    "unit_output": from_recipe,
+    "unit_noise": from_law,
+    "elbo": elbo,
+    "sigmoid": sigmoid,
+    "edm_monotonic": edm_monotonic,
+    "min_snr": min_snr,
+    "soft_min_snr": soft_min_snr,
+    "p2": p2,
+    "truncated_snr": truncated_snr,
+}
+"""Name -> factory; ``law``, ``output`` and ``path``, where they are arguments, are the run's."""

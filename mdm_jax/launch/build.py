@@ -18,7 +18,8 @@ from mdm_jax import data, files, rng, schedules, sharding, tasks, training, vari
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names, sample
-from mdm_jax.launch.families import FAMILIES, Family, grid_samplers
+from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
+from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.launch.workdir import check_source
 from mdm_jax.meter.clip_search import make_clip_search
@@ -28,6 +29,9 @@ from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.step import TrainState
 from mdm_jax.types import Array, ArrayLike, Batch, PyTree, worst_bias
 from mdm_jax.variance.transform import VarianceTransform
+
+FAMILIES = TOKEN_FAMILIES | {"gaussian": gaussian_family}
+"""Value of ``config.process`` -> what builds its family."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

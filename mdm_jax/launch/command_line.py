@@ -264,7 +264,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-MODES = ("train", "evaluate", "sample", "variance")
+MODES = ("train", "evaluate", "sample", "spacing", "variance")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
 

@@ -186,6 +186,12 @@ def settings() -> Mapping[str, Any]:
             **defaults(MeasureSettings),
         },
         "sample": _sample(),
+        "spacing": {
+            "rows": _whole(128, "[2, 1e6]", "rows", "held out, that losses are measured on"),
+            "samples": _whole(128, "[2, 1e6]", "rows", "drawn along a grid, for the distance"),
+            "replicates": _whole(4, "[2, 1e6]", "", "of the distance, for the standard error"),
+            "budget": _whole(24, _NATURAL, "grids", "tried by the search; 0 for no search"),
+        },
     }
 
 
@@ -283,17 +289,24 @@ def _train() -> dict[str, Any]:
 
 def _gaussian() -> dict[str, Any]:
     low, high = -10.0, 10.0
+    weightings = sections(names.GAUSSIAN_WEIGHTINGS)
+    del weightings["edm_monotonic"]["sigma_data"]  # the run's
     return {
-        "recipe": _name("vdm", names.RECIPES, "what is minimised, and the network's output"),
+        # A preset of law, weighting, output and path, where these are empty.
+        "recipe": _name("vdm", names.RECIPES, "preset of law, weighting, output and path"),
         "law": _name("", ("", *names.GAUSSIAN_LAWS), 'of the levels; "": the recipe\'s own'),
+        "modifiers": _names((), names.GAUSSIAN_MODIFIERS, "changes of the law, in order"),
+        # With "" what is minimised stays the recipe's under any law; unit_output, unit weight on
+        # the error of the network's own output, is the loss of most papers.
+        "weighting": _name("", ("", *names.GAUSSIAN_WEIGHTINGS), "what is minimised"),
+        "output": _name("", ("", *names.OUTPUTS), "of the network"),
+        "path": _name("", ("", *names.PATHS), "of the network's inputs"),
         "low": _real(low, "[-100, 100]", "logSNR", "noisiest level of the run"),
         "high": _real(high, "[-100, 100]", "logSNR", "cleanest level of the run"),
         "sigma_data": _real(0.5, "(0, 1e4]", "", "standard deviation of the data"),
-        **sections(
-            names.GAUSSIAN_LAWS,
-            lognormal={"mean": -1.2, "std": 1.2},
-            uniform_logsnr={"low": low, "high": high},
-        ),
+        **sections(names.GAUSSIAN_LAWS, uniform_logsnr={"low": low, "high": high}),
+        **sections(names.GAUSSIAN_MODIFIERS, truncated={"low": low, "high": high}),
+        **weightings,
         **sections(names.RECIPES, vdm={"low": low, "high": high}),
     }
 
@@ -301,14 +314,14 @@ def _gaussian() -> dict[str, Any]:
 def _sample() -> dict[str, Any]:
     blocks = {"block_size": 32, "steps_per_block": 16}
     tables = (names.SAMPLERS, names.UNIFORM_SAMPLERS, names.GAUSSIAN_SAMPLERS)
-    grids = ("uniform_masking_rate", "uniform_logsnr", "edm", *names.LAWS, *names.GAUSSIAN_LAWS)
+    grids = ("", *names.TOKEN_GRIDS, *names.LAWS, *names.GAUSSIAN_GRIDS, *names.GAUSSIAN_LAWS)
     return {
         "sampler": _name(
             "first_hitting", [name for table in tables for name in table], "of the process"
         ),
         "num_steps": _whole(64, "[1, 1e6]", "steps", "of samplers that step along a grid"),
         "grid": _name(
-            "uniform_masking_rate", dict.fromkeys(grids), "gaussian: uniform_logsnr, edm, its laws"
+            "", dict.fromkeys(grids), '"": stored by mdm spacing, else the default of the process'
         ),
         **sections(
             names.SAMPLERS,
@@ -348,4 +361,5 @@ def shrink(config: ConfigDict) -> None:
     if config.data.source == "task":
         config.data.task.update(train_rows=64, valid_rows=16, test_rows=16)
     config.measure.update(rows=4, levels_per_row=2, grid_rows=2, grid_levels=6, grid_masks=2)
+    config.spacing.update(rows=8, samples=8, replicates=2, budget=3)
     config.measure.update(groups=3, redraws=4, data_batches=1, warm_up=2, chunk=8)

@@ -11,6 +11,7 @@ from mdm_jax import data, distributed, evaluation, files, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.sample import free_canvases, show_samples
+from mdm_jax.launch.spacing import stored_generator
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
 from mdm_jax.types import Array, PyTree
 
@@ -96,8 +97,11 @@ def sample(
 ) -> dict[str, Any]:
     """Draw samples under the best parameters; shown, written to ``samples/`` and returned."""
     step, params = load_parameters(experiment, workdir)
+    generate, grid = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
+    if grid:
+        show(f"grid: {grid}")
     key, made = experiment.key(step, "sample"), (experiment.dataset, experiment.jobs)
-    drawn = show_samples(*made, experiment.generate, workdir, step, params, key, show=show)
+    drawn = show_samples(*made, generate, workdir, step, params, key, show=show)
     if experiment.config.sample.quality_steps:
         drawn["files"] += measure_quality(experiment, workdir, step, params, key)
     return drawn
@@ -127,12 +131,13 @@ def measure_quality(
     canvas, documents = free_canvases(dataset, c.quality_texts)
     paths = []
     for count in tqdm.tqdm(c.quality_steps, desc="quality", unit="setting", disable=not first):
-        generate = experiment.family.generator(count)
+        generate, grid = stored_generator(experiment, workdir, count)
         tokens = distributed.to_host(generate(params, key, canvas, documents))
         quality = evaluation.measure_text_quality(
             *texts(tokens, documents), held_out=held_out, held_out_valid=valid, score=score
         )
         record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}
+        record |= {"grid": grid}
         if first:
             paths += new_files(directory, f"{c.sampler}-{count}", ".json")
             with writing(paths[-1]):

@@ -1,4 +1,4 @@
-"""What depends on the process: masked, block, uniform, autoregressive or gaussian."""
+"""What depends on the process; processes of tokens: masked, block, uniform, autoregressive."""
 
 import dataclasses
 import inspect
@@ -8,24 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from mdm_jax import (
-    corruption,
-    data,
-    distributed,
-    gaussian,
-    likelihood,
-    models,
-    objectives,
-    samplers,
-    schedules,
-)
-from mdm_jax.gaussian import samplers as gaussian_samplers
-from mdm_jax.gaussian import schedules as gaussian_schedules
-from mdm_jax.gaussian.recipes import Recipe
-from mdm_jax.gaussian.samplers import spacings
+from mdm_jax import corruption, data, likelihood, models, objectives, samplers, schedules
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.objectives.objective import Objective
@@ -64,8 +49,11 @@ class Family:
         apply_fn: ``apply_fn(params, inputs, logsnr, documents)``, as objectives call it.
         likelihood: ``likelihood(passes, replicates)``, the fixed estimator of the bound,
             independent of the training chain; exact for autoregressive models.
-        generator: ``generator(num_steps)`` makes ``generate(params, key, canvas, documents)``;
-            ``num_steps`` is ignored unless the sampler ``takes_steps``.
+        generator: ``generator(num_steps, levels=None)`` makes ``generate(params, key, canvas,
+            documents)``; both are ignored unless the sampler ``takes_steps``.
+        levels: ``levels(grid, num_steps)``, a sampling grid by name, "" for the process's own; None
+            without noise.
+        rules: names of grids that ``mdm spacing`` compares.
         levels_from: the law or recipe of the noise levels, for display.
         noise_axis: label of the noise axis of plots; "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
@@ -77,10 +65,12 @@ class Family:
     model: nn.Module
     apply_fn: Callable[..., Array | models.Readout]
     likelihood: Callable[[int, int], Callable[..., Any]]
-    generator: Callable[[int], Callable[..., Any]]
+    generator: Callable[..., Callable[..., Any]]
     takes_steps: bool
     levels_from: str
     noise_axis: str
+    levels: Callable[[str, int], Array] | None = None
+    rules: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     with_corruption: Callable[[str], Objective] | None = None
     input_dtype: Any = jnp.int32
@@ -96,14 +86,17 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
         process = _corruption(name, config.corruption, dataset)
         return _finished(config, dataset, objectives.masked_nelbo(process, law))
 
-    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    model = models.Transformer(network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
-    sampler, levels_of = _masked_sampler(config, dataset)
+    sampler, named_levels = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
-    def generator(num_steps: int) -> Callable[..., Array]:
-        levels = levels_of(num_steps) if takes_steps else None
+    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+        if not takes_steps:
+            levels = None
+        elif levels is None:
+            levels = named_levels(config.sample.grid, num_steps)
         network = models.without_tokens(apply_fn, dataset.absent_ids)
         return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
@@ -118,6 +111,8 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
         takes_steps=takes_steps,
         levels_from=f"law {config.law.name}",
         noise_axis="masking rate",
+        levels=named_levels,
+        rules=_token_rules(config),
         with_corruption=with_corruption,
     )
 
@@ -137,14 +132,17 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
         process = _corruption(name, config.corruption, dataset)
         return _finished(config, dataset, objectives.block_nelbo(process, size, law))
 
-    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    model = models.Transformer(network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = models.block_apply(model, size, window, chunking)
-    sampler, levels_of = _masked_sampler(config, dataset)
+    sampler, named_levels = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
-    def generator(num_steps: int) -> Callable[..., Array]:
-        levels = levels_of(num_steps) if takes_steps else None
+    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+        if not takes_steps:
+            levels = None
+        elif levels is None:
+            levels = named_levels(config.sample.grid, num_steps)
         decoder = models.cached_block_decoder(model, size, window)
         logits = models.without_tokens(decoder.logits, dataset.absent_ids)
         return samplers.make_block_generator(
@@ -166,6 +164,8 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
         takes_steps=takes_steps,
         levels_from=f"law {config.law.name}",
         noise_axis="masking rate",
+        levels=named_levels,
+        rules=_token_rules(config),
         with_corruption=with_corruption,
     )
 
@@ -174,7 +174,7 @@ def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
     """Uniform-token diffusion over all ids but the mask token, which is the last one."""
     num_tokens, c = dataset.vocab_size - 1, config.sample
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
-    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    model = models.Transformer(network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     sampler = lookup(names.UNIFORM_SAMPLERS, c.sampler, "sample.sampler")(
@@ -185,10 +185,10 @@ def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
     if config.model.self_conditioning:
         sampler = samplers.self_conditioned(sampler, num_tokens, dataset.vocab_size)
 
-    levels_of = masked_grid(c.grid, config.law)
+    named_levels = _levels_by_name(config)
 
-    def generator(num_steps: int) -> Callable[..., Array]:
-        levels = levels_of(num_steps)
+    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+        levels = named_levels(c.grid, num_steps) if levels is None else levels
         network = models.without_tokens(model.apply, dataset.absent_ids)
         return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
@@ -203,6 +203,8 @@ def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
         takes_steps=True,
         levels_from=f"law {config.law.name}",
         noise_axis="replacement rate",
+        levels=named_levels,
+        rules=_token_rules(config),
         unread=("corruption",),
     )
 
@@ -217,7 +219,7 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
     if config.model.self_conditioning:
         raise ValueError("process=autoregressive does not take model.self_conditioning")
     c, mask_id = config.sample, dataset.mask_id
-    model = models.Transformer(_network(dataset.vocab_size, **config.model))
+    model = models.Transformer(network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = models.causal_apply(model, mask_id, chunking=chunking)
     decoder = models.cached_causal_decoder(model, mask_id)
@@ -232,7 +234,7 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
         likelihood=lambda _passes, _replicates: likelihood.make_next_token_likelihood(
             apply_fn, mask_id
         ),
-        generator=lambda _num_steps: samplers.make_next_token_generator(
+        generator=lambda _num_steps, _levels=None: samplers.make_next_token_generator(
             decoder, mask_id=mask_id, token_filter=token_filter
         ),
         takes_steps=False,
@@ -242,94 +244,19 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
     )
 
 
-def gaussian_family(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """Gaussian diffusion of pictures by recipe; ValueError for text or self-conditioning."""
-    if dataset.event_shape is None:
-        raise ValueError(
-            'process="gaussian" needs pictures (data.source=digits, or tfds with kind=image); for '
-            'text use process="masked"'
-        )
-    if config.model.self_conditioning:
-        raise ValueError("process=gaussian does not take model.self_conditioning")
-    c, g = config.sample, config.gaussian
-    recipe = gaussian_recipe(g)
-    num_values = dataset.vocab_size - 1  # without the mask
-    values = gaussian.scaled_integers(num_values)
-    model = gaussian.PictureTransformer(
-        _network(1, **config.model), dataset.event_shape, config.model.patch_size
-    )
-    sampler = lookup(names.GAUSSIAN_SAMPLERS, c.sampler, "sample.sampler")(**settings(c, c.sampler))
-
-    def apply_fn(params, inputs, logsnr, documents=None):
-        """The recipe's output, from inputs scaled to unit variance."""
-        scaled = gaussian.precondition(
-            lambda x, level, _documents: model.apply(params, x, level), recipe.path, g.sigma_data
-        )
-        return scaled(inputs, logsnr, documents)
-
-    def likelihood_of(passes: int, replicates: int) -> Callable[..., gaussian.GaussianLikelihood]:
-        return gaussian.make_gaussian_likelihood(
-            apply_fn,
-            output=recipe.output,
-            path=recipe.path,
-            decoder=gaussian.grey_value_decoder(num_values),
-            low=g.low,
-            high=g.high,
-            passes=passes,
-            replicates=replicates,
-            values=values,
-        )
-
-    def generator(num_steps: int) -> Callable[..., np.ndarray]:
-        draw = gaussian_samplers.make_gaussian_generator(
-            apply_fn,
-            sampler,
-            _gaussian_levels(c.grid, num_steps, g),
-            (dataset.length,),
-            output=recipe.output,
-            path=recipe.path,
-            data_std=g.sigma_data,
-        )
-        top = num_values - 1
-
-        def generate(params, key, canvas, documents=None):
-            """Grey values, of the canvas's shape."""
-            del documents
-            pictures = distributed.to_host(draw(params, key, len(canvas)))
-            return np.clip(np.round((pictures + 1) * top / 2), 0, top).astype(np.int32)
-
-        return generate
-
-    return Family(
-        objective=gaussian.gaussian_loss(recipe, values),
-        model=model,
-        apply_fn=apply_fn,
-        likelihood=likelihood_of,
-        generator=generator,
-        takes_steps=True,
-        levels_from=f"recipe {g.recipe}" + (f", law {g.law}" if g.law else ""),
-        noise_axis="sigmoid(-logSNR)",
-        unread=("corruption", "law", "weighting"),
-        input_dtype=jnp.float32,
-        record=_gaussian_record,
-        details=_gaussian_details,
-    )
-
-
-FAMILIES = {
+TOKEN_FAMILIES = {
     "masked": masked,
     "block": block,
     "uniform": uniform,
     "autoregressive": autoregressive,
-    "gaussian": gaussian_family,
 }
-"""Value of ``config.process`` -> what builds its family."""
+"""Value of ``config.process`` -> what builds its family, for processes of tokens."""
 
 
 # --- parts of the families of tokens --------------------------------------------------------------
 
 
-def _network(
+def network(
     vocab_size: int, *, patch_size: int, logits_at: str, dtype: str, param_dtype: str, **shape: Any
 ) -> models.TransformerConfig:
     del patch_size, logits_at
@@ -390,10 +317,10 @@ def masked_schedule(
 
 def _masked_sampler(
     config: ConfigDict, dataset: data.Dataset
-) -> tuple[samplers.Sampler, Callable[[int], Array]]:
-    """Configured sampler, with its filters and denoiser wrappers, and grid by number of steps."""
+) -> tuple[samplers.Sampler, Callable[[str, int], Array]]:
+    """Configured sampler, with its filters and denoiser wrappers, and levels of grids by name."""
     c = config.sample
-    levels = masked_grid(c.grid, config.law)  # checked even where the sampler takes no steps
+    levels = _levels_by_name(config)  # checks the grid even where the sampler takes no steps
     sampler = lookup(names.SAMPLERS, c.sampler, "sample.sampler")(
         token_filter=_token_filter(c.temperature, c.top_k, c.top_p), **settings(c, c.sampler)
     )
@@ -421,72 +348,19 @@ def _token_filter(temperature: float, top_k: int, top_p: float) -> samplers.Logi
     return samplers.compose(*filters)
 
 
-def masked_grid(grid: str, section: Mapping[str, Any]) -> Callable[[int], Array]:
-    """Levels of a grid of masking rates by number of steps; ``section`` has schedules' settings."""
+def _levels_by_name(config: ConfigDict) -> Callable[[str, int], Array]:
+    """``levels(grid, num_steps)`` of a grid of masking rates; ValueError for ``sample.grid``."""
     own = "uniform_masking_rate"
-    if grid == own:
-        return grids.uniform_masking_rate
-    schedule = masked_schedule(grid, section, "sample.grid", (own,))
-    return lambda num_steps: grids.open_ends(grids.from_schedule(schedule, num_steps))
+
+    def levels(grid: str, num_steps: int) -> Array:
+        if grid in ("", own):
+            return grids.uniform_masking_rate(num_steps)
+        schedule = masked_schedule(grid, config.law, "sample.grid", (own,))
+        return grids.open_ends(grids.from_schedule(schedule, num_steps))
+
+    levels(config.sample.grid, 1)
+    return levels
 
 
-# --- parts of the Gaussian family -----------------------------------------------------------------
-
-
-def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
-    """Configured recipe, with law ``gaussian.law`` if set, truncated to the run's logSNR range."""
-    name, law = section["recipe"], section["law"]
-    recipe = lookup(names.RECIPES, name, "gaussian.recipe")(**settings(section, name))
-    law = _gaussian_law(law, section, "gaussian.law") if law else recipe.law
-    return dataclasses.replace(recipe, law=_truncated(law, section["low"], section["high"]))
-
-
-def _gaussian_levels(grid: str, num_steps: int, section: Mapping[str, Any]) -> np.ndarray | Array:
-    """Levels of the sampler, ending in the denoiser's estimate."""
-    low, high = section["low"], section["high"]
-    if grid == "edm":
-        return spacings.edm(num_steps, np.exp(-high / 2), np.exp(-low / 2))
-    if grid == "uniform_logsnr":
-        levels = spacings.uniform_logsnr(num_steps, low, high)
-    else:
-        law = _gaussian_law(grid, section, "sample.grid", ("uniform_logsnr", "edm"))
-        levels = spacings.uniform_time(_truncated(law, low, high), num_steps)
-    return np.append(np.asarray(levels)[:-1], np.inf)
-
-
-def _gaussian_law(
-    name: str, section: Mapping[str, Any], field: str, others: tuple[str, ...] = ()
-) -> schedules.Law:
-    if name not in names.LAWS or name in names.GAUSSIAN_LAWS:
-        lookup(dict.fromkeys((*names.GAUSSIAN_LAWS, *others)), name, field)
-    try:
-        return gaussian_schedules.by_name(name, **settings(section, name))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{field}: {error}") from error
-
-
-def _truncated(law: schedules.Law, low: float, high: float) -> schedules.Law:
-    """The law, truncated to [low, high] where it reaches further."""
-    first, last = (float(end) for end in law.support)
-    if first >= low and last <= high:
-        return law
-    return gaussian_schedules.truncated(law, max(low, first), min(high, last))
-
-
-def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
-    """As :func:`token_record`, for pictures."""
-    shared = {
-        "nats_per_element": "nats_per_dimension",
-        "bits_per_unit": "bits_per_dimension",
-        "standard_error_bits_per_unit": "standard_error_bits_per_dimension",
-        "data_standard_error_bits_per_unit": "data_standard_error_bits_per_dimension",
-    }
-    record = result.to_dict()
-    return record | {name: record[own] for name, own in shared.items()}
-
-
-def _gaussian_details(record: Record) -> list[str]:
-    parts = record["parts_bits_per_dimension"]
-    errors = record["standard_error_parts_bits_per_dimension"]
-    terms = (f"{name} {value:.3f} ± {errors[name] or 0:.3f}" for name, value in parts.items())
-    return ["  of which " + ", ".join(terms)]
+def _token_rules(config: ConfigDict) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("uniform_masking_rate", config.law.name, "cosine_md4", "log")))

@@ -1,8 +1,10 @@
-"""Train, evaluate, sample and measure the variance of diffusion models.
+"""Train, evaluate, sample diffusion models; space their steps, measure their variance.
 
   mdm train    --config=quickstart --workdir=runs/mine   (the same line resumes)
   mdm evaluate --workdir=runs/mine     held-out bound, accuracy
   mdm sample   --workdir=runs/mine     texts or pictures
+  mdm spacing  --workdir=runs/mine --steps=16   compare and search sampling grids;
+                                       sample then uses the best
   mdm variance --workdir=runs/mine     gradient variance of training methods
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
@@ -16,7 +18,8 @@ Free in every mode: --config.evaluate.*, --config.sample.*, --config.measure.*
 
 Flags:
   --workdir: directory of the run, made if missing
-  --mode: train, evaluate, sample or variance, as in the first word
+  --mode: train, evaluate, sample, spacing or variance, as in the first word
+  --steps: of the grids that spacing compares; by default sample.num_steps
   --allow_config_change: go on in a workdir whose run has another config
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
@@ -42,7 +45,7 @@ from ml_collections import config_flags
 
 from mdm_jax import files
 from mdm_jax.data.tokenizers import printable
-from mdm_jax.launch import command_line, evaluate, measure, train
+from mdm_jax.launch import command_line, evaluate, measure, spacing, train
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.variance_report import format_table
@@ -74,6 +77,9 @@ _MODE = flags.DEFINE_enum(
     "train",
     command_line.MODES,
     "What to do; train ends with a report, variance measures methods on a trained or fresh model.",
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Steps of the grids that spacing compares; by default sample.num_steps."
 )
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir whose run has another config."
@@ -159,8 +165,8 @@ def _run(workdir: files.Path) -> int:
 
 def _run_as_one_of_several(workdir: files.Path) -> int:
     """As :func:`_run`; only process 0 prints, and a failing process ends the others too."""
-    if _MODE.value == "variance":
-        return _fail("--mode=variance runs in one process; start it with --num_processes=1")
+    if _MODE.value in ("variance", "spacing"):
+        return _fail(f"--mode={_MODE.value} runs in one process; start it with --num_processes=1")
     try:
         with contextlib.ExitStack() as stack:
             if jax.process_index():
@@ -223,6 +229,18 @@ def _sample(experiment: Experiment, workdir: files.Path) -> int:
     return 0
 
 
+def _spacing(experiment: Experiment, workdir: files.Path) -> int:
+    c = experiment.config.sample
+    steps = c.num_steps if _STEPS.value is None else _STEPS.value
+    record = spacing.compare(experiment, workdir, steps)
+    print(spacing.table(record))
+    print(f"written to {record['file']}")
+    use = f"mdm sample --workdir={workdir} --config.sample.num_steps={steps}"
+    use += " --config.sample.grid=" if c.grid else ""
+    print(f"{use} takes the best of sampler {c.sampler}, {record['best']!r}")
+    return 0
+
+
 def _variance(experiment: Experiment, workdir: files.Path) -> int:
     c = dict(experiment.config.measure)
     names = c.pop("methods")
@@ -238,7 +256,13 @@ def _variance(experiment: Experiment, workdir: files.Path) -> int:
     return 0
 
 
-_MODES = {"train": _train, "evaluate": _evaluate, "sample": _sample, "variance": _variance}
+_MODES = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "spacing": _spacing,
+    "variance": _variance,
+}
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -24,9 +24,10 @@ from mdm_jax import (
     training,
     variance,
 )
-from mdm_jax.gaussian import recipes
+from mdm_jax.gaussian import parameterisations, paths, recipes, weightings
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian import schedules as gaussian_schedules
+from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.launch.variance_report import BASELINE
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_moment
@@ -101,7 +102,16 @@ GAUSSIAN_SAMPLERS = {
     "heun_flow": gaussian_samplers.heun_flow,
 }
 GAUSSIAN_LAWS = gaussian_schedules.GAUSSIAN_SCHEDULES
+GAUSSIAN_MODIFIERS = gaussian_schedules.MODIFIERS
+GAUSSIAN_WEIGHTINGS = weightings.WEIGHTINGS
+OUTPUTS, PATHS = parameterisations.OUTPUTS, paths.PATHS
 RECIPES = recipes.RECIPES
+TOKEN_GRIDS = ("uniform_masking_rate",)
+GAUSSIAN_GRIDS = (
+    *("law", "edm", *spacings.TABLE_SPACINGS),
+    *(f"uniform_{quantity}" for quantity in spacings.QUANTITIES),
+)
+"""Names of sampling grids that are no schedules."""
 DATA = {
     "embedded": data.embedded_text,
     "text": data.text,

@@ -88,9 +88,7 @@ def digits_gaussian(variant: str = "vdm") -> ConfigDict:
     # No clipping: the recipes' gradients differ in scale, to which the optimiser is invariant.
     config.optimizer.update(peak=1e-2, clip_norm=0.0, ema_decay=0.995)
     config.evaluate.update(batch_size=64, passes=8, replicates=2, final_passes=32)
-    config.sample.update(
-        num_samples=25, gap=0, sampler="dpm_solver_pp_2m", num_steps=32, grid="cosine"
-    )
+    config.sample.update(num_samples=25, gap=0, sampler="dpm_solver_pp_2m", num_steps=32)
     if variant == "smoke":
         defaults.shrink(config)
     elif variant:

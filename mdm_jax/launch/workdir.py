@@ -22,7 +22,7 @@ from mdm_jax.files import write_json
 from mdm_jax.launch import config as launch_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
-FREE_SECTIONS = ("evaluate", "measure", "mesh", "sample")
+FREE_SECTIONS = ("evaluate", "measure", "mesh", "sample", "spacing")
 """Sections about evaluation and devices; they may differ between calls."""
 FILE = "training.lock"
 HISTORY = (

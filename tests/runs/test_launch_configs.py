@@ -6,12 +6,15 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from variants import slow_except
 
 from mdm_jax import variance
+from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names, workdir
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.gaussian_family import gaussian_levels, gaussian_recipe
 from mdm_jax.types import Batch
 
 pytestmark = pytest.mark.first
@@ -85,15 +88,18 @@ def _assert_same_shapes(state, after):
 
 
 def _draw_and_learn(config):
-    """The part of a step that knows of noise, on logits of zero; the network takes longest."""
+    """The part of a step that knows of noise, on outputs of zero; the network takes longest."""
     experiment = make_experiment(config)
+    pictures = config.process == "gaussian"
     transform, spec = experiment.transform, experiment.spec
     vocab = experiment.dataset.vocab_size
 
     def learn(state, batch):
         draw = variance.draw_batch(jax.random.key(0), transform, state, spec)
         stats = experiment.objective.loss(
-            lambda inputs, *_: jnp.zeros((*inputs.shape, vocab)), batch, draw
+            lambda inputs, *_: jnp.zeros(inputs.shape if pictures else (*inputs.shape, vocab)),
+            batch,
+            draw,
         )
         assert stats.raw.shape == draw.u.shape
         return transform.update(state, draw, stats)
@@ -101,6 +107,7 @@ def _draw_and_learn(config):
     state = jax.eval_shape(lambda: transform.init(spec))
     _assert_same_shapes(state, jax.eval_shape(learn, state, _batch(experiment)))
     assert experiment.family.levels_from and experiment.bias()
+    return experiment
 
 
 REGISTERED = {
@@ -110,8 +117,11 @@ REGISTERED = {
     "variance.order": names.VARIANCE,
     "optimizer.name": names.OPTIMIZERS,
     "model.dtype": names.DTYPES,
-    "sample.sampler": names.SAMPLERS,
-    "sample.grid": {"uniform_masking_rate": None, **names.LAWS},
+    "train.monitors": names.MONITORS,
+    "clip_search.criterion": names.CLIP_CRITERIA,
+    "task.name": names.TASKS,
+    "sample.sampler": names.SAMPLERS | names.UNIFORM_SAMPLERS,
+    "sample.grid": {"": None, "uniform_masking_rate": None, **names.LAWS},
 }
 
 
@@ -128,19 +138,70 @@ QUICKSTARTS = {"muon", "float32"}
     ],
 )
 def test_every_registered_name_can_be_chosen(field, name):
-    config = _get_config("quickstart", "smoke")
+    config = _get_config(
+        "text_uniform" if name in names.UNIFORM_SAMPLERS else "quickstart", "smoke"
+    )
     section, key = field.split(".")
-    config[section][key] = (name,) if key == "order" else name
+    if section != "task":
+        config[section][key] = (name,) if key in ("order", "monitors") else name
+    else:
+        config.data = launch_config.get_config().data
+        config.data.source = "task"
+        config.data.task.name = name
+        config.data.task.update(train_rows=64, valid_rows=16, test_rows=16)
+    if section == "clip_search":
+        config.variance.order = ("clipped_adaptive",)
     if name == "rao_blackwell_clipped":
         config.law.name = "clipped"  # of the same rates
     if field == "sample.grid":
         config.sample.sampler = "ancestral"
-    if section == "sample":
+    if section in ("sample", "task", "clip_search", "train"):
         make_experiment(config)
     elif section in ("optimizer", "model"):
         _take_a_step(config)
     else:
         _draw_and_learn(config)
+
+
+def test_every_table_of_names_is_walked():
+    """Data sources need data (tests/unit/data); Gaussian samplers: test_launch_gaussian.py."""
+    walked = [*REGISTERED.values(), *GAUSSIAN.values(), names.GAUSSIAN_SAMPLERS, names.DATA]
+    walked = {name for table in walked for name in table}
+    tables = {key: table for key, table in vars(names).items() if key.isupper()}
+    assert len(tables) >= 18
+    for table in tables.values():
+        assert set(table) <= walked
+
+
+GAUSSIAN = {
+    "recipe": names.RECIPES,
+    "law": names.GAUSSIAN_LAWS,
+    "modifiers": names.GAUSSIAN_MODIFIERS,
+    "weighting": names.GAUSSIAN_WEIGHTINGS,
+    "output": names.OUTPUTS,
+    "path": names.PATHS,
+}
+
+
+@pytest.mark.parametrize(
+    "field, name", [(f, name) for f, table in GAUSSIAN.items() for name in table]
+)
+def test_every_part_of_a_gaussian_run_can_be_chosen(field, name):
+    config = _get_config("digits_gaussian", "smoke")
+    config.gaussian[field] = (name,) if field == "modifiers" else name
+    if name == "zero_terminal":
+        config.gaussian.output = "v"  # the noise says nothing of the data at pure noise
+    shown = _draw_and_learn(config).family.levels_from
+    assert name in shown
+
+
+@pytest.mark.parametrize("name", [*names.GAUSSIAN_GRIDS, *names.GAUSSIAN_LAWS])
+def test_every_gaussian_grid_can_be_chosen(name):
+    config = _get_config("digits_gaussian", "smoke")
+    recipe = gaussian_recipe(config.gaussian)
+    levels = gaussian_levels(name, 4, config.gaussian, recipe.law)
+    assert levels.shape == (5,) and levels[-1] == np.inf and np.all(np.diff(levels) > 0)
+    assert levels[0] >= config.gaussian.low
 
 
 def test_clipped_weights_without_a_law_of_their_rates_are_refused():

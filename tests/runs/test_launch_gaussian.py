@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import launching
 import numpy as np
 import pytest
+import tiny
 from variants import slow_except
 
 from experiments import recipes
 from mdm_jax import schedules, training
 from mdm_jax.gaussian.recipes import RECIPES
-from mdm_jax.launch import evaluate, names, train
+from mdm_jax.launch import evaluate, names, spacing, train, workdir
 from mdm_jax.launch.build import make_experiment
-from mdm_jax.launch.families import gaussian_recipe
+from mdm_jax.launch.gaussian_family import gaussian_recipe
 from mdm_jax.launch.presets import digits_gaussian, mnist_gaussian
 from mdm_jax.types import Batch
 
@@ -31,6 +32,8 @@ def finished(one_device, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("gaussian") / "run"
     config = digits_gaussian("smoke")
     config.optimizer.name = "adamw"  # compiles in half the time
+    config.variance.order = ("stratified", "ema_bins")
+    config.variance.ema_bins.warmup_steps = 1
     experiment = make_experiment(config)
     assert train.train(experiment, workdir)
     evaluate.report(experiment, workdir)
@@ -64,6 +67,58 @@ def test_a_finished_run_can_be_looked_at_again(finished, mode, monkeypatch, caps
     )
     assert code == 0
     assert ("of which reconstruction" if mode == "evaluate" else "samples") in out
+
+
+def test_grids_are_compared_and_the_best_is_sampled_along(finished, monkeypatch, capsys):
+    """By two samplers in one workdir: the grid stored for one is not taken by the other."""
+    line = (f"--workdir={finished}", "--config.sample.sampler=ddim")
+    code, out, err = launching.call(monkeypatch, capsys, "--mode=spacing", *line, "--steps=3")
+    assert code == 0, err
+    path = finished / "spacing" / "ddim-3.json"
+    record = json.loads(path.read_text("utf-8"))
+    found = {name: np.array(grid["levels"]) for name, grid in record["grids"].items()}
+    rules = {"law", "uniform_logsnr", "edm_rho", "cosine"}
+    assert {*found} == rules | {
+        *("learned density", "align steps, curve", "align steps, pairs", "search")
+    }
+    for name, grid in found.items():
+        assert name in out and grid.shape == (4,) and np.all(np.diff(grid) > 0)
+        assert grid[0] == -8 and grid[-1] == 8
+    np.testing.assert_allclose(found["uniform_logsnr"], np.linspace(-8, 8, 4), atol=1e-5)
+    assert np.abs(found["learned density"] - found["law"]).max() > 1e-3  # of its own law, uniform
+    means = {name: np.mean(grid["distances"]) for name, grid in record["grids"].items()}
+    assert means[record["best"]] == min(means.values())
+    bounds = {name: grid["bound"] for name, grid in record["grids"].items()}
+    assert bounds["align steps, curve"] == min(bounds.values())
+
+    sample = ("--mode=sample", *line, "--config.sample.num_steps=3")
+    _, out, _ = launching.call(monkeypatch, capsys, *sample)
+    assert f"grid: {record['best']}, of {path}" in out
+    _, out, _ = launching.call(monkeypatch, capsys, *sample, "--config.sample.grid=edm")
+    assert "grid: edm" in out
+    _, out, _ = launching.call(monkeypatch, capsys, *sample, "--config.sample.sampler=euler_flow")
+    assert "grid: the default rule" in out
+
+
+def test_a_stored_grid_is_the_one_that_is_sampled_along(finished):
+    config = workdir.saved_config(finished)
+    config.sample.update(sampler="ddim", num_steps=2)
+    config.gaussian.output = "x0"
+    experiment = make_experiment(config)
+    params = tiny.perturbed(experiment.initial_state().params, seed=0)
+    canvas = np.full((4, 64), 17)
+    levels = [-8.0, 1.5, 8.0]
+    path = finished / "spacing" / "ddim-2.json"
+    path.parent.mkdir(exist_ok=True)
+    workdir.write_json(path, {"best": "mine", "grids": {"mine": {"levels": levels}}})
+    generate, _ = spacing.stored_generator(experiment, finished, 2)
+    drawn = generate(params, jax.random.key(1), canvas)
+    explicit = experiment.family.generator(2, np.array([-8.0, 1.5, np.inf]))
+    np.testing.assert_array_equal(drawn, explicit(params, jax.random.key(1), canvas))
+    assert np.any(drawn != experiment.generate(params, jax.random.key(1), canvas))
+    path.write_text('{"best": "mine", "grids": {"mine": {"levels": [3, 2]}}}', "utf-8")
+    with pytest.raises(ValueError, match=r"ddim-2.json is damaged .*increases.*mdm spacing"):
+        spacing.stored_generator(experiment, finished, 2)
 
 
 def one_step(config):

@@ -26,7 +26,9 @@ from mdm_jax.gaussian.samplers.step_search import (
     curve_cost,
     exhaustive_search,
     klub,
+    loss_curve,
     normal_cost,
     pair_cost,
     pattern_search,
+    unmasking_cost,
 )

@@ -29,6 +29,9 @@ QUANTITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 the variance-preserving path, Fisher arc length arccos(alpha), and sigma / alpha."""
 
 
+TABLE_SPACINGS = ("leading", "linspace", "trailing")
+
+
 def uniform_time(law: TwoSidedLaw, n: int, clean: float = 0.0, noisy: float = 0.0) -> Array:
     """[n + 1] levels of a schedule at times falling in equal steps from 1 - noisy to clean.
 
@@ -153,7 +156,7 @@ def table_indices(num_table: int, n: int, spacing: str) -> np.ndarray:
         return np.round(np.linspace(0, num_table - 1, n)).astype(int)
     if spacing == "trailing":
         return np.round(np.arange(1, n + 1) * (num_table / n)).astype(int) - 1
-    raise unknown_name(spacing, ("leading", "linspace", "trailing"), "spacing")
+    raise unknown_name(spacing, TABLE_SPACINGS, "spacing")
 
 
 def from_table(table: ArrayLike, n: int, spacing: str) -> Array:

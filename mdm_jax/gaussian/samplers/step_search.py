@@ -85,6 +85,56 @@ def curve_cost(logsnr: ArrayLike, eps_mse: ArrayLike) -> IntervalCost:
     return cost
 
 
+def loss_curve(
+    key: Array, denoise: Denoise, data: ArrayLike, logsnr: ArrayLike, *, path: Path
+) -> np.ndarray:
+    """Mean ``|eps - eps_hat|^2`` of the rows of ``data`` at each level [K], for :func:`curve_cost`.
+
+    Summed over elements; the noise of a row is the same at all levels. It is smoothed as theory
+    demands: the error of the predicted data, ``exp(-lambda)`` times this, does not rise.
+    """
+    data, levels = jnp.asarray(data), jnp.asarray(logsnr, jnp.float32)
+    eps = jax.random.normal(stream(key, "noise"), data.shape, data.dtype)
+
+    def error(level: Array) -> Array:
+        x = path.alpha(level) * data + path.sigma(level) * eps
+        return jnp.mean(jnp.sum(jnp.square(denoise(x, level) - data), axis=-1))
+
+    mmse = np.asarray(jax.jit(lambda levels: jax.lax.map(error, levels))(levels), np.float64)
+    return np.minimum.accumulate(mmse) * np.exp(np.asarray(logsnr, np.float64))
+
+
+def unmasking_cost(rates: ArrayLike, nats: ArrayLike) -> IntervalCost:
+    """Cost per token of revealing masked tokens in steps, from a curve of cross-entropies.
+
+    Tokens revealed between masking rates a > b are predicted at a: the bound with steps exceeds the
+    continuous one by ``(a - b) l(a) - int_b^a l dm``, with l(m) = ``nats`` [K], the mean
+    cross-entropy of a masked token, at rising ``rates`` [K] (made to rise too; linear in between
+    and constant outside). ValueError unless shapes fit, rates increase in [0, 1], nats are finite.
+    """
+    rates, nats = np.asarray(rates, np.float64), np.asarray(nats, np.float64)
+    within = rates.ndim == 1 and np.all(np.diff(rates, prepend=0, append=1) >= 0)
+    if rates.shape != nats.shape or not within or not np.all(np.isfinite(nats)):
+        raise ValueError(
+            f"unmasking_cost needs finite nats at rates that rise in [0, 1], got {nats} at {rates}"
+        )
+    knots = np.unique(np.concatenate([[0.0, 1.0], rates]))
+    curve = np.interp(knots, rates, np.maximum.accumulate(nats))
+    area = np.append(0.0, np.cumsum(np.diff(knots) * 0.5 * (curve[1:] + curve[:-1])))
+
+    def integral(rate: np.ndarray) -> np.ndarray:
+        cell = np.clip(np.searchsorted(knots, rate, "right") - 1, 0, knots.size - 2)
+        mean = 0.5 * (curve[cell] + np.interp(rate, knots, curve))
+        return area[cell] + (rate - knots[cell]) * mean
+
+    def cost(noisy: np.ndarray, clean: np.ndarray) -> np.ndarray:
+        first, last = (1 / (1 + np.exp(np.asarray(end, np.float64))) for end in (noisy, clean))
+        gained = integral(first) - integral(last)
+        return (first - last) * np.interp(first, knots, curve) - gained
+
+    return cost
+
+
 def pair_cost(
     key: Array, denoise: Denoise, data: ArrayLike, *, path: Path, data_std: float = 1.0
 ) -> IntervalCost:

@@ -347,14 +347,14 @@ class PowerSigma(CurveLaw):
 
 
 @checked
-def lognormal(mean: Mean, std: Std) -> Normal:
-    """log sigma ~ N(mean, std^2), so logsnr ~ N(-2 mean, 4 std^2). EDM (Karras et al. 2022)."""
+def lognormal(mean: Mean = -1.2, std: Std = 1.2) -> Normal:
+    """log sigma ~ N(mean, std^2), so logsnr ~ N(-2 mean, 4 std^2). EDM's by default (2022)."""
     return Normal(-2 * as_parameter(mean, "mean"), 2 * as_parameter(std, "std"))
 
 
 def edm_lognormal() -> Normal:
     """:func:`lognormal` with mean -1.2 and standard deviation 1.2, the training noise of EDM."""
-    return lognormal(-1.2, 1.2)
+    return lognormal()
 
 
 def edm2_lognormal() -> Normal:
@@ -430,11 +430,12 @@ def indi() -> Logistic:
 
 @checked
 def flow_shifted(
-    ratio: Annotated[ArrayLike, Real("(0, 1e6]", "", "root of the ratio of pixel counts")],
+    ratio: Annotated[ArrayLike, Real("(0, 1e6]", "", "root of the ratio of pixel counts")] = 3.0,
 ) -> Logistic:
     """SD3's timestep shift of :func:`flow`: time ratio t / (1 + (ratio - 1) t), ratio > 0.
 
-    Moves the logSNR by -2 log ratio; ``ratio`` is the square root of the ratio of pixel counts.
+    Moves the logSNR by -2 log ratio; ``ratio`` is the square root of the ratio of pixel counts, by
+    default that of SD3 at 1024 x 1024.
     """
     return Logistic(-2 * log_positive("flow_shifted", "ratio", ratio), 2.0)
 

@@ -65,13 +65,15 @@ class Interpolated(CurveLaw):
         return log_density - jnp.log1p((self.clean_shift - self.noisy_shift) * jnp.exp(log_density))
 
 
-def shifted(base: TwoSidedLaw, shift: ArrayLike) -> Shifted:
-    """``base`` with ``shift`` added to every level; negative is towards noise."""
+def shifted(base: TwoSidedLaw, shift: ArrayLike = -1.386) -> Shifted:
+    """``base`` with ``shift`` added to every level, by default for sides twice as long."""
     check_law("shifted", base)
     return Shifted(base, *parameters("shifted", "", lambda _: True, shift=shift))
 
 
-def interpolated(base: TwoSidedLaw, clean_shift: ArrayLike, noisy_shift: ArrayLike) -> Interpolated:
+def interpolated(
+    base: TwoSidedLaw, clean_shift: ArrayLike = 0.0, noisy_shift: ArrayLike = -1.386
+) -> Interpolated:
     """``base`` with a shift linear in t from ``clean_shift`` to ``noisy_shift`` <= clean_shift."""
     check_law("interpolated", base)
     shifts = {"clean_shift": clean_shift, "noisy_shift": noisy_shift}
@@ -89,14 +91,14 @@ def resolution_shift(size: Side, reference: Side) -> float:
 
 
 @checked
-def cosine_shifted(size: Side, reference: Side = 64) -> Shifted:
+def cosine_shifted(size: Side = 256, reference: Side = 64) -> Shifted:
     """The cosine schedule shifted for images of side ``size``. Simple diffusion."""
     return shifted(Cosine(), resolution_shift(size, reference))
 
 
 @checked
 def cosine_interpolated(
-    size: Side, noisy_reference: Side = 32, clean_reference: Side = 256
+    size: Side = 512, noisy_reference: Side = 32, clean_reference: Side = 256
 ) -> Interpolated:
     """Simple diffusion's interpolated cosine: a shift between two reference sizes, noisy < clean.
 
@@ -194,7 +196,7 @@ class TwoRates(_WarpedTime):
         return 1 / (self.boundary + (1 - self.boundary) / self.ratio)
 
 
-def beta_time(base: TwoSidedLaw, alpha: ArrayLike, beta: ArrayLike) -> BetaTime:
+def beta_time(base: TwoSidedLaw, alpha: ArrayLike = 0.8, beta: ArrayLike = 1.0) -> BetaTime:
     """``base`` with its time drawn from Beta(alpha, beta), both > 0; (1, 1) is ``base`` itself.
 
     Beta-tuned timesteps (Zheng et al. 2024); small alpha favours clean; to 1e-6 in float32.
@@ -204,7 +206,7 @@ def beta_time(base: TwoSidedLaw, alpha: ArrayLike, beta: ArrayLike) -> BetaTime:
     return BetaTime(base, *parameters("beta_time", rule, lambda a, b: a > 0 and b > 0, **values))
 
 
-def two_rates(base: TwoSidedLaw, boundary: ArrayLike, ratio: ArrayLike = 5.0) -> TwoRates:
+def two_rates(base: TwoSidedLaw, boundary: ArrayLike = 0.7, ratio: ArrayLike = 5.0) -> TwoRates:
     """Draw times below 0 < boundary < 1 ``ratio`` > 0 times as often. SpeeD (Wang et al. 2024)."""
     check_law("two_rates", base)
     rule = "a time 0 < boundary < 1"

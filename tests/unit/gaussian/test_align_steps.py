@@ -196,6 +196,38 @@ def test_pairs_estimate_the_cost(name, path_name):
     np.testing.assert_allclose(cost(*ENDS) / (elements * expected), 1, atol=5 * error)
 
 
+def test_a_curve_of_losses_is_measured():
+    path, levels = paths.flow(), np.linspace(-6, 6, 7)
+    data = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+
+    def curve(denoise):
+        return gaussian_samplers.loss_curve(jax.random.key(1), denoise, data, levels, path=path)
+
+    zero = curve(lambda x, logsnr: jnp.zeros_like(x))  # x0 = 0, so eps - eps_hat = -x0 alpha/sigma
+    np.testing.assert_allclose(zero, np.mean(np.sum(data**2, 1)) * np.exp(levels), rtol=1e-5)
+    noisy = curve(lambda x, logsnr: x * jnp.exp(-path.log_alpha(logsnr)))  # eps_hat = 0
+    np.testing.assert_allclose(noisy, noisy[0], rtol=1e-4)  # of one noise at all levels
+    assert 2 < noisy[0] < 4
+    # An error of the data that rises with the logSNR is held at its least.
+    rising = curve(lambda x, logsnr: data + jnp.exp(logsnr))
+    np.testing.assert_allclose(rising, 3 * np.exp(-12.0 + levels), rtol=1e-3)
+
+
+def test_the_cost_of_revealing_tokens_in_steps():
+    """With l(m) = m^2 a step from rate a to b costs (a - b) a^2 - (a^3 - b^3) / 3."""
+    rates = np.linspace(0, 1, 2001)
+    cost = gaussian_samplers.unmasking_cost(rates, rates**2)
+    ends = np.array([0.9, 0.5, 1.0]), np.array([0.2, 0.4, 0.0])
+    noisy, clean = (np.log1p(-end + 1e-12) - np.log(end + 1e-12) for end in ends)
+    a, b = ends
+    np.testing.assert_allclose(cost(noisy, clean), (a - b) * a**2 - (a**3 - b**3) / 3, atol=1e-6)
+    # Two steps that meet at c lose 1 - c + c^3 and a constant, least at c = 3^(-1/2).
+    best = gaussian_samplers.align_steps(cost, [-12.0, 0.0, 12.0])
+    np.testing.assert_allclose(1 / (1 + np.exp(best.grid[1])), 3**-0.5, atol=1e-3)
+    outside = gaussian_samplers.unmasking_cost([0.25, 0.5, 0.75], [2.0, 1.0, 3.0])
+    np.testing.assert_allclose(outside([-40.0], [0.0]), 0.5 * 3 - 0.25 * 3 - 0.25 * 2.5)
+
+
 def test_pairs_of_a_network_that_ignores_its_input_cost_nothing():
     cost = gaussian_samplers.pair_cost(
         jax.random.key(0),

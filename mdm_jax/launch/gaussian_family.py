@@ -1,0 +1,236 @@
+"""The Gaussian process: recipe, sampling grids and family of a run of pictures."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mdm_jax import data, gaussian, schedules
+from mdm_jax.gaussian import samplers as gaussian_samplers
+from mdm_jax.gaussian import schedules as gaussian_schedules
+from mdm_jax.gaussian.recipes import Recipe
+from mdm_jax.gaussian.samplers import spacings
+from mdm_jax.launch import names
+from mdm_jax.launch.families import Family, Record, network
+from mdm_jax.launch.names import lookup, settings
+from mdm_jax.schedules import grids
+from mdm_jax.types import Array
+
+_TABLE_STEPS = 1000
+"""Steps of the table of the run's law that the grids leading, linspace and trailing read."""
+
+
+def gaussian_family(config: ConfigDict, dataset: data.Dataset) -> Family:
+    """Gaussian diffusion of pictures by recipe; ValueError for text or self-conditioning."""
+    if dataset.event_shape is None:
+        raise ValueError(
+            'process="gaussian" needs pictures (data.source=digits, or tfds with kind=image); for '
+            'text use process="masked"'
+        )
+    if config.model.self_conditioning:
+        raise ValueError("process=gaussian does not take model.self_conditioning")
+    c, g = config.sample, config.gaussian
+    recipe = gaussian_recipe(g)
+    num_values = dataset.vocab_size - 1  # without the mask
+    values = gaussian.scaled_integers(num_values)
+    model = gaussian.PictureTransformer(
+        network(1, **config.model), dataset.event_shape, config.model.patch_size
+    )
+    sampler = lookup(names.GAUSSIAN_SAMPLERS, c.sampler, "sample.sampler")(**settings(c, c.sampler))
+
+    def apply_fn(params, inputs, logsnr, documents=None):
+        """The recipe's output, from inputs scaled to unit variance."""
+        scaled = gaussian.precondition(
+            lambda x, level, _documents: model.apply(params, x, level), recipe.path, g.sigma_data
+        )
+        return scaled(inputs, logsnr, documents)
+
+    def likelihood_of(passes: int, replicates: int) -> Callable[..., gaussian.GaussianLikelihood]:
+        return gaussian.make_gaussian_likelihood(
+            apply_fn,
+            output=recipe.output,
+            path=recipe.path,
+            decoder=gaussian.grey_value_decoder(num_values),
+            low=g.low,
+            high=g.high,
+            passes=passes,
+            replicates=replicates,
+            values=values,
+        )
+
+    def named_levels(grid: str, num_steps: int) -> Array:
+        return gaussian_levels(grid, num_steps, g, recipe.law)
+
+    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+        draw = gaussian_samplers.make_gaussian_generator(
+            apply_fn,
+            sampler,
+            named_levels(c.grid, num_steps) if levels is None else levels,
+            (dataset.length,),
+            output=recipe.output,
+            path=recipe.path,
+            data_std=g.sigma_data,
+        )
+        top = num_values - 1
+
+        def generate(params, key, canvas, documents=None):
+            """Grey values, of the canvas's shape."""
+            del documents
+            pictures = draw(params, key, len(canvas))
+            return jnp.clip(jnp.round((pictures + 1) * top / 2), 0, top).astype(jnp.int32)
+
+        return generate
+
+    return Family(
+        objective=gaussian.gaussian_loss(recipe, values),
+        model=model,
+        apply_fn=apply_fn,
+        likelihood=likelihood_of,
+        generator=generator,
+        takes_steps=True,
+        levels_from=", ".join([f"recipe {g.recipe}", *_changes(g)]),
+        noise_axis="sigmoid(-logSNR)",
+        levels=named_levels,
+        rules=("law", "uniform_logsnr", "edm_rho", "cosine"),
+        unread=("corruption", "law", "weighting"),
+        input_dtype=jnp.float32,
+        record=_gaussian_record,
+        details=_gaussian_details,
+    )
+
+
+def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
+    """The configured recipe, with the parts that are set by name in place of its own.
+
+    The law is changed by the modifiers in order and truncated to [low, high]; below ``low`` reaches
+    only ``zero_terminal``. A weighting by name that refers to a law, such as ``unit_output`` or
+    ``min_snr``, takes the law before that truncation; "" keeps the recipe's W under any law.
+    ValueError for unknown names and parts that do not fit.
+    """
+    name, low, high = section["recipe"], section["low"], section["high"]
+    recipe = _build("gaussian.recipe", names.RECIPES, name, settings(section, name))
+    law = _law(section["law"], section, "gaussian.law") if section["law"] else recipe.law
+    for modifier in section["modifiers"]:
+        if modifier == "zero_terminal":  # moves the law's lowest level to pure noise
+            law, low = _truncated(law, low, high), -np.inf
+        own = settings(section, modifier)
+        law = _build("gaussian.modifiers", names.GAUSSIAN_MODIFIERS, modifier, own, base=law)
+    parts = {"law": law, "path": recipe.path, "output": recipe.output}
+    for part, table in (("path", names.PATHS), ("output", names.OUTPUTS)):
+        if section[part]:
+            own = {"sigma_data": section["sigma_data"]}
+            parts[part] = _build(f"gaussian.{part}", table, section[part], {}, **own)
+    weighting, name = recipe.weighting, section["weighting"]
+    if name:
+        parts["sigma_data"] = section["sigma_data"]
+        table, own = names.GAUSSIAN_WEIGHTINGS, settings(section, name)
+        weighting = _build("gaussian.weighting", table, name, own, **parts)
+    elif low == -np.inf and float(weighting.support[0]) > low:
+        raise ValueError(
+            f"gaussian.modifiers: zero_terminal draws levels below {float(weighting.support[0]):g},"
+            f" where the weighting of recipe {section['recipe']} is zero; set "
+            "--config.gaussian.weighting, as in unit_output"
+        )
+    return Recipe(_truncated(law, low, high), weighting, parts["output"], parts["path"])
+
+
+def gaussian_levels(
+    grid: str, num_steps: int, section: Mapping[str, Any], law: schedules.Law
+) -> np.ndarray:
+    """[n + 1] levels of a named grid: from ``low``, or pure noise if ``law`` begins there, to data.
+
+    The last step goes from the last but one level to the denoiser's estimate, +inf. ``grid``: "law"
+    for equal times of the run's ``law``, a Gaussian schedule, "edm", "uniform_" and a quantity of
+    ``spacings.QUANTITIES``, or "leading", "linspace" or "trailing" in a table of the law; "" is
+    "cosine". ValueError for other names.
+    """
+    low, high, grid = section["low"], section["high"], grid or "cosine"
+    quantity = grid.removeprefix("uniform_")
+    if grid in spacings.TABLE_SPACINGS:
+        table = np.asarray(grids.from_law(law, _TABLE_STEPS))[-2::-1]
+        return np.array(spacings.from_table(table, num_steps, grid))
+    if grid == "edm":
+        levels = spacings.edm(num_steps, np.exp(-high / 2), np.exp(-low / 2))
+    elif quantity != grid and quantity in spacings.QUANTITIES:
+        levels = spacings.uniform_in(quantity, num_steps, low, high)
+    elif grid == "law":
+        levels = spacings.uniform_time(law, num_steps)
+    else:
+        named = _truncated(_law(grid, section, "sample.grid", names.GAUSSIAN_GRIDS), low, high)
+        levels = spacings.uniform_time(named, num_steps)
+    return open_levels(levels, law)
+
+
+def open_levels(levels: Array, law: schedules.Law) -> np.ndarray:
+    """The levels with the last, and the first if the law begins at pure noise, made infinite."""
+    levels = np.array(levels)
+    levels[-1] = np.inf
+    if float(law.support[0]) == -np.inf:
+        levels[0] = -np.inf
+    return levels
+
+
+def _law(
+    name: str, section: Mapping[str, Any], field: str, others: tuple[str, ...] = ()
+) -> schedules.Law:
+    if name not in names.LAWS or name in names.GAUSSIAN_LAWS:
+        lookup(dict.fromkeys((*names.GAUSSIAN_LAWS, *others)), name, field)
+    try:
+        return gaussian_schedules.by_name(name, **settings(section, name))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _build(
+    field: str,
+    table: Mapping[str, Callable[..., Any]],
+    name: str,
+    own: Mapping[str, Any],
+    **of_run: Any,
+) -> Any:
+    """``table[name](**own)``, with those of ``of_run`` that it takes; ValueError with the field."""
+    factory = lookup(table, name, field)
+    known = inspect.signature(factory).parameters
+    try:
+        return factory(**{k: v for k, v in of_run.items() if k in known}, **own)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _changes(section: Mapping[str, Any]) -> list[str]:
+    """What a run changes of its recipe, for display."""
+    parts = [f"{part} {section[part]}" for part in PARTS if section[part]]
+    return parts + [f"law {name}" for name in section["modifiers"]]
+
+
+PARTS = ("law", "weighting", "output", "path")
+
+
+def _truncated(law: schedules.Law, low: float, high: float) -> schedules.Law:
+    """The law, truncated to [low, high] where it reaches further."""
+    first, last = (float(end) for end in law.support)
+    if first >= low and last <= high:
+        return law
+    return gaussian_schedules.truncated(law, max(low, first), min(high, last))
+
+
+def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
+    """As :func:`token_record`, for pictures."""
+    shared = {
+        "nats_per_element": "nats_per_dimension",
+        "bits_per_unit": "bits_per_dimension",
+        "standard_error_bits_per_unit": "standard_error_bits_per_dimension",
+        "data_standard_error_bits_per_unit": "data_standard_error_bits_per_dimension",
+    }
+    record = result.to_dict()
+    return record | {name: record[own] for name, own in shared.items()}
+
+
+def _gaussian_details(record: Record) -> list[str]:
+    parts = record["parts_bits_per_dimension"]
+    errors = record["standard_error_parts_bits_per_dimension"]
+    terms = (f"{name} {value:.3f} ± {errors[name] or 0:.3f}" for name, value in parts.items())
+    return ["  of which " + ", ".join(terms)]
