@@ -104,7 +104,8 @@ class Name(Rule):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be {self.allowed}, got {value!r}{self.explained()}")
         if value not in self.names:
-            raise ValueError(f"{name}: {unknown_name(value, self.names, 'name')}")
+            error = unknown_name(value, self.names, "name")
+            raise ValueError(f"{name}: {error}{self.explained()}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,7 +293,7 @@ def with_config(argv: list[str]) -> list[str]:
         raise CommandLineError(str(error).removeprefix("ERROR:: ")) from error
     if argv[1:] and argv[1] in MODES:
         argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
-    path, argv = take_config(_expand_mesh(argv))
+    path, argv = take_config(_expand(argv))
     if path is None:
         flags.FLAGS(argv, known_only=True)
         values = flags.FLAGS
@@ -319,10 +319,11 @@ def with_config(argv: list[str]) -> list[str]:
     return [argv[0], f"--config={path}", *argv[1:]]
 
 
-def _expand_mesh(argv: list[str]) -> list[str]:
-    """``--config.mesh=data=2,fsdp=4`` as one override for each axis."""
+def _expand(argv: list[str]) -> list[str]:
+    """``--config.mesh=data=2,fsdp=4`` as one override for each axis; ``--steps`` as num_steps."""
     expanded = []
     for argument in argv:
+        argument = re.sub(r"^--?steps=", "--config.sample.num_steps=", argument)
         match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
         if match is None:
             expanded.append(argument)

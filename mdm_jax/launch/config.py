@@ -122,7 +122,9 @@ def settings() -> Mapping[str, Any]:
             ),
         },
         "law": {
-            "name": _name("linear", names.LAWS, "of the masking rate; linear: uniform rates"),
+            "name": _name(
+                "linear", names.LAWS, "of the masking rate; Gaussian schedules: gaussian.law"
+            ),
             **sections(
                 names.LAWS,
                 power={"exponent": 2.0},

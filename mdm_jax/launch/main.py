@@ -19,7 +19,7 @@ Free in every mode: --config.evaluate.*, --config.sample.*, --config.measure.*
 Flags:
   --workdir: directory of the run, made if missing
   --mode: train, evaluate, sample, spacing or variance, as in the first word
-  --steps: of the grids that spacing compares; by default sample.num_steps
+  --steps=16: short for --config.sample.num_steps=16
   --allow_config_change: go on in a workdir whose run has another config
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
@@ -77,9 +77,6 @@ _MODE = flags.DEFINE_enum(
     "train",
     command_line.MODES,
     "What to do; train ends with a report, variance measures methods on a trained or fresh model.",
-)
-_STEPS = flags.DEFINE_integer(
-    "steps", None, "Steps of the grids that spacing compares; by default sample.num_steps."
 )
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir whose run has another config."
@@ -230,12 +227,11 @@ def _sample(experiment: Experiment, workdir: files.Path) -> int:
 
 
 def _spacing(experiment: Experiment, workdir: files.Path) -> int:
-    c = experiment.config.sample
-    steps = c.num_steps if _STEPS.value is None else _STEPS.value
-    record = spacing.compare(experiment, workdir, steps)
+    c, steps = experiment.config.sample, experiment.config.sample.num_steps
+    record = spacing.compare(experiment, workdir)
     print(spacing.table(record))
     print(f"written to {record['file']}")
-    use = f"mdm sample --workdir={workdir} --config.sample.num_steps={steps}"
+    use = f"mdm sample --workdir={workdir} --steps={steps}"
     use += " --config.sample.grid=" if c.grid else ""
     print(f"{use} takes the best of sampler {c.sampler}, {record['best']!r}")
     return 0

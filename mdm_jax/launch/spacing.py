@@ -48,16 +48,17 @@ class _Problem(NamedTuple):
     pairs: IntervalCost | None
 
 
-def compare(experiment: Experiment, workdir: pathlib.Path, num_steps: int) -> dict[str, Any]:
-    """Compare grids of ``num_steps`` steps, store them with the best, return the record.
+def compare(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """Compare grids of ``sample.num_steps`` steps, store them with the best, return the record.
 
     Grids are the rules of the process, the density that training learned, Align Your Steps by the
     curve of losses and by pairs, and a search for the least distance that begins at the best of
     these. Distances share random numbers; those of the search are others. ValueError for a process
     or sampler without a grid.
     """
-    check(experiment, num_steps)
+    check(experiment)
     c, family = experiment.config, experiment.family
+    num_steps = c.sample.num_steps
     step, params = load_parameters(experiment, workdir)
     key = experiment.key(step, "spacing")
     problem, distance = _problem(experiment, params, key), _distance(experiment, params)
@@ -71,7 +72,7 @@ def compare(experiment: Experiment, workdir: pathlib.Path, num_steps: int) -> di
             start = search.align_steps(problem.cost, start, refinements=6).grid
             found["align steps, curve"] = start
         if problem.pairs is not None:
-            few = {"refinements": 1, "candidates": 5, "max_sweeps": 2}
+            few = {"refinements": 3, "candidates": 5, "max_sweeps": 2}
             found["align steps, pairs"] = search.align_steps(problem.pairs, start, **few).grid
     with tqdm.tqdm(desc="spacing", unit="set of samples") as bar:
 
@@ -115,7 +116,7 @@ def compare(experiment: Experiment, workdir: pathlib.Path, num_steps: int) -> di
     return record | {"file": str(path)}
 
 
-def check(experiment: Experiment, num_steps: int) -> None:
+def check(experiment: Experiment) -> None:
     """Raise ValueError where there is no grid to compare."""
     c = experiment.config
     if experiment.family.levels is None:
@@ -126,8 +127,6 @@ def check(experiment: Experiment, num_steps: int) -> None:
             " those that take one are "
             f"{', '.join(grid_samplers(c.sample))} (--config.sample.sampler)"
         )
-    if num_steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {num_steps}")
 
 
 def stored_generator(

@@ -91,7 +91,7 @@ def test_grids_are_compared_and_the_best_is_sampled_along(finished, monkeypatch,
     bounds = {name: grid["bound"] for name, grid in record["grids"].items()}
     assert bounds["align steps, curve"] == min(bounds.values())
 
-    sample = ("--mode=sample", *line, "--config.sample.num_steps=3")
+    sample = ("--mode=sample", *line, "--steps=3")
     _, out, _ = launching.call(monkeypatch, capsys, *sample)
     assert f"grid: {record['best']}, of {path}" in out
     _, out, _ = launching.call(monkeypatch, capsys, *sample, "--config.sample.grid=edm")
@@ -200,7 +200,7 @@ def test_a_masked_run_refuses_a_gaussian_law_by_its_place(tmp_path, monkeypatch,
         f"--workdir={tmp_path / 'run'}",
         "--config.law.name=flow",
     )
-    assert code == 2 and "law.name" in err and "gaussian.schedules.flow" in err
+    assert code == 2 and "law.name" in err and "Gaussian schedules: gaussian.law" in err
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import saved_run
 from variants import slow_except
 
-from mdm_jax.launch import evaluate, families, names, train
+from mdm_jax.launch import evaluate, families, names, spacing, train
 from mdm_jax.launch.build import check_quality, make_experiment
 from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
 from mdm_jax.launch.sample import show_samples
@@ -98,6 +99,43 @@ def test_self_conditioning_from_the_config(tmp_path):
         jax.random.key(0),
     )
     assert all("▁" not in sample["text"] for sample in drawn["samples"])
+
+
+@pytest.mark.parametrize("process", slow_except({"masked"}, ("masked", "block", "uniform")))
+def test_grids_of_tokens_are_compared(process, tmp_path):
+    config = (CONFIGS | {"masked": quickstart})[process]("smoke")
+    config.variance.order = ("stratified",)
+    if process != "uniform":
+        config.sample.sampler = "ancestral"
+    config.sample.num_steps = 3
+    experiment = make_experiment(config)
+    saved_run.save(experiment, tmp_path)
+    record = spacing.compare(experiment, tmp_path)
+    found = {name: np.array(grid["levels"]) for name, grid in record["grids"].items()}
+    bounds = {name: grid["bound"] for name, grid in record["grids"].items()}
+    assert {"uniform_masking_rate", config.law.name, "cosine_md4", "search"} <= {*found}
+    assert "learned density" not in found  # the chain learns none
+    rates = 1 / (1 + np.exp(found["uniform_masking_rate"]))
+    np.testing.assert_allclose(rates, [1, 2 / 3, 1 / 3, 0], atol=1e-5)
+    for grid in record["grids"].values():
+        assert len(grid["distances"]) == 2 and max(grid["distances"]) <= np.log(2) + 1e-9
+    if process == "uniform":  # its tokens are replaced, not revealed
+        assert set(bounds.values()) == {None} and "align steps, curve" not in found
+    else:
+        assert bounds["align steps, curve"] == min(bounds.values()) >= 0
+    assert "search" in spacing.table(record)
+    generate, described = spacing.stored_generator(experiment, tmp_path, 3)
+    assert described.startswith(record["best"])
+    canvas = np.full((2, 32), experiment.dataset.mask_id, np.int32)
+    tokens = np.asarray(generate(experiment.initial_state().ema, jax.random.key(0), canvas))
+    assert np.all(tokens != experiment.dataset.mask_id)
+
+
+def test_runs_without_a_grid_have_no_spacing():
+    with pytest.raises(ValueError, match="'first_hitting' sets its own .* are ancestral, cached"):
+        spacing.check(make_experiment(quickstart("smoke")))
+    with pytest.raises(ValueError, match="process='autoregressive' has no noise levels"):
+        spacing.check(make_experiment(text_ar("smoke")))
 
 
 def test_samplers_with_steps_of_their_own_have_no_quality_by_steps():
