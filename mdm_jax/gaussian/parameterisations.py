@@ -9,16 +9,18 @@ to x0 multiplies rounding errors by exp(-logsnr / 2), and back by exp(logsnr / 2
 import abc
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.checks import as_parameter, check_finite, is_concrete, unknown_name
+from mdm_jax.checks import Real, as_parameter, check_finite, is_concrete, unknown_name
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.types import Array, ArrayLike
+
+DataStd = Annotated[ArrayLike, Real("(0, 1e4]", "", "standard deviation of the data")]
 
 
 class Output(abc.ABC):

@@ -2,22 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from mdm_jax.checks import Logsnr, Real, checked, is_concrete, unknown_name
+from mdm_jax.checks import Logsnr, checked, is_concrete, unknown_name
 from mdm_jax.gaussian import parameterisations, paths, schedules, weightings
-from mdm_jax.gaussian.parameterisations import Output
+from mdm_jax.gaussian.parameterisations import DataStd, Output
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.schedules.laws import Mean, Std
 from mdm_jax.gaussian.weightings import Weighting
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.laws import Law, logistic, uniform
 from mdm_jax.types import Array, ArrayLike
-
-DataStd = Annotated[ArrayLike, Real("(0, 1e4]", "", "standard deviation of the data")]
 
 
 @pytree_dataclass

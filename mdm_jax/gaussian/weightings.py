@@ -11,15 +11,17 @@ for parameters that are not finite, or not positive where they must be.
 import abc
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.checks import as_parameter, check_finite, is_concrete, log_positive
+from mdm_jax.checks import Real, as_parameter, checked, is_concrete, log_positive
 from mdm_jax.gaussian import parameterisations, schedules
-from mdm_jax.gaussian.parameterisations import Output, check_sigma_data
+from mdm_jax.gaussian.parameterisations import DataStd, Output, check_sigma_data
 from mdm_jax.gaussian.paths import Path, vp
+from mdm_jax.gaussian.schedules.laws import Mean, Std
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.laws import Law
@@ -129,6 +131,8 @@ class FlatBelow(Weighting):
         return self.base.log_weight(jnp.maximum(as_float(logsnr), self.peak))
 
 
+Gamma = Annotated[ArrayLike, Real("(0, 1e6]", "SNR", "above which the weight falls")]
+
 elbo = Elbo
 
 
@@ -148,16 +152,14 @@ def from_recipe(
     return Product(law, (factor,) if explicit is None else (factor, explicit))
 
 
-def sigmoid(bias: ArrayLike = 2.0) -> Sigmoid:
+@checked
+def sigmoid(bias: Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "")] = 2.0) -> Sigmoid:
     """``W = sigmoid(bias - lambda)`` in dlambda, without a law (Hoogeboom et al. 2024, SiD2)."""
-    bias = as_parameter(bias, "bias")
-    check_finite("sigmoid", bias=bias)
-    return Sigmoid(bias)
+    return Sigmoid(as_parameter(bias, "bias"))
 
 
-def edm_monotonic(
-    mean: ArrayLike = -1.2, std: ArrayLike = 1.2, sigma_data: ArrayLike = 0.5
-) -> FlatBelow:
+@checked
+def edm_monotonic(mean: Mean = -1.2, std: Std = 1.2, sigma_data: DataStd = 0.5) -> FlatBelow:
     """EDM's weighting, flat below its peak (Kingma and Gao 2023). TypeError if traced."""
     mean, std = as_parameter(mean, "mean"), as_parameter(std, "std")
     sigma_data = check_sigma_data("edm_monotonic", sigma_data)
@@ -174,21 +176,26 @@ def edm_monotonic(
     return FlatBelow(base, float((low + high) / 2))
 
 
-def min_snr(law: Law, gamma: ArrayLike = 5.0) -> Product:
+@checked
+def min_snr(law: Law, gamma: Gamma = 5.0) -> Product:
     """``p min(1, gamma exp(-lambda))`` (Hang et al. 2023): factor min(SNR, gamma) on x0's error."""
     return Product(law, (MinSnr(log_positive("min_snr", "gamma", gamma)),))
 
 
-def soft_min_snr(law: Law, gamma: ArrayLike = 5.0) -> Product:
+@checked
+def soft_min_snr(law: Law, gamma: Gamma = 5.0) -> Product:
     """``p gamma / (gamma + exp(lambda))`` (Crowson et al. 2024), a smooth :func:`min_snr`."""
     return Product(law, (Sigmoid(log_positive("soft_min_snr", "gamma", gamma)),))
 
 
-def p2(law: Law, k: ArrayLike = 1.0, gamma: ArrayLike = 1.0) -> Product:
+@checked
+def p2(
+    law: Law,
+    k: Annotated[ArrayLike, Real("(0, 1e6]", "SNR", "where the weight begins to fall")] = 1.0,
+    gamma: Annotated[ArrayLike, Real("[-10, 10]", "", "how fast it falls")] = 1.0,
+) -> Product:
     """``p / (k + exp(lambda))^gamma`` (Choi et al. 2022)."""
-    gamma = as_parameter(gamma, "gamma")
-    check_finite("p2", gamma=gamma)
-    return Product(law, (P2(log_positive("p2", "k", k), gamma),))
+    return Product(law, (P2(log_positive("p2", "k", k), as_parameter(gamma, "gamma")),))
 
 
 def truncated_snr(law: Law) -> Product:

@@ -291,6 +291,10 @@ def _train() -> dict[str, Any]:
 
 def _gaussian() -> dict[str, Any]:
     low, high = -10.0, 10.0
+    ends = {
+        "low": _real(low, "[-100, 100]", "logSNR", "noisiest level"),
+        "high": _real(high, "[-100, 100]", "logSNR", "cleanest level"),
+    }
     weightings = sections(names.GAUSSIAN_WEIGHTINGS)
     del weightings["edm_monotonic"]["sigma_data"]  # the run's
     return {
@@ -303,11 +307,10 @@ def _gaussian() -> dict[str, Any]:
         "weighting": _name("", ("", *names.GAUSSIAN_WEIGHTINGS), "what is minimised"),
         "output": _name("", ("", *names.OUTPUTS), "of the network"),
         "path": _name("", ("", *names.PATHS), "of the network's inputs"),
-        "low": _real(low, "[-100, 100]", "logSNR", "noisiest level of the run"),
-        "high": _real(high, "[-100, 100]", "logSNR", "cleanest level of the run"),
+        **ends,
         "sigma_data": _real(0.5, "(0, 1e4]", "", "standard deviation of the data"),
         **sections(names.GAUSSIAN_LAWS, uniform_logsnr={"low": low, "high": high}),
-        **sections(names.GAUSSIAN_MODIFIERS, truncated={"low": low, "high": high}),
+        **sections(names.GAUSSIAN_MODIFIERS, truncated=ends),
         **weightings,
         **sections(names.RECIPES, vdm={"low": low, "high": high}),
     }

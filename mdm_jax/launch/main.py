@@ -228,8 +228,7 @@ def _sample(experiment: Experiment, workdir: files.Path) -> int:
 
 def _spacing(experiment: Experiment, workdir: files.Path) -> int:
     c, steps = experiment.config.sample, experiment.config.sample.num_steps
-    record = spacing.compare(experiment, workdir)
-    print(spacing.table(record))
+    record = spacing.compare(experiment, workdir, show=_print)
     print(f"written to {record['file']}")
     use = f"mdm sample --workdir={workdir} --steps={steps}"
     use += " --config.sample.grid=" if c.grid else ""

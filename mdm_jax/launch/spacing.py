@@ -24,7 +24,7 @@ from mdm_jax.gaussian.samplers.step_search import IntervalCost
 from mdm_jax.launch.build import Experiment, load_parameters, open_workdir
 from mdm_jax.launch.families import grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_recipe, open_levels
-from mdm_jax.launch.workdir import write_json
+from mdm_jax.launch.workdir import write_json, writing
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array, PyTree
 
@@ -48,8 +48,10 @@ class _Problem(NamedTuple):
     pairs: IntervalCost | None
 
 
-def compare(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Compare grids of ``sample.num_steps`` steps, store them with the best, return the record.
+def compare(
+    experiment: Experiment, workdir: pathlib.Path, show: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Compare grids of ``sample.num_steps`` steps; shown, stored with the best, and returned.
 
     Grids are the rules of the process, the density that training learned, Align Your Steps by the
     curve of losses and by pairs, and a search for the least distance that begins at the best of
@@ -110,9 +112,11 @@ def compare(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         "best": min(results, key=lambda name: np.mean(results[name]["distances"])),
         "grids": results,
     }
+    show(table(record))
     path = _path(workdir, c.sample.sampler, num_steps)
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, record)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, record)
     return record | {"file": str(path)}
 
 

@@ -434,8 +434,7 @@ def flow_shifted(
 ) -> Logistic:
     """SD3's timestep shift of :func:`flow`: time ratio t / (1 + (ratio - 1) t), ratio > 0.
 
-    Moves the logSNR by -2 log ratio; ``ratio`` is the square root of the ratio of pixel counts, by
-    default that of SD3 at 1024 x 1024.
+    Moves the logSNR by -2 log ratio, the square root of the ratio of pixel counts.
     """
     return Logistic(-2 * log_positive("flow_shifted", "ratio", ratio), 2.0)
 

@@ -12,13 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import betainc, betaln
 
-from mdm_jax.checks import Real, as_parameter, check_interval, checked, is_concrete, parameters
+from mdm_jax.checks import (
+    Real,
+    as_parameter,
+    check_interval,
+    checked,
+    is_concrete,
+    parameters,
+)
 from mdm_jax.gaussian.schedules.laws import Cosine, amplitude_loss, log_amplitude_rate
 from mdm_jax.gaussian.schedules.times import bisect_time, instant_of_logit, solve_time
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import MaskingLevel, as_float, level_from_logsnr
 from mdm_jax.schedules.laws import CurveLaw, Instant, Tails, TwoSidedLaw, confine, inside
 from mdm_jax.types import Array, ArrayLike
+
+Shift = Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "added; below 0: towards noise")]
+Shape = Annotated[ArrayLike, Real("(0, 1e3]", "", "of the Beta law of times")]
+Ratio = Annotated[ArrayLike, Real("(0, 1e6]", "", "how much more often times before are drawn")]
 
 
 @pytree_dataclass
@@ -65,14 +76,16 @@ class Interpolated(CurveLaw):
         return log_density - jnp.log1p((self.clean_shift - self.noisy_shift) * jnp.exp(log_density))
 
 
-def shifted(base: TwoSidedLaw, shift: ArrayLike = -1.386) -> Shifted:
+@checked
+def shifted(base: TwoSidedLaw, shift: Shift = -1.386) -> Shifted:
     """``base`` with ``shift`` added to every level, by default for sides twice as long."""
     check_law("shifted", base)
-    return Shifted(base, *parameters("shifted", "", lambda _: True, shift=shift))
+    return Shifted(base, as_parameter(shift, "shift"))
 
 
+@checked
 def interpolated(
-    base: TwoSidedLaw, clean_shift: ArrayLike = 0.0, noisy_shift: ArrayLike = -1.386
+    base: TwoSidedLaw, clean_shift: Shift = 0.0, noisy_shift: Shift = -1.386
 ) -> Interpolated:
     """``base`` with a shift linear in t from ``clean_shift`` to ``noisy_shift`` <= clean_shift."""
     check_law("interpolated", base)
@@ -196,26 +209,33 @@ class TwoRates(_WarpedTime):
         return 1 / (self.boundary + (1 - self.boundary) / self.ratio)
 
 
-def beta_time(base: TwoSidedLaw, alpha: ArrayLike = 0.8, beta: ArrayLike = 1.0) -> BetaTime:
+@checked
+def beta_time(base: TwoSidedLaw, alpha: Shape = 0.8, beta: Shape = 1.0) -> BetaTime:
     """``base`` with its time drawn from Beta(alpha, beta), both > 0; (1, 1) is ``base`` itself.
 
     Beta-tuned timesteps (Zheng et al. 2024); small alpha favours clean; to 1e-6 in float32.
     """
     check_law("beta_time", base)
-    rule, values = "alpha > 0 and beta > 0", {"alpha": alpha, "beta": beta}
-    return BetaTime(base, *parameters("beta_time", rule, lambda a, b: a > 0 and b > 0, **values))
+    return BetaTime(base, as_parameter(alpha, "alpha"), as_parameter(beta, "beta"))
 
 
-def two_rates(base: TwoSidedLaw, boundary: ArrayLike = 0.7, ratio: ArrayLike = 5.0) -> TwoRates:
+@checked
+def two_rates(
+    base: TwoSidedLaw,
+    boundary: Annotated[ArrayLike, Real("(0, 1)", "time", "end of the favoured times")] = 0.7,
+    ratio: Ratio = 5.0,
+) -> TwoRates:
     """Draw times below 0 < boundary < 1 ``ratio`` > 0 times as often. SpeeD (Wang et al. 2024)."""
     check_law("two_rates", base)
-    rule = "a time 0 < boundary < 1"
-    (boundary,) = parameters("two_rates", rule, lambda x: 0 < x < 1, boundary=boundary)
-    (ratio,) = parameters("two_rates", "ratio > 0", lambda x: x > 0, ratio=ratio)
-    return TwoRates(base, boundary, ratio)
+    return TwoRates(base, as_parameter(boundary, "boundary"), as_parameter(ratio, "ratio"))
 
 
-def speed(base: TwoSidedLaw, slope: float = 0.1, ratio: float = 5.0) -> TwoRates:
+@checked
+def speed(
+    base: TwoSidedLaw,
+    slope: Annotated[float, Real("(0, 1e6]", "sigma per time", "at the boundary")] = 0.1,
+    ratio: Ratio = 5.0,
+) -> TwoRates:
     """SpeeD: rarely draw the times where sigma has stopped growing.
 
     The boundary is where dsigma/dt on the variance-preserving path falls below ``slope`` for good;

@@ -193,11 +193,11 @@ def test_parameters_may_be_traced():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: weightings.min_snr(cosine(), 0.0), "min_snr needs gamma > 0, got 0.0"),
-        (lambda: weightings.soft_min_snr(cosine(), -1.0), "soft_min_snr needs gamma > 0"),
-        (lambda: weightings.p2(cosine(), k=-1.0), "p2 needs k > 0"),
-        (lambda: weightings.p2(cosine(), gamma=np.inf), "finite gamma"),
-        (lambda: weightings.sigmoid(np.nan), "finite bias"),
+        (lambda: weightings.min_snr(cosine(), 0.0), "min_snr: gamma must be .*, got 0.0"),
+        (lambda: weightings.soft_min_snr(cosine(), -1.0), "soft_min_snr: gamma must be"),
+        (lambda: weightings.p2(cosine(), k=-1.0), "p2: k must be"),
+        (lambda: weightings.p2(cosine(), gamma=np.inf), "p2: gamma must be"),
+        (lambda: weightings.sigmoid(np.nan), "sigmoid: bias must be"),
         (lambda: recipes.by_name("emd"), "unknown recipe 'emd'; did you mean .*edm"),
     ],
 )

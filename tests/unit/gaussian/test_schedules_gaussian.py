@@ -360,15 +360,15 @@ def test_a_shared_name_is_one_law():
         (lambda: gaussian.edm_sigma(2.0, 1.0), "sigma_min < sigma_max"),
         (
             lambda: gaussian.shifted(gaussian.flow(), float("inf")),
-            "finite shift",
+            "shift must be",
         ),
         (
             lambda: gaussian.interpolated(gaussian.flow(), -1.0, 1.0),
             "noisy_shift <= clean_shift",
         ),
         (lambda: gaussian.zero_terminal(gaussian.flow()), "-inf by itself"),
-        (lambda: gaussian.beta_time(gaussian.flow(), 0.0, 1.0), "alpha > 0"),
-        (lambda: gaussian.two_rates(gaussian.flow(), 1.0), "boundary < 1"),
+        (lambda: gaussian.beta_time(gaussian.flow(), 0.0, 1.0), "alpha must be"),
+        (lambda: gaussian.two_rates(gaussian.flow(), 1.0), "boundary must be"),
         (lambda: gaussian.speed(gaussian.cosine(), 10.0), "always below"),
         (lambda: gaussian.interpolated_table([1.0, 2.0]), "fall strictly"),
         (

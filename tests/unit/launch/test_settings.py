@@ -14,6 +14,7 @@ SETTINGS = config.flat_settings()
 TABLES = (
     *(names.VARIANCE, names.CORRUPTIONS, names.LAWS, names.WEIGHTINGS, names.SAMPLERS),
     *(names.UNIFORM_SAMPLERS, names.GAUSSIAN_SAMPLERS, names.GAUSSIAN_LAWS, names.RECIPES),
+    *(names.GAUSSIAN_MODIFIERS, names.GAUSSIAN_WEIGHTINGS),
     *(names.DATA, names.TASKS, names.OPTIMIZERS, names.MONITORS),
 )
 FACTORIES = [
