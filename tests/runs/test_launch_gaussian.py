@@ -146,6 +146,72 @@ def test_recipes_differ_in_law_weighting_and_output_alone(recipe):
     assert -8 <= low < high <= 8
 
 
+SPELLED = {  # law, weighting, output, path
+    "ddpm": ("ddpm_linear", "unit_output", "eps", "vp"),
+    "iddpm": ("cosine", "unit_output", "eps", "vp"),
+    "vdm": ("uniform_logsnr", "elbo", "eps", "vp"),
+    "v_prediction": ("cosine", "unit_output", "v", "vp"),
+    "edm": ("lognormal", "unit_output", "edm", "ve"),
+    "edm2": ("edm2_lognormal", "unit_output", "edm", "ve"),
+    "flow": ("flow", "unit_output", "flow", "flow"),
+    "sd3": ("sd3_logit_normal", "unit_output", "flow", "flow"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_preset_of_its_parts(name):
+    """The parts by name, whatever recipe they stand in for."""
+    config = digits_gaussian("flow" if name == "ddpm" else "ddpm").gaussian
+    config.update(zip(("law", "weighting", "output", "path"), SPELLED[name]))
+    spelled, recipe = gaussian_recipe(config), gaussian_recipe(digits_gaussian(name).gaussian)
+    levels = np.linspace(-7.9, 7.9, 9)
+
+    def curves(r):
+        return (
+            r.law.log_pdf(levels),
+            r.weighting.log_weight(levels),
+            *r.output.coefficients(r.path, levels),
+            r.path.log_alpha(levels),
+        )
+
+    for got, expected in zip(curves(spelled), curves(recipe)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_zero_terminal_rescale_reaches_pure_noise():
+    """Levels are drawn below ``low``, with weight, and sampling starts at pure noise."""
+    config = digits_gaussian("smoke")
+    config.gaussian.update(recipe="ddpm", modifiers=("zero_terminal",), output="v")
+    with pytest.raises(ValueError, match="draws levels below -10.05, where .* set .*unit_output"):
+        gaussian_recipe(config.gaussian)
+    config.gaussian.weighting = "unit_output"
+    recipe = gaussian_recipe(config.gaussian)
+    low, high = (float(end) for end in recipe.law.support)
+    assert low == -np.inf and high == 8
+    # Lin et al. 2024: alpha - alpha_T, scaled so that the clean end keeps its alpha.
+    base = gaussian_recipe(digits_gaussian("ddpm").gaussian).law
+    alpha = np.sqrt(1 / (1 + np.exp(-np.array([*base.support, base.icdf(0.3)], np.float64))))
+    rescaled = (alpha[2] - alpha[0]) * alpha[1] / (alpha[1] - alpha[0])
+    found = np.sqrt(1 / (1 + np.exp(-float(recipe.law.icdf(0.3)))))
+    assert found == pytest.approx(rescaled, rel=1e-5)
+    below = np.array([-30.0, -12.0, -8.5])
+    weight = recipe.log_importance_weight(below)
+    # Unit weight on v: eps errors count by c = 1 / alpha^2.
+    np.testing.assert_allclose(weight, np.log1p(np.exp(-below)), atol=0.02)
+    config.sample.update(sampler="ddim", grid="trailing", num_steps=3)
+    experiment = make_experiment(config)
+    levels = experiment.family.levels("trailing", 3)
+    assert levels[0] == -np.inf and levels[-1] == np.inf
+    params = experiment.initial_state().params  # v = 0, so x0 = alpha x: no information, grey
+    drawn = experiment.generate(params, jax.random.key(0), np.full((64, 64), 17))
+    assert 7.5 < np.mean(drawn) < 8.5 and np.std(drawn) > 0
+    config.gaussian.output = ""  # eps
+    with pytest.raises(
+        ValueError, match="output eps .* does not determine the data at logSNR -inf"
+    ):
+        make_experiment(config)
+
+
 def test_another_law_leaves_what_is_minimised_alone():
     config = digits_gaussian("v_prediction")
     before = gaussian_recipe(config.gaussian)
