@@ -5,8 +5,6 @@ Frechet distance, of texts the divergence of bigrams), and by the bound that ste
 Steps). The bound says little of samples: on N(0, 1) its best grid is worse than cosine's.
 """
 
-import json
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from mdm_jax import data, rng
+from mdm_jax import data, files, rng
 from mdm_jax.evaluation import quality
 from mdm_jax.evaluation.ngrams import ngram_divergence
 from mdm_jax.gaussian import samplers as search
@@ -24,7 +22,7 @@ from mdm_jax.gaussian.samplers.step_search import IntervalCost
 from mdm_jax.launch.build import Experiment, load_parameters, open_workdir
 from mdm_jax.launch.families import grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_recipe, open_levels
-from mdm_jax.launch.workdir import write_json, writing
+from mdm_jax.launch.workdir import writing
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array, PyTree
 
@@ -49,7 +47,7 @@ class _Problem(NamedTuple):
 
 
 def compare(
-    experiment: Experiment, workdir: pathlib.Path, show: Callable[[str], None] = lambda _: None
+    experiment: Experiment, workdir: files.Path, show: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Compare grids of ``sample.num_steps`` steps; shown, stored with the best, and returned.
 
@@ -116,7 +114,7 @@ def compare(
     path = _path(workdir, c.sample.sampler, num_steps)
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        write_json(path, record)
+        files.write_json(path, record)
     return record | {"file": str(path)}
 
 
@@ -134,7 +132,7 @@ def check(experiment: Experiment) -> None:
 
 
 def stored_generator(
-    experiment: Experiment, workdir: pathlib.Path, num_steps: int
+    experiment: Experiment, workdir: files.Path, num_steps: int
 ) -> tuple[Callable[..., Array], str]:
     """The configured sampler, along the grid stored in the run if ``sample.grid`` is empty.
 
@@ -143,12 +141,13 @@ def stored_generator(
     """
     c, family = experiment.config.sample, experiment.family
     path = _path(workdir, c.sampler, num_steps)
-    if not family.takes_steps:
-        return family.generator(num_steps), ""
-    if c.grid or not path.exists():
-        return family.generator(num_steps), c.grid or "the default rule"
+    stored = family.takes_steps and not c.grid and path.exists()
+    if not stored:
+        # The experiment's own may be compiled.
+        own = experiment.generate if num_steps == c.num_steps else family.generator(num_steps)
+        return own, (c.grid or "the default rule") if family.takes_steps else ""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = files.read_json(path)
         levels = np.asarray(record["grids"][record["best"]]["levels"], np.float64)
         grids.check_grid(levels)
     except (ValueError, KeyError, TypeError) as error:
@@ -178,7 +177,7 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _path(workdir: pathlib.Path, sampler: str, num_steps: int) -> pathlib.Path:
+def _path(workdir: files.Path, sampler: str, num_steps: int) -> files.Path:
     return workdir / "spacing" / f"{sampler}-{num_steps}.json"
 
 
@@ -225,7 +224,7 @@ def _problem(experiment: Experiment, params: PyTree, key: Array) -> _Problem:
     return _Problem(-_TOKEN_END, _TOKEN_END, opened, cost, None)
 
 
-def _learned(experiment: Experiment, workdir: pathlib.Path, num_steps: int) -> Array | None:
+def _learned(experiment: Experiment, workdir: files.Path, num_steps: int) -> Array | None:
     """Grid of equal shares of the density that training drew levels from; None if it was flat."""
     transform, num_levels = experiment.transform, experiment.spec.num_levels
     checkpoints = open_workdir(workdir)

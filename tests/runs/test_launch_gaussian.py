@@ -12,7 +12,7 @@ import tiny
 from variants import slow_except
 
 from experiments import recipes
-from mdm_jax import schedules, training
+from mdm_jax import files, schedules, training
 from mdm_jax.gaussian.recipes import RECIPES
 from mdm_jax.launch import evaluate, names, spacing, train, workdir
 from mdm_jax.launch.build import make_experiment
@@ -110,7 +110,7 @@ def test_a_stored_grid_is_the_one_that_is_sampled_along(finished):
     levels = [-8.0, 1.5, 8.0]
     path = finished / "spacing" / "ddim-2.json"
     path.parent.mkdir(exist_ok=True)
-    workdir.write_json(path, {"best": "mine", "grids": {"mine": {"levels": levels}}})
+    files.write_json(path, {"best": "mine", "grids": {"mine": {"levels": levels}}})
     generate, _ = spacing.stored_generator(experiment, finished, 2)
     drawn = generate(params, jax.random.key(1), canvas)
     explicit = experiment.family.generator(2, np.array([-8.0, 1.5, np.inf]))
