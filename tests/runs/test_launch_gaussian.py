@@ -162,7 +162,7 @@ SPELLED = {  # law, weighting, output, path
 def test_a_recipe_is_a_preset_of_its_parts(name):
     """The parts by name, whatever recipe they stand in for."""
     config = digits_gaussian("flow" if name == "ddpm" else "ddpm").gaussian
-    config.update(zip(("law", "weighting", "output", "path"), SPELLED[name]))
+    config.update(dict(zip(("law", "weighting", "output", "path"), SPELLED[name])))
     spelled, recipe = gaussian_recipe(config), gaussian_recipe(digits_gaussian(name).gaussian)
     levels = np.linspace(-7.9, 7.9, 9)
 
