@@ -69,14 +69,9 @@ def start_processes(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        if not missing:
-            raise ValueError(
-                f"process {process_id} could not join the others at {coordinator_address}, where "
-                f"process 0 must be able to open the port ({error})"
-            ) from error
         raise ValueError(
-            f"this looks like a process of {cluster}, but it could not join the others ({error}). "
-            f"Give {', '.join(flags)}, or --num_processes=1 for a run of its own"
+            f"this is a process of {cluster}, but it could not join the others ({error}). Give "
+            f"{', '.join(flags)} with a free port, or --num_processes=1 for a run of its own"
         ) from error
     tell(global_state.coordinator_address)
     return lambda: tell("end")
@@ -89,18 +84,15 @@ def check_same(settings: dict[str, Any]) -> None:
     """
     client, me, count = global_state.client, global_state.process_id, global_state.num_processes
     client.key_value_set(f"mdm_jax/settings/{me}", json.dumps(settings))
+    verdict = "same"
+    for other in range(1, count if me == 0 else 1):
+        theirs = json.loads(_get(f"mdm_jax/settings/{other}", f"process {other}"))
+        if lines := differences(settings, theirs):
+            verdict = "\n  ".join([f"process {other} has other settings than process 0:", *lines])
+            verdict += "\nStart all processes with the same command line, but for --process_id"
+            break
     if me == 0:
-        verdict = ""
-        for other in range(1, count):
-            theirs = json.loads(_get(f"mdm_jax/settings/{other}", f"process {other}"))
-            if lines := differences(settings, theirs):
-                verdict = (
-                    f"process {other} was started with other settings than process 0:\n  "
-                    + "\n  ".join(lines)
-                    + "\nStart all processes with the same command line, but for --process_id"
-                )
-                break
-        client.key_value_set("mdm_jax/verdict", verdict or "same")
+        client.key_value_set("mdm_jax/verdict", verdict)
     verdict = _get("mdm_jax/verdict", "process 0 to compare the settings of all")
     if verdict != "same":
         raise ValueError(verdict)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -123,9 +124,10 @@ class Store:
         steps = self.steps()
         if step in steps or (not force and any(other > step for other in steps)):
             return False
+        leaves = named_leaves(tree)
+        self._check_space(self.directory / str(step), leaves)
         if distributed.is_first():
             self._manifest(step).unlink(missing_ok=True)
-        leaves = named_leaves(tree)
         items = {self._item: ocp.args.StandardSave(leaves)}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
         # Unforced, Orbax skips steps below its latest one and only returns False.
@@ -145,6 +147,17 @@ class Store:
                 if path.stem not in kept:
                     path.unlink()
         return True
+
+    def _check_space(self, path: files.Path, leaves: dict[str, Any]) -> None:
+        """Raise CheckpointError on a full disk, where Orbax fails late and with many tracebacks."""
+        needed, free = sum(leaf.nbytes for leaf in leaves.values()), math.inf
+        with contextlib.suppress(OSError):  # no disk, such as a bucket
+            free = shutil.disk_usage(self.directory).free
+        if distributed.from_first(free) < needed:
+            raise CheckpointError(
+                f"{path} cannot be written: it takes {needed / 2**20:,.1f} MiB and the disk has "
+                f"{free / 2**20:,.1f} MiB left; free some and run the same command again"
+            )
 
     def amend(self, step: int, records: dict[str, dict[str, Any]]) -> None:
         """Replace records of a checkpoint; only its manifest is written."""

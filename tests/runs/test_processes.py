@@ -333,7 +333,7 @@ def test_settings_are_compared_before_anything_is_built(monkeypatch, steps):
         if steps == 4:
             command_line.check_same(settings)
             continue
-        with pytest.raises(ValueError, match=r"process 2 was .*\n  train.steps: 4 -> 5"):
+        with pytest.raises(ValueError, match=r"process 2 has .*\n  train.steps: 4 -> 5"):
             command_line.check_same(settings)
 
 
