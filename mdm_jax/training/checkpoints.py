@@ -27,6 +27,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mdm_jax import distributed, files
 from mdm_jax.types import PyTree
 
+_RECORDS = 2**20
+"""Bytes left for what is not an array: records, indices, manifests, metrics."""
+
 
 class CheckpointError(RuntimeError):
     """No usable checkpoint, or one that does not fit the configuration."""
@@ -150,7 +153,7 @@ class Store:
 
     def _check_space(self, path: files.Path, leaves: dict[str, Any]) -> None:
         """Raise CheckpointError on a full disk, where Orbax fails late and with many tracebacks."""
-        needed, free = sum(leaf.nbytes for leaf in leaves.values()), math.inf
+        needed, free = _RECORDS + sum(leaf.nbytes for leaf in leaves.values()), math.inf
         with contextlib.suppress(OSError):  # no disk, such as a bucket
             free = shutil.disk_usage(self.directory).free
         if distributed.from_first(free) < needed:

@@ -123,13 +123,13 @@ def test_a_step_that_is_there_is_left_as_it_is(opened):
 def test_a_full_disk_is_said_before_anything_is_written(opened, monkeypatch):
     directory, open_again = opened
     checkpoints = _fill(open_again)
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_state()))
+    needed = 2**20 + sum(leaf.nbytes for leaf in jax.tree.leaves(_state()))
     left = [needed - 1]
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - left[0], left[0])
     )
     before = sorted(directory.rglob("*"))
-    with pytest.raises(CheckpointError, match=r"last/12 cannot be written: it takes 0.0 MiB and"):
+    with pytest.raises(CheckpointError, match=r"last/12 cannot be written: it takes 1.0 MiB and"):
         checkpoints.save(12, _state(12), {}, {})
     assert sorted(directory.rglob("*")) == before and checkpoints.steps() == [4, 8]
     left[0] = needed
