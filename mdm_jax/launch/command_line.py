@@ -137,7 +137,8 @@ def _start_companion(
 ) -> Callable[[str], None]:
     """Start :func:`_companion` in a process of its own; returns a function that writes to it."""
     code = f"{inspect.getsource(_companion)}\nimport sys\n_companion(*sys.argv[1:])"
-    arguments = (address or "", num_processes or "", process_id or 0, pause, JOIN_SECONDS)
+    count = f"{num_processes} " if num_processes else ""
+    arguments = (address or "", count, process_id or 0, pause, JOIN_SECONDS)
     process = subprocess.Popen(
         [sys.executable, "-ISc", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -185,7 +186,7 @@ def _companion(address: str, count: str, me: str, pause: str, patience: str) -> 
 
     start, wait = time.monotonic(), float(pause)
     while not select.select([0], [], [], wait)[0]:
-        whom = f"the others; start all {count} processes, each with a --process_id of its own"
+        whom = f"the others; start all {count}processes, each with a --process_id of its own"
         if me != "0" and address and (why := problem()):
             whom = f"process 0, which does not answer at {address} ({why})"
         waited = time.monotonic() - start

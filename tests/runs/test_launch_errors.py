@@ -1,5 +1,6 @@
 """What the launcher says when something is wrong: one clean line, and nothing left behind."""
 
+import errno
 import functools
 import json
 import pathlib
@@ -364,6 +365,11 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line(stopped):
 
     code, _, err = stopped("train", TrainingStopped("10 steps in a row were not finite"))
     assert code == 2 and err == "error: 10 steps in a row were not finite\n"
+
+
+def test_errors_of_a_full_disk_name_the_directory(stopped):
+    code, _, err = stopped("train", OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 2 and err.endswith("a dir: [Errno 28] No space left on device\n")
 
 
 def test_an_interrupt_during_the_final_evaluation_says_how_to_go_on(stopped):
