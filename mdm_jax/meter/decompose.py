@@ -6,25 +6,26 @@ of the covariance. Dropout must be off, or it counts in A. Estimators and draws:
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.estimates import Estimate, add, finite_or_none, square_norm, start
+from mdm_jax.estimates import Estimate, RunningMean, add, finite_or_none, square_norm, start
 from mdm_jax.meter.nested import (
     Components,
-    RowTerms,
-    bootstrap_errors,
     check_design,
-    components,
+    component_terms,
     eligible_rows,
     evaluate_cells,
+    mean_over_rows,
     nested_draw,
     row_terms,
+    spread_terms,
 )
-from mdm_jax.meter.subject import Progress, Subject
+from mdm_jax.meter.subject import Progress, Subject, random_signs
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -32,9 +33,11 @@ from mdm_jax.types import Array, Batch, PyTree
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
     """Variance of one forward pass and its parts, in nats squared (per squared parameter).
-    Parts A, B, C (``pattern``, ``rate``, ``data``) and ``total`` have bootstrap errors over rows;
-    unbiased, so B and C can be negative. ``signal``: squared mean loss, or squared norm of the mean
-    gradient, unbiased. ``passes``: views. ``rows_left_out`` have no eligible tokens.
+    Parts A, B, C (``pattern``, ``rate``, ``data``) and ``total`` are unbiased, so B and C can be
+    negative. Standard errors are of the jackknife over rows (NaN for two); variances are skewed, so
+    that for few rows two of them cover less than 95%. ``signal``: squared mean loss, or squared
+    norm of the mean gradient, unbiased. ``passes``: views. ``rows_left_out``: without eligible
+    tokens.
     """
 
     pattern: Estimate
@@ -79,7 +82,6 @@ def decompose(
     levels_per_row: int = 8,
     masks_per_level: int = 4,
     chunk: int = 64,
-    resamples: int = 500,
     progress: Progress | None = None,
 ) -> Decomposition:
     """A, B, C of the loss.
@@ -97,7 +99,7 @@ def decompose(
         chunk,
         progress,
     )
-    return _of_values(values, subject, left_out, resamples)
+    return _of_values(values, subject, left_out)
 
 
 def decompose_by_probes(
@@ -109,7 +111,6 @@ def decompose_by_probes(
     levels_per_row: int = 8,
     masks_per_level: int = 4,
     chunk: int = 64,
-    resamples: int = 500,
     progress: Progress | None = None,
 ) -> tuple[Decomposition, Decomposition]:
     """A, B, C of the loss and of the gradient, by forward-mode probes: (loss, gradient).
@@ -130,8 +131,8 @@ def decompose_by_probes(
         progress,
     )
     return (
-        _of_values(values, subject, left_out, resamples),
-        _of_values(derivatives, subject, left_out, resamples),
+        _of_values(values, subject, left_out),
+        _of_values(derivatives, subject, left_out),
     )
 
 
@@ -142,50 +143,97 @@ def decompose_gradients(
     *,
     levels_per_row: int = 8,
     masks_per_level: int = 4,
-    resamples: int = 500,
     progress: Progress | None = None,
 ) -> Decomposition:
     """A, B, C of the gradient, exactly per sample, by running means of gradients.
-    One backward pass per evaluation; holds three gradients. See :func:`decompose`.
+    One backward pass per evaluation; holds four gradients, and of each row's mean a sketch for the
+    standard error. See :func:`decompose`.
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
-    draw_row, losses = nested_draw(key, subject), subject.estimator.losses
-    gradient = jax.grad(lambda params, batch, draw: losses(params, batch, draw)[0])
-
-    @jax.jit
-    def visit(params: PyTree, grand, row: Batch, index: Array):
-        def one_level(level: Array):
-            def one_mask(cell, mask: Array):
-                return add(cell, gradient(params, row, draw_row(index, level, mask)))
-
-            cell, terms = jax.lax.scan(one_mask, start(params), jnp.arange(masks_per_level))
-            return cell.mean, jnp.sum(terms) / (masks_per_level - 1)
-
-        def next_level(running, level: Array):
-            mean, within = one_level(level)
-            running, term = add(running, mean)
-            return running, (within, term)
-
-        running, (within, terms) = jax.lax.scan(
-            next_level, start(params), jnp.arange(levels_per_row)
-        )
-        grand, spread = add(grand, running.mean)
-        return grand, (jnp.mean(within), jnp.sum(terms) / (levels_per_row - 1), spread)
-
+    visit = jax.jit(row_visit(subject, key, levels_per_row, masks_per_level))
     grand, by_row = start(subject.params), []
     for index in range(rows.tokens.shape[0]):
         row = jax.tree.map(lambda field, i=index: field[i : i + 1], rows)
-        grand, terms = visit(subject.params, grand, row, np.int32(index))
-        by_row.append(jax.device_get(terms))
+        grand, seen = visit(subject.params, grand, row, np.int32(index))
+        by_row.append(jax.device_get(seen))
         if progress is not None:
             progress(levels_per_row * masks_per_level)
-    pattern, between, spread = np.asarray(by_row, np.float64).T
-    if not np.all(np.isfinite(by_row)):
+    seen = RowGradients(*(np.asarray(part, np.float64) for part in zip(*by_row)))
+    if not all(np.all(np.isfinite(part)) for part in seen):
         raise ValueError("a gradient is not finite; nothing can be estimated")
-    spread[0] = np.nan  # the first row has no rows before it
-    square = float(square_norm(grand.mean)) - float(np.nanmean(spread)) / len(pattern)
-    terms = RowTerms(pattern, between, spread, levels_per_row, masks_per_level)
-    return _result(terms, square, subject, left_out, resamples)
+    count, shape = len(by_row), (levels_per_row, masks_per_level)
+    noise = seen.change.sum() / (count - 1) / count
+    signal = float(square_norm(grand.mean)) - noise
+    terms, twice = gradient_terms(seen, *shape)
+    return _result(terms, signal, subject, shape, left_out, twice)
+
+
+class RowGradients(NamedTuple):
+    """Of the gradients of one row: A, the variance over levels of means over masks, the term of the
+    row's mean in :func:`~mdm_jax.estimates.add`, and the sketch of that mean.
+    """
+
+    pattern: Array
+    between: Array
+    change: Array
+    sketch: Array
+
+
+_BUCKETS = 1024
+
+
+def row_visit(subject: Subject, key: Array, levels: int, masks: int) -> Callable[..., Any]:
+    """``visit(params, grand, row, index) -> (grand, RowGradients)``: adds a row to the mean."""
+    draw_row, losses = nested_draw(key, subject), subject.estimator.losses
+    gradient = jax.grad(lambda params, batch, draw: losses(params, batch, draw)[0])
+
+    def visit(params: PyTree, grand: RunningMean, row: Batch, index: Array):
+        def next_mask(cell: RunningMean, at: tuple[Array, Array]):
+            return add(cell, gradient(params, row, draw_row(index, *at)))
+
+        def next_level(running: RunningMean, level: Array):
+            at = jnp.broadcast_to(level, masks), jnp.arange(masks)
+            cell, terms = jax.lax.scan(next_mask, start(params), at)
+            running, term = add(running, cell.mean)
+            return running, (jnp.sum(terms) / (masks - 1), term)
+
+        running, (within, terms) = jax.lax.scan(next_level, start(params), jnp.arange(levels))
+        grand, change = add(grand, running.mean)
+        between, sketched = jnp.sum(terms) / (levels - 1), _sketch(running.mean, key)
+        return grand, RowGradients(jnp.mean(within), between, change, sketched)
+
+    return visit
+
+
+def gradient_terms(seen: RowGradients, levels: int, masks: int) -> tuple[Components, float]:
+    """Terms of the components from the rows' gradients, fields [rows, ...]; and what the jackknife
+    counts twice. C is exact: sketches only share its sum of squared deviations out among the rows.
+
+    Of the variance of a variance over n rows with covariance S, the jackknife counts the part of
+    pairs of rows, ``2 tr(S^2) / (n (n - 1))``, twice (Efron and Stein 1981). It matters where rows
+    are about equally far from their mean in many directions.
+    """
+    deviations = seen.sketch - seen.sketch.mean(0)
+    squares = (deviations**2).sum(1)
+    scale = seen.change.sum() / max(squares.sum(), np.finfo(np.float64).tiny)
+    terms = component_terms(
+        seen.pattern, seen.between, spread_terms(scale * squares), levels, masks
+    )
+    pairs = np.sum((deviations.T @ deviations) ** 2) - np.sum(squares**2)
+    number = len(squares) * (len(squares) - 1)
+    return terms, 2 * scale**2 * pairs / number**2
+
+
+def _sketch(tree: PyTree, key: Array) -> Array:
+    """Count sketch (Charikar et al. 2002) in [1024]: linear, and keeps squared norms to about 4%.
+    Exact, up to signs, for as many parameters.
+    """
+    total, offset = jnp.zeros(_BUCKETS), 0
+    signed = jax.tree.map(jnp.multiply, random_signs(stream(key, "sketch"), tree), tree)
+    for leaf in jax.tree.leaves(signed):
+        flat = jnp.pad(leaf.ravel(), (0, -leaf.size % _BUCKETS)).reshape(-1, _BUCKETS).sum(0)
+        total, offset = total + jnp.roll(flat, offset), offset + leaf.size
+    return total
 
 
 def _design(rows: Batch, levels: int, masks: int) -> tuple[Batch, int]:
@@ -194,29 +242,25 @@ def _design(rows: Batch, levels: int, masks: int) -> tuple[Batch, int]:
     return rows, left_out
 
 
-def _of_values(
-    values: np.ndarray, subject: Subject, left_out: int, resamples: int
-) -> Decomposition:
+def _of_values(values: np.ndarray, subject: Subject, left_out: int) -> Decomposition:
     """Decomposition of losses [..., rows, levels, masks], averaged over leading axes (probes)."""
     means = values.mean((-2, -1))
     square = means.mean(-1) ** 2 - means.var(-1, ddof=1) / means.shape[-1]
-    return _result(row_terms(values), float(np.mean(square)), subject, left_out, resamples)
+    return _result(row_terms(values), float(np.mean(square)), subject, values.shape[-2:], left_out)
 
 
 def _result(
-    terms: RowTerms, signal: float, subject: Subject, left_out: int, resamples: int
+    terms: Components,
+    signal: float,
+    subject: Subject,
+    shape: tuple[int, int],
+    left_out: int,
+    twice: float = 0.0,
 ) -> Decomposition:
-    def mean_over_probes(index: np.ndarray) -> Components:
-        return Components(*(np.mean(part) for part in components(terms.take(index))))
-
-    rows = terms.pattern.shape[-1]
-    errors = bootstrap_errors(mean_over_probes, rows, resamples)
-    estimates = []
-    for part, error in zip(components(terms), errors):
-        if part.ndim:  # the spread over probes
-            error = math.hypot(
-                error, part.std(ddof=1) / part.size**0.5 if part.size > 1 else math.nan
-            )
-        estimates.append(Estimate(float(np.mean(part)), float(error)))
-    shape = (rows, terms.levels, terms.masks)
-    return Decomposition(*estimates, signal, subject.transform.views, *shape, left_out)
+    """``twice`` is what the jackknife counts twice in the variance of C, and of the total."""
+    estimates = (
+        Estimate(*map(float, mean_over_rows(part, probes=part.ndim > 1, twice=each)))
+        for part, each in zip(terms, (0.0, 0.0, twice, twice))
+    )
+    rows, views = terms.pattern.shape[-1], subject.transform.views
+    return Decomposition(*estimates, signal, views, rows, *shape, left_out)

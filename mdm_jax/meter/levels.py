@@ -16,11 +16,11 @@ from mdm_jax.draws import GRID_BITS, Draw, DrawSpec
 from mdm_jax.estimates import finite_or_none
 from mdm_jax.meter.nested import (
     CrossedMoments,
-    bootstrap_errors,
     crossed_draw,
-    crossed_moments,
+    crossed_terms,
     eligible_rows,
     evaluate_cells,
+    mean_over_rows,
 )
 from mdm_jax.meter.subject import Progress, Subject
 from mdm_jax.objectives.objective import Objective
@@ -35,7 +35,7 @@ _ROUNDING = 1e-6  # of float32 rates at the ends of a law's support
 
 
 class Moments(NamedTuple):
-    """v, g, c, s at each level, with standard errors by bootstrap over rows."""
+    """v, g, c, s at each level, with standard errors from the spread over rows and probes."""
 
     value: CrossedMoments
     standard_error: CrossedMoments
@@ -84,7 +84,6 @@ def measure_levels(
     masks_per_level: int = 4,
     probes: int = 0,
     chunk: int = 64,
-    resamples: int = 200,
     progress: Progress | None = None,
 ) -> LevelTable:
     """v, g and c on a grid of levels shared by all rows and their blocks (a crossed design).
@@ -111,14 +110,14 @@ def measure_levels(
         chunk,
         progress,
     )
-    loss = _moments(values, resamples)
+    loss = _moments(values)
     tokens = float(np.mean(np.sum(np.asarray(rows.eligible), axis=-1)))
     return LevelTable(
         masking_rates=rates,
         quantiles=quantiles,
         base_density=base_density(estimator.objective, rates),
         loss=loss,
-        gradient=_over_probes(derivatives[0], resamples) if probes else None,
+        gradient=_norms(_moments(derivatives[0], probes=True)) if probes else None,
         nats_per_token=loss.value.mean / tokens,
         rows=rows.tokens.shape[0],
         masks_per_level=masks_per_level,
@@ -241,25 +240,15 @@ def binned_moments(table: LevelTable, moments: Moments, edges: ArrayLike) -> Lev
     )
 
 
-def _moments(values: np.ndarray, resamples: int) -> Moments:
-    """Moments of losses [..., rows, levels, masks] and their standard errors."""
-    errors = bootstrap_errors(
-        lambda index: crossed_moments(values[..., index, :, :]), values.shape[-3], resamples
-    )
-    return Moments(crossed_moments(values), errors)
+def _moments(values: np.ndarray, probes: bool = False) -> Moments:
+    """Moments of losses [rows, levels, masks], or of derivatives [probes, rows, levels, masks]."""
+    parts = [mean_over_rows(terms, probes) for terms in crossed_terms(values)]
+    return Moments(*(CrossedMoments(*part) for part in zip(*parts)))
 
 
-def _over_probes(derivatives: np.ndarray, resamples: int) -> Moments:
-    value, error = _moments(derivatives, resamples)
-    probes = derivatives.shape[0]
-
-    def spread(part: np.ndarray, each: np.ndarray) -> np.ndarray:
-        over_probes = part.var(0, ddof=1) / probes if probes > 1 else np.nan
-        return np.sqrt((each**2).mean(0) + over_probes)
-
-    error = CrossedMoments(*map(spread, value, error))
-    value = CrossedMoments(*(part.mean(0) for part in value))
+def _norms(moments: Moments) -> Moments:
     # Derivatives along random signs average to nothing; the norm of the mean gradient is meant.
+    value, error = moments
     norm = np.sqrt(np.maximum(value.mean_square, 0.0))
     norm_error = error.mean_square / (2 * np.maximum(norm, 1e-300))
     return Moments(value._replace(mean=norm), error._replace(mean=norm_error))

@@ -6,13 +6,14 @@ For losses Y[i, j, k] of row i, level j, mask k, sampled in this order, Var(Y) =
     B = E Var(E[Y | row, level] | row)    masking-rate noise
     C = Var(E[Y | row])                   data noise
 
-Estimates are unbiased from size two on, so B and C can be negative. Leading axes are probes. An
+Estimates are unbiased from size two on, so B and C can be negative. They are means over rows of
+terms (pseudo-values of the jackknife; Tukey 1958), whose spread gives the standard errors. An
 evaluation is a pass of one row with its views: a random row of one batch of the transform for the
 level, of another for the noise (its law depends on no level). Couplings keep each row's law.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from mdm_jax.variance.transform import draw_batch
 
 
 class Components(NamedTuple):
-    """A, B, C and their sum, the variance of one forward pass; arrays over leading axes."""
+    """A, B, C and their sum, the variance of one forward pass; or terms of each, [..., rows]."""
 
     pattern: np.ndarray
     rate: np.ndarray
@@ -34,46 +35,62 @@ class Components(NamedTuple):
     total: np.ndarray
 
 
-class RowTerms(NamedTuple):
-    """Contribution of each row to the components, [..., rows], in a design of levels and masks.
-    ``pattern``: unbiased A of this row. ``between``: variance over levels of the means over masks,
-    B + A / masks on average. ``spread``: averages to the variance of row means; NaN for no term.
+def row_terms(values: np.ndarray) -> Components:
+    """Terms [..., rows] of losses [..., rows, levels, masks], whose means over rows are A, B, C.
+    ValueError if an axis is shorter than 2 or a value is not finite.
     """
-
-    pattern: np.ndarray
-    between: np.ndarray
-    spread: np.ndarray
-    levels: int
-    masks: int
-
-    def take(self, index: np.ndarray) -> "RowTerms":
-        rows = (terms[..., index] for terms in self[:3])
-        return RowTerms(*rows, self.levels, self.masks)
-
-
-def row_terms(values: np.ndarray) -> RowTerms:
-    """Terms of losses [..., rows, levels, masks]; ValueError if an axis < 2 or any is NaN/inf."""
     values = _checked(values)
     cells = values.mean(-1)
-    rows = cells.mean(-1)
-    count = rows.shape[-1]
-    deviation = (rows - rows.mean(-1, keepdims=True)) ** 2
-    return RowTerms(
-        pattern=values.var(-1, ddof=1).mean(-1),
-        between=cells.var(-1, ddof=1),
-        spread=deviation * count / (count - 1),
-        levels=values.shape[-2],
-        masks=values.shape[-1],
-    )
+    pattern, between = values.var(-1, ddof=1).mean(-1), cells.var(-1, ddof=1)
+    spread = spread_terms(squared_deviations(cells.mean(-1)))
+    return component_terms(pattern, between, spread, values.shape[-2], values.shape[-1])
 
 
-def components(terms: RowTerms) -> Components:
-    """Means of the rows' contributions, corrected for noise from lower levels of the design."""
-    pattern = terms.pattern.mean(-1)
-    between = terms.between.mean(-1)
-    rate = between - pattern / terms.masks
-    data = np.nanmean(terms.spread, -1) - between / terms.levels
+def component_terms(
+    pattern: np.ndarray, between: np.ndarray, spread: np.ndarray, levels: int, masks: int
+) -> Components:
+    """Components from each row's A, variance over levels of means over masks, and spread term."""
+    rate = between - pattern / masks
+    data = spread - between / levels
     return Components(pattern, rate, data, pattern + rate + data)
+
+
+def squared_deviations(values: np.ndarray) -> np.ndarray:
+    """Of values [..., rows] from their mean."""
+    return (values - values.mean(-1, keepdims=True)) ** 2
+
+
+def spread_terms(squares: np.ndarray) -> np.ndarray:
+    """Jackknife terms [..., rows] of the variance over rows, from squared deviations.
+    Their mean is the variance; two rows, which have no error, get it alike.
+    """
+    rows = squares.shape[-1]
+    variance = squares.sum(-1, keepdims=True) / (rows - 1)
+    if rows == 2:
+        return np.broadcast_to(variance, squares.shape)
+    return (rows * squares - variance) / (rows - 2)
+
+
+def mean_over_rows(
+    terms: np.ndarray, probes: bool, twice: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error of terms [rows, ...], or with ``probes`` [probes, rows, ...].
+    Rows and probes are both samples: their variances add, less the interaction in both. ``twice``,
+    at most half the variance over rows, is counted once. NaN below three rows or two probes.
+    """
+    by_row = terms.mean(0) if probes else terms
+    rows = len(by_row)
+    variance = by_row.var(0, ddof=1) / rows
+    variance = np.maximum(variance - twice, variance / 2)
+    if probes:
+        by_probe = terms.mean(1)
+        number = max(len(by_probe), 2)
+        over_probes = ((by_probe - by_probe.mean(0)) ** 2).sum(0) / (number - 1) / number
+        rest = terms - by_row - by_probe[:, None] + by_row.mean(0)
+        both = (rest**2).sum((0, 1)) / (number - 1) / (rows - 1) / (number * rows)
+        variance = np.maximum(variance + over_probes - both, np.maximum(variance, over_probes))
+    known = rows > 2 and not (probes and len(terms) < 2)
+    return by_row.mean(0), np.where(known, np.sqrt(variance), np.nan)
 
 
 class CrossedMoments(NamedTuple):
@@ -90,33 +107,18 @@ class CrossedMoments(NamedTuple):
     mean_square: np.ndarray
 
 
-def crossed_moments(values: np.ndarray) -> CrossedMoments:
-    """v, g, c of losses [..., rows, levels, masks] if all rows share the levels.
+def crossed_terms(values: np.ndarray) -> CrossedMoments:
+    """Terms [..., rows, levels], whose means over rows are v, g, c of losses [..., rows, levels,
+    masks] if all rows share the levels.
     ValueError if there are fewer than two rows or masks, or a value is not finite.
     """
     values = _checked(values, need_levels=False)
     cells = values.mean(-1)
-    pattern = values.var(-1, ddof=1).mean(-2)
-    data = cells.var(-2, ddof=1) - pattern / values.shape[-1]
-    second = (values**2).mean((-3, -1))
-    return CrossedMoments(pattern, cells.mean(-2), data, second, second - pattern - data)
-
-
-def bootstrap_errors(
-    statistic: Callable[[np.ndarray], Any], rows: int, resamples: int, seed: int = 0
-) -> Any:
-    """Standard errors of ``statistic(index)``, a NamedTuple of arrays, by bootstrap over rows."""
-    samples = [statistic(index) for index in _resampled_rows(rows, resamples, seed)]
-    return type(samples[0])(*(np.std(np.stack(part), axis=0, ddof=1) for part in zip(*samples)))
-
-
-def _resampled_rows(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    for _ in range(resamples):
-        index = generator.integers(0, rows, rows)
-        while rows > 1 and np.all(index == index[0]):
-            index = generator.integers(0, rows, rows)  # one row has no variance
-        yield index
+    pattern = values.var(-1, ddof=1)
+    spread = spread_terms(squared_deviations(np.moveaxis(cells, -2, -1)))
+    data = np.moveaxis(spread, -1, -2) - pattern / values.shape[-1]
+    second = (values**2).mean(-1)
+    return CrossedMoments(pattern, cells, data, second, second - pattern - data)
 
 
 def check_design(rows: int, levels: int, masks: int) -> None:

@@ -76,7 +76,8 @@ def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
     ) -> tuple[Array, Array]:
         value, along = jax.linearize(lambda p: losses(p, batch, draw, dense), params)
         each = jax.lax.map(
-            lambda probe: along(_signs(jax.random.fold_in(key, probe), params)), jnp.arange(probes)
+            lambda probe: along(random_signs(jax.random.fold_in(key, probe), params)),
+            jnp.arange(probes),
         )
         return value, each
 
@@ -120,7 +121,8 @@ def gradient_deviations(
     return np.asarray(jax.device_get(terms[1:]), np.float64), float(square_norm(mean))
 
 
-def _signs(key: Array, like: PyTree) -> PyTree:
+def random_signs(key: Array, like: PyTree) -> PyTree:
+    """Independent signs, 1 or -1, of the structure of ``like``."""
     leaves, structure = jax.tree.flatten(like)
     signs = [
         jax.random.rademacher(stream(key, f"leaf {i}"), leaf.shape, leaf.dtype)

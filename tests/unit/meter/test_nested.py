@@ -9,7 +9,7 @@ EXAMPLE = np.array([[[1, 3], [2, 6]], [[5, 7], [4, 4]]], float)
 
 
 def components(values):
-    return nested.components(nested.row_terms(values))
+    return nested.Components(*(part.mean(-1) for part in nested.row_terms(values)))
 
 
 def test_the_small_example():
@@ -43,17 +43,33 @@ def test_estimators_are_unbiased_for_the_smallest_designs():
     assert np.mean(found.data < 0) > 0.1  # the sign is kept
 
 
-def errors_of(values, seed):
-    terms = nested.row_terms(values)
-    return nested.bootstrap_errors(
-        lambda index: nested.components(terms.take(index)), len(values), 100, seed
-    )
+def test_terms_are_the_pseudo_values_of_the_jackknife():
+    """n theta - (n - 1) theta without the row, of the variance over rows and of the components."""
+    values = np.random.default_rng(1).standard_normal((5, 3, 2))
+    without = [components(np.delete(values, row, axis=0)) for row in range(5)]
+    for part in range(4):
+        left = np.array([found[part] for found in without])
+        expected = 5 * components(values)[part] - 4 * left
+        np.testing.assert_allclose(nested.row_terms(values)[part], expected, atol=1e-12)
+        found = nested.mean_over_rows(nested.row_terms(values)[part], probes=False)
+        error = np.sqrt(4 / 5 * np.sum((left - left.mean()) ** 2))
+        np.testing.assert_allclose(found, (components(values)[part], error), atol=1e-12)
 
 
-def test_bootstrap_errors_match_the_spread_over_designs():
-    rng = np.random.default_rng(1)
-    shape = (400, 40, 3, 2)
-    values = rng.standard_normal((400, 40, 1, 1)) + rng.standard_normal(shape)
-    spread = [part.std() for part in components(values)]
-    errors = [errors_of(v, seed=i) for i, v in enumerate(values[:60])]
-    np.testing.assert_allclose(np.mean(errors, axis=0), spread, rtol=0.15)
+def test_two_rows_have_no_error():
+    two = nested.row_terms(EXAMPLE).data
+    assert nested.mean_over_rows(two, probes=False)[0] == 1.0
+    assert np.isnan(nested.mean_over_rows(two, probes=False)[1])
+
+
+def test_the_error_over_rows_and_probes_is_that_of_a_crossed_design():
+    """Of the mean of row + probe + interaction, with these variances: 4 / 50 + 1 / 5 + 9 / 250."""
+    rng = np.random.default_rng(2)
+    shape = (2000, 5, 50)
+    rows, probes = 2 * rng.standard_normal((2000, 1, 50)), rng.standard_normal((2000, 5, 1))
+    terms = rows + probes + 3 * rng.standard_normal(shape)
+    found = np.array([nested.mean_over_rows(each, probes=True) for each in terms])
+    expected = 4 / 50 + 1 / 5 + 9 / 250
+    np.testing.assert_allclose(found[:, 0].var(), expected, rtol=0.1)  # 3 standard errors
+    np.testing.assert_allclose(np.mean(found[:, 1] ** 2), expected, rtol=0.06)
+    assert np.isnan(nested.mean_over_rows(terms[0, :1], probes=True)[1])
