@@ -17,7 +17,7 @@ import zoo
 from mdm_jax import meter, variance
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import measure as mode
-from mdm_jax.launch import presets
+from mdm_jax.launch import names, presets
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.variance_report import BASELINE, format_table, recommend
@@ -182,7 +182,7 @@ def test_table_of_methods_builds_and_covers_the_library(measured):
 def test_the_parametric_density_is_fitted_over_the_quantile(monkeypatch):
     """Under another law than the uniform rate 1 - u is another number than the rate."""
     seen = []
-    monkeypatch.setattr(mode, "fit_epr", lambda *given: seen.append(given) or FITTED)
+    monkeypatch.setattr(names, "fit_epr", lambda *given: seen.append(given) or FITTED)
     rates = meter.rate_grid(6)
     values = np.linspace(4.0, 1.0, 6)
     moments = nested.CrossedMoments(values, values, values, 3 * values, values**2)
