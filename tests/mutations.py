@@ -764,22 +764,22 @@ MUTATIONS = [
     Mutation(
         "default chain: a floor of a fiftieth",
         "variance/ppots.py",
-        "floor: float = 0.2,",
-        "floor: float = 0.02,",
+        "floor: Floor = 0.2,",
+        "floor: Floor = 0.02,",
         LEARNING,
     ),
     Mutation(
         "default chain: no warm-up",
         "variance/ppots.py",
-        "warmup_steps: int = 50,",
-        "warmup_steps: int = 0,",
+        "warmup_steps: WarmupSteps = 50,",
+        "warmup_steps: WarmupSteps = 0,",
         LEARNING,
     ),
     Mutation(
         "default chain: memory of ten draws",
         "variance/ppots.py",
-        "decay: float = 0.99,",
-        "decay: float = 0.9,",
+        "decay: Decay = 0.99,",
+        "decay: Decay = 0.9,",
         LEARNING,
     ),
     Mutation(
@@ -878,7 +878,7 @@ MUTATIONS = [
         "gaussian/samplers/methods.py",
         "jax.lax.cond(clean, lambda: ahead, heun) if second_order else ahead",
         "ahead",
-        "tests/unit/gaussian/test_gaussian_samplers.py",
+        "tests/laws/test_gaussian_flow_errors.py",
     ),
     Mutation(
         "Heun: a second call in the step to clean data",

@@ -278,6 +278,21 @@ def test_compiles_once_and_reports_progress():
     assert TRACES[3] == [(3, 4)] and done == [3, 3, 3]
 
 
+def test_a_batch_without_eligible_tokens_takes_no_pass():
+    calls = []
+
+    def apply_fn(*inputs):
+        jax.debug.callback(lambda: calls.append(1))
+        return apply_toy(*inputs)
+
+    evaluate = likelihood.make_likelihood(apply_fn, 3, passes=2, replicates=3)
+    full, empty = repeat_row(1, 3), repeat_row(0, 3)._replace(eligible=np.zeros((3, 4), bool))
+    result = evaluate(toys.toy_params(), jax.random.key(0), [empty, full, empty])
+    jax.effects_barrier()
+    assert len(calls) == 2 * 3 and result.row_index.tolist() == [3, 4, 5]
+    assert result.rows_seen == 9
+
+
 def test_levels_shown_and_loss_curve():
     """A network that predicts from the level alone: the curve and the levels are then known."""
     length, bins = 8, 4

@@ -89,6 +89,20 @@ def test_counts_follow_their_law(name):
             np.testing.assert_allclose(weight, np.sum(1 / np.arange(1, n + 1)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["uniform_counts", "harmonic_counts"])
+def test_weights_of_independent_subsets(name):
+    """n / (k F) or H_n / F on the tokens of a subset of size k, the same in every design."""
+    design, eligible = getattr(designs, name)(2), np.arange(6) < np.arange(1, 7)[:, None]
+    keys = jax.random.split(jax.random.key(1), 6)
+    for view in range(3):  # the third view has nothing left to mask
+        mask, weight = (np.asarray(a) for a in jax.jit(design.draw)(keys, eligible, view))
+        n, k = eligible.sum(1), mask.sum(1)
+        assert not np.any(mask & ~eligible) and np.all((k > 0) == (view < 2))
+        harmonic = np.cumsum(1 / np.arange(1, 7.0))[n - 1]
+        wanted = n / np.maximum(k, 1) if name == "uniform_counts" else harmonic
+        np.testing.assert_allclose(weight, np.where(mask, wanted[:, None] / 2, 0), rtol=1e-6)
+
+
 def rotated_values(losses):
     """Estimate of four rotated passes under every first count and permutation, [96]."""
     values = []

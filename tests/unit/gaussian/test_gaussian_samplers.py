@@ -52,6 +52,23 @@ def test_single_steps(name):
         np.testing.assert_allclose(ancestral_std(*levels, 1.0), large, atol=1e-10)
 
 
+def test_heun_s_method_calls_the_network_once_in_the_step_to_clean_data():
+    path, calls = paths.vp(), []
+
+    def denoise(x, logsnr):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.full_like(x, 0.2)
+
+    state = gaussian_samplers.GaussianState(jnp.full((1, 1), 0.7), jnp.full((1, 1), 0.05))
+    with jax.enable_x64():
+        for sampler in (gaussian_samplers.heun_flow(), gaussian_samplers.edm_heun()):
+            for levels, times in (({}, 2), ({"next_logsnr": jnp.inf}, 1)):
+                calls.clear()
+                sampler.step(context(path, **levels), denoise, state)
+                jax.effects_barrier()
+                assert len(calls) == times
+
+
 def test_the_order_is_lowered_in_the_first_and_last_step_only():
     path = paths.vp()
     with jax.enable_x64():
