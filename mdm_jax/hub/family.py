@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from mdm_jax.hub.files import TensorFiles
 from mdm_jax.hub.leaves import Leaf
 from mdm_jax.types import Array
 
@@ -58,6 +59,7 @@ class Family:
             [N, L, K] float32, those of the original class, before any shift.
         example: inputs of the module, by which its parameters get their shapes.
         ignored: pattern of file tensors that are no parameters (buffers); kept on saving.
+        read_buffers: traits of config.json, files -> traits that buffers state.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Family:
     logits: Callable[..., Array]
     ignored: str = ""
     example: tuple[Any, ...] = (np.zeros((1, 8), np.int32),)
+    read_buffers: Callable[[Traits, TensorFiles], Traits] = lambda traits, _: traits
 
 
 def find_family(raw: Mapping[str, Any], origin: str, families: Iterable[Family]) -> Family:

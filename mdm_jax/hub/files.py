@@ -149,7 +149,7 @@ def write_tensors(
     weights = {}
     for number, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        content = {name: np.ascontiguousarray(tensors[name]()) for name in names}
+        content = {name: np.asarray(tensors[name](), order="C") for name in names}
         weights |= dict.fromkeys(names, file)
         if distributed.is_first():
             save_file(content, directory / file, metadata={"format": "pt"})

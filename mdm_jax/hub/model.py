@@ -52,7 +52,9 @@ class HubModel:
         inputs are the family's: ``timesteps`` [N] of models with a noise level; block models take
         their training input.
         """
-        ids = jnp.asarray(input_ids, jnp.int32)
+        ids = jnp.asarray(input_ids)
+        if not jnp.issubdtype(ids.dtype, jnp.floating):  # Duo takes distributions too
+            ids = ids.astype(jnp.int32)
         mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         return self.family.logits(self.model, self.params, self.traits, ids, mask, **inputs)
 
@@ -85,6 +87,7 @@ def load(
     except ValueError as error:
         raise type(error)(f"{directory}: {error}") from error
     tensors = files.TensorFiles(directory)
+    traits = family.read_buffers(traits, tensors)
     if dtype is None:
         dtype = _dtype_of(tensors)
     dtype = jnp.dtype(dtype)

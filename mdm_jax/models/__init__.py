@@ -4,6 +4,7 @@ import importlib
 
 _NAMES = {
     "transformer": "Transformer TransformerConfig",
+    "dit": "DiT DiTConfig",
     "cross_entropy": "Chunking PositionLoss Readout as_logits exclude_token position_losses"
     " readout_apply without_tokens",
     "decoders": "BlockDecoder CausalDecoder block_apply cached_block_decoder cached_causal_decoder"

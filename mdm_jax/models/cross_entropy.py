@@ -27,25 +27,33 @@ PositionLoss = Callable[..., tuple[Array, Array]]
 class Projection:
     """Logits from features: weights [K, D] if ``tied``, else [D, K]; operands of ``dtype``.
 
-    Those of the ids ``excluded`` are as of :func:`exclude_token`.
+    A bias [K] is added if not None. Logits of the ids ``excluded`` are as of
+    :func:`exclude_token`.
     """
 
     tied: bool
     dtype: Any
     excluded: tuple[int, ...] = ()
 
-    def __call__(self, features: Array, weights: Array) -> Array:
+    def __call__(self, features: Array, weights: Array, bias: Array | None) -> Array:
         spec = "...d,kd->...k" if self.tied else "...d,dk->...k"
         logits = product(spec, features, weights, self.dtype)
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32).reshape((1,) * (logits.ndim - 1) + (-1,))
         return exclude_token(logits, *self.excluded) if self.excluded else logits
 
-    def gradients(self, at_logits: Array, features: Array, weights: Array) -> tuple[Array, Array]:
-        """From [G, C, K] those of the features, [G, C, D], and of the weights, for each group."""
+    def gradients(
+        self, at_logits: Array, features: Array, weights: Array, bias: Array | None
+    ) -> tuple[Array, tuple[Array, Array | None]]:
+        """From [G, C, K] those of the features, [G, C, D], and of weights and bias, per group."""
+        of_bias = None if bias is None else jnp.sum(at_logits, axis=1, dtype=jnp.float32)
         if self.tied:
             of_features = product("gck,kd->gcd", at_logits, weights, self.dtype)
-            return of_features, product("gck,gcd->gkd", at_logits, features, self.dtype)
-        of_features = product("gck,dk->gcd", at_logits, weights, self.dtype)
-        return of_features, product("gcd,gck->gdk", features, at_logits, self.dtype)
+            of_weights = product("gck,gcd->gkd", at_logits, features, self.dtype)
+        else:
+            of_features = product("gck,dk->gcd", at_logits, weights, self.dtype)
+            of_weights = product("gcd,gck->gdk", features, at_logits, self.dtype)
+        return of_features, (of_weights, of_bias)
 
 
 @jax.tree_util.register_static
@@ -74,7 +82,7 @@ class Chunking:
 
 @pytree_dataclass
 class Readout:
-    """Logits as a product not yet taken: features [N, L, D], weights [K, D] or [D, K].
+    """Logits as a product not yet taken: features [N, L, D], weights [K, D] or [D, K], bias [K].
 
     ``loss_weights`` [N, L] are those of :func:`with_loss_weights`, up to a common factor;
     ``losses`` [N, L] are returned instead of computed ones.
@@ -86,6 +94,7 @@ class Readout:
     chunking: Chunking = Chunking()
     loss_weights: Array | None = None
     losses: Array | None = None
+    bias: Array | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +102,7 @@ class Readout:
 
     def logits(self) -> Array:
         """All logits, [N, L, K] float32."""
-        return self.projection(self.features, self.weights)
+        return self.projection(self.features, self.weights, self.bias)
 
     def chunked(self, chunking: Chunking | None) -> "Array | Readout":
         """The logits if ``chunking`` is None, else the readout with it."""
@@ -178,7 +187,7 @@ def position_losses(loss: PositionLoss, readout: Readout, where: Array, *known: 
         lambda a: jnp.asarray(a).reshape(groups, size, *a.shape[2:]),
         (readout.features, where, readout.loss_weights, known),
     )
-    return _losses(sums, x, readout.weights, *arrays).reshape(where.shape)
+    return _losses(sums, x, (readout.weights, readout.bias), *arrays).reshape(where.shape)
 
 
 def with_loss_weights(model_fn: ModelFn, loss: Callable[[ModelFn], Array]) -> ModelFn:
@@ -203,8 +212,11 @@ def with_loss_weights(model_fn: ModelFn, loss: Callable[[ModelFn], Array]) -> Mo
     return lambda *inputs: dataclasses.replace(model_fn(*inputs), loss_weights=weights)
 
 
-def _losses_and_gradients(loss, projection, chunk, features, weights, where, loss_weights, known):
-    """Losses [G, R]; gradients of their sum times ``loss_weights``, or () if that is None."""
+def _losses_and_gradients(loss, projection, chunk, features, head, where, loss_weights, known):
+    """Losses [G, R]; gradients of their sum times ``loss_weights``, or () if that is None.
+
+    ``head`` are weights and bias.
+    """
     order = jnp.argsort(~where, axis=1, stable=True)
     inverse = jnp.argsort(order, axis=1)
     order = jnp.pad(order, ((0, 0), (0, -where.shape[1] % chunk)))
@@ -216,17 +228,19 @@ def _losses_and_gradients(loss, projection, chunk, features, weights, where, los
         used = lax.broadcasted_iota(jnp.int32, order.shape, 1) < count
         scale = jnp.where(used, take(loss_weights, order), 0.0)[..., None]
         # One weight gradient per group, so that devices communicate once, after the loop.
-        empty += [jnp.zeros(s, jnp.float32) for s in (x.shape, (len(x), *weights.shape))]
+        per_group = jax.tree.map(lambda a: jnp.zeros((len(x), *a.shape), jnp.float32), head)
+        empty += [jnp.zeros(x.shape, jnp.float32), per_group]
 
     def add_chunk(i, results):
         at = lambda a: lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1)  # noqa: E731
         write = lambda a, new: lax.dynamic_update_slice_in_dim(a, new, i * chunk, axis=1)  # noqa: E731
-        losses, at_logits = loss(projection(at(x), weights), *map(at, known))
+        losses, at_logits = loss(projection(at(x), *head), *map(at, known))
         if loss_weights is None:
             return [write(results[0], losses)]
         at_logits = (at_logits * at(scale)).astype(projection.dtype)
-        dx, dw = projection.gradients(at_logits, at(x), weights)
-        return [write(results[0], losses), write(results[1], dx), results[2] + dw]
+        dx, of_head = projection.gradients(at_logits, at(x), *head)
+        of_head = jax.tree.map(jnp.add, results[2], of_head)
+        return [write(results[0], losses), write(results[1], dx), of_head]
 
     losses, *gradients = lax.fori_loop(0, jnp.max(-(-count // chunk)), add_chunk, empty)
     if gradients:
@@ -235,15 +249,15 @@ def _losses_and_gradients(loss, projection, chunk, features, weights, where, los
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(sums, features, weights, where, loss_weights, known):
+def _losses(sums, features, head, where, loss_weights, known):
     del loss_weights  # losses do not depend on them
-    return sums(features, weights, where, None, known)[0]
+    return sums(features, head, where, None, known)[0]
 
 
 def _backward(sums, residuals, cotangent):
-    (features, weights, where, loss_weights, known), gradients = residuals
+    (features, head, where, loss_weights, known), gradients = residuals
     cotangent, scale = jnp.where(where, cotangent, 0.0), 1.0
-    second_pass = lambda: sums(features, weights, where, cotangent, known)[1]  # noqa: E731
+    second_pass = lambda: sums(features, head, where, cotangent, known)[1]  # noqa: E731
     gradients = gradients or second_pass()
     if loss_weights is not None:
         expected = jnp.where(where, loss_weights, 0.0)
@@ -253,8 +267,9 @@ def _backward(sums, residuals, cotangent):
         fits = jnp.all(jnp.abs(cotangent - scale * expected) <= 1e-6 * jnp.abs(cotangent))
         gradients = lax.cond(fits, lambda: gradients, second_pass)
         scale = jnp.where(fits, scale, 1.0)
-    dx, dw = scale * gradients[0], scale * jnp.sum(gradients[1], axis=0)
-    return dx.astype(features.dtype), dw.astype(weights.dtype), None, None, None
+    dx, of_head = gradients
+    of_head = jax.tree.map(lambda g, a: (scale * g.sum(axis=0)).astype(a.dtype), of_head, head)
+    return (scale * dx).astype(features.dtype), of_head, None, None, None
 
 
 def _forward(sums, *arrays):

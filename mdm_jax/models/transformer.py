@@ -126,7 +126,7 @@ class TransformerConfig:
         return round(self.width * self.mlp_ratio * share / 8) * 8
 
 
-_ROWS, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
+ROWS, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
 
 
 class Attention(nn.Module):
@@ -158,13 +158,13 @@ class Attention(nn.Module):
                 projected[name] = layers.Bias(c.param_dtype, name=f"{name}_bias")(projected[name])
         if c.qk_norm and c.qk_norm_over == "width":
             for name in ("query", "key"):
-                projected[name] = _norm(c, f"{name}_norm", ("heads",))(projected[name])
+                projected[name] = make_norm(c, f"{name}_norm", ("heads",))(projected[name])
         q, k, v = (
             projected[name].reshape(*x.shape[:2], count, c.head_size)
             for name, count in heads.items()
         )
         if c.qk_norm and c.qk_norm_over == "head":
-            q, k = _norm(c, "query_norm", (None,))(q), _norm(c, "key_norm", (None,))(k)
+            q, k = make_norm(c, "query_norm", (None,))(q), make_norm(c, "key_norm", (None,))(k)
         q, k = (layers.apply_rotary(a, rotary).astype(c.dtype) for a in (q, k))
         q, k, v = (constrain(a, *_HEADS) for a in (q, k, v.astype(c.dtype)))
         new = key_values = KeyValues(k, v)
@@ -175,7 +175,7 @@ class Attention(nn.Module):
             key_values = jax.tree.map(lambda a: jnp.repeat(a, group, axis=2), key_values)
         y = attentions.attention(q, *key_values, mask, c.attention)
         y = constrain(y, *_HEADS).reshape(*x.shape[:2], c.num_heads * c.head_size)
-        out = _linear(c, c.width, ("heads", "embed"), "out", kernel_init=_residual_init(c))
+        out = make_linear(c, c.width, ("heads", "embed"), "out", kernel_init=_residual_init(c))
         return out(y), new
 
 
@@ -184,17 +184,19 @@ class FeedForward(nn.Module):
 
     config: TransformerConfig
     hidden: int
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c = self.config
-        h = _linear(c, self.hidden, ("embed", "mlp"), "up")(x)
+        c, bias = self.config, {"use_bias": self.use_bias}
+        h = make_linear(c, self.hidden, ("embed", "mlp"), "up", **bias)(x)
         if c.mlp == "swiglu":
-            h = jax.nn.silu(_linear(c, self.hidden, ("embed", "mlp"), "gate")(x)) * h
+            h = jax.nn.silu(make_linear(c, self.hidden, ("embed", "mlp"), "gate", **bias)(x)) * h
         else:
             h = layers.gelu(h)
         h = constrain(h, "batch", None, "mlp")
-        return _linear(c, c.width, ("mlp", "embed"), "down", kernel_init=_residual_init(c))(h)
+        bias["kernel_init"] = _residual_init(c)
+        return make_linear(c, c.width, ("mlp", "embed"), "down", **bias)(h)
 
 
 class MixedFeedForward(nn.Module):
@@ -213,7 +215,7 @@ class Block(nn.Module):
     """Pre-norm attention and feed-forward with residuals; adaLN-zero if conditioned."""
 
     config: TransformerConfig
-    mixed: bool
+    layer: int
 
     @nn.compact
     def __call__(
@@ -227,29 +229,58 @@ class Block(nn.Module):
         c = self.config
         norm = {"kind": c.norm, "learned": condition is None}
         attention = Attention(c, name="attention")
-        if self.mixed:
+        if c.experts is not None and c.experts.at(self.layer):
             mlp = MixedFeedForward(c, name="mlp")
         else:
             mlp = FeedForward(c, c.hidden, name="mlp")
         if condition is None:
-            y, new = attention(_norm(c, "norm_1", **norm)(x), mask, rotary, cached)
+            y, new = attention(make_norm(c, "norm_1", **norm)(x), mask, rotary, cached)
             x = x + y
-            return constrain(x + mlp(_norm(c, "norm_2", **norm)(x)), *_ROWS), new
-        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = _modulation(c, 6, condition, x)
-        h = _norm(c, "norm_1", **norm)(x) * (1 + scale_1) + shift_1
+            return constrain(x + mlp(make_norm(c, "norm_2", **norm)(x)), *ROWS), new
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation(c, 6, condition, x)
+        h = make_norm(c, "norm_1", **norm)(x) * (1 + scale_1) + shift_1
         y, new = attention(h, mask, rotary, cached)
         x = x + gate_1 * y
-        h = _norm(c, "norm_2", **norm)(x) * (1 + scale_2) + shift_2
-        return constrain(x + gate_2 * mlp(h), *_ROWS), new
+        h = make_norm(c, "norm_2", **norm)(x) * (1 + scale_2) + shift_2
+        return constrain(x + gate_2 * mlp(h), *ROWS), new
 
 
 class _ScanBlock(nn.Module):
-    config: TransformerConfig
+    config: Any
+    block: type[nn.Module]
 
     @nn.compact
     def __call__(self, x, mask, rotary, condition, cached):
-        mixed = self.config.experts is not None
-        return Block(self.config, mixed, name="block")(x, mask, rotary, condition, cached)
+        return self.block(self.config, 0, name="block")(x, mask, rotary, condition, cached)
+
+
+def stack_blocks(
+    c: Any,
+    block: type[nn.Module],
+    x: Array,
+    mask: AnyRule | Array | None,
+    rotary: Rotary,
+    condition: Array | None,
+    cached: KeyValues | None,
+) -> tuple[Array, KeyValues]:
+    """Blocks of a config ``c``, ``block(c, layer)`` in order, inside a compact module."""
+    x = constrain(x, *ROWS)
+    if c.scan_layers:
+        scanned = nn.scan(
+            rematerialised(_ScanBlock, c.remat, scanned=True),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(c, block, name="blocks")(x, mask, rotary, condition, cached)
+    new, block = [], rematerialised(block, c.remat)
+    for i in range(c.depth):
+        layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
+        x, kv = block(c, i, name=f"block_{i}")(x, mask, rotary, condition, layer_cache)
+        new.append(kv)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
 
 
 def run_blocks(
@@ -264,71 +295,63 @@ def run_blocks(
 
     Arguments as of :meth:`Transformer.attend_readout`, ``condition`` as of :func:`level_condition`.
     """
-    x = constrain(x, *_ROWS)
     rotary = layers.rotary_embedding(positions, c.rotated, c.rope_base, c.rope_scaling)
-    if c.scan_layers:
-        scanned = nn.scan(
-            rematerialised(_ScanBlock, c.remat, scanned=True),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, key_values = scanned(c, name="blocks")(x, mask, rotary, condition, cached)
-    else:
-        new, block = [], rematerialised(Block, c.remat)
-        for i in range(c.depth):
-            layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], cached)
-            mixed = c.experts is not None and c.experts.at(i)
-            x, kv = block(c, mixed, name=f"block_{i}")(x, mask, rotary, condition, layer_cache)
-            new.append(kv)
-        key_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+    x, key_values = stack_blocks(c, Block, x, mask, rotary, condition, cached)
     learned = condition is None
-    x = _norm(c, "norm", kind=c.norm, learned=learned)(x)
+    x = make_norm(c, "norm", kind=c.norm, learned=learned)(x)
     if learned:
         return x, key_values
-    scale, shift = _modulation(c, 2, condition, x)
+    scale, shift = modulation(c, 2, condition, x)
     return x * (1 + scale) + shift, key_values
 
 
 def level_condition(c: TransformerConfig, logsnr: Array | None, length: int) -> Array:
     """Level features [N, S, width] for adaptive norms; ValueError unless S divides ``length``."""
+    check_levels(logsnr, length)
+    h = layers.logsnr_features(logsnr, c.width)
+    h = jax.nn.silu(make_linear(c, c.width, ("embed", "mlp"), "level_1", use_bias=True)(h))
+    return make_linear(c, c.width, ("mlp", "embed"), "level_2", use_bias=True)(h)
+
+
+def check_levels(logsnr: Array | None, length: int) -> None:
+    """ValueError unless levels are [N, S] with S a divisor of ``length``."""
     if logsnr is None or logsnr.ndim != 2 or length % logsnr.shape[-1]:
         shape = None if logsnr is None else logsnr.shape
         raise ValueError(
             "a model with condition_on_logsnr needs one noise level per row, logsnr [N, 1], or "
             f"one per segment, logsnr [N, S] with S a divisor of {length}; got {shape}"
         )
-    h = layers.logsnr_features(logsnr, c.width)
-    h = jax.nn.silu(_linear(c, c.width, ("embed", "mlp"), "level_1", use_bias=True)(h))
-    return _linear(c, c.width, ("mlp", "embed"), "level_2", use_bias=True)(h)
 
 
-def _norm(
+def make_norm(
     c: TransformerConfig, name: str, axes: tuple[str | None, ...] = ("embed",), **options: Any
 ) -> Norm:
+    """A norm of the config's arithmetic."""
     rounded = c.dtype if c.norm_rounded else jnp.float32
     dtypes = {"param_dtype": c.param_dtype, "rounded": rounded}
     return Norm(axes=axes, eps=c.norm_eps, name=name, **dtypes, **options)
 
 
-def _linear(
+def make_linear(
     c: TransformerConfig, features: int, axes: tuple[str, str], name: str, **options: Any
 ) -> Linear:
+    """A linear layer of the config's arithmetic."""
     return Linear(
         features, axes=axes, dtype=c.dtype, param_dtype=c.param_dtype, name=name, **options
     )
 
 
-def _modulation(c: TransformerConfig, parts: int, condition: Array, x: Array) -> list[Array]:
-    # Zero initialisation makes every conditioned block start as the identity.
+def modulation(c: TransformerConfig, parts: int, condition: Array, x: Array) -> list[Array]:
+    """Vectors of adaptive norms at ``x`` [N, L, width] from level features [N or 1, S, D].
+
+    Zero initialisation makes every conditioned block start as the identity.
+    """
     options = {"use_bias": True, "kernel_init": nn.initializers.zeros}
-    linear = _linear(c, parts * c.width, ("embed", "mlp"), "modulation", **options)
-    modulation, levels = linear(jax.nn.silu(condition)), condition.shape[1]
+    linear = make_linear(c, parts * c.width, ("embed", "mlp"), "modulation", **options)
+    vectors, levels = linear(jax.nn.silu(condition)), condition.shape[1]
     if levels > 1:
-        modulation = jnp.repeat(modulation, x.shape[1] // levels, axis=1)
-    return jnp.split(modulation, parts, axis=-1)
+        vectors = jnp.repeat(vectors, x.shape[1] // levels, axis=1)
+    return jnp.split(vectors, parts, axis=-1)
 
 
 def _residual_init(c: TransformerConfig) -> Callable[..., Array]:
@@ -442,7 +465,7 @@ def _add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array 
     else:
         embedded = product("nlk,kd->nld", estimate.astype(c.dtype), table, c.dtype)
     zeros = nn.initializers.zeros
-    return x + _linear(c, c.width, ("embed", "mlp"), "estimate", kernel_init=zeros)(embedded)
+    return x + make_linear(c, c.width, ("embed", "mlp"), "estimate", kernel_init=zeros)(embedded)
 
 
 class _LearnedPositions(nn.Module):
