@@ -12,7 +12,7 @@ import pytest
 import tiny
 from variants import slow_except
 
-from mdm_jax import hub, models
+from mdm_jax import hub, models, sharding
 from mdm_jax.hub import files
 from mdm_jax.models import masks
 from mdm_jax.models.cross_entropy import exclude_token, token_nats
@@ -193,6 +193,14 @@ def test_scanned_layers_are_read_as_unrolled_ones():
     )
     raw = logits(model, arrays["input_ids"])
     np.testing.assert_allclose(raw, arrays["logits"], **TOLERANCE)
+
+
+def test_shards_of_queries_keys_and_values_come_from_their_rows_of_one_tensor():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    sharded, whole = loaded("mdlm-1", "float32", mesh=mesh).params, loaded("mdlm-1").params
+    kernel = sharded["params"]["block_0"]["attention"]["value"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    jax.tree.map(np.testing.assert_array_equal, sharded, whole)
 
 
 @pytest.mark.parametrize("name", (*MDLM, *BD3LM, "duo-1"))
