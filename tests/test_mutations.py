@@ -17,7 +17,10 @@ ROWS = re.findall(
 def test_every_mutation_fits_its_file_once():
     for mutation in mutations.MUTATIONS:
         text = (mutations.ROOT / "mdm_jax" / mutation.file).read_text("utf-8")
-        assert text.count(mutation.old) == 1, mutation.name
+        assert text.count(mutation.old) == 1, (
+            f"{mutation.name}: its line of mdm_jax/{mutation.file} was rewritten; adapt "
+            f'tests/mutations.py and run python tests/mutations.py "{mutation.name}"'
+        )
         assert mutation.old != mutation.new
         ast.parse(text.replace(mutation.old, mutation.new))
 
