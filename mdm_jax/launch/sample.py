@@ -201,7 +201,7 @@ def _warn(
     texts = ((text.replace(MASK_TEXT, ""), origin) for text, origin in lines)
     unknown = data.describe_unknown(texts, codec, len(lines))
     if distributed.is_first() and (counts or unknown):
-        logging.warning("%s: %s", path, f"{', '.join(counts)}.{unknown}".removeprefix("."))
+        logging.warning("%s: %s", path, f"{', '.join(counts)}.{unknown}".removeprefix(". "))
 
 
 def _text_records(job: Job, row: np.ndarray, dataset: data.Dataset) -> list[dict[str, str]]:

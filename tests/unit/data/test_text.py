@@ -149,6 +149,11 @@ def test_empty_file_is_named(write):
         data.text(write("", "empty.txt"), 4)
 
 
+def test_a_description_has_no_power_over_a_terminal(write):
+    dataset = data.text(write(TEXT, "a\x1b[31m\x9b.txt"), 16)
+    assert "Text file a\\u001b[31m\\u009b.txt, 1000 characters" in dataset.description
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         data.text(tmp_path / "absent.txt", 4)

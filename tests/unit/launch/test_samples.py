@@ -152,9 +152,10 @@ def test_what_the_network_does_not_get_is_said_by_line(pairs, ask, caplog):
     assert "prompts.txt:2 has '?' (1), 'é' (1); " in caplog.text
     assert "prompts.txt:4 has '\\x1b' (1), '?' (1)." in caplog.text and ":1 has" not in caplog.text
     assert [dataset.tokenizer.count_unknown(job.canvas) for job in jobs] == [0, 2, 0, 2]
-    caplog.clear()
-    ask(dataset, "1+1=\n2+2=▁")
-    assert not caplog.text
+    for content, told in (("1+1=\n2?=", "prompts.txt: Outside the voc"), ("1+1=\n2+2=▁", "")):
+        caplog.clear()
+        ask(dataset, content)
+        assert told in caplog.text and bool(told) == bool(caplog.text)
 
 
 @pytest.mark.parametrize(
