@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from mdm_jax import data, gaussian, schedules
 from mdm_jax.gaussian import samplers as gaussian_samplers
-from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.gaussian.recipes import Recipe
 from mdm_jax.gaussian.samplers import spacings
+from mdm_jax.gaussian.schedules import truncated
 from mdm_jax.launch import names
 from mdm_jax.launch.families import Family, Record, network
 from mdm_jax.launch.names import lookup, settings
@@ -112,7 +112,9 @@ def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
     """
     name, low, high = section["recipe"], section["low"], section["high"]
     recipe = _build("gaussian.recipe", names.RECIPES, name, settings(section, name))
-    law = _law(section["law"], section, "gaussian.law") if section["law"] else recipe.law
+    law, other = recipe.law, section["law"]
+    if other:
+        law = _build("gaussian.law", names.GAUSSIAN_LAWS, other, settings(section, other))
     for modifier in section["modifiers"]:
         if modifier == "zero_terminal":  # moves the law's lowest level to pure noise
             law, low = _truncated(law, low, high), -np.inf
@@ -159,8 +161,9 @@ def gaussian_levels(
     elif grid == "law":
         levels = spacings.uniform_time(law, num_steps)
     else:
-        named = _truncated(_law(grid, section, "sample.grid", names.GAUSSIAN_GRIDS), low, high)
-        levels = spacings.uniform_time(named, num_steps)
+        known = dict.fromkeys(names.GAUSSIAN_GRIDS) | names.GAUSSIAN_LAWS
+        named = _build("sample.grid", known, grid, settings(section, grid))
+        levels = spacings.uniform_time(_truncated(named, low, high), num_steps)
     return open_levels(levels, law)
 
 
@@ -171,17 +174,6 @@ def open_levels(levels: Array, law: schedules.Law) -> np.ndarray:
     if float(law.support[0]) == -np.inf:
         levels[0] = -np.inf
     return levels
-
-
-def _law(
-    name: str, section: Mapping[str, Any], field: str, others: tuple[str, ...] = ()
-) -> schedules.Law:
-    if name not in names.LAWS or name in names.GAUSSIAN_LAWS:
-        lookup(dict.fromkeys((*names.GAUSSIAN_LAWS, *others)), name, field)
-    try:
-        return gaussian_schedules.by_name(name, **settings(section, name))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{field}: {error}") from error
 
 
 def _build(
@@ -214,7 +206,7 @@ def _truncated(law: schedules.Law, low: float, high: float) -> schedules.Law:
     first, last = (float(end) for end in law.support)
     if first >= low and last <= high:
         return law
-    return gaussian_schedules.truncated(law, max(low, first), min(high, last))
+    return truncated(law, max(low, first), min(high, last))
 
 
 def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
