@@ -1,4 +1,4 @@
-"""Train, evaluate, sample diffusion models; space their steps, measure their variance.
+"""Train, evaluate, sample diffusion models; space steps, measure variance.
 
   mdm train    --config=quickstart --workdir=runs/mine   (the same line resumes)
   mdm evaluate --workdir=runs/mine     held-out bound, accuracy

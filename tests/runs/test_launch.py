@@ -46,7 +46,7 @@ SAVED_OFTEN = [*ARGUMENTS, "--config.train.checkpoint_every=2"]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(workdir, stdout, stderr) of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("launch") / "whole"
+    workdir = tmp_path_factory.mktemp("launch") / "whole, lr[0.1]"
     return workdir, *launching.finish(*ARGUMENTS, f"--workdir={workdir}")
 
 
