@@ -3,8 +3,8 @@
   mdm train    --config=quickstart --workdir=runs/mine   (the same line resumes)
   mdm evaluate --workdir=runs/mine     held-out bound, accuracy
   mdm sample   --workdir=runs/mine     texts or pictures
-  mdm spacing  --workdir=runs/mine --steps=16   compare and search sampling grids;
-                                       sample then uses the best
+  mdm spacing  --workdir=runs/mine --steps=16    compare and search sampling
+                                       grids; sample then uses the best
   mdm variance --workdir=runs/mine     gradient variance of training methods
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
