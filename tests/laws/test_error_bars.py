@@ -100,10 +100,8 @@ def four_rows(count):
     return subject, rows, 3 / 16 * np.sum(by_row**2)
 
 
-@pytest.mark.parametrize(
-    "rows, shape", [(32, (4, 2)), pytest.param(8, (4, 2), marks=pytest.mark.slow)]
-)
-def test_data_noise_of_the_gradient(rows, shape):
+@pytest.mark.parametrize("rows, widest", [(32, 1.1), pytest.param(8, 1.2, marks=pytest.mark.slow)])
+def test_data_noise_of_the_gradient(rows, widest, shape=(4, 2)):
     """As ``decompose_gradients`` computes it, 240 designs at once. Resampled as if independent, the
     recursive residuals gave errors 1.34 times too wide here, of which one covered 0.79."""
     subject, batch, expected = four_rows(240 * rows)
@@ -122,7 +120,7 @@ def test_data_noise_of_the_gradient(rows, shape):
         one = jax.tree.map(lambda a, n=number: np.asarray(a[n], np.float64), seen)
         terms, twice = decompose.gradient_terms(one, *shape)
         parts.append(decompose._result(terms, 0.0, subject, shape, 0, twice).data)
-    assert_honest(*zip(*parts), expected, skew=0.02, ratio=(0.9, 1.1))
+    assert_honest(*zip(*parts), expected, skew=0.02, ratio=(0.9, widest))
 
 
 def test_a_sketch_keeps_sums_and_squared_norms():
