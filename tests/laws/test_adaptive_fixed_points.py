@@ -68,17 +68,17 @@ FIXED_POINTS = {
         [variance.cdcd_warp(25, learning_rate=rate) for rate in (1e-2, 1e-3)],
         x0_error,
         slope_law,
-        2500,
+        1500,
     ),
 }
 
 
-_LONG = ("ema_bins_second", "learned_quantile", "cdcd_warp", "loss_history")
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in FIXED_POINTS],
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n == "ema_bins_second" else n
+        for n in FIXED_POINTS
+    ],
 )
 def test_fixed_point(name):
     """Total variation from W sqrt(E l^2), or from the slope of the clean error, below .05."""
@@ -87,9 +87,12 @@ def test_fixed_point(name):
     for transform in phases:
         state = adapt(transform, loss, steps, start=state)
     assert total_variation(transform, fresh(transform), target) > 0.3
-    for found in split(state).values():
+    for kind, found in split(state).items():
         assert found.rejected == 0 and found.steps == steps * len(phases)
         assert total_variation(transform, found, target) < 0.05
+        if name == "cdcd_warp":  # the loss is flat at the noisy end: 1 is uniform, 3e-4 right
+            share = density(transform, found, FINE)[:800].mean()
+            assert share < {"exact": 0.15, "noisy": 0.4}[kind]
 
 
 def test_logistic_curve_finds_its_parameters():

@@ -24,13 +24,15 @@ _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower th
 class LossCurve(NamedTuple):
     """A family of increasing curves F, as elementwise functions; ``init()`` is near F(xi) = xi.
     ``value(parameters, xi)`` is the loss, ``log_density(parameters, xi)`` the log derivative of F /
-    F(1), nats, and ``quantile(parameters, share)`` the inverse of F / F(1).
+    F(1), nats, ``quantile(parameters, share)`` the inverse of F / F(1), and ``scaled(parameters,
+    factor)`` the parameters of ``factor F``.
     """
 
     init: Callable[[], PyTree]
     value: Callable[[PyTree, Array], Array]
     log_density: Callable[[PyTree, Array], Array]
     quantile: Callable[[PyTree, Array], Array]
+    scaled: Callable[[PyTree, Array], PyTree]
 
 
 class PiecewiseLinear(NamedTuple):
@@ -80,7 +82,10 @@ def piecewise_linear_curve(num_bins: Bins = 100) -> LossCurve:
         inside = (loss - low[cell]) / heights[cell]
         return left[cell] + jnp.clip(inside, 0.0, 1.0) * widths[cell]
 
-    return LossCurve(init, value, log_density, quantile)
+    def scaled(parameters: PiecewiseLinear, factor: Array) -> PiecewiseLinear:
+        return parameters._replace(heights=parameters.heights + jnp.log(factor))
+
+    return LossCurve(init, value, log_density, quantile, scaled)
 
 
 def logistic_curve() -> LossCurve:
@@ -110,7 +115,11 @@ def logistic_curve() -> LossCurve:
     def quantile(parameters: LogisticShape, share: Array) -> Array:
         return jax.nn.sigmoid(parameters.middle + _logit(share) / steepness_of(parameters))
 
-    return LossCurve(init, value, log_density, quantile)
+    def scaled(parameters: LogisticShape, factor: Array) -> LogisticShape:
+        end = factor * jax.nn.softplus(parameters.scale)
+        return parameters._replace(scale=end + jnp.log(-jnp.expm1(-end)))  # inverse softplus
+
+    return LossCurve(init, value, log_density, quantile, scaled)
 
 
 def squared_misfit(
@@ -186,12 +195,28 @@ def curve_warp(
 
             return losses.mean(per_level(one, curves, current.u, value, drawn))
 
-        gradient = jax.grad(misfit)(state.curves)
-        step, opt_state = optimizer.update(gradient, state.optimizer, state.curves)
-        curves = optax.apply_updates(state.curves, step)
-        averages = optax.incremental_update(curves, state.averages, 1.0 - decay)
+        # Curves start at the scale of the first losses: cells that a far too large F leaves behind
+        # at the noisy end, narrow and steep, would take some 1% of the draws for ever.
+        started, factor = state.steps > 0, first_scale(value, losses.count)
+        start = jax.tree.map(
+            lambda old, new: jnp.where(started, old, new),
+            (state.curves, state.averages),
+            tuple(jax.vmap(curve.scaled)(c, factor) for c in (state.curves, state.averages)),
+        )
+        gradient = jax.grad(misfit)(start[0])
+        step, opt_state = optimizer.update(gradient, state.optimizer, start[0])
+        curves = optax.apply_updates(start[0], step)
+        averages = optax.incremental_update(curves, start[1], 1.0 - decay)
         changes = {"curves": curves, "averages": averages, "optimizer": opt_state}
         return changes, all_finite(changes)
+
+    def first_scale(value: Array, count: Array) -> Array:
+        """Twice the mean loss of each curve's levels, [G]: F(1) of the line that fits."""
+        index = curve_of_level(value.shape[-1])
+        own = index[:, None] == np.arange(np.max(index) + 1)
+        total, number = (jnp.sum(a, axis=(0, 1)) @ own for a in (count * value, count))
+        mean = total / jnp.where(number > 0, number, 1.0)
+        return jnp.where((mean > 0) & jnp.isfinite(mean), 2 * mean, 1.0)
 
     def profile(state: CurveState, u: Array) -> LevelProfile:
         log_density = per_level(curve.log_density, state.averages, 1.0 - u)
