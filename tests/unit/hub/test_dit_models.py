@@ -17,6 +17,7 @@ from mdm_jax.hub import files
 from mdm_jax.models import masks
 from mdm_jax.models.cross_entropy import exclude_token, token_nats
 from mdm_jax.objectives.losses import bound_rate
+from mdm_jax.samplers.uniform import reverse_logits
 
 DATA = pathlib.Path(__file__).parents[2] / "data" / "hub"
 MDLM, BD3LM = ("mdlm-1", "mdlm-2", "mdlm-3"), ("bd3lm-1", "bd3lm-2", "bd3lm-3")
@@ -152,13 +153,17 @@ def test_duo_logits_of_tokens_of_distributions_and_of_weighted_tokens():
     np.testing.assert_allclose(mixed, arrays["topk_logits"], **TOLERANCE)
 
 
-def test_duo_losses_are_those_of_the_uniform_bound():
+def test_duo_losses_and_steps_are_those_of_the_uniform_process():
     model, arrays = loaded("duo-1"), reference("duo-1")
     logsnr = masked_level(arrays["t"])
     raw = tiny.jit(model.model.apply)(model.params, arrays["input_ids"].astype(np.int32), logsnr)
     ids = (arrays[name].astype(np.int32) for name in ("input_ids", "target_ids"))
     nats = (1 - EPS) * np.asarray(bound_rate(raw, *ids, logsnr))
     np.testing.assert_allclose(nats, arrays["nll_per_token"], rtol=1e-4, atol=1e-4)
+    survival = arrays["posterior_alpha_s"].astype(np.float64)
+    next_logsnr = np.log(survival / (1 - survival)).astype(np.float32)[:, None, None]
+    step = reverse_logits(raw, arrays["input_ids"], logsnr[:, None], next_logsnr)
+    np.testing.assert_allclose(jax.nn.softmax(step), arrays["posterior"], rtol=0, atol=1e-5)
 
 
 def masked_level(t):
