@@ -5,4 +5,4 @@ logits = model.logits(input_ids)
 """
 
 from mdm_jax.hub.family import Family, Traits, Unsupported
-from mdm_jax.hub.model import HubModel, load, save
+from mdm_jax.hub.model import HubModel, bidirectional, load, save

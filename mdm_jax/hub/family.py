@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -59,6 +60,8 @@ class Family:
             [N, L, K] float32, those of the original class, before any shift.
         example: inputs of the module, by which its parameters get their shapes.
         ignored: pattern of file tensors that are no parameters (buffers); kept on saving.
+        copies: config -> tensors that a file may hold though they equal another, and that one (a
+            tied head); written back where they were.
         read_buffers: traits of config.json, files -> traits that buffers state.
     """
 
@@ -70,6 +73,7 @@ class Family:
     logits: Callable[..., Array]
     ignored: str = ""
     example: tuple[Any, ...] = (np.zeros((1, 8), np.int32),)
+    copies: Callable[[Any], Mapping[str, str]] = lambda _: {}
     read_buffers: Callable[[Traits, TensorFiles], Traits] = lambda traits, _: traits
 
 
@@ -118,5 +122,5 @@ def refuse(raw: Mapping[str, Any], **allowed: Any) -> None:
         if value is not None and value not in values:
             raise Unsupported(
                 f"config.json: {name}={value!r} changes the numbers and is not supported; only "
-                f"{' or '.join(map(repr, values))}"
+                f"{' or '.join(map(json.dumps, values)) or 'null'}"
             )

@@ -1,15 +1,18 @@
-"""Directories in the layout of Hugging Face: config.json and safetensors, read slice by slice.
+"""Directories in the layout of Hugging Face: config.json and safetensors, read piece by piece.
 
 Only data is read: a pickle (``.bin``, ``.pt``, ``.ckpt``) can run code when it is opened and is
-refused.
+refused. The reader and the writer are our own (the format is a JSON header and the bytes), since
+those of the package ``safetensors`` hold a whole file in memory.
 """
 
 import json
+import math
+import mmap
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  by which NumPy knows bfloat16
 import numpy as np
@@ -19,7 +22,22 @@ from mdm_jax import distributed
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "BOOL": "bool",
+} | {f"{kind}{bits}": f"{word}{bits}" for kind, word in (("I", "int"), ("U", "uint"))
+     for bits in (8, 16, 32, 64)}  # fmt: skip
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+"""Dtypes that weights may have."""
+SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.py", "*.md", "LICENSE*", "NOTICE*")
+"""What may lie beside the weights: tokenizer, templates, code of the original class."""
+_CHUNK = 2**23  # bytes that are mapped into memory at a time
+_LONGEST_HEADER = 10**8
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -28,7 +46,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; give a directory of a model") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -42,45 +60,88 @@ class TensorFiles:
         shapes, dtypes: of every tensor; the latter as NumPy names ("bfloat16").
         file_of: name of the file that holds it.
 
-    ValueError, naming the file, if there are no safetensors, a shard is missing or damaged, the
-    index and the shards disagree, or a tensor is not of floating point.
+    ValueError, naming the file, if there are no safetensors, a shard is missing or damaged, or the
+    index and the shards disagree.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
-        self._open = _import_safetensors().safe_open
-        self._handles = {name: self._opened(name) for name in self._file_names()}
-        self.file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for file, handle in self._handles.items():
-            for name in handle.keys():  # noqa: SIM118  not a mapping
-                if name in self.file_of:
-                    raise ValueError(f"{directory}: {name} is in {self.file_of[name]} and {file}")
-                piece = handle.get_slice(name)
-                if piece.get_dtype() not in _DTYPES:
-                    raise ValueError(
-                        f"{self.directory / file}: {name} has dtype {piece.get_dtype()}; weights "
-                        f"must be {', '.join(_DTYPES)} (quantised checkpoints are not supported)"
-                    )
-                self.file_of[name] = file
-                self.shapes[name] = tuple(piece.get_shape())
-                self.dtypes[name] = _DTYPES[piece.get_dtype()]
-        if (self.directory / INDEX).exists():
-            self._check_index()
+        self.file_of: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        index = self._weight_map()
+        for file in sorted(set(index.values())) if index else [_SINGLE]:
+            self._open(file)
+        for name in index.keys() | self.file_of.keys() if index else ():
+            if index.get(name) != self.file_of.get(name):
+                raise ValueError(
+                    f"{self.directory / INDEX}: says that {name} is in {index.get(name)}, the "
+                    f"shards have it in {self.file_of.get(name)}"
+                )
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A tensor, or the part at ``index``, copied from the mapped file; nothing else is read."""
-        piece = self._handles[self.file_of[name]].get_slice(name)
-        if not self.shapes[name]:
-            return self._handles[self.file_of[name]].get_tensor(name)
-        return piece[index if index else ...]
+    def read_into(
+        self, out: np.ndarray, name: str, index: tuple[slice, ...], transpose: bool = False
+    ) -> None:
+        """Copy the part ``index`` of a tensor, transposed or not, and converted to ``out``'s dtype.
 
-    def _file_names(self) -> list[str]:
-        if (self.directory / INDEX).exists():
-            return sorted(set(self._weight_map().values()))
-        if (self.directory / _SINGLE).exists():
-            return [_SINGLE]
+        Beside ``out`` at most a few MiB are in memory: pages of the file are given back.
+        """
+        target = out.T if transpose else out
+        for start, rows in self._chunks(name, index[0] if index else None):
+            if index:
+                target[start : start + len(rows)] = rows[(slice(None), *index[1:])]
+            else:
+                target[...] = rows[0]
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor."""
+        out = np.empty(self.shapes[name], self.dtypes[name])
+        self.read_into(out, name, (slice(None),) * out.ndim)
+        return out
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same to the bit."""
+        kinds = [(self.shapes[name], self.dtypes[name]) for name in (one, other)]
+        pairs = zip(self._chunks(one), self._chunks(other))
+        return kinds[0] == kinds[1] and all(a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs)
+
+    def _chunks(self, name: str, rows: slice | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first row, from 0, mapped rows) of a tensor in turn; a scalar is a row."""
+        shape, dtype = self.shapes[name] or (1,), np.dtype(self.dtypes[name])
+        first, stop, _ = (slice(None) if rows is None else rows).indices(shape[0])
+        size = math.prod(shape[1:])
+        step = max(1, _CHUNK // max(1, size * dtype.itemsize))
+        mapped = self._maps[self.file_of[name]]
+        for row in range(first, stop, step):
+            count = min(step, stop - row)
+            start = self._starts[name] + row * size * dtype.itemsize
+            values = np.frombuffer(mapped, dtype, count * size, start)
+            yield row - first, values.reshape(count, *shape[1:])
+            page = start - start % mmap.PAGESIZE
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED, page, start + values.nbytes - page)
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name -> shard by the index; empty if a single file holds everything."""
+        if (self.directory / _SINGLE).exists():  # the original classes look for it first
+            return {}
+        path = self.directory / INDEX
+        if not path.exists():
+            self._refuse_empty()
+        weights = read_json(path).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise ValueError(f"{path}: needs a weight_map, tensor name to file name")
+        for name, file in weights.items():
+            plain = isinstance(file, str) and pathlib.PureWindowsPath(file).name == file
+            if not plain or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{path}: {name} must be in a .safetensors file of this directory, got {file!r}"
+                )
+        return weights
+
+    def _refuse_empty(self) -> None:
         if not self.directory.is_dir():
             raise ValueError(f"{self.directory}: not a directory")
         pickles = sorted(p.name for p in self.directory.iterdir() if p.suffix in _PICKLES)
@@ -92,85 +153,121 @@ class TensorFiles:
             )
         raise ValueError(f"{self.directory}: no {_SINGLE} and no {INDEX}")
 
-    def _weight_map(self) -> dict[str, str]:
-        path = self.directory / INDEX
-        weights = read_json(path).get("weight_map")
-        if not isinstance(weights, dict) or not weights:
-            raise ValueError(f"{path}: needs a weight_map, tensor name to file name")
-        for name, file in weights.items():
-            if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-                raise ValueError(
-                    f"{path}: {name} must be in a file of this directory, got {file!r}"
-                )
-        return weights
-
-    def _check_index(self) -> None:
-        stated = self._weight_map()
-        for name in stated.keys() | self.file_of.keys():
-            if stated.get(name) != self.file_of.get(name):
-                raise ValueError(
-                    f"{self.directory / INDEX}: says that {name} is in {stated.get(name)}, the "
-                    f"shards have it in {self.file_of.get(name)}"
-                )
-
-    def _opened(self, file: str) -> Any:
+    def _open(self, file: str) -> None:
         path = self.directory / file
         if not path.is_file():
             raise ValueError(f"{path}: missing, though the index names it; download it again")
-        try:
-            return self._open(path, "numpy")
-        except _import_safetensors().SafetensorError as error:
-            raise ValueError(
-                f"{path}: damaged or cut short ({error}); download it again"
-            ) from error
+        with path.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            start = opened.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise ValueError(f"{path}: a pointer of git LFS, not the file; run `git lfs pull`")
+            if len(start) < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise _damaged(path, f"no header in its {size} bytes")
+            try:
+                header = json.loads(opened.read(length))
+                header.pop("__metadata__", None)
+                entries = {name: _entry(value) for name, value in header.items()}
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise _damaged(path, f"header: {error!r}") from error
+            # Nothing may be missing at the end, lie outside, or belong to two tensors.
+            at = 0
+            for name, entry in sorted(entries.items(), key=lambda item: item[1].offsets):
+                bytes_ = math.prod(entry.shape) * np.dtype(entry.dtype).itemsize
+                if entry.offsets != (at, at + bytes_):
+                    raise _damaged(path, f"{name} of {bytes_} bytes at {list(entry.offsets)}")
+                at += bytes_
+            if at != size - 8 - length:
+                raise _damaged(path, f"holds {size - 8 - length} of {at} bytes of tensors")
+            self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        for name, entry in entries.items():
+            if name in self.file_of:
+                raise ValueError(f"{self.directory}: {name} is in {self.file_of[name]} and {file}")
+            self.file_of[name], self.shapes[name] = file, entry.shape
+            self.dtypes[name], self._starts[name] = entry.dtype, 8 + length + entry.offsets[0]
+
+
+class _Entry(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+def _entry(value: Mapping[str, Any]) -> _Entry:
+    numbers = [*value["shape"], *value["data_offsets"]]
+    if len(value["data_offsets"]) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"no tensor: {value}")
+    if value["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype {value['dtype']}; known are {', '.join(_DTYPES)}")
+    return _Entry(_DTYPES[value["dtype"]], tuple(value["shape"]), tuple(value["data_offsets"]))
+
+
+def _damaged(path: pathlib.Path, why: str) -> ValueError:
+    return ValueError(f"{path}: damaged or cut short ({why}); download it again")
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written, made when its turn comes; dtype as a NumPy name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def write_tensors(
-    directory: pathlib.Path,
-    tensors: Mapping[str, Callable[[], np.ndarray]],
-    sizes: Mapping[str, int],
-    max_shard_size: int,
+    directory: pathlib.Path, tensors: Mapping[str, Tensor], max_shard_size: int
 ) -> None:
     """Write tensors into an existing directory, as one file or as shards with an index.
 
-    Each is made when its turn comes; ``sizes`` are their bytes. A shard is as large as possible up
-    to ``max_shard_size`` bytes and is alone in memory. Process 0 writes, all make the tensors.
+    A shard is as large as possible up to ``max_shard_size`` bytes; one tensor at a time is in
+    memory. Process 0 writes, all make the tensors.
     """
-    from safetensors.numpy import save_file
-
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in tensors:
-        if shards[-1] and filled + sizes[name] > max_shard_size:
+    for name in sorted(tensors):
+        if shards[-1] and filled + tensors[name].size > max_shard_size:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += sizes[name]
+        filled += tensors[name].size
     weights = {}
     for number, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        content = {name: np.asarray(tensors[name](), order="C") for name in names}
+        names.sort(key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))  # aligned
         weights |= dict.fromkeys(names, file)
-        if distributed.is_first():
-            save_file(content, directory / file, metadata={"format": "pt"})
+        _write_file(directory / file, {name: tensors[name] for name in names})
     if len(shards) > 1 and distributed.is_first():
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weights}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+        size = sum(tensor.size for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weights.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+    codes = {name: code for code, name in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        offsets = [at, at := at + tensor.size]
+        entry = {"dtype": codes[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+        header[name] = entry
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") if distributed.is_first() else open(os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            value = np.ascontiguousarray(tensor.make().astype(tensor.dtype, copy=False))
+            file.write(value.reshape(-1).view(np.uint8))
 
 
 def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copy what lies beside the weights: tokenizer, templates, code of the original class."""
-    for path in sorted(source.iterdir()):
-        weights = path.suffix == ".safetensors" or path.suffix in _PICKLES or path.name == INDEX
-        if path.is_file() and not weights and not (target / path.name).exists():
+    """Copy :data:`SIDE_FILES` that ``target`` has not; indices belong to the weights."""
+    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
+        is_index = path.name.endswith(".index.json")
+        if path.is_file() and not is_index and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
-
-
-def _import_safetensors() -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError(
-            "mdm_jax.hub needs the package safetensors: pip install safetensors"
-        ) from error
-    return safetensors

@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mdm_jax.hub.files import TensorFiles
+from mdm_jax import distributed
+from mdm_jax.hub.files import FLOATS, Tensor, TensorFiles
 from mdm_jax.types import PyTree
 
 
@@ -48,16 +49,17 @@ def load_params(
     leaves: Iterable[Leaf],
     abstract: PyTree,
     ignored: str = "",
+    copies: Mapping[str, str] | None = None,
 ) -> PyTree:
     """Parameters as jax.Arrays, each shard read from the mapped file where it belongs.
 
-    ``abstract`` is the tree of jax.ShapeDtypeStruct with shardings and the dtypes to convert to
-    (``sharding.abstract_sharded``); ``ignored`` is a pattern of
-    file tensors that are no parameters.
-    At most the shard in the making is in memory beside the finished ones.
+    ``abstract`` is the tree of jax.ShapeDtypeStruct with shardings and the dtypes to convert to;
+    ``ignored`` is a pattern of file tensors that are no parameters; ``copies`` are tensors that a
+    file may hold beside the one that they equal. Beside finished shards, the host holds one in the
+    making.
 
-    ValueError, naming the tensor, if one is missing, superfluous or of another shape; a warning for
-    weights that are NaN.
+    ValueError, naming the tensor, if one is missing, superfluous, of another shape, not of floating
+    point, or no copy; a warning for weights that are not finite.
     """
     wanted = {leaf.path: leaf for leaf in leaves}
     flat = traverse_util.flatten_dict(abstract["params"])
@@ -66,45 +68,72 @@ def load_params(
             f"leaves and parameters differ: {sorted(wanted.keys() ^ flat.keys())[:5]}; this is a "
             "fault of the family's description"
         )
-    _check_names(files, wanted.values(), ignored)
-    params, spoilt = {}, {}
+    copies = {name: source for name, source in (copies or {}).items() if name in files.shapes}
+    _check_names(files, wanted.values(), ignored, copies)
+    _check_tensors(files, wanted.values(), {path: leaf.shape for path, leaf in flat.items()})
+    for name, source in copies.items():
+        if not files.are_equal(name, source):
+            raise ValueError(
+                f"{files.directory / files.file_of[name]}: {name} differs from {source}, but "
+                "config.json ties them (tie_word_embeddings, weight_tying); set that to false to "
+                f"use {name}, or take it out of the file to use {source} for both"
+            )
+    params, finite = {}, {}
     for path, leaf in wanted.items():
-        _check_shape(files, leaf, flat[path].shape)
         params[path] = _load(files, leaf, flat[path])
-        spoilt[path] = _has_nan(params[path])
-    if names := [wanted[path].sources.flat[0] for path, bad in spoilt.items() if bad]:
-        warnings.warn(f"{files.directory}: NaN in {', '.join(names[:5])}", stacklevel=2)
+        finite[path] = _are_finite(params[path])
+    if names := [wanted[path].sources.flat[0] for path, good in finite.items() if not good]:
+        warnings.warn(
+            f"{files.directory}: NaN or infinite weights in {len(names)} arrays, such as "
+            f"{', '.join(names[:5])}",
+            stacklevel=3,
+        )
     return {"params": traverse_util.unflatten_dict(params)}
 
 
-def tensors_of(params: PyTree, leaves: Iterable[Leaf]) -> dict[str, Callable[[], np.ndarray]]:
-    """File tensors of parameters by name, each made when it is called for; reading, inverted.
+def tensors_of(params: PyTree, leaves: Iterable[Leaf]) -> dict[str, Tensor]:
+    """File tensors of parameters by name, in the dtypes of the parameters; reading, inverted.
 
-    With several processes all must call them, in one order.
+    With several processes all must make them, in one order.
     """
     flat = traverse_util.flatten_dict(params["params"])
     pieces: dict[str, list[tuple[int, Leaf, tuple[int, ...]]]] = collections.defaultdict(list)
     for leaf in leaves:
         for at in np.ndindex(leaf.sources.shape):
-            start = leaf.part[0] if leaf.part else 0
-            pieces[leaf.sources[at]].append((start, leaf, at))
+            pieces[leaf.sources[at]].append((leaf.part[0] if leaf.part else 0, leaf, at))
 
     def make(parts: list[tuple[int, Leaf, tuple[int, ...]]]) -> np.ndarray:
         values = []
-        for _, leaf, at in sorted(parts, key=lambda part: part[0]):
-            value = _to_host(flat[leaf.path][at] if at else flat[leaf.path])
+        for _, leaf, at in parts:
+            value = distributed.to_host(flat[leaf.path][at] if at else flat[leaf.path])
             values.append(value.T if leaf.transpose else value)
         return values[0] if len(values) == 1 else np.concatenate(values)
 
-    return {name: functools.partial(make, parts) for name, parts in pieces.items()}
+    tensors = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda part: part[0])
+        shapes = [_file_shape(leaf, flat[leaf.path].shape) for _, leaf, _ in parts]
+        rows = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
+        dtype = flat[parts[0][1].path].dtype.name
+        tensors[name] = Tensor(rows + shapes[0][1:], dtype, functools.partial(make, parts))
+    return tensors
 
 
-def _check_names(files: TensorFiles, leaves: Iterable[Leaf], ignored: str) -> None:
+def _file_shape(leaf: Leaf, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape, or that of the part, in the file."""
+    inner = tuple(shape[leaf.sources.ndim :])
+    return inner[::-1] if leaf.transpose else inner
+
+
+def _check_names(
+    files: TensorFiles, leaves: Iterable[Leaf], ignored: str, copies: Iterable[str]
+) -> None:
     needed = {name for leaf in leaves for name in leaf.sources.flat}
-    extra = sorted(name for name in files.shapes.keys() - needed if not re.fullmatch(ignored, name))
+    extra = files.shapes.keys() - needed - set(copies)
+    extra = sorted(name for name in extra if not re.fullmatch(ignored, name))
     for name in sorted(needed - files.shapes.keys()):
         near = difflib.get_close_matches(name, extra, 1)
-        hint = f"; it has {near[0]}, which the config does not ask for" if near else ""
+        hint = f"; it has {near[0]}, which config.json does not ask for" if near else ""
         raise ValueError(f"{files.directory}: no tensor {name}, which config.json asks for{hint}")
     if extra:
         raise ValueError(
@@ -113,57 +142,73 @@ def _check_names(files: TensorFiles, leaves: Iterable[Leaf], ignored: str) -> No
         )
 
 
-def _check_shape(files: TensorFiles, leaf: Leaf, shape: Sequence[int]) -> None:
-    expected = list(shape[leaf.sources.ndim :])
-    expected = expected[::-1] if leaf.transpose else expected
-    for name in leaf.sources.flat:
-        found = list(files.shapes[name])
-        if leaf.part is not None and found:
-            found[0] = min(leaf.part[1], found[0]) - leaf.part[0]
-        if found != expected:
+def _check_tensors(
+    files: TensorFiles, leaves: Iterable[Leaf], shapes: Mapping[tuple[str, ...], Sequence[int]]
+) -> None:
+    asked: dict[str, list[tuple[int, ...]]] = collections.defaultdict(list)
+    for leaf in leaves:
+        shape = shapes[leaf.path]
+        if tuple(shape[: leaf.sources.ndim]) != leaf.sources.shape:
+            raise ValueError(f"{leaf.path} is stacked as {leaf.sources.shape}, not as {shape}")
+        inner = _file_shape(leaf, shape)
+        if leaf.part is not None and leaf.part[1] - leaf.part[0] != inner[0]:
+            raise ValueError(f"{leaf.path} has {inner[0]} rows, its part is {leaf.part}")
+        for name in leaf.sources.flat:
+            asked[name].append(inner)
+    for name, inner in asked.items():
+        where, found = files.directory / files.file_of[name], files.shapes[name]
+        rows = (sum(part[0] for part in inner),) if inner[0] else ()
+        if found != rows + inner[0][1:]:
             raise ValueError(
-                f"{files.directory / files.file_of[name]}: {name} has shape "
-                f"{list(files.shapes[name])}, config.json asks for {expected}"
-                + (f" at rows {leaf.part}" if leaf.part else "")
+                f"{where}: {name} has shape {list(found)}, config.json asks for "
+                f"{list(rows + inner[0][1:])}"
             )
-    if tuple(shape[: leaf.sources.ndim]) != leaf.sources.shape:
-        raise ValueError(f"{leaf.path} is stacked as {leaf.sources.shape}, not as {tuple(shape)}")
+        if files.dtypes[name] not in FLOATS:
+            raise ValueError(
+                f"{where}: {name} has dtype {files.dtypes[name]}; weights must be "
+                f"{', '.join(FLOATS)} (quantised checkpoints are not supported)"
+            )
 
 
 def _load(files: TensorFiles, leaf: Leaf, target: jax.ShapeDtypeStruct) -> jax.Array:
-    stacked, shards = leaf.sources.ndim, {}
+    """The array, a shard at a time, on all devices that hold the same."""
+    places = target.sharding.addressable_devices_indices_map(target.shape)
+    devices = collections.defaultdict(list)
+    for device, index in places.items():
+        bounds = [part.indices(size)[:2] for part, size in zip(index, target.shape)]
+        devices[tuple(bounds)].append(device)
+    placed = {}
+    for bounds, holders in devices.items():
+        shard = _read_shard(files, leaf, [slice(*bound) for bound in bounds], target.dtype)
+        for device in holders:
+            placed[device] = jax.device_put(shard, device)
+        jax.block_until_ready(list(placed.values()))
+        del shard  # before the next is made
+    arrays = [placed[device] for device in places]
+    return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
 
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        index = index[::-1] if leaf.transpose else index
-        if leaf.part is not None:
-            start, stop, _ = index[0].indices(leaf.part[1] - leaf.part[0])
-            index = (slice(start + leaf.part[0], stop + leaf.part[0]), *index[1:])
-        value = files.read(name, index)
-        return (value.T if leaf.transpose else value).astype(target.dtype)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        key = str(index)  # devices that hold the same share it
-        if key not in shards:
-            names = np.asarray(leaf.sources[index[:stacked]], object)
-            pieces = [read(name, index[stacked:]) for name in names.flat]
-            whole = np.stack(pieces) if stacked else pieces[0]
-            shards[key] = whole.reshape(names.shape + pieces[0].shape)
-        return shards[key]
+def _read_shard(files: TensorFiles, leaf: Leaf, index: list[slice], dtype: np.dtype) -> np.ndarray:
+    stacked = leaf.sources.ndim
+    inner = index[stacked:][::-1] if leaf.transpose else index[stacked:]
+    if leaf.part is not None:
+        start = leaf.part[0]
+        inner[0] = slice(inner[0].start + start, inner[0].stop + start)
+    names = np.asarray(leaf.sources[tuple(index[:stacked])], object)
+    out = _aligned([part.stop - part.start for part in index], dtype)
+    for at in np.ndindex(names.shape):
+        files.read_into(out[(*at, ...)], names[at], tuple(inner), leaf.transpose)
+    return out
 
-    if target.sharding is None:
-        return jnp.asarray(shard((slice(None),) * len(target.shape)))
-    return jax.make_array_from_callback(target.shape, target.sharding, shard)
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array whose memory a CPU device takes over without a copy."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 @jax.jit
-def _has_nan(x: jax.Array) -> jax.Array:
-    return jnp.any(jnp.isnan(x))
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-    """A whole array on this host, gathered from others if need be."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+def _are_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))

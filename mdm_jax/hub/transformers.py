@@ -145,85 +145,107 @@ def logits(
 
 
 def _read_llama(
-    raw: Mapping[str, Any], *, qk_norm: bool, qkv_bias: bool, attention: str, shift: bool = False
+    raw: Mapping[str, Any],
+    *,
+    qk_norm: bool,
+    qkv_bias: bool,
+    attention: str,
+    window: str | None = None,
+    shift: bool = False,
 ) -> tuple[TransformerConfig, Traits]:
-    """Config and traits of the layout of Llama, Qwen2, Qwen3, Dream and SDAR."""
-    refuse(
-        raw,
-        hidden_act="silu",
-        attention_bias=qkv_bias,
-        mlp_bias=False,
-        pretraining_tp=1,
-        attention_multiplier=1.0,
-        logits_scaling=1.0,
-        final_logit_softcapping=0.0,
-        partial_rotary_factor=(1, 1.0),
-    )
-    if attention == "causal" and raw.get("use_sliding_window", True):
-        refuse(raw, sliding_window=())
+    """Config and traits of the layout of Llama, Qwen2, Qwen3, Dream and SDAR.
+
+    ``window`` is the field by which the class has sliding windows, None if it has none.
+    """
+    refuse(raw, hidden_act="silu", mlp_bias=False, pretraining_tp=1, partial_rotary_factor=1.0)
+    if not qkv_bias:  # the others' biases do not depend on it
+        refuse(raw, attention_bias=False)
+    if window == "use_sliding_window":
+        refuse(raw, use_sliding_window=False)
+    elif window is not None:
+        refuse({window: "missing, which is 4096"} | raw, **{window: ()})
+    if window is not None and {*(raw.get("layer_types") or ())} - {"full_attention"}:
+        refuse(raw, layer_types=())
+    width, heads = field(raw, "hidden_size"), field(raw, "num_attention_heads")
+    # The class of Qwen3 has a default that does not follow from the width.
+    head_dim = {} if qk_norm else {"default": width // max(heads, 1)}
+    base, scaling = _rotary(raw)
     config = TransformerConfig(
         vocab_size=field(raw, "vocab_size"),
-        width=field(raw, "hidden_size"),
+        width=width,
         depth=field(raw, "num_hidden_layers"),
-        num_heads=field(raw, "num_attention_heads"),
-        num_kv_heads=field(raw, "num_key_value_heads", default=field(raw, "num_attention_heads")),
-        head_dim=field(
-            raw,
-            "head_dim",
-            default=field(raw, "hidden_size") // field(raw, "num_attention_heads"),
-        ),
+        num_heads=heads,
+        num_kv_heads=field(raw, "num_key_value_heads", default=heads),
+        head_dim=field(raw, "head_dim", **head_dim),
         mlp="swiglu",
         mlp_hidden=field(raw, "intermediate_size"),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         norm_eps=field(raw, "rms_norm_eps", float),
         norm_rounded=True,
-        rope_base=field(raw, "rope_theta", float),
-        rope_scaling=_rope_scaling(raw),
+        rope_base=base,
+        rope_scaling=scaling,
         tie_embeddings=field(raw, "tie_word_embeddings", bool, default=False),
     )
     return config, _traits(raw, config, attention=attention, shift=shift)
 
 
 def _traits(raw: Mapping[str, Any], config: TransformerConfig, **more: Any) -> Traits:
-    ids = {
-        name: field(raw, f"{name.removesuffix('_id')}_token_id", default=None)
-        for name in ("mask_id", "pad_id", "bos_id")
-    }
     eos = raw.get("eos_token_id")
-    ids["eos_id"] = eos[0] if isinstance(eos, list) and eos else eos
-    length = raw.get("max_position_embeddings", raw.get("max_sequence_length"))
+    raw = {**raw, "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos}
+    ids = {
+        f"{name}_id": field(raw, f"{name}_token_id", default=None)
+        for name in ("mask", "eos", "pad", "bos")
+    }
+    mask_id = ids["mask_id"]
+    if mask_id is not None and not 0 <= mask_id < config.vocab_size:
+        raise Unsupported(
+            f"config.json: mask_token_id {mask_id} is not one of {config.vocab_size} tokens"
+        )
+    length = field(
+        raw, "max_position_embeddings", default=field(raw, "max_sequence_length", default=None)
+    )
     return Traits(vocab_size=config.vocab_size, length=length, **ids, **more)
 
 
-def _rope_scaling(raw: Mapping[str, Any]) -> Llama3Scaling | None:
-    scaling = raw.get("rope_scaling")
-    if scaling is None:
-        return None
+def _rotary(raw: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    """Base and scaling of the rotary embedding; releases since 5 write both as rope_parameters."""
+    given = [field(raw, name, dict, default={}) for name in ("rope_parameters", "rope_scaling")]
+    bases = [d["rope_theta"] for d in (raw, *given) if d.get("rope_theta") is not None]
+    if any(base != bases[0] for base in bases) or (all(given) and given[0] != given[1]):
+        raise Unsupported("config.json: rope_parameters contradict rope_theta or rope_scaling")
+    base = field({"rope_theta": bases[0]} if bases else {}, "rope_theta", float)
+    scaling = given[0] or given[1]
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
-        return None
+    if not scaling or kind == "default":
+        refuse(scaling, partial_rotary_factor=1.0)
+        return base, None
     if kind != "llama3":
         raise Unsupported(
             f"config.json: rope_scaling of type {kind!r} changes the numbers and is not supported; "
-            "only null or 'llama3'"
+            "only null, 'default' or 'llama3'"
         )
-    return Llama3Scaling(
+    scaled = Llama3Scaling(
         factor=field(scaling, "factor", float),
         low=field(scaling, "low_freq_factor", float),
         high=field(scaling, "high_freq_factor", float),
         original=field(scaling, "original_max_position_embeddings"),
     )
+    if not (scaled.factor > 0 and 0 < scaled.low < scaled.high and scaled.original > 0):
+        raise Unsupported(f"config.json: rope_scaling out of range: {dict(scaling)}")
+    return base, scaled
 
 
-def _read_sdar(raw: Mapping[str, Any]) -> tuple[TransformerConfig, Traits]:
-    config, traits = _read_llama(raw, qk_norm=True, qkv_bias=False, attention="block")
+def _read_sdar(raw: Mapping[str, Any], **settings: Any) -> tuple[TransformerConfig, Traits]:
+    config, traits = _read_llama(raw, attention="block", **settings)
+    size = field(raw, "block_size")
+    if size < 1:
+        raise Unsupported(f"config.json: block_size must be at least 1, got {size}")
     config = dataclasses.replace(config, norm_rounded=False)
-    return config, dataclasses.replace(traits, block_size=field(raw, "block_size"))
+    return config, dataclasses.replace(traits, block_size=size)
 
 
 def _read_llada(raw: Mapping[str, Any]) -> tuple[TransformerConfig, Traits]:
-    # The defaults of the class are not those of the released models, so nothing may be missing.
     refuse(
         raw,
         alibi=False,
@@ -237,21 +259,26 @@ def _read_llada(raw: Mapping[str, Any]) -> tuple[TransformerConfig, Traits]:
         input_emb_norm=False,
         scale_logits=False,
         block_group_size=1,
+        clip_qkv=(),
         rope=True,
         rope_full_precision=True,
-        multi_query_attention=(False,),
+        multi_query_attention=False,
     )
-    for name in ("rope", "block_type", "layer_norm_type", "weight_tying", "activation_type"):
-        field(raw, name, (bool, str)[name in ("block_type", "layer_norm_type", "activation_type")])
-    heads = field(raw, "n_heads")
+    # Defaults of the class are not those of the released models, so these may not be missing.
+    for name in ("activation_type", "block_type", "layer_norm_type"):
+        field(raw, name, str)
+    field(raw, "rope", bool)
+    width, heads = field(raw, "d_model"), field(raw, "n_heads")
     config = TransformerConfig(
         vocab_size=field(raw, "embedding_size", default=field(raw, "vocab_size")),
-        width=field(raw, "d_model"),
+        width=width,
         depth=field(raw, "n_layers"),
         num_heads=heads,
         num_kv_heads=field(raw, "n_kv_heads", default=heads),
         mlp="swiglu",
-        mlp_hidden=field(raw, "mlp_hidden_size"),
+        mlp_hidden=field(
+            raw, "mlp_hidden_size", default=field(raw, "mlp_ratio", default=0) * width
+        ),
         qkv_bias=field(raw, "include_qkv_bias", bool, default=False),
         qk_norm=field(raw, "attention_layer_norm", bool, default=False),
         qk_norm_over="width",
@@ -267,6 +294,11 @@ def _read_llada_moe(raw: Mapping[str, Any]) -> tuple[TransformerConfig, Traits]:
     refuse(raw, hidden_act="silu", attention_bias=False, clip_qkv=(), rope_scaling=())
     depth, heads = field(raw, "num_hidden_layers"), field(raw, "num_attention_heads")
     mixed = field(raw, "moe_layer_freq", list, default=[1] * depth)
+    if len(mixed) != depth or not all(kind in (0, 1) for kind in mixed):
+        raise Unsupported(
+            f"config.json: moe_layer_freq must hold 0 (dense) or 1 for each of {depth} layers, got "
+            f"{mixed}"
+        )
     experts = Experts(
         count=field(raw, "num_experts"),
         per_token=field(raw, "num_experts_per_tok"),
@@ -282,7 +314,7 @@ def _read_llada_moe(raw: Mapping[str, Any]) -> tuple[TransformerConfig, Traits]:
         num_heads=heads,
         num_kv_heads=field(raw, "num_key_value_heads", default=heads),
         mlp="swiglu",
-        mlp_hidden=field(raw, "dense_intermediate_size", default=8),
+        mlp_hidden=field(raw, "dense_intermediate_size", default=0),
         qk_norm=field(raw, "qk_layernorm", bool, default=False),
         norm_eps=field(raw, "rms_norm_eps", float),
         norm_rounded=True,
@@ -292,6 +324,10 @@ def _read_llada_moe(raw: Mapping[str, Any]) -> tuple[TransformerConfig, Traits]:
         experts=experts,
     )
     return config, _traits(raw, config)
+
+
+def _tied_head(c: TransformerConfig, names: Mapping[str, str]) -> dict[str, str]:
+    return {names["head"]: names["embedding"]} if c.tie_embeddings else {}
 
 
 def _family(
@@ -308,26 +344,35 @@ def _family(
         model=Transformer,
         leaves=functools.partial(parameter_leaves, names=names),
         logits=logits,
-        # A tied head may be stored nevertheless; rotary frequencies are recomputed.
-        ignored=r".*rotary_emb\.inv_freq",
+        ignored=r".*rotary_emb\.inv_freq",  # recomputed
+        copies=functools.partial(_tied_head, names=names),
     )
 
 
-_QWEN3 = {"qk_norm": True, "qkv_bias": False}
-_QWEN2 = {"qk_norm": False, "qkv_bias": True}
-_PLAIN = {"qk_norm": False, "qkv_bias": False}
+_WINDOW = {"window": "use_sliding_window"}
+_QWEN3, _QWEN2, _PLAIN = (
+    {"qk_norm": qk_norm, "qkv_bias": qkv_bias}
+    for qk_norm, qkv_bias in ((True, False), (False, True), (False, False))
+)
 _BOTH_WAYS, _CAUSAL = {"attention": "bidirectional"}, {"attention": "causal"}
 
 FAMILIES: tuple[Family, ...] = (
     _family("a2d-qwen3", "A2DQwen3LMHeadModel", _read_llama, **_QWEN3, **_BOTH_WAYS),
     _family("a2d-qwen2", "A2DQwen2LMHeadModel", _read_llama, **_QWEN2, **_BOTH_WAYS),
     _family("a2d-llama", "A2DLlamaLMHeadModel", _read_llama, **_PLAIN, **_BOTH_WAYS),
-    _family("qwen3", "Qwen3ForCausalLM", _read_llama, **_QWEN3, **_CAUSAL),
-    _family("qwen2", "Qwen2ForCausalLM", _read_llama, **_QWEN2, **_CAUSAL),
+    _family("qwen3", "Qwen3ForCausalLM", _read_llama, **_QWEN3, **_CAUSAL, **_WINDOW),
+    _family("qwen2", "Qwen2ForCausalLM", _read_llama, **_QWEN2, **_CAUSAL, **_WINDOW),
     _family("llama", "LlamaForCausalLM", _read_llama, **_PLAIN, **_CAUSAL),
-    _family("mistral", "MistralForCausalLM", _read_llama, **_PLAIN, **_CAUSAL),
-    _family("dream", "DreamModel", _read_llama, **_QWEN2, **_BOTH_WAYS, shift=True),
-    _family("sdar", "SDARForCausalLM", _read_sdar),
+    _family(
+        "mistral",
+        "MistralForCausalLM",
+        _read_llama,
+        **_PLAIN,
+        **_CAUSAL,
+        window="sliding_window",
+    ),
+    _family("dream", "DreamModel", _read_llama, **_QWEN2, **_BOTH_WAYS, **_WINDOW, shift=True),
+    _family("sdar", "SDARForCausalLM", _read_sdar, **_QWEN3, **_WINDOW),
     _family("llada", "LLaDAModelLM", _read_llada, _LLADA),
     _family("llada-moe", "LLaDAMoEModelLM", _read_llada_moe),
 )
