@@ -26,7 +26,7 @@ REQUIRED = [
     "tqdm>=4.66",
 ]
 DIGITS = ["scikit-learn>=1.5"]
-HUB = ["jinja2>=3.1", "safetensors>=0.5"]
+HUB = ["jinja2>=3.1"]
 DEV = [
     *DIGITS,
     *HUB,
@@ -36,6 +36,7 @@ DEV = [
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    "safetensors>=0.5",  # reads what mdm_jax.hub wrote
     "setuptools>=70.1",  # builds wheels by itself
 ]
 NOTEBOOKS = [*DIGITS, "ipykernel>=6.29", "nbclient>=0.10"]

@@ -11,6 +11,7 @@ runs.
 """
 
 import argparse
+import functools
 import pathlib
 import re
 import shutil
@@ -137,13 +138,18 @@ def convert(
             raise error if named else ValueError(f"{path}: {error}") from error
     tensors = without_twins(tensors.items())
     target.mkdir(parents=True)
-    sizes = {name: value.numel() * value.element_size() for name, value in tensors.items()}
-    made = {name: lambda value=value: as_numpy(value) for name, value in sorted(tensors.items())}
-    files.write_tensors(target, made, sizes, max_shard_size)
+    made = {
+        name: files.Tensor(
+            tuple(value.shape),
+            str(value.dtype).removeprefix("torch."),
+            functools.partial(as_numpy, value),
+        )
+        for name, value in sorted(tensors.items())
+    }
+    files.write_tensors(target, made, max_shard_size)
     shutil.copyfile(config, target / "config.json")
     if source.is_dir():
         files.copy_side_files(source, target)
-        (target / _BIN_INDEX).unlink(missing_ok=True)
     return list(made)
 
 

@@ -5,6 +5,8 @@ refused. The reader and the writer are our own (the format is a JSON header and 
 those of the package ``safetensors`` hold a whole file in memory.
 """
 
+import concurrent.futures
+import contextlib
 import json
 import math
 import mmap
@@ -36,7 +38,8 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that weights may have."""
 SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.py", "*.md", "LICENSE*", "NOTICE*")
 """What may lie beside the weights: tokenizer, templates, code of the original class."""
-_CHUNK = 2**23  # bytes that are mapped into memory at a time
+_CHUNK = 2**21  # bytes that a thread maps into memory at a time
+_TRANSPOSED = 16  # rows that are transposed at a time, which is faster than many
 _LONGEST_HEADER = 10**8
 
 
@@ -86,14 +89,36 @@ class TensorFiles:
     ) -> None:
         """Copy the part ``index`` of a tensor, transposed or not, and converted to ``out``'s dtype.
 
-        Beside ``out`` at most a few MiB are in memory: pages of the file are given back.
+        Threads map some pages and give them back, so a few MiB are in memory beside ``out``.
         """
+        shape = self.shapes[name]
+        if not shape:
+            with self._mapped(name, 0, 1) as values:
+                out[...] = values[0]
+            return
         target = out.T if transpose else out
-        for start, rows in self._chunks(name, index[0] if index else None):
-            if index:
-                target[start : start + len(rows)] = rows[(slice(None), *index[1:])]
-            else:
-                target[...] = rows[0]
+        plain = f"u{out.dtype.itemsize}" if out.dtype == self.dtypes[name] else None
+        target = target.view(plain) if plain else target  # NumPy copies its own dtypes faster
+        first, stop, _ = index[0].indices(shape[0])
+
+        def copy(start: int) -> None:
+            with self._mapped(name, start, min(rows, stop - start)) as values:
+                part = values[(slice(None), *index[1:])]
+                part = part.view(plain) if plain else part
+                step = _TRANSPOSED if transpose else rows
+                for at in range(0, len(part), step):
+                    some = part[at : at + step]
+                    target[start - first + at :][: len(some)] = some
+
+        rows = self._rows_of_chunk(name)
+        starts = range(first, stop, rows)
+        if len(starts) < 4:
+            for start in starts:
+                copy(start)
+            return
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(copy, starts):
+                pass
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor."""
@@ -103,25 +128,31 @@ class TensorFiles:
 
     def are_equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same to the bit."""
-        kinds = [(self.shapes[name], self.dtypes[name]) for name in (one, other)]
-        pairs = zip(self._chunks(one), self._chunks(other))
-        return kinds[0] == kinds[1] and all(a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs)
+        if (self.shapes[one], self.dtypes[one]) != (self.shapes[other], self.dtypes[other]):
+            return False
+        rows, count = self._rows_of_chunk(one), (self.shapes[one] or (1,))[0]
+        for start in range(0, count, rows):
+            some = min(rows, count - start)
+            with self._mapped(one, start, some) as a, self._mapped(other, start, some) as b:
+                if a.tobytes() != b.tobytes():
+                    return False
+        return True
 
-    def _chunks(self, name: str, rows: slice | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first row, from 0, mapped rows) of a tensor in turn; a scalar is a row."""
-        shape, dtype = self.shapes[name] or (1,), np.dtype(self.dtypes[name])
-        first, stop, _ = (slice(None) if rows is None else rows).indices(shape[0])
-        size = math.prod(shape[1:])
-        step = max(1, _CHUNK // max(1, size * dtype.itemsize))
-        mapped = self._maps[self.file_of[name]]
-        for row in range(first, stop, step):
-            count = min(step, stop - row)
-            start = self._starts[name] + row * size * dtype.itemsize
-            values = np.frombuffer(mapped, dtype, count * size, start)
-            yield row - first, values.reshape(count, *shape[1:])
-            page = start - start % mmap.PAGESIZE
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED, page, start + values.nbytes - page)
+    def _rows_of_chunk(self, name: str) -> int:
+        size = math.prod(self.shapes[name][1:]) * np.dtype(self.dtypes[name]).itemsize
+        return max(1, _CHUNK // max(1, size))
+
+    @contextlib.contextmanager
+    def _mapped(self, name: str, row: int, count: int) -> Iterator[np.ndarray]:
+        """Rows of a tensor in the mapped file, whose pages are given back; a scalar is a row."""
+        inner, dtype = self.shapes[name][1:], np.dtype(self.dtypes[name])
+        size, mapped = math.prod(inner), self._maps[self.file_of[name]]
+        start = self._starts[name] + row * size * dtype.itemsize
+        values = np.frombuffer(mapped, dtype, count * size, start)
+        yield values.reshape(count, *inner)
+        page = start - start % mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, page, start + values.nbytes - page)
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> shard by the index; empty if a single file holds everything."""
