@@ -227,9 +227,9 @@ def test_meshes_of_one_line_that_do_not_fit(tmp_path, monkeypatch, capsys, text,
 
 
 def test_a_mesh_in_one_line():
-    from mdm_jax.launch.command_line import _expand_mesh
+    from mdm_jax.launch.command_line import _expand
 
-    assert _expand_mesh(["x", "--config.mesh=data=-1, fsdp=4,tensor=2", "--a"]) == [
+    assert _expand(["x", "--config.mesh=data=-1, fsdp=4,tensor=2", "--a"]) == [
         "x",
         "--config.mesh.data=-1",
         "--config.mesh.fsdp=4",
