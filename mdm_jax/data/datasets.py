@@ -46,7 +46,8 @@ class Dataset:
     Attributes:
         train, valid, test: rows to learn from, choose by, report on; the last two may be empty.
         tokenizer, event_shape: None for images; shape of a picture, product L, None for text.
-        vocab_size, mask_id: K, ids lie in [0, K); and K - 1, which no clean row holds.
+        vocab_size, mask_id: K, ids lie in [0, K); and the one that no clean row holds, K - 1 but
+            for tokenizers that say otherwise.
         absent_ids: ids besides the mask that no eligible position holds; samplers leave them out.
         length, unit: L, elements of a row; unit of ``Batch.units`` and of likelihood.
         fingerprint: SHA-256 of the content and of every setting that changes the rows.
@@ -75,14 +76,12 @@ class Dataset:
     def __post_init__(self):
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
-        if self.mask_id != self.vocab_size - 1:
+        codec, own = self.tokenizer, (self.vocab_size, self.mask_id)
+        wanted = (codec.vocab_size, codec.mask_id) if codec else (own[0], own[0] - 1)
+        if own != wanted:
             raise ValueError(
-                f"mask_id must be the last id, {self.vocab_size - 1}, got {self.mask_id}"
-            )
-        if self.tokenizer is not None and self.tokenizer.vocab_size != self.vocab_size:
-            raise ValueError(
-                f"vocab_size {self.vocab_size} differs from the tokenizer's "
-                f"{self.tokenizer.vocab_size}"
+                f"vocab_size and mask_id must be "
+                f"{'those of the tokenizer' if codec else 'K and the last id'}, {wanted}, got {own}"
             )
         if self.unit not in ("character", "dimension"):
             raise ValueError(f"unit must be 'character' or 'dimension', got {self.unit!r}")
@@ -112,15 +111,18 @@ def make_dataset(
         digest, settings: for the fingerprint: SHA-256 of the content, and JSON values that change
             the rows.
         headline, policy: for the description: first line; what was cut, padded or left out.
-        report, vocab_size: counts, nonzero ones are described too; None: the tokenizer's.
+        report, vocab_size: counts, nonzero ones are described too; None: the tokenizer's. Without
+            a tokenizer the last id is the mask.
         has_eos: whether rows hold EOS; without it, as without padding, samplers do not write it.
     """
     fingerprint = hashlib.sha256(digest + json.dumps(settings, sort_keys=True).encode("utf-8"))
     lines = [headline, policy]
     absent_ids: tuple[int, ...] = ()
+    mask_id = vocab_size - 1 if tokenizer is None else tokenizer.mask_id
     if tokenizer is not None:
-        vocab_size = tokenizer.vocab_size
-        absent_ids = (tokenizer.pad_id,) + (() if has_eos else (tokenizer.eos_id,))
+        vocab_size, eos_id = tokenizer.vocab_size, tokenizer.eos_id
+        absent = (tokenizer.pad_id, eos_id, *tokenizer.unused_ids)
+        absent_ids = tuple(i for i in dict.fromkeys(absent) if not (has_eos and i == eos_id))
         lines.insert(
             1, f"Tokenizer: {tokenizer.kind}, {vocab_size} ids with padding, EOS and mask."
         )
@@ -129,7 +131,7 @@ def make_dataset(
         **rows,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        mask_id=vocab_size - 1,
+        mask_id=mask_id,
         length=length,
         unit="dimension" if tokenizer is None else "character",
         event_shape=event_shape,

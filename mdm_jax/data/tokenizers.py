@@ -1,6 +1,7 @@
 """Tokenizers: characters, bytes, and byte-level BPE through the ``tokenizers`` package.
 
 Content ids come first; the last three are padding, EOS and mask, never returned by ``encode``.
+Those of ``mdm_jax.hub`` have them where their files say (:class:`SpecialIds`).
 """
 
 import abc
@@ -29,6 +30,14 @@ _CONTROL = re.compile(
 )
 
 
+class SpecialIds(NamedTuple):
+    """Ids of padding, end of text and mask; the first two may be the same."""
+
+    pad: int
+    eos: int
+    mask: int
+
+
 class Tokenizer(abc.ABC):
     """Base of all tokenizers; ``kind`` is the name under which one is saved.
 
@@ -36,28 +45,35 @@ class Tokenizer(abc.ABC):
         character_counts: [K] int32, characters of text that each id stands for; one spread over
             several ids counts at its first one.
         unknown_id: id of characters outside the vocabulary, None where every text can be encoded.
+        unused_ids: ids in [0, K) that stand for nothing, rows of a model beyond its tokens.
     """
 
     kind: ClassVar[str]
     character_counts: np.ndarray
     unknown_id: int | None = None
+    unused_ids: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
-        """K, the three special ids included."""
+        """K, special ids included."""
         return len(self.character_counts)
 
     @property
+    def special_ids(self) -> SpecialIds:
+        """The last three unless a tokenizer says otherwise."""
+        return SpecialIds(*range(self.vocab_size - NUM_SPECIAL, self.vocab_size))
+
+    @property
     def pad_id(self) -> int:
-        return self.vocab_size - 3
+        return self.special_ids.pad
 
     @property
     def eos_id(self) -> int:
-        return self.vocab_size - 2
+        return self.special_ids.eos
 
     @property
     def mask_id(self) -> int:
-        return self.vocab_size - 1
+        return self.special_ids.mask
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -78,17 +94,17 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: ArrayLike, mask_text: str = "▁", eos_text: str = "␃") -> str:
         """Text of ``ids`` [n]; each mask becomes ``mask_text``, padding becomes nothing.
 
-        An EOS before anything else becomes ``eos_text``, at the end nothing. Invalid UTF-8 becomes
-        U+FFFD. Raises ValueError for an id outside [0, K).
+        An EOS before anything else becomes ``eos_text``, at the end nothing; padding that is EOS
+        counts as EOS. Invalid UTF-8 becomes U+FFFD. Raises ValueError for an id outside [0, K).
         """
-        ids = self._checked(ids).reshape(-1)
-        ids = ids[ids != self.pad_id]
-        others = np.flatnonzero(ids != self.eos_id)
+        ids, (pad, eos, mask) = self._checked(ids).reshape(-1), self.special_ids
+        ids = ids[(ids != pad) | (ids == eos)]
+        others = np.flatnonzero(ids != eos)
         ids = ids[: others[-1] + 1 if len(others) else 0]
-        first, *pieces = np.split(ids, np.flatnonzero(ids >= self.pad_id))
+        first, *pieces = np.split(ids, np.flatnonzero((ids == eos) | (ids == mask)))
         texts = [self._decode_content(first)]
         for special, *content in pieces:
-            texts.append(mask_text if special == self.mask_id else eos_text)
+            texts.append(mask_text if special == mask else eos_text)
             texts.append(self._decode_content(np.asarray(content, ids.dtype)))
         return "".join(texts)
 
@@ -195,7 +211,7 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
 
     def __init__(self):
-        self.character_counts = _counts_table([_count_lead_bytes(bytes([b])) for b in range(256)])
+        self.character_counts = _counts_table([count_lead_bytes(bytes([b])) for b in range(256)])
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
@@ -240,7 +256,7 @@ class BPETokenizer(Tokenizer):
         special_tokens: SpecialTokens = DEFAULT_SPECIAL_TOKENS,
         origin: str = "the given JSON",
     ):
-        tokenizers = _import_tokenizers()
+        tokenizers = import_tokenizers()
         try:
             model = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the package raises bare Exception
@@ -261,7 +277,7 @@ class BPETokenizer(Tokenizer):
         self._from_file = np.empty(size, np.int32)
         self._from_file[content + special_ids] = np.arange(size)
         self._token_bytes = self._read_token_bytes(content, added, origin)
-        self.character_counts = _counts_table([_count_lead_bytes(b) for b in self._token_bytes])
+        self.character_counts = _counts_table([count_lead_bytes(b) for b in self._token_bytes])
         for probe in (_PROBE, f" {_PROBE} "):
             if (decoded := self.decode(self.encode(probe))) != probe:
                 raise ValueError(
@@ -283,7 +299,7 @@ class BPETokenizer(Tokenizer):
                 f"vocab_size must be at least {smallest} (256 bytes, {NUM_SPECIAL} special "
                 f"tokens), got {vocab_size}"
             )
-        tokenizers = _import_tokenizers()
+        tokenizers = import_tokenizers()
         splitters = tokenizers.pre_tokenizers
         digits = splitters.Digits(individual_digits=True)
         byte_level = splitters.ByteLevel(add_prefix_space=False)
@@ -346,7 +362,7 @@ class BPETokenizer(Tokenizer):
     def _read_token_bytes(
         self, content: Sequence[int], added: dict[int, Any], origin: str
     ) -> list[bytes]:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         table = []
         for i in content:
             if i in added:
@@ -372,7 +388,7 @@ def tokenizer_from_json(text: str, origin: str = "the given JSON") -> Tokenizer:
         payload = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{origin}:{error.lineno}: not a tokenizer, {error}") from error
-    kinds = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
+    kinds = {cls.kind: cls for cls in Tokenizer.__subclasses__() if hasattr(cls, "kind")}
     if isinstance(payload, dict) and "kind" not in payload and "model" in payload:
         return BPETokenizer(text, origin=origin)
     kind = payload.get("kind") if isinstance(payload, dict) else None
@@ -380,6 +396,8 @@ def tokenizer_from_json(text: str, origin: str = "the given JSON") -> Tokenizer:
         raise ValueError(
             f"{origin}: not a tokenizer; expected an object with 'kind' in {sorted(kinds)}, or a "
             f"tokenizers JSON with 'model', got kind {kind!r}"
+            + "; import mdm_jax.hub, which has that kind, first"
+            * (kind == "hub")
         )
     return kinds[kind]._from_settings(payload, origin)
 
@@ -447,7 +465,8 @@ def utf8(text: str) -> bytes:
         ) from error
 
 
-def _count_lead_bytes(data: bytes) -> int:
+def count_lead_bytes(data: bytes) -> int:
+    """Characters that begin in some UTF-8 bytes."""
     return sum((byte & 0xC0) != 0x80 for byte in data)
 
 
@@ -462,19 +481,20 @@ def _counts_table(content: list[int]) -> np.ndarray:
     return table
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Byte by its character in byte-level tokenizers: printable Latin-1, others from U+0100 up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _import_tokenizers():
+def import_tokenizers():
+    """The ``tokenizers`` package; ImportError that says what to do."""
     try:
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            "the BPE tokenizer needs the 'tokenizers' package: pip install tokenizers; the 'char' "
-            "and 'byte' tokenizers need nothing"
+            "tokenizers of other models and 'bpe' need the 'tokenizers' package: pip install "
+            "tokenizers; the 'char' and 'byte' tokenizers need nothing"
         ) from error
     return tokenizers

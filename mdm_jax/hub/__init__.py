@@ -5,4 +5,5 @@ logits = model.logits(input_ids)
 """
 
 from mdm_jax.hub.family import Family, Traits, Unsupported
-from mdm_jax.hub.model import HubModel, bidirectional, load, save
+from mdm_jax.hub.model import HubModel, bidirectional, load, save, with_mask_row
+from mdm_jax.hub.tokenizer import HubTokenizer

@@ -24,7 +24,7 @@ class Traits:
 
     Attributes:
         vocab_size: K, width of the logits; the tokenizer may know fewer.
-        mask_id, eos_id, pad_id, bos_id: token ids, None where config.json does not say.
+        mask_id, eos_id, pad_id, bos_id: token ids, None where no file says.
         attention: "bidirectional", "causal", or "block" of ``block_size``.
         shift: logits at i - 1 predict token i; position 0 keeps its own.
         time_conditioning: the noise level is an input.

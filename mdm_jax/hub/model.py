@@ -10,7 +10,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,8 @@ import numpy as np
 from mdm_jax import distributed, sharding
 from mdm_jax.hub import dit, files, leaves, transformers
 from mdm_jax.hub.family import Family, Traits, Unsupported, find_family, refuse
+from mdm_jax.hub.tokenizer import MASK_TOKEN, HubTokenizer, has_tokenizer
+from mdm_jax.models.transformer import TransformerConfig
 from mdm_jax.types import Array, PyTree
 
 FAMILIES: tuple[Family, ...] = (*transformers.FAMILIES, *dit.FAMILIES)
@@ -36,6 +38,7 @@ class HubModel:
         config, model: of the linen module, and the module.
         traits, family: how it is used; its layout.
         params: {"params": ...}, jax.Arrays.
+        tokenizer: None where the directory has none.
     """
 
     directory: pathlib.Path
@@ -45,6 +48,7 @@ class HubModel:
     traits: Traits
     family: Family
     params: PyTree
+    tokenizer: HubTokenizer | None = None
 
     def logits(self, input_ids: Any, attention_mask: Any | None = None, **inputs: Any) -> Array:
         """[N, L, K] float32, exactly those of the original class, before any shift.
@@ -66,6 +70,7 @@ def load(
     dtype: str | np.dtype | None = None,
     param_dtype: str | np.dtype | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    tokenizer: HubTokenizer | bool = True,
     **settings: Any,
 ) -> HubModel:
     """Read a directory in the layout of Hugging Face.
@@ -78,6 +83,9 @@ def load(
             ``dtype``.
         mesh: parameters are sharded over it (``sharding.make_mesh``), each read where it belongs;
             None: one device. A warning names what it does not divide.
+        tokenizer: one to use instead of the directory's, :meth:`HubTokenizer.read`; False: none.
+            Causal and A2D models without a mask token get one at the first free id, as in dllm; a
+            warning where that has no row (:func:`with_mask_row`).
         settings: of the module's config that do not change its numbers: ``attention``, ``remat``,
             ``scan_layers``.
 
@@ -107,7 +115,13 @@ def load(
     abstract = abstract_params(family, model, mesh)
     found = family.leaves(config)
     params = leaves.load_params(tensors, found, abstract, family.ignored, family.copies(config))
-    return HubModel(directory, raw, config, model, traits, family, params)
+    codec = _tokenizer(directory, family, traits) if tokenizer is True else tokenizer or None
+    if codec is not None:
+        ids = codec.special_ids._asdict() | {"bos": codec.bos_id}
+        ids = {f"{role}_id": i for role, i in ids.items()}
+        missing = {name: i for name, i in ids.items() if getattr(traits, name) is None}
+        traits = dataclasses.replace(traits, **missing)
+    return HubModel(directory, raw, config, model, traits, family, params, codec)
 
 
 def save(
@@ -165,6 +179,8 @@ def save(
         (target / "config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8"
         )
+        if model.tokenizer is not None and model.tokenizer.mask_added:
+            model.tokenizer.write(target, model.directory)
         files.copy_side_files(model.directory, target)
         target.replace(directory)  # an empty directory of this name gives way
     return directory
@@ -186,7 +202,71 @@ def bidirectional(model: HubModel) -> HubModel:
     raw = {**model.raw_config, "architectures": list(family.architectures)}
     raw["model_type"] = family.name
     traits = dataclasses.replace(model.traits, attention="bidirectional")
-    return dataclasses.replace(model, raw_config=raw, traits=traits, family=family)
+    codec = model.tokenizer
+    if codec is not None:
+        codec = codec.replaced(chat_options=codec.chat_options | _chat_options(family))
+    return dataclasses.replace(model, raw_config=raw, traits=traits, family=family, tokenizer=codec)
+
+
+def with_mask_row(
+    model: HubModel, init: Literal["mean", "normal"] = "mean", *, key: Array | None = None
+) -> HubModel:
+    """The model with a row for the mask token of its tokenizer, where a causal one begins training.
+
+    The row of the embedding, and of the head where it has its own, is the mean of the rows of all
+    other tokens (as transformers resizes embeddings), or with "normal" drawn by ``key`` with the
+    standard deviation ``initializer_range`` of config.json (0.02 if it has none). Where the id lies
+    beyond the rows these grow to a multiple of 64, so that meshes divide them, all new ones alike.
+    config.json gets ``mask_token_id`` and the new size. Logits of other tokens do not change.
+
+    ValueError for a body other than ``models.Transformer``, no tokenizer, or "normal" without key.
+    """
+    codec, config = model.tokenizer, model.config
+    if codec is None or not isinstance(config, TransformerConfig):
+        raise ValueError(
+            f"{model.directory}: a mask row needs a tokenizer and a transformer; this model is of "
+            f"family {model.family.name}, its tokenizer {codec}"
+        )
+    if init not in ("mean", "normal") or (init == "normal" and key is None):
+        raise ValueError(f"init must be 'mean', or 'normal' with a key; got {init!r} and {key}")
+    old, rows = config.vocab_size, config.vocab_size
+    if codec.vocab_size > old:
+        rows = -(-codec.vocab_size // 64) * 64
+    used = ~np.isin(np.arange(old), (codec.mask_id, *codec.unused_ids))
+    fresh = np.append(np.arange(old) == codec.mask_id, np.ones(rows - old, bool))
+    std = model.raw_config.get("initializer_range", 0.02)
+
+    def grown(table: Array, axis: int, own: Array | None) -> Array:
+        @functools.partial(jax.jit, out_shardings=table.sharding)
+        def make(table: Array) -> Array:
+            values = jnp.moveaxis(table, axis, 0).astype(jnp.float32)
+            shape = (rows, values.shape[1])
+            if init == "mean":
+                filler = jnp.broadcast_to(jnp.mean(values, axis=0, where=used[:, None]), shape)
+            else:
+                filler = std * jax.random.normal(own, shape)
+            values = jnp.pad(values, ((0, rows - old), (0, 0)))
+            values = jnp.where(fresh[:, None], filler, values)
+            return jnp.moveaxis(values, 0, axis).astype(table.dtype)
+
+        return make(table)
+
+    keys = (None, None) if key is None else jax.random.split(key)
+    params = dict(model.params["params"])
+    params["embedding"] = grown(params["embedding"], 0, keys[0])
+    if not config.tie_embeddings:
+        params["head"] = {"kernel": grown(params["head"]["kernel"], 1, keys[1])}
+    size = "embedding_size" if model.raw_config.get("embedding_size") else "vocab_size"
+    config = dataclasses.replace(config, vocab_size=rows)
+    return dataclasses.replace(
+        model,
+        raw_config={**model.raw_config, size: rows, "mask_token_id": codec.mask_id},
+        config=config,
+        model=model.family.model(config),
+        traits=dataclasses.replace(model.traits, vocab_size=rows, mask_id=codec.mask_id),
+        params={**model.params, "params": params},
+        tokenizer=codec.replaced(vocab_size=rows),
+    )
 
 
 def resolve(source: str | os.PathLike) -> pathlib.Path:
@@ -232,6 +312,33 @@ def abstract_params(family: Family, model: nn.Module, mesh: jax.sharding.Mesh | 
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     return jax.tree.map(abstract, nn.meta.unbox(jax.eval_shape(init)))
+
+
+def _tokenizer(directory: pathlib.Path, family: Family, traits: Traits) -> HubTokenizer | None:
+    if not has_tokenizer(directory):
+        return None
+    adapted = family.name.startswith("a2d")
+    try:
+        codec = HubTokenizer.read(
+            directory,
+            vocab_size=traits.vocab_size,
+            mask_token=MASK_TOKEN if adapted or traits.attention == "causal" else None,
+            chat_options=_chat_options(family),
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}. To load the model without: tokenizer=False") from error
+    if codec.vocab_size > traits.vocab_size:
+        warnings.warn(
+            f"{directory}: the tokenizer has {codec.num_tokens} tokens (mask token {codec.mask_id}"
+            f"), the model {traits.vocab_size} rows; hub.with_mask_row adds the others",
+            stacklevel=3,
+        )
+    return codec
+
+
+def _chat_options(family: Family) -> dict[str, Any]:
+    """As dllm prompts Qwen; templates that do not know it ignore it."""
+    return {"enable_thinking": False} if family.name.startswith("a2d-qwen") else {}
 
 
 def _dtype_of(tensors: files.TensorFiles) -> str:

@@ -171,8 +171,8 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
 
 
 def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
-    """Uniform-token diffusion over all ids but the mask token, which is the last one."""
-    num_tokens, c = dataset.vocab_size - 1, config.sample
+    """Uniform-token diffusion over all ids but the mask token, which must be the last one."""
+    num_tokens, c = _ids_before_mask(dataset, "process=uniform"), config.sample
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
     model = models.Transformer(network(dataset.vocab_size, **config.model))
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
@@ -288,10 +288,22 @@ def _corruption(
     return factory(dataset.mask_id, **own)
 
 
+def _ids_before_mask(dataset: data.Dataset, reader: str) -> int:
+    """How many real ids there are; ValueError if the mask token is not the last id."""
+    if dataset.mask_id != dataset.vocab_size - 1:
+        raise ValueError(
+            f"{reader} needs a tokenizer whose mask token is the last of its {dataset.vocab_size} "
+            f"ids, this one has id {dataset.mask_id}; choose process=masked or block without "
+            "model.self_conditioning, or data.tokenizer=bpe"
+        )
+    return dataset.vocab_size - 1
+
+
 def _finished(config: ConfigDict, dataset: data.Dataset, bound: Objective) -> Objective:
     """A bound with the configured weighting and self-conditioning."""
     if config.model.self_conditioning:
-        bound = objectives.self_conditioned(bound, dataset.vocab_size - 1)
+        ids = _ids_before_mask(dataset, "model.self_conditioning")
+        bound = objectives.self_conditioned(bound, ids)
     name = config.weighting.name
     if not name:
         return bound

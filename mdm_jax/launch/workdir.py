@@ -16,6 +16,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
+import mdm_jax.hub.tokenizer  # noqa: F401  so that runs with such a tokenizer can be read
 from mdm_jax import distributed, files
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mdm_jax.files import write_json

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mdm_jax.models.products import product
@@ -124,10 +125,13 @@ def readout_apply(model: Any, chunking: Chunking | None = None) -> Callable[...,
 
 def exclude_token(logits: Array, *ids: int | None) -> Array:
     """float32 logits, those of ``ids`` (None: no token) so low that the probability is zero."""
-    logits = logits.astype(jnp.float32)
-    for token in ids:
-        if token is not None and token < logits.shape[-1]:
-            logits = jnp.where(_is_token(logits, token), jnp.finfo(jnp.float32).min, logits)
+    logits, lowest = logits.astype(jnp.float32), jnp.finfo(jnp.float32).min
+    excluded = [token for token in ids if token is not None and token < logits.shape[-1]]
+    if len(excluded) > 4:  # rows beyond the tokens of a model can be hundreds
+        table = np.isin(np.arange(logits.shape[-1]), excluded)
+        return jnp.where(jnp.broadcast_to(table, logits.shape), lowest, logits)
+    for token in excluded:
+        logits = jnp.where(_is_token(logits, token), lowest, logits)
     return logits
 
 

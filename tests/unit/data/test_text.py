@@ -259,8 +259,9 @@ def test_dataset_refuses_contradictions(write):
     import dataclasses
 
     for change, message in [
-        ({"mask_id": 3}, "last id"),
-        ({"tokenizer": data.ByteTokenizer()}, "differs from the tokenizer"),
+        ({"mask_id": 3}, r"those of the tokenizer, \(16, 15\), got \(16, 3\)"),
+        ({"tokenizer": data.ByteTokenizer()}, r"those of the tokenizer, \(259, 258\)"),
+        ({"tokenizer": None, "mask_id": 3}, "K and the last id"),
         ({"unit": "word"}, "'character' or 'dimension'"),
         ({"event_shape": (3, 3)}, "does not hold 16"),
         ({"length": 0}, "at least 1"),

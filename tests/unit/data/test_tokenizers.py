@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdm_jax import data
-from mdm_jax.data.tokenizers import _byte_alphabet
+from mdm_jax.data.tokenizers import byte_alphabet
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -148,8 +148,8 @@ def test_bpe_refuses_a_vocabulary_without_room_for_bytes():
     assert data.BPETokenizer.train(["abc"], 259).vocab_size == 259
 
 
-def test_byte_alphabet_is_that_of_the_package():
-    alphabet = _byte_alphabet()
+def testbyte_alphabet_is_that_of_the_package():
+    alphabet = byte_alphabet()
     assert sorted(alphabet) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert sorted(alphabet.values()) == list(range(256))
 

@@ -15,6 +15,7 @@ from mdm_jax.models.cross_entropy import (
     Chunking,
     Projection,
     Readout,
+    exclude_token,
     position_losses,
     token_nats,
 )
@@ -101,6 +102,14 @@ def test_the_mask_token_gets_no_probability_and_no_gradient():
     moved, _ = run(features, weights.at[:, MASK].add(3.0), *rest)
     assert value == moved
     assert not np.any(slope[:, MASK]) and np.all(np.any(slope[:, :MASK], axis=0))
+
+
+@pytest.mark.parametrize("ids", [(3,), (3, None, 9, 5), (*range(2, 6), 8, 99, None)])
+def test_any_number_of_tokens_is_excluded(ids):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 9)), jnp.float32)
+    expected = np.array(logits)
+    expected[..., [i for i in ids if i is not None and i < 9]] = np.finfo(np.float32).min
+    np.testing.assert_array_equal(exclude_token(logits, *ids), expected)
 
 
 def test_what_is_not_asked_for_plays_no_part():
