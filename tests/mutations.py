@@ -307,8 +307,8 @@ MUTATIONS = [
     Mutation(
         "time warping: decay of the averages",
         "variance/learned/curves.py",
-        "optax.incremental_update(curves, state.averages, 1.0 - decay)",
-        "optax.incremental_update(curves, state.averages, decay)",
+        "optax.incremental_update(curves, start[1], 1.0 - decay)",
+        "optax.incremental_update(curves, start[1], decay)",
         LEARNING,
     ),
     Mutation(
