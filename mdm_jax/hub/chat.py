@@ -60,7 +60,8 @@ def render_spans(
 ) -> Rendered:
     """:func:`render`, with the places where the assistant speaks."""
     jinja2 = _import_jinja2()
-    values = _plain({**variables, "messages": list(messages)})
+    # Templates ask whether tools are none, which what is undefined is not.
+    values = _plain({"tools": None, "documents": None, **variables, "messages": list(messages)})
     for number, message in enumerate(values["messages"]):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(

@@ -21,6 +21,7 @@ from mdm_jax.data.tokenizers import (
 from mdm_jax.hub import chat, files
 
 MASK_TOKEN = "<|mask|>"  # of those that are added, as in dllm
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # How Qwen2 and its kin cut text, for directories that have vocab.json and merges.txt alone.
 _QWEN2 = (
@@ -362,14 +363,15 @@ def _find_tokenizer(directory: pathlib.Path, settings: Mapping[str, Any]) -> tup
 def _add_stated(model: Any, settings: Mapping[str, Any], directory: pathlib.Path) -> None:
     """Add tokens that tokenizer_config.json or added_tokens.json states beyond tokenizer.json."""
     decoder = settings.get("added_tokens_decoder", {})
-    stated = {
-        i: (token, True) for token, i in _optional_json(directory / "added_tokens.json").items()
-    }
-    stated |= {int(i): (v["content"], v.get("special", True)) for i, v in decoder.items()}
-    for i, (token, special) in sorted(stated.items()):
+    listed = _optional_json(directory / "added_tokens.json")
+    stated = {i: {"content": token, "special": True} for token, i in listed.items()}
+    stated |= {int(i): properties for i, properties in decoder.items()}
+    for i, properties in sorted(stated.items()):
         if model.id_to_token(i) is not None:  # tokenizer.json wins
             continue
-        added = import_tokenizers().AddedToken(token, special=special, normalized=False)
+        token, special = properties["content"], properties.get("special", False)
+        flags = {k: properties.get(k, False) for k in _FLAGS}
+        added = import_tokenizers().AddedToken(token, special=special, **flags)
         (model.add_special_tokens if special else model.add_tokens)([added])
         if model.token_to_id(token) != i:
             raise ValueError(

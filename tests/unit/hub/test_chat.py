@@ -35,6 +35,13 @@ def test_templates_use_what_transformers_gives_them():
     )
 
 
+def test_tools_and_documents_are_none_unless_given():
+    """As in transformers; what is undefined would not be none."""
+    template = "{{ tools is none }}{{ documents is none }}{{ other is none }}"
+    assert chat.render(template, MESSAGES) == "TrueTrueFalse"
+    assert chat.render(template, MESSAGES, tools=[]) == "FalseTrueFalse"
+
+
 def test_spans_are_what_the_assistant_says():
     template = (
         "{% for m in messages %}[{{ m.role }}]"

@@ -128,11 +128,11 @@ def test_ids_of_the_config_win_over_strings(tmp_path):
 
 def test_tokens_that_the_config_states_are_added(tmp_path):
     stated = json.loads((QWEN / "tokenizer_config.json").read_text("utf-8"))["added_tokens_decoder"]
-    token = {**stated["293"], "content": "<|extra|>"}
+    token = {**stated["293"], "content": "<|extra|>", "rstrip": True}
     directory = copied(
         QWEN, tmp_path, tokenizer_config={"added_tokens_decoder": {**stated, "294": token}}
     )
-    assert HubTokenizer.read(directory).encode("<|extra|>", special=True).tolist() == [294]
+    assert HubTokenizer.read(directory).encode("<|extra|>  ", special=True).tolist() == [294]
     (tmp_path / "other").mkdir()
     gap = {"added_tokens_decoder": {**stated, "299": token}}
     with pytest.raises(ValueError, match="'<|extra|>' is stated to have id 299, but has 294"):
