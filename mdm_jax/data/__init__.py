@@ -1,9 +1,9 @@
 """Data sources, tokenizers and batch pipelines."""
 
-from mdm_jax.data.datasets import Dataset, RowSource, gather
+from mdm_jax.data.datasets import Dataset, PairLayout, RowSource, gather
 from mdm_jax.data.images import digits
 from mdm_jax.data.packing import check_document_blocks, first_fit, unpacked
-from mdm_jax.data.pairs import PairLayout, jsonl
+from mdm_jax.data.pairs import jsonl
 from mdm_jax.data.pipeline import (
     check_same_stream,
     evaluation_batches,

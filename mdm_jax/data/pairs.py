@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mdm_jax.checks import checked
 from mdm_jax.data.datasets import (
     Dataset,
     Fractions,
     Length,
+    PairLayout,
     StoredRows,
     VocabSize,
     make_dataset,
@@ -60,86 +60,6 @@ class ResultAfterMarker:
         if prompt not in self.results:
             raise ValueError(f"no reference answer to the prompt {prompt!r}")
         return result_after(answer, self.marker) in self.results[prompt]
-
-
-@dataclasses.dataclass(frozen=True)
-class PairLayout:
-    """Rows ``[PAD ... prompt][answer ...]``: where pairs stand, to train, to score and to answer.
-
-    The prompt is right-aligned and never eligible, its padding not attended to. After the answer,
-    which includes its EOS: "eos_scored", more EOS, eligible; "eos_once", EOS, and "pad_hidden",
-    padding, neither eligible nor attended to.
-    """
-
-    prompt_length: int
-    answer_length: int
-    answer_padding: Literal["eos_scored", "eos_once", "pad_hidden"]
-
-    @property
-    def length(self) -> int:
-        """L, positions of a row."""
-        return self.prompt_length + self.answer_length
-
-    def misfit(self, prompt: ArrayLike, answer: ArrayLike) -> str:
-        """Why token ids do not fit; "" if they do."""
-        if len(prompt) <= self.prompt_length and len(answer) <= self.answer_length:
-            return ""
-        return (
-            f"too long, the prompt has {len(prompt)} tokens (prompt_length {self.prompt_length}) "
-            f"and the answer with its EOS {len(answer)} (answer_length {self.answer_length})"
-        )
-
-    def rows(
-        self,
-        prompts: Sequence[ArrayLike],
-        answers: Sequence[ArrayLike],
-        *,
-        pad_id: int,
-        eos_id: int | None = None,
-        units: ArrayLike | None = None,
-    ) -> Batch:
-        """Rows [N, L] of N prompts and N answers, token ids; ValueError if one does not fit.
-
-        ``units``: [N] characters of each answer, None: its eligible tokens. "pad_hidden" does not
-        read ``eos_id``.
-        """
-        shape = (len(prompts), self.length)
-        tokens = np.full(shape, pad_id, np.int32)
-        eligible, documents = np.zeros(shape, bool), np.zeros(shape, np.int32)
-        middle = self.prompt_length
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            if misfit := self.misfit(prompt, answer):
-                raise ValueError(f"pair {row}: {misfit}")
-            begin, end = middle - len(prompt), middle + len(answer)
-            visible_end = self.length if self.answer_padding == "eos_scored" else end
-            tokens[row, begin:middle], tokens[row, middle:end] = prompt, answer
-            if self.answer_padding != "pad_hidden":
-                tokens[row, end:] = eos_id
-            eligible[row, middle:visible_end] = True
-            documents[row, begin:visible_end] = 1
-        units = eligible.sum(1) if units is None else units
-        return Batch(tokens, eligible, documents, np.asarray(units, np.int32))
-
-    def to_answer(self, ids: np.ndarray, codec: Tokenizer) -> Batch:
-        """The row [1, L] of a prompt whose answer is to be generated, masked there.
-
-        ``ids`` [n]: the prompt and, from the first mask on, the answer as far as it is known; under
-        "eos_scored" the rest is masked too. Otherwise rows show where the answer ends: ValueError
-        without a mask, as if something does not fit.
-        """
-        first = np.flatnonzero(np.append(ids, codec.mask_id) == codec.mask_id)[0]
-        prompt, answer = ids[:first], ids[first:]
-        if misfit := self.misfit(prompt, answer):
-            raise ValueError(misfit)
-        if self.answer_padding == "eos_scored":
-            rest = self.answer_length - len(answer)
-            answer = np.append(answer, np.full(rest, codec.mask_id, np.int32))
-        if not len(answer):
-            raise ValueError(
-                f"rows show where the answer ends (answer_padding={self.answer_padding!r}); say so "
-                "by one ▁ after the prompt for each token of the answer and one for its EOS"
-            )
-        return self.rows([prompt], [answer], pad_id=codec.pad_id, eos_id=codec.eos_id)
 
 
 @checked

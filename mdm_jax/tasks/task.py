@@ -16,10 +16,10 @@ from mdm_jax.checks import Whole, checked
 from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
+    PairLayout,
     VectorisedRows,
     make_dataset,
 )
-from mdm_jax.data.pairs import PairLayout
 from mdm_jax.data.tokenizers import CharTokenizer
 from mdm_jax.types import Batch
 
