@@ -4,6 +4,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,8 @@ def as_path(path: str | os.PathLike) -> Path:
     if bad := {*text} & {*("\\[]*?#;\n\r\t" if separator else "\\")}:
         # Separators to TensorStore and Orbax, or patterns to gcsfs: files would go elsewhere.
         raise ValueError(f"{text}: checkpoints cannot be kept below a name with {sorted(bad)}")
+    if not separator and re.search(r"^/(gs|s3|az|hf)(/|$)|/gs:(/|$)", os.path.abspath(text)):
+        raise ValueError(f"{text}: epath takes this name for a bucket; buckets are gs://BUCKET/...")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

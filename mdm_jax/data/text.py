@@ -301,6 +301,8 @@ def _parse(line: str, origin: str, fields: Sequence[str]) -> Record:
         raise ValueError(f"{origin}: not JSON, {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise ValueError(f"{origin}: not usable, the JSON is nested too deeply") from error
+    except ValueError as error:  # of an integer with thousands of digits
+        raise ValueError(f"{origin}: not usable, {error}") from error
     if not isinstance(record, dict):
         raise ValueError(
             f"{origin}: expected a JSON object with {' and '.join(map(repr, fields))}, got "

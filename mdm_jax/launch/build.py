@@ -245,7 +245,7 @@ def dataset(config: ConfigDict) -> data.Dataset:
     # As plain values: two ConfigDicts with the same settings are unequal if one of them is locked.
     defaults = launch_config.get_config().data.to_dict()
     unread = [
-        f"data.{name}={value!r}"
+        f"data.{name}={value!r} (leave it at {defaults[name]!r})"
         for name, value in values.items()
         if name != "kind" and name not in known and value != defaults[name]
     ]

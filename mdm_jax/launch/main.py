@@ -14,7 +14,7 @@ the variant :smoke, of seconds. A finished run has its own config.
 Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
 Own text:   --config.data.source=text --config.data.path=FILE
 Devices:    --config.mesh=data=2,fsdp=4,tensor=1
-Free in every mode: --config.evaluate.*, --config.sample.*, --config.measure.*
+Free in every mode: --config.evaluate.* sample.* spacing.* measure.* mesh.*
 
 Flags:
   --workdir: directory of the run, made if missing
@@ -230,9 +230,9 @@ def _spacing(experiment: Experiment, workdir: files.Path) -> int:
     c, steps = experiment.config.sample, experiment.config.sample.num_steps
     record = spacing.compare(experiment, workdir, show=_print)
     print(f"written to {record['file']}")
-    use = f"mdm sample --workdir={workdir} --steps={steps}"
-    use += " --config.sample.grid=" if c.grid else ""
-    print(f"{use} takes the best of sampler {c.sampler}, {record['best']!r}")
+    line = ["mdm", "sample", f"--workdir={workdir}", f"--steps={steps}"]
+    line += [f"--config.sample.sampler={c.sampler}", *["--config.sample.grid="] * bool(c.grid)]
+    print(f"{shlex.join(line)} takes the best, {record['best']!r}")
     return 0
 
 
@@ -287,7 +287,7 @@ def _command() -> str:
         "mdm": ["mdm"],
         "__main__.py": ["python", "-m", "mdm_jax.launch"],
     }.get(program, ["python", "-m", "experiments.launch"])
-    again = [each for each in _ARGUMENTS[1:] if each.lstrip("-") not in ("restart", "restart=true")]
+    again = [each for each in _ARGUMENTS[1:] if not re.fullmatch("--?restart(=.*)?", each)]
     return shlex.join([*start, *again])
 
 

@@ -34,6 +34,9 @@ HISTORY = (
     "evaluation.json",
     "report.txt",
     "tokenizer.json",
+    "spacing",
+    "quality",
+    "variance",
 )
 """What is set aside when a run starts anew; samples never take the place of older ones."""
 

@@ -39,6 +39,11 @@ class _Damaged(Exception):
     """A checkpoint is not as it was written; the message says in what."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def metrics(self, step: int) -> None:
+        """Nothing: read from all checkpoints at opening, one damaged file would end every mode."""
+
+
 class Store:
     """The checkpoints ``name`` below ``root``, of pytrees saved as ``item``.
 
@@ -59,7 +64,7 @@ class Store:
             create=self._writable,
             cleanup_tmp_directories=self._writable,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = _Manager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints, ascending."""

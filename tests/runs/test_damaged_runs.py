@@ -59,6 +59,11 @@ def start(experiment, monkeypatch):
 # --- histories ----------------------------------------------------------------------------------
 
 
+def _grid(folder):
+    folder.mkdir(exist_ok=True)
+    return folder / "ancestral-4.json"
+
+
 def _damage(run):
     for path in (run / "checkpoints" / "last").rglob("*"):
         if path.is_file():
@@ -77,6 +82,7 @@ def _empty(run):
 def test_a_history_without_a_checkpoint_waits_for_restart(run, start, lose):
     metrics = (run / "metrics.jsonl").read_bytes()
     lose(run)
+    launch_workdir.write_json(_grid(run / "spacing"), {})
     for _ in range(3):
         with pytest.raises((CheckpointError, WorkdirError), match="--restart"):
             start(run)
@@ -85,6 +91,8 @@ def test_a_history_without_a_checkpoint_waits_for_restart(run, start, lose):
     assert (run / "metrics.1.jsonl").read_bytes() == metrics
     assert (run / "metrics.jsonl").read_bytes() == b""
     assert (run / "checkpoints.1").exists() and (run / "tensorboard.1").exists()
+    # A grid that was found for the old parameters is not taken for the new ones.
+    assert not (run / "spacing").exists() and _grid(run / "spacing.1").exists()
     (run / "metrics.jsonl").write_bytes(metrics)
     assert start(run) == 0  # killed before its first save: the same line starts over
     assert start(run, restart=True) == 0 and (run / "tokenizer.2.json").exists()
@@ -103,8 +111,9 @@ def test_killed_before_the_first_save_the_same_line_starts_over(run, start):
 def test_restart_is_for_training_and_not_for_the_line_that_resumes(launch, run, monkeypatch):
     code, _, err = launch(f"--workdir={run}", "--mode=evaluate", "--restart")
     assert code == 2 and "--restart is for --mode=train" in err
-    monkeypatch.setattr(main, "_ARGUMENTS", ["mdm", "train", "--restart", f"--workdir={run}"])
-    assert main._command() == f"mdm train --workdir={run}"
+    for flag in ("--restart", "-restart=1", "--restart=True"):
+        monkeypatch.setattr(main, "_ARGUMENTS", ["mdm", "train", flag, f"--workdir={run}"])
+        assert main._command() == f"mdm train --workdir={run}"
 
 
 # --- damaged files ------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ GOOD = b'{"prompt": "a", "answer": "b"}\n'
         (b'{"prompt": "a", "answer": "\\ud800"}', r"bad\.jsonl:1: field 'answer': .*surrogate"),
         (GOOD + b'{"prompt": "\xff"}', r"bad\.jsonl:2: not UTF-8, byte 0xff at offset 43"),
         (b"[" * 200_000, r"bad\.jsonl:1: not usable, .*nested"),
+        (b'{"n": ' + b"1" * 5000 + b"}", r"bad\.jsonl:1: not usable, .*digits"),
     ],
 )
 def test_malformed_files_name_file_and_line(write, content, message):

@@ -550,6 +550,17 @@ def test_a_damaged_best_is_set_aside_and_the_next_one_takes_its_place(opened, ca
     chex.assert_trees_all_equal(open_again().restore_best(abstract(_state())), _state(5))
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
+def test_damaged_records_of_the_best_do_not_hide_the_last(opened, caplog, content):
+    """Orbax reads files of this name when it opens."""
+    directory, open_again = opened
+    _fill(open_again).save_best(8, _state(8), {"loss": 2.0})
+    (directory / "best" / "8" / "metrics" / "metrics").write_bytes(content)
+    checkpoints = open_again()
+    _assert_holds(checkpoints.restore_last(abstract(_state())), 8)
+    assert checkpoints.best_metrics() is None and "metrics/metrics has" in caplog.text
+
+
 def test_a_best_of_another_shape_does_not_fit(opened):
     _, open_again = opened
     open_again().save_best(3, _state(3), {"loss": 1.0})
@@ -575,11 +586,12 @@ def test_a_directory_of_any_name_keeps_a_run(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["back\\slash", "\udcff", "gs://b/a?b", "s3://bucket/run", "f:///r"]
+    "name",
+    ["back\\slash", "\udcff", "gs://b/a?b", "s3://b/r", "f:///r", "gs:/b/r", "/gs/r", "/s3/r"],
 )
 def test_a_directory_in_which_orbax_would_lose_a_run_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="below a name with|in UTF-8|local directory or in gs://"):
+    with pytest.raises(ValueError, match="below a name with|in UTF-8|local directory or|a bucket"):
         Checkpoints(name)
     assert not list(tmp_path.iterdir())
 
