@@ -116,11 +116,9 @@ class Tokenizer(abc.ABC):
         """How many of ``ids`` (any shape) stand for characters outside the vocabulary."""
         return 0 if self.unknown_id is None else int((np.asarray(ids) == self.unknown_id).sum())
 
-    def unknown_in(self, text: str) -> str:
+    def unknown_in(self, text: str) -> str:  # noqa: ARG002
         """The characters of ``text`` outside the vocabulary, in order."""
-        if self.unknown_id is None:
-            return ""
-        return "".join(text[i] for i in np.flatnonzero(self.encode(text) == self.unknown_id))
+        return ""
 
     def truncate_at_eos(self, ids: ArrayLike) -> np.ndarray:
         """The part of ``ids`` [n] before the first EOS, or all of it."""
@@ -169,7 +167,7 @@ class CharTokenizer(Tokenizer):
             raise ValueError("a character tokenizer needs at least one character, got none")
         if characters != "".join(sorted(set(characters))):
             raise ValueError("characters must be distinct and in code point order")
-        self.characters = characters
+        self.characters, self._known = characters, frozenset(characters)
         self._codes = _code_points(characters)
         self.unknown_id = len(characters)
         self.character_counts = _counts_table([1] * (len(characters) + 1))
@@ -186,6 +184,9 @@ class CharTokenizer(Tokenizer):
         codes = _code_points(text)
         ids = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         return np.where(self._codes[ids] == codes, ids, self.unknown_id).astype(np.int32)
+
+    def unknown_in(self, text: str) -> str:
+        return "".join(c for c in text if c not in self._known)
 
     def _decode_content(self, ids: np.ndarray) -> str:
         table = self.characters + REPLACEMENT
@@ -426,8 +427,7 @@ def make_tokenizer(
     if str(tokenizer).endswith(".json"):
         return load_tokenizer(tokenizer)
     raise ValueError(
-        f"tokenizer must be 'char', 'byte', 'bpe', the path of a .json file or a Tokenizer, got "
-        f"{tokenizer!r}"
+        f"tokenizer must be 'char', 'byte', 'bpe', a .json file or a Tokenizer, got {tokenizer!r}"
     )
 
 
@@ -436,17 +436,14 @@ def describe_unknown(lines: Iterable[tuple[str, str]], codec: Tokenizer, most: i
 
     ``lines`` are texts, each with its ``file:line``; the first ``most`` that have any are named.
     """
-    lines = [] if codec.unknown_id is None else list(lines)
-    if not codec.unknown_in("".join(text for text, _ in lines)):  # as a rule, and far faster
-        return ""
-    pairs = ((origin, codec.unknown_in(text)) for text, origin in lines)
-    found = list(itertools.islice(((o, unknown) for o, unknown in pairs if unknown), most + 1))
+    found = ((origin, unknown) for text, origin in lines if (unknown := codec.unknown_in(text)))
+    found = list(itertools.islice(found, most + 1))
     parts = [
         f"{origin} has {', '.join(f'{c!r} ({n})' for c, n in collections.Counter(unknown).items())}"
         for origin, unknown in found[:most]
     ]
     parts += ["and more lines"] * (len(found) > most)
-    return f" Outside the vocabulary: {'; '.join(parts)}."
+    return f" Outside the vocabulary: {'; '.join(parts)}." if found else ""
 
 
 def printable(text: str) -> str:

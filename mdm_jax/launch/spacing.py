@@ -151,8 +151,9 @@ def stored_generator(
         levels = np.asarray(record["grids"][record["best"]]["levels"], np.float64)
         grids.check_grid(levels)
     except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).removeprefix(f"{path} is damaged: ")
         raise ValueError(
-            f"{path} is damaged ({error}); write it anew with mdm spacing --steps={num_steps}, or "
+            f"{path} is damaged ({reason}); write it anew with mdm spacing --steps={num_steps}, or "
             "name a grid with --config.sample.grid"
         ) from error
     levels = _open(experiment)(levels)
