@@ -21,7 +21,7 @@ from absl import app, flags
 import mdm_jax.hub.files
 from mdm_jax import hub
 
-_DEPTH = flags.DEFINE_integer("depth", 28, "Layers of the model.", lower_bound=1)
+_DEPTH = flags.DEFINE_integer("layers", 28, "Layers of the model.", lower_bound=1)
 _STORED = flags.DEFINE_string("stored", "bfloat16", "dtype of the file.")
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "dtypes to load as.")
 _DEVICES = flags.DEFINE_integer("devices", 1, "Host devices that parameters are sharded over.")
