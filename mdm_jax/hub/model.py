@@ -297,13 +297,24 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
 
 
 def abstract_params(family: Family, model: nn.Module, mesh: jax.sharding.Mesh | None) -> PyTree:
-    """Shapes, dtypes and shardings of the parameters, which are not computed."""
+    """Shapes, dtypes and shardings of the parameters, which are not computed.
+
+    ValueError if the mesh's tensor axis would cut through heads; warnings for what it leaves whole.
+    """
 
     def init() -> PyTree:
         return model.init(jax.random.key(0), *family.example)
 
     if mesh is not None:
-        for message in sharding.kept_whole(init, mesh):
+        sharding.check_num_heads(mesh, model.config.num_heads)
+        kv_heads = getattr(model.config, "kv_heads", model.config.num_heads)
+        messages = sharding.kept_whole(init, mesh)
+        if kv_heads % mesh.shape["tensor"]:
+            messages.append(
+                f"{kv_heads} key-value heads do not divide by tensor={mesh.shape['tensor']}: keys "
+                "and values are whole on every device"
+            )
+        for message in messages:
             warnings.warn(message, stacklevel=3)
         return sharding.abstract_sharded(init, mesh)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

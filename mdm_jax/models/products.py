@@ -80,7 +80,9 @@ def _multiply_on_cpu(left: Array, right: Array, *, dimensions: Dimensions, dtype
     if left.size <= right.size:
         left, last = summed_last(left, left_free, left_sum, left_batch)
         by_left = ((last, right_sum), (batch, right_batch))
-        return _multiply(left, right, dimensions=by_left, dtype=dtype)
+        y = _multiply(left, right, dimensions=by_left, dtype=dtype)
+        # A transpose that the compiler folds into the result has no kernel for narrow operands.
+        return y if dtype.itemsize >= 4 else lax.optimization_barrier(y)
     right, last = summed_last(right, right_free, right_sum, right_batch)
     by_right = ((last, left_sum), (batch, left_batch))
     y = lax.optimization_barrier(_multiply(right, left, dimensions=by_right, dtype=dtype))
