@@ -23,7 +23,9 @@ class AverageOffset(NamedTuple):
 def new_average(params: PyTree, dtype: jnp.dtype = jnp.float32) -> PyTree:
     """The average at step 0; float32, or bfloat16 as an :class:`AverageOffset`, else ValueError."""
     if dtype == jnp.float32:
-        return jax.tree.map(jnp.copy, params)
+        # Of float32 parameters a copy; narrower ones would make it stand still.
+        wide = jax.tree.map(lambda p: jnp.promote_types(p.dtype, jnp.float32), params)
+        return jax.tree.map(lambda p, dtype: jnp.array(p, dtype, copy=True), params, wide)
     if dtype == jnp.bfloat16:
         return AverageOffset(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params))
     raise ValueError(f"averages are kept in float32 or bfloat16, got {jnp.dtype(dtype).name}")
