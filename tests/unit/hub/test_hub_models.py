@@ -76,14 +76,14 @@ BF16 = [name for name in TRANSFORMERS if stated(name)["stored_dtype"] == "bfloat
 
 @pytest.mark.parametrize("name", slow_except({"a2d_qwen3-3", "llada-3"}, BF16))
 def test_bfloat16_is_as_close_as_the_original_in_bfloat16(name):
-    """Within the distance of the original class run in bfloat16, and as a law in nats."""
+    """No further from float32 than the original class run in bfloat16, at most and on average."""
     model = loaded(name, None)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
     found, expected = masked_logits(model, name)
     theirs = reference(name)["logits_bf16"][reference(name)["attention_mask"] == 1]
     distance, allowed = np.abs(found - expected), np.abs(theirs - expected)
-    assert 1e-3 < distance.max() <= 1.5 * allowed.max()
-    assert distance.mean() <= 1.2 * allowed.mean()
+    assert 1e-3 < distance.max() <= allowed.max()
+    assert distance.mean() <= allowed.mean()
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
