@@ -5,5 +5,15 @@ logits = model.logits(input_ids)
 """
 
 from mdm_jax.hub.family import Family, Traits, Unsupported
-from mdm_jax.hub.model import HubModel, bidirectional, load, save, with_mask_row
+from mdm_jax.hub.model import (
+    HubModel,
+    bidirectional,
+    describe,
+    load,
+    of_transformer,
+    outline,
+    resolve,
+    save,
+    with_mask_row,
+)
 from mdm_jax.hub.tokenizer import HubTokenizer

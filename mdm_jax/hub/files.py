@@ -7,6 +7,7 @@ those of the package ``safetensors`` hold a whole file in memory.
 
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import math
 import mmap
@@ -38,6 +39,8 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that weights may have."""
 SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.py", "*.md", "LICENSE*", "NOTICE*")
 """What may lie beside the weights: tokenizer, templates, code of the original class."""
+NOTES = "mdm_jax.json"
+"""Our own file in a directory without weights: where it is from, and dtypes of the tensors."""
 _CHUNK = 2**21  # bytes that a thread maps into memory at a time
 _TRANSPOSED = 16  # rows that are transposed at a time, which is faster than many
 _LONGEST_HEADER = 10**8
@@ -299,6 +302,18 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
 def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy :data:`SIDE_FILES` that ``target`` has not; indices belong to the weights."""
     for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
-        is_index = path.name.endswith(".index.json")
-        if path.is_file() and not is_index and not (target / path.name).exists():
+        own = path.name.endswith(".index.json") or path.name == NOTES
+        if path.is_file() and not own and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
+
+
+def fingerprint(directory: pathlib.Path) -> str:
+    """SHA-256, hexadecimal, of config.json, the tokenizer and the weights, read once."""
+    digest = hashlib.sha256()
+    names = ("config.json", "tokenizer*.json", "*.safetensors")
+    for path in sorted({path for name in names for path in directory.glob(name)}):
+        with path.open("rb") as file:
+            digest.update(
+                f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
+    return digest.hexdigest()

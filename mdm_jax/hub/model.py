@@ -29,16 +29,25 @@ _SETTINGS = ("attention", "remat", "scan_layers")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """Tensors of a directory: dtypes by name, and small ones that are no parameters."""
+
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    buffers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class HubModel:
     """A model with its parameters.
 
     Attributes:
-        directory: where it was read.
+        directory: where it was read; None for one of our own making.
         raw_config: config.json, unknown fields included.
         config, model: of the linen module, and the module.
         traits, family: how it is used; its layout.
-        params: {"params": ...}, jax.Arrays.
+        params: {"params": ...}, jax.Arrays; None where only described.
         tokenizer: None where the directory has none.
+        stored: what the directory holds beside parameters, for saving.
     """
 
     directory: pathlib.Path
@@ -49,6 +58,7 @@ class HubModel:
     family: Family
     params: PyTree
     tokenizer: HubTokenizer | None = None
+    stored: Stored = Stored()
 
     def logits(self, input_ids: Any, attention_mask: Any | None = None, **inputs: Any) -> Array:
         """[N, L, K] float32, exactly those of the original class, before any shift.
@@ -91,6 +101,24 @@ def load(
 
     ValueError, naming file and field or tensor, if the directory is not that of a supported model.
     """
+    mesh_free = {"dtype": dtype, "param_dtype": param_dtype, "tokenizer": tokenizer}
+    model = describe(source, **mesh_free, **settings)
+    family, tensors = model.family, files.TensorFiles(model.directory)
+    abstract = abstract_params(family, model.model, mesh)
+    found, copies = family.leaves(model.config), family.copies(model.config)
+    params = leaves.load_params(tensors, found, abstract, family.ignored, copies)
+    return dataclasses.replace(model, params=params)
+
+
+def describe(
+    source: str | os.PathLike,
+    *,
+    dtype: str | np.dtype | None = None,
+    param_dtype: str | np.dtype | None = None,
+    tokenizer: HubTokenizer | bool = True,
+    **settings: Any,
+) -> HubModel:
+    """As :func:`load`, but without parameters; of an :func:`outline` too."""
     if unknown := sorted(settings.keys() - _SETTINGS):
         raise TypeError(
             f"load() has no setting {', '.join(unknown)}; it has {', '.join(_SETTINGS)}, and what "
@@ -108,20 +136,18 @@ def load(
         raise ValueError(f"{directory}: {error}") from error
     tensors = files.TensorFiles(directory)
     traits = family.read_buffers(traits, tensors)
-    dtype = _dtype(dtype or _dtype_of(tensors), "dtype")
+    stored = _stored(tensors, family)
+    dtype = _dtype(dtype or _most_common(stored.dtypes), "dtype")
     param_dtype = _dtype(param_dtype or dtype, "param_dtype")
     config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, **settings)
     model = family.model(config)
-    abstract = abstract_params(family, model, mesh)
-    found = family.leaves(config)
-    params = leaves.load_params(tensors, found, abstract, family.ignored, family.copies(config))
     codec = _tokenizer(directory, family, traits) if tokenizer is True else tokenizer or None
     if codec is not None:
         ids = codec.special_ids._asdict() | {"bos": codec.bos_id}
         ids = {f"{role}_id": i for role, i in ids.items()}
         missing = {name: i for name, i in ids.items() if getattr(traits, name) is None}
         traits = dataclasses.replace(traits, **missing)
-    return HubModel(directory, raw, config, model, traits, family, params, codec)
+    return HubModel(directory, raw, config, model, traits, family, None, codec, stored)
 
 
 def save(
@@ -151,20 +177,20 @@ def save(
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
     wanted = None if dtype is None else _dtype(dtype, "dtype").name
-    original = files.TensorFiles(model.directory)
-    tensors = leaves.tensors_of(params or model.params, model.family.leaves(model.config))
-    own = _dtype_of(original)
-    tensors = {
-        name: tensor._replace(dtype=wanted or original.dtypes.get(name, own))
-        for name, tensor in tensors.items()
-    }
+    stored, tensors = (
+        model.stored,
+        leaves.tensors_of(params or model.params, model.family.leaves(model.config)),
+    )
+    if stored.dtypes:
+        own = _most_common(stored.dtypes)
+        dtypes = {name: wanted or stored.dtypes.get(name, own) for name in tensors}
+        tensors = {name: tensors[name]._replace(dtype=dtypes[name]) for name in tensors}
+    elif wanted:
+        tensors = {name: tensor._replace(dtype=wanted) for name, tensor in tensors.items()}
     for name, source in model.family.copies(model.config).items():
-        if name in original.shapes:
+        if name in stored.dtypes:
             tensors[name] = tensors[source]
-    for name, shape in original.shapes.items():
-        if re.fullmatch(model.family.ignored, name):
-            read = functools.partial(original.read, name)
-            tensors[name] = files.Tensor(shape, original.dtypes[name], read)
+    tensors |= _buffers(stored)
     if not distributed.is_first():
         files.write_tensors(directory, tensors, max_shard_size)
         return directory
@@ -181,9 +207,50 @@ def save(
         )
         if model.tokenizer is not None and model.tokenizer.mask_added:
             model.tokenizer.write(target, model.directory)
-        files.copy_side_files(model.directory, target)
+        if model.directory is not None:
+            files.copy_side_files(model.directory, target)
         target.replace(directory)  # an empty directory of this name gives way
     return directory
+
+
+def outline(directory: pathlib.Path, model: HubModel, **notes: Any) -> None:
+    """Write what :func:`describe` reads and :func:`save` copies into an existing directory.
+
+    I.e. all but parameters: config.json as it was read, files beside the weights, small tensors,
+    and dtypes, with the ``notes`` in :data:`files.NOTES`.
+    """
+    files.copy_side_files(model.directory, directory)
+    files.write_tensors(directory, _buffers(model.stored), 10**9)
+    record = notes | {"family": model.family.name, "dtypes": model.stored.dtypes}
+    (directory / files.NOTES).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+def of_transformer(config: TransformerConfig, traits: Traits, check: bool = True) -> HubModel:
+    """A transformer of our own, without parameters, in the layout of Qwen3, Qwen2 or Llama.
+
+    :class:`Unsupported` names the settings that none of these has; without ``check`` such a model
+    runs but cannot be saved. Norms of theirs round in
+    bfloat16 where ours may not.
+    """
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    name = kind if traits.attention == "causal" else f"a2d-{kind}"
+    family = next(family for family in FAMILIES if family.name == name)
+    raw = transformers.write_llama(config, name) | {"architectures": list(family.architectures)}
+    for role in ("mask", "eos", "pad", "bos"):
+        raw[f"{role}_token_id"] = getattr(traits, f"{role}_id")
+    raw["max_position_embeddings"] = traits.length
+    layout, _ = family.read_config(raw)
+    free = {"dtype", "param_dtype", "norm_rounded", "mlp_ratio", *_SETTINGS}
+    derived = {"num_kv_heads": "kv_heads", "head_dim": "head_size", "mlp_hidden": "hidden"}
+    differing = []
+    for entry in dataclasses.fields(config):
+        reader = derived.get(entry.name, entry.name)
+        own, theirs = getattr(config, reader), getattr(layout, reader)
+        if entry.name not in free and own != theirs:
+            differing.append(f"{entry.name}={own!r} (it has {theirs!r})")
+    if differing and check:
+        raise Unsupported(f"the layout of {name} cannot express {', '.join(differing)}")
+    return HubModel(None, raw, config, family.model(config), traits, family, None)
 
 
 def bidirectional(model: HubModel) -> HubModel:
@@ -252,10 +319,13 @@ def with_mask_row(
         return make(table)
 
     keys = (None, None) if key is None else jax.random.split(key)
-    params = dict(model.params["params"])
-    params["embedding"] = grown(params["embedding"], 0, keys[0])
-    if not config.tie_embeddings:
-        params["head"] = {"kernel": grown(params["head"]["kernel"], 1, keys[1])}
+    params = model.params
+    if params is not None:
+        arrays = dict(params["params"])
+        arrays["embedding"] = grown(arrays["embedding"], 0, keys[0])
+        if not config.tie_embeddings:
+            arrays["head"] = {"kernel": grown(arrays["head"]["kernel"], 1, keys[1])}
+        params = {**params, "params": arrays}
     size = "embedding_size" if model.raw_config.get("embedding_size") else "vocab_size"
     config = dataclasses.replace(config, vocab_size=rows)
     return dataclasses.replace(
@@ -264,7 +334,7 @@ def with_mask_row(
         config=config,
         model=model.family.model(config),
         traits=dataclasses.replace(model.traits, vocab_size=rows, mask_id=codec.mask_id),
-        params={**model.params, "params": params},
+        params=params,
         tokenizer=codec.replaced(vocab_size=rows),
     )
 
@@ -352,9 +422,26 @@ def _chat_options(family: Family) -> dict[str, Any]:
     return {"enable_thinking": False} if family.name.startswith("a2d-qwen") else {}
 
 
-def _dtype_of(tensors: files.TensorFiles) -> str:
+def _stored(tensors: files.TensorFiles, family: Family) -> Stored:
+    path, dtypes = tensors.directory / files.NOTES, tensors.dtypes
+    if path.is_file():
+        dtypes = files.read_json(path).get("dtypes")
+        if not dtypes or not all(name in files.FLOATS for name in dtypes.values()):
+            raise ValueError(f"{path}: needs dtypes, tensor name to one of {files.FLOATS}")
+    names = (name for name in tensors.shapes if re.fullmatch(family.ignored, name))
+    return Stored(dtypes, {name: tensors.read(name) for name in names})
+
+
+def _buffers(stored: Stored) -> dict[str, files.Tensor]:
+    return {
+        name: files.Tensor(value.shape, value.dtype.name, lambda value=value: value)
+        for name, value in stored.buffers.items()
+    }
+
+
+def _most_common(dtypes: Mapping[str, str]) -> str:
     """The dtype of most weights; buffers may have another."""
-    return collections.Counter(tensors.dtypes.values()).most_common(1)[0][0]
+    return collections.Counter(dtypes.values()).most_common(1)[0][0]
 
 
 def _dtype(name: str | np.dtype, setting: str) -> np.dtype:

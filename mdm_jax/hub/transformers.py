@@ -236,6 +236,30 @@ def _rotary(raw: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     return base, scaled
 
 
+def write_llama(c: TransformerConfig, name: str) -> dict[str, Any]:
+    """Fields of config.json of a family by :func:`_read_llama`, for a transformer of our own."""
+    raw = {
+        "model_type": name,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_size,
+        "intermediate_size": c.hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_base,
+        "rope_scaling": None,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": c.qkv_bias,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "torch_dtype": np.dtype(c.param_dtype).name,
+    }
+    return raw | ({"use_sliding_window": False} if "qwen" in name else {"mlp_bias": False})
+
+
 def _read_sdar(raw: Mapping[str, Any], **settings: Any) -> tuple[TransformerConfig, Traits]:
     config, traits = _read_llama(raw, attention="block", **settings)
     size = field(raw, "block_size")

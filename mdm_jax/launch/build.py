@@ -14,10 +14,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mdm_jax import data, files, rng, schedules, sharding, tasks, training, variance
+from mdm_jax import data, files, hub, rng, schedules, sharding, tasks, training, variance
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names, sample
+from mdm_jax.launch import source as sources
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.names import lookup, settings
@@ -46,6 +47,7 @@ class Experiment:
         generate: ``generate(params, key, canvas, documents) -> tokens`` of the configured sampler.
         jobs: canvases that samples fill in, none for pictures.
         clip_search: chooses the range of ``clipped_adaptive``; None without it.
+        source: the model that the run begins from, without parameters; None without.
     """
 
     config: ConfigDict
@@ -63,6 +65,7 @@ class Experiment:
     generate: Callable[..., Array]
     jobs: tuple[sample.Job, ...]
     clip_search: Callable[..., Any] | None
+    source: hub.HubModel | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -101,9 +104,27 @@ class Experiment:
 
         return step
 
-    def initial_state(self) -> TrainState:
-        """Sharded state at step 0, a function of the config alone."""
-        return sharding.init_sharded(self._new_state, self.mesh)[0]
+    def initial_state(self, params: PyTree | None = None) -> TrainState:
+        """Sharded state at step 0, from parameters (which are donated), else the source's or new.
+
+        New ones are a function of the config alone.
+        """
+        if params is None and self.source is not None:
+            params = self.source_params()
+        if params is None:
+            return sharding.init_sharded(self._new_state, self.mesh)[0]
+        abstract = self.abstract_state()
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+        def make(params: PyTree) -> TrainState:  # averages may be wider
+            own = jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, abstract.params)
+            return self._state_of(own)
+
+        return jax.jit(make, out_shardings=places, donate_argnums=0)(params)
+
+    def source_params(self) -> PyTree:
+        """Parameters of the model that the run begins from."""
+        return sources.load_params(self.config, self.mesh)
 
     def abstract_state(self) -> TrainState:
         return sharding.abstract_sharded(self._new_state, self.mesh)
@@ -163,7 +184,9 @@ class Experiment:
         )
 
     def _new_state(self) -> TrainState:
-        params = self._init(rng.stream(rng.step_key(self.config.seed, 0), "init"))
+        return self._state_of(self._init(rng.stream(rng.step_key(self.config.seed, 0), "init")))
+
+    def _state_of(self, params: PyTree) -> TrainState:
         dtype = names.DTYPES[self.config.optimizer.ema_dtype]
         return training.new_state(
             params, self.optimizer, self.transform, self.spec, self.monitors, dtype
@@ -174,11 +197,16 @@ class Experiment:
         return init(key)
 
 
-def make_experiment(config: ConfigDict) -> Experiment:
-    """Build a run's objects; raises ValueError, OSError, ImportError or WorkdirError."""
+def make_experiment(config: ConfigDict, workdir: files.Path | None = None) -> Experiment:
+    """Build a run's objects; raises ValueError, OSError, ImportError or WorkdirError.
+
+    ``workdir`` holds what a run that has begun needs of its source (``model.source``).
+    """
     launch_config.check_config(config)
-    rows = dataset(config)
-    family = lookup(FAMILIES, config.process, "process")(config, rows)
+    source = sources.read(config, workdir)
+    config = sources.filled(config, source)
+    rows = dataset(config, source)
+    family = lookup(FAMILIES, config.process, "process")(config, rows, source)
     _check_unread(config, family.unread)
     c, e, s = config.train, config.evaluate, config.sample
     mesh = sharding.make_mesh(**config.mesh)
@@ -214,6 +242,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
         clip_search=_clip_search(rows, family, e.batch_size, **config.clip_search)
         if "clipped_adaptive" in config.variance.order
         else None,
+        source=source,
     )
     experiment.step  # noqa: B018  (checks the step's settings)
     for split, source in (held_out, *[("valid", rows.valid)] * bool(len(rows.valid))):
@@ -232,8 +261,11 @@ def make_experiment(config: ConfigDict) -> Experiment:
     return experiment
 
 
-def dataset(config: ConfigDict) -> data.Dataset:
-    """Data of a run; ValueError if a setting that its source does not read was changed."""
+def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Dataset:
+    """Data of a run; ValueError if a setting that its source does not read was changed.
+
+    Texts get the tokenizer of the ``model`` that the run begins from, or must have its size.
+    """
     values = config.data.to_dict()
     source = values.pop("source")
     if source == "tfds":
@@ -244,6 +276,8 @@ def dataset(config: ConfigDict) -> data.Dataset:
         known = set(inspect.signature(factory).parameters)
     # As plain values: two ConfigDicts with the same settings are unequal if one of them is locked.
     defaults = launch_config.get_config().data.to_dict()
+    if model is not None and model.tokenizer is not None:
+        values["tokenizer"] = defaults["tokenizer"] = model.tokenizer
     unread = [
         f"data.{name}={value!r} (leave it at {defaults[name]!r})"
         for name, value in values.items()
@@ -261,8 +295,21 @@ def dataset(config: ConfigDict) -> data.Dataset:
     for name in {"data_dir", "cache", "valid_path", "test_path"} & arguments.keys():
         arguments[name] = arguments[name] or None
     if source == "task":
-        return _task_dataset(arguments.pop("task"), **arguments)
-    return factory(**arguments)
+        made = _task_dataset(arguments.pop("task"), **arguments)
+    else:
+        made = factory(**arguments)
+    if model is not None:
+        own = made.vocab_size, made.mask_id
+        wanted = model.traits.vocab_size, model.traits.mask_id
+        if model.tokenizer is not None:
+            wanted = wanted[0], model.tokenizer.mask_id
+        if own[0] != wanted[0] or wanted[1] not in (None, own[1]):
+            raise ValueError(
+                f"the data have {own[0]} token ids with mask token {own[1]}, the model "
+                f"{config.model.source} has {wanted[0]} with mask token {wanted[1]}; choose data "
+                "of text and, where the model has no tokenizer, a data.tokenizer of as many ids"
+            )
+    return made
 
 
 def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
@@ -419,12 +466,24 @@ def open_workdir(workdir: str | os.PathLike) -> training.CheckpointReader:
 def load_parameters(experiment: Experiment, workdir: files.Path) -> tuple[int, PyTree]:
     """(step, averaged parameters) of a run: the best by validation loss, else the last.
 
-    Its optimiser and variance chain may differ. CheckpointError if there are none of this network.
+    Of the model that it begins from, where it has not begun. Its optimiser and variance chain may
+    differ. CheckpointError if there are none of this network.
     """
+    found = read_parameters(workdir, experiment.abstract_state())
+    if found is None and experiment.source is not None:
+        return 0, experiment.source_params()
+    if found is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
+    return found
+
+
+def read_parameters(
+    workdir: files.Path, abstract: TrainState, last: bool = False
+) -> tuple[int, PyTree] | None:
+    """:func:`load_parameters`, or with ``last`` those of the last step as they are; None: none."""
     checkpoints = open_workdir(workdir)
     try:
-        abstract = experiment.abstract_state()
-        if checkpoints.best_metrics() is not None:
+        if not last and checkpoints.best_metrics() is not None:
             params = checkpoints.restore_best(training.averaged(abstract))
             # Of a run that is training these may be others than a moment ago.
             return int(checkpoints.best_metrics()["step"]), params
@@ -432,5 +491,5 @@ def load_parameters(experiment: Experiment, workdir: files.Path) -> tuple[int, P
     finally:
         checkpoints.close()
     if restored is None:
-        raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
-    return int(restored.step), training.averaged(restored)
+        return None
+    return int(restored.step), restored.params if last else training.averaged(restored)

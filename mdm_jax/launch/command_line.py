@@ -257,7 +257,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-MODES = ("train", "evaluate", "sample", "spacing", "variance")
+MODES = ("train", "evaluate", "sample", "spacing", "variance", "export")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
 
@@ -298,7 +298,7 @@ def with_config(argv: list[str]) -> list[str]:
             path = f"{__file__}:{_SAVED}{values.workdir}"
     elif path.split(":", 1)[0] in presets.PRESETS and not pathlib.Path(path).is_file():
         path = f"{__file__}:{path}"
-    overrides = [m.group(1) for a in argv[1:] if (m := _OVERRIDE.match(a))]
+    overrides = overridden(argv)
     if path is None:
         if overrides:
             raise CommandLineError(
@@ -310,6 +310,11 @@ def with_config(argv: list[str]) -> list[str]:
     for name in overrides:
         check_field(config, name)
     return [argv[0], f"--config={path}", *argv[1:]]
+
+
+def overridden(argv: list[str]) -> list[str]:
+    """Settings that the command line gives, such as "model.width"."""
+    return [m.group(1) for a in argv[1:] if (m := _OVERRIDE.match(a))]
 
 
 def _expand(argv: list[str]) -> list[str]:

@@ -249,6 +249,8 @@ def _data() -> dict[str, Any]:
 
 def _model() -> dict[str, Any]:
     return {
+        # What it fixes (sizes, tokenizer, ...) need not be set; see launch/source.py.
+        "source": _text("", "directory or id of a model of others to begin from (docs/hub.md)"),
         **defaults(models.TransformerConfig, depth=3, qk_norm=True, rope_base=100.0),
         "dtype": _name("float32", names.DTYPES, "operands of matrix products"),
         "param_dtype": _name("float32", names.DTYPES, "of the parameters"),

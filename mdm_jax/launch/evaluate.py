@@ -154,7 +154,7 @@ def measure_quality(
 def _score(experiment: Experiment, judge: str) -> evaluation.Score:
     config = saved_config(judge)
     config.sample.update(judge="", prompts="")  # the judge's own, which may be gone
-    other = make_experiment(config)
+    other = make_experiment(config, files.as_path(judge))
     if other.dataset.length != experiment.dataset.length:
         raise ValueError(
             f"sample.judge: {judge} was trained on rows of {other.dataset.length} tokens, this run "

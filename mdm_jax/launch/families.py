@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mdm_jax import corruption, data, likelihood, models, objectives, samplers, schedules
+from mdm_jax import corruption, data, hub, likelihood, models, objectives, samplers, schedules
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.objectives.objective import Objective
@@ -78,7 +78,7 @@ class Family:
     details: Callable[[Record], list[str]] = token_details
 
 
-def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
+def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None = None) -> Family:
     """Masked diffusion with the configured corruption, law and weighting."""
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
 
@@ -86,9 +86,11 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
         process = _corruption(name, config.corruption, dataset)
         return _finished(config, dataset, objectives.masked_nelbo(process, law))
 
-    model = models.Transformer(network(dataset.vocab_size, **config.model))
+    model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
+    if source is not None and source.traits.shift:
+        apply_fn = models.shifted_apply(apply_fn)
     sampler, named_levels = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
@@ -117,7 +119,7 @@ def masked(config: ConfigDict, dataset: data.Dataset) -> Family:
     )
 
 
-def block(config: ConfigDict, dataset: data.Dataset) -> Family:
+def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None = None) -> Family:
     """Block diffusion, from a masked run if ``train.init_from`` names one; size divides the row."""
     size, length, window = config.block.size, dataset.length, config.block.window or None
     if size < 1 or length % size:
@@ -132,7 +134,7 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
         process = _corruption(name, config.corruption, dataset)
         return _finished(config, dataset, objectives.block_nelbo(process, size, law))
 
-    model = models.Transformer(network(dataset.vocab_size, **config.model))
+    model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = models.block_apply(model, size, window, chunking)
     sampler, named_levels = _masked_sampler(config, dataset)
@@ -170,11 +172,13 @@ def block(config: ConfigDict, dataset: data.Dataset) -> Family:
     )
 
 
-def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
+def uniform(
+    config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None = None
+) -> Family:
     """Uniform-token diffusion over all ids but the mask token, which must be the last one."""
     num_tokens, c = _ids_before_mask(dataset, "process=uniform"), config.sample
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
-    model = models.Transformer(network(dataset.vocab_size, **config.model))
+    model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     sampler = lookup(names.UNIFORM_SAMPLERS, c.sampler, "sample.sampler")(
@@ -209,7 +213,9 @@ def uniform(config: ConfigDict, dataset: data.Dataset) -> Family:
     )
 
 
-def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
+def autoregressive(
+    config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None = None
+) -> Family:
     """Baseline: the same network under a causal mask; ValueError for settings about noise."""
     if config.variance.order:
         raise ValueError(
@@ -219,10 +225,11 @@ def autoregressive(config: ConfigDict, dataset: data.Dataset) -> Family:
     if config.model.self_conditioning:
         raise ValueError("process=autoregressive does not take model.self_conditioning")
     c, mask_id = config.sample, dataset.mask_id
-    model = models.Transformer(network(dataset.vocab_size, **config.model))
+    model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
-    apply_fn = models.causal_apply(model, mask_id, chunking=chunking)
-    decoder = models.cached_causal_decoder(model, mask_id)
+    start = mask_id if source is None or source.tokenizer is None else source.tokenizer.bos_id
+    apply_fn = models.causal_apply(model, start, chunking=chunking)
+    decoder = models.cached_causal_decoder(model, start)
     token_filter = samplers.compose(
         lambda logits: models.exclude_token(logits, *dataset.absent_ids),
         _token_filter(c.temperature, c.top_k, c.top_p),
@@ -256,10 +263,24 @@ TOKEN_FAMILIES = {
 # --- parts of the families of tokens --------------------------------------------------------------
 
 
+def body(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None) -> nn.Module:
+    """The network of a run: that of its source, or the configured transformer."""
+    if source is not None:
+        return source.model
+    return models.Transformer(network(dataset.vocab_size, **config.model))
+
+
 def network(
-    vocab_size: int, *, patch_size: int, logits_at: str, dtype: str, param_dtype: str, **shape: Any
+    vocab_size: int,
+    *,
+    source: str,
+    patch_size: int,
+    logits_at: str,
+    dtype: str,
+    param_dtype: str,
+    **shape: Any,
 ) -> models.TransformerConfig:
-    del patch_size, logits_at
+    del source, patch_size, logits_at
     return models.TransformerConfig(
         vocab_size=vocab_size,
         dtype=lookup(names.DTYPES, dtype, "model.dtype"),

@@ -23,7 +23,7 @@ _TABLE_STEPS = 1000
 """Steps of the table of the run's law that the grids leading, linspace and trailing read."""
 
 
-def gaussian_family(config: ConfigDict, dataset: data.Dataset) -> Family:
+def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Family:
     """Gaussian diffusion of pictures by recipe; ValueError for text or self-conditioning."""
     if dataset.event_shape is None:
         raise ValueError(

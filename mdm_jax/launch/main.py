@@ -6,21 +6,24 @@
   mdm spacing  --workdir=runs/mine --steps=16    compare and search sampling
                                        grids; sample then uses the best
   mdm variance --workdir=runs/mine     gradient variance of training methods
+  mdm export   --workdir=runs/mine --to=DIR    parameters as Hugging Face has them
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
-text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian; each also has
-the variant :smoke, of seconds. A finished run has its own config.
+text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian, finetune; each
+also has the variant :smoke, of seconds. A finished run has its own config.
 
 Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
 Own text:   --config.data.source=text --config.data.path=FILE
+Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)
 Devices:    --config.mesh=data=2,fsdp=4,tensor=1
 Free in every mode: --config.evaluate.* sample.* spacing.* measure.* mesh.*
 
 Flags:
   --workdir: directory of the run, made if missing
-  --mode: train, evaluate, sample, spacing or variance, as in the first word
+  --mode: what to do, as in the first word
   --steps=16: short for --config.sample.num_steps=16
   --allow_config_change: go on in a workdir whose run has another config
+  --parameters=last, --dtype=bfloat16: what export writes; else averages, as were
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
     default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
@@ -43,9 +46,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mdm_jax import files
+from mdm_jax import distributed, files
 from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import command_line, evaluate, measure, spacing, train
+from mdm_jax.launch import export as exports
+from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.variance_report import format_table
@@ -84,6 +89,11 @@ _ALLOW = flags.DEFINE_bool(
 _RESTART = flags.DEFINE_bool(
     "restart", False, "Start anew in a workdir with a run; what that left is kept as *.1.* etc."
 )
+_TO = flags.DEFINE_string("to", None, "export: the directory to write, new or empty.")
+_PARAMETERS = flags.DEFINE_enum(
+    "parameters", "ema", ("ema", "last"), "export, chat: averaged ones, or those of the last step."
+)
+_DTYPE = flags.DEFINE_string("dtype", None, "export: of all tensors; else as in the source.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "Several processes: HOST:PORT of process 0, the same for all."
 )
@@ -148,9 +158,13 @@ def main(argv: list[str]) -> int:
 
 def _run(workdir: files.Path) -> int:
     try:
-        check(workdir, _CONFIG.value, _ALLOW.value)
+        if _MODE.value in _MODEL_MODES:
+            return _MODEL_MODES[_MODE.value](workdir)
         try:
-            experiment = make_experiment(_CONFIG.value)
+            source = sources.read(_CONFIG.value, workdir)
+            config = sources.filled(_CONFIG.value, source, command_line.overridden(_PARSED))
+            check(workdir, config, _ALLOW.value)
+            experiment = make_experiment(config, workdir)
         except TypeError as error:
             raise ValueError(str(error)) from error  # a setting of the wrong kind
         return _MODES[_MODE.value](experiment, workdir)
@@ -206,6 +220,8 @@ def _train(experiment: Experiment, workdir: files.Path) -> int:
 
 
 def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
+    _claim(experiment, workdir)
+
     def show(record: dict[str, Any]) -> None:
         error = record["standard_error_bits_per_unit"]
         result = (
@@ -221,6 +237,7 @@ def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
 
 
 def _sample(experiment: Experiment, workdir: files.Path) -> int:
+    _claim(experiment, workdir)
     drawn = evaluate.sample(experiment, workdir, show=_print)
     print(f"written to {', '.join(drawn['files'])}")
     return 0
@@ -240,9 +257,7 @@ def _variance(experiment: Experiment, workdir: files.Path) -> int:
     c = dict(experiment.config.measure)
     names = c.pop("methods")
     methods = measure.named(names) if names else None
-    if read_config(workdir) is None or _ALLOW.value:
-        with training_lock(workdir):
-            claim(workdir, experiment.config, _ALLOW.value)
+    _claim(experiment, workdir, always=True)
     settings = MeasureSettings(**c)
     record = measure.measure(
         experiment, workdir, methods, settings, show=lambda record: _print(format_table(record))
@@ -251,6 +266,27 @@ def _variance(experiment: Experiment, workdir: files.Path) -> int:
     return 0
 
 
+def _claim(experiment: Experiment, workdir: files.Path, always: bool = False) -> None:
+    """Make the workdir that of a run, if it is new and has a source (or ``always``)."""
+    new = read_config(workdir) is None
+    if not (always and (new or _ALLOW.value)) and not (new and experiment.source is not None):
+        return
+    with training_lock(workdir):
+        if distributed.is_first():
+            claim(workdir, experiment.config, _ALLOW.value)
+        sources.keep(experiment.config, experiment.source, workdir)
+    distributed.barrier("directory claimed")
+
+
+def _export(workdir: files.Path) -> int:
+    if _TO.value is None:
+        return _fail("--to is required: the directory to write, new or empty")
+    step, model = exports.export(workdir, _TO.value, _PARAMETERS.value == "last", _DTYPE.value)
+    print(f"step {step} written to {_TO.value} in the layout of {model.family.name}")
+    return 0
+
+
+_MODEL_MODES = {"export": _export}
 _MODES = {
     "train": _train,
     "evaluate": _evaluate,

@@ -75,9 +75,10 @@ def measure(
             bar.set_description(name)
             results[name] = bench.measure(name, method)
             bar.update(1)
+    fresh = "a fresh model" if experiment.source is None else experiment.config.model.source
     record = {
         "step": step,
-        "parameters": "a fresh model" if step is None else f"a checkpoint of step {step}",
+        "parameters": fresh if step is None else f"a checkpoint of step {step}",
         "batch_size": experiment.spec.batch_size,
         "levels_from": experiment.family.levels_from,
         "settings": dataclasses.asdict(settings),

@@ -109,6 +109,19 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
     return config
 
 
+def finetune(variant: str = "") -> ConfigDict:
+    """Masked diffusion from a model of others (``model.source``), on data of one's own."""
+    check_variant("finetune", variant)
+    config = defaults.get_config()
+    shape = config.model.to_dict()
+    if variant == "smoke":
+        defaults.shrink(config)
+        config.model.update(shape)  # the model's own
+    config.optimizer.update(name="adamw", peak=1e-5, weight_decay=0.0, ema_decay=0.999)
+    config.sample.update(sampler="by_confidence")
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
@@ -119,6 +132,7 @@ PRESETS = {
         digits_masked,
         digits_gaussian,
         mnist_gaussian,
+        finetune,
     )
 }
 

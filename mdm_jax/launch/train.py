@@ -12,8 +12,8 @@ import jax
 
 from mdm_jax import data, distributed, files, training
 from mdm_jax.data.tokenizers import load_tokenizer
-from mdm_jax.launch import names
-from mdm_jax.launch.build import Experiment, load_parameters, open_workdir
+from mdm_jax.launch import source as sources
+from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
 from mdm_jax.launch.sample import show_samples
 from mdm_jax.launch.workdir import (
     WorkdirError,
@@ -70,6 +70,7 @@ def train(
         restored = checkpoints.restore_last(abstract)
         if restored is None:
             check_history(workdir, checkpoints.unsaved)
+            sources.keep(c, experiment.source, workdir)
             checkpoints.begin()
             state, progress = initial_state(experiment), {}
         else:
@@ -106,7 +107,7 @@ def train(
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """The state at step 0, with the parameters of the run ``train.init_from`` if set.
+    """The state at step 0, with parameters of the run ``train.init_from`` or of ``model.source``.
 
     A masked model can continue as a block or autoregressive one; optimiser, averages and variance
     transforms start afresh. Raises WorkdirError if there is no run or its tokens differ,
@@ -117,11 +118,12 @@ def initial_state(experiment: Experiment) -> TrainState:
         return experiment.initial_state()
     directory = files.as_path(source)
     check_source(directory, experiment.dataset.tokenizer, "train.init_from")
-    step, params = load_parameters(experiment, directory)
+    found = read_parameters(directory, experiment.abstract_state())
+    if found is None:
+        raise CheckpointError(f"train.init_from: {directory} has no checkpoint yet; train it first")
+    step, params = found
     print(f"parameters of {directory}, step {step}", flush=True)
-    state = experiment.initial_state()
-    average = training.new_average(params, names.DTYPES[experiment.config.optimizer.ema_dtype])
-    return state.replace(params=params, ema=_placed_as(average, state.ema))
+    return experiment.initial_state(params)
 
 
 def check_start(experiment: Experiment, workdir: files.Path) -> None:

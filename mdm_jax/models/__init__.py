@@ -6,7 +6,7 @@ _NAMES = {
     "transformer": "Transformer TransformerConfig",
     "dit": "DiT DiTConfig",
     "cross_entropy": "Chunking PositionLoss Readout as_logits exclude_token position_losses"
-    " readout_apply without_tokens",
+    " readout_apply shifted_apply without_tokens",
     "decoders": "BlockDecoder CausalDecoder block_apply cached_block_decoder cached_causal_decoder"
     " causal_apply recomputing_block_decoder recomputing_causal_decoder",
     "kv_cache": "KeyValueCache",

@@ -123,6 +123,28 @@ def readout_apply(model: Any, chunking: Chunking | None = None) -> Callable[...,
     )
 
 
+def shifted_apply(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``apply_fn`` of a network whose outputs at i - 1 predict token i, as Dream's do.
+
+    The first position of a document keeps its own.
+    """
+
+    def apply(
+        params: Any, inputs: Array, logsnr: Any = None, documents: Any = None, **options: Any
+    ) -> Array | Readout:
+        outputs = apply_fn(params, inputs, logsnr, documents, **options)
+        values = outputs.features if isinstance(outputs, Readout) else outputs
+        shifted = jnp.concatenate([values[:, :1], values[:, :-1]], axis=1)
+        if documents is not None:
+            before = jnp.concatenate([documents[:, :1], documents[:, :-1]], axis=1)
+            shifted = jnp.where((before == documents)[..., None], shifted, values)
+        if isinstance(outputs, Readout):
+            return dataclasses.replace(outputs, features=shifted)
+        return shifted
+
+    return apply
+
+
 def exclude_token(logits: Array, *ids: int | None) -> Array:
     """float32 logits, those of ``ids`` (None: no token) so low that the probability is zero."""
     logits, lowest = logits.astype(jnp.float32), jnp.finfo(jnp.float32).min

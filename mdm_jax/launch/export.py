@@ -1,0 +1,103 @@
+"""A run's model alone, without its data: opened, and written in a layout of others."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mdm_jax import distributed, files, hub, sharding, training
+from mdm_jax.data.tokenizers import load_tokenizer
+from mdm_jax.launch import source
+from mdm_jax.launch.build import read_parameters
+from mdm_jax.launch.families import network
+from mdm_jax.launch.workdir import WorkdirError, read_config, saved_config
+from mdm_jax.training.checkpoints import CheckpointError
+from mdm_jax.training.ema import AverageOffset
+from mdm_jax.training.step import TrainState
+
+
+def open_run(
+    workdir: files.Path, last: bool = False, layout: bool = False, num_devices: int | None = None
+) -> tuple[int, hub.HubModel]:
+    """(step, model with parameters) of a run, which needs neither its data nor its source.
+
+    The best averaged parameters, or those of the ``last`` step as they are, over ``num_devices``
+    (None: all). WorkdirError without a
+    run, CheckpointError without a checkpoint; with ``layout`` ValueError that names the settings
+    which no layout of others can express.
+    """
+    if read_config(workdir) is None:
+        raise WorkdirError(f"{workdir} holds no run (no config.json); name another --workdir")
+    config = saved_config(workdir)
+    attention, size = {
+        "masked": ("bidirectional", None),
+        "block": ("block", config.block.size),
+        "autoregressive": ("causal", None),
+    }.get(config.process, (None, None))
+    if attention is None or (layout and size and config.block.window):
+        wrong = "process" if attention is None else "block.window"
+        value = config.process if attention is None else config.block.window
+        raise ValueError(f"{workdir}: models of others have nothing like {wrong}={value!r}")
+    model = source.read(config, workdir)
+    if model is None:
+        model = _own(config, workdir, attention, size, layout)
+    else:
+        traits = dataclasses.replace(model.traits, attention=attention, block_size=size)
+        model = dataclasses.replace(model, traits=traits)
+    init = training.linen_init(model.model, 8)
+    devices = jax.devices()[:num_devices]
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), sharding.AXES)
+    params = sharding.abstract_sharded(lambda: init(jax.random.key(0)), mesh)
+    dtype = config.optimizer.ema_dtype
+    average = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), params)
+    average = AverageOffset(average) if dtype == "bfloat16" else average
+    whole = jax.NamedSharding(mesh, jax.P())
+    step = jax.ShapeDtypeStruct((), "int32", sharding=whole)
+    found = read_parameters(workdir, TrainState(step, params, average, *[None] * 5), last)
+    if found is None:
+        if not config.model.source:
+            raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
+        found = 0, source.load_params(config, mesh)
+    return found[0], dataclasses.replace(model, params=found[1])
+
+
+def export(
+    workdir: files.Path, to: str, last: bool = False, dtype: str | None = None
+) -> tuple[int, hub.HubModel]:
+    """Write a run to a new directory in the layout of its source, or of Qwen3, Qwen2 or Llama.
+
+    Returns step and model. A tokenizer of ours is written as ``mdm_tokenizer.json``. Raises as
+    :func:`open_run` and ``hub.save``.
+    """
+    step, model = open_run(workdir, last, layout=True)
+    directory = hub.save(to, model, dtype=dtype or None)
+    own = workdir / "tokenizer.json"
+    if model.tokenizer is None and own.exists() and distributed.is_first():
+        files.write(directory / "mdm_tokenizer.json", own.read_bytes())
+    return step, model
+
+
+def _own(
+    config: ConfigDict, workdir: files.Path, attention: str, size: int | None, layout: bool
+) -> hub.HubModel:
+    """The network of a run that began from no source."""
+    path = workdir / "tokenizer.json"
+    if not path.exists():
+        raise ValueError(f"{workdir}: a run over pictures has no layout of others")
+    codec = load_tokenizer(path)
+    traits = hub.Traits(
+        vocab_size=codec.vocab_size,
+        mask_id=codec.mask_id,
+        eos_id=codec.eos_id,
+        pad_id=codec.pad_id,
+        bos_id=codec.mask_id if attention == "causal" else None,  # what such rows begin with
+        attention=attention,
+        block_size=size,
+        length=config.data.prompt_length + config.data.answer_length or config.data.length,
+    )
+    network_config = network(codec.vocab_size, **config.model)
+    try:
+        return hub.of_transformer(network_config, traits, check=layout)
+    except hub.Unsupported as error:
+        raise ValueError(f"{workdir}: {error}; these are settings of the section model") from error

@@ -1,0 +1,298 @@
+"""Runs that begin from models of others: trained, resumed, read, exported."""
+
+import json
+import pathlib
+import shutil
+
+import chex
+import jax
+import launching
+import numpy as np
+import pytest
+import saved_run
+
+from mdm_jax import data, files, hub, models
+from mdm_jax.hub.files import TensorFiles
+from mdm_jax.launch import evaluate, export, presets, source, train
+from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
+from mdm_jax.launch.workdir import WorkdirError, saved_config
+
+DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"
+
+
+def configured(directory, folder, **settings):
+    """A run of four steps from a model, on pairs of a file in ``folder``."""
+    path = folder / "pairs.jsonl"
+    pairs = ({"prompt": f"{i}+1", "answer": f"{i + 1} yes"} for i in range(40))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = presets.finetune("smoke")
+    config.model.source = str(directory)
+    config.data.update(source="jsonl", path=str(path), prompt_length=8, answer_length=8)
+    config.data.fractions = (0.6, 0.2, 0.2)
+    config.optimizer.peak = 0.1
+    config.update(settings)
+    return config
+
+
+@pytest.fixture(scope="module", params=["a2d_qwen3-1", "llada-1"])
+def run(request, tmp_path_factory):
+    """(original, workdir, experiment) of a run whose source has gone since."""
+    folder = tmp_path_factory.mktemp("hub")
+    moved = shutil.copytree(DATA / request.param, folder / "model")
+    workdir = files.as_path(folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        launching.on_one_device(patch)
+        experiment = make_experiment(configured(moved, folder), workdir)
+        assert train.train(experiment, workdir)
+        shutil.rmtree(moved)
+        yield DATA / request.param, workdir, make_experiment(saved_config(workdir), workdir)
+
+
+def restored(experiment, workdir):
+    checkpoints = open_workdir(workdir)
+    state = checkpoints.restore_last(experiment.abstract_state()).state
+    checkpoints.close()
+    return state
+
+
+def test_the_workdir_says_what_the_run_began_from_and_has_all_but_the_weights(run):
+    original, workdir, experiment = run
+    notes = files.read_json(workdir / "source" / "mdm_jax.json")
+    assert notes["source"] == saved_config(workdir).model.source
+    assert notes["fingerprint"] == hub.files.fingerprint(original)
+    assert notes["dtypes"] == TensorFiles(original).dtypes
+    config = saved_config(workdir)
+    assert (config.model.width, config.model.depth) == (
+        experiment.source.config.width,
+        experiment.source.config.depth,
+    )
+    size = sum(files.size(path) for path in files.below(workdir / "source"))
+    weights = sum(path.stat().st_size for path in original.glob("*.safetensors"))
+    assert files.size(workdir / "source" / "model.safetensors") < 200 < weights < size + weights
+
+
+def test_training_moves_the_parameters_of_the_source(run):
+    original, workdir, experiment = run
+    begun = hub.load(original).params
+    state = restored(experiment, workdir)
+    assert jax.tree.structure(state.params) == jax.tree.structure(begun)
+    for before, now in zip(jax.tree.leaves(begun), jax.tree.leaves(state.params)):
+        assert 0 < np.max(np.abs(np.asarray(now) - before)) < 0.5  # warm-up of two steps
+
+
+def test_a_run_resumes_to_the_same_bits_when_its_source_has_gone(run, tmp_path):
+    _, workdir, experiment = run
+    again = files.as_path(shutil.copytree(workdir, tmp_path / "again"))
+    for path in ("last/4", "best"):
+        shutil.rmtree(again / "checkpoints" / path)
+    assert train.train(make_experiment(saved_config(again), again), again)
+    ours, theirs = restored(experiment, again), restored(experiment, workdir)
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_evaluation_and_samples_need_no_source(run):
+    _, workdir, experiment = run
+    record = evaluate.evaluate(experiment, workdir)
+    assert record["step"] in (2, 4) and 0 < record["bits_per_unit"] < 40
+    drawn = evaluate.sample(experiment, workdir)
+    assert [sample["kind"] for sample in drawn["samples"]] == ["answer"] * 3
+    assert "▁" not in "".join(sample["text"] for sample in drawn["samples"])
+
+
+@pytest.mark.parametrize("which", ["ema", "last"])
+def test_an_exported_run_has_the_files_of_its_source_and_its_own_logits(
+    run, which, tmp_path, monkeypatch, capsys
+):
+    original, workdir, experiment = run
+    options = [] if which == "ema" else ["--parameters=last"]
+    target = tmp_path / "made" / "out"
+    done = launching.call(
+        monkeypatch, capsys, "--mode=export", f"--workdir={workdir}", f"--to={target}", *options
+    )
+    assert done[0] == 0 and experiment.source.family.name in done[1], done
+    expected = load_parameters(experiment, workdir)[1]
+    if which == "last":
+        expected = restored(experiment, workdir).params
+    made, before = TensorFiles(target), TensorFiles(original)
+    assert (made.shapes, made.dtypes) == (before.shapes, before.dtypes)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((target / name).read_text()) == json.loads((original / name).read_text())
+    assert not (target / "mdm_jax.json").exists()
+    loaded = hub.load(target)
+    chex.assert_trees_all_equal(jax.device_get(loaded.params), jax.device_get(expected))
+    rows = experiment.dataset.valid.rows(np.arange(3))
+    own = experiment.model.apply(expected, rows.tokens, None, rows.documents)
+    theirs = loaded.logits(rows.tokens, rows.documents)
+    kept = rows.documents == 1
+    np.testing.assert_allclose(theirs[kept], own[kept], rtol=0, atol=1e-5)
+
+
+def test_export_refuses_what_is_there_and_a_missing_run(run, tmp_path, monkeypatch, capsys):
+    _, workdir, _ = run
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    arguments = {
+        "exists and is not empty": (f"--workdir={workdir}", f"--to={tmp_path / 'full'}"),
+        "--to is required": (f"--workdir={workdir}",),
+        "holds no run": (f"--workdir={tmp_path / 'none'}", f"--to={tmp_path / 'new'}"),
+        "dtype must be one of": (f"--workdir={workdir}", f"--to={tmp_path / 'x'}", "--dtype=int4"),
+    }
+    for message, given in arguments.items():
+        code, _, error = launching.call(monkeypatch, capsys, "--mode=export", *given)
+        assert code == 2 and message in error
+
+
+def test_a_source_that_changed_before_the_first_step_is_refused(tmp_path):
+    moved = shutil.copytree(DATA / "llada-1", tmp_path / "model")
+    config = configured(moved, tmp_path)
+    workdir = files.as_path(tmp_path / "run")
+    model = source.read(config, workdir)
+    source.keep(config, model, workdir)
+    source.keep(config, model, workdir)
+    with (moved / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    with pytest.raises(WorkdirError, match="has changed since"):
+        source.keep(config, model, workdir)
+
+
+def test_a_model_is_evaluated_before_any_training(tmp_path, monkeypatch, capsys):
+    launching.on_one_device(monkeypatch)
+    config = configured(DATA / "llada-1", tmp_path)
+    experiment = make_experiment(config)
+    step, params = load_parameters(experiment, files.as_path(tmp_path / "run"))
+    assert step == 0
+    chex.assert_trees_all_equal(params, hub.load(DATA / "llada-1").params)
+    ours = (f"--config.data.{name}={config.data[name]}" for name in ("source", "path"))
+    lengths = (f"--config.data.{name}_length=8" for name in ("prompt", "answer"))
+    code, out, error = launching.call(
+        *(
+            monkeypatch,
+            capsys,
+            "--mode=sample",
+            "--config=finetune:smoke",
+            f"--workdir={tmp_path / 'new'}",
+        ),
+        *(f"--config.model.source={DATA / 'llada-1'}", *ours, *lengths),
+    )
+    assert code == 0 and "--- answer ---" in out, error
+    assert (tmp_path / "new" / "source" / "mdm_jax.json").exists()
+
+
+def test_settings_that_contradict_the_source_are_named(tmp_path):
+    config = configured(DATA / "llada-1", tmp_path)
+    found = source.read(config)
+    config.model.update(width=64, rope_base=10_000.0)
+    config.process = "gaussian"
+    config.data.tokenizer = "byte"
+    with pytest.raises(ValueError, match="contradicts") as refused:
+        source.filled(config, found)
+    for part in ("model.width=64 (it has 48)", "process='gaussian' (it has 'masked')"):
+        assert part in str(refused.value)
+    assert "model.rope_base=10000.0 (it has 500000.0)" in str(refused.value)
+    assert "data.tokenizer='byte' (it has 'source')" in str(refused.value)
+    assert "depth" not in str(refused.value)
+    # A default counts if the command line gave it.
+    config = configured(DATA / "llada-1", tmp_path)
+    assert source.filled(config, found).model.width == 48
+    with pytest.raises(ValueError, match=r"model.width=128 \(it has 48\)"):
+        source.filled(config, found, ["model.width"])
+    # What the source leaves free.
+    config.model.update(dtype="bfloat16", remat="full", scan_layers=True, attention="xla")
+    built = source.read(config).config
+    assert (built.dtype.name, built.param_dtype.name) == ("bfloat16", "float32")
+    assert (built.remat, built.scan_layers, built.attention) == ("full", True, "xla")
+
+
+def test_process_and_blocks_are_those_of_the_source(tmp_path):
+    config = configured(DATA / "sdar-1", tmp_path)
+    found = source.filled(config, source.read(config))
+    assert (found.process, found.block.size) == ("block", 4)
+    config.block.size = 8
+    with pytest.raises(ValueError, match=r"block.size=8 \(it has 4\)"):
+        source.filled(config, source.read(config))
+    config = configured(DATA / "dream-1", tmp_path)
+    config.process = "block"
+    with pytest.raises(ValueError, match="process='block'"):
+        source.filled(config, source.read(config))
+    with pytest.raises(ValueError, match="the model .* has 144 with mask token"):
+        make_experiment(configured(DATA / "dream-1", tmp_path))
+
+
+def test_a_causal_model_is_converted_unless_the_process_is_autoregressive(tmp_path):
+    causal = shutil.copytree(DATA / "a2d_qwen3-1", tmp_path / "qwen")
+    raw = json.loads((causal / "config.json").read_text())
+    raw |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    (causal / "config.json").write_text(json.dumps(raw))
+    config = configured(causal, tmp_path)
+    assert source.read(config).family.name == "a2d-qwen3"
+    config.process = "autoregressive"
+    found = source.read(config)
+    assert found.family.name == "qwen3"
+    assert source.filled(config, found).process == "autoregressive"
+
+
+def test_shifted_outputs_are_those_of_dream(tmp_path):
+    model = hub.load(DATA / "dream-1", dtype="float32")
+    with np.load(DATA / "dream-1" / "reference.npz") as arrays:
+        ids, expected = arrays["input_ids"][:1].astype(np.int32), arrays["logits_shifted"]
+    apply = models.shifted_apply(models.readout_apply(model.model))
+    found = apply(model.params, ids).logits()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    # The first of a document keeps its own.
+    documents = np.repeat([[0, 1, 2]], [4, 6, 10], axis=1)
+    own = np.asarray(model.model.apply(model.params, ids, None, documents))
+    found = models.shifted_apply(model.model.apply)(model.params, ids, None, documents)
+    firsts = [0, 4, 10]
+    np.testing.assert_array_equal(found[:, firsts], own[:, firsts])
+    np.testing.assert_array_equal(found[:, 11:], own[:, 10:-1])
+
+
+@pytest.mark.parametrize(
+    ("process", "settings", "family"),
+    [
+        ("masked", {"qk_norm": True}, "a2d-qwen3"),
+        ("masked", {"qk_norm": False, "qkv_bias": True}, "a2d-qwen2"),
+        ("autoregressive", {"qk_norm": False, "tie_embeddings": True}, "llama"),
+    ],
+)
+def test_a_run_of_our_own_is_exported_where_a_layout_has_its_settings(
+    process, settings, family, tmp_path
+):
+    config = presets.quickstart("smoke") if process == "masked" else presets.text_ar("smoke")
+    config.model.update(mlp="swiglu", num_kv_heads=1, **settings)
+    experiment = make_experiment(config)
+    workdir = files.as_path(tmp_path / "run")
+    saved_run.save(experiment, workdir)
+    assert export.export(workdir, str(tmp_path / "out"))[1].family.name == family
+    loaded = hub.load(tmp_path / "out")
+    codec = data.tokenizers.load_tokenizer(tmp_path / "out" / "mdm_tokenizer.json")
+    assert codec.fingerprint == experiment.dataset.tokenizer.fingerprint
+    assert loaded.traits.mask_id == codec.mask_id and loaded.traits.eos_id == codec.eos_id
+    params = load_parameters(experiment, workdir)[1]
+    tokens = experiment.dataset.valid.rows(np.arange(2)).tokens
+    own = experiment.apply_fn(params, tokens, None, np.ones_like(tokens))
+    own = np.asarray(models.cross_entropy.as_logits(own))
+    if process == "autoregressive":  # it reads a start token first
+        theirs = loaded.logits(np.pad(tokens, ((0, 0), (1, 0)), constant_values=codec.mask_id))
+        theirs = theirs[:, :-1]
+        assert loaded.traits.bos_id == codec.mask_id
+    else:
+        theirs = loaded.logits(tokens)
+    np.testing.assert_allclose(theirs, own, rtol=0, atol=1e-4)
+
+
+def test_settings_that_no_layout_has_are_named(tmp_path):
+    config = presets.quickstart("smoke")
+    config.model.update(learned_positions=32, norm="layer")
+    workdir = files.as_path(tmp_path / "run")
+    saved_run.save(make_experiment(config), workdir)
+    with pytest.raises(ValueError, match="settings of the section model") as refused:
+        export.export(workdir, str(tmp_path / "out"))
+    for part in ("a2d-qwen3", "mlp='gelu'", "norm='layer'", "learned_positions=32"):
+        assert part in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    config.process = "uniform"
+    files.write_json(workdir / "config.json", json.loads(config.to_json()))
+    with pytest.raises(ValueError, match="process='uniform'"):
+        export.export(workdir, str(tmp_path / "out"))
