@@ -2,9 +2,12 @@
 
 model = hub.load("LLaDA-8B-Instruct", dtype="bfloat16")
 logits = model.logits(input_ids)
+written = hub.generate(model, [prompt_ids], 64, steps=32, block_size=32)
 """
 
+from mdm_jax.hub.decoding import RULES, Generated, Rule, generate
 from mdm_jax.hub.family import Family, Traits, Unsupported
+from mdm_jax.hub.likelihood import log_likelihood
 from mdm_jax.hub.model import (
     HubModel,
     bidirectional,

@@ -30,6 +30,7 @@ def sample_blocks(
     row_offset: ArrayLike = 0,
     prefix: int = 0,
     guided: bool = False,
+    stop_id: int | None = None,
 ) -> Array:
     """Fill the masked positions of a canvas from left to right; tokens [B, L] without masks.
 
@@ -48,6 +49,7 @@ def sample_blocks(
             pass; changes nothing else. Not checked where the canvas is traced.
         guided: for ``prompt_guidance``: keep a second cache in which the given tokens of finished
             blocks are padding, at a second pass per finished block.
+        stop_id: once every row has written this token, later blocks are filled with it unread.
 
     Raises ValueError as ``sample``; if the block size does not divide the length; if the prefix is
     longer than the canvas or not all given; if a sampler is guided and ``guided`` not set.
@@ -76,9 +78,12 @@ def sample_blocks(
     room, blank = length - size, jnp.full((num_rows, length), mask_id, jnp.int32)
     written = jnp.concatenate([blank[:, size:], canvas[:, :start], blank[:, start:]], axis=1)
 
-    def fill(carry: tuple[list[PyTree], Array], block: tuple[Array, Array, Array]):
-        caches, written = carry
+    def fill(carry: tuple[list[PyTree], Array, Array], block: tuple[Array, Array, Array]):
+        caches, written, stopped = carry
         index, block_canvas, block_documents = block
+        if stop_id is not None:
+            free = block_canvas == mask_id
+            block_canvas = jnp.where(free & jnp.all(stopped), stop_id, block_canvas)
 
         def model_fn(
             tokens: Array,
@@ -119,7 +124,9 @@ def sample_blocks(
         )
         offset = room + index * size
         written = jax.lax.dynamic_update_slice_in_dim(written, tokens, offset, axis=1)
-        return (caches, written), tokens
+        if stop_id is not None:
+            stopped |= jnp.any(free & (tokens == stop_id), axis=-1)
+        return (caches, written, stopped), tokens
 
     def split(values: Array) -> Array:
         return jnp.swapaxes(values[:, start:].reshape(num_rows, -1, size), 0, 1)
@@ -127,7 +134,7 @@ def sample_blocks(
     if start == length:
         return canvas
     blocks = (jnp.arange(start // size, num_blocks), split(canvas), split(documents))
-    _, filled = jax.lax.scan(fill, (caches, written), blocks)
+    _, filled = jax.lax.scan(fill, (caches, written, jnp.zeros(num_rows, bool)), blocks)
     filled = jnp.swapaxes(filled, 0, 1).reshape(num_rows, -1)
     return jnp.concatenate([canvas[:, :start], filled], axis=1)
 

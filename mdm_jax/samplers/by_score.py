@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.draws import open_uniform
-from mdm_jax.samplers.filters import LogitFilter, check_random, compose, draw_tokens
+from mdm_jax.samplers.filters import LogitFilter, check_random, compose, draw_filtered, draw_tokens
 from mdm_jax.samplers.sampler import (
     Sampler,
     SamplerState,
@@ -155,7 +155,7 @@ def low_confidence_remasking(
         return token_probability(logits, drawn)
 
     name = "low_confidence_remasking"
-    return _in_blocks(name, block_size, steps_per_block, preference, token_filter)
+    return in_blocks(name, block_size, steps_per_block, preference, token_filter)
 
 
 @checked
@@ -172,7 +172,42 @@ def random_remasking(
         keys = row_streams(context.keys, "order")
         return jax.vmap(lambda key: open_uniform(key, drawn.shape[1:]))(keys)
 
-    return _in_blocks("random_remasking", block_size, steps_per_block, noise, token_filter)
+    return in_blocks("random_remasking", block_size, steps_per_block, noise, token_filter)
+
+
+def in_blocks(
+    name: str,
+    block_size: int,
+    steps_per_block: int,
+    preference: Preference,
+    token_filter: LogitFilter | None,
+    *,
+    count: Callable[[Array, Array, Array], Array] | None = None,
+    best: Callable[[Array, Array, Array], Array] | None = None,
+    excludes_mask: bool = True,
+) -> Sampler:
+    """The samplers above by their parts, for those that differ in some of them.
+
+    ``count(total [B], left [B], step []) -> [B]`` tokens of a block of ``total`` positions, where
+    ``left`` of the row up to its end are masked; None: :func:`kept_count`. ``best(score [B, L],
+    candidates [B, L], count [B]) -> [B, L]`` is as :func:`best_positions`, the default.
+    """
+
+    def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
+        block, step_in_block = jnp.divmod(context.index, steps_per_block)
+        number = (jnp.cumsum(context.free, axis=-1) - 1) // block_size
+        total = jnp.sum(context.free & (number == block), axis=-1)
+        # Positions of earlier blocks are left only where the mask token itself was drawn.
+        candidates = context.free & (number <= block) & masked
+        if count is None:
+            return candidates, kept_count(total, step_in_block, steps_per_block)
+        return candidates, count(total, jnp.sum(candidates, axis=-1), step_in_block)
+
+    def num_steps(length: int) -> int:
+        return -(-length // block_size) * steps_per_block
+
+    step = _fill_preferred(select, preference, token_filter, best=best)
+    return Sampler(name, canvas_only, step, no_mask_left, num_steps, excludes_mask=excludes_mask)
 
 
 def best_positions(score: Array, candidates: Array, count: Array) -> Array:
@@ -219,27 +254,13 @@ def _scored(score: Score) -> Preference:
     return lambda context, logits, drawn: score(logits)  # noqa: ARG005
 
 
-def _in_blocks(name, block_size, steps_per_block, preference, token_filter) -> Sampler:
-    def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
-        block, step_in_block = jnp.divmod(context.index, steps_per_block)
-        number = (jnp.cumsum(context.free, axis=-1) - 1) // block_size
-        current = context.free & (number == block)
-        count = kept_count(jnp.sum(current, axis=-1), step_in_block, steps_per_block)
-        return current & masked, count
-
-    def num_steps(length: int) -> int:
-        return -(-length // block_size) * steps_per_block
-
-    step = _fill_preferred(select, preference, token_filter)
-    return Sampler(name, canvas_only, step, no_mask_left, num_steps)
-
-
 def _fill_preferred(
     select: Callable[[StepContext, Array], tuple[Array, Array]],
     preference: Preference,
     token_filter: LogitFilter | None,
     *,
     along_grid: bool = False,
+    best: Callable[[Array, Array, Array], Array] | None = None,
 ):
     """Step that fills the best of ``select(context, masked) -> (candidates [B, L], count [B])``."""
     token_filter = token_filter or compose()
@@ -250,8 +271,8 @@ def _fill_preferred(
         def fill(tokens: Array) -> Array:
             counted = counted_logsnr(tokens, context.free, context.mask_id)
             logits = denoise(tokens, context.logsnr if along_grid else counted)
-            drawn = draw_tokens(row_streams(context.keys, "token"), token_filter(logits))
-            reveal = best_positions(preference(context, logits, drawn), candidates, count)
+            drawn = draw_filtered(row_streams(context.keys, "token"), logits, token_filter)
+            reveal = (best or best_positions)(preference(context, logits, drawn), candidates, count)
             return jnp.where(reveal, drawn, tokens)
 
         needed = jnp.any((count > 0) & jnp.any(candidates, axis=-1))

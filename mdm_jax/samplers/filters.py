@@ -101,6 +101,13 @@ def draw_tokens(keys: Array, logits: Array) -> Array:
     return draw_tokens_at(keys, flat, positions).reshape(logits.shape[:-1])
 
 
+def draw_filtered(keys: Array, logits: Array, token_filter: LogitFilter) -> Array:
+    """``draw_tokens(keys, token_filter(logits))``; of ``temperature(0)`` without random numbers."""
+    if token_filter is _keep_most_likely:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return draw_tokens(keys, token_filter(logits))
+
+
 def draw_tokens_at(keys: Array, logits: Array, positions: Array) -> Array:
     """One token at each of some positions [B, C] from ``softmax(logits [B, C, K])``, int32 [B, C].
 

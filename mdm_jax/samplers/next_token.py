@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mdm_jax.models.cross_entropy import exclude_token
 from mdm_jax.models.decoders import CausalDecoder
 from mdm_jax.samplers.canvas import check_canvas, check_mask_id, check_prefix, checked_generator
-from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens
+from mdm_jax.samplers.filters import LogitFilter, compose, draw_filtered
 from mdm_jax.samplers.sampler import row_keys
 from mdm_jax.types import Array, ArrayLike, PyTree
 
@@ -51,7 +51,7 @@ def sample_next_tokens(
         index, canvas_token, document = column
         logits, memory = decoder.step(params, memory, previous, document)
         own_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-        drawn = draw_tokens(own_keys, token_filter(exclude_token(logits, mask_id)))
+        drawn = draw_filtered(own_keys, exclude_token(logits, mask_id), token_filter)
         token = jnp.where(canvas_token == mask_id, drawn, canvas_token)
         return (memory, token), token
 

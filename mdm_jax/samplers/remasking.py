@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.samplers.ancestral import position_noise, reveal_probability
 from mdm_jax.samplers.by_score import token_probability
-from mdm_jax.samplers.filters import LogitFilter, check_random, compose, draw_tokens
+from mdm_jax.samplers.filters import LogitFilter, check_random, compose, draw_filtered
 from mdm_jax.samplers.sampler import (
     Denoise,
     Sampler,
@@ -205,7 +205,7 @@ def reveal_and_remask(
 
     def run(tokens: Array) -> tuple[Array, Array]:
         logits = denoise(tokens, context.logsnr)
-        drawn = draw_tokens(row_streams(context.keys, "token"), token_filter(logits))
+        drawn = draw_filtered(row_streams(context.keys, "token"), logits, token_filter)
         return jnp.where(fill, drawn, tokens), token_probability(logits, drawn)
 
     def skip(tokens: Array) -> tuple[Array, Array]:

@@ -80,6 +80,8 @@ class Sampler(NamedTuple):
         finished: ``finished(state, mask_id) -> [B] bool``, rows that no later step would change.
         num_steps: ``num_steps(length) -> int``, the maximum, without a grid; None with one.
         bias: of :data:`SAMPLER_LABELS`.
+        excludes_mask: False where the network may predict the mask token, as some published loops
+            let it: it counts in the softmax, and a position filled with it stays masked.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Sampler(NamedTuple):
     finished: Callable[[SamplerState, int], Array]
     num_steps: Callable[[int], int] | None = None
     bias: str = "biased"
+    excludes_mask: bool = True
 
 
 def sample(
@@ -155,7 +158,7 @@ def sample_with_trace(
     levels = _check_grid(sampler, grid)
     num_steps = len(levels) - 1 if levels is not None else sampler.num_steps(canvas.shape[1])
     free = canvas == mask_id
-    denoise = _Network(model_fn, documents, mask_id)
+    denoise = _Network(model_fn, documents, mask_id if sampler.excludes_mask else None)
     keys = row_keys(key, row_offset, canvas.shape[0])
     step_keys = row_streams(keys, "steps")
     report = reporter(progress, num_steps)
@@ -284,25 +287,25 @@ def never_finished(state: SamplerState, mask_id: int) -> Array:
 class _Network:
     """The network as a :data:`Denoise`, with its documents bound."""
 
-    def __init__(self, model_fn: ModelFn, documents: Array | None, mask_id: int):
-        self._model_fn, self._documents, self._mask_id = model_fn, documents, mask_id
+    def __init__(self, model_fn: ModelFn, documents: Array | None, excluded: int | None):
+        self._model_fn, self._documents, self._excluded = model_fn, documents, excluded
 
     def __call__(
         self, tokens: Array, logsnr: Array, rows: Array | None = None, **further: Array
     ) -> Array:
         output = self._run(tokens, logsnr, rows, **further)
         logits = output.logits() if isinstance(output, Readout) else output
-        return exclude_token(logits, self._mask_id)
+        return exclude_token(logits, self._excluded)
 
     def reader(self, tokens: Array, logsnr: Array, rows: Array | None) -> Callable[[Array], Array]:
         """:func:`read_positions` of the network itself."""
         output = self._run(tokens, logsnr, rows)
         if not isinstance(output, Readout):
-            return lambda positions: exclude_token(_at_positions(output, positions), self._mask_id)
+            return lambda positions: exclude_token(_at_positions(output, positions), self._excluded)
 
         def read(positions: Array) -> Array:
             picked = dataclasses.replace(output, features=_at_positions(output.features, positions))
-            return exclude_token(picked.logits(), self._mask_id)
+            return exclude_token(picked.logits(), self._excluded)
 
         return read
 

@@ -1,0 +1,394 @@
+"""Families' decoding rules: counts as the originals', greedy runs equal to them token for token."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax import hub, samplers
+from mdm_jax.hub import counts, decoding, likelihood
+from mdm_jax.hub.family import Family, Traits
+from mdm_jax.models.decoders import recomputing_block_decoder
+from mdm_jax.samplers.by_score import in_blocks
+
+DATA = pathlib.Path(__file__).parents[2] / "data" / "hub"
+SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "negative_entropy"}
+
+
+def reference(name):
+    with np.load(DATA / name / "reference.npz") as arrays:
+        return dict(arrays), json.loads((DATA / name / "reference.json").read_text("utf-8"))
+
+
+# ---- tokens per step --------------------------------------------------------------------------
+
+
+def test_counts_are_those_of_the_originals():
+    table = json.loads((DATA / "transfer_tables.json").read_text("utf-8"))["rows"]
+    assert len(table) > 100
+    for row in table:
+        ours = counts.dllm_counts(row["n"], row["steps"])
+        assert ours[ours > 0].tolist() == row["dllm"] and not ours[len(row["dllm"]) :].any()
+        assert counts.llada_counts(row["n"], row["steps"]).tolist() == row["llada"]
+
+
+def test_counts_of_many_numbers_at_once():
+    several = counts.dllm_counts([[3, 7], [0, 5]], 4)
+    assert several.tolist() == [
+        [counts.dllm_counts(n, 4).tolist() for n in row] for row in ((3, 7), (0, 5))
+    ]
+    assert counts.llada_counts([5, 2], 3).tolist() == [[2, 2, 1], [1, 1, 0]]
+
+
+def test_dream_takes_shares_of_what_is_left_and_all_in_the_last_step():
+    """Times 1, .667, .334, .001: shares 1 - s/t are .333 and .499, so 16 masks go 5, 5, 6."""
+    shares = counts.dream_shares(3)
+    np.testing.assert_allclose(shares, [0.333, 0.4992504, 1], rtol=1e-6)
+    left, taken = 16, []
+    for share in shares:
+        taken.append(int(np.float32(left) * share))
+        left -= taken[-1]
+    assert taken == [5, 5, 6]
+
+
+# ---- greedy runs of the reference checkpoints ---------------------------------------------------
+
+
+def as_rule(stated):
+    """The name of a rule and its settings, from what reference.json says of a run."""
+    function = stated["function"]
+    if "MDLMSampler" in function:
+        guidance = stated.get("cfg_scale", 0.0)
+        return "dllm", {"block_size": stated["block_size"], "guidance": guidance}
+    if "LLaDA" in function:
+        return "llada", {"block_size": stated["block_length"]}
+    if "BD3LMSampler" in function:
+        options = {"block_size": stated["block_size"], "steps": stated["steps_per_block"]}
+        return "dllm_blocks", options
+    if "Dream" in function:
+        name = "dllm_dream" if "dllm" in function else "dream"
+        return name, {"score": SCORES[stated["alg"]]}
+    options = {"block_size": stated["block_length"], "steps": stated["denoising_steps"]}
+    options["score"] = "first" if stated["remasking_strategy"] == "sequential" else "confidence"
+    options["threshold"] = stated.get("confidence_threshold")
+    return "sdar", options | {"temperature": 0.0}
+
+
+def check_run(name, run):
+    arrays, facts = reference(name)
+    stated, prompts = facts["decode"][run], arrays[f"{run}_prompt"]
+    kept = arrays.get(f"{run}_attention_mask", prompts >= 0).astype(bool)
+    rule, options = as_rule(stated)
+    if "steps" in stated:
+        options["steps"] = stated["steps"]
+    new = stated.get("max_new_tokens", stated.get("gen_length"))
+    new = stated["max_length"] - prompts.shape[1] if new is None else new
+    written = hub.generate(
+        hub.load(DATA / name, dtype="float32"),
+        [row[keep] for row, keep in zip(prompts, kept, strict=True)],
+        new,
+        rule=rule,
+        stop=False,
+        trace=f"{run}_steps" in arrays,
+        **{f"{token}_id": facts[f"{token}_token_id"] for token in ("mask", "eos", "pad")},
+        **options,
+    )
+    np.testing.assert_array_equal(written.tokens, arrays[f"{run}_out"])
+    if f"{run}_steps" in arrays:
+        np.testing.assert_array_equal(written.canvases, arrays[f"{run}_steps"][1:])
+    assert written.written.sum() >= new * len(prompts)
+
+
+RUNS = [
+    (path.parent.name, run)
+    for path in sorted(DATA.glob("*/reference.json"))
+    for run in json.loads(path.read_text("utf-8")).get("decode", {})
+    if run.startswith(("gen", "bdgen"))
+]
+QUICK = {
+    ("llada-1", "gen_official_uneven"),
+    ("llada-1", "gen_dllm"),
+    ("llada-1", "gen_dllm_cfg"),
+    ("dream-2", "gen_dllm_margin"),
+    ("dream-2", "gen_official_maskgit"),
+    ("a2d_qwen2-2", "bdgen"),
+    ("sdar-1", "gen_dynamic"),
+}
+
+
+def test_all_families_have_runs():
+    assert len(RUNS) == 63 and set(RUNS) > QUICK
+
+
+@pytest.mark.parametrize(
+    "name, run",
+    [pytest.param(*run, marks=() if run in QUICK else pytest.mark.slow) for run in RUNS],
+)
+def test_greedy_runs_are_those_of_the_original(name, run):
+    check_run(name, run)
+
+
+def some(*names):
+    """The first in the default run, the others in the slow one."""
+    return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+
+
+@pytest.mark.parametrize("name", some("mdlm-3", "mdlm-1", "mdlm-2"))
+def test_mdlm_steps_by_given_uniforms_and_greedy_run(name):
+    """Eight steps, then the most likely tokens; levels matter to mdlm-3 alone."""
+    arrays, _ = reference(name)
+    model = hub.load(DATA / name, dtype="float32")
+    mask_id, times = model.traits.mask_id, np.linspace(1, 1e-5, 9, dtype=np.float32)
+
+    @jax.jit
+    def log_probs(tokens, time):
+        sigma = jnp.full(len(tokens), -jnp.log1p(-(1 - 1e-3) * time))
+        logits = model.logits(tokens, timesteps=sigma)
+        return jax.nn.log_softmax(logits.at[..., mask_id].set(-1e30))
+
+    tokens = jnp.asarray(arrays["ancestral_steps"][0])
+    for i, uniforms in enumerate(arrays["ancestral_uniforms"]):
+        now, then = log_probs(tokens, times[i]), times[i] - (1 - 1e-5) / 8
+        tokens = decoding.ancestral_step(now, tokens, mask_id, times[i], then, uniforms)
+        np.testing.assert_array_equal(tokens, arrays["ancestral_steps"][i + 1])
+    best = jnp.argmax(log_probs(tokens, times[-1]), axis=-1)
+    tokens = jnp.where(tokens == mask_id, best, tokens)
+    np.testing.assert_array_equal(tokens, arrays["ancestral_out"])
+    written = hub.generate(model, arrays["greedy_prompt"], 16, rule="mdlm_greedy", steps=8)
+    np.testing.assert_array_equal(written.tokens, arrays["greedy_out"])
+
+
+@pytest.mark.parametrize("name", some("bd3lm-3", "bd3lm-1", "bd3lm-2"))
+def test_bd3lm_greedy_run(name):
+    arrays, _ = reference(name)
+    model, length = hub.load(DATA / name, dtype="float32"), arrays["greedy_out"].shape[1]
+    written = hub.generate(model, [[1]], length - 1, rule="bd3lm_greedy")
+    np.testing.assert_array_equal(written.tokens, arrays["greedy_out"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mdlm-3", "bd3lm-1", "dream-1", "sdar-1"])
+def test_draws_fill_ragged_batches_and_follow_the_key(name):
+    model = hub.load(DATA / name, dtype="float32")
+    options = {"rule": "dream_origin", "temperature": 1.0} if name == "dream-1" else {}
+
+    def draw(seed):
+        key = jax.random.key(seed)
+        return hub.generate(model, [[1, 2, 3, 5, 7], [3]], 10, key=key, **options)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert (first.tokens != other.tokens).any()
+    if name in ("mdlm-3", "bd3lm-1"):
+        assert (first.tokens != model.traits.mask_id).all()
+    assert (first.written.sum(axis=1) >= 10).all()
+
+
+def test_logits_of_a_left_padded_batch_of_dream():
+    arrays, _ = reference("dream-1")
+    model = hub.load(DATA / "dream-1", dtype="float32")
+    given = {"positions": arrays["leftpad_position_ids"]}
+    logits = model.logits(arrays["leftpad_ids"], arrays["leftpad_attention_mask"], **given)
+    kept = arrays["leftpad_attention_mask"] == 1
+    assert not kept.all()
+    expected = arrays["leftpad_logits"][kept]
+    np.testing.assert_allclose(np.asarray(logits)[kept], expected, rtol=0, atol=1e-4)
+
+
+# ---- a toy: likely tokens by position ---------------------------------------------------------
+
+MASK, EOS, VOCAB = 15, 14, 16
+
+
+def toy(choose, *, confidence=lambda at: 4.0, inputs=(), **traits):
+    """A model that gives token ``choose(position, width)`` the logit ``confidence(position)``."""
+
+    def logits(module, params, traits, ids, visible, positions=None):
+        at = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        at = at if positions is None else positions
+        seen = jnp.ones(ids.shape, int) if visible is None else visible
+        best = choose(at, jnp.broadcast_to(jnp.sum(seen, -1, keepdims=True), ids.shape))
+        return jax.nn.one_hot(best, VOCAB) * jnp.broadcast_to(confidence(at), best.shape)[..., None]
+
+    family = Family("toy", (), None, None, None, logits)
+    facts = Traits(vocab_size=VOCAB, **{"mask_id": MASK, "eos_id": EOS} | traits)
+    params = {"params": {"none": jnp.zeros(())}}
+    return hub.HubModel(pathlib.Path(), {}, None, None, facts, family, params)
+
+
+def test_a_predicted_mask_stays_and_its_count_is_spent():
+    """Two of four a step: position 1, the surest, predicts the mask token and is chosen twice."""
+    sure = jnp.asarray([4.0, 9.0, 3.0, 2.0])
+    model = toy(lambda at, _: jnp.where(at == 1, MASK, at), confidence=lambda at: sure[at])
+    given = {"rule": "llada", "steps": 2, "trace": True}
+    written = hub.generate(model, [[]], 4, **given)
+    assert written.canvases.tolist() == [[[0, MASK, MASK, MASK]], [[0, MASK, 2, MASK]]]
+    excluded = hub.generate(model, [[]], 4, excludes_mask=True, **given)
+    assert excluded.tokens.tolist() == [[0, 0, 2, 3]]
+
+
+def test_positions_count_from_the_prompt_and_padding_is_not_seen():
+    """Left-padded rows, filled up to 16 too, predict as if they were alone."""
+    model = toy(lambda at, width: (at + width) % 7)
+    alone = [hub.generate(model, [prompt], 3, rule="dream") for prompt in ([1, 1, 1, 1], [1])]
+    for multiple in (1, 16):
+        both = hub.generate(model, [[1, 1, 1, 1], [1]], 3, rule="dream", pad_multiple=multiple)
+        assert both.tokens.shape == (2, 7) and both.written.sum(axis=1).tolist() == [3, 3]
+        for row, one in zip(both.tokens, alone, strict=True):
+            assert row[-3:].tolist() == one.tokens[0, -3:].tolist()
+    right = hub.generate(model, [[1, 1, 1, 1], [1]], 3, rule="dllm", pad_multiple=16)
+    assert right.tokens.tolist() == [[1, 1, 1, 1, 4, 5, 6], [1, 5, 6, 0, EOS, EOS, EOS]]
+
+
+def test_shifted_logits_and_what_is_shown():
+    """Predictions stand at i - 1; canvases are shown after every step, in order."""
+    shown = []
+    model = toy(lambda at, _: at + 1, confidence=lambda at: 6.0 - at, shift=True)
+    written = hub.generate(model, [[5]], 3, rule="dllm_dream", steps=3, show=shown.append)
+    jax.effects_barrier()
+    assert written.tokens.tolist() == [[5, 1, 2, 3]]
+    assert [row.tolist() for row in shown] == [
+        [[5, 1, MASK, MASK]],
+        [[5, 1, 2, MASK]],
+        [[5, 1, 2, 3]],
+    ]
+
+
+def test_orders_by_score_temperature_and_chance():
+    """Sharp order temperatures take the best, of ties any; all fill every position."""
+    model = toy(lambda at, _: at, confidence=lambda at: 1.0 + at)
+    sharp = {"order_temperature": 1e-6}
+    for options in ({}, sharp, {"score": "margin", **sharp}):
+        written = hub.generate(model, [[]], 4, rule="dllm", trace=True, **options)
+        assert written.canvases[0, 0].tolist() == [MASK, MASK, MASK, 3]
+    first = hub.generate(model, [[]], 4, rule="dllm", score="first", trace=True)
+    assert first.canvases[0, 0].tolist() == [0, MASK, MASK, MASK]
+    order = hub.generate(model, [[]] * 64, 4, rule="dllm", score="random", trace=True).canvases
+    assert len({row.argmin() for row in np.asarray(order[0])}) == 4
+    assert (np.asarray(order[-1]) == np.arange(4)).all()
+
+
+def sdar_steps(canvas, confidence, **settings):
+    """Tokens after each step of a block under SDAR's rule, confidences [L] given."""
+    rule = dataclasses.replace(hub.RULES["sdar"], block_size=4, temperature=0.0, **settings)
+    sampler, _ = decoding.make_sampler(rule, 1)
+    probs = np.float32(confidence)[None, :, None]
+    rest = (1 - probs) / (VOCAB - 1)
+    table = jnp.log(np.where(np.arange(VOCAB) == 3, probs, rest))
+
+    def model_fn(tokens, logsnr, documents):
+        return jnp.broadcast_to(table, (*tokens.shape, VOCAB))
+
+    options = {"mask_id": MASK, "trace": lambda state: state.tokens}
+    return samplers.sample_with_trace(
+        jax.random.key(0), model_fn, sampler, None, np.int32(canvas), **options
+    )[1].tolist()
+
+
+def test_sdar_fills_all_above_the_threshold_if_there_are_enough():
+    m, sure = MASK, [0.9, 0.2, 0.8, 0.3]
+    steps = sdar_steps([[m] * 4], sure, steps=4, threshold=0.5)
+    assert steps[:3] == [[[3, m, 3, m]], [[3, m, 3, 3]], [[3, 3, 3, 3]]]
+    assert sdar_steps([[m] * 4], sure, steps=2, threshold=0.85)[0] == [[3, m, 3, m]]
+    assert sdar_steps([[m] * 4], sure, steps=4, threshold=None)[0] == [[3, m, m, m]]
+
+
+def test_sdar_never_overwrites_given_tokens():
+    """A quota of two where one mask is left; the original then writes over the prompt."""
+    canvas = [[5, 6, 7, MASK], [5, MASK, MASK, MASK]]
+    steps = sdar_steps(canvas, [0.9, 0.8, 0.7, 0.6], steps=2, threshold=None)
+    assert steps == [[[5, 6, 7, 3], [5, 3, 3, MASK]], [[5, 6, 7, 3], [5, 3, 3, 3]]]
+
+
+def test_blocks_stop_when_every_row_has_the_token():
+    """Rows write the stop token in blocks 0 and 1; without it blocks 2 and 3 are written too."""
+    wanted = jnp.asarray([[1, EOS, 3, 4, 5, 6, 7, 8], [1, 2, EOS, 4, 5, 6, 7, 8]])
+
+    def apply_fn(params, inputs, logsnr, documents):
+        return jax.nn.one_hot(wanted, VOCAB) * 9.0
+
+    sampler = in_blocks("greedy", 2, 2, lambda c, y, d: jnp.zeros(d.shape), samplers.temperature(0))
+    decoder = recomputing_block_decoder(apply_fn, 2)
+    canvas = samplers.blank_canvas(2, 8, MASK)
+    rest = (jax.random.key(0), decoder, {}, sampler, None, canvas)
+    run = jax.jit(lambda stop: samplers.sample_blocks(*rest, mask_id=MASK, stop_id=stop))
+    assert run(EOS).tolist() == [[1, EOS, 3, 4] + [EOS] * 4, [1, 2, EOS, 4] + [EOS] * 4]
+    assert run(13).tolist() == wanted.tolist()
+
+
+def test_layout_in_blocks():
+    """Left: prompts end with a block, the last block is cut. Right: whole blocks, more tokens."""
+    rule = dataclasses.replace(hub.RULES["dllm_blocks"], block_size=4)
+    prompts = [np.int32([1, 2, 3, 4, 5]), np.int32([6])]
+    canvas, visible, prefix, result = decoding.lay_out(prompts, 3, rule, MASK, 0)
+    assert canvas.shape == (2, 12) and prefix == 8 and result == slice(0, 11)
+    assert canvas[:, 7:].tolist() == [[5, MASK, MASK, MASK, 0], [6, MASK, MASK, MASK, 0]]
+    assert visible.sum(axis=1).tolist() == [8, 4]
+    rule = dataclasses.replace(rule, padding="right")
+    canvas, visible, prefix, result = decoding.lay_out(prompts, 2, rule, MASK, 0)
+    assert canvas.shape == (2, 8) and prefix == 0 and result == slice(0, 8)
+    assert canvas[1].tolist() == [6, MASK, MASK, MASK, 0, 0, 0, 0]
+    assert visible.sum(axis=1).tolist() == [8, 4]
+
+
+def test_ancestral_levels_reveal_as_dreams_origin_does():
+    """Probabilities 1 - s/t, 1 in the last step."""
+    rule = dataclasses.replace(hub.RULES["dream_origin"], steps=4, block_size=4)
+    _, grid = decoding.make_sampler(rule, 1)
+    rates = 1 / (1 + np.exp(grid))
+    times = np.append(np.linspace(1, 1e-3, 5)[:4], 0)
+    np.testing.assert_allclose(1 - rates[1:] / rates[:-1], 1 - times[1:] / times[:-1], rtol=1e-6)
+
+
+# ---- likelihood -------------------------------------------------------------------------------
+
+
+def test_likelihood_by_given_masks():
+    arrays, facts = reference("llada-1")
+    model = hub.load(DATA / "llada-1", dtype="float32")
+    tokens = np.concatenate([arrays["lik_prompt"], arrays["lik_answer"]])
+    given = (arrays["lik_noised"], arrays["lik_p_mask"], facts["mask_token_id"])
+    score = likelihood.masked_score(model, tokens, *given)
+    np.testing.assert_allclose(score, facts["log_likelihood"]["value"], rtol=1e-5)
+
+
+def test_likelihood_of_a_model_that_knows_nothing():
+    """``-L log K`` whatever is masked; numbers of masks are even over 1 .. L."""
+    model = toy(lambda at, _: at, confidence=lambda at: 0.0)
+    options = {"key": jax.random.key(0), "samples": 8, "batch_size": 4}
+    value = hub.log_likelihood(model, [1, 2], [3, 4, 5], **options)
+    np.testing.assert_allclose(value, -3 * np.log(VOCAB), rtol=1e-6)
+    assert likelihood.mask_numbers(3, 5, 5).tolist() == [3, 4, 5, 1, 2]
+    assert likelihood.mask_numbers(2, 4, 8).tolist() == [2, 4, 6, 8]
+    with pytest.raises(ValueError, match="multiple of batch_size"):
+        hub.log_likelihood(model, [1], [2], key=jax.random.key(0), samples=3, batch_size=2)
+
+
+# ---- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "traits, prompts, options, message",
+    [
+        ({}, [[1]], {"rule": "lada"}, "llada"),
+        ({}, [[1]], {"temperature": -1.0}, "temperature must be a number in"),
+        ({}, [[1]], {"schedule": "cosine"}, "schedule"),
+        ({}, [], {}, "at least one prompt"),
+        ({}, [[1], [2, MASK]], {}, "prompt 1 holds the mask token 15"),
+        ({"mask_id": None}, [[1]], {}, "give mask_id"),
+        ({}, [[1]], {"mask_id": 16}, r"in \[0, 16\)"),
+        ({"attention": "causal"}, [[1]], {}, "sample_next_tokens"),
+        ({"attention": "block", "block_size": 4}, [[1]], {}, "cached=True"),
+        ({"shift": True}, [[]], {"rule": "dream"}, "BOS"),
+        ({}, [[1]], {"rule": "dllm_blocks"}, "states no block_size"),
+        ({}, [[1]], {"rule": "sdar", "block_size": 4, "guidance": 1.0}, "no guidance"),
+        ({}, [[1]], {"rule": "dream", "block_size": 4}, "leave block_size out"),
+    ],
+)
+def test_errors_say_what_is_allowed(traits, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        hub.generate(toy(lambda at, _: at, **traits), prompts, 8, **options)
