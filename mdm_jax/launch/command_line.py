@@ -257,7 +257,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-MODES = ("train", "evaluate", "sample", "spacing", "variance", "export")
+MODES = ("train", "evaluate", "sample", "spacing", "variance", "export", "chat")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
 
@@ -321,7 +321,8 @@ def _expand(argv: list[str]) -> list[str]:
     """``--config.mesh=data=2,fsdp=4`` as one override for each axis; ``--steps`` as num_steps."""
     expanded = []
     for argument in argv:
-        argument = re.sub(r"^--?steps=", "--config.sample.num_steps=", argument)
+        steps = "answer_steps" if "--mode=chat" in argv else "config.sample.num_steps"
+        argument = re.sub(r"^--?steps=", f"--{steps}=", argument)
         match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
         if match is None:
             expanded.append(argument)

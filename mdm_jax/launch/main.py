@@ -7,6 +7,7 @@
                                        grids; sample then uses the best
   mdm variance --workdir=runs/mine     gradient variance of training methods
   mdm export   --workdir=runs/mine --to=DIR    parameters as Hugging Face has them
+  mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
 text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian, finetune; each
@@ -24,6 +25,7 @@ Flags:
   --steps=16: short for --config.sample.num_steps=16
   --allow_config_change: go on in a workdir whose run has another config
   --parameters=last, --dtype=bfloat16: what export writes; else averages, as were
+  --max_tokens, --temperature, --steps: of an answer, for chat; --[no]template
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
     default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
@@ -46,9 +48,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mdm_jax import distributed, files
+from mdm_jax import distributed, files, hub
 from mdm_jax.data.tokenizers import printable
-from mdm_jax.launch import command_line, evaluate, measure, spacing, train
+from mdm_jax.launch import chat, command_line, evaluate, measure, spacing, train
 from mdm_jax.launch import export as exports
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
@@ -94,6 +96,18 @@ _PARAMETERS = flags.DEFINE_enum(
     "parameters", "ema", ("ema", "last"), "export, chat: averaged ones, or those of the last step."
 )
 _DTYPE = flags.DEFINE_string("dtype", None, "export: of all tensors; else as in the source.")
+_SOURCE = flags.DEFINE_string("source", None, "chat: directory or id of a model of others.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "chat: longest answer.", 1)
+_STEPS = flags.DEFINE_integer(
+    "answer_steps", None, "chat, as --steps: of an answer; else one a token.", 1
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "chat: 0 takes the likeliest tokens.", 0.0)
+_TEMPLATE = flags.DEFINE_bool(
+    "template",
+    None,
+    "chat: by the model's chat template; else each line is a prompt of its own. "
+    "By default with --source, not with --workdir, whose data are pairs as they stand.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "Several processes: HOST:PORT of process 0, the same for all."
 )
@@ -130,15 +144,15 @@ def main(argv: list[str]) -> int:
         return _fail(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every save
-    if _WORKDIR.value is None:
+    if _WORKDIR.value is None and not (_MODE.value == "chat" and _SOURCE.value):
         return _fail("--workdir is required: the directory of the run, made if missing")
-    if _CONFIG.value is None:
+    if _CONFIG.value is None and _WORKDIR.value is not None:
         return _fail("--config is required to train, as in --config=quickstart")
     if _RESTART.value and _MODE.value != "train":
         return _fail("--restart is for --mode=train")
     cluster = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     try:
-        workdir = files.as_path(_WORKDIR.value)
+        workdir = _WORKDIR.value and files.as_path(_WORKDIR.value)
         command_line.use_compilation_cache(_CACHE.value)
         farewell = command_line.start_processes(*cluster)
         if jax.distributed.is_initialized():
@@ -176,7 +190,7 @@ def _run(workdir: files.Path) -> int:
 
 def _run_as_one_of_several(workdir: files.Path) -> int:
     """As :func:`_run`; only process 0 prints, and a failing process ends the others too."""
-    if _MODE.value in ("variance", "spacing"):
+    if _MODE.value in ("variance", "spacing", "chat"):
         return _fail(f"--mode={_MODE.value} runs in one process; start it with --num_processes=1")
     try:
         with contextlib.ExitStack() as stack:
@@ -202,7 +216,7 @@ def _settings() -> dict[str, Any]:
         "allow_config_change": _ALLOW.value,
         "restart": _RESTART.value,
         "num_processes": _NUM_PROCESSES.value,
-        "config": resolved(_CONFIG.value),
+        "config": _CONFIG.value and resolved(_CONFIG.value),
     }
 
 
@@ -286,7 +300,26 @@ def _export(workdir: files.Path) -> int:
     return 0
 
 
-_MODEL_MODES = {"export": _export}
+def _chat(workdir: files.Path | None) -> int:
+    if (workdir is None) == (_SOURCE.value is None):
+        return _fail("chat with a run, --workdir=RUN, or with a model, --source=DIR, not both")
+    if workdir is None:
+        model = hub.load(_SOURCE.value)
+    else:
+        _, model = exports.open_run(workdir, _PARAMETERS.value == "last", num_devices=1)
+    templated = workdir is None if _TEMPLATE.value is None else _TEMPLATE.value
+    chat.chat(
+        model,
+        chat.tokenizer_of(model, workdir),
+        max_tokens=_MAX_TOKENS.value,
+        steps=_STEPS.value,
+        temperature=_TEMPERATURE.value,
+        templated=templated,
+    )
+    return 0
+
+
+_MODEL_MODES = {"export": _export, "chat": _chat}
 _MODES = {
     "train": _train,
     "evaluate": _evaluate,

@@ -1,6 +1,8 @@
-"""Runs that begin from models of others: trained, resumed, read, exported."""
+"""Runs that begin from models of others: trained, resumed, read, exported, talked to."""
 
+import io
 import json
+import os
 import pathlib
 import shutil
 
@@ -13,7 +15,7 @@ import saved_run
 
 from mdm_jax import data, files, hub, models
 from mdm_jax.hub.files import TensorFiles
-from mdm_jax.launch import evaluate, export, presets, source, train
+from mdm_jax.launch import chat, evaluate, export, presets, source, train
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
 from mdm_jax.launch.workdir import WorkdirError, saved_config
 
@@ -296,3 +298,66 @@ def test_settings_that_no_layout_has_are_named(tmp_path):
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
     with pytest.raises(ValueError, match="process='uniform'"):
         export.export(workdir, str(tmp_path / "out"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_chat_shows_the_canvas_being_unmasked(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n1+1\n"))
+    arguments = (f"--source={DATA / 'a2d_qwen3-1'}", "--max_tokens=4", "--steps=4")
+    code, out, error = launching.call(monkeypatch, capsys, "--mode=chat", *arguments)
+    assert code == 0, error
+    canvases = [line.count("▁") for line in out.splitlines()]
+    assert canvases[0] == 3 and canvases.count(0) <= 4  # one token a step, of two answers
+    assert out == data.printable(out)
+
+
+def test_a_run_answers_without_its_data(run, monkeypatch, capsys):
+    _, workdir, _ = run
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1\n"))
+    arguments = (f"--workdir={workdir}", "--max_tokens=4")
+    code, out, error = launching.call(monkeypatch, capsys, "--mode=chat", *arguments)
+    assert code == 0 and "▁" not in out.splitlines()[-1], error
+
+
+def test_a_terminal_is_redrawn_in_place_and_obeys_no_model(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((5, 10)))
+    codec = data.tokenizers.CharTokenizer("\n\x1babcdef")
+    model = hub.describe(DATA / "llada-1")
+    canvas = chat._Canvas(model, codec, {codec.eos_id}, 6)
+    prompt, mask = codec.encode("ab"), codec.mask_id
+    canvas.begin(prompt)
+    canvas.show(np.array([[*prompt, *codec.encode("abc"), mask, mask, mask]]))
+    first = screen.getvalue()
+    assert first == "abc▁\n▁▁"  # cells of four columns, since some terminals wrap at the fifth
+    canvas.show(np.array([[*prompt, *codec.encode("a\x1bc"), mask, mask, mask]]))
+    assert screen.getvalue() == first + "\x1b[1A\r\x1b[J" + "a\\u0\n01bc\n▁▁▁"
+    answer = canvas.end(np.array([*codec.encode("a\x1bc"), codec.eos_id, mask, mask]))
+    assert screen.getvalue().endswith("\x1b[2A\r\x1b[Ja\\u001bc\n") and answer == "a\x1bc"
+
+
+def test_chat_needs_a_model_of_one_kind(tmp_path, monkeypatch, capsys):
+    for arguments, message in (
+        ((), "--workdir is required"),
+        ((f"--source={DATA / 'mdlm-1'}",), "no tokenizer to chat with"),
+        ((f"--source={tmp_path / 'none'}",), "no such directory"),
+    ):
+        code, _, error = launching.call(monkeypatch, capsys, "--mode=chat", *arguments)
+        assert code == 2 and message in error
+
+
+def test_a_block_model_answers_block_by_block():
+    model = hub.load(DATA / "sdar-1", dtype="float32")
+    codec = data.tokenizers.CharTokenizer("".join(map(chr, range(32, 32 + 140))))
+    assert codec.mask_id < model.traits.vocab_size
+    seen, prompt = [], np.arange(3, 9, dtype=np.int32)
+    tokens = chat._fill(model, codec, prompt, 6, 2, 0.0, jax.random.key(0), seen.append)
+    assert tokens.shape == (6,) and codec.mask_id not in tokens
+    written = [int(np.sum(row[0] != codec.mask_id)) for row in seen]
+    assert written == [10, 12, 14, 16]  # two pads, six of the prompt, two tokens a step
+    np.testing.assert_array_equal(seen[-1][0, -8:][:6], tokens)
