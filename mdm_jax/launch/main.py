@@ -6,7 +6,7 @@
   mdm spacing  --workdir=runs/mine --steps=16    compare and search sampling
                                        grids; sample then uses the best
   mdm variance --workdir=runs/mine     gradient variance of training methods
-  mdm export   --workdir=runs/mine --to=DIR    parameters as Hugging Face has them
+  mdm export   --workdir=runs/mine --to=DIR   parameters as Hugging Face has them
   mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
@@ -24,7 +24,7 @@ Flags:
   --mode: what to do, as in the first word
   --steps=16: short for --config.sample.num_steps=16
   --allow_config_change: go on in a workdir whose run has another config
-  --parameters=last, --dtype=bfloat16: what export writes; else averages, as were
+  --parameters=last, --dtype=bfloat16: what export writes; else averages
   --max_tokens, --temperature, --steps: of an answer, for chat; --[no]template
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
