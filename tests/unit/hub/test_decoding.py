@@ -229,6 +229,9 @@ def test_a_predicted_mask_stays_and_its_count_is_spent():
     assert written.canvases.tolist() == [[[0, MASK, MASK, MASK]], [[0, MASK, 2, MASK]]]
     excluded = hub.generate(model, [[]], 4, excludes_mask=True, **given)
     assert excluded.tokens.tolist() == [[0, 0, 2, 3]]
+    # Chosen in the next block, too, at the cost of that block's counts.
+    blocks = hub.generate(model, [[]], 4, rule="llada", steps=4, block_size=2)
+    assert blocks.tokens.tolist() == [[MASK] * 4]
 
 
 def test_positions_count_from_the_prompt_and_padding_is_not_seen():
@@ -267,6 +270,11 @@ def test_orders_by_score_temperature_and_chance():
         assert written.canvases[0, 0].tolist() == [MASK, MASK, MASK, 3]
     first = hub.generate(model, [[]], 4, rule="dllm", score="first", trace=True)
     assert first.canvases[0, 0].tolist() == [0, MASK, MASK, MASK]
+    # Of the distribution that is drawn from, a single token here, all are equal.
+    single = {"rule": "dllm", "temperature": 1.0, "top_k": 1, "trace": True}
+    for filtered, place in ((False, 3), (True, 0)):
+        written = hub.generate(model, [[]], 4, filtered=filtered, **single)
+        assert (written.canvases[0, 0] != MASK).nonzero()[0].tolist() == [place]
     order = hub.generate(model, [[]] * 64, 4, rule="dllm", score="random", trace=True).canvases
     assert len({row.argmin() for row in np.asarray(order[0])}) == 4
     assert (np.asarray(order[-1]) == np.arange(4)).all()
@@ -298,10 +306,14 @@ def test_sdar_fills_all_above_the_threshold_if_there_are_enough():
 
 
 def test_sdar_never_overwrites_given_tokens():
-    """A quota of two where one mask is left; the original then writes over the prompt."""
-    canvas = [[5, 6, 7, MASK], [5, MASK, MASK, MASK]]
+    """A quota of two where one mask is left; the original then writes over the prompt.
+
+    The quota is of the block's size, so two of two masks go at once.
+    """
+    canvas = [[5, 6, 7, MASK], [5, MASK, MASK, MASK], [5, 6, MASK, MASK]]
     steps = sdar_steps(canvas, [0.9, 0.8, 0.7, 0.6], steps=2, threshold=None)
-    assert steps == [[[5, 6, 7, 3], [5, 3, 3, MASK]], [[5, 6, 7, 3], [5, 3, 3, 3]]]
+    first, third = [5, 6, 7, 3], [5, 6, 3, 3]
+    assert steps == [[first, [5, 3, 3, MASK], third], [first, [5, 3, 3, 3], third]]
 
 
 def test_blocks_stop_when_every_row_has_the_token():
