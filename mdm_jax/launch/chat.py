@@ -4,14 +4,15 @@ import contextlib
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 
-from mdm_jax import data, files, hub, models, samplers
+from mdm_jax import data, files, hub
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mdm_jax.hub.decoding import RULES, generate
 from mdm_jax.launch.sample import MASK_TEXT
 
 _PROBE = "mdm"
@@ -26,24 +27,26 @@ def chat(
     steps: int | None,
     temperature: float,
     templated: bool,
+    trained_here: bool = False,
 ) -> None:
     """Answer lines of standard input until it ends.
 
     Args:
-        max_tokens, steps, temperature: of an answer, or steps of each block of a block model; None:
-            one per token. The most confident tokens are filled in first.
+        max_tokens, steps, temperature: of an answer; as in ``hub.decoding.Rule``.
         templated: turns are laid out by the tokenizer's chat template, and earlier ones are part of
             the prompt; else each line is a prompt of its own, as it stands.
+        trained_here: by an objective that never lets the mask token be predicted.
 
     ValueError if the model cannot be decoded so, or has no chat template.
     """
-    if model.traits.attention == "causal":
-        raise ValueError(
-            f"{model.family.name} is a causal model, which has no canvas; train it as masked "
-            "or block diffusion first"
-        )
-    ends = {codec.eos_id} | (_end_of_turn(codec) if templated else set())
-    canvas = _Canvas(model, codec, ends, max_tokens)
+    rule, codec_ends = _rule(model), {codec.eos_id}
+    changes: dict[str, Any] = {"steps": steps, "temperature": temperature}
+    if trained_here:
+        changes["excludes_mask"] = True
+    if templated:
+        codec_ends |= _end_of_turn(codec)
+    ids = {"mask_id": codec.mask_id, "eos_id": codec.eos_id, "pad_id": codec.pad_id}
+    canvas = _Canvas(model, codec, codec_ends, max_tokens, rule)
     turns: list[dict[str, str]] = []
     for number, line in enumerate(_lines()):
         turns = [*turns, {"role": "user", "content": line}] if templated else []
@@ -54,14 +57,16 @@ def chat(
                 prompt = codec.encode(line)
             canvas.begin(prompt)
             key = jax.random.fold_in(jax.random.key(0), number)
-            tokens = _fill(model, codec, prompt, max_tokens, steps, temperature, key, canvas.show)
+            options = ids | {"key": key, "show": canvas.show}
+            made = generate(model, [prompt], max_tokens, rule=rule, **options, **changes)
+            jax.effects_barrier()
         except ValueError as error:
             if number == 0:  # as a rule the model or a setting
                 raise
             print(f"error: {data.printable(str(error))}", file=sys.stderr, flush=True)
             turns = turns[:-1]
             continue
-        answer = canvas.end(tokens)
+        answer = canvas.end(np.asarray(made.tokens)[0][made.written[0]])
         if templated:
             turns = [*turns, {"role": "assistant", "content": answer}]
 
@@ -78,19 +83,24 @@ def tokenizer_of(model: hub.HubModel, workdir: files.Path | None) -> Tokenizer:
 class _Canvas:
     """The answer in the making on standard output, redrawn in place if that is a terminal."""
 
-    def __init__(self, model: hub.HubModel, codec: Tokenizer, ends: set[int], max_tokens: int):
+    def __init__(
+        self, model: hub.HubModel, codec: Tokenizer, ends: set[int], max_tokens: int, rule: Any
+    ):
         self._codec, self._ends, self._most = codec, ends, max_tokens
-        self._size = _block_size(model)
+        self._blocks = (rule.block_size or model.traits.block_size or 1) if rule.cached else 0
+        self._left = rule.padding == "left"
         self._out: TextIO = sys.stdout
         self._rows, self._last, self._skip = 0, "", 0
 
     def begin(self, prompt: np.ndarray) -> None:
-        self._rows, self._last, self._skip = 0, "", _padded(len(prompt), self._size)
+        self._rows, self._last, self._skip = 0, "", len(prompt)
+        if self._blocks and self._left:
+            self._skip = -(-len(prompt) // self._blocks) * self._blocks
 
     def show(self, tokens: np.ndarray) -> None:
         """Draw tokens [1, ...] so far, from the prompt on."""
         row, mask = tokens[0], self._codec.mask_id
-        if self._size > 1:  # what is before the prompt is masked
+        if self._blocks:  # what is before the prompt is masked
             row = row[np.argmax(row != mask) :] if np.any(row != mask) else row[:0]
         row = row[self._skip :][: self._most]
         text = self._text(np.append(row, np.full(self._most - len(row), mask, row.dtype)))
@@ -127,70 +137,11 @@ class _Canvas:
         return data.printable(text).expandtabs()
 
 
-def _fill(
-    model: hub.HubModel,
-    codec: Tokenizer,
-    prompt: np.ndarray,
-    count: int,
-    steps: int | None,
-    temperature: float,
-    key: jax.Array,
-    show: Callable[[np.ndarray], None],
-) -> np.ndarray:
-    """The ``count`` tokens after a prompt; ``show(tokens [1, ...])`` is called after each step."""
-    size = _block_size(model)
-    begin = _padded(len(prompt), size)
-    row = np.full((1, begin + _padded(count, size)), codec.mask_id, np.int32)
-    row[0, :begin] = codec.pad_id
-    row[0, begin - len(prompt) : begin] = prompt
-    documents = (np.arange(row.shape[1]) >= begin - len(prompt))[None].astype(np.int32)
-    together = size if size > 1 else count
-    steps = together if steps is None else min(steps, together)
-    counts = [together // steps + (i < together % steps) for i in range(steps)]
-    chosen = samplers.temperature(temperature)
-    sampler = samplers.by_score(samplers.confidence, counts, token_filter=chosen)
-    options = {"mask_id": codec.mask_id, "documents": documents}
-    unused = getattr(codec, "unused_ids", ())
-
-    def shown_step(context: Any, denoise: Any, state: Any) -> Any:
-        state = sampler.step(context, denoise, state)
-        parts = (state.tokens,) if context.before is None else (context.before, state.tokens)
-        draw = lambda *parts: show(np.concatenate(parts, axis=1))  # noqa: E731
-        jax.debug.callback(draw, *parts, ordered=True)
-        return state
-
-    shown = sampler._replace(step=shown_step)
-
-    @jax.jit
-    def run(params: Any, key: jax.Array) -> jax.Array:
-        if size > 1:
-            decoder = models.cached_block_decoder(model.model, size)
-            decoder = decoder._replace(logits=models.without_tokens(decoder.logits, unused))
-            given = options | {"prefix": begin}
-            return samplers.sample_blocks(key, decoder, params, shown, None, row, **given)
-
-        def network(tokens: jax.Array, _level: Any, _documents: Any) -> jax.Array:
-            return model.family.logits(model.model, params, model.traits, tokens, None)
-
-        apply = models.without_tokens(lambda _params, *inputs: network(*inputs), unused)
-        if model.traits.shift:
-            apply = models.shifted_apply(apply)
-        return samplers.sample(
-            key, lambda *inputs: apply(params, *inputs), shown, None, row, **options
-        )
-
-    tokens = np.asarray(run(model.params, key))
-    jax.effects_barrier()
-    return tokens[0, begin:][:count]
-
-
-def _block_size(model: hub.HubModel) -> int:
-    """Tokens that are filled together; 1 for all."""
-    return model.traits.block_size if model.traits.attention == "block" else 1
-
-
-def _padded(count: int, size: int) -> int:
-    return -(-count // size) * size
+def _rule(model: hub.HubModel) -> Any:
+    """That of the family, unless it was trained in blocks that its own loop does not know."""
+    rule = RULES.get(model.family.name, RULES["dllm"])
+    in_blocks = model.traits.attention == "block"
+    return RULES["dllm_blocks"] if in_blocks and not rule.cached else rule
 
 
 def _end_of_turn(codec: Any) -> set[int]:

@@ -315,6 +315,7 @@ def _chat(workdir: files.Path | None) -> int:
         steps=_STEPS.value,
         temperature=_TEMPERATURE.value,
         templated=templated,
+        trained_here=workdir is not None,
     )
     return 0
 

@@ -1,5 +1,6 @@
 """Runs that begin from models of others: trained, resumed, read, exported, talked to."""
 
+import dataclasses
 import io
 import json
 import os
@@ -329,7 +330,7 @@ def test_a_terminal_is_redrawn_in_place_and_obeys_no_model(monkeypatch):
     monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((5, 10)))
     codec = data.tokenizers.CharTokenizer("\n\x1babcdef")
     model = hub.describe(DATA / "llada-1")
-    canvas = chat._Canvas(model, codec, {codec.eos_id}, 6)
+    canvas = chat._Canvas(model, codec, {codec.eos_id}, 6, chat.RULES["dllm"])
     prompt, mask = codec.encode("ab"), codec.mask_id
     canvas.begin(prompt)
     canvas.show(np.array([[*prompt, *codec.encode("abc"), mask, mask, mask]]))
@@ -351,13 +352,15 @@ def test_chat_needs_a_model_of_one_kind(tmp_path, monkeypatch, capsys):
         assert code == 2 and message in error
 
 
-def test_a_block_model_answers_block_by_block():
+def test_a_block_model_answers_block_by_block(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("abcdef\n"))
     model = hub.load(DATA / "sdar-1", dtype="float32")
-    codec = data.tokenizers.CharTokenizer("".join(map(chr, range(32, 32 + 140))))
-    assert codec.mask_id < model.traits.vocab_size
-    seen, prompt = [], np.arange(3, 9, dtype=np.int32)
-    tokens = chat._fill(model, codec, prompt, 6, 2, 0.0, jax.random.key(0), seen.append)
-    assert tokens.shape == (6,) and codec.mask_id not in tokens
-    written = [int(np.sum(row[0] != codec.mask_id)) for row in seen]
-    assert written == [10, 12, 14, 16]  # two pads, six of the prompt, two tokens a step
-    np.testing.assert_array_equal(seen[-1][0, -8:][:6], tokens)
+    codec = data.tokenizers.CharTokenizer("".join(map(chr, range(97, 97 + 100))))
+    ids = {"mask_id": codec.mask_id, "eos_id": codec.eos_id}
+    model = dataclasses.replace(model, traits=dataclasses.replace(model.traits, **ids))
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stdout", screen)
+    options = {"max_tokens": 6, "steps": 4, "temperature": 0.0, "templated": False}
+    chat.chat(model, codec, **options, trained_here=True)
+    left = [line.count("▁") for line in screen.getvalue().splitlines()]
+    assert left == sorted(left, reverse=True) and left[0] > left[-1] == 0
