@@ -88,8 +88,9 @@ def train(
                 experiment.step, abstract, experiment.abstract_batch(), experiment.placed_seed()
             )
             print(compiled.describe(), flush=True)
+        profile = _profile_directory(workdir) if c.train.profile_at else ""
         options = dataclasses.replace(
-            experiment.loop, profile_directory=_profile_directory(workdir), launched_at=launched_at
+            experiment.loop, profile_directory=profile, launched_at=launched_at
         )
         training.train(
             compiled and compiled.call,

@@ -197,7 +197,8 @@ def curve_warp(
 
         # Curves start at the scale of the first losses: cells that a far too large F leaves behind
         # at the noisy end, narrow and steep, would take some 1% of the draws for ever.
-        started, factor = state.steps > 0, first_scale(value, losses.count)
+        # Batches with nothing to learn from count as steps, but not of the optimiser.
+        started, factor = state.optimizer[0].count > 0, first_scale(value, losses.count)
         start = jax.tree.map(
             lambda old, new: jnp.where(started, old, new),
             (state.curves, state.averages),

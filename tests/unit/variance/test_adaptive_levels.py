@@ -387,6 +387,14 @@ LEARNERS = ("ppots", "ppots_slopes", "ppots_level_variance", "ema_bins", "loss_h
 LEARNERS += ("learned_quantile", "uncertainty_weighting", "cdcd_warp", "cdtd_warp", "cdtd_logistic")
 
 
+def test_a_curve_starts_at_the_scale_of_the_first_losses_that_say_something():
+    u = np.array([[0.1, 0.3, 0.5, 0.7, 0.8, 0.95]])
+    curve = variance.cdcd_warp(4)
+    silent = learn(curve, one_batch(u, 0 * u))
+    told = [curve.update(s, *one_batch(u, 1 + 5 * u)).curves for s in (fresh(curve), silent)]
+    jax.tree.map(np.testing.assert_array_equal, *told)
+
+
 def test_a_learner_with_nothing_to_learn_stays_where_it_is():
     """Losses that are all zero, and rows without eligible tokens, at the start and after a batch
     that did teach something (Adam's momentum would go on); losses whose squares underflow."""
