@@ -347,7 +347,10 @@ def test_the_fit_repays_the_density_that_levels_were_drawn_from():
     steep = PiecewiseLinear(
         jnp.log(jnp.array([[2.0, 3.0, 5.0]])), jnp.log(jnp.array([[1.0, 0.5, 4.0]]))
     )
-    state = fresh(transform)._replace(averages=steep, steps=jnp.int32(1))
+    state = fresh(transform)
+    adam, *rest = state.optimizer
+    begun = (adam._replace(count=jnp.int32(1)), *rest)
+    state = state._replace(averages=steep, optimizer=begun)
     u, loss = np.array([[0.1, 0.4, 0.9]]), np.array([[1.0, 3.0, 2.0]])
     learnt = zoo.quick(transform.update)(state, *one_batch(u, loss))
 
