@@ -178,6 +178,7 @@ def test_a_recipe_is_a_preset_of_its_parts(name):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_zero_terminal_rescale_reaches_pure_noise():
     """Levels are drawn below ``low``, with weight, and sampling starts at pure noise."""
     config = digits_gaussian("smoke")

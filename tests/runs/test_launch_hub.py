@@ -13,6 +13,7 @@ import launching
 import numpy as np
 import pytest
 import saved_run
+from variants import slow_except
 
 from mdm_jax import data, files, hub, models
 from mdm_jax.hub.files import TensorFiles
@@ -37,7 +38,7 @@ def configured(directory, folder, **settings):
     return config
 
 
-@pytest.fixture(scope="module", params=["a2d_qwen3-1", "llada-1"])
+@pytest.fixture(scope="module", params=slow_except({"a2d_qwen3-1"}, ["a2d_qwen3-1", "llada-1"]))
 def run(request, tmp_path_factory):
     """(original, workdir, experiment) of a run whose source has gone since."""
     folder = tmp_path_factory.mktemp("hub")
