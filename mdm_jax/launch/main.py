@@ -6,7 +6,7 @@
   mdm spacing  --workdir=runs/mine --steps=16    compare and search sampling
                                        grids; sample then uses the best
   mdm variance --workdir=runs/mine     gradient variance of training methods
-  mdm export   --workdir=runs/mine --to=DIR   parameters as Hugging Face has them
+  mdm export   --workdir=runs/mine --to=DIR   in the layout of Hugging Face
   mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
@@ -25,7 +25,7 @@ Flags:
   --steps=16: short for --config.sample.num_steps=16
   --allow_config_change: go on in a workdir whose run has another config
   --parameters=last, --dtype=bfloat16: what export writes; else averages
-  --max_tokens, --temperature, --steps: of an answer, for chat; --[no]template
+  --max_tokens, --temperature, --answer_steps (or --steps), --template: of chat
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
     default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none

@@ -193,6 +193,7 @@ def test_links_planted_in_a_new_directory_are_not_followed(tmp_path, experiment)
 # --- buckets and unusual names ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_trained_and_evaluated(launch, bucket, caplog):
     workdir = "gs://bucket/runs/lr=0.1"
     arguments = [

@@ -158,7 +158,7 @@ SPELLED = {  # law, weighting, output, path
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", slow_except({"vdm", "edm"}, RECIPES))
 def test_a_recipe_is_a_preset_of_its_parts(name):
     """The parts by name, whatever recipe they stand in for."""
     config = digits_gaussian("flow" if name == "ddpm" else "ddpm").gaussian

@@ -255,9 +255,12 @@ def test_shifted_outputs_are_those_of_dream(tmp_path):
 @pytest.mark.parametrize(
     ("process", "settings", "family"),
     [
-        ("masked", {"qk_norm": True}, "a2d-qwen3"),
+        pytest.param("masked", {"qk_norm": True}, "a2d-qwen3", marks=pytest.mark.slow),
         ("masked", {"qk_norm": False, "qkv_bias": True}, "a2d-qwen2"),
-        ("autoregressive", {"qk_norm": False, "tie_embeddings": True}, "llama"),
+        pytest.param(
+            *("autoregressive", {"qk_norm": False, "tie_embeddings": True}, "llama"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_of_our_own_is_exported_where_a_layout_has_its_settings(

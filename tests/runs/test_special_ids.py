@@ -85,6 +85,7 @@ def test_what_needs_the_mask_token_last_says_so(files):
         make_experiment(config)
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_and_samples(files, tmp_path, monkeypatch, capsys):
     """By the launcher; the tokenizer is read back from the run."""
     launching.on_one_device(monkeypatch)

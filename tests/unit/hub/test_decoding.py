@@ -110,11 +110,8 @@ RUNS = [
     if run.startswith(("gen", "bdgen"))
 ]
 QUICK = {
-    ("llada-1", "gen_official_uneven"),
     ("llada-1", "gen_dllm"),
-    ("llada-1", "gen_dllm_cfg"),
     ("dream-2", "gen_dllm_margin"),
-    ("dream-2", "gen_official_maskgit"),
     ("a2d_qwen2-2", "bdgen"),
     ("sdar-1", "gen_dynamic"),
 }

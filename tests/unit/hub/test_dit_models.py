@@ -153,6 +153,7 @@ def test_duo_logits_of_tokens_of_distributions_and_of_weighted_tokens():
     np.testing.assert_allclose(mixed, arrays["topk_logits"], **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_duo_losses_and_steps_are_those_of_the_uniform_process():
     model, arrays = loaded("duo-1"), reference("duo-1")
     logsnr = masked_level(arrays["t"])
@@ -189,6 +190,7 @@ def test_bfloat16_is_as_close_as_the_original_in_bfloat16():
     assert 1e-3 < distance <= stated("mdlm-3")["bf16_autocast_vs_fp32_max_abs"]
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_read_as_unrolled_ones():
     model, arrays = loaded("mdlm-2", scan_layers=True), reference("mdlm-2")
     assert model.params["params"]["blocks"]["block"]["attention"]["key"]["kernel"].shape == (
