@@ -69,6 +69,7 @@ def test_a_finished_run_can_be_looked_at_again(finished, mode, monkeypatch, caps
     assert ("of which reconstruction" if mode == "evaluate" else "samples") in out
 
 
+@pytest.mark.slow
 def test_grids_are_compared_and_the_best_is_sampled_along(finished, monkeypatch, capsys):
     """By two samplers in one workdir: the grid stored for one is not taken by the other."""
     line = (f"--workdir={finished}", "--config.sample.sampler=ddim")

@@ -34,6 +34,7 @@ def goes_on_as_it_was(trained):
     return make_experiment(saved_config(trained))
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_other_run_and_the_rest_is_new(trained, capsys):
     experiment = goes_on(trained)
     state = train.initial_state(experiment)

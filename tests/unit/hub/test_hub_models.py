@@ -95,7 +95,7 @@ def test_bfloat16_is_as_close_as_the_original_in_bfloat16(name):
     assert distance.mean() <= allowed.mean()
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", slow_except(ONE_EACH, TRANSFORMERS))
 def test_saving_gives_the_same_tensors(name, tmp_path):
     """To the bit, from float32 parameters too; config.json and the tokenizer as they were."""
     model = loaded(name)
@@ -289,6 +289,7 @@ def test_the_masked_bound_is_the_loss_that_dllm_trains(name):
         np.testing.assert_allclose(value, expected[normaliser], rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_small_updates_need_float32_parameters(param_dtype):
     """A training step in bfloat16; parameters in bfloat16 round steps of 1e-5 away."""
