@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-WINGS = ("gaussian", "meter", "evaluation", "tasks", "plots", "testing", "launch")
+WINGS = ("gaussian", "meter", "evaluation", "tasks", "plots", "testing", "hub", "launch")
 """Rooms that the core may not import; everything else of the package is the core."""
 
 PACKAGE = "mdm_jax"
