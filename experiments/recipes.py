@@ -29,8 +29,9 @@ from mdm_jax import data, meter, variance
 from mdm_jax.data.tokenizers import printable
 from mdm_jax.evaluation import quality as picture_quality
 from mdm_jax.gaussian.recipes import RECIPES
-from mdm_jax.launch import evaluate, presets, train
+from mdm_jax.launch import presets
 from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
+from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.workdir import WorkdirError, write_json
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import TrainingStopped

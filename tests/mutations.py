@@ -889,7 +889,7 @@ MUTATIONS = [
     ),
     Mutation(
         "variance mode: adaptive methods measured without a warm-up",
-        "launch/measure.py",
+        "launch/modes/measure.py",
         "for number in range(self.settings.warm_up):",
         "for number in range(0):",
         "tests/runs/test_variance_mode.py",

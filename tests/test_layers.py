@@ -1,6 +1,7 @@
 """The shape of the package: the core imports no wing, no circles, and what an import loads."""
 
 import ast
+import collections
 import importlib.util
 import pathlib
 import pkgutil
@@ -120,6 +121,11 @@ def test_no_circles_between_files():
 def test_files_are_short(path):
     assert len(path.read_text("utf-8").splitlines()) <= 500
     assert path.name != "utils.py"
+
+
+def test_folders_hold_at_most_a_dozen_files():
+    counts = collections.Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {str(folder): n for folder, n in counts.items() if n > 12} == {}
 
 
 def test_no_function_hides_a_module_of_its_package():

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from experiments.study.gradient_noise import along_training
 from experiments.study.suites import METHODS, Method, Suite, Task
 from mdm_jax import files
-from mdm_jax.launch import evaluate, train
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.workdir import WorkdirError, changes, check, read_config, write_json
 from mdm_jax.training.loop import Interrupt, TrainingStopped
 from mdm_jax.training.metrics import read_metrics

@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 from mdm_jax import data, files, hub, rng, schedules, sharding, tasks, training, variance
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch import names, sample
+from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
+from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.launch.workdir import check_source
 from mdm_jax.meter.clip_search import make_clip_search

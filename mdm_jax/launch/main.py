@@ -50,12 +50,13 @@ from ml_collections import config_flags
 
 from mdm_jax import distributed, files, hub
 from mdm_jax.data.tokenizers import printable
-from mdm_jax.launch import chat, command_line, evaluate, measure, spacing, train
-from mdm_jax.launch import export as exports
+from mdm_jax.launch import command_line
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.variance_report import format_table
+from mdm_jax.launch.modes import chat, evaluate, measure, spacing, train
+from mdm_jax.launch.modes import export as exports
+from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,

@@ -28,7 +28,7 @@ from mdm_jax.gaussian import parameterisations, paths, recipes, weightings
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.gaussian.samplers import spacings
-from mdm_jax.launch.variance_report import BASELINE
+from mdm_jax.launch.modes.variance_report import BASELINE
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_moment
 from mdm_jax.variance.ppots import fit_epr

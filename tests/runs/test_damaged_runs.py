@@ -12,9 +12,10 @@ import pytest
 import saved_run
 
 from mdm_jax import training
-from mdm_jax.launch import main, presets, train
+from mdm_jax.launch import main, presets
 from mdm_jax.launch import workdir as launch_workdir
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.modes import train
 from mdm_jax.launch.workdir import WorkdirError
 from mdm_jax.training.checkpoints import CheckpointError
 

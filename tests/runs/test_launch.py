@@ -22,9 +22,10 @@ from absl import flags
 from launching import DIGITS, QUICKSTART
 
 from mdm_jax import plots, samplers, training
-from mdm_jax.launch import evaluate, main, presets, train
+from mdm_jax.launch import main, presets
 from mdm_jax.launch.build import load_parameters, make_experiment
-from mdm_jax.launch.sample import show_samples
+from mdm_jax.launch.modes import evaluate, train
+from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.workdir import WorkdirError, git_revision, saved_config
 
 pytestmark = pytest.mark.first

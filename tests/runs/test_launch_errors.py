@@ -10,8 +10,9 @@ import launching
 import pytest
 from launching import DIGITS, QUICKSTART
 
-from mdm_jax.launch import evaluate, main, presets, train
+from mdm_jax.launch import main, presets
 from mdm_jax.launch import workdir as launch_workdir
+from mdm_jax.launch.modes import evaluate, train
 
 pytestmark = pytest.mark.first
 

@@ -14,9 +14,10 @@ from variants import slow_except
 from experiments import recipes
 from mdm_jax import files, schedules, training
 from mdm_jax.gaussian.recipes import RECIPES
-from mdm_jax.launch import evaluate, names, spacing, train, workdir
+from mdm_jax.launch import names, workdir
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.gaussian_family import gaussian_recipe
+from mdm_jax.launch.modes import evaluate, spacing, train
 from mdm_jax.launch.presets import digits_gaussian, mnist_gaussian
 from mdm_jax.types import Batch
 

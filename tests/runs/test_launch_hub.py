@@ -17,8 +17,9 @@ from variants import slow_except
 
 from mdm_jax import data, files, hub, models
 from mdm_jax.hub.files import TensorFiles
-from mdm_jax.launch import chat, evaluate, export, presets, source, train
+from mdm_jax.launch import presets, source
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
+from mdm_jax.launch.modes import chat, evaluate, export, train
 from mdm_jax.launch.workdir import WorkdirError, saved_config
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"

@@ -9,10 +9,11 @@ import pytest
 import saved_run
 from variants import slow_except
 
-from mdm_jax.launch import evaluate, families, names, spacing, train
+from mdm_jax.launch import families, names
 from mdm_jax.launch.build import check_quality, make_experiment
+from mdm_jax.launch.modes import evaluate, spacing, train
+from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
-from mdm_jax.launch.sample import show_samples
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.first]
 

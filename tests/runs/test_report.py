@@ -2,7 +2,7 @@
 
 import json
 
-from mdm_jax.launch.evaluate import format_results, write_plots
+from mdm_jax.launch.modes.evaluate import format_results, write_plots
 
 
 def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from mdm_jax import data
-from mdm_jax.launch import evaluate
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.modes import evaluate
+from mdm_jax.launch.modes.sample import Job, free_canvases, make_jobs, show_samples
 from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
-from mdm_jax.launch.sample import Job, free_canvases, make_jobs, show_samples
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -16,11 +16,11 @@ import zoo
 
 from mdm_jax import meter, variance
 from mdm_jax.draws import DrawSpec
-from mdm_jax.launch import measure as mode
 from mdm_jax.launch import names, presets
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.variance_report import BASELINE, format_table, recommend
+from mdm_jax.launch.modes import measure as mode
+from mdm_jax.launch.modes.variance_report import BASELINE, format_table, recommend
 from mdm_jax.meter import levels, nested
 from mdm_jax.meter.efficiency import Efficiency
 from mdm_jax.variance.ppots import EprFit, EprParameters

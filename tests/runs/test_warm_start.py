@@ -6,8 +6,9 @@ import pytest
 import saved_run
 
 from mdm_jax import training
-from mdm_jax.launch import presets, train
+from mdm_jax.launch import presets
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
+from mdm_jax.launch.modes import train
 from mdm_jax.launch.workdir import WorkdirError, check_source, saved_config
 
 

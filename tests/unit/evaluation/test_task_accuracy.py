@@ -13,8 +13,8 @@ from experiments.configs.study import sudoku4, sudoku6_noisy
 from mdm_jax import data, samplers, tasks
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.evaluation.answers import TaskAccuracy, measure_task_accuracy
-from mdm_jax.launch import evaluate, train
 from mdm_jax.launch.build import load_parameters, make_experiment
+from mdm_jax.launch.modes import evaluate, train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

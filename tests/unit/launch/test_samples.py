@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mdm_jax import data, tasks
-from mdm_jax.launch import main, sample
+from mdm_jax.launch import main
+from mdm_jax.launch.modes import sample
 
 PAIRS = [(f"{a}+{b}=", str(a + b)) for a in range(12) for b in range(12)]
 UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]")

@@ -14,8 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mdm_jax import training
 from mdm_jax.launch import command_line, presets
-from mdm_jax.launch import train as launch_train
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.modes import train as launch_train
 from mdm_jax.training import loop
 
 LOG_EVERY, STEPS = 4, 12

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from mdm_jax.launch import presets, train
+from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.modes import train
 from mdm_jax.launch.workdir import (
     FILE,
     WorkdirError,

@@ -18,8 +18,8 @@ import tqdm
 from mdm_jax import data, files, meter, rng, sharding, variance
 from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.launch.config import MeasureSettings
+from mdm_jax.launch.modes.variance_report import BASELINE, Result, recommend, write_report
 from mdm_jax.launch.names import CONFIGURED, METHODS, Method, lookup
-from mdm_jax.launch.variance_report import BASELINE, Result, recommend, write_report
 from mdm_jax.launch.workdir import write_json, writing
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
 from mdm_jax.meter.levels import LevelTable

@@ -14,7 +14,7 @@ from mdm_jax import data, distributed, files, training
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
-from mdm_jax.launch.sample import show_samples
+from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,

@@ -13,7 +13,7 @@ import numpy as np
 from mdm_jax import data, files, hub
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mdm_jax.hub.decoding import RULES, generate
-from mdm_jax.launch.sample import MASK_TEXT
+from mdm_jax.launch.modes.sample import MASK_TEXT
 
 _PROBE = "mdm"
 _UP, _CLEAR = "\x1b[{}A", "\r\x1b[J"
