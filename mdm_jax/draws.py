@@ -103,6 +103,40 @@ def iid(key: Array, spec: DrawSpec) -> Draw:
     )
 
 
+def by_example(key: Array, example_keys: Array, spec: DrawSpec) -> Draw:
+    """As :func:`iid`, but a token's noise goes with its example, whatever slot that has.
+
+    The noise of a token is a function of ``key`` and its two words alone, so it does not depend on
+    the batch, its size, its other rows, the devices, or what an example is packed with. A row's
+    levels are keyed by its first column. ``example_keys``: [B, L, 2] uint32, as of
+    :class:`~mdm_jax.types.KeyedBatch`, with B and L of ``spec``; ValueError for other shapes.
+    """
+    check_spec(spec)
+    if example_keys.shape != (spec.batch_size, spec.event_shape[0], 2):
+        raise ValueError(
+            f"example_keys must be {(spec.batch_size, spec.event_shape[0], 2)} for this spec, got "
+            f"{example_keys.shape}"
+        )
+    level, noise = rng.stream(key, "level"), rng.stream(key, "noise")
+    u = _by_words(level, example_keys[:, 0], (spec.num_levels,))[None]
+    return Draw(
+        u=u,
+        log_weight=jnp.zeros(u.shape, jnp.float32),
+        noise=_by_words(noise, example_keys, spec.event_shape[1:])[None],
+    )
+
+
+def _by_words(key: Array, words: Array, shape: tuple[int, ...]) -> Array:
+    """Uniforms of ``shape`` for each pair of ``words`` [..., 2], [..., *shape]."""
+
+    def one(pair: Array) -> Array:
+        return open_uniform(jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]), shape)
+
+    for _ in words.shape[:-1]:
+        one = jax.vmap(one)
+    return one(words)
+
+
 def split_rows(tree: PyTree, parts: int, axis: int) -> PyTree:
     """Microbatches: split the row axis of every leaf into ``parts``, on a new leading axis.
 

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import ArrayLike
 
-__all__ = ["BIAS_LABELS", "Array", "ArrayLike", "Batch", "ModelFn", "PyTree", "worst_bias"]
+__all__ = [
+    "BIAS_LABELS",
+    "Array",
+    "ArrayLike",
+    "Batch",
+    "KeyedBatch",
+    "ModelFn",
+    "PyTree",
+    "worst_bias",
+]
 
 Array = jax.Array
 
@@ -39,6 +48,21 @@ class Batch(NamedTuple):
     eligible: Array
     documents: Array
     units: Array
+
+
+class KeyedBatch(NamedTuple):
+    """A :class:`Batch` whose noise is keyed by example, not by slot.
+
+    Attributes:
+        example_keys: [B, L, 2] uint32: visits of the example in its source, and source and position
+            of the token in the example; see :func:`mdm_jax.draws.by_example`.
+    """
+
+    tokens: Array
+    eligible: Array
+    documents: Array
+    units: Array
+    example_keys: Array
 
 
 BIAS_LABELS = ("exact", "truncated", "biased")

@@ -22,7 +22,7 @@ import numpy as np
 from experiments.benchmarks import command, setting
 from experiments.benchmarks.setting import CHOSEN, Shape
 from mdm_jax import data, sharding, training
-from mdm_jax.data.datasets import PackedSpans
+from mdm_jax.data.rows import PackedSpans
 from mdm_jax.types import Batch
 
 _ROWS = 4096

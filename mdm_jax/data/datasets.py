@@ -1,6 +1,5 @@
-"""Datasets and their row sources: spans of a token array, stored rows, pictures."""
+"""Datasets: three splits of rows and their metadata; rows of prompts and answers."""
 
-import abc
 import dataclasses
 import hashlib
 import json
@@ -10,30 +9,18 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    Protocol,
     get_args,
-    runtime_checkable,
 )
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mdm_jax.checks import Real, Whole
+from mdm_jax.data.rows import RowSource
 from mdm_jax.data.tokenizers import Tokenizer, printable
 from mdm_jax.types import Batch
 
 SPLITS = ("train", "valid", "test")
-
-
-@runtime_checkable
-class RowSource(Protocol):
-    """Random access to rows; optional ``rows(indices [n]) -> Batch`` reads n at once, stacked."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Batch:
-        """One row: NumPy fields [L], [L], [L] and [] of :class:`mdm_jax.types.Batch`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,14 +208,6 @@ def make_dataset(
     )
 
 
-def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
-    """Stack rows ``indices`` [n] of ``source`` into one batch of n."""
-    if hasattr(source, "rows"):
-        return source.rows(np.asarray(indices, np.int64))
-    rows = [source[int(i)] for i in indices]
-    return Batch(*(np.stack(field) for field in zip(*rows)))
-
-
 Length = Annotated[int, Whole("[1, 1e7]", "tokens", "of a row")]
 Fractions = Annotated[
     Sequence[float], Real("[0, 1]", "of the data", "for train, valid, test", several=True)
@@ -278,154 +257,3 @@ def check_choice(name: str, value: str, literal: Any) -> None:
     allowed = get_args(literal)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-class VectorisedRows(abc.ABC):
-    """Base of row sources that read many rows at once."""
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    @abc.abstractmethod
-    def _read(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n], which are in range, stacked."""
-
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Rows ``indices`` [n] as a batch of n; IndexError outside [0, len)."""
-        # Negative indices would wrap around in NumPy and hide a mistake.
-        if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
-            raise IndexError(
-                f"row indices must be in [0, {len(self)}), got {indices.min()} to {indices.max()}"
-            )
-        return self._read(indices)
-
-    def __getitem__(self, index: int) -> Batch:
-        return Batch(*(field[0] for field in self.rows(np.asarray([index], np.int64))))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} rows)"
-
-
-class TokenSpans(VectorisedRows):
-    """Rows of ``length`` consecutive tokens of one array, padded after its end.
-
-    ``tokens`` [n] int32, first one of each row in ``starts``. Padding is not eligible and of
-    document 0. A row's ``units`` are the sum of ``character_counts`` [K].
-    """
-
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        starts: range,
-        length: int,
-        pad_id: int,
-        character_counts: np.ndarray,
-    ):
-        self.tokens, self.length, self._starts = tokens, length, starts
-        self._pad_id, self._character_counts = pad_id, character_counts
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def _read(self, indices: np.ndarray) -> Batch:
-        starts = self._starts.start + self._starts.step * indices
-        positions = starts[:, None] + np.arange(self.length)
-        inside = positions < len(self.tokens)
-        tokens = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
-        tokens = np.where(inside, tokens, np.int32(self._pad_id)).astype(np.int32)
-        return _text_rows(tokens, inside.astype(np.int32), self._character_counts)
-
-
-class PackedSpans(VectorisedRows):
-    """Rows of several spans of one token array each, padded after them.
-
-    A row's spans are its documents 1, 2, ... in order, each beginning at a multiple of ``align``.
-    ``starts``, ``ends``, ``rows`` [P]: first token, one past the last, and row (numbered without
-    gaps) of each span; at most ``length`` positions a row. Padding and ``units`` as in
-    :class:`TokenSpans`; with ``eos_id``, for rows of one span, it is EOS, eligible and of
-    document 1. ``offsets`` [P] are the columns at which the spans begin, row by row.
-    """
-
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        starts: np.ndarray,
-        ends: np.ndarray,
-        rows: np.ndarray,
-        length: int,
-        pad_id: int,
-        character_counts: np.ndarray,
-        *,
-        align: int = 1,
-        eos_id: int | None = None,
-    ):
-        order = np.argsort(rows, kind="stable")
-        self.tokens, self.length = tokens, length
-        self._starts, self._ends = starts[order], ends[order]
-        self._num_rows = int(rows.max()) + 1 if len(rows) else 0
-        self._first = np.searchsorted(rows[order], np.arange(self._num_rows + 1))
-        before = np.cumsum(np.append(0, aligned(self._ends - self._starts, align)))[:-1]
-        self.offsets = before - before[self._first[rows[order]]]
-        self._pad_id, self._character_counts, self._eos_id = pad_id, character_counts, eos_id
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def _read(self, indices: np.ndarray) -> Batch:
-        tokens = np.full((len(indices), self.length), self._pad_id, np.int32)
-        documents = np.zeros_like(tokens)
-        for i, row in enumerate(indices):
-            spans = slice(self._first[row], self._first[row + 1])
-            pieces = zip(self._starts[spans], self._ends[spans], self.offsets[spans])
-            for number, (start, end, offset) in enumerate(pieces, 1):
-                positions = slice(offset, offset + end - start)
-                tokens[i, positions] = self.tokens[start:end]
-                documents[i, positions] = number
-        if self._eos_id is not None:
-            rest = documents == 0
-            tokens[rest], documents[rest] = self._eos_id, 1
-        return _text_rows(tokens, documents, self._character_counts)
-
-
-def _text_rows(tokens: np.ndarray, documents: np.ndarray, character_counts: np.ndarray) -> Batch:
-    eligible = documents > 0
-    units = (character_counts[tokens] * eligible).sum(axis=1, dtype=np.int32)
-    return Batch(tokens, eligible, documents, units)
-
-
-def aligned(sizes: np.ndarray, align: int) -> np.ndarray:
-    """``sizes`` rounded up to multiples of ``align``."""
-    return -(-sizes // align) * align
-
-
-class StoredRows(VectorisedRows):
-    """Rows of a Batch with a leading axis of all rows."""
-
-    def __init__(self, batch: Batch):
-        self._batch = batch
-
-    def __len__(self) -> int:
-        return len(self._batch.tokens)
-
-    def _read(self, indices: np.ndarray) -> Batch:
-        return Batch(*(field[indices] for field in self._batch))
-
-
-class PictureRows(VectorisedRows):
-    """Flattened pictures, all of whose elements are eligible; ``levels`` [rows, L] uint8."""
-
-    def __init__(self, levels: np.ndarray):
-        self.levels = levels
-
-    def __len__(self) -> int:
-        return len(self.levels)
-
-    def _read(self, indices: np.ndarray) -> Batch:
-        tokens = self.levels[indices].astype(np.int32)
-        return Batch(
-            tokens=tokens,
-            eligible=np.ones(tokens.shape, bool),
-            documents=np.ones(tokens.shape, np.int32),
-            units=np.full(len(tokens), tokens.shape[1], np.int32),
-        )

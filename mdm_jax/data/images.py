@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.data.datasets import (
-    SPLITS,
-    Dataset,
-    PictureRows,
-    RowSource,
-    make_dataset,
-    shuffled_split,
-)
+from mdm_jax.data.datasets import SPLITS, Dataset, make_dataset, shuffled_split
+from mdm_jax.data.rows import PictureRows, RowSource
 
 _SPLIT_SEED = 0
 

@@ -23,12 +23,11 @@ from mdm_jax.data.datasets import (
     SPLITS,
     Dataset,
     Length,
-    PackedSpans,
-    aligned,
     check_choice,
     check_positive,
     make_dataset,
 )
+from mdm_jax.data.rows import PackedSpans, aligned
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 
 Packing = Literal["", "first_fit"]

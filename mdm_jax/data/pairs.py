@@ -13,15 +13,8 @@ from typing import Literal
 import numpy as np
 
 from mdm_jax.checks import checked
-from mdm_jax.data.datasets import (
-    Dataset,
-    Fractions,
-    Length,
-    PairLayout,
-    StoredRows,
-    VocabSize,
-    make_dataset,
-)
+from mdm_jax.data.datasets import Dataset, Fractions, Length, PairLayout, VocabSize, make_dataset
+from mdm_jax.data.rows import StoredRows
 from mdm_jax.data.text import Line, Record, read_splits
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
 from mdm_jax.types import Batch

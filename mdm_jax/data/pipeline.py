@@ -2,13 +2,14 @@
 
 import atexit
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mdm_jax.data.datasets import Dataset, RowSource, check_positive, gather
-from mdm_jax.types import Batch
+from mdm_jax.data.datasets import Dataset, check_positive
+from mdm_jax.data.rows import Mixture, RowSource, example_keys, gather
+from mdm_jax.types import Batch, KeyedBatch
 
 if TYPE_CHECKING:
     import grain
@@ -32,11 +33,14 @@ def train_iterator(
     prefetch: int = 0,
     rows: np.ndarray | None = None,
     place: Callable[[Batch], Any] | None = None,
+    by_example: bool = False,
 ) -> "grain.DatasetIterator":
     """Endless iterator over shuffled batches of ``source``, resumable and prefetched by Grain.
 
     Each epoch visits every row once in its own order; a batch may span two epochs. Global batch i
-    is a function of (source, batch_size, seed, i) alone. ValueError for an argument out of range.
+    is a function of (source, batch_size, seed, i) alone. The parts of a :class:`Mixture` have
+    epochs and orders of their own, which other parts do not change, and their shares in any stretch
+    of rows, to within a row. ValueError for an argument out of range.
 
     ``get_state()`` counts the batches handed out, not those prefetched: a small JSON-able dict for
     ``set_state(state)``. Keep :func:`stream_fingerprint`, which identifies the data, next to it. If
@@ -49,6 +53,7 @@ def train_iterator(
         prefetch: batches held ready by a background thread, which prepares one more; 0: none.
         rows: which rows of each global batch to return, such as ``sharding.local_rows``; None: all.
         place: applied to each batch of NumPy arrays by its thread, for example ``jax.device_put``.
+        by_example: return each as a ``KeyedBatch``, whose noise goes with the examples.
     """
     check_positive("batch_size", batch_size)
     local = np.arange(batch_size) if rows is None else np.asarray(rows)
@@ -66,13 +71,23 @@ def train_iterator(
     import grain
     from grain.experimental import ThreadPrefetchIterDataset
 
-    def read(indices: np.ndarray) -> Any:
-        batch = gather(source, indices[local])
+    parts, weights = (source,), (1.0,)
+    if isinstance(source, Mixture):
+        parts, weights = source.parts, source.weights
+
+    def read(visits: np.ndarray) -> Any:
+        batch = _read(parts, visits[local], seed, by_example)
         return batch if place is None else place(batch)
 
-    # Indices, not rows, go through Grain: rows are then read a batch at a time.
-    order = grain.MapDataset.range(len(source)).seed(int(seed)).shuffle().repeat(None)
-    batches = order.batch(int(batch_size), drop_remainder=True).map(read)
+    def order(number: int) -> "grain.MapDataset":
+        size = len(parts[number])
+        rows = grain.MapDataset.range(size).seed(part_seed(seed, number)).shuffle().repeat(None)
+        return rows.map_with_index(lambda i, row: np.array([number, i // size, row]))
+
+    # Visits, not rows, go through Grain: rows are then read a batch at a time.
+    orders = [order(number) for number in range(len(parts))]
+    mixed = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+    batches = mixed.batch(int(batch_size), drop_remainder=True).map(read)
     sequential = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = iter(
         ThreadPrefetchIterDataset(
@@ -81,6 +96,33 @@ def train_iterator(
     )
     _OPEN.add(stream)
     return stream
+
+
+def part_seed(seed: int, part: int) -> int:
+    """The seed of a part's order, that of the whole for the first."""
+    return int(np.random.SeedSequence((seed, part)).generate_state(1)[0]) if part else int(seed)
+
+
+def _read(
+    parts: Sequence[RowSource], visits: np.ndarray, seed: int, by_example: bool
+) -> Batch | KeyedBatch:
+    """Rows of ``visits`` [n, 3]: part, visits of the row before this one, and row."""
+    found, places = [], []
+    for number in np.unique(visits[:, 0]):
+        places.append(np.flatnonzero(visits[:, 0] == number))
+        part, (_, before, rows) = parts[number], visits[places[-1]].T
+        if hasattr(part, "visit"):
+            batch = part.visit(rows, before, (int(seed), int(number)))
+        else:
+            batch = gather(part, rows)
+        if by_example:
+            keys = example_keys(part, rows, before, int(number), batch.tokens.shape[1])
+            batch = KeyedBatch(*batch, keys)
+        found.append(batch)
+    if len(found) == 1:
+        return found[0]
+    back = np.argsort(np.concatenate(places))
+    return type(found[0])(*(np.concatenate(field)[back] for field in zip(*found)))
 
 
 def evaluation_batches(

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mdm_jax.data.datasets import RowSource
 from mdm_jax.data.pipeline import evaluation_batches
+from mdm_jax.data.rows import RowSource
 
 
 class NgramEntropies(NamedTuple):

@@ -22,7 +22,6 @@ from mdm_jax.data.datasets import (
     Fractions,
     Length,
     Stride,
-    TokenSpans,
     VocabSize,
     make_dataset,
     shuffled_split,
@@ -36,6 +35,7 @@ from mdm_jax.data.packing import (
     Packing,
     document_dataset,
 )
+from mdm_jax.data.rows import TokenSpans
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer, utf8
 
 

@@ -10,15 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from mdm_jax.checks import Whole, checked
-from mdm_jax.data.datasets import (
-    SPLITS,
-    Dataset,
-    Length,
-    PictureRows,
-    VectorisedRows,
-    VocabSize,
-    make_dataset,
-)
+from mdm_jax.data.datasets import SPLITS, Dataset, Length, VocabSize, make_dataset
 from mdm_jax.data.images import picture_dataset
 from mdm_jax.data.packing import (
     Align,
@@ -30,6 +22,7 @@ from mdm_jax.data.packing import (
     document_rows,
     encode_documents,
 )
+from mdm_jax.data.rows import PictureRows, VectorisedRows
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from mdm_jax.types import Batch
 

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mdm_jax.data.datasets import PairLayout, StoredRows
+from mdm_jax.data.datasets import PairLayout
 from mdm_jax.data.pipeline import evaluation_batches
+from mdm_jax.data.rows import StoredRows
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import to_host
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean

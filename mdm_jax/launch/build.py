@@ -14,11 +14,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mdm_jax import data, files, hub, rng, schedules, sharding, tasks, training, variance
+from mdm_jax import data, files, hub, rng, schedules, sharding, training, variance
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
+from mdm_jax.launch.datasets import dataset
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
@@ -29,7 +30,7 @@ from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.step import TrainState
-from mdm_jax.types import Array, ArrayLike, Batch, PyTree, worst_bias
+from mdm_jax.types import Array, ArrayLike, Batch, KeyedBatch, PyTree, worst_bias
 from mdm_jax.variance.transform import VarianceTransform
 
 FAMILIES = TOKEN_FAMILIES | {"gaussian": gaussian_family}
@@ -143,15 +144,25 @@ class Experiment:
             rows=sharding.local_rows(rows, c.batch_size),
             prefetch=c.prefetch,
             place=functools.partial(sharding.place_batch, sharding=rows, batch_size=c.batch_size),
+            by_example=self.noise_by_example,
         )
+
+    @property
+    def noise_by_example(self) -> bool:
+        """Whether the noise goes with examples, not with slots of the batch (train.noise_by)."""
+        by = self.config.train.noise_by
+        return by == "example" or (not by and self.config.data.source == "chat")
 
     def abstract_batch(self) -> Batch:
         size, rows = self.config.train.batch_size, sharding.batch_sharding(self.mesh)
+        row = data.gather(self.dataset.train, np.arange(1))
+        if self.noise_by_example:
+            row = KeyedBatch(*row, np.zeros((*row.tokens.shape, 2), np.uint32))
         return jax.tree.map(
             lambda field: jax.ShapeDtypeStruct(
                 (size, *field.shape[1:]), jnp.asarray(field).dtype, sharding=rows
             ),
-            data.gather(self.dataset.train, np.arange(1)),
+            row,
         )
 
     def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
@@ -260,66 +271,6 @@ def make_experiment(config: ConfigDict, workdir: files.Path | None = None) -> Ex
     if s.quality_steps:
         check_quality(experiment)
     return experiment
-
-
-def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Dataset:
-    """Data of a run; ValueError if a setting that its source does not read was changed.
-
-    Texts get the tokenizer of the ``model`` that the run begins from, or must have its size.
-    """
-    values = config.data.to_dict()
-    source = values.pop("source")
-    if source == "tfds":
-        source = lookup({"text": "tfds_text", "image": "tfds_images"}, values["kind"], "data.kind")
-    factory = lookup(names.DATA, source, "data.source")
-    known = {"task", "prompt_length", "answer_length"}
-    if source != "task":
-        known = set(inspect.signature(factory).parameters)
-    # As plain values: two ConfigDicts with the same settings are unequal if one of them is locked.
-    defaults = launch_config.get_config().data.to_dict()
-    if model is not None and model.tokenizer is not None:
-        values["tokenizer"] = defaults["tokenizer"] = model.tokenizer
-    unread = [
-        f"data.{name}={value!r} (leave it at {defaults[name]!r})"
-        for name, value in values.items()
-        if name != "kind" and name not in known and value != defaults[name]
-    ]
-    if unread:
-        raise ValueError(
-            f"data.source={source!r} does not read {', '.join(unread)}; it reads "
-            f"{', '.join(sorted(known)) or 'no settings'}"
-        )
-    for name in ("path", "name"):
-        if name in known and not values[name]:
-            raise ValueError(f"data.source={source!r} needs --config.data.{name}=...")
-    arguments = {name: value for name, value in values.items() if name in known}
-    for name in {"data_dir", "cache", "valid_path", "test_path"} & arguments.keys():
-        arguments[name] = arguments[name] or None
-    if source == "task":
-        made = _task_dataset(arguments.pop("task"), **arguments)
-    else:
-        made = factory(**arguments)
-    if model is not None:
-        own = made.vocab_size, made.mask_id
-        wanted = model.traits.vocab_size, model.traits.mask_id
-        if model.tokenizer is not None:
-            wanted = wanted[0], model.tokenizer.mask_id
-        if own[0] != wanted[0] or wanted[1] not in (None, own[1]):
-            raise ValueError(
-                f"the data have {own[0]} token ids with mask token {own[1]}, the model "
-                f"{config.model.source} has {wanted[0]} with mask token {wanted[1]}; choose data "
-                "of text and, where the model has no tokenizer, a data.tokenizer of as many ids"
-            )
-    return made
-
-
-def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
-    name = section["name"]
-    task = lookup(names.TASKS, name, "data.task.name")(**settings(section, name))
-    if section["noise_every"]:
-        task = tasks.Noisy(task, section["noise_every"])
-    rows = {name: section[name] for name in launch_config.TASK_ROWS}
-    return tasks.task_dataset(task, **lengths, **rows)
 
 
 def _check_unread(config: ConfigDict, sections: tuple[str, ...]) -> None:

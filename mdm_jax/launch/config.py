@@ -285,6 +285,9 @@ def _train() -> dict[str, Any]:
         "batch_size": _whole(32, "[1, 1e6]", "rows", "globally; each view is a forward pass more"),
         "num_microbatches": defaults(training.make_train_step)["num_microbatches"],
         "keep_last": _whole(2, "[1, 1e6]", "checkpoints"),
+        "noise_by": _name(
+            "", ("", "slot", "example"), 'what noise goes with; "": example for chats, else slot'
+        ),
         "prefetch": _whole(2, "[0, 1e4]", "batches"),
         "monitors": _names(("levels",), names.MONITORS, "running estimates in the metrics"),
         **{name: setting for name, setting in loop.items() if name not in LOOP_OWN},

@@ -13,13 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from mdm_jax.checks import Whole, checked
-from mdm_jax.data.datasets import (
-    SPLITS,
-    Dataset,
-    PairLayout,
-    VectorisedRows,
-    make_dataset,
-)
+from mdm_jax.data.datasets import SPLITS, Dataset, PairLayout, make_dataset
+from mdm_jax.data.rows import VectorisedRows
 from mdm_jax.data.tokenizers import CharTokenizer
 from mdm_jax.types import Batch
 

@@ -14,7 +14,7 @@ import optax
 
 from mdm_jax import rng
 from mdm_jax.checks import Real, Whole, checked
-from mdm_jax.draws import Draw, DrawSpec
+from mdm_jax.draws import Draw, DrawSpec, by_example
 from mdm_jax.objectives.objective import Objective, accumulate_gradient, summed_loss, token_mean
 from mdm_jax.training.ema import new_average, update_average
 from mdm_jax.training.monitors import Monitor
@@ -104,10 +104,23 @@ class StepMetrics(NamedTuple):
 
 
 def step_draw(
-    seed: ArrayLike, step: Array, transform: VarianceTransform, state: PyTree, spec: DrawSpec
+    seed: ArrayLike,
+    step: Array,
+    transform: VarianceTransform,
+    state: PyTree,
+    spec: DrawSpec,
+    example_keys: Array | None = None,
 ) -> Draw:
-    """The draw of a training step: a function of (seed, step) and the transform's state."""
-    return draw_batch(rng.stream(rng.step_key(seed, step), "draw"), transform, state, spec)
+    """The draw of a training step: a function of (seed, step) and the transform's state.
+
+    With the ``example_keys`` of a ``KeyedBatch`` it starts from numbers that are functions of the
+    seed and the examples; what the transform draws anew, such as strata, is still that of the step.
+    """
+    key = rng.stream(rng.step_key(seed, step), "draw")
+    if example_keys is None:
+        return draw_batch(key, transform, state, spec)
+    start = by_example(rng.stream(rng.step_key(seed, 0), "examples"), example_keys, spec)
+    return transform.draw(key, state, start, spec)
 
 
 @checked
@@ -129,8 +142,8 @@ def make_train_step(
     microbatches equal those of the full batch. A step whose loss, gradient or update is not finite
     leaves parameters, EMA, optimiser and variance state as they were and counts itself. ``spec`` is
     ``objective.spec(batch_size, length)`` of the global batch; ``ema_decay`` is less during
-    the first steps. ValueError unless ``num_microbatches`` divides the batch size and
-    monitors have distinct names.
+    the first steps. The noise of a ``KeyedBatch`` goes with its examples (:func:`step_draw`).
+    ValueError unless ``num_microbatches`` divides the batch size and monitors have distinct names.
     """
     if spec.batch_size % num_microbatches:
         raise ValueError(
@@ -145,7 +158,8 @@ def make_train_step(
     loss_fn = summed_loss(apply_fn, objective)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        draw = step_draw(seed, state.step, transform, state.variance, spec)
+        keys = getattr(batch, "example_keys", None)
+        draw = step_draw(seed, state.step, transform, state.variance, spec, keys)
         gradients, sums, stats = accumulate_gradient(
             loss_fn, state.params, batch, draw, num_microbatches
         )

@@ -16,7 +16,7 @@ import optax  # noqa: E402
 import tiny  # noqa: E402
 
 from mdm_jax import data, distributed, likelihood, sharding, training  # noqa: E402
-from mdm_jax.data.datasets import StoredRows  # noqa: E402
+from mdm_jax.data.rows import StoredRows  # noqa: E402
 
 ROWS = 8
 

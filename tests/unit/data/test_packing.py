@@ -10,8 +10,8 @@ import tiny
 
 from mdm_jax import corruption, data, models, objectives, samplers
 from mdm_jax.data import datasets
-from mdm_jax.data.datasets import PackedSpans
 from mdm_jax.data.packing import check_document_blocks, cut_documents, first_fit, unpacked
+from mdm_jax.data.rows import PackedSpans
 from mdm_jax.data.text import documents
 from mdm_jax.draws import Draw
 from mdm_jax.launch import build, families

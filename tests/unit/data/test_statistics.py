@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mdm_jax import data
-from mdm_jax.data.datasets import TokenSpans
+from mdm_jax.data.rows import TokenSpans
 
 
 def test_alternating_stream_has_one_bit_and_no_surprise():

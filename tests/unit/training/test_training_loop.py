@@ -18,7 +18,7 @@ import tiny
 from variants import slow_except
 
 from mdm_jax import data, files, training
-from mdm_jax.data.datasets import StoredRows
+from mdm_jax.data.rows import StoredRows
 from mdm_jax.training import loop
 
 ROWS, STEPS = 8, 24

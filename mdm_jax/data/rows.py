@@ -1,0 +1,313 @@
+"""Row sources: spans of a token array, stored rows, pictures, mixtures of sources."""
+
+import abc
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from mdm_jax.types import Batch
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Random access to rows; optional ``rows(indices [n]) -> Batch`` reads n at once, stacked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch:
+        """One row: NumPy fields [L], [L], [L] and [] of :class:`mdm_jax.types.Batch`."""
+        ...
+
+
+def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
+    """Stack rows ``indices`` [n] of ``source`` into one batch of n."""
+    if hasattr(source, "rows"):
+        return source.rows(np.asarray(indices, np.int64))
+    rows = [source[int(i)] for i in indices]
+    return Batch(*(np.stack(field) for field in zip(*rows)))
+
+
+class VectorisedRows(abc.ABC):
+    """Base of row sources that read many rows at once."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abc.abstractmethod
+    def _read(self, indices: np.ndarray) -> Batch:
+        """Rows ``indices`` [n], which are in range, stacked."""
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """Rows ``indices`` [n] as a batch of n; IndexError outside [0, len)."""
+        # Negative indices would wrap around in NumPy and hide a mistake.
+        if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(
+                f"row indices must be in [0, {len(self)}), got {indices.min()} to {indices.max()}"
+            )
+        return self._read(indices)
+
+    def __getitem__(self, index: int) -> Batch:
+        return Batch(*(field[0] for field in self.rows(np.asarray([index], np.int64))))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} rows)"
+
+
+class TokenSpans(VectorisedRows):
+    """Rows of ``length`` consecutive tokens of one array, padded after its end.
+
+    ``tokens`` [n] int32, first one of each row in ``starts``. Padding is not eligible and of
+    document 0. A row's ``units`` are the sum of ``character_counts`` [K].
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: range,
+        length: int,
+        pad_id: int,
+        character_counts: np.ndarray,
+    ):
+        self.tokens, self.length, self._starts = tokens, length, starts
+        self._pad_id, self._character_counts = pad_id, character_counts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        starts = self._starts.start + self._starts.step * indices
+        positions = starts[:, None] + np.arange(self.length)
+        inside = positions < len(self.tokens)
+        tokens = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
+        tokens = np.where(inside, tokens, np.int32(self._pad_id)).astype(np.int32)
+        return _text_rows(tokens, inside.astype(np.int32), self._character_counts)
+
+
+class PackedSpans(VectorisedRows):
+    """Rows of several spans of one token array each, padded after them.
+
+    A row's spans are its documents 1, 2, ... in order, each beginning at a multiple of ``align``.
+    ``starts``, ``ends``, ``rows`` [P]: first token, one past the last, and row (numbered without
+    gaps) of each span; at most ``length`` positions a row. Padding and ``units`` as in
+    :class:`TokenSpans`; with ``eos_id``, for rows of one span, it is EOS, eligible and of
+    document 1. ``eligible`` [n] bool says which tokens are, None: all. ``offsets`` [P] are the
+    columns at which the spans begin, row by row.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        rows: np.ndarray,
+        length: int,
+        pad_id: int,
+        character_counts: np.ndarray,
+        *,
+        align: int = 1,
+        eos_id: int | None = None,
+        eligible: np.ndarray | None = None,
+    ):
+        order = np.argsort(rows, kind="stable")
+        self.tokens, self.length, self.num_examples = tokens, length, len(starts)
+        self._starts, self._ends, self._numbers = starts[order], ends[order], order
+        self._eligible = eligible
+        self._num_rows = int(rows.max()) + 1 if len(rows) else 0
+        self._first = np.searchsorted(rows[order], np.arange(self._num_rows + 1))
+        before = np.cumsum(np.append(0, aligned(self._ends - self._starts, align)))[:-1]
+        self.offsets = before - before[self._first[rows[order]]]
+        self._pad_id, self._character_counts, self._eos_id = pad_id, character_counts, eos_id
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        tokens = np.full((len(indices), self.length), self._pad_id, np.int32)
+        documents, eligible = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        for i, row in enumerate(indices):
+            spans = slice(self._first[row], self._first[row + 1])
+            pieces = zip(self._starts[spans], self._ends[spans], self.offsets[spans])
+            for number, (start, end, offset) in enumerate(pieces, 1):
+                positions = slice(offset, offset + end - start)
+                tokens[i, positions] = self.tokens[start:end]
+                documents[i, positions] = number
+                known = self._eligible is not None
+                eligible[i, positions] = self._eligible[start:end] if known else True
+        if self._eos_id is not None:
+            rest = documents == 0
+            tokens[rest], documents[rest], eligible[rest] = self._eos_id, 1, True
+        return _text_rows(tokens, documents, self._character_counts, eligible)
+
+    def examples(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the span, in the order given, and position in it, of each token, [n, L]."""
+        columns = np.arange(self.length)
+        numbers, positions = (np.zeros((len(indices), self.length), np.int64) for _ in range(2))
+        for i, row in enumerate(indices):
+            spans = slice(self._first[row], self._first[row + 1])
+            begun = np.searchsorted(self.offsets[spans], columns, side="right") - 1
+            numbers[i] = self._numbers[spans][begun]
+            positions[i] = columns - self.offsets[spans][begun]
+        return numbers, positions
+
+
+def _text_rows(
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    character_counts: np.ndarray,
+    eligible: np.ndarray | None = None,
+) -> Batch:
+    eligible = documents > 0 if eligible is None else eligible
+    units = (character_counts[tokens] * eligible).sum(axis=1, dtype=np.int32)
+    return Batch(tokens, eligible, documents, units)
+
+
+def aligned(sizes: np.ndarray, align: int) -> np.ndarray:
+    """``sizes`` rounded up to multiples of ``align``."""
+    return -(-sizes // align) * align
+
+
+class StoredRows(VectorisedRows):
+    """Rows of a Batch with a leading axis of all rows."""
+
+    def __init__(self, batch: Batch):
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return len(self._batch.tokens)
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        return Batch(*(field[indices] for field in self._batch))
+
+
+class PictureRows(VectorisedRows):
+    """Flattened pictures, all of whose elements are eligible; ``levels`` [rows, L] uint8."""
+
+    def __init__(self, levels: np.ndarray):
+        self.levels = levels
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        tokens = self.levels[indices].astype(np.int32)
+        return Batch(
+            tokens=tokens,
+            eligible=np.ones(tokens.shape, bool),
+            documents=np.ones(tokens.shape, np.int32),
+            units=np.full(len(tokens), tokens.shape[1], np.int32),
+        )
+
+
+class Mixture(VectorisedRows):
+    """Rows of several sources, one source after the other.
+
+    A training stream (:func:`mdm_jax.data.train_iterator`) draws them by ``weights``, relative to
+    each other; the number of rows of each if None. ValueError unless they are positive, finite and
+    as many as the sources, of which there are at most 255.
+    """
+
+    def __init__(self, parts: Sequence[RowSource], weights: Sequence[float] | None = None):
+        weights = [len(part) for part in parts] if weights is None else weights
+        numbers = np.asarray(weights, np.float64)
+        if not 0 < len(parts) == len(numbers) < 256 or not np.all((numbers > 0) & (numbers < 1e30)):
+            raise ValueError(
+                f"a mixture needs 1 to 255 sources with a positive weight each, got {len(parts)} "
+                f"sources and weights {list(weights)}"
+            )
+        self.parts = tuple(parts)
+        self.weights = tuple((numbers / numbers.sum()).tolist())
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        part = np.searchsorted(self._ends, indices, side="right")
+        order, batches = np.argsort(part, kind="stable"), []
+        for number in np.unique(part):
+            first = self._ends[number] - len(self.parts[number])
+            batches.append(gather(self.parts[number], indices[part == number] - first))
+        if not batches:
+            return gather(self.parts[0], indices)
+        back = np.argsort(order)
+        return Batch(*(np.concatenate(field)[back] for field in zip(*batches)))
+
+
+class RandomlyCut(VectorisedRows):
+    """Rows of a source of which a training stream cuts some short, others on each visit.
+
+    With probability ``share`` the eligible tokens of a document end after the first n, with n
+    uniform from 1 to all of them; what follows is padding, neither eligible nor attended to, so a
+    model does not see from the length of the row where an answer ends. A function of the stream's
+    seed, the example and the visit. Read otherwise, rows are whole.
+
+    Dream's collator cuts a batch to the length of one of its answers; here it is by example, so
+    it does not depend on the batch. ``character_counts`` [K] are those of the tokenizer.
+    """
+
+    def __init__(self, source: RowSource, share: float, pad_id: int, character_counts: np.ndarray):
+        self.source, self._share = source, share
+        self._pad_id, self._character_counts = pad_id, character_counts
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        return gather(self.source, indices)
+
+    def examples(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return examples(self.source, indices, gather(self.source, indices[:1]).tokens.shape[1])
+
+    @property
+    def num_examples(self) -> int:
+        return getattr(self.source, "num_examples", len(self.source))
+
+    def visit(self, indices: np.ndarray, visits: np.ndarray, seed: tuple[int, ...]) -> Batch:
+        """Rows ``indices`` [n] at the visits [n] of a stream with this seed."""
+        batch = Batch(*(np.array(field) for field in gather(self.source, indices)))
+        tokens, eligible, documents, _ = batch
+        numbers, _ = self.examples(indices)
+        for i, number in [(j, d) for j, row in enumerate(documents) for d in np.unique(row)]:
+            inside = documents[i] == number
+            places = np.flatnonzero(inside & eligible[i])
+            if not number or not len(places):
+                continue
+            rng = np.random.default_rng((*seed, int(visits[i]), int(numbers[i, places[0]])))
+            if rng.random() < self._share:
+                rest = inside & (np.arange(len(inside)) > places[rng.integers(len(places))])
+                tokens[i, rest], eligible[i, rest], documents[i, rest] = self._pad_id, False, 0
+        return _text_rows(tokens, documents, self._character_counts, eligible)
+
+
+def examples(source: RowSource, indices: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Example of each token of rows ``indices`` [n] and position in it, [n, L] each.
+
+    A row is an example unless its source says otherwise, by a method of this name.
+    """
+    if hasattr(source, "examples"):
+        return source.examples(indices)
+    shape = (len(indices), length)
+    return (
+        np.broadcast_to(np.asarray(indices)[:, None], shape),
+        np.broadcast_to(np.arange(length), shape),
+    )
+
+
+def example_keys(
+    source: RowSource, indices: np.ndarray, visits: np.ndarray, part: int, length: int
+) -> np.ndarray:
+    """What keys the noise of rows ``indices`` [n], [n, L, 2] uint32 (``KeyedBatch``).
+
+    The words are the number of the visit of the example, counted over all visits of all examples,
+    modulo 2**32, and the source (8 bits) before the position in the example (24 bits).
+
+    Args:
+        visits: [n] visits of each row before this one.
+        part: number of the source in its mixture, in [0, 255].
+    """
+    numbers, positions = examples(source, indices, length)
+    count = getattr(source, "num_examples", len(source))
+    first = (visits[:, None] * count + numbers) & 0xFFFFFFFF
+    return np.stack([first, (part << 24) | positions], axis=-1).astype(np.uint32)
