@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -209,14 +209,17 @@ class Experiment:
         return init(key)
 
 
-def make_experiment(config: ConfigDict, workdir: files.Path | None = None) -> Experiment:
+def make_experiment(
+    config: ConfigDict, workdir: files.Path | None = None, given: Collection[str] = ()
+) -> Experiment:
     """Build a run's objects; raises ValueError, OSError, ImportError or WorkdirError.
 
-    ``workdir`` holds what a run that has begun needs of its source (``model.source``).
+    ``workdir`` holds what a run that has begun needs of its source (``model.source``); ``given``
+    are settings that count though they are defaults (``source.filled``).
     """
     launch_config.check_config(config)
     source = sources.read(config, workdir)
-    config = sources.filled(config, source)
+    config = sources.filled(config, source, given, workdir)
     rows = dataset(config, source)
     family = lookup(FAMILIES, config.process, "process")(config, rows, source)
     _check_unread(config, family.unread)

@@ -7,6 +7,7 @@ defaults that differ. :func:`get_config` makes the config, :func:`check_config` 
 """
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
@@ -81,6 +82,25 @@ def check_config(config: ConfigDict) -> None:
             raise TypeError(f"{path} must be {kind}, such as {setting.default!r}, got {value!r}")
         if setting.rule is not None:
             setting.rule.check(path, value)
+    for path in _paths(config):
+        if path not in flat_settings():
+            raise ValueError(unknown(path))
+
+
+def unknown(path: str) -> str:
+    """The error for a path that names no setting, with close matches."""
+    near = difflib.get_close_matches(path, flat_settings(), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"{path} is no setting of this release{hint}"
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name in config:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 @functools.cache

@@ -63,6 +63,7 @@ from mdm_jax.launch.workdir import (
     claim,
     read_config,
     resolved,
+    saved_nothing,
     training_lock,
 )
 from mdm_jax.training.checkpoints import CheckpointError
@@ -176,10 +177,14 @@ def _run(workdir: files.Path) -> int:
         if _MODE.value in _MODEL_MODES:
             return _MODEL_MODES[_MODE.value](workdir)
         try:
-            source = sources.read(_CONFIG.value, workdir)
-            config = sources.filled(_CONFIG.value, source, command_line.overridden(_PARSED))
-            check(workdir, config, _ALLOW.value)
-            experiment = make_experiment(config, workdir)
+            training = _MODE.value == "train"
+            free = training and saved_nothing(workdir)
+            begun = None if free or _RESTART.value else workdir
+            source = sources.read(_CONFIG.value, begun)
+            given = command_line.overridden(_PARSED)
+            config = sources.filled(_CONFIG.value, source, given, begun)
+            check(workdir, config, _ALLOW.value or free)
+            experiment = make_experiment(config, begun, given)
         except TypeError as error:
             raise ValueError(str(error)) from error  # a setting of the wrong kind
         return _MODES[_MODE.value](experiment, workdir)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mdm_jax import distributed, files, hub
 from mdm_jax.hub.files import NOTES, fingerprint
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.workdir import WorkdirError
+from mdm_jax.launch.workdir import WorkdirError, read_config, saved_config
 from mdm_jax.types import PyTree
 
 FOLDER = "source"
@@ -48,9 +48,15 @@ def read(config: ConfigDict, workdir: files.Path | None = None) -> hub.HubModel 
 
 
 def filled(
-    config: ConfigDict, source: hub.HubModel | None, given: Collection[str] = ()
+    config: ConfigDict,
+    source: hub.HubModel | None,
+    given: Collection[str] = (),
+    workdir: files.Path | None = None,
 ) -> ConfigDict:
-    """A copy of the config with all that the source fixes.
+    """A copy of the config with all that the source fixes, and its range of masking rates.
+
+    The range that BD3-LM was trained on becomes ``variance.clipped``, unless ``variance.order``
+    or the law are set otherwise; the config of a run in ``workdir`` holds what was chosen.
 
     ValueError names settings that contradict it: those that differ from it and from the default, or
     are among ``given`` (paths such as "model.width").
@@ -84,12 +90,43 @@ def filled(
             if section[name] != value and (section[name] != default[name] or path in given):
                 wrong.append(f"{path}={section[name]!r} (it has {value!r})")
             section[name] = value
+    if traits.clip is not None:
+        _clip(config, traits.clip, given, workdir)
     if wrong:
         raise ValueError(
             f"model.source={config.model.source}, a model of the family {source.family.name}, "
             f"contradicts {', '.join(wrong)}; leave these settings out"
         )
     return config
+
+
+def _clip(
+    config: ConfigDict,
+    clip: tuple[float, float],
+    given: Collection[str],
+    workdir: files.Path | None,
+) -> None:
+    """Train on masking rates in ``clip``, where the config does not say otherwise."""
+    own, default = config.variance, launch_config.get_config()
+    begun = workdir is not None and read_config(workdir) is not None
+    stored = saved_config(workdir).variance if begun else None
+    ranges = dict(zip(("low", "high"), clip))
+    free = {
+        name: "variance.clipped." + name not in given
+        and own.clipped[name] == default.variance.clipped[name]
+        and (stored is None or stored.clipped[name] != own.clipped[name])
+        for name in ranges
+    }
+    if config.law.name != default.law.name:  # quantiles of another law are no masking rates
+        return
+    if (
+        "variance.order" not in given
+        and own.order == default.variance.order
+        and (stored is None or stored.order != own.order)
+    ):
+        own.order = ("stratified", "clipped")
+    if "clipped" in own.order:
+        own.clipped.update({name: value for name, value in ranges.items() if free[name]})
 
 
 def load_params(config: ConfigDict, mesh: jax.sharding.Mesh) -> PyTree:

@@ -21,6 +21,7 @@ from mdm_jax import distributed, files
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mdm_jax.files import write_json
 from mdm_jax.launch import config as launch_config
+from mdm_jax.training.checkpoints import UNSAVED
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
 FREE_SECTIONS = ("evaluate", "measure", "mesh", "sample", "spacing")
@@ -36,6 +37,7 @@ HISTORY = (
     "tokenizer.json",
     "spacing",
     "quality",
+    "source",
     "variance",
 )
 """What is set aside when a run starts anew; samples never take the place of older ones."""
@@ -81,7 +83,9 @@ def _typed(saved: dict[str, Any]) -> ConfigDict:
             what = prefix.rstrip(".") or "the whole"
             raise TypeError(f"{what} is {values!r} instead of a group of settings")
         for name, value in values.items():
-            if isinstance(section.get(name), ConfigDict):
+            if name not in section:
+                raise TypeError(launch_config.unknown(prefix + name))
+            if isinstance(section[name], ConfigDict):
                 update(section[name], value, f"{prefix}{name}.")
             else:
                 try:
@@ -94,12 +98,20 @@ def _typed(saved: dict[str, Any]) -> ConfigDict:
     return config
 
 
+def saved_nothing(workdir: files.Path) -> bool:
+    """Whether a run was claimed there and has no state yet: training starts over, by any config."""
+    with _reaching(workdir):
+        return distributed.from_first((workdir / "checkpoints" / UNSAVED).exists())
+
+
 def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -> None:
-    """Raise WorkdirError if another config's run (with a diff), or files but no run, are there."""
+    """Raise WorkdirError if another config's run (with a diff), or files but no run, are there.
+
+    ``allow_change``: it was asked for, or that run has saved nothing yet.
+    """
     with _reaching(workdir):
         there = [*workdir.iterdir()] if workdir.is_dir() else []  # first: a run may begin meanwhile
-    old = read_config(workdir)
-    if old is None:
+    if read_config(workdir) is None:
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"{workdir} is not a directory; name another --workdir")
         if any(path.suffix != ".partial" and path.name != FILE for path in there):
@@ -107,7 +119,7 @@ def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -
                 f"{workdir} is not empty and holds no run (no config.json); name a new directory"
             )
         return
-    changed = _changes(old, resolved(config))
+    changed = changes(workdir, config)
     if changed and not allow_change:
         raise WorkdirError(
             f"{workdir} holds a run with another config:\n  "
@@ -168,15 +180,21 @@ def check_source(directory: files.Path, tokenizer: Tokenizer | None, field: str)
         )
 
 
-def changes(workdir: files.Path, config: ConfigDict, sections: Sequence[str]) -> list[str]:
-    """``name: old -> new`` for what differs from the directory's config in these sections."""
+def changes(
+    workdir: files.Path, config: ConfigDict, sections: Sequence[str] | None = None
+) -> list[str]:
+    """``name: old -> new`` for what differs from the directory's config in these sections.
+
+    None: all but :data:`FREE_SECTIONS`. Settings newer than the run had their defaults.
+    """
     old, new = read_config(workdir), resolved(config)
     if old is None:
         return []
     known = _filled(old, resolved(launch_config.get_config()))
-    return differences(
-        {name: known[name] for name in sections}, {name: new[name] for name in sections}
-    )
+    if sections is None:
+        sections = sorted({*known, *new} - {*FREE_SECTIONS})
+    chosen = ({name: each[name] for name in sections if name in each} for each in (known, new))
+    return differences(*chosen)
 
 
 def claim(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -> None:
@@ -187,7 +205,7 @@ def claim(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -
     check(workdir, config, allow_change)
     new, old = resolved(config), read_config(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    changed = old is not None and _changes(old, new)
+    changed = changes(workdir, config)
     if changed:
         copy = files.beside(workdir / "config.json")
         # The old config is copied, not moved: a kill must not leave a run without one.
@@ -316,13 +334,6 @@ def training_lock(workdir: files.Path) -> Iterator[None]:
                 "another --workdir"
             )
         yield
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences outside the free sections; settings newer than the run had their defaults."""
-    known = _filled(old, resolved(launch_config.get_config()))
-    fixed = ({k: v for k, v in each.items() if k not in FREE_SECTIONS} for each in (known, new))
-    return differences(*fixed)
 
 
 def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

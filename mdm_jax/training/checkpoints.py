@@ -337,7 +337,7 @@ def _digest(path: files.Path) -> str:
     return digest.hexdigest()
 
 
-_UNSAVED = "unsaved"
+UNSAVED = "unsaved"
 _ANEW = "Start anew with another directory, or here with --restart, which keeps what there is"
 
 
@@ -407,7 +407,7 @@ class CheckpointReader:
     @property
     def unsaved(self) -> bool:
         """Whether the run is known to have saved nothing yet, so that it may start over."""
-        return distributed.from_first((self._root / _UNSAVED).exists())
+        return distributed.from_first((self._root / UNSAVED).exists())
 
     def _lost(self) -> str | None:
         """What shows that states were saved here."""
@@ -457,7 +457,7 @@ class Checkpoints(CheckpointReader):
     def begin(self) -> None:
         """Note that a run starts here from its first step and has saved nothing yet."""
         if distributed.is_first():
-            files.write(self._root / _UNSAVED, "nothing was saved yet\n")
+            files.write(self._root / UNSAVED, "nothing was saved yet\n")
 
     def save(
         self, step: int, state: PyTree, position: dict[str, Any], notes: dict[str, Any]
@@ -470,7 +470,7 @@ class Checkpoints(CheckpointReader):
                 f"steps {self.steps()}; restore these or move them away first"
             )
         if distributed.is_first():
-            (self._root / _UNSAVED).unlink(missing_ok=True)
+            (self._root / UNSAVED).unlink(missing_ok=True)
 
     def amend_notes(self, step: int, notes: dict[str, Any]) -> None:
         """Replace the notes of a full state, at the cost of a small file."""

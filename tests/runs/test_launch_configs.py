@@ -254,6 +254,19 @@ def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
         workdir.check(tmp_path, found)
 
 
+def test_settings_that_no_release_of_ours_has_are_refused(tmp_path):
+    config = _get_config("base")
+    workdir.claim(tmp_path, config)
+    saved = workdir.read_config(tmp_path)
+    saved["train"]["batchsize"] = 3
+    workdir.write_json(tmp_path / "config.json", saved)
+    with pytest.raises(workdir.WorkdirError, match="train.batchsize is no .* train.batch_size"):
+        workdir.read_config(tmp_path)
+    config.train.batchsize = 3
+    with pytest.raises(ValueError, match="train.batchsize is no .* train.batch_size"):
+        launch_config.check_config(config)
+
+
 @pytest.mark.parametrize(
     "name, bias", [("bernoulli_shifted_logit", "exact"), ("bernoulli_shifted_rate", "biased")]
 )

@@ -10,6 +10,7 @@ import launching
 import pytest
 from launching import DIGITS, QUICKSTART
 
+from mdm_jax import training
 from mdm_jax.launch import main, presets
 from mdm_jax.launch import workdir as launch_workdir
 from mdm_jax.launch.modes import evaluate, train
@@ -211,6 +212,7 @@ def test_settings_that_cannot_work(refused, arguments, expected):
 
 
 def test_prompts_that_do_not_fit_name_file_and_line(refused, tmp_path):
+    assert "error: sample.prompts: /nope is no file" in refused("--config.sample.prompts=/nope")
     path = tmp_path / "prompts.txt"
     path.write_text("short ▁▁\n" + 40 * "long" + "\n", "utf-8")
     assert f"{path}:2: 160 tokens do not fit a row of 32" in refused(
@@ -371,6 +373,27 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line(stopped):
 def test_errors_of_a_full_disk_name_the_directory(stopped):
     code, _, err = stopped("train", OSError(errno.ENOSPC, "No space left on device"))
     assert code == 2 and err.endswith("a dir: [Errno 28] No space left on device\n")
+
+
+def test_a_run_that_has_saved_nothing_gives_way_to_another_config(launch, monkeypatch, tmp_path):
+    """Its step does not fit: what the error advises must be possible in the same directory."""
+
+    def fail(*_):
+        raise MemoryError("the step does not fit")
+
+    monkeypatch.setattr(training, "compile_step", fail)
+    line = (f"--config={QUICKSTART}", f"--workdir={tmp_path}")
+    changed = ("--config.train.batch_size=16", "--config.data.tokenizer=byte")
+    for more in ((), changed):
+        code, _, err = launch(*line, *more)
+        assert code == 2 and "the step does not fit" in err
+    kept = [json.loads((tmp_path / f"config{i}.json").read_text()) for i in (".1", "")]
+    assert [config["train"]["batch_size"] for config in kept] == [8, 16]
+    kinds = [json.loads((tmp_path / f"tokenizer{i}.json").read_text())["kind"] for i in (".1", "")]
+    assert kinds == ["char", "byte"] and not (tmp_path / "config.2.json").exists()
+    (tmp_path / "checkpoints" / "unsaved").unlink()  # as saving does
+    code, _, err = launch(*line)
+    assert code == 2 and "train.batch_size: 16 -> 8" in err
 
 
 def test_an_interrupt_during_the_final_evaluation_says_how_to_go_on(stopped):

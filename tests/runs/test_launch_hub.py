@@ -15,12 +15,12 @@ import pytest
 import saved_run
 from variants import slow_except
 
-from mdm_jax import data, files, hub, models
+from mdm_jax import data, files, hub, models, variance
 from mdm_jax.hub.files import TensorFiles
 from mdm_jax.launch import presets, source
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
 from mdm_jax.launch.modes import chat, evaluate, export, train
-from mdm_jax.launch.workdir import WorkdirError, saved_config
+from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"
 
@@ -35,6 +35,23 @@ def configured(directory, folder, **settings):
     config.data.update(source="jsonl", path=str(path), prompt_length=8, answer_length=8)
     config.data.fractions = (0.6, 0.2, 0.2)
     config.optimizer.peak = 0.1
+    config.update(settings)
+    return config
+
+
+def without_tokenizer(name, folder, **settings):
+    """A run of four steps from a model of the DiT, whose directories have no tokenizer."""
+    raw = json.loads((DATA / name / "config.json").read_text())
+    characters = "".join(map(chr, range(97, 97 + raw["vocab_size"] - 4)))
+    codec = data.tokenizers.CharTokenizer(characters)
+    codec.save(folder / "tokenizer.json")
+    text = np.random.default_rng(0).choice([*characters], 40 * raw["model_length"])
+    (folder / "text.txt").write_text("".join(text))
+    config = presets.finetune("smoke")
+    config.model.source = str(DATA / name)
+    config.data.update(source="text", path=str(folder / "text.txt"), length=raw["model_length"])
+    config.data.tokenizer = str(folder / "tokenizer.json")
+    config.sample.update(num_samples=1, gap=0)
     config.update(settings)
     return config
 
@@ -222,6 +239,37 @@ def test_process_and_blocks_are_those_of_the_source(tmp_path):
         source.filled(config, source.read(config))
     with pytest.raises(ValueError, match="the model .* has 144 with mask token"):
         make_experiment(configured(DATA / "dream-1", tmp_path))
+
+
+def test_the_range_that_a_model_was_trained_on_is_the_default(tmp_path):
+    """BD3-LM's; visible in the config, and given way to whatever else is set."""
+    config, workdir = without_tokenizer("bd3lm-2", tmp_path), files.as_path(tmp_path / "run")
+    experiment = make_experiment(config)
+    stored = experiment.config
+    assert (stored.process, stored.block.size) == ("block", 8)
+    assert stored.variance.order == ("stratified", "clipped") and experiment.bias() == "truncated"
+    assert stored.variance.clipped.to_dict() == {"low": 0.45, "high": 0.95}
+    spec, transform = experiment.spec, experiment.transform
+    draw = variance.draw_batch(jax.random.key(0), transform, transform.init(spec), spec)
+    rates = 1 - np.asarray(draw.u)
+    assert 0.45 <= rates.min() < 0.5 and 0.9 < rates.max() <= 0.95
+
+    def found(given=(), **changes):
+        changed = without_tokenizer("bd3lm-2", tmp_path)
+        changed.update_from_flattened_dict(changes)
+        return source.filled(changed, experiment.source, given, workdir).variance
+
+    default = config.variance.order
+    assert found(["variance.order"]).order == default  # as on the command line
+    assert found(**{"variance.order": ("mirror",)}).order == ("mirror",)
+    assert found(**{"law.name": "power"}).order == default
+    assert found(**{"variance.clipped.low": 0.2}).clipped.to_dict() == {"low": 0.2, "high": 0.95}
+    assert found(["variance.clipped.high"]).clipped.to_dict() == {"low": 0.45, "high": 0.8}
+    # A run that has begun keeps its own choice, by whichever line it goes on.
+    claim(workdir, config)
+    assert found().order == default
+    claim(workdir, stored, allow_change=True)
+    assert found() == stored.variance == make_experiment(stored, workdir).config.variance
 
 
 def test_a_causal_model_is_converted_unless_the_process_is_autoregressive(tmp_path):

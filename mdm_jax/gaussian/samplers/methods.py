@@ -135,7 +135,7 @@ def _log_share(step: Array) -> Array:
 def edm_heun(
     churn: Annotated[float, Real("[0, 1e6]", "", "noise added back, over all steps")] = 0.0,
     churn_min: Annotated[float, Real("[0, 1e6]", "sigma", "smallest at which it is added")] = 0.0,
-    churn_max: float = math.inf,
+    churn_max: Annotated[float, Real("[0, 1e6]", "sigma", "largest at which it is added")] = 1e6,
     churn_noise: Annotated[float, Real("[0, 1e3]", "", "factor on that noise's scale")] = 1.0,
     second_order: bool = True,
 ) -> GaussianSampler:

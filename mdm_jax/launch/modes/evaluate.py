@@ -44,7 +44,7 @@ def evaluate(
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
         **experiment.family.record(result),
-        **measure_accuracy(experiment, params, check),
+        **measure_accuracy(experiment, workdir, params, check),
     }
     show(record)
     if distributed.is_first():
@@ -53,16 +53,22 @@ def evaluate(
     return record
 
 
-def measure_accuracy(experiment: Experiment, params: PyTree, check: Check = None) -> dict[str, Any]:
-    """Accuracy on ``sample.num_answers`` prompts of the final split; {} without a checker."""
+def measure_accuracy(
+    experiment: Experiment, workdir: files.Path, params: PyTree, check: Check = None
+) -> dict[str, Any]:
+    """Accuracy on ``sample.num_answers`` prompts of the final split; {} without a checker.
+
+    Along the grid that ``mdm spacing`` stored in the run, if any.
+    """
     c, dataset = experiment.config, experiment.dataset
     if dataset.check is None:
         return {}
     split, source = experiment.held_out
     rows = min(c.sample.num_answers or len(source), len(source))
+    generate, grid = stored_generator(experiment, workdir, c.sample.num_steps)
     with _progress_bar(rows, f"answering {split}", check) as progress:
         accuracy = measure_task_accuracy(
-            experiment.generate,
+            generate,
             params,
             experiment.key(0, "answers"),
             data.evaluation_batches(source, min(c.evaluate.batch_size, rows), rows),
@@ -75,6 +81,7 @@ def measure_accuracy(experiment: Experiment, params: PyTree, check: Check = None
         **accuracy.to_dict(),
         "answered_by": "next_token" if left_to_right else c.sample.sampler,
         "temperature": c.sample.temperature,
+        "grid": grid,
     }
 
 

@@ -157,6 +157,8 @@ def _infilling_job(row: Batch, gap: int, dataset: data.Dataset) -> Job:
 
 
 def _prompt_jobs(path: files.Path, dataset: data.Dataset, left_to_right: bool) -> tuple[Job, ...]:
+    if not path.is_file():
+        raise ValueError(f"sample.prompts: {path} is no file; name one of texts, one a line")
     lines, dropped = data.read_lines(path)
     codec, layout, mask = dataset.tokenizer, dataset.layout, np.array([dataset.mask_id], np.int32)
     _warn(path, lines, dropped, codec)

@@ -15,13 +15,16 @@ from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
 from mdm_jax.launch.modes.sample import show_samples
+from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.workdir import (
     WorkdirError,
+    changes,
     check,
     check_history,
     check_source,
     claim,
     read_config,
+    saved_nothing,
     set_history_aside,
     training_lock,
 )
@@ -44,12 +47,14 @@ def train(
     """Train, resuming from the directory's last undamaged checkpoint.
 
     A directory with a history and no checkpoint is refused. ``restart``: from step 0, whatever is
-    there; the old history is kept beside the new one (``workdir.set_history_aside``).
-    Claims the directory (``workdir.claim``) after all checks. True: finished; False: interrupted
-    and saved. Raises WorkdirError, CheckpointError, TrainingStopped or ValueError for users.
+    there; the old history is kept beside the new one (``workdir.set_history_aside``), as is that of
+    a run with another config that has saved nothing yet. Claims the directory (``workdir.claim``)
+    after all checks. True: finished; False: interrupted and saved.
+
+    Raises WorkdirError, CheckpointError, TrainingStopped or ValueError for users.
     """
     c, workdir = experiment.config, files.as_path(workdir)
-    check(workdir, c, allow_config_change)
+    check(workdir, c, allow_config_change or saved_nothing(workdir))
     check_start(experiment, workdir)
     abstract = experiment.abstract_state()
     stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
@@ -57,7 +62,10 @@ def train(
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         stack.enter_context(training_lock(workdir))
+        unsaved = saved_nothing(workdir)
+        allow_config_change = allow_config_change or unsaved
         check(workdir, c, allow_config_change)  # again: a run may have begun in the meantime
+        restart = restart or distributed.from_first(unsaved and bool(changes(workdir, c)))
         distributed.barrier("settings and directory are good")
         if read_config(workdir) is None and distributed.is_first():
             claim(workdir, c)
@@ -70,8 +78,8 @@ def train(
         restored = checkpoints.restore_last(abstract)
         if restored is None:
             check_history(workdir, checkpoints.unsaved)
-            sources.keep(c, experiment.source, workdir)
             checkpoints.begin()
+            sources.keep(c, experiment.source, workdir)
             state, progress = initial_state(experiment), {}
         else:
             state, progress = _continue(restored, stream, batches)
@@ -144,6 +152,7 @@ def make_hooks(
 ) -> training.Hooks:
     """Hooks of the loop: evaluation, samples, monitors, the clip search."""
     dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
+    generate, _ = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
 
     def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
         # The same key every time: differences between evaluations are not masking noise.
@@ -154,7 +163,7 @@ def make_hooks(
     def sample_step(step: int, ema: PyTree, check: Callable) -> None:
         check()
         key = experiment.key(step, "sample")
-        show_samples(dataset, experiment.jobs, experiment.generate, workdir, step, ema, key, writer)
+        show_samples(dataset, experiment.jobs, generate, workdir, step, ema, key, writer)
 
     @jax.jit
     def monitor(state: TrainState) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ import pytest
 import saved_run
 
 from experiments.configs.study import sudoku4, sudoku6_noisy
-from mdm_jax import data, samplers, tasks
+from mdm_jax import data, files, samplers, tasks
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.evaluation.answers import TaskAccuracy, measure_task_accuracy
 from mdm_jax.launch.build import load_parameters, make_experiment
@@ -144,7 +144,7 @@ def test_a_sampler_of_the_library_answers():
         pytest.param("block", "by_confidence", marks=pytest.mark.slow),
     ],
 )
-def test_other_processes_answer_too(process, answered_by):
+def test_other_processes_answer_too(process, answered_by, tmp_path):
     config = sudoku4.get_config("smoke")
     config.process = process
     config.variance.order = ()
@@ -153,7 +153,7 @@ def test_other_processes_answer_too(process, answered_by):
     config.data.prompt_length = 19  # rows of three blocks, the first of which begins with padding
     config.sample.num_answers = 4
     experiment = make_experiment(config)
-    record = evaluate.measure_accuracy(experiment, experiment.initial_state().params)
+    record = evaluate.measure_accuracy(experiment, tmp_path, experiment.initial_state().params)
     assert (record["answers"], record["answered_by"]) == (4, answered_by)
     assert record["accuracy"] == 0  # untrained
 
@@ -177,14 +177,20 @@ def test_a_run_reports_the_accuracy_of_its_answers(reported):
     assert line in out and line in (workdir / "report.txt").read_text()
 
 
-def test_evaluation_answers_by_other_settings(reported):
+def test_evaluation_answers_by_other_settings(reported, tmp_path):
+    """Along the grid that is stored in the run."""
     workdir, _ = reported
+    levels = [-12.0, -1.0, 0.0, 1.0, 12.0]
+    grids = {"best": "mine", "grids": {"mine": {"levels": levels}}}
+    (tmp_path / "spacing").mkdir()
+    files.write_json(tmp_path / "spacing" / "ancestral-4.json", grids)
     config = sudoku4.get_config("smoke")
     config.sample.update(sampler="ancestral", num_answers=0, temperature=0.5)
     experiment = make_experiment(config)
     _, params = load_parameters(experiment, workdir)
-    record = evaluate.measure_accuracy(experiment, params)
+    record = evaluate.measure_accuracy(experiment, tmp_path, params)
     assert (record["answered_by"], record["answers"]) == ("ancestral", 16)
+    assert record["grid"].startswith("mine, of ") and config.sample.num_steps == 4
     config.sample.num_answers = -1
     with pytest.raises(ValueError, match=r"num_answers must be a whole number in \[0, "):
         make_experiment(config)
