@@ -1,5 +1,6 @@
 """Data sources, tokenizers and batch pipelines."""
 
+from mdm_jax.data.chats import PlainTemplate, chat
 from mdm_jax.data.datasets import Dataset, PairLayout
 from mdm_jax.data.images import digits
 from mdm_jax.data.packing import check_document_blocks, first_fit, unpacked
@@ -10,9 +11,10 @@ from mdm_jax.data.pipeline import (
     stream_fingerprint,
     train_iterator,
 )
+from mdm_jax.data.records import read_lines
 from mdm_jax.data.rows import RowSource, gather
 from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, rare_tokens, split_entropies
-from mdm_jax.data.text import documents, embedded_text, read_lines, text
+from mdm_jax.data.text import documents, embedded_text, text
 from mdm_jax.data.tfds_source import tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (
     BPETokenizer,

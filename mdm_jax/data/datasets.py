@@ -23,6 +23,9 @@ from mdm_jax.types import Batch
 SPLITS = ("train", "valid", "test")
 
 
+AnswerPadding = Literal["eos_scored", "eos_once", "pad_hidden"]
+
+
 @dataclasses.dataclass(frozen=True)
 class PairLayout:
     """Rows ``[PAD ... prompt][answer ...]``: where pairs stand, to train, to score and to answer.
@@ -34,7 +37,7 @@ class PairLayout:
 
     prompt_length: int
     answer_length: int
-    answer_padding: Literal["eos_scored", "eos_once", "pad_hidden"]
+    answer_padding: AnswerPadding
 
     @property
     def length(self) -> int:
@@ -118,7 +121,8 @@ class Dataset:
         description: sizes, source, licence, and every policy that removed something.
         report: counts of what was read, changed or left out.
         check: ``check(prompt, answer)``, whether an answer is right; None where unknown.
-        layout: how rows hold prompts and answers; None where they hold none.
+        layout: how rows hold prompts and answers (:class:`PairLayout`, ``chats.ChatLayout``); None
+            where they hold none.
     """
 
     train: RowSource
@@ -135,7 +139,7 @@ class Dataset:
     report: Mapping[str, int]
     check: Callable[[str, str], bool] | None = None
     absent_ids: tuple[int, ...] = ()
-    layout: PairLayout | None = None
+    layout: Any = None
 
     def __post_init__(self):
         if self.length < 1:
@@ -167,7 +171,7 @@ def make_dataset(
     event_shape: tuple[int, ...] | None = None,
     check: Callable[[str, str], bool] | None = None,
     has_eos: bool = True,
-    layout: PairLayout | None = None,
+    layout: Any = None,
 ) -> Dataset:
     """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 

@@ -7,20 +7,28 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from mdm_jax.checks import checked
-from mdm_jax.data.datasets import Dataset, Fractions, Length, PairLayout, VocabSize, make_dataset
-from mdm_jax.data.rows import StoredRows
-from mdm_jax.data.text import Line, Record, read_splits
+from mdm_jax.checks import Real, checked
+from mdm_jax.data.datasets import (
+    AnswerPadding,
+    Dataset,
+    Fractions,
+    Length,
+    PairLayout,
+    VocabSize,
+    make_dataset,
+)
+from mdm_jax.data.records import BadRows, Record, Template, lines_of, read_sources, text_field
+from mdm_jax.data.rows import Mixture, RandomlyCut, RowSource, StoredRows
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
 from mdm_jax.types import Batch
 
 TooLong = Literal["error", "truncate", "drop"]
-AnswerPadding = Literal["eos_scored", "pad_hidden"]
+RandomCut = Annotated[float, Real("[0, 1]", "of visits", "that see an answer cut at random")]
 
 
 def result_after(answer: str, marker: str) -> str | None:
@@ -57,58 +65,76 @@ class ResultAfterMarker:
 
 @checked
 def jsonl(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Sequence[str],
     *,
     prompt_length: Length,
     answer_length: Length,
     prompt_field: str = "prompt",
     answer_field: str = "answer",
+    prompt_template: str = "",
+    answer_template: str = "",
     valid_path: str | os.PathLike | None = None,
     test_path: str | os.PathLike | None = None,
     fractions: Fractions = (0.9, 0.05, 0.05),
     split_seed: int = 0,
     tokenizer: str | Tokenizer = "char",
     bpe_vocab_size: VocabSize = 4096,
+    bad_rows: BadRows = "error",
     too_long: TooLong = "error",
     answer_padding: AnswerPadding = "eos_scored",
+    random_cut: RandomCut = 0.0,
     answer_marker: str = "",
 ) -> Dataset:
-    """Rows ``[PAD ... prompt][answer EOS ...]`` from a file of one JSON object per line, UTF-8.
+    """Rows ``[PAD ... prompt][answer EOS ...]`` from files of JSON objects, one a line, UTF-8.
 
     The prompt is right-aligned and never eligible; its padding is not attended to either.
 
     Args:
+        path: a file, a directory, a glob, or a mixture of several: ``"a.jsonl:0.7,b.jsonl:0.3"``
+            (:func:`mdm_jax.data.records.weighted_paths`). Parquet too, with pyarrow.
         prompt_length, answer_length: positions of each, the EOS of the answer included.
-        prompt_field, answer_field: keys of each, strings.
+        prompt_field, answer_field: keys of each, strings, or dotted paths to them
+            (``"meta.question"``, lists by index).
+        prompt_template, answer_template: texts with such fields in braces, in place of the former:
+            ``"Q: {meta.question}\\nA:"`` (:class:`mdm_jax.data.records.Template`).
         valid_path, test_path, fractions, split_seed: one file split by distinct prompt, or a file
-            for each split; see :func:`mdm_jax.data.text.read_splits`.
+            for each split; see :func:`mdm_jax.data.records.read_sources`.
         tokenizer, bpe_vocab_size: as in :func:`mdm_jax.data.text`, fitted to the training pairs.
+        bad_rows: for rows that are no JSON or lack a field: "error", or "drop". The report counts
+            them, and the description has file, line and reason of the first.
         too_long: for pairs that do not fit: "error"; "truncate" keeps the end of the prompt and the
             start of the answer, then without EOS; "drop". The report counts both.
         answer_padding: after the EOS. "eos_scored": more EOS, eligible, so the model has to find
             the length (as in LLaDA, Nie et al. 2025). "pad_hidden": padding, neither eligible nor
             attended to; easier to fit, but likelihoods are then conditional on the answer's length.
+            "eos_once": likewise, with EOS as padding.
+        random_cut: share of visits in training that see the answer, padding included, end at a
+            random length (:class:`mdm_jax.data.rows.RandomlyCut`).
         answer_marker: text before the result in every answer, such as ``"####"`` in GSM8K, for
             ``Dataset.check``; "": no check.
 
-    ValueError as ``read_splits``; naming file and line, if an answer lacks the marker or a pair is
+    ValueError as ``read_sources``; naming file and line, if an answer lacks the marker or a pair is
     too long under "error"; if all answers of a split are empty or dropped; for a bad setting.
     """
     layout = PairLayout(prompt_length, answer_length, answer_padding)
-    parts, dropped = read_splits(
+    prompt_of = _text_reader(prompt_field, "prompt", prompt_template)
+    answer_of = _text_reader(answer_field, "answer", answer_template)
+    found = read_sources(
         path,
-        (prompt_field, answer_field),
+        lambda record, origin: (prompt_of(record, origin), answer_of(record, origin)),
+        wanted=f"{prompt_field!r} and {answer_field!r}",
         valid_path=valid_path,
         test_path=test_path,
         fractions=fractions,
         split_seed=split_seed,
+        bad_rows=bad_rows,
     )
+    parts = found.splits()
     train_texts = [text for record in parts["train"] for text in record.values]
     codec = make_tokenizer(tokenizer, train_texts, bpe_vocab_size)
     check = _checker(parts, codec, layout, answer_marker) if answer_marker else None
-    rows, report = {}, dict(dropped)
-    train_prompts = {record.values[0] for record in parts["train"]}
-    for name, records in parts.items():
+
+    def rows_of(name: str, records: Sequence[Record]) -> tuple[StoredRows, dict[str, int]]:
         batch, counts = _encode(records, codec, layout, too_long)
         if records and not batch.units.any():
             fault = "empty" if counts["rows"] else "dropped as too long"
@@ -117,13 +143,20 @@ def jsonl(
                 f"see answer_field ({answer_field!r}), prompt_length ({prompt_length}) and "
                 f"answer_length ({answer_length})"
             )
-        rows[name] = StoredRows(batch)
+        return StoredRows(batch), counts
+
+    sources, counts = zip(*(rows_of("train", records) for records in found.train))
+    report = found.report | {f"train_{key}": sum(c[key] for c in counts) for key in counts[0]}
+    rows: dict[str, RowSource] = {
+        "train": mixed_rows(sources, found.weights, random_cut, codec),
+    }
+    train_prompts = {record.values[0] for record in parts["train"]}
+    for name in ("valid", "test"):
+        rows[name], counts = rows_of(name, parts[name])
         report |= {f"{name}_{key}": value for key, value in counts.items()}
-        if name != "train":
-            report[f"{name}_prompts_also_in_train"] = sum(
-                record.values[0] in train_prompts for record in records
-            )
-    lines = (Line(t, r.origin) for records in parts.values() for r in records for t in r.values)
+        report[f"{name}_prompts_also_in_train"] = sum(
+            record.values[0] in train_prompts for record in parts[name]
+        )
     content = json.dumps([[record.values for record in records] for records in parts.values()])
     return make_dataset(
         rows,
@@ -135,15 +168,57 @@ def jsonl(
             "too_long": too_long,
             "source": "jsonl",
             "tokenizer": codec.fingerprint,
+            **stream_settings(sources, found.weights, random_cut),
         },
-        headline=f"Prompt and answer pairs from {pathlib.Path(path).name}, one a line.",
+        headline=f"Prompt and answer pairs from {names_of(found.paths)}, one a line.",
         policy=f"Prompt in {prompt_length} positions, answer in {answer_length}; pairs that are "
         f"too long: {too_long}; after the answer: {answer_padding}."
-        + describe_unknown(lines, codec),
+        + found.describe([len(source) for source in sources])
+        + describe_unknown(lines_of(r for records in parts.values() for r in records), codec),
         report=report,
         check=check,
         layout=layout,
     )
+
+
+def _text_reader(path: str, role: str, template: str) -> Callable[[Mapping[str, Any], str], str]:
+    """``reader(record, origin)`` of a prompt or an answer."""
+    if not template:
+        return lambda record, origin: text_field(record, path, origin)
+    if path != role:
+        raise ValueError(
+            f"{role}_field={path!r} and {role}_template={template!r} both say what the {role} is; "
+            "leave one out"
+        )
+    return Template(template, f"{role}_template").fill
+
+
+def mixed_rows(
+    sources: Sequence[RowSource],
+    weights: Sequence[float] | None,
+    random_cut: float,
+    codec: Tokenizer,
+) -> RowSource:
+    """Training rows of one or several sources, cut at random if asked for."""
+    if random_cut:
+        counts = codec.character_counts
+        sources = [RandomlyCut(each, random_cut, codec.pad_id, counts) for each in sources]
+    return Mixture(sources, weights) if len(sources) > 1 else sources[0]
+
+
+def stream_settings(
+    sources: Sequence[RowSource], weights: Sequence[float] | None, random_cut: float
+) -> dict[str, Any]:
+    """What changes a training stream, for the fingerprint; no defaults, so that older ones stay."""
+    settings: dict[str, Any] = {"random_cut": random_cut} if random_cut else {}
+    if len(sources) > 1:
+        settings |= {"mixture": [len(source) for source in sources], "weights": weights}
+    return settings
+
+
+def names_of(paths: Sequence[str]) -> str:
+    """Names of files, for a headline."""
+    return ", ".join(pathlib.Path(path).name for path in paths)
 
 
 def _checker(

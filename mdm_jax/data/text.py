@@ -1,20 +1,13 @@
 """Text files and their lines; windows of a text, and documents from JSON lines."""
 
-import collections
-import contextlib
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import pathlib
 import sys
 import unicodedata
-import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from mdm_jax import files
 from mdm_jax.checks import checked
 from mdm_jax.data.datasets import (
     SPLITS,
@@ -24,7 +17,6 @@ from mdm_jax.data.datasets import (
     Stride,
     VocabSize,
     make_dataset,
-    shuffled_split,
     split_bounds,
 )
 from mdm_jax.data.packing import (
@@ -35,8 +27,10 @@ from mdm_jax.data.packing import (
     Packing,
     document_dataset,
 )
+from mdm_jax.data.records import lines_of, numbered, read_sources, read_text
+from mdm_jax.data.records import text_field as text_field_of
 from mdm_jax.data.rows import TokenSpans
-from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer, utf8
+from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
 
 
 @checked
@@ -151,7 +145,7 @@ def _windows(
             report[f"{name}_padded_positions"] = len(starts) * length - size
     unknown = ""
     if any(report[f"{name}_unknown_characters"] for name in SPLITS):
-        unknown = describe_unknown(_numbered(content, origin), codec)
+        unknown = describe_unknown(numbered(content, origin), codec)
     return make_dataset(
         rows,
         codec,
@@ -169,156 +163,6 @@ def _windows(
         report=report,
         has_eos=False,
     )
-
-
-class Text(NamedTuple):
-    """Contents of a text file, and what was dropped, for ``Dataset.report``."""
-
-    content: str
-    dropped: dict[str, int]
-
-
-class Line(NamedTuple):
-    """A line of a text file without its end, and its ``file:line`` for messages."""
-
-    text: str
-    origin: str
-
-
-_SUFFIXES = {".gz": (gzip.open, b"\x1f\x8b"), ".xz": (lzma.open, b"\xfd7zXZ")}
-"""How compressed files are opened, and what they begin with."""
-
-
-def read_text(path: str | os.PathLike) -> Text:
-    """A UTF-8 text file, .gz and .xz decompressed, without the byte order mark at its beginning.
-
-    ValueError names the file if it is empty or not compressed as its suffix says; and the line and
-    byte offset of bytes that are not UTF-8.
-    """
-    path = files.Path(path)
-    decompress, _ = _SUFFIXES.get(path.suffix.lower(), (contextlib.nullcontext, b""))
-    try:
-        with path.open("rb") as raw, decompress(raw) as file:
-            data = file.read()
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged, or not a {path.suffix} file ({error})") from error
-    try:
-        content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        suffixes = [suffix for suffix, (_, magic) in _SUFFIXES.items() if data.startswith(magic)]
-        remedy = f"name it *{suffixes[0]}" if suffixes else "convert the file to UTF-8 first"
-        raise ValueError(
-            f"{path}:{line}: not UTF-8, byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"({error.reason}); {remedy}"
-        ) from error
-    text = content.removeprefix("\ufeff")
-    if not text:
-        raise ValueError(f"{path}: the file is empty")
-    return Text(text, {"byte_order_marks": len(content) - len(text)})
-
-
-def read_lines(path: str | os.PathLike) -> tuple[list[Line], dict[str, int]]:
-    """The lines of :func:`read_text`, and counts of what was dropped.
-
-    Lines end at ``\\n`` alone, not where ``str.splitlines`` cuts too, such as at U+2028 or a form
-    feed; a ``\\r`` just before it is dropped and counted, and so are blank lines at the end.
-    ValueError names file and line of a blank line before.
-    """
-    text, dropped = read_text(path)
-    lines = _numbered(text, str(path))
-    while lines and not lines[-1].text.strip(_BLANK):
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{path}: the file is empty")
-    for line in lines:
-        if not line.text.strip(_BLANK):
-            raise ValueError(
-                f"{line.origin}: empty line; only the end of the file may have empty lines"
-            )
-    returns = sum(line.text.endswith("\r") for line in lines)
-    lines = [line._replace(text=line.text.removesuffix("\r")) for line in lines]
-    return lines, dropped | {"carriage_returns": returns}
-
-
-_BLANK = " \t\r"
-
-
-def _numbered(text: str, origin: str) -> list[Line]:
-    pieces = text.split("\n")
-    return [Line(piece, f"{origin}:{number}") for number, piece in enumerate(pieces, start=1)]
-
-
-class Record(NamedTuple):
-    """String fields of one line of a JSON-lines file, and its ``file:line`` for error messages."""
-
-    values: tuple[str, ...]
-    origin: str
-
-
-def read_splits(
-    path: str | os.PathLike,
-    fields: Sequence[str],
-    *,
-    valid_path: str | os.PathLike | None,
-    test_path: str | os.PathLike | None,
-    fractions: Sequence[float],
-    split_seed: int,
-) -> tuple[dict[str, list[Record]], dict[str, int]]:
-    """Records of each split, in the order of the files, from files of one JSON object per line;
-    and counts of what :func:`read_lines` dropped.
-
-    ``fields`` are the keys to read. Without ``valid_path`` the *distinct first fields* are shuffled
-    with ``split_seed`` and split by ``fractions``, so none is in two splits. With it, the whole
-    file is for training, and ``test_path``, or nothing, is the test split.
-
-    ValueError names file and line, if a line is malformed or empty before the end of the file, or a
-    field is missing or not a string; the file, if it is empty or a split would be.
-    """
-    if test_path is not None and valid_path is None:
-        raise ValueError("test_path needs valid_path; without both, the one file is split")
-    dropped = collections.Counter()
-
-    def records(path: str | os.PathLike | None) -> list[Record]:
-        lines, counts = ([], {}) if path is None else read_lines(path)
-        dropped.update(counts)
-        return [_parse(*line, fields) for line in lines]
-
-    if valid_path is not None:
-        paths = zip(SPLITS, (path, valid_path, test_path))
-        return {name: records(file) for name, file in paths}, dropped
-    found = records(path)
-    distinct = list(dict.fromkeys(record.values[0] for record in found))
-    parts = shuffled_split(len(distinct), fractions, split_seed, str(path))
-    split_of = {distinct[i]: name for name, numbers in parts.items() for i in numbers}
-    return {name: [r for r in found if split_of[r.values[0]] == name] for name in SPLITS}, dropped
-
-
-def _parse(line: str, origin: str, fields: Sequence[str]) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{origin}: not JSON, {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError(f"{origin}: not usable, the JSON is nested too deeply") from error
-    except ValueError as error:  # of an integer with thousands of digits
-        raise ValueError(f"{origin}: not usable, {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{origin}: expected a JSON object with {' and '.join(map(repr, fields))}, got "
-            f"{type(record).__name__}"
-        )
-    for field in fields:
-        if field not in record:
-            raise ValueError(f"{origin}: no field {field!r}; the line has {sorted(record)}")
-        if not isinstance(record[field], str):
-            kind = type(record[field]).__name__
-            raise ValueError(f"{origin}: field {field!r} must be a string, got {kind}")
-        try:
-            utf8(record[field])
-        except ValueError as error:
-            raise ValueError(f"{origin}: field {field!r}: {error}") from error
-    return Record(tuple(record[field] for field in fields), origin)
 
 
 @checked
@@ -345,7 +189,7 @@ def documents(
 
     Args:
         valid_path, test_path, fractions, split_seed: one file split by distinct text, or a file for
-            each split; see :func:`mdm_jax.data.text.read_splits`.
+            each split; see :func:`mdm_jax.data.records.read_sources`.
         text_field, tokenizer, bpe_vocab_size: key of the text; as in :func:`mdm_jax.data.text`.
         packing: "" for none, or "first_fit".
         long_documents: longer than a row with their EOS: "split" them over rows, "cut" them to
@@ -355,20 +199,24 @@ def documents(
             "eos_scored": more EOS, eligible, so the model has to find the length; not with packing.
         align: packed documents begin at multiples of it; a block model needs its block size.
 
-    ValueError as ``read_splits``, for a long document under "error", or a setting out of range.
+    ValueError as ``read_sources``, for a long document under "error", or a setting out of range.
     """
     layout = DocumentLayout(length, packing, long_documents, document_padding, align)
-    parts, dropped = read_splits(
+    found = read_sources(
         path,
-        (text_field,),
+        lambda record, origin: (text_field_of(record, text_field, origin),),
+        wanted=repr(text_field),
         valid_path=valid_path,
         test_path=test_path,
         fractions=fractions,
         split_seed=split_seed,
     )
+    if found.weights is not None:
+        raise ValueError(f"{path}: documents are not mixed by weight; leave the weights out")
+    parts = found.splits()
     texts = {name: [record.values[0] for record in records] for name, records in parts.items()}
     codec = make_tokenizer(tokenizer, texts["train"], bpe_vocab_size)
-    lines = (Line(*r.values, r.origin) for records in parts.values() for r in records)
+    lines = lines_of(record for records in parts.values() for record in records)
     return document_dataset(
         texts,
         layout,
@@ -379,5 +227,5 @@ def documents(
         + describe_unknown(lines, codec),
         settings={"source": "documents", "packing": packing},
         digest=hashlib.sha256(json.dumps(list(texts.values())).encode()).digest(),
-        report=dropped,
+        report=found.report,
     )

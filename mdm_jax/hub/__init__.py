@@ -19,4 +19,4 @@ from mdm_jax.hub.model import (
     save,
     with_mask_row,
 )
-from mdm_jax.hub.tokenizer import HubTokenizer
+from mdm_jax.hub.tokenizer import ChatRenderer, HubTokenizer

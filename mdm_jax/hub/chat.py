@@ -10,7 +10,7 @@ import json
 import re
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Messages = Sequence[Mapping[str, Any]]
@@ -94,6 +94,48 @@ def render_spans(
         else:
             text += piece
     return Rendered(text, tuple(spans))
+
+
+def answer_spans(
+    render: Callable[..., Rendered], messages: Messages, last: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and (start, end) in characters of each answer in it.
+
+    An answer is what the assistant is to generate: from where a rendering of the messages before it
+    ends, generation prompt included, to where one of those through it ends, with whatever the
+    template ends a turn. ``{% generation %}`` blocks win, if there is one for each answer.
+
+    Args:
+        render: ``render(messages, add_generation_prompt) -> Rendered``.
+        last: the last answer alone.
+
+    ValueError if there is no answer, or a rendering of the beginning is not the beginning of the
+    whole, so that it is unknown where answers stand.
+    """
+    whole = render(messages, False)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise ValueError("the conversation has no message of the assistant")
+    if len(whole.spans) == len(turns):
+        return whole.text, [*whole.spans][-1 if last else 0 :]
+    spans = []
+    for turn in turns[-1 if last else 0 :]:
+        before = render(messages[:turn], True).text
+        through = whole.text
+        if turn + 1 < len(messages):
+            through = render(messages[: turn + 1], False).text
+        for start, end in ((before, through), (through, whole.text)):
+            if not end.startswith(start):
+                at = next((i for i, (a, b) in enumerate(zip(start, end)) if a != b), len(end))
+                raise ValueError(
+                    "the chat template does not render the beginning of a conversation as the "
+                    f"beginning of the whole, up to message {turn}: it has {start[at:][:30]!r} "
+                    f"where the longer one has {end[at:][:30]!r}, at character {at}. So it is "
+                    "unknown where answers stand; take data.loss_on=last, or a template that "
+                    "marks answers by {% generation %} and {% endgeneration %}"
+                )
+        spans.append((len(before), len(through)))
+    return whole.text, spans
 
 
 class _Refused(Exception):

@@ -1,6 +1,7 @@
 """Tokenizers of other models: ``tokenizer.json``, with special ids where the files say."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -235,6 +236,37 @@ class HubTokenizer(Tokenizer):
             said |= (starts < end) & (ends > start)
         return EncodedChat(text, np.asarray(encoding.ids, np.int32), said)
 
+    def encode_answers(
+        self, messages: chat.Messages, loss_on: str, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A conversation as ids [n], and [n] bool, which are answers: "all" or the "last".
+
+        Answers are those of :func:`mdm_jax.hub.chat.answer_spans`. The text is encoded at once;
+        where a token would cross the bounds of an answer, piece by piece, as when one is generated.
+        ValueError too if the pieces do not give the text.
+        """
+        render = functools.partial(self.render, **options)
+        text, spans = chat.answer_spans(render, messages, loss_on == "last")
+        pieces = [text]
+        encoding = self._reading_special.encode(text, add_special_tokens=False)
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        bounds = np.array(spans).reshape(-1, 1)
+        if np.any((starts < bounds) & (bounds < ends)):
+            cuts = [0, *bounds.ravel().tolist(), len(text)]
+            pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        ids = [self.encode(piece, special=True) for piece in pieces]
+        if len(pieces) > 1:
+            learned = [np.full(len(each), i % 2 == 1) for i, each in enumerate(ids)]
+            if self.decode_literally(np.concatenate(ids)) != text:
+                raise ValueError(
+                    "a token crosses the beginning or end of an answer, and this tokenizer does "
+                    f"not give the text back piece by piece: {text[:60]!r}...; change the content "
+                    "there, such as white space at its ends"
+                )
+            return np.concatenate(ids), np.concatenate(learned)
+        learned = np.any([(starts >= a) & (ends <= b) for a, b in spans], axis=0)
+        return ids[0], learned
+
     def decode(self, ids: ArrayLike, mask_text: str = "▁", eos_text: str = "␃") -> str:
         text = super().decode(ids, mask_text, eos_text)
         first = np.asarray(ids).reshape(-1)[:1]
@@ -294,6 +326,18 @@ class HubTokenizer(Tokenizer):
         counts[list(self.special_ids)] = 0
         counts.flags.writeable = False
         return counts
+
+
+class ChatRenderer(NamedTuple):
+    """A tokenizer's default chat template as the renderer of ``data.chat``."""
+
+    tokenizer: HubTokenizer
+
+    def __call__(self, messages: chat.Messages, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokenizer.encode_answers(messages, loss_on)
+
+    def prompt(self, messages: chat.Messages) -> np.ndarray:
+        return self.tokenizer.encode_chat(messages, add_generation_prompt=True).ids
 
 
 def has_tokenizer(directory: pathlib.Path) -> bool:

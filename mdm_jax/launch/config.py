@@ -241,20 +241,22 @@ _RARE = _real(0.1, "[0, 1]", "of tokens", "tokens that together make up at most 
 
 
 def _data() -> dict[str, Any]:
-    factories = (data.documents, data.jsonl, data.tfds_images, data.tfds_text, data.text)
+    factories = (data.documents, data.chat, data.jsonl, data.tfds_images, data.tfds_text, data.text)
     default = {k: v for factory in factories for k, v in defaults(factory).items()}
     task = defaults(names.DATA["task"])
     return {
         "source": _name("embedded", (*names.DATA, "tfds"), "tfds: with kind"),
-        "path": _text("", "text, jsonl, documents: the file"),
+        "path": _text(
+            "", "file, directory or glob; jsonl, chat: or several, a.jsonl:0.7,b.jsonl:0.3"
+        ),
         "name": _text("", 'tfds: the dataset, as in "lm1b" or "mnist"'),
         "kind": _name("text", ("text", "image"), "tfds"),
         "data_dir": _text("", 'tfds: where prepared datasets are; "": its own default'),
         "length": _whole(128, "[1, 1e7]", "tokens", "of a row of text"),
         "prompt_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task; task: 0 for the longest"),
         "answer_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task: with its EOS"),
-        "valid_path": _text("", 'jsonl, documents: "" splits the file instead'),
-        "test_path": _text("", "jsonl, documents: with valid_path"),
+        "valid_path": _text("", 'jsonl, chat, documents: "" splits the file instead'),
+        "test_path": _text("", "jsonl, chat, documents: with valid_path"),
         "cache": _text("", 'tfds text: folder for tokens, encoded once; "" keeps them in memory'),
         **{name: default[name] for name in default if name not in ("split_seed", "download")},
         # Generated problems with a checker (docs/tasks.md).

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mdm_jax import data, hub, tasks
+from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
@@ -44,6 +45,11 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
     arguments = {name: value for name, value in values.items() if name in known}
     for name in {"data_dir", "cache", "valid_path", "test_path"} & arguments.keys():
         arguments[name] = arguments[name] or None
+    if source == "chat":
+        codec = arguments["tokenizer"]
+        if str(codec).endswith(".json"):
+            codec = arguments["tokenizer"] = load_tokenizer(codec)
+        arguments["renderer"] = chat_template(codec)
     if source == "task":
         made = _task_dataset(arguments.pop("task"), **arguments)
     else:
@@ -60,6 +66,11 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
                 "of text and, where the model has no tokenizer, a data.tokenizer of as many ids"
             )
     return made
+
+
+def chat_template(codec: Any) -> hub.ChatRenderer | None:
+    """The chat template of a tokenizer of others; None without one, for the plain template."""
+    return hub.ChatRenderer(codec) if getattr(codec, "templates", None) else None
 
 
 def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:

@@ -116,6 +116,7 @@ DATA = {
     "embedded": data.embedded_text,
     "text": data.text,
     "jsonl": data.jsonl,
+    "chat": data.chat,
     "documents": data.documents,
     "tfds_text": data.tfds_text,
     "tfds_images": data.tfds_images,

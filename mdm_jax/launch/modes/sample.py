@@ -45,7 +45,8 @@ def make_jobs(
         num_samples: free samples, or answers where rows have prompts.
         gap: length of the gap in the infilled passage, half of one that is shorter; 0 for none.
         prompts: file of texts, one a line (:func:`mdm_jax.data.text.read_lines`), ▁ where a token
-            is to be generated, in place of both; "" for none. Laid out as rows of the data are.
+            is to be generated, in place of both; "" for none. Laid out as rows of the data are: a
+            user's message, where these are conversations.
         left_to_right: whether the model ends a text by itself; if not, free samples have the
             lengths of training rows drawn at random.
     """
@@ -171,7 +172,9 @@ def _prompt_jobs(path: files.Path, dataset: data.Dataset, left_to_right: bool) -
     sizes = np.unique(numbered[seen > 0], return_counts=True)[1]
     jobs = []
     for text, origin in lines:
-        pieces = [codec.encode(piece) for piece in text.split(MASK_TEXT)]
+        prompt, *rest = text.split(MASK_TEXT)
+        encode_prompt = getattr(layout, "encode_prompt", codec.encode)
+        pieces = [encode_prompt(prompt), *map(codec.encode, rest)]
         ids = np.concatenate([a for piece in pieces for a in (piece, mask)][:-1])
         try:
             if layout is not None:

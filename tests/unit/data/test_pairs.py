@@ -214,7 +214,7 @@ def test_bad_line_in_the_validation_file_names_that_file(write):
         ({"too_long": "ignore"}, "too_long: unknown name 'ignore'; known: drop, error, truncate"),
         (
             {"answer_padding": "none"},
-            "unknown name 'none'; known: eos_scored, pad_hidden",
+            "known: eos_once, eos_scored, pad_hidden",
         ),
         ({"fractions": (0.98, 0.01, 0.01)}, r"pairs\.jsonl: too small, the test split"),
     ],
