@@ -23,7 +23,10 @@ TEXT = "System: s\n\nUser: ab\n\nAssistant: cd␃\n\nUser: e\n\nAssistant: f␃"
 
 
 def short(i):
-    return [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "y" * (1 + i % 3)}]
+    return [
+        {"role": "user", "content": f"{i}"},
+        {"role": "assistant", "content": "y" * (1 + i % 3)},
+    ]
 
 
 @pytest.fixture
