@@ -3,15 +3,19 @@
 import dataclasses
 import difflib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax import sharding
 from mdm_jax.hub.files import TensorFiles
 from mdm_jax.hub.leaves import Leaf
-from mdm_jax.types import Array
+from mdm_jax.types import Array, PyTree
 
 
 class Unsupported(ValueError):
@@ -124,3 +128,56 @@ def refuse(raw: Mapping[str, Any], **allowed: Any) -> None:
                 f"config.json: {name}={value!r} changes the numbers and is not supported; only "
                 f"{' or '.join(map(json.dumps, values)) or 'null'}"
             )
+
+
+def abstract_params(family: Family, model: nn.Module, mesh: jax.sharding.Mesh | None) -> PyTree:
+    """Shapes, dtypes and shardings of the parameters, which are not computed.
+
+    ValueError if the mesh's tensor axis would cut through heads; warnings for what it leaves whole.
+    """
+
+    boxes = _traced(family, model.config)
+
+    def init() -> PyTree:  # in place of the module's own, which takes a second to trace
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxes)
+
+    if mesh is not None:
+        sharding.check_num_heads(mesh, model.config.num_heads)
+        kv_heads = getattr(model.config, "kv_heads", model.config.num_heads)
+        messages = sharding.kept_whole(init, mesh)
+        if kv_heads % mesh.shape["tensor"]:
+            messages.append(
+                f"{kv_heads} key-value heads do not divide by tensor={mesh.shape['tensor']}: keys "
+                "and values are whole on every device"
+            )
+        for message in messages:
+            warnings.warn(message, stacklevel=3)
+        return sharding.abstract_sharded(init, mesh)
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(abstract, nn.meta.unbox(boxes))
+
+
+def _traced(family: Family, config: Any) -> PyTree:
+    """Shapes of the parameters with their logical axes; blocks that are alike are traced once."""
+
+    def trace(config: Any) -> PyTree:
+        model = family.model(config)
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), *family.example))
+
+    experts = getattr(config, "experts", None)
+    alike = experts is None or all(map(experts.at, range(config.depth)))
+    if config.scan_layers or not alike:
+        return trace(config)
+    params = dict(trace(dataclasses.replace(config, scan_layers=True))["params"])
+
+    def first(box: nn.LogicallyPartitioned) -> nn.LogicallyPartitioned:
+        leaf = jax.ShapeDtypeStruct(box.value.shape[1:], box.value.dtype)
+        return box.replace(value=leaf, names=box.names[1:])
+
+    blocks = params.pop("blocks")["block"]
+    block = jax.tree.map(first, blocks, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    return {"params": params | {f"block_{i}": block for i in range(config.depth)}}

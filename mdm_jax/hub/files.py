@@ -5,7 +5,6 @@ refused. The reader and the writer are our own (the format is a JSON header and 
 those of the package ``safetensors`` hold a whole file in memory.
 """
 
-import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -42,7 +41,6 @@ SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.py", "*.md", "LICENSE*
 NOTES = "mdm_jax.json"
 """Our own file in a directory without weights: where it is from, and dtypes of the tensors."""
 _CHUNK = 2**21  # bytes that a thread maps into memory at a time
-_TRANSPOSED = 16  # rows that are transposed at a time, which is faster than many
 _LONGEST_HEADER = 10**8
 
 
@@ -87,56 +85,27 @@ class TensorFiles:
                     f"shards have it in {self.file_of.get(name)}"
                 )
 
-    def read_into(
-        self, out: np.ndarray, name: str, index: tuple[slice, ...], transpose: bool = False
-    ) -> None:
-        """Copy the part ``index`` of a tensor, transposed or not, and converted to ``out``'s dtype.
-
-        Threads map some pages and give them back, so a few MiB are in memory beside ``out``.
-        """
-        shape = self.shapes[name]
-        if not shape:
-            with self._mapped(name, 0, 1) as values:
-                out[...] = values[0]
-            return
-        target = out.T if transpose else out
-        plain = f"u{out.dtype.itemsize}" if out.dtype == self.dtypes[name] else None
-        target = target.view(plain) if plain else target  # NumPy copies its own dtypes faster
-        first, stop, _ = index[0].indices(shape[0])
-
-        def copy(start: int) -> None:
-            with self._mapped(name, start, min(rows, stop - start)) as values:
-                part = values[(slice(None), *index[1:])]
-                part = part.view(plain) if plain else part
-                step = _TRANSPOSED if transpose else rows
-                for at in range(0, len(part), step):
-                    some = part[at : at + step]
-                    target[start - first + at :][: len(some)] = some
-
+    def chunks(self, name: str, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Runs of rows (start, stop) of a tensor, about 2 MiB each; a scalar is one row."""
         rows = self._rows_of_chunk(name)
-        starts = range(first, stop, rows)
-        if len(starts) < 4:
-            for start in starts:
-                copy(start)
-            return
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(copy, starts):
-                pass
+        for start in range(first, stop, rows):
+            yield start, min(start + rows, stop)
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor."""
         out = np.empty(self.shapes[name], self.dtypes[name])
-        self.read_into(out, name, (slice(None),) * out.ndim)
+        rows = out.reshape(-1) if out.ndim == 0 else out
+        for start, stop in self.chunks(name, 0, len(rows)):
+            with self.rows(name, start, stop) as values:
+                rows[start:stop] = values
         return out
 
     def are_equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same to the bit."""
         if (self.shapes[one], self.dtypes[one]) != (self.shapes[other], self.dtypes[other]):
             return False
-        rows, count = self._rows_of_chunk(one), (self.shapes[one] or (1,))[0]
-        for start in range(0, count, rows):
-            some = min(rows, count - start)
-            with self._mapped(one, start, some) as a, self._mapped(other, start, some) as b:
+        for part in self.chunks(one, 0, (self.shapes[one] or (1,))[0]):
+            with self.rows(one, *part) as a, self.rows(other, *part) as b:
                 if a.tobytes() != b.tobytes():
                     return False
         return True
@@ -146,11 +115,12 @@ class TensorFiles:
         return max(1, _CHUNK // max(1, size))
 
     @contextlib.contextmanager
-    def _mapped(self, name: str, row: int, count: int) -> Iterator[np.ndarray]:
+    def rows(self, name: str, first: int, stop: int) -> Iterator[np.ndarray]:
         """Rows of a tensor in the mapped file, whose pages are given back; a scalar is a row."""
+        count = stop - first
         inner, dtype = self.shapes[name][1:], np.dtype(self.dtypes[name])
         size, mapped = math.prod(inner), self._maps[self.file_of[name]]
-        start = self._starts[name] + row * size * dtype.itemsize
+        start = self._starts[name] + first * size * dtype.itemsize
         values = np.frombuffer(mapped, dtype, count * size, start)
         yield values.reshape(count, *inner)
         page = start - start % mmap.PAGESIZE

@@ -9,7 +9,7 @@ import pathlib
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,9 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import distributed, sharding
+from mdm_jax import distributed
 from mdm_jax.hub import dit, files, leaves, transformers
-from mdm_jax.hub.family import Family, Traits, Unsupported, find_family, refuse
+from mdm_jax.hub.family import (
+    Family,
+    Traits,
+    Unsupported,
+    abstract_params,
+    find_family,
+    refuse,
+)
 from mdm_jax.hub.tokenizer import MASK_TOKEN, HubTokenizer, has_tokenizer
 from mdm_jax.models.transformer import TransformerConfig
 from mdm_jax.types import Array, PyTree
@@ -65,13 +72,35 @@ class HubModel:
 
         ``input_ids`` [N, L]; ``attention_mask`` [N, L], 1 for tokens and 0 for padding. Other
         inputs are the family's: ``timesteps`` [N] of models with a noise level; block models take
-        their training input.
+        their training input. Compiled once per shape.
         """
-        ids = jnp.asarray(input_ids)
+        # NumPy arrays, unlike JAX's, may be inputs of a computation over several processes.
+        ids, mask = (
+            x if isinstance(x, jax.Array | None) else np.asarray(x)
+            for x in (input_ids, attention_mask)
+        )
         if not jnp.issubdtype(ids.dtype, jnp.floating):  # Duo takes distributions too
-            ids = ids.astype(jnp.int32)
-        mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
-        return self.family.logits(self.model, self.params, self.traits, ids, mask, **inputs)
+            ids = ids.astype(np.int32)
+        mask = None if mask is None else mask != 0
+        flags = tuple((name, value) for name, value in inputs.items() if isinstance(value, bool))
+        arrays = {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+        of = {"network": self.family.logits, "module": self.model, "traits": self.traits}
+        return _logits(self.params, ids, mask, arrays, flags=flags, **of)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "module", "traits", "flags"))
+def _logits(
+    params: PyTree,
+    ids: Array,
+    mask: Array | None,
+    arrays: Mapping[str, Any],
+    *,
+    network: Callable[..., Array],
+    module: nn.Module,
+    traits: Traits,
+    flags: tuple[tuple[str, bool], ...],
+) -> Array:
+    return network(module, params, traits, ids, mask, **arrays, **dict(flags))
 
 
 def load(
@@ -161,7 +190,8 @@ def save(
     """Write a model in its family's layout to a new directory, readable by its original class.
 
     config.json keeps the fields that it had; tensors that are no parameters and files beside the
-    weights are copied. Tensors that were not changed are the same to the bit.
+    weights are copied. Tensors that were not changed are the same to the bit. All processes call
+    it, process 0 writes, and it returns when the directory is there.
 
     Args:
         params: in place of the model's own, of the same shapes.
@@ -172,7 +202,7 @@ def save(
     ValueError if the directory exists and is not empty.
     """
     directory = pathlib.Path(directory)
-    if directory.exists() and any(directory.iterdir()):
+    if distributed.from_first(directory.exists() and any(directory.iterdir())):
         raise ValueError(f"{directory}: exists and is not empty; name a new directory")
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
@@ -193,6 +223,7 @@ def save(
     tensors |= _buffers(stored)
     if not distributed.is_first():
         files.write_tensors(directory, tensors, max_shard_size)
+        distributed.barrier(f"saved {directory}")
         return directory
     config = dict(model.raw_config)
     if wanted is not None:
@@ -210,6 +241,7 @@ def save(
         if model.directory is not None:
             files.copy_side_files(model.directory, target)
         target.replace(directory)  # an empty directory of this name gives way
+    distributed.barrier(f"saved {directory}")
     return directory
 
 
@@ -364,35 +396,6 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
             f"{source}: no such directory, and it could not be downloaded ({error}); where there "
             f"is no net, run `hf download {source} --local-dir DIR` elsewhere and name DIR"
         ) from error
-
-
-def abstract_params(family: Family, model: nn.Module, mesh: jax.sharding.Mesh | None) -> PyTree:
-    """Shapes, dtypes and shardings of the parameters, which are not computed.
-
-    ValueError if the mesh's tensor axis would cut through heads; warnings for what it leaves whole.
-    """
-
-    def init() -> PyTree:
-        return model.init(jax.random.key(0), *family.example)
-
-    if mesh is not None:
-        sharding.check_num_heads(mesh, model.config.num_heads)
-        kv_heads = getattr(model.config, "kv_heads", model.config.num_heads)
-        messages = sharding.kept_whole(init, mesh)
-        if kv_heads % mesh.shape["tensor"]:
-            messages.append(
-                f"{kv_heads} key-value heads do not divide by tensor={mesh.shape['tensor']}: keys "
-                "and values are whole on every device"
-            )
-        for message in messages:
-            warnings.warn(message, stacklevel=3)
-        return sharding.abstract_sharded(init, mesh)
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    return jax.tree.map(abstract, nn.meta.unbox(jax.eval_shape(init)))
 
 
 def _tokenizer(directory: pathlib.Path, family: Family, traits: Traits) -> HubTokenizer | None:

@@ -130,7 +130,8 @@ def logits(
     size = {"bidirectional": length, "causal": 1, "block": traits.block_size}[traits.attention]
     if noised is not None:
         input_ids = jnp.concatenate([noised, input_ids], axis=-1)
-        positions = np.concatenate([positions, positions], axis=-1)
+        together = np if isinstance(positions, np.ndarray) else jnp
+        positions = together.concatenate([positions, positions], axis=-1)
         documents = None if documents is None else jnp.concatenate([documents, documents], axis=-1)
         pattern: masks.Pattern = masks.BlockTraining(length, traits.block_size or size)
     elif size < length:

@@ -5,12 +5,13 @@ import pathlib
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from mdm_jax import hub
-from mdm_jax.hub import files
+from mdm_jax.hub import files, leaves
 
 DATA = pathlib.Path(__file__).parents[2] / "data" / "hub"
 pytestmark = pytest.mark.keyless
@@ -73,23 +74,49 @@ def test_what_is_written_is_read_by_us_and_by_safetensors(size, shards, tmp_path
         assert index["metadata"] == {"total_size": total}
 
 
-@pytest.mark.parametrize("chunk", [1, 50, 300])
-def test_parts_are_read_in_chunks_transposed_and_converted(chunk, tmp_path, monkeypatch):
-    """Chunks of some rows each, of a number that neither divides the part nor the block."""
-    monkeypatch.setattr(files, "_CHUNK", chunk * 10)
-    monkeypatch.setattr(files, "_TRANSPOSED", 4)
-    found, value = files.TensorFiles(written(tmp_path)), some_tensors()["a.weight"]
-    for index in ((slice(0, 37), slice(0, 5)), (slice(3, 30), slice(1, 4))):
-        for dtype in ("float32", "bfloat16", "float64"):
-            out = np.full(value[index].shape, 9, dtype)
-            found.read_into(out, "a.weight", index)
-            np.testing.assert_array_equal(out, value[index].astype(dtype))
-            out = np.full(value[index].T.shape, 9, dtype)
-            found.read_into(out, "a.weight", index, transpose=True)
-            np.testing.assert_array_equal(out, value[index].T.astype(dtype))
-    three = some_tensors()["b.weight"]
-    np.testing.assert_array_equal(found.read("b.weight"), three)
-    assert found.are_equal("a.weight", "a.weight") and not found.are_equal("a.weight", "b.weight")
+def loaded(found, leaf_of, shape, dtype, mesh, spec):
+    """One array of the file's tensors, loaded onto a mesh."""
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    target = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
+    names = {leaf_of.sources.flat[i] for i in range(leaf_of.sources.size)}
+    ignored = "|".join(set(found.shapes) - names)
+    return leaves.load_params(found, [leaf_of], {"params": {"w": target}}, ignored)["params"]["w"]
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 3000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_are_read_in_chunks_transposed_and_converted(chunk, dtype, tmp_path, monkeypatch):
+    """Rows and columns of 8 devices, one to all rows a chunk; parts, stacks, and the whole."""
+    monkeypatch.setattr(files, "_CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(12, 8)).astype(np.float32) for _ in "ab")
+    save_file({"a": a, "b": b, "s": np.array(2.5, np.float32)}, tmp_path / "model.safetensors")
+    found = files.TensorFiles(tmp_path)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    stack = leaves.leaf("w", ["a", "b"], True), np.stack([a.T, b.T])
+    cases = [(*stack, ("x", "y"))]
+    for spec in ((), ("x", "y"), ("y", "x"), (None, "y")):
+        cases.append((leaves.leaf("w", "a"), a, spec))
+        cases.append((leaves.leaf("w", "a", True), a.T, spec))
+        cases.append((*stack, (None, *spec)))
+    for leaf, value, spec in cases:
+        array = loaded(found, leaf, value.shape, dtype, mesh, spec)
+        assert array.sharding.spec == jax.sharding.PartitionSpec(*spec)
+        np.testing.assert_array_equal(np.asarray(array), value.astype(dtype))
+    assert float(loaded(found, leaves.leaf("w", "s"), (), dtype, mesh, ())) == 2.5
+    np.testing.assert_array_equal(found.read("b"), b)
+    assert found.read("s") == np.float32(2.5) and not found.are_equal("a", "b")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_what_is_not_finite_is_found(dtype):
+    largest = np.array([65504.0, -65504.0, 0.0, -0.0, 1e-8], dtype)
+    assert leaves._are_finite(largest) and leaves._are_finite(largest[:0])
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        for at in range(5):
+            values = np.stack([largest, largest], axis=1)
+            values[at, 1] = bad
+            assert leaves._are_finite(values[:, 0]) and not leaves._are_finite(values[:, 1])
 
 
 def test_tensors_that_differ_in_their_last_bit_are_not_equal(tmp_path, monkeypatch):

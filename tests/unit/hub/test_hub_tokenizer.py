@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from mdm_jax import data, hub
+from mdm_jax import data, hub, sharding
 from mdm_jax.data.tokenizers import SpecialIds
 from mdm_jax.hub.tokenizer import MASK_TOKEN, HubTokenizer
 
@@ -274,6 +274,22 @@ def test_a_mask_row_is_the_mean_of_the_others_and_is_saved(tmp_path):
     assert again.traits.mask_id == 293 and again.raw_config["vocab_size"] == 320
     ids = np.array([[1, 2, 3]])
     np.testing.assert_allclose(again.logits(ids)[..., :293], model.logits(ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:vocab of size", "ignore:.*rows; hub")
+def test_a_mask_row_of_eight_devices(tmp_path):
+    directory = without_mask(tmp_path)
+    small(directory)
+    expected = hub.with_mask_row(hub.load(directory)).params["params"]["embedding"]
+    model = hub.load(directory, mesh=sharding.make_mesh(fsdp=4, tensor=2))
+    grown = hub.with_mask_row(model)
+    found, before = (m.params["params"]["embedding"] for m in (grown, model))
+    assert found.sharding == before.sharding and found.addressable_shards[0].data.shape[1] == 10
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(found)[:293], before)
+    ids = np.array([[1, 293, 3]])
+    one_device = hub.with_mask_row(hub.load(directory)).logits(ids)
+    np.testing.assert_allclose(grown.logits(ids), one_device, rtol=0, atol=1e-5)
 
 
 def test_a_mask_row_among_the_rows_of_the_model(tmp_path):
