@@ -13,7 +13,14 @@ from mdm_jax.data.pipeline import (
 )
 from mdm_jax.data.records import read_lines
 from mdm_jax.data.rows import RowSource, gather
-from mdm_jax.data.statistics import NgramEntropies, ngram_entropies, rare_tokens, split_entropies
+from mdm_jax.data.statistics import (
+    NgramEntropies,
+    RowSummary,
+    ngram_entropies,
+    rare_tokens,
+    split_entropies,
+    summarise_rows,
+)
 from mdm_jax.data.text import documents, embedded_text, text
 from mdm_jax.data.tfds_source import tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (

@@ -173,18 +173,22 @@ def chat(
     codec = make_tokenizer(tokenizer, texts, bpe_vocab_size)
     layout = _Layout(length, loss_on, too_long, answer_padding, packing, align)
     render = renderer or PlainTemplate(codec)
-    sources, report = [], dict(found.report)
+    sources, report, bad = [], dict(found.report), list(found.bad)
     for number, records in enumerate([*found.train, parts["valid"], parts["test"]]):
         name = ("train", "valid", "test")[max(0, number - len(found.train) + 1)]
-        rows, counts = _rows(records, codec, render, layout)
+        kept_bad = bad if bad_rows == "drop" else None
+        rows, counts = _rows(records, codec, render, layout, kept_bad)
         if records and not len(rows):
             raise ValueError(
                 f"{records[0].origin}: every conversation of the {name} split was dropped as too "
-                f"long; see length ({length})"
+                f"long (length {length}) or as bad: {(bad or ['none'])[-1]}"
             )
         sources.append(rows)
         for key, value in counts.items():
             report[f"{name}_{key}"] = report.get(f"{name}_{key}", 0) + value
+    if bad:
+        report["bad_rows"] = found.report.get("bad_rows", 0) + len(bad) - len(found.bad)
+        found = found._replace(bad=bad[:5], report=report)
     train, (valid, test) = sources[:-2], sources[-2:]
     content = json.dumps([[record.values[1] for record in records] for records in parts.values()])
     lines = (Line(t, r.origin) for records in parts.values() for r in records for t in _texts(r))
@@ -313,9 +317,13 @@ def _texts(record: Record) -> list[str]:
 
 
 def _rows(
-    records: Sequence[Record], codec: Tokenizer, render: Renderer, layout: _Layout
+    records: Sequence[Record],
+    codec: Tokenizer,
+    render: Renderer,
+    layout: _Layout,
+    bad: list[str] | None,
 ) -> tuple[PackedSpans, dict[str, int]]:
-    """Rows of one source or split, and counts for the report."""
+    """Rows of one source or split, and counts for the report; ``bad``: what is not rendered."""
     counts = {"conversations": len(records), "messages_after_the_last_answer": 0}
     counts |= dict.fromkeys(("truncated_conversations", "dropped_conversations"), 0)
     pieces: list[Chat] = []
@@ -324,7 +332,10 @@ def _rows(
         try:
             ids, answers = render(messages, layout.loss_on)
         except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
+            if bad is None:
+                raise ValueError(f"{origin}: {error}") from error
+            bad.append(f"{origin}: {error}")
+            continue
         if layout.answer_padding != "pad_hidden" and not (len(ids) and ids[-1] == codec.eos_id):
             ids, answers = np.append(ids, np.int32(codec.eos_id)), np.append(answers, True)
         elif layout.answer_padding != "pad_hidden":

@@ -112,3 +112,52 @@ def _entropy_bits(symbols: np.ndarray) -> float:
     counts = np.unique(symbols, return_counts=True)[1]
     frequency = counts / counts.sum()
     return float(-(frequency * np.log2(frequency)).sum())
+
+
+class RowSummary(NamedTuple):
+    """What rows of a split hold.
+
+    Attributes:
+        rows, looked_at: of the split, and those that were read.
+        lengths, answers: tokens of a document or conversation, and eligible ones of it, at the
+            quantiles :data:`QUANTILES`; of EOS in a row, the first.
+        eligible, prompt, padding: shares of positions.
+    """
+
+    rows: int
+    looked_at: int
+    lengths: tuple[int, ...]
+    answers: tuple[int, ...]
+    eligible: float
+    prompt: float
+    padding: float
+
+
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+
+
+def summarise_rows(
+    source: RowSource, eos_id: int | None = None, max_rows: int = 2000
+) -> RowSummary:
+    """Lengths and shares of at most ``max_rows`` rows, evenly spaced; ValueError without rows."""
+    lengths, answers, totals, looked_at = [], [], np.zeros(3), 0
+    for batch in evaluation_batches(source, 256, max_rows):
+        visible = batch.documents > 0
+        again = np.zeros(visible.shape, bool)
+        again[:, 1:] = (batch.tokens[:, 1:] == eos_id) & (batch.tokens[:, :-1] == eos_id)
+        for documents, counted, eligible in zip(batch.documents, ~again, batch.eligible):
+            size = np.bincount(documents, counted)[1:]
+            lengths += size[size > 0].tolist()
+            of_answer = np.bincount(documents, counted & eligible)[1:]
+            answers += of_answer[size > 0].tolist()
+        filled = visible.any(1)  # without the empty rows that fill up the last batch
+        looked_at += int(filled.sum())
+        kinds = (batch.eligible, visible & ~batch.eligible, ~visible)
+        totals += [float(kind[filled].sum()) for kind in kinds]
+
+    def quantiles(values: list[float]) -> tuple[int, ...]:
+        found = np.quantile(values, QUANTILES, method="inverted_cdf") if values else ()
+        return tuple(int(value) for value in found)
+
+    shares = totals / max(totals.sum(), 1)
+    return RowSummary(len(source), looked_at, quantiles(lengths), quantiles(answers), *shares)

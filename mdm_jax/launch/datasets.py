@@ -24,7 +24,7 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
     factory = lookup(names.DATA, source, "data.source")
     known = {"task", "prompt_length", "answer_length"}
     if source != "task":
-        known = set(inspect.signature(factory).parameters)
+        known = set(inspect.signature(factory).parameters) & set(values)
     # As plain values: two ConfigDicts with the same settings are unequal if one of them is locked.
     defaults = launch_config.get_config().data.to_dict()
     if model is not None and model.tokenizer is not None:

@@ -54,7 +54,7 @@ from mdm_jax.launch import command_line
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.modes import chat, evaluate, measure, spacing, train
+from mdm_jax.launch.modes import chat, evaluate, measure, preview, spacing, train
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.workdir import (
@@ -228,6 +228,7 @@ def _settings() -> dict[str, Any]:
 
 def _train(experiment: Experiment, workdir: files.Path) -> int:
     print(experiment.describe(), flush=True)
+    print(preview.preview(experiment.dataset), flush=True)
     with Interrupt() as interrupt:
         try:
             if train.train(experiment, workdir, interrupt, _ALLOW.value, _STARTED, _RESTART.value):

@@ -120,6 +120,22 @@ def test_bad_rows_are_named_or_dropped(write, row, message):
     assert "chats.jsonl:2" in dropped.description
 
 
+def test_what_a_template_refuses_is_bad_too(write):
+    class Picky(PlainTemplate):
+        def __call__(self, messages, loss_on):
+            if messages[0]["role"] == "system":
+                raise ValueError("no system messages")
+            return super().__call__(messages, loss_on)
+
+    path = write({"messages": short(1)}, {"messages": TURNS})
+    codec = made(path).tokenizer
+    with pytest.raises(ValueError, match="chats.jsonl:2: no system messages"):
+        made(path, renderer=Picky(codec), tokenizer=codec)
+    dropped = made(path, renderer=Picky(codec), tokenizer=codec, bad_rows="drop")
+    assert len(dropped.train) == 1 and dropped.report["bad_rows"] == 1
+    assert "chats.jsonl:2: no system messages" in dropped.description
+
+
 def test_too_long_conversations(write):
     path = write({"messages": short(1)}, {"messages": TURNS})
     with pytest.raises(ValueError, match=r"chats.jsonl:2: too long, the conversation has 59 token"):
