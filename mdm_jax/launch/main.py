@@ -63,6 +63,7 @@ from mdm_jax.launch.workdir import (
     claim,
     read_config,
     resolved,
+    saved_config,
     saved_nothing,
     training_lock,
 )
@@ -108,7 +109,7 @@ _TEMPLATE = flags.DEFINE_bool(
     "template",
     None,
     "chat: by the model's chat template; else each line is a prompt of its own. "
-    "By default with --source, not with --workdir, whose data are pairs as they stand.",
+    "By default with --source, and with --workdir if its data are chats.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "Several processes: HOST:PORT of process 0, the same for all."
@@ -314,7 +315,9 @@ def _chat(workdir: files.Path | None) -> int:
         model = hub.load(_SOURCE.value)
     else:
         _, model = exports.open_run(workdir, _PARAMETERS.value == "last", num_devices=1)
-    templated = workdir is None if _TEMPLATE.value is None else _TEMPLATE.value
+    templated = _TEMPLATE.value
+    if templated is None:
+        templated = workdir is None or saved_config(workdir).data.source == "chat"
     chat.chat(
         model,
         chat.tokenizer_of(model, workdir),

@@ -33,8 +33,9 @@ def chat(
 
     Args:
         max_tokens, steps, temperature: of an answer; as in ``hub.decoding.Rule``.
-        templated: turns are laid out by the tokenizer's chat template, and earlier ones are part of
-            the prompt; else each line is a prompt of its own, as it stands.
+        templated: turns are laid out by the tokenizer's chat template, or the plain one of runs
+            here without, and earlier ones are part of the prompt; else each line is a prompt of its
+            own, as it stands.
         trained_here: by an objective that never lets the mask token be predicted.
 
     ValueError if the model cannot be decoded so, or has no chat template.
@@ -44,7 +45,11 @@ def chat(
     if trained_here:
         changes["excludes_mask"] = True
     if templated:
-        codec_ends |= _end_of_turn(codec)
+        template = hub.ChatRenderer(codec)
+        if trained_here and not getattr(codec, "templates", None):
+            template = data.PlainTemplate(codec)
+        else:
+            codec_ends |= _end_of_turn(codec)
     ids = {"mask_id": codec.mask_id, "eos_id": codec.eos_id, "pad_id": codec.pad_id}
     canvas = _Canvas(model, codec, codec_ends, max_tokens, rule)
     turns: list[dict[str, str]] = []
@@ -52,7 +57,7 @@ def chat(
         turns = [*turns, {"role": "user", "content": line}] if templated else []
         try:
             if templated:
-                prompt, turns = _fitted(model, codec, turns, max_tokens)
+                prompt, turns = _fitted(model, template, turns, max_tokens)
             else:
                 prompt = codec.encode(line)
             canvas.begin(prompt)
@@ -152,11 +157,11 @@ def _end_of_turn(codec: Any) -> set[int]:
 
 
 def _fitted(
-    model: hub.HubModel, codec: Any, turns: list[dict[str, str]], max_tokens: int
+    model: hub.HubModel, template: Any, turns: list[dict[str, str]], max_tokens: int
 ) -> tuple[np.ndarray, list[dict[str, str]]]:
     """The prompt of a conversation, whose oldest turns go where it is too long for the model."""
     while True:
-        prompt = codec.encode_chat(turns, add_generation_prompt=True).ids
+        prompt = template.prompt(turns)
         if len(turns) < 3 or len(prompt) + max_tokens <= (model.traits.length or np.inf):
             return prompt, turns
         turns = turns[2:]

@@ -44,7 +44,7 @@ def make_jobs(
         source: held-out rows.
         num_samples: free samples, or answers where rows have prompts.
         gap: length of the gap in the infilled passage, half of one that is shorter; 0 for none.
-        prompts: file of texts, one a line (:func:`mdm_jax.data.text.read_lines`), ▁ where a token
+        prompts: file of texts, one a line (:func:`mdm_jax.data.read_lines`), ▁ where a token
             is to be generated, in place of both; "" for none. Laid out as rows of the data are: a
             user's message, where these are conversations.
         left_to_right: whether the model ends a text by itself; if not, free samples have the
