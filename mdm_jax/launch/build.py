@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mdm_jax import data, files, hub, rng, schedules, sharding, training, variance
+from mdm_jax import data, files, hub, rng, sharding, training
 from mdm_jax.draws import DrawSpec
+from mdm_jax.launch import chain as chains
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
@@ -23,9 +24,8 @@ from mdm_jax.launch.datasets import dataset
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
-from mdm_jax.launch.names import lookup, settings
+from mdm_jax.launch.names import lookup
 from mdm_jax.launch.workdir import check_source
-from mdm_jax.meter.clip_search import make_clip_search
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import BatchStream
@@ -42,7 +42,8 @@ class Experiment:
     """The objects of a run, built once and used by every mode.
 
     Attributes:
-        transform, spec: the variance chain, and the shape of the global draw.
+        chain, transform, spec: the variance chain by name and as built, and the shape of the global
+            draw, whose rows are those of a step.
         monitors: running estimates that go to the metrics.
         held_out: name and rows of the final evaluation split.
         validate, evaluate: likelihood estimators, during training and in the end.
@@ -55,6 +56,7 @@ class Experiment:
     config: ConfigDict
     dataset: data.Dataset
     family: Family
+    chain: chains.Chain
     transform: VarianceTransform
     optimizer: optax.GradientTransformation
     monitors: tuple[training.Monitor, ...]
@@ -106,6 +108,16 @@ class Experiment:
 
         return step
 
+    def with_chain(self, chain: chains.Chain) -> "Experiment":
+        """This run under another chain; ValueError if that cannot be built."""
+        if chain == self.chain:
+            return self
+        own = _parts_of_chain(self.config, self.dataset, self.family, chain)
+        sharding.check_batch_size(
+            self.mesh, own["spec"].batch_size, self.config.train.num_microbatches
+        )
+        return dataclasses.replace(self, **own)
+
     def initial_state(self, params: PyTree | None = None) -> TrainState:
         """Sharded state at step 0, from parameters (which are donated), else the source's or new.
 
@@ -136,14 +148,14 @@ class Experiment:
 
     def train_batches(self) -> BatchStream:
         """Endless placed batches, prefetched and resumable; to be closed."""
-        c, rows = self.config.train, sharding.batch_sharding(self.mesh)
+        size, rows = self.spec.batch_size, sharding.batch_sharding(self.mesh)
         return data.train_iterator(
             self.dataset.train,
-            c.batch_size,
+            size,
             self.config.seed,
-            rows=sharding.local_rows(rows, c.batch_size),
-            prefetch=c.prefetch,
-            place=functools.partial(sharding.place_batch, sharding=rows, batch_size=c.batch_size),
+            rows=sharding.local_rows(rows, size),
+            prefetch=self.config.train.prefetch,
+            place=functools.partial(sharding.place_batch, sharding=rows, batch_size=size),
             by_example=self.noise_by_example,
         )
 
@@ -154,7 +166,7 @@ class Experiment:
         return by == "example" or (not by and self.config.data.source == "chat")
 
     def abstract_batch(self) -> Batch:
-        size, rows = self.config.train.batch_size, sharding.batch_sharding(self.mesh)
+        size, rows = self.spec.batch_size, sharding.batch_sharding(self.mesh)
         row = data.gather(self.dataset.train, np.arange(1))
         if self.noise_by_example:
             row = KeyedBatch(*row, np.zeros((*row.tokens.shape, 2), np.uint32))
@@ -227,7 +239,7 @@ def make_experiment(
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches)
     sharding.check_num_heads(mesh, config.model.num_heads)
-    chain = transform(config, family.objective.law)
+    chain = chains.current(config, workdir)
     held_out = _held_out(rows, e.final_split)
     validate = evaluate = family.likelihood(e.passes, e.replicates)
     if (e.final_passes, e.final_replicates) != (e.passes, e.replicates):
@@ -236,12 +248,8 @@ def make_experiment(
         config=config,
         dataset=rows,
         family=family,
-        transform=chain,
         optimizer=_optimizer(c.steps, **config.optimizer),
-        monitors=_monitors(c.monitors, config.monitors, family.objective, chain),
-        spec=family.objective.spec(c.batch_size, rows.length),
         mesh=mesh,
-        loop=_loop_options(config, rows, chain.views),
         held_out=held_out,
         validate=validate,
         evaluate=evaluate,
@@ -254,10 +262,11 @@ def make_experiment(
             prompts=s.prompts,
             left_to_right=config.process == "autoregressive",
         ),
-        clip_search=_clip_search(rows, family, e.batch_size, **config.clip_search)
+        clip_search=chains.clip_search(rows, family, e.batch_size, **config.clip_search)
         if "clipped_adaptive" in config.variance.order
         else None,
         source=source,
+        **_parts_of_chain(config, rows, family, chain),
     )
     experiment.step  # noqa: B018  (checks the step's settings)
     for split, source in (held_out, *[("valid", rows.valid)] * bool(len(rows.valid))):
@@ -288,35 +297,19 @@ def _check_unread(config: ConfigDict, sections: tuple[str, ...]) -> None:
         raise ValueError(f"process={config.process!r} does not read {', '.join(changed)}")
 
 
-def transform(config: ConfigDict, law: schedules.Law | None) -> VarianceTransform:
-    """The variance chain, in the configured order; members that read levels get the run's law."""
-    members = []
-    for name in config.variance.order:
-        factory = lookup(names.VARIANCE, name, "variance.order")
-        arguments = settings(config.variance, name)
-        known = inspect.signature(factory).parameters
-        if "coordinate" in known:
-            arguments["coordinate"] = lambda u: -law.icdf(u) / 8  # EDM2's log(sigma) / 4
-        if "log_factor" in known and config.process == "gaussian":
-            arguments["log_factor"] = lambda u: -law.icdf(u)  # to the error of the clean data
-        members.append(factory(**arguments))
-    return variance.chain(*members)
-
-
-def _monitors(
-    order: Sequence[str],
-    section: Mapping[str, Any],
-    objective: Objective,
-    chain: VarianceTransform,
-) -> tuple[training.Monitor, ...]:
-    monitors = []
-    for name in order:
-        factory = lookup(names.MONITORS, name, "train.monitors")
-        arguments = settings(section, name)
-        own = {"objective": objective, "chain": chain}
-        known = inspect.signature(factory).parameters
-        monitors.append(factory(**arguments, **{k: v for k, v in own.items() if k in known}))
-    return tuple(monitors)
+def _parts_of_chain(
+    config: ConfigDict, dataset: data.Dataset, family: Family, chain: chains.Chain
+) -> dict[str, Any]:
+    """Fields of an :class:`Experiment` that follow from its chain."""
+    transform = chains.transform(config, family.objective.law, chain)
+    c, rows = config.train, chains.rows_of(config, transform)
+    return {
+        "chain": chain,
+        "transform": transform,
+        "monitors": chains.monitors(c.monitors, config.monitors, family.objective, transform),
+        "spec": family.objective.spec(rows, dataset.length),
+        "loop": _loop_options(config, dataset, rows * transform.views),
+    }
 
 
 def _optimizer(
@@ -351,12 +344,17 @@ def _optimizer(
     return training.store_moments(optimizer, first, second, b2)
 
 
-def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> training.LoopOptions:
+def _loop_options(config: ConfigDict, dataset: data.Dataset, passes: int) -> training.LoopOptions:
     c = config.train
+    if c.stop.patience and not (c.evaluate_every and len(dataset.valid)):
+        raise ValueError(
+            f"train.stop.patience={c.stop.patience} counts evaluations, and there are none: set "
+            "train.evaluate_every and give validation rows, or leave it at 0"
+        )
     own = set(inspect.signature(training.LoopOptions).parameters) & set(c)
     return training.LoopOptions(
         total_steps=c.steps,
-        tokens_per_step=c.batch_size * dataset.length * views,
+        tokens_per_step=passes * dataset.length,
         unit="char" if dataset.unit == "character" else "dim",
         **{name: c[name] for name in own},
     )
@@ -379,22 +377,6 @@ def _held_out(dataset: data.Dataset, split: str) -> tuple[str, data.RowSource]:
     raise ValueError(
         f"evaluate.final_split={split!r}: the data have neither test nor validation rows to "
         "evaluate on"
-    )
-
-
-def _clip_search(
-    dataset: data.Dataset, family: Family, rows: int, *, criterion: str, batches: int
-) -> Callable[..., Any]:
-    score = lookup(names.CLIP_CRITERIA, criterion, "clip_search.criterion")
-    if min(batches, len(dataset.valid) // rows) < 2:
-        raise ValueError(
-            f"clipped_adaptive is searched on at least 2 validation batches of {rows} rows "
-            f"(evaluate.batch_size, clip_search.batches = {batches}), and there are "
-            f"{len(dataset.valid)} rows; take smaller batches, or variance.clipped with a fixed "
-            "range"
-        )
-    return make_clip_search(
-        family.apply_fn, family.objective, (rows, dataset.length), criterion=score
     )
 
 

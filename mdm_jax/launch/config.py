@@ -51,6 +51,26 @@ class MeasureSettings:
     chunk: Annotated[int, Whole("[1, 1e6]", "rows", "of a forward pass")] = 32
 
 
+@checked
+@dataclasses.dataclass(frozen=True)
+class AutoSettings:
+    """How ``variance.order=auto`` measures the chains that it chooses from."""
+
+    budget: Annotated[
+        float, Real("[0, 1]", "of the run's forward-backward passes", "for all measurements")
+    ] = 0.02
+    every: Annotated[
+        int, Whole("[0, 2e9]", "steps", "between measurements; 0: only before the first step")
+    ] = 0
+    passes: Annotated[
+        int, Whole("[2, 1e6]", "forward passes", "of a measured batch: its rows times their views")
+    ] = 8
+    groups: Annotated[int, Whole("[4, 1e6]", "", "of redraws, for the intervals")] = 8
+    warm_up: Annotated[
+        int, Whole("[0, 1e6]", "batches", "that an adaptive transform learns from first")
+    ] = 64
+
+
 def get_config() -> ConfigDict:
     """Defaults: the embedded text, a small transformer, stratified fixed counts, P-POTS."""
 
@@ -162,9 +182,10 @@ def settings() -> Mapping[str, Any]:
         "variance": {
             "order": _names(
                 ("stratified", "ppots_slopes"),
-                names.VARIANCE,
-                "transforms in reading order: couple, warp, replicate; (): independent noise",
+                (*names.VARIANCE, *names.AUTO),
+                "transforms in reading order: couple, warp, replicate; (): independent noise; auto",
             ),
+            "auto": defaults(AutoSettings),
             **sections(
                 names.VARIANCE,
                 coarse_strata={"cells": None},
@@ -312,6 +333,8 @@ def _train() -> dict[str, Any]:
         ),
         "prefetch": _whole(2, "[0, 1e4]", "batches"),
         "monitors": _names(("levels",), names.MONITORS, "running estimates in the metrics"),
+        # Early, by the paired interval of the validation bound's gain.
+        "stop": defaults(training.StopSettings),
         **{name: setting for name, setting in loop.items() if name not in LOOP_OWN},
     }
 

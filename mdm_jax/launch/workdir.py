@@ -32,6 +32,7 @@ HISTORY = (
     "checkpoints",
     "tensorboard",
     "clip_search.jsonl",
+    "auto.jsonl",
     "evaluation.json",
     "report.txt",
     "tokenizer.json",

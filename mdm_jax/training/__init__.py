@@ -32,3 +32,4 @@ from mdm_jax.training.step import (
     num_params,
     step_draw,
 )
+from mdm_jax.training.stopping import EarlyStopping, StopSettings

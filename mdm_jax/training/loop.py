@@ -129,12 +129,14 @@ class Hooks:
         monitor: ``monitor(state) -> scalars`` on the device, jitted; written with the metrics.
         adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings in
             the state that are chosen from held-out data.
+        finished: ``finished() -> bool``, before each step: whether training ends here.
     """
 
     evaluate: Callable[[int, PyTree, Callable], dict[str, float]] | None = None
     sample: Callable[[int, PyTree, Callable], None] | None = None
     monitor: Callable[[TrainState], dict[str, jax.Array]] | None = None
     adapt: Callable[[int, TrainState, Callable], TrainState] | None = None
+    finished: Callable[[], bool] = lambda: False
 
 
 def train(
@@ -150,14 +152,14 @@ def train(
     progress: dict[str, Any] | None = None,
     interrupt: Interrupt | None = None,
 ) -> TrainState:
-    """Train until ``options.total_steps`` or until interrupted; saves either way.
+    """Train until ``options.total_steps``, a hook ends it, or interrupted; saves in any case.
 
     Nothing is fetched from the device between logging steps. With several processes a stop request
     takes effect at the next logging step, or inside a hook. States are saved before their hooks
     run; a resumed run runs those that are left. In a single process an error saves the state first.
 
     ``step_fn`` is jitted, the state donated; ``batches`` are at the position that matches
-    ``state``; ``notes`` are stored in each checkpoint; ``progress`` is
+    ``state``; ``notes``, as they are then, go into each checkpoint; ``progress`` is
     ``restored.notes["progress"]``.
 
     Returns the final state; if ``interrupt.stopping``, training is unfinished and saved.
@@ -206,7 +208,7 @@ def train(
         try:
             # Hooks left by an interrupt; the checkpoint has this state unless adapting is due.
             call_hooks(stop.check, keep=bool(hooks_due) and "adapt" not in hooks_due)
-            while step < options.total_steps and not stop.stopping:
+            while step < options.total_steps and not stop.stopping and not hooks.finished():
                 if options.profile_at and step == options.profile_at:
                     jax.profiler.start_trace(options.profile_directory)
                     profiling = True

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from mdm_jax import data, distributed, files, training
 from mdm_jax.data.tokenizers import load_tokenizer
@@ -80,16 +81,19 @@ def train(
             check_history(workdir, checkpoints.unsaved)
             checkpoints.begin()
             sources.keep(c, experiment.source, workdir)
-            state, progress = initial_state(experiment), {}
+            state, noted = initial_state(experiment), {}
         else:
-            state, progress = _continue(restored, stream, batches)
+            state, noted = _continue(restored, stream, batches)
+        progress = noted.get("progress", {})
+        stopping = training.EarlyStopping(training.StopSettings(**c.train.stop), noted.get("stop"))
+        notes = {"stream": stream, "stop": stopping.state}
         if distributed.is_first():
             claim(workdir, c, allow_config_change)
             _save_tokenizer(experiment, workdir)
         start, compiled = int(jax.device_get(state.step)), None
         writer = _writer(workdir, start, progress)
         stack.callback(writer.close)
-        if start < c.train.steps:
+        if start < c.train.steps and not stopping.stopped:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
             print("compiling the step", flush=True)
             compiled = training.compile_step(
@@ -107,11 +111,15 @@ def train(
             options=options,
             checkpoints=checkpoints,
             writer=writer,
-            hooks=make_hooks(experiment, workdir, writer),
-            notes={"stream": stream},
+            hooks=make_hooks(experiment, workdir, writer, stopping, notes),
+            notes=notes,
             progress=progress,
             interrupt=interrupt,
         )
+        if stopping.stopped:
+            best = (checkpoints.best_metrics() or {}).get("step")
+            print(f"{stopping.describe()}; the best parameters, of step {best}, are those that")
+            print("evaluate, sample and export take", flush=True)
     return not interrupt.stopping
 
 
@@ -148,17 +156,30 @@ def check_start(experiment: Experiment, workdir: files.Path) -> None:
 
 
 def make_hooks(
-    experiment: Experiment, workdir: files.Path, writer: training.MetricWriter
+    experiment: Experiment,
+    workdir: files.Path,
+    writer: training.MetricWriter,
+    stopping: training.EarlyStopping,
+    notes: dict[str, Any],
 ) -> training.Hooks:
-    """Hooks of the loop: evaluation, samples, monitors, the clip search."""
+    """Hooks of the loop: evaluation, early stopping, samples, monitors, the clip search.
+
+    What must be known after a resume is put into ``notes``.
+    """
     dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
     generate, _ = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
 
-    def evaluate_step(_step: int, ema: PyTree, check: Callable) -> dict[str, float]:
+    def evaluate_step(step: int, ema: PyTree, check: Callable) -> dict[str, float]:
         # The same key every time: differences between evaluations are not masking noise.
         batches = experiment.batches(dataset.valid, max_rows)
         result = experiment.validate(ema, experiment.key(0, "evaluate"), batches, check)
-        return _scalars(experiment.family.record(result))
+        values = _scalars(experiment.family.record(result))
+        if experiment.config.train.stop.patience:
+            gain = stopping.observe(step, result.per_row_nats, row_sizes(result))
+            notes["stop"] = stopping.state
+            if gain is not None:
+                values |= {"gain": gain.value, "gain_standard_error": gain.standard_error}
+        return values
 
     def sample_step(step: int, ema: PyTree, check: Callable) -> None:
         check()
@@ -178,7 +199,13 @@ def make_hooks(
         sample_step,
         monitor,
         _adapt_hook(experiment, workdir, writer) if experiment.clip_search else None,
+        lambda: stopping.stopped,
     )
+
+
+def row_sizes(result: Any) -> np.ndarray:
+    """Elements [N] of the rows of a likelihood: eligible tokens, or dimensions."""
+    return result.row_tokens if hasattr(result, "row_tokens") else result.row_elements
 
 
 def _adapt_hook(
@@ -262,7 +289,7 @@ def _continue(
         )
     data.check_same_stream(notes["stream"], stream)
     batches.set_state(restored.position)
-    return restored.state, notes["progress"]
+    return restored.state, notes
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
