@@ -11,7 +11,13 @@ from experiments.study import runs as study_runs
 from experiments.study.runs import Run
 from experiments.study.suites import Suite, Task
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
-from mdm_jax.evaluation.paired import holm, paired_seeds
+from mdm_jax.evaluation.seeds import (
+    format_difference,
+    format_number,
+    format_spread,
+    markdown_table,
+    summarise_seeds,
+)
 from mdm_jax.launch.workdir import provenance, write_json
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
@@ -93,29 +99,19 @@ def summarise(
         JSON values by method; None where nothing is finished.
     """
     settings = suite.tasks[task]
-    baseline = scores(settings, by_method.get(suite.baseline, ()))
+    summaries = summarise_seeds(
+        {method: scores(settings, runs) for method, runs in by_method.items()},
+        suite.baseline,
+        settings.higher_is_better,
+        [name for name in by_method if not suite.methods[name].same_as],
+    )
     results = {}
     for method, runs in by_method.items():
-        own = scores(settings, runs)
         if not runs:
             results[method] = None
             continue
-        values = np.array(list(own.values()), np.float64)
-        both = [seed for seed in own if seed in baseline]
-        paired = None
-        if both and method != suite.baseline:
-            paired = paired_seeds([own[s] for s in both], [baseline[s] for s in both]).to_dict()
-            paired["holm_p"] = None
-        results[method] = {
-            "scores": {str(seed): score for seed, score in own.items()},
+        results[method] = summaries[method] | {
             "failed": [run["seed"] for run in runs if run["failed"]],
-            "mean": float(values.mean()) if len(values) else None,
-            "standard_deviation": float(values.std(ddof=1)) if len(values) > 1 else None,
-            "worst": _worst(settings, values),
-            "worst_beats_best_of_baseline": None
-            if paired is None
-            else _worst_beats_best(settings, values, np.array(list(baseline.values()))),
-            "against_baseline": paired,
             "training_seconds": float(np.mean([run["training_seconds"] for run in runs])),
             "steps": runs[0]["steps"],
             "batch_size": runs[0]["batch_size"],
@@ -124,7 +120,6 @@ def summarise(
             "curves": {str(run["seed"]): run["curve"] for run in runs},
             "gradient": gradient(runs),
         }
-    _correct(suite, results)
     for method, result in results.items():
         if result is not None:
             same = results.get(suite.methods[method].same_as or method)
@@ -236,7 +231,7 @@ def _overview(suite: Suite, results: Mapping[str, Any]) -> str:
         [method.label, *(_spread(results[task][name]) for task in suite.tasks)]
         for name, method in suite.methods.items()
     ]
-    return _table(["method", *heads], rows)
+    return markdown_table(["method", *heads], rows)
 
 
 def _details(suite: Suite, results: Mapping[str, Any]) -> str:
@@ -255,36 +250,27 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
         rows.append(
             [
                 method.label + (f" ({len(r['failed'])} diverged)" if r["failed"] else ""),
-                _spread(r),
-                _number(r["worst"]),
-                _interval(paired),
+                format_spread(r),
+                format_number(r["worst"]),
+                format_difference(paired),
                 _standard_errors(paired),
-                _number(paired and paired["sign_flips"]),
-                _number(paired and paired["holm_p"]),
+                format_number(paired and paired["sign_flips"]),
+                format_number(paired and paired["holm_p"]),
                 {True: "yes", False: "no", None: ""}[r["worst_beats_best_of_baseline"]],
-                _number(r["bits_per_unit"]),
+                format_number(r["bits_per_unit"]),
                 _measured(r["total_over_baseline"]),
                 _measured(last.get("over_reference")),
                 _measured(r["noise_over_baseline"]),
-                _number(last.get("noise_to_signal")) + _star(last.get("total")),
+                format_number(last.get("noise_to_signal")) + _star(last.get("total")),
                 f"{r['forward_passes']:,}",
                 f"{r['training_seconds']:.0f}",
             ]
         )
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
-
-
-def _interval(paired: Mapping[str, Any] | None) -> str:
-    if paired is None:
-        return ""
-    low, high = paired["bootstrap"]
-    mark = " **" if paired["significant"] else ""
-    return f"{paired['mean']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
+def _spread(result: Mapping[str, Any] | None) -> str:
+    return "not yet run" if result is None else format_spread(result)
 
 
 def _standard_errors(paired: Mapping[str, Any] | None) -> str:
@@ -293,40 +279,15 @@ def _standard_errors(paired: Mapping[str, Any] | None) -> str:
     return f"{paired['mean'] / paired['standard_error']:+.1f}"
 
 
-def _spread(result: Mapping[str, Any] | None) -> str:
-    if result is None or result["mean"] is None:
-        return "not yet run" if result is None else "diverged"
-    spread = result["standard_deviation"]
-    return f"{result['mean']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
 def _measured(ratio: Mapping[str, Any] | None) -> str:
     if ratio is None:
         return ""
     error = ratio["standard_error"]
-    return _number(ratio["ratio"]) + (f" ± {error:.2g}" if error else "") + _star(ratio)
+    return format_number(ratio["ratio"]) + (f" ± {error:.2g}" if error else "") + _star(ratio)
 
 
 def _star(estimate: Mapping[str, Any] | None) -> str:
     return "" if estimate is None or estimate["settled"] else "*"
-
-
-def _worst(task: Task, values: np.ndarray) -> float | None:
-    if not len(values):
-        return None
-    return float(values.min() if task.higher_is_better else values.max())
-
-
-def _worst_beats_best(task: Task, values: np.ndarray, baseline: np.ndarray) -> bool | None:
-    if not len(values) or not len(baseline):
-        return None
-    if task.higher_is_better:
-        return bool(values.min() > baseline.max())
-    return bool(values.max() < baseline.min())
 
 
 def _over(
@@ -354,19 +315,6 @@ def _ratio(
         "standard_error": finite_or_none(error),
         "settled": above["settled"] and below["settled"],
     }
-
-
-def _correct(suite: Suite, results: Mapping[str, Any]) -> None:
-    """Adds Holm's p-values over the comparisons of one table, equal runs counted once."""
-    compared = [
-        name
-        for name, result in results.items()
-        if result and result["against_baseline"] and not suite.methods[name].same_as
-    ]
-    pairs = [results[name]["against_baseline"] for name in compared]
-    known = [paired for paired in pairs if paired["student_p"] is not None]
-    for paired, p in zip(known, holm([paired["student_p"] for paired in known])):
-        paired["holm_p"] = p
 
 
 def _field(run: Mapping[str, Any], name: str) -> float | None:

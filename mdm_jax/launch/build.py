@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from mdm_jax import data, files, hub, rng, sharding, training
 from mdm_jax.draws import DrawSpec
-from mdm_jax.launch import chain as chains
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.datasets import dataset
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
+from mdm_jax.launch.modes import chain as chains
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
 from mdm_jax.launch.workdir import check_source
@@ -117,6 +117,12 @@ class Experiment:
             self.mesh, own["spec"].batch_size, self.config.train.num_microbatches
         )
         return dataclasses.replace(self, **own)
+
+    def with_noted_chain(self, notes: Any) -> "Experiment":
+        """This run under the chain of a checkpoint's notes, where ``auto`` chose one."""
+        if not chains.is_automatic(self.config) or not isinstance(notes, dict):
+            return self
+        return self.with_chain(chains.chain_of(notes.get("chain"), "the checkpoint's notes"))
 
     def initial_state(self, params: PyTree | None = None) -> TrainState:
         """Sharded state at step 0, from parameters (which are donated), else the source's or new.

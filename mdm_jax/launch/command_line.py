@@ -257,7 +257,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-MODES = ("train", "evaluate", "sample", "spacing", "variance", "export", "chat")
+MODES = ("train", "evaluate", "sample", "spacing", "variance", "export", "chat", "sweep")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
 
@@ -290,7 +290,7 @@ def with_config(argv: list[str]) -> list[str]:
     if path is None:
         flags.FLAGS(argv, known_only=True)
         values = flags.FLAGS
-        if values.mode != "train" and values.workdir is not None:
+        if values.mode not in ("train", "sweep") and values.workdir is not None:
             if read_config(values.workdir) is None:
                 raise CommandLineError(
                     f"{values.workdir} holds no run (no config.json); train one first"
@@ -336,6 +336,18 @@ def _expand(argv: list[str]) -> list[str]:
                 )
             expanded.append(f"--config.mesh.{axis[1]}={axis[2]}")
     return expanded
+
+
+def without(argv: list[str], names: tuple[str, ...]) -> list[str]:
+    """``argv`` without the flags of these names and their values."""
+    rest, arguments = [], iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(r"--?(\w+)(=.*)?", argument, re.DOTALL)
+        if match is None or match[1] not in names:
+            rest.append(argument)
+        elif match[2] is None:
+            next(arguments, None)
+    return rest
 
 
 def take_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -8,6 +8,9 @@
   mdm variance --workdir=runs/mine     gradient variance of training methods
   mdm export   --workdir=runs/mine --to=DIR   in the layout of Hugging Face
   mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
+  mdm sweep    --config=quickstart --workdir=runs/seeds
+               --over="seed=0,1,2;optimizer.peak=1e-2,2e-2"   a run for each
+                                       combination, and a table over seeds
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
 text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian, finetune; each
@@ -26,6 +29,7 @@ Flags:
   --allow_config_change: go on in a workdir whose run has another config
   --parameters=last, --dtype=bfloat16: what export writes; else averages
   --max_tokens, --temperature, --answer_steps (or --steps), --template: of chat
+  --over: of a sweep: NAME=VALUE,VALUE;NAME=VALUE,...
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
     default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
@@ -54,7 +58,7 @@ from mdm_jax.launch import command_line
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.modes import chat, evaluate, measure, preview, spacing, train
+from mdm_jax.launch.modes import chat, evaluate, measure, preview, spacing, sweep, train
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.workdir import (
@@ -111,6 +115,9 @@ _TEMPLATE = flags.DEFINE_bool(
     "chat: by the model's chat template; else each line is a prompt of its own. "
     "By default with --source, and with --workdir if its data are chats.",
 )
+_OVER = flags.DEFINE_string(
+    "over", None, 'sweep: settings and their values, "seed=0,1,2;optimizer.peak=1e-3,3e-3".'
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "Several processes: HOST:PORT of process 0, the same for all."
 )
@@ -153,6 +160,8 @@ def main(argv: list[str]) -> int:
         return _fail("--config is required to train, as in --config=quickstart")
     if _RESTART.value and _MODE.value != "train":
         return _fail("--restart is for --mode=train")
+    if _MODE.value == "sweep":  # before anything starts devices, which are its runs'
+        return _sweep()
     cluster = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     try:
         workdir = _WORKDIR.value and files.as_path(_WORKDIR.value)
@@ -328,6 +337,30 @@ def _chat(workdir: files.Path | None) -> int:
         trained_here=workdir is not None,
     )
     return 0
+
+
+def _sweep() -> int:
+    """Runs are given the command line as typed, but for what only concerns the sweep."""
+    rest = [
+        argument
+        for argument in command_line.without(_ARGUMENTS[1:], ("mode", "workdir", "over"))
+        if argument != "sweep"
+    ]
+    try:
+        runs = sweep.plan(_CONFIG.value, _OVER.value or "")
+        for name in runs[0].settings:
+            if name in command_line.overridden(_PARSED):
+                raise ValueError(f"--config.{name} is also swept over; give it in one place")
+        command = [sys.executable, "-m", "mdm_jax.launch", "train", *rest]
+        code = sweep.sweep(runs, files.as_path(_WORKDIR.value), command, show=_print)
+    except (*_USER_ERRORS, TypeError) as error:
+        logging.debug("where it came from:", exc_info=True)
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _stopped_at_once()
+    if code == _STOPPED:
+        print(f"stopped and saved; the same command line resumes:\n  {_command()}")
+    return code
 
 
 _MODEL_MODES = {"export": _export, "chat": _chat}

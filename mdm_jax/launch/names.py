@@ -65,35 +65,6 @@ VARIANCE = {
 }
 AUTO = ("auto", "auto_truncated")
 """Orders that measure chains and take the best; the second one clipped ranges too."""
-_ONE_LEVEL = (("stratified",), ("stratified", "ppots"), ("stratified", "mirror"))
-AUTO_CHAINS = {
-    "masked": (
-        ("stratified",),
-        ("stratified", "ppots_slopes"),
-        ("stratified", "mirror"),
-        ("stratified", "ppots_slopes", "mirror"),
-        ("stratified_levels",),
-    ),
-    "block": (
-        ("stratified",),
-        ("stratified_blocks",),
-        ("stratified", "ppots_slopes"),
-        ("stratified", "mirror"),
-    ),
-    "uniform": _ONE_LEVEL,
-    "gaussian": _ONE_LEVEL,
-}
-"""Exact candidates by process, the simplest first. Independent draws, which stratified ones cannot
-be worse than, are measured as the reference alone."""
-AUTO_RANGES = ((0.3, 0.8), (0.45, 0.95))
-"""Ranges of masking rates that ``auto_truncated`` tries (Arriola et al. 2025)."""
-AUTO_DEFAULT = {
-    "masked": ("stratified", "ppots_slopes"),
-    "block": ("stratified", "ppots_slopes"),
-    "uniform": ("stratified",),
-    "gaussian": ("stratified",),
-}
-"""Chains of runs that are too short for a measurement."""
 CORRUPTIONS = {
     "fixed_count": corruption.fixed_count,
     "bernoulli": corruption.bernoulli,

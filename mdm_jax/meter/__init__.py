@@ -1,5 +1,12 @@
 """The variance meter: where the variance of a loss or gradient comes from, and what removes it."""
 
+from mdm_jax.meter.choice import (
+    Ranked,
+    efficiency_at_equal_passes,
+    first_tied,
+    rank,
+    warm_up,
+)
 from mdm_jax.meter.clip_search import (
     ClipChoice,
     candidate_intervals,

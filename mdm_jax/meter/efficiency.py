@@ -52,7 +52,8 @@ class Efficiency:
 
     Attributes:
         group_variances: [groups] trace of the covariance, each from its own redraws.
-        signal: squared norm of the mean gradient, unbiased.
+        group_signals: [groups] squared norm of the mean gradient, unbiased, from each group.
+        signal: their mean.
         passes, redraws: forward passes per row; batches per group.
         top_share: share of the sum of squared deviations in the largest 1% of the redraws.
         tail_index: Hill's estimate from the largest tenth of the squared deviations.
@@ -66,6 +67,7 @@ class Efficiency:
     top_share: float
     tail_index: float
     unsettled: str
+    group_signals: np.ndarray | None = None
 
     @property
     def settled(self) -> bool:
@@ -93,6 +95,7 @@ class Efficiency:
         """JSON values; the figures of an unsettled estimate are None."""
         record = dataclasses.asdict(self)
         record["group_variances"] = self.group_variances.tolist()
+        del record["group_signals"]
         for name in ("top_share", "tail_index"):
             record[name] = finite_or_none(record[name])
         for name in ("variance", "variance_times_passes"):
@@ -225,9 +228,11 @@ def _measure(
         raise ValueError("a gradient is not finite; nothing can be estimated")
     variances = terms.mean(1)
     top_share, tail_index = tail_of(terms.ravel())
+    signals = squares - variances / redraws
     return Efficiency(
         group_variances=variances,
-        signal=float(np.mean(squares - variances / redraws)),
+        group_signals=signals,
+        signal=float(np.mean(signals)),
         passes=subject.transform.views,
         redraws=redraws,
         top_share=top_share,

@@ -207,6 +207,8 @@ class Store:
     def _read(
         self, step: int, tree: PyTree | None, records: tuple[str, ...], manifest: dict | None
     ) -> dict[str, Any]:
+        if callable(tree):
+            tree = tree(self._read(step, None, records, manifest))
         items = {name: ocp.args.JsonRestore() for name in records}
         if tree is not None:
             leaves = named_leaves(tree)
@@ -281,7 +283,7 @@ class Store:
 def _sum(manifest: dict[str, Any]) -> str:
     """SHA-256 of a manifest but for this entry, which earlier releases did not write."""
     content = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_manifest(content: Any) -> bool:
@@ -387,7 +389,7 @@ class CheckpointReader:
         return restored["ema"]
 
     def restore_last(self, abstract_state: PyTree) -> Restored | None:
-        """The newest intact state, or None if none was saved.
+        """The newest intact state, or None; ``abstract_state`` may be a function of its records.
 
         CheckpointError if none of the checkpoints is intact, also when all were set aside before,
         or if the newest intact one does not fit.

@@ -6,7 +6,7 @@ every method; the variance of the batch gradient per compute, by which one is re
 
 import dataclasses
 import functools
-import math
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,8 +24,8 @@ from mdm_jax.launch.workdir import write_json, writing
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.meter.subject import Estimator, Subject
-from mdm_jax.objectives.objective import Objective, stop_gradient_stats
-from mdm_jax.types import Array, Batch, PyTree, worst_bias
+from mdm_jax.objectives.objective import Objective
+from mdm_jax.types import Batch, PyTree, worst_bias
 from mdm_jax.variance.transform import Phase, VarianceTransform
 
 _MASKED_ONLY = ("bernoulli", "rao_blackwell")
@@ -65,9 +65,9 @@ def measure(
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")
     settings = MeasureSettings() if settings is None else settings
+    experiment, step, params, own_state = _parameters(experiment, workdir)
     methods = {BASELINE: METHODS[BASELINE], **(METHODS if methods is None else methods)}
     methods[CONFIGURED] = Method(lambda _table: experiment.transform, None)
-    step, params, own_state = _parameters(experiment, workdir)
     bench = _Bench(experiment, params, own_state, settings)
     with tqdm.tqdm(total=len(methods), unit="method") as bar:
         results = {}
@@ -169,15 +169,15 @@ class _Bench:
             num_microbatches=num_microbatches,
         )
         training_figure = None
-        if spec.batch_size % transform.views == 0:  # rows drawn anew; a K-th of them under K views
-            rows = spec.batch_size // transform.views
-            training_figure = meter.efficiency_with_data(
-                dataclasses.replace(subject, spec=objective.spec(rows, experiment.dataset.length)),
+        if spec.batch_size % transform.views == 0:
+            training_figure = meter.efficiency_at_equal_passes(
+                subject,
                 self.pool,
                 rng.stream(key, "training"),
+                passes=spec.batch_size,
                 groups=s.groups,
                 redraws=s.redraws,
-                num_microbatches=math.gcd(rows, num_microbatches),
+                num_microbatches=num_microbatches,
             )
         if result.corruption in _INVERSE_RATES and inverse_rates_diverge(
             objective, transform, state, spec
@@ -199,19 +199,18 @@ class _Bench:
     def _warmed_up(
         self, objective: Objective, transform: VarianceTransform, state: PyTree
     ) -> PyTree:
-        apply_fn, spec = self.experiment.apply_fn, self._spec(objective)
-
-        @jax.jit
-        def learn(params: PyTree, state: PyTree, batch: Batch, key: Array) -> PyTree:
-            draw = variance.draw_batch(key, transform, state, spec)
-            stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
-            return transform.update(state, draw, stop_gradient_stats(stats))
-
+        batches = itertools.islice(itertools.cycle(self.warm_up), self.settings.warm_up)
         key = self.experiment.key(0, "warm-up")
-        for number in range(self.settings.warm_up):
-            batch = self.warm_up[number % len(self.warm_up)]
-            state = learn(self.params, state, batch, jax.random.fold_in(key, number))
-        return state
+        return meter.warm_up(
+            self.experiment.apply_fn,
+            objective,
+            transform,
+            self._spec(objective),
+            self.params,
+            state,
+            batches,
+            key,
+        )
 
     def estimator(self, corruption: str) -> Estimator:
         """The run's objective under a corruption, compiled once for all methods."""
@@ -251,15 +250,19 @@ def _infinite(figure: Efficiency | None) -> Efficiency | None:
 
 def _parameters(
     experiment: Experiment, workdir: files.Path
-) -> tuple[int | None, PyTree, PyTree | None]:
-    """(step or None for a fresh model, parameters, state of the run's own chain if it has one)."""
+) -> tuple[Experiment, int | None, PyTree, PyTree | None]:
+    """(the run under its chain, step or None for a fresh model, parameters, the chain's state)."""
     restored = None
     if (workdir / "checkpoints").exists():
         checkpoints = open_workdir(workdir)
         try:
-            restored = checkpoints.restore_last(experiment.abstract_state())
+            restored = checkpoints.restore_last(
+                lambda records: experiment.with_noted_chain(records["notes"]).abstract_state()
+            )
         finally:
             checkpoints.close()
     if restored is None:
-        return None, experiment.initial_state().params, None
-    return int(restored.state.step), restored.state.params, restored.state.variance
+        return experiment, None, experiment.initial_state().params, None
+    state = restored.state
+    own = experiment.with_noted_chain(restored.notes)
+    return own, int(state.step), state.params, state.variance

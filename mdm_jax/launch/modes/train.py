@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -15,6 +16,8 @@ from mdm_jax import data, distributed, files, training
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
+from mdm_jax.launch.modes import auto
+from mdm_jax.launch.modes.chain import Chain, is_automatic, last_choice
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.workdir import (
@@ -33,7 +36,7 @@ from mdm_jax.meter.clip_search import ClipChoice
 from mdm_jax.training.checkpoints import CheckpointError, Restored
 from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.step import TrainState
-from mdm_jax.types import PyTree
+from mdm_jax.types import Batch, PyTree
 from mdm_jax.variance.warps import set_clip_range
 
 
@@ -57,8 +60,6 @@ def train(
     c, workdir = experiment.config, files.as_path(workdir)
     check(workdir, c, allow_config_change or saved_nothing(workdir))
     check_start(experiment, workdir)
-    abstract = experiment.abstract_state()
-    stream = data.stream_fingerprint(experiment.dataset, c.train.batch_size, c.seed)
     interrupt = interrupt or training.Interrupt()
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
@@ -76,42 +77,46 @@ def train(
             set_history_aside(workdir)
         checkpoints = training.Checkpoints(workdir / "checkpoints", c.train.keep_last)
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore_last(abstract)
+        restored = checkpoints.restore_last(
+            lambda records: experiment.with_noted_chain(records["notes"]).abstract_state()
+        )
         if restored is None:
             check_history(workdir, checkpoints.unsaved)
             checkpoints.begin()
             sources.keep(c, experiment.source, workdir)
-            state, noted = initial_state(experiment), {}
+            state, noted, rows = initial_state(experiment), {}, experiment.spec.batch_size
+            if is_automatic(c) and last_choice(workdir) is None:
+                experiment, state = _with_chosen_chain(experiment, state, workdir, interrupt)
+            if experiment.spec.batch_size != rows:
+                batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         else:
-            state, noted = _continue(restored, stream, batches)
+            experiment = experiment.with_noted_chain(restored.notes)
+            state, noted = _continue(restored, _stream(experiment), batches)
         progress = noted.get("progress", {})
         stopping = training.EarlyStopping(training.StopSettings(**c.train.stop), noted.get("stop"))
-        notes = {"stream": stream, "stop": stopping.state}
+        notes = {"stream": _stream(experiment), "stop": stopping.state}
+        notes |= {"chain": experiment.chain.to_dict()} if is_automatic(c) else {}
         if distributed.is_first():
             claim(workdir, c, allow_config_change)
             _save_tokenizer(experiment, workdir)
-        start, compiled = int(jax.device_get(state.step)), None
+        start, running = int(jax.device_get(state.step)), Running(experiment)
         writer = _writer(workdir, start, progress)
         stack.callback(writer.close)
         if start < c.train.steps and not stopping.stopped:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
-            print("compiling the step", flush=True)
-            compiled = training.compile_step(
-                experiment.step, abstract, experiment.abstract_batch(), experiment.placed_seed()
-            )
-            print(compiled.describe(), flush=True)
+            running.compile()
         profile = _profile_directory(workdir) if c.train.profile_at else ""
         options = dataclasses.replace(
             experiment.loop, profile_directory=profile, launched_at=launched_at
         )
         training.train(
-            compiled and compiled.call,
+            running.step,
             state,
             batches,
             options=options,
             checkpoints=checkpoints,
             writer=writer,
-            hooks=make_hooks(experiment, workdir, writer, stopping, notes),
+            hooks=make_hooks(running, workdir, writer, stopping, notes),
             notes=notes,
             progress=progress,
             interrupt=interrupt,
@@ -155,8 +160,55 @@ def check_start(experiment: Experiment, workdir: files.Path) -> None:
         check_source(files.as_path(source), experiment.dataset.tokenizer, "train.init_from")
 
 
+class Running:
+    """The experiment that is being trained, and its compiled step: ``auto`` may change both."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self._step: Callable[..., Any] | None = None
+
+    def compile(self) -> None:
+        """Compile the step, and say what that took."""
+        print("compiling the step", flush=True)
+        experiment = self.experiment
+        compiled = training.compile_step(
+            experiment.step,
+            experiment.abstract_state(),
+            experiment.abstract_batch(),
+            experiment.placed_seed(),
+        )
+        print(compiled.describe(), flush=True)
+        self._step = compiled.call
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, training.StepMetrics]:
+        return self._step(state, batch)
+
+    def change(self, chain: Chain, state: TrainState, variance: PyTree) -> TrainState:
+        """Go on under another chain, whose state is ``variance``."""
+        self.experiment = self.experiment.with_chain(chain)
+        self.__dict__.pop("monitor", None)
+        self.compile()
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.experiment.abstract_state().variance)
+        return state.replace(variance=jax.device_put(variance, places))
+
+    @functools.cached_property
+    def monitor(self) -> Callable[[TrainState], dict[str, jax.Array]]:
+        """Readings of the monitors and of the chain, jitted."""
+        experiment = self.experiment
+
+        @jax.jit
+        def read(state: TrainState) -> dict[str, jax.Array]:
+            return training.read_monitors(
+                experiment.monitors, state.monitors
+            ) | training.read_level_profile(
+                experiment.transform, state.variance, experiment.spec.num_levels
+            )
+
+        return read
+
+
 def make_hooks(
-    experiment: Experiment,
+    running: Running,
     workdir: files.Path,
     writer: training.MetricWriter,
     stopping: training.EarlyStopping,
@@ -166,6 +218,7 @@ def make_hooks(
 
     What must be known after a resume is put into ``notes``.
     """
+    experiment = running.experiment
     dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
     generate, _ = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
 
@@ -186,19 +239,16 @@ def make_hooks(
         key = experiment.key(step, "sample")
         show_samples(dataset, experiment.jobs, generate, workdir, step, ema, key, writer)
 
-    @jax.jit
-    def monitor(state: TrainState) -> dict[str, jax.Array]:
-        return training.read_monitors(
-            experiment.monitors, state.monitors
-        ) | training.read_level_profile(
-            experiment.transform, state.variance, experiment.spec.num_levels
-        )
-
+    adapt = None
+    if experiment.clip_search:
+        adapt = _adapt_hook(experiment, workdir, writer)
+    elif experiment.config.variance.auto.every:
+        adapt = _rechoose_hook(running, workdir, writer, notes)
     return training.Hooks(
         evaluate_step if len(dataset.valid) else None,
         sample_step,
-        monitor,
-        _adapt_hook(experiment, workdir, writer) if experiment.clip_search else None,
+        lambda state: running.monitor(state),
+        adapt,
         lambda: stopping.stopped,
     )
 
@@ -231,6 +281,53 @@ def _adapt_hook(
         return state.replace(variance=_placed_as(moved, state.variance))
 
     return adapt
+
+
+def _with_chosen_chain(
+    experiment: Experiment,
+    state: TrainState,
+    workdir: files.Path,
+    interrupt: training.Interrupt,
+) -> tuple[Experiment, TrainState]:
+    """The choice of ``variance.order=auto`` before the first step, recorded in the workdir."""
+    record, chain, _ = auto.choose(experiment, state, interrupt.check)
+    print(auto.describe(record), flush=True)
+    auto.write(workdir, record)
+    if chain == experiment.chain:
+        return experiment, state
+    experiment = experiment.with_chain(chain)
+    return experiment, experiment.initial_state(state.params)
+
+
+def _rechoose_hook(
+    running: Running,
+    workdir: files.Path,
+    writer: training.MetricWriter,
+    notes: dict[str, Any],
+) -> Callable[..., TrainState]:
+    """Choose the chain again every ``variance.auto.every`` steps."""
+
+    def adapt(step: int, state: TrainState, check: Callable) -> TrainState:
+        c = running.experiment.config
+        if step % c.variance.auto.every or step >= c.train.steps:
+            return state
+        record, chain, variance = auto.choose(running.experiment, state, check)
+        auto.write(workdir, record)
+        print(f"\n{auto.describe(record)}", flush=True)
+        changed = chain != running.experiment.chain
+        writer.scalars(step, "adapt", {"chain_changed": float(changed), **auto.scalars(record)})
+        if changed:
+            state = running.change(chain, state, variance)
+            notes["chain"] = chain.to_dict()
+        return state
+
+    return adapt
+
+
+def _stream(experiment: Experiment) -> dict[str, Any]:
+    return data.stream_fingerprint(
+        experiment.dataset, experiment.spec.batch_size, experiment.config.seed
+    )
 
 
 def _placed_as(new: PyTree, old: PyTree) -> PyTree:

@@ -18,6 +18,36 @@ from mdm_jax.variance.transform import VarianceTransform
 RECORDS = "auto.jsonl"
 """File of a run's choices: one line for each measurement, or for the lack of it."""
 
+_ONE_LEVEL = (("stratified",), ("stratified", "ppots"), ("stratified", "mirror"))
+CANDIDATES = {
+    "masked": (
+        ("stratified",),
+        ("stratified", "ppots_slopes"),
+        ("stratified", "mirror"),
+        ("stratified", "ppots_slopes", "mirror"),
+        ("stratified_levels",),
+    ),
+    "block": (
+        ("stratified",),
+        ("stratified_blocks",),
+        ("stratified", "ppots_slopes"),
+        ("stratified", "mirror"),
+    ),
+    "uniform": _ONE_LEVEL,
+    "gaussian": _ONE_LEVEL,
+}
+"""Exact candidates by process, the simplest first. Independent draws, which stratified ones cannot
+be worse than, are measured as the reference alone."""
+RANGES = ((0.3, 0.8), (0.45, 0.95))
+"""Ranges of masking rates that ``auto_truncated`` tries (Arriola et al. 2025)."""
+DEFAULTS = {
+    "masked": ("stratified", "ppots_slopes"),
+    "block": ("stratified", "ppots_slopes"),
+    "uniform": ("stratified",),
+    "gaussian": ("stratified",),
+}
+"""Chains of runs that are too short for a measurement."""
+
 
 class Chain(NamedTuple):
     """Names of transforms in reading order, and settings that differ from the config's, by name."""
@@ -58,7 +88,7 @@ def is_automatic(config: ConfigDict) -> bool:
             f"variance.order={order}: {asked[0]!r} chooses the whole chain and stands alone, as in "
             f'--config.variance.order="({asked[0]!r},)"'
         )
-    if asked and config.process not in names.AUTO_CHAINS:
+    if asked and config.process not in CANDIDATES:
         raise ValueError(
             f"process={config.process!r} has no noise to couple or warp: "
             f'--config.variance.order="()" instead of {order}'
@@ -79,7 +109,7 @@ def current(config: ConfigDict, workdir: files.Path | None) -> Chain:
     if not is_automatic(config):
         return Chain(tuple(config.variance.order))
     chosen = None if workdir is None else last_choice(workdir)
-    return chosen or Chain(names.AUTO_DEFAULT[config.process])
+    return chosen or Chain(DEFAULTS[config.process])
 
 
 def last_choice(workdir: files.Path) -> Chain | None:
