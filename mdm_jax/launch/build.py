@@ -204,7 +204,8 @@ class Experiment:
                 f"model: {training.num_params(params):,} parameters, {type(self.model).__name__}, "
                 f"rows of {self.dataset.length} elements, {self.dataset.vocab_size} ids",
                 f"objective: {self.objective.name} over {self.objective.corruption.name}, "
-                f"{self.family.levels_from}; variance: {self.transform.name}, "
+                f"{self.family.levels_from}; variance: "
+                f"{'auto, now ' * chains.is_automatic(self.config)}{self.transform.name}, "
                 f"{self.transform.views} forward passes per row [{self.bias()}]",
                 f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}"
                 + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),

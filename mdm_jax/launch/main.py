@@ -341,11 +341,8 @@ def _chat(workdir: files.Path | None) -> int:
 
 def _sweep() -> int:
     """Runs are given the command line as typed, but for what only concerns the sweep."""
-    rest = [
-        argument
-        for argument in command_line.without(_ARGUMENTS[1:], ("mode", "workdir", "over"))
-        if argument != "sweep"
-    ]
+    rest = command_line.without(_ARGUMENTS[1:], ("mode", "workdir", "over"))
+    rest = rest[1:] if rest[:1] == ["sweep"] else rest
     try:
         runs = sweep.plan(_CONFIG.value, _OVER.value or "")
         for name in runs[0].settings:

@@ -57,7 +57,7 @@ def test_chains_are_measured_within_the_budget(one_device, tmp_path, monkeypatch
     assert record["chains"][record["name"]]["tied"] and record["name"] == chain.name
     assert done
     text = auto.describe(record)
-    assert f"chosen: {chain.name} (" in text and "variance per pass" in text
+    assert f"chosen: {chain.name} [exact] (" in text and "variance per pass" in text
     auto.write(tmp_path, record)
     auto.write(tmp_path, record)
     assert chains.last_choice(tmp_path) == chain  # the same step is not written twice
@@ -66,6 +66,21 @@ def test_chains_are_measured_within_the_budget(one_device, tmp_path, monkeypatch
     assert again.chain == chain
     assert again.spec.batch_size * again.transform.views == config.train.batch_size
     assert again.loop.tokens_per_step == config.train.batch_size * again.dataset.length
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["text_block", "text_uniform", "digits_gaussian"])
+def test_every_process_has_candidates_that_can_be_measured(one_device, preset):
+    config = presets.PRESETS[preset]("smoke")
+    config.variance.order = ("auto",)
+    config.variance.auto.update(budget=1.0, passes=4, groups=4, warm_up=2)
+    config.train.update(steps=200)
+    experiment = make_experiment(config)
+    record, chain, _ = auto.choose(experiment, experiment.initial_state())
+    names = [Chain(order).name for order in chains.CANDIDATES[config.process]]
+    assert list(record["chains"]) == [auto.REFERENCE, *names] and not record["left_out"]
+    assert record["passes"] <= record["allowed"]
+    assert chain.name in names
 
 
 def test_too_small_a_budget_is_said_and_the_default_taken(one_device):
@@ -109,7 +124,12 @@ def run(workdir, monkeypatch, interrupt=None, kill_at=None):
             interrupt.requested = True
         check()
         record = {"step": step, "passes": 0, "allowed": 0, "left_out": {}, "chains": {}}
-        record |= {"name": chain.name, "chain": chain.to_dict(), "reason": "made up"}
+        record |= {
+            "name": chain.name,
+            "chain": chain.to_dict(),
+            "reason": "made up",
+            "bias": "exact",
+        }
         return record, chain, experiment.with_chain(chain).transform.init(experiment.spec)
 
     step = train.Running.step

@@ -184,6 +184,7 @@ def choose(
             if len(tied) > 1:
                 reason = f"the simplest of those not told apart: {'; '.join(tied)}"
     record |= {"chain": chosen.to_dict(), "name": chosen.name, "reason": reason}
+    record["bias"] = experiment.with_chain(chosen).bias()
     new = None
     if step and chosen != experiment.chain:
         new = experiment.with_chain(chosen).transform.init(experiment.spec)
@@ -224,7 +225,7 @@ def describe(record: dict[str, Any]) -> str:
             "allowed; x: relative to independent draws"
         )
     lines += [f"  left out: {name}, since {why}" for name, why in record["left_out"].items()]
-    lines.append(f"  chosen: {record['name']} ({record['reason']})")
+    lines.append(f"  chosen: {record['name']} [{record['bias']}] ({record['reason']})")
     return "\n".join(lines)
 
 
