@@ -5,7 +5,7 @@ logits = model.logits(input_ids)
 written = hub.generate(model, [prompt_ids], 64, steps=32, block_size=32)
 """
 
-from mdm_jax.hub.decoding import RULES, Generated, Rule, generate
+from mdm_jax.hub.decoding import Generated, generate, infill
 from mdm_jax.hub.family import Family, Traits, Unsupported
 from mdm_jax.hub.likelihood import log_likelihood
 from mdm_jax.hub.model import (
@@ -19,4 +19,5 @@ from mdm_jax.hub.model import (
     save,
     with_mask_row,
 )
+from mdm_jax.hub.rules import RULES, Rule
 from mdm_jax.hub.tokenizer import ChatRenderer, HubTokenizer

@@ -122,7 +122,7 @@ def logits(
 
 
 def _read(raw: Mapping[str, Any], conditioned: bool | None) -> tuple[DiTConfig, Traits]:
-    refuse(raw, causal=False, adaln=True, causal_attention=False)
+    refuse(raw, causal=False, adaln=True, causal_attention=False, cfg=False)
     # The default of one class is a slip (129), and others are those of one size.
     config = DiTConfig(
         vocab_size=field(raw, "vocab_size"),

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.hub.decoding import RULES, check_rule, shifted
+from mdm_jax.hub.decoding import check_rule, shifted
 from mdm_jax.hub.model import HubModel
+from mdm_jax.hub.rules import RULES
 from mdm_jax.rng import stream
 from mdm_jax.samplers.sampler import row_keys
 from mdm_jax.types import Array, ArrayLike
@@ -33,7 +34,7 @@ def log_likelihood(
             f"{samples}, {batch_size} and {len(answer)} tokens"
         )
     mask_id = model.traits.mask_id if mask_id is None else mask_id
-    check_rule(model, RULES["llada"], mask_id, len(answer), False)
+    check_rule(model, RULES["llada"], mask_id)
     tokens, total = np.concatenate([prompt, answer]), 0.0
     for batch in range(samples // batch_size):
         first, order = (stream(jax.random.fold_in(key, batch), name) for name in ("count", "place"))

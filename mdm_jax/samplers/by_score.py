@@ -182,23 +182,29 @@ def in_blocks(
     preference: Preference,
     token_filter: LogitFilter | None,
     *,
+    parts: Callable[[Array, Array], tuple[Array, Array]] | None = None,
     count: Callable[[Array, Array, Array], Array] | None = None,
     best: Callable[[Array, Array, Array], Array] | None = None,
     excludes_mask: bool = True,
 ) -> Sampler:
     """The samplers above by their parts, for those that differ in some of them.
 
+    ``parts(free [B, L], block []) -> (of_block, candidates)`` [B, L] are the positions of a block,
+    and those that may be filled in it where they are masked; None: ``block_size`` free positions in
+    order, and earlier ones, which are left only where the mask token itself was drawn.
     ``count(total [B], left [B], step []) -> [B]`` tokens of a block of ``total`` positions, where
     ``left`` of the row up to its end are masked; None: :func:`kept_count`. ``best(score [B, L],
     candidates [B, L], count [B]) -> [B, L]`` is as :func:`best_positions`, the default.
     """
 
+    def in_order(free: Array, block: Array) -> tuple[Array, Array]:
+        number = (jnp.cumsum(free, axis=-1) - 1) // block_size
+        return free & (number == block), free & (number <= block)
+
     def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
         block, step_in_block = jnp.divmod(context.index, steps_per_block)
-        number = (jnp.cumsum(context.free, axis=-1) - 1) // block_size
-        total = jnp.sum(context.free & (number == block), axis=-1)
-        # Positions of earlier blocks are left only where the mask token itself was drawn.
-        candidates = context.free & (number <= block) & masked
+        of_block, candidates = (parts or in_order)(context.free, block)
+        total, candidates = jnp.sum(of_block, axis=-1), candidates & masked
         if count is None:
             return candidates, kept_count(total, step_in_block, steps_per_block)
         return candidates, count(total, jnp.sum(candidates, axis=-1), step_in_block)
@@ -219,13 +225,17 @@ def best_positions(score: Array, candidates: Array, count: Array) -> Array:
 
 def bounded_positions(entropy: Array, candidates: Array, gamma: float) -> Array:
     """[B, L] bool: most candidates by rising entropy, all but the last summing to <= gamma."""
-    order = jnp.lexsort((entropy, ~candidates), axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    ordered = jnp.take_along_axis(jnp.where(candidates, entropy, 0.0), order, axis=-1)
-    before = jnp.cumsum(ordered, axis=-1) - ordered
+    before = running_sums(entropy, candidates) - entropy
     # The first always fits; its sum is a difference, which rounding may make positive.
-    within = (before <= gamma) | (jnp.arange(entropy.shape[-1]) == 0)[None]
-    return candidates & jnp.take_along_axis(within, rank, axis=-1)
+    first = best_positions(-entropy, candidates, jnp.ones(entropy.shape[:-1], int))
+    return candidates & (first | (before <= gamma))
+
+
+def running_sums(values: Array, candidates: Array) -> Array:
+    """[B, L] sums of a candidate's value and all that are smaller, of ties those on the left."""
+    order = jnp.lexsort((values, ~candidates), axis=-1)
+    ordered = jnp.take_along_axis(jnp.where(candidates, values, 0.0), order, axis=-1)
+    return jnp.take_along_axis(jnp.cumsum(ordered, axis=-1), jnp.argsort(order, axis=-1), axis=-1)
 
 
 def counted_logsnr(tokens: Array, free: Array, mask_id: int) -> Array:

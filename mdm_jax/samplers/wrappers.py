@@ -5,13 +5,13 @@ wrapper gets the row's tokens, which of them were given and, in blocks, the toke
 (``context.before``). It works with every sampler.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.checks import Real, checked
+from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.samplers.by_score import counted_logsnr
 from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
@@ -88,15 +88,16 @@ def self_conditioned(sampler: Sampler, num_tokens: int, vocab_size: int) -> Samp
 @checked
 def prompt_guidance(
     scale: Annotated[float, Real("(0, 1e3]", "", "of guidance by given tokens; 1: none")],
+    keep: Annotated[Sequence[int], Whole("[0, 2e9]", "tokens", "never masked", several=True)] = (),
 ) -> DenoiseWrapper:
     """Classifier-free guidance by the given tokens; see ``wrapped``.
 
     ``y = y_u + scale (y_c - y_u)``, with y_u the logits when every given token of the canvas is
     masked; one pass over a doubled batch. ``scale`` is 1 for none (LLaDA's ``w + 1``), positive and
     finite (ValueError). Needs no training beyond fully masked rows. Tokens excluded in either pass
-    keep the conditional logit. In ``sample_blocks``, with ``guided=True``, given tokens of earlier
-    blocks are padding instead (a block model never sees a mask there), at two passes, each over its
-    own cache.
+    keep the conditional logit. Tokens in ``keep`` are never masked. In ``sample_blocks``, with
+    ``guided=True``, given tokens of earlier blocks are padding instead (a block model never sees a
+    mask there), at two passes, each over its own cache; there ``keep`` is a ValueError.
 
     References: Ho and Salimans 2022; Nie et al. 2024 (arXiv 2410.18514), unsupervised guidance of
     masked models. For two networks or a part of the levels: ``gaussian.samplers.guided``.
@@ -105,8 +106,11 @@ def prompt_guidance(
     def wrapper(context: StepContext, denoise: Denoise) -> Denoise:
         def guided(tokens: Array, logsnr: Array, rows: Array | None = None) -> Array:
             numbers = jnp.arange(tokens.shape[0]) if rows is None else rows
-            blind = jnp.where(context.free[numbers], tokens, context.mask_id)
+            seen = context.free[numbers] | jnp.isin(tokens, jnp.asarray(keep, tokens.dtype))
+            blind = jnp.where(seen, tokens, context.mask_id)
             if context.before is not None:
+                if len(keep):
+                    raise ValueError("prompt_guidance takes no keep in blocks, where caches differ")
                 target = denoise(tokens, logsnr, rows)
                 base = denoise(blind, logsnr, rows, without_prompt=True)
             else:

@@ -12,7 +12,8 @@ import numpy as np
 
 from mdm_jax import data, files, hub
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from mdm_jax.hub.decoding import RULES, generate
+from mdm_jax.hub.decoding import generate
+from mdm_jax.hub.rules import RULES
 from mdm_jax.launch.modes.sample import MASK_TEXT
 
 _PROBE = "mdm"
@@ -32,7 +33,7 @@ def chat(
     """Answer lines of standard input until it ends.
 
     Args:
-        max_tokens, steps, temperature: of an answer; as in ``hub.decoding.Rule``.
+        max_tokens, steps, temperature: of an answer; as in ``hub.rules.Rule``.
         templated: turns are laid out by the tokenizer's chat template, or the plain one of runs
             here without, and earlier ones are part of the prompt; else each line is a prompt of its
             own, as it stands.

@@ -7,12 +7,12 @@ import pathlib
 
 import numpy as np
 import pytest
+from checkpoints import DATA
 
 from experiments import convert_pickle
 from mdm_jax import hub
 from mdm_jax.hub import files
 
-DATA = pathlib.Path(__file__).parents[2] / "data" / "hub"
 CHECKPOINT = DATA / "mdlm-ckpt-1" / "last.ckpt"
 
 

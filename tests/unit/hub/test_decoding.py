@@ -8,20 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from checkpoints import CLOSE, DATA, loaded, logits, reference, stated
+from variants import slow_except
 
 from mdm_jax import hub, samplers
-from mdm_jax.hub import counts, decoding, likelihood
+from mdm_jax.hub import decoding, likelihood, rules
 from mdm_jax.hub.family import Family, Traits
 from mdm_jax.models.decoders import recomputing_block_decoder
 from mdm_jax.samplers.by_score import in_blocks
 
-DATA = pathlib.Path(__file__).parents[2] / "data" / "hub"
 SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "negative_entropy"}
-
-
-def reference(name):
-    with np.load(DATA / name / "reference.npz") as arrays:
-        return dict(arrays), json.loads((DATA / name / "reference.json").read_text("utf-8"))
 
 
 # ---- tokens per step --------------------------------------------------------------------------
@@ -31,22 +28,22 @@ def test_counts_are_those_of_the_originals():
     table = json.loads((DATA / "transfer_tables.json").read_text("utf-8"))["rows"]
     assert len(table) > 100
     for row in table:
-        ours = counts.dllm_counts(row["n"], row["steps"])
+        ours = rules.dllm_counts(row["n"], row["steps"])
         assert ours[ours > 0].tolist() == row["dllm"] and not ours[len(row["dllm"]) :].any()
-        assert counts.llada_counts(row["n"], row["steps"]).tolist() == row["llada"]
+        assert rules.llada_counts(row["n"], row["steps"]).tolist() == row["llada"]
 
 
 def test_counts_of_many_numbers_at_once():
-    several = counts.dllm_counts([[3, 7], [0, 5]], 4)
+    several = rules.dllm_counts([[3, 7], [0, 5]], 4)
     assert several.tolist() == [
-        [counts.dllm_counts(n, 4).tolist() for n in row] for row in ((3, 7), (0, 5))
+        [rules.dllm_counts(n, 4).tolist() for n in row] for row in ((3, 7), (0, 5))
     ]
-    assert counts.llada_counts([5, 2], 3).tolist() == [[2, 2, 1], [1, 1, 0]]
+    assert rules.llada_counts([5, 2], 3).tolist() == [[2, 2, 1], [1, 1, 0]]
 
 
 def test_dream_takes_shares_of_what_is_left_and_all_in_the_last_step():
     """Times 1, .667, .334, .001: shares 1 - s/t are .333 and .499, so 16 masks go 5, 5, 6."""
-    shares = counts.dream_shares(3)
+    shares = rules.dream_shares(3)
     np.testing.assert_allclose(shares, [0.333, 0.4992504, 1], rtol=1e-6)
     left, taken = 16, []
     for share in shares:
@@ -58,37 +55,37 @@ def test_dream_takes_shares_of_what_is_left_and_all_in_the_last_step():
 # ---- greedy runs of the reference checkpoints ---------------------------------------------------
 
 
-def as_rule(stated):
+def as_rule(settings):
     """The name of a rule and its settings, from what reference.json says of a run."""
-    function = stated["function"]
+    function = settings["function"]
     if "MDLMSampler" in function:
-        guidance = stated.get("cfg_scale", 0.0)
-        return "dllm", {"block_size": stated["block_size"], "guidance": guidance}
+        guidance = settings.get("cfg_scale", 0.0)
+        return "dllm", {"block_size": settings["block_size"], "guidance": guidance}
     if "LLaDA" in function:
-        return "llada", {"block_size": stated["block_length"]}
+        return "llada", {"block_size": settings["block_length"]}
     if "BD3LMSampler" in function:
-        options = {"block_size": stated["block_size"], "steps": stated["steps_per_block"]}
+        options = {"block_size": settings["block_size"], "steps": settings["steps_per_block"]}
         return "dllm_blocks", options
     if "Dream" in function:
         name = "dllm_dream" if "dllm" in function else "dream"
-        return name, {"score": SCORES[stated["alg"]]}
-    options = {"block_size": stated["block_length"], "steps": stated["denoising_steps"]}
-    options["score"] = "first" if stated["remasking_strategy"] == "sequential" else "confidence"
-    options["threshold"] = stated.get("confidence_threshold")
+        return name, {"score": SCORES[settings["alg"]]}
+    options = {"block_size": settings["block_length"], "steps": settings["denoising_steps"]}
+    options["score"] = "first" if settings["remasking_strategy"] == "sequential" else "confidence"
+    options["threshold"] = settings.get("confidence_threshold")
     return "sdar", options | {"temperature": 0.0}
 
 
 def check_run(name, run):
-    arrays, facts = reference(name)
-    stated, prompts = facts["decode"][run], arrays[f"{run}_prompt"]
+    arrays, facts = reference(name), stated(name)
+    settings, prompts = facts["decode"][run], arrays[f"{run}_prompt"]
     kept = arrays.get(f"{run}_attention_mask", prompts >= 0).astype(bool)
-    rule, options = as_rule(stated)
-    if "steps" in stated:
-        options["steps"] = stated["steps"]
-    new = stated.get("max_new_tokens", stated.get("gen_length"))
-    new = stated["max_length"] - prompts.shape[1] if new is None else new
+    rule, options = as_rule(settings)
+    if "steps" in settings:
+        options["steps"] = settings["steps"]
+    new = settings.get("max_new_tokens", settings.get("gen_length"))
+    new = settings["max_length"] - prompts.shape[1] if new is None else new
     written = hub.generate(
-        hub.load(DATA / name, dtype="float32"),
+        loaded(name),
         [row[keep] for row, keep in zip(prompts, kept, strict=True)],
         new,
         rule=rule,
@@ -110,10 +107,8 @@ RUNS = [
     if run.startswith(("gen", "bdgen"))
 ]
 QUICK = {
-    ("llada-1", "gen_dllm"),
     ("dream-2", "gen_dllm_margin"),
     ("a2d_qwen2-2", "bdgen"),
-    ("sdar-1", "gen_dynamic"),
 }
 
 
@@ -129,19 +124,69 @@ def test_greedy_runs_are_those_of_the_original(name, run):
     check_run(name, run)
 
 
-def some(*names):
-    """The first in the default run, the others in the slow one."""
-    return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+# ---- options of the loops: further runs of the originals, tests/data/hub/options.json ----------
+
+OPTIONS = json.loads((DATA / "options.json").read_text("utf-8"))
+OURS = {"cfg_scale": "guidance", "cfg_keep_tokens": "guidance_keep"}
+READ = {"block_size", "steps", "suppress_tokens", "begin_suppress_tokens", "entropy_bound", *OURS}
+OPTION_RULES = {
+    "llada-1": ("dllm", {}),
+    "dream-1": ("dllm_dream", {}),
+    "sdar-1": ("sdar", {"score": "negative_entropy", "threshold": None, "temperature": 0.0}),
+    "bd3lm-1": ("bd3lm_greedy", {}),
+}
+QUICK_OPTIONS = {
+    "llada-1/begin_suppress",
+    "llada-1/infill_blocks",
+    "llada-1/infill_keep",
+    "dream-1/infill_entropy",
+    "sdar-1/bounded_3",
+    "bd3lm-1/window",
+}
 
 
-@pytest.mark.parametrize("name", some("mdlm-3", "mdlm-1", "mdlm-2"))
+@pytest.mark.parametrize("run", slow_except(QUICK_OPTIONS, OPTIONS))
+def test_options_give_the_tokens_of_the_original(run):
+    name, settings = run.split("/")[0], OPTIONS[run]
+    rule, options = OPTION_RULES[name]
+    options = options | {OURS.get(k, k): v for k, v in settings.items() if k in READ}
+    if "alg" in settings:
+        options["score"] = SCORES[settings["alg"]]
+    with np.load(DATA / "options.npz") as arrays:
+        prompts, tokens = (arrays[f"{run}/{part}"] for part in ("prompt", "out"))
+        steps = arrays.get(f"{run}/steps")
+    rows, model, shown = [row[row >= 0] for row in prompts], loaded(name), []
+    if name != "bd3lm-1":
+        options |= {f"{token}_id": stated(name)[f"{token}_token_id"] for token in ("mask", "eos")}
+    if "infill" in settings["function"]:
+        written = hub.infill(model, rows, rule=rule, trace=True, **options)
+    else:
+        new, options["stop"] = settings["max_new_tokens"], False
+        options["trace"] = steps is not None
+        show = shown.append if "forwards" in settings else None
+        written = hub.generate(model, rows, new, rule=rule, show=show, **options)
+    np.testing.assert_array_equal(written.tokens, tokens)
+    if steps is not None:
+        np.testing.assert_array_equal(changes(written.canvases), changes(steps))
+    if "forwards" in settings:
+        jax.effects_barrier()
+        assert len(changes(shown)) == settings["forwards"]
+
+
+def changes(canvases):
+    """Those that differ from the one before: steps that fill nothing are no steps of dllm."""
+    canvases = np.asarray(canvases)
+    return canvases[np.append(True, (canvases[1:] != canvases[:-1]).any(axis=(1, 2)))]
+
+
+@pytest.mark.parametrize("name", slow_except({"mdlm-3"}, ["mdlm-1", "mdlm-2", "mdlm-3"]))
 def test_mdlm_steps_by_given_uniforms_and_greedy_run(name):
     """Eight steps, then the most likely tokens; levels matter to mdlm-3 alone."""
-    arrays, _ = reference(name)
-    model = hub.load(DATA / name, dtype="float32")
+    arrays = reference(name)
+    model = loaded(name)
     mask_id, times = model.traits.mask_id, np.linspace(1, 1e-5, 9, dtype=np.float32)
 
-    @jax.jit
+    @tiny.jit
     def log_probs(tokens, time):
         sigma = jnp.full(len(tokens), -jnp.log1p(-(1 - 1e-3) * time))
         logits = model.logits(tokens, timesteps=sigma)
@@ -159,10 +204,11 @@ def test_mdlm_steps_by_given_uniforms_and_greedy_run(name):
     np.testing.assert_array_equal(written.tokens, arrays["greedy_out"])
 
 
-@pytest.mark.parametrize("name", some("bd3lm-3", "bd3lm-1", "bd3lm-2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bd3lm-1", "bd3lm-2", "bd3lm-3"])
 def test_bd3lm_greedy_run(name):
-    arrays, _ = reference(name)
-    model, length = hub.load(DATA / name, dtype="float32"), arrays["greedy_out"].shape[1]
+    arrays = reference(name)
+    model, length = loaded(name), arrays["greedy_out"].shape[1]
     written = hub.generate(model, [[1]], length - 1, rule="bd3lm_greedy")
     np.testing.assert_array_equal(written.tokens, arrays["greedy_out"])
 
@@ -170,7 +216,7 @@ def test_bd3lm_greedy_run(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mdlm-3", "bd3lm-1", "dream-1", "sdar-1"])
 def test_draws_fill_ragged_batches_and_follow_the_key(name):
-    model = hub.load(DATA / name, dtype="float32")
+    model = loaded(name)
     options = {"rule": "dream_origin", "temperature": 1.0} if name == "dream-1" else {}
 
     def draw(seed):
@@ -186,14 +232,14 @@ def test_draws_fill_ragged_batches_and_follow_the_key(name):
 
 
 def test_logits_of_a_left_padded_batch_of_dream():
-    arrays, _ = reference("dream-1")
-    model = hub.load(DATA / "dream-1", dtype="float32")
+    arrays = reference("dream-1")
+    model = loaded("dream-1")
     given = {"positions": arrays["leftpad_position_ids"]}
-    logits = model.logits(arrays["leftpad_ids"], arrays["leftpad_attention_mask"], **given)
+    found = logits(model, arrays["leftpad_ids"], arrays["leftpad_attention_mask"], **given)
     kept = arrays["leftpad_attention_mask"] == 1
     assert not kept.all()
     expected = arrays["leftpad_logits"][kept]
-    np.testing.assert_allclose(np.asarray(logits)[kept], expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[kept], expected, **CLOSE)
 
 
 # ---- a toy: likely tokens by position ---------------------------------------------------------
@@ -235,11 +281,10 @@ def test_positions_count_from_the_prompt_and_padding_is_not_seen():
     """Left-padded rows, filled up to 16 too, predict as if they were alone."""
     model = toy(lambda at, width: (at + width) % 7)
     alone = [hub.generate(model, [prompt], 3, rule="dream") for prompt in ([1, 1, 1, 1], [1])]
-    for multiple in (1, 16):
-        both = hub.generate(model, [[1, 1, 1, 1], [1]], 3, rule="dream", pad_multiple=multiple)
-        assert both.tokens.shape == (2, 7) and both.written.sum(axis=1).tolist() == [3, 3]
-        for row, one in zip(both.tokens, alone, strict=True):
-            assert row[-3:].tolist() == one.tokens[0, -3:].tolist()
+    both = hub.generate(model, [[1, 1, 1, 1], [1]], 3, rule="dream", pad_multiple=16)
+    assert both.tokens.shape == (2, 7) and both.written.sum(axis=1).tolist() == [3, 3]
+    for row, one in zip(both.tokens, alone, strict=True):
+        assert row[-3:].tolist() == one.tokens[0, -3:].tolist()
     right = hub.generate(model, [[1, 1, 1, 1], [1]], 3, rule="dllm", pad_multiple=16)
     assert right.tokens.tolist() == [[1, 1, 1, 1, 4, 5, 6], [1, 5, 6, 0, EOS, EOS, EOS]]
 
@@ -258,29 +303,42 @@ def test_shifted_logits_and_what_is_shown():
     ]
 
 
-def test_orders_by_score_temperature_and_chance():
-    """Sharp order temperatures take the best, of ties any; all fill every position."""
+def first_step(model, *, rows=1, **options):
+    """Positions [B, n] that the first step of dllm's rule fills."""
+    written = hub.generate(model, [[]] * rows, 4, rule="dllm", trace=True, **options)
+    return np.nonzero(np.asarray(written.canvases[0]) != MASK)[1].reshape(rows, -1)
+
+
+SINGLE = {"temperature": 1.0, "top_k": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"order_temperature": 1e-6}, 3),
+        ({"score": "first"}, 0),
+        # Of the distribution that is drawn from, a single token here, all are equal.
+        ({"filtered": True, **SINGLE}, 0),
+        pytest.param({"filtered": False, **SINGLE}, 3, marks=pytest.mark.slow),
+        pytest.param({"score": "margin"}, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_orders_by_score_and_temperature(options, place):
+    """Sharp order temperatures take the best, of ties any."""
     model = toy(lambda at, _: at, confidence=lambda at: 1.0 + at)
-    sharp = {"order_temperature": 1e-6}
-    for options in ({}, sharp, {"score": "margin", **sharp}):
-        written = hub.generate(model, [[]], 4, rule="dllm", trace=True, **options)
-        assert written.canvases[0, 0].tolist() == [MASK, MASK, MASK, 3]
-    first = hub.generate(model, [[]], 4, rule="dllm", score="first", trace=True)
-    assert first.canvases[0, 0].tolist() == [0, MASK, MASK, MASK]
-    # Of the distribution that is drawn from, a single token here, all are equal.
-    single = {"rule": "dllm", "temperature": 1.0, "top_k": 1, "trace": True}
-    for filtered, place in ((False, 3), (True, 0)):
-        written = hub.generate(model, [[]], 4, filtered=filtered, **single)
-        assert (written.canvases[0, 0] != MASK).nonzero()[0].tolist() == [place]
-    order = hub.generate(model, [[]] * 64, 4, rule="dllm", score="random", trace=True).canvases
-    assert len({row.argmin() for row in np.asarray(order[0])}) == 4
-    assert (np.asarray(order[-1]) == np.arange(4)).all()
+    assert first_step(model, **options).tolist() == [[place]]
+
+
+@pytest.mark.slow
+def test_orders_by_chance():
+    order = first_step(toy(lambda at, _: at), rows=64, score="random")
+    assert set(order[:, 0]) == {0, 1, 2, 3}
 
 
 def sdar_steps(canvas, confidence, **settings):
     """Tokens after each step of a block under SDAR's rule, confidences [L] given."""
     rule = dataclasses.replace(hub.RULES["sdar"], block_size=4, temperature=0.0, **settings)
-    sampler, _ = decoding.make_sampler(rule, 1)
+    sampler, _ = rules.make_sampler(rule, 1)
     probs = np.float32(confidence)[None, :, None]
     rest = (1 - probs) / (VOCAB - 1)
     table = jnp.log(np.where(np.arange(VOCAB) == 3, probs, rest))
@@ -347,7 +405,7 @@ def test_layout_in_blocks():
 def test_ancestral_levels_reveal_as_dreams_origin_does():
     """Probabilities 1 - s/t, 1 in the last step."""
     rule = dataclasses.replace(hub.RULES["dream_origin"], steps=4, block_size=4)
-    _, grid = decoding.make_sampler(rule, 1)
+    _, grid = rules.make_sampler(rule, 1)
     rates = 1 / (1 + np.exp(grid))
     times = np.append(np.linspace(1, 1e-3, 5)[:4], 0)
     np.testing.assert_allclose(1 - rates[1:] / rates[:-1], 1 - times[1:] / times[:-1], rtol=1e-6)
@@ -357,8 +415,8 @@ def test_ancestral_levels_reveal_as_dreams_origin_does():
 
 
 def test_likelihood_by_given_masks():
-    arrays, facts = reference("llada-1")
-    model = hub.load(DATA / "llada-1", dtype="float32")
+    arrays, facts = reference("llada-1"), stated("llada-1")
+    model = loaded("llada-1")
     tokens = np.concatenate([arrays["lik_prompt"], arrays["lik_answer"]])
     given = (arrays["lik_noised"], arrays["lik_p_mask"], facts["mask_token_id"])
     score = likelihood.masked_score(model, tokens, *given)
@@ -396,8 +454,28 @@ def test_likelihood_of_a_model_that_knows_nothing():
         ({}, [[1]], {"rule": "dllm_blocks"}, "states no block_size"),
         ({}, [[1]], {"rule": "sdar", "block_size": 4, "guidance": 1.0}, "no guidance"),
         ({}, [[1]], {"rule": "dream", "block_size": 4}, "leave block_size out"),
+        ({}, [[1]], {"suppress_tokens": [16]}, r"suppress_tokens must be in \[0, 16\)"),
+        ({}, [[1]], {"guidance_keep": [1]}, "set guidance, or leave it"),
+        ({}, [[1]], {"entropy_bound": 0.3}, "needs score='negative_entropy'"),
+        ({}, [[1]], {"window": 4}, "cached=True, must be a multiple"),
+        ({}, [[1]], {"rule": "sdar", "block_size": 4, "window": 6}, "must be a multiple of block_"),
     ],
 )
 def test_errors_say_what_is_allowed(traits, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         hub.generate(toy(lambda at, _: at, **traits), prompts, 8, **options)
+
+
+@pytest.mark.parametrize(
+    "traits, canvases, options, message",
+    [
+        ({}, [], {}, "at least one"),
+        ({}, [[1, MASK]], {"rule": "sdar", "block_size": 4}, "the rule cached=True"),
+        ({"attention": "block", "block_size": 4}, [[1, MASK]], {}, "toy has block attention"),
+        ({"attention": "causal"}, [[1, MASK]], {}, "sample_next_tokens"),
+        ({}, [[1, MASK]], {"rule": "llada", "block_size": 4}, "block_size counts columns"),
+    ],
+)
+def test_errors_of_infilling_say_what_is_allowed(traits, canvases, options, message):
+    with pytest.raises(ValueError, match=message):
+        hub.infill(toy(lambda at, _: at, **traits), canvases, **options)

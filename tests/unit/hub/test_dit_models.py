@@ -1,15 +1,13 @@
 """MDLM, BD3-LM and Duo: what the original classes compute, on the checkpoints of tests/data/hub."""
 
 import dataclasses
-import functools
 import json
-import pathlib
-import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from checkpoints import CLOSE, DATA, copied, loaded, logits, reference, stated
 from variants import slow_except
 
 from mdm_jax import hub, models, sharding
@@ -19,31 +17,8 @@ from mdm_jax.models.cross_entropy import exclude_token, token_nats
 from mdm_jax.objectives.losses import bound_rate
 from mdm_jax.samplers.uniform import reverse_logits
 
-DATA = pathlib.Path(__file__).parents[2] / "data" / "hub"
 MDLM, BD3LM = ("mdlm-1", "mdlm-2", "mdlm-3"), ("bd3lm-1", "bd3lm-2", "bd3lm-3")
-FIRST = ("mdlm-1", "mdlm-3", "bd3lm-1", "duo-1")
 EPS = 1e-3  # of the schedules of MDLM and Duo
-TOLERANCE = {"rtol": 0, "atol": 1e-4}
-
-
-@functools.cache
-def loaded(name, dtype="float32", **settings):
-    return hub.load(DATA / name, dtype=dtype, **settings)
-
-
-@functools.cache
-def reference(name):
-    with np.load(DATA / name / "reference.npz") as arrays:
-        return dict(arrays)
-
-
-def stated(name):
-    return json.loads((DATA / name / "reference.json").read_text("utf-8"))
-
-
-def logits(model, ids, **inputs):
-    run = tiny.jit(functools.partial(model.logits, sample_mode=inputs.pop("sample_mode", False)))
-    return np.asarray(run(ids, **inputs))
 
 
 def subs_log_probs(raw, ids, mask_id):
@@ -69,7 +44,7 @@ def cross_entropy(raw, arrays, ids, mask_id):
     return np.asarray(token_nats(raw, arrays["target_ids"].astype(np.int32), where, mask_id))
 
 
-@pytest.mark.parametrize("name", slow_except(set(MDLM) & set(FIRST), MDLM))
+@pytest.mark.parametrize("name", slow_except({"mdlm-3"}, MDLM))
 def test_mdlm_logits_and_losses(name):
     model, arrays = loaded(name), reference(name)
     ids, mask_id = arrays["input_ids"], stated(name)["mask_index"]
@@ -81,15 +56,15 @@ def test_mdlm_logits_and_losses(name):
     )
     raw = logits(model, ids, timesteps=arrays["timesteps_sigma"])
     assert raw.dtype == np.float32
-    np.testing.assert_allclose(raw, arrays["logits"], **TOLERANCE)
+    np.testing.assert_allclose(raw, arrays["logits"], **CLOSE)
     if "logits_sigma0" in arrays:
         found = logits(model, ids, timesteps=np.zeros(len(ids)))
-        np.testing.assert_allclose(found, arrays["logits_sigma0"], **TOLERANCE)
+        np.testing.assert_allclose(found, arrays["logits_sigma0"], **CLOSE)
         assert np.abs(found - raw).max() > 0.1  # the level matters
 
     assert_subs(raw, ids, arrays, mask_id)
     nats = cross_entropy(raw, arrays, ids, mask_id)
-    np.testing.assert_allclose(nats, arrays["subs_token_nll"], **TOLERANCE)
+    np.testing.assert_allclose(nats, arrays["subs_token_nll"], **CLOSE)
     weight = arrays["dsigma"] / np.expm1(arrays["timesteps_sigma"])
     tolerance = {"rtol": 0, "atol": 1e-4 * max(1.0, weight.max())}
     np.testing.assert_allclose(nats * weight[:, None], arrays["subs_token_loss"], **tolerance)
@@ -107,16 +82,16 @@ def test_bd3lm_logits_and_losses(name):
     both = arrays["concat_ids"]
     noised = both[:, :length]
     raw = logits(model, both)
-    np.testing.assert_allclose(raw, arrays["logits"], **TOLERANCE)
+    np.testing.assert_allclose(raw, arrays["logits"], **CLOSE)
     assert_subs(raw, noised, arrays, mask_id)
     nats = cross_entropy(raw, arrays, noised, mask_id)
     expected = arrays["subs_token_loss"] * arrays["t_per_token"]
-    np.testing.assert_allclose(nats, expected, **TOLERANCE)
+    np.testing.assert_allclose(nats, expected, **CLOSE)
     row = logits(model, arrays["block_causal_ids"], sample_mode=True)
-    np.testing.assert_allclose(row, arrays["block_causal_logits"], **TOLERANCE)
-    clean = arrays["clean_block_causal_logits"]
-    part = both[:, length : length + clean.shape[1]]
-    np.testing.assert_allclose(logits(model, part, sample_mode=True), clean, **TOLERANCE)
+    np.testing.assert_allclose(row, arrays["block_causal_logits"], **CLOSE)
+    clean = arrays["clean_block_causal_logits"]  # of fewer blocks, which see no later ones
+    row = logits(model, both[:, length:], sample_mode=True)[:, : clean.shape[1]]
+    np.testing.assert_allclose(row, clean, **CLOSE)
 
 
 def test_bd3lm_decodes_with_a_cache_as_the_original_trains():
@@ -133,10 +108,10 @@ def test_bd3lm_decodes_with_a_cache_as_the_original_trains():
         return decoder.logits(params, memory, *part)
 
     found = tiny.jit(run)(model.params)
-    np.testing.assert_allclose(found, arrays["logits"][:, 8:12], **TOLERANCE)
+    np.testing.assert_allclose(found, arrays["logits"][:, 8:12], **CLOSE)
     in_one_pass = tiny.jit(models.block_apply(model.model, size))
     found = in_one_pass(model.params, np.concatenate([noised, clean], axis=1))
-    np.testing.assert_allclose(found, arrays["logits"], **TOLERANCE)
+    np.testing.assert_allclose(found, arrays["logits"], **CLOSE)
 
 
 def test_duo_logits_of_tokens_of_distributions_and_of_weighted_tokens():
@@ -144,13 +119,21 @@ def test_duo_logits_of_tokens_of_distributions_and_of_weighted_tokens():
     assert model.traits.mask_id is None and model.traits.time_conditioning
     sigma = arrays["timesteps_sigma"]
     raw = logits(model, arrays["input_ids"], timesteps=sigma)
-    np.testing.assert_allclose(raw, arrays["logits"], **TOLERANCE)
+    np.testing.assert_allclose(raw, arrays["logits"], **CLOSE)
     log_probs = jax.nn.log_softmax(raw, axis=-1)
-    np.testing.assert_allclose(log_probs, arrays["log_probs"], **TOLERANCE)
+    np.testing.assert_allclose(log_probs, arrays["log_probs"], **CLOSE)
     soft = logits(model, arrays["soft_inputs"], timesteps=sigma)
-    np.testing.assert_allclose(soft, arrays["soft_logits"], **TOLERANCE)
+    np.testing.assert_allclose(soft, arrays["soft_logits"], **CLOSE)
     mixed = logits(model, arrays["topk_ids"], timesteps=sigma, weights=arrays["topk_weights"])
-    np.testing.assert_allclose(mixed, arrays["topk_logits"], **TOLERANCE)
+    np.testing.assert_allclose(mixed, arrays["topk_logits"], **CLOSE)
+
+
+def test_udlm_logits():
+    """A class of its own with the parameters of Duo's."""
+    model, arrays = loaded("udlm-1"), reference("udlm-1")
+    assert (model.family.name, model.traits.time_conditioning) == ("udlm", True)
+    found = logits(model, arrays["input_ids"], timesteps=arrays["timesteps_sigma"])
+    np.testing.assert_allclose(found, arrays["logits"], **CLOSE)
 
 
 @pytest.mark.slow
@@ -179,7 +162,7 @@ def test_our_levels_are_the_noise_levels_of_mdlm():
     run = tiny.jit(model.model.apply)
     ids = arrays["input_ids"].astype(np.int32)
     raw = run(model.params, ids, masked_level(arrays["t"]))
-    np.testing.assert_allclose(raw, arrays["logits"], **TOLERANCE)
+    np.testing.assert_allclose(raw, arrays["logits"], **CLOSE)
 
 
 def test_bfloat16_is_as_close_as_the_original_in_bfloat16():
@@ -199,7 +182,7 @@ def test_scanned_layers_are_read_as_unrolled_ones():
         48,
     )
     raw = logits(model, arrays["input_ids"])
-    np.testing.assert_allclose(raw, arrays["logits"], **TOLERANCE)
+    np.testing.assert_allclose(raw, arrays["logits"], **CLOSE)
 
 
 def test_shards_of_queries_keys_and_values_come_from_their_rows_of_one_tensor():
@@ -210,7 +193,9 @@ def test_shards_of_queries_keys_and_values_come_from_their_rows_of_one_tensor():
     jax.tree.map(np.testing.assert_array_equal, sharded, whole)
 
 
-@pytest.mark.parametrize("name", (*MDLM, *BD3LM, "duo-1"))
+@pytest.mark.parametrize(
+    "name", slow_except({"mdlm-3", "bd3lm-2", "udlm-1"}, (*MDLM, *BD3LM, "duo-1", "udlm-1"))
+)
 def test_saving_gives_the_same_tensors(name, tmp_path):
     """To the bit, buffers included: rotary frequencies, and the range of masking rates."""
     target = hub.save(tmp_path / "model", loaded(name, None, scan_layers=name == "bd3lm-2"))
@@ -240,15 +225,14 @@ def test_the_range_of_masking_rates_is_read_from_buffers(name, clip):
         ("bd3lm-1", {"causal": True}, "causal=True changes the numbers"),
         ("bd3lm-1", {"block_size": 17}, "block_size 17 is not one of 1 to 16"),
         ("duo-1", {"causal": True}, "causal=True changes the numbers"),
+        ("udlm-1", {"cfg": True}, "cfg=True changes the numbers"),
         ("mdlm-1", {"n_blocks": 3}, "no tensor backbone.blocks.2"),
         ("mdlm-1", {"n_blocks": 1}, "tensors that config.json does not ask for"),
         ("mdlm-1", {"hidden_dim": 64}, r"has shape \[61, 32\], config.json asks for \[61, 64\]"),
     ],
 )
 def test_configs_of_other_numbers_are_refused(name, changes, message, tmp_path):
-    directory = shutil.copytree(DATA / name, tmp_path / "model")
-    raw = json.loads((directory / "config.json").read_text("utf-8"))
-    (directory / "config.json").write_text(json.dumps(raw | changes), "utf-8")
+    directory = copied(name, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         hub.load(directory)
 

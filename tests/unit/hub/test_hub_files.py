@@ -1,35 +1,19 @@
 """Reading and writing directories in the layout of Hugging Face, and what is refused."""
 
 import json
-import pathlib
 import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from checkpoints import DATA, copied, write_config
 from safetensors.numpy import load_file, save_file
 
 from mdm_jax import hub
 from mdm_jax.hub import files, leaves
 
-DATA = pathlib.Path(__file__).parents[2] / "data" / "hub"
 pytestmark = pytest.mark.keyless
-
-
-def copied(name, tmp_path, change=None, **config):
-    """A copy of a checkpoint of one file, its tensors changed by a function, and its config."""
-    directory = shutil.copytree(DATA / name, tmp_path / "model")
-    if change is not None:
-        path = directory / "model.safetensors"
-        tensors = load_file(path)
-        tensors = change(dict(tensors)) or tensors
-        save_file(tensors, path)
-    if config:
-        path = directory / "config.json"
-        raw = json.loads(path.read_text("utf-8")) | config
-        path.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}), "utf-8")
-    return directory
 
 
 def some_tensors():
@@ -425,9 +409,7 @@ def test_fields_that_change_the_numbers_are_refused_by_name(name, changes, messa
     directory.mkdir()
     weights = (DATA / name / "model.safetensors").resolve()
     (directory / "model.safetensors").symlink_to(weights)
-    raw = json.loads((DATA / name / "config.json").read_text("utf-8")) | changes
-    raw = {key: value for key, value in raw.items() if value is not ...}
-    (directory / "config.json").write_text(json.dumps(raw), "utf-8")
+    write_config(directory, name, changes)
     with pytest.raises(ValueError, match=message) as error:
         hub.load(directory)
     assert str(directory) in str(error.value)

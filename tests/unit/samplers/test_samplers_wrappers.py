@@ -63,13 +63,14 @@ def heard(wrapper, canvas, model=toy_model, rows=None) -> np.ndarray:
 CANVAS = np.array([[0, MASK, 1, MASK], [MASK, 2, MASK, MASK], [MASK] * 4])
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5, 0.5])
-def test_guided_logits(scale):
-    """uncond + scale (cond - uncond); without a prompt the two are one."""
+@pytest.mark.parametrize(("scale", "keep"), [(1.0, ()), (2.5, ()), (0.5, ()), (2.5, (1, 2))])
+def test_guided_logits(scale, keep):
+    """uncond + scale (cond - uncond); without a prompt the two are one. Kept tokens are in both."""
     conditional = np.stack([toy_logits()[number(row)] for row in CANVAS])
-    unconditional = np.tile(toy_logits()[number([MASK] * 4)], (3, 1, 1))
+    blind = np.where(np.isin(CANVAS, keep), CANVAS, MASK)
+    unconditional = np.stack([toy_logits()[number(row)] for row in blind])
     expected = unconditional + scale * (conditional - unconditional)
-    np.testing.assert_allclose(heard(prompt_guidance(scale), CANVAS), expected, atol=2e-6)
+    np.testing.assert_allclose(heard(prompt_guidance(scale, keep), CANVAS), expected, atol=2e-6)
     np.testing.assert_allclose(expected[2], conditional[2])
 
 

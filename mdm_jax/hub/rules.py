@@ -1,0 +1,311 @@
+"""Decoding rules of the families as data, the counts of their loops, and samplers made of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax import samplers
+from mdm_jax.checks import Plain, Real, Whole, checked
+from mdm_jax.draws import open_uniform
+from mdm_jax.models.cross_entropy import exclude_token
+from mdm_jax.samplers import Sampler, StepContext, filters
+from mdm_jax.samplers.by_score import (
+    best_positions,
+    in_blocks,
+    kept_count,
+    running_sums,
+    token_probability,
+)
+from mdm_jax.samplers.sampler import row_streams
+from mdm_jax.types import Array, ArrayLike
+
+Ids = functools.partial(Whole, "[0, 2e9]", "tokens", several=True)
+
+Schedule = Literal["llada", "dllm", "sdar", "dream", "ancestral", "first_hitting"]
+Score = Literal["confidence", "margin", "negative_entropy", "random", "first"]
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How a model is decoded.
+
+    Attributes:
+        schedule: tokens per pass. ``llada``: :func:`llada_counts` of a block's masks; ``dllm``:
+            :func:`dllm_counts` of them; ``sdar``: :func:`llada_counts` of the block's size;
+            ``dream``: :func:`dream_shares` of the masks that a row has on average over the batch;
+            ``ancestral``: each mask by itself (MDLM, and Dream's "origin"); ``first_hitting``: one
+            at a time, at random (BD3-LM).
+        steps: passes over all blocks, an equal number for each (rounded up); of one block if
+            ``cached``. None: one per token.
+        block_size: tokens filled together, left to right; None: the model's own, or all.
+        score: highest are filled first. ``confidence``: probability of the token drawn; ``margin``;
+            ``negative_entropy``; ``random``; ``first``: from left to right.
+        filtered: scores are of the distribution that tokens are drawn from (with temperature 0:
+            that of temperature 1), as with Dream and SDAR; LLaDA and dllm take the network's.
+        threshold: fill all positions of a higher score, if there are as many as the schedule asks
+            for (SDAR's low_confidence_dynamic); None: always as many as it asks for.
+        entropy_bound: fill by rising entropy as many positions as have less than this together, at
+            least one (entropy_bounded of SDAR's JetEngine), whatever the schedule asks for; needs
+            the score ``negative_entropy``. None: no bound.
+        temperature, top_k, top_p: of tokens; 0: the most likely.
+        order_temperature: positions are drawn in proportion to ``exp(score / temperature)``
+            (Dream's alg_temp).
+        suppress_tokens: have no probability (as in dllm).
+        begin_suppress_tokens: scores are of the distribution without these, so that positions for
+            which they are drawn are filled last (as in dllm).
+        guidance: logits ``u + (guidance + 1)(c - u)``, with u for given tokens masked (cfg_scale).
+        guidance_keep: given tokens that u keeps, wherever they stand (cfg_keep_tokens).
+        padding: where rows of a batch are filled up. ``right``: after the masks; ``left``: before
+            the prompt, positions counting from the first token of the prompt.
+        cached: blocks are read once when they are finished, and no block sees later ones. The
+            prompt is padded on the left to whole blocks, or on the right the last block is filled
+            whole, so that more tokens may be generated than asked for.
+        window: tokens that a cached block attends to, itself included, a multiple of block_size.
+            None: the length of its training for BD3-LM, whose cache slides; else all.
+        excludes_mask: the mask token has no probability (MDLM, BD3-LM). Elsewhere a network may
+            predict it; such a position stays masked for later steps, which fill no more tokens for
+            it, and the result may hold mask tokens.
+        largest_rate, smallest_time: masking rates ``largest_rate t`` for t even in
+            [smallest_time, 1], of ``ancestral`` and ``dream``.
+    """
+
+    schedule: Schedule
+    steps: Annotated[int, Whole("[1, 1e6]", "steps")] | None = None
+    block_size: Annotated[int, Whole("[1, 1e6]", "tokens", "filled together")] | None = None
+    score: Score = "confidence"
+    filtered: Annotated[bool, Plain(bool, "scores of the distribution drawn from")] = False
+    threshold: Annotated[float, Real("[-1e3, 1]", "", "of scores")] | None = None
+    entropy_bound: Annotated[float, Real("[0, 1e6]", "nats", "of a step")] | None = None
+    temperature: Annotated[float, Real("[0, 1e6]", "", "0: the most likely token")] = 0.0
+    top_k: Annotated[int, Whole("[1, 2e9]", "tokens", "likely ones kept")] | None = None
+    top_p: Annotated[float, Real("(0, 1]", "probability", "least mass of the tokens kept")] = 1.0
+    order_temperature: Annotated[float, Real("[0, 1e6]", "", "of positions")] = 0.0
+    suppress_tokens: Annotated[tuple[int, ...], Ids("never predicted")] = ()
+    begin_suppress_tokens: Annotated[tuple[int, ...], Ids("filled last")] = ()
+    guidance: Annotated[float, Real("[0, 1e3]", "", "by given tokens; 0: none")] = 0.0
+    guidance_keep: Annotated[tuple[int, ...], Ids("that guidance does not mask")] = ()
+    padding: Literal["left", "right"] = "right"
+    window: Annotated[int, Whole("[1, 1e9]", "tokens", "a block attends to")] | None = None
+    cached: Annotated[bool, Plain(bool, "finished blocks are cached")] = False
+    excludes_mask: Annotated[bool, Plain(bool, "the mask token is never predicted")] = False
+    largest_rate: Annotated[float, Real("(0, 1]", "masking rate")] = 1.0
+    smallest_time: Annotated[float, Real("(0, 1)", "time")] = 1e-3
+
+    def __post_init__(self):
+        for name in ("suppress_tokens", "begin_suppress_tokens", "guidance_keep"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list cannot be hashed
+        if self.entropy_bound is not None and (
+            (self.score, self.threshold, self.steps) != ("negative_entropy", None, None)
+            or self.schedule in ("dream", "ancestral", "first_hitting")
+        ):
+            raise ValueError(
+                "entropy_bound says how many positions a step fills: it needs "
+                "score='negative_entropy', threshold=None, steps=None and a schedule that counts a "
+                f"block's tokens; got {self}"
+            )
+        if self.guidance_keep and not self.guidance:
+            raise ValueError("guidance_keep is read with guidance alone: set guidance, or leave it")
+        if self.window and (not self.cached or self.window % (self.block_size or self.window)):
+            raise ValueError(
+                "window, of a rule with cached=True, must be a multiple of block_size; got "
+                f"{self.window}, cached={self.cached}, block_size={self.block_size}"
+            )
+
+
+_DREAM = {"filtered": True, "padding": "left"}
+_EXACT = {"temperature": 1.0, "excludes_mask": True}
+
+RULES = {
+    "llada": Rule(schedule="llada", padding="left"),
+    "dllm": Rule(schedule="dllm"),
+    "dllm_blocks": Rule(schedule="dllm", cached=True, padding="left"),
+    "dllm_dream": Rule(schedule="dllm", **_DREAM),
+    "dream": Rule(schedule="dream", **_DREAM),
+    "dream_origin": Rule(schedule="ancestral", **_DREAM),
+    "sdar": Rule(schedule="sdar", cached=True, filtered=True, threshold=0.85, temperature=1.0),
+    "mdlm": Rule(schedule="ancestral", largest_rate=1 - 1e-3, smallest_time=1e-5, **_EXACT),
+    "mdlm_greedy": Rule(schedule="dllm", excludes_mask=True),
+    "bd3lm": Rule(schedule="first_hitting", cached=True, **_EXACT),
+    "bd3lm_greedy": Rule(schedule="llada", cached=True, excludes_mask=True),
+}
+"""Loops by name: ``generate()`` of LLaDA; ``MDLMSampler``, ``BD3LMSampler`` (left-padded blocks)
+and ``DreamSampler`` of dllm; Dream's ``diffusion_generate``, and its algorithm "origin"; SDAR's
+``block_diffusion_generate`` (low_confidence_dynamic; ``threshold=None`` is low_confidence_static,
+with ``score="first"`` sequential); MDLM's ancestral and BD3-LM's first-hitting sampler, and greedy
+loops over their probabilities, which these repositories do not have."""
+
+OF_FAMILY = {name: name for name in ("llada", "dream", "sdar", "mdlm", "bd3lm")}
+INFILLING = {"dream": "dllm_dream", "mdlm": "mdlm", "bd3lm": "bd3lm"}
+"""Rules of families where none is given, ``dllm`` of the others."""
+
+
+# --- tokens per step, in NumPy, rounded as the loops round them ---------------------------------
+
+
+def llada_counts(masks: ArrayLike, steps: int) -> np.ndarray:
+    """[..., steps] tokens per step of LLaDA: ``n // steps``, one more in the first ``n % steps``.
+
+    Zeros are steps that fill nothing; they are skipped here, and cost a pass in the original.
+    """
+    masks = np.asarray(masks)[..., None]
+    return masks // steps + (np.arange(steps) < masks % steps)
+
+
+def dllm_counts(masks: ArrayLike, steps: int) -> np.ndarray:
+    """[..., steps] tokens per step of dllm with its linear schedule, zeros moved to the end.
+
+    ``round(left p)`` of the masks left, ``p = 1 - (1 - alpha(s)) / (1 - alpha(t))`` with alpha in
+    float32, the product in float64, half to even: not the counts of LLaDA, and not as even.
+    """
+    left = np.asarray(masks, np.int64).copy()
+    counts = np.zeros((*left.shape, steps), np.int64)
+    time = (np.arange(steps, -1, -1) / steps).astype(np.float32)
+    rate = np.float32(1) - (np.float32(1) - time)
+    for j in range(steps):
+        share = 1 - float(rate[j + 1] / rate[j])
+        counts[..., j] = np.minimum(np.round(left * share).astype(np.int64), left)
+        left -= counts[..., j]
+    order = np.argsort(counts == 0, axis=-1, kind="stable")
+    return np.take_along_axis(counts, order, axis=-1)
+
+
+def dream_shares(steps: int, smallest_time: float = 1e-3) -> np.ndarray:
+    """[steps] float32 shares of the masks left that Dream fills, rounded down; all in the last."""
+    time = even_times(steps, smallest_time)
+    return np.append(1 - time[1:-1] / time[:-2], np.float32(1))
+
+
+def even_times(steps: int, smallest_time: float) -> np.ndarray:
+    """[steps + 1] float32 times from 1 down to the smallest, as torch.linspace rounds them."""
+    last = np.float32(smallest_time)
+    index, step = np.arange(steps + 1, dtype=np.float32), (last - np.float32(1)) / np.float32(steps)
+    first_half = index < (steps + 1) // 2
+    return np.where(first_half, 1 + step * index, last - step * (steps - index)).astype(np.float32)
+
+
+# --- rules as samplers ------------------------------------------------------------------------
+
+
+def make_sampler(
+    rule: Rule, num_blocks: int, in_columns: bool = False
+) -> tuple[Sampler, np.ndarray | None]:
+    """The sampler of a rule with a ``block_size``, and its grid of noise levels, if it has one.
+
+    ``in_columns``: blocks are ``block_size`` columns of the canvas, not that many masked positions.
+    """
+    steps = rule.steps or rule.block_size * (1 if rule.cached else num_blocks)
+    steps = steps if rule.cached else -(-steps // num_blocks)
+    chain = [
+        samplers.top_p(rule.top_p) if rule.top_p < 1 else None,
+        samplers.top_k(rule.top_k) if rule.top_k else None,
+    ]
+    if rule.temperature > 0:
+        chain.insert(0, samplers.temperature(rule.temperature))
+    distribution = samplers.compose(*filter(None, chain))
+    greedy = samplers.temperature(0.0)
+    drawn_from = distribution if rule.temperature > 0 else greedy
+    grid = None
+    if rule.schedule == "ancestral":
+        rates = even_times(steps * num_blocks, rule.smallest_time) * np.float64(rule.largest_rate)
+        with np.errstate(divide="ignore"):  # -inf where everything is masked
+            grid = np.append(np.log1p(-rates[:-1]) - np.log(rates[:-1]), np.inf)
+        sampler = samplers.ancestral(drawn_from)._replace(excludes_mask=rule.excludes_mask)
+    elif rule.schedule == "first_hitting":
+        sampler = samplers.first_hitting(drawn_from)._replace(excludes_mask=rule.excludes_mask)
+    else:
+        steps, count = _counts(rule, steps)
+        sampler = in_blocks(
+            f"{rule.schedule} {rule.score}",
+            rule.block_size,
+            steps,
+            functools.partial(_preference, rule, distribution if rule.filtered else None),
+            drawn_from,
+            parts=functools.partial(_columns, rule.block_size) if in_columns else None,
+            count=count,
+            best=functools.partial(_best, rule),
+            excludes_mask=rule.excludes_mask,
+        )
+        sampler = sampler._replace(num_steps=lambda _: steps * (1 if rule.cached else num_blocks))
+    if rule.guidance:
+        guidance = samplers.prompt_guidance(rule.guidance + 1, rule.guidance_keep)
+        sampler = samplers.wrapped(sampler, guidance)
+    return sampler, grid
+
+
+def _columns(block_size: int, free: Array, block: Array) -> tuple[Array, Array]:
+    of_block = free & (jnp.arange(free.shape[-1]) // block_size == block)[None]
+    return of_block, of_block
+
+
+def _preference(
+    rule: Rule,
+    distribution: filters.LogitFilter | None,
+    context: StepContext,
+    logits: Array,
+    drawn: Array,
+) -> Array:
+    keys, shape = row_streams(context.keys, "order"), drawn.shape[1:]
+    logits = exclude_token(logits, *rule.begin_suppress_tokens)
+    logits = logits if distribution is None else distribution(logits)
+    if rule.score == "random":
+        return jax.vmap(lambda key: open_uniform(key, shape))(keys)
+    if rule.score == "first":
+        return jnp.zeros(drawn.shape)
+    if rule.score == "margin":
+        score = samplers.margin(logits)
+    elif rule.score == "negative_entropy":
+        probs = jax.nn.softmax(logits, axis=-1)
+        score = jnp.sum(probs * jnp.log(probs + 1e-10), axis=-1)
+    else:
+        score = token_probability(logits, drawn)
+    if rule.order_temperature:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, shape, mode="high"))(keys)
+        score = score / rule.order_temperature + noise
+    return score
+
+
+def _best(rule: Rule, score: Array, candidates: Array, count: Array) -> Array:
+    if rule.entropy_bound is not None:
+        first = best_positions(score, candidates, jnp.ones_like(count))
+        within = running_sums(-score, candidates) < rule.entropy_bound
+        return candidates & (within | first)
+    best = best_positions(score, candidates, count)
+    if rule.threshold is None:
+        return best
+    above = candidates & (score > rule.threshold)
+    return jnp.where((jnp.sum(above, axis=-1) >= count)[:, None], above, best)
+
+
+def _counts(rule: Rule, steps: int) -> tuple[int, Callable[[Array, Array, Array], Array]]:
+    """Steps of a block, and its ``count`` for ``samplers.by_score.in_blocks``."""
+    if rule.schedule == "dllm":
+        table = dllm_counts(np.arange(rule.block_size + 1), steps)
+        table = table[:, table.any(axis=0)].astype(np.int32)
+
+        def tabled(total: Array, left: Array, step: Array) -> Array:
+            del left
+            return jnp.asarray(table)[total, step]
+
+        return table.shape[1], tabled
+    if rule.schedule == "dream":
+        shares = dream_shares(steps, rule.smallest_time)
+
+        def shared(total: Array, left: Array, step: Array) -> Array:
+            mean = jnp.sum(left) / jnp.float32(left.shape[0])
+            count = jnp.floor(mean * jnp.asarray(shares)[step])
+            return jnp.broadcast_to(count.astype(total.dtype), total.shape)
+
+        return steps, shared
+
+    def even(total: Array, left: Array, step: Array) -> Array:
+        del left
+        of = jnp.full_like(total, rule.block_size) if rule.schedule == "sdar" else total
+        return kept_count(of, step, steps)
+
+    return steps, even
