@@ -319,7 +319,9 @@ def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_pat
 
     monkeypatch.setattr(samplers, "make_generator", generator)
     writer = training.MetricWriter(tmp_path)
-    hooks = train.make_hooks(make_experiment(presets.quickstart("smoke")), tmp_path, writer)
+    running = train.Running(make_experiment(presets.quickstart("smoke")))
+    stopping = training.EarlyStopping(training.StopSettings())
+    hooks = train.make_hooks(running, tmp_path, writer, stopping, {})
     for step in (1, 2):
         hooks.sample(step, {}, lambda: None)
     writer.close()
