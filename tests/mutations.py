@@ -54,6 +54,8 @@ LIKELIHOOD = "tests/laws/test_likelihood.py"
 SUBSETS = "tests/laws/test_subset_likelihood.py"
 MONITORS = "tests/laws/test_monitors.py"
 TOKEN_DEPENDENT = "tests/laws/test_token_dependent.py"
+CHOICE = "tests/laws/test_choice.py"
+STOPPING = "tests/unit/training/test_stopping.py"
 
 MUTATIONS = [
     # What the default chain learns from.
@@ -900,6 +902,28 @@ MUTATIONS = [
         'jax.config.update("jax_compilation_cache_dir", directory)',
         "pass",
         COMPILED,
+    ),
+    # What is chosen or ended by a measurement.
+    Mutation(
+        "choice of a chain: as many rows for two views as for one",
+        "meter/choice.py",
+        "size = passes // views",
+        "size = passes",
+        CHOICE,
+    ),
+    Mutation(
+        "choice of a chain: intervals left out",
+        "meter/choice.py",
+        "tied = bool(difference <= reach * error)",
+        "tied = False",
+        CHOICE,
+    ),
+    Mutation(
+        "early stopping: the gain for its upper end",
+        "training/stopping.py",
+        "if self._largest(gain) <= self._settings.min_gain",
+        "if gain.value <= self._settings.min_gain",
+        STOPPING,
     ),
 ]
 
