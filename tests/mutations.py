@@ -892,8 +892,8 @@ MUTATIONS = [
     Mutation(
         "variance mode: adaptive methods measured without a warm-up",
         "launch/modes/measure.py",
-        "for number in range(self.settings.warm_up):",
-        "for number in range(0):",
+        "itertools.islice(itertools.cycle(self.warm_up), self.settings.warm_up)",
+        "()",
         "tests/runs/test_variance_mode.py",
     ),
     Mutation(
