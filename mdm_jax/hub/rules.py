@@ -100,14 +100,20 @@ class Rule:
     def __post_init__(self):
         for name in ("suppress_tokens", "begin_suppress_tokens", "guidance_keep"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list cannot be hashed
+        scored = self.schedule not in ("ancestral", "first_hitting")
+        read = (self.score, self.threshold, self.steps, self.order_temperature)
         if self.entropy_bound is not None and (
-            (self.score, self.threshold, self.steps) != ("negative_entropy", None, None)
-            or self.schedule in ("dream", "ancestral", "first_hitting")
+            read != ("negative_entropy", None, None, 0) or not scored or self.schedule == "dream"
         ):
             raise ValueError(
                 "entropy_bound says how many positions a step fills: it needs "
-                "score='negative_entropy', threshold=None, steps=None and a schedule that counts a "
-                f"block's tokens; got {self}"
+                "score='negative_entropy', threshold=None, steps=None, order_temperature=0 and a "
+                f"schedule that counts a block's tokens; got {self}"
+            )
+        if self.begin_suppress_tokens and (not scored or self.score in ("random", "first")):
+            raise ValueError(
+                "begin_suppress_tokens is read by scores of tokens alone: confidence, margin or "
+                f"negative_entropy; got score={self.score}, schedule={self.schedule}"
             )
         if self.guidance_keep and not self.guidance:
             raise ValueError("guidance_keep is read with guidance alone: set guidance, or leave it")

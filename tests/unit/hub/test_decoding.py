@@ -475,6 +475,7 @@ def test_likelihood_of_a_model_that_knows_nothing():
         ({}, [[1]], {"suppress_tokens": [16]}, r"suppress_tokens must be in \[0, 16\)"),
         ({}, [[1]], {"guidance_keep": [1]}, "set guidance, or leave it"),
         ({}, [[1]], {"entropy_bound": 0.3}, "needs score='negative_entropy'"),
+        ({}, [[1]], {"begin_suppress_tokens": [1], "score": "first"}, "scores of tokens alone"),
         ({}, [[1]], {"window": 4}, "cached=True, must be a multiple"),
         ({}, [[1]], {"rule": "sdar", "block_size": 4, "window": 6}, "must be a multiple of block_"),
     ],
