@@ -120,9 +120,10 @@ class Experiment:
 
     def with_noted_chain(self, notes: Any) -> "Experiment":
         """This run under the chain of a checkpoint's notes, where ``auto`` chose one."""
-        if not chains.is_automatic(self.config) or not isinstance(notes, dict):
+        noted = notes.get("chain") if isinstance(notes, dict) else None
+        if noted is None or not chains.is_automatic(self.config):
             return self
-        return self.with_chain(chains.chain_of(notes.get("chain"), "the checkpoint's notes"))
+        return self.with_chain(chains.chain_of(noted, "the checkpoint's notes"))
 
     def initial_state(self, params: PyTree | None = None) -> TrainState:
         """Sharded state at step 0, from parameters (which are donated), else the source's or new.

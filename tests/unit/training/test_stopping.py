@@ -2,9 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from mdm_jax import training
 from mdm_jax.training import EarlyStopping, StopSettings
 
 SIZES = np.full(200, 10)
@@ -91,3 +95,75 @@ def test_bounds_that_are_not_finite_are_passed_over_and_other_rows_refused():
     assert stopping.state["counted"] == 0
     with pytest.raises(ValueError, match="other rows than that of step 1"):
         stopping.observe(4, first[:50], SIZES[:50])
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the loop: nothing that it may catch."""
+
+
+class Batches:
+    """A stream that counts."""
+
+    def __init__(self):
+        self.position = {"batch": 0}
+
+    def __next__(self):
+        self.position = {"batch": self.position["batch"] + 1}
+
+    def get_state(self):
+        return self.position
+
+
+MEANS = {2: 3.0, 4: 2.5, 6: 2.2}
+"""Bound after so many steps; afterwards that of step 6."""
+
+
+def run(directory, kill_at=None):
+    """A run of up to 40 steps that learn nothing; (last step, notes of the last checkpoint)."""
+    state = tiny.new_state(tiny.objective().spec(2, tiny.LENGTH))
+    checkpoints = training.Checkpoints(directory)
+    restored = checkpoints.restore_last(training.abstract(jax.tree.map(jnp.asarray, state)))
+    noted, batches = {}, Batches()
+    if restored is not None:
+        state, noted = restored.state, restored.notes
+    stopping = EarlyStopping(StopSettings(patience=2, min_gain=0.02), noted.get("stop"))
+    notes = {"stop": stopping.state}
+
+    def step(state, _batch):
+        if int(state.step) == kill_at:
+            raise Killed
+        metrics = training.StepMetrics(*np.zeros(len(training.StepMetrics._fields)))
+        return state.replace(step=state.step + 1), metrics
+
+    def evaluate(step, _ema, _check):
+        mean = MEANS.get(step, 2.2)
+        stopping.observe(step, evaluations([mean], 0.1, seed=step)[0], SIZES)
+        notes["stop"] = stopping.state
+        return {"loss": mean}
+
+    try:
+        training.train(
+            step,
+            state,
+            batches,
+            options=training.LoopOptions(40, evaluate_every=2, checkpoint_every=4),
+            checkpoints=checkpoints,
+            writer=training.SilentWriter(),
+            hooks=training.Hooks(evaluate, finished=lambda: stopping.stopped),
+            notes=notes,
+            progress=noted.get("progress"),
+        )
+        kept = checkpoints.restore_last(training.abstract(jax.tree.map(jnp.asarray, state)))
+        return int(kept.state.step), kept.notes, checkpoints.best_metrics()["step"]
+    finally:
+        checkpoints.close()
+
+
+def test_a_run_ends_early_and_at_the_same_step_after_a_kill(tmp_path):
+    step, notes, best = run(tmp_path / "whole")
+    assert (step, best) == (10, 6)
+    assert notes["stop"]["counted"] == 2 and notes["stop"]["step"] == 6
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", kill_at=9)
+    assert run(tmp_path / "parts") == (step, notes, best)
+    assert run(tmp_path / "parts", kill_at=step) == (step, notes, best)  # takes no step more
