@@ -48,6 +48,7 @@ CACHE = "tests/unit/models/test_kv_cache.py"
 ATTENTION = "tests/unit/models/test_attention.py"
 PIPELINE = "tests/unit/data/test_pipeline.py"
 PACKING = "tests/unit/data/test_packing.py"
+SOURCES = "tests/unit/data/test_rows.py"
 POSITIONS = "tests/unit/samplers/test_samplers_positions.py"
 GRIDS = "tests/unit/schedules/test_schedules_grids.py"
 LIKELIHOOD = "tests/laws/test_likelihood.py"
@@ -504,8 +505,8 @@ MUTATIONS = [
     Mutation(
         "data: in the order of the file",
         "data/pipeline.py",
-        ".seed(int(seed)).shuffle().repeat(None)",
-        ".seed(int(seed)).repeat(None)",
+        ".seed(part_seed(seed, number)).shuffle().repeat(None)",
+        ".seed(part_seed(seed, number)).repeat(None)",
         PIPELINE,
     ),
     Mutation(
@@ -542,6 +543,27 @@ MUTATIONS = [
         "room[node] -= size\n",
         "room[node] -= size + 1\n",
         PACKING,
+    ),
+    Mutation(
+        "noise by example: every visit draws the same",
+        "data/rows.py",
+        "(visits[:, None] * count + numbers)",
+        "(0 * visits[:, None] * count + numbers)",
+        SOURCES,
+    ),
+    Mutation(
+        "noise by example: sources draw the same",
+        "data/rows.py",
+        "(part << 24) | positions",
+        "(0 * part << 24) | positions",
+        SOURCES,
+    ),
+    Mutation(
+        "random cuts: the same on every visit",
+        "data/rows.py",
+        "int(visits[i])",
+        "0 * int(visits[i])",
+        SOURCES,
     ),
     # Logits, attention and caches: what is computed, held and kept.
     Mutation(
