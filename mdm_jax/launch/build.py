@@ -19,10 +19,10 @@ from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
+from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.datasets import dataset
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
-from mdm_jax.launch.modes import chain as chains
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
 from mdm_jax.launch.workdir import check_source

@@ -9,10 +9,11 @@ import pytest
 
 from mdm_jax import training
 from mdm_jax.launch import presets
+from mdm_jax.launch.auto import chain as chains
+from mdm_jax.launch.auto import choose
+from mdm_jax.launch.auto.chain import Chain
 from mdm_jax.launch.build import make_experiment
-from mdm_jax.launch.modes import auto, train
-from mdm_jax.launch.modes import chain as chains
-from mdm_jax.launch.modes.chain import Chain
+from mdm_jax.launch.modes import train
 from mdm_jax.launch.workdir import WorkdirError
 
 STEPS, EVERY = 12, 6
@@ -49,17 +50,17 @@ def test_chains_are_measured_within_the_budget(one_device, tmp_path, monkeypatch
     assert experiment.chain == Chain(("stratified", "ppots_slopes"))
     state = experiment.initial_state()
     done = []
-    record, chain, _ = auto.choose(experiment, state, lambda *_: done.append(1))
-    assert list(record["chains"]) == [auto.REFERENCE, *(Chain(order).name for order in two)]
+    record, chain, _ = choose.choose(experiment, state, lambda *_: done.append(1))
+    assert list(record["chains"]) == [choose.REFERENCE, *(Chain(order).name for order in two)]
     # Two batches of warm-up; 13 redraws of 4 groups in batches of 4 passes under 3 chains.
     assert record["passes"] == 2 * 4 + 13 * 4 * 4 * 3 <= record["allowed"] == 640
     assert record["chains"]["stratified, ppots_slopes, mirror"]["views"] == 2
     assert record["chains"][record["name"]]["tied"] and record["name"] == chain.name
     assert done
-    text = auto.describe(record)
+    text = choose.describe(record)
     assert f"chosen: {chain.name} [exact] (" in text and "variance per pass" in text
-    auto.write(tmp_path, record)
-    auto.write(tmp_path, record)
+    choose.write(tmp_path, record)
+    choose.write(tmp_path, record)
     assert chains.last_choice(tmp_path) == chain  # the same step is not written twice
     assert len((tmp_path / chains.RECORDS).read_text().splitlines()) == 1
     again = make_experiment(config, tmp_path)
@@ -76,34 +77,34 @@ def test_every_process_has_candidates_that_can_be_measured(one_device, preset):
     config.variance.auto.update(budget=1.0, passes=4, groups=4, warm_up=2)
     config.train.update(steps=200)
     experiment = make_experiment(config)
-    record, chain, _ = auto.choose(experiment, experiment.initial_state())
+    record, chain, _ = choose.choose(experiment, experiment.initial_state())
     names = [Chain(order).name for order in chains.CANDIDATES[config.process]]
-    assert list(record["chains"]) == [auto.REFERENCE, *names] and not record["left_out"]
+    assert list(record["chains"]) == [choose.REFERENCE, *names] and not record["left_out"]
     assert record["passes"] <= record["allowed"]
     assert chain.name in names
 
 
 def test_too_small_a_budget_is_said_and_the_default_taken(one_device):
     experiment = make_experiment(automatic())
-    assert auto.plan(experiment, {}, same_rows=False).redraws == 0
+    assert choose.plan(experiment, {}, same_rows=False).redraws == 0
     state = training.TrainState(np.int32(0), {}, {}, {}, {}, {}, 0, 0)
-    record, chain, _ = auto.choose(experiment, state)
+    record, chain, _ = choose.choose(experiment, state)
     assert chain == Chain(("stratified", "ppots_slopes")) and record["passes"] == 0
     assert "variance.auto.budget=0.02 of the run's 96 forward-backward passes allows 1" in (
-        auto.describe(record)
+        choose.describe(record)
     )
 
 
 def test_ranges_are_tried_when_asked_for_and_in_mid_run_views_stay(one_device):
     experiment = make_experiment(automatic(("auto_truncated",), budget=1.0))
-    planned = auto.plan(experiment, {}, same_rows=False)
+    planned = choose.plan(experiment, {}, same_rows=False)
     ranges = [name for name, t in planned.transforms.items() if t.bias == "truncated"]
     assert ranges == ["stratified, clipped 0.3 to 0.8", "stratified, clipped 0.45 to 0.95"]
     clipped = experiment.with_chain(planned.chains[ranges[0]])
     assert clipped.bias() == "truncated"
     assert chains.chain_of(json.loads(json.dumps(clipped.chain.to_dict())), "") == clipped.chain
-    later = auto.plan(experiment.with_chain(FIRST), {}, same_rows=True)
-    assert {t.views for n, t in later.transforms.items() if n != auto.REFERENCE} == {2}
+    later = choose.plan(experiment.with_chain(FIRST), {}, same_rows=True)
+    assert {t.views for n, t in later.transforms.items() if n != choose.REFERENCE} == {2}
     assert "it would change the rows of a step" in later.left_out["stratified"]
 
 
@@ -118,7 +119,7 @@ class Stop(training.Interrupt):
 def run(workdir, monkeypatch, interrupt=None, kill_at=None):
     """Train with choices that are made up: another chain of two views in mid-run."""
 
-    def choose(experiment, state, check):
+    def made_up(experiment, state, check):
         step, chain = int(state.step), FIRST if int(state.step) < EVERY else SECOND
         if interrupt is not None and interrupt.step == step:
             interrupt.requested = True
@@ -139,7 +140,7 @@ def run(workdir, monkeypatch, interrupt=None, kill_at=None):
             raise Killed
         return step(self, state, batch)
 
-    monkeypatch.setattr(auto, "choose", choose)
+    monkeypatch.setattr(choose, "choose", made_up)
     monkeypatch.setattr(train.Running, "step", killing)
     experiment = make_experiment(automatic(every=EVERY), workdir)
     return train.train(experiment, workdir, interrupt)

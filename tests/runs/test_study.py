@@ -23,7 +23,7 @@ from experiments.study.runs import Run
 from experiments.study.suites import METHODS, SUITES, Suite, Task, tuning
 from mdm_jax import rng
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.modes.chain import transform
+from mdm_jax.launch.auto.chain import transform
 from mdm_jax.launch.workdir import WorkdirError, claim
 
 pytestmark = pytest.mark.first

@@ -15,9 +15,9 @@ import numpy as np
 from mdm_jax import data, distributed, files, training
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
+from mdm_jax.launch.auto import choose
+from mdm_jax.launch.auto.chain import Chain, is_automatic, last_choice
 from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
-from mdm_jax.launch.modes import auto
-from mdm_jax.launch.modes.chain import Chain, is_automatic, last_choice
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.workdir import (
@@ -290,9 +290,9 @@ def _with_chosen_chain(
     interrupt: training.Interrupt,
 ) -> tuple[Experiment, TrainState]:
     """The choice of ``variance.order=auto`` before the first step, recorded in the workdir."""
-    record, chain, _ = auto.choose(experiment, state, interrupt.check)
-    print(auto.describe(record), flush=True)
-    auto.write(workdir, record)
+    record, chain, _ = choose.choose(experiment, state, interrupt.check)
+    print(choose.describe(record), flush=True)
+    choose.write(workdir, record)
     if chain == experiment.chain:
         return experiment, state
     experiment = experiment.with_chain(chain)
@@ -311,11 +311,11 @@ def _rechoose_hook(
         c = running.experiment.config
         if step % c.variance.auto.every or step >= c.train.steps:
             return state
-        record, chain, variance = auto.choose(running.experiment, state, check)
-        auto.write(workdir, record)
-        print(f"\n{auto.describe(record)}", flush=True)
+        record, chain, variance = choose.choose(running.experiment, state, check)
+        choose.write(workdir, record)
+        print(f"\n{choose.describe(record)}", flush=True)
         changed = chain != running.experiment.chain
-        writer.scalars(step, "adapt", {"chain_changed": float(changed), **auto.scalars(record)})
+        writer.scalars(step, "adapt", {"chain_changed": float(changed), **choose.scalars(record)})
         if changed:
             state = running.change(chain, state, variance)
             notes["chain"] = chain.to_dict()

@@ -17,8 +17,8 @@ import numpy as np
 import tqdm
 
 from mdm_jax import data, distributed, files, meter, rng, variance
+from mdm_jax.launch.auto.chain import CANDIDATES, DEFAULTS, RANGES, RECORDS, Chain
 from mdm_jax.launch.build import Experiment
-from mdm_jax.launch.modes.chain import CANDIDATES, DEFAULTS, RANGES, RECORDS, Chain
 from mdm_jax.meter.efficiency import MIN_REDRAWS, Efficiency
 from mdm_jax.meter.subject import Subject
 from mdm_jax.training.step import TrainState
