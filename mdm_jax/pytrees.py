@@ -1,6 +1,7 @@
-"""Frozen dataclasses that are pytrees."""
+"""Frozen dataclasses that are pytrees; parts of pytrees of parameters."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -31,3 +32,21 @@ def pytree_dataclass(cls: T) -> T:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+TRAINED = "adapters"
+"""The collection that alone is trained where variables hold one (``models.lora``)."""
+
+
+def trained(params: PyTree) -> PyTree:
+    """The part of ``params`` that gradients are taken of: all, or the adapters of variables."""
+    if isinstance(params, Mapping) and TRAINED in params:
+        return {TRAINED: params[TRAINED]}
+    return params
+
+
+def of_trained(function: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
+    """``function(params, ...)`` as a function of :func:`trained` in place of ``params``."""
+    if trained(params) is params:
+        return function
+    return lambda part, *args: function({**params, **part}, *args)

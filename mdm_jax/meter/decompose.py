@@ -26,6 +26,7 @@ from mdm_jax.meter.nested import (
     spread_terms,
 )
 from mdm_jax.meter.subject import Progress, Subject, random_signs
+from mdm_jax.pytrees import of_trained, trained
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -151,7 +152,7 @@ def decompose_gradients(
     """
     rows, left_out = _design(rows, levels_per_row, masks_per_level)
     visit = jax.jit(row_visit(subject, key, levels_per_row, masks_per_level))
-    grand, by_row = start(subject.params), []
+    grand, by_row = start(trained(subject.params)), []
     for index in range(rows.tokens.shape[0]):
         row = jax.tree.map(lambda field, i=index: field[i : i + 1], rows)
         grand, seen = visit(subject.params, grand, row, np.int32(index))
@@ -185,19 +186,21 @@ _BUCKETS = 1024
 def row_visit(subject: Subject, key: Array, levels: int, masks: int) -> Callable[..., Any]:
     """``visit(params, grand, row, index) -> (grand, RowGradients)``: adds a row to the mean."""
     draw_row, losses = nested_draw(key, subject), subject.estimator.losses
-    gradient = jax.grad(lambda params, batch, draw: losses(params, batch, draw)[0])
 
     def visit(params: PyTree, grand: RunningMean, row: Batch, index: Array):
+        part = trained(params)
+        gradient = jax.grad(of_trained(lambda *cell: losses(*cell)[0], params))
+
         def next_mask(cell: RunningMean, at: tuple[Array, Array]):
-            return add(cell, gradient(params, row, draw_row(index, *at)))
+            return add(cell, gradient(part, row, draw_row(index, *at)))
 
         def next_level(running: RunningMean, level: Array):
             at = jnp.broadcast_to(level, masks), jnp.arange(masks)
-            cell, terms = jax.lax.scan(next_mask, start(params), at)
+            cell, terms = jax.lax.scan(next_mask, start(part), at)
             running, term = add(running, cell.mean)
             return running, (jnp.sum(terms) / (masks - 1), term)
 
-        running, (within, terms) = jax.lax.scan(next_level, start(params), jnp.arange(levels))
+        running, (within, terms) = jax.lax.scan(next_level, start(part), jnp.arange(levels))
         grand, change = add(grand, running.mean)
         between, sketched = jnp.sum(terms) / (levels - 1), _sketch(running.mean, key)
         return grand, RowGradients(jnp.mean(within), between, change, sketched)

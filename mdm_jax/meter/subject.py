@@ -22,6 +22,7 @@ from mdm_jax.objectives.objective import (
     summed_loss,
     token_mean,
 )
+from mdm_jax.pytrees import of_trained, trained
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
 from mdm_jax.variance.transform import VarianceTransform
@@ -52,7 +53,10 @@ class Estimator(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is measured; ``spec`` is that of a *training* batch, and ``state`` is only read."""
+    """What is measured; ``spec`` is that of a *training* batch, and ``state`` is only read.
+
+    Gradients are of the part of ``params`` that is trained (``pytrees.trained``).
+    """
 
     estimator: Estimator
     params: PyTree
@@ -74,9 +78,11 @@ def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
     def directional(
         params: PyTree, batch: Batch, draw: Draw, key: Array, probes: int
     ) -> tuple[Array, Array]:
-        value, along = jax.linearize(lambda p: losses(p, batch, draw, dense), params)
+        part = trained(params)
+        loss = of_trained(lambda p: losses(p, batch, draw, dense), params)
+        value, along = jax.linearize(loss, part)
         each = jax.lax.map(
-            lambda probe: along(random_signs(jax.random.fold_in(key, probe), params)),
+            lambda probe: along(random_signs(jax.random.fold_in(key, probe), part)),
             jnp.arange(probes),
         )
         return value, each
@@ -113,7 +119,7 @@ def gradient_deviations(
     """Squared deviations of batch gradients [N - 1] and the squared norm of their mean.
     Each has the expectation ``tr Cov(G)``; see :mod:`mdm_jax.estimates`. Holds three gradients.
     """
-    mean, terms = start(params).mean, []
+    mean, terms = start(trained(params)).mean, []
     for index, (batch, draw) in enumerate(batches):
         count = np.float32(index)
         mean, term = estimator.accumulate(mean, count, params, batch, draw, num_microbatches)

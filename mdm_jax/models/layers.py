@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.models import lora
 from mdm_jax.models.products import product, product_p
 from mdm_jax.sharding import constrain
 from mdm_jax.types import Array
@@ -38,6 +39,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
         # The backward pass keeps x in the operands' dtype, and no copy of the kernel.
         y = product("...i,io->...o", x.astype(self.dtype), kernel, self.dtype)
+        y = lora.add(self, x, y, self.dtype)
         if not self.use_bias:
             return y
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
@@ -57,6 +59,10 @@ class Kernel(nn.Module):
     def __call__(self) -> Array:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         return self.param("kernel", init, self.shape, self.param_dtype)
+
+    def adapted(self, x: Array, y: Array, dtype: jnp.dtype) -> Array:
+        """The product ``y`` of ``x`` and the kernel, with that of its adapter (``lora.add``)."""
+        return lora.add(self, x, y, dtype)
 
 
 class Bias(nn.Module):

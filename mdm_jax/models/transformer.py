@@ -11,7 +11,7 @@ import numpy as np
 
 from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.models import attention as attentions
-from mdm_jax.models import layers, moe
+from mdm_jax.models import layers, lora, moe
 from mdm_jax.models.cross_entropy import Projection, Readout
 from mdm_jax.models.kv_cache import KeyValues
 from mdm_jax.models.layers import Kernel, Linear, Norm, Rotary, rematerialised
@@ -143,16 +143,17 @@ class Attention(nn.Module):
         kernels = {
             name: Kernel(
                 (c.width, count * c.head_size), ("embed", "heads"), c.param_dtype, name=name
-            )()
+            )
             for name, count in heads.items()
         }
         # Few products: x is read less often, and its gradient is summed inside them.
         together = [list(heads)] if c.kv_heads == c.num_heads else [["query"], ["key", "value"]]
         projected = {}
         for names in together:
-            stacked = jnp.stack([kernels[name] for name in names], axis=1)
+            stacked = jnp.stack([kernels[name]() for name in names], axis=1)
             y = product("nli,ico->nlco", x.astype(c.dtype), stacked, c.dtype)
-            projected |= {name: y[:, :, i] for i, name in enumerate(names)}
+            for i, name in enumerate(names):
+                projected[name] = kernels[name].adapted(x, y[:, :, i], c.dtype)
         if c.qkv_bias:
             for name in heads:
                 projected[name] = layers.Bias(c.param_dtype, name=f"{name}_bias")(projected[name])
@@ -268,7 +269,7 @@ def stack_blocks(
     if c.scan_layers:
         scanned = nn.scan(
             rematerialised(_ScanBlock, c.remat, scanned=True),
-            variable_axes={"params": 0},
+            variable_axes=dict.fromkeys(("params", *lora.COLLECTIONS), 0),
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.depth,

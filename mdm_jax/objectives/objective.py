@@ -12,6 +12,7 @@ from mdm_jax.checks import Bins, checked
 from mdm_jax.corruption.process import Corruption
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.models.cross_entropy import with_loss_weights
+from mdm_jax.pytrees import of_trained, trained
 from mdm_jax.schedules.laws import Law, logistic
 from mdm_jax.types import Array, Batch, ModelFn, PyTree
 
@@ -93,18 +94,19 @@ def accumulate_gradient(
 ) -> tuple[PyTree, LossSums, LossStats]:
     """Gradient of a :func:`summed_loss`, its sums and stats, accumulated over microbatches.
 
-    Not divided by the global batch's tokens. ``num_microbatches`` must divide the batch's rows.
+    Of the part of ``params`` that is trained (``pytrees.trained``). Not divided by the global
+    batch's tokens. ``num_microbatches`` must divide the batch's rows.
     """
-    gradient = jax.grad(loss, has_aux=True)
+    gradient, part = jax.grad(of_trained(loss, params), has_aux=True), trained(params)
     if num_microbatches == 1:
-        gradients, (sums, stats) = gradient(params, batch, draw)
+        gradients, (sums, stats) = gradient(part, batch, draw)
         return gradients, sums, stats
 
     def add(total: tuple[PyTree, LossSums], microbatch: tuple[Batch, Draw]):
-        gradients, (sums, stats) = gradient(params, *microbatch)
+        gradients, (sums, stats) = gradient(part, *microbatch)
         return jax.tree.map(jnp.add, total, (gradients, sums)), stats
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()),) * 4))
+    zeros = (jax.tree.map(jnp.zeros_like, part), LossSums(*(jnp.zeros(()),) * 4))
     microbatches = (
         draws.split_rows(batch, num_microbatches, axis=0),
         draws.split_rows(draw, num_microbatches, axis=1),

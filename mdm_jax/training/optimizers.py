@@ -8,12 +8,13 @@ import optax
 import optax.contrib
 
 from mdm_jax.checks import Real, Whole, checked
+from mdm_jax.pytrees import TRAINED
 from mdm_jax.types import PyTree
 
 _B1 = Annotated[float, Real("[0, 1)", "per step", "decay of Adam's first moments")]
 _B2 = Annotated[float, Real("[0, 1)", "per step", "decay of Adam's second moments")]
 _WeightDecay = Annotated[
-    float, Real("[0, 10]", "per step and learning rate", "of kernels and embeddings")
+    float, Real("[0, 10]", "per step and learning rate", "of kernels, embeddings, adapters")
 ]
 _ClipNorm = Annotated[float, Real("(0, 1e6]", "global norm", "of gradients; None: no clipping")]
 
@@ -133,7 +134,7 @@ def muon(
 def decayed(params: PyTree) -> PyTree:
     """True for parameters under weight decay, by name: stacked norm scales look like matrices."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: bool({"kernel", "embedding"} & _names(path)), params
+        lambda path, _: bool({"kernel", "embedding", TRAINED} & _names(path)), params
     )
 
 

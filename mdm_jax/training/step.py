@@ -135,6 +135,7 @@ def make_train_step(
     ema_decay: Annotated[float, Real("[0, 1)", "per step", "of the parameters' average")] = 0.999,
     num_microbatches: Annotated[int, Whole("[1, 1e6]", "", "equal parts of the batch")] = 1,
     monitors: Sequence[Monitor] = (),
+    variables: Callable[[PyTree, Array, Array], PyTree] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Build ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -143,6 +144,9 @@ def make_train_step(
     leaves parameters, EMA, optimiser and variance state as they were and counts itself. ``spec`` is
     ``objective.spec(batch_size, length)`` of the global batch; ``ema_decay`` is less during
     the first steps. The noise of a ``KeyedBatch`` goes with its examples (:func:`step_draw`).
+    ``variables(params, key, rows)``, if given, makes what ``apply_fn`` gets of the state's
+    parameters, the step's key and the numbers of rows in the batch: adapters beside frozen
+    parameters, with their dropout (``models.lora.join``).
     ValueError unless ``num_microbatches`` divides the batch size and monitors have distinct names.
     """
     if spec.batch_size % num_microbatches:
@@ -160,8 +164,16 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = getattr(batch, "example_keys", None)
         draw = step_draw(seed, state.step, transform, state.variance, spec, keys)
+
+        def loss_of_rows(params: PyTree, numbered: tuple[Batch, Array], draw: Draw) -> tuple:
+            rows, numbers = numbered
+            if variables is not None:
+                params = variables(params, rng.step_key(seed, state.step), numbers)
+            return loss_fn(params, rows, draw)
+
+        numbered = batch, jnp.arange(spec.batch_size)
         gradients, sums, stats = accumulate_gradient(
-            loss_fn, state.params, batch, draw, num_microbatches
+            loss_of_rows, state.params, numbered, draw, num_microbatches
         )
         gradients = jax.tree.map(lambda g: token_mean(g, sums.eligible), gradients)
         loss = token_mean(sums.loss, sums.eligible)
@@ -251,14 +263,14 @@ def compile_step(
     step: Callable[..., Any],
     abstract_state: PyTree,
     abstract_batch: PyTree,
-    *constants: Array,
+    *constants: PyTree,
     options: Mapping[str, str] | None = None,
 ) -> CompiledStep:
     """Compile a train step for ShapeDtypeStructs with shardings, its state donated.
 
-    ``constants`` are placed arrays, further arguments of the step; runs that differ in them alone,
-    such as in the seed, share a cache entry. ``options`` replace :func:`compiler_options`.
-    MemoryError if the compiler finds no plan that fits a device.
+    ``constants`` are placed arrays, further arguments of the step such as frozen parameters; runs
+    that differ in them alone, such as in the seed, share a cache entry. ``options`` replace
+    :func:`compiler_options`. MemoryError if the compiler finds no plan that fits a device.
     """
     started = time.monotonic()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
