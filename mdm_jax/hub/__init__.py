@@ -19,5 +19,12 @@ from mdm_jax.hub.model import (
     save,
     with_mask_row,
 )
+from mdm_jax.hub.peft import (
+    load_adapters,
+    projection_names,
+    read_spec,
+    save_adapters,
+    with_adapters,
+)
 from mdm_jax.hub.rules import RULES, Rule
 from mdm_jax.hub.tokenizer import ChatRenderer, HubTokenizer

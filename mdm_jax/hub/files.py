@@ -58,7 +58,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 class TensorFiles:
-    """Tensors of one safetensors file, or of shards with an index, by name.
+    """Tensors of one safetensors file (``single``), or of shards with an index, by name.
 
     Attributes:
         shapes, dtypes: of every tensor; the latter as NumPy names ("bfloat16").
@@ -68,15 +68,15 @@ class TensorFiles:
     index and the shards disagree.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        self.directory = pathlib.Path(directory)
+    def __init__(self, directory: str | os.PathLike, single: str = _SINGLE):
+        self.directory, self._single = pathlib.Path(directory), single
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.file_of: dict[str, str] = {}
         self._starts: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         index = self._weight_map()
-        for file in sorted(set(index.values())) if index else [_SINGLE]:
+        for file in sorted(set(index.values())) if index else [single]:
             self._open(file)
         for name in index.keys() | self.file_of.keys() if index else ():
             if index.get(name) != self.file_of.get(name):
@@ -129,7 +129,7 @@ class TensorFiles:
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> shard by the index; empty if a single file holds everything."""
-        if (self.directory / _SINGLE).exists():  # the original classes look for it first
+        if (self.directory / self._single).exists():  # the original classes look for it first
             return {}
         path = self.directory / INDEX
         if not path.exists():
@@ -155,7 +155,7 @@ class TensorFiles:
                 "code when opened, and are refused. Where torch is installed, "
                 "python -m experiments.convert_pickle writes them as safetensors (weights only)"
             )
-        raise ValueError(f"{self.directory}: no {_SINGLE} and no {INDEX}")
+        raise ValueError(f"{self.directory}: no {self._single} and no {INDEX}")
 
     def _open(self, file: str) -> None:
         path = self.directory / file
@@ -245,14 +245,15 @@ def write_tensors(
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         names.sort(key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))  # aligned
         weights |= dict.fromkeys(names, file)
-        _write_file(directory / file, {name: tensors[name] for name in names})
+        write_file(directory / file, {name: tensors[name] for name in names})
     if len(shards) > 1 and distributed.is_first():
         size = sum(tensor.size for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weights.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+def write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into one file; process 0 writes, all make the tensors."""
     codes = {name: code for code, name in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

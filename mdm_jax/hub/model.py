@@ -118,8 +118,8 @@ def load(
         source: the directory, or a model id such as "GSAI-ML/LLaDA-8B-Instruct", downloaded by
             ``huggingface_hub`` if that is installed.
         dtype: of products, "float32" or "bfloat16" as a rule; None: as in the files.
-        param_dtype: of parameters; None: ``dtype``. Training wants "float32" under a narrower
-            ``dtype``.
+        param_dtype: of parameters; None: ``dtype``; "stored": as in the files. Training wants
+            "float32" under a narrower ``dtype``.
         mesh: parameters are sharded over it (``sharding.make_mesh``), each read where it belongs;
             None: one device. A warning names what it does not divide.
         tokenizer: one to use instead of the directory's, :meth:`HubTokenizer.read`; False: none.
@@ -166,8 +166,9 @@ def describe(
     tensors = files.TensorFiles(directory)
     traits = family.read_buffers(traits, tensors)
     stored = _stored(tensors, family)
-    dtype = _dtype(dtype or _most_common(stored.dtypes), "dtype")
-    param_dtype = _dtype(param_dtype or dtype, "param_dtype")
+    own = _most_common(stored.dtypes)
+    dtype = _dtype(dtype or own, "dtype")
+    param_dtype = _dtype(own if param_dtype == "stored" else param_dtype or dtype, "param_dtype")
     config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, **settings)
     model = family.model(config)
     codec = _tokenizer(directory, family, traits) if tokenizer is True else tokenizer or None

@@ -26,6 +26,7 @@ from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
 from mdm_jax.launch.workdir import check_source
+from mdm_jax.models import lora
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import BatchStream
@@ -51,6 +52,8 @@ class Experiment:
         jobs: canvases that samples fill in, none for pictures.
         clip_search: chooses the range of ``clipped_adaptive``; None without it.
         source: the model that the run begins from, without parameters; None without.
+        adapter: what is trained beside the source's frozen parameters; None: all is trained.
+        frozen: these parameters, once :meth:`with_frozen` has read them.
     """
 
     config: ConfigDict
@@ -70,6 +73,8 @@ class Experiment:
     jobs: tuple[sample.Job, ...]
     clip_search: Callable[..., Any] | None
     source: hub.HubModel | None = None
+    adapter: lora.Lora | None = None
+    frozen: PyTree = None
 
     @property
     def model(self) -> nn.Module:
@@ -85,10 +90,11 @@ class Experiment:
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
-        """Pure step ``(state, batch, seed=the config's)``, not jitted; the seed can be traced."""
+        """Pure step ``(state, batch, seed=the config's, frozen=None)``, not jitted; the seed can be
+        traced, and so can the ``frozen`` parameters."""
         apply_fn = sharding.sharded_apply(self.apply_fn, self.mesh, sharding.LOGICAL_RULES)
 
-        def make(seed: ArrayLike) -> Callable[[TrainState, Batch], tuple]:
+        def make(seed: ArrayLike, frozen: PyTree) -> Callable[[TrainState, Batch], tuple]:
             return training.make_train_step(
                 apply_fn,
                 self.objective,
@@ -99,12 +105,16 @@ class Experiment:
                 ema_decay=self.config.optimizer.ema_decay,
                 num_microbatches=self.config.train.num_microbatches,
                 monitors=self.monitors,
+                variables=self.adapter
+                and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
             )
 
-        own = make(self.config.seed)
+        make(self.config.seed, None)  # checks the settings
 
-        def step(state: TrainState, batch: Batch, seed: Array | None = None) -> tuple:
-            return (own if seed is None else make(seed))(state, batch)
+        def step(
+            state: TrainState, batch: Batch, seed: Array | None = None, frozen: PyTree = None
+        ) -> tuple:
+            return make(self.config.seed if seed is None else seed, frozen)(state, batch)
 
         return step
 
@@ -128,7 +138,7 @@ class Experiment:
     def initial_state(self, params: PyTree | None = None) -> TrainState:
         """Sharded state at step 0, from parameters (which are donated), else the source's or new.
 
-        New ones are a function of the config alone.
+        New ones are a function of the config alone. Parameters are adapters, if these are trained.
         """
         if params is None and self.source is not None:
             params = self.source_params()
@@ -143,9 +153,23 @@ class Experiment:
 
         return jax.jit(make, out_shardings=places, donate_argnums=0)(params)
 
-    def source_params(self) -> PyTree:
-        """Parameters of the model that the run begins from."""
-        return sources.load_params(self.config, self.mesh)
+    def source_params(self) -> PyTree | None:
+        """Parameters of the source, or adapters of ``adapter.init_from``; None: new adapters."""
+        if self.adapter is None:
+            return sources.load_params(self.config, self.mesh)
+        start, places = self.config.adapter.init_from, self.abstract_state().params
+        return start and hub.load_adapters(start, self.source, self.adapter, places) or None
+
+    def with_frozen(self, workdir: files.Path) -> "Experiment":
+        """This run with the parameters that it does not train; WorkdirError as ``load_frozen``."""
+        if self.adapter is None or self.frozen is not None:
+            return self
+        frozen = sources.load_frozen(self.config, self.mesh, workdir)
+        return dataclasses.replace(self, frozen=frozen)
+
+    def variables(self, params: PyTree) -> PyTree:
+        """What networks are applied to, of trained parameters."""
+        return lora.join(self.frozen, params, self.adapter) if self.adapter else params
 
     def abstract_state(self) -> TrainState:
         return sharding.abstract_sharded(self._new_state, self.mesh)
@@ -198,12 +222,13 @@ class Experiment:
 
     def describe(self) -> str:
         """Summary of the run for the terminal and the report."""
-        params = jax.eval_shape(lambda: nn.meta.unbox(self._init(jax.random.key(0))))
+        whole = self.shapes()
         return "\n".join(
             [
                 self.dataset.description,
-                f"model: {training.num_params(params):,} parameters, {type(self.model).__name__}, "
+                f"model: {training.num_params(whole):,} parameters, {type(self.model).__name__}, "
                 f"rows of {self.dataset.length} elements, {self.dataset.vocab_size} ids",
+                *sources.describe_adapter(self.source, whole, self.adapter),
                 f"objective: {self.objective.name} over {self.objective.corruption.name}, "
                 f"{self.family.levels_from}; variance: "
                 f"{'auto, now ' * chains.is_automatic(self.config)}{self.transform.name}, "
@@ -225,6 +250,16 @@ class Experiment:
         )
 
     def _init(self, key: Array) -> PyTree:
+        """What is trained."""
+        if self.adapter is None:
+            return self._init_model(key)
+        return lora.init(key, self.shapes(), self.adapter)
+
+    def shapes(self) -> PyTree:
+        """Shapes of all parameters, logical axes named."""
+        return jax.eval_shape(self._init_model, jax.random.key(0))
+
+    def _init_model(self, key: Array) -> PyTree:
         init = training.linen_init(self.model, self.dataset.length, self.family.input_dtype)
         return init(key)
 
@@ -238,7 +273,7 @@ def make_experiment(
     are settings that count though they are defaults (``source.filled``).
     """
     launch_config.check_config(config)
-    source = sources.read(config, workdir)
+    adapter, source = sources.adapter(config), sources.read(config, workdir)
     config = sources.filled(config, source, given, workdir)
     rows = dataset(config, source)
     family = lookup(FAMILIES, config.process, "process")(config, rows, source)
@@ -274,9 +309,12 @@ def make_experiment(
         if "clipped_adaptive" in config.variance.order
         else None,
         source=source,
+        adapter=adapter,
         **_parts_of_chain(config, rows, family, chain),
     )
     experiment.step  # noqa: B018  (checks the step's settings)
+    if adapter is not None:
+        lora.kernels(experiment.shapes(), adapter, hub.projection_names(experiment.source))
     for split, source in (held_out, *[("valid", rows.valid)] * bool(len(rows.valid))):
         batches = experiment.batches(source, e.max_rows)
         if not any(np.any(batch.units) for batch in batches):  # as a rule the first one has some
@@ -411,15 +449,16 @@ def open_workdir(workdir: str | os.PathLike) -> training.CheckpointReader:
 def load_parameters(experiment: Experiment, workdir: files.Path) -> tuple[int, PyTree]:
     """(step, averaged parameters) of a run: the best by validation loss, else the last.
 
-    Of the model that it begins from, where it has not begun. Its optimiser and variance chain may
-    differ. CheckpointError if there are none of this network.
+    Those of adapters are with the frozen ones (``Experiment.variables``). Of the model that it
+    begins from, where it has not begun. Its optimiser and variance chain may differ.
+    CheckpointError if there are none of this network.
     """
     found = read_parameters(workdir, experiment.abstract_state())
     if found is None and experiment.source is not None:
-        return 0, experiment.source_params()
+        found = 0, experiment.initial_state().params
     if found is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
-    return found
+    return found[0], experiment.with_frozen(workdir).variables(found[1])
 
 
 def read_parameters(

@@ -19,6 +19,7 @@ from mdm_jax import data, models, samplers, training
 from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.launch import names
 from mdm_jax.launch.names import Setting, defaults, sections
+from mdm_jax.models.lora import Lora
 
 TASK_ROWS = ("answer_padding", "train_rows", "valid_rows", "test_rows")
 """Settings of the rows of any task."""
@@ -147,6 +148,14 @@ def settings() -> Mapping[str, Any]:
         ),
         "data": _data(),
         "model": _model(),
+        "adapter": {
+            "name": _name("", ("", "lora"), "what is trained beside model.source; '': all of it"),
+            **defaults(Lora),
+            "base_dtype": _name(
+                "", ("", *names.DTYPES), "of the frozen parameters; '': as in the source's files"
+            ),
+            "init_from": _text("", "directory of adapters in the layout of PEFT to start from"),
+        },
         "block": {
             "size": _whole(16, _COUNT, "tokens", "a divisor of data.length; 1: autoregressive"),
             "window": _whole(0, _NATURAL, "blocks", "attended to, own included; 0: all"),

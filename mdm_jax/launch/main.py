@@ -19,6 +19,7 @@ also has the variant :smoke, of seconds. A finished run has its own config.
 Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
 Own text:   --config.data.source=text --config.data.path=FILE
 Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)
+Adapters:   --config.adapter.name=lora --config.adapter.rank=16
 Devices:    --config.mesh=data=2,fsdp=4,tensor=1
 Free in every mode: --config.evaluate.* sample.* spacing.* measure.* mesh.*
 
@@ -28,6 +29,7 @@ Flags:
   --steps=16: short for --config.sample.num_steps=16
   --allow_config_change: go on in a workdir whose run has another config
   --parameters=last, --dtype=bfloat16: what export writes; else averages
+  --adapter: export adapters as a directory of PEFT; else they are merged
   --max_tokens, --temperature, --answer_steps (or --steps), --template: of chat
   --over: of a sweep: NAME=VALUE,VALUE;NAME=VALUE,...
   --restart: start anew in a workdir with a run, whose history is kept beside
@@ -103,6 +105,9 @@ _PARAMETERS = flags.DEFINE_enum(
     "parameters", "ema", ("ema", "last"), "export, chat: averaged ones, or those of the last step."
 )
 _DTYPE = flags.DEFINE_string("dtype", None, "export: of all tensors; else as in the source.")
+_ADAPTER = flags.DEFINE_bool(
+    "adapter", False, "export: the adapters alone, as a directory of PEFT; else merged."
+)
 _SOURCE = flags.DEFINE_string("source", None, "chat: directory or id of a model of others.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "chat: longest answer.", 1)
 _STEPS = flags.DEFINE_integer(
@@ -312,8 +317,10 @@ def _claim(experiment: Experiment, workdir: files.Path, always: bool = False) ->
 def _export(workdir: files.Path) -> int:
     if _TO.value is None:
         return _fail("--to is required: the directory to write, new or empty")
-    step, model = exports.export(workdir, _TO.value, _PARAMETERS.value == "last", _DTYPE.value)
-    print(f"step {step} written to {_TO.value} in the layout of {model.family.name}")
+    step, layout = exports.export(
+        workdir, _TO.value, _PARAMETERS.value == "last", _DTYPE.value, _ADAPTER.value
+    )
+    print(f"step {step} written to {_TO.value} in the layout of {layout}")
     return 0
 
 
@@ -323,7 +330,8 @@ def _chat(workdir: files.Path | None) -> int:
     if workdir is None:
         model = hub.load(_SOURCE.value)
     else:
-        _, model = exports.open_run(workdir, _PARAMETERS.value == "last", num_devices=1)
+        run = exports.open_run(workdir, _PARAMETERS.value == "last", num_devices=1)
+        model = exports.merged(run, workdir)
     templated = _TEMPLATE.value
     if templated is None:
         templated = workdir is None or saved_config(workdir).data.source == "chat"

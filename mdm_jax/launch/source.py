@@ -1,17 +1,21 @@
 """Runs that begin from a model of others: ``model.source``."""
 
 import copy
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Collection
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from mdm_jax import distributed, files, hub
+from mdm_jax import distributed, files, hub, training
 from mdm_jax.hub.files import NOTES, fingerprint
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.workdir import WorkdirError, read_config, saved_config
+from mdm_jax.launch.workdir import WorkdirError, read_config, resolved, saved_config
+from mdm_jax.models import lora
+from mdm_jax.models.lora import Lora
 from mdm_jax.types import PyTree
 
 FOLDER = "source"
@@ -41,8 +45,7 @@ def read(config: ConfigDict, workdir: files.Path | None = None) -> hub.HubModel 
         return None
     folder = None if workdir is None else workdir / FOLDER
     begun = folder is not None and (folder / NOTES).exists()
-    free = {name: c[name] for name in ("attention", "dtype", "param_dtype", "remat", "scan_layers")}
-    source = _with_mask(hub.describe(_local(folder) if begun else c.source, **free))
+    source = _with_mask(hub.describe(_local(folder) if begun else c.source, **_free(config)))
     converted = source.traits.attention == "causal" and config.process != "autoregressive"
     return hub.bidirectional(source) if converted else source
 
@@ -131,9 +134,79 @@ def _clip(
 
 def load_params(config: ConfigDict, mesh: jax.sharding.Mesh) -> PyTree:
     """Parameters of the source, each read where it belongs on the mesh."""
-    c = config.model
-    kinds = {name: c[name] for name in ("attention", "dtype", "param_dtype", "remat")}
-    return _with_mask(hub.load(c.source, mesh=mesh, scan_layers=c.scan_layers, **kinds)).params
+    return _with_mask(hub.load(config.model.source, mesh=mesh, **_free(config))).params
+
+
+def load_frozen(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: files.Path) -> PyTree:
+    """:func:`load_params` for a run that keeps adapters alone; WorkdirError, in all processes, if
+    the source has gone, or changed since the run was started."""
+    problem = None
+    if distributed.is_first():
+        advice = (
+            f"{workdir} holds adapters of it alone; put it back, or name where it is now: "
+            "--config.model.source=DIR --allow_config_change"
+        )
+        try:
+            directory = hub.resolve(config.model.source)
+            notes = workdir / FOLDER / NOTES
+            if notes.exists() and files.read_json(notes).get("fingerprint") != fingerprint(
+                directory
+            ):
+                problem = f"model.source={directory} has changed, and {advice}"
+        except ValueError as error:
+            problem = f"model.source has gone ({error}), and {advice}"
+    problem = distributed.from_first(problem)
+    if problem is not None:
+        raise WorkdirError(problem)
+    return load_params(config, mesh)
+
+
+def adapter(config: ConfigDict) -> Lora | None:
+    """What the section ``adapter`` describes; None where all parameters are trained.
+
+    ValueError for settings that are not read, or contradict it.
+    """
+    c, default = resolved(config), resolved(launch_config.get_config())
+    own = c["adapter"]
+    if not own["name"]:
+        unread = [f"{name}={value!r}" for name, value in own.items()
+                  if value != default["adapter"][name]]  # fmt: skip
+        if unread:
+            raise ValueError(
+                f"adapter.{', adapter.'.join(unread)} would not be read, as all parameters are "
+                "trained; add --config.adapter.name=lora, or leave it out"
+            )
+        return None
+    if not c["model"]["source"]:
+        raise ValueError(
+            "adapter.name=lora needs model.source, the model whose frozen parameters are read "
+            "again whenever the run is; a run of your own becomes one by mdm export"
+        )
+    if c["train"]["init_from"]:
+        raise ValueError(
+            "adapter.name=lora does not read train.init_from; start from that run's model (mdm "
+            "export, then model.source=DIR), or its adapters (mdm export --adapter, then "
+            "adapter.init_from=DIR)"
+        )
+    if c["model"]["param_dtype"] != default["model"]["param_dtype"]:
+        raise ValueError(
+            f"model.param_dtype={c['model']['param_dtype']}: adapters are float32; "
+            "adapter.base_dtype is of the frozen parameters"
+        )
+    return Lora(**{f.name: config.adapter[f.name] for f in dataclasses.fields(Lora)})
+
+
+def describe_adapter(source: hub.HubModel | None, shapes: PyTree, spec: Lora | None) -> list[str]:
+    """A line about what is trained of a network with parameters of these ``shapes``, or none."""
+    if spec is None:
+        return []
+    adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, spec))
+    chosen = {path[-2] for path in lora.kernels(shapes, spec)}
+    return [
+        f"trained: {training.num_params(adapters):,} parameters of adapters of rank {spec.rank}, "
+        f"scale {spec.scale:g}, at {', '.join(sorted(chosen))}; the model's are frozen in "
+        f"{source.config.param_dtype.name}"
+    ]
 
 
 def keep(config: ConfigDict, source: hub.HubModel | None, workdir: files.Path) -> None:
@@ -158,6 +231,15 @@ def keep(config: ConfigDict, source: hub.HubModel | None, workdir: files.Path) -
         # The notes last: they tell that the rest is whole.
         for path in sorted(pathlib.Path(made_in).iterdir(), key=lambda path: path.name == NOTES):
             files.write(folder / path.name, path.read_bytes())
+
+
+def _free(config: ConfigDict) -> dict[str, Any]:
+    """Settings of the network that a source leaves free."""
+    c = config.model
+    free = {name: c[name] for name in ("attention", "dtype", "param_dtype", "remat", "scan_layers")}
+    if config.adapter.name:
+        free["param_dtype"] = config.adapter.base_dtype or "stored"
+    return free
 
 
 def _with_mask(model: hub.HubModel) -> hub.HubModel:

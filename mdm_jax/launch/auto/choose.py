@@ -158,7 +158,8 @@ def choose(
             f"shortest takes {planned.least:,} (budget {needed:.2g}); not measured"
         )
     else:
-        figures = _measure(experiment, state.params, planned, learned, step, check)
+        params = experiment.variables(state.params)
+        figures = _measure(experiment, params, planned, learned, step, check)
         truncated = any(each.bias != "exact" for each in planned.transforms.values())
         ranked = meter.rank(figures, REFERENCE, by_noise_to_signal=truncated)
         record["chains"] = {

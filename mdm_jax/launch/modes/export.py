@@ -1,6 +1,7 @@
 """A run's model alone, without its data: opened, and written in a layout of others."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,15 +13,31 @@ from mdm_jax.launch import source
 from mdm_jax.launch.build import read_parameters
 from mdm_jax.launch.families import network
 from mdm_jax.launch.workdir import WorkdirError, read_config, saved_config
+from mdm_jax.models import lora
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.ema import AverageOffset
 from mdm_jax.training.step import TrainState
+from mdm_jax.types import PyTree
+
+
+class Opened(NamedTuple):
+    """A run's model: the step of its parameters, and adapters where these alone were trained.
+
+    ``model`` has no parameters then; :func:`merged` gives it some.
+    """
+
+    step: int
+    model: hub.HubModel
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    spec: lora.Lora | None = None
+    adapters: PyTree = None
 
 
 def open_run(
     workdir: files.Path, last: bool = False, layout: bool = False, num_devices: int | None = None
-) -> tuple[int, hub.HubModel]:
-    """(step, model with parameters) of a run, which needs neither its data nor its source.
+) -> Opened:
+    """The model of a run, which needs neither its data nor its source.
 
     The best averaged parameters, or those of the ``last`` step as they are, over ``num_devices``
     (None: all). WorkdirError without a
@@ -39,16 +56,20 @@ def open_run(
         wrong = "process" if attention is None else "block.window"
         value = config.process if attention is None else config.block.window
         raise ValueError(f"{workdir}: models of others have nothing like {wrong}={value!r}")
-    model = source.read(config, workdir)
+    model, spec = source.read(config, workdir), source.adapter(config)
     if model is None:
         model = _own(config, workdir, attention, size, layout)
     else:
         traits = dataclasses.replace(model.traits, attention=attention, block_size=size)
         model = dataclasses.replace(model, traits=traits)
-    init = training.linen_init(model.model, 8)
+
+    def init() -> PyTree:
+        params = training.linen_init(model.model, 8)(jax.random.key(0))
+        return params if spec is None else lora.init(jax.random.key(0), params, spec)
+
     devices = jax.devices()[:num_devices]
     mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), sharding.AXES)
-    params = sharding.abstract_sharded(lambda: init(jax.random.key(0)), mesh)
+    params = sharding.abstract_sharded(init, mesh)
     dtype = config.optimizer.ema_dtype
     average = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), params)
     average = AverageOffset(average) if dtype == "bfloat16" else average
@@ -56,26 +77,48 @@ def open_run(
     step = jax.ShapeDtypeStruct((), "int32", sharding=whole)
     found = read_parameters(workdir, TrainState(step, params, average, *[None] * 5), last)
     if found is None:
-        if not config.model.source:
+        if spec is not None or not config.model.source:
             raise CheckpointError(f"{workdir} has no checkpoint yet; run --mode=train first")
         found = 0, source.load_params(config, mesh)
-    return found[0], dataclasses.replace(model, params=found[1])
+    if spec is None:
+        return Opened(found[0], dataclasses.replace(model, params=found[1]), config, mesh)
+    return Opened(found[0], model, config, mesh, spec, found[1])
+
+
+def merged(run: Opened, workdir: files.Path) -> hub.HubModel:
+    """The model of a run with parameters, adapters merged; WorkdirError if their source is gone."""
+    if run.spec is None:
+        return run.model
+    base = source.load_frozen(run.config, run.mesh, workdir)
+    return dataclasses.replace(run.model, params=lora.merge(base, run.adapters, run.spec))
 
 
 def export(
-    workdir: files.Path, to: str, last: bool = False, dtype: str | None = None
-) -> tuple[int, hub.HubModel]:
+    workdir: files.Path,
+    to: str,
+    last: bool = False,
+    dtype: str | None = None,
+    adapter: bool = False,
+) -> tuple[int, str]:
     """Write a run to a new directory in the layout of its source, or of Qwen3, Qwen2 or Llama.
 
-    Returns step and model. A tokenizer of ours is written as ``mdm_tokenizer.json``. Raises as
-    :func:`open_run` and ``hub.save``.
+    With ``adapter`` the adapters alone, in the layout of PEFT. Returns the step, and the layout. A
+    tokenizer of ours is written as ``mdm_tokenizer.json``. Raises as :func:`open_run`,
+    :func:`merged`, ``hub.save`` and ``hub.save_adapters``; ValueError for a run without adapters.
     """
-    step, model = open_run(workdir, last, layout=True)
+    run = open_run(workdir, last, layout=True)
+    if adapter and run.spec is None:
+        raise ValueError(f"{workdir}: without adapters (adapter.name=''); leave out --adapter")
+    if adapter:
+        options = {"base": run.config.model.source, "dtype": dtype or None}
+        hub.save_adapters(to, run.model, run.adapters, run.spec, **options)
+        return run.step, "PEFT"
+    model = merged(run, workdir)
     directory = hub.save(to, model, dtype=dtype or None)
     own = workdir / "tokenizer.json"
     if model.tokenizer is None and own.exists() and distributed.is_first():
         files.write(directory / "mdm_tokenizer.json", own.read_bytes())
-    return step, model
+    return run.step, model.family.name
 
 
 def _own(

@@ -262,7 +262,9 @@ def _parameters(
         finally:
             checkpoints.close()
     if restored is None:
-        return experiment, None, experiment.initial_state().params, None
+        params = experiment.initial_state().params
+        return experiment, None, experiment.with_frozen(workdir).variables(params), None
     state = restored.state
     own = experiment.with_noted_chain(restored.notes)
-    return own, int(state.step), state.params, state.variance
+    params = experiment.with_frozen(workdir).variables(state.params)
+    return own, int(state.step), params, state.variance

@@ -28,6 +28,7 @@ from mdm_jax.launch.workdir import (
     check_source,
     claim,
     read_config,
+    saved_config,
     saved_nothing,
     set_history_aside,
     training_lock,
@@ -84,13 +85,14 @@ def train(
             check_history(workdir, checkpoints.unsaved)
             checkpoints.begin()
             sources.keep(c, experiment.source, workdir)
+            experiment = experiment.with_frozen(workdir)
             state, noted, rows = initial_state(experiment), {}, experiment.spec.batch_size
             if is_automatic(c) and last_choice(workdir) is None:
                 experiment, state = _with_chosen_chain(experiment, state, workdir, interrupt)
             if experiment.spec.batch_size != rows:
                 batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
         else:
-            experiment = experiment.with_noted_chain(restored.notes)
+            experiment = experiment.with_noted_chain(restored.notes).with_frozen(workdir)
             state, noted = _continue(restored, _stream(experiment), batches)
         progress = noted.get("progress", {})
         stopping = training.EarlyStopping(training.StopSettings(**c.train.stop), noted.get("stop"))
@@ -132,14 +134,14 @@ def initial_state(experiment: Experiment) -> TrainState:
     """The state at step 0, with parameters of the run ``train.init_from`` or of ``model.source``.
 
     A masked model can continue as a block or autoregressive one; optimiser, averages and variance
-    transforms start afresh. Raises WorkdirError if there is no run or its tokens differ,
-    CheckpointError without a checkpoint of this network.
+    transforms start afresh. Raises WorkdirError if there is no run, its tokens differ, or it holds
+    adapters alone, CheckpointError without a checkpoint of this network.
     """
     source = experiment.config.train.init_from
     if not source:
         return experiment.initial_state()
     directory = files.as_path(source)
-    check_source(directory, experiment.dataset.tokenizer, "train.init_from")
+    _check_source(experiment)
     found = read_parameters(directory, experiment.abstract_state())
     if found is None:
         raise CheckpointError(f"train.init_from: {directory} has no checkpoint yet; train it first")
@@ -157,7 +159,17 @@ def check_start(experiment: Experiment, workdir: files.Path) -> None:
     started = bool(checkpoints.steps())
     checkpoints.close()
     if not started:
-        check_source(files.as_path(source), experiment.dataset.tokenizer, "train.init_from")
+        _check_source(experiment)
+
+
+def _check_source(experiment: Experiment) -> None:
+    directory = files.as_path(experiment.config.train.init_from)
+    check_source(directory, experiment.dataset.tokenizer, "train.init_from")
+    if saved_config(directory).adapter.name:
+        raise WorkdirError(
+            f"train.init_from: {directory} holds adapters alone; mdm export writes the merged "
+            "model, from which model.source=DIR begins"
+        )
 
 
 class Running:
@@ -176,6 +188,7 @@ class Running:
             experiment.abstract_state(),
             experiment.abstract_batch(),
             experiment.placed_seed(),
+            *([experiment.frozen] if experiment.adapter else []),
         )
         print(compiled.describe(), flush=True)
         self._step = compiled.call
@@ -224,8 +237,8 @@ def make_hooks(
 
     def evaluate_step(step: int, ema: PyTree, check: Callable) -> dict[str, float]:
         # The same key every time: differences between evaluations are not masking noise.
-        batches = experiment.batches(dataset.valid, max_rows)
-        result = experiment.validate(ema, experiment.key(0, "evaluate"), batches, check)
+        batches, params = experiment.batches(dataset.valid, max_rows), experiment.variables(ema)
+        result = experiment.validate(params, experiment.key(0, "evaluate"), batches, check)
         values = _scalars(experiment.family.record(result))
         if experiment.config.train.stop.patience:
             gain = stopping.observe(step, result.per_row_nats, row_sizes(result))
@@ -237,7 +250,8 @@ def make_hooks(
     def sample_step(step: int, ema: PyTree, check: Callable) -> None:
         check()
         key = experiment.key(step, "sample")
-        show_samples(dataset, experiment.jobs, generate, workdir, step, ema, key, writer)
+        params = experiment.variables(ema)
+        show_samples(dataset, experiment.jobs, generate, workdir, step, params, key, writer)
 
     adapt = None
     if experiment.clip_search:
@@ -267,7 +281,7 @@ def _adapt_hook(
 
     def adapt(step: int, state: TrainState, check: Callable) -> TrainState:
         choice = experiment.clip_search(
-            training.averaged(state),
+            experiment.variables(training.averaged(state)),
             list(experiment.batches(source, count * rows)),
             experiment.key(step, "clip_search"),
             step=step,
