@@ -43,20 +43,25 @@ CONFIG = {
 }
 
 
-def make(directory: pathlib.Path, depth: int, dtype: str) -> None:
-    """Write a model of random weights."""
-    shapes = {"model.embed_tokens.weight": (151936, 1024), "model.norm.weight": (1024,)}
-    for i in range(depth):
+def make(directory: pathlib.Path, config: dict, dtype: str) -> None:
+    """Write a model of random weights with these fields of config.json."""
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    heads, key_heads = (
+        config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    shapes["model.norm.weight"] = (width,)
+    for i in range(config["num_hidden_layers"]):
         block = f"model.layers.{i}."
         shapes |= {
-            block + f"{name}_layernorm.weight": (1024,) for name in ("input", "post_attention")
+            block + f"{name}_layernorm.weight": (width,) for name in ("input", "post_attention")
         }
-        shapes |= {block + f"self_attn.{name}_norm.weight": (128,) for name in "qk"}
-        shapes |= {block + f"self_attn.{name}_proj.weight": (1024, 1024) for name in "kv"}
-        shapes[block + "self_attn.q_proj.weight"] = (2048, 1024)
-        shapes[block + "self_attn.o_proj.weight"] = (1024, 2048)
-        shapes |= {block + f"mlp.{name}_proj.weight": (3072, 1024) for name in ("gate", "up")}
-        shapes[block + "mlp.down_proj.weight"] = (1024, 3072)
+        shapes |= {block + f"self_attn.{name}_norm.weight": (config["head_dim"],) for name in "qk"}
+        shapes |= {block + f"self_attn.{name}_proj.weight": (key_heads, width) for name in "kv"}
+        shapes[block + "self_attn.q_proj.weight"] = (heads, width)
+        shapes[block + "self_attn.o_proj.weight"] = (width, heads)
+        shapes |= {block + f"mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
+        shapes[block + "mlp.down_proj.weight"] = (width, hidden)
     rng = np.random.default_rng(0)
 
     def random(shape: tuple[int, ...]) -> np.ndarray:
@@ -67,8 +72,7 @@ def make(directory: pathlib.Path, depth: int, dtype: str) -> None:
         for name, shape in shapes.items()
     }
     mdm_jax.hub.files.write_tensors(directory, tensors, 10**12)
-    config = CONFIG | {"num_hidden_layers": depth, "torch_dtype": dtype}
-    (directory / "config.json").write_text(json.dumps(config), "utf-8")
+    (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}), "utf-8")
 
 
 def memory(field: str) -> int:
@@ -127,7 +131,7 @@ def main(_: list[str]) -> None:
         return
     with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as name:
         directory = pathlib.Path(name)
-        make(directory, _DEPTH.value, _STORED.value)
+        make(directory, CONFIG | {"num_hidden_layers": _DEPTH.value}, _STORED.value)
         file = directory / "model.safetensors"
         size = file.stat().st_size
         print(f"{size / 1e9:.2f} GB of {_STORED.value}\n")

@@ -12,6 +12,8 @@ import tiny
 
 from experiments.benchmarks import (
     command,
+    hub_load,
+    hub_memory,
     input_pipeline,
     machine,
     sampling,
@@ -20,7 +22,7 @@ from experiments.benchmarks import (
     variance_probe,
     yardstick,
 )
-from mdm_jax import draws, objectives, training
+from mdm_jax import draws, hub, objectives, sharding, training
 
 TINY = setting.Shape("tiny", 8, 11, 16, 1, 2, 4, 8, False)
 QUICK = command.Options(("default",), rounds=1, seconds=0.0)
@@ -219,3 +221,37 @@ def test_steps_are_measured_where_only_the_small_stack_is_installed():
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "unavailable" in done.stdout
+
+
+SMALL = hub_load.CONFIG | {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "mask_token_id": 63,
+}
+
+
+def test_the_made_model_has_the_tensors_of_its_config(tmp_path):
+    hub_load.make(tmp_path, SMALL, "bfloat16")
+    model = hub.load(tmp_path)
+    assert model.params["params"]["block_1"]["mlp"]["up"]["kernel"].shape == (32, 48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_memory_of_a_released_model_is_counted_by_its_shards(dtype, size):
+    """Two moments and an average; everything but nothing larger is in the compiler's sum."""
+    mesh = sharding.make_mesh(fsdp=8)
+    programs = hub_memory.build(SMALL, mesh, 8, 16, dtype, "full")
+    embedding, block = 64 * 32, 32 * (2 * 32 + 2 * 16 + 3 * 48) + 2 * 32
+    a_device = (embedding + 2 * block + 32) // 8 + 2 * 2 * 8  # norms of heads are whole
+    found = hub_memory.measure(*programs["train"])
+    assert found["parameters"] == found["average"] == size * a_device
+    assert 2 * size * a_device <= found["optimiser"] < 2 * size * a_device + 64
+    state = found["parameters"] + found["average"] + found["optimiser"]
+    assert state < found["all"] - found["temporaries"] < state + 4096
+    assert hub_memory.measure(*programs["forward"])["parameters"] == size * a_device

@@ -1,5 +1,6 @@
 """Loaded models give the logits of the original classes, on the checkpoints of tests/data/hub."""
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -64,6 +65,21 @@ def test_given_positions_of_a_causal_model():
     mask, given = arrays["attention_mask"] == 1, {"positions": arrays["position_ids"]}
     found = logits(loaded("qwen2-1"), arrays["input_ids"], mask, **given)
     np.testing.assert_allclose(found[mask], arrays["logits_positions"][mask], **CLOSE)
+
+
+def test_logits_are_compiled_once_a_shape_for_all_parameters():
+    model, ids, traces = loaded("a2d_qwen3-1"), reference("a2d_qwen3-1")["input_ids"][1:3], []
+
+    def network(*inputs):
+        traces.append(None)
+        return model.family.logits(*inputs)
+
+    counted = dataclasses.replace(model, family=dataclasses.replace(model.family, logits=network))
+    first = counted.logits(ids)
+    zeros = jax.tree.map(jnp.zeros_like, model.params)
+    assert not np.any(dataclasses.replace(counted, params=zeros).logits(ids))
+    np.testing.assert_array_equal(counted.logits(jnp.asarray(ids, jnp.int16)), first)
+    assert len(traces) == 1
 
 
 BF16 = [name for name in TRANSFORMERS if stated(name)["stored_dtype"] == "bfloat16"]

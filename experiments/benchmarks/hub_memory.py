@@ -1,0 +1,199 @@
+r"""Memory per device of a released model, forward pass and training step, by the compiler.
+
+pip install --no-deps --target LIB libtpu==0.0.42.1     # the version that jax 0.10.2 asks for
+PYTHONPATH=.:LIB python -m experiments.benchmarks.hub_memory \
+    --model=llada-8b --target=v5e:8x8 --fsdp=64 --rows=64
+
+compiles for TPUs that need not be there; ``--target=cpu`` takes the devices of this process. The
+training step is that of the launcher: masked bound, AdamW, average of the parameters, gradients and
+moments in the dtype of the parameters, products in bfloat16, layers scanned and rematerialised.
+Nothing is run, and nothing is allocated. Compiling 8B takes minutes on one core.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+from absl import app, flags
+
+_MODEL = flags.DEFINE_string("model", "qwen3-0.6b", "A name of MODELS, or a path of a config.json.")
+_TARGET = flags.DEFINE_string("target", "v5e:2x4", "Topology of libtpu, such as v5p:2x2x2; or cpu.")
+_DATA, _FSDP, _TENSOR = (
+    flags.DEFINE_integer(axis, size, f"Size of the mesh axis {axis}.", lower_bound=1)
+    for axis, size in (("data", 1), ("fsdp", 8), ("tensor", 1))
+)
+_ROWS = flags.DEFINE_integer("rows", 8, "Rows of all devices.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
+_PARAM_DTYPES = flags.DEFINE_list("param_dtypes", ["float32", "bfloat16"], "Of training steps.")
+_STEPS = flags.DEFINE_list("programs", ["forward", "train"], "What to compile.")
+_REMAT = flags.DEFINE_string("remat", "full", "Rematerialisation of the training step.")
+
+_QWEN = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "num_key_value_heads": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": _QWEN | {
+        "architectures": ["A2DQwen3LMHeadModel"], "vocab_size": 151936, "hidden_size": 1024,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128,
+        "intermediate_size": 3072, "tie_word_embeddings": True, "mask_token_id": 151669,
+    },
+    "dream-7b": _QWEN | {
+        "architectures": ["DreamModel"], "vocab_size": 152064, "hidden_size": 3584,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "intermediate_size": 18944, "tie_word_embeddings": False, "mask_token_id": 151666,
+    },
+    "llada-8b": {
+        "architectures": ["LLaDAModelLM"], "vocab_size": 126464, "embedding_size": 126464,
+        "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
+        "rms_norm_eps": 1e-5, "rope": True, "rope_theta": 500000.0, "weight_tying": False,
+        "activation_type": "silu", "block_type": "llama", "layer_norm_type": "rms",
+        "mask_token_id": 126336,
+    },
+}  # fmt: skip
+"""Fields of config.json that fix the shapes of released models."""
+
+
+def devices(target: str):
+    """Devices of a topology, described by the compiler's library; or this process's."""
+    import jax
+    from jax.experimental import topologies
+
+    if target == "cpu":
+        return jax.devices()
+    found = topologies.get_topology_desc(target, platform="tpu").devices
+    # What chooses attention and chunks of the loss asks for the backend that it will run on.
+    jax.default_backend = lambda: "tpu"
+    return found
+
+
+def build(raw: dict[str, Any], mesh: Any, rows: int, length: int, param_dtype: str, remat: str):
+    """Programs by name, to be lowered with their abstract arguments: (function, arguments)."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from mdm_jax import corruption, models, objectives, sharding, training, variance
+    from mdm_jax.hub.family import find_family
+    from mdm_jax.hub.model import FAMILIES
+    from mdm_jax.types import Batch
+
+    family = find_family(raw, "config.json", FAMILIES)
+    config, traits = family.read_config(raw)
+
+    def network(remat: str, param_dtype: str):
+        settings = {"scan_layers": True, "dtype": jnp.bfloat16, "remat": remat}
+        return family.model(
+            dataclasses.replace(config, param_dtype=jnp.dtype(param_dtype), **settings)
+        )
+
+    module = network(remat, param_dtype)
+    init = training.linen_init(module, length)
+    by_rows = sharding.batch_sharding(mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows)
+
+    tokens = array((rows, length), jnp.int32)
+    task = objectives.masked_nelbo(corruption.fixed_count(traits.mask_id))
+    chain = variance.chain(variance.stratified())
+    optimizer, spec = training.adamw(lambda _: 1e-5), task.spec(rows, length)
+    chunking = models.Chunking(mesh.shape["data"] * mesh.shape["fsdp"])
+    apply_fn = models.readout_apply(module, chunking)
+    apply_fn = models.shifted_apply(apply_fn) if traits.shift else apply_fn
+    apply_fn = sharding.sharded_apply(apply_fn, mesh, sharding.LOGICAL_RULES)
+    step = training.make_train_step(apply_fn, task, chain, optimizer, spec, seed=0)
+    ema_dtype = jnp.dtype(param_dtype)
+
+    def new_state():
+        return training.new_state(
+            init(jax.random.key(0)), optimizer, chain, spec, ema_dtype=ema_dtype
+        )
+
+    state = sharding.abstract_sharded(new_state, mesh)
+    batch = Batch(tokens, array((rows, length), jnp.bool_), tokens, array((rows,), jnp.int32))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    inference = network("none", param_dtype)
+
+    def forward(params: Any, tokens: Any) -> Any:
+        """The most likely tokens: a step of decoding without a cache."""
+        logits = family.logits(inference, params, traits, tokens, None)
+        return jnp.argmax(logits, axis=-1)
+
+    forward = sharding.sharded_apply(forward, mesh, sharding.LOGICAL_RULES)
+    whole = NamedSharding(mesh, PartitionSpec(sharding.ROW_AXES))
+    return {
+        "forward": (jax.jit(forward, out_shardings=whole), (state.params, tokens)),
+        "train": (
+            jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+            (state, batch),
+        ),
+    }
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of abstract arrays with shardings."""
+    import jax
+
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def measure(function: Any, arguments: tuple) -> dict[str, float]:
+    """Bytes per device of a program's arguments and of what the compiler plans beside them."""
+    started = time.time()
+    plan = function.lower(*arguments).compile().memory_analysis()
+    state = arguments[0]
+    parts = {"parameters": bytes_per_device(getattr(state, "params", state))}
+    parts["optimiser"] = bytes_per_device(getattr(state, "opt_state", ()))
+    parts["average"] = bytes_per_device(getattr(state, "ema", ()))
+    fresh = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    parts["temporaries"] = plan.temp_size_in_bytes
+    parts["all"] = plan.argument_size_in_bytes + plan.temp_size_in_bytes + fresh
+    return parts | {"seconds": time.time() - started}
+
+
+def main(_: list[str]) -> None:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+    import numpy as np
+
+    from mdm_jax import sharding
+
+    if _MODEL.value in MODELS:
+        raw = MODELS[_MODEL.value]
+    elif pathlib.Path(_MODEL.value).is_file():
+        raw = json.loads(pathlib.Path(_MODEL.value).read_text("utf-8"))
+    else:
+        raise app.UsageError(f"--model: give one of {', '.join(MODELS)} or a path of a config.json")
+    sizes = (_DATA.value, _FSDP.value, _TENSOR.value)
+    found = devices(_TARGET.value)
+    if len(found) != math.prod(sizes):
+        raise app.UsageError(
+            f"--target={_TARGET.value} has {len(found)} devices, the mesh asks for {sizes}"
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.Mesh(np.array(found).reshape(sizes), sharding.AXES, axis_types=kinds)
+    print(
+        f"{_MODEL.value} on {_TARGET.value}, data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]}"
+        f", {_ROWS.value} rows of {_LENGTH.value} tokens; GB (1e9 bytes) per device\n"
+    )
+    names = ("parameters", "optimiser", "average", "temporaries", "all")
+    print("| program | param_dtype |", " | ".join(names), "| compiled in |")
+    print("| --- | --- |" + " ---: |" * (len(names) + 1))
+    for program in _STEPS.value:
+        for dtype in _PARAM_DTYPES.value if program == "train" else ["bfloat16"]:
+            programs = build(raw, mesh, _ROWS.value, _LENGTH.value, dtype, _REMAT.value)
+            parts = measure(*programs[program])
+            figures = [f"{parts[name] / 1e9:.2f}" for name in names]
+            print(f"| {program} | {dtype} |", " | ".join(figures), end="")
+            print(f" | {parts['seconds']:.0f} s |", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
