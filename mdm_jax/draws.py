@@ -109,13 +109,15 @@ def by_example(key: Array, example_keys: Array, spec: DrawSpec) -> Draw:
     The noise of a token is a function of ``key`` and its two words alone, so it does not depend on
     the batch, its size, its other rows, the devices, or what an example is packed with. A row's
     levels are keyed by its first column. ``example_keys``: [B, L, 2] uint32, as of
-    :class:`~mdm_jax.types.KeyedBatch`, with B and L of ``spec``; ValueError for other shapes.
+    :class:`~mdm_jax.types.KeyedBatch`, with B of ``spec`` and at least its number of elements (that
+    of next tokens has one, unread); ValueError for other shapes.
     """
     check_spec(spec)
-    if example_keys.shape != (spec.batch_size, spec.event_shape[0], 2):
+    rows, length = spec.batch_size, spec.event_shape[0]
+    example_keys = example_keys[:, :length]
+    if example_keys.shape != (rows, length, 2):
         raise ValueError(
-            f"example_keys must be {(spec.batch_size, spec.event_shape[0], 2)} for this spec, got "
-            f"{example_keys.shape}"
+            f"example_keys must be {(rows, length, 2)} for this spec, got {example_keys.shape}"
         )
     level, noise = rng.stream(key, "level"), rng.stream(key, "noise")
     u = _by_words(level, example_keys[:, 0], (spec.num_levels,))[None]

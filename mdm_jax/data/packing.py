@@ -27,7 +27,7 @@ from mdm_jax.data.datasets import (
     check_positive,
     make_dataset,
 )
-from mdm_jax.data.rows import PackedSpans, aligned
+from mdm_jax.data.rows import PackedSpans, aligned, leaves
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 
 Packing = Literal["", "first_fit"]
@@ -347,8 +347,7 @@ def unpacked(
 
 def check_document_blocks(dataset: Dataset, block_size: int) -> None:
     """Raise ValueError if documents that share a row begin inside a block of ``block_size``."""
-    for split in SPLITS:
-        source = getattr(dataset, split)
+    for split, source in ((s, part) for s in SPLITS for part in leaves(getattr(dataset, s))):
         if isinstance(source, PackedSpans) and np.any(source.offsets % block_size):
             raise ValueError(
                 f"documents share the rows of the {split} split and begin inside blocks of "

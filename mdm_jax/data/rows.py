@@ -281,6 +281,15 @@ class RandomlyCut(VectorisedRows):
         return _text_rows(tokens, documents, self._character_counts, eligible)
 
 
+def leaves(source: RowSource) -> list[RowSource]:
+    """The sources that a mixture, or rows cut at random, are made of; else the source."""
+    if isinstance(source, RandomlyCut):
+        return leaves(source.source)
+    if isinstance(source, Mixture):
+        return [leaf for part in source.parts for leaf in leaves(part)]
+    return [source]
+
+
 def examples(source: RowSource, indices: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Example of each token of rows ``indices`` [n] and position in it, [n, L] each.
 

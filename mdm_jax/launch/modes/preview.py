@@ -58,10 +58,10 @@ def _numbers(values: tuple[int, ...]) -> str:
 
 
 def _rendered(row: Batch, codec: Tokenizer, colour: bool) -> str:
-    """A row by stretches of one kind and document."""
+    """A row by stretches of one kind; documents after the first begin on a line of their own."""
     kinds = np.where(row.eligible, "maskable", np.where(row.documents > 0, "prompt", "padding"))
-    pieces = []
-    for (kind, _), group in itertools.groupby(
+    pieces, last = [], 0
+    for (kind, document), group in itertools.groupby(
         range(len(kinds)), lambda i: (str(kinds[i]), int(row.documents[i]))
     ):
         ids = row.tokens[list(group)]
@@ -72,6 +72,9 @@ def _rendered(row: Batch, codec: Tokenizer, colour: bool) -> str:
             text = re.sub("␃{4,}", lambda found: f"␃×{len(found[0])}", text)
         if len(text) > _LONGEST:
             text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+        if document and last and document != last:
+            pieces.append("\n--\n")
+        last = document or last
         if colour:
             pieces.append(f"{_KINDS[kind]}{text}{_RESET}")
         else:

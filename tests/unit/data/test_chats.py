@@ -164,6 +164,12 @@ def test_packed_conversations_are_documents_whose_prompts_are_not_eligible(write
 
     for mask in (True, False):
         assert texts(packed, mask) == texts(apart, mask)
+    data.check_document_blocks(packed, 4)
+    other = write({"messages": short(1)}, name="other.jsonl")
+    mixed = made(f"{write(*chats)}:1,{other}:1", 64, answer_padding="eos_once",
+                 packing="first_fit", random_cut=0.5)  # fmt: skip
+    with pytest.raises(ValueError, match="begin inside blocks of 4 tokens"):
+        data.check_document_blocks(mixed, 4)
     with pytest.raises(ValueError, match="choose one of the two"):
         made(write(*chats), packing="first_fit")
 

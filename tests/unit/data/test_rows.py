@@ -148,8 +148,12 @@ def test_uniforms_by_example_are_uniform_and_distinct():
     assert abs(values.mean() - 0.5) < 4 * 0.0023
     assert np.all(np.abs(np.histogram(values, 10, (0, 1))[0] / values.size - 0.1) < 4 * 0.0024)
     assert len(np.unique(values)) > values.size - 40  # of 2^23 grid points
-    with pytest.raises(ValueError, match="example_keys must be"):
-        draws.by_example(jax.random.key(0), jnp.asarray(keys[:2]), spec)
+    next_token = spec._replace(event_shape=(1,))  # whose one element is not read
+    few = draws.by_example(jax.random.key(0), jnp.asarray(keys), next_token)
+    assert few.noise.shape == (1, 64, 1) and np.array_equal(few.u, drawn.u)
+    for wrong in (keys[:2], keys[:, :2]):
+        with pytest.raises(ValueError, match="example_keys must be"):
+            draws.by_example(jax.random.key(0), jnp.asarray(wrong), spec)
 
 
 def test_a_step_by_example_is_the_same_on_one_two_and_eight_devices():

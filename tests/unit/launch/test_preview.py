@@ -44,6 +44,9 @@ def test_a_row_is_shown_with_a_legend_or_in_colours_and_without_power(chats):
     assert f"mask {dataset.tokenizer.mask_id}" in plain
     coloured = preview(dataset, colour=True)
     assert "\x1b[1;32ma\\u001ba\\u001b␃\x1b[0m" in coloured
+    packed = data.chat(chats, 80, fractions=(1, 0, 0), answer_padding="pad_hidden",
+                       packing="first_fit")  # fmt: skip
+    assert "␃⟧\n--\nUser: q\n" in preview(packed, colour=False)
     scored = preview(data.chat(chats, 40, fractions=(1, 0, 0)), colour=False)
     assert "␃×15⟧" in scored and "0.0% padding" in scored and " 23 23 26 29 29;" in scored
     assert preview(types.SimpleNamespace(tokenizer=None, train=None)) == ""  # pictures
