@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from mdm_jax.data.datasets import (
     make_dataset,
 )
 from mdm_jax.data.packing import Align, Packing, first_fit
-from mdm_jax.data.pairs import RandomCut, TooLong, mixed_rows, names_of, stream_settings
+from mdm_jax.data.pairs import RandomCut, TooLong, checker, mixed_rows, names_of, stream_settings
 from mdm_jax.data.records import BadRows, Line, Record, field, read_sources
 from mdm_jax.data.rows import PackedSpans, aligned
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer, utf8
@@ -121,6 +121,7 @@ def chat(
     random_cut: RandomCut = 0.0,
     packing: Packing = "",
     align: Align = 1,
+    answer_marker: str = "",
     renderer: Renderer | None = None,
 ) -> Dataset:
     """Rows ``[conversation][padding]`` from rows ``{"messages": [{"role", "content"}, ...]}``.
@@ -145,6 +146,8 @@ def chat(
             then padding. "pad_hidden": padding, neither eligible nor attended to.
         packing, align: "first_fit" puts several conversations into a row, as documents that do
             not attend to each other, each from a multiple of ``align`` on.
+        answer_marker: text before the result in every last answer, such as ``"####"``, for
+            ``Dataset.check``; "": no check. With ``loss_on="last"`` and without packing.
         renderer: lays conversations out, as a model's chat template does
             (``hub.ChatRenderer``); None: :class:`PlainTemplate` of the tokenizer.
 
@@ -158,6 +161,11 @@ def chat(
         )
     if length % align:
         raise ValueError(f"align must divide a row of {length} tokens, got {align}")
+    if answer_marker and (loss_on != "last" or packing):
+        raise ValueError(
+            f"answer_marker={answer_marker!r} checks the answer of a row, of which there is one "
+            f"with loss_on='last' and packing='', got {loss_on!r} and {packing!r}"
+        )
     found = read_sources(
         path,
         lambda record, origin: _conversation(record, messages_field, origin),
@@ -189,6 +197,10 @@ def chat(
     if bad:
         report["bad_rows"] = found.report.get("bad_rows", 0) + len(bad) - len(found.bad)
         found = found._replace(bad=bad[:5], report=report)
+    everything = (record for records in parts.values() for record in records)
+    check = None
+    if answer_marker:
+        check = checker(_questions(everything, codec, render, bad_rows), answer_marker)
     train, (valid, test) = sources[:-2], sources[-2:]
     content = json.dumps([[record.values[1] for record in records] for records in parts.values()])
     lines = (Line(t, r.origin) for records in parts.values() for r in records for t in _texts(r))
@@ -219,6 +231,7 @@ def chat(
         + found.describe([len(rows) for rows in train])
         + describe_unknown(lines, codec),
         report=report,
+        check=check,
         layout=ChatLayout(length, answer_padding, render),
     )
 
@@ -314,6 +327,22 @@ def _message(value: Any, origin: str) -> dict[str, Any]:
 
 def _texts(record: Record) -> list[str]:
     return [piece for turn in PlainTemplate.pieces(record.values[1]) for piece in turn[:2]]
+
+
+def _questions(
+    records: Iterable[Record], codec: Tokenizer, render: Renderer, bad_rows: BadRows
+) -> Iterator[tuple[str, str, str]]:
+    """What stands before the last answer and that answer, as their rows show them, and origins."""
+    for (_, messages, _), origin in records:
+        try:
+            ids, answers = render(messages, "last")
+        except ValueError:
+            if bad_rows == "error":
+                raise
+            continue
+        first = int(np.flatnonzero(answers)[0])
+        answer = codec.decode(codec.truncate_at_eos(ids[first:]))
+        yield codec.decode(ids[:first]), answer, origin
 
 
 def _rows(

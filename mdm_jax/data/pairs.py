@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -132,7 +132,12 @@ def jsonl(
     parts = found.splits()
     train_texts = [text for record in parts["train"] for text in record.values]
     codec = make_tokenizer(tokenizer, train_texts, bpe_vocab_size)
-    check = _checker(parts, codec, layout, answer_marker) if answer_marker else None
+    shown = (
+        (codec.decode(codec.encode(prompt)[-prompt_length:]), answer, origin)
+        for records in parts.values()
+        for (prompt, answer), origin in records
+    )  # as rows hold prompts: cut, and without unknown characters
+    check = checker(shown, answer_marker) if answer_marker else None
 
     def rows_of(name: str, records: Sequence[Record]) -> tuple[StoredRows, dict[str, int]]:
         batch, counts = _encode(records, codec, layout, too_long)
@@ -221,12 +226,13 @@ def names_of(paths: Sequence[str]) -> str:
     return ", ".join(pathlib.Path(path).name for path in paths)
 
 
-def _checker(
-    parts: Mapping[str, Sequence[Record]], codec: Tokenizer, layout: PairLayout, marker: str
-) -> ResultAfterMarker:
-    """References by the prompt as its row holds it: cut, and without unknown characters."""
+def checker(answers: Iterable[tuple[str, str, str]], marker: str) -> ResultAfterMarker:
+    """``Dataset.check`` from prompts as rows hold them, answers, and origins.
+
+    ValueError names the origin of an answer without the marker.
+    """
     results = collections.defaultdict(set)
-    for (prompt, answer), origin in (record for records in parts.values() for record in records):
+    for prompt, answer, origin in answers:
         result = result_after(answer, marker)
         if result is None:
             raise ValueError(
@@ -234,7 +240,7 @@ def _checker(
                 'result stands; mend the line, or use answer_marker="" for answers that cannot be '
                 "checked"
             )
-        results[codec.decode(codec.encode(prompt)[-layout.prompt_length :])].add(result)
+        results[prompt].add(result)
     return ResultAfterMarker(marker, {key: frozenset(values) for key, values in results.items()})
 
 

@@ -184,6 +184,20 @@ def test_prompts_to_answer_are_laid_out_as_chats(write):
         layout.to_answer(np.zeros(96, np.int32), codec)
 
 
+def test_last_answers_are_checked_as_rows_show_them(write):
+    turns = [dict(turn) for turn in TURNS]
+    turns[-1]["content"] = "it is #### 1,250"
+    dataset = made(write({"messages": turns}), loss_on="last", answer_marker="####")
+    row, codec = dataset.train[0], dataset.tokenizer
+    first = np.flatnonzero(row.eligible)[0]
+    prompt = codec.decode(row.tokens[:first])
+    assert dataset.check(prompt, "so #### 1250") and not dataset.check(prompt, "#### 12")
+    with pytest.raises(ValueError, match="chats.jsonl:1: the answer has no '####'"):
+        made(write({"messages": TURNS}), loss_on="last", answer_marker="####")
+    with pytest.raises(ValueError, match="of which there is one with loss_on='last'"):
+        made(write({"messages": turns}), answer_marker="####")
+
+
 @pytest.fixture(scope="module", params=["a2d_qwen3-1", "llada-1"])
 def codec(request):
     return HubTokenizer.read(HUB / request.param, vocab_size=310)
