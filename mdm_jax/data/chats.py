@@ -208,6 +208,7 @@ def chat(
     tokens = hashlib.sha256(content.encode())
     for rows in sources:  # what the template made of them
         tokens.update(rows.tokens)
+        tokens.update(rows.eligible)
     return make_dataset(
         {
             "train": mixed_rows(train, found.weights, random_cut, codec),

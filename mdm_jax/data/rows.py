@@ -113,7 +113,7 @@ class PackedSpans(VectorisedRows):
         order = np.argsort(rows, kind="stable")
         self.tokens, self.length, self.num_examples = tokens, length, len(starts)
         self._starts, self._ends, self._numbers = starts[order], ends[order], order
-        self._eligible = eligible
+        self.eligible = eligible
         self._num_rows = int(rows.max()) + 1 if len(rows) else 0
         self._first = np.searchsorted(rows[order], np.arange(self._num_rows + 1))
         before = np.cumsum(np.append(0, aligned(self._ends - self._starts, align)))[:-1]
@@ -133,8 +133,8 @@ class PackedSpans(VectorisedRows):
                 positions = slice(offset, offset + end - start)
                 tokens[i, positions] = self.tokens[start:end]
                 documents[i, positions] = number
-                known = self._eligible is not None
-                eligible[i, positions] = self._eligible[start:end] if known else True
+                known = self.eligible is not None
+                eligible[i, positions] = self.eligible[start:end] if known else True
         if self._eos_id is not None:
             rest = documents == 0
             tokens[rest], documents[rest], eligible[rest] = self._eos_id, 1, True
