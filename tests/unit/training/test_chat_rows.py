@@ -66,6 +66,12 @@ def test_only_masked_answers_have_a_gradient(packed):
         moved |= np.any(np.asarray(after.params["logits"]) != 0, axis=-1)
         assert metrics.loss > 0
     assert not moved[~batch.eligible].any() and moved[batch.eligible].mean() > 0.8
+    codec = dataset.tokenizer
+    said = {*codec.encode("xyz").tolist(), codec.eos_id}  # of the assistant alone
+    assert set(batch.tokens[moved].tolist()) == said
+    assert (
+        not moved[~np.isin(batch.tokens, [*said])].any() and not moved[batch.documents == 0].any()
+    )
 
 
 @pytest.mark.slow  # the model's masks have quick tests
