@@ -12,6 +12,7 @@ from mdm_jax import meter, sharding, training, variance
 from mdm_jax.meter.subject import random_signs
 from mdm_jax.models import lora
 from mdm_jax.objectives.objective import accumulate_gradient, summed_loss
+from mdm_jax.rng import step_key
 from mdm_jax.training.step import step_draw
 
 ROWS, RATE = 4, 0.5
@@ -163,20 +164,25 @@ def test_dropped_inputs_have_the_mean_of_the_inputs():
     assert all(np.any(values[i] != values[j]) for i in range(8) for j in range(i))
 
 
-def test_dropout_of_a_step_does_not_depend_on_microbatches():
-    spec = lora.Lora(rank=2, alpha=3.0, dropout=0.5, targets=("down",))
+@pytest.mark.slow
+def test_dropout_of_a_step_does_not_depend_on_microbatches_and_changes_with_the_step():
+    spec, chain = lora.Lora(rank=2, alpha=3.0, dropout=0.5, targets=("down",)), tiny.transform()
     model, params, adapters = made(spec, depth=1)
-    states = {}
-    for parts, seed in ((1, 3), (2, 3), (1, 4)):
-        draw_spec, step = stepped(
-            model, params, spec, parts, variance.chain(variance.mirror()), seed
-        )
-        state = state_of(adapters, draw_spec, variance.chain(variance.mirror()))
-        states[parts, seed] = tiny.jit(step)(state, tiny.batch(ROWS))[0].params
-    ours, cut, other = (flat(states[key]) for key in ((1, 3), (2, 3), (1, 4)))
-    for name, value in ours.items():
+    trained = []
+    for parts in (1, 2):
+        draw_spec, step = stepped(model, params, spec, parts, chain)
+        state, jitted = state_of(adapters, draw_spec, chain), tiny.jit(step)
+        trained.append(jitted(state, tiny.batch(ROWS))[0].params)
+    whole, cut = map(flat, trained)
+    masks = [
+        lora.join(params, adapters, spec, step_key(3, number), jnp.arange(ROWS))["adapter_settings"]
+        for number in (0, 1)
+    ]
+    first, second = (random.key_data(m["block_0"]["mlp"]["down"]["keys"]) for m in masks)
+    assert np.all(np.any(first != second, axis=-1))
+    for name, value in whole.items():
         np.testing.assert_allclose(value, cut[name], rtol=0, atol=1e-5)
-        assert np.max(np.abs(value - other[name])) > 1e-3
+        assert np.max(np.abs(value - flat(adapters)[name])) > 1e-3
 
 
 def test_the_meter_measures_gradients_of_adapters_alone():
