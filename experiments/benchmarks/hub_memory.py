@@ -7,6 +7,8 @@ PYTHONPATH=.:LIB python -m experiments.benchmarks.hub_memory \
 compiles for TPUs that need not be there; ``--target=cpu`` takes the devices of this process. The
 training step is that of the launcher: masked bound, AdamW, average of the parameters, gradients and
 moments in the dtype of the parameters, products in bfloat16, layers scanned and rematerialised.
+The programs ``adapters`` and ``merged`` train low-rank adapters at all projections beside frozen
+bfloat16 parameters: as the launcher does, and with kernels W + s A B made inside the step.
 Nothing is run, and nothing is allocated. Compiling 8B takes minutes on one core.
 """
 
@@ -30,6 +32,7 @@ _ROWS = flags.DEFINE_integer("rows", 8, "Rows of all devices.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
 _PARAM_DTYPES = flags.DEFINE_list("param_dtypes", ["float32", "bfloat16"], "Of training steps.")
 _STEPS = flags.DEFINE_list("programs", ["forward", "train"], "What to compile.")
+_RANK = flags.DEFINE_integer("rank", 16, "Of adapters.", lower_bound=1)
 _REMAT = flags.DEFINE_string("remat", "full", "Rematerialisation of the training step.")
 
 _QWEN = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "num_key_value_heads": 8}
@@ -68,7 +71,15 @@ def devices(target: str):
     return found
 
 
-def build(raw: dict[str, Any], mesh: Any, rows: int, length: int, param_dtype: str, remat: str):
+def build(
+    raw: dict[str, Any],
+    mesh: Any,
+    rows: int,
+    length: int,
+    param_dtype: str,
+    remat: str,
+    rank: int = 16,
+):
     """Programs by name, to be lowered with their abstract arguments: (function, arguments)."""
     import jax
     import jax.numpy as jnp
@@ -77,6 +88,7 @@ def build(raw: dict[str, Any], mesh: Any, rows: int, length: int, param_dtype: s
     from mdm_jax import corruption, models, objectives, sharding, training, variance
     from mdm_jax.hub.family import find_family
     from mdm_jax.hub.model import FAMILIES
+    from mdm_jax.models import lora
     from mdm_jax.types import Batch
 
     family = find_family(raw, "config.json", FAMILIES)
@@ -123,7 +135,28 @@ def build(raw: dict[str, Any], mesh: Any, rows: int, length: int, param_dtype: s
 
     forward = sharding.sharded_apply(forward, mesh, sharding.LOGICAL_RULES)
     whole = NamedSharding(mesh, PartitionSpec(sharding.ROW_AXES))
+    adapters = lora.Lora(rank=rank)
+
+    def adapted_state():
+        params = init(jax.random.key(0))
+        trained = lora.init(jax.random.key(0), params, adapters)
+        return training.new_state(trained, optimizer, chain, spec)
+
+    narrow = sharding.abstract_sharded(adapted_state, mesh)
+    narrow_places = jax.tree.map(lambda leaf: leaf.sharding, narrow)
+
+    def adapted(join: Any) -> tuple:
+        def step(own: Any, batch: Batch, frozen: Any) -> tuple:
+            options = {"seed": 0, "variables": lambda trained, *_: join(frozen, trained, adapters)}
+            made = training.make_train_step(apply_fn, task, chain, optimizer, spec, **options)
+            return made(own, batch)
+
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(narrow_places, None))
+        return jitted, (narrow, batch, state.params)
+
     return {
+        "adapters": adapted(lora.join),
+        "merged": adapted(lora.merge),
         "forward": (jax.jit(forward, out_shardings=whole), (state.params, tokens)),
         "train": (
             jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
@@ -147,7 +180,8 @@ def measure(function: Any, arguments: tuple) -> dict[str, float]:
     started = time.time()
     plan = function.lower(*arguments).compile().memory_analysis()
     state = arguments[0]
-    parts = {"parameters": bytes_per_device(getattr(state, "params", state))}
+    frozen = arguments[2:]  # of adapters
+    parts = {"parameters": bytes_per_device((getattr(state, "params", state), frozen))}
     parts["optimiser"] = bytes_per_device(getattr(state, "opt_state", ()))
     parts["average"] = bytes_per_device(getattr(state, "ema", ()))
     fresh = plan.output_size_in_bytes - plan.alias_size_in_bytes
@@ -188,7 +222,8 @@ def main(_: list[str]) -> None:
     print("| --- | --- |" + " ---: |" * (len(names) + 1))
     for program in _STEPS.value:
         for dtype in _PARAM_DTYPES.value if program == "train" else ["bfloat16"]:
-            programs = build(raw, mesh, _ROWS.value, _LENGTH.value, dtype, _REMAT.value)
+            options = (dtype, _REMAT.value, _RANK.value)
+            programs = build(raw, mesh, _ROWS.value, _LENGTH.value, *options)
             parts = measure(*programs[program])
             figures = [f"{parts[name] / 1e9:.2f}" for name in names]
             print(f"| {program} | {dtype} |", " | ".join(figures), end="")

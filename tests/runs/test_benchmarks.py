@@ -255,3 +255,13 @@ def test_memory_of_a_released_model_is_counted_by_its_shards(dtype, size):
     state = found["parameters"] + found["average"] + found["optimiser"]
     assert state < found["all"] - found["temporaries"] < 2 * state
     assert hub_memory.measure(*programs["forward"])["parameters"] == size * a_device
+
+
+@pytest.mark.slow
+def test_memory_of_adapters_is_that_of_frozen_parameters_and_of_theirs():
+    mesh = sharding.make_mesh(fsdp=8)
+    programs = hub_memory.build(SMALL, mesh, 8, 16, "bfloat16", "full", rank=8)
+    found, frozen = hub_memory.measure(*programs["adapters"]), programs["train"][1][0].params
+    frozen = hub_memory.bytes_per_device(frozen)
+    assert found["parameters"] - frozen == found["average"] > 0
+    assert 2 * found["average"] <= found["optimiser"] < 2 * found["average"] + 64
