@@ -136,10 +136,8 @@ OPTION_RULES = {
     "bd3lm-1": ("bd3lm_greedy", {}),
 }
 QUICK_OPTIONS = {
-    "llada-1/begin_suppress",
     "llada-1/infill_blocks",
     "llada-1/infill_keep",
-    "dream-1/infill_entropy",
     "sdar-1/bounded_3",
     "bd3lm-1/window",
 }
@@ -180,7 +178,7 @@ def changes(canvases):
 
 
 @pytest.mark.parametrize("name", slow_except({"mdlm-3"}, ["mdlm-1", "mdlm-2", "mdlm-3"]))
-def test_mdlm_steps_by_given_uniforms_and_greedy_run(name):
+def test_mdlm_steps_by_given_uniforms(name):
     """Eight steps, then the most likely tokens; levels matter to mdlm-3 alone."""
     arrays = reference(name)
     model = loaded(name)
@@ -200,6 +198,12 @@ def test_mdlm_steps_by_given_uniforms_and_greedy_run(name):
     best = jnp.argmax(log_probs(tokens, times[-1]), axis=-1)
     tokens = jnp.where(tokens == mask_id, best, tokens)
     np.testing.assert_array_equal(tokens, arrays["ancestral_out"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mdlm-1", "mdlm-2", "mdlm-3"])
+def test_mdlm_greedy_run(name):
+    model, arrays = loaded(name), reference(name)
     written = hub.generate(model, arrays["greedy_prompt"], 16, rule="mdlm_greedy", steps=8)
     np.testing.assert_array_equal(written.tokens, arrays["greedy_out"])
 
@@ -334,6 +338,7 @@ SINGLE = {"temperature": 1.0, "top_k": 1}
     [
         ({"order_temperature": 1e-6}, 3),
         ({"score": "first"}, 0),
+        ({"begin_suppress_tokens": [3]}, 2),
         # Of the distribution that is drawn from, a single token here, all are equal.
         ({"filtered": True, **SINGLE}, 0),
         pytest.param({"filtered": False, **SINGLE}, 3, marks=pytest.mark.slow),

@@ -109,7 +109,13 @@ def test_bd3lm_decodes_with_a_cache_as_the_original_trains():
 
     found = tiny.jit(run)(model.params)
     np.testing.assert_allclose(found, arrays["logits"][:, 8:12], **CLOSE)
-    in_one_pass = tiny.jit(models.block_apply(model.model, size))
+
+
+@pytest.mark.slow
+def test_bd3lm_trains_in_one_pass_as_the_original():
+    model, arrays = loaded("bd3lm-1"), reference("bd3lm-1")
+    noised, clean = np.split(arrays["concat_ids"].astype(np.int32), 2, axis=1)
+    in_one_pass = tiny.jit(models.block_apply(model.model, 4))
     found = in_one_pass(model.params, np.concatenate([noised, clean], axis=1))
     np.testing.assert_allclose(found, arrays["logits"], **CLOSE)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from checkpoints import DATA, logits
+from checkpoints import DATA
 from safetensors.numpy import load_file, save_file
 
 from mdm_jax import data, hub, sharding
@@ -271,9 +271,6 @@ def test_a_mask_row_is_the_mean_of_the_others_and_is_saved(tmp_path):
     np.testing.assert_array_equal(np.asarray(again.params["params"]["embedding"]), after)
     assert again.tokenizer.special_ids == grown.tokenizer.special_ids
     assert again.traits.mask_id == 293 and again.raw_config["vocab_size"] == 320
-    ids = np.array([[1, 2, 3]])
-    found = logits(again, ids)[..., :293]
-    np.testing.assert_allclose(found, logits(model, ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:vocab of size", "ignore:.*rows; hub")
