@@ -19,6 +19,7 @@ from mdm_jax.hub.model import (
     save,
     with_mask_row,
 )
+from mdm_jax.hub.own_tokenizers import tokenizer_files
 from mdm_jax.hub.peft import (
     load_adapters,
     projection_names,
@@ -27,4 +28,4 @@ from mdm_jax.hub.peft import (
     with_adapters,
 )
 from mdm_jax.hub.rules import RULES, Rule
-from mdm_jax.hub.tokenizer import ChatRenderer, HubTokenizer
+from mdm_jax.hub.tokenizer import MASK_TOKEN, ChatRenderer, HubTokenizer

@@ -103,7 +103,7 @@ def generate(
             f"with the BOS token (bos_id of the config: {traits.bos_id})"
         )
     blocks = {"num_blocks": _up(max_new_tokens, rule.block_size) // rule.block_size}
-    blocks |= {"prefix": prefix, "stop_id": ids.eos if stop else None}
+    blocks |= {"prefix": prefix if rule.cached else 0, "stop_id": ids.eos if stop else None}
     return _written(model, rule, ids.mask, key, canvas, visible, result, trace, show, **blocks)
 
 

@@ -96,6 +96,8 @@ class HubTokenizer(Tokenizer):
         self.num_tokens, size = size, max(size, vocab_size)
         self.unused_ids = tuple(sorted(set(range(size)) - {*known.values(), pad, eos, mask}))
         self.character_counts = self._count_characters(known, size)
+        unknown = known.get(json.loads(self._json)["model"].get("unk_token"))
+        self.unknown_id = None if unknown in self._special_ids else unknown
         self._anchor = eos if self._model.id_to_token(eos) is not None else min(known.values())
 
     @property
@@ -201,6 +203,11 @@ class HubTokenizer(Tokenizer):
                 "this tokenizer also makes of ordinary text; remove it"
             )
         return ids
+
+    def unknown_in(self, text: str) -> str:
+        found = self._model.encode(text, add_special_tokens=False)
+        places = zip(found.ids, found.offsets)
+        return "".join(text[slice(*place)] for i, place in places if i == self.unknown_id)
 
     def render(
         self,

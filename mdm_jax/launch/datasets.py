@@ -1,6 +1,7 @@
 """The data of a run, from the section ``data`` of its config."""
 
 import inspect
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,6 +30,8 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
     defaults = launch_config.get_config().data.to_dict()
     if model is not None and model.tokenizer is not None:
         values["tokenizer"] = defaults["tokenizer"] = model.tokenizer
+    elif pathlib.Path(values["tokenizer"]).is_dir():
+        values["tokenizer"] = _read(values["tokenizer"])
     unread = [
         f"data.{name}={value!r} (leave it at {defaults[name]!r})"
         for name, value in values.items()
@@ -71,6 +74,17 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
 def chat_template(codec: Any) -> hub.ChatRenderer | None:
     """The chat template of a tokenizer of others; None without one, for the plain template."""
     return hub.ChatRenderer(codec) if getattr(codec, "templates", None) else None
+
+
+def _read(directory: str) -> hub.HubTokenizer:
+    """The tokenizer of a model's directory; one without a mask token gets it at the first free id.
+
+    ValueError names what is wrong.
+    """
+    try:
+        return hub.HubTokenizer.read(directory, mask_token=hub.MASK_TOKEN)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}") from error
 
 
 def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:

@@ -190,6 +190,7 @@ def main(argv: list[str]) -> int:
 def _run(workdir: files.Path) -> int:
     try:
         if _MODE.value in _MODEL_MODES:
+            _check_overrides()
             return _MODEL_MODES[_MODE.value](workdir)
         try:
             training = _MODE.value == "train"
@@ -314,6 +315,16 @@ def _claim(experiment: Experiment, workdir: files.Path, always: bool = False) ->
     distributed.barrier("directory claimed")
 
 
+def _check_overrides() -> None:
+    """Raise ValueError for settings that a mode without data does not read."""
+    reads = ("mesh.fsdp", "mesh.tensor", "mesh.data") if _MODE.value == "chat" else ()
+    unread = [name for name in command_line.overridden(_PARSED) if name not in reads]
+    if unread:
+        raise ValueError(
+            f"--mode={_MODE.value} does not read --config.{unread[0]}; its flags are in mdm --help"
+        )
+
+
 def _export(workdir: files.Path) -> int:
     if _TO.value is None:
         return _fail("--to is required: the directory to write, new or empty")
@@ -330,7 +341,8 @@ def _chat(workdir: files.Path | None) -> int:
     if workdir is None:
         model = hub.load(_SOURCE.value)
     else:
-        run = exports.open_run(workdir, _PARAMETERS.value == "last", num_devices=1)
+        mesh = exports.chat_mesh(_CONFIG.value)
+        run = exports.open_run(workdir, _PARAMETERS.value == "last", mesh=mesh)
         model = exports.merged(run, workdir)
     templated = _TEMPLATE.value
     if templated is None:

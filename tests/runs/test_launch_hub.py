@@ -15,11 +15,14 @@ import pytest
 import saved_run
 from variants import slow_except
 
-from mdm_jax import data, files, hub, models, variance
+from mdm_jax import data, files, hub, models, training, variance
+from mdm_jax.hub import decoding
 from mdm_jax.hub.files import TensorFiles
+from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import presets, source
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
-from mdm_jax.launch.modes import chat, evaluate, export, train
+from mdm_jax.launch.datasets import dataset as make_dataset
+from mdm_jax.launch.modes import chat, evaluate, export, measure, train
 from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"
@@ -226,6 +229,18 @@ def test_settings_that_contradict_the_source_are_named(tmp_path):
     assert (built.remat, built.scan_layers, built.attention) == ("full", True, "xla")
 
 
+def test_texts_take_the_tokenizer_of_a_directory(tmp_path):
+    config = presets.quickstart("smoke")
+    config.data.tokenizer = str(DATA / "a2d_qwen3-1")
+    made = make_dataset(config)
+    expected = hub.describe(DATA / "a2d_qwen3-1").tokenizer
+    assert made.mask_id == expected.mask_id and made.tokenizer.special_ids == expected.special_ids
+    np.testing.assert_array_equal(made.tokenizer.encode("a text"), expected.encode("a text"))
+    config.data.tokenizer = str(tmp_path)
+    with pytest.raises(ValueError, match=rf"data.tokenizer: {tmp_path}.*no such file"):
+        make_dataset(config)
+
+
 def test_process_and_blocks_are_those_of_the_source(tmp_path):
     config = configured(DATA / "sdar-1", tmp_path)
     found = source.filled(config, source.read(config))
@@ -322,8 +337,9 @@ def test_a_run_of_our_own_is_exported_where_a_layout_has_its_settings(
     saved_run.save(experiment, workdir)
     assert export.export(workdir, str(tmp_path / "out"))[1] == family
     loaded = hub.load(tmp_path / "out")
-    codec = data.tokenizers.load_tokenizer(tmp_path / "out" / "mdm_tokenizer.json")
-    assert codec.fingerprint == experiment.dataset.tokenizer.fingerprint
+    codec = experiment.dataset.tokenizer
+    text = "The quick\nbrown é字"
+    np.testing.assert_array_equal(loaded.tokenizer.encode(text), codec.encode(text))
     assert loaded.traits.mask_id == codec.mask_id and loaded.traits.eos_id == codec.eos_id
     params = load_parameters(experiment, workdir)[1]
     tokens = experiment.dataset.valid.rows(np.arange(2)).tokens
@@ -336,6 +352,108 @@ def test_a_run_of_our_own_is_exported_where_a_layout_has_its_settings(
     else:
         theirs = loaded.logits(tokens)
     np.testing.assert_allclose(theirs, own, rtol=0, atol=1e-4)
+    # As the source of another run: the same rows, parameters and units.
+    other = presets.quickstart("smoke") if process == "masked" else presets.text_ar("smoke")
+    other.model.update(launch_config.get_config().model)
+    other.model.source = str(tmp_path / "out")
+    again = make_experiment(other)
+    rows = (each.dataset.train.rows(np.arange(4)) for each in (experiment, again))
+    chex.assert_trees_all_equal(next(rows), next(rows))
+    found = jax.device_get(again.source_params())
+    chex.assert_trees_all_equal(found, jax.device_get(loaded.params))
+    assert again.config.process == process
+
+
+@pytest.mark.slow
+def test_our_own_exports_train_on(tmp_path, monkeypatch):
+    """Trained, exported, trained on from there: the loss goes on where it was."""
+    launching.on_one_device(monkeypatch)
+    config = presets.quickstart("smoke")
+    config.model.update(mlp="swiglu", width=32)
+    config.train.update(steps=60, evaluate_every=60, checkpoint_every=60)
+    workdir, other = files.as_path(tmp_path / "run"), files.as_path(tmp_path / "other")
+    assert train.train(make_experiment(config), workdir)
+    export.export(workdir, str(tmp_path / "out"), last=True)
+    config.model.update(launch_config.get_config().model)
+    config.model.source = str(tmp_path / "out")
+    assert train.train(make_experiment(config), other)
+    first, second = (
+        [r["loss"] for r in training.read_metrics(w / "metrics.jsonl", "train")]
+        for w in (workdir, other)
+    )
+    assert np.mean(first[-5:]) < 0.9 * np.mean(first[:5])
+    assert np.mean(second[:5]) < 0.9 * np.mean(first[:5])
+    assert np.mean(second[-5:]) < np.mean(first[-5:])
+
+
+@pytest.mark.parametrize("name", slow_except({"bd3lm-2", "duo-1"}, ["bd3lm-2", "duo-1", "mdlm-1"]))
+def test_runs_of_the_dit_are_exported(name, tmp_path, monkeypatch, capsys):
+    """Parameters under the original's names, with its buffers; no tensor more or less."""
+    process = {"process": "uniform"} if name == "duo-1" else {}
+    config = without_tokenizer(name, tmp_path, **process)
+    if process:
+        config.variance.order = ("stratified",)
+        config.sample.sampler = "uniform_ancestral"
+    experiment, workdir = make_experiment(config), files.as_path(tmp_path / "run")
+    saved_run.save(experiment, workdir)
+    source.keep(experiment.config, experiment.source, workdir)
+    target = tmp_path / "out"
+    line = ("--mode=export", f"--workdir={workdir}", f"--to={target}")
+    code, out, error = launching.call(monkeypatch, capsys, *line)
+    assert code == 0 and experiment.source.family.name in out, error
+    made, before = TensorFiles(target), TensorFiles(DATA / name)
+    kept = {n for n in before.shapes if not n.endswith("inv_freq")}
+    assert kept <= made.shapes.keys() <= before.shapes.keys()
+    for tensor in made.shapes:
+        assert made.shapes[tensor] == before.shapes[tensor]
+        assert made.dtypes[tensor] == before.dtypes[tensor]
+        if tensor.startswith("sampling_eps"):
+            assert made.read(tensor) == before.read(tensor)
+    loaded = hub.load(target)
+    expected = load_parameters(experiment, workdir)[1]
+    chex.assert_trees_all_equal(jax.device_get(loaded.params), jax.device_get(expected))
+    assert loaded.traits.clip == experiment.source.traits.clip
+    codec = experiment.dataset.tokenizer
+    np.testing.assert_array_equal(loaded.tokenizer.encode("abz?"), codec.encode("abz?"))
+    if name == "duo-1":
+        code, _, error = launching.call(monkeypatch, capsys, "--mode=chat", f"--workdir={workdir}")
+        assert code == 2 and "process='uniform'" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a2d_qwen3-1", "llada-1", "lladamoe-2", "bd3lm-2"])
+def test_scanned_layers_train_resume_and_export_as_others_do(name, tmp_path, monkeypatch):
+    launching.on_one_device(monkeypatch)
+    made = {}
+    for scanned in (False, True):
+        folder = tmp_path / str(scanned)
+        folder.mkdir()
+        has_tokenizer = (DATA / name / "tokenizer.json").exists()
+        if has_tokenizer:
+            config = configured(DATA / name, folder)
+        else:
+            config = without_tokenizer(name, folder)
+        config.model.scan_layers = scanned
+        config.optimizer.peak = 1e-3
+        config.train.steps = 2
+        workdir = files.as_path(folder / "run")
+        assert train.train(make_experiment(config, workdir), workdir)
+        config.train.steps = 4  # resumed
+        assert train.train(make_experiment(config, workdir), workdir, allow_config_change=True)
+        assert open_workdir(workdir).steps()[-1] == 4
+        _, model = export.export(workdir, str(folder / "out"), last=True)
+        assert model.config.scan_layers == scanned
+        made[scanned] = TensorFiles(folder / "out")
+    assert made[True].shapes == made[False].shapes and made[True].dtypes == made[False].dtypes
+    moved = 0.0
+    for tensor in made[False].shapes:
+        one, other, before = (
+            np.asarray(each.read(tensor), np.float64)
+            for each in (made[False], made[True], TensorFiles(DATA / name))
+        )
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
+        moved = max(moved, np.max(np.abs(one - before)))
+    assert moved > 5e-4
 
 
 def test_settings_that_no_layout_has_are_named(tmp_path):
@@ -354,6 +472,58 @@ def test_settings_that_no_layout_has_are_named(tmp_path):
         export.export(workdir, str(tmp_path / "out"))
 
 
+@pytest.mark.slow
+def test_a_run_in_a_bucket_goes_on_and_is_exported_without_its_source(
+    bucket, tmp_path, monkeypatch
+):
+    launching.on_one_device(monkeypatch)
+    moved = shutil.copytree(DATA / "a2d_qwen3-1", tmp_path / "model")
+    config, workdir = configured(moved, tmp_path), files.as_path("gs://bucket/run")
+    config.train.steps = 2
+    assert train.train(make_experiment(config, workdir), workdir)
+    assert (bucket / "run" / "source" / "mdm_jax.json").exists()
+    shutil.rmtree(moved)
+    config.train.steps = 4
+    assert train.train(make_experiment(config, workdir), workdir, allow_config_change=True)
+    experiment = make_experiment(saved_config(workdir), workdir)
+    assert evaluate.evaluate(experiment, workdir)["step"] in (2, 4)
+    step, _ = export.export(workdir, str(tmp_path / "out"))
+    loaded, expected = hub.load(tmp_path / "out"), load_parameters(experiment, workdir)
+    assert step == expected[0]
+    chex.assert_trees_all_equal(jax.device_get(loaded.params), jax.device_get(expected[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a2d_qwen3-1", "bd3lm-2"])
+def test_the_variance_of_a_model_is_measured_before_and_after_training(name, tmp_path, monkeypatch):
+    launching.on_one_device(monkeypatch)
+    workdir = files.as_path(tmp_path / "run")
+    if name == "bd3lm-2":
+        config = without_tokenizer(name, tmp_path)
+    else:
+        config = configured(DATA / name, tmp_path)
+    config.measure.update(methods=("stratified",), data_batches=3, groups=3, redraws=12)
+    experiment = make_experiment(config, workdir)
+    methods, settings = measure.named(config.measure.methods), dict(experiment.config.measure)
+    del settings["methods"]
+    settings = launch_config.MeasureSettings(**settings)
+
+    def measured():
+        return measure.measure(make_experiment(config, workdir), workdir, methods, settings)
+
+    before = measured()
+    assert before["step"] is None and before["parameters"] == str(DATA / name)
+    # Another name of the same method, by the same draws.
+    assert train.train(experiment, workdir)
+    after = measured()
+    assert after["step"] == 4 and after["levels"] != before["levels"]
+    for record in (before, after):
+        assert {*record["methods"]} == {"independent", "stratified", "this run"}
+        for result in record["methods"].values():
+            assert not result["refused"] and result["loss"]["total"]["value"] > 0, result
+        assert record["methods"]["this run"]["bias"] == experiment.bias()
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -361,9 +531,11 @@ class Terminal(io.StringIO):
 
 def test_a_chat_shows_the_canvas_being_unmasked(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n1+1\n"))
-    arguments = (f"--source={DATA / 'a2d_qwen3-1'}", "--max_tokens=4", "--steps=4")
+    arguments = (f"--source={DATA / 'a2d_qwen3-1'}", "--max_tokens=4", "--steps=4", "--notemplate")
+    before = decoding._decode._cache_size()
     code, out, error = launching.call(monkeypatch, capsys, "--mode=chat", *arguments)
     assert code == 0, error
+    assert decoding._decode._cache_size() == before + 1  # prompts of 5 and of 3 tokens
     canvases = [line.count("▁") for line in out.splitlines()]
     assert canvases[0] == 3 and canvases.count(0) <= 4  # one token a step, of two answers
     assert out == data.printable(out)
@@ -372,9 +544,19 @@ def test_a_chat_shows_the_canvas_being_unmasked(monkeypatch, capsys):
 def test_a_run_answers_without_its_data(run, monkeypatch, capsys):
     _, workdir, _ = run
     monkeypatch.setattr("sys.stdin", io.StringIO("1+1\n"))
-    arguments = (f"--workdir={workdir}", "--max_tokens=4")
-    code, out, error = launching.call(monkeypatch, capsys, "--mode=chat", *arguments)
+    arguments = ("--mode=chat", f"--workdir={workdir}", "--max_tokens=4")
+    code, out, error = launching.call(monkeypatch, capsys, *arguments)
     assert code == 0 and "▁" not in out.splitlines()[-1], error
+    # On the devices that share the run's parameters, the same.
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1\n"))
+    again = launching.call(monkeypatch, capsys, *arguments, "--config.mesh=fsdp=2")
+    assert again[:2] == (code, out), again
+    for setting, message in (
+        ("mesh.fsdp=16", "mesh.fsdp=16 times mesh.tensor=1 needs more than the 8 devices"),
+        ("sample.temperature=1", "--mode=chat does not read --config.sample.temperature"),
+    ):
+        code, _, error = launching.call(monkeypatch, capsys, *arguments, f"--config.{setting}")
+        assert code == 2 and message in error
 
 
 def test_a_terminal_is_redrawn_in_place_and_obeys_no_model(monkeypatch):

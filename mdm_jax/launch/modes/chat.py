@@ -1,6 +1,7 @@
 """The mode ``chat``: a conversation in the terminal that shows the canvas being unmasked."""
 
 import contextlib
+import math
 import shutil
 import sys
 import unicodedata
@@ -17,6 +18,7 @@ from mdm_jax.hub.rules import RULES
 from mdm_jax.launch.modes.sample import MASK_TEXT
 
 _PROBE = "mdm"
+_MULTIPLE = 32  # tokens, that rows are padded to: prompts of most lengths share a program
 _UP, _CLEAR = "\x1b[{}A", "\r\x1b[J"
 
 
@@ -61,9 +63,10 @@ def chat(
                 prompt, turns = _fitted(model, template, turns, max_tokens)
             else:
                 prompt = codec.encode(line)
-            canvas.begin(prompt)
+            multiple = _multiple(model, len(prompt) + max_tokens)
+            canvas.begin(prompt, multiple)
             key = jax.random.fold_in(jax.random.key(0), number)
-            options = ids | {"key": key, "show": canvas.show}
+            options = ids | {"key": key, "show": canvas.show, "pad_multiple": multiple}
             made = generate(model, [prompt], max_tokens, rule=rule, **options, **changes)
             jax.effects_barrier()
         except ValueError as error:
@@ -98,10 +101,11 @@ class _Canvas:
         self._out: TextIO = sys.stdout
         self._rows, self._last, self._skip = 0, "", 0
 
-    def begin(self, prompt: np.ndarray) -> None:
+    def begin(self, prompt: np.ndarray, multiple: int = 1) -> None:
         self._rows, self._last, self._skip = 0, "", len(prompt)
-        if self._blocks and self._left:
-            self._skip = -(-len(prompt) // self._blocks) * self._blocks
+        if self._left:
+            unit = math.lcm(self._blocks or 1, multiple)
+            self._skip = -(-len(prompt) // unit) * unit
 
     def show(self, tokens: np.ndarray) -> None:
         """Draw tokens [1, ...] so far, from the prompt on."""
@@ -141,6 +145,11 @@ class _Canvas:
         """Without power over the terminal."""
         text = self._codec.decode(self._cut(tokens), mask_text=MASK_TEXT)
         return data.printable(text).expandtabs()
+
+
+def _multiple(model: hub.HubModel, length: int) -> int:
+    """What a row is padded to, unless that makes it longer than the model takes."""
+    return _MULTIPLE if length + _MULTIPLE <= (model.traits.length or np.inf) else 1
 
 
 def _rule(model: hub.HubModel) -> Any:

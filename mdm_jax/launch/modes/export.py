@@ -1,6 +1,7 @@
 """A run's model alone, without its data: opened, and written in a layout of others."""
 
 import dataclasses
+import json
 from typing import NamedTuple
 
 import jax
@@ -35,14 +36,16 @@ class Opened(NamedTuple):
 
 
 def open_run(
-    workdir: files.Path, last: bool = False, layout: bool = False, num_devices: int | None = None
+    workdir: files.Path,
+    last: bool = False,
+    layout: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Opened:
     """The model of a run, which needs neither its data nor its source.
 
-    The best averaged parameters, or those of the ``last`` step as they are, over ``num_devices``
-    (None: all). WorkdirError without a
-    run, CheckpointError without a checkpoint; with ``layout`` ValueError that names the settings
-    which no layout of others can express.
+    The best averaged parameters, or those of the ``last`` step as they are, over ``mesh`` (None:
+    sharded over all devices). WorkdirError without a run, CheckpointError without a checkpoint;
+    with ``layout`` ValueError that names the settings which no layout of others can express.
     """
     if read_config(workdir) is None:
         raise WorkdirError(f"{workdir} holds no run (no config.json); name another --workdir")
@@ -51,6 +54,7 @@ def open_run(
         "masked": ("bidirectional", None),
         "block": ("block", config.block.size),
         "autoregressive": ("causal", None),
+        **({"uniform": ("bidirectional", None)} if layout and config.model.source else {}),
     }.get(config.process, (None, None))
     if attention is None or (layout and size and config.block.window):
         wrong = "process" if attention is None else "block.window"
@@ -67,8 +71,8 @@ def open_run(
         params = training.linen_init(model.model, 8)(jax.random.key(0))
         return params if spec is None else lora.init(jax.random.key(0), params, spec)
 
-    devices = jax.devices()[:num_devices]
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), sharding.AXES)
+    if mesh is None:
+        mesh = _mesh(fsdp=jax.device_count(), tensor=1)
     params = sharding.abstract_sharded(init, mesh)
     dtype = config.optimizer.ema_dtype
     average = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), params)
@@ -103,8 +107,8 @@ def export(
     """Write a run to a new directory in the layout of its source, or of Qwen3, Qwen2 or Llama.
 
     With ``adapter`` the adapters alone, in the layout of PEFT. Returns the step, and the layout. A
-    tokenizer of ours is written as ``mdm_tokenizer.json``. Raises as :func:`open_run`,
-    :func:`merged`, ``hub.save`` and ``hub.save_adapters``; ValueError for a run without adapters.
+    tokenizer of ours is written as theirs. Raises as :func:`open_run`, :func:`merged`, ``hub.save``,
+    ``hub.tokenizer_files`` and ``hub.save_adapters``; ValueError for a run without adapters.
     """
     run = open_run(workdir, last, layout=True)
     if adapter and run.spec is None:
@@ -114,11 +118,34 @@ def export(
         hub.save_adapters(to, run.model, run.adapters, run.spec, **options)
         return run.step, "PEFT"
     model = merged(run, workdir)
+    own, made = workdir / "tokenizer.json", {}
+    if model.tokenizer is None and own.exists():
+        made = hub.tokenizer_files(load_tokenizer(own), model.traits)
     directory = hub.save(to, model, dtype=dtype or None)
-    own = workdir / "tokenizer.json"
-    if model.tokenizer is None and own.exists() and distributed.is_first():
-        files.write(directory / "mdm_tokenizer.json", own.read_bytes())
+    if distributed.is_first():
+        for name, content in made.items():
+            files.write(directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return run.step, model.family.name
+
+
+def chat_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """Devices that share the parameters of a run; a conversation is one row, so without copies.
+
+    ValueError if there are not as many.
+    """
+    fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
+    if fsdp * tensor > jax.device_count():
+        raise ValueError(
+            f"mesh.fsdp={fsdp} times mesh.tensor={tensor} needs more than the "
+            f"{jax.device_count()} devices at hand; give --config.mesh=fsdp={jax.device_count()},"
+            "tensor=1"
+        )
+    return _mesh(fsdp, tensor)
+
+
+def _mesh(fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    devices = np.array(jax.devices()[: fsdp * tensor])
+    return jax.sharding.Mesh(devices.reshape(1, fsdp, tensor), sharding.AXES)
 
 
 def _own(
