@@ -12,6 +12,9 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
 
+_OWN = ("char", "byte", "bpe")
+"""Values of ``data.tokenizer`` that are no paths."""
+
 
 def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Dataset:
     """Data of a run; ValueError if a setting that its source does not read was changed.
@@ -30,7 +33,7 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
     defaults = launch_config.get_config().data.to_dict()
     if model is not None and model.tokenizer is not None:
         values["tokenizer"] = defaults["tokenizer"] = model.tokenizer
-    elif pathlib.Path(values["tokenizer"]).is_dir():
+    elif values["tokenizer"] not in _OWN and pathlib.Path(values["tokenizer"]).is_dir():
         values["tokenizer"] = _read(values["tokenizer"])
     unread = [
         f"data.{name}={value!r} (leave it at {defaults[name]!r})"
