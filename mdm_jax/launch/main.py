@@ -21,7 +21,7 @@ Own text:   --config.data.source=text --config.data.path=FILE
 Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)
 Adapters:   --config.adapter.name=lora --config.adapter.rank=16
 Devices:    --config.mesh=data=2,fsdp=4,tensor=1
-Free in every mode: --config.evaluate.* sample.* spacing.* measure.* mesh.*
+Free where read: --config.evaluate.* sample.* spacing.* measure.* mesh.*
 
 Flags:
   --workdir: directory of the run, made if missing
@@ -341,7 +341,8 @@ def _chat(workdir: files.Path | None) -> int:
     if workdir is None:
         model = hub.load(_SOURCE.value)
     else:
-        mesh = exports.chat_mesh(_CONFIG.value)
+        given = bool(command_line.overridden(_PARSED))
+        mesh = exports.chat_mesh(_CONFIG.value, given)
         run = exports.open_run(workdir, _PARAMETERS.value == "last", mesh=mesh)
         model = exports.merged(run, workdir)
     templated = _TEMPLATE.value

@@ -107,8 +107,9 @@ def export(
     """Write a run to a new directory in the layout of its source, or of Qwen3, Qwen2 or Llama.
 
     With ``adapter`` the adapters alone, in the layout of PEFT. Returns the step, and the layout. A
-    tokenizer of ours is written as theirs. Raises as :func:`open_run`, :func:`merged`, ``hub.save``,
-    ``hub.tokenizer_files`` and ``hub.save_adapters``; ValueError for a run without adapters.
+    tokenizer of ours is written as theirs. Raises as :func:`open_run`, :func:`merged`,
+    ``hub.save``, ``hub.tokenizer_files`` and ``hub.save_adapters``; ValueError for a run without
+    adapters.
     """
     run = open_run(workdir, last, layout=True)
     if adapter and run.spec is None:
@@ -128,19 +129,20 @@ def export(
     return run.step, model.family.name
 
 
-def chat_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+def chat_mesh(config: ConfigDict, given: bool = False) -> jax.sharding.Mesh:
     """Devices that share the parameters of a run; a conversation is one row, so without copies.
 
-    ValueError if there are not as many.
+    All of them where there are fewer than the run had; ValueError if its mesh was ``given``.
     """
-    fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
-    if fsdp * tensor > jax.device_count():
+    fsdp, tensor, devices = config.mesh.fsdp, config.mesh.tensor, jax.device_count()
+    if fsdp * tensor <= devices:
+        return _mesh(fsdp, tensor)
+    if given:
         raise ValueError(
-            f"mesh.fsdp={fsdp} times mesh.tensor={tensor} needs more than the "
-            f"{jax.device_count()} devices at hand; give --config.mesh=fsdp={jax.device_count()},"
-            "tensor=1"
+            f"mesh.fsdp={fsdp} times mesh.tensor={tensor} needs more than the {devices} devices at "
+            f"hand; give --config.mesh=fsdp={devices},tensor=1"
         )
-    return _mesh(fsdp, tensor)
+    return _mesh(devices, tensor=1)
 
 
 def _mesh(fsdp: int, tensor: int) -> jax.sharding.Mesh:
