@@ -510,14 +510,13 @@ def test_the_variance_of_a_model_is_measured_before_and_after_training(name, tmp
 
     before = measured()
     assert before["step"] is None and before["parameters"] == str(DATA / name)
-    # Another name of the same method, by the same draws.
     assert train.train(experiment, workdir)
     after = measured()
     assert after["step"] == 4 and after["levels"] != before["levels"]
     for record in (before, after):
         assert {*record["methods"]} == {"independent", "stratified", "this run"}
         for result in record["methods"].values():
-            assert not result["refused"] and result["loss"]["total"]["value"] > 0, result
+            assert not result["refused"] and result["loss"]["total"] > 0, result
         assert record["methods"]["this run"]["bias"] == experiment.bias()
 
 
