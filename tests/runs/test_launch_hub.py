@@ -438,8 +438,8 @@ def test_scanned_layers_train_resume_and_export_as_others_do(name, tmp_path, mon
         config.train.steps = 4  # resumed
         assert train.train(make_experiment(config, workdir), workdir, allow_config_change=True)
         assert open_workdir(workdir).steps()[-1] == 4
-        _, model = export.export(workdir, str(folder / "out"), last=True)
-        assert model.config.scan_layers == scanned
+        assert export.open_run(workdir).model.config.scan_layers == scanned
+        export.export(workdir, str(folder / "out"), last=True)
         made[scanned] = TensorFiles(folder / "out")
     assert made[True].shapes == made[False].shapes and made[True].dtypes == made[False].dtypes
     moved = 0.0
