@@ -19,7 +19,6 @@ from mdm_jax.hub.model import (
     save,
     with_mask_row,
 )
-from mdm_jax.hub.own_tokenizers import tokenizer_files
 from mdm_jax.hub.peft import (
     load_adapters,
     projection_names,

@@ -13,6 +13,7 @@ from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source
 from mdm_jax.launch.build import read_parameters
 from mdm_jax.launch.families import network
+from mdm_jax.launch.modes.export_tokenizer import tokenizer_files
 from mdm_jax.launch.workdir import WorkdirError, read_config, saved_config
 from mdm_jax.models import lora
 from mdm_jax.training.checkpoints import CheckpointError
@@ -108,7 +109,7 @@ def export(
 
     With ``adapter`` the adapters alone, in the layout of PEFT. Returns the step, and the layout. A
     tokenizer of ours is written as theirs. Raises as :func:`open_run`, :func:`merged`,
-    ``hub.save``, ``hub.tokenizer_files`` and ``hub.save_adapters``; ValueError for a run without
+    ``hub.save``, :func:`tokenizer_files` and ``hub.save_adapters``; ValueError for a run without
     adapters.
     """
     run = open_run(workdir, last, layout=True)
@@ -121,7 +122,7 @@ def export(
     model = merged(run, workdir)
     own, made = workdir / "tokenizer.json", {}
     if model.tokenizer is None and own.exists():
-        made = hub.tokenizer_files(load_tokenizer(own), model.traits)
+        made = tokenizer_files(load_tokenizer(own), model.traits)
     directory = hub.save(to, model, dtype=dtype or None)
     if distributed.is_first():
         for name, content in made.items():

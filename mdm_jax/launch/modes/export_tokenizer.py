@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from mdm_jax.data.tokenizers import DEFAULT_SPECIAL_TOKENS, REPLACEMENT, Tokenizer, byte_alphabet
-from mdm_jax.hub.family import Traits
+from mdm_jax.hub import Traits
 
 
 def tokenizer_files(codec: Tokenizer, traits: Traits) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mdm_jax.data.tokenizers import (
     SpecialTokens,
     import_tokenizers,
 )
+from mdm_jax.launch.modes.export_tokenizer import tokenizer_files
 
 TEXT = "The quick brown fox, 2024.\n\n\tIt isn't  <pa> far.\r\n"
 TEXTS = (
@@ -57,7 +58,7 @@ CODECS = {
 def test_ids_and_texts_are_ours(name, tmp_path):
     codec = CODECS[name]
     traits = hub.Traits(vocab_size=codec.vocab_size, length=64, bos_id=codec.mask_id)
-    contents = hub.tokenizer_files(codec, traits)
+    contents = tokenizer_files(codec, traits)
     theirs = import_tokenizers().Tokenizer.from_str(json.dumps(contents["tokenizer.json"]))
     for text in TEXTS:
         ids = codec.encode(text)
@@ -83,11 +84,11 @@ def test_ids_and_texts_are_ours(name, tmp_path):
 
 
 def test_a_tokenizer_of_others_is_written_as_it_is(tmp_path):
-    first = hub.tokenizer_files(CODECS["byte"], hub.Traits(vocab_size=259))
+    first = tokenizer_files(CODECS["byte"], hub.Traits(vocab_size=259))
     first["tokenizer_config.json"]["chat_template"] = "{{ messages }}"
     for file, value in first.items():
         (tmp_path / file).write_text(json.dumps(value))
-    again = hub.tokenizer_files(hub.HubTokenizer.read(tmp_path), hub.Traits(vocab_size=259))
+    again = tokenizer_files(hub.HubTokenizer.read(tmp_path), hub.Traits(vocab_size=259))
     assert again["tokenizer_config.json"] == first["tokenizer_config.json"]
     vocabularies = (each["tokenizer.json"]["model"]["vocab"] for each in (first, again))
     assert next(vocabularies) == next(vocabularies)
@@ -99,4 +100,4 @@ def test_special_tokens_that_cannot_be_moved_are_refused():
     payload["tokenizer"]["model"].update(type="Unigram", vocab=[["a", 0.0]])
     odd = types.SimpleNamespace(to_json=lambda: json.dumps(payload), vocab_size=codec.vocab_size)
     with pytest.raises(ValueError, match="type Unigram whose special tokens are not last"):
-        hub.tokenizer_files(odd, hub.Traits(vocab_size=300))
+        tokenizer_files(odd, hub.Traits(vocab_size=300))
