@@ -20,6 +20,9 @@ STEPS, EVERY = 12, 6
 FIRST, SECOND = Chain(("stratified", "mirror")), Chain(("stratified_levels",))
 
 
+STEP = train.Running.step
+
+
 class Killed(BaseException):
     """What a SIGKILL is to the loop: nothing that it may catch."""
 
@@ -133,12 +136,10 @@ def run(workdir, monkeypatch, interrupt=None, kill_at=None):
         }
         return record, chain, experiment.with_chain(chain).transform.init(experiment.spec)
 
-    step = train.Running.step
-
     def killing(self, state, batch):
         if kill_at is not None and int(state.step) == kill_at:
             raise Killed
-        return step(self, state, batch)
+        return STEP(self, state, batch)
 
     monkeypatch.setattr(choose, "choose", made_up)
     monkeypatch.setattr(train.Running, "step", killing)
