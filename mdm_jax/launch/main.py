@@ -31,7 +31,6 @@ Flags:
   --parameters=last, --dtype=bfloat16: what export writes; else averages
   --adapter: export adapters as a directory of PEFT; else they are merged
   --max_tokens, --temperature, --answer_steps (or --steps), --template: of chat
-  --over: of a sweep: NAME=VALUE,VALUE;NAME=VALUE,...
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
     default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
