@@ -1,7 +1,9 @@
 """Plots: functions that take axes draw on them and return them; the others return a new figure."""
 
 import io
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +41,27 @@ def write(figure: Any, path: str | os.PathLike) -> None:
     files.write(path, png.getvalue())
 
 
+def svg(draw: Callable[[Any], Any], size: tuple[float, float]) -> str:
+    """``draw(axes)`` as an SVG element for a page of HTML, of ``size`` inches.
+
+    It refers to nothing outside, its texts are text in the page's font, its ground is transparent.
+    """
+    import matplotlib
+
+    image = io.StringIO()
+    options = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    options |= {"svg.hashsalt": draw.__qualname__, "font.family": "sans-serif", "font.size": 9}
+    options |= {"axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
+    with matplotlib.rc_context(options):
+        figure = new_figure(size)
+        draw(figure.add_subplot())
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    text = image.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    return re.sub(r'(width|height)="[\d.]+pt" ', "", text, count=2)
+
+
 def training_curve(
     axes: Any,
     records: Sequence[Mapping[str, Any]],
@@ -47,14 +70,19 @@ def training_curve(
 ) -> Any:
     """Training and evaluation loss, bits per ``unit``, from ``training.read_metrics`` records.
 
-    With the monitor "levels" the training loss without level noise is drawn too.
+    With the monitor "levels" the training loss without level noise is drawn too, with a band of two
+    standard errors.
     """
     training = [r for r in records if r["kind"] == "train"]
     train = [(r["step"], r["bits_per_unit"]) for r in training]
     # Converts the monitor's nats per token: both units are in the training record of its step.
     units = {r["step"]: r["bits_per_unit"] / r["loss"] for r in training if r["loss"]}
     normalised = [
-        (r["step"], r["normalised_loss"] * units[r["step"]])
+        (
+            r["step"],
+            r["normalised_loss"] * units[r["step"]],
+            2 * r.get("normalised_loss_standard_error", 0.0) * units[r["step"]],
+        )
         for r in records
         if r["kind"] == "monitor" and "normalised_loss" in r and r["step"] in units
     ]
@@ -66,8 +94,10 @@ def training_curve(
     if train:
         axes.plot(*zip(*train), color="0.7", linewidth=1, label="training objective")
     if normalised:
+        steps, bits, band = (np.array(column) for column in zip(*normalised))
         style = {"color": "C0", "linewidth": 1, "alpha": 0.6, "label": "normalised by level"}
-        axes.plot(*zip(*normalised), **style)
+        axes.plot(steps, bits, **style)
+        axes.fill_between(steps, bits - band, bits + band, color="C0", alpha=0.2, linewidth=0)
     if evaluated:
         steps, bits, errors = zip(*evaluated)
         style = {"color": "C0", "marker": "o", "markersize": 3, "label": "validation bound"}
@@ -84,6 +114,61 @@ def level_curve(axes: Any, edges: np.ndarray, nats: np.ndarray) -> Any:
     centres = (np.asarray(edges)[1:] + np.asarray(edges)[:-1]) / 2
     axes.plot(centres, np.asarray(nats) / np.log(2), marker="o", markersize=3)
     axes.set(xlabel="masking rate", ylabel="bits per masked token", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    return axes
+
+
+def noise_shares(axes: Any, records: Sequence[Mapping[str, Any]]) -> Any:
+    """A, B, C as shares of the gradient's variance, with standard errors, from records "panel"."""
+    for number, (part, label) in enumerate(_PARTS):
+        points = [
+            (r["step"], r[f"share_{part}"], r.get(f"share_{part}_standard_error", math.nan))
+            for r in records
+            if f"share_{part}" in r
+        ]
+        steps, share, error = (100 * np.array(column) for column in zip(*points))
+        steps, color = steps / 100, f"C{number}"
+        axes.plot(steps, share, color=color, label=label)
+        axes.fill_between(steps, share - error, share + error, color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="step", ylabel="share of the gradient's variance, %")
+    axes.legend(loc="upper right", ncols=3, fontsize="small")
+    return axes
+
+
+def critical_batch(axes: Any, records: Sequence[Mapping[str, Any]], batch_size: int) -> Any:
+    """The critical batch size and the run's own, rows, from records "panel".
+
+    Bars reach over two standard errors, and without end where there is no upper one.
+    """
+    known = [r for r in records if "critical_batch_rows_low" in r]
+    steps, low = (np.array([r[n] for r in known]) for n in ("step", "critical_batch_rows_low"))
+    value, high = (
+        np.array([r.get(f"critical_batch_rows{end}", math.nan) for r in known])
+        for end in ("", "_high")
+    )
+    top = 3 * np.nanmax(np.concatenate([low, high, [batch_size]]))
+    axes.vlines(steps, low, np.where(np.isfinite(high), high, top), color="C0", alpha=0.25)
+    axes.plot(steps, value, "o", ms=3, color="C0", label="noise scale, ± 2 standard errors")
+    style = {"color": "C1", "linestyle": "--", "linewidth": 1}
+    axes.axhline(batch_size, label="batch size of this run", **style)
+    axes.set(xlabel="step", ylabel="rows", yscale="log", ylim=(None, top))
+    axes.legend(fontsize="small")
+    return axes
+
+
+def weights(axes: Any, records: Sequence[Mapping[str, Any]]) -> Any:
+    """Effective sample size of the importance weights, share of the draws, from "panel"."""
+    known = [r for r in records if "effective_sample_size" in r]
+    size = [100 * r["effective_sample_size"] for r in known]
+    axes.plot([r["step"] for r in known], size)
+    axes.set(xlabel="step", ylabel="effective sample size, %", ylim=(0, 105))
+    return axes
+
+
+def speed(axes: Any, records: Sequence[Mapping[str, Any]]) -> Any:
+    """Tokens per second, from records "speed"."""
+    axes.plot([r["step"] for r in records], [r["tokens_per_second"] for r in records], lw=1)
+    axes.set(xlabel="step", ylabel="tokens per second")
     axes.set_ylim(bottom=0)
     return axes
 

@@ -476,4 +476,5 @@ def read_parameters(
         checkpoints.close()
     if restored is None:
         return None
-    return int(restored.step), restored.params if last else training.averaged(restored)
+    state = restored.state
+    return int(state.step), state.params if last else training.averaged(state)

@@ -257,7 +257,10 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-MODES = ("train", "evaluate", "sample", "spacing", "variance", "export", "chat", "sweep")
+MODES = (
+    *("train", "evaluate", "sample", "spacing", "variance"),
+    *("export", "chat", "report", "sweep"),
+)
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
 

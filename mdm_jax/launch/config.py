@@ -19,6 +19,7 @@ from mdm_jax import data, models, samplers, training
 from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.launch import names
 from mdm_jax.launch.names import Setting, defaults, sections
+from mdm_jax.meter.panel import PanelSettings
 from mdm_jax.models.lora import Lora
 
 TASK_ROWS = ("answer_padding", "train_rows", "valid_rows", "test_rows")
@@ -209,6 +210,7 @@ def settings() -> Mapping[str, Any]:
         "optimizer": _optimizer(),
         "train": _train(),
         "monitors": sections(names.MONITORS),
+        "panel": defaults(PanelSettings),
         # With clipped_adaptive in variance.order: how its range is chosen, before each evaluation.
         "clip_search": {
             "criterion": _name(
@@ -341,7 +343,11 @@ def _train() -> dict[str, Any]:
             "", ("", "slot", "example"), 'what noise goes with; "": example for chats, else slot'
         ),
         "prefetch": _whole(2, "[0, 1e4]", "batches"),
-        "monitors": _names(("levels",), names.MONITORS, "running estimates in the metrics"),
+        "monitors": _names(
+            ("levels", "gradient_noise", "weights"),
+            names.MONITORS,
+            "running estimates in the metrics",
+        ),
         # Early, by the paired interval of the validation bound's gain.
         "stop": defaults(training.StopSettings),
         **{name: setting for name, setting in loop.items() if name not in LOOP_OWN},

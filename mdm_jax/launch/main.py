@@ -6,6 +6,7 @@
   mdm spacing  --workdir=runs/mine --steps=16    compare and search sampling
                                        grids; sample then uses the best
   mdm variance --workdir=runs/mine     gradient variance of training methods
+  mdm report   --workdir=runs/mine     the run so far on a page, report.html
   mdm export   --workdir=runs/mine --to=DIR   in the layout of Hugging Face
   mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
   mdm sweep    --config=quickstart --workdir=runs/seeds
@@ -21,7 +22,7 @@ Own text:   --config.data.source=text --config.data.path=FILE
 Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)
 Adapters:   --config.adapter.name=lora --config.adapter.rank=16
 Devices:    --config.mesh=data=2,fsdp=4,tensor=1
-Free where read: --config.evaluate.* sample.* spacing.* measure.* mesh.*
+Free where read: --config.evaluate.* sample.* spacing.* measure.* panel.* mesh.*
 
 Flags:
   --workdir: directory of the run, made if missing
@@ -42,7 +43,6 @@ Flags:
 import contextlib
 import functools
 import os
-import pathlib
 import re
 import shlex
 import sys
@@ -59,13 +59,14 @@ from mdm_jax.launch import command_line
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.modes import chat, evaluate, measure, preview, spacing, sweep, train
+from mdm_jax.launch.modes import chat, evaluate, measure, preview, report, spacing, sweep, train
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,
     claim,
+    command,
     read_config,
     resolved,
     saved_config,
@@ -211,7 +212,7 @@ def _run(workdir: files.Path) -> int:
 
 def _run_as_one_of_several(workdir: files.Path) -> int:
     """As :func:`_run`; only process 0 prints, and a failing process ends the others too."""
-    if _MODE.value in ("variance", "spacing", "chat"):
+    if _MODE.value in ("variance", "spacing", "chat", "report"):
         return _fail(f"--mode={_MODE.value} runs in one process; start it with --num_processes=1")
     try:
         with contextlib.ExitStack() as stack:
@@ -251,7 +252,9 @@ def _train(experiment: Experiment, workdir: files.Path) -> int:
                 return 0
         except Interrupted:
             pass  # during the final evaluation; training itself is saved
-    print(f"stopped and saved in {workdir}; the same command line resumes:\n  {_command()}")
+    print(
+        f"stopped and saved in {workdir}; the same command line resumes:\n  {command(_ARGUMENTS)}"
+    )
     return _STOPPED
 
 
@@ -368,19 +371,24 @@ def _sweep() -> int:
         for name in runs[0].settings:
             if name in command_line.overridden(_PARSED):
                 raise ValueError(f"--config.{name} is also swept over; give it in one place")
-        command = [sys.executable, "-m", "mdm_jax.launch", "train", *rest]
-        code = sweep.sweep(runs, files.as_path(_WORKDIR.value), command, show=_print)
+        started = [sys.executable, "-m", "mdm_jax.launch", "train", *rest]
+        code = sweep.sweep(runs, files.as_path(_WORKDIR.value), started, show=_print)
     except (*_USER_ERRORS, TypeError) as error:
         logging.debug("where it came from:", exc_info=True)
         return _fail(str(error))
     except KeyboardInterrupt:
         return _stopped_at_once()
     if code == _STOPPED:
-        print(f"stopped and saved; the same command line resumes:\n  {_command()}")
+        print(f"stopped and saved; the same command line resumes:\n  {command(_ARGUMENTS)}")
     return code
 
 
-_MODEL_MODES = {"export": _export, "chat": _chat}
+def _report(workdir: files.Path) -> int:
+    print(f"written to {report.write_page(workdir)}")
+    return 0
+
+
+_MODEL_MODES = {"export": _export, "chat": _chat, "report": _report}
 _MODES = {
     "train": _train,
     "evaluate": _evaluate,
@@ -409,16 +417,6 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error:
         _PARSED[:] = argv  # absl reports it below
     return app.parse_flags_with_usage([*_PARSED])
-
-
-def _command() -> str:
-    program = pathlib.Path(_ARGUMENTS[0]).name
-    start = {
-        "mdm": ["mdm"],
-        "__main__.py": ["python", "-m", "mdm_jax.launch"],
-    }.get(program, ["python", "-m", "experiments.launch"])
-    again = [each for each in _ARGUMENTS[1:] if not re.fullmatch("--?restart(=.*)?", each)]
-    return shlex.join([*start, *again])
 
 
 def _stopped_at_once() -> int:

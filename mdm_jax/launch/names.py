@@ -137,6 +137,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MONITORS = {
     "levels": training.level_monitor,
     "gradient_noise": training.gradient_noise_monitor,
+    "weights": training.weight_monitor,
     "baseline": training.baseline_monitor,
 }
 CLIP_CRITERIA = {

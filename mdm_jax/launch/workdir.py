@@ -8,7 +8,10 @@ import json
 import os
 import pathlib
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +27,7 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.training.checkpoints import UNSAVED
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
-FREE_SECTIONS = ("evaluate", "measure", "mesh", "sample", "spacing")
+FREE_SECTIONS = ("evaluate", "measure", "mesh", "panel", "sample", "spacing")
 """Sections about evaluation and devices; they may differ between calls."""
 FILE = "training.lock"
 HISTORY = (
@@ -35,6 +38,7 @@ HISTORY = (
     "auto.jsonl",
     "evaluation.json",
     "report.txt",
+    "report.html",
     "tokenizer.json",
     "spacing",
     "quality",
@@ -260,7 +264,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Seed, package versions, Python, machine and git revision."""
+    """Seed, package versions, Python, machine, git revision and command line."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -274,7 +278,19 @@ def provenance(seed: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "git_revision": git_revision(pathlib.Path(__file__).resolve().parent),
+        "command": command(sys.argv),
     }
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The line for a shell that starts the launcher with these arguments, without --restart."""
+    program = pathlib.Path(arguments[0]).name
+    start = {
+        "mdm": ["mdm"],
+        "__main__.py": ["python", "-m", "mdm_jax.launch"],
+    }.get(program, ["python", "-m", "experiments.launch"])
+    again = [each for each in arguments[1:] if not re.fullmatch("--?restart(=.*)?", each)]
+    return shlex.join([*start, *again])
 
 
 def git_revision(root: pathlib.Path) -> str:

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.estimates import Estimate, RunningMean, add, finite_or_none, square_norm, start
+from mdm_jax.estimates import (
+    Estimate,
+    RunningMean,
+    add,
+    finite_or_none,
+    sketch,
+    square_norm,
+    start,
+)
 from mdm_jax.meter.nested import (
     Components,
     check_design,
@@ -25,7 +33,7 @@ from mdm_jax.meter.nested import (
     row_terms,
     spread_terms,
 )
-from mdm_jax.meter.subject import Progress, Subject, random_signs
+from mdm_jax.meter.subject import Progress, Subject
 from mdm_jax.pytrees import of_trained, trained
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
@@ -180,9 +188,6 @@ class RowGradients(NamedTuple):
     sketch: Array
 
 
-_BUCKETS = 1024
-
-
 def row_visit(subject: Subject, key: Array, levels: int, masks: int) -> Callable[..., Any]:
     """``visit(params, grand, row, index) -> (grand, RowGradients)``: adds a row to the mean."""
     draw_row, losses = nested_draw(key, subject), subject.estimator.losses
@@ -202,7 +207,10 @@ def row_visit(subject: Subject, key: Array, levels: int, masks: int) -> Callable
 
         running, (within, terms) = jax.lax.scan(next_level, start(part), jnp.arange(levels))
         grand, change = add(grand, running.mean)
-        between, sketched = jnp.sum(terms) / (levels - 1), _sketch(running.mean, key)
+        between, sketched = (
+            jnp.sum(terms) / (levels - 1),
+            sketch(running.mean, stream(key, "sketch")),
+        )
         return grand, RowGradients(jnp.mean(within), between, change, sketched)
 
     return visit
@@ -225,18 +233,6 @@ def gradient_terms(seen: RowGradients, levels: int, masks: int) -> tuple[Compone
     pairs = np.sum((deviations.T @ deviations) ** 2) - np.sum(squares**2)
     number = len(squares) * (len(squares) - 1)
     return terms, 2 * scale**2 * pairs / number**2
-
-
-def _sketch(tree: PyTree, key: Array) -> Array:
-    """Count sketch (Charikar et al. 2002) in [1024]: linear, and keeps squared norms to about 4%.
-    Exact, up to signs, for as many parameters.
-    """
-    total, offset = jnp.zeros(_BUCKETS), 0
-    signed = jax.tree.map(jnp.multiply, random_signs(stream(key, "sketch"), tree), tree)
-    for leaf in jax.tree.leaves(signed):
-        flat = jnp.pad(leaf.ravel(), (0, -leaf.size % _BUCKETS)).reshape(-1, _BUCKETS).sum(0)
-        total, offset = total + jnp.roll(flat, offset), offset + leaf.size
-    return total
 
 
 def _design(rows: Batch, levels: int, masks: int) -> tuple[Batch, int]:

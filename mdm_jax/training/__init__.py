@@ -17,6 +17,7 @@ from mdm_jax.training.monitors import (
     level_monitor,
     read_level_profile,
     read_monitors,
+    weight_monitor,
 )
 from mdm_jax.training.optimizers import adamw, muon, store_moments, warmup_cosine
 from mdm_jax.training.step import (

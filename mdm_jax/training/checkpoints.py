@@ -327,16 +327,9 @@ def _files(directory: files.Path, digests: bool = True) -> dict[str, dict[str, A
     for path in files.below(directory):
         entry = manifest[path.relative_to(directory).as_posix()] = {"size": files.size(path)}
         if digests:
-            entry["sha256"] = _digest(path)
+            with path.open("rb") as file:
+                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return manifest
-
-
-def _digest(path: files.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 UNSAVED = "unsaved"
@@ -418,17 +411,24 @@ class CheckpointReader:
         aside = sorted(p.name for p in self._root.iterdir() if p.name.startswith("damaged-last-"))
         return f"{', '.join(aside)} in {self._root}" if aside else None
 
-    def restore_last_fields(self, abstract_state: PyTree, fields: Sequence[str]) -> PyTree | None:
-        """As :meth:`restore_last`, with None in all but ``fields``; the optimiser may differ.
+    def restore_last_fields(self, abstract_state: PyTree, fields: Sequence[str]) -> Restored | None:
+        """As :meth:`restore_last`, with None for leaves outside ``fields`` that do not fit.
 
         Everything is read; leaves that do not fit are on every device until this returns.
         """
-        leaves = named_leaves(abstract_state)
-        restored = self.restore_last(self._last.as_saved(leaves, fields))
+        tree = abstract_state
+
+        def as_saved(records: dict[str, Any]) -> dict[str, Any]:
+            nonlocal tree
+            tree = abstract_state(records) if callable(abstract_state) else abstract_state
+            return self._last.as_saved(named_leaves(tree), fields)
+
+        restored = self.restore_last(as_saved)
         if restored is None:
             return None
-        kept = (restored.state[name] if field_of(name) in fields else None for name in leaves)
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), kept)
+        wanted, found = _shapes(named_leaves(tree)), _shapes(restored.state)
+        kept = (restored.state[n] if found.get(n) == form else None for n, form in wanted.items())
+        return restored._replace(state=jax.tree.unflatten(jax.tree.structure(tree), kept))
 
     def restore_step(self, step: int, abstract_state: PyTree) -> PyTree:
         """The full state of a step, unverified; CheckpointError if missing or of another shape."""

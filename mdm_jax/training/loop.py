@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Protocol
 
 import jax
@@ -119,6 +119,16 @@ class LoopOptions:
     launched_at: float | None = None
 
 
+class Panel(Protocol):
+    """Figures beside the loss that need more than the state, such as measurements now and then."""
+
+    def visit(self, step: int, state: TrainState, batch: Batch) -> None:
+        """Called after every step with its batch; may start work on the device."""
+
+    def read(self, step: int, readings: Mapping[str, float]) -> dict[str, str]:
+        """Called at every logging step with the monitors' readings; names and texts to show."""
+
+
 @dataclasses.dataclass
 class Hooks:
     """Functions that the loop calls besides the step; ``check`` raises if a stop was requested.
@@ -130,6 +140,7 @@ class Hooks:
         adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings in
             the state that are chosen from held-out data.
         finished: ``finished() -> bool``, before each step: whether training ends here.
+        panel: see :class:`Panel`.
     """
 
     evaluate: Callable[[int, PyTree, Callable], dict[str, float]] | None = None
@@ -137,6 +148,7 @@ class Hooks:
     monitor: Callable[[TrainState], dict[str, jax.Array]] | None = None
     adapt: Callable[[int, TrainState, Callable], TrainState] | None = None
     finished: Callable[[], bool] = lambda: False
+    panel: Panel | None = None
 
 
 def train(
@@ -169,7 +181,7 @@ def train(
     start = step = int(jax.device_get(state.step))
     window, hooks_due = _remembered(progress or {})
     hooks_due = [name for name in hooks_due if getattr(hooks, name)]
-    loop = _Log(options, writer, start, window)
+    loop = _Log(options, writer, start, window, hooks.panel)
     profiling = False
 
     def remembered() -> dict[str, Any]:
@@ -219,6 +231,8 @@ def train(
                 step += 1
                 ending = step == options.total_steps
                 loop.pending.append(metrics)
+                if hooks.panel:
+                    hooks.panel.visit(step, state, batch)
                 if step == start + 1 and options.launched_at is not None:
                     jax.block_until_ready(metrics)
                     seconds = time.monotonic() - options.launched_at
@@ -283,13 +297,19 @@ class _Log:
     """Metrics between two logging steps: on the device first, then as numbers, then written."""
 
     def __init__(
-        self, options: LoopOptions, writer: MetricWriter, start: int, window: list[list[float]]
+        self,
+        options: LoopOptions,
+        writer: MetricWriter,
+        start: int,
+        window: list[list[float]],
+        panel: Panel | None = None,
     ):
         self.pending: list[StepMetrics] = []
         self.window = window
         self.progress = Progress(options.total_steps, start, silent=not distributed.is_first())
         self._options = options
         self._writer = writer
+        self._panel = panel
         self._clock = time.monotonic()
         self._timed_from = start
 
@@ -317,8 +337,8 @@ class _Log:
         self._clock, self._timed_from = now, step
         # Speed goes to the terminal and TensorBoard records of its own: it is not reproducible.
         self._writer.scalars(step, "train", values)
-        if readings:
-            known = {n: float(v) for n, v in jax.device_get(readings).items() if np.isfinite(v)}
+        known = {n: float(v) for n, v in jax.device_get(readings).items() if np.isfinite(v)}
+        if known:
             self._writer.scalars(step, "monitor", known)
         speed = self._options.tokens_per_step / seconds
         self._writer.scalars(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
@@ -329,6 +349,8 @@ class _Log:
         }
         if values["skipped"]:
             text["skipped"] = f"{values['skipped']:.0f}"
+        if self._panel:
+            text |= self._panel.read(step, known)
         self.progress.advance(step, text, seconds)
         worst = int(columns["skipped_in_a_row"].max())
         if worst >= stop_after:

@@ -8,10 +8,10 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mdm_jax.checks import Bins, Decay, Real, checked
 from mdm_jax.draws import Draw, LossStats
+from mdm_jax.estimates import BUCKETS, sketch, square_norm
 from mdm_jax.objectives.objective import (
     Baseline,
     Objective,
@@ -78,7 +78,9 @@ class LevelSums(NamedTuple):
     """Exponentially forgotten sums by bin of the masking rate, [bins].
 
     ``nats`` and ``targets`` are of masked tokens, ``loss`` per token (``raw * weight / scored``),
-    ``square`` its square; ``rows`` counts (view, row, level)s, ``rejected`` [] non-finite steps.
+    ``square`` its square; ``rows`` counts (view, row, level)s. ``nats_square``, ``nats_targets``
+    and ``targets_square`` are sums over these of products, under squared weights of forgetting, for
+    the standard error of nats over targets. ``rejected`` [] counts non-finite steps.
     """
 
     nats: Array
@@ -86,24 +88,28 @@ class LevelSums(NamedTuple):
     loss: Array
     square: Array
     rows: Array
+    nats_square: Array
+    nats_targets: Array
+    targets_square: Array
     rejected: Array
 
 
 @checked
-def level_monitor(objective: Objective, bins: Bins = 10, decay: Decay = 0.99) -> Monitor:
+def level_monitor(objective: Objective, bins: Bins = 10, decay: Decay = 0.95) -> Monitor:
     """Loss by masking rate, and a training loss without the noise of the levels.
 
     In masking rate m the bound is flat, nats per token = int_0^1 (mean cross-entropy of a masked
     token at rate m) dm. So the mean over equal bins of each bin's running cross-entropy is the
     training loss without the level's noise, up to the square of a bin's width; it lags by about
     ``1 / (1 - decay)`` visits of a bin. ``read`` gives this ``normalised_loss`` (nats per token,
-    visited bins), ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation``
+    visited bins) with its standard error (rows as independent, to first order; NaN until each bin
+    has several), ``level_nats_per_token`` [bins], ``level_loss`` and ``level_loss_deviation``
     [bins], mean and standard deviation of the per-token loss, and ``level_rejected``. ValueError
     unless bins >= 1 and decay (per visit of a bin) is in [0, 1).
     """
 
     def init(_params: PyTree) -> LevelSums:
-        zeros = [jnp.zeros((bins,), jnp.float32) for _ in range(5)]
+        zeros = [jnp.zeros((bins,), jnp.float32) for _ in range(8)]
         return LevelSums(*zeros, rejected=jnp.zeros((), jnp.int32))
 
     def update(state: LevelSums, draw: Draw, stats: LossStats, _gradients: PyTree) -> LevelSums:
@@ -112,14 +118,19 @@ def level_monitor(objective: Objective, bins: Bins = 10, decay: Decay = 0.99) ->
         scored = stats.eligible > 0
         member = jax.nn.one_hot(index, bins, dtype=jnp.float32) * scored[..., None]
         loss = stats.raw * stats.weight / jnp.maximum(stats.eligible, 1)
-        columns = (stats.raw, stats.targets, loss, loss**2, jnp.ones_like(loss))
+        nats, targets = stats.raw, stats.targets.astype(jnp.float32)
+        columns = (nats, targets, loss, loss**2, jnp.ones_like(loss))
+        columns += (nats**2, nats * targets, targets**2)
         values = jnp.stack([column.astype(jnp.float32) for column in columns])
         finite = jnp.all(jnp.isfinite(jnp.where(scored, values, 0.0)))
         values = jnp.where(scored & finite, values, 0.0)
         sums = jnp.einsum("cvbs,vbsj->cj", values, member, precision=jax.lax.Precision.HIGHEST)
         # A bin decays only when visited, so rare ones keep their estimate.
         keep = jnp.where(sums[4] > 0, decay, 1.0)
-        totals = [old * keep + new for old, new in zip(state[:5], sums)]
+        totals = [
+            old * (keep if number < 5 else keep**2) + new
+            for number, (old, new) in enumerate(zip(state[:8], sums))
+        ]
         return LevelSums(*totals, rejected=state.rejected + jnp.where(finite, 0, 1))
 
     def read(state: LevelSums) -> dict[str, Array]:
@@ -128,9 +139,17 @@ def level_monitor(objective: Objective, bins: Bins = 10, decay: Decay = 0.99) ->
         mean = state.loss / rows
         spread = jnp.sqrt(jnp.maximum(state.square / rows - mean**2, 0.0))
         any_visited = jnp.sum(visited) > 0
-        average = jnp.sum(jnp.where(visited, nats, 0.0)) / jnp.maximum(jnp.sum(visited), 1)
+        count = jnp.maximum(jnp.sum(visited), 1)
+        average = jnp.sum(jnp.where(visited, nats, 0.0)) / count
+        residual = (
+            state.nats_square - 2 * nats * state.nats_targets + nats**2 * state.targets_square
+        )
+        error = jnp.maximum(residual, 0.0) / jnp.maximum(state.targets, 1.0) ** 2
+        known = jnp.all(jnp.where(visited, state.rows >= 4, True)) & any_visited
+        error = jnp.sqrt(jnp.sum(jnp.where(visited, error, 0.0))) / count
         return {
             "normalised_loss": jnp.where(any_visited, average, jnp.nan),
+            "normalised_loss_standard_error": jnp.where(known, error, jnp.nan),
             "level_nats_per_token": jnp.where(visited, nats, jnp.nan),
             "level_loss": jnp.where(state.rows > 0, mean, jnp.nan),
             "level_loss_deviation": jnp.where(state.rows > 0, spread, jnp.nan),
@@ -141,10 +160,18 @@ def level_monitor(objective: Objective, bins: Bins = 10, decay: Decay = 0.99) ->
 
 
 class GradientMoments(NamedTuple):
-    """Exponentially forgotten moments of the batch gradient, float32."""
+    """Exponentially forgotten moments of the batch gradient, float32.
 
-    mean: PyTree
+    ``mean`` [1024] and ``mean_weight`` are of sketches of past gradients. ``square`` is of squared
+    norms, ``product`` and ``product_square`` of products with that mean, over steps of total
+    ``weight`` and total squared ``weight_square``.
+    """
+
+    mean: Array
+    mean_weight: Array
     square: Array
+    product: Array
+    product_square: Array
     weight: Array
     weight_square: Array
     rejected: Array
@@ -152,61 +179,138 @@ class GradientMoments(NamedTuple):
 
 @checked
 def gradient_noise_monitor(
-    decay: Annotated[float, Real("(0, 1)", "per step", "of running gradients")] = 0.95,
+    decay: Annotated[float, Real("(0, 1)", "per step", "of the running figures")] = 0.95,
+    past: Annotated[float, Real("[0, 1)", "per step", "of the mean of past gradients")] = 0.9,
 ) -> Monitor:
-    """Noise of the batch gradient, from its change between steps.
+    """Signal and noise of the batch gradient G, from products of each with the mean M of past ones.
 
-    With weights w_i over the past steps (summing to one), r = sum w_i^2 and a mean gradient that
-    changes little over ``1 / (1 - decay)`` steps,
+    Their noise is independent, so at parameters that change little over ``1 / (1 - past)`` steps
 
-        tr Cov(G) ~ (mean |G|^2 - |mean G|^2) / (1 - r) ,
+        |E G|^2 ~ mean of <G, M> ,     tr Cov(G) ~ mean of |G|^2 - <G, M> ,
 
-    data noise included, also for coupled rows. Drift of the parameters adds to it;
-    ``meter.efficiency`` measures at fixed parameters. ``read`` gives ``gradient_noise`` (trace of
-    the covariance), ``gradient_signal`` (squared norm of the mean gradient, unbiased, may be
-    negative), ``gradient_noise_share`` (noise over mean squared norm) and ``gradient_rejected``.
-    Noise equals signal at the batch size times noise over signal. ``decay`` is in (0, 1), else
-    ValueError. Costs a buffer of the size of the parameters. Reference: McCandlish et al. 2018, the
-    simple noise scale, there from two batch sizes.
+    data noise included, also for coupled rows. Drift of the parameters moves signal into noise;
+    ``meter.efficiency`` measures at fixed parameters. ``read`` gives ``gradient_signal`` (unbiased,
+    may be negative) with its standard error over steps (up to a factor of two too small where the
+    signal exceeds the noise, as errors of M repeat), ``gradient_noise`` (trace of the covariance),
+    ``gradient_noise_share`` (noise over mean squared norm) and ``gradient_rejected``.
+    The batch size times noise over signal is the simple noise scale of McCandlish et al. 2018, at
+    which noise and signal are equal. Instead of a past gradient its sketch is kept
+    (:func:`~mdm_jax.estimates.sketch`), 4 kB, so that the signal may be off by about 4%.
     """
+    signs = jax.random.key(0)
 
-    def init(params: PyTree) -> GradientMoments:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-        scalars = [jnp.zeros(()) for _ in range(3)]  # three buffers, so that all can be donated
-        return GradientMoments(zeros, *scalars, rejected=jnp.zeros((), jnp.int32))
+    def init(_params: PyTree) -> GradientMoments:
+        scalars = [jnp.zeros(()) for _ in range(6)]  # separate buffers, so that all can be donated
+        return GradientMoments(jnp.zeros((BUCKETS,)), *scalars, rejected=jnp.zeros((), jnp.int32))
 
     def update(
         state: GradientMoments, _draw: Draw, _stats: LossStats, gradients: PyTree
     ) -> GradientMoments:
-        square = _square_norm(gradients)
+        square, own = square_norm(gradients), sketch(gradients, signs)
         finite = jnp.isfinite(square)
-        keep, new = jnp.where(finite, decay, 1.0), jnp.where(finite, 1 - decay, 0.0)
+        product = jnp.dot(own, state.mean, precision=jax.lax.Precision.HIGHEST)
+        product = product / jnp.maximum(state.mean_weight, 1e-30)
+        new = jnp.where(finite & (state.mean_weight > 0), 1.0, 0.0)  # from the second step on
+        keep, keep_mean = jnp.where(new > 0, decay, 1.0), jnp.where(finite, past, 1.0)
 
         def mix(old: Array, value: Array) -> Array:
-            return old * keep + jnp.where(finite, value.astype(jnp.float32), 0.0) * new
+            return old * keep + jnp.where(new > 0, value, 0.0)
 
         return GradientMoments(
-            mean=jax.tree.map(mix, state.mean, gradients),
+            mean=state.mean * keep_mean + jnp.where(finite, own, 0.0),
+            mean_weight=state.mean_weight * keep_mean + jnp.where(finite, 1.0, 0.0),
             square=mix(state.square, square),
-            weight=mix(state.weight, jnp.ones(())),
-            weight_square=state.weight_square * keep**2 + new**2,
+            product=mix(state.product, product),
+            product_square=mix(state.product_square, product**2),
+            weight=mix(state.weight, new),
+            weight_square=state.weight_square * keep**2 + new,
             rejected=state.rejected + jnp.where(finite, 0, 1),
         )
 
     def read(state: GradientMoments) -> dict[str, Array]:
         weight = jnp.maximum(state.weight, 1e-30)
-        square, mean_square = state.square / weight, _square_norm(state.mean) / weight**2
-        rest = 1 - state.weight_square / weight**2
-        known = (state.weight > 0) & (rest > 1e-6)  # at least two steps
-        noise = (square - mean_square) / jnp.where(known, rest, 1.0)
+        square, signal = state.square / weight, state.product / weight
+        share = state.weight_square / weight**2  # one over the number of steps that count
+        spread = jnp.maximum(state.product_square / weight - signal**2, 0.0)
+        error = jnp.sqrt(spread * share / jnp.maximum(1 - share, 1e-30))
+        some, several = state.weight > 0, (state.weight > 0) & (share < 0.5)
+        noise = square - signal
         return {
-            "gradient_noise": jnp.where(known, noise, jnp.nan),
-            "gradient_signal": jnp.where(known, square - noise, jnp.nan),
-            "gradient_noise_share": jnp.where(known, noise / jnp.maximum(square, 1e-30), jnp.nan),
+            "gradient_noise": jnp.where(some, noise, jnp.nan),
+            "gradient_signal": jnp.where(some, signal, jnp.nan),
+            "gradient_signal_standard_error": jnp.where(several, error, jnp.nan),
+            "gradient_noise_share": jnp.where(some, noise / jnp.maximum(square, 1e-30), jnp.nan),
             "gradient_rejected": state.rejected,
         }
 
     return Monitor("gradient_noise", init, update, read)
+
+
+class WeightSums(NamedTuple):
+    """Exponentially forgotten sums over steps; ``largest`` is of the whole run.
+
+    ``weight``, ``square`` and ``count`` are of importance weights; ``targets``, ``eligible`` and
+    ``rows`` of elements and rows, a mean over views.
+    """
+
+    weight: Array
+    square: Array
+    count: Array
+    largest: Array
+    targets: Array
+    eligible: Array
+    rows: Array
+    rejected: Array
+
+
+@checked
+def weight_monitor(decay: Decay = 0.99) -> Monitor:
+    """Importance weights w of the levels, and the number of masked tokens.
+
+    ``read`` gives ``effective_sample_size``, the share ``(sum w)^2 / (n sum w^2)`` of the n draws
+    that equally weighted ones would need (Kish 1965; 1 where nothing is warped), over about
+    ``1 / (1 - decay)`` steps, ``largest_weight`` of the run, ``masked_share`` of the eligible
+    tokens, ``eligible_per_row`` and ``weights_rejected``. Rows without any are left out.
+    """
+
+    def init(_params: PyTree) -> WeightSums:
+        zeros = [jnp.zeros(()) for _ in range(7)]
+        return WeightSums(*zeros, rejected=jnp.zeros((), jnp.int32))
+
+    def update(state: WeightSums, draw: Draw, stats: LossStats, _gradients: PyTree) -> WeightSums:
+        scored = stats.eligible > 0
+        weight = jnp.where(scored, jnp.exp(draw.log_weight), 0.0)
+        finite = jnp.all(jnp.isfinite(jnp.where(scored, stats.raw, 0.0)))
+        views = draw.u.shape[0]
+        sums = (
+            jnp.sum(weight),
+            jnp.sum(weight**2),
+            jnp.sum(scored),
+            jnp.sum(stats.targets) / views,
+            jnp.sum(stats.eligible) / views,
+            jnp.sum(jnp.any(scored, axis=-1)) / views,
+        )
+        keep, new = jnp.where(finite, decay, 1.0), jnp.where(finite, 1.0, 0.0)
+        old = (*state[:3], *state[4:7])
+        totals = [o * keep + new * n.astype(jnp.float32) for o, n in zip(old, sums)]
+        largest = jnp.maximum(state.largest, new * jnp.max(weight))
+        return WeightSums(
+            *totals[:3], largest, *totals[3:], rejected=state.rejected + jnp.where(finite, 0, 1)
+        )
+
+    def read(state: WeightSums) -> dict[str, Array]:
+        def ratio(over: Array, under: Array) -> Array:
+            return jnp.where(under > 0, over / jnp.maximum(under, 1e-30), jnp.nan)
+
+        return {
+            "effective_sample_size": ratio(state.weight**2, state.count * state.square),
+            "largest_weight": jnp.where(state.count > 0, state.largest, jnp.nan),
+            "masked_share": ratio(state.targets, state.eligible),
+            "eligible_per_row": ratio(state.eligible, state.rows),
+            "weights_rejected": state.rejected,
+        }
+
+    return Monitor("weights", init, update, read)
 
 
 class ControlledLoss(NamedTuple):
@@ -271,7 +375,3 @@ def baseline_monitor(
         }
 
     return Monitor("baseline", init, update, read)
-
-
-def _square_norm(tree: PyTree) -> Array:
-    return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree), squared=True)

@@ -102,6 +102,10 @@ def test_gradient_noise_of_known_gaussians():
     np.testing.assert_allclose(found["gradient_signal"], 4.0, rtol=0.15)
     np.testing.assert_allclose(found["gradient_noise_share"], 7.5 / 11.5, rtol=0.06)
     assert state.rejected == 0
+    # A product with a mean of past gradients has the variance 30 (1/4)^2 / 19 + 4/4 + 4/4/19, of
+    # which the last part, the past mean's, is correlated from step to step and is not counted.
+    expected = ((30 / 16 / 19 + 20 / 19) * (1 - 0.995) / (1 + 0.995)) ** 0.5
+    np.testing.assert_allclose(found["gradient_signal_standard_error"], expected, rtol=0.2)
 
 
 def test_gradient_noise_is_unbiased_from_the_second_step_on():
@@ -120,9 +124,17 @@ def test_gradient_noise_is_unbiased_from_the_second_step_on():
         assert abs(values.mean() - expected) < 5 * values.std() / len(values) ** 0.5
     first = monitor.update(monitor.init(jnp.zeros((2,))), None, None, jnp.ones((2,)))
     assert np.isnan(monitor.read(first)["gradient_noise"])
+    # By hand: <(3, 0), (1, 1)> = 3; <(0, 2), 0.9 (1, 1) + (3, 0)> / 1.9 = 1.8 / 1.9.
     second = monitor.update(first, None, None, jnp.array([3.0, 0.0]))
-    np.testing.assert_allclose(second.mean, [0.21 + 0.9, 0.21], rtol=1e-6)
-    np.testing.assert_allclose(second[1:4], [0.21 * 2 + 0.3 * 9, 0.51, 0.21**2 + 0.3**2], rtol=1e-6)
+    np.testing.assert_allclose(np.sort(np.abs(second.mean))[-2:], [0.9, 3.9], rtol=1e-6)
+    third = monitor.update(second, None, None, jnp.array([0.0, 2.0]))
+    product, weight = 1.8 / 1.9, 1.7
+    expected = [0.7 * 9 + 4, 0.7 * 3 + product, 0.7 * 9 + product**2, weight, 0.49 + 1]
+    np.testing.assert_allclose(third[2:7], expected, rtol=1e-6)
+    read = monitor.read(third)
+    signal = expected[1] / weight
+    np.testing.assert_allclose(read["gradient_noise"], expected[0] / weight - signal, rtol=1e-5)
+    assert np.isnan(read["gradient_signal_standard_error"])  # of fewer than two steps' weight
     bad = monitor.update(first, None, None, jnp.array([1.0, jnp.nan]))
     assert bad.rejected == 1
     chex.assert_trees_all_equal(bad._replace(rejected=first.rejected), first)

@@ -10,6 +10,7 @@ import tqdm
 from mdm_jax import data, distributed, evaluation, files, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
+from mdm_jax.launch.modes.report import write_page
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
@@ -198,9 +199,11 @@ def report(
     if not distributed.is_first():
         return ""
     shown = write_plots(workdir, record)
+    page = write_page(workdir)
     add(
         "\n".join(
             [
+                f"report:      {page}",
                 f"samples:     {', '.join(paths)}",
                 f"plots:       {', '.join(map(str, shown))}",
                 f"TensorBoard: tensorboard --logdir {workdir / 'tensorboard'}",

@@ -256,8 +256,9 @@ def _parameters(
     if (workdir / "checkpoints").exists():
         checkpoints = open_workdir(workdir)
         try:
-            restored = checkpoints.restore_last(
-                lambda records: experiment.with_noted_chain(records["notes"]).abstract_state()
+            restored = checkpoints.restore_last_fields(
+                lambda records: experiment.with_noted_chain(records["notes"]).abstract_state(),
+                ("step", "params", "variance"),
             )
         finally:
             checkpoints.close()

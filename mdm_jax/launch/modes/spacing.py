@@ -230,11 +230,12 @@ def _learned(experiment: Experiment, workdir: files.Path, num_steps: int) -> Arr
     transform, num_levels = experiment.transform, experiment.spec.num_levels
     checkpoints = open_workdir(workdir)
     try:
-        state = checkpoints.restore_last_fields(experiment.abstract_state(), ("variance",))
+        restored = checkpoints.restore_last_fields(experiment.abstract_state(), ("variance",))
     finally:
         checkpoints.close()
-    if state is None or transform.profile is None:
+    if restored is None or transform.profile is None:
         return None
+    state = restored.state
 
     def log_density(u: np.ndarray) -> np.ndarray:
         each = jnp.broadcast_to(jnp.asarray(u)[:, None], (u.size, num_levels))

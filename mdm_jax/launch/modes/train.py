@@ -18,6 +18,7 @@ from mdm_jax.launch import source as sources
 from mdm_jax.launch.auto import choose
 from mdm_jax.launch.auto.chain import Chain, is_automatic, last_choice
 from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
+from mdm_jax.launch.modes.panel import NoisePanel
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.workdir import (
@@ -78,9 +79,7 @@ def train(
             set_history_aside(workdir)
         checkpoints = training.Checkpoints(workdir / "checkpoints", c.train.keep_last)
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore_last(
-            lambda records: experiment.with_noted_chain(records["notes"]).abstract_state()
-        )
+        restored = _restore(experiment, checkpoints)
         if restored is None:
             check_history(workdir, checkpoints.unsaved)
             checkpoints.begin()
@@ -104,9 +103,14 @@ def train(
         start, running = int(jax.device_get(state.step)), Running(experiment)
         writer = _writer(workdir, start, progress)
         stack.callback(writer.close)
+        hooks = make_hooks(running, workdir, writer, stopping, notes)
         if start < c.train.steps and not stopping.stopped:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
             running.compile()
+            running.panel = hooks.panel = NoisePanel(experiment, writer, start)
+        if restored is None and (c.model.source or c.train.init_from):
+            # What the model writes before it is trained, for the report.
+            hooks.sample(0, training.averaged(state), interrupt.check)
         profile = _profile_directory(workdir) if c.train.profile_at else ""
         options = dataclasses.replace(
             experiment.loop, profile_directory=profile, launched_at=launched_at
@@ -118,7 +122,7 @@ def train(
             options=options,
             checkpoints=checkpoints,
             writer=writer,
-            hooks=make_hooks(running, workdir, writer, stopping, notes),
+            hooks=hooks,
             notes=notes,
             progress=progress,
             interrupt=interrupt,
@@ -128,6 +132,35 @@ def train(
             print(f"{stopping.describe()}; the best parameters, of step {best}, are those that")
             print("evaluate, sample and export take", flush=True)
     return not interrupt.stopping
+
+
+def _restore(experiment: Experiment, checkpoints: training.Checkpoints) -> Restored | None:
+    """The last state; monitors that it has not, or in another form, start afresh."""
+
+    def abstract(records: dict[str, Any]) -> TrainState:
+        return experiment.with_noted_chain(records["notes"]).abstract_state()
+
+    fields = [field.name for field in dataclasses.fields(TrainState) if field.name != "monitors"]
+    restored = checkpoints.restore_last_fields(abstract, fields)
+    if restored is None:
+        return None
+    monitors, state = restored.state.monitors, restored.state
+    leaves = {name: jax.tree.leaves(monitors[name], is_leaf=_is_none) for name in monitors}
+    missing = [name for name, each in leaves.items() if any(leaf is None for leaf in each)]
+    if missing:
+        print(f"the monitors {', '.join(missing)} are not in the checkpoint; they start afresh")
+
+        def new(params: PyTree) -> dict[str, PyTree]:
+            return {m.name: m.init(params) for m in experiment.monitors if m.name in missing}
+
+        wanted = experiment.abstract_state().monitors
+        places = {n: jax.tree.map(lambda a: a.sharding, wanted[n]) for n in missing}
+        monitors = {**monitors, **jax.jit(new, out_shardings=places)(state.params)}
+    return restored._replace(state=state.replace(monitors=monitors))
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def initial_state(experiment: Experiment) -> TrainState:
@@ -177,6 +210,7 @@ class Running:
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
+        self.panel: NoisePanel | None = None
         self._step: Callable[..., Any] | None = None
 
     def compile(self) -> None:
@@ -201,6 +235,8 @@ class Running:
         self.experiment = self.experiment.with_chain(chain)
         self.__dict__.pop("monitor", None)
         self.compile()
+        if self.panel:
+            self.panel.follow(self.experiment)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.experiment.abstract_state().variance)
         return state.replace(variance=jax.device_put(variance, places))
 

@@ -466,10 +466,9 @@ def _with_other_optimizer():
     return abstract({"params": state["params"], "step": state["step"]} | OTHER)
 
 
-def _assert_fields(found, step):
-    expected = _state(step)
+def _assert_fields(restored, step):
+    found, expected = restored.state, _state(step)
     assert jax.tree.leaves([v for name, v in found.items() if name not in expected]) == []
-    assert found.get("low") is None
     chex.assert_trees_all_equal(found["params"], expected["params"])
     assert int(found["step"]) == step
 
@@ -515,7 +514,7 @@ def test_fields_keep_the_sharding_that_the_rest_is_asked_for_with(opened):
     )
     assert asked["params/kernel"].sharding == split  # not among the fields, and it fits
     assert asked["low"].sharding == whole  # nobody said how
-    found = checkpoints.restore_last_fields(state, ("params",))
+    found = checkpoints.restore_last_fields(state, ("params",)).state
     assert found["params"]["kernel"].sharding == split
 
 
@@ -655,4 +654,7 @@ def test_checkpoints_of_earlier_releases_fit():
     recorded = pathlib.Path(tiny.__file__).with_name("quickstart_arrays.json").read_text("utf-8")
     state = make_experiment(presets.quickstart("smoke")).abstract_state()
     leaves = checkpoint_store.named_leaves(state)
-    assert {n: f"{a.dtype}{list(a.shape)}" for n, a in leaves.items()} == json.loads(recorded)
+    # But for the monitors, which start afresh where they do not fit.
+    recorded = {n: form for n, form in json.loads(recorded).items() if "monitors/" not in n}
+    found = {n: f"{a.dtype}{list(a.shape)}" for n, a in leaves.items() if "monitors/" not in n}
+    assert found == recorded

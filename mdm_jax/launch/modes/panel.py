@@ -1,0 +1,230 @@
+"""The noise panel of a training run: where the gradient's noise comes from, next to the loss."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mdm_jax import distributed, rng, sharding, training
+from mdm_jax.launch.build import Experiment
+from mdm_jax.meter import panel
+from mdm_jax.training.step import TrainState
+from mdm_jax.types import Array, Batch, PyTree
+
+_TIMED = 5
+"""Steps that are timed before the first measurement."""
+
+
+class NoisePanel:
+    """A :class:`~mdm_jax.training.loop.Panel` that measures A, B and C every so many steps.
+
+    As seldom as ``panel.cost`` asks, first by the number of rows taken through the network, from
+    the first measurement on by its time and that of a few steps before it, whichever is more; only
+    there the host waits for the device. Compiled here, before the first step. Measurements are
+    records of the kind "noise", figures at logging steps of the kind "panel".
+    """
+
+    def __init__(self, experiment: Experiment, writer: training.MetricWriter, start: int):
+        self._experiment, self._writer = experiment, writer
+        self._settings, self._group = design(experiment)
+        self._measure, self._pending = None, []
+        self._records: list[Mapping[str, Any]] = []
+        self._batch: Batch | None = None
+        self._layout = jax.jit(_layout, out_shardings=_whole(experiment.mesh))
+        self._times: list[float] | None = []
+        self.every = fewest_steps(experiment)
+        self._due = (start // self.every + 1) * self.every if self.every else math.inf
+        if distributed.is_first() and start and writer.path.exists():
+            self._records = training.read_metrics(writer.path, "noise")
+        if self._due <= experiment.config.train.steps:
+            self._compile()
+
+    def follow(self, experiment: Experiment) -> None:
+        """Go on under another chain of the run."""
+        self._experiment = experiment
+        self._settings, self._group = design(experiment)
+        if self._measure is not None:
+            self._compile()
+
+    def _compile(self) -> None:
+        e, started = self._experiment, time.monotonic()
+        rows = sharding.batch_sharding(e.mesh)
+
+        def place(group: PyTree) -> PyTree:
+            return jax.lax.with_sharding_constraint(group, rows) if self._group > 1 else group
+
+        measure = panel.make_measurement(
+            sharding.sharded_apply(e.apply_fn, e.mesh, sharding.LOGICAL_RULES),
+            e.objective,
+            e.transform,
+            e.spec,
+            self._settings,
+            group=self._group,
+            place=place,
+        )
+
+        def at_step(
+            params: PyTree, state: PyTree, batch: Batch, seed: Array, step: Array
+        ) -> tuple[Array, Array]:
+            return measure(params, state, batch, rng.stream(rng.step_key(seed, step), "panel"))
+
+        abstract, self._seed = e.abstract_state(), e.placed_seed()
+        jitted = jax.jit(at_step, out_shardings=_whole(e.mesh))
+        arguments = (abstract.params, abstract.variance, e.abstract_batch())
+        lowered = jitted.lower(*arguments, self._seed, abstract.step)
+        self._measure = lowered.compile(compiler_options=training.compiler_options())
+        seconds = time.monotonic() - started
+        print(
+            f"noise panel compiled in {seconds:.1f} s, measures every {self.every} steps or less "
+            f"often, at most {self._settings.cost:.1%} of the time (panel.cost)",
+            flush=True,
+        )
+
+    def visit(self, step: int, state: TrainState, batch: Batch) -> None:
+        """Measure at steps that are due."""
+        self._batch = batch
+        if self._measure is None or step < self._due - _TIMED - 1:
+            return
+        if self._times is not None:
+            jax.block_until_ready(state)
+            self._times.append(time.monotonic())
+        if step < self._due:
+            return
+        found = self._measure(state.params, state.variance, batch, self._seed, state.step)
+        self._pending.append((step, found))
+        if self._times is not None:
+            self.every = self._affordable(found)
+            self._times = None
+        self._due = step + self.every
+
+    def _affordable(self, found: PyTree) -> int:
+        """Steps between measurements, from the times of the first one and of the steps before."""
+        jax.block_until_ready(found)
+        seconds = time.monotonic() - self._times[-1]
+        steps = [after - before for before, after in zip(self._times, self._times[1:])]
+        every = self.every
+        if steps:
+            every = math.ceil(seconds / (self._settings.cost * statistics.median(steps)))
+        return distributed.from_first(max(self.every, every))
+
+    def read(self, step: int, readings: Mapping[str, float]) -> dict[str, str]:
+        """Write what was measured and the figures; returns those for the terminal."""
+        for at, (sketches, eligible) in self._pending:
+            record = panel.measured(np.asarray(sketches), int(eligible), self._group)
+            if record is not None:
+                self._writer.scalars(at, "noise", record)
+                self._records.append({"step": at, **record})
+        self._pending = []
+        figures = gradient_figures(readings, self._experiment.spec.batch_size)
+        for name, share in self._shares().items():
+            figures[f"share_{name}"] = share.value
+            figures[f"share_{name}_standard_error"] = share.standard_error
+        if self._batch is not None:
+            places = {n: float(v) for n, v in jax.device_get(self._layout(self._batch)).items()}
+            if "masked_share" in readings:
+                places["masked"] = readings["masked_share"] * places.pop("eligible")
+            figures |= {f"tokens_{name}": value for name, value in places.items()}
+        for name in ("effective_sample_size", "largest_weight"):
+            if name in readings:
+                figures[name] = readings[name]
+        if "normalised_loss" in readings:
+            figures["loss"] = readings["normalised_loss"]
+            error = readings.get("normalised_loss_standard_error", math.nan)
+            figures["loss_standard_error"] = error
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+        if figures:
+            self._writer.scalars(step, "panel", figures)
+        return shown(figures)
+
+    def _shares(self) -> Mapping[str, Any]:
+        recent = self._records[-self._settings.window :]
+        return panel.shares(recent) if recent else {}
+
+
+def design(experiment: Experiment) -> tuple[panel.PanelSettings, int]:
+    """The settings, with no more rows than the batch has, and the rows of a group.
+
+    A group has a row for each data-parallel device, if the batch has enough rows, else one.
+    """
+    settings = panel.PanelSettings(**experiment.config.panel)
+    size, mesh = experiment.spec.batch_size, experiment.mesh
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    settings = dataclasses.replace(settings, rows=max(2, min(settings.rows, size)))
+    return settings, ways if settings.rows * ways <= size else 1
+
+
+def fewest_steps(experiment: Experiment) -> int:
+    """Steps between measurements by their number of rows next to the batch's; 0: none are made.
+
+    None if there is no noise of masks and levels, or no second row for C.
+    """
+    settings, group = design(experiment)
+    size = experiment.spec.batch_size
+    if not settings.cost or experiment.config.process == "autoregressive" or size < 2:
+        return 0
+    return math.ceil(settings.passes(group) / (settings.cost * size))
+
+
+def gradient_figures(readings: Mapping[str, float], batch_size: int) -> dict[str, float]:
+    """The critical batch size, rows and tokens, with the ends of two standard errors.
+
+    ``batch_size * noise / signal``, the simple noise scale (McCandlish et al. 2018); only the lower
+    end where the signal is less than two standard errors, an upper end of infinity left out.
+    """
+    names = ("gradient_noise", "gradient_signal", "gradient_signal_standard_error")
+    if not all(name in readings for name in names):
+        return {}
+    noise, signal, error = (readings[name] for name in names)
+    if not noise > 0 or not signal + 2 * error > 0:
+        return {}
+    figures = {"critical_batch_rows_low": batch_size * noise / (signal + 2 * error)}
+    if signal > 2 * error:
+        figures["critical_batch_rows"] = batch_size * noise / signal
+        figures["critical_batch_rows_high"] = batch_size * noise / (signal - 2 * error)
+    tokens = readings.get("eligible_per_row")
+    if tokens is not None:
+        own = [(n.replace("rows", "tokens"), v * tokens) for n, v in figures.items()]
+        figures |= dict(own)
+    return figures
+
+
+def shown(figures: Mapping[str, float]) -> dict[str, str]:
+    """Figures for one line of a terminal, the most important first."""
+    text = {}
+    if "loss" in figures:
+        error = figures.get("loss_standard_error")
+        text["loss"] = f"{figures['loss']:.3f}" + ("" if error is None else f"±{error:.3f}")
+    for letter, name in zip("ABC", panel.PARTS):
+        if f"share_{name}" in figures:
+            error = figures.get(f"share_{name}_standard_error")
+            shown_error = "" if error is None else f"±{100 * error:.0f}"
+            text[letter] = f"{100 * figures[f'share_{name}']:.0f}{shown_error}%"
+    if "critical_batch_rows_low" in figures:
+        rows = figures.get("critical_batch_rows")
+        low = f">{figures['critical_batch_rows_low']:,.0f}"
+        text["critical batch"] = low if rows is None else f"{rows:,.0f}"
+    if "effective_sample_size" in figures:
+        text["ESS"] = f"{100 * figures['effective_sample_size']:.0f}%"
+        text["largest weight"] = f"{figures['largest_weight']:.1f}"
+    return text
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _layout(batch: Batch) -> dict[str, Array]:
+    """Shares of the positions that may be masked, are prompts, and are padding."""
+    eligible, attended = jnp.asarray(batch.eligible), jnp.asarray(batch.documents) > 0
+    return {
+        "eligible": jnp.mean(eligible),
+        "prompt": jnp.mean(attended & ~eligible),
+        "padding": jnp.mean(~attended & ~eligible),
+    }
