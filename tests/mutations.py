@@ -872,8 +872,8 @@ MUTATIONS = [
     Mutation(
         "gradient noise: no decay",
         "training/monitors.py",
-        "keep, new = jnp.where(finite, decay, 1.0), jnp.where(finite, 1 - decay, 0.0)",
-        "keep, new = 1.0, jnp.where(finite, 1 - decay, 0.0)",
+        "keep, keep_mean = jnp.where(new > 0, decay, 1.0), jnp.where(finite, past, 1.0)",
+        "keep, keep_mean = 1.0, jnp.where(finite, past, 1.0)",
         MONITORS,
     ),
     Mutation(

@@ -45,6 +45,7 @@ def main(_: list[str]) -> None:
         training.level_monitor(setting.objective(M)),
         training.baseline_monitor(),
         training.gradient_noise_monitor(),
+        training.weight_monitor(),
     ]
     step = _medians({"none": _step(chains["none"])}, _STEPS.value)["none"]
     alone = _medians(

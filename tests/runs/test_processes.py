@@ -32,6 +32,7 @@ ARGUMENTS = [
     "--config.variance.ppots_slopes.warmup_steps=2",
     "--config.sample.num_samples=1",
     "--config.sample.gap=0",
+    "--config.panel.cost=0.5",  # the noise panel measures at step 4
 ]
 
 
