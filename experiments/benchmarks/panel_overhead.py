@@ -19,7 +19,7 @@ from experiments.benchmarks.command import interleaved, summary, write
 from mdm_jax import training
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
-from mdm_jax.launch.modes.panel import NoisePanel
+from mdm_jax.launch.reports.panel import NoisePanel
 
 _CONFIG = flags.DEFINE_string("preset", "quickstart", "A built-in config.")
 _STEPS = flags.DEFINE_integer("panel_steps", 20, "Timed calls of each.")

@@ -59,9 +59,10 @@ from mdm_jax.launch import command_line
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.modes import chat, evaluate, measure, preview, report, spacing, sweep, train
+from mdm_jax.launch.modes import chat, evaluate, measure, preview, spacing, sweep, train
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
+from mdm_jax.launch.reports import page
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,
@@ -384,7 +385,7 @@ def _sweep() -> int:
 
 
 def _report(workdir: files.Path) -> int:
-    print(f"written to {report.write_page(workdir)}")
+    print(f"written to {page.write_page(workdir)}")
     return 0
 
 

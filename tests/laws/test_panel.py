@@ -19,7 +19,7 @@ from test_decompose import (
 
 from mdm_jax import meter, training, variance
 from mdm_jax.draws import Draw, LossStats
-from mdm_jax.launch.modes.panel import gradient_figures, shown
+from mdm_jax.launch.reports.panel import gradient_figures, shown
 from mdm_jax.meter import panel
 from mdm_jax.testing import toys
 from mdm_jax.types import Batch

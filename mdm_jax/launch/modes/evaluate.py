@@ -10,9 +10,9 @@ import tqdm
 from mdm_jax import data, distributed, evaluation, files, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
-from mdm_jax.launch.modes.report import write_page
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
+from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
 from mdm_jax.types import Array, PyTree
 

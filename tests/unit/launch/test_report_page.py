@@ -10,7 +10,8 @@ import pytest
 
 from mdm_jax import files
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.modes import panel, report
+from mdm_jax.launch.reports import panel
+from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.workdir import WorkdirError, resolved
 from mdm_jax.meter.panel import PanelSettings
 
@@ -91,7 +92,7 @@ def page(tmp_path_factory):
     for step, text in ((0, "before " + NASTY), (500, "after " + NASTY)):
         record = {"kind": "answer", "given": "a prompt", "text": text}
         files.write(workdir / "samples" / f"step-{step}.jsonl", json.dumps(record) + "\n")
-    path = report.write_page(workdir)
+    path = write_page(workdir)
     assert path == workdir / "report.html"
     return path.read_text()
 
@@ -145,10 +146,10 @@ def test_what_the_page_says(page):
 def test_a_run_that_has_only_begun_and_a_directory_without_one(tmp_path):
     workdir = files.as_path(tmp_path / "run")
     with pytest.raises(WorkdirError, match="holds no run"):
-        report.write_page(workdir)
+        write_page(workdir)
     workdir.mkdir()
     files.write_json(workdir / "config.json", resolved(launch_config.get_config()))
-    text = report.write_page(workdir).read_text()
+    text = write_page(workdir).read_text()
     assert "at step 0 of 500" in text and "<svg" not in text
 
 
@@ -161,7 +162,8 @@ def planned(batch_size, devices=1, **settings):
     config.train.batch_size = batch_size
     config.panel.update(settings)
     mesh = types.SimpleNamespace(shape={"data": devices, "fsdp": 1, "tensor": 1})
-    experiment = types.SimpleNamespace(config=config, mesh=mesh)
+    spec = types.SimpleNamespace(batch_size=batch_size)
+    experiment = types.SimpleNamespace(config=config, mesh=mesh, spec=spec)
     return (*panel.design(experiment), panel.fewest_steps(experiment))
 
 
