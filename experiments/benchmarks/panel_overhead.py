@@ -48,7 +48,9 @@ def main(_: list[str]) -> None:
     compiled["panel"] = time.monotonic() - started
     state = experiment.initial_state()
     calls["panel"] = lambda: jax.block_until_ready(
-        panel._measure(state.params, state.variance, batch, panel._seed, state.step)
+        panel._measure(
+            *(state.params, state.variance, batch, panel._seed, state.step), experiment.frozen
+        )
     )
     for call in calls.values():
         call()

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mdm_jax import distributed, rng, sharding, training
 from mdm_jax.launch.build import Experiment
 from mdm_jax.meter import panel
+from mdm_jax.models import lora
 from mdm_jax.training.step import TrainState
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -71,14 +72,16 @@ class NoisePanel:
         )
 
         def at_step(
-            params: PyTree, state: PyTree, batch: Batch, seed: Array, step: Array
+            params: PyTree, state: PyTree, batch: Batch, seed: Array, step: Array, frozen: PyTree
         ) -> tuple[Array, Array]:
+            if e.adapter:
+                params = lora.join(frozen, params, e.adapter)
             return measure(params, state, batch, rng.stream(rng.step_key(seed, step), "panel"))
 
         abstract, self._seed = e.abstract_state(), e.placed_seed()
         jitted = jax.jit(at_step, out_shardings=_whole(e.mesh))
         arguments = (abstract.params, abstract.variance, e.abstract_batch())
-        lowered = jitted.lower(*arguments, self._seed, abstract.step)
+        lowered = jitted.lower(*arguments, self._seed, abstract.step, e.frozen)
         self._measure = lowered.compile(compiler_options=training.compiler_options())
         seconds = time.monotonic() - started
         print(
@@ -97,7 +100,8 @@ class NoisePanel:
             self._times.append(time.monotonic())
         if step < self._due:
             return
-        found = self._measure(state.params, state.variance, batch, self._seed, state.step)
+        arguments = (state.params, state.variance, batch, self._seed, state.step)
+        found = self._measure(*arguments, self._experiment.frozen)
         self._pending.append((step, found))
         if self._times is not None:
             self.every = self._affordable(found)
