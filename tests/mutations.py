@@ -476,7 +476,7 @@ MUTATIONS = [
     Mutation(
         "weight decay: of norms and biases, too",
         "training/optimizers.py",
-        'bool({"kernel", "embedding"} & _names(path))',
+        'bool({"kernel", "embedding", TRAINED} & _names(path))',
         "bool(_names(path))",
         OPTIMIZERS,
     ),
