@@ -286,9 +286,12 @@ def of_transformer(config: TransformerConfig, traits: Traits, check: bool = True
     return HubModel(None, raw, config, family.model(config), traits, family, None)
 
 
-def bidirectional(model: HubModel) -> HubModel:
+def bidirectional(model: HubModel, shift: bool = False) -> HubModel:
     """A causal model as the A2D model of the same weights, from which a conversion starts.
 
+    With ``shift`` logits at i - 1 go on predicting token i, as in DiffuLLaMA (Gong et al. 2024) and
+    Dream (Ye et al. 2025); config.json then says ``right_shift_logits``, dllm's name for it, and
+    :func:`load` reads it. Without, those at i predict token i, as in dllm's A2D models.
     ValueError for families that have no such counterpart.
     """
     names = {family.name: family for family in FAMILIES}
@@ -301,7 +304,9 @@ def bidirectional(model: HubModel) -> HubModel:
         )
     raw = {**model.raw_config, "architectures": list(family.architectures)}
     raw["model_type"] = family.name
-    traits = dataclasses.replace(model.traits, attention="bidirectional")
+    if shift:
+        raw["right_shift_logits"] = True
+    traits = dataclasses.replace(model.traits, attention="bidirectional", shift=shift)
     codec = model.tokenizer
     if codec is not None:
         codec = codec.replaced(chat_options=codec.chat_options | _chat_options(family))

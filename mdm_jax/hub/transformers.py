@@ -188,6 +188,8 @@ def _read_llama(
         rope_scaling=scaling,
         tie_embeddings=field(raw, "tie_word_embeddings", bool, default=False),
     )
+    if attention == "bidirectional":
+        shift = field(raw, "right_shift_logits", bool, default=shift)
     return config, _traits(raw, config, attention=attention, shift=shift)
 
 

@@ -92,11 +92,16 @@ class Experiment:
     def step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
         """Pure step ``(state, batch, seed=the config's, frozen=None)``, not jitted; the seed can be
         traced, and so can the ``frozen`` parameters."""
-        apply_fn = sharding.sharded_apply(self.apply_fn, self.mesh, sharding.LOGICAL_RULES)
 
-        def make(seed: ArrayLike, frozen: PyTree) -> Callable[[TrainState, Batch], tuple]:
+        def make(
+            seed: ArrayLike, frozen: PyTree, number: ArrayLike
+        ) -> Callable[[TrainState, Batch], tuple]:
+            apply_fn = self.apply_fn
+            if self.family.annealed is not None:
+                key = rng.stream(rng.step_key(seed, number), "anneal")
+                apply_fn = self.family.annealed(key, number)
             return training.make_train_step(
-                apply_fn,
+                sharding.sharded_apply(apply_fn, self.mesh, sharding.LOGICAL_RULES),
                 self.objective,
                 self.transform,
                 self.optimizer,
@@ -109,12 +114,13 @@ class Experiment:
                 and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
             )
 
-        make(self.config.seed, None)  # checks the settings
+        make(self.config.seed, None, 0)  # checks the settings
 
         def step(
             state: TrainState, batch: Batch, seed: Array | None = None, frozen: PyTree = None
         ) -> tuple:
-            return make(self.config.seed if seed is None else seed, frozen)(state, batch)
+            seed = self.config.seed if seed is None else seed
+            return make(seed, frozen, state.step)(state, batch)
 
         return step
 

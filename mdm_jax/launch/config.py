@@ -157,6 +157,13 @@ def settings() -> Mapping[str, Any]:
             ),
             "init_from": _text("", "directory of adapters in the layout of PEFT to start from"),
         },
+        # From a causal model.source to process=masked or block (docs/finetune.md).
+        "convert": {
+            "anneal_steps": _whole(
+                0, _NATURAL, "steps", "until later tokens are all visible; 0: from the start"
+            ),
+            "shift": Setting(False, Plain(bool, "logits at i - 1 go on predicting token i")),
+        },
         "block": {
             "size": _whole(16, _COUNT, "tokens", "a divisor of data.length; 1: autoregressive"),
             "window": _whole(0, _NATURAL, "blocks", "attended to, own included; 0: all"),

@@ -1,6 +1,7 @@
 """What depends on the process; processes of tokens: masked, block, uniform, autoregressive."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from mdm_jax import corruption, data, hub, likelihood, models, objectives, samplers, schedules
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
+from mdm_jax.models import masks
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array
@@ -57,6 +59,7 @@ class Family:
         levels_from: the law or recipe of the noise levels, for display.
         noise_axis: label of the noise axis of plots; "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
+        annealed: ``annealed(key, step) -> apply_fn`` of a training step, where it is another.
         with_corruption: the objective under another corruption by name, where there are several.
         record, details: a likelihood as JSON values; report lines about these.
     """
@@ -72,6 +75,7 @@ class Family:
     levels: Callable[[str, int], Array] | None = None
     rules: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    annealed: Callable[[Array, Array], Callable[..., Array | models.Readout]] | None = None
     with_corruption: Callable[[str], Objective] | None = None
     input_dtype: Any = jnp.int32
     record: Callable[[Any], Record] = token_record
@@ -89,8 +93,14 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
     model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
-    if source is not None and source.traits.shift:
+    shifted = source is not None and source.traits.shift
+    if shifted:
         apply_fn = models.shifted_apply(apply_fn)
+
+    def with_mask(change: models.MaskChange) -> Callable[..., Array | models.Readout]:
+        changed = models.masked_apply(model, change, chunking)
+        return models.shifted_apply(changed) if shifted else changed
+
     sampler, named_levels = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
@@ -115,6 +125,7 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
         noise_axis="masking rate",
         levels=named_levels,
         rules=_token_rules(config),
+        annealed=_annealed(config.convert.anneal_steps, with_mask),
         with_corruption=with_corruption,
     )
 
@@ -137,6 +148,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
     model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
     apply_fn = models.block_apply(model, size, window, chunking)
+    with_mask = functools.partial(models.block_apply, model, size, window, chunking)
     sampler, named_levels = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
@@ -168,6 +180,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
         noise_axis="masking rate",
         levels=named_levels,
         rules=_token_rules(config),
+        annealed=_annealed(config.convert.anneal_steps, with_mask),
         with_corruption=with_corruption,
     )
 
@@ -286,6 +299,17 @@ def network(
         dtype=lookup(names.DTYPES, dtype, "model.dtype"),
         param_dtype=lookup(names.DTYPES, param_dtype, "model.param_dtype"),
         **shape,
+    )
+
+
+def _annealed(
+    steps: int, with_mask: Callable[[models.MaskChange], Callable[..., Array | models.Readout]]
+) -> Callable[[Array, Array], Callable[..., Array | models.Readout]] | None:
+    """``Family.annealed``: of the later tokens the share step / steps is visible; None without."""
+    if not steps:
+        return None
+    return lambda key, step: with_mask(
+        lambda rule, positions: masks.annealed(rule, positions, step / steps, key)
     )
 
 

@@ -38,16 +38,18 @@ def read(config: ConfigDict, workdir: files.Path | None = None) -> hub.HubModel 
     """The model that a run begins from, without parameters; None without ``model.source``.
 
     From the workdir, where the run has begun. A causal one is converted to its bidirectional
-    counterpart unless the process is autoregressive. ValueError as ``hub.describe``.
+    counterpart unless the process is autoregressive. ValueError as ``hub.describe``, and for
+    settings of ``convert`` that such a run does not read.
     """
     c = config.model
     if not c.source:
+        _check_convert(config, None)
         return None
     folder = None if workdir is None else workdir / FOLDER
     begun = folder is not None and (folder / NOTES).exists()
     source = _with_mask(hub.describe(_local(folder) if begun else c.source, **_free(config)))
-    converted = source.traits.attention == "causal" and config.process != "autoregressive"
-    return hub.bidirectional(source) if converted else source
+    _check_convert(config, source)
+    return hub.bidirectional(source, config.convert.shift) if _converts(config, source) else source
 
 
 def filled(
@@ -240,6 +242,25 @@ def _free(config: ConfigDict) -> dict[str, Any]:
     if config.adapter.name:
         free["param_dtype"] = config.adapter.base_dtype or "stored"
     return free
+
+
+def _converts(config: ConfigDict, source: hub.HubModel) -> bool:
+    return source.traits.attention == "causal" and config.process != "autoregressive"
+
+
+def _check_convert(config: ConfigDict, source: hub.HubModel | None) -> None:
+    given = [f"convert.{name}={value!r}" for name, value in config.convert.items() if value]
+    if given and (source is None or not _converts(config, source)):
+        raise ValueError(
+            f"{', '.join(given)}: read where a causal model.source becomes process=masked or block;"
+            f" this run has model.source={config.model.source!r}, process={config.process!r}; "
+            "leave these settings out"
+        )
+    if config.convert.shift and config.process == "block":
+        raise ValueError(
+            "convert.shift: a block's first token would be predicted from the block before; block "
+            "models (dllm's BD3-LM, SDAR) are not shifted, so leave it out, or take process=masked"
+        )
 
 
 def _with_mask(model: hub.HubModel) -> hub.HubModel:

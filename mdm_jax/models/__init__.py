@@ -7,8 +7,9 @@ _NAMES = {
     "dit": "DiT DiTConfig",
     "cross_entropy": "Chunking PositionLoss Readout as_logits exclude_token position_losses"
     " readout_apply shifted_apply without_tokens",
-    "decoders": "BlockDecoder CausalDecoder block_apply cached_block_decoder cached_causal_decoder"
-    " causal_apply recomputing_block_decoder recomputing_causal_decoder",
+    "decoders": "BlockDecoder CausalDecoder MaskChange block_apply cached_block_decoder"
+    " cached_causal_decoder causal_apply masked_apply recomputing_block_decoder"
+    " recomputing_causal_decoder",
     "kv_cache": "KeyValueCache",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -25,8 +25,11 @@ from mdm_jax.models.kv_cache import (
     take_rows,
 )
 from mdm_jax.models.masks import (
+    AnyRule,
     BlockCausal,
     CachedRule,
+    Full,
+    Rule,
     block_training,
     causal,
     check_blocks,
@@ -71,17 +74,53 @@ class CausalDecoder(NamedTuple):
     step: Callable[..., tuple[Array, PyTree]]
 
 
+MaskChange = Callable[[Rule, np.ndarray], AnyRule]
+"""``change(rule, positions [M]) -> rule``: another mask for a pass, e.g. ``masks.annealed``."""
+
+
+def _unchanged(rule: Rule, _positions: np.ndarray) -> AnyRule:
+    return rule
+
+
+def masked_apply(
+    model: Transformer, change: MaskChange, chunking: Chunking | None = None
+) -> Callable[..., Array | Readout]:
+    """The ``apply_fn`` of ``objectives.masked_nelbo`` with another attention mask.
+
+    As the model's own ``apply``, but where that attends to all of a document, this attends to what
+    ``change`` leaves of it. ``chunking`` as of :func:`block_apply`.
+    """
+
+    def apply_fn(
+        params: PyTree,
+        inputs: Array,
+        logsnr: Array | None = None,
+        documents: Array | None = None,
+        estimate: Array | None = None,
+    ) -> Array | Readout:
+        length = inputs.shape[-1]
+        positions = np.arange(length)
+        rule = change(Rule(Full((length, length)), documents), positions)
+        options = {"estimate": estimate, "method": "attend_readout"}
+        readout, _ = model.apply(params, inputs, logsnr, positions, rule, **options)
+        return readout.chunked(chunking)
+
+    return apply_fn
+
+
 def block_apply(
     model: Transformer,
     block_size: int,
     window: int | None = None,
     chunking: Chunking | None = None,
+    change: MaskChange = _unchanged,
 ) -> Callable[..., Array | Readout]:
     """The ``apply_fn`` of ``objectives.block_nelbo``: all blocks of a row in one pass.
 
     Args:
         block_size, window: L', and blocks that a block attends to, itself included; None for all.
         chunking: of losses; if given, ``apply_fn`` returns a readout instead of logits.
+        change: of the attention mask (:func:`masked_apply`).
 
     Returns ``apply_fn(params, inputs [N, 2L], logsnr [N, S], documents [N, L], estimate=None)`` of
     the noised and the clean row (level +inf) side by side, giving logits [N, L, K] of the noised
@@ -110,7 +149,8 @@ def block_apply(
         if estimate is not None:
             estimate = jnp.pad(estimate, ((0, 0), (0, length), (0, 0)))
         options = {"estimate": estimate, "num_outputs": length, "method": "attend_readout"}
-        readout, _ = model.apply(params, inputs, logsnr, positions, mask, **options)
+        rule = change(mask, positions)
+        readout, _ = model.apply(params, inputs, logsnr, positions, rule, **options)
         return readout.chunked(chunking)
 
     return apply_fn

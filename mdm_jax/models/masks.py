@@ -14,7 +14,7 @@ import numpy as np
 
 from mdm_jax.checks import is_concrete
 from mdm_jax.pytrees import pytree_dataclass
-from mdm_jax.types import Array
+from mdm_jax.types import Array, ArrayLike
 
 
 @jax.tree_util.register_static
@@ -237,6 +237,20 @@ def block_training(
     if documents is not None:
         documents = jnp.concatenate([documents, documents], axis=-1)
     return Rule(BlockTraining(length, block_size, window), documents)
+
+
+def annealed(rule: Rule, positions: np.ndarray, share: ArrayLike, key: Array) -> DenseRule:
+    """A rule whose later tokens become visible at random, on the way from causal to bidirectional.
+
+    Of the pairs that the rule allows, those of a query and a key of a later position are kept with
+    probability ``share``, drawn once for all rows, heads and layers: at share 0 the rule is causal,
+    at 1 unchanged, and for one key what is visible stays so as the share grows. The positions [M]
+    are those of queries and keys in the row. Reference: Gong et al. 2024 (DiffuLLaMA), attention
+    mask annealing.
+    """
+    later = positions[None] > positions[:, None]
+    drawn = jax.random.uniform(key, later.shape) < share
+    return DenseRule(rule.dense() & (drawn | ~later)[None, None])
 
 
 def _within(distance: Array, window: int | None) -> Array | bool:

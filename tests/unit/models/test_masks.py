@@ -295,3 +295,33 @@ def test_rows_of_odd_length_are_refused():
         block_apply(model, 1)(params, jnp.zeros((2, 5), jnp.int32))
     with pytest.raises(ValueError, match="blocks of 4 tokens do not divide a row of 6"):
         block_apply(model, 4)(params, jnp.zeros((2, 12), jnp.int32))
+
+
+# --- annealed masks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["within_documents", "block_training"])
+def test_an_annealed_mask_goes_from_causal_to_the_rule(name):
+    documents = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
+    rule = EVERY[name](documents, None)
+    size = rule.shape[0]
+    positions = np.arange(size) % LENGTH
+    later = positions[None] > positions[:, None]
+
+    @tiny.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def drawn(share, key):
+        return masks.annealed(rule, positions, share, key).dense()
+
+    def at(share):
+        return np.asarray(drawn(share, jax.random.split(jax.random.key(0), 400)))
+
+    whole = np.asarray(rule.dense())
+    np.testing.assert_array_equal(at(0.0), np.broadcast_to(whole & ~later, (400, *whole.shape)))
+    np.testing.assert_array_equal(at(1.0), np.broadcast_to(whole, (400, *whole.shape)))
+    shares = [at(share) for share in (0.1, 0.4, 0.9)]
+    for fewer, more in zip(shares, shares[1:]):
+        assert (fewer <= more).all() and fewer.sum() < more.sum()
+    # Of 400 draws of each pair: standard error 0.0245.
+    kept = shares[1].mean(axis=0)[whole & later]
+    np.testing.assert_allclose(kept, 0.4, atol=4 * 0.0245)
