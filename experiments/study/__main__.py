@@ -9,8 +9,9 @@ whenever the command ends; --only_tables writes them from what is finished and r
 
 Suites: smoke (seconds), tune (learning rates of standard training), small (hours on two CPU
 cores), confirmation (fresh seeds of four methods), attempts and confirmation_rates (other ranges of
-rates), longer, weights, full (a GPU). experiments/study/suites.py defines them, docs/study.md has
-the results.
+rates), longer, weights, finetune (the small model of the repository on two tasks, or with
+--config.model.source=DIR another one), full (a GPU). experiments/study/suites.py defines them,
+docs/study.md has the results.
 """
 
 import fcntl
@@ -41,6 +42,10 @@ _PROCESSES = flags.DEFINE_integer(
 )
 _ONLY_TABLES = flags.DEFINE_bool("only_tables", False, "Run nothing, write tables and plots.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep those of finished runs.")
+_CHANGES = {
+    path: flags.DEFINE_string(f"config.{path}", None, f"The field {path} of every run.")
+    for path in ("model.source", "model.dtype", "train.batch_size", "optimizer.peak")
+}
 _CACHE = flags.DEFINE_string(
     "compilation_cache_dir", None, "As of the command mdm; '' for no cache."
 )
@@ -56,8 +61,13 @@ def main(argv: list[str]) -> int:
     """Runs what is not finished, then writes the tables; returns the exit status."""
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}")
-    suite, root = SUITES[_SUITE.value], pathlib.Path(_WORKDIR.value)
     logging.set_verbosity(logging.WARNING)
+    root = pathlib.Path(_WORKDIR.value)
+    changes = {path: flag.value for path, flag in _CHANGES.items() if flag.value is not None}
+    try:
+        suite = study_runs.changed(SUITES[_SUITE.value], changes)
+    except ValueError as error:
+        return _fail(str(error))
     if _WORKER.value >= 0:
         return _work(suite, root)
     try:

@@ -14,6 +14,7 @@ from experiments.study.gradient_noise import along_training
 from experiments.study.suites import METHODS, Method, Suite, Task
 from mdm_jax import files
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.config import flat_settings
 from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.workdir import WorkdirError, changes, check, read_config, write_json
 from mdm_jax.training.loop import Interrupt, TrainingStopped
@@ -66,6 +67,18 @@ def plan(suite: Suite) -> list[Run]:
         for name, method in suite.methods.items()
         if not method.same_as and budget in _own_budgets(suite, method)
     ]
+
+
+def changed(suite: Suite, changes: Mapping[str, str]) -> Suite:
+    """The suite with other values, as text, of config fields; ValueError for text of no number."""
+    values = {}
+    for path, text in changes.items():
+        kind = type(flat_settings()[path].default)
+        try:
+            values[path] = kind(text)
+        except ValueError as error:
+            raise ValueError(f"--config.{path}={text}: not of type {kind.__name__}") from error
+    return dataclasses.replace(suite, settings={**suite.settings, **values})
 
 
 def planned_as(suite: Suite, run: Run) -> Run:

@@ -410,4 +410,24 @@ SUITES["weights"] = dataclasses.replace(
     | FLAT_WEIGHTS,
     budgets=("passes",),
 )
+SUITES["finetune"] = Suite(
+    name="finetune",
+    tasks={
+        "stories": Task("study.finetune:stories"),
+        "sorting": Task("study.finetune:sorting"),
+    },
+    methods={name: METHODS[name] for name in ("standard", "recommended")},
+    seeds=tuple(range(8)),
+    budgets=("passes",),
+    measured_seeds=(),
+    evaluations=1,
+    settings={
+        "evaluate.max_rows": 128,
+        "evaluate.passes": 2,
+        "evaluate.final_passes": 4,
+        "evaluate.final_replicates": 2,
+        "sample.num_answers": 128,
+        "train.log_every": 20,
+    },
+)
 SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))

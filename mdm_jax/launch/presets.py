@@ -111,7 +111,26 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
 
 def finetune(variant: str = "") -> ConfigDict:
     """Masked diffusion from a model of others (``model.source``), on data of one's own."""
-    check_variant("finetune", variant)
+    return _from_source("finetune", variant)
+
+
+def finetune_pairs(variant: str = "") -> ConfigDict:
+    """As ``finetune``, on prompts and answers of a JSON-lines file (``data.path``)."""
+    config = _from_source("finetune_pairs", variant)
+    config.data.update(source="jsonl", prompt_length=256, answer_length=256, too_long="drop")
+    return config
+
+
+def convert(variant: str = "") -> ConfigDict:
+    """A causal model of others (``model.source``) made bidirectional, on documents (A2D)."""
+    config = _from_source("convert", variant)
+    config.data.update(source="documents", length=512, packing="first_fit")
+    config.optimizer.peak = 1e-4
+    return config
+
+
+def _from_source(name: str, variant: str) -> ConfigDict:
+    check_variant(name, variant)
     config = defaults.get_config()
     shape = config.model.to_dict()
     if variant == "smoke":
@@ -133,6 +152,8 @@ PRESETS = {
         digits_gaussian,
         mnist_gaussian,
         finetune,
+        finetune_pairs,
+        convert,
     )
 }
 
