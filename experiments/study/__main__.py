@@ -7,7 +7,8 @@ go on from their last checkpoint. Every run is a working directory of the launch
 WORKDIR/runs. Tables (study.md), all numbers (study.json) and plots are in WORKDIR, written again
 whenever the command ends; --only_tables writes them from what is finished and runs nothing.
 
-Suites: smoke (seconds), tune (learning rates of standard training), small (hours on two CPU
+Suites: smoke (seconds), tune and tune_finetune (learning rates of standard
+training), small (hours on two CPU
 cores), confirmation (fresh seeds of four methods), attempts and confirmation_rates (other ranges of
 rates), longer, weights, finetune (the small model of the repository on two tasks, or with
 --config.model.source=DIR another one), full (a GPU). experiments/study/suites.py defines them,

@@ -110,8 +110,10 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
 
 
 def finetune(variant: str = "") -> ConfigDict:
-    """Masked diffusion from a model of others (``model.source``), on data of one's own."""
-    return _from_source("finetune", variant)
+    """Masked diffusion from a model of others (``model.source``), on conversations of one's own."""
+    config = _from_source("finetune", variant)
+    config.data.update(source="chat", too_long="drop")
+    return config
 
 
 def finetune_pairs(variant: str = "") -> ConfigDict:

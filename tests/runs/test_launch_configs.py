@@ -36,8 +36,9 @@ def _has_variants(name):
     return bool(inspect.signature(function).parameters)
 
 
-NEEDS_DATA = {"mnist_gaussian", "study.pairs"}
-"""Read prepared data; built on a local copy in test_launch_gaussian.py and test_tasks_data.py."""
+NEEDS_DATA = {"mnist_gaussian", "study.pairs", "finetune", "finetune_pairs", "convert"}
+NEEDS_DATA |= {"study.finetune"}
+"""Read prepared data or a model; built on a local copy in test_launch_gaussian.py and test_tasks_data.py."""
 
 
 def test_the_files_are_found():

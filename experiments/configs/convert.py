@@ -1,0 +1,5 @@
+"""``--config=convert``, as a file."""
+
+from mdm_jax.launch import presets
+
+get_config = presets.convert

@@ -1,0 +1,5 @@
+"""``--config=finetune``, as a file."""
+
+from mdm_jax.launch import presets
+
+get_config = presets.finetune
