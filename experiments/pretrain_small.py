@@ -31,13 +31,15 @@ from mdm_jax.types import Batch
 
 PAD, START, END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- for message in messages %}{%- if not loop.first %}{{- '\\n' }}{%- endif %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
     "{%- if message['role'] == 'assistant' %}"
-    "{% generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}"
-    "{%- else %}{{- message['content'] + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    "{% generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}"
+    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '\\n<|im_start|>assistant\\n' }}{%- endif %}"
 )
-"""ChatML, with the assistant's words and their end as what is generated."""
+"""ChatML with the line break between turns, not after them: a row goes on with EOS, which
+``<|im_end|>`` is, so that no visible token tells where the answer ends."""
 
 VOCABULARY, LENGTH = 1024, 96
 SHAPE = {"width": 128, "depth": 4, "num_heads": 4, "num_kv_heads": 2, "mlp_hidden": 352}

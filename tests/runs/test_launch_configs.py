@@ -38,7 +38,7 @@ def _has_variants(name):
 
 NEEDS_DATA = {"mnist_gaussian", "study.pairs", "finetune", "finetune_pairs", "convert"}
 NEEDS_DATA |= {"study.finetune"}
-"""Read prepared data or a model; built on a local copy in test_launch_gaussian.py and test_tasks_data.py."""
+"""Read prepared data, or a model of others; built where these are in other tests."""
 
 
 def test_the_files_are_found():

@@ -93,7 +93,7 @@ def run_notebook(name, folder, **variables):
 
 
 def test_the_notebooks_are_found():
-    assert NAMES == ["noise_levels.ipynb", "quickstart.ipynb", "stability.ipynb", "variance.ipynb"]
+    assert NAMES == ["finetune.ipynb", "noise_levels.ipynb", "quickstart.ipynb", "stability.ipynb", "variance.ipynb"]
 
 
 @pytest.mark.parametrize(
