@@ -112,7 +112,7 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
 def finetune(variant: str = "") -> ConfigDict:
     """Masked diffusion from a model of others (``model.source``), on conversations of one's own."""
     config = _from_source("finetune", variant)
-    config.data.update(source="chat", too_long="drop")
+    config.data.source = "chat"
     return config
 
 
