@@ -205,31 +205,26 @@ LESSONS: Mapping[str, Callable[[Choices], Exchange]] = {
 
 
 def stories(choices: Choices) -> Exchange:
-    """Word problems of two steps, worked out in the style of GSM8K."""
-    who, thing, a = choices.one_of(PEOPLE), choices.one_of(THINGS), 3 + choices.below(10)
-    sentences, steps, value = [f"{who} has {a} {thing}."], [], a
-    for first in ("Then", "After that"):
-        if choices.below(2):
-            b = 1 + choices.below(6)
-            change, step, after = choices.one_of(["buys", "finds", "gets"]), "+", value + b
-            sentences.append(f"{first} {who} {change} {b} more.")
-        else:
-            b = 1 + choices.below(min(6, value - 1) if value > 1 else 1)
-            change, step, after = choices.one_of(["loses", "sells", "eats"]), "-", value - b
-            sentences.append(f"{first} {who} {change} {b}.")
-        shown = choices.one_of(["{} {} {} = {}.", "We have {} {} {} = {}.", "So {} {} {} = {}."])
-        steps.append(shown.format(value, step, b, after))
-        value = after
-    question = f"{' '.join(sentences)} How many {thing} does {who} have now?"
-    return Exchange(question, f"{' '.join(steps)} {MARKER} {value}", str(value))
+    """Word problems of one step, worked out in the style of GSM8K."""
+    who, other = two_of(choices, PEOPLE)
+    thing, a = choices.one_of(THINGS), 2 + choices.below(8)
+    if choices.below(2):
+        b = 1 + choices.below(9)
+        word, step, value = "more", f"{a} + {b}", a + b
+    else:
+        b = 1 + choices.below(a - 1)
+        word, step, value = "fewer", f"{a} - {b}", a - b
+    shown = choices.one_of(["{} = {}.", "We have {} = {}.", "So {} = {}."]).format(step, value)
+    question = f"{who} has {a} {thing}. {other} has {b} {word}. How many {thing} has {other}?"
+    return Exchange(question, f"{shown} {MARKER} {value}", str(value))
 
 
 def sorting(choices: Choices) -> Exchange:
-    """Four different numbers below 40, from the smallest to the largest."""
-    numbers = choices.shuffled(list(range(40)))[:4]
-    result = listed(sorted(numbers))
-    question = choices.one_of(["Put in order: {}.", "Sort the numbers {}."]).format(listed(numbers))
-    begin = choices.one_of(["In order they are", "From the smallest on", "Sorted, that is"])
+    """Three different digits of three people, from the smallest to the largest."""
+    digits, people = choices.shuffled(list(range(10)))[:3], choices.shuffled(PEOPLE)[:3]
+    result = listed(sorted(digits))
+    question = f"{listed(people)} say {listed(digits)}. Put that in order."
+    begin = choices.one_of(["In order it is", "From the smallest on", "Sorted, that is"])
     return Exchange(question, f"{begin} {MARKER} {result}", result)
 
 

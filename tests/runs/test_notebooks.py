@@ -16,6 +16,7 @@ from experiments.study.suites import SUITES
 pytestmark = pytest.mark.first
 
 FOLDER = launching.ROOT / "notebooks"
+NOTEBOOKS = ("finetune", "noise_levels", "quickstart", "stability", "variance")
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
 
@@ -93,7 +94,13 @@ def run_notebook(name, folder, **variables):
 
 
 def test_the_notebooks_are_found():
-    assert NAMES == ["finetune.ipynb", "noise_levels.ipynb", "quickstart.ipynb", "stability.ipynb", "variance.ipynb"]
+    assert NAMES == [
+        "finetune.ipynb",
+        "noise_levels.ipynb",
+        "quickstart.ipynb",
+        "stability.ipynb",
+        "variance.ipynb",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from mdm_jax.launch import presets
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2]
 MODEL = EXPERIMENTS / "models" / "small"
-LENGTHS = {"stories": (40, 40), "sorting": (24, 32)}
+LENGTHS = {"stories": (24, 24), "sorting": (24, 24)}
 """Tokens of prompt and answer; tokenizers with more ids need fewer."""
 
 
 def get_config(variant: str = "stories"):
-    """Word problems of two steps; ``variant`` is "stories", "sorting" or "smoke"."""
+    """Word problems; ``variant`` is "stories", "sorting" or "smoke"."""
     config = presets.finetune_pairs()
     task = variant if variant in LENGTHS else "stories"
     prompt, answer = LENGTHS[task]
@@ -26,7 +26,7 @@ def get_config(variant: str = "stories"):
     config.data.path = str(EXPERIMENTS / "data" / f"{task}.jsonl.xz")
     config.data.update(prompt_length=prompt, answer_length=answer, answer_marker="####")
     config.data.fractions = (0.8, 0.08, 0.12)
-    config.train.update(steps=160, batch_size=16)
+    config.train.update(steps=200, batch_size=16)
     config.optimizer.update(peak=1e-3, warmup_steps=20, ema_decay=0.98)
     config.evaluate.update(batch_size=64, max_rows=128)
     config.sample.update(temperature=0.0, gap=0)
