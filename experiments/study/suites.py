@@ -117,6 +117,14 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+AUTO = Method(
+    "auto",
+    ("auto",),
+    settings=_FIXED | {"variance.auto.budget": 1.0},
+    note="the chain that `variance.order=auto` measures best before the first step, with the "
+    "bound kept; what the measurement costs is not among the passes",
+)
+
 ATTEMPTS: dict[str, Method] = {
     "truncated_slopes": Method(
         "rates in [0.3, 0.8], stratified, P-POTS by gradient norm",
@@ -416,7 +424,7 @@ SUITES["finetune"] = Suite(
         "stories": Task("study.finetune:stories"),
         "sorting": Task("study.finetune:sorting"),
     },
-    methods={name: METHODS[name] for name in ("standard", "recommended")},
+    methods={name: METHODS[name] for name in ("standard", "recommended")} | {"auto": AUTO},
     seeds=tuple(range(8)),
     budgets=("passes",),
     measured_seeds=(),
