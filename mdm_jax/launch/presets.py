@@ -110,21 +110,36 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
 
 
 def finetune(variant: str = "") -> ConfigDict:
-    """Masked diffusion from a model of others (``model.source``), on conversations of one's own."""
+    """Masked diffusion from a model of others, on conversations of one's own.
+
+    mdm train --config=finetune --workdir=DIR --config.model.source=MODEL \\
+        --config.data.path=CHATS.jsonl --config.data.length=512
+
+    Steps, batch and learning rate (1e-5, for billions of parameters) are to be set; the figures of
+    the repository's small model are in docs/finetune.md.
+    """
     config = _from_source("finetune", variant)
     config.data.source = "chat"
     return config
 
 
 def finetune_pairs(variant: str = "") -> ConfigDict:
-    """As ``finetune``, on prompts and answers of a JSON-lines file (``data.path``)."""
+    """As ``finetune``, on prompts and answers.
+
+    mdm train --config=finetune_pairs --workdir=DIR --config.model.source=MODEL \\
+        --config.data.path=PAIRS.jsonl
+    """
     config = _from_source("finetune_pairs", variant)
     config.data.update(source="jsonl", prompt_length=256, answer_length=256, too_long="drop")
     return config
 
 
 def convert(variant: str = "") -> ConfigDict:
-    """A causal model of others (``model.source``) made bidirectional, on documents (A2D)."""
+    """A causal model of others made bidirectional, on documents (A2D, docs/finetune.md).
+
+    mdm train --config=convert --workdir=DIR --config.model.source=CAUSAL \\
+        --config.data.path=DOCUMENTS.jsonl --config.convert.anneal_steps=2000
+    """
     config = _from_source("convert", variant)
     config.data.update(source="documents", length=512, packing="first_fit")
     config.optimizer.peak = 1e-4

@@ -27,7 +27,7 @@ def get_config(variant: str = "stories"):
     config.data.update(prompt_length=prompt, answer_length=answer, answer_marker="####")
     config.data.fractions = (0.8, 0.08, 0.12)
     config.train.update(steps=200, batch_size=16)
-    config.optimizer.update(peak=1e-3, warmup_steps=20, ema_decay=0.98)
+    config.optimizer.update(name="muon", peak=1e-2, warmup_steps=20, ema_decay=0.95)
     config.evaluate.update(batch_size=64, max_rows=128)
     config.sample.update(temperature=0.0, gap=0)
     if variant in LENGTHS:
