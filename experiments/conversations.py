@@ -205,15 +205,16 @@ LESSONS: Mapping[str, Callable[[Choices], Exchange]] = {
 
 
 def stories(choices: Choices) -> Exchange:
-    """Word problems of one step, worked out in the style of GSM8K."""
+    """Word problems of one step below ten, worked out in the style of GSM8K."""
     who, other = two_of(choices, PEOPLE)
-    thing, a = choices.one_of(THINGS), 2 + choices.below(8)
+    thing, large = choices.one_of(THINGS), 2 + choices.below(8)
+    small = 1 + choices.below(large - 1)
     if choices.below(2):
-        b = 1 + choices.below(9)
-        word, step, value = "more", f"{a} + {b}", a + b
+        a, b, value = small, large - small, large
+        word, step = "more", f"{a} + {b}"
     else:
-        b = 1 + choices.below(a - 1)
-        word, step, value = "fewer", f"{a} - {b}", a - b
+        a, b, value = large, small, large - small
+        word, step = "fewer", f"{a} - {b}"
     shown = choices.one_of(["{} = {}.", "We have {} = {}.", "So {} = {}."]).format(step, value)
     question = f"{who} has {a} {thing}. {other} has {b} {word}. How many {thing} has {other}?"
     return Exchange(question, f"{shown} {MARKER} {value}", str(value))

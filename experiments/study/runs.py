@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from experiments.study.gradient_noise import along_training
 from experiments.study.suites import METHODS, Method, Suite, Task
 from mdm_jax import files
-from mdm_jax.launch.auto.chain import last_choice
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.config import flat_settings
 from mdm_jax.launch.modes import evaluate, train
@@ -244,7 +243,6 @@ def execute(
         "failed": "",
         "evaluation": None,
         "gradient": [],
-        "chain": list(config.variance.order),
     }
     try:
         if not train.train(experiment, workdir, interrupt):
@@ -263,8 +261,6 @@ def execute(
                 reference=_reference(suite, run, root),
                 check=interrupt.check,
             )
-    if chosen := last_choice(files.as_path(workdir)):
-        record["chain"] = list(chosen.order)
     record["training_seconds"] = training_seconds(workdir)
     record["seconds_since_last_start"] = time.monotonic() - started
     write_json(workdir / RECORD, record)

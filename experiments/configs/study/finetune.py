@@ -26,10 +26,11 @@ def get_config(variant: str = "stories"):
     config.data.path = str(EXPERIMENTS / "data" / f"{task}.jsonl.xz")
     config.data.update(prompt_length=prompt, answer_length=answer, answer_marker="####")
     config.data.fractions = (0.8, 0.08, 0.12)
-    config.train.update(steps=200, batch_size=16)
+    config.train.update(steps=200, batch_size=8)
     config.optimizer.update(name="muon", peak=1e-2, warmup_steps=20, ema_decay=0.95)
     config.evaluate.update(batch_size=64, max_rows=128)
-    config.sample.update(temperature=0.0, gap=0)
+    config.sample.update(sampler="low_confidence_remasking", temperature=0.0, gap=0)
+    config.sample.low_confidence_remasking.update(block_size=answer, steps_per_block=8)
     if variant in LENGTHS:
         return config
     return settings.chosen(config, "study/finetune", variant, *LENGTHS)
