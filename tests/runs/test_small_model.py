@@ -1,15 +1,23 @@
 """The small pretrained model of the repository, its corpus, and the files of its tasks."""
 
+import dataclasses
 import json
 import lzma
 import pathlib
+import shutil
 
+import chex
+import launching
 import numpy as np
 import pytest
 
 from experiments import conversations, pretrain_small
-from mdm_jax import hub
+from mdm_jax import files, hub
 from mdm_jax.hub.tokenizer import HubTokenizer
+from mdm_jax.launch import presets
+from mdm_jax.launch.build import load_parameters, make_experiment
+from mdm_jax.launch.modes import evaluate, export, train
+from mdm_jax.launch.workdir import saved_config
 
 EXPERIMENTS = pathlib.Path(conversations.__file__).parent
 MODEL = EXPERIMENTS / "models" / "small"
@@ -77,3 +85,41 @@ def test_results_of_exchanges_are_right():
 def test_the_model_answers_what_it_was_taught():
     shares = {name: share for name, share, _ in pretrain_small.answered(hub.load(MODEL), 20)}
     assert np.mean(list(shares.values())) > 0.6, shares
+
+
+@pytest.mark.slow
+def test_a_file_of_chats_from_training_to_the_same_tokens_elsewhere(tmp_path, monkeypatch):
+    launching.on_one_device(monkeypatch)
+    source = shutil.copytree(MODEL, tmp_path / "source")
+    conversations.write(tmp_path / "chats.jsonl", "stories", "chat", 80)
+    config = presets.finetune("smoke")
+    config.model.source = str(source)
+    config.data.update(path=str(tmp_path / "chats.jsonl"), length=64)
+    config.data.fractions = (0.8, 0.1, 0.1)
+    config.optimizer.peak = 1e-2
+    workdir = files.as_path(tmp_path / "run")
+    assert train.train(make_experiment(config, workdir), workdir)
+    ended = load_parameters(make_experiment(saved_config(workdir), workdir), workdir)
+
+    again = files.as_path(shutil.copytree(workdir, tmp_path / "again"))
+    for path in (again / "checkpoints" / "last").iterdir():  # as a kill between checkpoints
+        if path.name == str(config.train.steps):
+            shutil.rmtree(path)
+    shutil.rmtree(again / "checkpoints" / "best")
+    shutil.rmtree(source)  # which a run that has begun does not need
+    experiment = make_experiment(saved_config(again), again)
+    assert train.train(experiment, again)
+    step, params = load_parameters(experiment, again)
+    chex.assert_trees_all_equal((step, params), ended)
+
+    assert 0 < evaluate.evaluate(experiment, again)["bits_per_unit"] < 40
+    assert "▁" not in "".join(s["text"] for s in evaluate.sample(experiment, again)["samples"])
+    export.export(again, str(tmp_path / "out"), dtype="float32")
+    elsewhere = shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    loaded = hub.load(elsewhere)
+    question = [{"role": "user", "content": "Tom has 3 eggs. Anna has 2 more. How many eggs?"}]
+    prompt = loaded.tokenizer.encode_chat(question, add_generation_prompt=True).ids
+    own = dataclasses.replace(loaded, params=params)
+    first, second = (hub.generate(model, [prompt], 16, steps=16) for model in (own, loaded))
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    assert (np.asarray(second.tokens)[second.written] != loaded.traits.mask_id).all()
