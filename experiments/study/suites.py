@@ -439,4 +439,4 @@ SUITES["finetune"] = Suite(
     },
 )
 SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))
-SUITES["tune_finetune"] = tuning(SUITES["finetune"], (1e-2, 2e-2), (100,))
+SUITES["tune_finetune"] = tuning(SUITES["finetune"], (2e-3, 5e-3), (100,))
