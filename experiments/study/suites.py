@@ -421,8 +421,8 @@ SUITES["weights"] = dataclasses.replace(
 SUITES["finetune"] = Suite(
     name="finetune",
     tasks={
-        "stories": Task("study.finetune:stories"),
-        "sorting": Task("study.finetune:sorting"),
+        "stories": Task("study.finetune:stories", settings={"optimizer.peak": 5e-3}),
+        "sorting": Task("study.finetune:sorting", "bits_per_unit", {"optimizer.peak": 2e-3}),
     },
     methods={name: METHODS[name] for name in ("standard", "recommended")} | {"auto": AUTO},
     seeds=tuple(range(8)),
