@@ -84,7 +84,7 @@ def test_results_of_exchanges_are_right():
 @pytest.mark.slow
 def test_the_model_answers_what_it_was_taught():
     shares = {name: share for name, share, _ in pretrain_small.answered(hub.load(MODEL), 20)}
-    assert np.mean(list(shares.values())) > 0.6, shares
+    assert np.mean(list(shares.values())) > 0.35 and shares["greeting"] > 0.9, shares
 
 
 @pytest.mark.slow

@@ -33,4 +33,7 @@ def get_config(variant: str = "stories"):
     config.sample.low_confidence_remasking.update(block_size=answer, steps_per_block=8)
     if variant in LENGTHS:
         return config
-    return settings.chosen(config, "study/finetune", variant, *LENGTHS)
+    own = config.model.to_dict()
+    settings.chosen(config, "study/finetune", variant, *LENGTHS)
+    config.model.update(own)  # the source's
+    return config
