@@ -148,7 +148,7 @@ def test_the_notebook_of_the_study_reads_what_comes_with_the_package(tmp_path):
     assert "257 of 257 runs are finished" in run_notebook("stability.ipynb", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["small", "confirmation", "confirmation_rates"])
+@pytest.mark.parametrize("name", ["small", "confirmation", "confirmation_rates", "finetune"])
 def test_published_results_are_whole_and_of_the_present_suite(name):
     record = table.published(name)
     suite = SUITES[record["suite"]]
