@@ -179,8 +179,9 @@ def read_sources(
     """Records of each split, in the order of the files, from rows that are JSON objects.
 
     Without ``valid_path`` the *distinct first values* of each source are shuffled with
-    ``split_seed`` and split by ``fractions``, so none is in two splits, and a further source leaves
-    the splits of the others as they are. With it, all of ``path`` is for training, and
+    ``split_seed`` and split by ``fractions``; one that an earlier source has goes into the split
+    that it has there. So none is in two splits, and a further source leaves the splits of the
+    others as they are. With it, all of ``path`` is for training, and
     ``test_path``, or nothing, is the test split.
 
     Args:
@@ -224,12 +225,19 @@ def read_sources(
         ]
         return Sources(every, *held_out, paths, weights, dict(report), bad)
     parts: dict[str, list[list[Record]]] = {name: [] for name in SPLITS}
+    split_of: dict[str, str] = {}
     for each, found in zip(paths, every):
         distinct = list(dict.fromkeys(record.values[0] for record in found))
         numbers = shuffled_split(len(distinct), fractions, split_seed, each)
-        split_of = {distinct[i]: name for name, chosen in numbers.items() for i in chosen}
+        own = {distinct[i]: name for name, chosen in numbers.items() for i in chosen}
+        split_of = own | split_of
         for name in SPLITS:
             parts[name].append([r for r in found if split_of[r.values[0]] == name])
+        if not parts["train"][-1]:
+            raise ValueError(
+                f"{each}: nothing is left for training, as earlier sources hold out all that it "
+                "has; leave it out, or give valid_path"
+            )
     valid, test = ([r for records in parts[name] for r in records] for name in ("valid", "test"))
     return Sources(parts["train"], valid, test, paths, weights, dict(report), bad)
 

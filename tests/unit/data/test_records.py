@@ -137,6 +137,24 @@ def test_a_second_source_leaves_the_rows_and_splits_of_the_first(tmp_path):
     assert prompts(held, held.valid)[0] == "b00" and len(held.train) == 30
 
 
+def test_no_prompt_is_in_two_splits_of_several_sources(tmp_path):
+    """The second source repeats half of the first in another order, and has some of its own."""
+    first = pairs("a", 20)
+    one = write(tmp_path / "a.jsonl", first)
+    two = write(tmp_path / "b.jsonl", [*first[:10][::-1], *pairs("b", 10)])
+    settings = LENGTHS | {"fractions": (0.5, 0.3, 0.2), "tokenizer": "byte"}
+    both = data.jsonl(f"{one},{two}", **settings)
+    splits = [set(prompts(both, split)) for split in (both.train, both.valid, both.test)]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 30
+    assert both.report["valid_prompts_also_in_train"] == 0
+    alone = data.jsonl(one, **settings)
+    assert prompts(both, both.train.parts[0]) == prompts(alone)
+    held = prompts(alone, alone.valid)
+    three = write(tmp_path / "c.jsonl", [row for row in first if row["prompt"] in held])
+    with pytest.raises(ValueError, match=r"c.jsonl: nothing is left for training"):
+        data.jsonl(f"{one},{three}", **settings)
+
+
 def test_parquet_rows_are_those_of_the_json_lines(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
