@@ -8,6 +8,7 @@ from mdm_jax.data.pairs import jsonl
 from mdm_jax.data.pipeline import (
     check_same_stream,
     evaluation_batches,
+    sample_rows,
     stream_fingerprint,
     train_iterator,
 )

@@ -98,6 +98,19 @@ def train_iterator(
     return stream
 
 
+def sample_rows(source: RowSource, count: int, generator: np.random.Generator) -> Batch:
+    """``count`` rows, independent, as a training stream draws them: the parts of a
+    :class:`Mixture` by its weights, rows that are cut at random cut."""
+    parts, part = (source,), np.zeros(count, np.int64)
+    if isinstance(source, Mixture):
+        parts, part = source.parts, generator.choice(len(source.parts), count, p=source.weights)
+    row = generator.integers(0, np.array([len(each) for each in parts])[part])
+    cut = any(hasattr(each, "visit") for each in parts)
+    seed = int(generator.integers(2**32)) if cut else 0
+    # A visit each, so that a row that is drawn twice is cut twice.
+    return _read(parts, np.stack([part, np.arange(count), row], axis=1), seed, by_example=False)
+
+
 def part_seed(seed: int, part: int) -> int:
     """The seed of a part's order, that of the whole for the first."""
     return int(np.random.SeedSequence((seed, part)).generate_state(1)[0]) if part else int(seed)

@@ -293,10 +293,9 @@ def _known(learned: dict[str, PyTree], state: dict[str, PyTree]) -> dict[str, Py
 
 
 def _rows(experiment: Experiment, step: int) -> Batch:
-    """Training rows with eligible tokens, drawn by seed and step."""
-    source = experiment.dataset.train
+    """Training rows, drawn by seed and step."""
     generator = np.random.default_rng([experiment.config.seed, step])
-    return data.gather(source, generator.integers(0, len(source), POOL))
+    return data.sample_rows(experiment.dataset.train, POOL, generator)
 
 
 def _batches(

@@ -109,7 +109,7 @@ class _Bench:
         )
 
         def rows(count: int) -> Batch:
-            return data.gather(source, generator.integers(0, len(source), count))
+            return data.sample_rows(source, count, generator)
 
         self.rows, self.grid_rows = rows(settings.rows), rows(settings.grid_rows)
         self.batches = [place(rows(size)) for _ in range(settings.data_batches)]

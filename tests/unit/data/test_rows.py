@@ -82,6 +82,18 @@ def test_a_mixture_is_resumed_exactly_and_read_in_parts():
             assert np.array_equal(batch.example_keys, keys[start + local])
 
 
+def test_sampled_rows_are_of_parts_by_weight_and_cut_as_in_training():
+    rows = data.sample_rows(Mixture(PARTS[:2], (1.0, 9.0)), 1000, np.random.default_rng(0))
+    share = np.mean(rows.tokens[:, 0] >= 100)
+    assert abs(share - 0.9) < 4 * (0.09 / 1000) ** 0.5  # standard errors; 5 / 12 by rows
+    assert set(rows.tokens[:, 0].tolist()) == {*range(7), *range(100, 105)}
+    cut = RandomlyCut(PARTS[0], 1.0, PAD, np.ones(300, np.int32))
+    rows = data.sample_rows(cut, 60, np.random.default_rng(0))
+    assert np.bincount(rows.eligible.sum(1), minlength=4)[1:].min() > 8  # 1, 2 and 3 of 3, 20 each
+    plain = data.sample_rows(PARTS[0], 9, np.random.default_rng(5)).tokens[:, 0]
+    assert plain.tolist() == np.random.default_rng(5).integers(0, 7, 9).tolist()
+
+
 def test_mixtures_are_their_parts_in_a_row_and_refuse_bad_weights():
     mixture = Mixture(PARTS)
     assert len(mixture) == 16
