@@ -65,7 +65,8 @@ def make_measurement(
     :mod:`mdm_jax.meter.nested`; ``eligible`` [] counts the groups, which come first, of rows with
     eligible tokens. One gradient is in memory at a time, as in a training step.
 
-    ``spec`` is of the training batch; ``batch`` [B, L] has at least ``rows * group`` rows.
+    ``spec`` is of the training batch; ``batch`` [B, L] has at least ``rows * group`` rows, of which
+    random ones are taken: in a mixture the same slots hold the same source in every batch.
     ``place`` lays the rows of a group out over devices, which compute a row each if there are as
     many as data-parallel devices.
     """
@@ -78,7 +79,7 @@ def make_measurement(
         estimator = make_estimator(apply_fn, objective)
         draw_row = nested_draw(key, Subject(estimator, params, transform, variance_state, spec))
         eligible = jnp.any(batch.eligible, axis=-1)
-        order = jnp.argsort(~eligible, stable=True)[: rows * group]
+        order = random_rows(eligible, rows * group, stream(key, "rows"))
         chosen = jax.tree.map(lambda f: f[order].reshape(rows, group, *f.shape[1:]), batch)
 
         def cell(at: tuple[Array, Array, Array]) -> Array:
@@ -96,6 +97,11 @@ def make_measurement(
         return sketches.reshape(*settings.shape, -1), count
 
     return measure
+
+
+def random_rows(eligible: Array, count: int, key: Array) -> Array:
+    """Numbers [count] of random distinct rows, those that are ``eligible`` [B] first."""
+    return jnp.lexsort((jax.random.uniform(key, eligible.shape), ~eligible))[:count]
 
 
 def measured(sketches: np.ndarray, eligible: int, group: int = 1) -> dict[str, float] | None:

@@ -98,6 +98,16 @@ def test_a_measurement_takes_rows_with_eligible_tokens_and_as_many_passes_as_it_
     assert panel.measured(np.full_like(sketches, np.nan), 4) is None
 
 
+def test_measured_rows_are_of_all_slots_and_those_without_eligible_tokens_last():
+    """Slots of a mixture hold the same source in every batch: 2 of 7 rows, 400 times."""
+    eligible = jnp.arange(8) != 3
+    keys = jax.random.split(jax.random.key(0), 400)
+    rows = np.asarray(jax.vmap(lambda key: panel.random_rows(eligible, 8, key))(keys))
+    assert np.all(rows[:, 7] == 3) and np.all(np.sort(rows) == np.arange(8))
+    counts = np.bincount(rows[:, :2].ravel(), minlength=8)[[0, 1, 2, 4, 5, 6, 7]]
+    assert np.all(np.abs(counts - 800 / 7) < 4 * (800 / 7 * 5 / 7) ** 0.5)  # standard errors
+
+
 @pytest.mark.slow
 def test_the_panel_agrees_with_the_variance_mode_on_a_small_model():
     """A transformer of random weights; shares of 60 measurements and of 128 rows, exactly."""
