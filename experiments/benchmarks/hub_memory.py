@@ -29,7 +29,7 @@ _DATA, _FSDP, _TENSOR = (
     for axis, size in (("data", 1), ("fsdp", 8), ("tensor", 1))
 )
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows of all devices.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("row_length", 1024, "Tokens of a row.", lower_bound=1)
 _PARAM_DTYPES = flags.DEFINE_list("param_dtypes", ["float32", "bfloat16"], "Of training steps.")
 _STEPS = flags.DEFINE_list("programs", ["forward", "train"], "What to compile.")
 _RANK = flags.DEFINE_integer("rank", 16, "Of adapters.", lower_bound=1)

@@ -23,9 +23,11 @@ from absl import app, flags
 _PACKAGES = flags.DEFINE_string("packages", None, "site-packages with torch and transformers.")
 _DTYPES = flags.DEFINE_list("precisions", ["float32", "bfloat16"], "Of products and parameters.")
 _ROUNDS = flags.DEFINE_integer("times", 7, "Calls of each.", lower_bound=3)
-_LENGTH = flags.DEFINE_integer("length", 256, "Tokens; half are the prompt.", lower_bound=64)
-_STEPS = flags.DEFINE_integer("steps", 16, "Decoding steps of the new tokens.", lower_bound=4)
-_DEPTH = flags.DEFINE_integer("depth", 12, "Layers of the model.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("sequence", 256, "Tokens; half are the prompt.", lower_bound=64)
+_STEPS = flags.DEFINE_integer(
+    "decoding_steps", 16, "Decoding steps of the new tokens.", lower_bound=4
+)
+_DEPTH = flags.DEFINE_integer("num_layers", 12, "Layers of the model.", lower_bound=1)
 
 BLOCKS = 4
 CONFIG = {
