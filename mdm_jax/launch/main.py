@@ -9,9 +9,8 @@
   mdm report   --workdir=runs/mine     the run so far on a page, report.html
   mdm export   --workdir=runs/mine --to=DIR   in the layout of Hugging Face
   mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
-  mdm sweep    --config=quickstart --workdir=runs/seeds
-               --over="seed=0,1,2;optimizer.peak=1e-2,2e-2"   a run for each
-                                       combination, and a table over seeds
+  mdm sweep    --config=quickstart --workdir=runs/seeds   a table over seeds of
+               --over="seed=0,1,2;optimizer.peak=1e-2,2e-2"   all combinations
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
 text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian, finetune; each

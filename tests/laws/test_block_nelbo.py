@@ -291,9 +291,12 @@ def batches(count=3, rows=1000):
 @pytest.mark.parametrize(
     "block_size, criterion, intervals, best",
     [
-        (1, "raw_variance", None, (0.999, 1.0)),
+        pytest.param(1, "raw_variance", None, (0.999, 1.0), marks=pytest.mark.slow),
         (2, "relative_variance", ((1e-3, 1.0), (0.3, 0.8), UPPER_HALF), UPPER_HALF),
-        (4, "gradient_noise_to_signal", ((1e-3, 1.0), UPPER_HALF), UPPER_HALF),
+        pytest.param(
+            *(4, "gradient_noise_to_signal", ((1e-3, 1.0), UPPER_HALF), UPPER_HALF),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_clip_search_takes_the_objective(block_size, criterion, intervals, best):

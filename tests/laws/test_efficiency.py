@@ -53,9 +53,7 @@ def exact_noise(name):
     return gradients.var(1).sum(-1)[list(PICKED)].sum() / TOKENS**2
 
 
-@pytest.mark.parametrize(
-    "name", slow_except({"mirror", "stratified"}, ["identity", "mirror", "stratified"])
-)
+@pytest.mark.parametrize("name", slow_except({"mirror"}, ["identity", "mirror", "stratified"]))
 def test_batch_variance_equals_enumeration(name):
     """Within 4 standard errors, and these are below 6%."""
     result = measured(name)

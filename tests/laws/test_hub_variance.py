@@ -18,10 +18,6 @@ from mdm_jax.types import Batch
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hub" / "a2d_qwen3-3"
 NUM_DRAWS, ROWS, LENGTH = 400, 4, 4
 FEW = {
-    "identity",
-    "stratified",
-    "ppots_binned",
-    "mirror",
     "stratified_mirror",
     "levels_ppots_rotate",
 }

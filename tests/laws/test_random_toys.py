@@ -214,7 +214,9 @@ def check_members(t, members, process):
             np.testing.assert_array_less(off, 5 * error + 2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("seed", FEW)
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed < 2)) for seed in FEW]
+)
 def test_exact_transforms_keep_loss_and_gradient_of_a_random_toy(seed):
     """Of seven rows all transforms; of five and of one some, to save time."""
     step = {1: 2, 5: 4, 7: 1}[toy(seed).rows]

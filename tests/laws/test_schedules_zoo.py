@@ -203,7 +203,7 @@ def test_density_integrates_to_the_distribution_function(name):
 
 compiled_measure = jax.jit(jax.vmap(measure, in_axes=(None, 0, None)))
 compiled_log_pdf = jax.jit(lambda law, logsnr: law.log_pdf(logsnr))
-FEW = {"logistic", "uniform", "piecewise", "truncated_twice", "masked_clipped", "ddpm_linear"}
+FEW = {"logistic", "piecewise", "masked_clipped", "ddpm_linear"}
 
 
 @laws((FEW | {"sd3_mode"}).__contains__)

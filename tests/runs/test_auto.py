@@ -6,6 +6,7 @@ import chex
 import launching
 import numpy as np
 import pytest
+import tiny
 
 from mdm_jax import training
 from mdm_jax.launch import presets
@@ -49,7 +50,7 @@ def test_chains_are_measured_within_the_budget(one_device, tmp_path, monkeypatch
     monkeypatch.setitem(chains.CANDIDATES, "masked", two)
     config = automatic(budget=1.0)
     config.train.steps = 80  # 640 passes, of which the shortest measurement takes most
-    experiment = make_experiment(config, tmp_path)
+    experiment = tiny.with_small_network(make_experiment(config, tmp_path))
     assert experiment.chain == Chain(("stratified", "ppots_slopes"))
     state = experiment.initial_state()
     done = []

@@ -198,6 +198,25 @@ def test_killed_at_random_moments_the_run_ends_the_same(whole, tmp_path):
     _assert_same_run(workdir, whole[0])
 
 
+def test_interrupted_the_run_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
+    """In this process; that a run goes on to the same end: the slow test, and those of the loop."""
+    launching.on_one_device(monkeypatch)
+    step, workdir = train.Running.step, tmp_path / "interrupted"
+
+    def interrupting(self, state, batch):
+        if int(state.step) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, state, batch)
+
+    monkeypatch.setattr(train.Running, "step", interrupting)
+    code, out, err = launching.call(monkeypatch, capsys, *ARGUMENTS, f"--workdir={workdir}")
+    assert code == 130, err
+    assert "the same command line resumes" in out
+    assert out.strip().endswith(f"{' '.join(ARGUMENTS)} --workdir={workdir}")
+    assert 2 <= int(_restored(workdir)[0].state["step"]) < 5
+
+
+@pytest.mark.slow
 def test_interrupted_the_run_saves_says_how_to_resume_and_ends_the_same(whole, tmp_path):
     workdir = tmp_path / "interrupted"
     code, out, err = _run_until(

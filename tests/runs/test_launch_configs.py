@@ -126,6 +126,8 @@ REGISTERED = {
 }
 
 
+MORE_LAWS = {*[*names.LAWS][3:]} | {*[*names.GAUSSIAN_LAWS][3:]}
+"""Built by name in tests/laws/test_schedules_zoo.py, too."""
 QUICKSTARTS = {"muon", "float32"}
 """Names that the quickstart has itself, whose own test takes the same step."""
 
@@ -133,7 +135,7 @@ QUICKSTARTS = {"muon", "float32"}
 @pytest.mark.parametrize(
     "field, name",
     [
-        pytest.param(field, name, marks=[pytest.mark.slow] * (name in QUICKSTARTS))
+        pytest.param(field, name, marks=[pytest.mark.slow] * (name in QUICKSTARTS | MORE_LAWS))
         for field, table in REGISTERED.items()
         for name in table
     ],
@@ -186,7 +188,12 @@ GAUSSIAN = {
 
 
 @pytest.mark.parametrize(
-    "field, name", [(f, name) for f, table in GAUSSIAN.items() for name in table]
+    "field, name",
+    [
+        pytest.param(f, name, marks=[pytest.mark.slow] * (f == "law" and name in MORE_LAWS))
+        for f, table in GAUSSIAN.items()
+        for name in table
+    ],
 )
 def test_every_part_of_a_gaussian_run_can_be_chosen(field, name):
     config = _get_config("digits_gaussian", "smoke")
@@ -197,7 +204,13 @@ def test_every_part_of_a_gaussian_run_can_be_chosen(field, name):
     assert name in shown
 
 
-@pytest.mark.parametrize("name", [*names.GAUSSIAN_GRIDS, *names.GAUSSIAN_LAWS])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        {*names.GAUSSIAN_GRIDS, *names.GAUSSIAN_LAWS} - MORE_LAWS,
+        [*names.GAUSSIAN_GRIDS, *names.GAUSSIAN_LAWS],
+    ),
+)
 def test_every_gaussian_grid_can_be_chosen(name):
     config = _get_config("digits_gaussian", "smoke")
     recipe = gaussian_recipe(config.gaussian)

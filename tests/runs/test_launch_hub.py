@@ -305,12 +305,17 @@ def test_shifted_outputs_are_those_of_dream(tmp_path):
     with np.load(DATA / "dream-1" / "reference.npz") as arrays:
         ids, expected = arrays["input_ids"][:1].astype(np.int32), arrays["logits_shifted"]
     apply = models.shifted_apply(models.readout_apply(model.model))
-    found = apply(model.params, ids).logits()
+    found = jax.jit(lambda params: apply(params, ids).logits())(model.params)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     # The first of a document keeps its own.
     documents = np.repeat([[0, 1, 2]], [4, 6, 10], axis=1)
-    own = np.asarray(model.model.apply(model.params, ids, None, documents))
-    found = models.shifted_apply(model.model.apply)(model.params, ids, None, documents)
+
+    @jax.jit
+    def both(params):
+        shifted = models.shifted_apply(model.model.apply)
+        return [apply(params, ids, None, documents) for apply in (model.model.apply, shifted)]
+
+    own, found = map(np.asarray, both(model.params))
     firsts = [0, 4, 10]
     np.testing.assert_array_equal(found[:, firsts], own[:, firsts])
     np.testing.assert_array_equal(found[:, 11:], own[:, 10:-1])

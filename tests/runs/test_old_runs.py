@@ -27,6 +27,7 @@ def test_an_old_run_is_evaluated_to_the_same_number(old, monkeypatch, capsys):
     assert f"test: {before['bits_per_unit']:.4f} ± " in out
 
 
+@pytest.mark.slow
 def test_an_old_run_is_resumed_longer(old, monkeypatch, capsys):
     """By the command line that it was started with, and a larger number of steps."""
     launching.on_one_device(monkeypatch)

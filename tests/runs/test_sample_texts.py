@@ -129,7 +129,13 @@ def test_quality_is_of_texts_up_to_their_eos(path, tmp_path):
     np.testing.assert_array_equal(canvases[0], free_canvases(experiment.dataset, 6)[0])
 
 
-@pytest.mark.parametrize("config", [quickstart, text_block, text_uniform, text_ar])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, marks=[pytest.mark.slow] * (config in (text_block, text_ar)))
+        for config in (quickstart, text_block, text_uniform, text_ar)
+    ],
+)
 def test_samplers_do_not_write_padding(path, config):
     """Random parameters over five ids, of which padding is one: it would be in every row."""
     config = config("smoke")

@@ -15,6 +15,7 @@ import jax
 import launching
 import numpy as np
 import pytest
+from variants import slow_except
 
 from experiments.study import plots
 from experiments.study import runs as study_runs
@@ -42,7 +43,7 @@ def test_the_views_of_a_method_are_those_of_its_chain(name):
     assert transform(config, None).views == METHODS[name].views
 
 
-@pytest.mark.parametrize("name", sorted(SUITES))
+@pytest.mark.parametrize("name", slow_except({"small"}, sorted(SUITES)))
 def test_forward_passes_are_equal_and_the_rest_is_the_method(name):
     suite = SUITES[name]
     assert len(set(study_runs.plan(suite))) == len(study_runs.plan(suite))

@@ -5,9 +5,7 @@ import dataclasses
 import json
 import types
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import launching
 import numpy as np
 import pytest
@@ -44,17 +42,6 @@ def refuse(_table):
     raise ValueError("this method wants an odd batch")
 
 
-class Small(nn.Module):
-    """Sees each token and the mean of its row."""
-
-    vocab_size: int
-
-    @nn.compact
-    def __call__(self, inputs, _logsnr, _documents):
-        x = nn.Embed(self.vocab_size, 8)(inputs)
-        return nn.Dense(self.vocab_size)(x + jnp.mean(x, 1, keepdims=True))
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """(record, directory), of a network that compiles quickly."""
@@ -67,10 +54,7 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         launching.on_one_device(patch)
         experiment = make_experiment(config)
-    small = Small(experiment.dataset.vocab_size)
-    family = dataclasses.replace(experiment.family, model=small, apply_fn=small.apply)
-    experiment = dataclasses.replace(experiment, family=family)
-    record = mode.measure(experiment, workdir, methods, SETTINGS)
+    record = mode.measure(tiny.with_small_network(experiment), workdir, methods, SETTINGS)
     return record, workdir
 
 

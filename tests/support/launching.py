@@ -100,8 +100,8 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     import grain  # noqa: F401  (defines flags when imported, which the flag saver would remove)
 
     monkeypatch.chdir(ROOT)
-    # No cache: it would be kept in the user's home, and stay on for the tests that follow.
-    given = ["launch", "--compilation_cache_dir=", *map(str, arguments)]
+    # The session's cache: one in the user's home would stay on for the tests that follow.
+    given = ["launch", f"--compilation_cache_dir={os.environ[CACHE]}", *map(str, arguments)]
     monkeypatch.setattr(sys, "argv", given)
     capsys.readouterr()
     with flagsaver.flagsaver():

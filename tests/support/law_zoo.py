@@ -74,7 +74,8 @@ SIBLINGS = {
     *("piecewise_edges", "truncated_logistic", "cosine_iddpm", "cosine_power_flat"),
     *("edm2_lognormal", "edm_lognormal", "edm_sigma", "flow_shifted", "iddpm_discrete", "indi"),
     *("interpolated_truncated", "ou_time", "santos_lin_fisher", "sd3_cosmap", "sd3_logit_normal"),
-    *("sd3_mode_negative", "variance_linear", "ve_geometric"),
+    *("sd3_mode_negative", "truncated_piecewise", "truncated_schedule", "variance_linear"),
+    *("ve_geometric",),
 }
 
 

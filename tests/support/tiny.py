@@ -1,5 +1,6 @@
 """A network, data and train steps small enough to compile in a moment, for the training tests."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -105,3 +106,21 @@ def perturbed(tree, seed: int = 0, scale: float = 0.3):
     noise = [(scale * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
     noisy = [jnp.asarray(np.asarray(leaf) + e) for leaf, e in zip(leaves, noise)]
     return jax.tree.unflatten(structure, noisy)
+
+
+class Small(nn.Module):
+    """Sees each token and the mean of its row."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, inputs, _logsnr, _documents):
+        x = nn.Embed(self.vocab_size, 8)(inputs)
+        return nn.Dense(self.vocab_size)(x + jnp.mean(x, 1, keepdims=True))
+
+
+def with_small_network(experiment):
+    """The experiment with :class:`Small`, which compiles quickly."""
+    small = Small(experiment.dataset.vocab_size)
+    family = dataclasses.replace(experiment.family, model=small, apply_fn=small.apply)
+    return dataclasses.replace(experiment, family=family)

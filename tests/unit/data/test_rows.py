@@ -168,7 +168,7 @@ def test_uniforms_by_example_are_uniform_and_distinct():
             draws.by_example(jax.random.key(0), jnp.asarray(wrong), spec)
 
 
-def test_a_step_by_example_is_the_same_on_one_two_and_eight_devices():
+def test_a_step_by_example_is_the_same_on_one_and_eight_devices():
     batch = tiny.batch(8, seed=1)
     rows = StoredRows(batch)
     keys = example_keys(rows, np.arange(8), np.zeros(8, int), 0, tiny.LENGTH)
@@ -179,7 +179,7 @@ def test_a_step_by_example_is_the_same_on_one_two_and_eight_devices():
         return training.step_draw(0, jnp.int32(3), chain, chain.init(spec), spec, keys)
 
     found = []
-    for count in (1, 2, 8):
+    for count in (1, 8):
         mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
         placed = jax.device_put(
             keys, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, None))

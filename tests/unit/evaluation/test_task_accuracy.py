@@ -140,7 +140,7 @@ def test_a_sampler_of_the_library_answers():
 @pytest.mark.parametrize(
     "process, answered_by",
     [
-        ("autoregressive", "next_token"),
+        pytest.param("autoregressive", "next_token", marks=pytest.mark.slow),
         pytest.param("block", "by_confidence", marks=pytest.mark.slow),
     ],
 )

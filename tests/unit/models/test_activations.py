@@ -101,7 +101,11 @@ MESHES = [(2, 2, 2), (1, 8, 1), (2, 4, 1), (1, 1, 8)]
         ),
     ],
 )
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(shape, marks=[pytest.mark.slow] * (1 in shape)) for shape in MESHES],
+    ids=str,
+)
 def test_the_compiler_lays_the_network_out_without_a_warning(shape, options, capfd):
     """Losses and gradients, with parameters cut along both axes: the compiler warns on stderr when
     it has to copy an array to every device (an "involuntary full rematerialization")."""

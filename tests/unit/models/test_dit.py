@@ -153,7 +153,8 @@ def test_decoding_with_a_cache_equals_the_pass_over_all_blocks():
 
 def test_a_readout_gives_the_losses_and_gradients_of_logits():
     """The bias of the output included, for a loss through the whole network."""
-    model, params = conditioned()
+    model = dit(condition_on_logsnr=True, depth=1)
+    params = tiny.parameters(model, LENGTH)
     objective = objectives.masked_nelbo(corruption.fixed_count(tiny.MASK_ID))
     spec, chain = objective.spec(8, LENGTH), tiny.transform()
     batch = jax.tree.map(jnp.asarray, tiny.batch(8))

@@ -55,7 +55,7 @@ def state_of(adapters, spec, chain=None):
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_of_adapters_is_the_full_run_in_their_subspace(scan):
     """With ``W' = W + s A B`` and the full gradient G at W': dL/dA = s G B^T, dL/dB = s A^T G."""
-    model, params, adapters = made(scan=scan)
+    model, params, adapters = made(scan=scan, depth=1)
     spec, step = stepped(model, params, SPEC, num_microbatches=2)
     state, jitted = state_of(adapters, spec), tiny.jit(step)
     loss, rows = summed_loss(model.apply, tiny.objective()), tiny.batch(ROWS)

@@ -256,6 +256,7 @@ def test_shifted_rows_begin_every_document_with_the_start_token():
     assert shift_right(tokens, 9).tolist() == [[9, 5, 4, 3, 2, 1]] * 2
 
 
+@pytest.mark.slow
 def test_one_block_is_the_plain_model():
     """With the same parameters and estimates, which belong to the noised row."""
     model, params = made("conditioned")

@@ -210,9 +210,7 @@ def remembered(name):
     return *found, calls
 
 
-@pytest.mark.parametrize(
-    "name", slow_except({"by_score", "ancestral"}, ["uniform", "by_score", "ancestral"])
-)
+@pytest.mark.parametrize("name", slow_except({"ancestral"}, ["uniform", "by_score", "ancestral"]))
 def test_each_step_sees_the_estimate_of_the_last(name):
     """By hand: the estimate of a call is what the network said of the state one step before."""
     tokens, (states, estimates), calls = remembered(name)

@@ -264,7 +264,7 @@ def test_averages_as_offsets_follow_where_stored_averages_stand_still():
     assert stuck.mean() > 0.5 * moved.mean()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_moments_in_bfloat16_cost_little(name):
     """Forty steps on a quadratic: the loss differs by under 2%; states are half as large."""
     rng = np.random.default_rng(1)

@@ -205,7 +205,8 @@ def test_progress_that_the_loop_did_not_write_is_refused(progress):
     assert loop._remembered({"window": [[1] * WIDTH], "hooks_due": ["sample"]})[1] == ["sample"]
 
 
-@pytest.mark.parametrize("where", slow_except({"evaluate"}, ["evaluate", "sample"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["evaluate", "sample"])
 def test_a_run_killed_in_a_hook_ends_the_same(whole, tmp_path, where):
     run = Run(tmp_path)
 
@@ -370,7 +371,8 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_end(whole, tmp_path, num
     _assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("where", slow_except({"sample"}, ["evaluate", "sample"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["evaluate", "sample"])
 def test_an_interrupt_in_a_hook_runs_only_what_is_left_again(whole, tmp_path, where):
     """The evaluation before an interrupted sample is neither repeated nor lost."""
     run, interrupt, calls = Run(tmp_path), training.Interrupt(), []

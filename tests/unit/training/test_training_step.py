@@ -58,6 +58,7 @@ def test_microbatches_equal_the_full_batch(parts):
     _assert_close(split_metrics, metrics)
 
 
+@pytest.mark.slow
 def test_a_mean_of_means_would_be_noticed():
     """The batch above tells the token mean from the mean over microbatches."""
     whole, metrics = _one_step()
@@ -272,6 +273,7 @@ def test_prompt_tokens_are_context_and_never_masked_or_scored():
 # --- compilation and state structure ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", slow_except({"adamw"}, ["adamw", "muon"]))
 def test_one_trace_and_a_stable_state(optimizer):
     chosen = getattr(training, optimizer)(training.warmup_cosine(1e-2, 2, 20))

@@ -394,7 +394,8 @@ def test_a_curve_starts_at_the_scale_of_the_first_losses_that_say_something():
     u = np.array([[0.1, 0.3, 0.5, 0.7, 0.8, 0.95]])
     curve = variance.cdcd_warp(4)
     silent = learn(curve, one_batch(u, 0 * u))
-    told = [curve.update(s, *one_batch(u, 1 + 5 * u)).curves for s in (fresh(curve), silent)]
+    update, taught = zoo.quick(curve.update), one_batch(u, 1 + 5 * u)
+    told = [update(state, *taught).curves for state in (fresh(curve), silent)]
     jax.tree.map(np.testing.assert_array_equal, *told)
 
 
@@ -407,16 +408,16 @@ def test_a_learner_with_nothing_to_learn_stays_where_it_is():
     pairs = jax.tree.map(lambda *leaves: np.stack([*leaves, *leaves]), *silent)
 
     @zoo.quick
-    def run(states):
-        found = {}
-        for name, state in states.items():
-            update = zoo.FACTORIES[name]().update
-            learnt = update(state, *taught)
-            befores = jax.tree.map(lambda a, b: jnp.stack([a, a, b, b]), state, learnt)
-            found[name] = befores, jax.vmap(update)(befores, *pairs)
-        return found
+    def run(states, batches):
+        updates = {name: jax.vmap(zoo.FACTORIES[name]().update) for name in LEARNERS}
+        return {name: update(states[name], *batches) for name, update in updates.items()}
 
-    for name, (before, after) in run({n: fresh(zoo.FACTORIES[n]()) for n in LEARNERS}).items():
+    begun = {name: fresh(zoo.FACTORIES[name]()) for name in LEARNERS}
+    begun = jax.tree.map(lambda leaf: np.stack([leaf] * 4), begun)
+    learnt = run(begun, jax.tree.map(lambda leaf: np.stack([leaf] * 4), taught))
+    befores = jax.tree.map(lambda a, b: np.stack([*a[:2], *b[2:]]), begun, learnt)
+    for name, after in run(befores, pairs).items():
+        before = befores[name]
         np.testing.assert_array_equal(after.steps, before.steps + 1)
         jax.tree.map(np.testing.assert_array_equal, after._replace(steps=before.steps), before)
         moved = [np.any(leaf[0] != leaf[-1]) for leaf in jax.tree.leaves(before)]
