@@ -109,12 +109,12 @@ def test_killed_before_the_first_save_the_same_line_starts_over(run, start):
     assert (run / "metrics.1.jsonl").read_bytes() == metrics  # even so
 
 
-def test_restart_is_for_training_and_not_for_the_line_that_resumes(launch, run, monkeypatch):
+def test_restart_is_for_training_and_not_for_the_line_that_resumes(launch, run):
     code, _, err = launch(f"--workdir={run}", "--mode=evaluate", "--restart")
     assert code == 2 and "--restart is for --mode=train" in err
     for flag in ("--restart", "-restart=1", "--restart=True"):
-        monkeypatch.setattr(main, "_ARGUMENTS", ["mdm", "train", flag, f"--workdir={run}"])
-        assert main._command() == f"mdm train --workdir={run}"
+        given = ["mdm", "train", flag, f"--workdir={run}"]
+        assert launch_workdir.command(given) == f"mdm train --workdir={run}"
 
 
 # --- damaged files ------------------------------------------------------------------------------

@@ -150,6 +150,7 @@ def own_cache(tmp_path):
     )
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
+    jax.config.update(names[0], None)
     jax.config.update(names[1], 0.0)
     jax.config.update(names[2], -1)
     yield tmp_path / "cache"
