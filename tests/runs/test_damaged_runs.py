@@ -12,7 +12,7 @@ import pytest
 import saved_run
 
 from mdm_jax import training
-from mdm_jax.launch import main, presets
+from mdm_jax.launch import presets
 from mdm_jax.launch import workdir as launch_workdir
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.modes import train
