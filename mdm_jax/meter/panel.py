@@ -33,7 +33,7 @@ PARTS = ("pattern", "rate", "data")
 class PanelSettings:
     """How often, and how much, the gradient's noise is measured during training."""
 
-    cost: Annotated[float, Real("[0, 0.5]", "of training time", "at most; 0: not measured")] = 0.02
+    cost: Annotated[float, Real("[0, 0.5]", "of training time", "at most; 0: not measured")] = 0.01
     rows: Annotated[int, Whole("[2, 1e4]", "rows", "of the batch, in a measurement")] = 4
     levels_per_row: Annotated[int, Whole("[2, 1e4]", "", "noise levels of a row")] = 2
     masks_per_level: Annotated[int, Whole("[2, 1e4]", "", "masks of a row at a level")] = 2

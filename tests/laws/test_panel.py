@@ -19,7 +19,7 @@ from test_decompose import (
 
 from mdm_jax import meter, training, variance
 from mdm_jax.draws import Draw, LossStats
-from mdm_jax.launch.reports.panel import gradient_figures, shown
+from mdm_jax.launch.reports.panel import critical_batch, shown
 from mdm_jax.meter import panel
 from mdm_jax.testing import toys
 from mdm_jax.types import Batch
@@ -205,7 +205,7 @@ def test_the_critical_batch_size_of_a_linear_model():
 
     for theta, rows in ((1.0, 1.0), (0.2, 25.0)):
         read = {n: float(v) for n, v in run(jnp.full((20,), theta), jax.random.key(1)).items()}
-        figures = gradient_figures({**read, "eligible_per_row": 5.0}, batch_size=8)
+        figures = critical_batch({**read, "eligible_per_row": 5.0}, [], batch_size=8)
         low, high = figures["critical_batch_rows_low"], figures["critical_batch_rows_high"]
         np.testing.assert_allclose(figures["critical_batch_rows"], rows, rtol=0.1)
         assert low < figures["critical_batch_rows"] < high < 1.4 * low
@@ -214,10 +214,21 @@ def test_the_critical_batch_size_of_a_linear_model():
         )
 
 
-def test_a_signal_that_does_not_stand_out_gives_a_lower_end_alone():
+def test_a_signal_that_does_not_stand_out_is_left_to_the_measurements():
+    """Three of total 60 and signals 1, 2, 3: mean 2, standard error 1 / sqrt(3); then -1, 0, 1."""
     readings = {"gradient_noise": 6.0, "gradient_signal": 0.1}
-    assert gradient_figures(readings, 4) == {}  # without an error nothing is said
+    assert critical_batch(readings, [], 4) == {}  # without an error nothing is said
     readings["gradient_signal_standard_error"] = 0.1
-    figures = gradient_figures(readings, 4)
-    assert figures == {"critical_batch_rows_low": pytest.approx(4 * 6 / 0.3)}
-    assert shown(figures) == {"critical batch": ">80"}
+    records = [{"total": 60.0, "signal": signal} for signal in (1.0, 2.0, 3.0)]
+    assert critical_batch(readings, records[:2], 4) == {}
+    figures, error = critical_batch(readings, records, 4), 3**-0.5
+    expected = [60 / (2 + 2 * error), 30.0, 60 / (2 - 2 * error)]
+    found = [figures[f"critical_batch_rows{end}"] for end in ("_low", "", "_high")]
+    np.testing.assert_allclose(found, expected)
+    for record in records:
+        record["signal"] -= 2
+    figures = critical_batch(readings, records, 4)
+    assert figures == {"critical_batch_rows_low": pytest.approx(60 / (2 * error))}
+    assert shown(figures) == {"critical batch": ">52"}
+    readings["gradient_signal"] = 0.4
+    assert critical_batch(readings, records, 4)["critical_batch_rows"] == pytest.approx(60)

@@ -106,8 +106,9 @@ def train(
         hooks = make_hooks(running, workdir, writer, stopping, notes)
         if start < c.train.steps and not stopping.stopped:
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
-            running.compile()
             running.panel = hooks.panel = NoisePanel(experiment, writer, start)
+            running.compile()
+            running.panel.wait()
         if restored is None and (c.model.source or c.train.init_from):
             # What the model writes before it is trained, for the report.
             hooks.sample(0, training.averaged(state), interrupt.check)

@@ -226,9 +226,10 @@ def _noise_curves(panel: Sequence[Record], config: Record) -> list[tuple[str, st
         curves.append(
             (
                 _draw(lambda axes: plots.critical_batch(axes, panel, size)),
-                "Simple noise scale (McCandlish et al. 2018), batch size × tr Cov(G) / |E G|², of "
-                "the gradients of successive steps: at this batch size noise and signal are equal. "
-                "Bars without a point have no upper end.",
+                "Simple noise scale (McCandlish et al. 2018), rows × tr Cov(G) / |E G|²: at this "
+                "batch size noise and signal are equal. From the gradients of successive steps "
+                "where their signal stands out (moving parameters make it too large), else from "
+                "the measurements. Bars without a point have no upper end.",
             )
         )
     if any(r.get("effective_sample_size", 1.0) < 1 - 1e-3 for r in panel):

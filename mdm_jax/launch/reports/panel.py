@@ -4,7 +4,8 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -13,33 +14,37 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mdm_jax import distributed, rng, sharding, training
+from mdm_jax.estimates import mean_estimate
 from mdm_jax.launch.build import Experiment
 from mdm_jax.meter import panel
 from mdm_jax.models import lora
 from mdm_jax.training.step import TrainState
 from mdm_jax.types import Array, Batch, PyTree
 
-_TIMED = 5
-"""Steps that are timed before the first measurement."""
+_TIMED, _TIMED_MEASUREMENTS = 5, 2
+"""Steps that are timed before a measurement, and the measurements that are timed with them."""
 
 
 class NoisePanel:
     """A :class:`~mdm_jax.training.loop.Panel` that measures A, B and C every so many steps.
 
-    As seldom as ``panel.cost`` asks, first by the number of rows taken through the network, from
-    the first measurement on by its time and that of a few steps before it, whichever is more; only
-    there the host waits for the device. Compiled here, before the first step. Measurements are
-    records of the kind "noise", figures at logging steps of the kind "panel".
+    As seldom as ``panel.cost`` asks, first by the number of rows taken through the network, then by
+    the times of the first two measurements and of a few steps before each, whichever is more; only
+    there the host waits for the device. Begins to compile here, in a thread of its own beside the
+    compilation of the step, which :meth:`wait` ends. Measurements are records of the kind "noise",
+    figures at logging steps of the kind "panel".
     """
 
     def __init__(self, experiment: Experiment, writer: training.MetricWriter, start: int):
         self._experiment, self._writer = experiment, writer
         self._settings, self._group = design(experiment)
+        self._compiling: futures.Future | None = None
         self._measure, self._pending = None, []
         self._records: list[Mapping[str, Any]] = []
         self._batch: Batch | None = None
         self._layout = jax.jit(_layout, out_shardings=_whole(experiment.mesh))
-        self._times: list[float] | None = []
+        self._times: list[float] = []
+        self._untimed = _TIMED_MEASUREMENTS
         self.every = fewest_steps(experiment)
         self._due = (start // self.every + 1) * self.every if self.every else math.inf
         if distributed.is_first() and start and writer.path.exists():
@@ -53,9 +58,21 @@ class NoisePanel:
         self._settings, self._group = design(experiment)
         if self._measure is not None:
             self._compile()
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the measurement is compiled; to be called before the first step."""
+        if self._compiling is None:
+            return
+        self._measure = self._compiling.result()
+        print(
+            f"noise panel compiled, measures every {self.every} steps or less often, at most "
+            f"{self._settings.cost:.1%} of the time (panel.cost)",
+            flush=True,
+        )
 
     def _compile(self) -> None:
-        e, started = self._experiment, time.monotonic()
+        e = self._experiment
         rows = sharding.batch_sharding(e.mesh)
 
         def place(group: PyTree) -> PyTree:
@@ -82,20 +99,16 @@ class NoisePanel:
         jitted = jax.jit(at_step, out_shardings=_whole(e.mesh))
         arguments = (abstract.params, abstract.variance, e.abstract_batch())
         lowered = jitted.lower(*arguments, self._seed, abstract.step, e.frozen)
-        self._measure = lowered.compile(compiler_options=training.compiler_options())
-        seconds = time.monotonic() - started
-        print(
-            f"noise panel compiled in {seconds:.1f} s, measures every {self.every} steps or less "
-            f"often, at most {self._settings.cost:.1%} of the time (panel.cost)",
-            flush=True,
-        )
+        pool = futures.ThreadPoolExecutor(1)
+        self._compiling = pool.submit(lowered.compile, training.compiler_options())
+        pool.shutdown(wait=False)
 
     def visit(self, step: int, state: TrainState, batch: Batch) -> None:
         """Measure at steps that are due."""
         self._batch = batch
         if self._measure is None or step < self._due - _TIMED - 1:
             return
-        if self._times is not None:
+        if self._untimed:
             jax.block_until_ready(state)
             self._times.append(time.monotonic())
         if step < self._due:
@@ -103,20 +116,22 @@ class NoisePanel:
         arguments = (state.params, state.variance, batch, self._seed, state.step)
         found = self._measure(*arguments, self._experiment.frozen)
         self._pending.append((step, found))
-        if self._times is not None:
-            self.every = self._affordable(found)
-            self._times = None
+        if self._untimed:
+            self.every, self._times = self._affordable(found), []
+            self._untimed -= 1
         self._due = step + self.every
 
     def _affordable(self, found: PyTree) -> int:
-        """Steps between measurements, from the times of the first one and of the steps before."""
+        """Steps between measurements, from the times of this one and of the steps before."""
         jax.block_until_ready(found)
         seconds = time.monotonic() - self._times[-1]
         steps = [after - before for before, after in zip(self._times, self._times[1:])]
-        every = self.every
+        every = fewest_steps(self._experiment)
         if steps:
-            every = math.ceil(seconds / (self._settings.cost * statistics.median(steps)))
-        return distributed.from_first(max(self.every, every))
+            every = max(
+                every, math.ceil(seconds / (self._settings.cost * statistics.median(steps)))
+            )
+        return distributed.from_first(every)
 
     def read(self, step: int, readings: Mapping[str, float]) -> dict[str, str]:
         """Write what was measured and the figures; returns those for the terminal."""
@@ -126,8 +141,9 @@ class NoisePanel:
                 self._writer.scalars(at, "noise", record)
                 self._records.append({"step": at, **record})
         self._pending = []
-        figures = gradient_figures(readings, self._experiment.spec.batch_size)
-        for name, share in self._shares().items():
+        recent = self._records[-self._settings.window :]
+        figures = critical_batch(readings, recent, self._experiment.spec.batch_size)
+        for name, share in panel.shares(recent).items() if recent else ():
             figures[f"share_{name}"] = share.value
             figures[f"share_{name}_standard_error"] = share.standard_error
         if self._batch is not None:
@@ -146,10 +162,6 @@ class NoisePanel:
         if figures:
             self._writer.scalars(step, "panel", figures)
         return shown(figures)
-
-    def _shares(self) -> Mapping[str, Any]:
-        recent = self._records[-self._settings.window :]
-        return panel.shares(recent) if recent else {}
 
 
 def design(experiment: Experiment) -> tuple[panel.PanelSettings, int]:
@@ -176,26 +188,43 @@ def fewest_steps(experiment: Experiment) -> int:
     return math.ceil(settings.passes(group) / (settings.cost * size))
 
 
-def gradient_figures(readings: Mapping[str, float], batch_size: int) -> dict[str, float]:
-    """The critical batch size, rows and tokens, with the ends of two standard errors.
+def critical_batch(
+    readings: Mapping[str, float], records: Sequence[Mapping[str, Any]], batch_size: int
+) -> dict[str, float]:
+    """The critical batch size, rows and eligible tokens, with the ends of two standard errors.
 
-    ``batch_size * noise / signal``, the simple noise scale (McCandlish et al. 2018); only the lower
-    end where the signal is less than two standard errors, an upper end of infinity left out.
+    Rows times the gradient's noise over its signal, the simple noise scale of McCandlish et al.
+    2018. From the monitor ``gradient_noise`` where its signal exceeds two standard errors; that
+    signal is lower if parameters move much within ten steps, so the size is too large, if anything.
+    Else from three measurements or more, at fixed parameters but of few rows; where their signal
+    does not stand out either, the lower end alone.
     """
     names = ("gradient_noise", "gradient_signal", "gradient_signal_standard_error")
-    if not all(name in readings for name in names):
-        return {}
-    noise, signal, error = (readings[name] for name in names)
-    if not noise > 0 or not signal + 2 * error > 0:
-        return {}
-    figures = {"critical_batch_rows_low": batch_size * noise / (signal + 2 * error)}
-    if signal > 2 * error:
-        figures["critical_batch_rows"] = batch_size * noise / signal
-        figures["critical_batch_rows_high"] = batch_size * noise / (signal - 2 * error)
+    figures = {}
+    if all(name in readings for name in names):
+        noise, *signal = (readings[name] for name in names)
+        if signal[0] > 2 * signal[1]:
+            figures = _noise_scale(batch_size * noise, *signal)
+    if not figures and len(records) > 2:
+        noise, signal = (
+            mean_estimate(np.array([record[name] for record in records]))
+            for name in ("total", "signal")
+        )
+        figures = _noise_scale(noise.value, *signal)
     tokens = readings.get("eligible_per_row")
     if tokens is not None:
         own = [(n.replace("rows", "tokens"), v * tokens) for n, v in figures.items()]
         figures |= dict(own)
+    return figures
+
+
+def _noise_scale(noise: float, signal: float, error: float) -> dict[str, float]:
+    if not noise > 0 or not signal + 2 * error > 0:
+        return {}
+    figures = {"critical_batch_rows_low": noise / (signal + 2 * error)}
+    if signal > 2 * error:
+        figures["critical_batch_rows"] = noise / signal
+        figures["critical_batch_rows_high"] = noise / (signal - 2 * error)
     return figures
 
 

@@ -174,6 +174,6 @@ def test_measurements_take_at_most_their_share_of_the_passes():
             assert settings.passes(group) <= cost * every * batch_size
             assert settings.passes(group) > cost * (every - 1) * batch_size  # and not much less
             assert settings.rows * group <= batch_size
-    assert planned(32)[1:] == (1, 25) and planned(256, 8)[1:] == (8, 25) and planned(8, 8)[1] == 1
+    assert planned(32)[1:] == (1, 50) and planned(256, 8)[1:] == (8, 50) and planned(8, 8)[1] == 1
     assert planned(32, cost=0.0)[2] == planned(1)[2] == 0
-    assert PanelSettings().cost == 0.02
+    assert PanelSettings().cost == 0.01
