@@ -103,6 +103,10 @@ def _typed(saved: dict[str, Any]) -> ConfigDict:
     return config
 
 
+RESULTS = ("evaluation.json", "plots", "quality", "report.txt", "samples", "variance")
+"""What modes but ``train`` write, of a model that is looked at before it is trained."""
+
+
 def saved_nothing(workdir: files.Path) -> bool:
     """Whether a run was claimed there and has no state yet: training starts over, by any config."""
     with _reaching(workdir):
@@ -119,7 +123,7 @@ def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -
     if read_config(workdir) is None:
         if workdir.exists() and not workdir.is_dir():
             raise WorkdirError(f"{workdir} is not a directory; name another --workdir")
-        if any(path.suffix != ".partial" and path.name != FILE for path in there):
+        if any(path.suffix != ".partial" and path.name not in {FILE, *RESULTS} for path in there):
             raise WorkdirError(
                 f"{workdir} is not empty and holds no run (no config.json); name a new directory"
             )

@@ -15,14 +15,14 @@ import pytest
 import saved_run
 from variants import slow_except
 
-from mdm_jax import data, files, hub, models, variance
+from mdm_jax import data, files, hub, models, training, variance
 from mdm_jax.hub import decoding
 from mdm_jax.hub.files import TensorFiles
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import presets, source
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
 from mdm_jax.launch.datasets import dataset as make_dataset
-from mdm_jax.launch.modes import chat, evaluate, export, train
+from mdm_jax.launch.modes import chat, evaluate, export, measure, train
 from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"
@@ -369,7 +369,29 @@ def test_a_run_of_our_own_is_exported_where_a_layout_has_its_settings(
     assert again.config.process == process
 
 
-@pytest.mark.parametrize("name", slow_except({"duo-1"}, ["bd3lm-2", "duo-1"]))
+@pytest.mark.slow
+def test_our_own_exports_train_on(tmp_path, monkeypatch):
+    """Trained, exported, trained on from there: the loss goes on where it was."""
+    launching.on_one_device(monkeypatch)
+    config = presets.quickstart("smoke")
+    config.model.update(mlp="swiglu", width=32)
+    config.train.update(steps=60, evaluate_every=60, checkpoint_every=60)
+    workdir, other = files.as_path(tmp_path / "run"), files.as_path(tmp_path / "other")
+    assert train.train(make_experiment(config), workdir)
+    export.export(workdir, str(tmp_path / "out"), last=True)
+    config.model.update(launch_config.get_config().model)
+    config.model.source = str(tmp_path / "out")
+    assert train.train(make_experiment(config), other)
+    first, second = (
+        [r["loss"] for r in training.read_metrics(w / "metrics.jsonl", "train")]
+        for w in (workdir, other)
+    )
+    assert np.mean(first[-5:]) < 0.9 * np.mean(first[:5])
+    assert np.mean(second[:5]) < 0.9 * np.mean(first[:5])
+    assert np.mean(second[-5:]) < np.mean(first[-5:])
+
+
+@pytest.mark.parametrize("name", slow_except({"duo-1"}, ["bd3lm-2", "duo-1", "mdlm-1"]))
 def test_runs_of_the_dit_are_exported(name, tmp_path, monkeypatch, capsys):
     """Parameters under the original's names, with its buffers; no tensor more or less."""
     process = {"process": "uniform"} if name == "duo-1" else {}
@@ -400,6 +422,42 @@ def test_runs_of_the_dit_are_exported(name, tmp_path, monkeypatch, capsys):
         assert code == 2 and "process='uniform'" in error
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a2d_qwen3-1", "llada-1", "bd3lm-2"])
+def test_scanned_layers_train_resume_and_export_as_others_do(name, tmp_path, monkeypatch):
+    launching.on_one_device(monkeypatch)
+    made = {}
+    for scanned in (False, True):
+        folder = tmp_path / str(scanned)
+        folder.mkdir()
+        has_tokenizer = (DATA / name / "tokenizer.json").exists()
+        if has_tokenizer:
+            config = configured(DATA / name, folder)
+        else:
+            config = without_tokenizer(name, folder)
+        config.model.scan_layers = scanned
+        config.optimizer.update(peak=1e-3, warmup_steps=1)
+        config.train.steps = 2
+        workdir = files.as_path(folder / "run")
+        assert train.train(make_experiment(config, workdir), workdir)
+        config.train.steps = 4  # resumed
+        assert train.train(make_experiment(config, workdir), workdir, allow_config_change=True)
+        assert open_workdir(workdir).steps()[-1] == 4
+        assert export.open_run(workdir).model.config.scan_layers == scanned
+        export.export(workdir, str(folder / "out"), last=True)
+        made[scanned] = TensorFiles(folder / "out")
+    assert made[True].shapes == made[False].shapes and made[True].dtypes == made[False].dtypes
+    moved = 0.0
+    for tensor in made[False].shapes:
+        one, other, before = (
+            np.asarray(each.read(tensor), np.float64)
+            for each in (made[False], made[True], TensorFiles(DATA / name))
+        )
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
+        moved = max(moved, np.max(np.abs(one - before)))
+    assert moved > 5e-4
+
+
 def test_settings_that_no_layout_has_are_named(tmp_path):
     config = presets.quickstart("smoke")
     config.model.update(learned_positions=32, norm="layer")
@@ -414,6 +472,57 @@ def test_settings_that_no_layout_has_are_named(tmp_path):
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
     with pytest.raises(ValueError, match="process='uniform'"):
         export.export(workdir, str(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_goes_on_and_is_exported_without_its_source(
+    bucket, tmp_path, monkeypatch
+):
+    launching.on_one_device(monkeypatch)
+    moved = shutil.copytree(DATA / "a2d_qwen3-1", tmp_path / "model")
+    config, workdir = configured(moved, tmp_path), files.as_path("gs://bucket/run")
+    config.train.steps, config.optimizer.warmup_steps = 2, 1
+    assert train.train(make_experiment(config, workdir), workdir)
+    assert (bucket / "run" / "source" / "mdm_jax.json").exists()
+    shutil.rmtree(moved)
+    config.train.steps = 4
+    assert train.train(make_experiment(config, workdir), workdir, allow_config_change=True)
+    experiment = make_experiment(saved_config(workdir), workdir)
+    assert evaluate.evaluate(experiment, workdir)["step"] in (2, 4)
+    step, _ = export.export(workdir, str(tmp_path / "out"))
+    loaded, expected = hub.load(tmp_path / "out"), load_parameters(experiment, workdir)
+    assert step == expected[0]
+    chex.assert_trees_all_equal(jax.device_get(loaded.params), jax.device_get(expected[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a2d_qwen3-1", "bd3lm-2"])
+def test_the_variance_of_a_model_is_measured_before_and_after_training(name, tmp_path, monkeypatch):
+    launching.on_one_device(monkeypatch)
+    workdir = files.as_path(tmp_path / "run")
+    if name == "bd3lm-2":
+        config = without_tokenizer(name, tmp_path)
+    else:
+        config = configured(DATA / name, tmp_path)
+    config.measure.update(methods=("stratified",), data_batches=3, groups=3, redraws=12)
+    experiment = make_experiment(config, workdir)
+    methods, settings = measure.named(config.measure.methods), dict(experiment.config.measure)
+    del settings["methods"]
+    settings = launch_config.MeasureSettings(**settings)
+
+    def measured():
+        return measure.measure(make_experiment(config, workdir), workdir, methods, settings)
+
+    before = measured()
+    assert before["step"] is None and before["parameters"] == str(DATA / name)
+    assert train.train(experiment, workdir)
+    after = measured()
+    assert after["step"] == 4 and after["levels"] != before["levels"]
+    for record in (before, after):
+        assert {*record["methods"]} == {"independent", "stratified", "this run"}
+        for result in record["methods"].values():
+            assert not result["refused"] and result["loss"]["total"] > 0, result
+        assert record["methods"]["this run"]["bias"] == experiment.bias()
 
 
 class Terminal(io.StringIO):

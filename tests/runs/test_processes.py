@@ -17,6 +17,7 @@ import process_script
 import pytest
 
 from mdm_jax import training
+from mdm_jax.hub.files import TensorFiles
 from mdm_jax.launch import command_line
 
 STEPS = 12
@@ -217,6 +218,44 @@ def test_one_process_goes_on_as_two(whole, tmp_path):
     launching.finish_several([process])
     assert "resuming at step 4" in finish(workdir, 2)
     assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
+def test_processes_go_on_from_a_model_of_others_and_export_it(tmp_path):
+    """Each reads and writes its own shards; as one process with as many devices."""
+    pairs = ({"prompt": f"{i}+1", "answer": f"{i + 1} yes"} for i in range(40))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    line = [
+        "--config=finetune:smoke",
+        f"--config.model.source={launching.ROOT / 'tests/data/hub/a2d_qwen3-1'}",
+        "--config.data.source=jsonl",
+        f"--config.data.path={tmp_path / 'pairs.jsonl'}",
+        *("--config.data.prompt_length=8", "--config.data.answer_length=8"),
+        "--config.data.fractions=(0.6, 0.2, 0.2)",
+        *("--config.optimizer.peak=0.001", "--config.optimizer.warmup_steps=1"),
+        "--config.mesh=data=2,fsdp=4",
+    ]
+    tensors = {}
+    for count, devices in ((1, 8), (2, 4)):
+        workdir = f"--workdir={tmp_path / f'run{count}'}"
+        for more in (["--config.train.steps=2"], ["--allow_config_change"]):  # resumed
+            started = launching.start_several(count, *line, workdir, *more, devices=devices)
+            done = launching.finish_several(started)
+            assert all(code == 0 for code, _, _ in done), done
+        assert "resuming at step 2" in done[0][1]
+        for exporting in {1, count}:
+            target = tmp_path / f"out{count}-{exporting}"
+            arguments = ("--mode=export", workdir, f"--to={target}", "--parameters=last")
+            done = launching.finish_several(
+                launching.start_several(exporting, *arguments, devices=8 // exporting)
+            )
+            assert all(code == 0 for code, _, _ in done), done
+            files = TensorFiles(target)
+            tensors[count, exporting] = {name: files.read(name) for name in files.shapes}
+            assert (target / "tokenizer.json").exists()
+    chex.assert_trees_all_equal(tensors[2, 1], tensors[2, 2])
+    for name, value in tensors[1, 1].items():
+        np.testing.assert_allclose(tensors[2, 2][name], value, rtol=0, atol=2e-5)
 
 
 # --- starting -----------------------------------------------------------------------------------

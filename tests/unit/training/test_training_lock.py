@@ -76,6 +76,7 @@ def test_a_run_that_begins_after_the_first_check_is_not_resumed_unasked(
 def test_killed_between_lock_and_config_the_directory_is_still_new(tmp_path):
     with training_lock(tmp_path / "run"):
         pass
+    (tmp_path / "run" / "variance").mkdir()  # measured before there is a run
     check(tmp_path / "run", presets.quickstart("smoke"))
     (tmp_path / "run" / "mine").touch()
     with pytest.raises(WorkdirError, match="is not empty and holds no run"):
