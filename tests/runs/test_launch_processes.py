@@ -68,6 +68,7 @@ def test_settings_that_mean_nothing_to_a_process_are_refused():
         make_experiment(config)
 
 
+@pytest.mark.slow  # test_launch_configs builds them by default
 @pytest.mark.parametrize("name", sorted({*names.SAMPLERS, *names.UNIFORM_SAMPLERS}))
 def test_every_sampler_is_built_from_its_settings(name):
     uniform = name in names.UNIFORM_SAMPLERS

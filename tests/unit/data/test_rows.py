@@ -122,11 +122,15 @@ def keyed(rows, visits=0):
     return KeyedBatch(*data.gather(rows, indices), jnp.asarray(keys))
 
 
+STEP_DRAW = jax.jit(training.step_draw, static_argnums=(2, 4))
+
+
 def noise_of(batch, transform=None, step=0):
     """Base noise by document, and the draw, of a training step."""
     spec = draws.DrawSpec(len(batch.tokens), 1, (LENGTH,))
     transform = transform or variance.identity()
-    drawn = training.step_draw(5, step, transform, transform.init(spec), spec, batch.example_keys)
+    state, keys = transform.init(spec), batch.example_keys
+    drawn = STEP_DRAW(5, step, transform, state, spec, keys)
     noise = np.asarray(drawn.noise[-1])
     inside = batch.documents > 0
     return {n: noise[inside & (batch.tokens == n)].tolist() for n in range(len(SIZES))}, drawn
