@@ -220,7 +220,9 @@ VocabSize = Annotated[int, Whole("[259, 1e7]", "tokens", "of the tokenizer that 
 Stride = Annotated[int, Whole("[1, 1e7]", "tokens", "between starts of training rows of a text")]
 
 
-def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[int, int]:
+def split_bounds(
+    size: int, fractions: Sequence[float], origin: str, items: str = "items"
+) -> tuple[int, int]:
     """First index of valid and of test when ``size`` items are split in order by ``fractions``.
 
     ValueError unless these are >= 0 with sum 1; if train or a split of a positive one is empty.
@@ -236,17 +238,17 @@ def split_bounds(size: int, fractions: Sequence[float], origin: str) -> tuple[in
     for name, fraction, count in zip(SPLITS, fractions, (first, second - first, size - second)):
         if count == 0 and (fraction > 0 or name == "train"):
             raise ValueError(
-                f"{origin}: too small, the {name} split would be empty ({size} items, fractions "
+                f"{origin}: too small, the {name} split would be empty ({size} {items}, fractions "
                 f"{tuple(fractions)}); give a larger file or other fractions"
             )
     return first, second
 
 
 def shuffled_split(
-    size: int, fractions: Sequence[float], seed: int, origin: str
+    size: int, fractions: Sequence[float], seed: int, origin: str, items: str = "items"
 ) -> dict[str, np.ndarray]:
     """Item numbers of each split after a seeded shuffle; raises as :func:`split_bounds`."""
-    bounds = split_bounds(size, fractions, origin)
+    bounds = split_bounds(size, fractions, origin, items)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(size)
     return dict(zip(SPLITS, np.split(order, bounds)))
 

@@ -228,7 +228,8 @@ def read_sources(
     split_of: dict[str, str] = {}
     for each, found in zip(paths, every):
         distinct = list(dict.fromkeys(record.values[0] for record in found))
-        numbers = shuffled_split(len(distinct), fractions, split_seed, each)
+        items = f"distinct prompts in {len(found)} rows; no prompt is in two splits"
+        numbers = shuffled_split(len(distinct), fractions, split_seed, each, items)
         own = {distinct[i]: name for name, chosen in numbers.items() for i in chosen}
         split_of = own | split_of
         for name in SPLITS:
