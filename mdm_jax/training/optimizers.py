@@ -114,9 +114,10 @@ def muon(
 ) -> optax.GradientTransformation:
     """Global-norm clipping, then Muon for the network's inner kernels and Adam for the rest.
 
-    Embeddings, output head, norms and biases take Adam steps at the same learning rate; good values
-    are about ten times those of AdamW. ``momentum`` and ``weight_decay`` are Muon's, ``b1`` and
-    ``b2`` Adam's. Reference: Jordan et al. 2024, Muon (``optax.contrib.muon``).
+    Factors of adapters count as kernels, each by itself. Embeddings, output head, norms and biases
+    take Adam steps at the same learning rate; good values are about ten times those of AdamW.
+    ``momentum`` and ``weight_decay`` are Muon's, ``b1`` and ``b2`` Adam's. Reference: Jordan et al.
+    2024, Muon (``optax.contrib.muon``).
     """
     return optax.chain(
         _clip(clip_norm),
@@ -140,10 +141,12 @@ def decayed(params: PyTree) -> PyTree:
 
 def _inner_kernels(params: PyTree) -> PyTree:
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: matrix if "kernel" in _names(path) and "head" not in _names(path) else None,
-        params,
-    )
+
+    def one(path: tuple, _: Any) -> Any:
+        names = _names(path)
+        return matrix if {"kernel", TRAINED} & names and "head" not in names else None
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _names(path: tuple) -> set[str]:

@@ -12,6 +12,7 @@ from test_launch_hub import DATA, configured, restored
 
 from mdm_jax import files, hub
 from mdm_jax.hub.files import TensorFiles
+from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import load_parameters, make_experiment
 from mdm_jax.launch.modes import evaluate, export, measure, train
 from mdm_jax.launch.workdir import WorkdirError, saved_config
@@ -114,6 +115,32 @@ def test_variance_is_of_the_gradient_of_adapters(run, tmp_path):
                                           if k != "methods"})  # fmt: skip
     record = measure.measure(experiment, copy, {}, settings)
     assert {result["refused"] for result in record["methods"].values()} == {""}
+
+
+@pytest.mark.slow
+def test_chains_are_measured_and_chosen_for_adapters(run, tmp_path, monkeypatch):
+    """And the range of clipped rates searched, by gradients with respect to adapters."""
+    source, _, _ = run
+    monkeypatch.setitem(chains.CANDIDATES, "masked", (("stratified",), ("stratified", "mirror")))
+    for order, file in ((("auto",), "auto.jsonl"), (("clipped_adaptive",), "clip_search.jsonl")):
+        config = adapted(source, tmp_path, dropout=0.2)
+        config.optimizer.name = "muon"
+        config.variance.order = order
+        config.variance.auto.update(budget=1.0, passes=4, groups=4)
+        config.train.update(steps=80, evaluate_every=40, log_every=40, checkpoint_every=0)
+        config.evaluate.update(batch_size=2, max_rows=8)
+        workdir = files.as_path(tmp_path / file)
+        assert train.train(make_experiment(config, workdir), workdir)
+        _, first = next(iter(files.read_records(workdir / file)))
+        if order == ("auto",):
+            figures = [np.array(each["group_variances"]) for each in first["chains"].values()]
+            assert first["passes"] > 500 and all(np.all(each > 0) for each in figures)
+            assert first["name"] in ("stratified", "stratified, mirror")
+        else:
+            scores = [score for score in first["scores"] if score is not None]
+            assert len(scores) > 10 and np.all(np.isfinite(scores)) and np.std(scores) > 0
+        state = restored(make_experiment(saved_config(workdir), workdir), workdir)
+        assert set(state.params) == {"adapters"} and int(state.step) == 80
 
 
 def test_a_source_that_has_gone_or_changed_is_named(run, tmp_path):

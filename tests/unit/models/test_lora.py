@@ -155,6 +155,39 @@ def test_dropout_is_a_function_of_key_layer_and_row():
     assert np.all(np.any(scanned[0] != scanned[1], axis=-1))
 
 
+def test_muon_takes_its_step_for_each_factor_as_optax_does_for_matrices():
+    _, params, adapters = made()
+    gradients = tiny.perturbed(jax.tree.map(jnp.zeros_like, adapters), seed=2)
+    ours = training.muon(lambda _: 0.1, b1=0.8, clip_norm=None)
+    theirs = optax.contrib.muon(0.1, adam_b1=0.8, weight_decay=0.0)  # of all that have two axes
+
+    @tiny.jit
+    def steps(tree, gradients):
+        updates = []
+        for optimizer in (ours, theirs):
+            state = optimizer.init(tree)
+            _, state = optimizer.update(gradients, state, tree)
+            updates.append(optimizer.update(gradients, state, tree)[0])
+        return updates
+
+    found, expected = map(flat, steps(adapters, gradients))
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6)
+        singular = np.linalg.svd(value, compute_uv=False)
+        assert singular.max() < 2.5 * singular.min()  # orthogonalised, unlike an Adam step
+    # Scanned layers are a stack of matrices.
+    stack = jax.tree.map(
+        lambda *layers: jnp.stack(layers), *(gradients["adapters"][f"block_{i}"] for i in (0, 1))
+    )
+    stack = {"adapters": {"blocks": {"block": stack}}}
+    stacked = flat(tiny.jit(lambda t: ours.update(t, ours.init(t), t)[0])(stack))
+    single = flat(tiny.jit(lambda t: ours.update(t, ours.init(t), t)[0])(gradients))
+    for name, value in stacked.items():
+        for i in (0, 1):
+            one = single[name.replace("['blocks']['block']", f"['block_{i}']")]
+            np.testing.assert_allclose(value[i], one, rtol=0, atol=1e-6)
+
+
 def test_dropped_inputs_have_the_mean_of_the_inputs():
     """40,000 inputs of 1: the standard error of the mean is sqrt(0.25 / 0.75 / 4e4) = 0.003."""
     keys = random.split(random.key(0), 4)
