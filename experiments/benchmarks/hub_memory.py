@@ -10,6 +10,11 @@ moments in the dtype of the parameters, products in bfloat16, layers scanned and
 The programs ``adapters`` and ``merged`` train low-rank adapters at all projections beside frozen
 bfloat16 parameters: as the launcher does, and with kernels W + s A B made inside the step.
 Nothing is run, and nothing is allocated. Compiling 8B takes minutes on one core.
+
+With ``--timed_steps``, for devices that are there, training steps are timed in turns:
+
+python -m experiments.benchmarks.hub_memory --model=qwen3-63m --target=cpu --fsdp=1 --rows=4 \
+    --row_length=256 --programs=train,adapters,merged --timed_steps=10
 """
 
 import dataclasses
@@ -34,6 +39,7 @@ _PARAM_DTYPES = flags.DEFINE_list("param_dtypes", ["float32", "bfloat16"], "Of t
 _STEPS = flags.DEFINE_list("programs", ["forward", "train"], "What to compile.")
 _RANK = flags.DEFINE_integer("rank", 16, "Of adapters.", lower_bound=1)
 _REMAT = flags.DEFINE_string("remat", "full", "Rematerialisation of the training step.")
+_TIMED = flags.DEFINE_integer("timed_steps", 0, "Steps of each program that are timed; 0: none.")
 
 _QWEN = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "num_key_value_heads": 8}
 MODELS: dict[str, dict[str, Any]] = {
@@ -41,6 +47,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "architectures": ["A2DQwen3LMHeadModel"], "vocab_size": 151936, "hidden_size": 1024,
         "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128,
         "intermediate_size": 3072, "tie_word_embeddings": True, "mask_token_id": 151669,
+    },
+    "qwen3-63m": _QWEN | {
+        "architectures": ["A2DQwen3LMHeadModel"], "vocab_size": 32768, "hidden_size": 768,
+        "num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 4,
+        "head_dim": 64, "intermediate_size": 2048, "tie_word_embeddings": True,
+        "mask_token_id": 32767,
     },
     "dream-7b": _QWEN | {
         "architectures": ["DreamModel"], "vocab_size": 152064, "hidden_size": 3584,
@@ -55,7 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mask_token_id": 126336,
     },
 }  # fmt: skip
-"""Fields of config.json that fix the shapes of released models."""
+"""Fields of config.json that fix the shapes of released models; ``qwen3-63m`` is one of none."""
 
 
 def devices(target: str):
@@ -175,10 +187,14 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def measure(function: Any, arguments: tuple) -> dict[str, float]:
-    """Bytes per device of a program's arguments and of what the compiler plans beside them."""
+def measure(function: Any, arguments: tuple) -> tuple[dict[str, float], Any]:
+    """Bytes per device of a program's arguments and of what the compiler plans beside them.
+
+    And the compiled program.
+    """
     started = time.time()
-    plan = function.lower(*arguments).compile().memory_analysis()
+    compiled = function.lower(*arguments).compile()
+    plan = compiled.memory_analysis()
     state = arguments[0]
     frozen = arguments[2:]  # of adapters
     parts = {"parameters": bytes_per_device((getattr(state, "params", state), frozen))}
@@ -187,7 +203,27 @@ def measure(function: Any, arguments: tuple) -> dict[str, float]:
     fresh = plan.output_size_in_bytes - plan.alias_size_in_bytes
     parts["temporaries"] = plan.temp_size_in_bytes
     parts["all"] = plan.argument_size_in_bytes + plan.temp_size_in_bytes + fresh
-    return parts | {"seconds": time.time() - started}
+    return parts | {"seconds": time.time() - started}, compiled
+
+
+def stepping(compiled: Any, arguments: tuple) -> Any:
+    """A call that takes a step of a compiled training program, from where the last one ended."""
+    import jax
+    import jax.numpy as jnp
+
+    def fill(leaf: Any) -> Any:  # moments are positive, tokens of document 1 and eligible
+        value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else 1
+        return jnp.full(leaf.shape, value, leaf.dtype, device=leaf.sharding)
+
+    state, *others = jax.tree.map(fill, arguments)
+    held = [state]
+
+    def call() -> None:
+        held[0], metrics = compiled(held[0], *others)
+        jax.block_until_ready(metrics)
+
+    call()
+    return call
 
 
 def main(_: list[str]) -> None:
@@ -197,6 +233,7 @@ def main(_: list[str]) -> None:
     import jax
     import numpy as np
 
+    from experiments.benchmarks.command import interleaved
     from mdm_jax import sharding
 
     if _MODEL.value in MODELS:
@@ -220,14 +257,22 @@ def main(_: list[str]) -> None:
     names = ("parameters", "optimiser", "average", "temporaries", "all")
     print("| program | param_dtype |", " | ".join(names), "| compiled in |")
     print("| --- | --- |" + " ---: |" * (len(names) + 1))
+    calls = {}
     for program in _STEPS.value:
         for dtype in _PARAM_DTYPES.value if program == "train" else ["bfloat16"]:
             options = (dtype, _REMAT.value, _RANK.value)
             programs = build(raw, mesh, _ROWS.value, _LENGTH.value, *options)
-            parts = measure(*programs[program])
+            parts, compiled = measure(*programs[program])
+            if _TIMED.value and program != "forward":
+                calls[program, dtype] = stepping(compiled, programs[program][1])
             figures = [f"{parts[name] / 1e9:.2f}" for name in names]
             print(f"| {program} | {dtype} |", " | ".join(figures), end="")
             print(f" | {parts['seconds']:.0f} s |", flush=True)
+    if calls:
+        print("\n| program | param_dtype | step, s (quartiles) |\n| --- | --- | ---: |")
+    for (program, dtype), times in interleaved(calls, rounds=_TIMED.value, seconds=0.0).items():
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+        print(f"| {program} | {dtype} | {median:.3f} ({low:.3f}-{high:.3f}) |")
 
 
 if __name__ == "__main__":
