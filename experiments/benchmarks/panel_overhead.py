@@ -45,6 +45,7 @@ def main(_: list[str]) -> None:
         calls[name] = _stepping(step.call, experiment.initial_state(), batch)
     started = time.monotonic()
     panel = NoisePanel(experiment, training.SilentWriter(), 0)
+    panel.wait()
     compiled["panel"] = time.monotonic() - started
     state = experiment.initial_state()
     calls["panel"] = lambda: jax.block_until_ready(
