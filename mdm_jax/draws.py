@@ -108,7 +108,7 @@ def by_example(key: Array, example_keys: Array, spec: DrawSpec) -> Draw:
 
     The noise of a token is a function of ``key`` and its two words alone, so it does not depend on
     the batch, its size, its other rows, the devices, or what an example is packed with. A row's
-    levels are keyed by its first column. ``example_keys``: [B, L, 2] uint32, as of
+    levels are keyed by its first example (:func:`row_words`). ``example_keys``: [B, L, 2], as of
     :class:`~mdm_jax.types.KeyedBatch`, with B of ``spec`` and at least its number of elements (that
     of next tokens has one, unread); ValueError for other shapes.
     """
@@ -120,12 +120,17 @@ def by_example(key: Array, example_keys: Array, spec: DrawSpec) -> Draw:
             f"example_keys must be {(rows, length, 2)} for this spec, got {example_keys.shape}"
         )
     level, noise = rng.stream(key, "level"), rng.stream(key, "noise")
-    u = _by_words(level, example_keys[:, 0], (spec.num_levels,))[None]
+    u = _by_words(level, row_words(example_keys), (spec.num_levels,))[None]
     return Draw(
         u=u,
         log_weight=jnp.zeros(u.shape, jnp.float32),
         noise=_by_words(noise, example_keys, spec.event_shape[1:])[None],
     )
+
+
+def row_words(example_keys: Array) -> Array:
+    """Words [B, 2] of each row's first example, of ``KeyedBatch.example_keys``: no position."""
+    return example_keys[:, 0] & jnp.array([[0xFFFFFFFF, 0xFF000000]], jnp.uint32)
 
 
 def _by_words(key: Array, words: Array, shape: tuple[int, ...]) -> Array:

@@ -969,6 +969,20 @@ MUTATIONS = [
         "tests/laws/test_panel.py",
     ),
     Mutation(
+        "batches of one length: divided by their own tokens",
+        "training/step.py",
+        "count = sums.eligible if tokens_per_batch is None else jnp.float32(tokens_per_batch)",
+        "count = sums.eligible",
+        "tests/unit/data/test_buckets.py",
+    ),
+    Mutation(
+        "batches of one length: a row that just fits is put in the next",
+        "data/rows.py",
+        'ends = np.searchsorted(sizes[order], wanted, side="right")',
+        'ends = np.searchsorted(sizes[order], [*wanted[:-1], wanted[-1] + 1], side="left")',
+        "tests/unit/data/test_buckets.py",
+    ),
+    Mutation(
         "early stopping: the gain for its upper end",
         "training/stopping.py",
         "if self._largest(gain) <= self._settings.min_gain",

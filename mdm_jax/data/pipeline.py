@@ -1,6 +1,7 @@
 """Training batches (endless, shuffled, resumable, prefetched) and evaluation batches (one pass)."""
 
 import atexit
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdm_jax.data.datasets import Dataset, check_positive
-from mdm_jax.data.rows import Mixture, RowSource, example_keys, gather
+from mdm_jax.data.rows import Buckets, RowSource, example_keys, gather, parts_of
 from mdm_jax.types import Batch, KeyedBatch
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def train_iterator(
     rows: np.ndarray | None = None,
     place: Callable[[Batch], Any] | None = None,
     by_example: bool = False,
+    buckets: Buckets | None = None,
 ) -> "grain.DatasetIterator":
     """Endless iterator over shuffled batches of ``source``, resumable and prefetched by Grain.
 
@@ -41,6 +43,10 @@ def train_iterator(
     is a function of (source, batch_size, seed, i) alone. The parts of a :class:`Mixture` have
     epochs and orders of their own, which other parts do not change, and their shares in any stretch
     of rows, to within a row. ValueError for an argument out of range.
+
+    With ``buckets`` (:func:`~mdm_jax.data.rows.bucketed`, of this source and batch size) a batch
+    has rows of one bucket and its length. Buckets have epochs of their own, and their shares in any
+    stretch of batches, to within a batch, so that every row comes equally often in the long run.
 
     ``get_state()`` counts the batches handed out, not those prefetched: a small JSON-able dict for
     ``set_state(state)``. Keep :func:`stream_fingerprint`, which identifies the data, next to it. If
@@ -54,6 +60,7 @@ def train_iterator(
         rows: which rows of each global batch to return, such as ``sharding.local_rows``; None: all.
         place: applied to each batch of NumPy arrays by its thread, for example ``jax.device_put``.
         by_example: return each as a ``KeyedBatch``, whose noise goes with the examples.
+        buckets: rows by length; None: all batches have that of the source.
     """
     check_positive("batch_size", batch_size)
     local = np.arange(batch_size) if rows is None else np.asarray(rows)
@@ -71,23 +78,36 @@ def train_iterator(
     import grain
     from grain.experimental import ThreadPrefetchIterDataset
 
-    parts, weights = (source,), (1.0,)
-    if isinstance(source, Mixture):
-        parts, weights = source.parts, source.weights
+    parts, weights = parts_of(source)
 
-    def read(visits: np.ndarray) -> Any:
+    def read(visits: np.ndarray, bucket: int | None = None) -> Any:
         batch = _read(parts, visits[local], seed, by_example)
+        batch = batch if bucket is None else buckets.cut(batch, bucket)
         return batch if place is None else place(batch)
 
-    def order(number: int) -> "grain.MapDataset":
-        size = len(parts[number])
+    def order(number: int, chosen: np.ndarray | None = None) -> "grain.MapDataset":
+        size = len(parts[number]) if chosen is None else len(chosen)
         rows = grain.MapDataset.range(size).seed(part_seed(seed, number)).shuffle().repeat(None)
+        if chosen is not None:
+            rows = rows.map(lambda row: chosen[row])
         return rows.map_with_index(lambda i, row: np.array([number, i // size, row]))
 
+    def mixed(streams: "Sequence[grain.MapDataset]", shares: Sequence[float]) -> Any:
+        return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, shares)
+
+    def batched(orders: "Sequence[grain.MapDataset]", shares: Sequence[float]) -> Any:
+        return mixed(orders, shares).batch(int(batch_size), drop_remainder=True)
+
     # Visits, not rows, go through Grain: rows are then read a batch at a time.
-    orders = [order(number) for number in range(len(parts))]
-    mixed = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
-    batches = mixed.batch(int(batch_size), drop_remainder=True).map(read)
+    if buckets is None:
+        batches = batched([order(number) for number in range(len(parts))], weights).map(read)
+    else:
+        streams = []
+        for number, (rows_of, shares) in enumerate(zip(buckets.rows, buckets.shares)):
+            some = [i for i, each in enumerate(rows_of) if len(each)]
+            stream = batched([order(i, rows_of[i]) for i in some], [shares[i] for i in some])
+            streams.append(stream.map(functools.partial(read, bucket=number)))
+        batches = mixed(streams, [sum(shares) for shares in buckets.shares])
     sequential = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = iter(
         ThreadPrefetchIterDataset(
@@ -101,9 +121,9 @@ def train_iterator(
 def sample_rows(source: RowSource, count: int, generator: np.random.Generator) -> Batch:
     """``count`` rows, independent, as a training stream draws them: the parts of a
     :class:`Mixture` by its weights, rows that are cut at random cut."""
-    parts, part = (source,), np.zeros(count, np.int64)
-    if isinstance(source, Mixture):
-        parts, part = source.parts, generator.choice(len(source.parts), count, p=source.weights)
+    (parts, weights), part = parts_of(source), np.zeros(count, np.int64)
+    if len(parts) > 1:
+        part = generator.choice(len(parts), count, p=weights)
     row = generator.integers(0, np.array([len(each) for each in parts])[part])
     cut = any(hasattr(each, "visit") for each in parts)
     seed = int(generator.integers(2**32)) if cut else 0

@@ -1,8 +1,9 @@
-"""Row sources: spans of a token array, stored rows, pictures, mixtures of sources."""
+"""Row sources: spans of a token array, stored rows, pictures, mixtures; rows by length."""
 
 import abc
+import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -279,6 +280,125 @@ class RandomlyCut(VectorisedRows):
                 rest = inside & (np.arange(len(inside)) > places[rng.integers(len(places))])
                 tokens[i, rest], eligible[i, rest], documents[i, rest] = self._pad_id, False, 0
         return _text_rows(tokens, documents, self._character_counts, eligible)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Buckets:
+    """Rows of a training stream by length, for batches of rows of about one length.
+
+    A row stands in the first of ``lengths`` that holds it from its first visible token (document
+    above 0), or the multiple of ``align`` before that, to the last; :meth:`cut` leaves out the
+    columns around it. So neither its tokens nor their noise depend on the length it stands in.
+
+    Attributes:
+        lengths: ascending; the last is that of all rows.
+        rows: [bucket][part] numbers of the rows of each part of a mixture (of the source itself).
+        shares: [bucket][part] of the rows of a stream; they sum to 1.
+        mean_eligible: eligible tokens of a row of the stream, on average (of rows read whole).
+        padding: share of padding in batches of one length each, and without buckets.
+    """
+
+    lengths: tuple[int, ...]
+    rows: tuple[tuple[np.ndarray, ...], ...]
+    shares: tuple[tuple[float, ...], ...]
+    mean_eligible: float
+    padding: tuple[float, float]
+    align: int = 1
+
+    def cut(self, batch: NamedTuple, bucket: int) -> NamedTuple:
+        """``batch`` [n, L] of rows of a bucket as [n, its length]."""
+        length, visible = self.lengths[bucket], batch.documents > 0
+        columns = _starts(visible, self.align)[:, None] + np.arange(length)
+        inside = columns < visible.shape[1]
+        columns = np.minimum(columns, visible.shape[1] - 1)
+        short = {
+            name: field[np.arange(len(field))[:, None], columns]
+            for name, field in batch._asdict().items()
+            if field.ndim > 1
+        }
+        short["eligible"] &= inside
+        short["documents"] = short["documents"] * inside
+        return batch._replace(**short)
+
+    def describe(self) -> str:
+        """One line for reports."""
+        counts = (
+            f"{length} ({sum(map(len, rows)):,} rows, {sum(shares):.0%} of those drawn)"
+            for length, rows, shares in zip(self.lengths, self.rows, self.shares)
+        )
+        own, whole = self.padding
+        return (
+            f"batches of one length each: {', '.join(counts)}; {own:.0%} of their positions are "
+            f"padding, {whole:.0%} where all rows have {self.lengths[-1]}"
+        )
+
+
+def _starts(visible: np.ndarray, align: int) -> np.ndarray:
+    return np.argmax(visible, 1) // align * align
+
+
+def bucketed(source: RowSource, lengths: Sequence[int], batch_size: int, align: int = 1) -> Buckets:
+    """Sort the rows of a training stream into ``lengths`` besides their own, the longest.
+
+    Reads all rows once. A length with fewer rows than a batch takes the longest of those below it;
+    the lowest goes up if it has fewer; a length without rows is left out.
+
+    ValueError unless lengths are ascending multiples of ``align`` up to that of the rows, and some
+    row is shorter.
+    """
+    parts, weights = parts_of(source)
+    whole = gather(source, np.arange(1)).tokens.shape[1]
+    wanted = tuple(lengths) if lengths[-1:] == (whole,) else (*lengths, whole)
+    ascending = all(a < b for a, b in zip((0, *wanted), wanted))
+    if not ascending or any(length % align for length in wanted):
+        raise ValueError(
+            f"buckets={tuple(lengths)} must be ascending lengths of at most {whole} tokens, that "
+            f"of a row{f', and multiples of {align}' if align > 1 else ''}"
+        )
+    found = []
+    for part in parts:
+        for start in range(0, len(part), 1024):
+            batch = gather(part, np.arange(start, min(start + 1024, len(part))))
+            shown = batch.documents > 0
+            ends = np.where(shown.any(1), whole - np.argmax(shown[:, ::-1], 1), 0)
+            found.append([ends - _starts(shown, align), shown.sum(1), batch.eligible.sum(1)])
+    sizes, visible, eligible = np.concatenate(found, axis=1)
+    counts = [len(part) for part in parts]
+    drawn = np.repeat(np.divide(weights, counts), counts)  # share of each row
+    order = np.argsort(sizes, kind="stable")
+    ends = np.searchsorted(sizes[order], wanted, side="right")
+    for at in range(len(ends) - 1, 0, -1):
+        if ends[at - 1] < ends[at]:
+            ends[at - 1] = min(ends[at - 1], max(ends[at] - batch_size, 0))
+    lowest = np.flatnonzero(ends)[0]
+    if ends[lowest] < batch_size and lowest + 1 < len(ends):
+        ends[lowest] = 0
+    kept = [(n, np.sort(rows)) for n, rows in zip(wanted, np.split(order, ends[:-1])) if len(rows)]
+    if [n for n, _ in kept] == [whole]:
+        raise ValueError(
+            f"buckets={tuple(lengths)}: no batch of {batch_size} rows is shorter than {whole} "
+            "tokens, so there is nothing to gain; answer_padding='eos_scored' trains EOS to the "
+            "end of every row (take 'eos_once' or 'pad_hidden'), and packing fills rows"
+        )
+    firsts = np.cumsum([0, *counts])
+    pieces = [np.split(rows, np.searchsorted(rows, firsts[1:-1])) for _, rows in kept]
+    positions = float(sum(n * drawn[rows].sum() for n, rows in kept))
+    tokens = float(drawn @ visible)
+    return Buckets(
+        lengths=tuple(n for n, _ in kept),
+        rows=tuple(tuple(piece - first for piece, first in zip(each, firsts)) for each in pieces),
+        shares=tuple(tuple(float(drawn[piece].sum()) for piece in each) for each in pieces),
+        mean_eligible=float(drawn @ eligible),
+        padding=(1 - tokens / positions, 1 - tokens / whole),
+        align=align,
+    )
+
+
+def parts_of(source: RowSource) -> tuple[tuple[RowSource, ...], tuple[float, ...]]:
+    """The parts of a mixture and their shares of a stream; those of another source: itself."""
+    if isinstance(source, Mixture):
+        return source.parts, source.weights
+    return (source,), (1.0,)
 
 
 def leaves(source: RowSource) -> list[RowSource]:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -20,12 +19,12 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.auto import chain as chains
-from mdm_jax.launch.datasets import dataset
+from mdm_jax.launch.datasets import buckets, dataset
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
-from mdm_jax.launch.workdir import check_source
+from mdm_jax.launch.workdir import check_source, open_workdir
 from mdm_jax.models import lora
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoints import CheckpointError
@@ -84,6 +83,15 @@ class Experiment:
     def apply_fn(self) -> Callable[..., Any]:
         return self.family.apply_fn
 
+    def apply_at(self, seed: ArrayLike, step: ArrayLike) -> Callable[..., Any]:
+        """``apply_fn`` as a training step has it, whose attention mask may be annealed."""
+
+        def annealed(*inputs: Any, **options: Any) -> Any:
+            key = rng.stream(rng.step_key(seed, step), "anneal")
+            return self.family.annealed(key, step)(*inputs, **options)
+
+        return self.apply_fn if self.family.annealed is None else annealed
+
     @property
     def objective(self) -> Objective:
         return self.family.objective
@@ -93,36 +101,43 @@ class Experiment:
         """Pure step ``(state, batch, seed=the config's, frozen=None)``, not jitted; the seed can be
         traced, and so can the ``frozen`` parameters."""
 
-        def make(
-            seed: ArrayLike, frozen: PyTree, number: ArrayLike
-        ) -> Callable[[TrainState, Batch], tuple]:
-            apply_fn = self.apply_fn
-            if self.family.annealed is not None:
-                key = rng.stream(rng.step_key(seed, number), "anneal")
-                apply_fn = self.family.annealed(key, number)
+        def make(seed: ArrayLike, frozen: PyTree, number: ArrayLike, length: int) -> Callable:
+            apply_fn = self.apply_at(seed, number)
             return training.make_train_step(
                 sharding.sharded_apply(apply_fn, self.mesh, sharding.LOGICAL_RULES),
                 self.objective,
                 self.transform,
                 self.optimizer,
-                self.spec,
+                self.objective.spec(self.spec.batch_size, length),
                 seed=seed,
                 ema_decay=self.config.optimizer.ema_decay,
                 num_microbatches=self.config.train.num_microbatches,
                 monitors=self.monitors,
                 variables=self.adapter
                 and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
+                tokens_per_batch=self.buckets and self.spec.batch_size * self.buckets.mean_eligible,
             )
 
-        make(self.config.seed, None, 0)  # checks the settings
+        for length in self.lengths:  # checks the settings
+            make(self.config.seed, None, 0, length)
 
         def step(
             state: TrainState, batch: Batch, seed: Array | None = None, frozen: PyTree = None
         ) -> tuple:
             seed = self.config.seed if seed is None else seed
-            return make(seed, frozen, state.step)(state, batch)
+            return make(seed, frozen, state.step, batch.tokens.shape[1])(state, batch)
 
         return step
+
+    @functools.cached_property
+    def buckets(self) -> data.Buckets | None:
+        """Training rows by length (data.buckets); None where all batches have the longest."""
+        return buckets(self.config, self.dataset, self.objective, self.spec, self.transform)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of training batches, each of which has a compiled step."""
+        return self.buckets.lengths if self.buckets else (self.dataset.length,)
 
     def with_chain(self, chain: chains.Chain) -> "Experiment":
         """This run under another chain; ValueError if that cannot be built."""
@@ -194,17 +209,20 @@ class Experiment:
             prefetch=self.config.train.prefetch,
             place=functools.partial(sharding.place_batch, sharding=rows, batch_size=size),
             by_example=self.noise_by_example,
+            buckets=self.buckets,
         )
 
     @property
     def noise_by_example(self) -> bool:
         """Whether the noise goes with examples, not with slots of the batch (train.noise_by)."""
-        by = self.config.train.noise_by
-        return by == "example" or (not by and self.config.data.source == "chat")
+        by, c = self.config.train.noise_by, self.config.data
+        return by == "example" or (not by and (c.source == "chat" or bool(c.buckets)))
 
-    def abstract_batch(self) -> Batch:
+    def abstract_batch(self, length: int | None = None) -> Batch:
+        """Shapes of a training batch; ``length`` None: of the longest."""
         size, rows = self.spec.batch_size, sharding.batch_sharding(self.mesh)
         row = data.gather(self.dataset.train, np.arange(1))
+        row = Batch(*(field[:, :length] if field.ndim > 1 else field for field in row))
         if self.noise_by_example:
             row = KeyedBatch(*row, np.zeros((*row.tokens.shape, 2), np.uint32))
         return jax.tree.map(
@@ -241,6 +259,7 @@ class Experiment:
                 f"{self.transform.views} forward passes per row [{self.bias()}]",
                 f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}"
                 + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+                *([self.buckets.describe()] if self.buckets else []),
                 *sharding.kept_whole(self._new_state, self.mesh),
                 *sample.adaptations(self.jobs, self.config.sample, self.dataset.mask_id),
             ]
@@ -318,7 +337,7 @@ def make_experiment(
         adapter=adapter,
         **_parts_of_chain(config, rows, family, chain),
     )
-    experiment.step  # noqa: B018  (checks the step's settings)
+    experiment.step  # noqa: B018  (checks the step's settings, data.buckets among them)
     if adapter is not None:
         lora.kernels(experiment.shapes(), adapter, hub.projection_names(experiment.source))
     for split, source in (held_out, *[("valid", rows.valid)] * bool(len(rows.valid))):
@@ -360,7 +379,7 @@ def _parts_of_chain(
         "transform": transform,
         "monitors": chains.monitors(c.monitors, config.monitors, family.objective, transform),
         "spec": family.objective.spec(rows, dataset.length),
-        "loop": _loop_options(config, dataset, rows * transform.views),
+        "loop": _loop_options(config, dataset, transform.views),
     }
 
 
@@ -396,7 +415,7 @@ def _optimizer(
     return training.store_moments(optimizer, first, second, b2)
 
 
-def _loop_options(config: ConfigDict, dataset: data.Dataset, passes: int) -> training.LoopOptions:
+def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> training.LoopOptions:
     c = config.train
     if c.stop.patience and not (c.evaluate_every and len(dataset.valid)):
         raise ValueError(
@@ -406,7 +425,7 @@ def _loop_options(config: ConfigDict, dataset: data.Dataset, passes: int) -> tra
     own = set(inspect.signature(training.LoopOptions).parameters) & set(c)
     return training.LoopOptions(
         total_steps=c.steps,
-        tokens_per_step=passes * dataset.length,
+        views=views,
         unit="char" if dataset.unit == "character" else "dim",
         **{name: c[name] for name in own},
     )
@@ -445,11 +464,6 @@ def check_quality(experiment: Experiment) -> None:
             "would be the same at all of them; those that take any number are "
             f"{', '.join(grid_samplers(c))} (--config.sample.sampler)"
         )
-
-
-def open_workdir(workdir: str | os.PathLike) -> training.CheckpointReader:
-    """Checkpoints of a run, for reading; it may be missing, or still training."""
-    return training.CheckpointReader(files.as_path(workdir) / "checkpoints")
 
 
 def load_parameters(experiment: Experiment, workdir: files.Path) -> tuple[int, PyTree]:

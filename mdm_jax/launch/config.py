@@ -24,7 +24,7 @@ from mdm_jax.models.lora import Lora
 
 TASK_ROWS = ("answer_padding", "train_rows", "valid_rows", "test_rows")
 """Settings of the rows of any task."""
-LOOP_OWN = ("tokens_per_step", "unit", "profile_directory")
+LOOP_OWN = ("views", "unit", "profile_directory")
 """Options of the loop that follow from other settings."""
 
 _COUNT, _NATURAL = "[1, 2e9]", "[0, 2e9]"
@@ -292,6 +292,9 @@ def _data() -> dict[str, Any]:
         "kind": _name("text", ("text", "image"), "tfds"),
         "data_dir": _text("", 'tfds: where prepared datasets are; "": its own default'),
         "length": _whole(128, "[1, 1e7]", "tokens", "of a row of text"),
+        "buckets": _whole(
+            (), "[1, 1e7]", "tokens", "lengths of training batches besides that of a row", True
+        ),
         "prompt_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task; task: 0 for the longest"),
         "answer_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task: with its EOS"),
         "valid_path": _text("", 'jsonl, chat, documents: "" splits the file instead'),

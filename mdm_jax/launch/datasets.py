@@ -4,13 +4,17 @@ import inspect
 import pathlib
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from mdm_jax import data, hub, tasks
 from mdm_jax.data.tokenizers import load_tokenizer
+from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
+from mdm_jax.objectives.objective import Objective
+from mdm_jax.variance.transform import VarianceTransform
 
 _OWN = ("char", "byte", "bpe")
 """Values of ``data.tokenizer`` that are no paths."""
@@ -22,7 +26,7 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
     Texts get the tokenizer of the ``model`` that the run begins from, or must have its size.
     """
     values = config.data.to_dict()
-    source = values.pop("source")
+    source, _ = values.pop("source"), values.pop("buckets")  # of the run: build.Experiment
     if source == "tfds":
         source = lookup({"text": "tfds_text", "image": "tfds_images"}, values["kind"], "data.kind")
     factory = lookup(names.DATA, source, "data.source")
@@ -72,6 +76,34 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
                 "of text and, where the model has no tokenizer, a data.tokenizer of as many ids"
             )
     return made
+
+
+def buckets(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    objective: Objective,
+    spec: DrawSpec,
+    transform: VarianceTransform,
+) -> data.Buckets | None:
+    """Training rows by length (``data.buckets``); None where all batches have the longest.
+
+    ``spec`` is of the draw of a batch of the longest. ValueError as ``data.bucketed``, and for a
+    transform whose state depends on the length.
+    """
+    lengths = tuple(config.data.buckets)
+    if not lengths:
+        return None
+    align = config.block.size if config.process == "block" else 1
+    found = data.bucketed(dataset.train, lengths, spec.batch_size, align)
+    specs = [objective.spec(spec.batch_size, length) for length in found.lengths]
+    shapes = {str(jax.eval_shape(lambda own=own: transform.init(own))) for own in specs}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"data.buckets={lengths}: {transform.name} learns for each level of a row by itself, "
+            "of which shorter rows have fewer; leave out the buckets, or choose another "
+            "variance.order"
+        )
+    return found
 
 
 def chat_template(codec: Any) -> hub.ChatRenderer | None:

@@ -24,7 +24,7 @@ from mdm_jax import distributed, files
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mdm_jax.files import write_json
 from mdm_jax.launch import config as launch_config
-from mdm_jax.training.checkpoints import UNSAVED
+from mdm_jax.training.checkpoints import UNSAVED, CheckpointReader
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
 FREE_SECTIONS = ("evaluate", "measure", "mesh", "panel", "sample", "spacing")
@@ -54,6 +54,11 @@ class WorkdirError(RuntimeError):
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
+
+
+def open_workdir(workdir: str | os.PathLike) -> CheckpointReader:
+    """Checkpoints of a run, for reading; it may be missing, or still training."""
+    return CheckpointReader(files.as_path(workdir) / "checkpoints")
 
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:

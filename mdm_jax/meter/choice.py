@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mdm_jax.distributed import spread_rows
 from mdm_jax.draws import DrawSpec
 from mdm_jax.estimates import Estimate, finite_or_none, mean_estimate, standard_error_of_ratio
 from mdm_jax.meter.efficiency import Efficiency, efficiency_with_data
@@ -65,6 +66,7 @@ def warm_up(
         return transform.update(state, draw, stop_gradient_stats(stats))
 
     for number, batch in enumerate(batches):
+        batch = spread_rows(batch, params)
         state = learn(params, state, batch, jax.random.fold_in(key, number))
     return state
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.distributed import spread_rows
 from mdm_jax.draws import GRID_BITS, Draw, DrawSpec
 from mdm_jax.estimates import Estimate, finite_or_none, mean_estimate
 from mdm_jax.meter.nested import eligible_rows
@@ -151,7 +152,9 @@ def efficiency_with_data(
     num_microbatches: int = 1,
     progress: Progress | None = None,
 ) -> Efficiency:
-    """:func:`efficiency` of batches redrawn from ``rows`` [N, L] too, with replacement."""
+    """:func:`efficiency` of batches redrawn from ``rows`` [N, L] too, with replacement.
+    The rows of a batch are spread over the devices of sharded parameters.
+    """
     eligible_rows(rows)  # raises if nothing is eligible
     size, count = subject.spec.batch_size, rows.tokens.shape[0]
     pool = jax.tree.map(jnp.asarray, rows)
@@ -162,7 +165,7 @@ def efficiency_with_data(
         return jax.tree.map(lambda field: field[index], pool)
 
     def batch_of(_group: int, key: Array) -> Batch:
-        return pick(key, pool)
+        return spread_rows(pick(key, pool), subject.params)
 
     return _measure(subject, batch_of, key, groups, redraws, num_microbatches, progress)
 

@@ -103,8 +103,9 @@ def join(
 ) -> PyTree:
     """Variables for ``apply``: frozen parameters ``{"params": ...}`` with their ``adapters``.
 
-    With a ``key`` and the numbers ``rows`` [N] of the rows in the batch, inputs are dropped out by
-    masks that are functions of key, layer, row and view (N or N times the views are applied to).
+    With a ``key`` and numbers ``rows`` [N], or pairs of them [N, 2], that tell the rows of a batch
+    apart, inputs are dropped out by masks that are functions of key, layer, row, view and position
+    (N or N times the views are applied to).
     """
     fixed = {}
     for path, leaf in traverse_util.flatten_dict(adapters[TRAINED]).items():
@@ -112,8 +113,7 @@ def join(
         fixed[(*path[:-1], "scale")] = np.full(stack, spec.scale, np.float32)
         if key is not None and spec.dropout and path[-1] == "a":
             layers = [rng.stream(key, f"dropout/{name}") for name in _layers(path, stack)]
-            each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-            keys = each(jnp.stack(layers), rows)
+            keys = jax.vmap(_row_keys, (0, None))(jnp.stack(layers), rows)
             fixed[(*path[:-1], "keys")] = keys.reshape(*stack, len(rows))
             fixed[(*path[:-1], "kept")] = np.full(stack, 1 - spec.dropout, np.float32)
     return {**base, **adapters, _FIXED: traverse_util.unflatten_dict(fixed)}
@@ -159,10 +159,22 @@ def _layers(path: tuple[str, ...], stack: Iterable[int]) -> list[str]:
     return [f"block_{i}/{'/'.join(path[2:-1])}" for i in range(depth)]
 
 
+def _row_keys(key: Array, rows: Array) -> Array:
+    """Keys [N] of ``rows`` [N] or [N, 2]."""
+    keys = jnp.broadcast_to(key, len(rows))
+    for words in rows.reshape(len(rows), -1).T:
+        keys = jax.vmap(jax.random.fold_in)(keys, words)
+    return keys
+
+
 def _dropped(x: Array, keys: Array, kept: Array) -> Array:
     """``x`` [N V, ...] with a mask for each row and view by ``keys`` [N], over the share kept."""
     # What conditions all rows alike is a single one. Losses apply a network twice in a step.
     keys = jax.random.clone(keys[: len(x)])
     views = len(x) // len(keys)
-    masks = jax.vmap(lambda key: jax.random.bernoulli(key, kept, (views, *x.shape[1:])))(keys)
+
+    def mask(key: Array, view: Array) -> Array:  # of a shorter row: a part of that of a longer one
+        return jax.random.bernoulli(jax.random.fold_in(key, view), kept, x.shape[1:])
+
+    masks = jax.vmap(jax.vmap(mask, (None, 0)), (0, None))(keys, jnp.arange(views))
     return jnp.where(masks.reshape(x.shape), x / kept, 0.0)

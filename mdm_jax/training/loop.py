@@ -97,8 +97,8 @@ class LoopOptions:
     always saved.
 
     Attributes:
-        tokens_per_step, unit: tokens through the network each step, for the speed; unit of the bits
-            shown, such as "character".
+        views, unit: passes of a batch through the network, for the speed; unit of the bits shown,
+            such as "character".
         profile_directory: target of a profile.
         launched_at: ``time.monotonic()`` at launch, to report the time to the first step, or None.
     """
@@ -111,7 +111,7 @@ class LoopOptions:
     max_skipped_in_a_row: Annotated[
         int, Whole("[1, 2e9]", "steps", "that are not finite, before training stops")
     ] = 10
-    tokens_per_step: int = 0
+    views: int = 1
     unit: str = "token"
     profile_at: Annotated[int, Whole("[0, 2e9]", "step", "first one of a profile; 0: none")] = 0
     profile_steps: Annotated[int, Whole("[1, 1e6]", "steps", "of a profile")] = 5
@@ -231,6 +231,7 @@ def train(
                 step += 1
                 ending = step == options.total_steps
                 loop.pending.append(metrics)
+                loop.tokens += options.views * batch.tokens.size
                 if hooks.panel:
                     hooks.panel.visit(step, state, batch)
                 if step == start + 1 and options.launched_at is not None:
@@ -306,6 +307,7 @@ class _Log:
     ):
         self.pending: list[StepMetrics] = []
         self.window = window
+        self.tokens = 0
         self.progress = Progress(options.total_steps, start, silent=not distributed.is_first())
         self._options = options
         self._writer = writer
@@ -334,13 +336,13 @@ class _Log:
         self.window = []
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9) / max(step - self._timed_from, 1)
-        self._clock, self._timed_from = now, step
+        before, self._clock, self._timed_from = self._clock, now, step
         # Speed goes to the terminal and TensorBoard records of its own: it is not reproducible.
         self._writer.scalars(step, "train", values)
         known = {n: float(v) for n, v in jax.device_get(readings).items() if np.isfinite(v)}
         if known:
             self._writer.scalars(step, "monitor", known)
-        speed = self._options.tokens_per_step / seconds
+        speed, self.tokens = self.tokens / max(now - before, 1e-9), 0
         self._writer.scalars(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
         text = {
             "loss": f"{values['loss']:.3f}",

@@ -14,7 +14,7 @@ import optax
 
 from mdm_jax import rng
 from mdm_jax.checks import Real, Whole, checked
-from mdm_jax.draws import Draw, DrawSpec, by_example
+from mdm_jax.draws import Draw, DrawSpec, by_example, row_words
 from mdm_jax.objectives.objective import Objective, accumulate_gradient, summed_loss, token_mean
 from mdm_jax.training.ema import new_average, update_average
 from mdm_jax.training.monitors import Monitor
@@ -136,6 +136,7 @@ def make_train_step(
     num_microbatches: Annotated[int, Whole("[1, 1e6]", "", "equal parts of the batch")] = 1,
     monitors: Sequence[Monitor] = (),
     variables: Callable[[PyTree, Array, Array], PyTree] | None = None,
+    tokens_per_batch: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Build ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -145,8 +146,14 @@ def make_train_step(
     ``objective.spec(batch_size, length)`` of the global batch; ``ema_decay`` is less during
     the first steps. The noise of a ``KeyedBatch`` goes with its examples (:func:`step_draw`).
     ``variables(params, key, rows)``, if given, makes what ``apply_fn`` gets of the state's
-    parameters, the step's key and the numbers of rows in the batch: adapters beside frozen
-    parameters, with their dropout (``models.lora.join``).
+    parameters, a key and what it is folded with for each row: the step's key and numbers [N] of
+    rows in the batch, or under a ``KeyedBatch`` that of the run and words [N, 2] of the examples.
+    So come adapters beside frozen parameters, with their dropout (``models.lora.join``).
+
+    The gradient is the sum over the batch divided by its eligible tokens. Where batches differ in
+    length by design (``data.bucketed``), that would favour tokens of short rows; divided by the
+    ``tokens_per_batch`` expected of all batches, its mean is that of the mixture of all rows. The
+    metrics stay means over the tokens of their batch.
     ValueError unless ``num_microbatches`` divides the batch size and monitors have distinct names.
     """
     if spec.batch_size % num_microbatches:
@@ -168,14 +175,16 @@ def make_train_step(
         def loss_of_rows(params: PyTree, numbered: tuple[Batch, Array], draw: Draw) -> tuple:
             rows, numbers = numbered
             if variables is not None:
-                params = variables(params, rng.step_key(seed, state.step), numbers)
+                number = state.step if keys is None else 0
+                params = variables(params, rng.step_key(seed, number), numbers)
             return loss_fn(params, rows, draw)
 
-        numbered = batch, jnp.arange(spec.batch_size)
+        numbered = batch, jnp.arange(spec.batch_size) if keys is None else row_words(keys)
         gradients, sums, stats = accumulate_gradient(
             loss_of_rows, state.params, numbered, draw, num_microbatches
         )
-        gradients = jax.tree.map(lambda g: token_mean(g, sums.eligible), gradients)
+        count = sums.eligible if tokens_per_batch is None else jnp.float32(tokens_per_batch)
+        gradients = jax.tree.map(lambda g: token_mean(g, count), gradients)
         loss = token_mean(sums.loss, sums.eligible)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

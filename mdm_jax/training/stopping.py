@@ -16,7 +16,8 @@ class StopSettings:
     """When training ends early: ``patience`` evaluations in a row without a possible gain."""
 
     patience: Annotated[
-        int, Whole("[0, 1e6]", "evaluations", "in a row that rule out a larger gain; 0: never stop")
+        int,
+        Whole("[0, 1e6]", "evaluations", "in a row that rule out a gain, 3 or more; 0: never stop"),
     ] = 0
     min_gain: Annotated[
         float, Real("[0, 100]", "nats per token or dimension", "gain worth going on for")

@@ -67,12 +67,13 @@ def test_the_data_are_shown_and_prompts_are_laid_out_as_chats(whole):
     for part in ("the chat template", "70.0%", "maskable", "first training row", "<|im_start|>"):
         assert part in out, part
     assert "\x1b" not in out  # not a terminal
-    (sample,) = [
+    before, after = [
         json.loads(line)
-        for path in (workdir / "samples").glob("*.jsonl")
+        for path in sorted((workdir / "samples").glob("*.jsonl"))
         for line in path.read_text().splitlines()
     ]
-    assert "<|im_start|>user\n1+1?␃" in sample["given"]
+    assert before["given"] == after["given"]
+    assert "<|im_start|>user\n1+1?␃" in after["given"]
 
 
 def test_killed_the_run_goes_on_as_if_nothing_had_happened(whole, arguments, tmp_path):
@@ -93,3 +94,38 @@ def test_eight_devices_draw_the_same_noise(whole, arguments, tmp_path):
     workdir = tmp_path / "eight"
     launching.finish(*arguments, f"--workdir={workdir}", devices=8)
     np.testing.assert_allclose(losses(workdir), losses(whole[0]), rtol=1e-5)
+
+
+def test_batches_of_one_length_resume_and_do_not_depend_on_devices(arguments, tmp_path):
+    """Of adapters too, whose dropout goes with the example; the noise panel measures with them."""
+    own = [
+        *arguments,
+        "--config.data.packing=",
+        "--config.data.buckets=(48, 96)",
+        "--config.adapter.name=lora",
+        "--config.adapter.rank=2",
+        "--config.adapter.dropout=0.3",
+        "--config.panel.cost=0.5",
+    ]
+    out, _ = launching.finish(*own, f"--workdir={tmp_path / 'whole'}")
+    assert re.search(r"batches of one length each: .*\d+% of their positions are padding", out)
+    compiled = re.findall(r"rows of (\d+): step compiled", out)
+    assert len(compiled) > 1, out
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == STEPS
+    assert training.read_metrics(tmp_path / "whole" / "metrics.jsonl", "noise")
+    process = launching.start(*own, f"--workdir={tmp_path / 'killed'}")
+    for line in process.stderr:
+        if re.search(rf"step [4-9]/{STEPS} ", line):
+            process.kill()
+            break
+    process.communicate(timeout=300)
+    assert "resuming at step" in launching.finish(*own, f"--workdir={tmp_path / 'killed'}")[0]
+    assert losses(tmp_path / "killed") == expected
+    for devices in (2, 8):
+        workdir = tmp_path / str(devices)
+        launching.finish(*own, f"--workdir={workdir}", devices=devices)
+        np.testing.assert_allclose(losses(workdir), expected, rtol=1e-5)
+    more = "--config.data.buckets=(96,)"
+    _, error = launching.finish(*own, more, f"--workdir={tmp_path / 'killed'}", code=2)
+    assert "data.buckets" in error

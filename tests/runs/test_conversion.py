@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import sys
 
 import chex
 import jax
@@ -14,7 +15,7 @@ from test_launch_hub import configured
 
 from mdm_jax import files, hub, sharding
 from mdm_jax.launch import source
-from mdm_jax.launch.build import load_parameters, make_experiment
+from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
 from mdm_jax.launch.modes import evaluate, export, train
 from mdm_jax.launch.workdir import saved_config
 from mdm_jax.models import as_logits
@@ -42,7 +43,7 @@ def annealed_logits(experiment, params, rows):
 
     @tiny.jit
     def logits(step):
-        apply_fn = experiment.family.annealed(jax.random.key(5), step)
+        apply_fn = experiment.apply_at(5, step)  # that of steps, of auto and of the noise panel
         return as_logits(apply_fn(params, rows.tokens, None, rows.documents))
 
     return lambda step: np.asarray(logits(step))
@@ -61,6 +62,32 @@ def test_logits_go_from_causal_to_bidirectional(causal, tmp_path, monkeypatch):
     np.testing.assert_allclose(start[kept], before[kept], rtol=0, atol=1e-5)
     np.testing.assert_allclose(end, after, rtol=0, atol=1e-5)
     assert np.abs(between - start)[kept].max() > 1e-2 < np.abs(between - end)[kept].max()
+
+
+@pytest.mark.slow
+def test_chains_and_the_noise_panel_are_measured_under_the_mask_of_the_step(
+    causal, tmp_path, monkeypatch
+):
+    launching.on_one_device(monkeypatch)
+    config = configured(causal, tmp_path, convert={"anneal_steps": 400})
+    config.variance.order = ("auto",)
+    config.variance.auto.update(budget=1.0, passes=4, groups=4, warm_up=2, every=200)
+    config.train.update(steps=400, evaluate_every=200, log_every=200, checkpoint_every=0)
+    config.panel.cost = 0.5
+    asked, apply_at = [], Experiment.apply_at
+
+    def recorded(self, seed, step):
+        asked.append((sys._getframe(1).f_code.co_name, step))
+        return apply_at(self, seed, step)
+
+    monkeypatch.setattr(Experiment, "apply_at", recorded)
+    workdir = files.as_path(tmp_path / "run")
+    assert train.train(make_experiment(config, workdir), workdir)
+    assert [step for name, step in asked if name == "_measure"] == [0, 200]
+    traced = [step for name, step in asked if name == "at_step"]
+    assert traced and all(isinstance(step, jax.core.Tracer) for step in traced)
+    lines = [json.loads(line) for line in (workdir / "auto.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 200] and all(line["chains"] for line in lines)
 
 
 def test_the_shift_of_a_conversion_is_saved_and_read(causal, tmp_path):

@@ -171,6 +171,33 @@ def test_one_of_two_processes_is_told_to_stop_and_one_process_goes_on(whole, tmp
     assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
+def test_two_processes_measure_chains_as_one_and_choose_alike(tmp_path):
+    """Parameters in halves, rows over both devices."""
+    own = [
+        f"--config={launching.QUICKSTART}",
+        "--config.variance.order=auto",
+        *(f"--config.variance.auto.{s}" for s in ("budget=1", "passes=4", "groups=4", "warm_up=2")),
+        *("--config.train.steps=140", "--config.train.log_every=70"),
+        *("--config.train.evaluate_every=0", "--config.train.checkpoint_every=0"),
+        *("--config.optimizer.name=adamw", "--config.sample.num_samples=1"),
+    ]
+    records = {}
+    for count, mesh in ((1, "data=1"), (2, "data=1,fsdp=2")):
+        workdir = tmp_path / str(count)
+        line = (*own, f"--config.mesh={mesh}", f"--workdir={workdir}")
+        done = launching.finish_several(launching.start_several(count, *line))
+        assert all(code == 0 for code, _, _ in done), done
+        assert "variance.order=auto at step 0:" in done[0][1]
+        assert "variance.order=auto" not in "".join(out + err for _, out, err in done[1:])
+        (records[count],) = map(json.loads, (workdir / "auto.jsonl").read_text().splitlines())
+    one, two = records[1], records[2]
+    assert one["chain"] == two["chain"] and one["passes"] == two["passes"] > 1000
+    for name, figure in one["chains"].items():
+        found = two["chains"][name]["group_variances"]
+        np.testing.assert_allclose(found, figure["group_variances"], rtol=2e-3)
+
+
 def kill_first(started):
     started[0].send_signal(signal.SIGKILL)
 

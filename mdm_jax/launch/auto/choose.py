@@ -17,7 +17,14 @@ import numpy as np
 import tqdm
 
 from mdm_jax import data, distributed, files, meter, rng, variance
-from mdm_jax.launch.auto.chain import CANDIDATES, DEFAULTS, RANGES, RECORDS, Chain
+from mdm_jax.launch.auto.chain import (
+    CANDIDATES,
+    DEFAULTS,
+    RANGES,
+    RECORDS,
+    Chain,
+    chain_of,
+)
 from mdm_jax.launch.build import Experiment
 from mdm_jax.meter.efficiency import MIN_REDRAWS, Efficiency
 from mdm_jax.meter.subject import Subject
@@ -128,14 +135,9 @@ def choose(
 
     At step 0 chains begin anew, so that a run killed before its first checkpoint does not differ.
     Later ones are limited to the views that the run has, and keep what was learned here.
-    ``check`` is called with the passes done; may raise.
+    ``check`` is called with the passes done; may raise. Of several processes all measure, rows
+    spread over all devices, and take what process 0 finds.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            "variance.order=auto measures in one process, and this run has "
-            f"{jax.process_count()}; choose on one machine, and give the chain it chose as "
-            "variance.order"
-        )
     step = int(jax.device_get(state.step))
     learned = dict(state.variance) if step else {}
     planned = plan(experiment, learned, same_rows=step > 0)
@@ -185,6 +187,8 @@ def choose(
             if len(tied) > 1:
                 reason = f"the simplest of those not told apart: {'; '.join(tied)}"
     record |= {"chain": chosen.to_dict(), "name": chosen.name, "reason": reason}
+    record = distributed.from_first(record)
+    chosen = chain_of(record["chain"], "the choice of process 0")
     record["bias"] = experiment.with_chain(chosen).bias()
     new = None
     if step and chosen != experiment.chain:
@@ -247,11 +251,13 @@ def _measure(
     """Figures by chain; states of adaptive transforms are put into ``learned``."""
     s, key = experiment.config.variance.auto, experiment.key(step, "auto")
     objective, length = experiment.objective, experiment.dataset.length
-    estimator = meter.make_estimator(experiment.apply_fn, objective)
+    apply_fn = experiment.apply_at(experiment.config.seed, step)  # as annealed as training is here
+    estimator = meter.make_estimator(apply_fn, objective)
     rows = _rows(experiment, step)
     figures = {}
     total = planned.warm_up // s.passes + planned.redraws * s.groups * len(planned.transforms)
-    with tqdm.tqdm(total=total, unit="batch", leave=False) as bar:
+    silent = not distributed.is_first()
+    with tqdm.tqdm(total=total, unit="batch", leave=False, disable=silent) as bar:
 
         def progress(count: int) -> None:
             bar.update(count)
@@ -265,7 +271,7 @@ def _measure(
             if missing:
                 own = variance.chain(*(t for t in transform.members if t.views == 1))
                 warm = meter.warm_up(
-                    experiment.apply_fn,
+                    apply_fn,
                     objective,
                     own,
                     spec,

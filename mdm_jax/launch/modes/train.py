@@ -212,24 +212,26 @@ class Running:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self.panel: NoisePanel | None = None
-        self._step: Callable[..., Any] | None = None
+        self._steps: dict[int, Callable[..., Any]] = {}
 
     def compile(self) -> None:
-        """Compile the step, and say what that took."""
+        """Compile the step for each length of a batch, and say what that took."""
         print("compiling the step", flush=True)
         experiment = self.experiment
-        compiled = training.compile_step(
-            experiment.step,
-            experiment.abstract_state(),
-            experiment.abstract_batch(),
-            experiment.placed_seed(),
-            *([experiment.frozen] if experiment.adapter else []),
-        )
-        print(compiled.describe(), flush=True)
-        self._step = compiled.call
+        for length in experiment.lengths:
+            compiled = training.compile_step(
+                experiment.step,
+                experiment.abstract_state(),
+                experiment.abstract_batch(length),
+                experiment.placed_seed(),
+                *([experiment.frozen] if experiment.adapter else []),
+            )
+            rows = f"rows of {length}: " * (len(experiment.lengths) > 1)
+            print(rows + compiled.describe(), flush=True)
+            self._steps[length] = compiled.call
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, training.StepMetrics]:
-        return self._step(state, batch)
+        return self._steps[batch.tokens.shape[1]](state, batch)
 
     def change(self, chain: Chain, state: TrainState, variance: PyTree) -> TrainState:
         """Go on under another chain, whose state is ``variance``."""
@@ -376,9 +378,10 @@ def _rechoose_hook(
 
 
 def _stream(experiment: Experiment) -> dict[str, Any]:
+    buckets = experiment.buckets
     return data.stream_fingerprint(
         experiment.dataset, experiment.spec.batch_size, experiment.config.seed
-    )
+    ) | ({"buckets": list(buckets.lengths)} if buckets else {})
 
 
 def _placed_as(new: PyTree, old: PyTree) -> PyTree:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mdm_jax import distributed, rng, sharding, training
+from mdm_jax import data, distributed, rng, sharding, training
 from mdm_jax.estimates import mean_estimate
 from mdm_jax.launch.build import Experiment
 from mdm_jax.meter import panel
@@ -73,31 +73,32 @@ class NoisePanel:
 
     def _compile(self) -> None:
         e = self._experiment
-        rows = sharding.batch_sharding(e.mesh)
+        by_rows = sharding.batch_sharding(e.mesh)
 
         def place(group: PyTree) -> PyTree:
-            return jax.lax.with_sharding_constraint(group, rows) if self._group > 1 else group
-
-        measure = panel.make_measurement(
-            sharding.sharded_apply(e.apply_fn, e.mesh, sharding.LOGICAL_RULES),
-            e.objective,
-            e.transform,
-            e.spec,
-            self._settings,
-            group=self._group,
-            place=place,
-        )
+            return jax.lax.with_sharding_constraint(group, by_rows) if self._group > 1 else group
 
         def at_step(
             params: PyTree, state: PyTree, batch: Batch, seed: Array, step: Array, frozen: PyTree
         ) -> tuple[Array, Array]:
             if e.adapter:
                 params = lora.join(frozen, params, e.adapter)
+            measure = panel.make_measurement(
+                sharding.sharded_apply(e.apply_at(seed, step), e.mesh, sharding.LOGICAL_RULES),
+                e.objective,
+                e.transform,
+                e.spec,
+                self._settings,
+                group=self._group,
+                place=place,
+            )
             return measure(params, state, batch, rng.stream(rng.step_key(seed, step), "panel"))
 
         abstract, self._seed = e.abstract_state(), e.placed_seed()
         jitted = jax.jit(at_step, out_shardings=_whole(e.mesh))
-        arguments = (abstract.params, abstract.variance, e.abstract_batch())
+        rows = e.abstract_batch()
+        rows = Batch(*rows[:4]) if e.buckets else rows
+        arguments = (abstract.params, abstract.variance, rows)
         lowered = jitted.lower(*arguments, self._seed, abstract.step, e.frozen)
         pool = futures.ThreadPoolExecutor(1)
         self._compiling = pool.submit(lowered.compile, training.compiler_options())
@@ -113,7 +114,9 @@ class NoisePanel:
             self._times.append(time.monotonic())
         if step < self._due:
             return
-        arguments = (state.params, state.variance, batch, self._seed, state.step)
+        # A batch of one length has less of C than the mixture.
+        rows = _sampled(self._experiment, step) if self._experiment.buckets else batch
+        arguments = (state.params, state.variance, rows, self._seed, state.step)
         found = self._measure(*arguments, self._experiment.frozen)
         self._pending.append((step, found))
         if self._untimed:
@@ -162,6 +165,15 @@ class NoisePanel:
         if figures:
             self._writer.scalars(step, "panel", figures)
         return shown(figures)
+
+
+def _sampled(experiment: Experiment, step: int) -> Batch:
+    """As many training rows as a batch has, whole and placed, drawn by seed and step."""
+    size, by_rows = experiment.spec.batch_size, sharding.batch_sharding(experiment.mesh)
+    generator = np.random.default_rng([experiment.config.seed, step, 2])
+    rows = data.sample_rows(experiment.dataset.train, size, generator)
+    own = sharding.local_rows(by_rows, size)
+    return sharding.place_batch(Batch(*(field[own] for field in rows)), by_rows, size)
 
 
 def design(experiment: Experiment) -> tuple[panel.PanelSettings, int]:

@@ -29,7 +29,7 @@ OPTIONS = training.LoopOptions(
     sample_every=6,
     checkpoint_every=5,
     max_skipped_in_a_row=3,
-    tokens_per_step=ROWS * tiny.LENGTH,
+    views=1,
 )
 
 
