@@ -31,11 +31,9 @@ import pytest  # noqa: E402
 # [B] times [B, L] by accident is how diffusion code goes wrong; typed keys make reuse an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-# What several tests compile alike, such as the steps of a run and of its resumption, is compiled
-# once; programs that compile in less take longer to be written than to be compiled again.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # Programs carry one frame of the source, not all of them, which takes a tenth of the time.
 jax.config.update("jax_include_full_tracebacks_in_locations", False)
+compilation.share_contexts()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +49,6 @@ def pytest_configure(config):
         cache = tempfile.TemporaryDirectory(prefix="mdm_jax-tests-")
         os.environ[launching.CACHE] = cache.name
         config.add_cleanup(cache.cleanup)
-    jax.config.update("jax_compilation_cache_dir", os.environ[launching.CACHE])
 
 
 def pytest_collection_modifyitems(items):
