@@ -82,13 +82,17 @@ def wrong_names(text, scopes):
     return found | wrong_commands(text)
 
 
+@functools.cache
+def targets():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    return set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+
+
 def wrong_commands(text):
     wrong = {f"--config.{name}" for name in FLAGS.findall(text) if not setting(name)}
     wrong |= {f"--config={n}" for n in PRESETS.findall(text) if n not in presets.PRESETS}
     wrong |= {f"-m {name}" for name in MODULES.findall(text) if imported(name) is None}
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
-    wrong |= {f"make {name}" for name in TARGETS.findall(text) if name not in targets}
+    wrong |= {f"make {name}" for name in TARGETS.findall(text) if name not in targets()}
     return wrong | {name for name in FILES.findall(text) if not (ROOT / name).exists()}
 
 

@@ -20,6 +20,7 @@ from mdm_jax.meter.nested import eligible_rows
 from mdm_jax.meter.subject import Progress, Subject, gradient_deviations
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.rng import stream
+from mdm_jax.schedules import Law
 from mdm_jax.types import Array, Batch, PyTree
 from mdm_jax.variance.transform import VarianceTransform, draw_batch
 
@@ -290,13 +291,18 @@ def inverse_rates_diverge(
     """
     if objective.bias == "biased" or float(objective.law.support[1]) < jnp.inf:
         return False
-    law, last = objective.law, jnp.asarray([3.0, 1.0])
-    u = jnp.broadcast_to((1 - last * 2.0 ** -(GRID_BITS + 1))[:, None], (2, spec.num_levels))
-    logsnr = law.icdf(u)
-    log_rate, log_survival = jax.nn.log_sigmoid(-logsnr), jax.nn.log_sigmoid(logsnr)
-    height = -(law.log_pdf(logsnr) - log_rate - log_survival)
-    if transform.profile is not None:
-        profile = transform.profile(state, u)
-        height = height + profile.log_density + 2 * profile.log_weight
-    power = jnp.diff(height, axis=0) / jnp.diff(log_rate, axis=0)
-    return bool(jnp.any((height[1] > -jnp.inf) & (power[0] < _SLOWEST)))
+
+    @jax.jit
+    def diverges(law: Law, state: PyTree) -> Array:
+        last = jnp.asarray([3.0, 1.0])
+        u = jnp.broadcast_to((1 - last * 2.0 ** -(GRID_BITS + 1))[:, None], (2, spec.num_levels))
+        logsnr = law.icdf(u)
+        log_rate, log_survival = jax.nn.log_sigmoid(-logsnr), jax.nn.log_sigmoid(logsnr)
+        height = -(law.log_pdf(logsnr) - log_rate - log_survival)
+        if transform.profile is not None:
+            profile = transform.profile(state, u)
+            height = height + profile.log_density + 2 * profile.log_weight
+        power = jnp.diff(height, axis=0) / jnp.diff(log_rate, axis=0)
+        return jnp.any((height[1] > -jnp.inf) & (power[0] < _SLOWEST))
+
+    return bool(diverges(objective.law, state))

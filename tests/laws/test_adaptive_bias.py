@@ -119,6 +119,7 @@ def test_exact_mechanisms_stay_unbiased_at_every_stage(name, toy_name):
         assert spread[-1] < 0.6 * 95.6613174465  # uniform logSNR: table 8.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, toy_name",
     [

@@ -77,7 +77,7 @@ FIXED_POINTS = {
 @pytest.mark.parametrize(
     "name",
     # The slope that cdcd_warp settles at is followed by test_adaptive_bias, too.
-    slow_except({"ema_bins", "learned_quantile"}, FIXED_POINTS),
+    slow_except({"ema_bins"}, FIXED_POINTS),
 )
 def test_fixed_point(name):
     """Total variation from W sqrt(E l^2), or from the slope of the clean error, below .05."""
@@ -112,6 +112,7 @@ EDM2_LEVELS = np.array([-6.0, -2, 0, 2, 6])
 EDM2_SCALE = [1.3844381721, 1.2926403984, 0.9162907319, 0.3057248919, 0.0073904924]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "std, expected",
     [

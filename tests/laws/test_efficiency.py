@@ -65,6 +65,7 @@ def test_batch_variance_equals_enumeration(name):
     assert result.passes == (2 if name == "mirror" else 1)
 
 
+@pytest.mark.slow
 def test_variance_with_fresh_data_contains_everything():
     """Rows drawn anew: (A + B + C) of the gradient over the number of rows, per squared tokens."""
     pool = Batch(*(np.repeat(np.asarray(f), (5, 3, 2), axis=0) for f in toys.toy_batch()))

@@ -101,7 +101,8 @@ def four_rows(count):
     return subject, rows, 3 / 16 * np.sum(by_row**2)
 
 
-@pytest.mark.parametrize("rows, widest", [(32, 1.1), pytest.param(8, 1.2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows, widest", [(32, 1.1), (8, 1.2)])
 def test_data_noise_of_the_gradient(rows, widest, shape=(4, 2)):
     """As ``decompose_gradients`` computes it, 240 designs at once. Resampled as if independent, the
     recursive residuals gave errors 1.34 times too wide here, of which one covered 0.79."""

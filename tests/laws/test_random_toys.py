@@ -214,6 +214,7 @@ def check_members(t, members, process):
             np.testing.assert_array_less(off, 5 * error + 2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed < 2)) for seed in FEW]
 )

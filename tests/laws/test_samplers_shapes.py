@@ -88,7 +88,7 @@ SEEDS, PICKS = st.integers(0, 2**31 - 1), st.integers(0, ROWS - 1)
         pytest.param("ancestral", MASK, (6,), marks=pytest.mark.slow),
         pytest.param("first_hitting", MASK, (1, 6), marks=pytest.mark.slow),
         pytest.param("entropy_bounded", MASK, (1, 6), marks=pytest.mark.slow),
-        ("uniform_ancestral", MARK, (6,)),
+        pytest.param("uniform_ancestral", MARK, (6,), marks=pytest.mark.slow),
         pytest.param("uniform_ancestral", MARK, (1,), marks=pytest.mark.slow),
     ],
 )

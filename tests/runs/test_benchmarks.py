@@ -31,7 +31,8 @@ QUICK = command.Options(("default",), rounds=1, seconds=0.0)
 @pytest.fixture(scope="module")
 def tiny_network():
     network = setting.model(TINY, setting.PLAIN)
-    return network, tiny.perturbed(setting.random_params(network, TINY.length), scale=0.2)
+    params = tiny.jit(lambda: setting.random_params(network, TINY.length))()
+    return network, tiny.perturbed(params, scale=0.2)
 
 
 def test_the_yardstick_computes_the_loss_and_the_gradient_of_the_library(tiny_network):

@@ -54,7 +54,8 @@ def test_logits_go_from_causal_to_bidirectional(causal, tmp_path, monkeypatch):
     experiment = make_experiment(shifted_config(causal, tmp_path))
     params, rows = hub.load(causal).params, experiment.dataset.valid.rows(np.arange(2))
     before = hub.decoding.shifted(hub.load(causal).logits(rows.tokens, rows.documents))
-    after = as_logits(experiment.apply_fn(params, rows.tokens, None, rows.documents))
+    apply_fn = tiny.jit(lambda *inputs: as_logits(experiment.apply_fn(*inputs)))
+    after = apply_fn(params, rows.tokens, None, rows.documents)
     # A document's first token keeps its own logits here; there the row's first token does.
     begins = rows.documents != np.pad(rows.documents[:, :-1], ((0, 0), (1, 0)))
     kept = (rows.documents > 0) & ~begins

@@ -79,7 +79,9 @@ def _empty(run):
     shutil.rmtree(run / "checkpoints" / "last" / str(saved_run.STEP))
 
 
-@pytest.mark.parametrize("lose", [_damage, _remove, _empty])
+@pytest.mark.parametrize(
+    "lose", [_damage, *(pytest.param(f, marks=pytest.mark.slow) for f in (_remove, _empty))]
+)
 def test_a_history_without_a_checkpoint_waits_for_restart(run, start, lose):
     metrics = (run / "metrics.jsonl").read_bytes()
     lose(run)
@@ -152,7 +154,7 @@ def test_a_config_of_an_earlier_release_lacks_settings(tmp_path):
     assert launch_workdir.saved_config(tmp_path).model == config.model
 
 
-@pytest.mark.parametrize("cut", [0, 20, -1])
+@pytest.mark.parametrize("cut", [pytest.param(0, marks=pytest.mark.slow), 20, -1])
 def test_a_tokenizer_cut_short_is_named_before_training(run, start, monkeypatch, cut):
     monkeypatch.setattr(train, "_continue", lambda restored, *_: (restored.state, {}))
     assert start(run) == saved_run.STEP

@@ -126,7 +126,7 @@ REGISTERED = {
 }
 
 
-MORE_LAWS = {*[*names.LAWS][3:]} | {*[*names.GAUSSIAN_LAWS][3:]}
+MORE_LAWS = {*[*names.LAWS][2:]} | {*[*names.GAUSSIAN_LAWS][2:]}
 """Built by name in tests/laws/test_schedules_zoo.py, too."""
 QUICKSTARTS = {"muon", "float32"}
 """Names that the quickstart has itself, whose own test takes the same step."""

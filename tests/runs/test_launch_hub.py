@@ -124,7 +124,7 @@ def test_evaluation_and_samples_need_no_source(run):
     assert "▁" not in "".join(sample["text"] for sample in drawn["samples"])
 
 
-@pytest.mark.parametrize("which", ["ema", "last"])
+@pytest.mark.parametrize("which", ["ema", pytest.param("last", marks=pytest.mark.slow)])
 def test_an_exported_run_has_the_files_of_its_source_and_its_own_logits(
     run, which, tmp_path, monkeypatch, capsys
 ):
@@ -321,6 +321,7 @@ def test_shifted_outputs_are_those_of_dream(tmp_path):
     np.testing.assert_array_equal(found[:, 11:], own[:, 10:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "settings", "family"),
     [

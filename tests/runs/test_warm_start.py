@@ -11,9 +11,11 @@ from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
 from mdm_jax.launch.modes import train
 from mdm_jax.launch.workdir import WorkdirError, check_source, saved_config
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(one_device, tmp_path_factory):
     """Directory of a short run that was never evaluated, so that its last state is all it has."""
     workdir = tmp_path_factory.mktemp("warm") / "run"
     config = presets.quickstart("smoke")

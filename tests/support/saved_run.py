@@ -1,7 +1,6 @@
 """Directories of runs for tests of what reads them: nothing is trained or compiled for one."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiny
 
@@ -17,9 +16,9 @@ def save(experiment: Experiment, workdir) -> None:
     claim(workdir, experiment.config)
     experiment.dataset.tokenizer.save(workdir / "tokenizer.json")
     abstract = experiment.abstract_state()
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     state = state.replace(
-        step=jnp.int32(STEP),
+        step=np.int32(STEP),
         params=tiny.perturbed(state.params, seed=0),
         ema=tiny.perturbed(state.ema, seed=1),
     )

@@ -104,7 +104,7 @@ def perturbed(tree, seed: int = 0, scale: float = 0.3):
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
     noise = [(scale * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
-    noisy = [jnp.asarray(np.asarray(leaf) + e) for leaf, e in zip(leaves, noise)]
+    noisy = [jax.device_put(np.asarray(leaf) + e) for leaf, e in zip(leaves, noise)]
     return jax.tree.unflatten(structure, noisy)
 
 

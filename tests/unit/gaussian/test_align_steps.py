@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate, interpolate
+from variants import slow_except
 
 from mdm_jax.gaussian import parameterisations, paths
 from mdm_jax.gaussian import samplers as gaussian_samplers
@@ -120,7 +121,7 @@ M1_GRIDS = {
 }
 
 
-@pytest.mark.parametrize("n", M1_COSTS)
+@pytest.mark.parametrize("n", slow_except({5}, M1_COSTS))
 def test_costs_and_the_best_grid_of_a_mixture(n):
     levels, curve = pair_curve()
     cost = gaussian_samplers.curve_cost(levels, curve)
@@ -178,7 +179,9 @@ def network(law, path):
 ENDS = np.array([-8.0, -1.0, 0.0, 3.0]), np.array([-2.0, 2.0, 0.5, 8.0])
 
 
-@pytest.mark.parametrize("name, path_name", [("normal", "ve"), ("mixture", "vp")])
+@pytest.mark.parametrize(
+    "name, path_name", [pytest.param("normal", "ve", marks=pytest.mark.slow), ("mixture", "vp")]
+)
 def test_pairs_estimate_the_cost(name, path_name):
     path, rows, elements = paths.by_name(path_name), 16384, 2
     if name == "normal":

@@ -151,6 +151,7 @@ def test_decoding_with_a_cache_equals_the_pass_over_all_blocks():
     np.testing.assert_allclose(tiny.jit(decode)(params), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_readout_gives_the_losses_and_gradients_of_logits():
     """The bias of the output included, for a loss through the whole network."""
     model = dit(condition_on_logsnr=True, depth=1)

@@ -118,6 +118,7 @@ def test_guidance_hides_the_prompt_of_the_blocks_before(start):
     check_law(tokens, enumerate_law(start, guided), enumerate_law(start, one_block))
 
 
+@pytest.mark.slow
 def test_a_prefix_is_hidden_too():
     """Remembered in one pass or block by block, the tokens are the same."""
     sampler = samplers.wrapped(samplers.first_hitting(), samplers.prompt_guidance(2.0))

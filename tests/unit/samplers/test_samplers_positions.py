@@ -105,7 +105,7 @@ def drawn(name, num_steps, readout):
         pytest.param("ancestral", 1, marks=pytest.mark.slow),
         pytest.param("ancestral", 3, marks=pytest.mark.slow),
         ("ancestral", 40),
-        ("cached_ancestral", 3),
+        pytest.param("cached_ancestral", 3, marks=pytest.mark.slow),
         ("first_hitting", None),
     ],
 )

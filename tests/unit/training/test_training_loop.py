@@ -538,6 +538,7 @@ def test_notes_are_kept_beside_the_progress(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_profile_covers_the_steps_asked_for(tmp_path):
     options = training.LoopOptions(
         total_steps=5, profile_at=2, profile_steps=2, profile_directory=str(tmp_path / "profile")
