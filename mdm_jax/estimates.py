@@ -44,6 +44,40 @@ def standard_error_of_ratio(totals: np.ndarray, sizes: np.ndarray) -> float:
     return float(math.sqrt(rows / (rows - 1) * np.sum(residual**2)) / size)
 
 
+class Total(NamedTuple):
+    """A sum of independent parts, its standard error and the error's degrees of freedom."""
+
+    value: np.ndarray
+    standard_error: np.ndarray
+    freedom: np.ndarray
+
+    def reach(self, coverage: float = 0.95) -> np.ndarray:
+        """Half the width of Student's interval; NaN without an error, 0 where the error is 0."""
+        from scipy import special  # slow to import
+
+        quantile = special.stdtrit(np.maximum(self.freedom, 1), (1 + coverage) / 2)
+        return quantile * self.standard_error
+
+
+def total_of(values: np.ndarray, target: np.ndarray | None = None, targets: int = 1) -> Total:
+    """Sums of the means of independent parts from their replicates [R, P] (Rao: variances add up).
+
+    ``target`` [P] is the number of each part's sum, of ``targets``; by default there is one. The
+    degrees of freedom are Satterthwaite's (1946), from unbiased squares of the variances: R - 1 for
+    a single part, about P (R - 1) for many alike. Errors are NaN for R < 2.
+    """
+    runs, parts = values.shape
+    target = np.zeros(parts, int) if target is None else target
+    mean = np.bincount(target, values.mean(0), minlength=targets)
+    if runs < 2:
+        return Total(mean, np.full(targets, np.nan), np.zeros(targets))
+    variances = values.var(0, ddof=1) / runs
+    variance = np.bincount(target, variances, minlength=targets)
+    squares = np.bincount(target, variances**2, minlength=targets)
+    share = np.divide(variance**2, squares, out=np.ones(targets), where=squares > 0)
+    return Total(mean, np.sqrt(variance), (runs + 1) * share - 2)
+
+
 def finite_or_none(value: float) -> float | None:
     """A float for JSON: None for NaN and infinities."""
     return float(value) if math.isfinite(value) else None

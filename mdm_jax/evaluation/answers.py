@@ -6,6 +6,7 @@ a row depend on it and the row's number alone. ``progress`` gets the number of r
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from mdm_jax.distributed import to_host
 from mdm_jax.estimates import finite_or_none, standard_error_of_mean
 from mdm_jax.evaluation.paired import PairedDifference, paired_difference
 from mdm_jax.likelihood.estimators import Likelihood
+from mdm_jax.likelihood.rows import Draw
+from mdm_jax.likelihood.stopping import Stop, differences, replicate_until
 from mdm_jax.samplers.canvas import canvas_like
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -174,6 +177,9 @@ class Choices:
         margin: [Q] value of the runner-up minus that of the chosen one; 0 for a tie.
         margin_standard_error: [Q] its Monte Carlo error, paired over replicates.
         chance: accuracy of guessing.
+        certain: [Q] whether the chosen one is the best with certainty, as ``choose_until`` was
+            asked; None if it was not.
+        replicates: [Q, C] drawn of each candidate; None: equally many of all.
     """
 
     rule: str
@@ -183,6 +189,8 @@ class Choices:
     margin: np.ndarray
     margin_standard_error: np.ndarray
     chance: float
+    certain: np.ndarray | None = None
+    replicates: np.ndarray | None = None
 
     @property
     def accuracy(self) -> float:
@@ -201,7 +209,10 @@ class Choices:
 
     @property
     def unsure_questions(self) -> int:
-        """Questions without a tie whose margin is within two Monte Carlo standard errors."""
+        """Questions without a tie whose margin is within two Monte Carlo standard errors, or which
+        ``choose_until`` left open."""
+        if self.certain is not None:
+            return int(((self.ties == 1) & ~self.certain).sum())
         unsure = self.margin <= 2 * self.margin_standard_error
         return int((unsure & (self.ties == 1)).sum())
 
@@ -318,6 +329,70 @@ def choose(scores: AnswerScores, correct: ArrayLike, rule: Rule = total_nats) ->
         margin=margins.mean(0),
         margin_standard_error=np.array([standard_error_of_mean(m) for m in margins.T]),
         chance=float(np.mean(1 / present.sum(1))),
+    )
+
+
+def choose_until(
+    draw: Draw, number: ArrayLike, correct: ArrayLike, stop: Stop, divisor: ArrayLike = 1.0
+) -> Choices:
+    """The most likely candidate of each question, drawn until it is certain.
+
+    A candidate is out when another of its question is certainly better, by the sign of their
+    difference on common noise; the last one left is certain. With C candidates the level of each of
+    the at most C - 1 comparisons that could drop the best one is that of ``stop`` over C - 1, so
+    that a certain choice is wrong with a probability of at most ``1 - coverage``. Compare racing
+    (Maron and Moore 1994), here with group-sequential tests.
+
+    Args:
+        draw: ``likelihood.RowDraws`` of all candidates, those of one question under one key.
+        number: [Q, C] row of each candidate; -1 where a question has fewer.
+        correct: [Q] number of the correct candidate among its question's.
+        divisor: [Q, C] that nats are compared over: tokens, characters, or 1.
+
+    ValueError for fewer than two candidates.
+    """
+    number, correct = np.asarray(number), np.asarray(correct)
+    present = number >= 0
+    if present.sum(1).min() < 2:
+        few = int(present.sum(1).argmin())
+        raise ValueError(f"question {few} has {present[few].sum()} candidate; give it two or more")
+    weight = 1 / np.broadcast_to(np.float64(divisor), number.shape)
+    pairs = [
+        (q, a, b)
+        for q, own in enumerate(present)
+        for a, b in itertools.combinations(np.flatnonzero(own), 2)
+    ]
+    question, first, second = np.array(pairs).T
+    targets = differences(number[question, first], number[question, second])
+    ends = [weight[question, first], -weight[question, second]]
+    targets = targets._replace(weight=np.concatenate(ends))
+    out = np.zeros(number.shape, bool)
+
+    def needed(sign: np.ndarray, _unsettled: np.ndarray) -> np.ndarray:
+        out[question[sign > 0], first[sign > 0]] = True
+        out[question[sign < 0], second[sign < 0]] = True
+        return ~out[question, first] & ~out[question, second]
+
+    level = (1 - stop.coverage) / (number.shape[1] - 1)
+    stop = dataclasses.replace(stop, sign=True, coverage=1 - level)
+    stopped = replicate_until(draw, int(number.max()) + 1, targets, stop, needed)
+    values = np.where(present & ~out, stopped.row_value[number] * weight, np.inf)
+    best, every = values.argmin(1), np.arange(len(number))
+    tied = values == values[every, best][:, None]
+    # Every other candidate's lead over the chosen one.
+    is_best = [end == best[question] for end in (first, second)]
+    lead = np.where(is_best[0], -stopped.value, np.where(is_best[1], stopped.value, np.inf))
+    closest = np.array([np.where(question == q, lead, np.inf).argmin() for q in every])
+    return Choices(
+        rule="choose_until",
+        chosen=best,
+        ties=tied.sum(1),
+        credit=tied[every, correct] / tied.sum(1),
+        margin=lead[closest],
+        margin_standard_error=stopped.standard_error[closest],
+        chance=float(np.mean(1 / present.sum(1))),
+        certain=np.isfinite(values).sum(1) == 1,
+        replicates=np.where(present, stopped.row_replicates[number], 0),
     )
 
 

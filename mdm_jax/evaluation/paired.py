@@ -16,8 +16,11 @@ from mdm_jax.estimates import (
     finite_or_none,
     standard_error_of_mean,
     standard_error_of_ratio,
+    total_of,
 )
 from mdm_jax.likelihood.estimators import Likelihood
+from mdm_jax.likelihood.rows import Draw
+from mdm_jax.likelihood.stopping import Stop, Stopped, differences, replicate_until
 from mdm_jax.types import Array, Batch, PyTree
 
 
@@ -25,7 +28,7 @@ from mdm_jax.types import Array, Batch, PyTree
 class PairedDifference:
     """First minus second, nats: positive where the second is more likely.
 
-    ``standard_error_*`` is the Monte Carlo error of the paired differences (over replicates),
+    ``standard_error_*`` is the Monte Carlo error of the paired differences (rows add up),
     ``data_standard_error_*`` their error over rows; ``unpaired_*`` are the errors that independent
     noise and different rows would have.
     """
@@ -60,7 +63,7 @@ class PairedDifference:
 
     @property
     def standard_error_nats(self) -> float:
-        return standard_error_of_mean(self.replicate_row_nats.sum(1))
+        return float(total_of(self.replicate_row_nats).standard_error[0])
 
     @property
     def standard_error_nats_per_token(self) -> float:
@@ -161,6 +164,24 @@ def compare_parameters(
         raise ValueError("batches is read twice, but is an iterator; give a list of batches")
     results = [evaluate(params, key, batches, progress) for params in (first, second)]
     return paired_difference(*results)
+
+
+def compare_until(
+    first: Draw, second: Draw, rows: int, stop: Stop, pooled: bool = False
+) -> Stopped:
+    """Two models on the same N rows, drawn until differences are narrow or their sign is certain.
+
+    ``first`` and ``second`` are ``likelihood.RowDraws`` of the rows under the same keys, with their
+    own estimator and parameters; targets are first minus second of each row, nats, or ``pooled``
+    their total. Rows that are settled are left out of further rounds.
+    """
+
+    def draw(wanted: np.ndarray, start: int, count: int) -> np.ndarray:
+        both = (wanted[wanted < rows], first), (wanted[wanted >= rows] - rows, second)
+        return np.concatenate([model(own, start, count) for own, model in both], axis=1)
+
+    number = np.arange(rows)
+    return replicate_until(draw, 2 * rows, differences(number, rows + number, pooled), stop)
 
 
 def _has_noise(result: Likelihood) -> bool:

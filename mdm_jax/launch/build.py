@@ -20,7 +20,7 @@ from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.datasets import buckets, dataset
-from mdm_jax.launch.families import TOKEN_FAMILIES, Family, grid_samplers
+from mdm_jax.launch.families import TOKEN_FAMILIES, Family, final_likelihood, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
@@ -310,8 +310,8 @@ def make_experiment(
     chain = chains.current(config, workdir)
     held_out = _held_out(rows, e.final_split)
     validate = evaluate = family.likelihood(e.passes, e.replicates)
-    if (e.final_passes, e.final_replicates) != (e.passes, e.replicates):
-        evaluate = family.likelihood(e.final_passes, e.final_replicates)
+    if e.width or (e.final_passes, e.final_replicates) != (e.passes, e.replicates):
+        evaluate = final_likelihood(family, **e)
     experiment = Experiment(
         config=config,
         dataset=rows,

@@ -19,6 +19,7 @@ from mdm_jax import data, models, samplers, training
 from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.launch import names
 from mdm_jax.launch.names import Setting, defaults, sections
+from mdm_jax.likelihood.subsets import LEVELS, MASKS
 from mdm_jax.meter.panel import PanelSettings
 from mdm_jax.models.lora import Lora
 
@@ -239,6 +240,14 @@ def settings() -> Mapping[str, Any]:
             "final_split": _name("test", ("test", "valid")),
             "final_passes": _whole(4, "[1, 1e6]", "", "passes, after training"),
             "final_replicates": _whole(8, "[1, 1e6]", "", "replicates, after training"),
+            "levels": _name("", ("", *LEVELS), "of a row's passes; empty: the process's own"),
+            "masks": _name("", ("", *MASKS), "of a row's passes; empty: the process's own"),
+            "width": _real(
+                0.0,
+                "[0, 1e6]",
+                "bits per unit",
+                "of the final 95 % Monte Carlo interval: draws up to 8 final_replicates; 0: no",
+            ),
         },
         "measure": {
             "methods": _names(

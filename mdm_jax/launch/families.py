@@ -33,6 +33,8 @@ def token_details(record: Record) -> list[str]:
     error = record["standard_error_perplexity"]
     shown = "unknown" if error is None else f"{error:.3f}"
     lines = [f"  perplexity per token {record['perplexity']:.3f} ± {shown}"]
+    if "audit" in record:
+        lines.insert(0, f"  {likelihood.Audit(**record['audit']).line()}")
     if "accuracy" in record:
         low, high = record["accuracy_interval"]
         lines.append(
@@ -49,8 +51,9 @@ class Family:
 
     Attributes:
         apply_fn: ``apply_fn(params, inputs, logsnr, documents)``, as objectives call it.
-        likelihood: ``likelihood(passes, replicates)``, the fixed estimator of the bound,
-            independent of the training chain; exact for autoregressive models.
+        likelihood: ``likelihood(passes, replicates)``, the evaluation of the bound by a fixed
+            estimator, independent of the training chain; exact for autoregressive models.
+        estimator: ``estimator(passes, replicates)``, that estimator; None for Gaussian diffusion.
         generator: ``generator(num_steps, levels=None)`` makes ``generate(params, key, canvas,
             documents)``; both are ignored unless the sampler ``takes_steps``.
         levels: ``levels(grid, num_steps)``, a sampling grid by name, "" for the process's own; None
@@ -72,6 +75,7 @@ class Family:
     takes_steps: bool
     levels_from: str
     noise_axis: str
+    estimator: Callable[[int, int], likelihood.Estimator] | None = None
     levels: Callable[[str, int], Array] | None = None
     rules: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
@@ -112,13 +116,15 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
         network = models.without_tokens(apply_fn, dataset.absent_ids)
         return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
+    def estimator(passes: int, _replicates: int) -> likelihood.Estimator:
+        return likelihood.masked_estimator(apply_fn, dataset.mask_id, _design(config, passes))
+
     return Family(
         objective=with_corruption(config.corruption.name),
         model=model,
         apply_fn=apply_fn,
-        likelihood=lambda passes, replicates: likelihood.make_likelihood(
-            apply_fn, dataset.mask_id, passes=passes, replicates=replicates
-        ),
+        likelihood=_evaluation_by(estimator),
+        estimator=estimator,
         generator=generator,
         takes_steps=takes_steps,
         levels_from=f"law {config.law.name}",
@@ -167,13 +173,16 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
             guided=bool(config.sample.guidance),
         )
 
+    def estimator(passes: int, replicates: int) -> likelihood.Estimator:
+        design = likelihood.block_design(_design(config, passes), size, replicates)
+        return likelihood.masked_estimator(apply_fn, dataset.mask_id, design, size)
+
     return Family(
         objective=with_corruption(config.corruption.name),
         model=model,
         apply_fn=apply_fn,
-        likelihood=lambda passes, replicates: likelihood.make_block_likelihood(
-            apply_fn, dataset.mask_id, size, passes=passes, replicates=replicates
-        ),
+        likelihood=_evaluation_by(estimator),
+        estimator=estimator,
         generator=generator,
         takes_steps=takes_steps,
         levels_from=f"law {config.law.name}",
@@ -209,13 +218,15 @@ def uniform(
         network = models.without_tokens(model.apply, dataset.absent_ids)
         return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
+    def estimator(passes: int, _replicates: int) -> likelihood.Estimator:
+        return likelihood.uniform_estimator(apply_fn, num_tokens, passes, **_coupling(config))
+
     return Family(
         objective=_finished(config, dataset, objectives.uniform_nelbo(num_tokens, law)),
         model=model,
         apply_fn=apply_fn,
-        likelihood=lambda passes, replicates: likelihood.make_uniform_likelihood(
-            apply_fn, num_tokens, passes=passes, replicates=replicates
-        ),
+        likelihood=_evaluation_by(estimator),
+        estimator=estimator,
         generator=generator,
         takes_steps=True,
         levels_from=f"law {config.law.name}",
@@ -254,6 +265,7 @@ def autoregressive(
         likelihood=lambda _passes, _replicates: likelihood.make_next_token_likelihood(
             apply_fn, mask_id
         ),
+        estimator=lambda _passes, _replicates: likelihood.next_token_estimator(apply_fn, mask_id),
         generator=lambda _num_steps, _levels=None: samplers.make_next_token_generator(
             decoder, mask_id=mask_id, token_filter=token_filter
         ),
@@ -274,6 +286,38 @@ TOKEN_FAMILIES = {
 
 
 # --- parts of the families of tokens --------------------------------------------------------------
+
+
+def final_likelihood(
+    family: Family, *, final_passes: int, final_replicates: int, width: float, **_rest: Any
+) -> Callable[..., Any]:
+    """The evaluation that ends a run; ValueError for a width that this process cannot have."""
+    if not width:
+        return family.likelihood(final_passes, final_replicates)
+    if family.estimator is None or final_replicates < 2:
+        raise ValueError(
+            f"evaluate.width={width} takes a process of tokens and two or more "
+            f"evaluate.final_replicates, got {final_replicates}; leave it at 0"
+        )
+    stop = likelihood.Stop(8 * final_replicates, first=final_replicates, width=width)
+    return likelihood.evaluate_until(family.estimator(final_passes, final_replicates), stop)
+
+
+def _coupling(config: ConfigDict) -> dict[str, str]:
+    """``evaluate.levels`` and ``evaluate.masks``, where they are not the process's own."""
+    return {name: config.evaluate[name] for name in ("levels", "masks") if config.evaluate[name]}
+
+
+def _design(config: ConfigDict, passes: int) -> likelihood.SubsetDesign:
+    return likelihood.counts(passes, **_coupling(config))
+
+
+def _evaluation_by(
+    estimator: Callable[[int, int], likelihood.Estimator],
+) -> Callable[[int, int], Callable[..., likelihood.Likelihood]]:
+    return lambda passes, replicates: likelihood.make_evaluate(
+        estimator(passes, replicates), replicates
+    )
 
 
 def body(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None) -> nn.Module:

@@ -1,13 +1,8 @@
 """Likelihood bounds by process, each by a fixed estimator with error bars.
 
-With S_j the summed cross-entropy of the k_j of n tokens that view j masks (``estimators.py``,
-whatever the training chain), every ``(n / k_j) S_j`` is an unbiased estimate of
-
-    NELBO(x) = sum_{k=1}^{n} (1/k) E[S | k masked]   (nats)
-
-and a row's estimate is the mean over its F views. These are negatively correlated, so the standard
-error comes from R repetitions of the design. References: Ou et al. 2024 (RADD), Nie et al. 2025
-(LLaDA) for the fixed-count form.
+A row's estimate is a mean over F views whose noise a design chooses (``subsets.py``), whatever the
+training chain. Views are negatively correlated, so the standard error comes from R repetitions of
+the design. References: Ou et al. 2024 (RADD), Nie et al. 2025 (LLaDA) for the fixed-count form.
 """
 
 from collections.abc import Callable
@@ -18,17 +13,23 @@ import numpy as np
 
 from mdm_jax import schedules
 from mdm_jax.corruption.process import sum_levels
-from mdm_jax.draws import GRID_BITS, Draw, open_uniform
+from mdm_jax.draws import GRID_BITS, Draw, from_grid, open_uniform
 from mdm_jax.likelihood.estimators import (
+    Estimator,
     Likelihood,
-    RowScores,
     ScoredRows,
-    check_at_least_one,
-    count_scores,
     logsnr_of_count,
     make_evaluate,
-    pass_masks,
-    row_keys,
+    replicate_keys,
+)
+from mdm_jax.likelihood.subsets import (
+    LEVELS,
+    MAX_ELIGIBLE,
+    SubsetDesign,
+    check_design,
+    counts,
+    every_subset,
+    quantile,
 )
 from mdm_jax.models.cross_entropy import token_nats
 from mdm_jax.models.masks import check_blocks
@@ -63,54 +64,86 @@ def make_likelihood(
     ValueError for numbers below 1, batches of different shapes (fill the last with rows that have
     no eligible token), or no eligible token in all the data.
     """
+    return make_subset_likelihood(
+        apply_fn, mask_id, counts(passes), replicates=replicates, level_bins=level_bins
+    )
+
+
+def make_subset_likelihood(
+    apply_fn: Callable[..., Array],
+    mask_id: int,
+    design: SubsetDesign,
+    *,
+    replicates: int = 8,
+    level_bins: int = 10,
+) -> Callable[..., Likelihood]:
+    """Evaluation of the any-order bound by a subset design; all else as :func:`make_likelihood`.
+
+    A batch takes the passes of its costliest row, and ``passes`` of the result is that of the
+    costliest batch. A batch all of whose rows are fixed by the design is computed once; its
+    replicates are equal. ValueError also for a row that the design refuses.
+    """
+    return make_evaluate(masked_estimator(apply_fn, mask_id, design), replicates, level_bins)
+
+
+def masked_estimator(
+    apply_fn: Callable[..., Array],
+    mask_id: int,
+    design: SubsetDesign,
+    block_size: int | None = None,
+) -> Estimator:
+    """Estimator of the masked bound, or of the block bound with the design in every block.
+
+    ``apply_fn`` as of :func:`make_likelihood`, of blocks as of :func:`make_block_likelihood`.
+    """
+
+    def segments(eligible: Array) -> Array:
+        if block_size:
+            check_blocks(eligible.shape[-1], block_size)
+        return eligible.reshape(-1, block_size or eligible.shape[-1])
 
     @jax.jit
-    def score(params, key, batch, first_row, replicate, view):
-        tokens, eligible = jnp.asarray(batch.tokens), jnp.asarray(batch.eligible)
-        keys = row_keys(key, first_row, tokens.shape[0], replicate)
-        mask, count = pass_masks(keys, eligible, view, passes)
-        logsnr = logsnr_of_count(count, jnp.sum(eligible, axis=-1))
+    def score(params, keys, batch, replicate, view):
+        tokens, by_segment = jnp.asarray(batch.tokens), segments(jnp.asarray(batch.eligible))
+        num_rows, length = tokens.shape
+        num = length // (block_size or length)
+        keys = replicate_keys(keys, replicate)
+        if block_size:
+            keys = jax.vmap(lambda key: jax.random.split(key, num))(keys).reshape(-1)
+        mask, weight = design.draw(keys, by_segment, view)
+        count = jnp.sum(mask, axis=-1)
+        logsnr = logsnr_of_count(jnp.maximum(count, 1), jnp.sum(by_segment, axis=-1))
+        count, logsnr = (each.reshape(num_rows, num) for each in (count, logsnr))
+        mask, weight = (each.reshape(tokens.shape) for each in (mask, weight))
         inputs = jnp.where(mask, mask_id, tokens)
-        outputs = apply_fn(params, inputs, logsnr[:, None], batch.documents)
-        nats = token_nats(outputs, tokens, mask, mask_id)
-        return count[:, None], jnp.sum(nats, axis=-1, keepdims=True)
+        if block_size:
+            inputs = jnp.concatenate([inputs, tokens], axis=-1)
+        nats = token_nats(apply_fn(params, inputs, logsnr, batch.documents), tokens, mask, mask_id)
+        return jnp.sum(weight * nats, axis=-1), sum_levels(nats, num), count
 
-    return make_evaluation(score, passes=passes, replicates=replicates, level_bins=level_bins)
+    def of_sizes(function: Callable[[int], int], eligible: np.ndarray) -> np.ndarray:
+        sizes = segments(eligible).sum(-1).reshape(len(eligible), -1)
+        known = {int(n): function(int(n)) for n in np.unique(sizes)}
+        return np.vectorize(known.__getitem__, otypes=[np.int64])(sizes)
 
+    def levels(arrays: list[np.ndarray], rows: ScoredRows, bins: int):
+        loss, count = arrays[0].astype(np.float64), arrays[1].astype(np.int64)
+        size = segments(rows.eligible).sum(-1).reshape(count.shape[-2:])
+        # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers; an empty mask adds nothing.
+        level = np.maximum(-(-count * bins // np.maximum(size, 1)) - 1, 0).ravel()
+        nats = np.bincount(level, loss.ravel(), minlength=bins)
+        targets = np.bincount(level, count.ravel(), minlength=bins)
+        return nats, targets, targets
 
-def make_evaluation(
-    score: Callable[..., tuple[Array, Array]],
-    *,
-    passes: int,
-    replicates: int,
-    level_bins: int,
-    exact: bool = False,
-) -> Callable[..., Likelihood]:
-    """Evaluation by a count design in every segment of a row; errors as :func:`make_likelihood`.
+    def views(eligible: np.ndarray) -> np.ndarray:
+        return of_sizes(lambda n: design.passes(n) if n else 0, eligible).max(-1)
 
-    ``score(params, key, batch, first_row, replicate, view) -> (count [B, S], nats [B, S])`` gives,
-    for S contiguous segments of a row, how many of a segment's n eligible tokens are masked and
-    their summed cross-entropy; ``n / count`` times it estimates the segment's bound. With ``exact``
-    it draws nothing, and one pass stands for all passes and replicates.
-    """
-    check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
-    num_runs, num_passes = (1, 1) if exact else (replicates, passes)
+    def fixed(eligible: np.ndarray) -> np.ndarray:
+        return of_sizes(lambda n: n == 0 or design.fixed(n), eligible).all(-1)
 
-    def design(rows: ScoredRows) -> tuple[int, int]:
-        length = rows.eligible.shape[1]
-        if num_passes * length >= 2**31:
-            raise ValueError(f"passes * length must stay below 2**31, got {num_passes} * {length}")
-        return num_runs, num_passes
-
-    def collect(arrays: tuple[np.ndarray, ...], rows: ScoredRows) -> RowScores:
-        count, loss = arrays[0].astype(np.int64), arrays[1].astype(np.float64)
-        size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
-        count = np.where(size > 0, count, 0)
-        nats = (size / np.maximum(count, 1) * loss).sum(-1).mean(axis=1)
-        nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
-        return count_scores(nats, rows, loss, count, level_bins)
-
-    return make_evaluate(score, collect, design)
+    where = f", in blocks of {block_size}" if block_size else ""
+    words = f"{design.name}{where}; masking rates k / n, k = 1..n; {design.bias}"
+    return Estimator(score, views, fixed, levels, words)
 
 
 def make_block_likelihood(
@@ -129,33 +162,16 @@ def make_block_likelihood(
     L]) -> logits [B, L, K]`` is ``models.block_apply(model, block_size)``; levels, and ``passes``,
     are per block. ValueError also if L' does not divide the length of the rows.
     """
+    design = block_design(counts(passes), block_size, replicates)
+    estimator = masked_estimator(apply_fn, mask_id, design, block_size)
+    return make_evaluate(estimator, replicates, level_bins)
 
-    @jax.jit
-    def score(params, key, batch, first_row, replicate, view):
-        tokens, eligible = batch.tokens, batch.eligible
-        num_rows, length = tokens.shape
-        num_blocks = check_blocks(length, block_size)
-        by_block = eligible.reshape(-1, block_size)
-        if block_size == 1:
-            mask, count = by_block, jnp.ones(len(by_block), jnp.int32)
-        else:
-            keys = row_keys(key, first_row, num_rows, replicate)
-            block_keys = jax.vmap(lambda key: jax.random.split(key, num_blocks))(keys)
-            mask, count = pass_masks(block_keys.reshape(-1), by_block, view, passes)
-        logsnr = logsnr_of_count(count, jnp.sum(by_block, axis=-1)).reshape(num_rows, num_blocks)
-        mask = mask.reshape(tokens.shape)
-        inputs = jnp.concatenate([jnp.where(mask, mask_id, tokens), tokens], axis=-1)
-        outputs = apply_fn(params, inputs, logsnr, batch.documents)
-        nats = token_nats(outputs, tokens, mask, mask_id)
-        return count.reshape(logsnr.shape), sum_levels(nats, num_blocks)
 
-    return make_evaluation(
-        score,
-        passes=passes,
-        replicates=replicates,
-        level_bins=level_bins,
-        exact=block_size == 1,
-    )
+def block_design(design: SubsetDesign, block_size: int, replicates: int) -> SubsetDesign:
+    """Every subset of a block where that takes no more passes than the design's replicates."""
+    affordable = design.passes(block_size) * replicates
+    short = block_size <= MAX_ELIGIBLE and 2**block_size - 1 <= affordable
+    return every_subset(block_size) if short else design
 
 
 def make_uniform_likelihood(
@@ -173,42 +189,82 @@ def make_uniform_likelihood(
     of ``corruption.uniform_tokens``. In the level curve rates are replacement rates, tokens all
     eligible ones, and a bin's mean is that of the bound's integrand, nats per token.
     """
-    check_at_least_one(passes=passes, replicates=replicates, level_bins=level_bins)
+    return make_evaluate(uniform_estimator(apply_fn, num_tokens, passes), replicates, level_bins)
+
+
+def uniform_estimator(
+    apply_fn: Callable[..., Array],
+    num_tokens: int,
+    passes: int,
+    levels: str = "stratified",
+    masks: str = "independent",
+) -> Estimator:
+    """Estimator of the uniform-token bound, as :func:`make_uniform_likelihood`.
+
+    ``levels`` and ``masks`` (the base noise of a row's views) as of ``subsets.counts``, without
+    harmonic levels and complementary masks, which are of masked tokens (ValueError).
+    """
+    points, paired = check_design(passes, levels, masks)
+    if levels == "harmonic" or masks == "complementary":
+        raise ValueError(f"uniform tokens have no {levels} levels with {masks} masks")
     law = schedules.law_of(masked.power(3.0))
     objective = uniform_nelbo(num_tokens, law)
 
     @jax.jit
-    def score(params, key, batch, first_row, replicate, view):
-        num_rows, length = batch.tokens.shape
-        keys = row_keys(key, first_row, num_rows, replicate)
-        u, noise = jax.vmap(lambda row_key: pass_numbers(row_key, view, passes, length))(keys)
+    def score(params, keys, batch, replicate, view):
+        numbers = pass_numbers(levels, masks, passes, batch.tokens.shape[-1])
+        keys = replicate_keys(keys, replicate)
+        u, share, noise = jax.vmap(lambda key: numbers(key, view))(keys)
         u = u[None, :, None]
         draw = Draw(u, jnp.zeros_like(u), noise[None])
         stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
-        rate = jax.nn.sigmoid(-law.icdf(u))
-        return tuple(a[0, :, 0] for a in (rate, stats.weight, stats.raw))
+        rate, weight, raw = (
+            a[0, :, 0] for a in (jax.nn.sigmoid(-law.icdf(u)), stats.weight, stats.raw)
+        )
+        return share * weight * raw / passes, rate, weight, raw
 
-    def collect(arrays: tuple[np.ndarray, ...], rows: ScoredRows) -> RowScores:
+    def by_level(arrays: list[np.ndarray], rows: ScoredRows, bins: int):
         rate, weight, raw = (a.astype(np.float64) for a in arrays)
         # Bin b holds b/bins < m <= (b+1)/bins.
-        level = np.clip(np.ceil(rate * level_bins).astype(int) - 1, 0, level_bins - 1)
+        level = np.clip(np.ceil(rate * bins).astype(int) - 1, 0, bins - 1)
         size = np.broadcast_to(rows.size, rate.shape)
-        nats, mass, targets = (
-            np.bincount(level.ravel(), values.ravel(), minlength=level_bins)
+        return tuple(
+            np.bincount(level.ravel(), values.ravel(), minlength=bins)
             for values in (weight * raw, weight * size, size)
         )
-        return RowScores((weight * raw).mean(axis=1), rows, nats, mass, targets, passes)
 
-    return make_evaluate(score, collect, lambda _: (replicates, passes), "uniform_likelihood")
+    return Estimator(
+        score,
+        lambda eligible: np.full(len(eligible), passes),
+        lambda eligible: ~eligible.any(-1),
+        by_level,
+        f"{levels} levels, {masks} noise; every replacement rate; {LEVELS[levels]}",
+    )
 
 
-def pass_numbers(row_key: Array, view: Array, passes: int, length: int) -> tuple[Array, Array]:
-    """Quantile [], uniform in [j / F, (j + 1) / F), and base noise [length, 2] of view j."""
-    key = jax.random.fold_in(row_key, view)
-    cell = (view + open_uniform(stream(key, "level"), ())) / passes
-    smallest = 2.0 ** -(GRID_BITS + 1)  # the ends of the grid
-    u = jnp.clip(cell, smallest, 1 - smallest)
-    return u, open_uniform(stream(key, "noise"), (length, 2))
+def pass_numbers(
+    levels: str, masks: str, passes: int, length: int
+) -> Callable[[Array, Array], tuple[Array, Array, Array]]:
+    """``numbers(key, view) -> (u [], share [], noise [length, 2])`` of a row's view.
+
+    Quantile of the level and its share (``subsets.quantile``), and base noise. Coupled noise is
+    1 - v of the other view of a pair, or frac(v + j / F) in view j.
+    """
+    points, paired = check_design(passes, levels, masks)
+
+    def numbers(key: Array, view: Array) -> tuple[Array, Array, Array]:
+        point = view // 2 if paired else view
+        number = {"independent": view, "antithetic": point, "rotated": 0}[masks]
+        own = stream(jax.random.fold_in(key, number), "noise")
+        noise = open_uniform(own, (length, 2))
+        if masks == "antithetic":
+            noise = jnp.where(view % 2 == 1, 1 - noise, noise)
+        elif masks == "rotated":
+            index = jnp.floor(noise * 2**GRID_BITS).astype(jnp.int32)
+            noise = from_grid((index + view * (2**GRID_BITS // passes)) % 2**GRID_BITS)
+        return *quantile(levels, key, point, points), noise
+
+    return numbers
 
 
 def make_next_token_likelihood(
@@ -221,13 +277,29 @@ def make_next_token_likelihood(
     predicted masked), the key may be None. ``replicates`` are copies: two or more give the true
     standard error, zero; a paired comparison with an estimate of R replicates needs R.
     """
+    return make_evaluate(next_token_estimator(apply_fn, mask_id), replicates, level_bins=1)
+
+
+def next_token_estimator(apply_fn: Callable[..., Array], mask_id: int) -> Estimator:
+    """Estimator without noise, in one pass; arguments as :func:`make_next_token_likelihood`."""
 
     @jax.jit
-    def score(params, key, batch, first_row, replicate, view):
-        del key, first_row, replicate, view
+    def score(params, keys, batch, replicate, view):
+        del keys, replicate, view
         outputs = apply_fn(params, batch.tokens, None, batch.documents)
         nats = token_nats(outputs, batch.tokens, batch.eligible, mask_id)
-        count = jnp.sum(batch.eligible, axis=-1, keepdims=True)
-        return count, jnp.sum(nats, axis=-1, keepdims=True)
+        nats = jnp.sum(nats, axis=-1)
+        return nats, nats
 
-    return make_evaluation(score, passes=1, replicates=replicates, level_bins=1, exact=True)
+    def levels(arrays: list[np.ndarray], rows: ScoredRows, bins: int):
+        nats, targets = (np.zeros(bins) for _ in range(2))
+        nats[-1], targets[-1] = arrays[0].sum(dtype=np.float64), rows.size.sum()
+        return nats, targets, targets
+
+    return Estimator(
+        score,
+        lambda eligible: eligible.any(-1).astype(int),
+        lambda eligible: np.ones(len(eligible), bool),
+        levels,
+        "next-token; exact",
+    )

@@ -1,13 +1,4 @@
-"""Likelihood evaluation: the count design, the loop over a data set, and results with errors.
-
-Of a row with n eligible tokens, view j of F masks
-
-    k_j = 1 + (k_0 - 1 + floor(j n / F)) mod n
-
-tokens, k_0 uniform on {1..n}: those whose rank in a random permutation, rotated by floor(j n / F),
-is below k_j. In integers every k_j is exactly uniform (a float lattice rounded half to even is
-not), the F counts lie evenly over the noise levels, and each view is a uniform subset.
-"""
+"""Likelihood evaluation: the loop over a data set, and results with errors."""
 
 import dataclasses
 import math
@@ -18,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.corruption.masked import noise_ranks
 from mdm_jax.distributed import spread_rows, to_host
-from mdm_jax.draws import open_uniform
-from mdm_jax.estimates import finite_or_none, standard_error_of_mean, standard_error_of_ratio
+from mdm_jax.estimates import Total, finite_or_none, standard_error_of_ratio, total_of
+from mdm_jax.likelihood.stopping import Stop, replicate_until, total
 from mdm_jax.rng import stream
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -44,9 +34,10 @@ class Likelihood:
     """An upper bound on the negative log-likelihood of a data set, with its uncertainty.
 
     Totals are pooled over rows before any ratio is taken. ``standard_error_*`` is the Monte Carlo
-    error, from the spread over replicates of the design (NaN for one). ``data_standard_error_*`` is
-    from the spread over rows, taken as independent, Monte Carlo noise included: what another sample
-    of rows might change. A unit is a character, or a pixel and channel.
+    error, from each row's spread over replicates of the design (NaN for one); rows have noise of
+    their own, so their variances add up. ``data_standard_error_*`` is from the spread over rows,
+    taken as independent, Monte Carlo noise included: what another sample of rows might change. A
+    unit is a character, or a pixel and channel.
 
     Attributes:
         replicate_row_nats: [R, N] float64, each replicate's estimate of each scored row, nats.
@@ -55,6 +46,7 @@ class Likelihood:
         rows_seen: rows in the stream, those without eligible tokens included.
         passes: F, forward passes per row and replicate.
         levels: loss by masking rate.
+        design: the estimator, in words; "" if unknown.
     """
 
     replicate_row_nats: np.ndarray
@@ -64,6 +56,7 @@ class Likelihood:
     rows_seen: int
     passes: int
     levels: LevelCurve
+    design: str = ""
 
     @property
     def replicates(self) -> int:
@@ -120,7 +113,17 @@ class Likelihood:
 
     @property
     def standard_error_nats(self) -> float:
-        return standard_error_of_mean(self.replicate_nats)
+        return float(total_of(self.replicate_row_nats).standard_error[0])
+
+    def interval(self, coverage: float = 0.95, data: bool = False) -> tuple[float, float]:
+        """Student's interval of ``nats_per_token``: Monte Carlo error, or with ``data`` that over
+        rows, which includes it."""
+        error = total_of(self.replicate_row_nats)
+        if data:
+            deviation = np.array([self.data_standard_error_nats_per_token * self.tokens])
+            error = Total(error.value, deviation, np.array([self.rows - 1.0]))
+        reach = _ratio(float(error.reach(coverage)[0]), self.tokens)
+        return self.nats_per_token - reach, self.nats_per_token + reach
 
     @property
     def standard_error_nats_per_token(self) -> float:
@@ -195,47 +198,17 @@ def _line(label: str, result: Likelihood, name: str) -> str:
 
 def row_keys(key: Array, first_row: Array | int, num_rows: int, replicate: Array | int) -> Array:
     """[B] typed keys: functions of the key, the row's number in the stream and the replicate."""
-    rows = first_row + jnp.arange(num_rows)
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), replicate))(rows)
+    return replicate_keys(keys_by_number(key, first_row, num_rows), replicate)
 
 
-def pass_masks(keys: Array, eligible: Array, view: Array | int, passes: int) -> tuple[Array, Array]:
-    """Mask [B, L] bool and count k_j [B] int32 of view j < F (may be traced); one key per row."""
-    lap = view_lap(jnp.sum(eligible, axis=-1), view, passes)
-    first_count, ranks = draw_design(keys, eligible, lap)
-    return view_mask(first_count, ranks, eligible, view, passes)
+def keys_by_number(key: Array, first_row: Array | int, num_rows: int) -> Array:
+    """[B] typed keys of rows, by their numbers in the stream."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(num_rows))
 
 
-def draw_design(keys: Array, eligible: Array, lap: Array) -> tuple[Array, Array]:
-    """k_0 [B] uniform on {1..n}, and ranks [B, L] of permutation number ``lap`` [B]."""
-    num_eligible = jnp.maximum(jnp.sum(eligible, axis=-1), 1)
-
-    def draw(key: Array, n: Array, number: Array) -> tuple[Array, Array]:
-        order = jax.random.fold_in(stream(key, "order"), number)
-        count = jax.random.randint(stream(key, "count"), (), 1, n + 1)
-        return count, open_uniform(order, eligible.shape[-1:])
-
-    first_count, noise = jax.vmap(draw)(keys, num_eligible, lap)
-    return first_count, noise_ranks(noise, eligible)
-
-
-def view_mask(
-    first_count: Array, ranks: Array, eligible: Array, view: Array | int, passes: int
-) -> tuple[Array, Array]:
-    """:func:`pass_masks` for given k_0 [B] in {1..n} and ranks [B, L] of a permutation."""
-    num_eligible = jnp.maximum(jnp.sum(eligible, axis=-1), 1)
-    offset = view * num_eligible // passes
-    count = 1 + (first_count - 1 + offset) % num_eligible
-    rank = (ranks - offset[:, None]) % num_eligible[:, None]
-    return eligible & (rank < count[:, None]), count
-
-
-def view_lap(num_eligible: Array, view: Array | int, passes: int) -> Array:
-    """[B] number of earlier views with the count of view j, zero for F <= n."""
-    num_eligible = jnp.maximum(num_eligible, 1)
-    offset = view * num_eligible // passes
-    first_view = (offset * passes + num_eligible - 1) // num_eligible
-    return view - first_view
+def replicate_keys(keys: Array, replicate: Array | int) -> Array:
+    """[B] typed keys of a replicate, from those of the rows."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, replicate))(keys)
 
 
 def logsnr_of_count(count: Array, num_eligible: Array) -> Array:
@@ -259,28 +232,85 @@ class RowScores(NamedTuple):
 
     row_nats: np.ndarray  # [R, N] float64, each replicate's estimate of each row
     rows: ScoredRows
-    level_nats: np.ndarray  # [bins] loss by level
-    level_mass: np.ndarray  # [bins] divisor of the loss of a bin
-    level_targets: np.ndarray  # [bins] tokens of a bin
+    levels: tuple[np.ndarray, np.ndarray, np.ndarray]  # [bins] loss, its divisor, tokens
     passes: int
 
 
 Collected = TypeVar("Collected")
 
 
-def make_evaluate(
-    score: Callable[..., tuple[Array, ...]],
-    collect: Callable[[tuple[np.ndarray, ...], ScoredRows], RowScores],
-    design: Callable[[ScoredRows], tuple[int, int]],
-    stream_name: str = "likelihood",
-) -> Callable[..., Likelihood]:
-    """The evaluation of a likelihood from one compiled pass over a batch, as ``make_likelihood``.
+class Estimator(NamedTuple):
+    """A likelihood estimate of rows, pass by pass.
 
-    Args:
-        score: ``score(params, key, batch, first_row, replicate, view) -> arrays [B, ...]``.
-        collect: ``collect(arrays [R', F, N, ...], rows)`` on the host, of the scored rows.
-        design: ``design(rows) -> (R', F)``, replicates and views to run for a batch.
+    Attributes:
+        score: ``score(params, keys [B], batch, replicate, view) -> (nats [B], ...)``, compiled; a
+            replicate's estimate of a row is the sum over its views, which of further views adds 0.
+        views: ``views(eligible [N, L]) -> [N]``, forward passes of a row and replicate.
+        fixed: ``fixed(eligible [N, L]) -> [N] bool``, rows without Monte Carlo error.
+        levels: ``levels(arrays, rows, bins) -> (loss, divisor, tokens) [bins]`` by noise level, on
+            the host, of the further outputs [R, F, N, ...] of ``score``.
+        design: in words: levels, masks, passes, the rates covered, and whether exact.
     """
+
+    score: Callable[..., tuple[Array, ...]]
+    views: Callable[[np.ndarray], np.ndarray]
+    fixed: Callable[[np.ndarray], np.ndarray]
+    levels: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+    design: str
+
+
+def make_evaluate(
+    estimator: Estimator, replicates: int, level_bins: int = 10
+) -> Callable[..., Likelihood]:
+    """The evaluation of a data set by ``replicates`` of an estimate; see ``make_likelihood``.
+
+    A batch without Monte Carlo error is computed once; its replicates are equal.
+    """
+    check_at_least_one(replicates=replicates, level_bins=level_bins)
+
+    def evaluate(
+        params: PyTree,
+        key: Array | None,
+        batches: Iterable[Batch],
+        progress: Callable[[int], None] | None = None,
+        first_replicate: int = 0,
+    ) -> Likelihood:
+        key = stream(jax.random.key(0) if key is None else key, "likelihood")
+
+        def score_all(batch: Batch, first_row: int, rows: ScoredRows) -> list:
+            fixed, views = estimator.fixed(rows.eligible).all(), estimator.views(rows.eligible)
+            keys = _keys_by_number(key, first_row, batch.tokens.shape[0])
+            return [
+                [
+                    estimator.score(params, keys, batch, first_replicate + run, view)
+                    for view in range(views.max())
+                ]
+                for run in range(1 if fixed else replicates)
+            ]
+
+        def collect(outputs: list, rows: ScoredRows) -> RowScores:
+            arrays = zip(*(zip(*views) for views in outputs))  # output by output, [R', F, B, ...]
+            nats, *rest = (np.array(each)[:, :, rows.batch_index] for each in arrays)
+            nats = nats.astype(np.float64).sum(axis=1)
+            nats = np.broadcast_to(nats, (replicates, nats.shape[1]))
+            levels = estimator.levels(rest, rows, level_bins)
+            return RowScores(nats, rows, levels, len(outputs[0]))
+
+        return pool(*score_batches(params, batches, score_all, collect, progress), estimator.design)
+
+    return evaluate
+
+
+def evaluate_until(
+    estimator: Estimator, stop: Stop, level_bins: int = 10
+) -> Callable[..., Likelihood]:
+    """The evaluation of a data set in rounds, until the interval of its bits per unit is narrow.
+
+    As :func:`make_evaluate`, with all batches kept in memory; ``stop.width`` is in bits per unit.
+    """
+    rounds = {
+        n: make_evaluate(estimator, n, level_bins) for n in np.diff((0, *stop.looks)).tolist()
+    }
 
     def evaluate(
         params: PyTree,
@@ -288,22 +318,35 @@ def make_evaluate(
         batches: Iterable[Batch],
         progress: Callable[[int], None] | None = None,
     ) -> Likelihood:
-        key = None if key is None else stream(key, stream_name)
+        batches, parts = list(batches), []
 
-        def score_all(batch: Batch, first_row: int, rows: ScoredRows) -> list:
-            replicates, views = design(rows)
-            return [
-                [score(params, key, batch, first_row, r, j) for j in range(views)]
-                for r in range(replicates)
-            ]
+        def draw(_rows: np.ndarray, first: int, count: int) -> np.ndarray:
+            parts.append(rounds[count](params, key, batches, progress, first_replicate=first))
+            return parts[-1].replicate_row_nats
 
-        def collect_all(outputs: list, rows: ScoredRows) -> RowScores:
-            arrays = zip(*(zip(*views) for views in outputs))  # output by output, [R', F, B, ...]
-            return collect(tuple(np.array(each)[:, :, rows.batch_index] for each in arrays), rows)
-
-        return pool(*score_batches(params, batches, score_all, collect_all, progress))
+        eligible = np.concatenate([np.any(batch.eligible, axis=-1) for batch in batches])
+        units = np.concatenate([np.asarray(batch.units) for batch in batches])[eligible].sum()
+        targets = total(int(eligible.sum()), 1 / (_LN2 * max(units, 1)))
+        replicate_until(draw, int(eligible.sum()), targets, stop)
+        return _joined(parts, f"{estimator.design}; {stop.describe()}")
 
     return evaluate
+
+
+def _joined(parts: list[Likelihood], design: str) -> Likelihood:
+    """One likelihood of all replicates of the same rows."""
+    targets = np.stack([part.levels.targets for part in parts])
+    nats = np.stack([np.where(part.levels.targets, part.levels.nats, 0) for part in parts])
+    mean = np.sum(targets * nats, axis=0) / np.where(targets.sum(0), targets.sum(0), np.nan)
+    return dataclasses.replace(
+        parts[0],
+        replicate_row_nats=np.concatenate([part.replicate_row_nats for part in parts]),
+        levels=LevelCurve(parts[0].levels.edges, mean, targets.sum(0)),
+        design=design,
+    )
+
+
+_keys_by_number = jax.jit(keys_by_number, static_argnums=2)
 
 
 def score_batches(
@@ -335,12 +378,9 @@ def score_batches(
     return collected, num_rows
 
 
-def pool(scores: list[RowScores], rows_seen: int) -> Likelihood:
+def pool(scores: list[RowScores], rows_seen: int, design: str) -> Likelihood:
     """The likelihood of a data set from the scores of its batches."""
-    nats, mass, targets = (
-        sum(getattr(score, name) for score in scores)
-        for name in ("level_nats", "level_mass", "level_targets")
-    )
+    nats, mass, targets = (sum(parts) for parts in zip(*(score.levels for score in scores)))
     bins = len(nats)
     mean = np.divide(nats, mass, out=np.full(bins, np.nan), where=mass > 0)
     return Likelihood(
@@ -351,19 +391,8 @@ def pool(scores: list[RowScores], rows_seen: int) -> Likelihood:
         rows_seen=rows_seen,
         passes=max(score.passes for score in scores),
         levels=LevelCurve(np.arange(bins + 1) / bins, mean, targets.astype(np.int64)),
+        design=design,
     )
-
-
-def count_scores(
-    row_nats: np.ndarray, rows: ScoredRows, loss: np.ndarray, count: np.ndarray, bins: int
-) -> RowScores:
-    """Scores of masked passes by share of masked tokens; count and loss are [R', F, N, S]."""
-    size = rows.eligible.reshape(*count.shape[-2:], -1).sum(-1)
-    # Bin b holds b/bins < k/n <= (b+1)/bins, decided in integers; an empty mask adds nothing.
-    level = np.maximum(-(-count * bins // np.maximum(size, 1)) - 1, 0).ravel()
-    nats = np.bincount(level, loss.ravel(), minlength=bins)
-    targets = np.bincount(level, count.ravel(), minlength=bins)
-    return RowScores(row_nats, rows, nats, targets, targets, count.shape[1])
 
 
 def check_at_least_one(**settings: int) -> None:

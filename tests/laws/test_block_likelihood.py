@@ -11,8 +11,8 @@ from block_toy import BLOCK_NELBO
 from scipy import stats
 from test_likelihood import design_values
 
-from mdm_jax.likelihood import estimators
-from mdm_jax.likelihood.bounds import make_block_likelihood
+from mdm_jax.likelihood import counts, estimators, make_evaluate
+from mdm_jax.likelihood.bounds import make_block_likelihood, masked_estimator
 from mdm_jax.testing import toys
 
 ROWS, REPLICATES = 32, 100
@@ -24,10 +24,11 @@ def repeated(row, times):
     )
 
 
-def evaluation_of(block_size, **options):
-    return make_block_likelihood(
-        block_toy.block_apply(block_size), toys.MASK_ID, block_size, **options
-    )
+def evaluation_of(block_size, passes, replicates, **options):
+    """Of random subsets, where :func:`make_block_likelihood` would run all of a small block."""
+    apply_fn, design = block_toy.block_apply(block_size), counts(passes)
+    estimator = masked_estimator(apply_fn, toys.MASK_ID, design, block_size)
+    return make_evaluate(estimator, replicates, **options)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -73,7 +74,7 @@ def test_blocks_and_rows_draw_on_their_own():
         jax.debug.callback(lambda level: seen.append(np.asarray(level)), logsnr)
         return block_toy.block_apply(2)(params, inputs)
 
-    evaluate = make_block_likelihood(apply_fn, toys.MASK_ID, 2, passes=1, replicates=8)
+    evaluate = make_evaluate(masked_estimator(apply_fn, toys.MASK_ID, counts(1), 2), 8)
     evaluate(toys.toy_params(), jax.random.key(0), [repeated(0, 500)])
     jax.effects_barrier()
     levels = np.concatenate(seen)
@@ -100,19 +101,21 @@ def test_prompts_partial_blocks_and_empty_rows():
     np.testing.assert_allclose(result.levels.nats, sum(expected) / 3, rtol=1e-6)
 
 
-def test_blocks_of_one_token_take_one_pass():
-    """Whatever is asked for: the bound is the likelihood, in which nothing is drawn."""
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_small_blocks_are_exact(block_size):
+    """Of one token in one pass, whatever is asked for: the bound is the likelihood. Of two, all
+    three subsets take no more passes than 3 x 4."""
     calls = []
 
     def apply_fn(params, inputs, logsnr, documents):
         jax.debug.callback(lambda: calls.append(1))
-        return block_toy.block_apply(1)(params, inputs)
+        return block_toy.block_apply(block_size)(params, inputs)
 
-    evaluate = make_block_likelihood(apply_fn, toys.MASK_ID, 1, passes=3, replicates=4)
+    evaluate = make_block_likelihood(apply_fn, toys.MASK_ID, block_size, passes=3, replicates=4)
     result = evaluate(toys.toy_params(), jax.random.key(0), [toys.toy_batch()])
     jax.effects_barrier()
-    assert len(calls) == 1 and result.passes == 1 and result.replicates == 4
-    np.testing.assert_allclose(result.per_row_nats, BLOCK_NELBO[1], rtol=1e-6)
+    assert len(calls) == result.passes == 2**block_size - 1 and result.replicates == 4
+    np.testing.assert_allclose(result.per_row_nats, BLOCK_NELBO[block_size], rtol=1e-6)
     assert result.standard_error_nats == 0.0
 
 
@@ -127,7 +130,7 @@ def test_result_does_not_depend_on_the_batch_size():
 
 def test_errors():
     with pytest.raises(ValueError, match="passes must be at least 1, got 0"):
-        evaluation_of(2, passes=0)
+        make_block_likelihood(block_toy.block_apply(2), toys.MASK_ID, 2, passes=0)
     evaluate = make_block_likelihood(block_toy.block_apply(2), toys.MASK_ID, 3, passes=1)
     with pytest.raises(ValueError, match="blocks of 3 tokens do not divide a row of 4"):
         evaluate(toys.toy_params(), jax.random.key(0), [toys.toy_batch()])

@@ -15,7 +15,7 @@ import tiny
 from scipy import stats
 
 from mdm_jax import likelihood, testing
-from mdm_jax.likelihood import estimators
+from mdm_jax.likelihood import subsets
 from mdm_jax.testing import enumeration, toys
 from mdm_jax.types import Batch
 
@@ -52,7 +52,14 @@ def repeat_row(i: int, times: int) -> Batch:
     )
 
 
-view_mask, view_lap = jax.jit(estimators.view_mask), jax.jit(estimators.view_lap)
+view_lap = jax.jit(subsets.view_lap)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def view_mask(first_count, ranks, eligible, view, passes):
+    n = jnp.sum(eligible, axis=-1)
+    count = subsets.lattice_count(first_count, n, view, passes)
+    return eligible & (subsets.rotate(ranks, n, view, passes) < count[:, None]), count
 
 
 def every_design(n: int, passes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,21 +157,23 @@ def test_laps_number_the_views_that_share_a_count(n, passes):
 
 def test_design_draws():
     """k_0 uniform and each element's rank uniform, over 4000 rows (chi-square, level 1e-4)."""
-    rows = 4000
+    rows, length = 4000, 6
     keys = jax.random.split(jax.random.key(0), rows)
     eligible = np.tile([True, False, True, True, True, False], (rows, 1))
-    draw_design = jax.jit(estimators.draw_design)
-    first, ranks = draw_design(keys, eligible, np.zeros(rows, np.int32))
+    draw = jax.jit(subsets.rotated_counts(8).draw)
+    masks, weights = zip(*(map(np.asarray, draw(keys, eligible, view)) for view in range(8)))
+    masks = np.stack(masks)
+    assert not masks[:, :, [1, 5]].any() and masks.shape == (8, rows, length)
+    first = masks[0].sum(1)
+    np.testing.assert_allclose(np.where(masks[0], weights[0] * 8, 0).sum(1), 4, rtol=1e-6)
     assert set(np.unique(first)) == {1, 2, 3, 4}
     assert stats.chisquare(np.bincount(first)[1:]).pvalue > 1e-4
-    ranks = np.asarray(ranks)[:, [0, 2, 3, 4]]
-    assert (np.sort(ranks, axis=1) == np.arange(4)).all()
-    for column in ranks.T:
-        assert stats.chisquare(np.bincount(column)).pvalue > 1e-4
-    assert abs(np.corrcoef(np.asarray(first), ranks[:, 0])[0, 1]) < 5 / rows**0.5
-    other = draw_design(keys, eligible, np.ones(rows, np.int32))
-    assert (np.asarray(other[0]) == np.asarray(first)).all()
-    assert (np.asarray(other[1])[:, [0, 2, 3, 4]] == ranks).all(1).mean() < 0.1  # chance is 1/24
+    for column in masks[0][first == 2][:, [0, 2, 3, 4]].T:  # alike, and half of the time masked
+        assert stats.binomtest(int(column.sum()), len(column)).pvalue > 1e-4
+    # Views 0 and 1 rotate alike and have one count, but a permutation each: 1 in 6 agrees.
+    same = (masks[0] == masks[1]).all(1)[first == 2]
+    assert (masks[1].sum(1) == first).all()
+    assert stats.binomtest(int(same.sum()), len(same), 1 / 6).pvalue > 1e-4
 
 
 def test_mean_and_standard_error_are_honest():
@@ -333,7 +342,14 @@ def test_units_and_pooling():
     assert result.bits_per_token == pytest.approx(14 / 8 / math.log(2))
     assert result.bits_per_unit == pytest.approx(14 / 28 / math.log(2))
     assert result.perplexity == pytest.approx(math.exp(14 / 8))
-    assert result.standard_error_nats == pytest.approx(2.0)  # totals 12 and 16
+    # Rows are independent: variances of 2, 2 and 0 over two replicates.
+    assert result.standard_error_nats == pytest.approx(2**0.5)
+    low, high = result.interval()  # degrees of freedom (R + 1) (sum v)^2 / sum v^2 - 2
+    reach = stats.t.ppf(0.975, 4) * 2**0.5
+    np.testing.assert_allclose([low, high], [(14 - reach) / 8, (14 + reach) / 8])
+    low, high = result.interval(data=True)
+    reach = stats.t.ppf(0.975, 2) * result.data_standard_error_nats_per_token
+    np.testing.assert_allclose([low, high], [14 / 8 - reach, 14 / 8 + reach])
     assert result.standard_error_bits_per_unit == pytest.approx(2 / 28 / math.log(2))
     assert result.standard_error_perplexity == pytest.approx(math.exp(14 / 8) * 2 / 8)
     residual = np.array([3.0, 10.0, 1.0]) - 14 / 8 * tokens

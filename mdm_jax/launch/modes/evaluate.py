@@ -1,20 +1,20 @@
 """The modes ``evaluate`` and ``sample``, and the report that ends a training run."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from mdm_jax import data, distributed, evaluation, files, plots, training
+from mdm_jax import data, distributed, evaluation, files, likelihood, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
-from mdm_jax.types import Array, PyTree
+from mdm_jax.types import Array, Batch, PyTree
 
 Check = Callable[..., None] | None
 
@@ -45,6 +45,7 @@ def evaluate(
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
         **experiment.family.record(result),
+        **_audit(experiment, step, result, experiment.batches(source, max_rows)),
         **measure_accuracy(experiment, workdir, params, check),
     }
     show(record)
@@ -52,6 +53,24 @@ def evaluate(
         with writing(workdir / "evaluation.json"):
             write_json(workdir / "evaluation.json", record)
     return record
+
+
+def _audit(
+    experiment: Experiment, step: int, result: Any, batches: Iterable[Batch]
+) -> dict[str, Any]:
+    """What the bound is of, and how it was estimated; {} for pictures' own process."""
+    if experiment.family.estimator is None:
+        return {}
+    c, tokenizer = experiment.config, experiment.dataset.tokenizer
+    ids = {} if tokenizer is None else {"EOS": tokenizer.eos_id, "padding": tokenizer.pad_id}
+    audit = likelihood.Audit(
+        scored=likelihood.scored_tokens(((b.tokens, b.eligible) for b in batches), ids),
+        design=result.design,
+        draws=f"{result.replicates} replicates of {result.passes} passes",
+        parameters=f"of step {step}, averaged (EMA {c.optimizer.ema_decay:g})",
+        dtype=c.model.dtype,
+    )
+    return {"audit": audit.to_dict()}
 
 
 def measure_accuracy(

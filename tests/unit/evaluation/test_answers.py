@@ -13,7 +13,7 @@ import toy_oracle as oracle
 from mdm_jax import likelihood
 from mdm_jax.evaluation import answers, paired
 from mdm_jax.likelihood import subsets as designs
-from mdm_jax.likelihood.subsets import make_subset_likelihood
+from mdm_jax.likelihood.bounds import make_subset_likelihood
 from mdm_jax.testing import toys
 from mdm_jax.types import Batch
 
@@ -277,16 +277,16 @@ def test_arithmetic_of_pairs():
     np.testing.assert_allclose(result.per_row_nats, [1.5, 0.5])
     np.testing.assert_allclose(result.per_row_standard_error, [0.5, 0.5])
     assert result.nats == 2.0 and result.nats_per_token == pytest.approx(0.4)
-    assert result.standard_error_nats == pytest.approx(1.0)  # totals 1 and 3
+    assert result.standard_error_nats == pytest.approx(0.5**0.5)  # rows of variances 0.5, 0.5
     residual = np.array([1.5, 0.5]) - 0.4 * np.array([2, 3])
     error = math.sqrt(2 * np.sum(residual**2)) / 5
     assert result.data_standard_error_nats_per_token == pytest.approx(error)
-    # Totals 14, 16 and 13, 13: errors 1 and 0.
-    assert result.unpaired_standard_error_nats_per_token == pytest.approx(1 / 5)
+    # Rows of variances 2, 0 and 0.5, 0.5 over two replicates.
+    assert result.unpaired_standard_error_nats_per_token == pytest.approx(1.5**0.5 / 5)
     assert result.rows_won_by_second.value == 1.0
     stored = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert stored["rows"] == 2 and stored["standard_error_nats"] == pytest.approx(1.0)
-    assert "+0.40000 ± 0.20000" in result.summary()
+    assert stored["rows"] == 2 and stored["standard_error_nats"] == pytest.approx(0.5**0.5)
+    assert "+0.40000 ± 0.14142" in result.summary()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mdm_jax.evaluation.windows import score_windows, sliding_windows
 from mdm_jax.likelihood import subsets as designs
-from mdm_jax.likelihood.subsets import make_subset_likelihood
+from mdm_jax.likelihood.bounds import make_subset_likelihood
 
 PAD = 99
 

@@ -14,7 +14,7 @@ from mdm_jax.evaluation import ngrams
 from mdm_jax.evaluation.ngrams import as_texts, jensen_shannon, ngram_divergence
 from mdm_jax.evaluation.quality import generative_perplexity, likelihood_score, measure_text_quality
 from mdm_jax.likelihood import subsets as designs
-from mdm_jax.likelihood.subsets import make_subset_likelihood
+from mdm_jax.likelihood.bounds import make_subset_likelihood
 from mdm_jax.plots import quality_by_steps, quality_curve
 
 SAME = np.tile([0, 1, 2, 3, 4], (4, 1))
