@@ -53,6 +53,7 @@ POSITIONS = "tests/unit/samplers/test_samplers_positions.py"
 GRIDS = "tests/unit/schedules/test_schedules_grids.py"
 LIKELIHOOD = "tests/laws/test_likelihood.py"
 SUBSETS = "tests/laws/test_subset_likelihood.py"
+STOPPING = "tests/laws/test_stopping.py"
 MONITORS = "tests/laws/test_monitors.py"
 TOKEN_DEPENDENT = "tests/laws/test_token_dependent.py"
 CHOICE = "tests/laws/test_choice.py"
@@ -730,37 +731,37 @@ MUTATIONS = [
     ),
     Mutation(
         "likelihood: all views of a row with one count",
-        "likelihood/estimators.py",
-        "offset = view * num_eligible // passes\n    count",
-        "offset = 0 * view * num_eligible // passes\n    count",
+        "likelihood/subsets.py",
+        "return 1 + (first_count - 1 + point * n // points) % n",
+        "return 1 + (first_count - 1 + 0 * point * n // points) % n",
         LIKELIHOOD,
     ),
     Mutation(
         "likelihood: views of one count share a permutation",
-        "likelihood/estimators.py",
+        "likelihood/subsets.py",
         "return view - first_view",
         "return 0 * (view - first_view)",
         LIKELIHOOD,
     ),
     Mutation(
         "likelihood of subsets: fixed rows computed in every replicate",
-        "likelihood/subsets.py",
-        "return 1 if fixed else replicates, max(",
-        "return replicates, max(",
+        "likelihood/estimators.py",
+        "for run in range(1 if fixed else replicates)",
+        "for run in range(replicates)",
         SUBSETS,
     ),
     Mutation(
         "likelihood of uniform tokens: levels not stratified",
-        "likelihood/bounds.py",
-        'cell = (view + open_uniform(stream(key, "level"), ())) / passes',
-        'cell = open_uniform(stream(key, "level"), ())',
+        "likelihood/subsets.py",
+        "u = (point + open_uniform(own, ())) / points",
+        "u = open_uniform(own, ())",
         "tests/laws/test_uniform_likelihood.py",
     ),
     Mutation(
         "likelihood of single tokens: as many passes as of blocks",
         "likelihood/bounds.py",
-        "exact=block_size == 1,",
-        "exact=False,",
+        "return every_subset(block_size) if short else design",
+        "return design",
         "tests/laws/test_block_likelihood.py",
     ),
     # Grids.
@@ -816,8 +817,8 @@ MUTATIONS = [
     Mutation(
         "harmonic counts: uniform ones",
         "likelihood/subsets.py",
-        'return _independent("harmonic_counts", passes, lambda count: 1 / count)',
-        'return _independent("harmonic_counts", passes, np.ones_like)',
+        'return counts(passes, "harmonic", "independent")',
+        'return counts(passes, "independent", "independent")',
         SUBSETS,
     ),
     Mutation(
@@ -837,9 +838,23 @@ MUTATIONS = [
     Mutation(
         "likelihood: one replicate for all",
         "likelihood/estimators.py",
-        "jax.random.fold_in(jax.random.fold_in(key, row), replicate)",
-        "jax.random.fold_in(jax.random.fold_in(key, row), 0 * replicate)",
+        "jax.vmap(lambda key: jax.random.fold_in(key, replicate))(keys)",
+        "jax.vmap(lambda key: jax.random.fold_in(key, 0 * replicate))(keys)",
         LIKELIHOOD,
+    ),
+    Mutation(
+        "sequential stopping: rows that are settled go on",
+        "likelihood/stopping.py",
+        "active = targets.rows(unsettled)",
+        "active = targets.rows(unsettled | True)",
+        STOPPING,
+    ),
+    Mutation(
+        "sequential stopping: all of the level at the first look",
+        "likelihood/stopping.py",
+        "spent = level * math.log1p((math.e - 1) * size / looks[-1])",
+        "spent = level",
+        STOPPING,
     ),
     Mutation(
         "training loop: metrics fetched at every step",

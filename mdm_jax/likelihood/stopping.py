@@ -44,8 +44,8 @@ class Stop:
         sign: 0 is outside the interval, with the level held over all looks.
         coverage: of the intervals.
 
-    ValueError for numbers below 2 (``first``), 1 (``round``), a width not positive, or a coverage
-    outside (0, 1).
+    ValueError for numbers below 2 (``first``, ``most``) or 1 (``round``), a width not positive, a
+    coverage outside (0, 1), or more than 64 looks.
     """
 
     most: int = 64
@@ -63,6 +63,10 @@ class Stop:
             )
         if self.width is not None and not self.width > 0:
             raise ValueError(f"the width of an interval must be positive, got {self.width}")
+        if len(self.looks) > 64:
+            raise ValueError(
+                f"{len(self.looks)} looks are more than 64; take larger rounds: {self}"
+            )
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -240,20 +244,22 @@ class Paths(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def simulated_paths(looks: tuple[int, ...], level: float, parts: int) -> Paths:
-    """65536 paths of the total of ``parts`` alike, with limits that spend ``level`` over the looks,
-    ``level log(1 + (e - 1) R / R_last)`` of it up to R replicates."""
+    """65536 paths of the total of ``parts`` alike (fewer beyond 512 replicates), with limits that
+    spend ``level`` over the looks, ``level log(1 + (e - 1) R / R_last)`` of it up to R replicates.
+    """
     rng, sizes = np.random.default_rng(0), np.array(looks)
-    steps = rng.standard_normal((looks[-1], 2**16), np.float32)
+    number = max(min(2**16, 2**25 // looks[-1]), _USED)
+    steps = rng.standard_normal((looks[-1], number), np.float32)
     means = np.cumsum(steps, axis=0)[sizes - 1] / sizes[:, None]
     squares = np.cumsum(steps**2, axis=0)[sizes - 1] - sizes[:, None] * means**2
     if parts > 1:  # what varies beside the total adds squares alone
         more = (parts - 1) * np.diff(sizes, prepend=1)
         squares = squares + np.cumsum(rng.chisquare(more[:, None], squares.shape), axis=0)
     error = np.sqrt(squares / (parts * (sizes - 1) * sizes)[:, None])
-    pivot, limits, alive = means / error, [], np.ones(2**16, bool)
+    pivot, limits, alive = means / error, [], np.ones(number, bool)
     for look, size in enumerate(looks):
         spent = level * math.log1p((math.e - 1) * size / looks[-1])
-        left = len(alive) - round(spent * len(alive))  # paths to be inside after this look
+        left = number - round(spent * number)  # paths to be inside after this look
         inside = np.sort(np.abs(pivot[look, alive]))
         limits.append((inside[left - 1] + inside[min(left, len(inside) - 1)]) / 2)
         alive &= np.abs(pivot[look]) < limits[-1]

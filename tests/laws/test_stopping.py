@@ -118,6 +118,8 @@ def test_errors():
             Stop(**given)
     with pytest.raises(ValueError, match="must be positive, got 0"):
         Stop(width=0)
+    with pytest.raises(ValueError, match="256 looks are more than 64; take larger rounds"):
+        Stop(1028, sign=True)
     bad = normal(0, 8, 3)
     bad[3, 1] = np.nan
     with pytest.raises(ValueError, match="row 1: the network gave NaN"):

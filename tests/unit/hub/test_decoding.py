@@ -437,13 +437,17 @@ def test_ancestral_levels_reveal_as_dreams_origin_does():
 # ---- likelihood -------------------------------------------------------------------------------
 
 
-def test_likelihood_by_given_masks():
-    arrays, facts = reference("llada-1"), stated("llada-1")
-    model = loaded("llada-1")
+@pytest.mark.parametrize("name", slow_except({"llada-1"}, ("llada-1", "llada-2", "llada-3")))
+def test_likelihood_by_given_masks(name):
+    """The estimate of LLaDA's repository from the masks that it drew."""
+    arrays, facts, model = reference(name), stated(name), loaded(name)
     tokens = np.concatenate([arrays["lik_prompt"], arrays["lik_answer"]])
     given = (arrays["lik_noised"], arrays["lik_p_mask"], facts["mask_token_id"])
     score = likelihood.masked_score(model, tokens, *given)
     np.testing.assert_allclose(score, facts["log_likelihood"]["value"], rtol=1e-5)
+    numbers = (arrays["lik_noised"] == facts["mask_token_id"]).sum(1).reshape(-1, 8)
+    for batch in numbers:  # from their first one on
+        assert likelihood.mask_numbers(batch[0], 8, len(arrays["lik_answer"])).tolist() == [*batch]
 
 
 def test_likelihood_of_a_model_that_knows_nothing():
