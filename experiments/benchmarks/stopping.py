@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.stopping [--stopping_questions=20] [--stopping_out=FILE.json]
 
 Questions are held out, from seven lessons of ``experiments/conversations.py``; the three wrong
-candidates are answers to other questions of the lesson. All replicates are drawn once; fixed and
+candidates are the answer with the results of other questions of the lesson. All replicates are drawn once; fixed and
 sequential designs then read the same ones, so that they differ in what they would have drawn alone.
 Then: the variance of a row's estimate by design, at equal passes.
 """
@@ -42,7 +42,8 @@ def questions(model: hub.HubModel, count: int) -> tuple[list, np.ndarray]:
         asked = [conversations.exchange(name, "valid", i) for i in range(count + 20)]
         for number, one in enumerate(asked[:count]):
             later = asked[number + 1 :]
-            others = list(dict.fromkeys(o.answer for o in later if o.result != one.result))[:3]
+            results = dict.fromkeys(o.result for o in later if o.result != one.result)
+            others = [one.answer.replace(one.result, other) for other in list(results)[:3]]
             prompt = codec.encode_chat([{"role": "user", "content": one.question}], True).ids
             for answer in (one.answer, *others):
                 ids = codec.encode(f"{answer}<|im_end|>", special=True)

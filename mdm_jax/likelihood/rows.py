@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -51,7 +52,8 @@ class RowDraws:
         check_at_least_one(batch_size=batch_size)
         if len(keys) != len(rows):
             raise ValueError(f"{len(rows)} rows need as many keys, got {len(keys)}")
-        self.estimator, self.params, self.keys = estimator, params, keys
+        self.estimator, self.params = estimator, params
+        self._keys = np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys)
         self.batch_size, self.pad_id, self.progress = batch_size, pad_id, progress
         self.rows = [(np.asarray(t, np.int32), np.asarray(e, bool)) for t, e in rows]
         self.length, self.passes, self._exact = [], 0, {}
@@ -113,7 +115,9 @@ class RowDraws:
             tokens[i, : len(own)], documents[i, : len(own)] = own, 1
         eligible = self._eligible(filled, length)
         batch = Batch(tokens, eligible, documents, eligible.sum(-1).astype(np.int32))
-        batch, keys = spread_rows(batch, self.params), self.keys[filled]
+        data, impl = self._keys
+        batch = spread_rows(batch, self.params)
+        keys = jax.random.wrap_key_data(data[filled], impl=impl)
         score = self.estimator.score
         return [[score(self.params, keys, batch, r, j)[0] for j in range(views)] for r in runs]
 

@@ -66,7 +66,7 @@ def test_mean_over_all_draws_is_the_bound(masks):
         if levels == "gauss":
             whole = by_count[:2].sum(0) if paired else by_count[0]
             error = np.array([subsets.gauss_error(row, points) for row in whole])
-            assert np.all(np.abs(error) < 0.02 * NELBO) and np.all(np.abs(error) > 1e-4)
+            assert np.all(np.abs(error) < 0.1 * NELBO) and np.all(np.abs(error) > 1e-4)
         grid = 5e-4 if levels in ("gauss", "harmonic") else 3e-6  # of 4800 uniform numbers
         np.testing.assert_allclose(found, NELBO + error, rtol=grid)
 
@@ -81,7 +81,7 @@ def drawn(levels, masks, keys=8192, passes=4):
     def estimate(keys):
         def add(total, view):
             mask, weight = design.draw(keys, eligible, view)
-            number = jnp.sum(mask * (1 << jnp.arange(4)), axis=-1)
+            number = jnp.sum(mask * (1 << jnp.arange(4))[None], axis=-1)
             return total + jnp.sum(weight * table[number], axis=-1), None
 
         return jax.lax.scan(add, jnp.zeros(eligible.shape[0]), jnp.arange(passes + 1))[0]

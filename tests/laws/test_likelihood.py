@@ -350,8 +350,8 @@ def test_units_and_pooling():
     low, high = result.interval(data=True)
     reach = stats.t.ppf(0.975, 2) * result.data_standard_error_nats_per_token
     np.testing.assert_allclose([low, high], [14 / 8 - reach, 14 / 8 + reach])
-    assert result.standard_error_bits_per_unit == pytest.approx(2 / 28 / math.log(2))
-    assert result.standard_error_perplexity == pytest.approx(math.exp(14 / 8) * 2 / 8)
+    assert result.standard_error_bits_per_unit == pytest.approx(2**0.5 / 28 / math.log(2))
+    assert result.standard_error_perplexity == pytest.approx(math.exp(14 / 8) * 2**0.5 / 8)
     residual = np.array([3.0, 10.0, 1.0]) - 14 / 8 * tokens
     expected = math.sqrt(1.5 * np.sum(residual**2)) / 8
     assert result.data_standard_error_nats_per_token == pytest.approx(expected)

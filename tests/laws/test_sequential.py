@@ -82,9 +82,9 @@ def test_limits_spend_the_level():
     paths = stopping.simulated_paths(stop.looks, 0.05, 1)
     spent = 0.05 * np.log1p((np.e - 1) * 8 / 64)
     np.testing.assert_allclose(paths.limits[0], stats.t.ppf(1 - spent / 2, 7), rtol=0.03)
-    # Of 4000 other paths: 200 +- 14 cross; where the sign is clear, all stop at the first look.
-    result = replicate_until(draw_from(normal(0, 64, 4000, 1)), 4000, each_row(4000), stop)
-    assert 130 < np.sum(result.sign != 0) < 270
+    # Of 500 other paths 25 +- 5 cross; where the sign is clear, all stop at the first look.
+    result = replicate_until(draw_from(normal(0, 64, 500, 1)), 500, each_row(500), stop)
+    assert 5 < np.sum(result.sign != 0) < 45
     clear = replicate_until(draw_from(normal(9, 64, 50)), 50, each_row(50), stop)
     assert np.all(clear.sign == 1) and np.all(clear.replicates == 8)
 
@@ -189,12 +189,14 @@ def test_bad_rows(scored):
     estimator, params, rows, keys = scored
     options = {"stop": Stop(2), "batch_size": 2, "pad_id": 0}
     with pytest.raises(ValueError, match="6 rows need as many keys, got 5"):
-        likelihood.loglikelihoods(estimator, params, rows, keys[:5], **options)
+        likelihood.loglikelihoods(estimator, params, rows, keys[np.arange(5)], **options)
     with pytest.raises(ValueError, match="row 1 has 8 tokens, more than the longest length 5"):
         likelihoods_of(scored, lengths=(5,))
     rows = [(np.zeros(3), np.ones(2, bool))]
     with pytest.raises(ValueError, match=r"row 0 needs .* shapes \(3,\) and \(2,\)"):
-        likelihood.loglikelihoods(estimator, params, rows, keys[:1], **options)
+        likelihood.loglikelihoods(
+            estimator, params, rows, jax.random.split(jax.random.key(9), 1), **options
+        )
     broken = jax.tree.map(lambda a: a * jnp.nan, params)
     with pytest.raises(ValueError, match="row 0: the network gave NaN"):
         likelihoods_of((estimator, broken, scored[2], keys))
@@ -257,7 +259,7 @@ def estimates(losses, passes, replicates, repetitions, seed=0):
 
         def add(total, view):
             mask, weight = design.draw(keys, eligible, view)
-            number = jnp.sum(mask * (1 << jnp.arange(n)), axis=-1)
+            number = jnp.sum(mask * (1 << jnp.arange(n))[None], axis=-1)
             return total + jnp.sum(weight * table[number], axis=-1), None
 
         return jax.lax.scan(add, jnp.zeros(len(keys)), jnp.arange(passes))[0]
