@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.stopping [--stopping_questions=20] [--stopping_out=FILE.json]
 
 Questions are held out, from seven lessons of ``experiments/conversations.py``; the three wrong
-candidates are the answer with the results of other questions of the lesson. All replicates are drawn once; fixed and
-sequential designs then read the same ones, so that they differ in what they would have drawn alone.
-Then: the variance of a row's estimate by design, at equal passes.
+candidates are the answer with the results of other questions of the lesson. All replicates are
+drawn once; fixed and sequential designs then read the same ones, so that they differ in what they
+would have drawn alone. Then: the variance of a row's estimate by design, at equal passes.
 """
 
 import json
