@@ -122,7 +122,8 @@ def build(
     tokens = array((rows, length), jnp.int32)
     task = objectives.masked_nelbo(corruption.fixed_count(traits.mask_id))
     chain = variance.chain(variance.stratified())
-    optimizer, spec = training.adamw(lambda _: 1e-5), task.spec(rows, length)
+    moments, spec = (jnp.dtype(param_dtype),) * 2, task.spec(rows, length)
+    optimizer = training.store_moments(training.adamw(lambda _: 1e-5), *moments)
     chunking = models.Chunking(mesh.shape["data"] * mesh.shape["fsdp"])
     apply_fn = models.readout_apply(module, chunking)
     apply_fn = models.shifted_apply(apply_fn) if traits.shift else apply_fn
@@ -152,7 +153,7 @@ def build(
     def adapted_state():
         params = init(jax.random.key(0))
         trained = lora.init(jax.random.key(0), params, adapters)
-        return training.new_state(trained, optimizer, chain, spec)
+        return training.new_state(trained, training.adamw(lambda _: 1e-5), chain, spec)
 
     narrow = sharding.abstract_sharded(adapted_state, mesh)
     narrow_places = jax.tree.map(lambda leaf: leaf.sharding, narrow)
@@ -160,7 +161,8 @@ def build(
     def adapted(join: Any) -> tuple:
         def step(own: Any, batch: Batch, frozen: Any) -> tuple:
             options = {"seed": 0, "variables": lambda trained, *_: join(frozen, trained, adapters)}
-            made = training.make_train_step(apply_fn, task, chain, optimizer, spec, **options)
+            adamw = training.adamw(lambda _: 1e-5)
+            made = training.make_train_step(apply_fn, task, chain, adamw, spec, **options)
             return made(own, batch)
 
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(narrow_places, None))

@@ -112,11 +112,15 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
 def finetune(variant: str = "") -> ConfigDict:
     """Masked diffusion from a model of others, on conversations of one's own.
 
-    mdm train --config=finetune --workdir=DIR --config.model.source=MODEL \\
-        --config.data.path=CHATS.jsonl --config.data.length=512
+    python -m experiments.conversations --task=stories --out=chats.jsonl
+    mdm train --config=finetune --workdir=runs/chat \\
+        --config.model.source=experiments/models/small --config.data.path=chats.jsonl \\
+        --config.data.length=64 --config.data.loss_on=last --config.data.answer_marker='####' \\
+        --config.train.steps=400 --config.train.batch_size=16 --config.optimizer.peak=5e-3 \\
+        --config.optimizer.ema_decay=0.98
 
-    Steps, batch and learning rate (1e-5, for billions of parameters) are to be set; the figures of
-    the repository's small model are in docs/finetune.md.
+    0.269 ± 0.007 bits per character and 16 of 100 held-out questions right, in 2.5 minutes on two
+    busy cores (one seed). The learning rate by default, 1e-5, is for billions of parameters.
     """
     config = _from_source("finetune", variant)
     config.data.source = "chat"
@@ -126,8 +130,15 @@ def finetune(variant: str = "") -> ConfigDict:
 def finetune_pairs(variant: str = "") -> ConfigDict:
     """As ``finetune``, on prompts and answers.
 
-    mdm train --config=finetune_pairs --workdir=DIR --config.model.source=MODEL \\
-        --config.data.path=PAIRS.jsonl
+    mdm train --config=finetune_pairs --workdir=runs/pairs \\
+        --config.model.source=experiments/models/small \\
+        --config.data.path=experiments/data/stories.jsonl.xz --config.data.prompt_length=24 \\
+        --config.data.answer_length=24 --config.data.answer_marker='####' \\
+        --config.train.steps=400 --config.train.batch_size=16 --config.optimizer.peak=5e-3 \\
+        --config.optimizer.ema_decay=0.98
+
+    0.242 ± 0.005 bits per character and 30 of 125 held-out questions right, in 2 minutes on two
+    busy cores (one seed).
     """
     config = _from_source("finetune_pairs", variant)
     config.data.update(source="jsonl", prompt_length=256, answer_length=256, too_long="drop")

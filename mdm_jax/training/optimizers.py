@@ -25,7 +25,8 @@ def store_moments(
     second: jnp.dtype = jnp.float32,
     b2: float | None = None,
 ) -> optax.GradientTransformation:
-    """Store the moments ``mu`` and ``nu`` of an optimiser in other dtypes; steps work in float32.
+    """Store the moments ``mu`` and ``nu`` of an optimiser in dtypes of their own, whatever that of
+    the parameters; steps work in float32.
 
     Optax's ``mu_dtype`` has no counterpart for second moments and decays first ones in the narrow
     dtype. A second moment falls by at most ``1 - b2`` of itself a step, which bfloat16 rounds away
@@ -40,8 +41,6 @@ def store_moments(
             f"or b2 below {1 - lost:.4f}"
         )
     wide, narrow = {"mu": jnp.float32, "nu": jnp.float32}, {"mu": first, "nu": second}
-    if all(dtype == jnp.float32 for dtype in narrow.values()):
-        return optimizer
 
     def init(params: PyTree) -> PyTree:
         return _cast(optimizer.init(params), narrow)

@@ -70,7 +70,7 @@ def test_chains_are_measured_within_the_budget(one_device, tmp_path, monkeypatch
     again = make_experiment(config, tmp_path)
     assert again.chain == chain
     assert again.spec.batch_size * again.transform.views == config.train.batch_size
-    assert again.loop.tokens_per_step == config.train.batch_size * again.dataset.length
+    assert again.loop.views == again.transform.views
 
 
 @pytest.mark.slow

@@ -332,7 +332,22 @@ def test_second_moments_that_could_never_fall_are_refused():
     optimizer = optax.adam(0.1)
     with pytest.raises(ValueError, match="would round every decay away"):
         training.store_moments(optimizer, second=jnp.bfloat16, b2=0.999)
-    assert training.store_moments(optimizer, b2=0.999) is optimizer
+    training.store_moments(optimizer, b2=0.999)  # of float32
+
+
+def test_a_step_keeps_the_dtypes_of_its_state_where_parameters_are_narrow():
+    """As a compiled step must, which takes its own state."""
+    for first, second in ((jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32)):
+        optimizer = training.store_moments(training.adamw(lambda _: 0.1), first, second)
+        spec, step = tiny.step_fn(4, optimizer)
+        state = tiny.new_state(spec, optimizer)
+        narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
+        state = training.new_state(narrow, optimizer, tiny.transform(), spec)
+        after, _ = jax.eval_shape(step, state, tiny.batch(4))
+        dtypes, found = (jax.tree.map(lambda leaf: leaf.dtype, each) for each in (state, after))
+        assert dtypes == found
+        for name, dtype in (("mu", first), ("nu", second)):
+            assert all(m.dtype == dtype for m in jax.tree.leaves(optax.tree.get(state, name)))
     nu = jnp.bfloat16(1.0)
     assert (0.999 * nu.astype(jnp.float32)).astype(jnp.bfloat16) == nu  # what is refused
     assert (0.99 * nu.astype(jnp.float32)).astype(jnp.bfloat16) < nu
