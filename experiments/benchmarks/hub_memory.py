@@ -143,8 +143,8 @@ def build(
 
     def forward(params: Any, tokens: Any) -> Any:
         """The most likely tokens: a step of decoding without a cache."""
-        logits = family.logits(inference, params, traits, tokens, None)
-        return jnp.argmax(logits, axis=-1)
+        outputs = family.outputs(inference, params, traits, tokens, None)
+        return jnp.argmax(outputs.logits(), axis=-1)
 
     forward = sharding.sharded_apply(forward, mesh, sharding.LOGICAL_RULES)
     whole = NamedSharding(mesh, PartitionSpec(sharding.ROW_AXES))

@@ -27,7 +27,7 @@ from mdm_jax.checks import unknown_name
 from mdm_jax.hub.family import Traits
 from mdm_jax.hub.model import HubModel
 from mdm_jax.hub.rules import INFILLING, OF_FAMILY, RULES, Rule, make_sampler
-from mdm_jax.models.cross_entropy import exclude_token, without_tokens
+from mdm_jax.models.cross_entropy import Readout, without_tokens
 from mdm_jax.models.decoders import cached_block_decoder
 from mdm_jax.samplers import Sampler
 from mdm_jax.types import Array, ArrayLike, PyTree
@@ -213,7 +213,7 @@ def _written(
         canvas,
         None if visible.all() else visible.astype(np.int32),
         module=model.model,
-        network=model.family.logits,
+        network=model.family.outputs,
         traits=model.traits,
         rule=rule,
         mask_id=mask_id,
@@ -288,7 +288,7 @@ def _decode(
     documents: Array | None,
     *,
     module: Any,
-    network: Callable[..., Array],
+    network: Callable[..., Readout | Array],
     traits: Traits,
     rule: Rule,
     mask_id: int,
@@ -311,7 +311,7 @@ def _decode(
         return samplers.sample_blocks(key, decoder, params, sampler, grid, canvas, **options), None
     moved = rule.padding == "left" and "positions" in inspect.signature(network).parameters
 
-    def model_fn(tokens: Array, logsnr: Array, visible: Array | None) -> Array:
+    def model_fn(tokens: Array, logsnr: Array, visible: Array | None) -> Readout | Array:
         inputs = {}
         if moved and visible is not None:
             positions = jnp.cumsum(visible, axis=-1) - 1
@@ -319,19 +319,21 @@ def _decode(
         if traits.time_conditioning:  # the loops by counts know no level
             level = logsnr[:, 0] if grid is not None else jnp.full(len(tokens), jnp.inf)
             inputs["timesteps"] = jax.nn.softplus(-level)
-        logits = network(module, params, traits, tokens, visible, **inputs)
-        logits = exclude_token(logits, *rule.suppress_tokens)
-        return shifted(logits) if traits.shift else logits
+        outputs = network(module, params, traits, tokens, visible, **inputs)
+        return shifted(outputs) if traits.shift else outputs
 
     def canvases(state: samplers.SamplerState) -> Array | None:
         return state.tokens if trace else None
 
+    model_fn = without_tokens(model_fn, rule.suppress_tokens)
     return samplers.sample_with_trace(key, model_fn, sampler, grid, canvas, canvases, **options)
 
 
-def shifted(logits: Array) -> Array:
-    """[N, L, K] logits of the token at their own position, from those of the next one (Dream)."""
-    return jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
+def shifted(outputs: Readout | Array) -> Readout | Array:
+    """Outputs [N, L, ...] for the token at their own position, from those for the next (Dream)."""
+    if isinstance(outputs, Readout):
+        return dataclasses.replace(outputs, features=shifted(outputs.features))
+    return jnp.concatenate([outputs[:, :1], outputs[:, :-1]], axis=1)
 
 
 def _shown(sampler: Sampler, show: Show, ordered: bool) -> Sampler:

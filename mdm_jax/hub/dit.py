@@ -17,6 +17,7 @@ from mdm_jax.hub.family import Family, Traits, Unsupported, field, refuse
 from mdm_jax.hub.files import TensorFiles
 from mdm_jax.hub.leaves import Leaf, leaf
 from mdm_jax.models import masks
+from mdm_jax.models.cross_entropy import Readout
 from mdm_jax.models.dit import DiT, DiTConfig
 from mdm_jax.types import Array, PyTree
 
@@ -64,7 +65,7 @@ def parameter_leaves(c: DiTConfig) -> tuple[Leaf, ...]:
     return tuple(leaves)
 
 
-def logits(
+def readout(
     model: DiT,
     params: PyTree,
     traits: Traits,
@@ -73,8 +74,8 @@ def logits(
     timesteps: Array | None = None,
     sample_mode: bool = False,
     weights: Array | None = None,
-) -> Array:
-    """[N, L, K] of the original forward.
+) -> Readout:
+    """Logits [N, L, K] of the original forward.
 
     Args:
         input_ids: [N, L] tokens. BD3-LM takes its training input, the noised row and the clean row
@@ -117,8 +118,9 @@ def logits(
     rule: masks.Rule | Array = masks.Rule(pattern, documents)
     if traits.block_size and outputs % traits.block_size:  # only the dense one can cut a block
         rule = rule.dense()
-    options = {"sigma": sigma, "weights": weights, "num_outputs": outputs, "method": "attend"}
-    return model.apply(params, input_ids, None, positions, rule, **options)[0]
+    options = {"sigma": sigma, "weights": weights, "num_outputs": outputs}
+    inputs = (input_ids, None, positions, rule)
+    return model.apply(params, *inputs, **options, method="attend_readout")[0]
 
 
 def _read(raw: Mapping[str, Any], conditioned: bool | None) -> tuple[DiTConfig, Traits]:
@@ -182,7 +184,7 @@ def _read_clip(traits: Traits, tensors: TensorFiles) -> Traits:
 _SHARED = {
     "model": DiT,
     "leaves": parameter_leaves,
-    "logits": logits,
+    "outputs": readout,
     "ignored": rf"backbone\.rotary_emb\.inv_freq|{'|'.join(_CLIP)}",
     "read_buffers": _read_clip,
     "example": (np.zeros((1, 8), np.int32), np.zeros((1, 1), np.float32)),

@@ -15,6 +15,7 @@ import numpy as np
 from mdm_jax import sharding
 from mdm_jax.hub.files import TensorFiles
 from mdm_jax.hub.leaves import Leaf
+from mdm_jax.models.cross_entropy import Readout
 from mdm_jax.types import Array, PyTree
 
 
@@ -60,8 +61,9 @@ class Family:
             that would change the numbers.
         model: config -> linen module.
         leaves: config -> parameter arrays and the tensors they are made of.
-        logits: ``(model, params, traits, input_ids [N, L], attention_mask [N, L] | None, ...)`` ->
-            [N, L, K] float32, those of the original class, before any shift.
+        outputs: ``(model, params, traits, input_ids [N, L], attention_mask [N, L] | None, ...)`` ->
+            a ``models.Readout`` of the original class's logits [N, L, K], before any shift, or
+            these float32 logits.
         example: inputs of the module, by which its parameters get their shapes.
         ignored: pattern of file tensors that are no parameters (buffers); kept on saving.
         copies: config -> tensors that a file may hold though they equal another, and that one (a
@@ -74,7 +76,7 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], tuple[Any, Traits]]
     model: Callable[[Any], nn.Module]
     leaves: Callable[[Any], tuple[Leaf, ...]]
-    logits: Callable[..., Array]
+    outputs: Callable[..., Readout | Array]
     ignored: str = ""
     example: tuple[Any, ...] = (np.zeros((1, 8), np.int32),)
     copies: Callable[[Any], Mapping[str, str]] = lambda _: {}

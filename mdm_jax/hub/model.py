@@ -28,6 +28,7 @@ from mdm_jax.hub.family import (
     refuse,
 )
 from mdm_jax.hub.tokenizer import MASK_TOKEN, HubTokenizer, has_tokenizer
+from mdm_jax.models.cross_entropy import Readout, as_logits
 from mdm_jax.models.transformer import TransformerConfig
 from mdm_jax.types import Array, PyTree
 
@@ -84,7 +85,7 @@ class HubModel:
         mask = None if mask is None else mask != 0
         flags = tuple((name, value) for name, value in inputs.items() if isinstance(value, bool))
         arrays = {name: value for name, value in inputs.items() if not isinstance(value, bool)}
-        of = {"network": self.family.logits, "module": self.model, "traits": self.traits}
+        of = {"network": self.family.outputs, "module": self.model, "traits": self.traits}
         return _logits(self.params, ids, mask, arrays, flags=flags, **of)
 
 
@@ -95,12 +96,12 @@ def _logits(
     mask: Array | None,
     arrays: Mapping[str, Any],
     *,
-    network: Callable[..., Array],
+    network: Callable[..., Readout | Array],
     module: nn.Module,
     traits: Traits,
     flags: tuple[tuple[str, bool], ...],
 ) -> Array:
-    return network(module, params, traits, ids, mask, **arrays, **dict(flags))
+    return as_logits(network(module, params, traits, ids, mask, **arrays, **dict(flags)))
 
 
 def load(

@@ -18,10 +18,10 @@ from mdm_jax.samplers.by_score import (
     best_positions,
     in_blocks,
     kept_count,
+    order_noise,
     running_sums,
     token_probability,
 )
-from mdm_jax.samplers.sampler import row_streams
 from mdm_jax.types import Array, ArrayLike
 
 Ids = functools.partial(Whole, "[0, 2e9]", "tokens", several=True)
@@ -255,12 +255,12 @@ def _preference(
     context: StepContext,
     logits: Array,
     drawn: Array,
+    positions: Array | None,
 ) -> Array:
-    keys, shape = row_streams(context.keys, "order"), drawn.shape[1:]
     logits = exclude_token(logits, *rule.begin_suppress_tokens)
     logits = logits if distribution is None else distribution(logits)
     if rule.score == "random":
-        return jax.vmap(lambda key: open_uniform(key, shape))(keys)
+        return order_noise(context, positions, open_uniform)
     if rule.score == "first":
         return jnp.zeros(drawn.shape)
     if rule.score == "margin":
@@ -271,8 +271,8 @@ def _preference(
     else:
         score = token_probability(logits, drawn)
     if rule.order_temperature:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, shape, mode="high"))(keys)
-        score = score / rule.order_temperature + noise
+        gumbel = functools.partial(jax.random.gumbel, mode="high")
+        score = score / rule.order_temperature + order_noise(context, positions, gumbel)
     return score
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from mdm_jax.hub.family import Family, Traits, Unsupported, field, refuse
 from mdm_jax.hub.leaves import Leaf, leaf
 from mdm_jax.models import masks
+from mdm_jax.models.cross_entropy import Readout
 from mdm_jax.models.layers import Llama3Scaling
 from mdm_jax.models.moe import Experts
 from mdm_jax.models.transformer import Transformer, TransformerConfig
@@ -108,7 +109,7 @@ def parameter_leaves(c: TransformerConfig, names: Mapping[str, str]) -> tuple[Le
     return tuple(leaves)
 
 
-def logits(
+def readout(
     model: Transformer,
     params: PyTree,
     traits: Traits,
@@ -116,8 +117,8 @@ def logits(
     attention_mask: Array | None,
     positions: Array | None = None,
     noised: Array | None = None,
-) -> Array:
-    """[N, L, K] of the family's own attention; padded keys are not attended to.
+) -> Readout:
+    """Logits [N, L, K] by the family's own attention; padded keys are not attended to.
 
     ``positions`` [L] or [N, L] are 0, 1, ... if None. ``noised`` [N, L] gives the training forward
     of block models instead: logits of noised rows over clean ``input_ids``, by blocks of
@@ -141,7 +142,7 @@ def logits(
     rule: masks.Rule | Array = masks.Rule(pattern, documents)
     if length % size:  # the last block is cut: no implementation but the dense one
         rule = rule.dense()
-    options = {"method": "attend", "num_outputs": length}
+    options = {"method": "attend_readout", "num_outputs": length}
     return model.apply(params, input_ids, None, positions, rule, **options)[0]
 
 
@@ -370,7 +371,7 @@ def _family(
         read_config=functools.partial(read, **settings),
         model=Transformer,
         leaves=functools.partial(parameter_leaves, names=names),
-        logits=logits,
+        outputs=readout,
         ignored=r".*rotary_emb\.inv_freq",  # recomputed
         copies=functools.partial(_tied_head, names=names),
     )

@@ -15,6 +15,7 @@ from mdm_jax.samplers.sampler import (
     SamplerState,
     StepContext,
     canvas_only,
+    evaluate_positions,
     is_last,
     no_mask_left,
     read_positions,
@@ -115,22 +116,11 @@ def fill_positions(
     size: int,
 ) -> Array:
     """Tokens [B, L] with one drawn at each of ``reveal`` [B, L], ``size`` positions at a time."""
-    num_rows, length = tokens.shape
-    size = min(size, length)
-    # Positions to reveal come first; `length`, which is not written, pads the end.
-    order = jnp.argsort(~reveal, axis=-1, stable=True)
-    order = jnp.where(jnp.arange(length)[None] < jnp.sum(reveal, -1, keepdims=True), order, length)
-    order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
-    rows = jnp.arange(num_rows)[:, None]
 
-    def fill(index: Array, tokens: Array) -> Array:
-        targets = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)
-        positions = jnp.minimum(targets, length - 1)
-        drawn = draw_tokens_at(keys, token_filter(read(positions)), positions)
-        return tokens.at[rows, targets].set(drawn, mode="drop")
+    def draw(positions: Array) -> Array:
+        return draw_tokens_at(keys, token_filter(read(positions)), positions)
 
-    passes = -(-jnp.max(jnp.sum(reveal, axis=-1)) // size)
-    return jax.lax.fori_loop(0, passes, fill, tokens)
+    return evaluate_positions(reveal, size, draw, tokens)
 
 
 def position_noise(keys: Array, tokens: Array) -> Array:

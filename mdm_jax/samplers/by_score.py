@@ -14,8 +14,10 @@ from mdm_jax.samplers.sampler import (
     SamplerState,
     StepContext,
     canvas_only,
+    evaluate_positions,
     is_last,
     no_mask_left,
+    read_positions,
     row_streams,
 )
 from mdm_jax.types import Array
@@ -23,8 +25,9 @@ from mdm_jax.types import Array
 Score = Callable[[Array], Array]
 """``score(logits [..., K]) -> [...] float32``: positions of high score are filled first."""
 
-Preference = Callable[[StepContext, Array, Array], Array]
-"""``preference(context, logits [B, L, K], drawn [B, L]) -> [B, L]``: the highest are filled."""
+Preference = Callable[[StepContext, Array, Array, Array | None], Array]
+"""``preference(context, logits [B, C, K], drawn [B, C], positions [B, C]) -> [B, C]``: the highest
+are filled. Positions None: all, in order."""
 
 
 def confidence(logits: Array) -> Array:
@@ -150,8 +153,10 @@ def low_confidence_remasking(
     Bias: biased, towards likely tokens. Reference: Nie et al. 2025 (LLaDA, arXiv 2502.09992).
     """
 
-    def preference(context: StepContext, logits: Array, drawn: Array) -> Array:
-        del context
+    def preference(
+        context: StepContext, logits: Array, drawn: Array, positions: Array | None
+    ) -> Array:
+        del context, positions
         return token_probability(logits, drawn)
 
     name = "low_confidence_remasking"
@@ -167,10 +172,9 @@ def random_remasking(
     Bias: biased by block order; a single block discretised, exact at one token per step.
     """
 
-    def noise(context: StepContext, logits: Array, drawn: Array) -> Array:
-        del logits
-        keys = row_streams(context.keys, "order")
-        return jax.vmap(lambda key: open_uniform(key, drawn.shape[1:]))(keys)
+    def noise(context: StepContext, logits: Array, drawn: Array, positions: Array | None) -> Array:
+        del logits, drawn
+        return order_noise(context, positions, open_uniform)
 
     return in_blocks("random_remasking", block_size, steps_per_block, noise, token_filter)
 
@@ -212,7 +216,7 @@ def in_blocks(
     def num_steps(length: int) -> int:
         return -(-length // block_size) * steps_per_block
 
-    step = _fill_preferred(select, preference, token_filter, best=best)
+    step = _fill_preferred(select, preference, token_filter, best=best, size=block_size)
     return Sampler(name, canvas_only, step, no_mask_left, num_steps, excludes_mask=excludes_mask)
 
 
@@ -256,12 +260,23 @@ def kept_count(block_positions: Array, step_in_block: Array, steps_per_block: in
 
 def token_probability(logits: Array, tokens: Array) -> Array:
     """``softmax(logits)`` [..., K] at the tokens [...]."""
-    probs = jax.nn.softmax(logits, axis=-1)
-    return jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp(logits - top), axis=-1)
+    own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return jnp.exp(own - top)[..., 0] / total
+
+
+def order_noise(
+    context: StepContext, positions: Array | None, draw: Callable[[Array, tuple[int]], Array]
+) -> Array:
+    """``draw(key, (L,))`` of each row's stream "order", at the positions [B, C] or all, [B, L]."""
+    shape = context.free.shape[1:]
+    noise = jax.vmap(lambda key: draw(key, shape))(row_streams(context.keys, "order"))
+    return noise if positions is None else jnp.take_along_axis(noise, positions, axis=1)
 
 
 def _scored(score: Score) -> Preference:
-    return lambda context, logits, drawn: score(logits)  # noqa: ARG005
+    return lambda context, logits, drawn, positions: score(logits)  # noqa: ARG005
 
 
 def _fill_preferred(
@@ -271,8 +286,12 @@ def _fill_preferred(
     *,
     along_grid: bool = False,
     best: Callable[[Array, Array, Array], Array] | None = None,
+    size: int | None = None,
 ):
-    """Step that fills the best of ``select(context, masked) -> (candidates [B, L], count [B])``."""
+    """Step that fills the best of ``select(context, masked) -> (candidates [B, L], count [B])``.
+
+    Logits are computed for ``size`` candidates of a row at a time; None: for all positions at once.
+    """
     token_filter = token_filter or compose()
 
     def step(context, denoise, state):
@@ -280,9 +299,20 @@ def _fill_preferred(
 
         def fill(tokens: Array) -> Array:
             counted = counted_logsnr(tokens, context.free, context.mask_id)
-            logits = denoise(tokens, context.logsnr if along_grid else counted)
-            drawn = draw_filtered(row_streams(context.keys, "token"), logits, token_filter)
-            reveal = (best or best_positions)(preference(context, logits, drawn), candidates, count)
+            read = read_positions(denoise, tokens, context.logsnr if along_grid else counted)
+            keys = row_streams(context.keys, "token")
+
+            def evaluate(positions: Array | None) -> tuple[Array, Array]:
+                logits = read(positions)
+                drawn = draw_filtered(keys, logits, token_filter, positions)
+                return drawn, preference(context, logits, drawn, positions)
+
+            if size is None or size >= tokens.shape[1]:
+                drawn, score = evaluate(None)
+            else:
+                empty = (tokens, jnp.zeros(tokens.shape, jnp.float32))
+                drawn, score = evaluate_positions(candidates, size, evaluate, empty)
+            reveal = (best or best_positions)(score, candidates, count)
             return jnp.where(reveal, drawn, tokens)
 
         needed = jnp.any((count > 0) & jnp.any(candidates, axis=-1))

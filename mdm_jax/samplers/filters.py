@@ -101,11 +101,28 @@ def draw_tokens(keys: Array, logits: Array) -> Array:
     return draw_tokens_at(keys, flat, positions).reshape(logits.shape[:-1])
 
 
-def draw_filtered(keys: Array, logits: Array, token_filter: LogitFilter) -> Array:
-    """``draw_tokens(keys, token_filter(logits))``; of ``temperature(0)`` without random numbers."""
+def draw_filtered(
+    keys: Array, logits: Array, token_filter: LogitFilter, positions: Array | None = None
+) -> Array:
+    """:func:`draw_tokens` of filtered logits, at some ``positions`` if given (draw_tokens_at).
+
+    With ``temperature(0)`` without random numbers.
+    """
     if token_filter is _keep_most_likely:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return draw_tokens(keys, token_filter(logits))
+        return most_likely(logits)
+    if positions is None:
+        return draw_tokens(keys, token_filter(logits))
+    return draw_tokens_at(keys, token_filter(logits), positions)
+
+
+def most_likely(logits: Array) -> Array:
+    """``argmax`` over the last axis, int32; by two plain reductions, several times faster on CPUs.
+
+    The last token where a logit is NaN.
+    """
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(logits == top, token, logits.shape[-1] - 1), axis=-1)
 
 
 def draw_tokens_at(keys: Array, logits: Array, positions: Array) -> Array:
@@ -141,7 +158,7 @@ def _draw_in_two_stages(key: Array, logits: Array) -> Array:
 
 def _keep_most_likely(logits: Array) -> Array:
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return _keep(token == jnp.argmax(logits, axis=-1, keepdims=True), logits)
+    return _keep(token == most_likely(logits)[..., None], logits)
 
 
 def _keep(kept: Array, logits: Array) -> Array:

@@ -227,17 +227,42 @@ def make_generator(
 
 def read_positions(
     denoise: Denoise, tokens: Array, logsnr: Array, rows: Array | None = None
-) -> Callable[[Array], Array]:
+) -> Callable[[Array | None], Array]:
     """One forward pass whose logits are needed at some positions only.
 
     Returns ``read(positions [N, C] integers) -> float32 logits [N, C, K]`` of ``denoise(tokens,
-    logsnr, rows)``, for any number of calls. A ``models.Readout`` is projected to the vocabulary at
-    these positions alone; a wrapped network computes all logits at once.
+    logsnr, rows)``, for any number of calls; ``read(None)`` are those of all positions. A
+    ``models.Readout`` is projected to the vocabulary at these positions alone; a wrapped network
+    computes all logits at once.
     """
     if isinstance(denoise, _Network):
         return denoise.reader(tokens, logsnr, rows)
     logits = denoise(tokens, logsnr, rows)
     return lambda positions: _at_positions(logits, positions)
+
+
+def evaluate_positions(
+    where: Array, size: int, evaluate: Callable[[Array], PyTree], initial: PyTree
+) -> PyTree:
+    """``initial`` [B, L] with ``evaluate(positions [B, C])`` written in ``where`` [B, L] bool.
+
+    C = ``size`` positions at a time, or L if fewer: the cost follows the row with the most of them.
+    """
+    num_rows, length = where.shape
+    size = min(size, length)
+    # Those in `where` come first; `length`, which is not written, pads the end.
+    order = jnp.argsort(~where, axis=-1, stable=True)
+    order = jnp.where(jnp.arange(length)[None] < jnp.sum(where, -1, keepdims=True), order, length)
+    order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
+    rows = jnp.arange(num_rows)[:, None]
+
+    def run(index: Array, values: PyTree) -> PyTree:
+        targets = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)
+        new = evaluate(jnp.minimum(targets, length - 1))
+        return jax.tree.map(lambda a, b: a.at[rows, targets].set(b, mode="drop"), values, new)
+
+    passes = -(-jnp.max(jnp.sum(where, axis=-1)) // size)
+    return jax.lax.fori_loop(0, passes, run, initial)
 
 
 def reporter(progress: Progress | None, num_steps: int) -> Callable[[Array], None]:
@@ -297,13 +322,15 @@ class _Network:
         logits = output.logits() if isinstance(output, Readout) else output
         return exclude_token(logits, self._excluded)
 
-    def reader(self, tokens: Array, logsnr: Array, rows: Array | None) -> Callable[[Array], Array]:
+    def reader(
+        self, tokens: Array, logsnr: Array, rows: Array | None
+    ) -> Callable[[Array | None], Array]:
         """:func:`read_positions` of the network itself."""
         output = self._run(tokens, logsnr, rows)
         if not isinstance(output, Readout):
             return lambda positions: exclude_token(_at_positions(output, positions), self._excluded)
 
-        def read(positions: Array) -> Array:
+        def read(positions: Array | None) -> Array:
             picked = dataclasses.replace(output, features=_at_positions(output.features, positions))
             return exclude_token(picked.logits(), self._excluded)
 
@@ -318,7 +345,9 @@ class _Network:
         return self._model_fn(tokens, level, picked, **further)
 
 
-def _at_positions(values: Array, positions: Array) -> Array:
+def _at_positions(values: Array, positions: Array | None) -> Array:
+    if positions is None:
+        return values
     return jnp.take_along_axis(values, positions[..., None], axis=1)
 
 

@@ -401,7 +401,10 @@ def test_blocks_stop_when_every_row_has_the_token():
     def apply_fn(params, inputs, logsnr, documents):
         return jax.nn.one_hot(wanted, VOCAB) * 9.0
 
-    sampler = in_blocks("greedy", 2, 2, lambda c, y, d: jnp.zeros(d.shape), samplers.temperature(0))
+    def preference(context, logits, drawn, positions):
+        return jnp.zeros(drawn.shape)
+
+    sampler = in_blocks("greedy", 2, 2, preference, samplers.temperature(0))
     decoder = recomputing_block_decoder(apply_fn, 2)
     canvas = samplers.blank_canvas(2, 8, MASK)
     rest = (jax.random.key(0), decoder, {}, sampler, None, canvas)

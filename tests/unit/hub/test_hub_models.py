@@ -72,9 +72,9 @@ def test_logits_are_compiled_once_a_shape_for_all_parameters():
 
     def network(*inputs):
         traces.append(None)
-        return model.family.logits(*inputs)
+        return model.family.outputs(*inputs)
 
-    counted = dataclasses.replace(model, family=dataclasses.replace(model.family, logits=network))
+    counted = dataclasses.replace(model, family=dataclasses.replace(model.family, outputs=network))
     first = counted.logits(ids)
     zeros = jax.tree.map(jnp.zeros_like, model.params)
     assert not np.any(dataclasses.replace(counted, params=zeros).logits(ids))
@@ -225,10 +225,12 @@ def test_logits_on_eight_devices(axes, name):
 
     arrays = reference(name)
     mask = arrays["attention_mask"] == 1
-    apply = functools.partial(model.family.logits, model.model)
-    run = sharding.sharded_apply(
-        lambda params, ids: apply(params, model.traits, ids, mask), mesh, sharding.LOGICAL_RULES
-    )
+    apply = functools.partial(model.family.outputs, model.model)
+
+    def network(params, ids):
+        return apply(params, model.traits, ids, mask).logits()
+
+    run = sharding.sharded_apply(network, mesh, sharding.LOGICAL_RULES)
     found = np.asarray(tiny.jit(run)(model.params, arrays["input_ids"]))
     np.testing.assert_allclose(found[mask], arrays["logits"][mask], **CLOSE)
 

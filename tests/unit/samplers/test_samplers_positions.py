@@ -84,6 +84,7 @@ SAMPLERS = {
     "ancestral": samplers.ancestral(),
     "cached_ancestral": samplers.cached_ancestral(2),
     "first_hitting": samplers.first_hitting(),
+    "in_blocks": samplers.low_confidence_remasking(5, 3),
     "guided": samplers.wrapped(samplers.ancestral(), samplers.prompt_guidance(1.0)),
 }
 
@@ -107,6 +108,7 @@ def drawn(name, num_steps, readout):
         ("ancestral", 40),
         pytest.param("cached_ancestral", 3, marks=pytest.mark.slow),
         ("first_hitting", None),
+        ("in_blocks", None),
     ],
 )
 def test_a_readout_gives_the_tokens_that_logits_give(name, num_steps):
@@ -122,7 +124,10 @@ def test_wrapped_networks_are_read_at_positions_too():
 
 @pytest.mark.parametrize(
     "sampler",
-    [samplers.ancestral(), samplers.cached_ancestral(ROWS), samplers.first_hitting()],
+    [
+        *(samplers.ancestral(), samplers.cached_ancestral(ROWS), samplers.first_hitting()),
+        SAMPLERS["in_blocks"],
+    ],
     ids=lambda sampler: sampler.name,
 )
 def test_a_readout_is_never_projected_at_all_positions(sampler):
