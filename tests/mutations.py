@@ -49,6 +49,7 @@ ATTENTION = "tests/unit/models/test_attention.py"
 PIPELINE = "tests/unit/data/test_pipeline.py"
 PACKING = "tests/unit/data/test_packing.py"
 SOURCES = "tests/unit/data/test_rows.py"
+DECODING = "tests/unit/hub/test_decoding.py"
 POSITIONS = "tests/unit/samplers/test_samplers_positions.py"
 GRIDS = "tests/unit/schedules/test_schedules_grids.py"
 LIKELIHOOD = "tests/laws/test_likelihood.py"
@@ -695,9 +696,23 @@ MUTATIONS = [
         POSITIONS,
     ),
     Mutation(
+        "filling blocks: logits of all positions",
+        "samplers/by_score.py",
+        "token_filter, best=best, size=block_size)",
+        "token_filter, best=best, size=None)",
+        POSITIONS,
+    ),
+    Mutation(
+        "decoding: a program for every number of finished blocks",
+        "hub/decoding.py",
+        "min(sizes) // unit * unit",
+        "min(sizes) // size * size",
+        DECODING,
+    ),
+    Mutation(
         "ancestral sampling: positions read beyond those revealed",
-        "samplers/ancestral.py",
-        "passes = -(-jnp.max(jnp.sum(reveal, axis=-1)) // size)",
+        "samplers/sampler.py",
+        "passes = -(-jnp.max(jnp.sum(where, axis=-1)) // size)",
         "passes = -(-length // size)",
         POSITIONS,
     ),

@@ -236,9 +236,9 @@ def lay_out(
 ) -> tuple[np.ndarray, np.ndarray, int, slice]:
     """A canvas [B, L] of prompts and masks, and which of it is not padding.
 
-    Also the number of leading columns that are given, and the columns of the result: the others
-    fill the last cached block, or the rows up to a ``multiple``. ValueError for a prompt with a
-    mask token.
+    Also a number of leading columns that are given, and the columns of the result: the others fill
+    the last cached block, or the rows up to a ``multiple``. That number is a multiple too, so that
+    it does not grow, and compile, with every block. ValueError for a prompt with a mask token.
     """
     for i, prompt in enumerate(prompts):
         if np.any(prompt == mask_id):
@@ -257,7 +257,7 @@ def lay_out(
     else:
         starts, ends = [0] * len(sizes), [_up(n + new_tokens, size) for n in sizes]
         prefix, result, length = (
-            min(sizes) // size * size,
+            min(sizes) // unit * unit,
             slice(0, max(ends)),
             _up(max(ends), unit),
         )
@@ -307,7 +307,7 @@ def _decode(
         window = rule.window and rule.window // rule.block_size
         decoder = cached_block_decoder(module, rule.block_size, window)
         decoder = decoder._replace(logits=without_tokens(decoder.logits, rule.suppress_tokens))
-        options |= {"prefix": prefix, "stop_id": stop_id}
+        options |= {"prefix": prefix, "stop_id": stop_id, "stop_entropy": rule.stop_entropy}
         return samplers.sample_blocks(key, decoder, params, sampler, grid, canvas, **options), None
     moved = rule.padding == "left" and "positions" in inspect.signature(network).parameters
 

@@ -81,9 +81,12 @@ def load_params(
                 f"use {name}, or take it out of the file to use {source} for both"
             )
     params, finite = {}, {}
-    # Finished shards aside, host arrays are at most as large as the largest of them.
-    sizes = {path: _bytes_beside(leaf, flat[path]) for path, leaf in wanted.items()}
-    most, held, queue = max(sizes.values()), 0, collections.deque()
+    # Finished shards aside, host arrays are at most as large as the largest array; and few, so that
+    # the memory of one is used for another: new pages cost more than reading and transposing.
+    whole = {path: _host_bytes(flat[path]) for path in wanted}
+    sizes = {path: 0 if _stays(leaf, flat[path]) else whole[path] for path, leaf in wanted.items()}
+    most, held, queue = max(whole.values()), 0, collections.deque()
+    threads = min(8, os.cpu_count() or 1)
 
     def finish() -> int:
         path, placed = queue.popleft()
@@ -95,9 +98,9 @@ def load_params(
         )
         return sizes[path]
 
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for path, leaf in wanted.items():
-            while queue and held + sizes[path] > most:
+            while queue and (held + sizes[path] > most or len(queue) > 2 * threads):
                 held -= finish()
             held += sizes[path]
             shards = _shards(leaf, flat[path])
@@ -195,11 +198,15 @@ def _check_tensors(
             )
 
 
-def _bytes_beside(leaf: Leaf, target: jax.ShapeDtypeStruct) -> int:
-    """Bytes of this process's shards while they are on the host, unless they stay there."""
+def _stays(leaf: Leaf, target: jax.ShapeDtypeStruct) -> bool:
+    """Whether what is read is the memory of the finished array."""
+    devices = target.sharding.addressable_devices
+    return not leaf.transpose and all(device.platform == "cpu" for device in devices)
+
+
+def _host_bytes(target: jax.ShapeDtypeStruct) -> int:
+    """Bytes of this process's shards."""
     places = target.sharding.addressable_devices_indices_map(target.shape)
-    if not leaf.transpose and all(device.platform == "cpu" for device in places):
-        return 0
     shards = len({str(index) for index in places.values()})
     shape = target.sharding.shard_shape(target.shape)
     return shards * math.prod(shape) * target.dtype.itemsize

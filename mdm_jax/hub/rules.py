@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import jax
@@ -15,6 +14,7 @@ from mdm_jax.draws import open_uniform
 from mdm_jax.models.cross_entropy import exclude_token
 from mdm_jax.samplers import Sampler, StepContext, filters
 from mdm_jax.samplers.by_score import (
+    Count,
     best_positions,
     in_blocks,
     kept_count,
@@ -22,6 +22,7 @@ from mdm_jax.samplers.by_score import (
     running_sums,
     token_probability,
 )
+from mdm_jax.samplers.sampler import row_streams
 from mdm_jax.types import Array, ArrayLike
 
 Ids = functools.partial(Whole, "[0, 2e9]", "tokens", several=True)
@@ -53,6 +54,8 @@ class Rule:
         entropy_bound: fill by rising entropy as many positions as have less than this together, at
             least one (entropy_bounded of SDAR's JetEngine), whatever the schedule asks for; needs
             the score ``negative_entropy``. None: no bound.
+        random_counts: the schedule ``dllm`` fills each mask left with the share's probability, so
+            that counts are binomial (stochastic_transfer).
         temperature, top_k, top_p: of tokens; 0: the most likely.
         order_temperature: positions are drawn in proportion to ``exp(score / temperature)``
             (Dream's alg_temp).
@@ -66,6 +69,9 @@ class Rule:
         cached: blocks are read once when they are finished, and no block sees later ones. The
             prompt is padded on the left to whole blocks, or on the right the last block is filled
             whole, so that more tokens may be generated than asked for.
+        stop_entropy: a cached row ends before its last 256 tokens where their empirical entropy is
+            less, in nats (of more than 256 tokens; where ``stop`` is on, the rest is EOS); None:
+            nowhere.
         window: tokens that a cached block attends to, itself included, a multiple of block_size.
             None: the length of its training for BD3-LM, whose cache slides; else all.
         excludes_mask: the mask token has no probability (MDLM, BD3-LM). Elsewhere a network may
@@ -82,6 +88,7 @@ class Rule:
     filtered: Annotated[bool, Plain(bool, "scores of the distribution drawn from")] = False
     threshold: Annotated[float, Real("[-1e3, 1]", "", "of scores")] | None = None
     entropy_bound: Annotated[float, Real("[0, 1e6]", "nats", "of a step")] | None = None
+    random_counts: Annotated[bool, Plain(bool, "counts of a step are binomial")] = False
     temperature: Annotated[float, Real("[0, 1e6]", "", "0: the most likely token")] = 0.0
     top_k: Annotated[int, Whole("[1, 2e9]", "tokens", "likely ones kept")] | None = None
     top_p: Annotated[float, Real("(0, 1]", "probability", "least mass of the tokens kept")] = 1.0
@@ -93,6 +100,7 @@ class Rule:
     padding: Literal["left", "right"] = "right"
     window: Annotated[int, Whole("[1, 1e9]", "tokens", "a block attends to")] | None = None
     cached: Annotated[bool, Plain(bool, "finished blocks are cached")] = False
+    stop_entropy: Annotated[float, Real("[0, 1e3]", "nats", "of 256 tokens")] | None = None
     excludes_mask: Annotated[bool, Plain(bool, "the mask token is never predicted")] = False
     largest_rate: Annotated[float, Real("(0, 1]", "masking rate")] = 1.0
     smallest_time: Annotated[float, Real("(0, 1)", "time")] = 1e-3
@@ -110,6 +118,11 @@ class Rule:
                 "score='negative_entropy', threshold=None, steps=None, order_temperature=0 and a "
                 f"schedule that counts a block's tokens; got {self}"
             )
+        if self.random_counts and (self.schedule != "dllm" or self.entropy_bound is not None):
+            raise ValueError(
+                "random_counts is read by the schedule 'dllm' without entropy_bound, got "
+                f"schedule={self.schedule}, entropy_bound={self.entropy_bound}"
+            )
         if self.begin_suppress_tokens and (not scored or self.score in ("random", "first")):
             raise ValueError(
                 "begin_suppress_tokens is read by scores of tokens alone: confidence, margin or "
@@ -117,6 +130,8 @@ class Rule:
             )
         if self.guidance_keep and not self.guidance:
             raise ValueError("guidance_keep is read with guidance alone: set guidance, or leave it")
+        if self.stop_entropy is not None and not self.cached:
+            raise ValueError("stop_entropy ends rows of blocks: it needs a rule with cached=True")
         if self.window and (not self.cached or self.window % (self.block_size or self.window)):
             raise ValueError(
                 "window, of a rule with cached=True, must be a multiple of block_size; got "
@@ -137,7 +152,7 @@ RULES = {
     "sdar": Rule(schedule="sdar", cached=True, filtered=True, threshold=0.85, temperature=1.0),
     "mdlm": Rule(schedule="ancestral", largest_rate=1 - 1e-3, smallest_time=1e-5, **_EXACT),
     "mdlm_greedy": Rule(schedule="dllm", excludes_mask=True),
-    "bd3lm": Rule(schedule="first_hitting", cached=True, **_EXACT),
+    "bd3lm": Rule(schedule="first_hitting", cached=True, stop_entropy=4.0, **_EXACT),
     "bd3lm_greedy": Rule(schedule="llada", cached=True, excludes_mask=True),
 }
 """Loops by name: ``generate()`` of LLaDA; ``MDLMSampler``, ``BD3LMSampler`` (left-padded blocks)
@@ -288,29 +303,40 @@ def _best(rule: Rule, score: Array, candidates: Array, count: Array) -> Array:
     return jnp.where((jnp.sum(above, axis=-1) >= count)[:, None], above, best)
 
 
-def _counts(rule: Rule, steps: int) -> tuple[int, Callable[[Array, Array, Array], Array]]:
+def _counts(rule: Rule, steps: int) -> tuple[int, Count]:
     """Steps of a block, and its ``count`` for ``samplers.by_score.in_blocks``."""
+    if rule.random_counts:
+
+        def binomial(context: StepContext, total: Array, left: Array, step: Array) -> Array:
+            del total
+            shape = left.shape[1:]
+            keys = row_streams(context.keys, "count")
+            uniform = jax.vmap(lambda key: open_uniform(key, shape))(keys)
+            return jnp.sum(left & (uniform * (steps - step) < 1), axis=-1)
+
+        return steps, binomial
     if rule.schedule == "dllm":
         table = dllm_counts(np.arange(rule.block_size + 1), steps)
         table = table[:, table.any(axis=0)].astype(np.int32)
 
-        def tabled(total: Array, left: Array, step: Array) -> Array:
-            del left
+        def tabled(context: StepContext, total: Array, left: Array, step: Array) -> Array:
+            del context, left
             return jnp.asarray(table)[total, step]
 
         return table.shape[1], tabled
     if rule.schedule == "dream":
         shares = dream_shares(steps, rule.smallest_time)
 
-        def shared(total: Array, left: Array, step: Array) -> Array:
+        def shared(context: StepContext, total: Array, left: Array, step: Array) -> Array:
+            del context
             mean = jnp.sum(left) / jnp.float32(left.shape[0])
             count = jnp.floor(mean * jnp.asarray(shares)[step])
             return jnp.broadcast_to(count.astype(total.dtype), total.shape)
 
         return steps, shared
 
-    def even(total: Array, left: Array, step: Array) -> Array:
-        del left
+    def even(context: StepContext, total: Array, left: Array, step: Array) -> Array:
+        del context, left
         of = jnp.full_like(total, rule.block_size) if rule.schedule == "sdar" else total
         return kept_count(of, step, steps)
 

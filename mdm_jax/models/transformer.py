@@ -93,7 +93,10 @@ class TransformerConfig:
                 f"that is rotated, {self.rotated}, must be even"
             )
         if self.scan_layers and self.experts and not all(map(self.experts.at, range(self.depth))):
-            raise ValueError("scan_layers needs blocks that are alike, but some have experts")
+            raise ValueError(
+                f"scan_layers needs blocks that are alike, but of {self.depth} only the blocks "
+                f"{self.experts.layers} have experts; leave scan_layers off"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.kv_heads}"

@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # it needs Flax
     from mdm_jax.models.decoders import BlockDecoder
 
 
+ENTROPY_WINDOW = 256
+"""Tokens whose entropy stops a row, as in BD3-LM (Arriola et al. 2025)."""
+
+
 def sample_blocks(
     key: Array,
     decoder: BlockDecoder,
@@ -31,6 +35,7 @@ def sample_blocks(
     prefix: int = 0,
     guided: bool = False,
     stop_id: int | None = None,
+    stop_entropy: float | None = None,
 ) -> Array:
     """Fill the masked positions of a canvas from left to right; tokens [B, L] without masks.
 
@@ -50,6 +55,8 @@ def sample_blocks(
         guided: for ``prompt_guidance``: keep a second cache in which the given tokens of finished
             blocks are padding, at a second pass per finished block.
         stop_id: once every row has written this token, later blocks are filled with it unread.
+        stop_entropy: with ``stop_id``, a row also stops where the tokens of its last
+            ``ENTROPY_WINDOW`` have less empirical entropy, nats; these are replaced by it too.
 
     Raises ValueError as ``sample``; if the block size does not divide the length; if the prefix is
     longer than the canvas or not all given; if a sampler is guided and ``guided`` not set.
@@ -78,8 +85,8 @@ def sample_blocks(
     room, blank = length - size, jnp.full((num_rows, length), mask_id, jnp.int32)
     written = jnp.concatenate([blank[:, size:], canvas[:, :start], blank[:, start:]], axis=1)
 
-    def fill(carry: tuple[list[PyTree], Array, Array], block: tuple[Array, Array, Array]):
-        caches, written, stopped = carry
+    def fill(carry: tuple[list[PyTree], Array, Array, Array], block: tuple[Array, Array, Array]):
+        caches, written, stopped, cut = carry
         index, block_canvas, block_documents = block
         if stop_id is not None:
             free = block_canvas == mask_id
@@ -126,7 +133,12 @@ def sample_blocks(
         written = jax.lax.dynamic_update_slice_in_dim(written, tokens, offset, axis=1)
         if stop_id is not None:
             stopped |= jnp.any(free & (tokens == stop_id), axis=-1)
-        return (caches, written, stopped), tokens
+        if stop_id is not None and stop_entropy is not None and length > ENTROPY_WINDOW:
+            begin = (index + 1) * size - ENTROPY_WINDOW
+            last = jax.lax.dynamic_slice_in_dim(written, room + begin, ENTROPY_WINDOW, axis=1)
+            low = (begin > 0) & (empirical_entropy(last) < stop_entropy) & ~stopped
+            stopped, cut = stopped | low, jnp.where(low, begin, cut)
+        return (caches, written, stopped, cut), tokens
 
     def split(values: Array) -> Array:
         return jnp.swapaxes(values[:, start:].reshape(num_rows, -1, size), 0, 1)
@@ -134,9 +146,20 @@ def sample_blocks(
     if start == length:
         return canvas
     blocks = (jnp.arange(start // size, num_blocks), split(canvas), split(documents))
-    _, filled = jax.lax.scan(fill, (caches, written, jnp.zeros(num_rows, bool)), blocks)
+    state = (caches, written, jnp.zeros(num_rows, bool), jnp.full(num_rows, length))
+    (*_, cut), filled = jax.lax.scan(fill, state, blocks)
     filled = jnp.swapaxes(filled, 0, 1).reshape(num_rows, -1)
-    return jnp.concatenate([canvas[:, :start], filled], axis=1)
+    tokens = jnp.concatenate([canvas[:, :start], filled], axis=1)
+    if stop_id is None:
+        return tokens
+    beyond = jnp.arange(length)[None] >= cut[:, None]
+    return jnp.where((canvas == mask_id) & beyond, stop_id, tokens)
+
+
+def empirical_entropy(tokens: Array) -> Array:
+    """[B] nats of the frequencies of tokens [B, L]."""
+    shares = jnp.mean(tokens[:, :, None] == tokens[:, None], axis=-1, dtype=jnp.float32)
+    return -jnp.mean(jnp.log(shares), axis=-1)
 
 
 def make_block_generator(

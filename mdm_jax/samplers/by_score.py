@@ -29,6 +29,10 @@ Preference = Callable[[StepContext, Array, Array, Array | None], Array]
 """``preference(context, logits [B, C, K], drawn [B, C], positions [B, C]) -> [B, C]``: the highest
 are filled. Positions None: all, in order."""
 
+Count = Callable[[StepContext, Array, Array, Array], Array]
+"""``count(context, total [B], left [B, L] bool, step []) -> [B]``: tokens of a step of a block of
+``total`` positions, where ``left`` of the row up to its end are masked."""
+
 
 def confidence(logits: Array) -> Array:
     """Probability of the most likely token (MaskGIT, Chang et al. 2022)."""
@@ -187,7 +191,7 @@ def in_blocks(
     token_filter: LogitFilter | None,
     *,
     parts: Callable[[Array, Array], tuple[Array, Array]] | None = None,
-    count: Callable[[Array, Array, Array], Array] | None = None,
+    count: Count | None = None,
     best: Callable[[Array, Array, Array], Array] | None = None,
     excludes_mask: bool = True,
 ) -> Sampler:
@@ -196,8 +200,7 @@ def in_blocks(
     ``parts(free [B, L], block []) -> (of_block, candidates)`` [B, L] are the positions of a block,
     and those that may be filled in it where they are masked; None: ``block_size`` free positions in
     order, and earlier ones, which are left only where the mask token itself was drawn.
-    ``count(total [B], left [B], step []) -> [B]`` tokens of a block of ``total`` positions, where
-    ``left`` of the row up to its end are masked; None: :func:`kept_count`. ``best(score [B, L],
+    ``count`` None: :func:`kept_count`. ``best(score [B, L],
     candidates [B, L], count [B]) -> [B, L]`` is as :func:`best_positions`, the default.
     """
 
@@ -211,7 +214,7 @@ def in_blocks(
         total, candidates = jnp.sum(of_block, axis=-1), candidates & masked
         if count is None:
             return candidates, kept_count(total, step_in_block, steps_per_block)
-        return candidates, count(total, jnp.sum(candidates, axis=-1), step_in_block)
+        return candidates, count(context, total, candidates, step_in_block)
 
     def num_steps(length: int) -> int:
         return -(-length // block_size) * steps_per_block

@@ -262,7 +262,13 @@ def evaluate_positions(
         return jax.tree.map(lambda a, b: a.at[rows, targets].set(b, mode="drop"), values, new)
 
     passes = -(-jnp.max(jnp.sum(where, axis=-1)) // size)
-    return jax.lax.fori_loop(0, passes, run, initial)
+
+    def run_next(index: Array, values: PyTree) -> PyTree:
+        # Always true. From a loop alone compilers move out the transpose of a tied embedding, which
+        # is then copied in every step; from a branch they do not.
+        return jax.lax.cond(index < passes, run, lambda _, values: values, index, values)
+
+    return jax.lax.fori_loop(0, passes, run_next, initial)
 
 
 def reporter(progress: Progress | None, num_steps: int) -> Callable[[Array], None]:

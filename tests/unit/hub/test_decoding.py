@@ -16,6 +16,7 @@ from mdm_jax import hub, samplers
 from mdm_jax.hub import decoding, likelihood, rules
 from mdm_jax.hub.family import Family, Traits
 from mdm_jax.models.decoders import recomputing_block_decoder
+from mdm_jax.samplers.blocks import empirical_entropy
 from mdm_jax.samplers.by_score import in_blocks
 
 SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "negative_entropy"}
@@ -413,6 +414,57 @@ def test_blocks_stop_when_every_row_has_the_token():
     assert run(13).tolist() == wanted.tolist()
 
 
+def test_a_row_ends_where_its_last_tokens_have_little_entropy():
+    """In blocks of 128 row 0, all of one token, is noticed after 384 and loses the last 256."""
+    pattern = jnp.stack([jnp.full(512, 3), jnp.arange(512) % 8])
+
+    def apply_fn(params, inputs, logsnr, documents):
+        return jax.nn.one_hot(pattern, VOCAB) * 9.0
+
+    rule = dataclasses.replace(hub.RULES["bd3lm_greedy"], block_size=128, steps=1)
+    sampler, _ = rules.make_sampler(rule, 1)
+    decoder = recomputing_block_decoder(apply_fn, 128)
+    canvas = samplers.blank_canvas(2, 512, MASK).at[0, 400].set(5)
+    options = {"mask_id": MASK, "stop_id": EOS, "stop_entropy": 2.0}  # log 8 is 2.08
+
+    @tiny.jit
+    def run(key):
+        return samplers.sample_blocks(key, decoder, {}, sampler, None, canvas, **options)
+
+    first, second = run(jax.random.key(0)).tolist()
+    assert first == [3] * 128 + [EOS] * 272 + [5] + [EOS] * 111
+    assert second == pattern[1].tolist()
+    entropy = empirical_entropy(np.int32([[1, 1, 2, 3]]))
+    np.testing.assert_allclose(entropy, [1.5 * np.log(2)], rtol=1e-6)
+
+
+def test_random_counts_are_binomial():
+    """4 masks in 2 steps, of which the first fills Binomial(4, 1/2): mean 2, variance 1, fourth
+    central moment 5/2. Of 500 rows within 5 standard errors, sqrt(1 / 500) and sqrt(1.5 / 500).
+    """
+    model, options = toy(lambda at, _: at), {"rule": "dllm", "steps": 2, "random_counts": True}
+    written = hub.generate(model, [[]] * 500, 4, trace=True, **options)
+    first = np.sum(np.asarray(written.canvases[0]) != MASK, axis=1)
+    assert abs(first.mean() - 2) < 5 * np.sqrt(1 / 500)
+    assert abs(first.var() - 1) < 5 * np.sqrt(1.5 / 500)
+    assert written.tokens.tolist() == [[0, 1, 2, 3]] * 500
+
+
+def test_prompts_of_many_blocks_share_a_program():
+    """The recorded run again, padded, and then with one block of the prompt less."""
+    arrays, settings = reference("sdar-1"), stated("sdar-1")["decode"]["gen_static"]
+    prompt, (rule, options) = arrays["gen_static_prompt"][0], as_rule(settings)
+    options |= {"rule": rule, "stop": False, "pad_multiple": 64}
+    before = decoding._decode._cache_size()
+    whole, shorter = (
+        hub.generate(loaded("sdar-1"), [tokens], settings["gen_length"], **options)
+        for tokens in (prompt, prompt[4:])
+    )
+    np.testing.assert_array_equal(whole.tokens, arrays["gen_static_out"])
+    assert shorter.tokens.shape[1] == whole.tokens.shape[1] - 4
+    assert decoding._decode._cache_size() == before + 1
+
+
 def test_layout_in_blocks():
     """Left: prompts end with a block, the last block is cut. Right: whole blocks, more tokens."""
     rule = dataclasses.replace(hub.RULES["dllm_blocks"], block_size=4)
@@ -488,6 +540,8 @@ def test_likelihood_of_a_model_that_knows_nothing():
         ({}, [[1]], {"guidance_keep": [1]}, "set guidance, or leave it"),
         ({}, [[1]], {"entropy_bound": 0.3}, "needs score='negative_entropy'"),
         ({}, [[1]], {"begin_suppress_tokens": [1], "score": "first"}, "scores of tokens alone"),
+        ({}, [[1]], {"rule": "llada", "random_counts": True}, "read by the schedule 'dllm'"),
+        ({}, [[1]], {"stop_entropy": 4.0}, "rule with cached=True"),
         ({}, [[1]], {"window": 4}, "cached=True, must be a multiple"),
         ({}, [[1]], {"rule": "sdar", "block_size": 4, "window": 6}, "must be a multiple of block_"),
     ],

@@ -127,6 +127,11 @@ def test_scanned_layers_are_the_same_model_and_the_same_file(name, tmp_path):
         assert before.read(tensor).tobytes() == after.read(tensor).tobytes(), tensor
 
 
+def test_layers_of_two_kinds_are_not_scanned():
+    with pytest.raises(ValueError, match=r"only the blocks \(1,\) have experts"):
+        hub.load(DATA / "lladamoe-2", scan_layers=True)
+
+
 def plain_forward(name, input_ids, causal):
     """Logits of a Llama or Qwen3 in NumPy float64, from the description of the layout alone."""
     raw = json.loads((DATA / name / "config.json").read_text("utf-8"))
