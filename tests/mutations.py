@@ -485,8 +485,8 @@ MUTATIONS = [
     Mutation(
         "Muon: of the output head, too",
         "training/optimizers.py",
-        'matrix if "kernel" in _names(path) and "head" not in _names(path) else None',
-        'matrix if "kernel" in _names(path) else None',
+        'matrix if {"kernel", TRAINED} & names and "head" not in names else None',
+        'matrix if {"kernel", TRAINED} & names else None',
         OPTIMIZERS,
     ),
     Mutation(

@@ -254,7 +254,9 @@ def test_memory_of_a_released_model_is_counted_by_its_shards(dtype, size):
     assert found["parameters"] == found["average"] == size * a_device
     assert 2 * size * a_device <= found["optimiser"] < 2 * size * a_device + 64
     state = found["parameters"] + found["average"] + found["optimiser"]
-    assert state < found["all"] - found["temporaries"] < 2 * state
+    # Beside it there are a batch and metrics: all of the state is donated, on CPUs too. Moments
+    # that leave a step wider than they came cannot be, and were counted twice.
+    assert state < found["all"] - found["temporaries"] < state + 1024
     assert hub_memory.measure(*programs["forward"])[0]["parameters"] == size * a_device
 
 
