@@ -980,8 +980,8 @@ MUTATIONS = [
     Mutation(
         "measured rows: sources of a mixture alike",
         "data/pipeline.py",
-        "generator.choice(len(source.parts), count, p=source.weights)",
-        "generator.choice(len(source.parts), count)",
+        "generator.choice(len(parts), count, p=weights)",
+        "generator.choice(len(parts), count)",
         SOURCES,
     ),
     Mutation(
