@@ -13,6 +13,7 @@ REQUIRED = [
     "flax>=0.12",
     "grain>=0.2.18",
     "jax>=0.10",
+    "jinja2>=3.1",  # chat templates
     "matplotlib>=3.9",
     "ml-collections>=1.0",
     "numpy>=2.0",
@@ -26,10 +27,8 @@ REQUIRED = [
     "tqdm>=4.66",
 ]
 DIGITS = ["scikit-learn>=1.5"]
-HUB = ["jinja2>=3.1"]
 DEV = [
     *DIGITS,
-    *HUB,
     "chex>=0.1.90",
     "hypothesis>=6.100",
     "pillow>=10",
@@ -55,7 +54,6 @@ setuptools.setup(
     extras_require={
         "bucket": ["gcsfs>=2025.2"],
         "digits": DIGITS,
-        "hub": HUB,
         "dev": DEV,
         "notebooks": NOTEBOOKS,
     },

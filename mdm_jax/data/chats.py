@@ -170,6 +170,7 @@ def chat(
         path,
         lambda record, origin: _conversation(record, messages_field, origin),
         wanted=repr(messages_field or FIELDS[0]),
+        named_by="messages_field (pairs of texts: the source jsonl)",
         valid_path=valid_path,
         test_path=test_path,
         fractions=fractions,

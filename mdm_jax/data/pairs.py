@@ -123,6 +123,7 @@ def jsonl(
         path,
         lambda record, origin: (prompt_of(record, origin), answer_of(record, origin)),
         wanted=f"{prompt_field!r} and {answer_field!r}",
+        named_by="prompt_field, answer_field, or templates, whose fields may be numbers",
         valid_path=valid_path,
         test_path=test_path,
         fractions=fractions,
@@ -142,11 +143,17 @@ def jsonl(
     def rows_of(name: str, records: Sequence[Record]) -> tuple[StoredRows, dict[str, int]]:
         batch, counts = _encode(records, codec, layout, too_long)
         if records and not batch.units.any():
-            fault = "empty" if counts["rows"] else "dropped as too long"
+            fault = f"empty; see answer_field ({answer_field!r})"
+            if not counts["rows"]:
+                sizes = ([len(codec.encode(text)) for text in r.values] for r in records)
+                prompt, answer = min(sizes, key=sum)
+                fault = (
+                    f"dropped as too long; the shortest of {len(records)} pairs has {prompt} and "
+                    f"{answer + 1} tokens, see prompt_length ({prompt_length}) and answer_length "
+                    f"({answer_length})"
+                )
             raise ValueError(
-                f"{records[0].origin}: the answer of every pair of the {name} split was {fault}; "
-                f"see answer_field ({answer_field!r}), prompt_length ({prompt_length}) and "
-                f"answer_length ({answer_length})"
+                f"{records[0].origin}: the answer of every pair of the {name} split was {fault}"
             )
         return StoredRows(batch), counts
 

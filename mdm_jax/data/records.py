@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import difflib
 import glob
 import gzip
 import json
@@ -170,6 +171,7 @@ def read_sources(
     reader: Reader,
     *,
     wanted: str,
+    named_by: str,
     valid_path: str | os.PathLike | None = None,
     test_path: str | os.PathLike | None = None,
     fractions: Sequence[float] = (1, 0, 0),
@@ -187,6 +189,7 @@ def read_sources(
     Args:
         path, valid_path, test_path: as :func:`weighted_paths`, each as :func:`find_files`.
         wanted: what a row holds, for the error about one that is no object.
+        named_by: settings that say so, for the error about the first row.
         bad_rows: of rows that are no JSON, lack a field, ...: "error", or "drop" and count them.
 
     ValueError names file and line of a bad row under "error"; the file, if it is empty or a split
@@ -207,7 +210,10 @@ def read_sources(
                     found.append(Record(reader(value, origin), origin))
                 except ValueError as error:
                     if bad_rows == "error":
-                        raise
+                        remedy = "mend the row, or choose bad_rows='drop', which counts such"
+                        if not found and value is not error:  # the setting, rather than the row
+                            remedy = f"say what to read by {named_by}"
+                        raise ValueError(f"{error}; {remedy}") from error
                     report["bad_rows"] += 1
                     if len(bad) < _SHOWN:
                         bad.append(str(error))
@@ -291,6 +297,11 @@ def find_files(path: str) -> list[str]:
         found = [p for p in found if not files.Path(p).is_dir()]
         if not found:
             raise ValueError(f"{path}: no file has such a name")
+    elif not place.exists():
+        beside = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        near = [str(place.with_name(n)) for n in difflib.get_close_matches(place.name, beside)]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"{path}: no such file or directory{hint}")
     else:
         found = [path]
     return sorted(map(os.fspath, found))

@@ -18,6 +18,7 @@ class NgramEntropies(NamedTuple):
     Attributes:
         unigram, bigram: H(X_t), H(X_t | X_{t-1}), bits per token; bigram is None without pairs.
         tokens, pairs: numbers counted, pairs inside one row. ``units``: characters or dimensions.
+        kinds: different pairs.
     """
 
     unigram: float
@@ -25,6 +26,7 @@ class NgramEntropies(NamedTuple):
     tokens: int
     pairs: int
     units: int
+    kinds: int
 
     @property
     def unigram_per_unit(self) -> float:
@@ -33,8 +35,10 @@ class NgramEntropies(NamedTuple):
 
     @property
     def bigram_per_unit(self) -> float | None:
-        """Bits per character or dimension; None without pairs."""
-        return None if self.bigram is None else self.bigram * self.tokens / self.units
+        """Bits per character or dimension; None with fewer than five pairs of a kind, when it says
+        more about the number of tokens than about them."""
+        few = self.bigram is None or self.pairs < 5 * self.kinds
+        return None if few else self.bigram * self.tokens / self.units
 
 
 def ngram_entropies(
@@ -74,6 +78,7 @@ def ngram_entropies(
         tokens=len(counted),
         pairs=len(pairs),
         units=len(counted) if units is None else int(units),
+        kinds=len(np.unique(pairs)),
     )
 
 

@@ -206,6 +206,7 @@ def documents(
         path,
         lambda record, origin: (text_field_of(record, text_field, origin),),
         wanted=repr(text_field),
+        named_by="text_field",
         valid_path=valid_path,
         test_path=test_path,
         fractions=fractions,

@@ -160,6 +160,7 @@ def convert(variant: str = "") -> ConfigDict:
 def _from_source(name: str, variant: str) -> ConfigDict:
     check_variant(name, variant)
     config = defaults.get_config()
+    config.model.source = "MODEL (--config.model.source=DIR)"  # refused by this name until given
     shape = config.model.to_dict()
     if variant == "smoke":
         defaults.shrink(config)

@@ -211,6 +211,17 @@ def describe_adapter(source: hub.HubModel | None, shapes: PyTree, spec: Lora | N
     ]
 
 
+def describe_length(source: hub.HubModel | None, length: int) -> list[str]:
+    """A warning about rows that are longer than the source was made for, or none."""
+    stated = None if source is None else source.traits.length
+    if stated is None or length <= stated:
+        return []
+    return [
+        f"WARNING: rows of {length} tokens, of which config.json of the model states at most "
+        f"{stated}; positions beyond are new to it"
+    ]
+
+
 def keep(config: ConfigDict, source: hub.HubModel | None, workdir: files.Path) -> None:
     """Write what a run needs of its source, with its fingerprint, below the workdir.
 

@@ -188,7 +188,8 @@ def gradient_noise_monitor(
 
         |E G|^2 ~ mean of <G, M> ,     tr Cov(G) ~ mean of |G|^2 - <G, M> ,
 
-    data noise included, also for coupled rows. Drift of the parameters moves signal into noise;
+    data noise included, also for coupled rows. Drift of the parameters moves signal into noise
+    where gradients turn, and noise into signal, even below zero, where they shrink;
     ``meter.efficiency`` measures at fixed parameters. ``read`` gives ``gradient_signal`` (unbiased,
     may be negative) with its standard error over steps (up to a factor of two too small where the
     signal exceeds the noise, as errors of M repeat), ``gradient_noise`` (trace of the covariance),

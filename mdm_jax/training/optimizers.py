@@ -78,7 +78,8 @@ def warmup_cosine(
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f"warmup_steps must lie in [0, total_steps), got {warmup_steps} of {total_steps} steps"
+            f"warmup_steps must lie in [0, total_steps), got {warmup_steps} of {total_steps} steps;"
+            " lower optimizer.warmup_steps"
         )
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup_steps else peak, peak, warmup_steps, total_steps, peak * final_fraction

@@ -230,5 +230,7 @@ def test_a_signal_that_does_not_stand_out_is_left_to_the_measurements():
     figures = critical_batch(readings, records, 4)
     assert figures == {"critical_batch_rows_low": pytest.approx(60 / (2 * error))}
     assert shown(figures) == {"critical batch": ">52"}
+    figures = {"critical_batch_rows_low": 0.1, "critical_batch_rows": 0.3}
+    assert shown(figures) == {"critical batch": "<1"}
     readings["gradient_signal"] = 0.4
     assert critical_batch(readings, records, 4)["critical_batch_rows"] == pytest.approx(60)

@@ -30,8 +30,9 @@ def preview(dataset: data.Dataset, colour: bool | None = None) -> str:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     found = data.summarise_rows(source, codec.eos_id)
     named = {"padding": codec.pad_id, "EOS": codec.eos_id, "mask": codec.mask_id}
-    if getattr(codec, "bos_id", None) is not None:
-        named["BOS"] = codec.bos_id
+    bos = getattr(codec, "bos_id", None)
+    if bos not in (None, codec.pad_id):  # padding stands in for a BOS that a model lacks
+        named["BOS"] = bos
     at = ", ".join(f"{q:.0%}" for q in QUANTILES)
     lines = [
         f"rows: {found.rows} of {dataset.length} positions, lengths and shares of "

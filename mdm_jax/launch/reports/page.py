@@ -16,6 +16,7 @@ import numpy as np
 from mdm_jax import files, plots, training
 from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import config as launch_config
+from mdm_jax.launch.reports.panel import whole_rows
 from mdm_jax.launch.workdir import WorkdirError, differences, read_config, resolved, writing
 from mdm_jax.meter.panel import PARTS
 
@@ -191,7 +192,7 @@ def _noise(latest: Record, last: Record, config: Record) -> str:
         about = f"rows, {low:,.0f} to {high:,.0f} within two standard errors; this run takes {rows}"
         if "critical_batch_tokens" in last:
             about += f". In eligible tokens {last['critical_batch_tokens']:,.0f}"
-        cards.append(("critical batch size", f"{last['critical_batch_rows']:,.0f}", about))
+        cards.append(("critical batch size", whole_rows(last["critical_batch_rows"]), about))
     elif "critical_batch_rows_low" in last:
         about = f"rows: the signal is within two standard errors of none. This run takes {rows}"
         cards.append(("critical batch size", f"> {last['critical_batch_rows_low']:,.0f}", about))
@@ -228,8 +229,9 @@ def _noise_curves(panel: Sequence[Record], config: Record) -> list[tuple[str, st
                 _draw(lambda axes: plots.critical_batch(axes, panel, size)),
                 "Simple noise scale (McCandlish et al. 2018), rows × tr Cov(G) / |E G|²: at this "
                 "batch size noise and signal are equal. From the gradients of successive steps "
-                "where their signal stands out (moving parameters make it too large), else from "
-                "the measurements. Bars without a point have no upper end.",
+                "where their signal stands out (gradients that turn make it too large, those that "
+                "shrink too small), else from the measurements. Bars without a point have no upper "
+                "end.",
             )
         )
     if any(r.get("effective_sample_size", 1.0) < 1 - 1e-3 for r in panel):

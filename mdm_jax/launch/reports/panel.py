@@ -206,8 +206,9 @@ def critical_batch(
     """The critical batch size, rows and eligible tokens, with the ends of two standard errors.
 
     Rows times the gradient's noise over its signal, the simple noise scale of McCandlish et al.
-    2018. From the monitor ``gradient_noise`` where its signal exceeds two standard errors; that
-    signal is lower if parameters move much within ten steps, so the size is too large, if anything.
+    2018. From the monitor ``gradient_noise`` where its signal exceeds two standard errors. As
+    parameters move within ten steps, gradients that turn make the size too large, and gradients
+    that shrink, as in the first steps of fine-tuning, too small: where no noise is left, none.
     Else from three measurements or more, at fixed parameters but of few rows; where their signal
     does not stand out either, the lower end alone.
     """
@@ -254,11 +255,16 @@ def shown(figures: Mapping[str, float]) -> dict[str, str]:
     if "critical_batch_rows_low" in figures:
         rows = figures.get("critical_batch_rows")
         low = f">{figures['critical_batch_rows_low']:,.0f}"
-        text["critical batch"] = low if rows is None else f"{rows:,.0f}"
+        text["critical batch"] = low if rows is None else whole_rows(rows)
     if "effective_sample_size" in figures:
         text["ESS"] = f"{100 * figures['effective_sample_size']:.0f}%"
         text["largest weight"] = f"{figures['largest_weight']:.1f}"
     return text
+
+
+def whole_rows(rows: float) -> str:
+    """A critical batch size; below one row, any batch has more signal than noise."""
+    return f"{rows:,.0f}" if rows >= 1 else "<1"
 
 
 def _whole(mesh: Mesh) -> NamedSharding:

@@ -50,15 +50,17 @@ def test_entropies_of_a_markov_chain_converge():
 
 
 def test_split_entropies_leave_padding_out_and_convert_to_units():
-    tokens = np.arange(10, dtype=np.int32) % 2
+    tokens = np.arange(20, dtype=np.int32) % 2
     counts = np.array([1, 0, 0, 0, 0])  # only token 0 stands for a character
-    source = TokenSpans(tokens, range(0, 10, 4), 4, pad_id=2, character_counts=counts)
+    source = TokenSpans(tokens, range(0, 20, 4), 4, pad_id=2, character_counts=counts)
     found = data.split_entropies(source, 5)
-    assert (found.tokens, found.pairs, found.units) == (10, 7, 5)
+    assert (found.tokens, found.pairs, found.units) == (20, 15, 10)
     assert found.unigram == pytest.approx(1.0)
     assert found.unigram_per_unit == pytest.approx(2.0)
     assert found.bigram_per_unit == pytest.approx(2 * found.bigram)
-    assert data.split_entropies(source, 5, max_rows=2).tokens == 8
+    fewer = data.split_entropies(source, 5, max_rows=2)
+    assert (fewer.tokens, fewer.pairs, fewer.kinds) == (8, 6, 2)
+    assert fewer.bigram_per_unit is None  # of fewer than five pairs of a kind
 
 
 def test_rows_of_one_scored_token_have_no_bigram_entropy():

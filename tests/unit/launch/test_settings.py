@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mdm_jax import checks, models, samplers, training
-from mdm_jax.launch import build, config, names, presets
+from mdm_jax.launch import build, config, names, presets, source
 
 SETTINGS = config.flat_settings()
 TABLES = (
@@ -221,3 +221,9 @@ def test_a_gap_longer_than_the_passage_is_halved_with_a_line_that_says_so(run):
     )
     run.sample.gap = run.data.length
     assert "sample.gap" not in build.make_experiment(run).describe()
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune_pairs", "convert"])
+def test_a_preset_that_begins_from_a_model_asks_for_it(name):
+    with pytest.raises(ValueError, match=r"--config.model.source=DIR\): no such directory; name"):
+        source.read(presets.get_config(name))
