@@ -319,7 +319,10 @@ def _claim(experiment: Experiment, workdir: files.Path, always: bool = False) ->
 
 def _check_overrides() -> None:
     """Raise ValueError for settings that a mode without data does not read."""
-    reads = ("mesh.fsdp", "mesh.tensor", "mesh.data") if _MODE.value == "chat" else ()
+    reads = {
+        "chat": ("mesh.fsdp", "mesh.tensor", "mesh.data", "model.source"),
+        "export": ("model.source",),
+    }.get(_MODE.value, ())
     unread = [name for name in command_line.overridden(_PARSED) if name not in reads]
     if unread:
         raise ValueError(
@@ -327,11 +330,17 @@ def _check_overrides() -> None:
         )
 
 
+def _moved() -> str | None:
+    """Where the source of a run is now, if the command line says so."""
+    given = "model.source" in command_line.overridden(_PARSED)
+    return _CONFIG.value.model.source if given else None
+
+
 def _export(workdir: files.Path) -> int:
     if _TO.value is None:
         return _fail("--to is required: the directory to write, new or empty")
     step, layout = exports.export(
-        workdir, _TO.value, _PARAMETERS.value == "last", _DTYPE.value, _ADAPTER.value
+        workdir, _TO.value, _PARAMETERS.value == "last", _DTYPE.value, _ADAPTER.value, _moved()
     )
     print(f"step {step} written to {_TO.value} in the layout of {layout}")
     return 0
@@ -343,9 +352,9 @@ def _chat(workdir: files.Path | None) -> int:
     if workdir is None:
         model = hub.load(_SOURCE.value)
     else:
-        given = bool(command_line.overridden(_PARSED))
+        given = any(name.startswith("mesh.") for name in command_line.overridden(_PARSED))
         mesh = exports.chat_mesh(_CONFIG.value, given)
-        run = exports.open_run(workdir, _PARAMETERS.value == "last", mesh=mesh)
+        run = exports.open_run(workdir, _PARAMETERS.value == "last", mesh=mesh, moved=_moved())
         model = exports.merged(run, workdir)
     templated = _TEMPLATE.value
     if templated is None:

@@ -163,12 +163,13 @@ class GradientMoments(NamedTuple):
     """Exponentially forgotten moments of the batch gradient, float32.
 
     ``mean`` [1024] and ``mean_weight`` are of sketches of past gradients. ``square`` is of squared
-    norms, ``product`` and ``product_square`` of products with that mean, over steps of total
+    norms, ``product`` and ``product_square`` of products with that mean, over ``steps`` of total
     ``weight`` and total squared ``weight_square``.
     """
 
     mean: Array
     mean_weight: Array
+    steps: Array
     square: Array
     product: Array
     product_square: Array
@@ -188,20 +189,23 @@ def gradient_noise_monitor(
 
         |E G|^2 ~ mean of <G, M> ,     tr Cov(G) ~ mean of |G|^2 - <G, M> ,
 
-    data noise included, also for coupled rows. Drift of the parameters moves signal into noise
-    where gradients turn, and noise into signal, even below zero, where they shrink;
-    ``meter.efficiency`` measures at fixed parameters. ``read`` gives ``gradient_signal`` (unbiased,
-    may be negative) with its standard error over steps (up to a factor of two too small where the
-    signal exceeds the noise, as errors of M repeat), ``gradient_noise`` (trace of the covariance),
-    ``gradient_noise_share`` (noise over mean squared norm) and ``gradient_rejected``.
-    The batch size times noise over signal is the simple noise scale of McCandlish et al. 2018, at
-    which noise and signal are equal. Instead of a past gradient its sketch is kept
+    data noise included, also for coupled rows. The memory is a quarter of the steps so far, until
+    ``decay`` is reached: large gradients of the first steps are soon forgotten. Drift of the
+    parameters moves signal into noise where gradients turn, and noise into signal, even below zero,
+    where they shrink; ``meter.efficiency`` measures at fixed parameters.
+
+    ``read`` gives ``gradient_signal`` (may be negative) with its standard error over steps (up to a
+    factor of two too small where the signal exceeds the noise, as errors of M repeat),
+    ``gradient_noise`` (trace of the covariance), ``gradient_noise_share`` (noise over mean squared
+    norm) and ``gradient_rejected``. The batch size times noise over signal is the simple noise
+    scale of McCandlish et al. 2018, at which noise and signal are equal. Instead of a past gradient
+    its sketch is kept
     (:func:`~mdm_jax.estimates.sketch`), 4 kB, so that the signal may be off by about 4%.
     """
     signs = jax.random.key(0)
 
     def init(_params: PyTree) -> GradientMoments:
-        scalars = [jnp.zeros(()) for _ in range(6)]  # separate buffers, so that all can be donated
+        scalars = [jnp.zeros(()) for _ in range(7)]  # separate buffers, so that all can be donated
         return GradientMoments(jnp.zeros((BUCKETS,)), *scalars, rejected=jnp.zeros((), jnp.int32))
 
     def update(
@@ -212,7 +216,8 @@ def gradient_noise_monitor(
         product = jnp.dot(own, state.mean, precision=jax.lax.Precision.HIGHEST)
         product = product / jnp.maximum(state.mean_weight, 1e-30)
         new = jnp.where(finite & (state.mean_weight > 0), 1.0, 0.0)  # from the second step on
-        keep, keep_mean = jnp.where(new > 0, decay, 1.0), jnp.where(finite, past, 1.0)
+        keep = jnp.where(new > 0, jnp.minimum(decay, state.steps / (state.steps + 3)), 1.0)
+        keep_mean = jnp.where(finite, past, 1.0)
 
         def mix(old: Array, value: Array) -> Array:
             return old * keep + jnp.where(new > 0, value, 0.0)
@@ -220,6 +225,7 @@ def gradient_noise_monitor(
         return GradientMoments(
             mean=state.mean * keep_mean + jnp.where(finite, own, 0.0),
             mean_weight=state.mean_weight * keep_mean + jnp.where(finite, 1.0, 0.0),
+            steps=state.steps + new,
             square=mix(state.square, square),
             product=mix(state.product, product),
             product_square=mix(state.product_square, product**2),

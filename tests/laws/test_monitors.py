@@ -128,9 +128,10 @@ def test_gradient_noise_is_unbiased_from_the_second_step_on():
     second = monitor.update(first, None, None, jnp.array([3.0, 0.0]))
     np.testing.assert_allclose(np.sort(np.abs(second.mean))[-2:], [0.9, 3.9], rtol=1e-6)
     third = monitor.update(second, None, None, jnp.array([0.0, 2.0]))
-    product, weight = 1.8 / 1.9, 1.7
-    expected = [0.7 * 9 + 4, 0.7 * 3 + product, 0.7 * 9 + product**2, weight, 0.49 + 1]
-    np.testing.assert_allclose(third[2:7], expected, rtol=1e-6)
+    product, keep = 1.8 / 1.9, 1 / 4  # of the first of two; not the decay yet
+    weight = keep + 1
+    expected = [keep * 9 + 4, keep * 3 + product, keep * 9 + product**2, weight, keep**2 + 1]
+    np.testing.assert_allclose(third[3:8], expected, rtol=1e-6)
     read = monitor.read(third)
     signal = expected[1] / weight
     np.testing.assert_allclose(read["gradient_noise"], expected[0] / weight - signal, rtol=1e-5)

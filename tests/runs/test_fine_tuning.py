@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 
 import launching
@@ -123,7 +124,8 @@ def generated(model: hub.HubModel) -> list[list[int]]:
 def test_a_model_fine_tuned_on_own_data_says_the_same_everywhere(data, adapter, tmp_path):
     workdir, whole, merged = tmp_path / "run", tmp_path / "whole", tmp_path / "merged"
     settings = [*data(tmp_path), *SHORT]
-    arguments = [*settings, *adapter, f"--config.model.source={MODEL}"]
+    source = pathlib.Path(shutil.copytree(MODEL, tmp_path / "model"))
+    arguments = [*settings, *adapter, f"--config.model.source={source}"]
     line = [*arguments, f"--workdir={workdir}"]
     assert stop(line, "[2-4]", signal.SIGINT) == 130
     assert stop(line, "[5-8]", signal.SIGKILL) == -signal.SIGKILL
@@ -138,12 +140,18 @@ def test_a_model_fine_tuned_on_own_data_says_the_same_everywhere(data, adapter, 
 
     texts = greedy_texts(workdir)
     assert len(set(texts)) == 3
-    launching.finish("export", f"--workdir={workdir}", f"--to={merged}", "--dtype=float32")
+    source.rename(tmp_path / "moved")
+    export = ["export", f"--workdir={workdir}", "--dtype=float32"]
     if adapter:
+        _, err = launching.finish(*export, f"--to={merged}", code=2)
+        assert "name where it is now: --config.model.source=DIR" in err
+        export.append(f"--config.model.source={tmp_path / 'moved'}")
         peft = tmp_path / "peft"
         launching.finish("export", f"--workdir={workdir}", f"--to={peft}", "--adapter")
-        started = [*arguments, f"--config.adapter.init_from={peft}"]
+        started = [*settings, *adapter, f"--config.model.source={MODEL}"]
+        started.append(f"--config.adapter.init_from={peft}")
         own = hub.with_adapters(hub.load(MODEL, dtype="float32"), peft)
+    launching.finish(*export, f"--to={merged}")
     workdir.rename(tmp_path / "gone")
     elsewhere = [*settings, f"--config.model.source={merged}"]
     assert greedy_texts(tmp_path / "elsewhere", *elsewhere) == texts

@@ -152,6 +152,7 @@ def test_a_source_that_has_gone_or_changed_is_named(run, tmp_path):
             load_parameters(experiment, workdir)
         # Adapters alone need no source.
         export.export(workdir, str(tmp_path / "peft"), adapter=True)
+        export.export(workdir, str(tmp_path / "merged"), moved=str(moved))
         shutil.copytree(moved, source)
         with (source / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)

@@ -41,16 +41,20 @@ def open_run(
     last: bool = False,
     layout: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    moved: str | None = None,
 ) -> Opened:
     """The model of a run, which needs neither its data nor its source.
 
     The best averaged parameters, or those of the ``last`` step as they are, over ``mesh`` (None:
-    sharded over all devices). WorkdirError without a run, CheckpointError without a checkpoint;
-    with ``layout`` ValueError that names the settings which no layout of others can express.
+    sharded over all devices). ``moved``: where its source is now. WorkdirError without a run,
+    CheckpointError without a checkpoint; with ``layout`` ValueError that names the settings which
+    no layout of others can express.
     """
     if read_config(workdir) is None:
         raise WorkdirError(f"{workdir} holds no run (no config.json); name another --workdir")
     config = saved_config(workdir)
+    if moved is not None:
+        config.model.source = moved
     attention, size = {
         "masked": ("bidirectional", None),
         "block": ("block", config.block.size),
@@ -104,15 +108,17 @@ def export(
     last: bool = False,
     dtype: str | None = None,
     adapter: bool = False,
+    moved: str | None = None,
 ) -> tuple[int, str]:
     """Write a run to a new directory in the layout of its source, or of Qwen3, Qwen2 or Llama.
 
-    With ``adapter`` the adapters alone, in the layout of PEFT. Returns the step, and the layout. A
+    With ``adapter`` the adapters alone, in the layout of PEFT. ``moved``: where the source, whose
+    frozen parameters are merged with adapters, is now. Returns the step, and the layout. A
     tokenizer of ours is written as theirs. Raises as :func:`open_run`, :func:`merged`,
     ``hub.save``, :func:`tokenizer_files` and ``hub.save_adapters``; ValueError for a run without
     adapters.
     """
-    run = open_run(workdir, last, layout=True)
+    run = open_run(workdir, last, layout=True, moved=moved)
     if adapter and run.spec is None:
         raise ValueError(f"{workdir}: without adapters (adapter.name=''); leave out --adapter")
     if adapter:

@@ -64,8 +64,8 @@ def test_directories_and_globs_are_sorted_and_empty_ones_named(tmp_path):
         find_files(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="no file has such a name"):
         find_files(str(tmp_path / "*.json"))
-    with pytest.raises(ValueError, match=r"c.jsonl: no such .*; did you mean \S*b.jsonl\?"):
-        find_files(str(tmp_path / "c.jsonl"))
+    with pytest.raises(ValueError, match=r"note.txt: no such .*; did you mean \S*/notes.txt\?"):
+        find_files(str(tmp_path / "note.txt"))
 
 
 RECORD = {"meta": {"question": "q", "n": 3}, "turns": [{"text": "a"}, {"text": "b"}], "a.b": "c"}
