@@ -109,7 +109,9 @@ _ADAPTER = flags.DEFINE_bool(
     "adapter", False, "export: the adapters alone, as a directory of PEFT; else merged."
 )
 _SOURCE = flags.DEFINE_string("source", None, "chat: directory or id of a model of others.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "chat: longest answer.", 1)
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", None, "chat: longest answer; else 128, or what the model's length leaves.", 1
+)
 _STEPS = flags.DEFINE_integer(
     "answer_steps", None, "chat, as --steps: of an answer; else one a token.", 1
 )

@@ -604,3 +604,10 @@ def test_a_block_model_answers_block_by_block(monkeypatch):
     chat.chat(model, codec, **options, trained_here=True)
     left = [line.count("▁") for line in screen.getvalue().splitlines()]
     assert left == sorted(left, reverse=True) and left[0] > left[-1] == 0
+
+
+def test_an_answer_is_as_long_as_the_length_that_a_model_states_leaves():
+    model = hub.describe(DATA / "a2d_qwen3-1")
+    for length, prompt, longest in ((96, 15, 80), (96, 90, 16), (4096, 15, 128), (None, 15, 128)):
+        stated = dataclasses.replace(model, traits=dataclasses.replace(model.traits, length=length))
+        assert chat._longest(stated, prompt) == longest

@@ -19,6 +19,7 @@ from mdm_jax.launch.modes.sample import MASK_TEXT
 
 _PROBE = "mdm"
 _MULTIPLE = 32  # tokens, that rows are padded to: prompts of most lengths share a program
+_MOST, _STEP = 128, 16  # tokens of an answer, unless the model's length leaves fewer, in such steps
 _UP, _CLEAR = "\x1b[{}A", "\r\x1b[J"
 
 
@@ -26,7 +27,7 @@ def chat(
     model: hub.HubModel,
     codec: Tokenizer,
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     steps: int | None,
     temperature: float,
     templated: bool,
@@ -35,7 +36,8 @@ def chat(
     """Answer lines of standard input until it ends.
 
     Args:
-        max_tokens, steps, temperature: of an answer; as in ``hub.rules.Rule``.
+        max_tokens, steps, temperature: of an answer; as in ``hub.rules.Rule``. ``max_tokens`` None:
+            128, or what the model's stated length leaves.
         templated: turns are laid out by the tokenizer's chat template, or the plain one of runs
             here without, and earlier ones are part of the prompt; else each line is a prompt of its
             own, as it stands.
@@ -54,7 +56,7 @@ def chat(
         else:
             codec_ends |= _end_of_turn(codec)
     ids = {"mask_id": codec.mask_id, "eos_id": codec.eos_id, "pad_id": codec.pad_id}
-    canvas = _Canvas(model, codec, codec_ends, max_tokens, rule)
+    canvas = _Canvas(model, codec, codec_ends, rule)
     turns: list[dict[str, str]] = []
     for number, line in enumerate(_lines()):
         turns = [*turns, {"role": "user", "content": line}] if templated else []
@@ -63,11 +65,12 @@ def chat(
                 prompt, turns = _fitted(model, template, turns, max_tokens)
             else:
                 prompt = codec.encode(line)
-            multiple = _multiple(model, len(prompt) + max_tokens)
-            canvas.begin(prompt, multiple)
+            longest = max_tokens or _longest(model, len(prompt))
+            multiple = _multiple(model, len(prompt) + longest)
+            canvas.begin(prompt, longest, multiple)
             key = jax.random.fold_in(jax.random.key(0), number)
             options = ids | {"key": key, "show": canvas.show, "pad_multiple": multiple}
-            made = generate(model, [prompt], max_tokens, rule=rule, **options, **changes)
+            made = generate(model, [prompt], longest, rule=rule, **options, **changes)
             jax.effects_barrier()
         except ValueError as error:
             if number == 0:  # as a rule the model or a setting
@@ -92,16 +95,15 @@ def tokenizer_of(model: hub.HubModel, workdir: files.Path | None) -> Tokenizer:
 class _Canvas:
     """The answer in the making on standard output, redrawn in place if that is a terminal."""
 
-    def __init__(
-        self, model: hub.HubModel, codec: Tokenizer, ends: set[int], max_tokens: int, rule: Any
-    ):
-        self._codec, self._ends, self._most = codec, ends, max_tokens
+    def __init__(self, model: hub.HubModel, codec: Tokenizer, ends: set[int], rule: Any):
+        self._codec, self._ends, self._most = codec, ends, 0
         self._blocks = (rule.block_size or model.traits.block_size or 1) if rule.cached else 0
         self._left = rule.padding == "left"
         self._out: TextIO = sys.stdout
         self._rows, self._last, self._skip = 0, "", 0
 
-    def begin(self, prompt: np.ndarray, multiple: int = 1) -> None:
+    def begin(self, prompt: np.ndarray, most: int, multiple: int = 1) -> None:
+        self._most = most
         self._rows, self._last, self._skip = 0, "", len(prompt)
         if self._left:
             unit = math.lcm(self._blocks or 1, multiple)
@@ -152,6 +154,12 @@ def _multiple(model: hub.HubModel, length: int) -> int:
     return _MULTIPLE if length + _MULTIPLE <= (model.traits.length or np.inf) else 1
 
 
+def _longest(model: hub.HubModel, prompt: int) -> int:
+    """Tokens of the longest answer: what the model's length leaves, at most 128."""
+    left = (model.traits.length or np.inf) - prompt
+    return int(min(_MOST, max(left // _STEP * _STEP, _STEP)))
+
+
 def _rule(model: hub.HubModel) -> Any:
     """That of the family, unless it was trained in blocks that its own loop does not know."""
     rule = RULES.get(model.family.name, RULES["dllm"])
@@ -167,12 +175,14 @@ def _end_of_turn(codec: Any) -> set[int]:
 
 
 def _fitted(
-    model: hub.HubModel, template: Any, turns: list[dict[str, str]], max_tokens: int
+    model: hub.HubModel, template: Any, turns: list[dict[str, str]], max_tokens: int | None
 ) -> tuple[np.ndarray, list[dict[str, str]]]:
     """The prompt of a conversation, whose oldest turns go where it is too long for the model."""
+    length = model.traits.length or np.inf
+    room = max_tokens or min(_MOST, length // 4)
     while True:
         prompt = template.prompt(turns)
-        if len(turns) < 3 or len(prompt) + max_tokens <= (model.traits.length or np.inf):
+        if len(turns) < 3 or len(prompt) + room <= length:
             return prompt, turns
         turns = turns[2:]
 
