@@ -185,12 +185,21 @@ def jsonl(
         headline=f"Prompt and answer pairs from {names_of(found.paths)}, one a line.",
         policy=f"Prompt in {prompt_length} positions, answer in {answer_length}; pairs that are "
         f"too long: {too_long}; after the answer: {answer_padding}."
+        + _describe_dropped(report)
         + found.describe([len(source) for source in sources])
         + describe_unknown(lines_of(r for records in parts.values() for r in records), codec),
         report=report,
         check=check,
         layout=layout,
     )
+
+
+def _describe_dropped(report: Mapping[str, int]) -> str:
+    """A warning, for a description, if more than a tenth of the training pairs are too long."""
+    dropped, pairs = report["train_dropped_pairs"], report["train_pairs"]
+    if dropped <= pairs / 10:
+        return ""
+    return f"\nWARNING: {dropped} of {pairs} training pairs are longer than that, and dropped."
 
 
 def _text_reader(path: str, role: str, template: str) -> Callable[[Mapping[str, Any], str], str]:
