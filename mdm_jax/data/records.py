@@ -344,17 +344,21 @@ def _parquet_rows(path: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _parse(line: str, origin: str, wanted: str) -> dict[str, Any]:
+    array = origin.endswith(":1") and line.lstrip().startswith("[")
+    hint = "; a JSON array becomes one object a line by: jq -c '.[]' FILE" if array else ""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{origin}: not JSON, {error.msg} at column {error.colno}") from error
+        raise ValueError(
+            f"{origin}: not JSON, {error.msg} at column {error.colno}{hint}"
+        ) from error
     except RecursionError as error:
         raise ValueError(f"{origin}: not usable, the JSON is nested too deeply") from error
     except ValueError as error:  # of an integer with thousands of digits
         raise ValueError(f"{origin}: not usable, {error}") from error
     if not isinstance(record, dict):
         raise ValueError(
-            f"{origin}: expected a JSON object with {wanted}, got {type(record).__name__}"
+            f"{origin}: expected a JSON object with {wanted}, got {type(record).__name__}{hint}"
         )
     return record
 

@@ -131,24 +131,27 @@ def add(module: nn.Module, x: Array, y: Array, dtype: jnp.dtype) -> Array:
     return y + product("...r,ro->...o", h.astype(dtype), b, dtype)
 
 
-def merge(base: PyTree, adapters: PyTree, spec: Lora) -> PyTree:
+def merge(
+    base: PyTree, adapters: PyTree, spec: Lora, dtype: jax.typing.DTypeLike | None = None
+) -> PyTree:
     """Parameters ``{"params": ...}`` with ``W + scale A B`` in place of W: summed in float32,
-    rounded to the dtype of W, placed as W is."""
+    rounded to ``dtype`` (None: that of W), placed as W is."""
     flat = traverse_util.flatten_dict(base["params"])
     pairs = traverse_util.flatten_dict(adapters[TRAINED])
     for path in {path[:-1] for path in pairs}:
         kernel = flat[(*path, "kernel")]
-        merged = _merged(spec.scale, kernel, pairs[(*path, "a")], pairs[(*path, "b")])
+        halves = pairs[(*path, "a")], pairs[(*path, "b")]
+        merged = _merged(spec.scale, dtype or kernel.dtype, kernel, *halves)
         if not isinstance(merged, jax.core.Tracer):
             merged = jax.device_put(merged, kernel.sharding)
         flat[(*path, "kernel")] = merged
     return {**base, "params": traverse_util.unflatten_dict(flat)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _merged(scale: float, kernel: Array, a: Array, b: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _merged(scale: float, dtype: jax.typing.DTypeLike, kernel: Array, a: Array, b: Array) -> Array:
     change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+    return (kernel.astype(jnp.float32) + scale * change).astype(dtype)
 
 
 def _layers(path: tuple[str, ...], stack: Iterable[int]) -> list[str]:

@@ -94,12 +94,16 @@ def open_run(
     return Opened(found[0], model, config, mesh, spec, found[1])
 
 
-def merged(run: Opened, workdir: files.Path) -> hub.HubModel:
-    """The model of a run with parameters, adapters merged; WorkdirError if their source is gone."""
+def merged(run: Opened, workdir: files.Path, exactly: bool = False) -> hub.HubModel:
+    """The model of a run with parameters, adapters merged; WorkdirError if their source is gone.
+
+    Merged kernels are rounded to the dtype of the frozen ones, or stay float32 if ``exactly``.
+    """
     if run.spec is None:
         return run.model
     base = source.load_frozen(run.config, run.mesh, workdir)
-    return dataclasses.replace(run.model, params=lora.merge(base, run.adapters, run.spec))
+    dtype = "float32" if exactly else None
+    return dataclasses.replace(run.model, params=lora.merge(base, run.adapters, run.spec, dtype))
 
 
 def export(
@@ -125,7 +129,7 @@ def export(
         options = {"base": run.config.model.source, "dtype": dtype or None}
         hub.save_adapters(to, run.model, run.adapters, run.spec, **options)
         return run.step, "PEFT"
-    model = merged(run, workdir)
+    model = merged(run, workdir, exactly=bool(dtype))
     own, made = workdir / "tokenizer.json", {}
     if model.tokenizer is None and own.exists():
         made = tokenizer_files(load_tokenizer(own), model.traits)

@@ -186,6 +186,8 @@ GOOD = b'{"prompt": "a", "answer": "b"}\n'
         (b"\n\n", r"bad\.jsonl: the file is empty"),
         (GOOD + b"{oops}\n", r"bad\.jsonl:2: not JSON, .* at column 2"),
         (GOOD + b"\n" + GOOD, r"bad\.jsonl:2: empty line"),
+        (b"[\n" + GOOD, r"bad\.jsonl:1: not JSON, .* one object a line by: jq"),
+        (b"[" + GOOD.strip() + b"]", r"bad\.jsonl:1: expected .*got list; a JSON array .* jq"),
         (GOOD + b"[1, 2]\n", r"bad\.jsonl:2: expected a JSON object .*got list"),
         (GOOD + b'{"prompt": "a"}', r"bad\.jsonl:2: no field 'answer'; the line .*; mend the row"),
         (

@@ -1,5 +1,6 @@
 """Adapters: products, gradients, a run against the full run in the same subspace, dropout."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +103,19 @@ def test_unmerged_products_are_those_of_the_merged_kernels_scanned_or_not():
         )
         np.testing.assert_allclose(own, merged, rtol=0, atol=1e-5)
         assert np.max(np.abs(own - plain)) > 0.1
+
+
+def test_kernels_merged_in_another_dtype_are_not_rounded_to_that_of_the_base():
+    _, params, adapters = made()
+    base = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+
+    def upcast(tree):
+        return jax.tree.map(lambda leaf: leaf.astype("float32"), tree)
+
+    exact = upcast(lora.merge(base, adapters, SPEC, "float32"))
+    chex.assert_trees_all_equal(exact, lora.merge(upcast(base), adapters, SPEC))
+    rounded = flat(upcast(lora.merge(base, adapters, SPEC)))
+    assert any(np.any(value != rounded[name]) for name, value in flat(exact).items())
 
 
 def test_new_adapters_change_nothing_and_are_functions_of_key_and_layer():
