@@ -78,7 +78,7 @@ def chats(folder: pathlib.Path) -> list[str]:
     for i in range(60):
         task = (tasks.Add(2), tasks.Run(), tasks.Countdown())[i % 3]
         messages = [{"role": "system", "content": "Compute."}][: i % 2]
-        for pair in (tasks.example(task, "train", 2 * i + k) for k in range(1 + i % 4 // 3)):
+        for pair in (tasks.example(task, "train", 2 * i + k) for k in range(1 + (i % 4 == 0))):
             messages += [
                 {"role": "user", "content": pair.prompt},
                 {"role": "assistant", "content": pair.answer},
@@ -95,7 +95,8 @@ def stop(arguments: list[str], at: str, by: signal.Signals) -> int:
         if re.search(rf"step {at}/{STEPS} ", line):
             process.send_signal(by)
             break
-    process.communicate(timeout=300)
+    _, rest = process.communicate(timeout=300)
+    assert process.returncode != 2, rest
     return process.returncode
 
 
@@ -118,9 +119,7 @@ def generated(model: hub.HubModel) -> list[list[int]]:
     return [row[new].tolist() for row, new in zip(made.tokens, made.written)]
 
 
-@pytest.mark.parametrize(
-    ("data", "adapter"), [(gsm8k, []), (nested, LORA), (chats, []), (chats, LORA)]
-)
+@pytest.mark.parametrize(("data", "adapter"), [(gsm8k, []), (nested, LORA), (chats, [])])
 def test_a_model_fine_tuned_on_own_data_says_the_same_everywhere(data, adapter, tmp_path):
     workdir, whole, merged = tmp_path / "run", tmp_path / "whole", tmp_path / "merged"
     settings = [*data(tmp_path), *SHORT]

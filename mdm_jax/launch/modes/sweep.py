@@ -28,7 +28,8 @@ from mdm_jax.evaluation.seeds import (
     summarise_seeds,
 )
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.command_line import check_field
+from mdm_jax.launch import source
+from mdm_jax.launch.command_line import check_field, overridden
 from mdm_jax.launch.workdir import WorkdirError, check, provenance, read_config, writing
 from mdm_jax.training.loop import Interrupt
 
@@ -118,7 +119,7 @@ def sweep(
     interrupted and failed ones go on from their last checkpoint. WorkdirError, before anything is
     started, if a run was made under another config.
     """
-    _check(runs, workdir)
+    _check(runs, workdir, overridden(["", *command]))
     failed: dict[str, str] = {}
     stopped = False
     waiting = [run for run in runs if not is_finished(workdir, run)]
@@ -279,8 +280,11 @@ def _reason(workdir: files.Path, run: Run, code: int) -> str:
     return errors[-1] if errors else f"exit status {code}; see {log}"
 
 
-def _check(runs: Sequence[Run], workdir: files.Path) -> None:
-    """Raise WorkdirError where the directory is another's, or a run has another config."""
+def _check(runs: Sequence[Run], workdir: files.Path, shared: Sequence[str]) -> None:
+    """Raise WorkdirError where the directory is another's, or a run has another config.
+
+    ``shared``: settings that all runs are given.
+    """
     if read_config(workdir) is not None:
         raise WorkdirError(f"{workdir} is a run of its own; name another --workdir for the sweep")
     others = [p for p in workdir.iterdir() if p.name not in _OWN] if workdir.is_dir() else []
@@ -289,7 +293,11 @@ def _check(runs: Sequence[Run], workdir: files.Path) -> None:
             f"{workdir} holds {others[0].name}, which no sweep made; name a new directory"
         )
     for run in runs:
-        check(_directory(workdir, run), run.config)
+        directory, config = _directory(workdir, run), run.config
+        if read_config(directory) is not None:  # which has what its source fixes, too
+            model = source.read(config, directory)
+            config = source.filled(config, model, {*shared, *run.settings}, directory)
+        check(directory, config)
 
 
 _OWN = ("runs", "logs", "sweep.json", "sweep.md")

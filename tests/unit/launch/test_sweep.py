@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import sys
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from mdm_jax import files
-from mdm_jax.launch import command_line, presets
+from mdm_jax.launch import command_line, presets, source
 from mdm_jax.launch.command_line import CommandLineError
 from mdm_jax.launch.modes import sweep
 from mdm_jax.launch.workdir import WorkdirError, resolved
 
+MODEL = pathlib.Path(__file__).parents[2] / "data" / "hub" / "a2d_qwen3-1"
 OVER = "seed=0,1,2;optimizer.peak=1e-3,3e-3"
 SCRIPT = """
 import json, os, pathlib, signal, sys, time
@@ -118,6 +120,23 @@ def test_a_failed_run_is_recorded_the_rest_goes_on_and_finished_ones_are_skipped
     assert made([*scores[:4], 2.1, 1.2]) == (0, [])
     with pytest.raises(WorkdirError, match=r"train.steps: 12 -> 99"):
         made(scores, steps=99)
+
+
+def test_a_run_from_a_model_is_known_by_what_that_fixes(tmp_path):
+    config = presets.finetune("smoke")
+    config.model.source = str(MODEL)
+    (run,) = sweep.plan(config, "seed=7")
+    directory = tmp_path / "runs" / run.name
+    directory.mkdir(parents=True)
+    own = source.filled(run.config, source.read(run.config))
+    assert own.model.width != config.model.width
+    (directory / "config.json").write_text(json.dumps(resolved(own)))
+    (directory / "evaluation.json").write_text('{"bits_per_unit": 1.0}')
+    (directory / "report.txt").write_text("done")
+    assert sweep.sweep([run], files.as_path(tmp_path), ["false"], lambda _: None) == 0
+    run.config.train.steps = 99
+    with pytest.raises(WorkdirError, match=r"another config:\n  train.steps: \d+ -> 99\nName"):
+        sweep.sweep([run], files.as_path(tmp_path), ["false"], lambda _: None)
 
 
 def test_a_stop_request_reaches_the_run_once_and_the_rest_waits(made, tmp_path):
