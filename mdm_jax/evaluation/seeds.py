@@ -64,10 +64,11 @@ def format_spread(result: Mapping[str, Any]) -> str:
 
 
 def format_difference(paired: Mapping[str, Any] | None) -> str:
-    """Mean difference with its bootstrap interval, ** where both intervals exclude 0."""
+    """Mean difference with its bootstrap interval, Student's for 2 to 4 seeds, where the former is
+    far too narrow; ** where both intervals exclude 0."""
     if paired is None:
         return ""
-    low, high = paired["bootstrap"]
+    low, high = paired["student" if 2 <= len(paired["differences"]) < 5 else "bootstrap"]
     mark = " **" if paired["significant"] else ""
     return f"{paired['mean']:+.4f} [{low:+.4f}, {high:+.4f}]{mark}"
 

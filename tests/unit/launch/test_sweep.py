@@ -117,6 +117,7 @@ def test_a_failed_run_is_recorded_the_rest_goes_on_and_finished_ones_are_skipped
     assert other["against_baseline"]["significant"]
     table = (tmp_path / "sweep/sweep.md").read_text()
     assert "| optimizer.peak=1e-3 | 3 | 2.1000 ± 0.1000 | 2.2 |" in table
+    assert "| -1.0000 [-1.2484, -0.7516] **" in table  # Student's: 4.303 * 0.1 / sqrt(3)
     assert made([*scores[:4], 2.1, 1.2]) == (0, [])
     with pytest.raises(WorkdirError, match=r"train.steps: 12 -> 99"):
         made(scores, steps=99)
