@@ -252,8 +252,7 @@ class Experiment:
                 self.dataset.description,
                 f"model: {training.num_params(whole):,} parameters, {type(self.model).__name__}, "
                 f"rows of {self.dataset.length} elements, {self.dataset.vocab_size} ids",
-                *sources.describe_length(self.source, self.dataset.length),
-                *sources.describe_adapter(self.source, whole, self.adapter),
+                *sources.describe(self.source, self.dataset.length, whole, self.adapter),
                 f"objective: {self.objective.name} over {self.objective.corruption.name}, "
                 f"{self.family.levels_from}; variance: "
                 f"{'auto, now ' * chains.is_automatic(self.config)}{self.transform.name}, "

@@ -198,28 +198,28 @@ def adapter(config: ConfigDict) -> Lora | None:
     return Lora(**{f.name: config.adapter[f.name] for f in dataclasses.fields(Lora)})
 
 
-def describe_adapter(source: hub.HubModel | None, shapes: PyTree, spec: Lora | None) -> list[str]:
-    """A line about what is trained of a network with parameters of these ``shapes``, or none."""
+def describe(
+    source: hub.HubModel | None, length: int, shapes: PyTree, spec: Lora | None
+) -> list[str]:
+    """Lines about a run's model: a warning about rows of more tokens than the source states, and
+    what is trained of a network with parameters of these ``shapes``, if not all of it."""
+    stated = None if source is None else source.traits.length
+    lines = []
+    if stated is not None and length > stated:
+        lines.append(
+            f"WARNING: rows of {length} tokens, of which config.json of the model states at most "
+            f"{stated}; positions beyond are new to it"
+        )
     if spec is None:
-        return []
+        return lines
     adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, spec))
     chosen = {path[-2] for path in lora.kernels(shapes, spec)}
-    return [
+    lines.append(
         f"trained: {training.num_params(adapters):,} parameters of adapters of rank {spec.rank}, "
         f"scale {spec.scale:g}, at {', '.join(sorted(chosen))}; the model's are frozen in "
         f"{source.config.param_dtype.name}"
-    ]
-
-
-def describe_length(source: hub.HubModel | None, length: int) -> list[str]:
-    """A warning about rows that are longer than the source was made for, or none."""
-    stated = None if source is None else source.traits.length
-    if stated is None or length <= stated:
-        return []
-    return [
-        f"WARNING: rows of {length} tokens, of which config.json of the model states at most "
-        f"{stated}; positions beyond are new to it"
-    ]
+    )
+    return lines
 
 
 def keep(config: ConfigDict, source: hub.HubModel | None, workdir: files.Path) -> None:

@@ -2,12 +2,13 @@
 
 import inspect
 import math
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from mdm_jax import checks, models, samplers, training
+from mdm_jax import checks, hub, models, samplers, training
 from mdm_jax.launch import build, config, names, presets, source
 
 SETTINGS = config.flat_settings()
@@ -227,3 +228,11 @@ def test_a_gap_longer_than_the_passage_is_halved_with_a_line_that_says_so(run):
 def test_a_preset_that_begins_from_a_model_asks_for_it(name):
     with pytest.raises(ValueError, match=r"--config.model.source=DIR\): no such directory; name"):
         source.read(presets.get_config(name))
+
+
+def test_rows_longer_than_the_model_states_are_warned_of():
+    model = hub.describe(pathlib.Path(__file__).parents[2] / "data" / "hub" / "a2d_qwen3-1")
+    length = model.traits.length
+    (line,) = source.describe(model, length + 1, None, None)
+    assert f"rows of {length + 1} tokens, of which config.json of the model states" in line
+    assert source.describe(model, length, None, None) == source.describe(None, 9, None, None) == []
