@@ -27,8 +27,10 @@ REQUIRED = [
     "tqdm>=4.66",
 ]
 DIGITS = ["scikit-learn>=1.5"]
+EVAL = ["lm_eval>=0.4.13"]
 DEV = [
     *DIGITS,
+    *EVAL,
     "chex>=0.1.90",
     "hypothesis>=6.100",
     "pillow>=10",
@@ -54,6 +56,7 @@ setuptools.setup(
     extras_require={
         "bucket": ["gcsfs>=2025.2"],
         "digits": DIGITS,
+        "eval": EVAL,
         "dev": DEV,
         "notebooks": NOTEBOOKS,
     },

@@ -100,6 +100,11 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def json_line(content: Any) -> str:
+    """A line of a JSON Lines file."""
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file; ValueError, naming it, if damaged."""
     try:

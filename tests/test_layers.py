@@ -20,7 +20,7 @@ WINGS = {
     "gaussian": set(),
     "hub": set(),
     "meter": set(),
-    "evaluation": set(),
+    "evaluation": {"hub"},
     "tasks": {"evaluation"},
     "testing": set(),
     "plots": {"evaluation", "gaussian", "meter"},

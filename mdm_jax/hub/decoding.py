@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import samplers
+from mdm_jax import distributed, samplers
 from mdm_jax.checks import unknown_name
 from mdm_jax.hub.family import Traits
 from mdm_jax.hub.model import HubModel
@@ -53,6 +53,7 @@ def generate(
     *,
     rule: Rule | str | None = None,
     key: Array | None = None,
+    row_offset: ArrayLike = 0,
     mask_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
@@ -73,6 +74,7 @@ def generate(
         rule: a name of :data:`RULES` or a rule; None: that of the model's family.
         changes: settings of the rule to replace.
         key: typed key; None: ``jax.random.key(0)``. Rows draw from keys of their own.
+        row_offset: as in ``samplers.sample``.
         mask_id, eos_id, pad_id: where config.json does not say (A2D and LLaDA-MoE keep them in the
             tokenizer).
         stop: rules with a cache: after a block with which every row has an EOS, the rest is EOS.
@@ -104,6 +106,7 @@ def generate(
         )
     blocks = {"num_blocks": _up(max_new_tokens, rule.block_size) // rule.block_size}
     blocks |= {"prefix": prefix if rule.cached else 0, "stop_id": ids.eos if stop else None}
+    blocks["row_offset"] = row_offset
     return _written(model, rule, ids.mask, key, canvas, visible, result, trace, show, **blocks)
 
 
@@ -207,11 +210,11 @@ def _written(
     show: Show | None,
     **blocks: Any,
 ) -> Generated:
+    given = (canvas, None if visible.all() else visible.astype(np.int32))
     tokens, canvases = _decode(
         model.params,
         jax.random.key(0) if key is None else key,
-        canvas,
-        None if visible.all() else visible.astype(np.int32),
+        *distributed.spread_rows(given, model.params),
         module=model.model,
         network=model.family.outputs,
         traits=model.traits,
@@ -298,11 +301,12 @@ def _decode(
     trace: bool,
     show: tuple[Show, bool] | None,
     in_columns: bool = False,
+    row_offset: ArrayLike = 0,
 ) -> tuple[Array, Array | None]:
     sampler, grid = make_sampler(rule, 1 if rule.cached else num_blocks, in_columns)
     if show is not None:
         sampler = _shown(sampler, *show)
-    options = {"mask_id": mask_id, "documents": documents}
+    options = {"mask_id": mask_id, "documents": documents, "row_offset": row_offset}
     if rule.cached:
         window = rule.window and rule.window // rule.block_size
         decoder = cached_block_decoder(module, rule.block_size, window)

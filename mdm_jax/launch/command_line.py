@@ -259,7 +259,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 MODES = (
     *("train", "evaluate", "sample", "spacing", "variance"),
-    *("export", "chat", "report", "sweep"),
+    *("export", "chat", "eval", "report", "sweep"),
 )
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
@@ -324,7 +324,8 @@ def _expand(argv: list[str]) -> list[str]:
     """``--config.mesh=data=2,fsdp=4`` as one override for each axis; ``--steps`` as num_steps."""
     expanded = []
     for argument in argv:
-        steps = "answer_steps" if "--mode=chat" in argv else "config.sample.num_steps"
+        answering = {"--mode=chat", "--mode=eval"} & {*argv}
+        steps = "answer_steps" if answering else "config.sample.num_steps"
         argument = re.sub(r"^--?steps=", f"--{steps}=", argument)
         match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
         if match is None:

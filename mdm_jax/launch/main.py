@@ -9,6 +9,7 @@
   mdm report   --workdir=runs/mine     the run so far on a page, report.html
   mdm export   --workdir=runs/mine --to=DIR   in the layout of Hugging Face
   mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
+  mdm eval     --workdir=runs/mine     or --source=DIR: lm-eval, --tasks=a,b
   mdm sweep    --config=quickstart --workdir=runs/seeds   a table over seeds of
                --over="seed=0,1,2;optimizer.peak=1e-2,2e-2"   all combinations
 
@@ -24,13 +25,12 @@ Devices:    --config.mesh=data=2,fsdp=4,tensor=1
 Free where read: --config.evaluate.* sample.* spacing.* measure.* panel.* mesh.*
 
 Flags:
-  --workdir: directory of the run, made if missing
-  --mode: what to do, as in the first word
+  --workdir: directory of the run, made if missing; --mode: the first word
   --steps=16: short for --config.sample.num_steps=16
   --allow_config_change: go on in a workdir whose run has another config
   --parameters=last, --dtype=bfloat16: what export writes; else averages
   --adapter: export adapters as a directory of PEFT; else they are merged
-  --max_tokens, --temperature, --answer_steps (or --steps), --template: of chat
+  --max_tokens, --temperature, --answer_steps (--steps), --template: chat, eval
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: compiled programs, kept for the next start; by
     default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
@@ -58,7 +58,16 @@ from mdm_jax.launch import command_line
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.modes import chat, evaluate, measure, preview, spacing, sweep, train
+from mdm_jax.launch.modes import (
+    chat,
+    eval_tasks,
+    evaluate,
+    measure,
+    preview,
+    spacing,
+    sweep,
+    train,
+)
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.reports import page
@@ -100,27 +109,30 @@ _ALLOW = flags.DEFINE_bool(
 _RESTART = flags.DEFINE_bool(
     "restart", False, "Start anew in a workdir with a run; what that left is kept as *.1.* etc."
 )
-_TO = flags.DEFINE_string("to", None, "export: the directory to write, new or empty.")
+_TO = flags.DEFINE_string("to", None, "export: directory to write, new or empty; eval: of results.")
 _PARAMETERS = flags.DEFINE_enum(
-    "parameters", "ema", ("ema", "last"), "export, chat: averaged ones, or those of the last step."
+    "parameters",
+    "ema",
+    ("ema", "last"),
+    "export, chat, eval: averages, or as of the last step.",
 )
 _DTYPE = flags.DEFINE_string("dtype", None, "export: of all tensors; else as in the source.")
 _ADAPTER = flags.DEFINE_bool(
     "adapter", False, "export: the adapters alone, as a directory of PEFT; else merged."
 )
-_SOURCE = flags.DEFINE_string("source", None, "chat: directory or id of a model of others.")
+_SOURCE = flags.DEFINE_string("source", None, "chat, eval: directory or id of a model.")
 _MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", None, "chat: longest answer; else 128, or what the model's length leaves.", 1
+    "max_tokens", None, "chat, eval: longest answer; else 128, or what the length leaves.", 1
 )
 _STEPS = flags.DEFINE_integer(
-    "answer_steps", None, "chat, as --steps: of an answer; else one a token.", 1
+    "answer_steps", None, "chat, eval, as --steps: of an answer; else one a token.", 1
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "chat: 0 takes the likeliest tokens.", 0.0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "chat, eval: 0: the likeliest tokens.", 0.0)
 _TEMPLATE = flags.DEFINE_bool(
     "template",
     None,
-    "chat: by the model's chat template; else each line is a prompt of its own. "
-    "By default with --source, and with --workdir if its data are chats.",
+    "chat, eval: by the model's chat template; else each line is a prompt of its own. "
+    "In chats by default with --source, and with --workdir if its data are chats.",
 )
 _OVER = flags.DEFINE_string(
     "over", None, 'sweep: settings and their values, "seed=0,1,2;optimizer.peak=1e-3,3e-3".'
@@ -161,7 +173,8 @@ def main(argv: list[str]) -> int:
         return _fail(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every save
-    if _WORKDIR.value is None and not (_MODE.value == "chat" and _SOURCE.value):
+    alone = _SOURCE.value or eval_tasks.comparing()
+    if _WORKDIR.value is None and not (_MODE.value in ("chat", "eval") and alone):
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None and _WORKDIR.value is not None:
         return _fail("--config is required to train, as in --config=quickstart")
@@ -214,7 +227,7 @@ def _run(workdir: files.Path) -> int:
 
 def _run_as_one_of_several(workdir: files.Path) -> int:
     """As :func:`_run`; only process 0 prints, and a failing process ends the others too."""
-    if _MODE.value in ("variance", "spacing", "chat", "report"):
+    if _MODE.value in ("variance", "spacing", "chat", "eval", "report"):
         return _fail(f"--mode={_MODE.value} runs in one process; start it with --num_processes=1")
     try:
         with contextlib.ExitStack() as stack:
@@ -323,6 +336,7 @@ def _check_overrides() -> None:
     """Raise ValueError for settings that a mode without data does not read."""
     reads = {
         "chat": ("mesh.fsdp", "mesh.tensor", "mesh.data", "model.source"),
+        "eval": ("mesh.fsdp", "mesh.tensor", "mesh.data"),
         "export": ("model.source",),
     }.get(_MODE.value, ())
     unread = [name for name in command_line.overridden(_PARSED) if name not in reads]
@@ -373,6 +387,22 @@ def _chat(workdir: files.Path | None) -> int:
     return 0
 
 
+def _eval(workdir: files.Path | None) -> int:
+    if workdir is not None and _SOURCE.value is not None:
+        return _fail("evaluate a run, --workdir=RUN, or a model, --source=DIR, not both")
+    own = {"max_tokens": _MAX_TOKENS, "steps": _STEPS, "temperature": _TEMPERATURE}
+    return eval_tasks.run(
+        workdir,
+        _SOURCE.value,
+        _CONFIG.value,
+        _TO.value,
+        last=_PARAMETERS.value == "last",
+        template=_TEMPLATE.value,
+        given={name: flag.value for name, flag in own.items() if flag.present},
+        show=_print,
+    )
+
+
 def _sweep() -> int:
     """Runs are given the command line as typed, but for what only concerns the sweep."""
     rest = command_line.without(_ARGUMENTS[1:], ("mode", "workdir", "over"))
@@ -399,7 +429,7 @@ def _report(workdir: files.Path) -> int:
     return 0
 
 
-_MODEL_MODES = {"export": _export, "chat": _chat, "report": _report}
+_MODEL_MODES = {"export": _export, "chat": _chat, "eval": _eval, "report": _report}
 _MODES = {
     "train": _train,
     "evaluate": _evaluate,

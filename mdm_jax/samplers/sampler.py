@@ -118,7 +118,8 @@ def sample(
         canvas, mask_id: [B, L] integers; the mask token where a token is to be generated.
         documents: [B, L] numbers, None for one document per row; 0 on padding, which holds any
             token but the mask.
-        row_offset: number of the first row, for sampling a large batch in parts.
+        row_offset: number of the first row, for sampling a large batch in parts; or [B] numbers of
+            all rows, where these are known by something else than their order.
 
     Raises ValueError for a canvas that is not a non-empty integer matrix, documents of another
     shape, a negative mask_id, or a grid that is missing, superfluous, not increasing or does not
@@ -283,8 +284,9 @@ def reporter(progress: Progress | None, num_steps: int) -> Callable[[Array], Non
 
 
 def row_keys(key: Array, row_offset: ArrayLike, num_rows: int) -> Array:
-    """[B] typed keys ``fold_in(key, row_offset + i)``."""
-    rows = jnp.asarray(row_offset, jnp.int32) + jnp.arange(num_rows)
+    """[B] typed keys ``fold_in(key, row_offset + i)``, or of the numbers ``row_offset`` [B]."""
+    rows = jnp.asarray(row_offset, jnp.int32)
+    rows = rows if rows.ndim else rows + jnp.arange(num_rows)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 

@@ -42,24 +42,31 @@ def open_run(
     layout: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     moved: str | None = None,
+    uniform: bool = False,
 ) -> Opened:
     """The model of a run, which needs neither its data nor its source.
 
     The best averaged parameters, or those of the ``last`` step as they are, over ``mesh`` (None:
     sharded over all devices). ``moved``: where its source is now. WorkdirError without a run,
     CheckpointError without a checkpoint; with ``layout`` ValueError that names the settings which
-    no layout of others can express.
+    no layout of others can express. Runs of uniform noise are opened where they are asked for, or
+    keep a source's layout.
     """
     if read_config(workdir) is None:
         raise WorkdirError(f"{workdir} holds no run (no config.json); name another --workdir")
     config = saved_config(workdir)
     if moved is not None:
         config.model.source = moved
+    uniform = uniform or bool(layout and config.model.source)
     attention, size = {
         "masked": ("bidirectional", None),
         "block": ("block", config.block.size),
         "autoregressive": ("causal", None),
-        **({"uniform": ("bidirectional", None)} if layout and config.model.source else {}),
+        **(
+            {"uniform": ("bidirectional", None)}
+            if uniform or (layout and config.model.source)
+            else {}
+        ),
     }.get(config.process, (None, None))
     if attention is None or (layout and size and config.block.window):
         wrong = "process" if attention is None else "block.window"

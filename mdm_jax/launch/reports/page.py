@@ -88,27 +88,21 @@ def _page(
         f"batches of {config['train']['batch_size']} rows · {status}"
     ).replace("autoregressive diffusion", "autoregressive model")
     parts = [
-        _tag("header", f"<h1>{_text(name)}</h1><p>{_text(subtitle)}</p>{_command(run)}"),
-        _section("Results", _cards(_results(evaluation, of))),
-        _section("Training", _figures(_curves(of, evaluation))),
+        tag("header", f"<h1>{text(name)}</h1><p>{text(subtitle)}</p>{_command(run)}"),
+        section("Results", _cards(_results(evaluation, of))),
+        section("Training", _figures(_curves(of, evaluation))),
     ]
     if panel:
         latest: dict[str, float] = {}
         for record in panel:
             latest |= record
         noise = _noise(latest, panel[-1], config) + _figures(_noise_curves(panel, config))
-        parts.append(_section("Where the gradient's noise comes from", noise))
+        parts.append(section("Where the gradient's noise comes from", noise))
     if samples:
-        parts.append(_section("Samples", _sample_columns(samples)))
-    parts.append(_section("Settings", _settings(config)))
-    parts.append(_section("Versions", _table(_versions(run))))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{_text(name)} · mdm_jax</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+        parts.append(section("Samples", _sample_columns(samples)))
+    parts.append(section("Settings", _settings(config)))
+    parts.append(section("Versions", table(_versions(run))))
+    return document(name, parts)
 
 
 # --- figures and numbers --------------------------------------------------------------------------
@@ -250,37 +244,49 @@ def _draw(draw: Callable[[Any], Any]) -> str:
 
 # --- pieces of HTML -------------------------------------------------------------------------------
 
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A self-contained page."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
+        f"<title>{text(title)} · mdm_jax</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
 _LABELS = ("A: mask pattern", "B: masking rate", "C: data")
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     """Text as HTML; control characters are shown as escapes."""
     return html.escape(printable(str(value)), quote=True)
 
 
-def _tag(name: str, content: str, kind: str = "") -> str:
+def tag(name: str, content: str, kind: str = "") -> str:
     attribute = f' class="{kind}"' if kind else ""
     return f"<{name}{attribute}>{content}</{name}>"
 
 
-def _section(title: str, content: str) -> str:
-    return _tag("section", f"<h2>{_text(title)}</h2>\n{content}") if content else ""
+def section(title: str, content: str) -> str:
+    return tag("section", f"<h2>{text(title)}</h2>\n{content}") if content else ""
 
 
 def _cards(cards: Iterable[tuple[str, str, str]]) -> str:
     shown = (
-        _tag("div", f"<h3>{_text(n)}</h3><b>{_text(v)}</b><p>{_text(about)}</p>", "card")
+        tag("div", f"<h3>{text(n)}</h3><b>{text(v)}</b><p>{text(about)}</p>", "card")
         for n, v, about in cards
     )
-    return _tag("div", "\n".join(shown), "cards")
+    return tag("div", "\n".join(shown), "cards")
 
 
 def _figures(figures: Iterable[tuple[str, str]]) -> str:
     shown = (
-        f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
+        f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
         for image, caption in figures
     )
-    return _tag("div", "\n".join(shown), "figures")
+    return tag("div", "\n".join(shown), "figures")
 
 
 def _bar(names: Sequence[tuple[str, str]], values: Record) -> str:
@@ -291,12 +297,12 @@ def _bar(names: Sequence[tuple[str, str]], values: Record) -> str:
         segments.append(f'<i class="c{number}" style="width:{100 * share / total:.2f}%"></i>')
         error = values.get(f"{name}_standard_error")
         shown = f"{100 * values[name]:.0f}" + ("" if error is None else f" ± {100 * error:.0f}")
-        legend.append(f'<span><i class="c{number}"></i>{_text(label)} <b>{shown} %</b></span>')
-    return _tag("div", "".join(segments), "bar") + _tag("p", "".join(legend), "legend")
+        legend.append(f'<span><i class="c{number}"></i>{text(label)} <b>{shown} %</b></span>')
+    return tag("div", "".join(segments), "bar") + tag("p", "".join(legend), "legend")
 
 
 def _command(run: Record) -> str:
-    return f"<pre>{_text(run['command'])}</pre>" if run.get("command") else ""
+    return f"<pre>{text(run['command'])}</pre>" if run.get("command") else ""
 
 
 def _sample_columns(samples: Sequence[tuple[int, Sequence[Record]]]) -> str:
@@ -305,20 +311,14 @@ def _sample_columns(samples: Sequence[tuple[int, Sequence[Record]]]) -> str:
         title = "Before training" if step == 0 else f"After step {step:,}"
         shown = []
         for record in records[:_SAMPLES]:
-            lines = [f"<h4>{_text(record.get('kind', ''))}</h4>"]
+            lines = [f"<h4>{text(record.get('kind', ''))}</h4>"]
             for name in ("given", "original"):
                 if name in record:
-                    lines.append(f"<p><em>{name}</em></p><pre>{_lines(record[name])}</pre>")
-            lines.append(
-                f'<p><em>generated</em></p><pre class="new">{_lines(record["text"])}</pre>'
-            )
-            shown.append(_tag("article", "".join(lines)))
-        columns.append(_tag("div", f"<h3>{title}</h3>" + "".join(shown)))
-    return _tag("div", "".join(columns), "columns")
-
-
-def _lines(text: str) -> str:
-    return "\n".join(_text(line) for line in text.split("\n"))
+                    lines.append(f"<p><em>{name}</em></p><pre>{text(record[name])}</pre>")
+            lines.append(f'<p><em>generated</em></p><pre class="new">{text(record["text"])}</pre>')
+            shown.append(tag("article", "".join(lines)))
+        columns.append(tag("div", f"<h3>{title}</h3>" + "".join(shown)))
+    return tag("div", "".join(columns), "columns")
 
 
 def _settings(config: Record) -> str:
@@ -329,9 +329,9 @@ def _settings(config: Record) -> str:
         name, _, values = line.partition(": ")
         old, _, new = values.partition(" -> ")
         changed.append((name, new, f"default {old}"))
-    whole = _text(json.dumps(config, indent=1, ensure_ascii=False)).replace("\\n", "\n")
+    whole = text(json.dumps(config, indent=1, ensure_ascii=False)).replace("\\n", "\n")
     return (
-        _table(changed) if changed else "<p>All settings are the defaults.</p>"
+        table(changed) if changed else "<p>All settings are the defaults.</p>"
     ) + f"<details><summary>all settings</summary><pre>{whole}</pre></details>"
 
 
@@ -343,9 +343,9 @@ def _versions(run: Record) -> list[tuple[str, ...]]:
 _PROVENANCE = ("started", "seed", "git_revision", "python", "platform")
 
 
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    lines = ("".join(_tag("td", _text(cell)) for cell in row) for row in rows)
-    return _tag("table", "".join(_tag("tr", line) for line in lines))
+def table(rows: Iterable[Sequence[str]]) -> str:
+    lines = ("".join(tag("td", text(cell)) for cell in row) for row in rows)
+    return tag("table", "".join(tag("tr", line) for line in lines))
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,367 @@
+"""Requests in text, answered once: encoded, grouped by length, journalled, resumed.
+
+An answer is known by the SHA-256 of its request, the model's fingerprint and the settings; it is
+appended to a JSON Lines file when its batch is done, and never asked for again.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+from mdm_jax.evaluation.subject import (
+    NotFinite,
+    Settings,
+    Subject,
+    bucket,
+    check_finite,
+    content_words,
+)
+from mdm_jax.evaluation.windows import sliding_windows
+from mdm_jax.types import Batch
+
+Answer = dict[str, Any]
+"""JSON values. Likelihoods: ``log_likelihood``, its ``standard_error`` (Monte Carlo; 0 where exact,
+None where unknown), ``estimates`` of the replicates, ``tokens``, ``passes``, ``greedy``;
+generation: ``text``, ``tokens``, ``steps``; all: ``seconds``, the request's share of its batch."""
+
+_PREVIEW = 60
+
+
+class Journal:
+    """Answers by key in an append-only JSON Lines file; in memory alone without a path.
+
+    A last line that a kill cut off is dropped, and ``torn`` names it. ValueError names a damaged
+    line elsewhere.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path, self.answers, self.torn = path and pathlib.Path(path), {}, ""
+        if self.path is None or not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        *lines, rest = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                self.answers[record["key"]] = record["answer"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}:{number}: not an answered request: {line[:80]!r}; remove the "
+                    "line, and that request is asked again"
+                ) from error
+        if rest:
+            self.torn = (
+                f"{self.path}:{len(lines) + 1}: a line cut off by a kill is dropped, and its "
+                "request is asked again"
+            )
+            os.truncate(self.path, len(content) - len(rest))
+
+    def add(self, answers: Iterable[tuple[str, Answer]]) -> None:
+        """Keep answers, on disk when this returns."""
+        answers = list(answers)
+        self.answers.update(answers)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            for key, answer in answers:
+                line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False)
+                file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Encoded(NamedTuple):
+    """A request as tokens; ``content``: those that key its noise."""
+
+    name: str
+    prompt: np.ndarray
+    answer: np.ndarray
+    content: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answerer:
+    """Answers to requests in text by one model and settings; order of the results: the requests'.
+
+    Attributes:
+        batch: requests between two writes of the journal, at most; changes no figure.
+        progress: bars on standard error.
+
+    ValueError for parameters that are not finite.
+    """
+
+    subject: Subject
+    settings: Settings = Settings()
+    journal: Journal = dataclasses.field(default_factory=Journal)
+    batch: int = 64
+    progress: bool = False
+
+    def __post_init__(self):
+        check_finite(self.subject.model.params)
+
+    def likelihoods(
+        self, pairs: Sequence[tuple[str, str]], names: Sequence[str] = ()
+    ) -> list[Answer]:
+        """Answers for (context, continuation) pairs; those with one context have common noise.
+
+        Spaces at the end of a context belong to the continuation, as in lm-eval. ValueError, before
+        anything is run, names a request with an empty continuation, or one that does not fit.
+        """
+        names = names or _names([context for context, _ in pairs])
+        encoded = [self._encoded_pair(name, *pair) for name, pair in zip(names, pairs)]
+        keys = [self.key("loglikelihood", pair) for pair in pairs]
+        return self._scored(encoded, keys, "likelihoods")
+
+    def rolling(self, texts: Sequence[str], names: Sequence[str] = ()) -> list[Answer]:
+        """Answers for whole texts, cut into windows of the model's length without overlap.
+
+        The last window ends where its text ends. ValueError for an empty text.
+        """
+        subject, settings, encoded, keys = self.subject, self.settings, [], []
+        for number, (name, text) in enumerate(zip(names or _names(texts), texts)):
+            ids = self._encode(text)
+            if not len(ids):
+                raise ValueError(f"{name} has no text to score")
+            own = min(subject.length(settings), bucket(len(ids), 2**30, subject.multiple))
+            windows = sliding_windows([ids], own, own, pad_id=subject.tokenizer.pad_id)
+            for index, row in enumerate(zip(*windows.rows[:3])):
+                tokens, eligible, documents = (np.asarray(part)[row[2] > 0] for part in row)
+                first = int(np.argmax(eligible))
+                encoded.append(Encoded(name, tokens[:first], tokens[first:], tokens))
+                keys.append((self.key("rolling", [text, index]), number))
+        answers = self._scored(encoded, [key for key, _ in keys], "texts")
+        parts = collections.defaultdict(list)
+        for (_, number), answer in zip(keys, answers):
+            parts[number].append(answer)
+        return [_sum(parts[number]) for number in range(len(texts))]
+
+    def continuations(
+        self, requests: Sequence[tuple[str, dict[str, Any]]], names: Sequence[str] = ()
+    ) -> list[Answer]:
+        """Answers for (context, generation arguments of lm-eval).
+
+        Read are ``until``, ``max_gen_toks``, ``temperature``, ``top_p`` and ``do_sample`` (without
+        it: the likeliest tokens); the settings' own come first. The same request again is another
+        draw. ValueError names an argument of the wrong kind, or a request that does not fit.
+        """
+        seen: collections.Counter[str] = collections.Counter()
+        groups, keys = collections.defaultdict(list), []
+        names = names or _names([context for context, _ in requests])
+        for name, (context, arguments) in zip(names, requests):
+            request = _Generation.read(arguments, self, name)
+            prompt = self._fit(name, self._encode(context), request.tokens)
+            content = self.key("generate", [context, dataclasses.astuple(request)])
+            key = self.key("generate", [content, seen[content]])
+            seen[content] += 1
+            keys.append(key)
+            if key not in self.journal.answers:
+                words = content_words(self.settings.seed, seen[content], prompt)
+                room = self.subject.room(len(prompt), request.tokens, self.settings)
+                groups[room, request].append((key, prompt, words[0] >> 1))
+        with self._bar(sum(map(len, groups.values())), "generation") as bar:
+            for (_, request), members in sorted(groups.items(), key=lambda item: item[0][0]):
+                for part in _parts(members, self.batch):
+                    self._generate(part, request)
+                    bar.update(len(part))
+        return [self.journal.answers[key] for key in keys]
+
+    def key(self, kind: str, content: Any) -> str:
+        """What an answer is known by."""
+        settings = dataclasses.asdict(self.settings)
+        whole = [kind, content, self.subject.fingerprint, settings]
+        return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
+
+    # --- pieces ----------------------------------------------------------------------------------
+
+    def _encode(self, text: str) -> np.ndarray:
+        """Token ids; of other models' tokenizers special tokens are read, as by transformers."""
+        codec = self.subject.tokenizer
+        ids = codec.encode(text, special=True) if hasattr(codec, "render") else codec.encode(text)
+        if np.any(ids == self.subject.mask_id):
+            raise ValueError(f"a request holds the mask token: {text[:_PREVIEW]!r}; remove it")
+        if np.any(ids >= self.subject.model.traits.vocab_size):
+            raise ValueError(
+                f"the tokenizer knows {codec.vocab_size} tokens, the model "
+                f"{self.subject.model.traits.vocab_size}: it is another model's"
+            )
+        return ids
+
+    def _encoded_pair(self, name: str, context: str, continuation: str) -> Encoded:
+        if not continuation:
+            raise ValueError(f"{name} has an empty continuation, of log-likelihood 0 in any model")
+        kept = context.rstrip() if context.strip() else ""
+        whole, prompt = self._encode(context + continuation), self._encode(kept)
+        answer = whole[len(prompt) :]
+        if not len(answer) or not np.array_equal(whole[: len(prompt)], prompt):
+            # A token crosses the bound: piece by piece, as when the answer is generated.
+            answer = self._encode(context[len(kept) :] + continuation)
+        prompt = self._fit(name, prompt, len(answer))
+        if self.subject.model.traits.shift and not len(prompt):
+            prompt = np.array([self.subject.start_id], np.int32)
+        return Encoded(name, prompt, answer, prompt if len(prompt) else answer)
+
+    def _fit(self, name: str, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
+        longest = self.subject.length(self.settings)
+        if len(prompt) + new_tokens <= longest:
+            return prompt
+        if self.settings.truncate and new_tokens < longest:
+            return prompt[len(prompt) + new_tokens - longest :]
+        raise ValueError(
+            f"{name} has {len(prompt)} tokens and {new_tokens} to score or generate, more than the "
+            f"{longest} of the model; set truncate to cut prompts on the left, lower max_tokens, "
+            "or raise max_length if the model takes longer rows"
+        )
+
+    def _scored(self, encoded: Sequence[Encoded], keys: Sequence[str], what: str) -> list[Answer]:
+        groups = collections.defaultdict(dict)
+        longest, multiple = self.subject.length(self.settings), self.subject.multiple
+        for one, key in zip(encoded, keys):
+            if key not in self.journal.answers:
+                size = bucket(len(one.prompt) + len(one.answer), longest, multiple)
+                groups[size][key] = one
+        with self._bar(sum(map(len, groups.values())), what) as bar:
+            for size, members in sorted(groups.items()):
+                for part in _parts([*members.items()], self.batch):
+                    self._score(part, size)
+                    bar.update(len(part))
+        return [self.journal.answers[key] for key in keys]
+
+    def _score(self, part: Sequence[tuple[str, Encoded]], size: int) -> None:
+        started, pad = time.monotonic(), self.subject.tokenizer.pad_id
+        tokens = np.full((len(part), size), pad, np.int32)
+        eligible, documents = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
+        for i, (_, one) in enumerate(part):
+            start, end = len(one.prompt), len(one.prompt) + len(one.answer)
+            tokens[i, :end] = np.concatenate([one.prompt, one.answer])
+            eligible[i, start:end], documents[i, :end] = True, 1
+        rows = Batch(tokens, eligible, documents, eligible.sum(1).astype(np.int32))
+        try:
+            contents = [one.content for _, one in part]
+            scored = self.subject.score(rows, contents, self.settings)
+        except NotFinite as error:
+            name = part[error.args[0]][1].name
+            raise ValueError(
+                f"{name}: the model's log-likelihood is not finite; evaluate in float32, or an "
+                "earlier checkpoint"
+            ) from error
+        greedy = [each.greedy for each in scored]
+        greedy = self._greedy(part) if self.settings.check_greedy else greedy
+        seconds = (time.monotonic() - started) / len(part)
+        self.journal.add(
+            (
+                key,
+                {
+                    "log_likelihood": -float(scored[i].nats.mean()),
+                    "standard_error": _number(scored[i].standard_error),
+                    "estimates": (-scored[i].nats).tolist(),
+                    "tokens": len(one.answer),
+                    "passes": scored[i].passes,
+                    "greedy": bool(greedy[i]),
+                    "seconds": round(seconds, 4),
+                },
+            )
+            for i, (key, one) in enumerate(part)
+        )
+
+    def _greedy(self, part: Sequence[tuple[str, Encoded]]) -> np.ndarray:
+        """Whether decoding with temperature 0 and the answer's length gives each answer."""
+        settings = dataclasses.replace(self.settings, temperature=0.0, top_p=1.0)
+        same = np.zeros(len(part), bool)
+        for i, (_, one) in enumerate(part):
+            made = self.subject.write([one.prompt], len(one.answer), np.zeros(1), settings)
+            same[i] = np.array_equal(made[0], one.answer)
+        return same
+
+    def _generate(self, part: Sequence[tuple[str, np.ndarray, int]], request: "_Generation"):
+        started, settings = time.monotonic(), request.of(self.settings)
+        prompts, numbers = [prompt for _, prompt, _ in part], np.array([n for *_, n in part])
+        made = self.subject.write(prompts, request.tokens, numbers.astype(np.int32), settings)
+        seconds = (time.monotonic() - started) / len(part)
+        answers = []
+        for (key, *_), ids in zip(part, made):
+            text, count = self._text(ids, request.until)
+            steps = settings.steps or request.tokens
+            about = {"tokens": count, "steps": steps, "seconds": round(seconds, 4)}
+            answers.append((key, {"text": text, **about}))
+        self.journal.add(answers)
+
+    def _text(self, ids: np.ndarray, until: Sequence[str]) -> tuple[str, int]:
+        """Text before the first EOS and the first of the strings; tokens before the EOS."""
+        codec = self.subject.tokenizer
+        ids = codec.truncate_at_eos(ids)
+        literal = hasattr(codec, "decode_literally")
+        text = codec.decode_literally(ids) if literal else codec.decode(ids)
+        ends = [text.index(stop) for stop in until if stop in text]
+        text = text[: min(ends)] if ends else text
+        if literal:  # what is left of special tokens goes, as in LLaDA's evaluation
+            text = codec.decode_literally(codec.encode(text, special=True), skip_special=True)
+        return text, len(ids)
+
+    def _bar(self, total: int, what: str) -> tqdm.tqdm:
+        return tqdm.tqdm(total=total, desc=what, unit="request", disable=not self.progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """What is read of lm-eval's generation arguments."""
+
+    until: tuple[str, ...]
+    tokens: int
+    temperature: float
+    top_p: float
+
+    @classmethod
+    def read(cls, arguments: dict[str, Any], answerer: Answerer, name: str) -> "_Generation":
+        settings, until = answerer.settings, arguments.get("until") or ()
+        until = (until,) if isinstance(until, str) else tuple(until)
+        tokens = settings.max_tokens or arguments.get("max_gen_toks")
+        tokens = tokens or arguments.get("max_new_tokens") or answerer.subject.answer_length or 256
+        sampled = arguments.get("do_sample", arguments.get("temperature", 0) > 0)
+        temperature = settings.temperature or (sampled and arguments.get("temperature", 1.0))
+        top_p = settings.top_p if settings.top_p < 1 else arguments.get("top_p", 1.0)
+        if not all(isinstance(stop, str) and stop for stop in until) or not (
+            isinstance(tokens, int) and tokens >= 1
+        ):
+            raise ValueError(
+                f"{name}: until must be strings and max_gen_toks at least 1, got {arguments}"
+            )
+        return cls(until, tokens, float(temperature), float(top_p))
+
+    def of(self, settings: Settings) -> Settings:
+        return dataclasses.replace(settings, temperature=self.temperature, top_p=self.top_p)
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _names(contexts: Sequence[str]) -> list[str]:
+    return [f"request {number} ({text[-_PREVIEW:]!r})" for number, text in enumerate(contexts)]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _sum(parts: Sequence[Answer]) -> Answer:
+    """The answer for a text from those of its windows."""
+    errors = [part["standard_error"] for part in parts]
+    return {
+        "log_likelihood": math.fsum(part["log_likelihood"] for part in parts),
+        "standard_error": None if None in errors else math.hypot(*errors),
+        "tokens": sum(part["tokens"] for part in parts),
+        "passes": sum(part["passes"] for part in parts),
+        "greedy": all(part["greedy"] for part in parts),
+        "seconds": sum(part["seconds"] for part in parts),
+    }

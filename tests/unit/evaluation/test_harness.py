@@ -1,0 +1,323 @@
+"""Evaluation on tasks: against enumeration and our own evaluation, to the bit; bad input."""
+
+import itertools
+import json
+import math
+
+import evaluated
+import jax
+import jax.numpy as jnp
+import joint_law
+import numpy as np
+import pytest
+
+from mdm_jax import evaluation
+from mdm_jax.evaluation import local_tasks
+from mdm_jax.evaluation.answering import Answerer, Journal
+from mdm_jax.evaluation.comparable import check_comparable, compare_results
+from mdm_jax.evaluation.subject import Settings, bucket
+from mdm_jax.files import write_json
+from mdm_jax.launch.reports.failures import write_failures
+from mdm_jax.likelihood.subsets import every_subset, make_subset_likelihood
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mdm_jax[eval]'")
+
+from mdm_jax.evaluation import harness
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+PAIRS = [("a", "bca"), ("ab", "ab"), ("ab", "cc"), ("abc", "b"), ("", "cabc"), ("b", "bca")]
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return evaluated.joint()
+
+
+@pytest.fixture(scope="module")
+def exact(joint):
+    return Answerer(joint)
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def task(folder, name, kind, rows, **options):
+    local_tasks.write(folder, name, kind, rows, **options)
+    return {"include_path": [str(folder)]}
+
+
+# --- likelihood -----------------------------------------------------------------------------------
+
+
+def test_log_likelihoods_are_those_of_the_law(exact):
+    answers = exact.likelihoods(PAIRS)
+    expected = [evaluated.conditional(*pair) for pair in PAIRS]
+    np.testing.assert_allclose([a["log_likelihood"] for a in answers], expected, rtol=1e-5)
+    assert [a["passes"] for a in answers] == [2 ** len(answer) - 1 for _, answer in PAIRS]
+    assert all(a["standard_error"] == 0 for a in answers)
+
+
+@pytest.mark.parametrize("design", ["rotated_counts", "harmonic_counts", "one_path"])
+def test_estimates_hold_the_truth_in_their_interval(joint, design):
+    """Within 4 standard errors of 40 replicates; a path along one law has no noise at all."""
+    settings = Settings(design=design, passes=2, replicates=40, exact_up_to=0)
+    answers = Answerer(joint, settings).likelihoods(PAIRS)
+    for answer, pair in zip(answers, PAIRS):
+        away = abs(answer["log_likelihood"] - evaluated.conditional(*pair))
+        assert away <= 4 * answer["standard_error"] + 1e-4
+    noisy = [a["standard_error"] > 1e-3 for a in answers]
+    assert not any(noisy) if design == "one_path" else sum(noisy) >= 4
+
+
+def test_tasks_equal_our_own_evaluation(exact, tmp_path):
+    """Multiple choice and perplexity by lm-eval, and by ``evaluation.choose`` and hand."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(each) for each in itertools.product("abc", repeat=2)]
+    rows = [
+        {"question": texts[i], "choices": rng.permutation(texts)[:3].tolist(), "answer": i % 3}
+        for i in range(9)
+    ]
+    task(tmp_path, "pick", "choice", rows)
+    where = task(
+        tmp_path, "texts", "perplexity", [{"text": f"{a}{b}"} for a in texts for b in texts]
+    )
+    results, records = harness.run_tasks(exact, ["pick", "texts"], limit=9, **where)
+
+    own = evaluation.score_candidates(
+        make_subset_likelihood(joint_law.apply_joint, 3, every_subset(), replicates=1),
+        jnp.asarray(joint_law.LAW),
+        jax.random.key(0),
+        [evaluated.CODEC.encode(row["question"]) for row in rows],
+        [[evaluated.CODEC.encode(choice) for choice in row["choices"]] for row in rows],
+        9,
+        prompt_length=2,
+        answer_length=2,
+        pad_id=4,
+    )
+    choices = evaluation.choose(own, [row["answer"] for row in rows])
+    found = results["tasks"]["pick"]
+    assert found["metrics"]["acc,none"]["value"] == choices.accuracy
+    assert found["metrics"]["acc,none"]["standard_error"] == pytest.approx(choices.standard_error)
+    assert found["documents"] == 9 and found["monte_carlo"]["unsure_documents"] == 0
+    picked = [record for record in records if record["task"] == "pick"]
+    np.testing.assert_allclose([r["log_likelihoods"] for r in picked], -own.nats, rtol=1e-5)
+    nats = [evaluated.conditional("", f"{texts[0]}{b}") for b in texts]
+    bits = results["tasks"]["texts"]["metrics"]["bits_per_byte,none"]["value"]
+    assert bits == pytest.approx(-np.mean(nats) / 4 / math.log(2), rel=1e-5)
+
+
+def test_choices_of_one_question_have_common_noise(joint):
+    """The same answer twice is the same to the bit, whatever else is asked."""
+    settings = Settings(passes=2, replicates=4, exact_up_to=0)
+    asked = [("ab", "ca"), ("ab", "cb"), ("bb", "ca"), ("ab", "ca")]
+    first, other, elsewhere, again = Answerer(joint, settings).likelihoods(asked)
+    assert first["estimates"] == again["estimates"] and len(first["estimates"]) == 4
+    assert harness._unsure([first, again]) and not harness._unsure([first, first | {
+        "log_likelihood": -99.0, "estimates": [e - 50 for e in first["estimates"]]}])  # fmt: skip
+    assert first["estimates"] != other["estimates"] != elsewhere["estimates"]
+
+
+TEXTS = ["abcabcabca", "bb", "cabbagecab", "abc", "bcbcbcbcbcb", "ac", "aabb", "c", "bacca"]
+REQUESTS = [(text, text[::-1]) for text in TEXTS]
+NOISY = Settings(passes=3, replicates=2, exact_up_to=0, rows=2)
+
+
+@pytest.fixture(scope="module")
+def first():
+    return Answerer(evaluated.network(), NOISY, batch=4).likelihoods(REQUESTS)
+
+
+def figures(answers):
+    return [(a["log_likelihood"], a["standard_error"], a["passes"]) for a in answers]
+
+
+def test_the_same_to_the_bit_on_eight_devices_and_in_other_batches(first):
+    """And in another order: noise is keyed by what a request says."""
+    eight = Answerer(evaluated.network(devices=8), NOISY, batch=40)
+    assert figures(eight.likelihoods(REQUESTS[::-1])) == figures(first)[::-1]
+    assert all(error > 0 for _, error, _ in figures(first)[:3])
+
+
+def test_an_interrupted_run_goes_on_where_it_was(first, tmp_path, monkeypatch):
+    path = tmp_path / "requests.jsonl"
+    subject, asked = evaluated.network(), []
+    score = type(subject).score
+
+    def counted(self, rows, contents, settings):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(rows.tokens))
+        return score(self, rows, contents, settings)
+
+    monkeypatch.setattr(type(subject), "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        Answerer(subject, NOISY, Journal(path), batch=3).likelihoods(REQUESTS)
+    with path.open("ab") as file:
+        file.write(b'{"key": "12')
+    journal = Journal(path)
+    assert "requests.jsonl:7: a line cut off" in journal.torn and len(journal.answers) == 6
+    monkeypatch.setattr(type(subject), "score", score)
+    again = Answerer(subject, NOISY, journal, batch=40)
+    assert figures(again.likelihoods(REQUESTS)) == figures(first)
+    assert not Journal(path).torn and len(path.read_text().splitlines()) == len(REQUESTS)
+    monkeypatch.setattr(type(subject), "score", None)  # all are answered
+    assert figures(Answerer(subject, NOISY, Journal(path)).likelihoods(REQUESTS)) == figures(first)
+    path.write_text("{}\n" + path.read_text())
+    with pytest.raises(ValueError, match="requests.jsonl:1: not an answered request"):
+        Journal(path)
+
+
+def test_answers_are_those_of_one_model_and_settings(joint):
+    one, other = Answerer(joint), Answerer(joint, Settings(seed=1))
+    assert one.key("x", "y") == Answerer(evaluated.joint()).key("x", "y") != other.key("x", "y")
+    changed = evaluated.network(scale=1.001)
+    assert changed.fingerprint != evaluated.network().fingerprint
+    assert evaluated.network(devices=8).fingerprint == evaluated.network().fingerprint
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def written(subject, prompt, settings=None, **arguments):
+    (answer,) = Answerer(subject, settings or Settings()).continuations([(prompt, arguments)])
+    return answer
+
+
+def test_continuations_keep_to_prompt_length_and_stops():
+    counter = evaluated.counter()
+    assert written(counter, "ab", max_gen_toks=6)["text"] == "cabcab"
+    assert written(counter, "bb", max_gen_toks=6, until=["bc", "ca"])["text"] == ""
+    assert written(counter, "aaa", max_gen_toks=6, until="bca")["text"] == "a"
+    fewer = written(counter, "ab", Settings(max_tokens=3, steps=1), max_gen_toks=6)
+    assert fewer["text"] == "cab" and fewer["steps"] == 1
+    ended = written(evaluated.counter(eos_at=5), "ab", max_gen_toks=6)
+    assert ended["text"] == "cab" and ended["tokens"] == 3
+
+
+def test_a_prompt_asked_again_is_another_draw():
+    answerer = Answerer(evaluated.network(scale=0.1), Settings(temperature=1.0))
+    asked = [("ab", {"max_gen_toks": 8})] * 2
+    first, second = answerer.continuations(asked)
+    assert first["text"] != second["text"]
+    again = Answerer(answerer.subject, answerer.settings, batch=1)
+    assert [a["text"] for a in again.continuations(asked)] == [first["text"], second["text"]]
+
+
+def test_exact_match_pass_at_k_and_failures_of_a_task(tmp_path):
+    rows = [{"question": "ab", "answer": a} for a in ("cab", "<b>&", "cab", "abc")]
+    where = task(tmp_path, "go_on", "exact", rows, max_tokens=3)
+    answerer = Answerer(evaluated.counter(), Settings(temperature=1e-3))
+    results, records = harness.run_tasks(answerer, ["go_on"], repeats=2, **where)
+    found = results["tasks"]["go_on"]
+    assert found["metrics"]["exact_match,none"]["value"] == 0.5
+    for figure in ("pass@1", "pass@2", "majority@2"):
+        own = found["repeats"]["exact_match,none"][figure]
+        assert own["value"] == 0.5 and own["low"] < 0.5 < own["high"]
+    assert [r["answer"] for r in records] == ["cab"] * 4 and records[0]["answers"] == ["cab"]
+    assert records[0]["steps"] == 3 and records[0]["seconds"] >= 0
+
+    results["audit_line"] = harness.audit_line(results["audit"])
+    write_failures(tmp_path / "page.html", results, records)
+    page = (tmp_path / "page.html").read_text()
+    assert "2 of 4 wrong" in page and "&lt;b&gt;&amp;" in page and "<b>&" not in page
+    assert "dtype: float32" in page and "http" not in page
+
+
+# --- guards ---------------------------------------------------------------------------------------
+
+
+def test_results_are_compared_on_the_same_data_alone(joint, exact, tmp_path):
+    rows = [{"text": "abca"}, {"text": "bbbb"}, {"text": "cabc"}]
+    where = task(tmp_path, "texts", "perplexity", rows)
+    results = []
+    for name, answerer in (("one", exact), ("two", Answerer(joint, Settings(passes=4)))):
+        found, records = harness.run_tasks(answerer, ["texts"], **where)
+        results.append(found)
+        write_json(tmp_path / f"{name}.json", found)
+        lines = (json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    text = compare_results(tmp_path / "one.json", tmp_path / "two.json")
+    assert "designs differ: passes 16 and 4" in text and "both are of the same model" in text
+    assert "+0.0000" in text and "over 3 documents, 0 of them unlike" in text
+    assert any(
+        "tokenizers differ" in note
+        for note in check_comparable(results[0], results[1] | {"tokenizer": "other"})
+    )
+    fewer, _ = harness.run_tasks(exact, ["texts"], limit=2, **where)
+    with pytest.raises(ValueError, match="other documents or prompts .3 and 2 documents"):
+        check_comparable(results[0], fewer)
+    with pytest.raises(ValueError, match="no task in common: texts and pick"):
+        check_comparable(results[0], results[1] | {"tasks": {"pick": {}}})
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_tasks_that_cannot_be_loaded(tmp_path):
+    where = task(tmp_path, "my_texts", "perplexity", [{"text": "a"}])
+    (tmp_path / "my_texts.jsonl").unlink()
+    with pytest.raises(ValueError, match="task my_texts: its data file my_texts.jsonl is missing"):
+        harness.load_tasks(["my_texts"], **where)
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        harness.load_tasks(["my_texts"], ["nowhere"])
+    (tmp_path / "far.yaml").write_text(
+        (tmp_path / "my_texts.yaml").read_text().replace("my_texts", "far")
+        .replace("dataset_path: json", "dataset_path: some/where")
+        .replace("dataset_kwargs:\n  data_files:\n    test: far.jsonl\n", "")
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="hf download some/where --repo-type dataset --local-dir"):
+        harness.load_tasks(["far"], **where)
+    with pytest.raises(ValueError, match="row 0 of x lacks choices"):
+        local_tasks.write(tmp_path, "x", "choice", [{"question": "", "answer": 0}])
+
+
+def test_an_unknown_task_names_the_nearest(tmp_path, monkeypatch):
+    manager = harness.TaskManager
+    monkeypatch.setattr(
+        harness, "TaskManager", lambda include_path, **_: manager(None, include_path, False)
+    )
+    where = task(tmp_path, "my_texts", "perplexity", [{"text": "a"}])
+    with pytest.raises(ValueError, match="unknown task 'my_text'; did you mean 'my_texts'"):
+        harness.load_tasks(["my_text"], **where)
+
+
+@pytest.mark.parametrize(
+    "pair, settings, match",
+    [
+        (("ab", ""), Settings(), "request 1 .'ab'. has an empty continuation"),
+        (("abca", "b"), Settings(), "4 tokens and 1 to score or generate, more than the 4"),
+        (("a", "bcabc"), Settings(truncate=True), "more than the 4"),
+    ],
+)
+def test_requests_that_cannot_be_answered_stop_before_anything_runs(joint, pair, settings, match):
+    journal = Journal()
+    with pytest.raises(ValueError, match=match):
+        Answerer(joint, settings, journal).likelihoods([PAIRS[0], pair])
+    assert not journal.answers
+
+
+def test_long_prompts_are_cut_on_the_left_if_asked(joint, exact):
+    cut = Answerer(joint, Settings(truncate=True)).likelihoods([("cccab", "ab")])
+    assert figures(cut) == figures(exact.likelihoods([("ab", "ab")]))
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path):
+    broken = evaluated.network(scale=math.nan)
+    with pytest.raises(ValueError, match=r"parameters .* hold numbers that are not finite"):
+        Answerer(broken)
+    law = evaluated.joint()
+    law.__dict__["apply_fn"] = lambda params, inputs, *_: (
+        joint_law.apply_joint(params["law"], inputs) / 0.0
+    )
+    with pytest.raises(ValueError, match="task t, document 5: the model's log-likelihood is not"):
+        Answerer(law).likelihoods([("ab", "ab")], ["task t, document 5"])
+
+
+def test_lengths_fall_into_few_buckets():
+    sizes = [bucket(n, 300, 4) for n in range(1, 301)]
+    assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 300]
+    assert all(n <= size and size % 4 == 0 for n, size in enumerate(sizes, start=1))
