@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,28 @@ from mdm_jax.evaluation.accuracy import bootstrap
 
 DESIGN = ("design", "passes", "replicates", "exact_up_to", "seed", "max_length", "truncate")
 DECODING = ("rule", "steps", "block_size", "temperature", "top_p", "guidance", "max_tokens")
+
+
+EVALUATED = ("split", "unit", "data_fingerprint", "tokenizer_fingerprint", "rows", "passes")
+"""Fields of ``evaluation.json`` in which bounds that are compared should agree."""
+
+
+def unlike(
+    evaluations: Mapping[str, Mapping[str, Any]], names: Sequence[str] = EVALUATED
+) -> list[str]:
+    """Lines about fields in which evaluations by name differ; one without a field is left out."""
+    lines = []
+    for field in names:
+        groups: dict[Any, list[str]] = {}
+        for name, evaluation in evaluations.items():
+            if field in evaluation:
+                groups.setdefault(evaluation[field], []).append(name)
+        if len(groups) > 1:
+            shown = "; ".join(f"{str(value)[:12]}: {', '.join(of)}" for value, of in groups.items())
+            lines.append(
+                f"{field.replace('_', ' ')} differs, so that scores may not compare: {shown}"
+            )
+    return lines
 
 
 def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

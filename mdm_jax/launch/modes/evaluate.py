@@ -42,6 +42,8 @@ def evaluate(
         "step": step,
         "split": split,
         "unit": experiment.dataset.unit,
+        "data_fingerprint": experiment.dataset.fingerprint,
+        "tokenizer_fingerprint": getattr(experiment.dataset.tokenizer, "fingerprint", None),
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
         **experiment.family.record(result),

@@ -20,6 +20,7 @@ import tqdm
 from ml_collections import ConfigDict
 
 from mdm_jax import files
+from mdm_jax.evaluation.comparable import unlike
 from mdm_jax.evaluation.seeds import (
     format_difference,
     format_number,
@@ -218,6 +219,8 @@ def _markdown(record: Mapping[str, Any]) -> str:
         for row in record["runs"]
         if row["status"] != "finished"
     ]
+    evaluations = {row["name"]: row["evaluation"] for row in record["runs"] if row["evaluation"]}
+    lines += [f"* {line}" for line in unlike(evaluations)]
     return "\n\n".join([*parts, *["\n".join(lines)] * bool(lines)]) + "\n"
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from mdm_jax import tasks
 from mdm_jax.evaluation import accuracy
+from mdm_jax.evaluation.comparable import unlike
 from mdm_jax.tasks import harness
 
 
@@ -70,3 +71,10 @@ def test_tasks_of_ours_are_checked_by_their_own_checker():
     assert harness.check(row, ["1+1=2"]) == {"exact_match": 0.0}
     with pytest.raises(ValueError, match="tasks that can be stored"):
         next(harness.rows(tasks.Noisy(tasks.Add(2), 1), 1))
+
+
+def test_evaluations_on_other_data_are_named():
+    one = {"split": "test", "rows": 8, "data_fingerprint": "a" * 64}
+    assert unlike({"x": one, "y": dict(one), "old": {"rows": 8}}) == []
+    (line,) = unlike({"x": one, "y": one | {"data_fingerprint": "b" * 64}})
+    assert line.startswith("data fingerprint differs") and f"{'b' * 12}: y" in line
