@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,13 @@ def exact_match(text: str, target: str, marker: str | None = None) -> bool:
     wanted = extract_answer(target, marker)
     wanted = normalised(target) if wanted is None else wanted
     return extract_answer(text, marker) == wanted
+
+
+def judge(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval's ``process_results``: exact match after the marker, and of the last number."""
+    text, target = results[0], doc["answer"]
+    marked = exact_match(text, target, doc.get("marker", "####"))
+    return {"with_marker": float(marked), "last_number": float(exact_match(text, target))}
 
 
 class Interval(NamedTuple):

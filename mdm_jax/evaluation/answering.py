@@ -96,6 +96,7 @@ class Answerer:
 
     Attributes:
         batch: requests between two writes of the journal, at most; changes no figure.
+        stops: strings that end an answer, besides those of its request.
         progress: bars on standard error.
 
     ValueError for parameters that are not finite.
@@ -105,6 +106,7 @@ class Answerer:
     settings: Settings = Settings()
     journal: Journal = dataclasses.field(default_factory=Journal)
     batch: int = 64
+    stops: tuple[str, ...] = ()
     progress: bool = False
 
     def __post_init__(self):
@@ -134,7 +136,13 @@ class Answerer:
             if not len(ids):
                 raise ValueError(f"{name} has no text to score")
             own = min(subject.length(settings), bucket(len(ids), 2**30, subject.multiple))
-            windows = sliding_windows([ids], own, own, pad_id=subject.tokenizer.pad_id)
+            eligible = np.ones(len(ids), bool)
+            if subject.model.traits.shift:  # the first token is predicted from the one before
+                ids = np.insert(ids, 0, subject.start_id)
+                eligible = np.insert(eligible, 0, False)
+                own = min(subject.length(settings), own + 1)
+            pad = subject.tokenizer.pad_id
+            windows = sliding_windows([ids], own, own, pad_id=pad, eligible=[eligible])
             for index, row in enumerate(zip(*windows.rows[:3])):
                 tokens, eligible, documents = (np.asarray(part)[row[2] > 0] for part in row)
                 first = int(np.argmax(eligible))
@@ -325,6 +333,7 @@ class _Generation:
     def read(cls, arguments: dict[str, Any], answerer: Answerer, name: str) -> "_Generation":
         settings, until = answerer.settings, arguments.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(until)
+        until += answerer.stops
         tokens = settings.max_tokens or arguments.get("max_gen_toks")
         tokens = tokens or arguments.get("max_new_tokens") or answerer.subject.answer_length or 256
         sampled = arguments.get("do_sample", arguments.get("temperature", 0) > 0)

@@ -38,6 +38,9 @@ except ImportError as error:
     ) from error
 
 
+_PROBE = "mdm"
+
+
 @register_model("mdm_jax")
 class HarnessModel(LM):
     """Our models for lm-eval, by an ``answerer`` or from a directory of Hugging Face's layout.
@@ -94,7 +97,18 @@ class HarnessModel(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self.answerer.subject.tokenizer.render(chat_history, add_generation_prompt).text
+        codec = self.answerer.subject.tokenizer
+        if not getattr(codec, "templates", None):
+            raise ValueError("the tokenizer has no chat template: leave out --template")
+        return codec.render(chat_history, add_generation_prompt).text
+
+    @property
+    def end_of_turn(self) -> str:
+        """The token that ends what an assistant says, by the chat template."""
+        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        rest = self.apply_chat_template(said, False).rpartition(_PROBE)[2]
+        codec = self.answerer.subject.tokenizer
+        return codec.decode_literally(codec.encode(rest, special=True)[:1])
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         name = chat_template if isinstance(chat_template, str) else "default"
@@ -224,6 +238,8 @@ def run_tasks(
     ValueError as :func:`load_tasks` and ``Answerer``.
     """
     tasks = load_tasks(names, include_path)
+    if template:
+        answerer = dataclasses.replace(answerer, stops=(HarnessModel(answerer).end_of_turn,))
     leaves = {
         leaf.task_name: leaf
         for task in tasks

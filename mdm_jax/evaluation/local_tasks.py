@@ -57,6 +57,23 @@ doc_to_target: "{{answer}}"
 metadata: {version: 3.0}
 """,
     ),
+    "math": (
+        ("question", "answer"),
+        """output_type: generate_until
+metric_list:
+  - metric: with_marker
+    aggregation: mean
+    higher_is_better: true
+  - metric: last_number
+    aggregation: mean
+    higher_is_better: true
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+process_results: !function mdm_jax.evaluation.accuracy.judge
+"""
+        + _UNTIL
+        + "metadata: {version: 1.0}\n",
+    ),
     "exact": (
         ("question", "answer"),
         _EXACT
@@ -108,6 +125,7 @@ metadata: {version: 1.0}
 }
 KINDS = {name: fields for name, (fields, _) in _KINDS.items()}
 """Kind of task -> fields of its rows. ``gsm8k``: prompt, answer and both filters of lm-eval's;
+``math``: the answer after ``####`` (or the row's ``marker``), and the last number;
 ``exact``: the whole text must be the answer; ``checked``: of ``mdm_jax.tasks``, judged by its
 checker; ``choice``: ``answer`` is the number of the right one of ``choices``, compared by
 likelihood; ``perplexity``: likelihood of texts."""

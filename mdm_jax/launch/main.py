@@ -116,7 +116,7 @@ _PARAMETERS = flags.DEFINE_enum(
     ("ema", "last"),
     "export, chat, eval: averages, or as of the last step.",
 )
-_DTYPE = flags.DEFINE_string("dtype", None, "export: of all tensors; else as in the source.")
+_DTYPE = flags.DEFINE_string("dtype", None, "export, eval --source: else as stored.")
 _ADAPTER = flags.DEFINE_bool(
     "adapter", False, "export: the adapters alone, as a directory of PEFT; else merged."
 )
@@ -398,6 +398,7 @@ def _eval(workdir: files.Path | None) -> int:
         _TO.value,
         last=_PARAMETERS.value == "last",
         template=_TEMPLATE.value,
+        dtype=_DTYPE.value,
         given={name: flag.value for name, flag in own.items() if flag.present},
         show=_print,
     )

@@ -131,6 +131,21 @@ def test_one_and_eight_devices_agree_to_the_bit(name):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+def test_prompts_by_the_chat_template_end_with_the_turn(tmp_path):
+    harness = pytest.importorskip("mdm_jax.evaluation.harness")
+    local_tasks.write(tmp_path, "ask", "math", [{"question": "1+1?", "answer": "#### 2"}])
+    model = hub.load(MODELS / "a2d_qwen3-1")
+    answerer = Answerer(harness.subject_of(model), Settings(max_tokens=4))
+    assert harness.HarnessModel(answerer).end_of_turn == "<|im_end|>"
+    options = {"include_path": [str(tmp_path)], "template": True}
+    results, (record,) = harness.run_tasks(answerer, ["ask"], **options)
+    assert record["prompt"].startswith("<|im_start|>") and "1+1?<|im_end|>" in record["prompt"]
+    assert results["audit"]["chat_template"] and set(record["metrics"].values()) == {0.0}
+    with pytest.raises(ValueError, match="no chat template"):
+        harness.HarnessModel(Answerer(subject("mdlm-1"))).apply_chat_template([])
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")

@@ -78,6 +78,7 @@ def run(
     *,
     last: bool,
     template: bool | None,
+    dtype: str | None,
     given: dict[str, Any],
     show: Callable[[str], None],
 ) -> int:
@@ -95,7 +96,7 @@ def run(
     if _REPEATS.value > 1 and not chosen.temperature:
         raise ValueError("--repeats: without --temperature all answers to a prompt are the same")
     if workdir is None:
-        model = hub.load(source, mesh=sharding.make_mesh())
+        model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh())
         subject, folder = harness.subject_of(model), files.as_path(f"eval/{model.directory.name}")
     else:
         subject, folder = subject_of_run(workdir, config, last), workdir / "eval"

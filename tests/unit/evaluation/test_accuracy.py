@@ -32,6 +32,9 @@ def test_exact_match_takes_targets_of_both_forms():
         accuracy.exact_match("it is 18", "#### 18") and accuracy.exact_match("A ", " A.") is False
     )
     assert not accuracy.exact_match("it is 18", "18", "####")  # no marker, no answer
+    doc = {"answer": "2+2 = 4\n#### 4"}
+    assert accuracy.judge(doc, ["so 4"]) == {"with_marker": 0.0, "last_number": 1.0}
+    assert accuracy.judge(doc | {"marker": "=>"}, ["3 => 4, not 5"])["last_number"] == 0.0
 
 
 def test_pass_at_k_is_the_mean_over_subsets_of_answers():
