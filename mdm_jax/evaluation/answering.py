@@ -15,19 +15,21 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from mdm_jax.distributed import to_host
 from mdm_jax.evaluation.subject import (
     NotFinite,
     Settings,
     Subject,
     bucket,
-    check_finite,
     content_words,
 )
 from mdm_jax.evaluation.windows import sliding_windows
-from mdm_jax.types import Batch
+from mdm_jax.types import Batch, PyTree
 
 Answer = dict[str, Any]
 """JSON values. Likelihoods: ``log_likelihood``, its ``standard_error`` (Monte Carlo; 0 where exact,
@@ -110,7 +112,7 @@ class Answerer:
     progress: bool = False
 
     def __post_init__(self):
-        check_finite(self.subject.model.params)
+        _check_finite(self.subject.model.params)
 
     def likelihoods(
         self, pairs: Sequence[tuple[str, str]], names: Sequence[str] = ()
@@ -374,3 +376,16 @@ def _sum(parts: Sequence[Answer]) -> Answer:
         "greedy": all(part["greedy"] for part in parts),
         "seconds": sum(part["seconds"] for part in parts),
     }
+
+
+def _check_finite(params: PyTree) -> None:
+    """Raise ValueError, naming the array, if a parameter is not finite."""
+    flags = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))(
+        params
+    )
+    for path, fine in jax.tree_util.tree_leaves_with_path(to_host(flags)):
+        if not fine:
+            raise ValueError(
+                f"the parameters {jax.tree_util.keystr(path)} hold numbers that are not finite: "
+                "the model has diverged or was damaged; evaluate an earlier checkpoint"
+            )

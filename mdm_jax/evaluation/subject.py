@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import models, samplers, schedules
-from mdm_jax.checks import Plain, Real, Whole, checked
+from mdm_jax.checks import Plain, Real, Whole, checked, unknown_name
 from mdm_jax.corruption.process import sum_levels
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import ROW_AXES, spread_rows, to_host
@@ -26,7 +26,7 @@ from mdm_jax.draws import Draw
 from mdm_jax.estimates import standard_error_of_mean
 from mdm_jax.hub import HubModel
 from mdm_jax.hub.decoding import generate
-from mdm_jax.hub.rules import OF_FAMILY, RULES
+from mdm_jax.hub.rules import OF_FAMILY, RULES, Rule
 from mdm_jax.likelihood import subsets
 from mdm_jax.likelihood.bounds import pass_numbers
 from mdm_jax.likelihood.estimators import logsnr_of_count, pass_masks
@@ -35,7 +35,7 @@ from mdm_jax.models.masks import check_blocks
 from mdm_jax.objectives.losses import uniform_nelbo
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.schedules import grids, masked
-from mdm_jax.types import Array, Batch, PyTree
+from mdm_jax.types import Array, Batch
 
 Process = Literal["masked", "block", "uniform", "autoregressive"]
 DESIGNS = {
@@ -139,6 +139,12 @@ class Subject:
         rule = RULES.get(OF_FAMILY.get(self.model.family.name, "dllm"))
         causal = self.kind == "autoregressive"
         return self.mask_id if self.trained_here or (rule.excludes_mask and not causal) else None
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Ids that are never written: padding of runs of ours, which no row of theirs holds."""
+        pad, eos = self.tokenizer.pad_id, self.tokenizer.eos_id
+        return (pad,) if self.trained_here and pad != eos else ()
 
     @property
     def start_id(self) -> int:
@@ -343,33 +349,28 @@ class Subject:
             parts.append(self._write(rows, new_tokens, keys, settings)[: len(own)])
         return np.concatenate(parts)
 
-    def room(self, prompt: int, new_tokens: int, settings: Settings) -> int:
-        """Positions of the row in which a prompt is continued: same ones share a program."""
-        return bucket(prompt + new_tokens, self.length(settings), self.multiple)
+    def room(self, prompt: int, new_tokens: int, settings: Settings) -> tuple[int, int]:
+        """(positions, blocks of the prompt) by which prompts are grouped: one program for each.
+
+        Positions of the whole row, or of its prompt where rows are filled up on the left.
+        """
+        longest, size = self.length(settings), self.multiple
+        if self.kind in ("masked", "block"):
+            rule = self._rule(settings)
+            if rule.padding == "left":
+                return bucket(prompt, longest - new_tokens, size), 0
+            if rule.cached:
+                return bucket(prompt + new_tokens, longest, size), prompt // size
+        return bucket(prompt + new_tokens, longest, size), 0
 
     def _write(self, prompts, new_tokens, numbers, settings) -> np.ndarray:
-        length = self.room(max(map(len, prompts)), new_tokens, settings)
+        length, _ = self.room(max(map(len, prompts)), new_tokens, settings)
         key, codec = jax.random.key(settings.seed), self.tokenizer
-        hidden = (codec.pad_id,) if self.trained_here and codec.pad_id != codec.eos_id else ()
         if self.kind in ("masked", "block"):
-            rule = settings.rule or self._default_rule()
-            changes = {
-                "steps": settings.steps or None,
-                "block_size": settings.block_size or None,
-                "temperature": settings.temperature,
-                "top_p": settings.top_p,
-                "guidance": settings.guidance,
-                "suppress_tokens": hidden,
-            }
-            if self.trained_here:
-                changes["excludes_mask"] = True
-            if self.window:
-                changes["window"] = self.window * self.multiple
             ids = {"mask_id": self.mask_id, "eos_id": codec.eos_id, "pad_id": codec.pad_id}
-            options = {"rule": rule, "key": key, "row_offset": numbers, "stop": False}
-            made = generate(
-                self.model, prompts, new_tokens, pad_multiple=length, **options, **ids, **changes
-            )
+            options = {"key": key, "row_offset": numbers, "stop": False, "pad_multiple": length}
+            options["rule"] = self._rule(settings)
+            made = generate(self.model, prompts, new_tokens, **options, **ids)
             tokens, written = to_host(made.tokens), made.written
             return np.stack([own[free][:new_tokens] for own, free in zip(tokens, written)])
         causal = self.kind == "autoregressive"
@@ -383,23 +384,38 @@ class Subject:
             documents[i, start : start + len(prompt) + new_tokens] = 1
         free = canvas == self.mask_id
         canvas, documents = spread_rows((canvas, documents), self.model.params)
-        program = self._generator(causal, first, new_tokens, hidden, settings)
+        program = self._generator(causal, first, new_tokens, settings)
         tokens = to_host(program(self.model.params, key, canvas, documents, numbers))
         return tokens[free].reshape(len(prompts), new_tokens)
 
-    def _default_rule(self) -> str:
-        """That of the family, unless it was trained in blocks that its own loop does not know."""
-        rule = OF_FAMILY.get(self.model.family.name, "dllm")
-        if rule == "bd3lm" and self.kind != "block":
-            rule = "mdlm"
-        return "dllm_blocks" if self.kind == "block" and not RULES[rule].cached else rule
+    def _rule(self, settings: Settings) -> Rule:
+        """The decoding rule: by name, or that of the family, unless it was trained in blocks that
+        the family's own loop does not know. ValueError for an unknown name."""
+        name = settings.rule or OF_FAMILY.get(self.model.family.name, "dllm")
+        if name not in RULES:
+            raise unknown_name(name, RULES, "decoding rule")
+        if not settings.rule and name == "bd3lm" and self.kind != "block":
+            name = "mdlm"
+        if not settings.rule and self.kind == "block" and not RULES[name].cached:
+            name = "dllm_blocks"
+        given = {"temperature": settings.temperature, "guidance": settings.guidance}
+        given |= {"steps": settings.steps} if settings.steps else {}
+        given |= {"block_size": settings.block_size} if settings.block_size else {}
+        given |= {"top_p": settings.top_p} if settings.top_p < 1 else {}
+        given |= (
+            {"excludes_mask": True, "suppress_tokens": self.hidden} if self.trained_here else {}
+        )
+        given |= {"window": self.window * self.multiple} if self.window else {}
+        if given.get("window"):
+            given.setdefault("block_size", self.multiple)
+        return dataclasses.replace(RULES[name], **given)
 
-    def _generator(self, causal, prefix, new_tokens, hidden, settings) -> Callable[..., Array]:
+    def _generator(self, causal, prefix, new_tokens, settings) -> Callable[..., Array]:
         wanted = (causal, prefix, new_tokens, settings)
         if wanted not in (cache := self.__dict__.setdefault("_generators", {})):
             chosen = [samplers.temperature(settings.temperature)]
             chosen += [samplers.top_p(settings.top_p)] if settings.top_p < 1 else []
-            keep = samplers.compose(lambda logits: exclude_token(logits, *hidden), *chosen)
+            keep = samplers.compose(lambda logits: exclude_token(logits, *self.hidden), *chosen)
             module = self.model.model
             if causal:
                 decoder = models.cached_causal_decoder(module, self.start_id)
@@ -476,16 +492,3 @@ def content_words(seed: int, number: int, ids: np.ndarray) -> np.ndarray:
 def _filled(values: np.ndarray, size: int) -> np.ndarray:
     """The first axis filled up with copies of the last entry."""
     return np.concatenate([values, np.repeat(values[-1:], size - len(values), axis=0)])
-
-
-def check_finite(params: PyTree) -> None:
-    """Raise ValueError, naming the array, if a parameter is not finite."""
-    flags = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))(
-        params
-    )
-    for path, fine in jax.tree_util.tree_leaves_with_path(to_host(flags)):
-        if not fine:
-            raise ValueError(
-                f"the parameters {jax.tree_util.keystr(path)} hold numbers that are not finite: "
-                "the model has diverged or was damaged; evaluate an earlier checkpoint"
-            )

@@ -108,11 +108,8 @@ def test_every_family_is_scored_as_by_the_core_and_writes_as_by_hub(name):
     assert written[0] == written[1] | {"seconds": written[0]["seconds"]}
     if one.kind in ("masked", "block"):
         prompt = one.tokenizer.encode("#$%&'")
-        made = hub.generate(
-            one.model, [prompt], 6, rule=one._default_rule(), mask_id=one.mask_id, eos_id=1,
-            pad_id=0, excludes_mask=True, stop=False, temperature=0.0,
-            suppress_tokens=(one.tokenizer.pad_id,),
-        )  # fmt: skip
+        options = {"mask_id": one.mask_id, "eos_id": 1, "pad_id": 0, "stop": False}
+        made = hub.generate(one.model, [prompt], 6, rule=one._rule(settings), **options)
         ids = np.asarray(made.tokens)[0][made.written[0]][:6]
         expected = one.tokenizer.decode(one.tokenizer.truncate_at_eos(ids))
         assert written[0]["text"] == expected

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mdm_jax import files, hub, sharding
 from mdm_jax.checks import unknown_name
 from mdm_jax.evaluation.answering import Answerer, Journal
-from mdm_jax.evaluation.comparable import compare_results
+from mdm_jax.evaluation.paired import compare_results
 from mdm_jax.evaluation.subject import Settings, Subject
 from mdm_jax.launch.modes.chat import tokenizer_of
 from mdm_jax.launch.modes.export import merged, open_run

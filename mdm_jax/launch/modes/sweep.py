@@ -20,7 +20,7 @@ import tqdm
 from ml_collections import ConfigDict
 
 from mdm_jax import files
-from mdm_jax.evaluation.comparable import unlike
+from mdm_jax.evaluation.paired import unlike
 from mdm_jax.evaluation.seeds import (
     format_difference,
     format_number,

@@ -7,7 +7,7 @@ import pytest
 
 from mdm_jax import tasks
 from mdm_jax.evaluation import accuracy
-from mdm_jax.evaluation.comparable import unlike
+from mdm_jax.evaluation.paired import unlike
 from mdm_jax.tasks import harness
 
 

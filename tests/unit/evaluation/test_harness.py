@@ -14,7 +14,7 @@ import pytest
 from mdm_jax import evaluation
 from mdm_jax.evaluation import local_tasks
 from mdm_jax.evaluation.answering import Answerer, Journal
-from mdm_jax.evaluation.comparable import check_comparable, compare_results
+from mdm_jax.evaluation.paired import check_comparable, compare_results
 from mdm_jax.evaluation.subject import Settings, bucket
 from mdm_jax.files import write_json
 from mdm_jax.launch.reports.failures import write_failures
