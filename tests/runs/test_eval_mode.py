@@ -42,7 +42,7 @@ MODELS = pathlib.Path(__file__).parents[1] / "data" / "hub"
 )
 def test_what_cannot_be_evaluated_is_said_at_once(monkeypatch, capsys, arguments, match):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    code, _, err = launching.call(monkeypatch, capsys, "eval", *arguments)
+    code, _, err = launching.call(monkeypatch, capsys, "--mode=eval", *arguments)
     assert code == 2 and match in err and "Traceback" not in err
 
 
