@@ -29,7 +29,7 @@ from mdm_jax.evaluation.subject import (
     content_words,
 )
 from mdm_jax.evaluation.windows import sliding_windows
-from mdm_jax.types import Batch, PyTree
+from mdm_jax.types import PyTree
 
 Answer = dict[str, Any]
 """JSON values. Likelihoods: ``log_likelihood``, its ``standard_error`` (Monte Carlo; 0 where exact,
@@ -248,17 +248,13 @@ class Answerer:
         return [self.journal.answers[key] for key in keys]
 
     def _score(self, part: Sequence[tuple[str, Encoded]], size: int) -> None:
-        started, pad = time.monotonic(), self.subject.tokenizer.pad_id
-        tokens = np.full((len(part), size), pad, np.int32)
-        eligible, documents = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
-        for i, (_, one) in enumerate(part):
-            start, end = len(one.prompt), len(one.prompt) + len(one.answer)
-            tokens[i, :end] = np.concatenate([one.prompt, one.answer])
-            eligible[i, start:end], documents[i, :end] = True, 1
-        rows = Batch(tokens, eligible, documents, eligible.sum(1).astype(np.int32))
+        started, rows = time.monotonic(), []
+        for _, one in part:
+            eligible = np.arange(len(one.prompt) + len(one.answer)) >= len(one.prompt)
+            rows.append((np.concatenate([one.prompt, one.answer]), eligible))
         try:
             contents = [one.content for _, one in part]
-            scored = self.subject.score(rows, contents, self.settings)
+            scored = self.subject.score(rows, contents, size, self.settings)
         except NotFinite as error:
             name = part[error.args[0]][1].name
             raise ValueError(

@@ -318,7 +318,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 # --- results that may be compared ---------------------------------------------------------------
 
-DESIGN = ("design", "passes", "replicates", "exact_up_to", "seed", "max_length", "truncate")
+DESIGN = ("levels", "masks", "passes", "replicates", "width", "exact_up_to", "seed")
+DESIGN += ("max_length", "truncate")
 DECODING = ("rule", "steps", "block_size", "temperature", "top_p", "guidance", "max_tokens")
 
 

@@ -17,35 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import models, samplers, schedules
-from mdm_jax.checks import Plain, Real, Whole, checked, unknown_name
-from mdm_jax.corruption.process import sum_levels
+from mdm_jax import likelihood, models, samplers
+from mdm_jax.checks import Name, Plain, Real, Whole, checked, unknown_name
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import ROW_AXES, spread_rows, to_host
-from mdm_jax.draws import Draw
 from mdm_jax.estimates import standard_error_of_mean
 from mdm_jax.hub import HubModel
 from mdm_jax.hub.decoding import generate
 from mdm_jax.hub.rules import OF_FAMILY, RULES, Rule
-from mdm_jax.likelihood import subsets
-from mdm_jax.likelihood.bounds import pass_numbers
-from mdm_jax.likelihood.estimators import logsnr_of_count, pass_masks
-from mdm_jax.models.cross_entropy import exclude_token, position_losses, token_nats
-from mdm_jax.models.masks import check_blocks
-from mdm_jax.objectives.losses import uniform_nelbo
-from mdm_jax.objectives.objective import Objective
-from mdm_jax.schedules import grids, masked
-from mdm_jax.types import Array, Batch
+from mdm_jax.likelihood.estimators import Estimator
+from mdm_jax.likelihood.rows import Row
+from mdm_jax.likelihood.stopping import each_row, replicate_until
+from mdm_jax.likelihood.subsets import LEVELS, MASKS, exact_when_short
+from mdm_jax.models.cross_entropy import exclude_token, position_losses
+from mdm_jax.schedules import grids
+from mdm_jax.types import Array
 
 Process = Literal["masked", "block", "uniform", "autoregressive"]
-DESIGNS = {
-    "rotated_counts": subsets.rotated_counts,
-    "uniform_counts": subsets.uniform_counts,
-    "harmonic_counts": subsets.harmonic_counts,
-    "nested_prefixes": lambda _: subsets.nested_prefixes(),
-    "one_path": lambda _: subsets.one_path(),
-}
-"""Designs of masked models by name: ``design(passes)``. A new estimator is a line here."""
 
 
 @checked
@@ -53,12 +41,19 @@ DESIGNS = {
 class Settings:
     """How requests are answered; part of what an answer is known by."""
 
-    design: Literal[
-        "rotated_counts", "uniform_counts", "harmonic_counts", "nested_prefixes", "one_path"
-    ] = "rotated_counts"
+    levels: Annotated[str, Name(("", *LEVELS), "of the passes; '': the process's own")] = ""
+    masks: Annotated[str, Name(("", *MASKS), "of the passes; '': the process's own")] = ""
     passes: Annotated[int, Whole("[1, 1e5]", "forward passes", "of a replicate of the design")] = 16
-    replicates: Annotated[int, Whole("[1, 1e4]", "replicates", "of the design, for errors")] = 8
+    replicates: Annotated[
+        int,
+        Whole(
+            "[1, 1e4]",
+            "replicates",
+            "at first, where there is a width; then 8 times as many at most",
+        ),
+    ] = 8
     exact_up_to: Annotated[int, Whole("[0, 15]", "tokens", "answers whose subsets are all run")] = 7
+    width: Annotated[float, Real("[0, 1e6]", "nats", "95 % interval to draw for; 0: none")] = 0.0
     check_greedy: Annotated[bool, Plain(bool, "decode to see whether it gives the answer")] = False
     rule: Annotated[str, Plain(str, "decoding rule of hub.RULES; '': the family's")] = ""
     steps: Annotated[int, Whole("[0, 1e6]", "steps", "of an answer; 0: one a token")] = 0
@@ -193,140 +188,90 @@ class Subject:
 
     # --- likelihood ------------------------------------------------------------------------------
 
-    def design(self, settings: Settings) -> subsets.SubsetDesign | None:
-        """That of masked models."""
-        if self.kind != "masked":
-            return None
-        chosen = DESIGNS[settings.design](settings.passes)
-        limit = settings.exact_up_to
-        return subsets.exact_when_short(chosen, limit) if limit else chosen
-
-    def runs(self, tokens: int, settings: Settings) -> tuple[int, int, bool]:
-        """(replicates, passes, whether it is exact) of an answer of so many tokens."""
-        if self.kind == "autoregressive" or (self.kind == "block" and self.multiple == 1):
-            return 1, 1, True
-        design = self.design(settings)
-        if design is None:
-            return settings.replicates, settings.passes, False
-        exact = design.fixed(tokens)
-        return 1 if exact else settings.replicates, design.passes(tokens), exact
-
-    def score(
-        self, rows: Batch, contents: Sequence[np.ndarray], settings: Settings
-    ) -> list[Scored]:
-        """Nats of the eligible tokens of rows [N, L] of NumPy arrays, given the others.
-
-        Noise of a row and replicate is keyed by the seed and the row's ``contents``, token ids;
-        rows with the same have common noise. ValueError with the number of a row not finite.
-        """
-        program = self._program(settings)
-        runs = [self.runs(int(size), settings) for size in rows.eligible.sum(1)]
-        items, views, words = [], [], []
-        for i, (replicates, passes, _) in enumerate(runs):
-            items += [i] * (replicates * passes)
-            views += [*range(passes)] * replicates
-            for replicate in range(replicates):
-                words += [content_words(settings.seed, replicate, contents[i])] * passes
-        keyed = (*(field[items] for field in rows[:3]), np.array(words), np.array(views, np.int32))
-        size, parts = settings.rows * self.devices, []
-        for start in range(0, len(items), size):
-            part = [_filled(field[start : start + size], size) for field in keyed]
-            parts.append(program(self.model.params, *spread_rows(part, self.model.params)))
-        nats, greedy = (np.concatenate(each) for each in zip(*to_host(parts)))
-        results, first = [], 0
-        for i, (replicates, passes, exact) in enumerate(runs):
-            own = slice(first, first := first + replicates * passes)
-            estimates = nats[own].astype(np.float64).reshape(replicates, passes).sum(1)
-            if not np.all(np.isfinite(estimates)):
-                raise NotFinite(i)
-            results.append(Scored(estimates, exact, replicates * passes, bool(greedy[own].all())))
-        return results
-
-    def _program(self, settings: Settings) -> Callable[..., tuple[Array, Array]]:
-        """``program(params, tokens [B, L], eligible, documents, words [B, 2], view [B])``: each
-        item's share of the estimate, and whether all its tokens are the likeliest, [B]."""
-        names = ("design", "passes", "exact_up_to")
-        wanted = tuple(getattr(settings, name) for name in names)
-        if wanted not in (cache := self.__dict__.setdefault("_programs", {})):
-            estimate = {
-                "masked": self._masked,
-                "block": self._block,
-                "uniform": self._uniform,
-                "autoregressive": self._causal,
-            }[self.kind]
-
-            if self.kind == "uniform":
-                self._objective  # noqa: B018  (its law cannot be made while tracing)
-
-            @jax.jit
-            def program(params, tokens, eligible, documents, words, view):
-                keys = jax.random.wrap_key_data(words, impl="threefry2x32")
-                return estimate(params, Batch(tokens, eligible, documents, view), keys, settings)
-
-            cache[wanted] = program
+    def estimator(self, settings: Settings) -> Estimator:
+        """That of the bound, or of the likelihood; ValueError for a design that it cannot have."""
+        coupling = {"levels": settings.levels, "masks": settings.masks}
+        coupling = {name: value for name, value in coupling.items() if value}
+        wanted = (settings.passes, settings.exact_up_to, settings.replicates, *coupling.items())
+        cache = self.__dict__.setdefault("_estimators", {})
+        if wanted not in cache:
+            cache[wanted] = self._estimator(settings, coupling)
         return cache[wanted]
 
-    def _masked(self, params, rows, keys, settings):
-        tokens, eligible, documents, view = rows
-        design = self.design(settings)
+    def _estimator(self, settings: Settings, coupling: dict[str, str]) -> Estimator:
+        excludes = self.excluded_id is not None
+        if self.kind == "autoregressive":
+            return likelihood.next_token_estimator(self.apply_fn, self.excluded_id)
+        if self.kind == "uniform":
+            options = (self.num_tokens, settings.passes)
+            return likelihood.uniform_estimator(self.apply_fn, *options, **coupling)
+        design, size = likelihood.counts(settings.passes, **coupling), None
+        if self.kind == "block":
+            size = self.multiple
+            design = likelihood.block_design(design, size, settings.replicates)
+        elif settings.exact_up_to:
+            design = exact_when_short(design, settings.exact_up_to)
+        options = {"block_size": size, "excludes_mask": excludes}
+        return likelihood.masked_estimator(self.apply_fn, self.mask_id, design, **options)
 
-        def draw(key, eligible, view):
-            return tuple(part[0] for part in design.draw(key[None], eligible[None], view))
+    def score(
+        self, rows: Sequence[Row], contents: Sequence[np.ndarray], length: int, settings: Settings
+    ) -> list[Scored]:
+        """Nats of the eligible tokens of rows (``likelihood.rows.Row``), given the others.
 
-        mask, weight = jax.vmap(draw)(keys, eligible, view)
-        count = jnp.maximum(jnp.sum(mask, axis=-1), 1)
-        logsnr = logsnr_of_count(count, jnp.sum(eligible, axis=-1))[:, None]
-        outputs = self.apply_fn(params, jnp.where(mask, self.mask_id, tokens), logsnr, documents)
-        nats = token_nats(outputs, tokens, mask, self.excluded_id)
-        return jnp.sum(weight * nats, axis=-1), jnp.zeros(len(tokens), bool)
+        Rows are filled up to ``length``. Their noise is keyed by the seed and ``contents``, token
+        ids; rows with the same have common noise. :class:`NotFinite` with the number of a row.
+        """
+        estimator, number = self.estimator(settings), len(rows)
+        words = np.stack([content_words(settings.seed, 0, content) for content in contents])
+        keys = jax.random.wrap_key_data(words, impl="threefry2x32")
+        size = settings.rows * self.devices
+        options = {"batch_size": size, "pad_id": self.tokenizer.pad_id, "lengths": (length,)}
+        draw = likelihood.RowDraws(estimator, self.model.params, rows, keys, **options)
 
-    def _block(self, params, rows, keys, settings):
-        tokens, eligible, documents, view = rows
-        num_rows, size = len(tokens), self.multiple
-        blocks = check_blocks(tokens.shape[1], size)
-        parts = eligible.reshape(num_rows, blocks, size)
+        def checked(own: np.ndarray, first: int, count: int) -> np.ndarray:
+            values = draw(own, first, count)
+            wrong = ~np.isfinite(values).all(axis=0)
+            if wrong.any():
+                raise NotFinite(int(own[wrong][0]))
+            return values
 
-        def draw(key, eligible, view):
-            return pass_masks(jax.random.split(key, blocks), eligible, view, settings.passes)
-
-        count = jnp.ones(parts.shape[:2], jnp.int32)
-        mask, weight = parts, 1.0
-        if size > 1:
-            mask, count = jax.vmap(draw)(keys, parts, view)
-            weight = jnp.sum(parts, axis=-1) / (count * settings.passes)
-        mask = mask.reshape(tokens.shape)
-        logsnr = logsnr_of_count(count, jnp.sum(parts, axis=-1))
-        inputs = jnp.concatenate([jnp.where(mask, self.mask_id, tokens), tokens], axis=-1)
-        outputs = self.apply_fn(params, inputs, logsnr, documents)
-        nats = sum_levels(token_nats(outputs, tokens, mask, self.excluded_id), blocks)
-        return jnp.sum(weight * nats, axis=-1), jnp.zeros(num_rows, bool)
-
-    def _uniform(self, params, rows, keys, settings):
-        objective, passes, length = self._objective, settings.passes, rows.tokens.shape[1]
-        u, noise = jax.vmap(lambda key, view: pass_numbers(key, view, passes, length))(
-            keys, rows.units
-        )
-        u = u[None, :, None]
-        draw = Draw(u, jnp.zeros_like(u), noise[None])
-        stats = objective.loss(lambda *inputs: self.apply_fn(params, *inputs), rows, draw)
-        return (stats.weight * stats.raw)[0, :, 0] / passes, jnp.zeros(len(keys), bool)
+        if settings.width:
+            stop = likelihood.Stop(
+                8 * settings.replicates, first=settings.replicates, width=settings.width
+            )
+            values = replicate_until(checked, number, each_row(number), stop).row_values
+        else:
+            values = checked(np.arange(number), 0, settings.replicates)
+        wrong = np.ones(number)
+        if self.kind == "autoregressive":
+            misses = likelihood.RowDraws(self._misses, self.model.params, rows, keys, **options)
+            wrong = misses(np.arange(number), 0, 1)[0]
+        results = []
+        for i, (_, eligible) in enumerate(rows):
+            own, eligible = values[~np.isnan(values[:, i]), i], np.asarray(eligible)[None]
+            padded = np.pad(eligible, ((0, 0), (0, length - eligible.shape[1])))
+            exact = bool(estimator.fixed(padded)[0])
+            own = own[:1] if exact else own
+            passes = len(own) * int(estimator.views(padded)[0])
+            results.append(Scored(own, exact, passes, bool(wrong[i] == 0)))
+        return results
 
     @functools.cached_property
-    def _objective(self) -> Objective:
-        """The bound of uniform noise, levels as of ``make_uniform_likelihood``."""
-        return uniform_nelbo(self.num_tokens, schedules.law_of(masked.power(3.0)))
+    def _misses(self) -> Estimator:
+        """In place of nats, how many tokens of a row are not the likeliest next ones."""
 
-    def _causal(self, params, rows, _keys, _settings):
-        tokens, eligible, documents, _ = rows
-        readout = self.apply_fn(params, tokens, None, documents)
-        nats = token_nats(readout, tokens, eligible, self.excluded_id)
-
-        def other(logits, targets):
+        def other(logits: Array, targets: Array) -> tuple[Array, Array]:
             likeliest = jnp.argmax(exclude_token(logits, self.excluded_id), axis=-1)
             return (likeliest != targets).astype(jnp.float32), jnp.zeros_like(logits)
 
-        wrong = position_losses(other, readout, eligible, tokens)
-        return jnp.sum(nats, axis=-1), jnp.sum(wrong, axis=-1) == 0
+        @jax.jit
+        def score(params, _keys, batch, _replicate, _view):
+            readout = self.apply_fn(params, batch.tokens, None, batch.documents)
+            wrong = position_losses(other, readout, batch.eligible, batch.tokens)
+            return (jnp.sum(wrong, axis=-1),)
+
+        return self.estimator(Settings())._replace(score=score)
 
     # --- generation ------------------------------------------------------------------------------
 
@@ -432,12 +377,6 @@ class Subject:
 
     def audit(self, settings: Settings) -> dict[str, Any]:
         """What the figures are figures of."""
-        design = {
-            "masked": f"{settings.design}; all subsets up to {settings.exact_up_to} tokens",
-            "block": "counts even over a block, exact over blocks",
-            "uniform": "levels in strata",
-            "autoregressive": "exact",
-        }[self.kind]
         drawn = self.kind != "autoregressive"
         return {
             "process": self.kind,
@@ -447,10 +386,10 @@ class Subject:
             "scored": "tokens of the continuation, given the context and their number; BOS, EOS "
             "and padding are not scored, padding is hidden",
             "mask_token": "no probability" if self.excluded_id is not None else "in the softmax",
-            "rates": "all" if drawn else "none",
-            "design": design,
+            "design": self.estimator(settings).design,
             "passes": settings.passes if drawn else 1,
             "replicates": settings.replicates if drawn else 1,
+            **({"width": settings.width} if settings.width else {}),
             "greedy": "checked" if not drawn or settings.check_greedy else "not checked",
             "seed": settings.seed,
         }

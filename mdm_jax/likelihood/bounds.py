@@ -91,11 +91,15 @@ def masked_estimator(
     mask_id: int,
     design: SubsetDesign,
     block_size: int | None = None,
+    *,
+    excludes_mask: bool = True,
 ) -> Estimator:
     """Estimator of the masked bound, or of the block bound with the design in every block.
 
     ``apply_fn`` as of :func:`make_likelihood`, of blocks as of :func:`make_block_likelihood`.
+    Without ``excludes_mask`` the mask token is in the softmax, as LLaDA's own evaluation has it.
     """
+    excluded = mask_id if excludes_mask else None
 
     def segments(eligible: Array) -> Array:
         if block_size:
@@ -118,7 +122,7 @@ def masked_estimator(
         inputs = jnp.where(mask, mask_id, tokens)
         if block_size:
             inputs = jnp.concatenate([inputs, tokens], axis=-1)
-        nats = token_nats(apply_fn(params, inputs, logsnr, batch.documents), tokens, mask, mask_id)
+        nats = token_nats(apply_fn(params, inputs, logsnr, batch.documents), tokens, mask, excluded)
         return jnp.sum(weight * nats, axis=-1), sum_levels(nats, num), count
 
     def of_sizes(function: Callable[[int], int], eligible: np.ndarray) -> np.ndarray:
@@ -280,8 +284,9 @@ def make_next_token_likelihood(
     return make_evaluate(next_token_estimator(apply_fn, mask_id), replicates, level_bins=1)
 
 
-def next_token_estimator(apply_fn: Callable[..., Array], mask_id: int) -> Estimator:
-    """Estimator without noise, in one pass; arguments as :func:`make_next_token_likelihood`."""
+def next_token_estimator(apply_fn: Callable[..., Array], mask_id: int | None) -> Estimator:
+    """Estimator without noise, in one pass; arguments as :func:`make_next_token_likelihood`, with
+    None for a softmax over all ids."""
 
     @jax.jit
     def score(params, keys, batch, replicate, view):

@@ -202,7 +202,7 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
 
 
 def test_settings_of_the_command_line():
-    found = eval_tasks.settings("passes=4,design=one_path,temperature=0.5", {"steps": 3})
-    assert found == Settings(passes=4, design="one_path", temperature=0.5, steps=3)
+    found = eval_tasks.settings("passes=4,levels=gauss,temperature=0.5", {"steps": 3})
+    assert found == Settings(passes=4, levels="gauss", temperature=0.5, steps=3)
     with pytest.raises(ValueError, match="'passes' needs a value"):
         eval_tasks.settings("passes", {})
