@@ -131,7 +131,7 @@ def paired_difference(first: Likelihood, second: Likelihood) -> PairedDifference
     An exact result (all replicates agree) can be paired with that of another estimator. Equal keys
     are checked only by the number of masked tokens; :func:`compare_parameters` is safe. The
     ValueError names what differs: rows, tokens per row or replicates, and, if both have noise,
-    passes or the masked tokens by level.
+    design, passes or the masked tokens by level.
     """
     same = [
         ("the rows", first.row_index, second.row_index),
@@ -140,6 +140,7 @@ def paired_difference(first: Likelihood, second: Likelihood) -> PairedDifference
     ]
     if _has_noise(first) and _has_noise(second):
         same += [
+            ("the designs", [first.design], [second.design]),
             ("the number of passes", [first.passes], [second.passes]),
             ("the masked tokens by level", first.levels.targets, second.levels.targets),
         ]
@@ -323,7 +324,7 @@ DESIGN += ("max_length", "truncate")
 DECODING = ("rule", "steps", "block_size", "temperature", "top_p", "guidance", "max_tokens")
 
 
-EVALUATED = ("split", "unit", "data_fingerprint", "tokenizer_fingerprint", "rows", "passes")
+EVALUATED = ("split", "data_fingerprint", "tokenizer_fingerprint", "rows", "design", "passes")
 """Fields of ``evaluation.json`` in which bounds that are compared should agree."""
 
 

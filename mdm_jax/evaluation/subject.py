@@ -44,14 +44,7 @@ class Settings:
     levels: Annotated[str, Name(("", *LEVELS), "of the passes; '': the process's own")] = ""
     masks: Annotated[str, Name(("", *MASKS), "of the passes; '': the process's own")] = ""
     passes: Annotated[int, Whole("[1, 1e5]", "forward passes", "of a replicate of the design")] = 16
-    replicates: Annotated[
-        int,
-        Whole(
-            "[1, 1e4]",
-            "replicates",
-            "at first, where there is a width; then 8 times as many at most",
-        ),
-    ] = 8
+    replicates: Annotated[int, Whole("[1, 1e4]", "replicates", "8 times at most for a width")] = 8
     exact_up_to: Annotated[int, Whole("[0, 15]", "tokens", "answers whose subsets are all run")] = 7
     width: Annotated[float, Real("[0, 1e6]", "nats", "95 % interval to draw for; 0: none")] = 0.0
     check_greedy: Annotated[bool, Plain(bool, "decode to see whether it gives the answer")] = False

@@ -43,6 +43,7 @@ def evaluate(
         "split": split,
         "unit": experiment.dataset.unit,
         "data_fingerprint": experiment.dataset.fingerprint,
+        "design": getattr(result, "design", ""),
         "tokenizer_fingerprint": getattr(experiment.dataset.tokenizer, "fingerprint", None),
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
