@@ -255,8 +255,11 @@ LIKELIHOODS = {
         lambda: np.array([4.37020885, 4.52536593, 2.44006023]),
     ),
     "block": (
-        lambda: likelihood.make_block_likelihood(
-            block_toy.block_apply(2), toys.MASK_ID, 2, passes=1
+        lambda: likelihood.make_evaluate(
+            likelihood.masked_estimator(
+                block_toy.block_apply(2), toys.MASK_ID, likelihood.counts(1), 2
+            ),
+            8,
         ),
         lambda: np.array(block_toy.BLOCK_NELBO[2]),
     ),
