@@ -105,8 +105,16 @@ def main(_argv: list[str]) -> None:
         figures = np.array([variances.mean(), pairs.mean()])
         base = figures if base is None else base
         error = variances.std() / variances.mean() / len(rows) ** 0.5
-        record[name] = [*(figures / base).tolist(), float(error)]
-        print(f"  {name}: {figures[0] / base[0]:.3f}, of differences {figures[1] / base[1]:.3f}")
+        gap = other.mean(0) - values.mean(0)
+        off = [
+            float(gap.mean()),
+            float(((variances / 16 + spread**2 / MOST).mean() / len(rows)) ** 0.5),
+        ]
+        record[name] = [*(figures / base).tolist(), float(error), *off]
+        print(
+            f"  {name}: {figures[0] / base[0]:.3f} (relative error {error:.3f}), of differences "
+            f"{figures[1] / base[1]:.3f}; mean {off[0]:+.3f} +- {off[1]:.3f} of {values.mean():.2f}"
+        )
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(json.dumps(record, indent=1), "utf-8")
 
