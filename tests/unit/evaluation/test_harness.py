@@ -18,7 +18,8 @@ from mdm_jax.evaluation.paired import check_comparable, compare_results
 from mdm_jax.evaluation.subject import Settings, bucket
 from mdm_jax.files import write_json
 from mdm_jax.launch.reports.failures import write_failures
-from mdm_jax.likelihood.subsets import every_subset, make_subset_likelihood
+from mdm_jax.likelihood import make_subset_likelihood
+from mdm_jax.likelihood.subsets import every_subset
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mdm_jax[eval]'")
 
