@@ -49,6 +49,7 @@ def test_what_cannot_be_evaluated_is_said_at_once(monkeypatch, capsys, arguments
 # --- slow -----------------------------------------------------------------------------------------
 
 FAMILIES = ("a2d_qwen3-1", "llada-1", "dream-1", "sdar-1", "bd3lm-1", "mdlm-1", "duo-1", "qwen2-1")
+BY_CHANCE = ("ancestral", "first_hitting")  # at temperature 0 too: which tokens come first
 PAIRS = [("#$%&", "'()*+"), ("!", "#")]
 
 
@@ -102,11 +103,12 @@ def test_every_family_is_scored_as_by_the_core_and_writes_as_by_hub(name):
         nats, error = bound(one, pair)
         both = 5 * math.hypot(error, answer["standard_error"]) + 1e-3
         assert abs(-answer["log_likelihood"] - nats) < both, (answer, nats, error)
-    exact = one.kind == "autoregressive"
-    assert all((answer["standard_error"] == 0) == exact for answer in answers[:1])
+    exact = one.kind in ("autoregressive", "block")  # of small blocks all subsets are run
+    assert (answers[0]["standard_error"] == 0) == exact
     written = Answerer(one, settings).continuations([("#$%&'", {"max_gen_toks": 6})] * 2)
-    assert written[0] == written[1] | {"seconds": written[0]["seconds"]}
-    if one.kind in ("masked", "block"):
+    by_chance = one.kind == "uniform" or one._rule(settings).schedule in BY_CHANCE
+    assert by_chance or written[0] == written[1] | {"seconds": written[0]["seconds"]}
+    if one.kind in ("masked", "block") and not by_chance:
         prompt = one.tokenizer.encode("#$%&'")
         options = {"mask_id": one.mask_id, "eos_id": 1, "pad_id": 0, "stop": False}
         made = hub.generate(one.model, [prompt], 6, rule=one._rule(settings), **options)
@@ -162,8 +164,8 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
     """Random parameters of four processes; interrupted, resumed on eight devices."""
     config = get_config("quickstart:smoke")
     config.data.source, config.data.task.name, config.data.task.add.digits = "task", "add", 2
-    config.process, config.block.size = process, 4
-    config.data.length = 12
+    config.process, config.block.size = process, 5
+    config.data.length, config.data.train_stride = 128, 1
     if process == "autoregressive":
         config.variance.order = ()
     if process == "uniform":
