@@ -17,12 +17,6 @@ CODEC = CharTokenizer("abc")  # unknown 3, padding 4, EOS 5, mask 6
 CONFIG = types.SimpleNamespace(dtype=np.dtype("float32"))
 
 
-class Toy(Subject):
-    """A subject whose network is a function of the test."""
-
-    apply_fn = None
-
-
 def _model(params, logits, **traits):
     family = Family("toy", (), None, None, None, logits)
     return hub.HubModel(None, {}, CONFIG, "module", Traits(**traits), family, params)
@@ -30,7 +24,7 @@ def _model(params, logits, **traits):
 
 def joint():
     """The joint law of ``joint_law`` over texts of four characters; the mask is its 3."""
-    subject = Toy(
+    subject = Subject(
         _model({"law": jnp.asarray(joint_law.LAW)}, None, vocab_size=4, mask_id=3, length=4), CODEC
     )
     subject.__dict__["apply_fn"] = lambda params, inputs, _level, _documents: joint_law.apply_joint(
@@ -56,7 +50,9 @@ def counter(eos_at: int = 100, length: int = 64):
 
     params = {"scale": jnp.float32(10.0)}
     traits = {"vocab_size": CODEC.vocab_size, "mask_id": CODEC.mask_id, "length": length}
-    return Subject(_model(params, logits, **traits), CODEC)
+    subject = Subject(_model(params, logits, **traits), CODEC)
+    subject.__dict__["apply_fn"] = None  # it scores nothing
+    return subject
 
 
 def network(devices: int = 1, process: str = "masked", scale: float = 1.0):
