@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import signal
+import time
 
 import jax
 import launching
@@ -169,7 +170,7 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
     if process == "autoregressive":
         config.variance.order = ()
     if process == "uniform":
-        config.law.name = "power"
+        config.law.name, config.sample.sampler = "power", "uniform_ancestral"
     experiment = make_experiment(config)
     saved_run.save(experiment, files.as_path(tmp_path / "run"))
     arguments = [
@@ -180,8 +181,8 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
     assert "averaged (EMA), step 4" in whole and "pick  acc,none" in whole
     process = launching.start(*arguments, "--batch=5", f"--to={tmp_path / 'cut'}")
     journal = tmp_path / "cut" / "requests.jsonl"
-    while process.poll() is None and not journal.exists():
-        pass
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "the same command line goes on" in err, err
