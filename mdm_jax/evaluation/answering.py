@@ -229,8 +229,8 @@ class Answerer:
             return prompt[len(prompt) + new_tokens - longest :]
         raise ValueError(
             f"{name} has {len(prompt)} tokens and {new_tokens} to score or generate, more than the "
-            f"{longest} of the model; set truncate to cut prompts on the left, lower max_tokens, "
-            "or raise max_length if the model takes longer rows"
+            f"{longest} of the model; --settings=truncate=True cuts prompts on the left, fewer "
+            "--max_tokens leave more room, and max_length=N is for models that take longer rows"
         )
 
     def _scored(self, encoded: Sequence[Encoded], keys: Sequence[str], what: str) -> list[Answer]:
