@@ -239,7 +239,8 @@ def run_tasks(
     """
     tasks = load_tasks(names, include_path)
     if template:
-        answerer = dataclasses.replace(answerer, stops=(HarnessModel(answerer).end_of_turn,))
+        end = HarnessModel(answerer).end_of_turn
+        answerer = dataclasses.replace(answerer, stops=(end,) if end else ())
     leaves = {
         leaf.task_name: leaf
         for task in tasks

@@ -35,7 +35,7 @@ MODELS = pathlib.Path(__file__).parents[1] / "data" / "hub"
         (["--tasks=x", f"--source={MODELS}/a2d_qwen3-1", "--settings=pases=3"], "'passes'"),
         (["--tasks=x", f"--source={MODELS}/a2d_qwen3-1", "--settings=passes=0"], "passes must be"),
         (["--tasks=x", f"--source={MODELS}/a2d_qwen3-1", "--settings=passes=a"], "passes"),
-        (["--tasks=x", f"--source={MODELS}/a2d_qwen3-1", "--repeats=2"], "without --temperature"),
+        (["--tasks=x", f"--source={MODELS}/a2d_qwen3-1", "--tries=2"], "without --temperature"),
         (["--compare=a.json"], "takes two results"),
         (["--compare=a.json,b.json"], "a.json"),
         (["--tasks=x"], "--workdir is required"),
@@ -179,7 +179,7 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
     ]  # fmt: skip
     whole, _ = launching.finish(*arguments, f"--to={tmp_path / 'whole'}")
     assert "averaged (EMA), step 4" in whole and "pick  acc,none" in whole
-    process = launching.start(*arguments, "--batch=5", f"--to={tmp_path / 'cut'}")
+    process = launching.start(*arguments, "--eval_batch=5", f"--to={tmp_path / 'cut'}")
     journal = tmp_path / "cut" / "requests.jsonl"
     while process.poll() is None and not (journal.exists() and journal.stat().st_size):
         time.sleep(0.01)
@@ -188,7 +188,7 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
     assert process.returncode == 130 and "the same command line goes on" in err, err
     answered = len(journal.read_text().splitlines())
     assert 5 <= answered < 120
-    launching.finish(*arguments, "--batch=40", f"--to={tmp_path / 'cut'}", devices=8)
+    launching.finish(*arguments, "--eval_batch=40", f"--to={tmp_path / 'cut'}", devices=8)
     folders = [tmp_path / name for name in ("whole", "cut")]
     both = [json.loads((folder / "pick-add.json").read_text()) for folder in folders]
     assert both[0] == both[1]

@@ -23,8 +23,8 @@ _TASKS = flags.DEFINE_list("tasks", [], "eval: names of tasks.")
 _LIMIT = flags.DEFINE_integer("limit", None, "eval: first documents of each task alone.", 1)
 _INCLUDE = flags.DEFINE_list("include_path", [], "eval: folders with tasks and data of your own.")
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "eval: examples in a prompt.", 0)
-_REPEATS = flags.DEFINE_integer("repeats", 1, "eval: answers to each prompt, for pass@k.", 1)
-_BATCH = flags.DEFINE_integer("batch", 64, "eval: requests between two writes of the journal.", 1)
+_TRIES = flags.DEFINE_integer("tries", 1, "eval: answers to each prompt, for pass@k.", 1)
+_BATCH = flags.DEFINE_integer("eval_batch", 64, "eval: requests between two writes.", 1)
 _SETTINGS = flags.DEFINE_string(
     "settings",
     "",
@@ -93,8 +93,8 @@ def run(
     from mdm_jax.evaluation import harness  # needs lm-eval
 
     chosen = settings(_SETTINGS.value, given)
-    if _REPEATS.value > 1 and not chosen.temperature:
-        raise ValueError("--repeats: without --temperature all answers to a prompt are the same")
+    if _TRIES.value > 1 and not chosen.temperature:
+        raise ValueError("--tries: without --temperature all answers to a prompt are the same")
     if workdir is None:
         model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh())
         subject, folder = harness.subject_of(model), files.as_path(f"eval/{model.directory.name}")
@@ -115,7 +115,7 @@ def run(
             include_path=_INCLUDE.value,
             limit=_LIMIT.value,
             num_fewshot=_FEWSHOT.value,
-            repeats=_REPEATS.value,
+            repeats=_TRIES.value,
             template=bool(template),
         )
     except KeyboardInterrupt:
