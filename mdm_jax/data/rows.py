@@ -341,7 +341,7 @@ def bucketed(source: RowSource, lengths: Sequence[int], batch_size: int, align: 
     """Sort the rows of a training stream into ``lengths`` besides their own, the longest.
 
     Reads all rows once. A length with fewer rows than a batch takes the longest of those below it;
-    the lowest goes up if it has fewer; a length without rows is left out.
+    the lowest go up if they have fewer; a length without rows is left out.
 
     ValueError unless lengths are ascending multiples of ``align`` up to that of the rows, and some
     row is shorter.
@@ -368,11 +368,10 @@ def bucketed(source: RowSource, lengths: Sequence[int], batch_size: int, align: 
     order = np.argsort(sizes, kind="stable")
     ends = np.searchsorted(sizes[order], wanted, side="right")
     for at in range(len(ends) - 1, 0, -1):
+        ends[at - 1] = min(ends[at - 1], ends[at])  # longer ones may have taken them all
         if ends[at - 1] < ends[at]:
             ends[at - 1] = min(ends[at - 1], max(ends[at] - batch_size, 0))
-    lowest = np.flatnonzero(ends)[0]
-    if ends[lowest] < batch_size and lowest + 1 < len(ends):
-        ends[lowest] = 0
+    ends[:-1][ends[:-1] < batch_size] = 0
     kept = [(n, np.sort(rows)) for n, rows in zip(wanted, np.split(order, ends[:-1])) if len(rows)]
     if [n for n, _ in kept] == [whole]:
         raise ValueError(

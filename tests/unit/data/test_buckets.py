@@ -88,6 +88,8 @@ def test_lengths_without_a_batch_of_rows_of_their_own_and_bad_ones():
     assert counts((6,)) == {6: 12, 12: 4}
     assert counts((6, 10)) == {6: 12, 12: 4}  # of 9 and 7 tokens, beside those of 12 and 11
     assert counts((6, 10), size=2) == {6: 12, 10: 2, 12: 2}
+    assert counts((6, 10), size=5) == {6: 11, 12: 5}  # takes both of 10, and one more
+    assert counts((2, 6, 10), size=7) == {6: 9, 12: 7}
     assert counts((1, 6)) == {6: 12, 12: 4}  # a single row of one token
     # From column 4 on, where they begin at 5: five tokens fit.
     assert counts((6,), align=2, left=5) == {6: 9, 12: 7}
