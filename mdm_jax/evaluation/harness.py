@@ -370,7 +370,9 @@ def _unsure(answers: Sequence[Answer]) -> bool | None:
     first, *rest = sorted(answers, key=lambda answer: -answer["log_likelihood"])
     if not rest:
         return False
-    margins = np.subtract(first["estimates"], rest[0]["estimates"])  # one: exact
+    pair = [answer["estimates"] for answer in (first, rest[0])]
+    common = min((len(own) for own in pair if len(own) > 1), default=1)  # a width stops each alone
+    margins = np.subtract(*(own[:common] for own in pair))  # one: exact
     return len(margins) > 1 and bool(margins.mean() <= 2 * standard_error_of_mean(margins))
 
 
@@ -389,7 +391,9 @@ def _repeated(task: Any, repeats: int) -> dict[str, Any]:
             ensemble.apply(parts)
             judged = [task.process_results(request.doc, [part.filtered_resps[ensemble.name]])
                       for part in parts]  # fmt: skip
-            for metric in judged[0]:
+            for metric, value in judged[0].items():
+                if not isinstance(value, int | float | np.number | np.bool_):
+                    continue  # of all documents together, as BLEU
                 key = f"{metric},{ensemble.name}"
                 answers[key].append([str(part.filtered_resps[ensemble.name]) for part in parts])
                 credits[key].append([float(values[metric]) for values in judged])

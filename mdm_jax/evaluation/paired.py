@@ -408,13 +408,18 @@ def compare_results(first: str | os.PathLike, second: str | os.PathLike) -> str:
 
 
 def _values(path: str | os.PathLike) -> dict[str, dict[int, float]]:
-    """Metrics that are numbers by document; of (log-likelihood, size) the nats per unit of size."""
+    """Metrics that are numbers by document; of perplexities the nats per unit of size.
+
+    Others, as F1 or BLEU, are of all documents together, and left out.
+    """
     found: dict[str, dict[int, float]] = {}
     for line in pathlib.Path(path).with_suffix(".jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
         for metric, value in record["metrics"].items():
-            if isinstance(value, list):
+            if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
                 metric, value = f"{metric} (nats per unit)", -value[0] / value[1]
+            if not isinstance(value, int | float):
+                continue
             key = f"{record['task']} {metric},{record['filter']}"
             found.setdefault(key, {})[record["document"]] = float(value)
     return found

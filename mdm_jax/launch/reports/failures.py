@@ -10,8 +10,9 @@ _SHOWN = 200  # of each task
 
 
 def is_failure(record: Mapping[str, Any]) -> bool:
-    """Whether the first of its metrics that is a number is below 1."""
-    values = (v for v in record["metrics"].values() if isinstance(v, int | float))
+    """Whether the first of its metrics that is a number, not a log-likelihood, is below 1."""
+    metrics = record["metrics"].items()
+    values = (v for name, v in metrics if isinstance(v, int | float) and name != "perplexity")
     return next(values, 1.0) < 1
 
 

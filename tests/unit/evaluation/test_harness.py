@@ -130,6 +130,8 @@ def test_choices_of_one_question_have_common_noise(joint):
     assert harness._unsure([first, again]) and not harness._unsure([first, first | {
         "log_likelihood": -99.0, "estimates": [e - 50 for e in first["estimates"]]}])  # fmt: skip
     assert first["estimates"] != other["estimates"] != elsewhere["estimates"]
+    # Under a width one may have more replicates.
+    assert harness._unsure([first, again | {"estimates": again["estimates"] + [0.0] * 4}])
 
 
 TEXTS = ["abcabcabca", "bb", "cabbagecab", "abc", "bcbcbcbcbcb", "ac", "aabb", "c", "bacca"]
