@@ -27,7 +27,7 @@ from mdm_jax.hub.decoding import generate
 from mdm_jax.hub.rules import OF_FAMILY, RULES, Rule
 from mdm_jax.likelihood.estimators import Estimator
 from mdm_jax.likelihood.rows import Row
-from mdm_jax.likelihood.stopping import each_row, replicate_until
+from mdm_jax.likelihood.stopping import each_row, narrow, replicate_until
 from mdm_jax.likelihood.subsets import LEVELS, MASKS, exact_when_short
 from mdm_jax.models.cross_entropy import exclude_token, position_losses
 from mdm_jax.schedules import grids
@@ -49,7 +49,7 @@ class Settings:
     width: Annotated[float, Real("[0, 1e6]", "nats", "95 % interval to draw for; 0: none")] = 0.0
     check_greedy: Annotated[bool, Plain(bool, "decode to see whether it gives the answer")] = False
     rule: Annotated[str, Plain(str, "decoding rule of hub.RULES; '': the family's")] = ""
-    steps: Annotated[int, Whole("[0, 1e6]", "steps", "of an answer; 0: one a token")] = 0
+    steps: Annotated[int, Whole("[0, 1e6]", "steps", "as of hub.Rule; 0: one a token")] = 0
     block_size: Annotated[int, Whole("[0, 1e6]", "tokens", "filled together; 0: as trained")] = 0
     temperature: Annotated[float, Real("[0, 1e6]", "", "0: the likeliest token")] = 0.0
     top_p: Annotated[float, Real("(0, 1]", "probability", "least mass of the tokens kept")] = 1.0
@@ -59,6 +59,10 @@ class Settings:
     truncate: Annotated[bool, Plain(bool, "cut long prompts on the left, else refuse")] = False
     seed: Annotated[int, Whole("[0, 4294967295]", "", "of all noise")] = 0
     rows: Annotated[int, Whole("[1, 1e5]", "rows", "of a pass on each device")] = 8
+
+    def __post_init__(self):
+        if self.width and self.replicates < 2:
+            raise ValueError(f"width={self.width} needs replicates of 2 or more, got 1")
 
 
 class Scored(NamedTuple):
@@ -230,9 +234,7 @@ class Subject:
             return values
 
         if settings.width:
-            stop = likelihood.Stop(
-                8 * settings.replicates, first=settings.replicates, width=settings.width
-            )
+            stop = narrow(settings.replicates, settings.width)
             values = replicate_until(checked, number, each_row(number), stop).row_values
         else:
             values = checked(np.arange(number), 0, settings.replicates)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mdm_jax import corruption, data, hub, likelihood, models, objectives, samplers, schedules
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup, settings
+from mdm_jax.likelihood.stopping import narrow
 from mdm_jax.models import masks
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.schedules import grids
@@ -299,7 +300,7 @@ def final_likelihood(
             f"evaluate.width={width} takes a process of tokens and two or more "
             f"evaluate.final_replicates, got {final_replicates}; leave it at 0"
         )
-    stop = likelihood.Stop(8 * final_replicates, first=final_replicates, width=width)
+    stop = narrow(final_replicates, width)
     return likelihood.evaluate_until(family.estimator(final_passes, final_replicates), stop)
 
 

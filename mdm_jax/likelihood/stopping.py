@@ -84,6 +84,12 @@ class Stop:
         return f"{self.looks[0]} to {self.most} replicates, until {' or '.join(wanted)}"
 
 
+def narrow(replicates: int, width: float) -> Stop:
+    """From ``replicates`` (two or more), and up to 8 times as many, until an interval is narrow."""
+    round_ = max(4, -(-replicates // 8))  # at most 57 looks
+    return Stop(8 * replicates, first=replicates, round=round_, width=width)
+
+
 class Targets(NamedTuple):
     """What is estimated: sums over independent parts of weighted sums over rows.
 

@@ -124,6 +124,7 @@ def test_errors():
     bad[3, 1] = np.nan
     with pytest.raises(ValueError, match="row 1: the network gave NaN"):
         replicate_until(draw_from(bad), 3, each_row(3), Stop(8))
+    assert max(len(stopping.narrow(n, 1.0).looks) for n in range(2, 300)) == 57
     assert Stop(8).describe() == "8 replicates"
     assert "width 0.5 or a certain sign" in Stop(width=0.5, sign=True).describe()
 
