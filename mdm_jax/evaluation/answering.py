@@ -130,7 +130,8 @@ class Answerer:
     def rolling(self, texts: Sequence[str], names: Sequence[str] = ()) -> list[Answer]:
         """Answers for whole texts, cut into windows of the model's length without overlap.
 
-        The last window ends where its text ends. ValueError for an empty text.
+        The last window ends where its text ends. Windows of models with shifted logits begin with
+        the last token of the one before, which predicts. ValueError for an empty text.
         """
         subject, settings, encoded, keys = self.subject, self.settings, [], []
         for number, (name, text) in enumerate(zip(names or _names(texts), texts)):
@@ -144,7 +145,8 @@ class Answerer:
                 eligible = np.insert(eligible, 0, False)
                 own = min(subject.length(settings), own + 1)
             pad = subject.tokenizer.pad_id
-            windows = sliding_windows([ids], own, own, pad_id=pad, eligible=[eligible])
+            stride = own - subject.model.traits.shift
+            windows = sliding_windows([ids], own, stride, pad_id=pad, eligible=[eligible])
             for index, row in enumerate(zip(*windows.rows[:3])):
                 tokens, eligible, documents = (np.asarray(part)[row[2] > 0] for part in row)
                 first = int(np.argmax(eligible))
