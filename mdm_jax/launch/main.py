@@ -336,7 +336,7 @@ def _check_overrides() -> None:
     """Raise ValueError for settings that a mode without data does not read."""
     reads = {
         "chat": ("mesh.fsdp", "mesh.tensor", "mesh.data", "model.source"),
-        "eval": ("mesh.fsdp", "mesh.tensor", "mesh.data"),
+        "eval": ("mesh.fsdp", "mesh.tensor", "mesh.data", "model.source"),
         "export": ("model.source",),
     }.get(_MODE.value, ())
     unread = [name for name in command_line.overridden(_PARSED) if name not in reads]
@@ -399,6 +399,7 @@ def _eval(workdir: files.Path | None) -> int:
         last=_PARAMETERS.value == "last",
         template=_TEMPLATE.value,
         dtype=_DTYPE.value,
+        moved=_moved(),
         given={name: flag.value for name, flag in own.items() if flag.present},
         show=_print,
     )

@@ -207,5 +207,9 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
 def test_settings_of_the_command_line():
     found = eval_tasks.settings("passes=4,levels=gauss,temperature=0.5", {"steps": 3})
     assert found == Settings(passes=4, levels="gauss", temperature=0.5, steps=3)
+    with pytest.raises(ValueError, match="width=1.0 needs replicates of 2 or more"):
+        eval_tasks.settings("width=1.0,replicates=1", {})
+    with pytest.raises(ValueError, match=r"'rule=\[' has no value that can be read"):
+        eval_tasks.settings("rule=[", {})
     with pytest.raises(ValueError, match="'passes' needs a value"):
         eval_tasks.settings("passes", {})

@@ -48,16 +48,25 @@ def settings(text: str, given: dict[str, Any]) -> Settings:
             raise unknown_name(name, known, "setting of --settings")
         if not equals:
             raise ValueError(f"--settings: {part!r} needs a value, as in passes=32")
-        values[name] = yaml.safe_load(value)
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--settings: {part!r} has no value that can be read") from error
     try:
         return Settings(**values)
     except TypeError as error:
         raise ValueError(f"--settings={text}: {error}") from error
 
 
-def subject_of_run(workdir: files.Path, config: ConfigDict, last: bool) -> Subject:
-    """The model of a run to evaluate: the best averages, or those of the ``last`` step."""
-    run = open_run(workdir, last, mesh=sharding.make_mesh(**config.mesh), uniform=True)
+def subject_of_run(
+    workdir: files.Path, config: ConfigDict, last: bool, moved: str | None = None
+) -> Subject:
+    """The model of a run to evaluate: the best averages, or those of the ``last`` step.
+
+    ``moved``: where its source is now.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    run = open_run(workdir, last, mesh=mesh, moved=moved, uniform=True)
     model, saved = merged(run, workdir), saved_config(workdir)
     return Subject(
         model,
@@ -79,6 +88,7 @@ def run(
     last: bool,
     template: bool | None,
     dtype: str | None,
+    moved: str | None,
     given: dict[str, Any],
     show: Callable[[str], None],
 ) -> int:
@@ -99,7 +109,7 @@ def run(
         model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh())
         subject, folder = harness.subject_of(model), files.as_path(f"eval/{model.directory.name}")
     else:
-        subject, folder = subject_of_run(workdir, config, last), workdir / "eval"
+        subject, folder = subject_of_run(workdir, config, last, moved), workdir / "eval"
     folder = files.as_path(to) if to else folder
     if files.is_remote(folder):
         raise ValueError(f"--to: {folder} is in a bucket, where nothing can be appended")
