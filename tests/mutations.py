@@ -902,8 +902,8 @@ MUTATIONS = [
     Mutation(
         "gradient noise: no decay",
         "training/monitors.py",
-        "keep, keep_mean = jnp.where(new > 0, decay, 1.0), jnp.where(finite, past, 1.0)",
-        "keep, keep_mean = 1.0, jnp.where(finite, past, 1.0)",
+        "keep = jnp.where(new > 0, jnp.minimum(decay, state.steps / (state.steps + 3)), 1.0)",
+        "keep = 1.0",
         MONITORS,
     ),
     Mutation(

@@ -379,7 +379,7 @@ def test_results_that_cannot_be_written_are_printed(tmp_path, monkeypatch, capsy
     experiment = make_experiment(presets.quickstart("smoke"))
     numbers = {"bits_per_unit": 1.25, "standard_error_bits_per_unit": 0.5}
     family = dataclasses.replace(
-        experiment.family, record=lambda _: numbers, details=lambda _: ["and more"]
+        experiment.family, record=lambda _: numbers, details=lambda _: ["and more"], estimator=None
     )
     experiment = dataclasses.replace(
         experiment,

@@ -570,9 +570,9 @@ def test_a_terminal_is_redrawn_in_place_and_obeys_no_model(monkeypatch):
     monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((5, 10)))
     codec = data.tokenizers.CharTokenizer("\n\x1babcdef")
     model = hub.describe(DATA / "llada-1")
-    canvas = chat._Canvas(model, codec, {codec.eos_id}, 6, chat.RULES["dllm"])
+    canvas = chat._Canvas(model, codec, {codec.eos_id}, chat.RULES["dllm"])
     prompt, mask = codec.encode("ab"), codec.mask_id
-    canvas.begin(prompt)
+    canvas.begin(prompt, 6)
     canvas.show(np.array([[*prompt, *codec.encode("abc"), mask, mask, mask]]))
     first = screen.getvalue()
     assert first == "abc▁\n▁▁"  # cells of four columns, since some terminals wrap at the fifth

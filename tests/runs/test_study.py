@@ -193,7 +193,7 @@ def test_tables_say_what_was_not_run():
     }
     text = study_table.markdown(suite, record)
     assert "| MIRROR | 0.7750 ± 0.0354 |" in text and "MIRROR (1 diverged)" in text
-    assert "| +0.1750 [+0.0500, +0.3000] | +1.4 |" in text  # 0.175 by 0.125
+    assert "| +0.1750 [-1.4133, +1.7633] | +1.4 |" in text  # 0.175 by 0.125; two seeds: Student's
     assert "| clipped | not yet run |" in text
     assert "bit for bit" in text  # why EMA was not run
 
