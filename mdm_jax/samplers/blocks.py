@@ -55,8 +55,9 @@ def sample_blocks(
         guided: for ``prompt_guidance``: keep a second cache in which the given tokens of finished
             blocks are padding, at a second pass per finished block.
         stop_id: once every row has written this token, later blocks are filled with it unread.
-        stop_entropy: with ``stop_id``, a row also stops where the tokens of its last
-            ``ENTROPY_WINDOW`` have less empirical entropy, nats; these are replaced by it too.
+        stop_entropy: with ``stop_id``, a row also stops after a block in which it wrote, where the
+            tokens of its last ``ENTROPY_WINDOW`` have less empirical entropy, nats; these are
+            replaced by it too.
 
     Raises ValueError as ``sample``; if the block size does not divide the length; if the prefix is
     longer than the canvas or not all given; if a sampler is guided and ``guided`` not set.
@@ -136,7 +137,8 @@ def sample_blocks(
         if stop_id is not None and stop_entropy is not None and length > ENTROPY_WINDOW:
             begin = (index + 1) * size - ENTROPY_WINDOW
             last = jax.lax.dynamic_slice_in_dim(written, room + begin, ENTROPY_WINDOW, axis=1)
-            low = (begin > 0) & (empirical_entropy(last) < stop_entropy) & ~stopped
+            low = (empirical_entropy(last) < stop_entropy) & jnp.any(free, axis=-1)
+            low &= (begin > 0) & ~stopped
             stopped, cut = stopped | low, jnp.where(low, begin, cut)
         return (caches, written, stopped, cut), tokens
 
