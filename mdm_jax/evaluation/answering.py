@@ -285,10 +285,15 @@ class Answerer:
     def _greedy(self, part: Sequence[tuple[str, Encoded]]) -> np.ndarray:
         """Whether decoding with temperature 0 and the answer's length gives each answer."""
         settings = dataclasses.replace(self.settings, temperature=0.0, top_p=1.0)
-        same = np.zeros(len(part), bool)
+        same, groups = np.zeros(len(part), bool), collections.defaultdict(list)
         for i, (_, one) in enumerate(part):
-            made = self.subject.write([one.prompt], len(one.answer), np.zeros(1), settings)
-            same[i] = np.array_equal(made[0], one.answer)
+            room = self.subject.room(len(one.prompt), len(one.answer), settings)
+            groups[room, len(one.answer)].append(i)
+        for (_, count), members in groups.items():
+            prompts = [part[i][1].prompt for i in members]
+            made = self.subject.write(prompts, count, np.zeros(len(members)), settings)
+            for i, ids in zip(members, made):
+                same[i] = np.array_equal(ids, part[i][1].answer)
         return same
 
     def _generate(self, part: Sequence[tuple[str, np.ndarray, int]], request: "_Generation"):

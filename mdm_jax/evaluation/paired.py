@@ -320,7 +320,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 # --- results that may be compared ---------------------------------------------------------------
 
 DESIGN = ("levels", "masks", "passes", "replicates", "width", "exact_up_to", "seed")
-DESIGN += ("max_length", "truncate")
+DESIGN += ("check_greedy", "max_length", "truncate")
 DECODING = ("rule", "steps", "block_size", "temperature", "top_p", "guidance", "max_tokens")
 
 

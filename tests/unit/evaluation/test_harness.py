@@ -13,7 +13,7 @@ import pytest
 
 from mdm_jax import evaluation
 from mdm_jax.evaluation import local_tasks
-from mdm_jax.evaluation.answering import Answerer, Journal
+from mdm_jax.evaluation.answering import Answerer, Encoded, Journal
 from mdm_jax.evaluation.paired import check_comparable, compare_results
 from mdm_jax.evaluation.subject import Settings, bucket
 from mdm_jax.files import write_json
@@ -209,6 +209,14 @@ def test_continuations_keep_to_prompt_length_and_stops():
     assert fewer["text"] == "cab" and fewer["steps"] == 1
     ended = written(evaluated.counter(eos_at=5), "ab", max_gen_toks=6)
     assert ended["text"] == "cab" and ended["tokens"] == 3
+
+
+def test_greedy_answers_are_those_that_decoding_gives():
+    asked = [("ab", "cab"), ("ab", "cbb"), ("a", "bc"), ("abc", "abc")]
+    pairs = [[evaluated.CODEC.encode(text) for text in pair] for pair in asked]
+    part = [("", Encoded("", prompt, answer, prompt)) for prompt, answer in pairs]
+    answerer = Answerer(evaluated.counter(), Settings(temperature=1.0))
+    assert answerer._greedy(part).tolist() == [True, False, True, True]
 
 
 def test_a_prompt_asked_again_is_another_draw():
