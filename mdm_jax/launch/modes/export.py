@@ -62,11 +62,7 @@ def open_run(
         "masked": ("bidirectional", None),
         "block": ("block", config.block.size),
         "autoregressive": ("causal", None),
-        **(
-            {"uniform": ("bidirectional", None)}
-            if uniform or (layout and config.model.source)
-            else {}
-        ),
+        **({"uniform": ("bidirectional", None)} if uniform else {}),
     }.get(config.process, (None, None))
     if attention is None or (layout and size and config.block.window):
         wrong = "process" if attention is None else "block.window"
