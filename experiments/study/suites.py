@@ -425,7 +425,7 @@ SUITES["finetune"] = Suite(
         "stories": Task("study.finetune:stories", settings={"optimizer.peak": 5e-3}),
         "sorting": Task("study.finetune:sorting", "bits_per_unit", {"optimizer.peak": 2e-3}),
     },
-    methods={name: METHODS[name] for name in ("standard", "recommended")} | {"auto": AUTO},
+    methods={name: METHODS[name] for name in ("standard", "recommended")},
     seeds=tuple(range(8)),
     budgets=("passes",),
     measured_seeds=(),
@@ -438,6 +438,11 @@ SUITES["finetune"] = Suite(
         "sample.num_answers": 128,
         "train.log_every": 20,
     },
+)
+SUITES["finetune_auto"] = dataclasses.replace(
+    SUITES["finetune"],
+    name="finetune_auto",
+    methods={"standard": METHODS["standard"], "auto": AUTO},
 )
 SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))
 SUITES["tune_finetune"] = tuning(SUITES["finetune"], (2e-3, 5e-3), (100,))
