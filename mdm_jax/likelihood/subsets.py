@@ -7,15 +7,18 @@ w_ij such that the expectation is, for a row with n eligible tokens, the any-ord
     NELBO = sum_{k=1}^{n} (1/k) E[sum_{i in M} ce_i(M) | M uniform of size k] .
 
 :func:`counts` combines how the sizes k of F views are spread with how their masks are coupled.
-Variance of four passes for one row, on row 1 of the toy (n = 4), where the mean over sizes (gauss:
-over two nodes) is the bound to the digits shown or as noted:
+Variance of four passes for one row, on row 1 of the toy (n = 4; three digits: of 2**18 draws):
 
-    levels       masks          variance
-    independent  independent    0.48719781   every size alike, weight n/k
-    harmonic     independent    1.85573119   size with probability 1 / (k H_n), weight H_n
-    lattice      rotated        0.35653381   sizes evenly spread, one permutation rotated: default
-    nested_prefixes             0.51424044   the prefixes of one permutation
-    one_path                    0.11880705   the next token of each prefix
+    levels       independent   rotated      antithetic   complementary masks
+    independent  0.48719781    0.359        0.321        0.622
+    harmonic     1.85573119    1.73         3.34         3.74
+    stratified   0.485         0.357        0.317        0.620
+    lattice      0.486         0.35653381   0.316        0.617
+    gauss        0.402         0.298        0.406        0.617    error 0.0002, of pairs 0.01, 0.02
+    nested_prefixes, the prefixes of one permutation     0.51424044
+    one_path, the next token of each prefix              0.11880705
+
+Complementary masks lose where a few tokens decide; on real rows they do not (benchmarks/RESULTS.md).
 
 The NELBO is the mean, over orders of unmasking, of the sum of ``-log p(next token | those before
 it)``: ``-log p(x | prompt)`` exactly if all conditionals are those of *one* joint law. Otherwise it

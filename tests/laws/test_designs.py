@@ -89,16 +89,19 @@ def drawn(levels, masks, keys=8192, passes=4):
     return np.asarray(estimate(jax.random.split(jax.random.key(0), keys)), np.float64)
 
 
-VARIANCES = {
+VARIANCES = {  # of 2**18 draws, but for the first two
     ("independent", "independent"): PLAIN,
     ("lattice", "rotated"): 0.35653381,
-    ("stratified", "complementary"): None,
-    ("gauss", "rotated"): None,
+    ("stratified", "rotated"): 0.357,
+    ("lattice", "antithetic"): 0.316,
+    ("stratified", "complementary"): 0.620,
+    ("gauss", "rotated"): 0.298,
 }
 
 
 @pytest.mark.parametrize(
-    "names", slow_except({("stratified", "complementary"), ("gauss", "rotated")}, VARIANCES)
+    "names",
+    slow_except({("lattice", "antithetic"), ("stratified", "complementary")}, VARIANCES),
 )
 def test_draws_have_the_mean_and_the_variance(names):
     """Five standard errors of 8192 draws; the error of a variance is about 2 %."""
@@ -108,19 +111,19 @@ def test_draws_have_the_mean_and_the_variance(names):
         by_count = testing.count_losses(cross_entropies().sum(1))[1:] * 4 / np.arange(1, 5)
         error = subsets.gauss_error(by_count, 4)
     assert abs(values.mean() - NELBO[0] - error) < 5 * values.std() / len(values) ** 0.5
-    if VARIANCES[names] is not None:
-        np.testing.assert_allclose(values.var(), VARIANCES[names], rtol=0.1)
-    assert values.var() < 1.1 * PLAIN
+    np.testing.assert_allclose(values.var(), VARIANCES[names], rtol=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masks", subsets.MASKS)
 @pytest.mark.parametrize("levels", subsets.LEVELS)
 def test_table_of_variances(levels, masks):
-    """The table of ``likelihood.subsets``; printed, so that it can be brought up to date."""
+    """The table of ``likelihood.subsets``, printed; all but harmonic levels and complementary
+    masks, which lose here, have no more variance than plain draws."""
     values = drawn(levels, masks, keys=2**18)
     print(f"{levels:12} {masks:14} {values.var():.3f} bias {values.mean() - NELBO[0]:+.4f}")
-    assert values.var() < (4 if levels == "harmonic" else 1.02) * PLAIN
+    if levels != "harmonic" and masks != "complementary":
+        assert values.var() < 1.01 * PLAIN
 
 
 @pytest.mark.slow
