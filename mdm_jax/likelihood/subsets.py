@@ -18,7 +18,7 @@ Variance of four passes for one row, on row 1 of the toy (n = 4; three digits: o
     nested_prefixes, the prefixes of one permutation     0.51424044
     one_path, the next token of each prefix              0.11880705
 
-Complementary masks lose where a few tokens decide; on real rows they do not (benchmarks/RESULTS.md).
+Complementary masks lose on so few tokens, not on longer rows (experiments/benchmarks/RESULTS.md).
 
 The NELBO is the mean, over orders of unmasking, of the sum of ``-log p(next token | those before
 it)``: ``-log p(x | prompt)`` exactly if all conditionals are those of *one* joint law. Otherwise it

@@ -290,8 +290,9 @@ def assert_covers(result, truth, at_least=0.93):
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("row", [0, 1, 2, "larger", "larger still"])
 def test_rows_cover(row, stop):
-    """2000 repetitions of single rows: 4 passes a replicate of 8 tokens, 16 of 4 tokens. A replicate
-    of 4 passes of 4 tokens has few, skewed values, and intervals of 8 of them cover 0.90."""
+    """2000 repetitions of single rows: 4 passes a replicate of 8 tokens, 16 of 4 tokens. Of 4
+    tokens, a replicate of 4 passes has few, skewed values, and intervals of 8 of them cover 0.90.
+    """
     toy = isinstance(row, int)
     losses = cross_entropies(row) if toy else larger_losses(len(row))
     values = estimates(losses, 16 if toy else 4, 64, 2000)
