@@ -14,7 +14,7 @@ Variance of four passes for one row, on row 1 of the toy (n = 4; three digits: o
     harmonic     1.85573119    1.73         3.34         3.74
     stratified   0.485         0.357        0.317        0.620
     lattice      0.486         0.35653381   0.316        0.617
-    gauss        0.402         0.298        0.406        0.617    error 0.0002, of pairs 0.01, 0.02
+    gauss        0.402         0.298        0.406        0.617    errors -0.003, of pairs 0.01, 0.02
     nested_prefixes, the prefixes of one permutation     0.51424044
     one_path, the next token of each prefix              0.11880705
 
