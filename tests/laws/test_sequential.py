@@ -325,7 +325,8 @@ def test_differences_cover(kind, stop):
     pair = [cross_entropies(0), cross_entropies(0, 0.5)]
     if kind == "answers":
         pair = [larger_losses(1), larger_losses(2)]
-    first, second = (estimates(losses, 4, 64, 2000) for losses in pair)
+    passes = 4 if kind == "answers" else 16  # of 8 and of 4 tokens; see test_rows_cover
+    first, second = (estimates(losses, passes, 64, 2000) for losses in pair)
     truth, spread = bound(pair[0]) - bound(pair[1]), (first - second).std()
     assert kind == "answers" or spread < 0.7 * np.hypot(first.std(), second.std())
     shift = truth - 0.4 * spread if stop in ("sign", "either") else 0
@@ -335,8 +336,8 @@ def test_differences_cover(kind, stop):
 
 @pytest.mark.slow
 def test_choices_are_right_as_often_as_they_say():
-    """2000 questions of 4 candidates: at most 5 % of certain choices are wrong, 500 of them with a
-    best candidate that leads by a fifth of a pass's deviation; margins cover."""
+    """2000 questions of 4 candidates, of which the best leads by a fifth of a replicate's deviation:
+    at most 5 % of the certain choices are wrong; margins cover."""
     tables = [larger_losses(seed) for seed in range(4)]
     exact = np.array([bound(losses) for losses in tables])
     values = [estimates(losses, 4, 64, 2000) for losses in tables]
@@ -349,7 +350,7 @@ def test_choices_are_right_as_often_as_they_say():
     wrong = np.mean(result.certain & (result.chosen != 0))
     share = result.replicates.sum() / (64 * 8000)
     print(f"certain {result.certain.mean():.3f}, wrong {wrong:.4f}, {share:.3f} of the draws")
-    assert result.certain.mean() > 0.1 and wrong < 0.05 + 2 * (0.05 * 0.95 / 2000) ** 0.5
+    assert result.certain.mean() > 0.05 and wrong < 0.05 + 2 * (0.05 * 0.95 / 2000) ** 0.5
     for a, b in itertools.combinations(range(4), 2):
         pairs = differences(number[:, a], number[:, b])
         margin = replicate_until(draw_from(flat), 8000, pairs, Stop(64, sign=True))

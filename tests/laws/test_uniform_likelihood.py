@@ -80,6 +80,9 @@ def test_ideal_denoiser_scores_the_entropy_and_the_level_curve_integrates_to_it(
     assert np.all(error < 0.05)
     np.testing.assert_array_equal(result.levels.edges, [0, 0.25, 0.5, 0.75, 1])
     assert result.levels.targets.sum() == 2 * 8 * result.tokens
+    # Rates are cubes of even quantiles.
+    share = result.levels.targets[0] / result.levels.targets.sum()
+    np.testing.assert_allclose(share, 0.25 ** (1 / 3), atol=0.01)
     np.testing.assert_allclose(result.levels.nats.mean(), result.nats_per_token, rtol=0.05)
 
 
