@@ -54,7 +54,7 @@ POSITIONS = "tests/unit/samplers/test_samplers_positions.py"
 GRIDS = "tests/unit/schedules/test_schedules_grids.py"
 LIKELIHOOD = "tests/laws/test_likelihood.py"
 SUBSETS = "tests/laws/test_subset_likelihood.py"
-STOPPING = "tests/laws/test_sequential.py"
+SEQUENTIAL = "tests/laws/test_sequential.py"
 MONITORS = "tests/laws/test_monitors.py"
 TOKEN_DEPENDENT = "tests/laws/test_token_dependent.py"
 CHOICE = "tests/laws/test_choice.py"
@@ -862,14 +862,14 @@ MUTATIONS = [
         "likelihood/stopping.py",
         "active = targets.rows(unsettled)",
         "active = targets.rows(unsettled | True)",
-        STOPPING,
+        SEQUENTIAL,
     ),
     Mutation(
         "sequential stopping: all of the level at the first look",
         "likelihood/stopping.py",
         "spent = level * math.log1p((math.e - 1) * size / looks[-1])",
         "spent = level",
-        STOPPING,
+        SEQUENTIAL,
     ),
     Mutation(
         "training loop: metrics fetched at every step",

@@ -336,7 +336,7 @@ def test_differences_cover(kind, stop):
 
 @pytest.mark.slow
 def test_choices_are_right_as_often_as_they_say():
-    """2000 questions of 4 candidates, of which the best leads by a fifth of a replicate's deviation:
+    """2000 questions of 4 candidates, the best of which leads by a fifth of a deviation:
     at most 5 % of the certain choices are wrong; margins cover."""
     tables = [larger_losses(seed) for seed in range(4)]
     exact = np.array([bound(losses) for losses in tables])
