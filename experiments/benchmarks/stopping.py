@@ -105,11 +105,9 @@ def main(_argv: list[str]) -> None:
         figures = np.array([variances.mean(), pairs.mean()])
         base = figures if base is None else base
         error = variances.std() / variances.mean() / len(rows) ** 0.5
-        gap = other.mean(0) - values.mean(0)
-        off = [
-            float(gap.mean()),
-            float(((variances / 16 + spread**2 / MOST).mean() / len(rows)) ** 0.5),
-        ]
+        # Candidates of a question share their masks, so questions are what is independent.
+        gap = (other.mean(0) - values.mean(0)).reshape(-1, 4).mean(1)
+        off = [float(gap.mean()), float(gap.std(ddof=1) / len(gap) ** 0.5)]
         record[name] = [*(figures / base).tolist(), float(error), *off]
         print(
             f"  {name}: {figures[0] / base[0]:.3f} (relative error {error:.3f}), of differences "
