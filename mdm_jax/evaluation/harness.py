@@ -48,6 +48,7 @@ class HarnessModel(LM):
     Args:
         source, journal: the directory or model id, and the file of answered requests; without an
             answerer.
+        shards: devices that share the parameters of ``source``; rows go to the others too.
         batch_size: lm-eval's name for ``Settings.rows``.
         settings: of :class:`Settings`.
     """
@@ -59,6 +60,7 @@ class HarnessModel(LM):
         source: str = "",
         journal: str | None = None,
         dtype: str | None = None,
+        shards: int | str = 1,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -71,7 +73,7 @@ class HarnessModel(LM):
                 raise ValueError("name the model: source=DIR, or an answerer")
             if batch_size:
                 settings["rows"] = int(batch_size)
-            model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh())
+            model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh(fsdp=int(shards)))
             answerer = Answerer(subject_of(model), Settings(**settings), Journal(journal))
         self.answerer = answerer
 

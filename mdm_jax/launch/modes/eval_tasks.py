@@ -25,6 +25,9 @@ _INCLUDE = flags.DEFINE_list("include_path", [], "eval: folders with tasks and d
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "eval: examples in a prompt.", 0)
 _TRIES = flags.DEFINE_integer("tries", 1, "eval: answers to each prompt, for pass@k.", 1)
 _BATCH = flags.DEFINE_integer("eval_batch", 64, "eval: requests between two writes.", 1)
+_SHARDS = flags.DEFINE_integer(
+    "shards", 1, "eval --source: devices that share the parameters; rows go to the others too.", 1
+)
 _SETTINGS = flags.DEFINE_string(
     "settings",
     "",
@@ -106,7 +109,7 @@ def run(
     if _TRIES.value > 1 and not chosen.temperature:
         raise ValueError("--tries: without --temperature all answers to a prompt are the same")
     if workdir is None:
-        model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh())
+        model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh(fsdp=_SHARDS.value))
         subject, folder = harness.subject_of(model), files.as_path(f"eval/{model.directory.name}")
     else:
         subject, folder = subject_of_run(workdir, config, last, moved), workdir / "eval"
