@@ -712,9 +712,23 @@ MUTATIONS = [
     Mutation(
         "ancestral sampling: positions read beyond those revealed",
         "samplers/sampler.py",
-        "passes = -(-jnp.max(jnp.sum(where, axis=-1)) // size)",
-        "passes = -(-length // size)",
+        "return repeat(-(-jnp.max(jnp.sum(where, axis=-1)) // size), run, initial)",
+        "return repeat(-(-length // size), run, initial)",
         POSITIONS,
+    ),
+    Mutation(
+        "approximate caches: a token that was written is never run again",
+        "samplers/caching.py",
+        "return masked | changed",
+        "return masked",
+        "tests/unit/samplers/test_approximate_caches.py",
+    ),
+    Mutation(
+        "streams: a row begins at the step of the one before it",
+        "samplers/stream.py",
+        "(jnp.where(arriving, 0, count) for count in (batch.index, batch.steps))",
+        "(batch.index, batch.steps)",
+        "tests/unit/samplers/test_streams.py",
     ),
     Mutation(
         "remasking: a pass where nothing is revealed",
@@ -909,7 +923,7 @@ MUTATIONS = [
     Mutation(
         "sampling: a readout is projected at all positions",
         "samplers/sampler.py",
-        "if isinstance(denoise, _Network):",
+        "if isinstance(denoise, Network):",
         "if isinstance(denoise, str):",
         POSITIONS,
     ),

@@ -6,7 +6,9 @@ where torch and transformers are installed in that place, or without the flag if
 process is bound to one core. A random model of 100M parameters is written once and read by both; in
 float32 and bfloat16 calls take turns. Figures are medians of processor seconds with quartiles, of
 one run. Generation is compared with the forward passes that the same decoding needs, nothing else
-on their side.
+on their side; ``--requests=N`` prompts, answered in a batch whose rows come and go
+(``hub.generate_stream``), with a plain loop over them. M shape: ``--hidden_size=256 --num_layers=6
+--sequence=128``.
 """
 
 import os
@@ -28,6 +30,8 @@ _STEPS = flags.DEFINE_integer(
     "decoding_steps", 16, "Decoding steps of the new tokens.", lower_bound=4
 )
 _DEPTH = flags.DEFINE_integer("num_layers", 12, "Layers of the model.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("hidden_size", 768, "Width, a multiple of 64.", lower_bound=64)
+_REQUESTS = flags.DEFINE_integer("requests", 0, "Prompts answered, one token a step; 0: none.")
 
 BLOCKS = 4
 CONFIG = {
@@ -44,6 +48,24 @@ CONFIG = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
 }
+
+
+def config() -> dict[str, Any]:
+    """:data:`CONFIG` of the width and depth asked for."""
+    width = _WIDTH.value
+    return CONFIG | {
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": max(width // 192, 1),
+        "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": _DEPTH.value,
+    }
+
+
+def prompts() -> np.ndarray:
+    """Of the requests, [N, half of a row]."""
+    shape = (_REQUESTS.value, _LENGTH.value // 2)
+    return np.random.default_rng(1).integers(0, CONFIG["vocab_size"] - 1, shape)
 
 
 def ours(directory: str, dtype: str, ids: np.ndarray) -> dict[str, Callable[[], Any]]:
@@ -65,6 +87,17 @@ def ours(directory: str, dtype: str, ids: np.ndarray) -> dict[str, Callable[[], 
         "generation": lambda: generate("dllm", _STEPS.value),
         "generation, cached": lambda: generate("dllm_blocks", _STEPS.value // BLOCKS),
     }
+
+    def answer(**changes: Any) -> np.ndarray:
+        options = {"rule": "llada", "batch_size": min(8, _REQUESTS.value), **shared, **changes}
+        made = hub.generate_stream(both_ways, prompts(), new, pad_multiple=new, **options)
+        return np.stack([tokens for _, tokens in sorted(made, key=lambda pair: pair[0])])
+
+    if _REQUESTS.value:
+        calls["requests"] = answer
+        for kind in ("prefix", "dual", "delayed"):
+            name = f"requests over an approximate {kind} cache"
+            calls[name] = lambda kind=kind: answer(approximation=kind)
     calls = {
         name: lambda call=call: np.asarray(jax.block_until_ready(call()))
         for name, call in calls.items()
@@ -104,7 +137,25 @@ def theirs(directory: str, dtype: str, ids: np.ndarray) -> dict[str, Callable[[]
                 cache.crop(-size)
             model(tokens[:, start : start + size], past_key_values=cache, logits_to_keep=1)
 
-    return {"forward": forward, "generation": steps, "generation, cached": cached}
+    @torch.inference_mode()
+    def requests() -> None:
+        """LLaDA's loop, one request at a time: the surest masked position of the block."""
+        mask_id = CONFIG["vocab_size"] - 1
+        for prompt in torch.tensor(prompts()):
+            row = torch.cat([prompt, torch.full((half,), mask_id)])[None]
+            for start in range(half, 2 * half, size):
+                for _ in range(size):
+                    logits = model(row, use_cache=False).logits
+                    sure, best = torch.softmax(logits.float(), dim=-1).max(dim=-1)
+                    sure[row != mask_id] = -1
+                    sure[:, start + size :] = -1
+                    place = sure[0].argmax()
+                    row[0, place] = best[0, place]
+
+    calls = {"forward": forward, "generation": steps, "generation, cached": cached}
+    if _REQUESTS.value:
+        calls["requests"] = requests
+    return calls
 
 
 def interleaved(calls: dict, rounds: int) -> dict:
@@ -141,7 +192,7 @@ def main(_: list[str]) -> None:
     rows = []
     for dtype in _DTYPES.value:
         with tempfile.TemporaryDirectory() as name:
-            make(pathlib.Path(name), CONFIG | {"num_hidden_layers": _DEPTH.value}, dtype)
+            make(pathlib.Path(name), config(), dtype)
             pairs = ours(name, dtype, ids), theirs(name, dtype, ids)
             values = [calls["forward"]() for calls in pairs]
             print(f"{dtype}: logits differ by at most {np.abs(values[0] - values[1]).max():.1e}")
@@ -149,10 +200,11 @@ def main(_: list[str]) -> None:
                 (name, side): side_calls[name]
                 for name in pairs[0]
                 for side, side_calls in zip(("ours", "theirs"), pairs)
+                if name in side_calls
             }
             times = interleaved(calls, _ROUNDS.value)
         for name in pairs[0]:
-            own, other = times[name, "ours"], times[name, "theirs"]
+            own, other = times[name, "ours"], times[name.partition(" over")[0], "theirs"]
             figures = [command.spread(command.summary(t), 3) for t in (own, other)]
             speed = command.spread(command.ratios(other, own))
             rows.append((f"{name}, {dtype}", *figures, speed))

@@ -5,7 +5,7 @@ logits = model.logits(input_ids)
 written = hub.generate(model, [prompt_ids], 64, steps=32, block_size=32)
 """
 
-from mdm_jax.hub.decoding import Generated, generate, infill
+from mdm_jax.hub.decoding import Generated, generate, generate_stream, infill
 from mdm_jax.hub.family import Family, Traits, Unsupported
 from mdm_jax.hub.likelihood import log_likelihood
 from mdm_jax.hub.model import (

@@ -11,11 +11,12 @@ quota exceeds the masks left in its block, Dream's if rows of a batch have diffe
 masks.
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +27,9 @@ from mdm_jax import distributed, samplers
 from mdm_jax.checks import unknown_name
 from mdm_jax.hub.family import Traits
 from mdm_jax.hub.model import HubModel
-from mdm_jax.hub.rules import INFILLING, OF_FAMILY, RULES, Rule, make_sampler
+from mdm_jax.hub.rules import INFILLING, OF_FAMILY, RULES, Rule, check_rule, make_sampler
 from mdm_jax.models.cross_entropy import Readout, without_tokens
-from mdm_jax.models.decoders import cached_block_decoder
+from mdm_jax.models.decoders import cached_block_decoder, partial_decoder
 from mdm_jax.samplers import Sampler
 from mdm_jax.types import Array, ArrayLike, PyTree
 
@@ -86,28 +87,82 @@ def generate(
 
     ValueError for prompts or settings that the model or the rule cannot take.
     """
-    traits = model.traits
-    rule, ids = _settled(model, rule, changes, OF_FAMILY, mask_id, eos_id, pad_id)
-    check_rule(model, rule, ids.mask, trace)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if rule.schedule == "dream" and rule.block_size not in (None, max_new_tokens):
-        raise ValueError("the schedule 'dream' fills all tokens together: leave block_size out")
-    if rule.block_size is None:
-        rule = dataclasses.replace(rule, block_size=traits.block_size or max_new_tokens)
+    rule, ids = _ready(
+        model, prompts, max_new_tokens, rule, changes, mask_id, eos_id, pad_id, trace
+    )
     rows = _rows(prompts)
     canvas, visible, prefix, result = lay_out(
         rows, max_new_tokens, rule, ids.mask, ids.filler(rule), pad_multiple
     )
-    if traits.shift and min(map(len, rows)) == 0:
-        raise ValueError(
-            f"a {model.family.name} model reads token i at position i - 1: begin an empty prompt "
-            f"with the BOS token (bos_id of the config: {traits.bos_id})"
-        )
     blocks = {"num_blocks": _up(max_new_tokens, rule.block_size) // rule.block_size}
     blocks |= {"prefix": prefix if rule.cached else 0, "stop_id": ids.eos if stop else None}
     blocks["row_offset"] = row_offset
     return _written(model, rule, ids.mask, key, canvas, visible, result, trace, show, **blocks)
+
+
+def generate_stream(
+    model: HubModel,
+    prompts: Sequence[ArrayLike],
+    max_new_tokens: int = 128,
+    *,
+    batch_size: int = 8,
+    rule: Rule | str | None = None,
+    key: Array | None = None,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    stop: bool = True,
+    pad_multiple: int = 64,
+    **changes: Any,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The number and the new tokens [max_new_tokens] of each prompt, as soon as they are finished.
+
+    ``batch_size`` rows run at a time; where one is finished the next prompt takes its place
+    (``samplers.make_stream``). What a prompt gets depends neither on the others nor on the batch:
+    the number is that of its key. Prompts are grouped by length, rounded up to a multiple of
+    ``pad_multiple``, and each group's rows run in one program. On one device.
+
+    Arguments as of :func:`generate`, but with ``stop`` a row ends at an EOS before which everything
+    is filled, and the rest is EOS. ValueError as there, and for rules with an exact cache or along
+    noise levels (the schedule "ancestral"), whose rows go in step.
+    """
+    rule, ids = _ready(model, prompts, max_new_tokens, rule, changes, mask_id, eos_id, pad_id)
+    if rule.cached or rule.schedule == "ancestral":
+        raise ValueError(
+            "rows of a stream begin at different times: it needs a rule with cached=False that "
+            f"counts tokens, got cached={rule.cached}, schedule={rule.schedule}; use hub.generate"
+        )
+    stream = _stream_program(
+        model.model,
+        model.family.outputs,
+        model.traits,
+        rule,
+        _up(max_new_tokens, rule.block_size) // rule.block_size,
+        ids.eos if stop else None,
+        mask_id=ids.mask,
+        batch_size=batch_size,
+    )
+    rows = _rows(prompts)
+    reach = 0 if rule.padding == "left" else max_new_tokens
+    groups: dict[int, list[int]] = collections.defaultdict(list)
+    for number, row in enumerate(rows):
+        groups[_up(max(len(row), 1) + reach, pad_multiple)].append(number)
+
+    def laid_out(numbers: list[int]) -> Iterator[samplers.Row]:
+        for number in numbers:
+            canvas, visible, *_ = lay_out(
+                [rows[number]], max_new_tokens, rule, ids.mask, ids.filler(rule), pad_multiple
+            )
+            yield samplers.Row(number, canvas[0], visible[0].astype(np.int32))
+
+    def run() -> Iterator[tuple[int, np.ndarray]]:
+        for _, numbers in sorted(groups.items()):
+            first = jax.random.key(0) if key is None else key
+            for done in stream(model.params, first, laid_out(numbers)):
+                begin = len(rows[done.number]) if reach else len(done.tokens) - max_new_tokens
+                yield done.number, done.tokens[begin : begin + max_new_tokens]
+
+    return run()
 
 
 def infill(
@@ -189,6 +244,35 @@ def _settled(
         rule = dataclasses.replace(rule, window=max(traits.length // size, 1) * size)
     own = (traits.mask_id, traits.eos_id, traits.pad_id)
     return rule, _Ids(*(a if b is None else b for a, b in zip(own, ids, strict=True)))
+
+
+def _ready(
+    model: HubModel,
+    prompts: Sequence[ArrayLike],
+    max_new_tokens: int,
+    rule: Rule | str | None,
+    changes: Mapping[str, Any],
+    mask_id: int | None,
+    eos_id: int | None,
+    pad_id: int | None,
+    trace: bool = False,
+) -> tuple[Rule, _Ids]:
+    """The checked rule, with a block size, and the token ids of a generation."""
+    traits = model.traits
+    rule, ids = _settled(model, rule, changes, OF_FAMILY, mask_id, eos_id, pad_id)
+    check_rule(model, rule, ids.mask, trace)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if rule.schedule == "dream" and rule.block_size not in (None, max_new_tokens):
+        raise ValueError("the schedule 'dream' fills all tokens together: leave block_size out")
+    if traits.shift and min(map(len, _rows(prompts))) == 0:
+        raise ValueError(
+            f"a {model.family.name} model reads token i at position i - 1: begin an empty prompt "
+            f"with the BOS token (bos_id of the config: {traits.bos_id})"
+        )
+    if rule.block_size is None:
+        rule = dataclasses.replace(rule, block_size=traits.block_size or max_new_tokens)
+    return rule, ids
 
 
 def _rows(rows: Sequence[ArrayLike]) -> list[np.ndarray]:
@@ -313,24 +397,75 @@ def _decode(
         decoder = decoder._replace(logits=without_tokens(decoder.logits, rule.suppress_tokens))
         options |= {"prefix": prefix, "stop_id": stop_id, "stop_entropy": rule.stop_entropy}
         return samplers.sample_blocks(key, decoder, params, sampler, grid, canvas, **options), None
-    moved = rule.padding == "left" and "positions" in inspect.signature(network).parameters
-
-    def model_fn(tokens: Array, logsnr: Array, visible: Array | None) -> Readout | Array:
-        inputs = {}
-        if moved and visible is not None:
-            positions = jnp.cumsum(visible, axis=-1) - 1
-            inputs["positions"] = jnp.where(visible > 0, positions, 1)
-        if traits.time_conditioning:  # the loops by counts know no level
-            level = logsnr[:, 0] if grid is not None else jnp.full(len(tokens), jnp.inf)
-            inputs["timesteps"] = jax.nn.softplus(-level)
-        outputs = network(module, params, traits, tokens, visible, **inputs)
-        return shifted(outputs) if traits.shift else outputs
+    apply_fn, over = _uncached(module, network, traits, rule, grid is not None)
+    sampler = over(sampler, params, documents)
 
     def canvases(state: samplers.SamplerState) -> Array | None:
         return state.tokens if trace else None
 
-    model_fn = without_tokens(model_fn, rule.suppress_tokens)
+    model_fn = functools.partial(apply_fn, params)
     return samplers.sample_with_trace(key, model_fn, sampler, grid, canvas, canvases, **options)
+
+
+def _uncached(
+    module: Any, network: Callable[..., Readout | Array], traits: Traits, rule: Rule, levels: bool
+) -> tuple[Callable[..., Readout | Array], Callable[..., Sampler]]:
+    """The ``apply_fn`` of a rule without an exact cache, and what puts its sampler over another.
+
+    ``levels``: the sampler goes along a grid of noise levels; the loops by counts know none.
+    """
+    moved = rule.padding == "left" and "positions" in inspect.signature(network).parameters
+
+    def places(visible: Array) -> Array:
+        return jnp.where(visible > 0, jnp.cumsum(visible, axis=-1) - 1, 1)
+
+    def apply_fn(
+        params: PyTree, tokens: Array, logsnr: Array, visible: Array | None
+    ) -> Readout | Array:
+        inputs = {}
+        if moved and visible is not None:
+            inputs["positions"] = places(visible)
+        if traits.time_conditioning:
+            level = logsnr[:, 0] if levels else jnp.full(len(tokens), jnp.inf)
+            inputs["timesteps"] = jax.nn.softplus(-level)
+        outputs = network(module, params, traits, tokens, visible, **inputs)
+        return shifted(outputs) if traits.shift else outputs
+
+    def over(
+        sampler: Sampler, params: PyTree, documents: Array | None, rows_per_pass: int | None = None
+    ) -> Sampler:
+        if not rule.approximation:
+            return sampler
+        decoder = partial_decoder(module, shift=traits.shift, positions=places if moved else None)
+        decoder = decoder._replace(readout=without_tokens(decoder.readout, rule.suppress_tokens))
+        return samplers.approximately_cached(
+            sampler,
+            samplers.ApproximateCache(rule.approximation, rule.refresh),
+            decoder,
+            params,
+            documents,
+            rows_per_pass=rows_per_pass,
+            level=None if levels else lambda *_: jnp.inf,
+        )
+
+    return without_tokens(apply_fn, rule.suppress_tokens), over
+
+
+@functools.lru_cache(maxsize=64)
+def _stream_program(
+    module: Any,
+    network: Callable[..., Readout | Array],
+    traits: Traits,
+    rule: Rule,
+    num_blocks: int,
+    stop_id: int | None,
+    **options: Any,
+) -> Callable[..., Iterator[samplers.FinishedRow]]:
+    sampler, grid = make_sampler(rule, num_blocks, alone=True)
+    sampler = sampler if stop_id is None else samplers.stopping_at(sampler, stop_id)
+    apply_fn, over = _uncached(module, network, traits, rule, grid is not None)
+    over = functools.partial(over, rows_per_pass=1)
+    return samplers.make_stream(apply_fn, sampler, over=over, **options)
 
 
 def shifted(outputs: Readout | Array) -> Readout | Array:
@@ -351,60 +486,3 @@ def _shown(sampler: Sampler, show: Show, ordered: bool) -> Sampler:
         return state
 
     return sampler._replace(step=step)
-
-
-def check_rule(model: HubModel, rule: Rule, mask_id: int | None, trace: bool = False) -> None:
-    """ValueError unless the rule can decode the model."""
-    traits, name = model.traits, model.family.name
-    if traits.attention == "causal":
-        raise ValueError(
-            f"{name} is a causal model: decode it token by token with samplers.sample_next_tokens, "
-            "or load it as the A2D model of its kind and train it"
-        )
-    if mask_id is None:
-        raise ValueError(
-            f"the config.json of this {name} model names no mask token: give mask_id, the id that "
-            "its tokenizer has for it (models without one, Duo and UDLM, cannot be decoded so)"
-        )
-    if not 0 <= mask_id < traits.vocab_size:
-        raise ValueError(f"mask_id must be in [0, {traits.vocab_size}), got {mask_id}")
-    if rule.cached and (traits.shift or rule.guidance or trace or rule.schedule == "dream"):
-        raise ValueError(
-            "a rule with a cache knows no guidance, no trace, no schedule 'dream' and no model "
-            f"with shifted logits; got guidance={rule.guidance}, trace={trace}, "
-            f"schedule={rule.schedule}, shift={traits.shift}"
-        )
-    if traits.attention == "block" and not rule.cached:
-        raise ValueError(
-            f"a {name} model generates block by block: choose a rule with cached=True, such as "
-            "sdar, bd3lm or dllm_blocks"
-        )
-    if rule.cached and rule.block_size is None and traits.block_size is None:
-        raise ValueError(f"this {name} model states no block_size: give the one it was trained on")
-    for setting in ("suppress_tokens", "begin_suppress_tokens", "guidance_keep"):
-        if any(token >= traits.vocab_size for token in getattr(rule, setting)):
-            raise ValueError(
-                f"{setting} must be in [0, {traits.vocab_size}), got {getattr(rule, setting)}"
-            )
-
-
-def ancestral_step(
-    log_probs: Array,
-    tokens: Array,
-    mask_id: int,
-    time: ArrayLike,
-    next_time: ArrayLike,
-    uniforms: Array,
-    eps: float = 1e-3,
-) -> Array:
-    """MDLM's step from ``time`` to ``next_time`` by given uniforms [N, L, K], as in its code.
-
-    ``argmax q / (1e-10 - log(u + 1e-10))`` of q(token) = p(token) times the masking rates'
-    difference, q(mask) = the next rate, at rates ``(1 - eps) t``; log_probs [N, L, K] without the
-    mask token. Float32 uniforms cut the tail like a lower temperature would; ``samplers.ancestral``
-    (rule "mdlm") has the law that this is meant to have.
-    """
-    rate, next_rate = ((1 - eps) * jnp.float32(t) for t in (time, next_time))
-    weights = (jnp.exp(log_probs) * (rate - next_rate)).at[..., mask_id].set(next_rate)
-    drawn = jnp.argmax(weights / (1e-10 - jnp.log(uniforms + 1e-10)), axis=-1).astype(tokens.dtype)
-    return jnp.where(tokens == mask_id, drawn, tokens)

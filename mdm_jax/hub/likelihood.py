@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.hub.decoding import check_rule, shifted
+from mdm_jax.hub.decoding import shifted
 from mdm_jax.hub.model import HubModel
-from mdm_jax.hub.rules import RULES
+from mdm_jax.hub.rules import RULES, check_rule
 from mdm_jax.rng import stream
 from mdm_jax.samplers.sampler import row_keys
 from mdm_jax.types import Array, ArrayLike

@@ -11,11 +11,13 @@ import numpy as np
 from mdm_jax import samplers
 from mdm_jax.checks import Plain, Real, Whole, checked
 from mdm_jax.draws import open_uniform
+from mdm_jax.hub.model import HubModel
 from mdm_jax.models.cross_entropy import exclude_token
 from mdm_jax.samplers import Sampler, StepContext, filters
 from mdm_jax.samplers.by_score import (
     Count,
     best_positions,
+    confident_positions,
     in_blocks,
     kept_count,
     order_noise,
@@ -50,10 +52,16 @@ class Rule:
         filtered: scores are of the distribution that tokens are drawn from (with temperature 0:
             that of temperature 1), as with Dream and SDAR; LLaDA and dllm take the network's.
         threshold: fill all positions of a higher score, if there are as many as the schedule asks
-            for (SDAR's low_confidence_dynamic); None: always as many as it asks for.
+            for (SDAR's low_confidence_dynamic); None: always as many as it asks for. With a step
+            for each token (``steps`` None) that is Fast-dLLM's rule: at least one.
+        factor: as ``threshold``, the n likeliest with ``(n + 1)(1 - p_n) < factor`` (Fast-dLLM);
+            needs the score ``confidence``. 0: none.
         entropy_bound: fill by rising entropy as many positions as have less than this together, at
             least one (entropy_bounded of SDAR's JetEngine), whatever the schedule asks for; needs
             the score ``negative_entropy``. None: no bound.
+        approximation: an approximate KV cache of a bidirectional model: ``prefix``, ``dual`` or
+            ``delayed`` (``samplers.ApproximateCache``); "": none.
+        refresh: steps between passes over all positions; None: at the first step of a block.
         random_counts: the schedule ``dllm`` fills each mask left with the share's probability, so
             that counts are binomial (stochastic_transfer).
         temperature, top_k, top_p: of tokens; 0: the most likely.
@@ -87,7 +95,10 @@ class Rule:
     score: Score = "confidence"
     filtered: Annotated[bool, Plain(bool, "scores of the distribution drawn from")] = False
     threshold: Annotated[float, Real("[-1e3, 1]", "", "of scores")] | None = None
+    factor: Annotated[float, Real("[0, 1e3]", "", "in place of the threshold; 0: none")] = 0.0
     entropy_bound: Annotated[float, Real("[0, 1e6]", "nats", "of a step")] | None = None
+    approximation: Literal["", "prefix", "dual", "delayed"] = ""
+    refresh: Annotated[int, Whole("[1, 1e6]", "steps", "of an approximation")] | None = None
     random_counts: Annotated[bool, Plain(bool, "counts of a step are binomial")] = False
     temperature: Annotated[float, Real("[0, 1e6]", "", "0: the most likely token")] = 0.0
     top_k: Annotated[int, Whole("[1, 2e9]", "tokens", "likely ones kept")] | None = None
@@ -122,6 +133,18 @@ class Rule:
             raise ValueError(
                 "random_counts is read by the schedule 'dllm' without entropy_bound, got "
                 f"schedule={self.schedule}, entropy_bound={self.entropy_bound}"
+            )
+        if self.factor and (self.score != "confidence" or self.threshold is not None or not scored):
+            raise ValueError(
+                "factor is read with score='confidence', threshold=None and a schedule that counts "
+                f"tokens; got {self}"
+            )
+        if (self.refresh and not self.approximation) or (
+            self.approximation and (self.cached or self.guidance)
+        ):
+            raise ValueError(
+                "approximation is of rules with cached=False (those have an exact cache) and no "
+                f"guidance, and refresh is read with it alone; got {self}"
             )
         if self.begin_suppress_tokens and (not scored or self.score in ("random", "first")):
             raise ValueError(
@@ -164,6 +187,41 @@ loops over their probabilities, which these repositories do not have."""
 OF_FAMILY = {name: name for name in ("llada", "dream", "sdar", "mdlm", "bd3lm")}
 INFILLING = {"dream": "dllm_dream", "mdlm": "mdlm", "bd3lm": "bd3lm"}
 """Rules of families where none is given, ``dllm`` of the others."""
+
+
+def check_rule(model: HubModel, rule: Rule, mask_id: int | None, trace: bool = False) -> None:
+    """ValueError unless the rule can decode the model."""
+    traits, name = model.traits, model.family.name
+    if traits.attention == "causal":
+        raise ValueError(
+            f"{name} is a causal model: decode it token by token with samplers.sample_next_tokens, "
+            "or load it as the A2D model of its kind and train it"
+        )
+    if mask_id is None:
+        raise ValueError(
+            f"the config.json of this {name} model names no mask token: give mask_id, the id that "
+            "its tokenizer has for it (models without one, Duo and UDLM, cannot be decoded so)"
+        )
+    if not 0 <= mask_id < traits.vocab_size:
+        raise ValueError(f"mask_id must be in [0, {traits.vocab_size}), got {mask_id}")
+    if rule.cached and (traits.shift or rule.guidance or trace or rule.schedule == "dream"):
+        raise ValueError(
+            "a rule with a cache knows no guidance, no trace, no schedule 'dream' and no model "
+            f"with shifted logits; got guidance={rule.guidance}, trace={trace}, "
+            f"schedule={rule.schedule}, shift={traits.shift}"
+        )
+    if traits.attention == "block" and not rule.cached:
+        raise ValueError(
+            f"a {name} model generates block by block: choose a rule with cached=True, such as "
+            "sdar, bd3lm or dllm_blocks"
+        )
+    if rule.cached and rule.block_size is None and traits.block_size is None:
+        raise ValueError(f"this {name} model states no block_size: give the one it was trained on")
+    for setting in ("suppress_tokens", "begin_suppress_tokens", "guidance_keep"):
+        if any(token >= traits.vocab_size for token in getattr(rule, setting)):
+            raise ValueError(
+                f"{setting} must be in [0, {traits.vocab_size}), got {getattr(rule, setting)}"
+            )
 
 
 # --- tokens per step, in NumPy, rounded as the loops round them ---------------------------------
@@ -214,11 +272,12 @@ def even_times(steps: int, smallest_time: float) -> np.ndarray:
 
 
 def make_sampler(
-    rule: Rule, num_blocks: int, in_columns: bool = False
+    rule: Rule, num_blocks: int, in_columns: bool = False, alone: bool = False
 ) -> tuple[Sampler, np.ndarray | None]:
     """The sampler of a rule with a ``block_size``, and its grid of noise levels, if it has one.
 
     ``in_columns``: blocks are ``block_size`` columns of the canvas, not that many masked positions.
+    ``alone``: the schedule "dream" counts the masks of each row, as if it were the only one.
     """
     steps = rule.steps or rule.block_size * (1 if rule.cached else num_blocks)
     steps = steps if rule.cached else -(-steps // num_blocks)
@@ -240,7 +299,7 @@ def make_sampler(
     elif rule.schedule == "first_hitting":
         sampler = samplers.first_hitting(drawn_from)._replace(excludes_mask=rule.excludes_mask)
     else:
-        steps, count = _counts(rule, steps)
+        steps, count = _counts(rule, steps, alone)
         sampler = in_blocks(
             f"{rule.schedule} {rule.score}",
             rule.block_size,
@@ -260,7 +319,7 @@ def make_sampler(
 
 
 def _columns(block_size: int, free: Array, block: Array) -> tuple[Array, Array]:
-    of_block = free & (jnp.arange(free.shape[-1]) // block_size == block)[None]
+    of_block = free & (jnp.arange(free.shape[-1])[None] // block_size == block)
     return of_block, of_block
 
 
@@ -296,14 +355,12 @@ def _best(rule: Rule, score: Array, candidates: Array, count: Array) -> Array:
         first = best_positions(score, candidates, jnp.ones_like(count))
         within = running_sums(-score, candidates) < rule.entropy_bound
         return candidates & (within | first)
-    best = best_positions(score, candidates, count)
-    if rule.threshold is None:
-        return best
-    above = candidates & (score > rule.threshold)
-    return jnp.where((jnp.sum(above, axis=-1) >= count)[:, None], above, best)
+    if rule.threshold is None and not rule.factor:
+        return best_positions(score, candidates, count)
+    return confident_positions(score, candidates, count, rule.threshold, rule.factor)
 
 
-def _counts(rule: Rule, steps: int) -> tuple[int, Count]:
+def _counts(rule: Rule, steps: int, alone: bool) -> tuple[int, Count]:
     """Steps of a block, and its ``count`` for ``samplers.by_score.in_blocks``."""
     if rule.random_counts:
 
@@ -312,7 +369,7 @@ def _counts(rule: Rule, steps: int) -> tuple[int, Count]:
             shape = left.shape[1:]
             keys = row_streams(context.keys, "count")
             uniform = jax.vmap(lambda key: open_uniform(key, shape))(keys)
-            return jnp.sum(left & (uniform * (steps - step) < 1), axis=-1)
+            return jnp.sum(left & (uniform * jnp.reshape(steps - step, (-1, 1)) < 1), axis=-1)
 
         return steps, binomial
     if rule.schedule == "dllm":
@@ -329,7 +386,8 @@ def _counts(rule: Rule, steps: int) -> tuple[int, Count]:
 
         def shared(context: StepContext, total: Array, left: Array, step: Array) -> Array:
             del context
-            mean = jnp.sum(left) / jnp.float32(left.shape[0])
+            mean = jnp.sum(left, axis=-1).astype(jnp.float32)
+            mean = mean if alone else jnp.sum(left) / jnp.float32(left.shape[0])
             count = jnp.floor(mean * jnp.asarray(shares)[step])
             return jnp.broadcast_to(count.astype(total.dtype), total.shape)
 
@@ -341,3 +399,25 @@ def _counts(rule: Rule, steps: int) -> tuple[int, Count]:
         return kept_count(of, step, steps)
 
     return steps, even
+
+
+def ancestral_step(
+    log_probs: Array,
+    tokens: Array,
+    mask_id: int,
+    time: ArrayLike,
+    next_time: ArrayLike,
+    uniforms: Array,
+    eps: float = 1e-3,
+) -> Array:
+    """MDLM's step from ``time`` to ``next_time`` by given uniforms [N, L, K], as in its code.
+
+    ``argmax q / (1e-10 - log(u + 1e-10))`` of q(token) = p(token) times the masking rates'
+    difference, q(mask) = the next rate, at rates ``(1 - eps) t``; log_probs [N, L, K] without the
+    mask token. Float32 uniforms cut the tail like a lower temperature would; ``samplers.ancestral``
+    (rule "mdlm") has the law that this is meant to have.
+    """
+    rate, next_rate = ((1 - eps) * jnp.float32(t) for t in (time, next_time))
+    weights = (jnp.exp(log_probs) * (rate - next_rate)).at[..., mask_id].set(next_rate)
+    drawn = jnp.argmax(weights / (1e-10 - jnp.log(uniforms + 1e-10)), axis=-1).astype(tokens.dtype)
+    return jnp.where(tokens == mask_id, drawn, tokens)

@@ -418,11 +418,16 @@ def _sample() -> dict[str, Any]:
             entropy_bounded={"gamma": 0.5},
             low_confidence_remasking=blocks,
             random_remasking=blocks,
+            confidence_parallel={"block_size": 32},
             remdm_cap={"eta": 0.02},
             remdm_rescale={"eta": 0.1},
         ),
         **sections(names.UNIFORM_SAMPLERS),
         **sections(names.GAUSSIAN_SAMPLERS),
+        "approximate_cache": _name(
+            "", ("", "prefix", "dual", "delayed"), 'masked: of keys and values; "": none, exact'
+        ),
+        "cache_refresh": _whole(0, _NATURAL, "steps", "of it, between passes over all; 0: none"),
         "guidance": _real(0.0, "[0, 1e3]", "", "masked: scale of guidance by the prompt"),
         "no_repeat_ngrams": _whole(0, "[0, 1e4]", "tokens", "n-grams that never repeat; 0: none"),
         "num_samples": _whole(3, "[1, 1e6]", "rows"),

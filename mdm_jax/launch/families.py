@@ -114,6 +114,13 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
             levels = None
         elif levels is None:
             levels = named_levels(config.sample.grid, num_steps)
+        if kind := config.sample.approximate_cache:
+            decoder = models.partial_decoder(model, shift=shifted)
+            readout = models.without_tokens(decoder.readout, dataset.absent_ids)
+            cache = samplers.ApproximateCache(kind, config.sample.cache_refresh or None)
+            return samplers.make_cached_generator(
+                decoder._replace(readout=readout), sampler, cache, levels, mask_id=dataset.mask_id
+            )
         network = models.without_tokens(apply_fn, dataset.absent_ids)
         return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
 
@@ -140,6 +147,7 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
 def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None = None) -> Family:
     """Block diffusion, from a masked run if ``train.init_from`` names one; size divides the row."""
     size, length, window = config.block.size, dataset.length, config.block.window or None
+    _refuse_approximate_cache(config)
     if size < 1 or length % size:
         raise ValueError(
             f"block.size must divide a row of {length} tokens, got {size}; choose a divisor, or "
@@ -200,6 +208,7 @@ def uniform(
 ) -> Family:
     """Uniform-token diffusion over all ids but the mask token, which must be the last one."""
     num_tokens, c = _ids_before_mask(dataset, "process=uniform"), config.sample
+    _refuse_approximate_cache(config)
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
     model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
@@ -249,6 +258,7 @@ def autoregressive(
         )
     if config.model.self_conditioning:
         raise ValueError("process=autoregressive does not take model.self_conditioning")
+    _refuse_approximate_cache(config)
     c, mask_id = config.sample, dataset.mask_id
     model = body(config, dataset, source)
     chunking = _chunking(config.model.logits_at, config.mesh.tensor)
@@ -432,6 +442,14 @@ def _masked_sampler(
     if config.model.self_conditioning:
         sampler = samplers.self_conditioned(sampler, dataset.vocab_size - 1, dataset.vocab_size)
     return sampler, levels
+
+
+def _refuse_approximate_cache(config: ConfigDict) -> None:
+    if config.sample.approximate_cache:
+        raise ValueError(
+            f"sample.approximate_cache={config.sample.approximate_cache} is for process=masked: "
+            "block and autoregressive models have an exact cache, uniform ones none"
+        )
 
 
 def grid_samplers(section: Mapping[str, Any]) -> list[str]:

@@ -85,6 +85,7 @@ SAMPLERS = {
     "entropy_bounded": samplers.entropy_bounded,
     "low_confidence_remasking": samplers.low_confidence_remasking,
     "random_remasking": samplers.random_remasking,
+    "confidence_parallel": samplers.confidence_parallel,
     "remdm_cap": samplers.remdm_cap,
     "remdm_rescale": samplers.remdm_rescale,
     "remdm_confidence": samplers.remdm_confidence,

@@ -8,7 +8,7 @@ _NAMES = {
     "cross_entropy": "Chunking PositionLoss Readout as_logits exclude_token position_losses"
     " readout_apply shifted_apply without_tokens",
     "decoders": "BlockDecoder CausalDecoder MaskChange block_apply cached_block_decoder"
-    " cached_causal_decoder causal_apply masked_apply recomputing_block_decoder"
+    " cached_causal_decoder causal_apply masked_apply partial_decoder recomputing_block_decoder"
     " recomputing_causal_decoder",
     "kv_cache": "KeyValueCache",
 }

@@ -8,6 +8,8 @@ document begins. Documents are int32 of the shape of the tokens, 0 for padding.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,25 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.models.cross_entropy import Chunking, Readout
+from mdm_jax.models.cross_entropy import Chunking, Readout, shifted_apply
 from mdm_jax.models.kv_cache import (
     KeyValueCache,
     KeyValues,
+    RowKeyValues,
     append,
     cached_positions,
     new_cache,
+    renew,
     take_rows,
 )
 from mdm_jax.models.masks import (
     AnyRule,
     BlockCausal,
     CachedRule,
+    DenseRule,
     Full,
     Rule,
     block_training,
     causal,
     check_blocks,
     check_document_blocks,
+    within_documents,
 )
 from mdm_jax.types import Array, PyTree
 
@@ -72,6 +78,26 @@ class CausalDecoder(NamedTuple):
     init: Callable[[int, int], PyTree]
     append: Callable[..., PyTree]
     step: Callable[..., tuple[Array, PyTree]]
+
+
+class PartialDecoder(NamedTuple):
+    """A bidirectional network that runs some positions of rows; the others' results are stored.
+
+    Attributes:
+        init: ``init(num_rows, length) -> RowStore`` of rows that no pass has run.
+        run: ``run(params, store, tokens [R, L], logsnr [R, 1], documents, rows [R]) -> store``: all
+            positions of some rows; one whose number is beyond the store is not written.
+        update: ``update(params, store, tokens [N, L], logsnr, documents, slots [N, C]) -> store``:
+            the positions ``slots`` of every row; L where fewer are wanted.
+        readout: ``readout(params, features [N, L, D], documents) -> Readout``.
+        shift: outputs at i - 1 predict token i.
+    """
+
+    init: Callable[[int, int], RowStore]
+    run: Callable[..., RowStore]
+    update: Callable[..., RowStore]
+    readout: Callable[..., Readout]
+    shift: bool
 
 
 MaskChange = Callable[[Rule, np.ndarray], AnyRule]
@@ -292,6 +318,92 @@ def _run_cached(
 
 def _clean(tokens: Array) -> Array:
     return jnp.full((tokens.shape[0], 1), jnp.inf)
+
+
+# --- whole rows, some positions computed anew ---------------------------------------------------
+
+
+class RowStore(NamedTuple):
+    """What the last pass over each position gave: ``key_values`` [depth, N, L, H, D], features
+    [N, L, D] before the product with the vocabulary."""
+
+    key_values: KeyValues
+    features: Array
+
+
+def partial_decoder(
+    model: Transformer,
+    *,
+    shift: bool = False,
+    positions: Callable[[Array], Array] | None = None,
+) -> PartialDecoder:
+    """Passes over some positions of rows of a bidirectional network, for approximate KV caches.
+
+    Tokens depend on *all* others, so stored keys and values are out of date as soon as any token
+    changes: results are approximate unless every position is run after every change. ``shift``:
+    outputs at i - 1 predict token i. ``positions(documents [N, L]) -> [N, L]`` are those of tokens
+    in rows with padding, None: 0, 1, ....
+    """
+
+    def init(num_rows: int, length: int) -> RowStore:
+        key_values = new_cache(model.config, num_rows, length).key_values
+        return RowStore(key_values, jnp.zeros((num_rows, length, model.config.width)))
+
+    def places(documents: Array | None, length: int) -> Array | np.ndarray:
+        if positions is None or documents is None:
+            return np.arange(length)
+        return positions(documents)
+
+    def run(params, store, tokens, logsnr, documents, rows) -> RowStore:
+        mask = None if documents is None else within_documents(documents)
+        where = places(documents, tokens.shape[-1])
+        readout, new = model.apply(params, tokens, logsnr, where, mask, method="attend_readout")
+        key_values = jax.tree.map(
+            lambda old, x: old.at[:, rows].set(x.astype(old.dtype), mode="drop"),
+            store.key_values,
+            new,
+        )
+        features = store.features.at[rows].set(readout.features, mode="drop")
+        return RowStore(key_values, features)
+
+    def update(params, store, tokens, logsnr, documents, slots) -> RowStore:
+        num_rows, length = tokens.shape
+        picked = jnp.minimum(slots, length - 1)
+        take = functools.partial(jnp.take_along_axis, indices=picked, axis=-1)
+        mask, where = None, picked
+        if documents is not None:
+            segments = within_documents(documents).segments()
+            mask = DenseRule((take(segments)[:, :, None] == segments[:, None])[:, None])
+            where = take(jnp.broadcast_to(places(documents, length), tokens.shape))
+        number = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
+        source = (
+            jnp.full(tokens.shape, -1)
+            .at[jnp.arange(num_rows)[:, None], slots]
+            .set(number, mode="drop")
+        )
+        depth = len(store.key_values.keys)
+        cached = RowKeyValues(*store.key_values, jnp.broadcast_to(source, (depth, *source.shape)))
+        readout, new = model.apply(
+            params, take(tokens), logsnr, where, mask, cached=cached, method="attend_readout"
+        )
+        return RowStore(
+            jax.vmap(RowKeyValues.joined)(cached, new),
+            renew(store.features, readout.features, source),
+        )
+
+    def readout(params, features, documents) -> Readout:
+        # The compiler removes this pass: of its results only the weights of the output are read.
+        blank = jnp.zeros((1, 1), jnp.int32)
+        with_weights, _ = model.apply(
+            params, blank, jnp.zeros((1, 1)), np.arange(1), None, method="attend_readout"
+        )
+
+        def given(_, features: Array, *__) -> Readout:
+            return dataclasses.replace(with_weights, features=features)
+
+        return (shifted_apply(given) if shift else given)(params, features, None, documents)
+
+    return PartialDecoder(init, run, update, readout, shift)
 
 
 # --- decoders of any network, without a cache ---------------------------------------------------

@@ -12,7 +12,7 @@ from mdm_jax.checks import Name, Plain, Whole, checked
 from mdm_jax.models import attention as attentions
 from mdm_jax.models import layers
 from mdm_jax.models.cross_entropy import Projection, Readout
-from mdm_jax.models.kv_cache import KeyValues
+from mdm_jax.models.kv_cache import KeyValues, RowKeyValues
 from mdm_jax.models.layers import Kernel, Linear, Rotary
 from mdm_jax.models.masks import AnyRule
 from mdm_jax.models.products import product
@@ -95,7 +95,7 @@ class DiTBlock(nn.Module):
         mask: AnyRule | Array | None,
         rotary: Rotary,
         condition: Array,
-        cached: KeyValues | None,
+        cached: KeyValues | RowKeyValues | None,
     ) -> tuple[Array, KeyValues]:
         c = self.config
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(c, 6, condition, x)
@@ -128,7 +128,7 @@ class DiT(Transformer):
         logsnr: Array | None,
         positions: Array,
         mask: AnyRule | Array | None,
-        cached: KeyValues | None = None,
+        cached: KeyValues | RowKeyValues | None = None,
         estimate: Array | None = None,
         num_outputs: int | None = None,
         sigma: Array | None = None,

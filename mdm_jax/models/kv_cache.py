@@ -1,7 +1,8 @@
-"""Ring-buffer KV cache for finished tokens."""
+"""Keys and values kept for later passes: a ring buffer of finished tokens, and whole rows."""
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from mdm_jax.types import Array
@@ -12,6 +13,26 @@ class KeyValues(NamedTuple):
 
     keys: Array
     values: Array
+
+    def joined(self, new: "KeyValues") -> "KeyValues":
+        """These, then the new tokens' [N, Q, H, D]."""
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), self, new)
+
+
+class RowKeyValues(NamedTuple):
+    """Keys and values of whole rows, of which a pass computes some anew: [..., N, L, H, D].
+
+    ``source`` [..., N, L] int32 is the number of each position among the new tokens, negative for
+    those that stay.
+    """
+
+    keys: Array
+    values: Array
+    source: Array
+
+    def joined(self, new: KeyValues) -> KeyValues:
+        """The rows [N, L, H, D] with the new ones of [N, Q, H, D] in their places."""
+        return KeyValues(*(renew(old, x, self.source) for old, x in zip(self[:2], new)))
 
 
 class KeyValueCache(NamedTuple):
@@ -38,6 +59,14 @@ def new_cache(config: Any, num_rows: int, capacity: int) -> KeyValueCache:
     keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
     documents = jnp.zeros((num_rows, capacity), jnp.int32)
     return KeyValueCache(KeyValues(keys, values), documents, jnp.zeros((), jnp.int32))
+
+
+def renew(rows: Array, new: Array, source: Array) -> Array:
+    """Rows [N, L, ...] with ``new[n, source[n, l]]`` of [N, Q, ...] where the source is >= 0."""
+    # A gather: CPUs run it in parallel, and a scatter index by index.
+    taken = jax.vmap(lambda values, index: values[index])(new, jnp.maximum(source, 0))
+    kept = (source < 0).reshape(*source.shape, *(1,) * (rows.ndim - 2))
+    return jnp.where(kept, rows, taken.astype(rows.dtype))
 
 
 def cached_positions(cache: KeyValueCache) -> Array:

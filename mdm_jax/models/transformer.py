@@ -13,7 +13,7 @@ from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.models import attention as attentions
 from mdm_jax.models import layers, lora, moe
 from mdm_jax.models.cross_entropy import Projection, Readout
-from mdm_jax.models.kv_cache import KeyValues
+from mdm_jax.models.kv_cache import KeyValues, RowKeyValues
 from mdm_jax.models.layers import Kernel, Linear, Norm, Rotary, rematerialised
 from mdm_jax.models.masks import AnyRule, within_documents
 from mdm_jax.models.products import product
@@ -139,7 +139,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: AnyRule | Array | None, rotary: Rotary, cached: KeyValues | None
+        self,
+        x: Array,
+        mask: AnyRule | Array | None,
+        rotary: Rotary,
+        cached: KeyValues | RowKeyValues | None,
     ) -> tuple[Array, KeyValues]:
         c = self.config
         heads = {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
@@ -173,7 +177,7 @@ class Attention(nn.Module):
         q, k, v = (constrain(a, *_HEADS) for a in (q, k, v.astype(c.dtype)))
         new = key_values = KeyValues(k, v)
         if cached is not None:
-            key_values = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), cached, new)
+            key_values = cached.joined(new)
         group = c.num_heads // c.kv_heads
         if group > 1:
             key_values = jax.tree.map(lambda a: jnp.repeat(a, group, axis=2), key_values)
@@ -228,7 +232,7 @@ class Block(nn.Module):
         mask: AnyRule | Array | None,
         rotary: Rotary,
         condition: Array | None,
-        cached: KeyValues | None,
+        cached: KeyValues | RowKeyValues | None,
     ) -> tuple[Array, KeyValues]:
         c = self.config
         norm = {"kind": c.norm, "learned": condition is None}
@@ -265,7 +269,7 @@ def stack_blocks(
     mask: AnyRule | Array | None,
     rotary: Rotary,
     condition: Array | None,
-    cached: KeyValues | None,
+    cached: KeyValues | RowKeyValues | None,
 ) -> tuple[Array, KeyValues]:
     """Blocks of a config ``c``, ``block(c, layer)`` in order, inside a compact module."""
     x = constrain(x, *ROWS)
@@ -293,7 +297,7 @@ def run_blocks(
     mask: AnyRule | Array | None,
     positions: Array | np.ndarray,
     condition: Array | None,
-    cached: KeyValues | None = None,
+    cached: KeyValues | RowKeyValues | None = None,
 ) -> tuple[Array, KeyValues]:
     """All blocks and the final norm, inside a compact module: outputs and [depth, ...] keys.
 
@@ -419,7 +423,7 @@ class Transformer(nn.Module):
         logsnr: Array | None,
         positions: Array,
         mask: AnyRule | Array | None,
-        cached: KeyValues | None = None,
+        cached: KeyValues | RowKeyValues | None = None,
         estimate: Array | None = None,
         num_outputs: int | None = None,
     ) -> tuple[Readout, KeyValues]:
@@ -431,7 +435,8 @@ class Transformer(nn.Module):
             positions: [Q] or [N, Q] integer positions in the row; in NumPy where known.
             mask: a rule of ``models.masks`` or a boolean array [N or 1, 1, Q, M + Q] over M cached
                 tokens, then the Q new ones; None for none.
-            cached: keys and values [depth, N, M, H, D] of earlier tokens, or None.
+            cached: keys and values [depth, N, M, H, D] of earlier tokens, or None. Of whole rows,
+                in which the new tokens have their places: the mask is then [N or 1, 1, Q, L].
             num_outputs: number of leading positions whose readout is returned; None for all.
 
         Returns the readout, and keys and values of the new tokens [depth, N, Q, H, D].

@@ -7,11 +7,17 @@ from mdm_jax.samplers.by_score import (
     by_score,
     by_score_along_grid,
     confidence,
+    confidence_parallel,
     entropy_bounded,
     low_confidence_remasking,
     margin,
     negative_entropy,
     random_remasking,
+)
+from mdm_jax.samplers.caching import (
+    ApproximateCache,
+    approximately_cached,
+    make_cached_generator,
 )
 from mdm_jax.samplers.canvas import blank_canvas, canvas_like, canvas_with_gaps, prompt_canvas
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_tokens, temperature, top_k, top_p
@@ -33,11 +39,13 @@ from mdm_jax.samplers.sampler import (
     sample,
     sample_with_trace,
 )
+from mdm_jax.samplers.stream import FinishedRow, Row, make_stream
 from mdm_jax.samplers.uniform import uniform_ancestral, uniform_corrected
 from mdm_jax.samplers.wrappers import (
     DenoiseWrapper,
     no_repeat_ngrams,
     prompt_guidance,
     self_conditioned,
+    stopping_at,
     wrapped,
 )

@@ -10,6 +10,7 @@ from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.draws import open_uniform
 from mdm_jax.samplers.filters import LogitFilter, check_random, compose, draw_filtered, draw_tokens
 from mdm_jax.samplers.sampler import (
+    Blocks,
     Sampler,
     SamplerState,
     StepContext,
@@ -183,6 +184,36 @@ def random_remasking(
     return in_blocks("random_remasking", block_size, steps_per_block, noise, token_filter)
 
 
+@checked
+def confidence_parallel(
+    block_size: BlockSize,
+    threshold: Annotated[float, Real("[0, 1]", "probability", "filled above")] = 0.9,
+    factor: Annotated[float, Real("[0, 1e3]", "", "in place of the threshold; 0: none")] = 0.0,
+    token_filter: LogitFilter | None = None,
+) -> Sampler:
+    """Fill all positions of a block whose token is likely enough, at least one. No grid.
+
+    Blocks and likelihoods are as of :func:`low_confidence_remasking`; a block takes at most a step
+    per position. Likely enough: above ``threshold``, or with a ``factor`` f > 0 the n most likely
+    of which the n-th has ``(n + 1)(1 - p_n) < f``; for f = 1 the most likely tokens of the n are
+    then those of their joint law too.
+
+    Bias: biased, towards likely tokens. Reference: Wu et al. 2025 (Fast-dLLM, arXiv 2505.22618).
+    """
+
+    def preference(
+        context: StepContext, logits: Array, drawn: Array, positions: Array | None
+    ) -> Array:
+        del context, positions
+        return token_probability(logits, drawn)
+
+    def best(score: Array, candidates: Array, count: Array) -> Array:
+        return confident_positions(score, candidates, count, threshold, factor)
+
+    name = "confidence_parallel"
+    return in_blocks(name, block_size, block_size, preference, token_filter, best=best)
+
+
 def in_blocks(
     name: str,
     block_size: int,
@@ -197,37 +228,63 @@ def in_blocks(
 ) -> Sampler:
     """The samplers above by their parts, for those that differ in some of them.
 
-    ``parts(free [B, L], block []) -> (of_block, candidates)`` [B, L] are the positions of a block,
-    and those that may be filled in it where they are masked; None: ``block_size`` free positions in
-    order, and earlier ones, which are left only where the mask token itself was drawn.
-    ``count`` None: :func:`kept_count`. ``best(score [B, L],
-    candidates [B, L], count [B]) -> [B, L]`` is as :func:`best_positions`, the default.
+    ``parts(free [B, L], block [1 or B, 1]) -> (of_block, candidates)`` [B, L] are the positions
+    of a block, and those that may be filled in it where they are masked; None: ``block_size`` free
+    positions in order, and earlier ones, which are left only where the mask token itself was drawn.
+    ``count`` None: :func:`kept_count`. ``best(score [B, L], candidates [B, L], count [B]) ->
+    [B, L]`` is as :func:`best_positions`, the default.
     """
 
     def in_order(free: Array, block: Array) -> tuple[Array, Array]:
         number = (jnp.cumsum(free, axis=-1) - 1) // block_size
         return free & (number == block), free & (number <= block)
 
-    def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
+    def plan(context: StepContext, masked: Array) -> tuple[Array, Array, Array]:
         block, step_in_block = jnp.divmod(context.index, steps_per_block)
-        of_block, candidates = (parts or in_order)(context.free, block)
+        of_block, candidates = (parts or in_order)(context.free, jnp.reshape(block, (-1, 1)))
         total, candidates = jnp.sum(of_block, axis=-1), candidates & masked
         if count is None:
-            return candidates, kept_count(total, step_in_block, steps_per_block)
-        return candidates, count(context, total, candidates, step_in_block)
+            return of_block, candidates, kept_count(total, step_in_block, steps_per_block)
+        return of_block, candidates, count(context, total, candidates, step_in_block)
+
+    def select(context: StepContext, masked: Array) -> tuple[Array, Array]:
+        return plan(context, masked)[1:]
 
     def num_steps(length: int) -> int:
         return -(-length // block_size) * steps_per_block
 
+    def of(context: StepContext, tokens: Array) -> tuple[Array, Array]:
+        of_block, candidates, wanted = plan(context, tokens == context.mask_id)
+        return of_block, (wanted > 0) & jnp.any(candidates, axis=-1)
+
     step = _fill_preferred(select, preference, token_filter, best=best, size=block_size)
-    return Sampler(name, canvas_only, step, no_mask_left, num_steps, excludes_mask=excludes_mask)
+    options = {"excludes_mask": excludes_mask, "blocks": Blocks(block_size, of)}
+    return Sampler(name, canvas_only, step, no_mask_left, num_steps, **options)
 
 
 def best_positions(score: Array, candidates: Array, count: Array) -> Array:
     """[B, L] bool: the ``count`` [B] candidates of highest score all if fewer, ties left."""
-    order = jnp.lexsort((-score, ~candidates), axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    return candidates & (rank < count[:, None])
+    return candidates & (_rank(score, candidates) < count[:, None])
+
+
+def confident_positions(
+    score: Array, candidates: Array, count: Array, threshold: float | None, factor: float = 0.0
+) -> Array:
+    """[B, L] bool: the candidates that are likely enough, or the ``count`` best if these are more.
+
+    Scores are probabilities; see :func:`confidence_parallel`.
+    """
+    if factor:  # n + 1 is the rank counted from 2; the inequality holds up to some rank
+        enough = candidates & ((_rank(score, candidates) + 2) * (1 - score) < factor)
+    else:
+        enough = candidates & (score > threshold)
+    best = best_positions(score, candidates, count)
+    return jnp.where((jnp.sum(enough, axis=-1) >= count)[:, None], enough, best)
+
+
+def _rank(score: Array, candidates: Array) -> Array:
+    """[B, L]: 0 for the candidate of highest score, ties from the left; others come last."""
+    return jnp.argsort(jnp.lexsort((-score, ~candidates), axis=-1), axis=-1)
 
 
 def bounded_positions(entropy: Array, candidates: Array, gamma: float) -> Array:

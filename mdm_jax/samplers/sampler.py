@@ -43,10 +43,12 @@ class SamplerState(NamedTuple):
     """What changes from step to step; shapes and dtypes stay the same.
 
     ``tokens`` [B, L] int32; ``memory`` is whatever else the sampler carries, every leaf [B, ...].
+    ``store`` may hold results of earlier passes; that of a finished row is not read any more.
     """
 
     tokens: Array
     memory: PyTree
+    store: PyTree = ()
 
 
 class StepContext(NamedTuple):
@@ -71,6 +73,17 @@ class StepContext(NamedTuple):
     before: Array | None = None
 
 
+class Blocks(NamedTuple):
+    """Which positions a sampler fills together.
+
+    ``size``: most positions of a block. ``of(context, tokens) -> (block [B, L] bool, fills [B]
+    bool)``: the block of a step, and whether the step fills any position of a row.
+    """
+
+    size: int
+    of: Callable[[StepContext, Array], tuple[Array, Array]]
+
+
 class Sampler(NamedTuple):
     """A reverse process as pure functions; the loop restores given tokens and finished rows.
 
@@ -82,6 +95,7 @@ class Sampler(NamedTuple):
         bias: of :data:`SAMPLER_LABELS`.
         excludes_mask: False where the network may predict the mask token, as some published loops
             let it: it counts in the softmax, and a position filled with it stays masked.
+        blocks: where positions are filled block by block; None: anywhere, in every step.
     """
 
     name: str
@@ -91,6 +105,7 @@ class Sampler(NamedTuple):
     num_steps: Callable[[int], int] | None = None
     bias: str = "biased"
     excludes_mask: bool = True
+    blocks: Blocks | None = None
 
 
 def sample(
@@ -159,7 +174,7 @@ def sample_with_trace(
     levels = _check_grid(sampler, grid)
     num_steps = len(levels) - 1 if levels is not None else sampler.num_steps(canvas.shape[1])
     free = canvas == mask_id
-    denoise = _Network(model_fn, documents, mask_id if sampler.excludes_mask else None)
+    denoise = Network(model_fn, documents, mask_id if sampler.excludes_mask else None)
     keys = row_keys(key, row_offset, canvas.shape[0])
     step_keys = row_streams(keys, "steps")
     report = reporter(progress, num_steps)
@@ -173,7 +188,7 @@ def sample_with_trace(
         context = StepContext(own_keys, index, num_steps, logsnr, next_logsnr, free, mask_id)
         new = sampler.step(context, denoise, state)
         new = new._replace(tokens=jnp.where(free, new.tokens, canvas))
-        return _keep_rows(sampler.finished(state, mask_id), state, new)
+        return keep_rows(sampler.finished(state, mask_id), state, new)
 
     def unfinished(carry):
         index, state, _ = carry
@@ -236,7 +251,7 @@ def read_positions(
     ``models.Readout`` is projected to the vocabulary at these positions alone; a wrapped network
     computes all logits at once.
     """
-    if isinstance(denoise, _Network):
+    if isinstance(denoise, Network):
         return denoise.reader(tokens, logsnr, rows)
     logits = denoise(tokens, logsnr, rows)
     return lambda positions: _at_positions(logits, positions)
@@ -262,14 +277,18 @@ def evaluate_positions(
         new = evaluate(jnp.minimum(targets, length - 1))
         return jax.tree.map(lambda a, b: a.at[rows, targets].set(b, mode="drop"), values, new)
 
-    passes = -(-jnp.max(jnp.sum(where, axis=-1)) // size)
+    return repeat(-(-jnp.max(jnp.sum(where, axis=-1)) // size), run, initial)
+
+
+def repeat(times: Array, run: Callable[[Array, PyTree], PyTree], initial: PyTree) -> PyTree:
+    """``fori_loop(0, times, run, initial)`` for passes of a network inside a step."""
 
     def run_next(index: Array, values: PyTree) -> PyTree:
         # Always true. From a loop alone compilers move out the transpose of a tied embedding, which
         # is then copied in every step; from a branch they do not.
-        return jax.lax.cond(index < passes, run, lambda _, values: values, index, values)
+        return jax.lax.cond(index < times, run, lambda _, values: values, index, values)
 
-    return jax.lax.fori_loop(0, passes, run_next, initial)
+    return jax.lax.fori_loop(0, times, run_next, initial)
 
 
 def reporter(progress: Progress | None, num_steps: int) -> Callable[[Array], None]:
@@ -317,18 +336,18 @@ def never_finished(state: SamplerState, mask_id: int) -> Array:
     return jnp.zeros(state.tokens.shape[0], bool)
 
 
-class _Network:
+class Network:
     """The network as a :data:`Denoise`, with its documents bound."""
 
     def __init__(self, model_fn: ModelFn, documents: Array | None, excluded: int | None):
-        self._model_fn, self._documents, self._excluded = model_fn, documents, excluded
+        self._model_fn, self._documents, self.excluded = model_fn, documents, excluded
 
     def __call__(
         self, tokens: Array, logsnr: Array, rows: Array | None = None, **further: Array
     ) -> Array:
         output = self._run(tokens, logsnr, rows, **further)
         logits = output.logits() if isinstance(output, Readout) else output
-        return exclude_token(logits, self._excluded)
+        return exclude_token(logits, self.excluded)
 
     def reader(
         self, tokens: Array, logsnr: Array, rows: Array | None
@@ -336,11 +355,11 @@ class _Network:
         """:func:`read_positions` of the network itself."""
         output = self._run(tokens, logsnr, rows)
         if not isinstance(output, Readout):
-            return lambda positions: exclude_token(_at_positions(output, positions), self._excluded)
+            return lambda positions: exclude_token(_at_positions(output, positions), self.excluded)
 
         def read(positions: Array | None) -> Array:
             picked = dataclasses.replace(output, features=_at_positions(output.features, positions))
-            return exclude_token(picked.logits(), self._excluded)
+            return exclude_token(picked.logits(), self.excluded)
 
         return read
 
@@ -359,11 +378,14 @@ def _at_positions(values: Array, positions: Array | None) -> Array:
     return jnp.take_along_axis(values, positions[..., None], axis=1)
 
 
-def _keep_rows(keep: Array, old: SamplerState, new: SamplerState) -> SamplerState:
+def keep_rows(keep: Array, old: SamplerState, new: SamplerState) -> SamplerState:
+    """The old state of the rows ``keep`` [B] bool, the new one of others; the new store of all."""
+
     def select(a: Array, b: Array) -> Array:
         return jnp.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
-    return jax.tree.map(select, old, new)
+    kept = jax.tree.map(select, old._replace(store=()), new._replace(store=()))
+    return kept._replace(store=new.store)
 
 
 def _fill_after(steps: Array, record: Array, last: Array) -> Array:

@@ -37,6 +37,7 @@ ZOO = {
     "entropy_bounded": (entropy_bounded(1.5, NUCLEUS), None),
     "low_confidence_remasking": (low_confidence_remasking(3, 2), None),
     "random_remasking": (random_remasking(4, 3), None),
+    "confidence_parallel": (samplers.confidence_parallel(3, 0.4), None),
     "remdm_cap": (remdm_cap(0.3), UNIFORM),
     "remdm_rescale": (remdm_rescale(0.5), COSINE),
     "remdm_confidence": (remdm_confidence(), UNIFORM),
@@ -66,6 +67,7 @@ SIBLINGS = (
     "by_margin_in_turn",
     "by_score_along_grid",
     "random_remasking",
+    "confidence_parallel",
     "remdm_confidence",
     "remdm_rescale",
 )

@@ -194,7 +194,7 @@ def test_mdlm_steps_by_given_uniforms(name):
     tokens = jnp.asarray(arrays["ancestral_steps"][0])
     for i, uniforms in enumerate(arrays["ancestral_uniforms"]):
         now, then = log_probs(tokens, times[i]), times[i] - (1 - 1e-5) / 8
-        tokens = decoding.ancestral_step(now, tokens, mask_id, times[i], then, uniforms)
+        tokens = rules.ancestral_step(now, tokens, mask_id, times[i], then, uniforms)
         np.testing.assert_array_equal(tokens, arrays["ancestral_steps"][i + 1])
     best = jnp.argmax(log_probs(tokens, times[-1]), axis=-1)
     tokens = jnp.where(tokens == mask_id, best, tokens)
