@@ -133,7 +133,7 @@ def test_first_hitting_shows_its_clock():
         return 1e4 * jnp.broadcast_to(spread, (*inputs.shape, 64))
 
     canvas = samplers.blank_canvas(20, 6, 64)
-    _, (tokens, log_rate) = draw_with_trace(
+    _, (tokens, log_rate, _) = draw_with_trace(
         model, samplers.first_hitting(), None, canvas, 0, tuple, 64
     )
     changed = np.concatenate([canvas[None], tokens[:-1]]) != tokens
@@ -146,7 +146,7 @@ def test_first_hitting_shows_its_clock():
 def test_first_hitting_clock_law():
     """Kolmogorov-Smirnov, 4000 rows: each reveal has the law (y/m)^n given the last."""
     canvas = jnp.tile(jnp.array([0, MASK, MASK, MASK], jnp.int32), (4000, 1))
-    _, (tokens, log_rate) = draw_with_trace(
+    _, (tokens, log_rate, _) = draw_with_trace(
         toy_model, samplers.first_hitting(), None, canvas, 5, tuple
     )
     clock = np.concatenate([np.zeros((1, 4000)), log_rate.astype(np.float64)])
@@ -215,7 +215,7 @@ def test_rows_are_independent(sampler, grid):
 def test_finished_rows_are_left_alone():
     """A row that is full early keeps its clock while the others go on."""
     canvas = jnp.array([[0, 1, 2, MASK], [MASK] * 4], jnp.int32)
-    _, (tokens, log_rate) = draw_with_trace(
+    _, (tokens, log_rate, _) = draw_with_trace(
         toy_model, samplers.first_hitting(), None, canvas, 0, tuple
     )
     assert (log_rate[:, 0] == log_rate[0, 0]).all()
@@ -238,7 +238,7 @@ def test_the_loop_guards_given_tokens_from_any_sampler():
         lambda state, mask_id: jnp.zeros(len(state.tokens), bool),
     )
     canvas = jnp.array([[0, MASK, 1, 0], [2, 1, 0, 2]], jnp.int32)
-    tokens, (states, memory) = draw_with_trace(
+    tokens, (states, memory, _) = draw_with_trace(
         toy_model, scribbler, uniform_grid(3), canvas, 0, tuple
     )
     given = np.asarray(canvas) != MASK

@@ -189,7 +189,7 @@ def confidence_law(steps: int) -> np.ndarray:
 def test_remdm_confidence_follows_its_law(steps):
     sampler = remdm_confidence()
     canvas = samplers.blank_canvas(COUNT, 4, MASK)
-    tokens, (states, memory) = draw_with_trace(
+    tokens, (states, memory, _) = draw_with_trace(
         toy_model, sampler, uniform_grid(steps), canvas, 2, tuple
     )
     check_frequencies(tokens, confidence_law(steps))
