@@ -196,14 +196,14 @@ def completes_repeat(
 def stopping_at(sampler: Sampler, stop_id: int) -> Sampler:
     """The sampler, but a row ends at this token where everything before it is filled.
 
-    The masks behind it are filled with it, unread. Given tokens end no row.
+    What is to be filled behind it becomes that token, unread. Given tokens end no row.
     """
 
     def step(context, denoise, state):
         new = sampler.step(context, denoise, state)
         masked = new.tokens == context.mask_id
         ends = context.free & (new.tokens == stop_id) & (jnp.cumsum(masked, axis=-1) == 0)
-        behind = jnp.cumsum(ends, axis=-1) > 0
-        return new._replace(tokens=jnp.where(masked & behind, stop_id, new.tokens))
+        behind = context.free & (jnp.cumsum(ends, axis=-1) > 0)
+        return new._replace(tokens=jnp.where(behind, stop_id, new.tokens))
 
     return sampler._replace(step=step)
