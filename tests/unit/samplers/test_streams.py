@@ -112,7 +112,7 @@ def test_rows_are_read_as_places_become_free():
 
 
 def test_a_row_ends_at_its_stop_where_all_before_it_is_filled():
-    """One token a step, from the left: 3, EOS; from the right the EOS at 2 waits for 1, and goes over 4."""
+    """One token a step, left to right; right to left the EOS at 2 waits for 1, and goes over 4."""
     mask, wanted = tiny.MASK_ID, np.array([3, 3, EOS, 4])
 
     def step(from_left, context, denoise, state):
