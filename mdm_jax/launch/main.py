@@ -372,9 +372,10 @@ def _chat(workdir: files.Path | None) -> int:
         mesh = exports.chat_mesh(_CONFIG.value, given)
         run = exports.open_run(workdir, _PARAMETERS.value == "last", mesh=mesh, moved=_moved())
         model = exports.merged(run, workdir)
+    saved = None if workdir is None else saved_config(workdir)
     templated = _TEMPLATE.value
     if templated is None:
-        templated = workdir is None or saved_config(workdir).data.source == "chat"
+        templated = saved is None or saved.data.source == "chat"
     chat.chat(
         model,
         chat.tokenizer_of(model, workdir),
@@ -382,7 +383,8 @@ def _chat(workdir: files.Path | None) -> int:
         steps=_STEPS.value,
         temperature=_TEMPERATURE.value,
         templated=templated,
-        trained_here=workdir is not None,
+        trained_here=saved is not None,
+        window=saved.block.window if saved is not None and saved.process == "block" else 0,
     )
     return 0
 

@@ -606,6 +606,23 @@ def test_a_block_model_answers_block_by_block(monkeypatch):
     assert left == sorted(left, reverse=True) and left[0] > left[-1] == 0
 
 
+def test_a_block_attends_as_far_as_it_did_in_training(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("abcdef\n"))
+    model, asked = hub.describe(DATA / "sdar-1"), {}
+
+    def generate(*_, **given):
+        asked.update(given)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(chat, "generate", generate)
+    codec = data.tokenizers.CharTokenizer("abcdef")
+    options = {"max_tokens": 6, "steps": 4, "temperature": 0.0, "templated": False}
+    with pytest.raises(ValueError, match="seen"):
+        chat.chat(model, codec, **options, window=2)
+    size = model.traits.block_size
+    assert (asked["block_size"], asked["window"]) == (size, 2 * size)
+
+
 def test_an_answer_is_as_long_as_the_length_that_a_model_states_leaves():
     model = hub.describe(DATA / "a2d_qwen3-1")
     for length, prompt, longest in ((96, 15, 80), (96, 90, 16), (4096, 15, 128), (None, 15, 128)):

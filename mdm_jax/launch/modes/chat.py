@@ -32,6 +32,7 @@ def chat(
     temperature: float,
     templated: bool,
     trained_here: bool = False,
+    window: int = 0,
 ) -> None:
     """Answer lines of standard input until it ends.
 
@@ -42,6 +43,7 @@ def chat(
             here without, and earlier ones are part of the prompt; else each line is a prompt of its
             own, as it stands.
         trained_here: by an objective that never lets the mask token be predicted.
+        window: blocks that a block attends to, itself included; 0: all.
 
     ValueError if the model cannot be decoded so, or has no chat template.
     """
@@ -49,6 +51,9 @@ def chat(
     changes: dict[str, Any] = {"steps": steps, "temperature": temperature}
     if trained_here:
         changes["excludes_mask"] = True
+    if window:
+        size = model.traits.block_size
+        changes |= {"block_size": size, "window": window * size}
     if templated:
         template = hub.ChatRenderer(codec)
         if trained_here and not getattr(codec, "templates", None):

@@ -22,13 +22,16 @@ def write_failures(
     """Write the page of the wrong answers among the records of ``evaluation.harness.run_tasks``."""
     head = tag("header", f"<h1>Failures</h1><p>{text(results['audit_line'])}</p>")
     parts = [head, section("Results", table(result_rows(results)))]
-    for name in results["tasks"]:
-        own = [record for record in records if record["task"] == name]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:  # a document has a record of each filter
+        groups.setdefault((record["task"], record["filter"]), []).append(record)
+    for (name, kind), own in groups.items():
         failed = [record for record in own if is_failure(record)]
         shown = "".join(map(_article, failed[:_SHOWN]))
         rest = len(failed) - _SHOWN
         shown += f"<p>{rest} more are in the records.</p>" if rest > 0 else ""
-        parts.append(section(f"{name}: {len(failed)} of {len(own)} wrong", shown or "<p>None.</p>"))
+        title = f"{name}, {kind}: {len(failed)} of {len(own)} wrong"
+        parts.append(section(title, shown or "<p>None.</p>"))
     files.write(path, document("Failures", parts))
 
 

@@ -246,6 +246,10 @@ def test_exact_match_pass_at_k_and_failures_of_a_task(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "2 of 4 wrong" in page and "&lt;b&gt;&amp;" in page and "<b>&" not in page
     assert "dtype: float32" in page and "http" not in page
+    strict = [record | {"filter": "strict", "metrics": {"exact_match": 0.0}} for record in records]
+    write_failures(tmp_path / "page.html", results, records + strict)
+    page = (tmp_path / "page.html").read_text()
+    assert "none: 2 of 4 wrong" in page and "strict: 4 of 4 wrong" in page
 
 
 # --- guards ---------------------------------------------------------------------------------------
