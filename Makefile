@@ -2,6 +2,7 @@
 # make test         the default test suite; make test-slow: the long statistical runs too
 # make bench        benchmarks at the S and M shapes; writes BENCH, by default runs/bench.json
 # make house        size and shape of the package, and the CPU time of its tests
+# make docs         the documentation site, build/site/index.html; warnings are errors
 # make lint         style;  make format: apply it
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -9,7 +10,7 @@ WORKDIR ?= runs/quickstart
 BENCH ?= runs/bench.json
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow bench house lint format clean
+.PHONY: quickstart test test-slow bench house docs lint format clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/mdm train --config=quickstart --workdir=$(WORKDIR)
@@ -25,6 +26,9 @@ bench: $(VENV)/installed
 
 house: $(VENV)/installed-dev
 	$(RUN) -m experiments.house --suite
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet -f docs/site/mkdocs.yml
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
@@ -43,6 +47,11 @@ $(VENV)/installed: setup.py
 $(VENV)/installed-dev: setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: setup.py
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@ $(VENV)/installed
 
 clean:

@@ -40,6 +40,7 @@ DEV = [
     "safetensors>=0.5",  # reads what mdm_jax.hub wrote
     "setuptools>=70.1",  # builds wheels by itself
 ]
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 NOTEBOOKS = [*DIGITS, "ipykernel>=6.29", "nbclient>=0.10"]
 
 setuptools.setup(
@@ -58,6 +59,7 @@ setuptools.setup(
         "digits": DIGITS,
         "eval": EVAL,
         "dev": DEV,
+        "docs": DOCS,
         "notebooks": NOTEBOOKS,
     },
 )

@@ -40,9 +40,10 @@ def train_iterator(
     """Endless iterator over shuffled batches of ``source``, resumable and prefetched by Grain.
 
     Each epoch visits every row once in its own order; a batch may span two epochs. Global batch i
-    is a function of (source, batch_size, seed, i) alone. The parts of a :class:`Mixture` have
-    epochs and orders of their own, which other parts do not change, and their shares in any stretch
-    of rows, to within a row. ValueError for an argument out of range.
+    is a function of (source, batch_size, seed, i) alone. The parts of a
+    :class:`~mdm_jax.data.rows.Mixture` have epochs and orders of their own, which other parts do
+    not change, and their shares in any stretch of rows, to within a row. ValueError for an argument
+    out of range.
 
     With ``buckets`` (:func:`~mdm_jax.data.rows.bucketed`, of this source and batch size) a batch
     has rows of one bucket and its length. Buckets have epochs of their own, and their shares in any
@@ -120,7 +121,7 @@ def train_iterator(
 
 def sample_rows(source: RowSource, count: int, generator: np.random.Generator) -> Batch:
     """``count`` rows, independent, as a training stream draws them: the parts of a
-    :class:`Mixture` by its weights, rows that are cut at random cut."""
+    :class:`~mdm_jax.data.rows.Mixture` by its weights, rows that are cut at random cut."""
     (parts, weights), part = parts_of(source), np.zeros(count, np.int64)
     if len(parts) > 1:
         part = generator.choice(len(parts), count, p=weights)

@@ -328,8 +328,8 @@ def ode_likelihood(
 
     Args:
         key, row_offset: row i draws from ``fold_in(key, row_offset + i)`` alone; only for probes.
-        model_fn, output, path, documents: as in :func:`sample_gaussian`; rows must not influence
-            each other.
+        model_fn, output, path, documents: as in
+            :func:`~mdm_jax.gaussian.samplers.sample_gaussian`; rows must not influence each other.
         grid: [N + 1] finite logSNR levels, increasing.
         probes: Rademacher vectors of Hutchinson's estimate of the divergence; None is exact, at the
             cost of a derivative per element.

@@ -1,4 +1,4 @@
-"""Families whose body is :class:`mdm_jax.models.DiT`: MDLM, BD3-LM, and Duo and UDLM.
+"""Families whose body is :class:`~mdm_jax.models.dit.DiT`: MDLM, BD3-LM, and Duo and UDLM.
 
 Their classes return logits of all ids. For MDLM and BD3-LM a mask token must be excluded and
 positions that are not masked are known (SUBS, which is the objective's and the sampler's part

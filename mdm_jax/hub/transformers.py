@@ -1,4 +1,4 @@
-"""Families whose body is :class:`mdm_jax.models.Transformer`.
+"""Families whose body is :class:`~mdm_jax.models.transformer.Transformer`.
 
 A2D (bidirectional Qwen3, Qwen2, Llama) and the causal models that they come from, LLaDA, Dream,
 LLaDA-MoE, SDAR. Fields of config.json are those of the original classes; one that would change the

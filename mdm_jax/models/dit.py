@@ -110,10 +110,10 @@ class DiTBlock(nn.Module):
 class DiT(Transformer):
     """Diffusion transformer: ``apply(params, inputs, logsnr, documents) -> logits``.
 
-    Calls are those of :class:`~mdm_jax.models.Transformer`, so objectives, samplers and decoders
-    take either; there is no self-conditioning. Differences, as the original class has them: norms
-    are LayerNorms that are scaled even where they are driven by the level; levels enter as
-    ``sigma = -log(survival probability)``, at most ``-log(LEAST_SURVIVAL)``, through
+    Calls are those of :class:`~mdm_jax.models.transformer.Transformer`, so objectives, samplers
+    and decoders take either; there is no self-conditioning. Differences, as the original class has
+    them: norms are LayerNorms that are scaled even where they are driven by the level; levels enter
+    as ``sigma = -log(survival probability)``, at most ``-log(LEAST_SURVIVAL)``, through
     :func:`noise_features`; feed-forward layers and the output have biases. Without
     ``condition_on_logsnr`` sigma is 0 and the same parameters exist. The original's dropout of 0.1
     in training is not applied. References: Peebles & Xie 2022; Sahoo et al. 2024 (MDLM).
