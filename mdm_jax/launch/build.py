@@ -19,7 +19,7 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.auto import chain as chains
-from mdm_jax.launch.datasets import buckets, dataset
+from mdm_jax.launch.datasets import buckets, dataset, split_by_name
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, final_likelihood, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
@@ -308,7 +308,7 @@ def make_experiment(
     sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches)
     sharding.check_num_heads(mesh, config.model.num_heads)
     chain = chains.current(config, workdir)
-    held_out = _held_out(rows, e.final_split)
+    held_out = split_by_name(rows, e.final_split)
     validate = evaluate = family.likelihood(e.passes, e.replicates)
     if e.width or (e.final_passes, e.final_replicates) != (e.passes, e.replicates):
         evaluate = final_likelihood(family, **e)
@@ -417,7 +417,8 @@ def _optimizer(
 
 def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> training.LoopOptions:
     c = config.train
-    if c.stop.patience and not (c.evaluate_every and len(dataset.valid)):
+    every = launch_config.evaluate_every(config)
+    if c.stop.patience and not (every and len(dataset.valid)):
         raise ValueError(
             f"train.stop.patience={c.stop.patience} counts evaluations, and there are none: set "
             "train.evaluate_every and give validation rows, or leave it at 0"
@@ -427,27 +428,7 @@ def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> trai
         total_steps=c.steps,
         views=views,
         unit="char" if dataset.unit == "character" else "dim",
-        **{name: c[name] for name in own},
-    )
-
-
-def _held_out(dataset: data.Dataset, split: str) -> tuple[str, data.RowSource]:
-    """A split by name, or the validation split if it is empty; its name and rows."""
-    splits = {"valid": dataset.valid, "test": dataset.test}
-    source = lookup(splits, split, "evaluate.final_split")
-    if len(source):
-        return split, source
-    if len(dataset.valid):
-        return "valid", dataset.valid
-    if len(dataset.test):
-        raise ValueError(
-            f"evaluate.final_split={split!r}: the data have no validation rows, only "
-            f"{len(dataset.test)} test rows; take --config.evaluate.final_split=test, or give "
-            "data.fractions a second part"
-        )
-    raise ValueError(
-        f"evaluate.final_split={split!r}: the data have neither test nor validation rows to "
-        "evaluate on"
+        **{name: c[name] for name in own} | {"evaluate_every": every},
     )
 
 

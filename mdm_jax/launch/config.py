@@ -234,7 +234,8 @@ def settings() -> Mapping[str, Any]:
         },
         "evaluate": {
             "batch_size": _whole(32, "[1, 1e6]", "rows"),
-            "passes": _whole(4, "[1, 1e6]", "", "forward passes of a row and replicate"),
+            # Validations are many: their passes are half of those after training.
+            "passes": _whole(2, "[1, 1e6]", "", "forward passes of a row and replicate"),
             "replicates": _whole(2, "[1, 1e6]", "", "of the design, for the standard error"),
             "max_rows": _whole(0, _NATURAL, "rows", "0: all"),
             "final_split": _name("test", ("test", "valid")),
@@ -351,7 +352,8 @@ def _optimizer() -> dict[str, Any]:
 
 
 def _train() -> dict[str, Any]:
-    loop = defaults(training.LoopOptions, evaluate_every=250, checkpoint_every=250)
+    often = _whole(-1, "[-1, 2e9]", "steps", "between validations; -1: a tenth of steps; 0: never")
+    loop = defaults(training.LoopOptions, evaluate_every=often, checkpoint_every=250)
     return {
         "steps": _whole(500, _COUNT, "steps", "of the run"),
         "init_from": _text("", "workdir of a run whose parameters to start from"),
@@ -441,6 +443,12 @@ def _sample() -> dict[str, Any]:
         "judge": _text("", "workdir of the run that gives the generative perplexity"),
         "prompts": _text("", "file of texts, one a line, ▁ where a token is to be generated"),
     }
+
+
+def evaluate_every(config: ConfigDict) -> int:
+    """Steps between validations of a run, 0 for none; by default ten in a run."""
+    every, steps = config.train.evaluate_every, config.train.steps
+    return max(1, steps // 10) if every == -1 else every
 
 
 def shrink(config: ConfigDict) -> None:

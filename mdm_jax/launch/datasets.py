@@ -129,3 +129,23 @@ def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
         task = tasks.Noisy(task, section["noise_every"])
     rows = {name: section[name] for name in launch_config.TASK_ROWS}
     return tasks.task_dataset(task, **lengths, **rows)
+
+
+def split_by_name(dataset: data.Dataset, split: str) -> tuple[str, data.RowSource]:
+    """A split by name, or the validation split if it is empty; its name and rows."""
+    splits = {"valid": dataset.valid, "test": dataset.test}
+    source = lookup(splits, split, "evaluate.final_split")
+    if len(source):
+        return split, source
+    if len(dataset.valid):
+        return "valid", dataset.valid
+    if len(dataset.test):
+        raise ValueError(
+            f"evaluate.final_split={split!r}: the data have no validation rows, only "
+            f"{len(dataset.test)} test rows; take --config.evaluate.final_split=test, or give "
+            "data.fractions a second part"
+        )
+    raise ValueError(
+        f"evaluate.final_split={split!r}: the data have neither test nor validation rows to "
+        "evaluate on"
+    )

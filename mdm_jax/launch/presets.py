@@ -84,7 +84,7 @@ def digits_gaussian(variant: str = "vdm") -> ConfigDict:
     config.gaussian.vdm.update(low=-8.0, high=8.0)
     config.gaussian.edm.sigma_data = config.gaussian.edm2.sigma_data = 0.8
     config.variance.order = ("stratified",)
-    config.train.update(steps=1500, batch_size=64, evaluate_every=500, checkpoint_every=500)
+    config.train.update(steps=1500, batch_size=64, checkpoint_every=500)
     # No clipping: the recipes' gradients differ in scale, to which the optimiser is invariant.
     config.optimizer.update(peak=1e-2, clip_norm=0.0, ema_decay=0.995)
     config.evaluate.update(batch_size=64, passes=8, replicates=2, final_passes=32)
@@ -105,7 +105,7 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
     config.model.patch_size = 4
     if variant != "smoke":
         config.model.update(width=192, depth=6, num_heads=6)
-        config.train.update(steps=20_000, evaluate_every=2000, checkpoint_every=2000)
+        config.train.update(steps=20_000, checkpoint_every=2000)
     return config
 
 

@@ -236,3 +236,14 @@ def test_rows_longer_than_the_model_states_are_warned_of():
     (line,) = source.describe(model, length + 1, None, None)
     assert f"rows of {length + 1} tokens, of which config.json of the model states" in line
     assert source.describe(model, length, None, None) == source.describe(None, 9, None, None) == []
+
+
+@pytest.mark.parametrize("steps, every, expected", [(500, -1, 50), (4, -1, 1), (500, 7, 7)])
+def test_a_run_is_validated_ten_times_unless_told_otherwise(steps, every, expected):
+    settings = config.get_config()
+    settings.train.update(steps=steps, evaluate_every=every)
+    config.check_config(settings)
+    assert config.evaluate_every(settings) == expected
+    assert config.get_config().train.evaluate_every == -1
+    settings.train.evaluate_every = 0
+    assert config.evaluate_every(settings) == 0
