@@ -29,10 +29,9 @@ from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", "qwen3-0.6b", "A name of MODELS, or a path of a config.json.")
 _TARGET = flags.DEFINE_string("target", "v5e:2x4", "Topology of libtpu, such as v5p:2x2x2; or cpu.")
-_DATA, _FSDP, _TENSOR = (
-    flags.DEFINE_integer(axis, size, f"Size of the mesh axis {axis}.", lower_bound=1)
-    for axis, size in (("data", 1), ("fsdp", 8), ("tensor", 1))
-)
+_DATA = flags.DEFINE_integer("data", 1, "Size of the mesh axis data.", lower_bound=1)
+_FSDP = flags.DEFINE_integer("fsdp", 8, "Size of the mesh axis fsdp.", lower_bound=1)
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Size of the mesh axis tensor.", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows of all devices.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("row_length", 1024, "Tokens of a row.", lower_bound=1)
 _PARAM_DTYPES = flags.DEFINE_list("param_dtypes", ["float32", "bfloat16"], "Of training steps.")
