@@ -52,6 +52,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["mdm_jax", "mdm_jax.*"]),
+    package_data={"mdm_jax.data": ["embedded/*"]},
     entry_points={"console_scripts": ["mdm = mdm_jax.launch.main:run"]},
     install_requires=REQUIRED,
     extras_require={

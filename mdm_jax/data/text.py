@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
-import unicodedata
 from collections.abc import Sequence
 
 from mdm_jax.checks import checked
@@ -31,6 +29,9 @@ from mdm_jax.data.records import lines_of, numbered, read_sources, read_text
 from mdm_jax.data.records import text_field as text_field_of
 from mdm_jax.data.rows import TokenSpans
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
+
+EMBEDDED = pathlib.Path(__file__).with_name("embedded") / "python_reference.txt.xz"
+"""The text of :func:`embedded_text`."""
 
 
 @checked
@@ -79,25 +80,19 @@ def embedded_text(
     fractions: Fractions = (0.9, 0.05, 0.05),
     train_stride: Stride = 1,
 ) -> Dataset:
-    """Rows from the language reference in every CPython, ``pydoc_data.topics`` (PSF-2.0).
+    """Rows from the language reference of CPython 3.11.7, which the package carries (PSF-2.0).
 
-    Half a million characters: topics in the order of their names, joined by blank lines, reduced to
-    ASCII (NFKD, the rest dropped and counted). The text differs between Python versions, patches
-    too; the description has version and SHA-256. Arguments as in :func:`text`.
+    465,000 characters of ASCII, the same everywhere; ``embedded/README.md`` says where they are
+    from. Arguments as in :func:`text`.
     """
-    from pydoc_data.topics import topics
-
-    decomposed = unicodedata.normalize("NFKD", "\n\n".join(topics[name] for name in sorted(topics)))
-    content = decomposed.encode("ascii", "ignore").decode("ascii")
-    version = ".".join(map(str, sys.version_info[:3]))
+    content, dropped = read_text(EMBEDDED)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return _windows(
         content,
-        origin="pydoc_data.topics",
-        headline=f"CPython {version} language reference (pydoc_data.topics, {len(topics)} topics, "
-        f"PSF-2.0), {len(content)} characters, sha256 {digest}, sys.version_info "
-        f"{tuple(sys.version_info)}. The text varies with the Python version.",
-        report={"dropped_non_ascii_characters": len(decomposed) - len(content)},
+        origin=EMBEDDED.name,
+        headline=f"Language reference of CPython 3.11.7 (Copyright 2001-2023 Python Software "
+        f"Foundation, PSF-2.0), {len(content)} characters, sha256 {digest}.",
+        report=dropped,
         length=length,
         tokenizer=tokenizer,
         bpe_vocab_size=bpe_vocab_size,

@@ -60,11 +60,14 @@ def test_configs_are_found_by_name_anywhere_and_experiments_are_not_installed(in
     _, err = run(installed, "mdm", "train", "--config=quikstart", "--workdir=run", code=2)
     assert "did you mean quickstart?" in err
     find = (
-        "import importlib.util as u, mdm_jax; print(mdm_jax.__file__, u.find_spec('experiments'))"
+        "import importlib.util as u, mdm_jax.data.text as t; "
+        "print(t.__file__, u.find_spec('experiments'), *sorted(p.name for p in "
+        "t.EMBEDDED.parent.iterdir()))"
     )
     out, _ = run(installed, "python", "-c", find)
-    file, spec = out.split()
+    file, spec, *embedded = out.split()
     assert file.startswith(str(installed[0])) and spec == "None"
+    assert embedded == ["LICENSE.txt", "README.md", "python_reference.txt.xz"]
 
 
 @pytest.mark.slow
