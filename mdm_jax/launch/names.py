@@ -132,6 +132,7 @@ TASKS = {
     "run": tasks.Run,
     "add": tasks.Add,
     "countdown": tasks.Countdown,
+    "zebra": tasks.Zebra,
 }
 OPTIMIZERS = {"adamw": training.adamw, "muon": training.muon}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

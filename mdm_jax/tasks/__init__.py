@@ -12,3 +12,4 @@ from mdm_jax.tasks.task import (
     split_of,
     task_dataset,
 )
+from mdm_jax.tasks.zebra import Zebra

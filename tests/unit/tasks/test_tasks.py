@@ -22,6 +22,8 @@ TASKS = [
     tasks.Add(),
     tasks.Countdown(),
     tasks.Countdown(numbers=4, largest=999),
+    tasks.Zebra(),
+    tasks.Zebra(houses=(3, 5), attributes=(3, 3)),
     tasks.Noisy(SUDOKU4, 2),
     tasks.Noisy(tasks.Chain(), 3),
 ]
