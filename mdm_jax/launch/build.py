@@ -24,7 +24,8 @@ from mdm_jax.launch.families import TOKEN_FAMILIES, Family, final_likelihood, gr
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
-from mdm_jax.launch.workdir import check_source, open_workdir
+from mdm_jax.launch.start import scaled
+from mdm_jax.launch.workdir import check_source, open_workdir, read_config
 from mdm_jax.models import lora
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoints import CheckpointError
@@ -300,6 +301,7 @@ def make_experiment(
     launch_config.check_config(config)
     adapter, source = sources.adapter(config), sources.read(config, workdir)
     config = sources.filled(config, source, given, workdir)
+    config = scaled.filled(config, workdir and read_config(workdir))
     rows = dataset(config, source)
     family = lookup(FAMILIES, config.process, "process")(config, rows, source)
     _check_unread(config, family.unread)
@@ -397,10 +399,8 @@ def _optimizer(
     first_moment_dtype: str,
     second_moment_dtype: str,
     ema_dtype: str,
-    ema_decay: float,
-    **own: dict[str, Any],
+    **own: Any,  # sections of optimizers, and ema_decay, the step's
 ) -> optax.GradientTransformation:
-    del ema_decay  # the step's
     lookup(names.DTYPES, ema_dtype, "optimizer.ema_dtype")
     optimizer = lookup(names.OPTIMIZERS, name, "optimizer.name")(
         training.warmup_cosine(peak, warmup_steps, total_steps, final_fraction),

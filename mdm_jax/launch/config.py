@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
         return {
             name: values(entry)
             if isinstance(entry, Mapping)
-            else placeholder(int)
+            else placeholder(int if isinstance(entry.rule, Whole) else float)
             if entry.default is None
             else entry.default
             for name, entry in section.items()
@@ -270,7 +270,7 @@ def _whole(default: Any, *rule: Any) -> Setting:
     return Setting(default, Whole(*rule))
 
 
-def _real(default: float, *rule: Any) -> Setting:
+def _real(default: float | None, *rule: Any) -> Setting:
     return Setting(default, Real(*rule))
 
 
@@ -341,8 +341,19 @@ def _optimizer() -> dict[str, Any]:
     return {
         **defaults(training.adamw, weight_decay=0.01, clip_norm=clip_norm),
         "name": _name("muon", names.OPTIMIZERS),
-        **defaults(training.warmup_cosine, peak=2e-2, warmup_steps=50),
-        "ema_decay": defaults(training.make_train_step, ema_decay=0.99)["ema_decay"],
+        **defaults(
+            training.warmup_cosine,
+            # None: by the optimiser's name and train.steps (launch/start/scaled.py).
+            peak=_real(
+                None, "(0, 10]", "learning rate", "after the warm-up; None: adamw 0.002, muon 0.02"
+            ),
+            warmup_steps=_whole(
+                None, _NATURAL, "steps", "of rising rate; None: a tenth of train.steps, up to 1000"
+            ),
+        ),
+        "ema_decay": _real(
+            None, "[0, 1)", "per step", "of the parameters' average; None: 1 - 5 / train.steps"
+        ),
         "muon": {"momentum": defaults(training.muon)["momentum"]},
         # How state is stored between steps; arithmetic is in float32.
         "first_moment_dtype": dtype(""),

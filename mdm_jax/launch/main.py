@@ -71,6 +71,7 @@ from mdm_jax.launch.modes import (
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.reports import page
+from mdm_jax.launch.start import scaled
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,
@@ -214,6 +215,7 @@ def _run(workdir: files.Path) -> int:
             source = sources.read(_CONFIG.value, begun)
             given = command_line.overridden(_PARSED)
             config = sources.filled(_CONFIG.value, source, given, begun)
+            config = scaled.filled(config, begun and read_config(begun))
             check(workdir, config, _ALLOW.value or free)
             experiment = make_experiment(config, begun, given)
         except TypeError as error:
@@ -258,7 +260,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _train(experiment: Experiment, workdir: files.Path) -> int:
-    print(experiment.describe(), flush=True)
+    print(experiment.describe(), scaled.describe(experiment.config), sep="\n", flush=True)
     print(preview.preview(experiment.dataset), flush=True)
     with Interrupt() as interrupt:
         try:

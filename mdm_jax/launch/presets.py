@@ -86,7 +86,7 @@ def digits_gaussian(variant: str = "vdm") -> ConfigDict:
     config.variance.order = ("stratified",)
     config.train.update(steps=1500, batch_size=64, checkpoint_every=500)
     # No clipping: the recipes' gradients differ in scale, to which the optimiser is invariant.
-    config.optimizer.update(peak=1e-2, clip_norm=0.0, ema_decay=0.995)
+    config.optimizer.update(peak=1e-2, warmup_steps=50, clip_norm=0.0, ema_decay=0.995)
     config.evaluate.update(batch_size=64, passes=8, replicates=2, final_passes=32)
     config.sample.update(num_samples=25, gap=0, sampler="dpm_solver_pp_2m", num_steps=32)
     if variant == "smoke":
@@ -174,7 +174,7 @@ def _from_source(name: str, variant: str) -> ConfigDict:
     if variant == "smoke":
         defaults.shrink(config)
         config.model.update(shape)  # the model's own
-    config.optimizer.update(name="adamw", peak=1e-5, weight_decay=0.0, ema_decay=0.999)
+    config.optimizer.update(name="adamw", peak=1e-5, weight_decay=0.0)
     config.sample.update(sampler="by_confidence")
     return config
 

@@ -24,6 +24,7 @@ from mdm_jax import distributed, files
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mdm_jax.files import write_json
 from mdm_jax.launch import config as launch_config
+from mdm_jax.launch.start import scaled
 from mdm_jax.training.checkpoints import UNSAVED, CheckpointReader
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
@@ -205,6 +206,7 @@ def changes(
     if old is None:
         return []
     known = _filled(old, resolved(launch_config.get_config()))
+    new = scaled.same(known, new)
     if sections is None:
         sections = sorted({*known, *new} - {*FREE_SECTIONS})
     chosen = ({name: each[name] for name in sections if name in each} for each in (known, new))
@@ -217,7 +219,7 @@ def claim(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -
     Where another process may do the same, under the training lock.
     """
     check(workdir, config, allow_change)
-    new, old = resolved(config), read_config(workdir)
+    new, old = resolved(scaled.filled(config)), read_config(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     changed = changes(workdir, config)
     if changed:

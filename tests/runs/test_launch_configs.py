@@ -15,6 +15,7 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names, workdir
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.gaussian_family import gaussian_levels, gaussian_recipe
+from mdm_jax.launch.start import scaled
 from mdm_jax.types import Batch
 
 pytestmark = pytest.mark.first
@@ -250,12 +251,13 @@ def test_a_config_comes_back_from_its_workdir(name, tmp_path):
     """Through JSON and back: the same values of the same types, tuples included."""
     config = _get_config(name)
     workdir.claim(tmp_path, config)
-    assert workdir.saved_config(tmp_path).to_dict() == config.to_dict()
+    assert workdir.saved_config(tmp_path).to_dict() == scaled.filled(config).to_dict()
 
 
 def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
     config = _get_config("base")
     config.train.steps = 7
+    config = scaled.filled(config)
     workdir.claim(tmp_path, config)
     saved = workdir.read_config(tmp_path)
     del saved["train"]["profile_at"], saved["mesh"]

@@ -31,6 +31,7 @@ from mdm_jax.evaluation.seeds import (
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import source
 from mdm_jax.launch.command_line import check_field, overridden
+from mdm_jax.launch.start import scaled
 from mdm_jax.launch.workdir import WorkdirError, check, provenance, read_config, writing
 from mdm_jax.training.loop import Interrupt
 
@@ -300,6 +301,7 @@ def _check(runs: Sequence[Run], workdir: files.Path, shared: Sequence[str]) -> N
         if read_config(directory) is not None:  # which has what its source fixes, too
             model = source.read(config, directory)
             config = source.filled(config, model, {*shared, *run.settings}, directory)
+            config = scaled.filled(config, read_config(directory))
         check(directory, config)
 
 

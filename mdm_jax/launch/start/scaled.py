@@ -1,0 +1,75 @@
+"""Settings of the optimiser that follow from others where they are not given.
+
+Their default in the config is None; :func:`filled` gives every run numbers, which are what its
+``config.json`` holds.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+PEAKS = {"adamw": 2e-3, "muon": 2e-2}
+"""Peak of the learning rate by ``optimizer.name``."""
+
+SCALED = ("peak", "warmup_steps", "ema_decay")
+"""Settings of the section ``optimizer`` that may be None."""
+
+
+def warmup_steps(steps: int) -> int:
+    """A tenth of the run, at most 1000 steps."""
+    return min(steps // 10, 1000)
+
+
+def ema_decay(steps: int) -> float:
+    """An average over about a fifth of the run: 1 - 5 / steps, in [0.9, 0.9999]."""
+    return round(min(max(1 - 5 / steps, 0.9), 0.9999), 6)
+
+
+def followed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of :data:`SCALED` by the optimiser's name and the number of steps of a config."""
+    steps = config["train"]["steps"]
+    return {
+        "peak": PEAKS.get(config["optimizer"]["name"]),  # None: the name is refused later
+        "warmup_steps": warmup_steps(steps),
+        "ema_decay": ema_decay(steps),
+    }
+
+
+def filled(config: ConfigDict, stored: Mapping[str, Any] | None = None) -> ConfigDict:
+    """A copy of the config in which none of :data:`SCALED` is None.
+
+    ``stored``: the config of the run that goes on. What it holds is kept, unless it follows the
+    rules there too: then the new number of steps and optimiser count.
+    """
+    unset = [name for name in SCALED if config.optimizer[name] is None]
+    if not unset:
+        return config
+    config, values = copy.deepcopy(config), followed(config)
+    if stored is not None:
+        rules, own = followed(stored), stored["optimizer"]
+        values |= {n: own[n] for n in SCALED if own.get(n) not in (None, rules[n])}
+    config.optimizer.update({name: values[name] for name in unset})
+    return config
+
+
+def same(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new`` with the values of ``known`` where these follow the rules in both, or are unset."""
+    optimizer, old_rules, rules = dict(new["optimizer"]), followed(known), followed(new)
+    for name in SCALED:
+        old, value = known["optimizer"][name], optimizer[name]
+        if value is None or (old in (None, old_rules[name]) and value == rules[name]):
+            optimizer[name] = old
+    return new | {"optimizer": optimizer}
+
+
+def describe(config: ConfigDict) -> str:
+    """One line with the optimiser's settings of a filled config."""
+    c = config.optimizer
+    return (
+        f"optimiser: {c.name}, learning rate {c.peak:g} after {c.warmup_steps} of "
+        f"{config.train.steps} steps (optimizer.peak, warmup_steps), then a cosine to "
+        f"{c.peak * c.final_fraction:g}; average of the parameters {c.ema_decay:g} a step "
+        "(ema_decay)"
+    )

@@ -1,0 +1,72 @@
+"""Settings that follow from others: by rule where unset, as given where set, as stored on."""
+
+import pytest
+
+from mdm_jax.launch import presets
+from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.start import scaled
+from mdm_jax.launch.workdir import WorkdirError, changes, check, claim, read_config, resolved
+
+
+def _run(steps=500, name="muon", **given):
+    config = presets.text_uniform()
+    config.train.steps, config.optimizer.name = steps, name
+    config.optimizer.update(given)
+    return config
+
+
+def _numbers(config):
+    return tuple(config.optimizer[name] for name in scaled.SCALED)
+
+
+@pytest.mark.parametrize(
+    "steps, name, expected",
+    [
+        (500, "muon", (0.02, 50, 0.99)),  # what the small text presets have always had
+        (500, "adamw", (0.002, 50, 0.99)),
+        (2000, "muon", (0.02, 200, 0.9975)),
+        (20, "muon", (0.02, 2, 0.9)),
+        (10**6, "adamw", (0.002, 1000, 0.9999)),
+        (1, "adamw", (0.002, 0, 0.9)),
+    ],
+)
+def test_unset_settings_follow_steps_and_optimizer(steps, name, expected):
+    assert _numbers(scaled.filled(_run(steps, name))) == expected
+
+
+def test_given_settings_win_and_the_config_given_is_not_touched():
+    config = _run(2000, "adamw", peak=0.5, warmup_steps=0)
+    assert _numbers(scaled.filled(config)) == (0.5, 0, 0.9975)
+    assert _numbers(config) == (0.5, 0, None)
+
+
+def test_a_run_that_goes_on_keeps_what_it_stored():
+    """Such as AdamW at Muon's peak, the default when the run was started."""
+    old = resolved(_run(2000, "adamw", peak=0.02, warmup_steps=50, ema_decay=0.99))
+    assert _numbers(scaled.filled(_run(2000, "adamw"), old)) == (0.02, 50, 0.99)
+    assert _numbers(scaled.filled(_run(4000, "adamw"), old)) == (0.02, 50, 0.99)
+    new = resolved(scaled.filled(_run(2000, "muon")))  # by rule, and so by rule again
+    assert _numbers(scaled.filled(_run(4000, "adamw"), new)) == (0.002, 400, 0.99875)
+
+
+def test_an_experiment_has_numbers_and_says_them(one_device):
+    config = presets.quickstart("smoke")
+    config.train.steps, config.optimizer.warmup_steps = 40, None
+    experiment = make_experiment(config)
+    assert _numbers(experiment.config) == (0.02, 4, 0.9)
+    said = scaled.describe(experiment.config)
+    assert "muon, learning rate 0.02 after 4 of 40 steps" in said and "0.9 a step" in said
+
+
+def test_the_directory_holds_numbers_and_unset_settings_are_no_change(tmp_path):
+    claim(tmp_path, _run(2000))
+    stored = read_config(tmp_path)["optimizer"]
+    assert [stored[name] for name in scaled.SCALED] == [0.02, 200, 0.9975]
+    check(tmp_path, _run(2000))
+    check(tmp_path, scaled.filled(_run(2000)))
+    with pytest.raises(WorkdirError, match="optimizer.warmup_steps: 200 -> 199"):
+        check(tmp_path, _run(2000, warmup_steps=199))
+    # Of another optimiser the peak follows; its name is the change.
+    assert changes(tmp_path, scaled.filled(_run(2000, "adamw"))) == [
+        'optimizer.name: "muon" -> "adamw"'
+    ]
