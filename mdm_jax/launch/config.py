@@ -462,6 +462,13 @@ def evaluate_every(config: ConfigDict) -> int:
     return max(1, steps // 10) if every == -1 else every
 
 
+def is_exact(config: Mapping[str, Any]) -> bool:
+    """Whether a run's likelihood is exact, not a bound: each token given all before it."""
+    return config["process"] == "autoregressive" or (
+        config["process"] == "block" and config["block"]["size"] == 1
+    )
+
+
 def shrink(config: ConfigDict) -> None:
     """Reduce a config to seconds of work, for tests: the variant "smoke" of every preset."""
     config.model.update(width=16, depth=1, num_heads=2)

@@ -405,11 +405,12 @@ def test_results_that_cannot_be_written_are_printed(tmp_path, monkeypatch, capsy
             return None
 
     record = {"unit": "character", "unigram_bits_per_unit": 1.0, "bigram_bits_per_unit": 1.0}
-    monkeypatch.setattr(plots, "new_figure", lambda _: Full())
-    monkeypatch.setattr(plots, "training_curve", lambda *_: None)
-    monkeypatch.setattr(training, "read_metrics", lambda _: [])
+    train = {"step": 1, "kind": "train", "loss": 1.0, "bits_per_unit": 1.0}
+    monkeypatch.setattr(plots.style, "new_figure", lambda _: Full())
+    monkeypatch.setattr(plots, "training_curve", lambda *_, **__: None)
+    monkeypatch.setattr(training, "read_metrics", lambda _: [train])
     with pytest.raises(WorkdirError, match="plots could not be written: No space left"):
-        evaluate.write_plots(tmp_path, record)
+        evaluate.write_plots(tmp_path, {"process": "autoregressive"}, record)
 
 
 HELP = ("the same line resumes", "--config.train.steps=2000", "--workdir:", "--mode:")

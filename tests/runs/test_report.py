@@ -20,7 +20,25 @@ def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
         "unigram_bits_per_unit": 2.0,
         "bigram_bits_per_unit": None,
     }
-    text = format_results(record, [])
-    write_plots(tmp_path, record)
+    text = format_results(record, [], exact=False)
+    write_plots(tmp_path, {"process": "masked"}, record)
     assert "unigram entropy of the split 2.000, bigram entropy unknown bits per character" in text
+    assert "held-out likelihood bound" in text and "1.500 ± unknown bits" in text
     assert (tmp_path / "plots" / "training.png").exists()
+
+
+def test_an_exact_likelihood_is_not_called_a_bound():
+    record = {
+        "unit": "character",
+        "split": "test",
+        "rows": 3,
+        "step": 1,
+        "bits_per_unit": 1.5,
+        "standard_error_bits_per_unit": 0.0,
+        "data_standard_error_bits_per_unit": 0.25,
+        "unigram_bits_per_unit": 2.0,
+        "bigram_bits_per_unit": 1.0,
+    }
+    text = format_results(record, [], exact=True)
+    assert "held-out exact likelihood (test split" in text and "bound" not in text
+    assert "  1.500 bits per character   (± 0.250 over rows)\n" in text

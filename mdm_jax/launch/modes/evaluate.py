@@ -10,8 +10,10 @@ import tqdm
 from mdm_jax import data, distributed, evaluation, files, likelihood, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
+from mdm_jax.launch.config import is_exact
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
+from mdm_jax.launch.reports.curves import SIZE, training_curves
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
 from mdm_jax.types import Array, Batch, PyTree
@@ -47,6 +49,7 @@ def evaluate(
         "tokenizer_fingerprint": getattr(experiment.dataset.tokenizer, "fingerprint", None),
         "unigram_bits_per_unit": entropies.unigram_per_unit,
         "bigram_bits_per_unit": entropies.bigram_per_unit,
+        **_validation_entropies(experiment, split),
         **experiment.family.record(result),
         **_audit(experiment, step, result, experiment.batches(source, max_rows)),
         **measure_accuracy(experiment, workdir, params, check),
@@ -56,6 +59,18 @@ def evaluate(
         with writing(workdir / "evaluation.json"):
             write_json(workdir / "evaluation.json", record)
     return record
+
+
+def _validation_entropies(experiment: Experiment, split: str) -> dict[str, float | None]:
+    """Entropies of the validation split, where that is not the ``split`` evaluated."""
+    source, max_rows = experiment.dataset.valid, experiment.config.evaluate.max_rows
+    if split == "valid" or not len(source):
+        return {}
+    own = data.split_entropies(source, experiment.dataset.vocab_size, max_rows or None)
+    return {
+        "valid_unigram_bits_per_unit": own.unigram_per_unit,
+        "valid_bigram_bits_per_unit": own.bigram_per_unit,
+    }
 
 
 def _audit(
@@ -214,13 +229,14 @@ def report(
         show(text)
 
     def add_results(record: dict[str, Any]) -> None:
-        add(format_results(record, experiment.family.details(record)))
+        exact = is_exact(experiment.config)
+        add(format_results(record, experiment.family.details(record), exact))
 
     record = evaluate(experiment, workdir, check, show=add_results)
     paths = sample(experiment, workdir, show=add)["files"]
     if not distributed.is_first():
         return ""
-    shown = write_plots(workdir, record)
+    shown = write_plots(workdir, experiment.config, record)
     page = write_page(workdir)
     add(
         "\n".join(
@@ -240,42 +256,37 @@ def report(
     return text
 
 
-def format_results(record: Mapping[str, Any], details: Sequence[str]) -> str:
-    """A record of :func:`evaluate` for the terminal."""
-    unit, entropies = record["unit"], _entropies(record)
+def format_results(record: Mapping[str, Any], details: Sequence[str], exact: bool) -> str:
+    """A record of :func:`evaluate` for the terminal; ``exact``: no bound."""
+    unit, rows = record["unit"], _number(record["data_standard_error_bits_per_unit"])
+    value, kind = f"{record['bits_per_unit']:.3f}", "exact likelihood"
+    errors = f"(± {rows} over rows)"
+    if not exact:
+        value += f" ± {_number(record['standard_error_bits_per_unit'])}"
+        kind, errors = "likelihood bound", f"(± Monte Carlo; over rows ± {rows})"
     return "\n".join(
         [
-            f"held-out likelihood bound ({record['split']} split, {record['rows']} rows, "
+            f"held-out {kind} ({record['split']} split, {record['rows']} rows, "
             f"parameters of step {record['step']}):",
-            f"  {record['bits_per_unit']:.3f} ± {_number(record['standard_error_bits_per_unit'])} "
-            f"bits per {unit}   (± Monte Carlo; over rows ± "
-            f"{_number(record['data_standard_error_bits_per_unit'])})",
-            f"  unigram entropy of the split {_number(entropies['unigram entropy'])}, "
-            f"bigram entropy {_number(entropies['bigram entropy'])} bits per {unit}",
+            f"  {value} bits per {unit}   {errors}",
+            f"  unigram entropy of the split {_number(record['unigram_bits_per_unit'])}, "
+            f"bigram entropy {_number(record['bigram_bits_per_unit'])} bits per {unit}",
             *details,
             "",
         ]
     )
 
 
-def write_plots(workdir: files.Path, record: Mapping[str, Any]) -> list[files.Path]:
+def write_plots(
+    workdir: files.Path, config: Mapping[str, Any], record: Mapping[str, Any]
+) -> list[files.Path]:
     """Plot the metrics, and the levels of a record of :func:`evaluate`; returns the files."""
-    curve, levels = workdir / "plots" / "training.png", workdir / "plots" / "levels.png"
-    shown, unit = [curve], record["unit"]
-    known = {name: value for name, value in _entropies(record).items() if value is not None}
-    records = training.read_metrics(workdir / "metrics.jsonl")
-    with writing(curve.parent):
-        plots.save(lambda axes: plots.training_curve(axes, records, unit, known), curve, (7, 4))
-        if "levels" in record:
-            edges = np.array(record["levels"]["masking_rate_edges"])
-            nats = np.array(record["levels"]["nats_per_masked_token"], np.float64)
-            plots.save(lambda axes: plots.level_curve(axes, edges, nats), levels, (5, 4))
-            shown.append(levels)
+    records, shown = training.read_metrics(workdir / "metrics.jsonl"), []
+    for curve in training_curves(config, records, record):
+        shown.append(workdir / "plots" / f"{curve.name}.png")
+        with writing(shown[-1].parent):
+            plots.save(curve.draw, shown[-1], SIZE)
     return shown
-
-
-def _entropies(record: Mapping[str, Any]) -> dict[str, float | None]:
-    return {f"{name} entropy": record[f"{name}_bits_per_unit"] for name in ("unigram", "bigram")}
 
 
 def _number(value: float | None) -> str:

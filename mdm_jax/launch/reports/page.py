@@ -4,11 +4,12 @@ The page is complete in itself: figures are SVG elements, nothing is loaded from
 script runs. All text of models, data and settings is escaped.
 """
 
+import functools
 import html
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from mdm_jax import files, plots, training
 from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import config as launch_config
+from mdm_jax.launch.config import is_exact
+from mdm_jax.launch.reports.curves import SIZE, Curve, noise_curves, training_curves
 from mdm_jax.launch.reports.panel import whole_rows
 from mdm_jax.launch.workdir import WorkdirError, differences, read_config, resolved, writing
 from mdm_jax.meter.panel import PARTS
@@ -82,21 +85,29 @@ def _page(
     step, steps = max((r["step"] for r in of.get("train", [])), default=0), config["train"]["steps"]
     status = "finished" if step >= steps and evaluation else f"at step {step:,} of {steps:,}"
     panel = of.get("panel", [])
+    curves = training_curves(config, records, evaluation)
+    if speeds := of.get("speed"):
+        draw_speed = functools.partial(plots.speed, records=speeds)
+        curves.append(Curve("speed", draw_speed, "Training alone, without validations."))
+    chain = " → ".join(config["variance"]["order"]) or "independent draws"
+    what = f"{config['process']} diffusion", f"variance {chain} · "
+    if config["process"] == "autoregressive":
+        what = "autoregressive model", ""
     subtitle = (
-        f"{config['process']} diffusion on {config['data']['source']} data · "
-        f"variance {' → '.join(config['variance']['order']) or 'independent draws'} · "
+        f"{what[0]} on {config['data']['source']} data · {what[1]}"
         f"batches of {config['train']['batch_size']} rows · {status}"
-    ).replace("autoregressive diffusion", "autoregressive model")
+    )
     parts = [
         tag("header", f"<h1>{text(name)}</h1><p>{text(subtitle)}</p>{_command(run)}"),
-        section("Results", _cards(_results(evaluation, of))),
-        section("Training", _figures(_curves(of, evaluation))),
+        section("Results", _cards(_results(evaluation, of, is_exact(config)))),
+        section("Training", _figures(_drawn(curves))),
     ]
-    if panel:
+    if panel and config["process"] != "autoregressive":
         latest: dict[str, float] = {}
         for record in panel:
             latest |= record
-        noise = _noise(latest, panel[-1], config) + _figures(_noise_curves(panel, config))
+        noise = _noise(latest, panel[-1], config)
+        noise += _figures(_drawn(noise_curves(config, panel)))
         parts.append(section("Where the gradient's noise comes from", noise))
     if samples:
         parts.append(section("Samples", _sample_columns(samples)))
@@ -108,22 +119,24 @@ def _page(
 # --- figures and numbers --------------------------------------------------------------------------
 
 
-def _results(evaluation: Record, of: Mapping[str, Sequence[Record]]) -> list[tuple[str, str, str]]:
+def _results(
+    evaluation: Record, of: Mapping[str, Sequence[Record]], exact: bool
+) -> list[tuple[str, str, str]]:
     """(name, value, explanation) of the results known so far."""
-    cards = []
+    cards, kind = [], "exact likelihood" if exact else "likelihood bound"
     if "bits_per_unit" in evaluation:
         unit = evaluation["unit"]
-        value = _pm(evaluation["bits_per_unit"], evaluation.get("standard_error_bits_per_unit"))
+        error = None if exact else evaluation.get("standard_error_bits_per_unit")
         about = (
             f"bits per {unit}, {evaluation['split']} split, {evaluation['rows']:,} rows, parameters"
-            f" of step {evaluation['step']:,}; ± Monte Carlo error, over rows "
+            f" of step {evaluation['step']:,}; {'± Monte Carlo error, ' * (not exact)}over rows "
             f"± {_number(evaluation.get('data_standard_error_bits_per_unit'))}"
         )
-        cards.append(("held-out bound", value, about))
+        cards.append((f"held-out {kind}", _pm(evaluation["bits_per_unit"], error), about))
     elif evaluated := of.get("evaluate"):
         last = evaluated[-1]
-        value = _pm(last["bits_per_unit"], last.get("standard_error"))
-        cards.append(("validation bound", value, f"bits per unit, at step {last['step']:,}"))
+        value = _pm(last["bits_per_unit"], None if exact else plots.bits_error(last))
+        cards.append((f"validation, {kind}", value, f"bits per unit, at step {last['step']:,}"))
     if "accuracy" in evaluation:
         low, high = evaluation["accuracy_interval"]
         about = (
@@ -135,40 +148,6 @@ def _results(evaluation: Record, of: Mapping[str, Sequence[Record]]) -> list[tup
         about = f"tokens per second, median of {len(speeds)} readings"
         cards.append(("speed", f"{np.median(speeds):,.0f}", about))
     return cards
-
-
-def _curves(of: Mapping[str, Sequence[Record]], evaluation: Record) -> list[tuple[str, str]]:
-    """(SVG, caption) of the curves."""
-    curves = []
-    everything = [r for kind in ("train", "monitor", "evaluate") for r in of.get(kind, [])]
-    if of.get("train"):
-        known = {
-            f"{n} entropy": evaluation[f"{n}_bits_per_unit"]
-            for n in ("unigram", "bigram")
-            if evaluation.get(f"{n}_bits_per_unit") is not None
-        }
-        unit = evaluation.get("unit", "unit")
-        curves.append(
-            (
-                _draw(lambda axes: plots.training_curve(axes, everything, unit, known)),
-                "Loss. Grey: the training objective, unbiased and noisy. Blue line: cross-entropy "
-                "of masked tokens by masking rate, running means averaged evenly over the rates, "
-                "with two standard errors; it lags by some tens of steps. Points: the validation "
-                "bound under averaged parameters with its standard error.",
-            )
-        )
-    if "levels" in evaluation:
-        edges = np.array(evaluation["levels"]["masking_rate_edges"])
-        nats = np.array(evaluation["levels"]["nats_per_masked_token"], np.float64)
-        curves.append(
-            (
-                _draw(lambda axes: plots.level_curve(axes, edges, nats)),
-                "Held-out cross-entropy of a masked token by masking rate.",
-            )
-        )
-    if of.get("speed"):
-        curves.append((_draw(lambda axes: plots.speed(axes, of["speed"])), "Speed."))
-    return curves
 
 
 def _noise(latest: Record, last: Record, config: Record) -> str:
@@ -203,43 +182,9 @@ def _noise(latest: Record, last: Record, config: Record) -> str:
     return bar + _cards(cards)
 
 
-def _noise_curves(panel: Sequence[Record], config: Record) -> list[tuple[str, str]]:
-    curves = []
-    if any("share_pattern" in r for r in panel):
-        window = config.get("panel", {}).get("window", 0)
-        curves.append(
-            (
-                _draw(lambda axes: plots.noise_shares(axes, panel)),
-                "Shares of the variance of one row's gradient (trace of its covariance, all views "
-                "of the row), from nested samples of rows, levels and masks at the parameters of "
-                f"the moment, over the last {window} measurements; bands: one standard error. They "
-                "are unbiased, so a small share can be estimated below zero.",
-            )
-        )
-    if any("critical_batch_rows_low" in r for r in panel):
-        size = config["train"]["batch_size"]
-        curves.append(
-            (
-                _draw(lambda axes: plots.critical_batch(axes, panel, size)),
-                "Simple noise scale (McCandlish et al. 2018), rows × tr Cov(G) / |E G|²: at this "
-                "batch size noise and signal are equal. From the gradients of successive steps "
-                "where their signal stands out (gradients that turn make it too large, those that "
-                "shrink too small), else from the measurements. Bars without a point have no upper "
-                "end.",
-            )
-        )
-    if any(r.get("effective_sample_size", 1.0) < 1 - 1e-3 for r in panel):
-        curves.append(
-            (
-                _draw(lambda axes: plots.weights(axes, panel)),
-                "Effective sample size of the importance weights, (Σw)² / (n Σw²).",
-            )
-        )
-    return curves
-
-
-def _draw(draw: Callable[[Any], Any]) -> str:
-    return plots.svg(draw, (5.6, 3.3))
+def _drawn(curves: Iterable[Curve]) -> list[tuple[str, str]]:
+    """(SVG, caption) of each."""
+    return [(plots.svg(curve.draw, SIZE, curve.name), curve.caption) for curve in curves]
 
 
 # --- pieces of HTML -------------------------------------------------------------------------------
@@ -358,7 +303,7 @@ def _pm(value: float, error: float | None) -> str:
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1d2430; --soft: #5b6675; --line: #e3e7ec; --ground: #f6f7f9;
-  --c0: #1f77b4; --c1: #ff7f0e; --c2: #2ca02c; }
+  --c0: #0072b2; --c1: #e69f00; --c2: #009e73; }  /* plots.PALETTE */
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; color: var(--ink);
   background: var(--ground); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }

@@ -55,5 +55,5 @@ def test_the_readable_loss_is_drawn_in_the_unit_of_the_axes(axes):
         {"step": 1, "kind": "evaluate", "bits_per_unit": 1.2, "standard_error": 0.1},
     ]
     found = lines(plots.training_curve(axes, records, "character"))
-    np.testing.assert_allclose(found["normalised by level"], [[1, 1.5]])
-    np.testing.assert_allclose(found["training objective"], [[1, 1.0]])
+    np.testing.assert_allclose(found["training, even over levels (± 2 s.e.)"], [[1, 1.5]])
+    np.testing.assert_allclose(found["training, single batches"], [[1, 1.0]])

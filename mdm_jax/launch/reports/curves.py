@@ -1,0 +1,132 @@
+"""The curves of a run, drawn alike in ``report.html`` and as PNGs below ``plots/``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mdm_jax import plots
+from mdm_jax.launch.config import is_exact
+
+Record = Mapping[str, Any]
+SIZE = (6.4, 4.4)
+"""Inches of a curve."""
+_LEVELS = {"masked": "masking rate", "block": "masking rate", "uniform": "replacement rate"}
+
+
+class Curve(NamedTuple):
+    """A plot by name, ``draw(axes)``, and what it shows in words."""
+
+    name: str
+    draw: Callable[[Any], Any]
+    caption: str
+
+
+def training_curves(config: Record, records: Sequence[Record], evaluation: Record) -> list[Curve]:
+    """Loss and, where a process has noise levels, held-out loss by level.
+
+    ``config`` is the saved one, ``evaluation`` that of ``evaluation.json`` or {}.
+    """
+    curves, exact = [], is_exact(config)
+    if any(r["kind"] == "train" for r in records):
+        unit, known = evaluation.get("unit", "unit"), entropies(evaluation, "valid")
+        references = {f"{n} entropy (validation)": v for n, v in known.items()}
+        result = None
+        if "bits_per_unit" in evaluation:
+            names = ("split", "step", "bits_per_unit", "standard_error_bits_per_unit")
+            result = plots.Result(*(evaluation.get(name) for name in names))
+
+        def draw(axes: Any) -> Any:
+            return plots.training_curve(axes, records, unit, references, result=result, exact=exact)
+
+        curves.append(Curve("training", draw, _about(records, config, result, references)))
+    level = _LEVELS.get(config["process"])
+    if level and not exact and "levels" in evaluation:
+        edges = np.array(evaluation["levels"]["masking_rate_edges"])
+        nats = np.array(evaluation["levels"]["nats_per_masked_token"], np.float64)
+        curves.append(
+            Curve(
+                "levels",
+                lambda axes: plots.level_curve(axes, edges, nats, level),
+                f"Cross-entropy on the {evaluation.get('split', 'held-out')} split by {level}, a "
+                "mean over each of equal ranges. For masked tokens the mean over all rates is the "
+                "bound.",
+            )
+        )
+    return curves
+
+
+def _about(
+    records: Sequence[Record],
+    config: Record,
+    result: plots.Result | None,
+    references: Mapping[str, float],
+) -> str:
+    """The caption of the loss."""
+    exact = is_exact(config)
+    parts = ["Grey: the objective on training batches, means over the steps between two points."]
+    if any("normalised_loss" in r for r in records):
+        parts.append(
+            "Blue: the same without the noise of the levels: the running cross-entropy of each of "
+            "equal ranges of the noise level, averaged evenly over the ranges, ± two standard "
+            "errors. It lags by some tens of steps."
+        )
+    parts.append(
+        "Points: validation under averaged parameters, "
+        + ("exact." if exact else "the bound ± its Monte Carlo standard error.")
+    )
+    if result is not None:
+        parts.append(f"Star: the {result.split} split, with the parameters of step {result.step}.")
+    if references:
+        parts.append(
+            "Lines: entropies of the tokens of the validation split, alone (unigram) and each "
+            "given the one before (bigram), counted on that split: somewhat below what a model "
+            "of such statistics reaches."
+        )
+    return " ".join(parts)
+
+
+def entropies(evaluation: Record, split: str) -> dict[str, float]:
+    """Known token entropies of a split, bits per unit, by "unigram" and "bigram"."""
+    own = "" if evaluation.get("split") == split else f"{split}_"
+    found = {n: evaluation.get(f"{own}{n}_bits_per_unit") for n in ("unigram", "bigram")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def noise_curves(config: Record, panel: Sequence[Record]) -> list[Curve]:
+    """Where the gradient's noise comes from, from records "panel"."""
+    curves = []
+    if any("share_pattern" in r for r in panel):
+        window = config.get("panel", {}).get("window", 0)
+        curves.append(
+            Curve(
+                "shares",
+                lambda axes: plots.noise_shares(axes, panel),
+                "Shares of the variance of one row's gradient (trace of its covariance, all views "
+                "of the row), from nested samples of rows, levels and masks at the parameters of "
+                f"the moment, over the last {window} measurements; bands: one standard error. They "
+                "are unbiased, so a small share can be estimated below zero.",
+            )
+        )
+    if any("critical_batch_rows_low" in r for r in panel):
+        size = config["train"]["batch_size"]
+        curves.append(
+            Curve(
+                "critical_batch",
+                lambda axes: plots.critical_batch(axes, panel, size),
+                "Simple noise scale (McCandlish et al. 2018), rows × tr Cov(G) / |E G|²: at this "
+                "batch size noise and signal are equal. From the gradients of successive steps "
+                "where their signal stands out (gradients that turn make it too large, those that "
+                "shrink too small), else from the measurements. Bars without a point have no upper "
+                "end.",
+            )
+        )
+    if any(r.get("effective_sample_size", 1.0) < 1 - 1e-3 for r in panel):
+        curves.append(
+            Curve(
+                "weights",
+                lambda axes: plots.weights(axes, panel),
+                "Effective sample size of the importance weights, (Σw)² / (n Σw²).",
+            )
+        )
+    return curves

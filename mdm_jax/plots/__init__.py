@@ -1,0 +1,38 @@
+"""Plots: functions that take axes draw on them and return them; the others return a new figure."""
+
+from mdm_jax.plots.noise_levels import (
+    LEVELS,
+    compare_recipes,
+    effective_weights,
+    law_densities,
+    noise_curves,
+    recipe_densities,
+    schedule_curves,
+    trajectories,
+)
+from mdm_jax.plots.run import (
+    Result,
+    bits_error,
+    critical_batch,
+    level_curve,
+    noise_shares,
+    speed,
+    training_curve,
+    weights,
+)
+from mdm_jax.plots.samples import (
+    PANELS,
+    picture,
+    picture_grid,
+    quality_by_steps,
+    quality_curve,
+)
+from mdm_jax.plots.style import PALETTE, bar, dress, line, new_figure, save, svg, write
+from mdm_jax.plots.variance import (
+    RATE,
+    component_bars,
+    efficiency_bars,
+    level_densities,
+    level_loss,
+    level_moments,
+)
