@@ -92,20 +92,27 @@ def build_each(
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in rounds A B C, A B C, ..., so that disturbances slow all of them down.
+    """Seconds of each call in rounds of all, so that disturbances slow all of them down.
 
+    The order of a round is random, from a fixed seed: no call always follows the same other one.
     Calls must block until their result is ready, and be compiled already. There are at least
-    ``rounds`` rounds, and more until ``seconds`` are spent.
+    ``rounds`` rounds, and more until ``seconds`` are spent. ``clock`` is what is read before and
+    after a call, such as ``time.process_time``.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    begin, done = time.perf_counter(), 0
+    begin, done, names = time.perf_counter(), 0, list(calls)
+    orders = np.random.default_rng(0)
     while done < rounds or (calls and time.perf_counter() - begin < seconds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+        for index in orders.permutation(len(names)):
+            start = clock()
+            calls[names[index]]()
+            times[names[index]].append(clock() - start)
         done += 1
     return times
 

@@ -107,10 +107,15 @@ def test_rounds_take_turns_and_go_on_until_the_time_is_spent():
     called = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
     times = command.interleaved(calls, rounds=2, seconds=0.0)
-    assert called == list("abcabc") and [len(t) for t in times.values()] == [2, 2, 2]
+    rounds = [called[:3], called[3:]]
+    assert all(sorted(order) == list("abc") for order in rounds)
+    assert [len(t) for t in times.values()] == [2, 2, 2]
     called.clear()
-    command.interleaved(calls, rounds=1, seconds=0.01)
-    assert len(called) > 3 and called == list("abc") * (len(called) // 3)
+    ticks = iter(range(100_000))
+    times = command.interleaved(calls, rounds=1, seconds=0.01, clock=lambda: next(ticks))
+    rounds = [tuple(called[i : i + 3]) for i in range(0, len(called), 3)]
+    assert len(rounds) > 6 and len(set(rounds)) == 6  # every order occurs
+    assert set(times["a"]) == {1}  # by the clock that was given
 
 
 def test_medians_and_ratios_of_rounds():
