@@ -37,8 +37,12 @@ from mdm_jax.evaluation.quality import (
     GenerativePerplexity,
     Score,
     TextQuality,
+    WordShare,
     generative_perplexity,
     likelihood_score,
     measure_text_quality,
+    texts_of_rows,
+    word_share,
+    words_of,
 )
 from mdm_jax.evaluation.windows import WindowedLikelihood, Windows, score_windows, sliding_windows

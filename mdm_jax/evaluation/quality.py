@@ -7,12 +7,17 @@ between two samples of one law too: report that between two halves of the data b
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mdm_jax.data.rows import RowSource, gather
+from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.estimates import finite_or_none, standard_error_of_ratio
 from mdm_jax.evaluation.answers import Evaluate, spread_rows
 from mdm_jax.evaluation.ngrams import (
@@ -213,6 +218,53 @@ def measure_text_quality(
         divergence=divergence,
         perplexity=perplexity,
     )
+
+
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+class WordShare(NamedTuple):
+    """Words of texts that are known: ``known`` of ``words``, repeats counted; ``distinct`` ones."""
+
+    known: int
+    words: int
+    distinct: int
+
+    @property
+    def share(self) -> float:
+        """Known words of all words; NaN without words."""
+        return self.known / self.words if self.words else math.nan
+
+
+def words_of(text: str) -> list[str]:
+    """Words of a text in order: runs of letters in lower case.
+
+    A word that touches an end of the text is left out, because it may be cut there.
+    """
+    inside = (m for m in _WORD.finditer(text) if m.start() > 0 and m.end() < len(text))
+    return [match[0].lower() for match in inside]
+
+
+def word_share(texts: Iterable[str], known: Collection[str]) -> WordShare:
+    """Share of the words of ``texts`` that are in ``known`` (lower case, best a set).
+
+    Invented words lower it; order and meaning are not looked at.
+    """
+    words = list(itertools.chain.from_iterable(map(words_of, texts)))
+    return WordShare(sum(word in known for word in words), len(words), len(set(words)))
+
+
+def texts_of_rows(
+    source: RowSource, tokenizer: Tokenizer, max_tokens: int = 2**20
+) -> Iterable[str]:
+    """Texts of the documents of evenly spaced rows, ``max_tokens`` positions of them or all."""
+    if not len(source):
+        return
+    count = min(len(source), max(1, max_tokens // source[0].tokens.shape[-1]))
+    batch = gather(source, np.linspace(0, len(source) - 1, count).astype(np.int64))
+    for tokens, documents in zip(batch.tokens, batch.documents):
+        for number in np.unique(documents[documents > 0]):
+            yield tokenizer.decode(tokens[documents == number])
 
 
 class PrincipalSpace(NamedTuple):

@@ -233,9 +233,11 @@ def report(
         add(format_results(record, experiment.family.details(record), exact))
 
     record = evaluate(experiment, workdir, check, show=add_results)
-    paths = sample(experiment, workdir, show=add)["files"]
+    drawn = sample(experiment, workdir, show=add)
+    paths = drawn["files"]
     if not distributed.is_first():
         return ""
+    add(summary(experiment, record, drawn["samples"]))
     shown = write_plots(workdir, experiment.config, record)
     page = write_page(workdir)
     add(
@@ -275,6 +277,33 @@ def format_results(record: Mapping[str, Any], details: Sequence[str], exact: boo
             "",
         ]
     )
+
+
+def summary(
+    experiment: Experiment, record: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
+) -> str:
+    """The likelihood and, for texts of words, the share of the free samples' words that are known.
+
+    ``record`` of :func:`evaluate`, ``samples`` of :func:`sample`.
+    """
+    lines = [
+        f"held-out {record['split']} split: {record['bits_per_unit']:.3f} ± "
+        f"{_number(record['standard_error_bits_per_unit'])} bits per {record['unit']}"
+    ]
+    free = [sample["text"] for sample in samples if sample["kind"] == "free"]
+    codec = experiment.dataset.tokenizer
+    if any(map(evaluation.words_of, free)):
+        rows = evaluation.texts_of_rows(experiment.dataset.train, codec)
+        known = {word for text in rows for word in evaluation.words_of(text)}
+        found = evaluation.word_share(free, known)
+        texts = evaluation.texts_of_rows(experiment.held_out[1], codec)
+        reference = evaluation.word_share(texts, known)
+        lines.append(
+            f"{len(free)} free samples: {found.share:.0%} of {found.words} words occur in the "
+            f"training text ({found.distinct} different ones; of held-out text "
+            f"{reference.share:.0%} do)"
+        )
+    return "\n".join([*lines, ""])
 
 
 def write_plots(

@@ -10,9 +10,17 @@ import joint_law
 import numpy as np
 import pytest
 
+from mdm_jax import data
 from mdm_jax.evaluation import ngrams
 from mdm_jax.evaluation.ngrams import as_texts, jensen_shannon, ngram_divergence
-from mdm_jax.evaluation.quality import generative_perplexity, likelihood_score, measure_text_quality
+from mdm_jax.evaluation.quality import (
+    generative_perplexity,
+    likelihood_score,
+    measure_text_quality,
+    texts_of_rows,
+    word_share,
+    words_of,
+)
 from mdm_jax.likelihood import subsets as designs
 from mdm_jax.likelihood.bounds import make_subset_likelihood
 from mdm_jax.plots import quality_by_steps, quality_curve
@@ -322,3 +330,26 @@ def test_curves_against_forward_passes():
         quality_curve(left, RECORDS, "token_entropy", against="seconds")
     with pytest.raises(ValueError, match="ancestral: num_steps must be positive, got 0"):
         quality_curve(left, [record("ancestral", 0, 1.0, 1.0)], "token_entropy")
+
+
+def test_words_are_runs_of_letters_that_the_ends_do_not_cut():
+    assert words_of("ted. The cat's _name_ is Émile2x; it sa") == [
+        "the", "cat", "s", "name", "is", "émile", "x", "it"
+    ]  # fmt: skip
+    assert words_of("cut") == words_of("") == []
+
+
+def test_share_of_known_words_counts_repeats():
+    found = word_share([" the cat sat ", " the zog! "], {"the", "cat"})
+    assert found == (3, 5, 4) and found.share == 0.6
+    assert math.isnan(word_share(["12 34"], {"the"}).share)
+
+
+def test_texts_of_rows_are_documents_and_at_most_so_many_tokens(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(8)))
+    dataset = data.documents(path, 16, packing="first_fit", fractions=(1.0, 0.0, 0.0))
+    texts = list(texts_of_rows(dataset.train, dataset.tokenizer))
+    assert sorted(texts) == [f"text {i}" for i in range(8)]
+    assert len(list(texts_of_rows(dataset.train, dataset.tokenizer, max_tokens=32))) == 4
+    assert list(texts_of_rows(dataset.valid, dataset.tokenizer)) == []
