@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,9 +31,9 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
     if source == "tfds":
         source = lookup({"text": "tfds_text", "image": "tfds_images"}, values["kind"], "data.kind")
     factory = lookup(names.DATA, source, "data.source")
-    known = {"task", "prompt_length", "answer_length"}
-    if source != "task":
-        known = set(inspect.signature(factory).parameters) & set(values)
+    known = set(inspect.signature(factory).parameters) & set(values)
+    if source.startswith("task"):
+        known = known - {"answer_padding"} | {"task"}  # which has one of its own
     # As plain values: two ConfigDicts with the same settings are unequal if one of them is locked.
     defaults = launch_config.get_config().data.to_dict()
     if model is not None and model.tokenizer is not None:
@@ -60,8 +61,8 @@ def dataset(config: ConfigDict, model: hub.HubModel | None = None) -> data.Datas
         if str(codec).endswith(".json"):
             codec = arguments["tokenizer"] = load_tokenizer(codec)
         arguments["renderer"] = chat_template(codec)
-    if source == "task":
-        made = _task_dataset(arguments.pop("task"), **arguments)
+    if source.startswith("task"):
+        made = _task_dataset(factory, arguments.pop("task"), **arguments)
     else:
         made = factory(**arguments)
     if model is not None:
@@ -122,13 +123,24 @@ def _read(directory: str) -> hub.HubTokenizer:
         raise ValueError(f"data.tokenizer: {error}") from error
 
 
-def _task_dataset(section: dict[str, Any], **lengths: int) -> data.Dataset:
+def _task_dataset(
+    factory: Callable[..., data.Dataset], section: dict[str, Any], **arguments: Any
+) -> data.Dataset:
+    """``task_dataset`` or ``task_file_dataset``; ValueError for numbers of rows of files."""
     name = section["name"]
     task = lookup(names.TASKS, name, "data.task.name")(**settings(section, name))
     if section["noise_every"]:
         task = tasks.Noisy(task, section["noise_every"])
-    rows = {name: section[name] for name in launch_config.TASK_ROWS}
-    return tasks.task_dataset(task, **lengths, **rows)
+    read, defaults = inspect.signature(factory).parameters, launch_config.get_config().data.task
+    for row in launch_config.TASK_ROWS:
+        if row in read:
+            arguments[row] = section[row]
+        elif section[row] != defaults[row]:
+            raise ValueError(
+                f"data.source='task_file' has the rows of its files, but data.task.{row} is "
+                f"{section[row]}; leave it at {defaults[row]}"
+            )
+    return factory(task, **arguments)
 
 
 def split_by_name(dataset: data.Dataset, split: str) -> tuple[str, data.RowSource]:

@@ -125,6 +125,7 @@ DATA = {
     "tfds_images": data.tfds_images,
     "digits": data.digits,
     "task": tasks.task_dataset,
+    "task_file": tasks.task_file_dataset,
 }
 TASKS = {
     "sudoku": tasks.Sudoku,

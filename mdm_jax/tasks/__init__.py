@@ -11,5 +11,6 @@ from mdm_jax.tasks.task import (
     example,
     split_of,
     task_dataset,
+    task_file_dataset,
 )
 from mdm_jax.tasks.zebra import Zebra

@@ -7,14 +7,16 @@ valid, 10 % test), so no renamed or reordered training problem is tested.
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from mdm_jax.checks import Whole, checked
-from mdm_jax.data.datasets import SPLITS, Dataset, PairLayout, make_dataset
-from mdm_jax.data.rows import VectorisedRows
+from mdm_jax.data.datasets import SPLITS, Dataset, Fractions, PairLayout, make_dataset
+from mdm_jax.data.records import read_sources, text_field
+from mdm_jax.data.rows import StoredRows, VectorisedRows
 from mdm_jax.data.tokenizers import CharTokenizer
 from mdm_jax.types import Batch
 
@@ -127,6 +129,8 @@ def check_range(task: Task, **settings: tuple[int, int, int]) -> None:
 AnswerPadding = Literal["eos_once", "eos_scored"]
 
 _FINGERPRINTED = 8  # examples of each split
+_PromptLength = Annotated[int, Whole("[0, 1e7]", "tokens", "0: the longest")]
+_AnswerLength = Annotated[int, Whole("[0, 1e7]", "tokens", "with EOS; 0: the longest")]
 
 
 class TaskRows(VectorisedRows):
@@ -174,8 +178,8 @@ class TaskRows(VectorisedRows):
 def task_dataset(
     task: Task,
     *,
-    prompt_length: Annotated[int, Whole("[0, 1e7]", "tokens", "0: the longest")] = 0,
-    answer_length: Annotated[int, Whole("[0, 1e7]", "tokens", "with EOS; 0: the longest")] = 0,
+    prompt_length: _PromptLength = 0,
+    answer_length: _AnswerLength = 0,
     answer_padding: AnswerPadding = "eos_once",
     train_rows: Annotated[int, Whole("[1, 2e9]", "rows", "of the split")] = 20_000,
     valid_rows: Annotated[int, Whole("[1, 2e9]", "rows", "of the split")] = 512,
@@ -189,19 +193,9 @@ def task_dataset(
     which reveals the answer's length (harmless where it is fixed, as in all tasks but
     countdown). "eos_scored": eligible like the answer. ValueError for a length that is too small.
     """
-    longest_prompt, longest_answer = task.lengths
-    needed = {"prompt_length": longest_prompt, "answer_length": longest_answer + 1}
-    lengths = {"prompt_length": prompt_length, "answer_length": answer_length}
-    for name, given in lengths.items():
-        if given and given < needed[name]:
-            raise ValueError(
-                f"{name} must be at least {needed[name]} for {task!r}, or 0 for just that; got "
-                f"{given}"
-            )
-        lengths[name] = given or needed[name]
+    layout = _layout(task, prompt_length, answer_length, answer_padding)
     sizes = dict(zip(SPLITS, (train_rows, valid_rows, test_rows)))
     codec = CharTokenizer(VOCABULARY)
-    layout = PairLayout(**lengths, answer_padding=answer_padding)
     sources = {name: TaskRows(task, name, size, codec, layout) for name, size in sizes.items()}
     first = [example(task, name, i) for name in SPLITS for i in range(_FINGERPRINTED)]
     report = {f"{name}_rows": size for name, size in sizes.items()}
@@ -212,10 +206,109 @@ def task_dataset(
         digest=hashlib.sha256(repr(first).encode()).digest(),
         settings={"source": "task", "task": repr(task), **dataclasses.asdict(layout), **report},
         headline=f"Generated problems, {task!r}, as in {' to '.join(first[0])}",
-        policy=f"Prompt in {lengths['prompt_length']} positions, answer in "
-        f"{lengths['answer_length']}; after the answer: {answer_padding}. Splits are disjoint by "
-        "canonical instance.",
+        policy=f"{_describe(layout)} Splits are disjoint by canonical instance.",
         report=report,
         check=task.check,
         layout=layout,
+    )
+
+
+@checked
+def task_file_dataset(
+    task: Task,
+    path: str | os.PathLike | Sequence[str],
+    *,
+    valid_path: str | os.PathLike | None = None,
+    test_path: str | os.PathLike | None = None,
+    fractions: Fractions = (0.9, 0.05, 0.05),
+    split_seed: int = 0,
+    prompt_length: _PromptLength = 0,
+    answer_length: _AnswerLength = 0,
+    answer_padding: AnswerPadding = "eos_once",
+) -> Dataset:
+    """Problems of a task from files: JSON objects with a ``prompt`` and an ``answer``, one a line.
+
+    Rows, vocabulary and checker are those of :func:`task_dataset`, so a run on generated problems
+    can be measured on a published set, and the other way round. Splits: ``valid_path``,
+    ``test_path``, ``fractions`` and ``split_seed`` as in
+    :func:`mdm_jax.data.records.read_sources`; files are split by distinct prompt, twins under other
+    names are not found.
+
+    ValueError names file and line of an answer that the checker refuses, of a pair that does not
+    fit, and of other characters than those of all tasks; else as ``read_sources``.
+    """
+    layout = _layout(task, prompt_length, answer_length, answer_padding)
+    codec = CharTokenizer(VOCABULARY)
+
+    def pair(record: Mapping[str, Any], origin: str) -> tuple[str, str]:
+        prompt, answer = (text_field(record, name, origin) for name in ("prompt", "answer"))
+        if unknown := codec.unknown_in(prompt + answer):
+            raise ValueError(f"{origin}: {unknown[0]!r} is no character of the tasks' vocabulary")
+        if misfit := layout.misfit(prompt, f"{answer} "):  # and its EOS
+            raise ValueError(f"{origin}: {misfit}")
+        try:
+            right = task.check(prompt, answer)
+        except (ValueError, LookupError) as error:
+            raise ValueError(f"{origin}: no prompt of {task!r}: {error}") from error
+        if not right:
+            raise ValueError(f"{origin}: {answer!r} is no answer to {prompt!r} of {task!r}")
+        return prompt, answer
+
+    found = read_sources(
+        path,
+        pair,
+        wanted="'prompt' and 'answer'",
+        named_by="data.task, which has the name and settings of the task",
+        valid_path=valid_path,
+        test_path=test_path,
+        fractions=fractions,
+        split_seed=split_seed,
+    )
+    rows, content = {}, hashlib.sha256()
+    for name, records in found.splits().items():
+        pairs = [record.values for record in records]
+        content.update(repr(pairs).encode())
+        rows[name] = StoredRows(
+            layout.rows(
+                [codec.encode(prompt) for prompt, _ in pairs],
+                [np.append(codec.encode(answer), codec.eos_id) for _, answer in pairs],
+                pad_id=codec.pad_id,
+                eos_id=codec.eos_id,
+                units=[len(answer) for _, answer in pairs],
+            )
+        )
+    return make_dataset(
+        rows,
+        codec,
+        length=layout.length,
+        digest=content.digest(),
+        settings={"source": "task_file", "task": repr(task), **dataclasses.asdict(layout)},
+        headline=f"Problems of {task!r} from {path}.",
+        policy=_describe(layout),
+        report=found.report | {f"{name}_rows": len(source) for name, source in rows.items()},
+        check=task.check,
+        layout=layout,
+    )
+
+
+def _layout(
+    task: Task, prompt_length: int, answer_length: int, answer_padding: AnswerPadding
+) -> PairLayout:
+    longest_prompt, longest_answer = task.lengths
+    needed = {"prompt_length": longest_prompt, "answer_length": longest_answer + 1}
+    lengths = {"prompt_length": prompt_length, "answer_length": answer_length}
+    for name, given in lengths.items():
+        if given and given < needed[name]:
+            raise ValueError(
+                f"{name} must be at least {needed[name]} for {task!r}, or 0 for just that; got "
+                f"{given}"
+            )
+        lengths[name] = given or needed[name]
+    return PairLayout(**lengths, answer_padding=answer_padding)
+
+
+def _describe(layout: PairLayout) -> str:
+    return (
+        f"Prompt in {layout.prompt_length} positions, answer in {layout.answer_length}; after the "
+        f"answer: {layout.answer_padding}."
     )

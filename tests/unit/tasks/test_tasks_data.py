@@ -157,3 +157,50 @@ def test_pairs_of_a_file_take_part_in_the_study(tmp_path):
     config.data.path = str(path)
     built = build.dataset(config)
     assert len(built.train) == 36 and built.length == 768 and built.check is None
+
+
+def write_pairs(path, pairs):
+    lines = (json.dumps({"prompt": p, "answer": a, "rating": 3}) + "\n" for p, a in pairs)
+    path.write_text("".join(lines), "utf-8")
+    return str(path)
+
+
+def test_problems_of_files_make_the_rows_of_generated_ones(tmp_path):
+    paths = {
+        name: write_pairs(
+            tmp_path / f"{name}.jsonl", [tasks.example(COUNTDOWN, name, i) for i in range(5)]
+        )
+        for name in ("train", "valid", "test")
+    }
+    config = config_of("countdown")
+    config.data.source = "task_file"
+    config.data.update(path=paths["train"], valid_path=paths["valid"], test_path=paths["test"])
+    with pytest.raises(ValueError, match="data.task.train_rows is 24; leave it at 20000"):
+        build.dataset(config)
+    config.data.task.update(train_rows=20_000, valid_rows=512, test_rows=512)
+    found, generated = build.dataset(config), dataset()
+    for name in ("train", "valid", "test"):
+        left, right = (data.gather(getattr(d, name), np.arange(4)) for d in (found, generated))
+        for a, b in zip(left, right):
+            assert (a == b).all()
+    assert found.check("5,7,3:36", "5+7=12,12*3=36") and found.layout == generated.layout
+    assert found.tokenizer.fingerprint == generated.tokenizer.fingerprint
+    config.data.valid_path = paths["test"]
+    assert build.dataset(config).fingerprint != found.fingerprint
+    config.data.update(valid_path="", test_path="", fractions=(0.6, 0.2, 0.2))
+    assert [len(build.dataset(config).train), len(build.dataset(config).test)] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "pair, message",
+    [
+        (("5,7,3:36", "5+7=12,12+3=36"), ":2: '5.7=12,12.3=36' is no answer to '5,7,3:36'"),
+        (("5,7,3", "5+7=12"), ":2: no prompt of Countdown"),
+        (("5,7,3:36!", "5+7=12"), ":2: '!' is no character of the tasks' vocabulary"),
+        (("5,7,3:36", "5+7=12,12*3=36,36*1=36"), ":2: too long, .* with its EOS 23"),
+    ],
+)
+def test_files_of_other_problems_are_refused_by_line(tmp_path, pair, message):
+    path = write_pairs(tmp_path / "pairs.jsonl", [tasks.example(COUNTDOWN, "train", 0), pair])
+    with pytest.raises(ValueError, match=message):
+        tasks.task_file_dataset(COUNTDOWN, path)
