@@ -1,8 +1,10 @@
-"""Rows of documents: each in rows of its own, or several packed into a row.
+"""Rows of documents: each in rows of its own, several packed into a row, or one stream wrapped.
 
 Attention stays within a document (``models.masks``), so outputs and bound do not depend on packing,
 those of a block model if documents begin where blocks do (``align``). Positions are not restarted:
-rotary embeddings use differences, absolute ones would need it.
+rotary embeddings use differences, absolute ones would need it. In "wrapped" rows, the usual ones of
+published perplexities, all documents are one: rows begin and end anywhere, and attention crosses
+the EOS between documents.
 """
 
 import array
@@ -31,6 +33,7 @@ from mdm_jax.data.rows import PackedSpans, aligned, leaves
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 
 Packing = Literal["", "first_fit"]
+DocumentPacking = Literal["", "first_fit", "wrapped"]
 LongDocuments = Literal["split", "cut", "error"]
 DocumentPadding = Literal["pad_hidden", "eos_scored"]
 Align = Annotated[int, Whole("[1, 1e7]", "positions", "packed documents begin at multiples of it")]
@@ -42,7 +45,7 @@ class DocumentLayout:
     """How documents become rows, see :func:`mdm_jax.data.documents`; ValueError out of range."""
 
     length: Length
-    packing: Packing = ""
+    packing: DocumentPacking = ""
     long_documents: LongDocuments = "split"
     document_padding: DocumentPadding = "pad_hidden"
     align: Align = 1
@@ -57,6 +60,11 @@ class DocumentLayout:
             raise ValueError(
                 "document_padding='eos_scored' fills the row after a document with EOS, where "
                 f"packing={self.packing!r} puts other documents; choose one of the two"
+            )
+        if self.packing == "wrapped" and (self.long_documents != "split" or self.align > 1):
+            raise ValueError(
+                "packing='wrapped' cuts one stream of documents into rows: it needs "
+                f"long_documents='split' and align=1, got {self.long_documents!r} and {self.align}"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -162,9 +170,13 @@ def document_rows(
 ) -> tuple[PackedSpans, dict[str, int]]:
     """Rows of encoded documents and counts of what they hold; raises as :func:`cut_documents`."""
     (tokens, sizes, counts), length = encoded, layout.length
-    starts, ends, num_cut = cut_documents(sizes, length, layout.long_documents, origin)
+    whole = np.array([sizes.sum()]) if layout.packing == "wrapped" else sizes
+    starts, ends, num_cut = cut_documents(whole, length, layout.long_documents, origin)
+    if layout.packing == "wrapped":
+        last = np.cumsum(sizes)
+        num_cut = int(np.sum((last - sizes) // length != (last - 1) // length))
     numbers = np.arange(len(starts))
-    if layout.packing:
+    if layout.packing == "first_fit":
         numbers = first_fit(aligned(ends - starts, layout.align), length)
     rows = PackedSpans(
         tokens,
@@ -233,7 +245,9 @@ def document_dataset(
     positions = report["train_rows"] * layout.length
     filled = 1 - report["train_padded_positions"] / positions if positions else 1.0
     sharing = "each in rows of its own"
-    if layout.packing:
+    if layout.packing == "wrapped":
+        sharing = "one after another, cut into rows anywhere"
+    elif layout.packing:
         sharing = "several to a row, first fit in order"
         sharing += f", from multiples of {layout.align} on" * (layout.align > 1)
     return make_dataset(

@@ -363,6 +363,40 @@ def _parse(line: str, origin: str, wanted: str) -> dict[str, Any]:
     return record
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamedTexts:
+    """A field of all rows of files, read anew whenever it is iterated over, not kept.
+
+    ``path`` as :func:`find_files`. ValueError names file and line of a row without the field.
+    """
+
+    path: str
+    field: str
+
+    def __iter__(self) -> Iterator[str]:
+        for name in find_files(self.path):
+            stream = _parquet_rows if name.lower().endswith(".parquet") else self._rows
+            for record, origin in stream(name):
+                yield text_field(record, self.field, origin)
+
+    def _rows(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+        path = files.Path(name)
+        decompress, _ = _SUFFIXES.get(path.suffix.lower(), (contextlib.nullcontext, b""))
+        with path.open("rb") as raw, decompress(raw) as file:
+            for number, line in enumerate(file, start=1):
+                origin = f"{name}:{number}"
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{origin}: not UTF-8 ({error.reason})") from error
+                yield _parse(text, origin, f"a field {self.field!r}"), origin
+
+    def identity(self) -> list[tuple[str, int]]:
+        """Names and sizes of the files, and the field: a JSON value that stands for the texts."""
+        sizes = [(name, files.size(files.Path(name))) for name in find_files(self.path)]
+        return [*sizes, (self.field, 0)]
+
+
 def field(record: Mapping[str, Any], path: str, origin: str) -> Any:
     """The value of a key, or else at a dotted path, with lists by index: ``"turns.0.text"``.
 

@@ -20,12 +20,12 @@ from mdm_jax.data.datasets import (
 from mdm_jax.data.packing import (
     Align,
     DocumentLayout,
+    DocumentPacking,
     DocumentPadding,
     LongDocuments,
-    Packing,
     document_dataset,
 )
-from mdm_jax.data.records import lines_of, numbered, read_sources, read_text
+from mdm_jax.data.records import StreamedTexts, lines_of, numbered, read_sources, read_text
 from mdm_jax.data.records import text_field as text_field_of
 from mdm_jax.data.rows import TokenSpans
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
@@ -172,10 +172,11 @@ def documents(
     split_seed: int = 0,
     tokenizer: str | Tokenizer = "char",
     bpe_vocab_size: VocabSize = 4096,
-    packing: Packing = "",
+    packing: DocumentPacking = "",
     long_documents: LongDocuments = "split",
     document_padding: DocumentPadding = "pad_hidden",
     align: Align = 1,
+    cache: str | os.PathLike | None = None,
 ) -> Dataset:
     """Rows of documents from a UTF-8 file of one JSON object per line, each with a text.
 
@@ -186,17 +187,42 @@ def documents(
         valid_path, test_path, fractions, split_seed: one file split by distinct text, or a file for
             each split; see :func:`mdm_jax.data.records.read_sources`.
         text_field, tokenizer, bpe_vocab_size: key of the text; as in :func:`mdm_jax.data.text`.
-        packing: "" for none, or "first_fit".
+        packing: "" for none, "first_fit", or "wrapped": documents one after another, cut into rows
+            anywhere, and attended to across their ends.
         long_documents: longer than a row with their EOS: "split" them over rows, "cut" them to
             one, or raise an "error".
         document_padding: after the EOS. "pad_hidden": neither eligible nor attended to; models are
             then conditional on the length, which free samples take from the training rows.
             "eos_scored": more EOS, eligible, so the model has to find the length; not with packing.
         align: packed documents begin at multiples of it; a block model needs its block size.
+        cache: folder where all text is encoded once and tokens are mapped from, for files larger
+            than memory. Needs ``valid_path`` and ``test_path``, and does not compare their texts
+            with those for training; a file is the same if its name and size are.
 
     ValueError as ``read_sources``, for a long document under "error", or a setting out of range.
     """
     layout = DocumentLayout(length, packing, long_documents, document_padding, align)
+    shared = {"origin": str(path), "settings": {"source": "documents", "packing": packing}}
+    headline = f"Documents from {pathlib.Path(path).name}, one a line."
+    if cache is not None:
+        paths = dict(zip(SPLITS, (path, valid_path, test_path)))
+        if missing := [f"{name}_path" for name in SPLITS[1:] if paths[name] is None]:
+            raise ValueError(
+                f"cache={str(cache)!r} reads files without keeping them and cannot split one: give "
+                f"{' and '.join(missing)} too"
+            )
+        streams = {name: StreamedTexts(str(own), text_field) for name, own in paths.items()}
+        identity = {name: stream.identity() for name, stream in streams.items()}
+        return document_dataset(
+            streams,
+            layout,
+            tokenizer,
+            bpe_vocab_size,
+            **shared,
+            headline=headline,
+            cache=cache,
+            identity=identity,
+        )
     found = read_sources(
         path,
         lambda record, origin: (text_field_of(record, text_field, origin),),
@@ -218,10 +244,8 @@ def documents(
         layout,
         codec,
         bpe_vocab_size,
-        origin=str(path),
-        headline=f"Documents from {pathlib.Path(path).name}, one a line."
-        + describe_unknown(lines, codec),
-        settings={"source": "documents", "packing": packing},
+        **shared,
+        headline=headline + describe_unknown(lines, codec),
         digest=hashlib.sha256(json.dumps(list(texts.values())).encode()).digest(),
         report=found.report,
     )

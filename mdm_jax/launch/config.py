@@ -305,11 +305,11 @@ def _data() -> dict[str, Any]:
         "buckets": _whole(
             (), "[1, 1e7]", "tokens", "lengths of training batches besides that of a row", True
         ),
-        "prompt_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task; task: 0 for the longest"),
-        "answer_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, task: with its EOS"),
-        "valid_path": _text("", 'jsonl, chat, documents: "" splits the file instead'),
-        "test_path": _text("", "jsonl, chat, documents: with valid_path"),
-        "cache": _text("", 'tfds text: folder for tokens, encoded once; "" keeps them in memory'),
+        "prompt_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, tasks; tasks: 0 for the longest"),
+        "answer_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, tasks: with its EOS"),
+        "valid_path": _text("", 'jsonl, chat, documents, task_file: "" splits the file instead'),
+        "test_path": _text("", "of the same sources, with valid_path"),
+        "cache": _text("", 'tfds text, documents: folder for tokens, encoded once; "": in memory'),
         **{name: default[name] for name in default if name not in ("split_seed", "download")},
         # Generated problems with a checker (docs/tasks.md).
         "task": {

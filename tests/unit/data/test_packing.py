@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import lzma
 
 import jax
 import numpy as np
@@ -309,3 +310,59 @@ def test_block_logits_of_aligned_documents_are_those_of_rows_of_their_own():
     ):
         with pytest.raises(ValueError, match=r"document 2 of row 0 begins at position 3.*align=4"):
             refuse()
+
+
+def test_wrapped_documents_are_one_text_cut_anywhere(path):
+    """Written down from the texts: EOS after each, rows of 16 without a gap, attended to whole."""
+    dataset = documents(path, 16, packing="wrapped", fractions=(1, 0, 0))
+    codec, report = dataset.tokenizer, dataset.report
+    order = sorted(TEXTS, key=TEXTS.index)
+    stream = np.concatenate([np.append(codec.encode(text), codec.eos_id) for text in order])
+    rows = data.gather(dataset.train, range(len(dataset.train)))
+    full = len(stream) // 16
+    np.testing.assert_array_equal(rows.tokens.reshape(-1)[: len(stream)], stream)
+    assert rows.eligible.reshape(-1)[: len(stream)].all() and rows.documents[:full].all()
+    assert len(np.unique(rows.documents[:full])) == 1
+    assert report["train_padded_positions"] == len(rows.tokens) * 16 - len(stream) < 16
+    ends = np.cumsum([len(text) + 1 for text in order])
+    starts = ends - [len(text) + 1 for text in order]
+    across = sum(any(start < cut < end for cut in range(0, len(stream), 16))
+                 for start, end in zip(starts, ends))  # fmt: skip
+    assert report["train_split_documents"] == across > 0
+    assert report["train_documents"] == len(TEXTS)
+    assert "cut into rows anywhere" in dataset.description
+    for wrong in ({"long_documents": "cut"}, {"align": 4}):
+        with pytest.raises(ValueError, match="'wrapped' cuts one stream .* needs"):
+            documents(path, 16, packing="wrapped", **wrong)
+    with pytest.raises(ValueError, match="eos_scored"):
+        documents(path, 16, packing="wrapped", document_padding="eos_scored")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz"])
+def test_cached_documents_are_those_read_at_once(tmp_path, suffix):
+    paths = {}
+    for number, name in enumerate(("path", "valid_path", "test_path")):
+        lines = "".join(json.dumps({"body": t}) + "\n" for t in TEXTS[number::3])
+        place = tmp_path / f"{name}{suffix}"
+        content = lines.encode()
+        place.write_bytes(lzma.compress(content) if suffix.endswith("xz") else content)
+        paths[name] = str(place)
+    first, *held_out = paths.values()
+    settings = {"length": 16, "text_field": "body", "packing": "wrapped", "tokenizer": "byte"}
+    settings |= {"valid_path": held_out[0], "test_path": held_out[1]}
+    plain = documents(first, **settings)
+    written = documents(first, cache=tmp_path / "cache", **settings)
+    mapped = documents(first, cache=tmp_path / "cache", **settings)
+    assert written.fingerprint == mapped.fingerprint
+    for split in datasets.SPLITS:
+        sources = [getattr(d, split) for d in (plain, written, mapped)]
+        for one, *others in zip(*(data.gather(s, range(len(s))) for s in sources)):
+            for other in others:
+                np.testing.assert_array_equal(one, other)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    documents(first, cache=tmp_path / "cache", **settings | {"tokenizer": "char"})
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    with pytest.raises(ValueError, match="give valid_path and test_path too"):
+        documents(first, 16, text_field="body", cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"path.jsonl.*:1: no field 'text'; .* has \['body'\]"):
+        documents(first, cache=tmp_path / "cache", **settings | {"text_field": "text"})
