@@ -38,7 +38,8 @@ def _has_variants(name):
 
 
 FROM_SOURCE = {"finetune", "finetune_pairs", "convert", "study.finetune"}
-NEEDS_DATA = {"mnist_gaussian", "study.pairs"} | FROM_SOURCE
+CORPORA = {f"benchmarks.{name}" for name in ("text8", "lm1b", "openwebtext")}
+NEEDS_DATA = {"mnist_gaussian", "study.pairs"} | FROM_SOURCE | CORPORA
 """Read prepared data, or a model of others; built where these are in other tests."""
 
 
@@ -48,7 +49,7 @@ def test_the_files_are_found():
     )
 
 
-STUDY = {name for name in NAMES if name.startswith("study.")}
+STUDY = {name for name in NAMES if name.startswith(("study.", "benchmarks."))}
 """Tasks for the network of ``base``; one is trained by default in test_study.py."""
 BUILT = {*NAMES} - NEEDS_DATA
 

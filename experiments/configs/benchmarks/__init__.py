@@ -1,0 +1,1 @@
+"""Configs of published benchmarks; docs/benchmarks.md has the figures to compare with."""

@@ -1,0 +1,1 @@
+"""Data of the benchmarks from files that are already on this machine (docs/benchmarks.md)."""
