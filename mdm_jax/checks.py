@@ -109,6 +109,26 @@ class Name(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class NameOrChain(Name):
+    """One of some names, or several of ``parts`` with commas between them."""
+
+    parts: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        return f"{super().allowed}, or a chain such as {', '.join(self.parts[:2])}"
+
+    def check_one(self, name: str, value: Any) -> None:
+        if value in self.names or not isinstance(value, str):
+            return super().check_one(name, value)
+        for part in (part.strip() for part in value.split(",")):
+            if part not in self.parts:
+                error = unknown_name(part, (*self.names, *self.parts), "name")
+                raise ValueError(f"{name}: {error}{self.explained()}")
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plain(Rule):
     """A switch, or free text."""
 

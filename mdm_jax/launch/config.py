@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mdm_jax import data, models, samplers, training
-from mdm_jax.checks import Name, Plain, Real, Whole, checked
+from mdm_jax.checks import Name, NameOrChain, Plain, Real, Whole, checked
 from mdm_jax.launch import names
 from mdm_jax.launch.names import Setting, defaults, sections
 from mdm_jax.likelihood.subsets import LEVELS, MASKS
@@ -251,8 +251,14 @@ def settings() -> Mapping[str, Any]:
             ),
         },
         "measure": {
-            "methods": _names(
-                (), (*names.METHODS, names.CONFIGURED), "that the mode variance measures; (): all"
+            "methods": Setting(
+                (),
+                NameOrChain(
+                    (*names.METHODS, names.CONFIGURED),
+                    "that mdm variance measures, or chains of transforms; (): all these",
+                    several=True,
+                    parts=tuple(names.VARIANCE),
+                ),
             ),
             **defaults(MeasureSettings),
         },

@@ -312,7 +312,7 @@ def _spacing(experiment: Experiment, workdir: files.Path) -> int:
 def _variance(experiment: Experiment, workdir: files.Path) -> int:
     c = dict(experiment.config.measure)
     names = c.pop("methods")
-    methods = measure.named(names) if names else None
+    methods = measure.named(names, experiment) if names else None
     _claim(experiment, workdir, always=True)
     settings = MeasureSettings(**c)
     record = measure.measure(

@@ -507,7 +507,8 @@ def test_the_variance_of_a_model_is_measured_before_and_after_training(name, tmp
         config = configured(DATA / name, tmp_path)
     config.measure.update(methods=("stratified",), data_batches=3, groups=3, redraws=12)
     experiment = make_experiment(config, workdir)
-    methods, settings = measure.named(config.measure.methods), dict(experiment.config.measure)
+    methods = measure.named(config.measure.methods, experiment)
+    settings = dict(experiment.config.measure)
     del settings["methods"]
     settings = launch_config.MeasureSettings(**settings)
 

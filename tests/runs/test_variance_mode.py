@@ -49,11 +49,11 @@ def measured(tmp_path_factory):
     config.optimizer.name = "adamw"
     config.variance.order = ("stratified", "mirror")
     workdir = tmp_path_factory.mktemp("variance")
-    methods = mode.named(["stratified, ppots binned"])
-    methods["odd"] = mode.Method(refuse)
     with pytest.MonkeyPatch.context() as patch:
         launching.on_one_device(patch)
         experiment = make_experiment(config)
+    methods = mode.named(["stratified, ppots binned", "antithetic_pairs"], experiment)
+    methods["odd"] = mode.Method(refuse)
     record = mode.measure(tiny.with_small_network(experiment), workdir, methods, SETTINGS)
     return record, workdir
 
@@ -78,6 +78,7 @@ def test_every_method_is_in_the_record(measured):
     assert list(record["methods"]) == [
         BASELINE,
         "stratified, ppots binned",
+        "antithetic_pairs",
         "odd",
         mode.CONFIGURED,
     ]
@@ -132,6 +133,24 @@ def test_table_names_every_method_and_the_recommendation(measured):
     assert text.splitlines()[-1].startswith("recommended: ")
 
 
+def test_any_chain_of_registered_transforms_is_a_method():
+    config = presets.quickstart("smoke")
+    config.variance.clipped.update(low=0.25, high=0.75)
+    config.measure.methods = (*names.VARIANCE, "stratified,ema_bins_second_moment, mirror")
+    experiment = make_experiment(config)
+    methods = mode.named(config.measure.methods, experiment)
+    assert list(methods) == [BASELINE, *config.measure.methods]
+    built = {name: method.build(None) for name, method in methods.items()}
+    assert built["stratified,ema_bins_second_moment, mirror"].name == (
+        "chain(stratified, ema_bins, mirror)"
+    )
+    assert built["clipped_mixture"].bias == "exact" and built["clipped"].bias == "truncated"
+    assert list(mode.named(["mirror", BASELINE], experiment)) == [BASELINE, "mirror"]
+    config.measure.methods = ("stratified, miror",)
+    with pytest.raises(ValueError, match="did you mean 'mirror'"):
+        make_experiment(config)
+
+
 def test_table_of_methods_builds_and_covers_the_library(measured):
     """Every listed method builds from a level table; every public transform is in some chain."""
     values = np.array([4.0, 3.0, 2.5, 2.0, 1.5, 1.0])
@@ -179,12 +198,6 @@ def test_the_parametric_density_is_fitted_over_the_quantile(monkeypatch):
 
 
 FITTED = EprFit(EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0), 0.0)
-
-
-def test_names_are_looked_up():
-    assert list(mode.named(["mirror", BASELINE])) == [BASELINE, "mirror"]
-    with pytest.raises(ValueError, match="did you mean 'mirror'"):
-        mode.named(["miror"])
 
 
 @dataclasses.dataclass(frozen=True)

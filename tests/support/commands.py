@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 
 from mdm_jax.launch import command_line, main
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.modes import eval_tasks, measure, sweep
+from mdm_jax.launch.modes import eval_tasks, sweep
 
 ROOT = launching.ROOT
 PAGES = [
@@ -123,7 +123,8 @@ def check(command):
 def check_mdm(words):
     """The launcher's own reading of its flags, and the checks that need no data."""
     words = [re.sub(r"^--config=(FILE|\.\.\.)$", "--config=quickstart", word) for word in words]
-    words = [word.replace("--process_id=I", "--process_id=0") for word in words]
+    words = [word.replace("=I", "=0") if word == "--process_id=I" else word for word in words]
+    words = [word.replace(", NAME", ", mirror") for word in words]
     mode = words[0] if words and not words[0].startswith("-") else "train"
     if mode in command_line.MODES and command_line.take_config(words)[0] is None:
         words.append("--config=quickstart")  # stands for the config of the run
@@ -139,8 +140,6 @@ def check_mdm(words):
                 main._check_overrides()
             if mode == "sweep" and flags.FLAGS.over:
                 sweep.plan(config, flags.FLAGS.over)
-            if mode == "variance":
-                measure.named(config.measure.methods)
             if mode == "eval":
                 eval_tasks.settings(flags.FLAGS.settings, {})
         except SystemExit as stop:

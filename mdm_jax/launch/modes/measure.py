@@ -16,10 +16,11 @@ import numpy as np
 import tqdm
 
 from mdm_jax import data, files, meter, rng, sharding, variance
+from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes.variance_report import BASELINE, Result, recommend, write_report
-from mdm_jax.launch.names import CONFIGURED, METHODS, Method, lookup
+from mdm_jax.launch.names import CONFIGURED, METHODS, Method
 from mdm_jax.launch.workdir import write_json, writing
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
 from mdm_jax.meter.levels import LevelTable
@@ -42,10 +43,21 @@ _INFINITE = (
 """Holds though a few hundred redraws of long rows rarely show it."""
 
 
-def named(methods: Iterable[str]) -> dict[str, Method]:
-    """Methods by name, the baseline first; ValueError with close matches."""
+def named(methods: Iterable[str], experiment: Experiment) -> dict[str, Method]:
+    """Methods by name, the baseline first; ValueError with close matches.
+
+    A name that is none of :data:`METHODS` is a chain of registered transforms, such as
+    "stratified, ema_bins", with the settings and the corruption of the run.
+    """
     wanted = [BASELINE, *(name for name in methods if name not in (BASELINE, CONFIGURED))]
-    return {name: lookup(METHODS, name, "variance methods") for name in wanted}
+    return {name: METHODS.get(name) or _chain(name, experiment) for name in wanted}
+
+
+def _chain(name: str, experiment: Experiment) -> Method:
+    chain = chains.Chain(tuple(part.strip() for part in name.split(",")))
+    law = experiment.objective.law
+    made = chains.transform(experiment.config, law, chain)
+    return Method(lambda _table: made, None)
 
 
 def measure(
