@@ -123,7 +123,7 @@ class NameOrChain(Name):
             return super().check_one(name, value)
         for part in (part.strip() for part in value.split(",")):
             if part not in self.parts:
-                error = unknown_name(part, (*self.names, *self.parts), "name")
+                error = unknown_name(part, {*self.names, *self.parts}, "name")
                 raise ValueError(f"{name}: {error}{self.explained()}")
         return None
 

@@ -1,5 +1,8 @@
 """Commands of README, docs and config headers are read as those who type them would have them."""
 
+import re
+import runpy
+
 import commands
 import pytest
 
@@ -65,3 +68,17 @@ def test_blocks_are_cut_into_commands():
     assert words == [("mdm", "train", "--workdir=b"), ("mdm", "chat")]
     with pytest.raises(AssertionError, match="page:1: no command"):
         commands.of_block("mdn train", "page", 1, labelled=True)
+
+
+@pytest.mark.parametrize("page", ["docs/faq.md", "docs/tasks.md"])
+def test_python_of_a_page_runs(page, tmp_path, capsys):
+    """Whole programs; those of own_loop.md are in test_layers.py, longer ones in test_pages.py."""
+    text = (commands.ROOT / page).read_text("utf-8")
+    blocks = [match[3] for match in commands.FENCE.finditer(text) if match[2] == "python"]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "block.py").write_text(block, "utf-8")
+        runpy.run_path(str(tmp_path / "block.py"))
+    printed = capsys.readouterr().out.split("\n")
+    shown = re.findall(r"prints `([^`]+)`", text)
+    assert [line for line in printed if line] == shown

@@ -13,7 +13,7 @@ HEADING = re.compile(r"^#{1,2} .*$", re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\([^)]+\)")
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 MEASURED = re.compile(r"\d\.\d|±|\d %|\d[KMG]B")
-SOURCE = re.compile(r"Computed, not measured|(?:tests|notebooks|experiments)/[\w/]+\.(?:py|ipynb)|pytest ")
+SOURCE = re.compile(r"(?:tests|notebooks|experiments)/[\w/]+\.(?:py|ipynb)|pytest |Computed, not")
 
 
 def figures(text):

@@ -168,9 +168,9 @@ for part in "variance corruption objectives samplers schedules likelihood meter"
     assert mdm_jax.__version__
 
 
-def test_readme_loops_run(tmp_path):
-    """The README's examples, as shown, learn: they end well below the uniform entropy."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+def test_own_loops_run(tmp_path):
+    """The examples of docs/own_loop.md, as shown, learn: they end well below the uniform entropy."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loop.md").read_text("utf-8"), re.S)
     assert len(blocks) == 2 and all(len(block.splitlines()) < 45 for block in blocks)
     scripts = [tmp_path / f"loop{number}.py" for number in range(2)]
     for script, block in zip(scripts, blocks):
