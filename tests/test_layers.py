@@ -169,8 +169,9 @@ for part in "variance corruption objectives samplers schedules likelihood meter"
 
 
 def test_own_loops_run(tmp_path):
-    """The examples of docs/own_loop.md, as shown, learn: they end well below the uniform entropy."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loop.md").read_text("utf-8"), re.S)
+    """The examples of docs/own_loop.md learn: they end well below the uniform entropy."""
+    page = (ROOT / "docs/own_loop.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) == 2 and all(len(block.splitlines()) < 45 for block in blocks)
     scripts = [tmp_path / f"loop{number}.py" for number in range(2)]
     for script, block in zip(scripts, blocks):
