@@ -7,13 +7,14 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
+CONFIG ?= quickstart
 BENCH ?= runs/bench.json
 RUN := $(VENV)/bin/python
 
 .PHONY: quickstart test test-slow bench house docs lint format clean
 
 quickstart: $(VENV)/installed
-	$(VENV)/bin/mdm train --config=quickstart --workdir=$(WORKDIR)
+	$(VENV)/bin/mdm train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
