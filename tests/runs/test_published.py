@@ -245,7 +245,7 @@ def test_a_smoke_run_of_each_config(name, folders, tmp_path, monkeypatch, capsys
         paths[corpus] = [f"--config.data.{key}={config.data[key]}" for key in keys]
     file = launching.ROOT / f"experiments/configs/benchmarks/{name}.py:smoke"
     code, out, err = launching.call(
-        *(monkeypatch, capsys, "train", f"--config={file}", f"--workdir={tmp_path}/run"),
+        *(monkeypatch, capsys, f"--config={file}", f"--workdir={tmp_path}/run"),
         *paths.get(name, ()),
     )
     assert code == 0, err
