@@ -13,8 +13,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from experiments.published import settings
 from mdm_jax import files
-from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.build import load_parameters, make_experiment
 from mdm_jax.launch.modes.evaluate import measure_accuracy
 from mdm_jax.launch.workdir import saved_config
@@ -37,9 +37,8 @@ def on_file(config: ConfigDict, workdir: str, path: str) -> ConfigDict:
     """The config of a run in ``workdir`` with the data of a file, for evaluation."""
     config.evaluate.final_split = "test"
     if config.data.source.startswith("task"):
-        config.data.update(source="task_file", path=path, valid_path=path, test_path=path)
-        defaults = launch_config.get_config().data.task
-        config.data.task.update({n: defaults[n] for n in launch_config.TASK_ROWS if "rows" in n})
+        settings.from_file(config, path)
+        config.data.valid_path = config.data.test_path = path
     else:
         tokenizer = str(pathlib.Path(workdir, "tokenizer.json"))
         config.data.update(source="text", path=path, tokenizer=tokenizer)

@@ -40,4 +40,13 @@ def puzzles(task: str, steps: int, batch_size: int, peak: float) -> ConfigDict:
     return config
 
 
-__all__ = ["chosen", "puzzles", "reasoning", "text"]
+def from_file(config: ConfigDict, path: str) -> ConfigDict:
+    """The same problems from JSON lines of prompts and answers in ``path``."""
+    config.data.update(source="task_file", path=path)
+    defaults = launch_config.get_config().data.task
+    rows = ("train_rows", "valid_rows", "test_rows")  # those of the file
+    config.data.task.update({name: defaults[name] for name in rows})
+    return config
+
+
+__all__ = ["chosen", "from_file", "puzzles", "reasoning", "text"]

@@ -133,6 +133,7 @@ TASKS = {
     "run": tasks.Run,
     "add": tasks.Add,
     "countdown": tasks.Countdown,
+    "countdown_division": tasks.CountdownDivision,
     "zebra": tasks.Zebra,
 }
 OPTIMIZERS = {"adamw": training.adamw, "muon": training.muon}

@@ -1,10 +1,11 @@
 """Tasks of arithmetic: running sums, derivations, addition, countdown; and a noisy wrapper."""
 
 import dataclasses
+import itertools
 import math
 import re
 import string
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from mdm_jax.checks import Plain, Whole, checked
 from mdm_jax.tasks.task import Choices, Pair, Task, check_range
@@ -260,8 +261,9 @@ class Add(Task):
 
 
 _LARGEST = 999
+_DRAWS = 1000  # of numbers, before a target is given up
 _NUMBER = "(0|[1-9][0-9]{0,2})"
-_STEP = re.compile(f"{_NUMBER}([-+*]){_NUMBER}={_NUMBER}")
+_STEP = re.compile(f"{_NUMBER}([-+*/]){_NUMBER}={_NUMBER}")
 
 
 class CountdownInstance(NamedTuple):
@@ -282,6 +284,7 @@ class Countdown(Task):
 
     numbers: Annotated[int, Whole("[2, 20]", "numbers", "to combine")] = 3
     largest: Annotated[int, Whole("[1, 999]", "", "number to combine, from 1")] = 20
+    operators: ClassVar[str] = OPERATORS
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -294,14 +297,20 @@ class Countdown(Task):
         value, steps = numbers[0], []
         for number in numbers[1:]:
             left, right = choices.shuffled([value, number])
-            results = [(op, apply(op, left, right)) for op in OPERATORS]
-            results = [(op, result) for op, result in results if 0 <= result <= _LARGEST]
+            results = self.results(left, right)
             if not results:  # large numbers, the smaller of them first
                 left, right = max(left, right), min(left, right)
                 results = [("-", left - right)]
             operator, value = choices.one_of(results)
             steps.append(f"{left}{operator}{right}={value}")
         return CountdownInstance(tuple(numbers), tuple(steps), value)
+
+    def results(self, left: int, right: int) -> list[tuple[str, int]]:
+        """Operators that may be applied to two numbers, with what they give."""
+        found = [(op, apply(op, left, right)) for op in OPERATORS]
+        if "/" in self.operators and right and left % right == 0:
+            found.append(("/", left // right))
+        return [(operator, result) for operator, result in found if 0 <= result <= _LARGEST]
 
     def canonical(self, instance: CountdownInstance) -> str:
         return f"{','.join(map(str, sorted(instance.numbers)))}:{instance.target}"
@@ -316,14 +325,65 @@ class Countdown(Task):
         left_over = sorted(map(int, numbers.split(",")))
         for step in answer.split(","):
             match = _STEP.fullmatch(step)
-            if match is None:
+            if match is None or match[2] not in self.operators:
                 return False
             left, right, value = int(match[1]), int(match[3]), int(match[4])
             for operand in (left, right):
                 if operand not in left_over:
                     return False
                 left_over.remove(operand)
-            if apply(match[2], left, right) != value:
+            if (match[2], value) not in self.results(left, right):
                 return False
             left_over.append(value)
         return left_over == [int(target)]
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class CountdownDivision(Countdown):
+    """Countdown with exact division, and a target that is drawn first: ``44,19,35,12:98``.
+
+    The target is uniform in its range and numbers are drawn until they reach it. The derivation is
+    the first that a depth-first search in random order finds, so that intermediate results may be
+    combined with one another. As in Stream of Search (Gandhi et al. 2024), whose intermediate
+    results have no bound, but for the order of the search.
+    """
+
+    target: Annotated[
+        tuple[int, int], Whole("[0, 999]", "", "least and greatest result", several=True)
+    ] = (10, 100)
+    operators: ClassVar[str] = f"{OPERATORS}/"
+
+    def __post_init__(self):
+        if len(self.target) != 2:
+            raise ValueError(
+                f"CountdownDivision: target must be the least and the greatest, got {self.target}"
+            )
+        low, high = self.target
+        check_range(self, least_target=(low, 0, _LARGEST), greatest_target=(high, low, _LARGEST))
+
+    def draw(self, choices: Choices) -> CountdownInstance:
+        low, high = self.target
+        target = low + choices.below(high - low + 1)
+        for _ in range(_DRAWS):
+            numbers = [1 + choices.below(self.largest) for _ in range(self.numbers)]
+            steps = self._reach(numbers, target, choices)
+            if steps is not None:
+                return CountdownInstance(tuple(numbers), steps, target)
+        raise ValueError(f"{self!r}: no numbers in {_DRAWS} draws reach {target}; raise largest")
+
+    def _reach(self, left: list[int], target: int, choices: Choices) -> tuple[str, ...] | None:
+        """Steps from these numbers to the target; None if there are none."""
+        if len(left) == 1:
+            return () if left[0] == target else None
+        for i, j in choices.shuffled(list(itertools.combinations(range(len(left)), 2))):
+            rest = [number for place, number in enumerate(left) if place not in (i, j)]
+            one, two = max(left[i], left[j]), min(left[i], left[j])
+            for operator, result in choices.shuffled(self.results(one, two)):
+                found = self._reach([*rest, result], target, choices)
+                if found is not None:
+                    pair = (one, two)
+                    if operator in "+*":
+                        pair = choices.shuffled(pair)
+                    return (f"{pair[0]}{operator}{pair[1]}={result}", *found)
+        return None

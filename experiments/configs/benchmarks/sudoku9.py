@@ -23,9 +23,7 @@ def get_config(variant: str = ""):
     config = settings.puzzles("sudoku", 300 * PUZZLES // batch_size, batch_size, peak=1e-3)
     _network_and_data(config)
     if variant == "file":
-        config.data.update(source="task_file", path="data/sudoku.jsonl")
-        config.data.task.update(train_rows=20_000, valid_rows=512, test_rows=512)  # not read
-        return config
+        return settings.from_file(config, "data/sudoku.jsonl")
     return settings.chosen(config, "benchmarks/sudoku9", variant, "file", "local")
 
 
@@ -39,7 +37,7 @@ def _local():
     config = settings.reasoning("sudoku", batch_size=16, steps=1000)
     _network_and_data(config)
     config.train.update(evaluate_every=100, checkpoint_every=50)
-    config.optimizer.warmup_steps = 100
+    config.optimizer.update(peak=2e-2, warmup_steps=100, ema_decay=0.99)  # of the kept run
     config.evaluate.update(max_rows=64, passes=2)
     config.sample.num_answers = 32
     return config

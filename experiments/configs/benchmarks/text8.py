@@ -27,7 +27,7 @@ def _local():
     config.data.update(source="text", path="data/letters.txt", length=256)
     config.model.update(width=192, depth=6, num_heads=6)
     config.train.update(steps=1500, batch_size=16, evaluate_every=100, checkpoint_every=50)
-    config.optimizer.warmup_steps = 100
+    config.optimizer.update(peak=2e-2, warmup_steps=100, ema_decay=0.99)  # of the kept run
     config.evaluate.update(max_rows=64, passes=2)
     config.sample.gap = 0
     return config

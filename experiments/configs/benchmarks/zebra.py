@@ -19,7 +19,5 @@ def get_config(variant: str = ""):
     config.data.task.train_rows = 1_500_000
     config.model.update(width=512, depth=6, num_heads=8)
     if variant == "file":
-        config.data.update(source="task_file", path="data/zebra.jsonl")
-        config.data.task.update(train_rows=20_000, valid_rows=512, test_rows=512)  # not read
-        return config
+        return settings.from_file(config, "data/zebra.jsonl")
     return settings.chosen(config, "benchmarks/zebra", variant, "file")

@@ -22,6 +22,7 @@ TASKS = [
     tasks.Add(),
     tasks.Countdown(),
     tasks.Countdown(numbers=4, largest=999),
+    tasks.CountdownDivision(numbers=4, largest=99),
     tasks.Zebra(),
     tasks.Zebra(houses=(3, 5), attributes=(3, 3)),
     tasks.Noisy(SUDOKU4, 2),
@@ -116,6 +117,15 @@ def test_wrong_answers_fail(task):
         (tasks.Countdown(), "5,5,1:11", ["5+5=10,10+1=11"], ["5+1=6,6+5=10", "5+5=10,5+1=6"]),
         (tasks.Countdown(numbers=4), "1,2,3,4:21", ["1+2=3,3+4=7,3*7=21"], ["3*7=21"]),
         (tasks.Countdown(), "2,9,1:6", [], ["2-9=-7,1--7=8"]),
+        (tasks.Countdown(), "8,4,3:6", [], ["8/4=2,2*3=6"]),
+        (
+            tasks.CountdownDivision(),
+            "8,4,3:6",
+            ["8/4=2,2*3=6", "8*3=24,24/4=6"],
+            ["8/3=2,2+4=6", "4/8=0,3+4=7", "8/4=2,3+2=5"],
+        ),
+        (tasks.CountdownDivision(numbers=4), "8,2,9,3:7", ["8/2=4,9/3=3,4+3=7"], ["8/2=4,4+3=7"]),
+        (tasks.CountdownDivision(), "5,5,3:0", ["5-5=0,0/3=0", "5-5=0,3*0=0"], ["5-5=0,3/0=0"]),
         (
             SUDOKU4,
             "1000000000000000",
@@ -286,6 +296,12 @@ def test_a_noisy_task_shares_the_splits_of_its_own():
         (lambda: tasks.Sudoku(blanks=(11, 6)), "most_blanks must be .* from 11"),
         (lambda: tasks.Sudoku(blanks=(6, 14)), "most_blanks must be .* to 13, got 14"),
         (lambda: tasks.Sudoku(blanks=(6,)), "fewest and the most"),
+        (lambda: tasks.CountdownDivision(target=(9,)), "least and the greatest"),
+        (lambda: tasks.CountdownDivision(target=(9, 3)), "greatest_target must be .* from 9"),
+        (
+            lambda: tasks.example(tasks.CountdownDivision(2, 3, target=(50, 60)), "test", 0),
+            "no numbers in 1000 draws reach 5",
+        ),
         (lambda: tasks.Noisy(SUDOKU4, 0), "every"),
         (lambda: tasks.Noisy(tasks.Noisy(SUDOKU4, 2), 2), "not noisy itself"),
         (lambda: tasks.example(SUDOKU4, "dev", 0), "train, valid, test, got 'dev'"),
@@ -297,3 +313,16 @@ def test_a_noisy_task_shares_the_splits_of_its_own():
 def test_settings_that_make_no_task_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_targets_are_uniform_and_division_comes_up():
+    """Of 1,000 problems, 11 to each target, standard deviation 3.3."""
+    task = tasks.CountdownDivision(numbers=3, largest=99)
+    choices = tasks.Choices("targets")
+    drawn = [task.draw(choices) for _ in range(1000)]
+    counts = {t: sum(d.target == t for d in drawn) for t in range(10, 101)}
+    assert sum(counts.values()) == 1000 and max(counts.values()) < 11 + 5 * 3.3
+    half = sum(counts[t] for t in range(10, 55))  # 45 of 91, standard deviation 15.8
+    assert abs(half - 1000 * 45 / 91) < 5 * 15.8
+    steps = [step for d in drawn for step in d.steps]
+    assert all(any(op in step for step in steps) for op in "+-*/")
