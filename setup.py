@@ -53,7 +53,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["mdm_jax", "mdm_jax.*"]),
     package_data={"mdm_jax.data": ["embedded/*"]},
-    entry_points={"console_scripts": ["mdm = mdm_jax.launch.main:run"]},
+    entry_points={"console_scripts": ["mdm = mdm_jax.launch.__main__:run"]},
     install_requires=REQUIRED,
     extras_require={
         "bucket": ["gcsfs>=2025.2"],

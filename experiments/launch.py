@@ -1,6 +1,6 @@
 """The launcher under its old name: ``python -m experiments.launch --mode=...``."""
 
-from mdm_jax.launch.main import run
+from mdm_jax.launch.__main__ import run
 
 if __name__ == "__main__":
     run()

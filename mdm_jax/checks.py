@@ -148,21 +148,29 @@ class Plain(Rule):
 Bins = Annotated[int, Whole("[1, 1e5]", "bins", "of equal width")]
 Decay = Annotated[float, Real("[0, 1)", "per step", "of running averages; 0: the latest value")]
 LearningRate = Annotated[float, Real("(0, 10]", "learning rate", "of Adam for what is learned")]
-Rate = Annotated[ArrayLike, Real("[0, 1]", "masking rate")]
-PositiveRate = Annotated[ArrayLike, Real("(0, 1]", "masking rate")]
+Rate = Annotated[ArrayLike, Real("[0, 1]", "masking rate", "an end of the range")]
+PositiveRate = Annotated[ArrayLike, Real("(0, 1]", "masking rate", "an end of the range")]
 Logsnr = Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "an end of the range")]
 
 
 def rule_of(parameter: inspect.Parameter) -> Rule | None:
-    """What is stated for a parameter, by ``Annotated`` or ``Literal``."""
+    """What is stated for a parameter, by ``Annotated`` or ``Literal``.
+
+    A text in ``Annotated`` is the meaning of a ``Literal``, a ``bool`` or a ``str``.
+    """
     annotation = parameter.annotation
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     for part in typing.get_args(annotation) if union else (annotation,):
-        for rule in getattr(part, "__metadata__", ()):
-            if isinstance(rule, Rule):
-                return rule
-        if typing.get_origin(part) is typing.Literal:
-            return Name(typing.get_args(part))
+        meaning, kind = "", part
+        for stated in getattr(part, "__metadata__", ()):
+            if isinstance(stated, Rule):
+                return stated
+            if isinstance(stated, str):
+                meaning, kind = stated, part.__origin__
+        if typing.get_origin(kind) is typing.Literal:
+            return Name(typing.get_args(kind), meaning)
+        if meaning and kind in (bool, str):
+            return Plain(kind, meaning)
     return None
 
 

@@ -168,6 +168,24 @@ for part in "variance corruption objectives samplers schedules likelihood meter"
     assert mdm_jax.__version__
 
 
+def test_help_loads_no_package():
+    """The time of ``mdm --help`` is that of Python's start: it loads none but standard modules."""
+    script = """
+import sys
+before = set(sys.modules)
+sys.argv = ["mdm", "--help"]
+from mdm_jax.launch.__main__ import run
+try:
+    run()
+finally:
+    packages = {name.split(".")[0] for name in set(sys.modules) - before}
+    print("|", *sorted(packages - sys.stdlib_module_names))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0 and run.stdout.startswith("Train,"), run.stderr
+    assert run.stdout.rpartition("|")[2].split() == ["mdm_jax"]
+
+
 def test_own_loops_run(tmp_path):
     """The examples of docs/own_loop.md learn: they end well below the uniform entropy."""
     page = (ROOT / "docs/own_loop.md").read_text("utf-8")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,14 +19,22 @@ from mdm_jax.data.datasets import (
     make_dataset,
 )
 from mdm_jax.data.packing import Align, Packing, first_fit
-from mdm_jax.data.pairs import RandomCut, TooLong, checker, mixed_rows, names_of, stream_settings
+from mdm_jax.data.pairs import (
+    AnswerMarker,
+    RandomCut,
+    TooLong,
+    checker,
+    mixed_rows,
+    names_of,
+    stream_settings,
+)
 from mdm_jax.data.records import BadRows, Line, Record, field, read_sources
 from mdm_jax.data.rows import PackedSpans, aligned
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer, utf8
 from mdm_jax.types import Batch
 
 Messages = list[dict[str, Any]]
-LossOn = Literal["all", "last"]
+LossOn = Annotated[Literal["all", "last"], "answers of a conversation that are learned"]
 
 FIELDS = ("messages", "conversations")
 """Where a row holds its conversation, the first that it has."""
@@ -107,7 +115,9 @@ def chat(
     path: str | os.PathLike | Sequence[str],
     length: Length,
     *,
-    messages_field: str = "",
+    messages_field: Annotated[
+        str, "dotted key of the messages; '': messages or conversations"
+    ] = "",
     loss_on: LossOn = "all",
     valid_path: str | os.PathLike | None = None,
     test_path: str | os.PathLike | None = None,
@@ -121,7 +131,7 @@ def chat(
     random_cut: RandomCut = 0.0,
     packing: Packing = "",
     align: Align = 1,
-    answer_marker: str = "",
+    answer_marker: AnswerMarker = "",
     renderer: Renderer | None = None,
 ) -> Dataset:
     """Rows ``[conversation][padding]`` from rows ``{"messages": [{"role", "content"}, ...]}``.

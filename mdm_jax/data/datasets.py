@@ -21,9 +21,12 @@ from mdm_jax.data.tokenizers import Tokenizer, printable
 from mdm_jax.types import Batch
 
 SPLITS = ("train", "valid", "test")
+TextField = Annotated[str, "key or feature that holds the text"]
 
-
-AnswerPadding = Literal["eos_scored", "eos_once", "pad_hidden"]
+AnswerPadding = Annotated[
+    Literal["eos_scored", "eos_once", "pad_hidden"],
+    "after the answer: EOS to the row's end, all of it learned or the first; padding not seen",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +262,7 @@ def check_positive(name: str, value: int) -> None:
 
 
 def check_choice(name: str, value: str, literal: Any) -> None:
-    """Raise ValueError unless ``value`` is one of a ``typing.Literal``."""
-    allowed = get_args(literal)
+    """Raise ValueError unless ``value`` is one of an annotated ``typing.Literal``."""
+    allowed = get_args(get_args(literal)[0])
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -32,10 +32,17 @@ from mdm_jax.data.datasets import (
 from mdm_jax.data.rows import PackedSpans, aligned, leaves
 from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 
-Packing = Literal["", "first_fit"]
-DocumentPacking = Literal["", "first_fit", "wrapped"]
-LongDocuments = Literal["split", "cut", "error"]
-DocumentPadding = Literal["pad_hidden", "eos_scored"]
+_SHARED = "how documents share rows; '': each has its own"
+Packing = Annotated[Literal["", "first_fit"], _SHARED]
+DocumentPacking = Annotated[Literal["", "first_fit", "wrapped"], _SHARED]
+LongDocuments = Annotated[
+    Literal["split", "cut", "error"],
+    "documents longer than a row: several rows, the start, refused",
+]
+DocumentPadding = Annotated[
+    Literal["pad_hidden", "eos_scored"],
+    "after a document: padding not seen, or EOS that is learned",
+]
 Align = Annotated[int, Whole("[1, 1e7]", "positions", "packed documents begin at multiples of it")]
 
 

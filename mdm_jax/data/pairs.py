@@ -27,7 +27,11 @@ from mdm_jax.data.rows import Mixture, RandomlyCut, RowSource, StoredRows
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
 from mdm_jax.types import Batch
 
-TooLong = Literal["error", "truncate", "drop"]
+TooLong = Annotated[
+    Literal["error", "truncate", "drop"],
+    "rows that do not fit: refused, cut, or dropped and counted",
+]
+AnswerMarker = Annotated[str, "what stands before the result in an answer, for checks; '': none"]
 RandomCut = Annotated[float, Real("[0, 1]", "of visits", "that see an answer cut at random")]
 
 
@@ -69,10 +73,10 @@ def jsonl(
     *,
     prompt_length: Length,
     answer_length: Length,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
-    prompt_template: str = "",
-    answer_template: str = "",
+    prompt_field: Annotated[str, "dotted key of the prompt"] = "prompt",
+    answer_field: Annotated[str, "dotted key of the answer"] = "answer",
+    prompt_template: Annotated[str, "prompt with fields in braces; '': prompt_field"] = "",
+    answer_template: Annotated[str, "answer with fields in braces; '': answer_field"] = "",
     valid_path: str | os.PathLike | None = None,
     test_path: str | os.PathLike | None = None,
     fractions: Fractions = (0.9, 0.05, 0.05),
@@ -83,7 +87,7 @@ def jsonl(
     too_long: TooLong = "error",
     answer_padding: AnswerPadding = "eos_scored",
     random_cut: RandomCut = 0.0,
-    answer_marker: str = "",
+    answer_marker: AnswerMarker = "",
 ) -> Dataset:
     """Rows ``[PAD ... prompt][answer EOS ...]`` from files of JSON objects, one a line, UTF-8.
 

@@ -14,13 +14,16 @@ import re
 import string
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from mdm_jax import files
 from mdm_jax.data.datasets import SPLITS, shuffled_split
 from mdm_jax.data.tokenizers import utf8
 
-BadRows = Literal["error", "drop"]
+BadRows = Annotated[
+    Literal["error", "drop"],
+    "rows that are no JSON or lack a field: refused, or dropped and counted",
+]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 """Files of a directory that are read."""
 _SHOWN = 5  # bad rows whose reasons are kept

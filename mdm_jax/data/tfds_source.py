@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from mdm_jax.checks import Whole, checked
-from mdm_jax.data.datasets import SPLITS, Dataset, Length, VocabSize, make_dataset
+from mdm_jax.data.datasets import SPLITS, Dataset, Length, TextField, VocabSize, make_dataset
 from mdm_jax.data.images import picture_dataset
 from mdm_jax.data.packing import (
     Align,
@@ -27,6 +27,7 @@ from mdm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from mdm_jax.types import Batch
 
 DEFAULT_SPLITS = ("train[:90%]", "train[90%:95%]", "train[95%:]")
+Stream = Annotated[bool, "tfds: read rows when they are needed, not all at the start"]
 _READ = 256  # examples read at a time
 _FITTED = 10_000  # examples that a tokenizer is fitted to in a stream
 
@@ -36,7 +37,7 @@ def tfds_text(
     name: str,
     *,
     length: Length,
-    text_field: str = "text",
+    text_field: TextField = "text",
     splits: Sequence[str] = DEFAULT_SPLITS,
     data_dir: str | os.PathLike | None = None,
     download: bool = True,
@@ -46,7 +47,7 @@ def tfds_text(
     long_documents: LongDocuments = "split",
     document_padding: DocumentPadding = "pad_hidden",
     align: Align = 1,
-    stream: bool = False,
+    stream: Stream = False,
     cache: str | os.PathLike | None = None,
 ) -> Dataset:
     """Rows of documents, one per example, from a TFDS dataset with a text feature.
@@ -120,11 +121,11 @@ def tfds_images(
     name: str,
     *,
     levels: Annotated[int, Whole("[2, 256]", "intensities", "of a picture's element")] = 256,
-    image_field: str = "image",
+    image_field: Annotated[str, "tfds: feature that holds the picture"] = "image",
     splits: Sequence[str] = DEFAULT_SPLITS,
     data_dir: str | os.PathLike | None = None,
     download: bool = True,
-    stream: bool = False,
+    stream: Stream = False,
 ) -> Dataset:
     """Rows of one flattened picture each, from a TFDS dataset of uint8 images of one shape.
 

@@ -153,7 +153,9 @@ def from_recipe(
 
 
 @checked
-def sigmoid(bias: Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "")] = 2.0) -> Sigmoid:
+def sigmoid(
+    bias: Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "where the weight is a half")] = 2.0,
+) -> Sigmoid:
     """``W = sigmoid(bias - lambda)`` in dlambda, without a law (Hoogeboom et al. 2024, SiD2)."""
     return Sigmoid(as_parameter(bias, "bias"))
 

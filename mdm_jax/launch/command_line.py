@@ -20,6 +20,7 @@ from jax._src.distributed import global_state  # its key-value store has no publ
 from ml_collections import ConfigDict
 
 from mdm_jax.launch import presets
+from mdm_jax.launch.__main__ import HELP_FLAG
 from mdm_jax.launch.workdir import differences, read_config, saved_config
 
 HEARTBEAT_SECONDS = 60
@@ -259,7 +260,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 MODES = (
     *("train", "evaluate", "sample", "spacing", "variance"),
-    *("export", "chat", "eval", "report", "sweep"),
+    *("export", "chat", "eval", "report", "sweep", "config"),
 )
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
@@ -288,7 +289,9 @@ def with_config(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise CommandLineError(str(error).removeprefix("ERROR:: ")) from error
     if argv[1:] and argv[1] in MODES:
-        argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
+        named = argv[1] == "config" and argv[2:] and not argv[2].startswith("-")
+        rest = [f"--config={argv[2]}", *argv[3:]] if named else argv[2:]
+        argv = [argv[0], f"--mode={argv[1]}", *rest]
     path, argv = take_config(_expand(argv))
     if path is None:
         flags.FLAGS(argv, known_only=True)
@@ -313,6 +316,18 @@ def with_config(argv: list[str]) -> list[str]:
     for name in overrides:
         check_field(config, name)
     return [argv[0], f"--config={path}", *argv[1:]]
+
+
+def listing_instead(argv: list[str]) -> list[str]:
+    """``argv`` with a flag ``--help`` as that which lists the settings of its config."""
+    rest = [each for each in argv[1:] if not HELP_FLAG.fullmatch(each)]
+    rest = rest[1:] if rest[:1] and rest[0] in MODES else without(["", *rest], ("mode",))[1:]
+    return [argv[0], "config", *rest]
+
+
+def config_name(argv: list[str]) -> str:
+    """The config of ``argv`` as :func:`with_config` leaves it, in the words of the user."""
+    return (take_config(argv)[0] or "").removeprefix(f"{__file__}:")
 
 
 def overridden(argv: list[str]) -> list[str]:

@@ -233,12 +233,12 @@ def settings() -> Mapping[str, Any]:
             "tensor": _whole(1, "[1, 1e6]", "devices", "that share heads and hidden units"),
         },
         "evaluate": {
-            "batch_size": _whole(32, "[1, 1e6]", "rows"),
+            "batch_size": _whole(32, "[1, 1e6]", "rows", "of a forward pass"),
             # Validations are many: their passes are half of those after training.
             "passes": _whole(2, "[1, 1e6]", "", "forward passes of a row and replicate"),
             "replicates": _whole(2, "[1, 1e6]", "", "of the design, for the standard error"),
             "max_rows": _whole(0, _NATURAL, "rows", "0: all"),
-            "final_split": _name("test", ("test", "valid")),
+            "final_split": _name("test", ("test", "valid"), "that is evaluated after training"),
             "final_passes": _whole(4, "[1, 1e6]", "", "passes, after training"),
             "final_replicates": _whole(8, "[1, 1e6]", "", "replicates, after training"),
             "levels": _name("", ("", *LEVELS), "of a row's passes; empty: the process's own"),
@@ -317,9 +317,16 @@ def _data() -> dict[str, Any]:
         "test_path": _text("", "of the same sources, with valid_path"),
         "cache": _text("", 'tfds text, documents: folder for tokens, encoded once; "": in memory'),
         **{name: default[name] for name in default if name not in ("split_seed", "download")},
+        "tokenizer": _text(
+            default["tokenizer"].default,
+            "char | byte | bpe | tokenizer's JSON file | directory of a released model",
+        ),
+        "splits": Setting(
+            default["splits"].default, Plain(str, "tfds: expressions of train, valid, test", True)
+        ),
         # Generated problems with a checker (docs/tasks.md).
         "task": {
-            "name": _name("sudoku", names.TASKS),
+            "name": _name("sudoku", names.TASKS, "of the generated problems"),
             "noise_every": _whole(0, "[0, 1e6]", "characters", "for each random letter; 0: none"),
             **{name: task[name] for name in TASK_ROWS},
             **sections(names.TASKS),
@@ -346,7 +353,7 @@ def _optimizer() -> dict[str, Any]:
     clip_norm = _real(1.0, "[0, 1e6]", "global norm", "of gradients; 0 does not clip")
     return {
         **defaults(training.adamw, weight_decay=0.01, clip_norm=clip_norm),
-        "name": _name("muon", names.OPTIMIZERS),
+        "name": _name("muon", names.OPTIMIZERS, "muon: of matrices, adamw for the rest"),
         **defaults(
             training.warmup_cosine,
             # None: by the optimiser's name and train.steps (launch/start/scaled.py).
@@ -362,7 +369,7 @@ def _optimizer() -> dict[str, Any]:
         ),
         "muon": {"momentum": defaults(training.muon)["momentum"]},
         # How state is stored between steps; arithmetic is in float32.
-        "first_moment_dtype": dtype(""),
+        "first_moment_dtype": dtype("of the optimiser's running mean of gradients"),
         "second_moment_dtype": dtype("bfloat16 needs b2 < 0.996"),
         "ema_dtype": dtype("bfloat16 keeps its offset from the parameters"),
     }
@@ -376,11 +383,11 @@ def _train() -> dict[str, Any]:
         "init_from": _text("", "workdir of a run whose parameters to start from"),
         "batch_size": _whole(32, "[1, 1e6]", "rows", "globally; each view is a forward pass more"),
         "num_microbatches": defaults(training.make_train_step)["num_microbatches"],
-        "keep_last": _whole(2, "[1, 1e6]", "checkpoints"),
+        "keep_last": _whole(2, "[1, 1e6]", "checkpoints", "kept; older ones are removed"),
         "noise_by": _name(
             "", ("", "slot", "example"), 'what noise goes with; "": example for chats, else slot'
         ),
-        "prefetch": _whole(2, "[0, 1e4]", "batches"),
+        "prefetch": _whole(2, "[0, 1e4]", "batches", "prepared ahead, in a thread of its own"),
         "monitors": _names(
             ("levels", "gradient_noise", "weights"),
             names.MONITORS,
@@ -449,14 +456,14 @@ def _sample() -> dict[str, Any]:
         "cache_refresh": _whole(0, _NATURAL, "steps", "of it, between passes over all; 0: none"),
         "guidance": _real(0.0, "[0, 1e3]", "", "masked: scale of guidance by the prompt"),
         "no_repeat_ngrams": _whole(0, "[0, 1e4]", "tokens", "n-grams that never repeat; 0: none"),
-        "num_samples": _whole(3, "[1, 1e6]", "rows"),
+        "num_samples": _whole(3, "[1, 1e6]", "rows", "drawn"),
         "num_answers": _whole(256, _NATURAL, "prompts", "held out, answered, checked; 0: all"),
         "temperature": defaults(samplers.temperature, value=1.0)["value"],
         "top_k": _whole(0, _NATURAL, "tokens", "most likely ones that are drawn; 0: all"),
         "top_p": defaults(samplers.top_p, mass=1.0)["mass"],
         "gap": _whole(32, _NATURAL, "tokens", "gap of the infilled passage; 0: no infilling"),
         "quality_steps": _whole((), "[1, 1e6]", "steps", "at which text quality is measured", True),
-        "quality_texts": _whole(64, "[2, 1e6]", "texts"),
+        "quality_texts": _whole(64, "[2, 1e6]", "texts", "drawn for the quality of text"),
         "judge": _text("", "workdir of the run that gives the generative perplexity"),
         "prompts": _text("", "file of texts, one a line, ▁ where a token is to be generated"),
     }

@@ -1,43 +1,4 @@
-"""Train, evaluate, sample diffusion models; space steps, measure variance.
-
-  mdm train    --config=quickstart --workdir=runs/mine   (the same line resumes)
-  mdm evaluate --workdir=runs/mine     held-out bound, accuracy
-  mdm sample   --workdir=runs/mine     texts or pictures
-  mdm spacing  --workdir=runs/mine --steps=16    compare and search sampling
-                                       grids; sample then uses the best
-  mdm variance --workdir=runs/mine     gradient variance of training methods
-  mdm report   --workdir=runs/mine     the run so far on a page, report.html
-  mdm export   --workdir=runs/mine --to=DIR   in the layout of Hugging Face
-  mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
-  mdm eval     --workdir=runs/mine     or --source=DIR: lm-eval, --tasks=a,b
-  mdm sweep    --config=quickstart --workdir=runs/seeds   a table over seeds of
-               --over="seed=0,1,2;optimizer.peak=1e-2,2e-2"   all combinations
-
---config is a file or a built-in config: quickstart, text_ar, text_block:16,
-text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian, finetune,
-finetune_pairs, convert; each also has the variant :smoke, of seconds.
-
-Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
-Own text:   --config.data.source=text --config.data.path=FILE
-Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)
-Adapters:   --config.adapter.name=lora --config.adapter.rank=16
-Devices:    --config.mesh=data=2,fsdp=4,tensor=1
-Free where read: --config.evaluate.* sample.* spacing.* measure.* panel.* mesh.*
-
-Flags:
-  --workdir: directory of the run, made if missing; --mode: the first word
-  --steps=16: short for --config.sample.num_steps=16
-  --allow_config_change: go on in a workdir whose run has another config
-  --parameters=last, --dtype=bfloat16: what export writes; else averages
-  --adapter: export adapters as a directory of PEFT; else they are merged
-  --max_tokens, --temperature, --answer_steps (--steps), --template: chat, eval
-  --restart: start anew in a workdir with a run, whose history is kept beside
-  --compilation_cache_dir: compiled programs, kept for the next start; by
-    default below ~/.cache/mdm_jax, or $JAX_COMPILATION_CACHE_DIR; '' for none
-  --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of
-    several processes; found under Slurm and on TPUs (docs/scaling.md)
-  --verbosity=1: show where an error came from; --helpfull: all flags
-"""
+"""The modes of the command ``mdm``, whose help is in :mod:`mdm_jax.launch.__main__`."""
 
 import contextlib
 import functools
@@ -54,8 +15,9 @@ from ml_collections import config_flags
 
 from mdm_jax import distributed, files, hub
 from mdm_jax.data.tokenizers import printable
-from mdm_jax.launch import command_line
+from mdm_jax.launch import command_line, presets
 from mdm_jax.launch import source as sources
+from mdm_jax.launch.__main__ import HELP_FLAG
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes import (
@@ -70,7 +32,7 @@ from mdm_jax.launch.modes import (
 )
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
-from mdm_jax.launch.reports import page
+from mdm_jax.launch.reports import page, settings
 from mdm_jax.launch.start import scaled
 from mdm_jax.launch.workdir import (
     WorkdirError,
@@ -170,6 +132,8 @@ _STOPPED = 130  # what shells report after Ctrl-C
 
 def main(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
+    if _MODE.value == "config":
+        return _config(argv[1:])
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
     if not flags.FLAGS["verbosity"].present:
@@ -445,18 +409,29 @@ _MODES = {
 }
 
 
+def _config(groups: list[str]) -> int:
+    if _CONFIG.value is None:
+        return _fail(
+            "config needs a name, a file or a --workdir, as in mdm config quickstart; built in "
+            f"are {', '.join(presets.PRESETS)}"
+        )
+    try:
+        for group in groups:
+            command_line.check_field(_CONFIG.value, group)
+    except command_line.CommandLineError as error:
+        return _fail(str(error))
+    print(settings.listing(_CONFIG.value, command_line.config_name(_PARSED), groups))
+    return 0
+
+
 def _parse(argv: list[str]) -> list[str]:
     _ARGUMENTS[:] = argv
-    if len(argv) == 1:
-        start = "\n\n".join(__doc__.split("\n\n")[1:3])
-        sys.exit(_fail(f"say what to do; mdm --help says more\n\n{start}"))
-    for asked in (a for a in argv[1:] if re.fullmatch("--?h(elp(short|full|xml)?)?", a)):
-        if asked.endswith(("full", "xml")):
-            with contextlib.suppress(SystemExit):
-                app.parse_flags_with_usage([argv[0], asked])
-        else:
-            print(__doc__)
+    if any(re.fullmatch("--?help(full|xml)", each) for each in argv[1:]):
+        with contextlib.suppress(SystemExit):
+            app.parse_flags_with_usage([argv[0], "--helpfull"])
         sys.exit(0)
+    if any(map(HELP_FLAG.fullmatch, argv[1:])):
+        argv = command_line.listing_instead(argv)
     try:
         _PARSED[:] = command_line.with_config(argv)
     except (command_line.CommandLineError, WorkdirError) as error:
@@ -477,5 +452,5 @@ def _fail(message: str) -> int:
 
 
 def run() -> None:
-    """Console script ``mdm``."""
+    """Run the command line of this process."""
     app.run(main, flags_parser=_parse)

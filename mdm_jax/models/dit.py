@@ -47,7 +47,7 @@ class DiTConfig:
 
     vocab_size: Annotated[int, Whole("[1, 2e9]", "tokens", "K, including the mask token")]
     width: Annotated[int, Whole("[2, 1e6]", "", "of the residual stream")] = 768
-    depth: Annotated[int, Whole("[1, 1e4]", "blocks")] = 12
+    depth: Annotated[int, Whole("[1, 1e4]", "blocks", "attention and MLP, one after another")] = 12
     num_heads: Annotated[int, Whole("[1, 1e4]", "heads", "of attention; 2 num_heads | width")] = 12
     condition_width: Annotated[int, Whole("[1, 1e6]", "", "of what drives the norms")] = 128
     condition_on_logsnr: Annotated[bool, Plain(bool, "else the level counts as clean")] = False

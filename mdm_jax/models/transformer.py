@@ -46,7 +46,7 @@ class TransformerConfig:
 
     vocab_size: Annotated[int, Whole("[1, 2e9]", "tokens", "K, including the mask token")]
     width: Annotated[int, Whole("[2, 1e6]", "", "of the residual stream")] = 128
-    depth: Annotated[int, Whole("[1, 1e4]", "blocks")] = 4
+    depth: Annotated[int, Whole("[1, 1e4]", "blocks", "attention and MLP, one after another")] = 4
     num_heads: Annotated[int, Whole("[1, 1e4]", "heads", "of attention; 2 num_heads | width")] = 4
     mlp_ratio: Annotated[float, Real("(0, 1e3]", "widths", "hidden width of the MLP")] = 4.0
     norm: Annotated[str, Name(("rms", "layer"), "normalisation of blocks")] = "rms"

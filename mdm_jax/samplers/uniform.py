@@ -21,9 +21,11 @@ from mdm_jax.samplers.sampler import (
 )
 from mdm_jax.types import Array
 
+GreedyTail = Annotated[bool, "the last step takes the likeliest tokens"]
+
 
 def uniform_ancestral(
-    num_tokens: int, token_filter: LogitFilter | None = None, greedy_tail: bool = False
+    num_tokens: int, token_filter: LogitFilter | None = None, greedy_tail: GreedyTail = False
 ) -> Sampler:
     """Draw every position of every step from ``q(z_s | z_t, x)`` with the network's c for x.
 

@@ -81,7 +81,7 @@ class Run(Task):
     An instance is the prompt without ``=``.
     """
 
-    steps: Annotated[int, Whole("[1, 500]", "operators")] = 4
+    steps: Annotated[int, Whole("[1, 500]", "operators", "of a problem")] = 4
     modulus: Annotated[int, Whole("[2, 10]", "", "p: each value is one digit")] = 10
     last_only: Annotated[bool, Plain(bool, "the answer is the last value alone")] = False
 

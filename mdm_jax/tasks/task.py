@@ -126,7 +126,9 @@ def check_range(task: Task, **settings: tuple[int, int, int]) -> None:
             )
 
 
-AnswerPadding = Literal["eos_once", "eos_scored"]
+AnswerPadding = Annotated[
+    Literal["eos_once", "eos_scored"], "EOS after the answer: the first is learned, or all"
+]
 
 _FINGERPRINTED = 8  # examples of each split
 _PromptLength = Annotated[int, Whole("[0, 1e7]", "tokens", "0: the longest")]

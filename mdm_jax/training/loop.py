@@ -105,9 +105,13 @@ class LoopOptions:
 
     total_steps: Annotated[int, Whole("[1, 2e9]", "steps")]
     log_every: Annotated[int, Whole("[1, 2e9]", "steps", "between lines of metrics")] = 10
-    evaluate_every: Annotated[int, Whole("[0, 2e9]", "steps", "0: never")] = 0
-    sample_every: Annotated[int, Whole("[0, 2e9]", "steps", "0: never")] = 0
-    checkpoint_every: Annotated[int, Whole("[0, 2e9]", "steps", "0: never")] = 0
+    evaluate_every: Annotated[
+        int, Whole("[0, 2e9]", "steps", "between validations, besides the last; 0: never")
+    ] = 0
+    sample_every: Annotated[int, Whole("[0, 2e9]", "steps", "between samples; 0: never")] = 0
+    checkpoint_every: Annotated[
+        int, Whole("[0, 2e9]", "steps", "between checkpoints, besides the last; 0: never")
+    ] = 0
     max_skipped_in_a_row: Annotated[
         int, Whole("[1, 2e9]", "steps", "that are not finite, before training stops")
     ] = 10

@@ -1,6 +1,7 @@
 """The launcher for tests: in a process of its own, or inside this one for what fails early."""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import socket
@@ -13,6 +14,7 @@ from absl.testing import flagsaver
 
 from mdm_jax import sharding
 from mdm_jax.launch import main
+from mdm_jax.launch.__main__ import answer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICKSTART = "experiments/configs/quickstart.py:smoke"
@@ -101,13 +103,16 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
     monkeypatch.chdir(ROOT)
     # The session's cache: one in the user's home would stay on for the tests that follow.
-    given = ["launch", f"--compilation_cache_dir={os.environ[CACHE]}", *map(str, arguments)]
+    words = list(itertools.takewhile(lambda each: not str(each).startswith("-"), arguments))
+    cache = f"--compilation_cache_dir={os.environ[CACHE]}"
+    given = ["launch", *words, cache, *map(str, arguments[len(words) :])]
     monkeypatch.setattr(sys, "argv", given)
     capsys.readouterr()
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         try:
-            code = main.main(main._parse(sys.argv))
+            code = answer(sys.argv)
+            code = main.main(main._parse(sys.argv)) if code is None else code
         except SystemExit as stop:
             code = stop.code
         finally:

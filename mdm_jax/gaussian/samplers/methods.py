@@ -77,7 +77,9 @@ def ddpm_ancestral(
     return GaussianSampler("ddpm_ancestral", step)
 
 
-def dpm_solver_pp_2m(lower_order_final: bool = True) -> GaussianSampler:
+def dpm_solver_pp_2m(
+    lower_order_final: Annotated[bool, "last step of first order"] = True,
+) -> GaussianSampler:
     """DPM-Solver++(2M): DDIM with the estimate of the data extrapolated to the middle of the step.
 
     One denoiser call per step, order 2. With h the step in logSNR and r = h_previous / h it uses
@@ -137,7 +139,7 @@ def edm_heun(
     churn_min: Annotated[float, Real("[0, 1e6]", "sigma", "smallest at which it is added")] = 0.0,
     churn_max: Annotated[float, Real("[0, 1e6]", "sigma", "largest at which it is added")] = 1e6,
     churn_noise: Annotated[float, Real("[0, 1e3]", "", "factor on that noise's scale")] = 1.0,
-    second_order: bool = True,
+    second_order: Annotated[bool, "two denoiser calls a step; False: Euler's method"] = True,
 ) -> GaussianSampler:
     """EDM's sampler: Heun's method in sigma, with noise added back before each step.
 
