@@ -42,9 +42,10 @@ Flags:
 import re
 import sys
 
+from mdm_jax.launch import HELP_FLAG
+
 HELP = __doc__
 _CONFIG_FLAG = re.compile("--?config(=|$)")
-HELP_FLAG = re.compile("--?h(elp(short)?)?")
 
 
 def run() -> None:

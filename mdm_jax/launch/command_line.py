@@ -19,8 +19,7 @@ from absl import flags
 from jax._src.distributed import global_state  # its key-value store has no public name
 from ml_collections import ConfigDict
 
-from mdm_jax.launch import presets
-from mdm_jax.launch.__main__ import HELP_FLAG
+from mdm_jax.launch import HELP_FLAG, presets
 from mdm_jax.launch.workdir import differences, read_config, saved_config
 
 HEARTBEAT_SECONDS = 60

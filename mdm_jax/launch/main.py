@@ -15,9 +15,8 @@ from ml_collections import config_flags
 
 from mdm_jax import distributed, files, hub
 from mdm_jax.data.tokenizers import printable
-from mdm_jax.launch import command_line, presets
+from mdm_jax.launch import HELP_FLAG, command_line, presets
 from mdm_jax.launch import source as sources
-from mdm_jax.launch.__main__ import HELP_FLAG
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes import (

@@ -126,15 +126,18 @@ def check_mdm(words):
     words = [word.replace("=I", "=0") if word == "--process_id=I" else word for word in words]
     words = [word.replace(", NAME", ", mirror") for word in words]
     mode = words[0] if words and not words[0].startswith("-") else "train"
-    if mode in command_line.MODES and command_line.take_config(words)[0] is None:
+    named = mode == "config" or command_line.take_config(words)[0] is not None
+    if mode in command_line.MODES and not named:
         words.append("--config=quickstart")  # stands for the config of the run
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         try:
             rest = main._parse(["mdm", *words])
-            if rest[1:]:
-                raise ValueError(f"no flags: {rest[1:]}")
             config = flags.FLAGS.config
+            if rest[1:] and mode != "config":
+                raise ValueError(f"no flags: {rest[1:]}")
+            for section in rest[1:]:
+                command_line.check_field(config, section)
             launch_config.check_config(config)
             if mode in main._MODEL_MODES:
                 main._check_overrides()
