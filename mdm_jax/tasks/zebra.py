@@ -38,7 +38,7 @@ class ZebraInstance(NamedTuple):
     clues: tuple[Clue, ...]
 
 
-_Range = Annotated[tuple[int, int], Whole("[2, 6]", "fewest and most", several=True)]
+_Range = Annotated[tuple[int, int], Whole("[2, 6]", "fewest and most", "of a puzzle", several=True)]
 
 
 @checked

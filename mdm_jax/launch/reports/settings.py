@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mdm_jax.checks import Name
 from mdm_jax.launch import presets
 from mdm_jax.launch.config import flat_settings
 from mdm_jax.launch.names import Setting
@@ -26,6 +27,8 @@ def listing(config: ConfigDict, name: str, groups: Sequence[str] = ()) -> str:
     head = [f"{name}: {first}" if (first := _summary(name)) else f"Settings of {name}."]
     head += ["Change one with --config.NAME=VALUE. * differs from the default of a setting.", ""]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if width:
+        head = [line for text in head for line in textwrap.wrap(text, width) or [""]]
     texts, section = [], None
     for path, value, text in lines:
         if section not in (None, path.split(".")[0]):
@@ -50,7 +53,8 @@ def explained(setting: Setting, value: Any) -> str:
     """Unit, meaning, what is allowed, and the default where ``value`` is another."""
     rule = setting.rule
     words = ", ".join(filter(None, (rule.unit, rule.meaning)))
-    allowed = f"several of {rule.allowed}" if rule.several else rule.allowed
+    each = "several of " if isinstance(rule, Name) else "each "
+    allowed = f"{each * rule.several}{rule.allowed}"
     text = f"{words}; {allowed}"
     return text if value == setting.default else f"* {text}; default {setting.default!r}"
 
