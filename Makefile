@@ -2,6 +2,7 @@
 # make test         the default test suite; make test-slow: the long statistical runs too
 # make bench        benchmarks at the S and M shapes; writes BENCH, by default runs/bench.json
 # make house        size and shape of the package, and the CPU time of its tests
+# make wheel        builds dist/mdm_jax-*.whl and tries it in a fresh environment
 # make docs         the documentation site, build/site/index.html; warnings are errors
 # make lint         style;  make format: apply it
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +12,7 @@ CONFIG ?= quickstart
 BENCH ?= runs/bench.json
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow bench house docs lint format clean
+.PHONY: quickstart test test-slow bench house wheel docs lint format clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/mdm train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -27,6 +28,9 @@ bench: $(VENV)/installed
 
 house: $(VENV)/installed-dev
 	$(RUN) -m experiments.house --suite
+
+wheel: $(VENV)/installed-dev
+	$(RUN) -m experiments.wheel --out=dist
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet -f docs/site/mkdocs.yml
@@ -56,4 +60,4 @@ $(VENV)/installed-docs: setup.py
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

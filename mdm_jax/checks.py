@@ -262,6 +262,11 @@ def log_positive(name: str, what: str, value: ArrayLike) -> ArrayLike:
     return math.log(value)
 
 
+def missing_package(what: str, extra: str, error: ImportError) -> ImportError:
+    """The error where an optional package is not installed; it names the extra with the package."""
+    return ImportError(f"{what} needs more packages ({error}): pip install 'mdm_jax[{extra}]'")
+
+
 def unknown_name(
     name: str,
     known: Iterable[str],

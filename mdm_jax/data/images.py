@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mdm_jax.checks import missing_package
 from mdm_jax.data.datasets import SPLITS, Dataset, make_dataset, shuffled_split
 from mdm_jax.data.rows import PictureRows, RowSource
 
@@ -22,9 +23,7 @@ def digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "the digits source needs scikit-learn: pip install scikit-learn"
-        ) from error
+        raise missing_package("the digits source", "digits", error) from error
     pictures = load_digits().images
     levels = pictures.astype(np.uint8).reshape(len(pictures), -1)
     parts = shuffled_split(len(levels), (0.8, 0.1, 0.1), _SPLIT_SEED, "digits")

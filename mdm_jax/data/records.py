@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from mdm_jax import files
+from mdm_jax.checks import missing_package
 from mdm_jax.data.datasets import SPLITS, shuffled_split
 from mdm_jax.data.tokenizers import utf8
 
@@ -330,9 +331,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[dict[str, Any], str]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError(f"{path}: Parquet needs the package pyarrow: pip install pyarrow") from (
-            error
-        )
+        raise missing_package(f"{path}: Parquet", "data", error) from error
     number = 0
     with files.Path(path).open("rb") as file:
         try:

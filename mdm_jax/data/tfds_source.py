@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from mdm_jax.checks import Whole, checked
+from mdm_jax.checks import Whole, checked, missing_package
 from mdm_jax.data.datasets import SPLITS, Dataset, Length, TextField, VocabSize, make_dataset
 from mdm_jax.data.images import picture_dataset
 from mdm_jax.data.packing import (
@@ -208,10 +208,7 @@ def _open(
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise ImportError(
-            "the tfds source needs tensorflow-datasets and array_record: "
-            "pip install tensorflow-datasets array_record"
-        ) from error
+        raise missing_package("the tfds source", "data", error) from error
     origin = f"tfds dataset {name!r} in {data_dir or 'the default data_dir'}"
     _check_features(tensorflow_datasets, name, data_dir, origin)
     sources = {}

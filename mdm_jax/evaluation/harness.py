@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mdm_jax import hub, sharding
-from mdm_jax.checks import unknown_name
+from mdm_jax.checks import missing_package, unknown_name
 from mdm_jax.estimates import standard_error_of_mean
 from mdm_jax.evaluation.accuracy import repeated
 from mdm_jax.evaluation.answering import Answer, Answerer, Journal
@@ -33,9 +33,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise ImportError(
-        f"evaluation on tasks needs lm-eval ({error}); pip install 'mdm_jax[eval]'"
-    ) from error
+    raise missing_package("evaluation on tasks", "eval", error) from error
 
 
 _PROBE = "mdm"

@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mdm_jax.checks import missing_package
+
 Messages = Sequence[Mapping[str, Any]]
 MOST_CHARACTERS = 10**7
 _FILE = "<template>"  # jinja2's name of a template without one
@@ -223,5 +225,5 @@ def _import_jinja2() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError("chat templates need the package jinja2: pip install jinja2") from error
+        raise missing_package("a chat template", "hub", error) from error
     return jinja2

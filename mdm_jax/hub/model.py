@@ -393,7 +393,7 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
     except ImportError as error:
         raise ValueError(
             f"{source}: no such directory; to download a model of this id, "
-            "pip install huggingface_hub"
+            "pip install 'mdm_jax[hub]'"
         ) from error
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]
     try:

@@ -32,7 +32,7 @@ from mdm_jax.launch.modes import (
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.reports import page, settings
-from mdm_jax.launch.start import scaled
+from mdm_jax.launch.start import accelerators, scaled
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,
@@ -223,6 +223,8 @@ def _settings() -> dict[str, Any]:
 
 
 def _train(experiment: Experiment, workdir: files.Path) -> int:
+    if warning := accelerators.unused_accelerator(os.environ):
+        print(f"warning: {warning}", file=sys.stderr)
     print(experiment.describe(), scaled.describe(experiment.config), sep="\n", flush=True)
     print(preview.preview(experiment.dataset), flush=True)
     with Interrupt() as interrupt:

@@ -153,8 +153,8 @@ def _reaching(workdir: str | os.PathLike) -> Iterator[None]:
         if not files.is_remote(workdir):
             raise
         raise WorkdirError(
-            f"{workdir} cannot be reached: {type(error).__name__}: {error} (a bucket needs the "
-            "package gcsfs and application default credentials)"
+            f"{workdir} cannot be reached: {type(error).__name__}: {error} (a bucket needs "
+            "pip install 'mdm_jax[bucket]' and application default credentials)"
         ) from error
 
 

@@ -34,5 +34,5 @@ def test_digits_are_the_pictures_of_scikit_learn():
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(ImportError, match=r"pip install 'mdm_jax\[digits\]'"):
         data.digits()

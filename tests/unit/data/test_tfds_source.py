@@ -315,5 +315,5 @@ def test_image_errors(local, name, settings, message):
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match="pip install tensorflow-datasets"):
+    with pytest.raises(ImportError, match=r"pip install 'mdm_jax\[data\]'"):
         data.tfds_text("mnist", length=8)
