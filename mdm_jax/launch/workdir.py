@@ -122,7 +122,8 @@ def saved_nothing(workdir: files.Path) -> bool:
 def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -> None:
     """Raise WorkdirError if another config's run (with a diff), or files but no run, are there.
 
-    ``allow_change``: it was asked for, or that run has saved nothing yet.
+    ``allow_change``: it was asked for, or that run has saved nothing yet. A larger ``train.steps``
+    alone makes no other run.
     """
     with _reaching(workdir):
         there = [*workdir.iterdir()] if workdir.is_dir() else []  # first: a run may begin meanwhile
@@ -135,10 +136,15 @@ def check(workdir: files.Path, config: ConfigDict, allow_change: bool = False) -
             )
         return
     changed = changes(workdir, config)
+    steps = read_config(workdir)["train"]["steps"]
+    if [line.split(":")[0] for line in changed] == ["train.steps"] and config.train.steps > steps:
+        return
     if changed and not allow_change:
+        fewer = f"\nIt was started for {steps} steps; train.steps can be raised, but not lowered."
         raise WorkdirError(
             f"{workdir} holds a run with another config:\n  "
             + "\n  ".join(changed)
+            + fewer * (config.train.steps < steps)
             + "\nName another --workdir, restore these settings, or pass "
             "--allow_config_change to go on with the new ones."
         )

@@ -153,7 +153,11 @@ def sweep(
 
 def is_finished(workdir: files.Path, run: Run) -> bool:
     """Whether the run has been trained and evaluated; the report is written last."""
-    return (_directory(workdir, run) / "report.txt").exists()
+    directory = _directory(workdir, run)
+    if not (directory / "report.txt").exists():
+        return False
+    stored = read_config(directory)  # train.steps may have been raised since
+    return stored is None or stored["train"]["steps"] >= run.config.train.steps
 
 
 def write(

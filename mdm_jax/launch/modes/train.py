@@ -21,6 +21,7 @@ from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.reports.panel import NoisePanel
+from mdm_jax.launch.start import longer
 from mdm_jax.launch.workdir import (
     WorkdirError,
     changes,
@@ -93,18 +94,30 @@ def train(
         else:
             experiment = experiment.with_noted_chain(restored.notes).with_frozen(workdir)
             state, noted = _continue(restored, _stream(experiment), batches)
+        old, start = read_config(workdir), int(jax.device_get(state.step))
+        raised = c.train.steps > old["train"]["steps"]
+        if start > c.train.steps:
+            raise WorkdirError(
+                f"train.steps={c.train.steps}: {workdir} has been trained for {start} steps, and "
+                f"none is undone; give --config.train.steps={start} or more, another --workdir, or "
+                "--restart to start anew"
+            )
         progress = noted.get("progress", {})
         stopping = training.EarlyStopping(training.StopSettings(**c.train.stop), noted.get("stop"))
         notes = {"stream": _stream(experiment), "stop": stopping.state}
         notes |= {"chain": experiment.chain.to_dict()} if is_automatic(c) else {}
         if distributed.is_first():
+            if start and raised:
+                longer.set_results_aside(workdir)
             claim(workdir, c, allow_config_change)
             _save_tokenizer(experiment, workdir)
-        start, running = int(jax.device_get(state.step)), Running(experiment)
+        running = Running(experiment)
         writer = _writer(workdir, start, progress)
         stack.callback(writer.close)
         hooks = make_hooks(running, workdir, writer, stopping, notes)
         if start < c.train.steps and not stopping.stopped:
+            if start and raised:
+                print(longer.describe(old, c, start), flush=True)
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
             running.panel = hooks.panel = NoisePanel(experiment, writer, start)
             running.compile()

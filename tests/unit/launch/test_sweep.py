@@ -119,8 +119,9 @@ def test_a_failed_run_is_recorded_the_rest_goes_on_and_finished_ones_are_skipped
     assert "| optimizer.peak=1e-3 | 3 | 2.1000 ± 0.1000 | 2.2 |" in table
     assert "| -1.0000 [-1.2484, -0.7516] **" in table  # Student's: 4.303 * 0.1 / sqrt(3)
     assert made([*scores[:4], 2.1, 1.2]) == (0, [])
-    with pytest.raises(WorkdirError, match=r"train.steps: 12 -> 99"):
-        made(scores, steps=99)
+    with pytest.raises(WorkdirError, match=r"train.steps: 12 -> 9"):
+        made(scores, steps=9)
+    assert len(made([*scores[:4], 2.1, 1.2], steps=99)[1]) == 6  # raised: all go on
 
 
 def test_a_run_from_a_model_is_known_by_what_that_fixes(tmp_path):
