@@ -136,8 +136,8 @@ def test_a_run_from_a_model_is_known_by_what_that_fixes(tmp_path):
     (directory / "evaluation.json").write_text('{"bits_per_unit": 1.0}')
     (directory / "report.txt").write_text("done")
     assert sweep.sweep([run], files.as_path(tmp_path), ["false"], lambda _: None) == 0
-    run.config.train.steps = 99
-    with pytest.raises(WorkdirError, match=r"another config:\n  train.steps: \d+ -> 99\nName"):
+    run.config.train.batch_size = 99
+    with pytest.raises(WorkdirError, match=r"another config:\n  train.batch_size: \d+ -> 99\nName"):
         sweep.sweep([run], files.as_path(tmp_path), ["false"], lambda _: None)
 
 
