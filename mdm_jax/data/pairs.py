@@ -12,18 +12,18 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from mdm_jax.checks import Real, checked
+from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.data.datasets import (
     AnswerPadding,
     Dataset,
     Fractions,
-    Length,
     PairLayout,
     VocabSize,
     make_dataset,
 )
 from mdm_jax.data.records import BadRows, Record, Template, lines_of, read_sources, text_field
 from mdm_jax.data.rows import Mixture, RandomlyCut, RowSource, StoredRows
+from mdm_jax.data.statistics import length_quantiles, length_table
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer
 from mdm_jax.types import Batch
 
@@ -32,6 +32,9 @@ TooLong = Annotated[
     "rows that do not fit: refused, cut, or dropped and counted",
 ]
 AnswerMarker = Annotated[str, "what stands before the result in an answer, for checks; '': none"]
+PartLength = Annotated[
+    int, Whole("[0, 1e7]", "tokens", "0: of the longest pair, or 99 % of them where pairs are cut")
+]
 RandomCut = Annotated[float, Real("[0, 1]", "of visits", "that see an answer cut at random")]
 
 
@@ -71,8 +74,8 @@ class ResultAfterMarker:
 def jsonl(
     path: str | os.PathLike | Sequence[str],
     *,
-    prompt_length: Length,
-    answer_length: Length,
+    prompt_length: PartLength = 0,
+    answer_length: PartLength = 0,
     prompt_field: Annotated[str, "dotted key of the prompt"] = "prompt",
     answer_field: Annotated[str, "dotted key of the answer"] = "answer",
     prompt_template: Annotated[str, "prompt with fields in braces; '': prompt_field"] = "",
@@ -96,7 +99,8 @@ def jsonl(
     Args:
         path: a file, a directory, a glob, or a mixture of several: ``"a.jsonl:0.7,b.jsonl:0.3"``
             (:func:`mdm_jax.data.records.weighted_paths`). Parquet too, with pyarrow.
-        prompt_length, answer_length: positions of each, the EOS of the answer included.
+        prompt_length, answer_length: positions of each, the EOS of the answer included. 0: the
+            longest of all pairs under ``too_long="error"``, else the 99 % quantile.
         prompt_field, answer_field: keys of each, strings, or dotted paths to them
             (``"meta.question"``, lists by index).
         prompt_template, answer_template: texts with such fields in braces, in place of the former:
@@ -120,7 +124,6 @@ def jsonl(
     ValueError as ``read_sources``; naming file and line, if an answer lacks the marker or a pair is
     too long under "error"; if all answers of a split are empty or dropped; for a bad setting.
     """
-    layout = PairLayout(prompt_length, answer_length, answer_padding)
     prompt_of = _text_reader(prompt_field, "prompt", prompt_template)
     answer_of = _text_reader(answer_field, "answer", answer_template)
     found = read_sources(
@@ -137,38 +140,49 @@ def jsonl(
     parts = found.splits()
     train_texts = [text for record in parts["train"] for text in record.values]
     codec = make_tokenizer(tokenizer, train_texts, bpe_vocab_size)
+    groups = [*found.train, parts["valid"], parts["test"]]
+    encoded = [[_ids(record, codec) for record in records] for records in groups]
+    every = [pair for pairs in encoded for pair in pairs]
+    sizes = np.array([[len(prompt), len(answer)] for prompt, answer in every])
+    share = -1 if too_long == "error" else -2  # the longest, or 99 %
+    unset = [max(1, length_quantiles(part)[share]) for part in sizes.T]
+    layout = PairLayout(prompt_length or unset[0], answer_length or unset[1], answer_padding)
+    if too_long == "error":
+        _check_lengths([r.origin for records in groups for r in records], sizes, layout)
     shown = (
-        (codec.decode(codec.encode(prompt)[-prompt_length:]), answer, origin)
+        (codec.decode(codec.encode(prompt)[-layout.prompt_length :]), answer, origin)
         for records in parts.values()
         for (prompt, answer), origin in records
     )  # as rows hold prompts: cut, and without unknown characters
     check = checker(shown, answer_marker) if answer_marker else None
 
-    def rows_of(name: str, records: Sequence[Record]) -> tuple[StoredRows, dict[str, int]]:
-        batch, counts = _encode(records, codec, layout, too_long)
+    def rows_of(
+        name: str, records: Sequence[Record], pairs: Sequence[_Pair]
+    ) -> tuple[StoredRows, dict[str, int]]:
+        batch, counts = _encode(pairs, codec, layout, too_long)
         if records and not batch.units.any():
             fault = f"empty; see answer_field ({answer_field!r})"
             if not counts["rows"]:
-                sizes = ([len(codec.encode(text)) for text in r.values] for r in records)
-                prompt, answer = min(sizes, key=sum)
+                prompt, answer = min(([len(part) for part in pair] for pair in pairs), key=sum)
                 fault = (
                     f"dropped as too long; the shortest of {len(records)} pairs has {prompt} and "
-                    f"{answer + 1} tokens, see prompt_length ({prompt_length}) and answer_length "
-                    f"({answer_length})"
+                    f"{answer} tokens, see prompt_length ({layout.prompt_length}) and "
+                    f"answer_length ({layout.answer_length})"
                 )
             raise ValueError(
                 f"{records[0].origin}: the answer of every pair of the {name} split was {fault}"
             )
         return StoredRows(batch), counts
 
-    sources, counts = zip(*(rows_of("train", records) for records in found.train))
+    trained = zip(found.train, encoded)
+    sources, counts = zip(*(rows_of("train", records, pairs) for records, pairs in trained))
     report = found.report | {f"train_{key}": sum(c[key] for c in counts) for key in counts[0]}
     rows: dict[str, RowSource] = {
         "train": mixed_rows(sources, found.weights, random_cut, codec),
     }
     train_prompts = {record.values[0] for record in parts["train"]}
-    for name in ("valid", "test"):
-        rows[name], counts = rows_of(name, parts[name])
+    for name, pairs in zip(("valid", "test"), encoded[-2:]):
+        rows[name], counts = rows_of(name, parts[name], pairs)
         report |= {f"{name}_{key}": value for key, value in counts.items()}
         report[f"{name}_prompts_also_in_train"] = sum(
             record.values[0] in train_prompts for record in parts[name]
@@ -187,8 +201,10 @@ def jsonl(
             **stream_settings(sources, found.weights, random_cut),
         },
         headline=f"Prompt and answer pairs from {names_of(found.paths)}, one a line.",
-        policy=f"Prompt in {prompt_length} positions, answer in {answer_length}; pairs that are "
-        f"too long: {too_long}; after the answer: {answer_padding}."
+        policy=f"Prompt in {layout.prompt_length} positions, answer in {layout.answer_length}"
+        + f" ({'the longest' if too_long == 'error' else '99 %'} of all pairs, where not set)"
+        * (not (prompt_length and answer_length))
+        + f"; pairs that are too long: {too_long}; after the answer: {answer_padding}."
         + _describe_dropped(report)
         + found.describe([len(source) for source in sources])
         + describe_unknown(lines_of(r for records in parts.values() for r in records), codec),
@@ -264,24 +280,51 @@ def checker(answers: Iterable[tuple[str, str, str]], marker: str) -> ResultAfter
     return ResultAfterMarker(marker, {key: frozenset(values) for key, values in results.items()})
 
 
+_Pair = tuple[np.ndarray, np.ndarray]
+"""Token ids of a prompt, and of an answer with its EOS."""
+
+
+def _ids(record: Record, codec: Tokenizer) -> _Pair:
+    prompt, answer = record.values
+    return codec.encode(prompt), np.append(codec.encode(answer), codec.eos_id)
+
+
+def _check_lengths(origins: Sequence[str], sizes: np.ndarray, layout: PairLayout) -> None:
+    """Raise ValueError where pairs of these sizes [N, 2] do not fit, with all that there is to set.
+
+    Quantiles of all pairs, how many would be dropped or cut, lengths that fit all or 99 %.
+    """
+    lengths = np.array([layout.prompt_length, layout.answer_length])
+    too_long = sizes > lengths
+    misfits = np.flatnonzero(too_long.any(axis=1))
+    if not len(misfits):
+        return
+    first, (prompts, answers) = misfits[0], too_long.sum(axis=0)
+    all_of, most = np.array([length_quantiles(part)[::-1][:2] for part in sizes.T]).T
+    left_out = int((sizes > most).any(axis=1).sum())
+    misfit = layout.misfit(range(sizes[first, 0]), range(sizes[first, 1]))
+    table = length_table({"prompt": sizes[:, 0], "answer with EOS": sizes[:, 1]})
+    raise ValueError(
+        f"{origins[first]}: {misfit}; it is the first of {len(misfits)} of {len(sizes)} pairs that "
+        f"do not fit:\n{table}\n"
+        f"At these lengths too_long='drop' leaves out {len(misfits)} pairs; 'truncate' cuts "
+        f"{prompts} prompts and {answers} answers. For all pairs set data.prompt_length={all_of[0]}"
+        f" and data.answer_length={all_of[1]} (or neither); without the longest {left_out}: "
+        f"data.prompt_length={most[0]}, data.answer_length={most[1]}, data.too_long=drop"
+    )
+
+
 def _encode(
-    records: Sequence[Record], codec: Tokenizer, layout: PairLayout, too_long: TooLong
+    pairs: Sequence[_Pair], codec: Tokenizer, layout: PairLayout, too_long: TooLong
 ) -> tuple[Batch, dict[str, int]]:
     """Rows of one split, and counts for the report."""
     counts = dict.fromkeys(
         ("pairs", "rows", "truncated_prompts", "truncated_answers", "dropped_pairs"), 0
     )
-    counts |= {"pairs": len(records), "unknown_characters": 0}
+    counts |= {"pairs": len(pairs), "unknown_characters": 0}
     prompts, answers = [], []
-    for (prompt, answer), origin in records:
-        prompt, answer = codec.encode(prompt), np.append(codec.encode(answer), codec.eos_id)
-        misfit = layout.misfit(prompt, answer)
-        if misfit and too_long == "error":
-            raise ValueError(
-                f"{origin}: {misfit}; raise the lengths, or choose too_long='truncate' or 'drop', "
-                "which count what they change"
-            )
-        if misfit and too_long == "drop":
+    for prompt, answer in pairs:
+        if too_long == "drop" and layout.misfit(prompt, answer):
             counts["dropped_pairs"] += 1
             continue
         counts["truncated_prompts"] += len(prompt) > layout.prompt_length

@@ -1,5 +1,6 @@
 """Token statistics of a split: n-gram entropies, to compare likelihoods with; rare tokens."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,22 @@ from numpy.typing import ArrayLike
 
 from mdm_jax.data.pipeline import evaluation_batches
 from mdm_jax.data.rows import RowSource
+
+SHARES = (50, 90, 99, 100)
+"""Percentages of rows at which lengths are shown."""
+
+
+def length_quantiles(sizes: ArrayLike) -> tuple[int, ...]:
+    """Lengths that 50, 90, 99 and 100 % of the ``sizes`` [N] do not exceed, each one of them."""
+    return tuple(int(q) for q in np.percentile(sizes, SHARES, method="inverted_cdf"))
+
+
+def length_table(sizes: Mapping[str, ArrayLike]) -> str:
+    """:func:`length_quantiles` by name, as lines of a table."""
+    lines = [f"  {'tokens':<16}" + "".join(f"{f'{share} %':>8}" for share in SHARES)]
+    for name, each in sizes.items():
+        lines.append(f"  {name:<16}" + "".join(f"{q:>8,}" for q in length_quantiles(each)))
+    return "\n".join(lines)
 
 
 class NgramEntropies(NamedTuple):

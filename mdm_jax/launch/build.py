@@ -303,6 +303,7 @@ def make_experiment(
     config = sources.filled(config, source, given, workdir)
     config = scaled.filled(config, workdir and read_config(workdir))
     rows = dataset(config, source)
+    config = scaled.with_lengths(config, rows.layout)
     family = lookup(FAMILIES, config.process, "process")(config, rows, source)
     _check_unread(config, family.unread)
     c, e, s = config.train, config.evaluate, config.sample

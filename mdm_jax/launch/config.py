@@ -311,8 +311,10 @@ def _data() -> dict[str, Any]:
         "buckets": _whole(
             (), "[1, 1e7]", "tokens", "lengths of training batches besides that of a row", True
         ),
-        "prompt_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, tasks; tasks: 0 for the longest"),
-        "answer_length": _whole(0, "[0, 1e7]", "tokens", "jsonl, tasks: with its EOS"),
+        "prompt_length": _whole(
+            0, "[0, 1e7]", "tokens", "jsonl, tasks; 0: of the longest, jsonl with too_long: of 99 %"
+        ),
+        "answer_length": _whole(0, "[0, 1e7]", "tokens", "likewise, of the answer with its EOS"),
         "valid_path": _text("", 'jsonl, chat, documents, task_file: "" splits the file instead'),
         "test_path": _text("", "of the same sources, with valid_path"),
         "cache": _text("", 'tfds text, documents: folder for tokens, encoded once; "": in memory'),

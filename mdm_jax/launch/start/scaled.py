@@ -1,7 +1,7 @@
-"""Settings of the optimiser that follow from others where they are not given.
+"""Settings that follow from others, or from the data, where they are not given.
 
-Their default in the config is None; :func:`filled` gives every run numbers, which are what its
-``config.json`` holds.
+Those of the optimiser are None by default, lengths of pairs 0; every run gets numbers, which are
+what its ``config.json`` holds.
 """
 
 import copy
@@ -10,8 +10,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mdm_jax.data.datasets import PairLayout
+
 PEAKS = {"adamw": 2e-3, "muon": 2e-2}
 """Peak of the learning rate by ``optimizer.name``."""
+
+LENGTHS = ("prompt_length", "answer_length")
+"""Settings of the section ``data`` that may be 0."""
 
 SCALED = ("peak", "warmup_steps", "ema_decay")
 """Settings of the section ``optimizer`` that may be None."""
@@ -44,9 +49,11 @@ def filled(config: ConfigDict, stored: Mapping[str, Any] | None = None) -> Confi
     rules there too: then the new number of steps and optimiser count.
     """
     unset = [name for name in SCALED if config.optimizer[name] is None]
-    if not unset:
+    lengths = {n: stored["data"].get(n, 0) for n in LENGTHS if not config.data[n]} if stored else {}
+    if not unset and not any(lengths.values()):
         return config
     config, values = copy.deepcopy(config), followed(config)
+    config.data.update(lengths)
     if stored is not None:
         rules, own = followed(stored), stored["optimizer"]
         values |= {n: own[n] for n in SCALED if own.get(n) not in (None, rules[n])}
@@ -61,7 +68,17 @@ def same(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         old, value = known["optimizer"][name], optimizer[name]
         if value is None or (old in (None, old_rules[name]) and value == rules[name]):
             optimizer[name] = old
-    return new | {"optimizer": optimizer}
+    unset = {n: known["data"][n] for n in LENGTHS if not new["data"][n]}
+    return new | {"optimizer": optimizer, "data": new["data"] | unset}
+
+
+def with_lengths(config: ConfigDict, layout: PairLayout | None) -> ConfigDict:
+    """A copy with the lengths of a layout that was fitted to the pairs of a file."""
+    if layout is None or config.data.source != "jsonl":
+        return config
+    config = copy.deepcopy(config)
+    config.data.update({name: getattr(layout, name) for name in LENGTHS})
+    return config
 
 
 def describe(config: ConfigDict) -> str:

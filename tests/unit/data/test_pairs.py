@@ -80,6 +80,39 @@ def test_too_long_is_an_error_that_names_line_lengths_and_policies(write):
         only_train(write([("ab", "abcde")]))
 
 
+def test_one_message_has_quantiles_of_all_pairs_and_the_settings_to_use(write):
+    """90 pairs of 2 and 3 tokens, 9 of 4 and 3, one of 9 and 6; the EOS counted."""
+    pairs = [("ab", "cd")] * 90 + [("abcd", "cd")] * 9 + [("abcdefghi", "abcde")]
+    with pytest.raises(ValueError, match=r"pairs.jsonl:91: .*first of 10 of 100 pairs") as error:
+        only_train(write(pairs), prompt_length=3, answer_length=5)
+    lines = str(error.value).splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["tokens", "50", "%", "90", "%", "99", "%", "100", "%"],
+        ["prompt", "2", "2", "4", "9"],
+        ["answer", "with", "EOS", "3", "3", "3", "6"],
+    ]
+    assert "'drop' leaves out 10 pairs; 'truncate' cuts 10 prompts and 1 answers" in lines[4]
+    assert "For all pairs set data.prompt_length=9 and data.answer_length=6" in lines[4]
+    assert (
+        "without the longest 1: data.prompt_length=4, data.answer_length=3, data.too_long=drop"
+        in lines[4]
+    )
+
+
+def test_unset_lengths_are_those_of_the_longest_or_of_99_percent_where_pairs_are_dropped(write):
+    path = write([("ab", "cd")] * 90 + [("abcd", "cd")] * 9 + [("abcdefghi", "abcde")])
+    unset = {"prompt_length": 0, "answer_length": 0}
+    whole = only_train(path, **unset)
+    assert (whole.layout.prompt_length, whole.layout.answer_length) == (9, 6)
+    assert "(the longest of all pairs, where not set)" in whole.description
+    most = only_train(path, **unset, too_long="drop")
+    assert (most.layout.prompt_length, most.layout.answer_length) == (4, 3)
+    assert most.report["train_dropped_pairs"] == 1 and len(most.train) == 99
+    assert "(99 % of all pairs, where not set)" in most.description
+    half = only_train(path, prompt_length=12, answer_length=0)
+    assert (half.layout.prompt_length, half.layout.answer_length) == (12, 6)
+
+
 def test_truncate_keeps_what_is_next_to_the_answer_and_is_counted(write):
     dataset = only_train(write([("12345678", "vwxyz"), ("1", "v")]), too_long="truncate")
     row, codec = dataset.train[0], dataset.tokenizer

@@ -1,7 +1,10 @@
 """Settings that follow from others: by rule where unset, as given where set, as stored on."""
 
+import json
+
 import pytest
 
+from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.start import scaled
@@ -70,3 +73,21 @@ def test_the_directory_holds_numbers_and_unset_settings_are_no_change(tmp_path):
     assert changes(tmp_path, scaled.filled(_run(2000, "adamw"))) == [
         'optimizer.name: "muon" -> "adamw"'
     ]
+
+
+def test_lengths_fitted_to_pairs_are_stored_and_unset_ones_are_no_change(tmp_path, one_device):
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"{i:03}" + "p" * (i % 5), "answer": f"{i}"} for i in range(200)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = presets.quickstart("smoke")
+    config.data = launch_config.get_config().data
+    config.data.update(source="jsonl", path=str(path))
+    fitted = make_experiment(config).config
+    assert (fitted.data.prompt_length, fitted.data.answer_length) == (7, 4)
+    assert config.data.prompt_length == 0
+    claim(tmp_path / "run", fitted)
+    check(tmp_path / "run", config)
+    again = scaled.filled(config, read_config(tmp_path / "run"))
+    assert again.data.answer_length == 4 and not changes(tmp_path / "run", again)
+    config.data.answer_length = 9
+    assert changes(tmp_path / "run", config) == ["data.answer_length: 4 -> 9"]
