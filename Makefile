@@ -32,8 +32,9 @@ house: $(VENV)/installed-dev
 wheel: $(VENV)/installed-dev
 	$(RUN) -m experiments.wheel --out=dist
 
+# Not --quiet: then warnings would not be errors.
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build -f docs/site/mkdocs.yml
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

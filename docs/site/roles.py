@@ -21,10 +21,11 @@ class Roles(griffe.Extension):
 
 def markdown(text):
     """References as links; labelled lines ("Keeps: ...") and entries of "Args:" as lists."""
-    parts = CODE.split(ROLE.sub(_link, text))
+    parts = CODE.split(text)
     parts[::2] = [_escaped(part) for part in parts[::2]]
+    text = ROLE.sub(_link, INLINE.sub("\n", "".join(parts)))
     lines = []
-    for line in INLINE.sub("\n", "".join(parts)).split("\n"):
+    for line in text.split("\n"):
         if lines and LABEL.match(line):
             lines += ["", LABEL.sub(r"* **\1:**", line, count=1)]
         elif lines:
