@@ -89,7 +89,7 @@ def left_out(words):
         return "read in test_commands.py, run by tests of its own"
     if any(word.startswith(("--coordinator", "--compare")) for word in words):
         return "several processes, or results of two others"
-    if value(words, "config", "").startswith(("mnist", "tfds", "text8", "lm1b", "openwebtext")):
+    if re.search(r"^mnist|configs/benchmarks", value(words, "config", "")):
         return "prepared data"
     return ""
 
