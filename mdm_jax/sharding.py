@@ -1,7 +1,7 @@
 """Device meshes; sharding of parameters, batches and activations by logical axis names."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -25,13 +25,15 @@ LOGICAL_RULES = (
 """Logical axis of a parameter or an activation -> mesh axis, or axes, that shard it."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices; ValueError unless the product of the axes is their number.
 
     ``data``: copies, -1 for the devices left over; ``fsdp``: shards along ``embed``, which also
-    split the batch; ``tensor``: shards of layers.
+    split the batch; ``tensor``: shards of layers. ``devices`` None: those of this run.
     """
-    devices = jax.device_count()
+    given, devices = devices, jax.device_count() if devices is None else len(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
         if size < 1 and not (name == "data" and size == -1):
@@ -44,7 +46,32 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"{devices} devices at hand exactly; choose sizes whose product is {devices}"
         )
     # Auto: the compiler places what is inside the step.
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=given)
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": where what is traced will run.
+
+    Inside :func:`sharded_apply` that of the mesh, whose devices need not be there; else JAX's
+    default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def compute_capability() -> str:
+    """That of the GPU that what is traced will run on, such as "9.0"; "" if it is not known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    local = jax.local_devices()[0]
+    if device is None or device.device_kind == local.device_kind:
+        return str(getattr(local, "compute_capability", ""))
+    return next((c for name, c in _CAPABILITIES.items() if name in device.device_kind), "")
+
+
+_CAPABILITIES = {"A100": "8.0", "H100": "9.0", "H200": "9.0"}
+"""Of GPUs that programs are compiled for without being there."""
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -278,25 +278,30 @@ class Experiment:
     def _init(self, key: Array) -> PyTree:
         """What is trained."""
         if self.adapter is None:
-            return self._init_model(key)
+            return self.init_model(key)
         return lora.init(key, self.shapes(), self.adapter)
 
     def shapes(self) -> PyTree:
         """Shapes of all parameters, logical axes named."""
-        return jax.eval_shape(self._init_model, jax.random.key(0))
+        return jax.eval_shape(self.init_model, jax.random.key(0))
 
-    def _init_model(self, key: Array) -> PyTree:
+    def init_model(self, key: Array) -> PyTree:
+        """New parameters of the network, logical axes named."""
         init = training.linen_init(self.model, self.dataset.length, self.family.input_dtype)
         return init(key)
 
 
 def make_experiment(
-    config: ConfigDict, workdir: files.Path | None = None, given: Collection[str] = ()
+    config: ConfigDict,
+    workdir: files.Path | None = None,
+    given: Collection[str] = (),
+    devices: Sequence[jax.Device] | None = None,
 ) -> Experiment:
     """Build a run's objects; raises ValueError, OSError, ImportError or WorkdirError.
 
     ``workdir`` holds what a run that has begun needs of its source (``model.source``); ``given``
-    are settings that count though they are defaults (``source.filled``).
+    are settings that count though they are defaults (``source.filled``). ``devices`` None: all of
+    this run; others need not be there, if the step is only compiled.
     """
     launch_config.check_config(config)
     adapter, source = sources.adapter(config), sources.read(config, workdir)
@@ -307,7 +312,7 @@ def make_experiment(
     family = lookup(FAMILIES, config.process, "process")(config, rows, source)
     _check_unread(config, family.unread)
     c, e, s = config.train, config.evaluate, config.sample
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches)
     sharding.check_num_heads(mesh, config.model.num_heads)
     chain = chains.current(config, workdir)

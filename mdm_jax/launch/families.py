@@ -96,7 +96,7 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
         return _finished(config, dataset, objectives.masked_nelbo(process, law))
 
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    chunking = _chunking(config.model.logits_at, **config.mesh)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     shifted = source is not None and source.traits.shift
     if shifted:
@@ -161,7 +161,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
         return _finished(config, dataset, objectives.block_nelbo(process, size, law))
 
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    chunking = _chunking(config.model.logits_at, **config.mesh)
     apply_fn = models.block_apply(model, size, window, chunking)
     with_mask = functools.partial(models.block_apply, model, size, window, chunking)
     sampler, named_levels = _masked_sampler(config, dataset)
@@ -211,7 +211,7 @@ def uniform(
     _refuse_approximate_cache(config)
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    chunking = _chunking(config.model.logits_at, **config.mesh)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     sampler = lookup(names.UNIFORM_SAMPLERS, c.sampler, "sample.sampler")(
         num_tokens,
@@ -261,7 +261,7 @@ def autoregressive(
     _refuse_approximate_cache(config)
     c, mask_id = config.sample, dataset.mask_id
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, config.mesh.tensor)
+    chunking = _chunking(config.model.logits_at, **config.mesh)
     start = mask_id if source is None or source.tokenizer is None else source.tokenizer.bos_id
     apply_fn = models.causal_apply(model, start, chunking=chunking)
     decoder = models.cached_causal_decoder(model, start)
@@ -368,12 +368,12 @@ def _annealed(
     )
 
 
-def _chunking(logits_at: str, tensor: int) -> models.Chunking | None:
+def _chunking(logits_at: str, data: int, fsdp: int, tensor: int) -> models.Chunking | None:
     """Chunking of losses at target positions; None for logits of all positions."""
     if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
         return None
     # All devices hold different rows, except along the tensor axis.
-    return models.Chunking(jax.device_count() // tensor)
+    return models.Chunking(data * fsdp if data > 0 else jax.device_count() // tensor)
 
 
 def _corruption(

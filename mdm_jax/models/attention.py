@@ -22,7 +22,7 @@ from mdm_jax.models.masks import (
     as_rule,
 )
 from mdm_jax.models.products import product
-from mdm_jax.sharding import map_shards, num_shards
+from mdm_jax.sharding import compute_capability, map_shards, num_shards, platform
 from mdm_jax.types import Array
 
 SCORES_AT_ONCE = 2**19
@@ -153,10 +153,9 @@ def cudnn_attention(q: Array, k: Array, v: Array, rule: AnyRule) -> Array:
 
 def cudnn_obstacle(q: Array, k: Array, rule: AnyRule) -> str | None:
     """Why cuDNN's kernel cannot be used for these operands, or None."""
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, and this process runs on {jax.default_backend()}"
-    # "8.0" on CUDA; names such as "gfx90a" on other GPUs.
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    if platform() != "gpu":
+        return f"needs an NVIDIA GPU, and this is for a {platform()}"
+    capability = compute_capability()  # "8.0" on CUDA; names such as "gfx90a" on other GPUs
     major = capability.partition(".")[0]
     if not major.isdigit() or int(major) < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 or more, got {capability or 'none'}"
@@ -212,8 +211,8 @@ def splash_attention(q: Array, k: Array, v: Array, rule: AnyRule, interpret: boo
 
 def splash_obstacle(q: Array, k: Array, rule: AnyRule, interpret: bool = False) -> str | None:
     """Why the splash kernel cannot be used for these operands, or None."""
-    if not interpret and jax.default_backend() != "tpu":
-        return f"needs a TPU, and this process runs on {jax.default_backend()}"
+    if not interpret and platform() != "tpu":
+        return f"needs a TPU, and this is for a {platform()}"
     if not isinstance(rule, Rule):
         return "needs a rule of models.masks, not a boolean array"
     if q.shape[1] % SPLASH_LANES or k.shape[1] % SPLASH_LANES:
@@ -294,12 +293,12 @@ def attention(
 
 
 def best(q: Array, k: Array, rule: AnyRule) -> str:
-    """Name of the implementation that "auto" selects on this backend.
+    """Name of the implementation that "auto" selects for :func:`~mdm_jax.sharding.platform`.
 
     "recompute" on CPUs (measured); "cudnn" on GPUs, "splash" on TPUs where they work; else
     "einsum".
     """
-    backend = jax.default_backend()
+    backend = platform()
     if backend == "cpu":
         return "recompute"
     if backend == "gpu" and cudnn_obstacle(q, k, rule) is None:

@@ -17,6 +17,7 @@ from jax import lax
 
 from mdm_jax.models.products import product
 from mdm_jax.pytrees import pytree_dataclass
+from mdm_jax.sharding import platform
 from mdm_jax.types import Array, ArrayLike, ModelFn
 
 PositionLoss = Callable[..., tuple[Array, Array]]
@@ -64,11 +65,12 @@ class Chunking:
 
     ``groups`` of contiguous rows, one per device, are lowered to divide the rows. ``positions`` is
     the chunk size in a group; None: 32 MiB of logits on CPUs (cache size), 512 MiB elsewhere, and
-    at most an eighth of the positions.
+    at most an eighth of the positions. ``platform`` None is that where a readout is made.
     """
 
     groups: int = 1
     positions: int | None = None
+    platform: str | None = None
 
     def __post_init__(self):
         if self.groups < 1 or (self.positions is not None and self.positions < 1):
@@ -77,7 +79,7 @@ class Chunking:
     def size(self, positions: int, num_tokens: int) -> int:
         if self.positions is not None:
             return min(self.positions, positions)
-        budget = 2**25 if jax.default_backend() == "cpu" else 2**29
+        budget = 2**25 if (self.platform or platform()) == "cpu" else 2**29
         return max(1, min(budget // (4 * num_tokens), -(-positions // 8)))
 
 
@@ -107,7 +109,10 @@ class Readout:
 
     def chunked(self, chunking: Chunking | None) -> "Array | Readout":
         """The logits if ``chunking`` is None, else the readout with it."""
-        return self.logits() if chunking is None else dataclasses.replace(self, chunking=chunking)
+        if chunking is None:
+            return self.logits()
+        here = dataclasses.replace(chunking, platform=chunking.platform or platform())
+        return dataclasses.replace(self, chunking=here)
 
 
 def as_logits(outputs: Array | Readout) -> Array:

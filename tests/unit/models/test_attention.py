@@ -253,7 +253,7 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch):
     x = jnp.zeros((1, 4, 1, 8))
     with pytest.raises(ValueError, match='"cudnn" needs an NVIDIA GPU, and .* runs on cpu; choose'):
         attention(x, x, x, None, "cudnn")
-    with pytest.raises(ValueError, match='"splash" needs a TPU, and this process runs on cpu'):
+    with pytest.raises(ValueError, match='"splash" needs a TPU, and this is for a cpu'):
         attention(x, x, x, None, "splash")
     with pytest.raises(ValueError, match=r"attention must be one of .*'recompute'.*, got 'flash'"):
         attention(x, x, x, None, "flash")
