@@ -8,6 +8,7 @@
   mdm variance --workdir=runs/mine     gradient variance of training methods
   mdm config   quickstart train        settings: values, meanings, ranges
   mdm report   --workdir=runs/mine     the run so far on a page, report.html
+  mdm compile  --config=quickstart --topology=v5e:2x4   memory and time there
   mdm export   --workdir=runs/mine --to=DIR   in the layout of Hugging Face
   mdm chat     --workdir=runs/mine     or --source=DIR: talk, see the unmasking
   mdm eval     --workdir=runs/mine     or --source=DIR: lm-eval, --tasks=a,b
@@ -31,7 +32,7 @@ Flags:
   --allow_config_change: go on in a workdir whose run has another config
   --parameters=last, --dtype=bfloat16: what export writes; else averages
   --adapter: export adapters as a directory of PEFT; else they are merged
-  --max_tokens, --temperature, --answer_steps (--steps), --template: chat, eval
+  --max_tokens, --temperature, --answer_steps, --template: chat, eval
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: of compiled programs, default ~/.cache/mdm_jax
   --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of

@@ -259,7 +259,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 MODES = (
     *("train", "evaluate", "sample", "spacing", "variance"),
-    *("export", "chat", "eval", "report", "sweep", "config"),
+    *("export", "chat", "eval", "report", "sweep", "config", "compile"),
 )
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
@@ -341,6 +341,7 @@ def _expand(argv: list[str]) -> list[str]:
         answering = {"--mode=chat", "--mode=eval"} & {*argv}
         steps = "answer_steps" if answering else "config.sample.num_steps"
         argument = re.sub(r"^--?steps=", f"--{steps}=", argument)
+        argument = re.sub(r"^--?mesh=", "--config.mesh=", argument)
         match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
         if match is None:
             expanded.append(argument)

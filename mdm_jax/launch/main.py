@@ -17,6 +17,7 @@ from mdm_jax import distributed, files, hub
 from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import HELP_FLAG, command_line, presets
 from mdm_jax.launch import source as sources
+from mdm_jax.launch.ahead import command as ahead
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes import (
@@ -71,7 +72,11 @@ _ALLOW = flags.DEFINE_bool(
 _RESTART = flags.DEFINE_bool(
     "restart", False, "Start anew in a workdir with a run; what that left is kept as *.1.* etc."
 )
-_TO = flags.DEFINE_string("to", None, "export: directory to write, new or empty; eval: of results.")
+_TO = flags.DEFINE_string(
+    "to",
+    None,
+    "export: directory to write, new or empty; eval: of results; compile: file of figures.",
+)
 _PARAMETERS = flags.DEFINE_enum(
     "parameters",
     "ema",
@@ -138,6 +143,8 @@ def main(argv: list[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every save
     alone = _SOURCE.value or eval_tasks.comparing()
+    if _MODE.value == "compile":  # for other machines than this one
+        return _compile()
     if _WORKDIR.value is None and not (_MODE.value in ("chat", "eval") and alone):
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None and _WORKDIR.value is not None:
@@ -393,6 +400,20 @@ def _sweep() -> int:
     if code == _STOPPED:
         print(f"stopped and saved; the same command line resumes:\n  {command(_ARGUMENTS)}")
     return code
+
+
+def _compile() -> int:
+    if _CONFIG.value is None:
+        return _fail("--config is required, as in --config=quickstart, or --workdir of a run")
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")  # what is here is not used
+    try:
+        return ahead.run(_CONFIG.value, _TO.value, show=_print)
+    except (*_USER_ERRORS, TypeError) as error:
+        logging.debug("where it came from:", exc_info=True)
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _stopped_at_once()
 
 
 def _report(workdir: files.Path) -> int:

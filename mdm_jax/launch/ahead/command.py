@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from absl import flags
 from ml_collections import ConfigDict
 
 from mdm_jax import files
@@ -16,6 +17,12 @@ from mdm_jax.launch.ahead import targets
 from mdm_jax.launch.ahead.plan import Plan
 from mdm_jax.launch.ahead.targets import Chip
 
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"compile: {targets.EXAMPLES}.")
+_WHAT = flags.DEFINE_list("what", ["train"], "compile: train, evaluate, sample.")
+_SEARCH = flags.DEFINE_bool("search", False, "compile: all meshes and rematerialisations.")
+_SECONDS = flags.DEFINE_float("search_seconds", 1800.0, "compile: how long it goes on.", 0.0)
+_FIT = flags.DEFINE_bool("fit_rows", True, "compile: also twice the rows, to say how many fit.")
+
 REMATS = ("none", "dots_without_batch", "full")
 """Rematerialisation tried by the search, from fast to small."""
 
@@ -23,7 +30,27 @@ _FITTING = 0.92
 """Share of a chip's memory that a plan may use; the rest is the runtime's."""
 
 
-def run(
+def run(config: ConfigDict, to: str | None, show: Callable[[str], None] = print) -> int:
+    """Compile a run's programs as the flags say, and print their plans; the exit status.
+
+    ``to`` is a new file for all figures, or None. ValueError for a missing or unknown topology, an
+    unknown program, what cannot be built, and a file that exists.
+    """
+    if not _TOPOLOGY.value:
+        raise ValueError(f"--topology is required: chips and their number, {targets.EXAMPLES}")
+    return plan(
+        config,
+        _TOPOLOGY.value,
+        names=_WHAT.value,
+        search=_SEARCH.value,
+        search_seconds=_SECONDS.value,
+        fit_rows=_FIT.value,
+        out=to and files.as_path(to),
+        show=show,
+    )
+
+
+def plan(
     config: ConfigDict,
     topology: str,
     *,
@@ -37,12 +64,11 @@ def run(
     """Compile the programs ``names``, print their plans and suggestions, and write them to ``out``.
 
     ``search`` compiles the training step for every mesh and rematerialisation that divide the
-    model, until ``search_seconds`` are spent. ValueError for an unknown name or topology, what
-    cannot be built, and an ``out`` that exists.
+    model, until ``search_seconds`` are spent. Raises as :func:`run`.
     """
     if unknown := sorted(set(names) - set(plans.PROGRAMS)):
         raise ValueError(
-            f"--programs: unknown {', '.join(unknown)}; known are {', '.join(plans.PROGRAMS)}"
+            f"--what: unknown {', '.join(unknown)}; known are {', '.join(plans.PROGRAMS)}"
         )
     if out is not None and out.exists():
         raise ValueError(f"--to={out} exists; name a new file, or move it away")

@@ -14,6 +14,10 @@ COLLECTIVES = (
 )
 
 
+_PRODUCTS = {"dot_general": "dimension_numbers", "product": "dimensions"}
+"""Primitives of matrix products (models/products.py has the second), and their parameter."""
+
+
 def count_flops(jaxpr: Any) -> int:
     """Floating point operations of all matrix products of a jaxpr, over all devices.
 
@@ -27,8 +31,8 @@ def count_flops(jaxpr: Any) -> int:
 
 def _equation_flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
+    if name in _PRODUCTS:
+        (contracted, _), _ = params[_PRODUCTS[name]]
         shape = equation.invars[0].aval.shape
         depth = math.prod(shape[axis] for axis in contracted)
         return 2 * depth * math.prod(equation.outvars[0].aval.shape)

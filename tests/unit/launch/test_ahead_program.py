@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from mdm_jax.launch.ahead import program
+from mdm_jax.models import products as models
 
 TEXT = (pathlib.Path(__file__).parents[2] / "data/compiled_module.txt").read_text("utf-8")
 
@@ -97,6 +98,15 @@ def test_products_of_a_jaxpr_by_hand():
     assert program.count_flops(jax.make_jaxpr(loss)(w, x)) == 3 * one
     # Backward: two products a layer, and the forward one again, since it is rematerialised.
     assert program.count_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(w, x)) == 3 * 4 * one
+
+
+def test_products_with_bfloat16_gradients_count_too():
+    def loss(w, x):
+        return jnp.sum(models.product("nd,dk->nk", x, w, jnp.bfloat16))
+
+    w, x = jnp.zeros((8, 6)), jnp.zeros((5, 8))
+    traced = jax.make_jaxpr(jax.grad(loss, (0, 1)))(w, x)
+    assert program.count_flops(traced) == 3 * 2 * 5 * 8 * 6
 
 
 def test_products_of_branches_and_convolutions():

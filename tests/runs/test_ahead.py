@@ -1,0 +1,136 @@
+"""``mdm compile``: plans of programs, of which the CPU's are those of what really runs."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from mdm_jax import sharding, training
+from mdm_jax.launch import presets
+from mdm_jax.launch.ahead import command, plan, targets
+from mdm_jax.launch.build import make_experiment
+
+
+def smoke(**mesh):
+    config = presets.quickstart("smoke")
+    config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1} | mesh)
+    return config
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return plan.compile_plan(smoke(data=2, fsdp=4), jax.devices())
+
+
+def test_memory_is_that_of_the_step_that_runs(eight):
+    experiment = make_experiment(smoke(data=2, fsdp=4))
+    step = training.compile_step(
+        experiment.step,
+        experiment.abstract_state(),
+        experiment.abstract_batch(),
+        experiment.placed_seed(),
+        options={},
+    )
+    assert eight.memory == step.memory_bytes
+    state = experiment.initial_state()
+    shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state.params)]
+    assert eight.state["params"] == sum(shard.nbytes for shard in shards)
+
+
+def test_products_are_six_operations_per_weight_and_token(eight):
+    """A training step's count by hand (Kaplan et al. 2020), plus attention's products."""
+    config = smoke()
+    c, length = config.model, config.data.length
+    weights = c.depth * (4 * c.width**2 + 2 * c.width * 4 * c.width)
+    tokens = config.train.batch_size * length
+    attention = 3 * c.depth * 2 * 2 * tokens * length * c.width
+    least = (6 * weights * tokens + attention) / 8
+    assert least <= eight.flops < 2.5 * least  # the head, and attention's recomputed products
+
+
+def test_collectives_reduce_gradients_over_the_devices(eight):
+    assert {one.group for one in eight.collectives} <= {1, 2, 4, 8}
+    assert any(one.kind in ("all-reduce", "reduce-scatter") for one in eight.collectives)
+    gradients = 4 * eight.parameters
+    assert sum(one.bytes_sent for one in eight.collectives) > gradients / 8
+
+
+def test_command_prints_plans_and_writes_figures(tmp_path):
+    lines, out = [], tmp_path / "plan.json"
+    command.plan(smoke(data=-1), "cpu:2", names=("evaluate", "sample"), out=out, show=lines.append)
+    text = "\n".join(lines)
+    assert "evaluate:" in text and "sample:" in text and "mesh data 2, fsdp 1" in text
+    record = json.loads(out.read_text())
+    assert [made["program"] for made in record["plans"]] == ["evaluate", "sample"]
+    assert all(made["memory"] > 0 and made["flops"] > 0 for made in record["plans"])
+    with pytest.raises(ValueError, match="exists"):
+        command.plan(smoke(), "cpu:1", out=out)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e", "v5e:2x4"),
+        ("v9:2x2", "known chips are v4"),
+        ("cpu:64", "device_count=64"),
+    ],
+)
+def test_topologies_that_cannot_be(topology, message):
+    with pytest.raises(ValueError, match=message):
+        command.plan(smoke(), topology)
+
+
+def test_mesh_must_fill_the_topology():
+    with pytest.raises(ValueError, match="does not use the 2 devices"):
+        command.plan(smoke(data=3), "cpu:2")
+
+
+def test_unknown_programs_are_named():
+    with pytest.raises(ValueError, match="unknown generate; known are train, evaluate, sample"):
+        command.plan(smoke(), "cpu:1", names=("generate",))
+
+
+def test_meshes_divide_devices_heads_and_rows():
+    found = list(plan.meshes(8, heads=4, rows=4))
+    assert {"data": 8, "fsdp": 1, "tensor": 1} not in found  # 4 rows do not split in 8
+    assert {"data": 4, "fsdp": 1, "tensor": 2} in found
+    assert all(m["data"] * m["fsdp"] * m["tensor"] == 8 for m in found)
+    assert all(4 % m["tensor"] == 0 for m in found) and len(found) == len({*map(str, found)})
+
+
+def test_rows_that_fit_lie_on_a_line_through_two_plans(eight):
+    import dataclasses
+
+    small = dataclasses.replace(eight, rows=8, memory=100)
+    large = dataclasses.replace(eight, rows=16, memory=140)  # 60 and 5 a row
+    assert plan.rows_that_fit(small, large, 260) == 40
+    assert plan.rows_that_fit(small, large, 59) == 0
+
+
+def test_platform_is_the_mesh_s_inside_a_sharded_function():
+    """Kernels and chunks are chosen for the devices of the mesh, not for those of this process."""
+    seen = []
+    mesh = jax.sharding.AbstractMesh(
+        (1, 1, 1),
+        sharding.AXES,
+        abstract_device=jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda"),
+    )
+    apply = lambda x: seen.append((sharding.platform(), sharding.compute_capability())) or x  # noqa: E731
+    with jax.sharding.use_abstract_mesh(mesh):
+        apply(0)
+    apply(0)
+    assert seen == [("gpu", "9.0"), ("cpu", "")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the compiler for TPUs: pip install 'mdm_jax[tpu-compile]'",
+)
+def test_a_small_pod_that_is_not_there():
+    config = presets.quickstart("smoke")
+    config.update({"mesh": {"data": 2, "fsdp": 2}})
+    made = plan.compile_plan(config, targets.devices("v5e:2x2"))
+    assert 0 < made.memory < 16e9 and made.collectives and not made.unknown_loops
+    assert made.fits(targets.CHIPS["v5e"])
