@@ -126,7 +126,7 @@ def test_platform_is_the_mesh_s_inside_a_sharded_function():
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="needs libtpu, the compiler for TPUs: pip install 'mdm_jax[tpu-compile]'",
+    reason="needs libtpu, the compiler for TPUs: pip install 'mdm_jax[tpu]'",
 )
 def test_a_small_pod_that_is_not_there():
     config = presets.quickstart("smoke")

@@ -144,7 +144,7 @@ def _own(number: int) -> Sequence[jax.Device]:
 def _check_installed(platform: str, topology: str) -> None:
     version = jax.__version__
     needed, packages = {
-        "tpu": ("libtpu", "'mdm_jax[tpu-compile]'"),
+        "tpu": ("libtpu", "'mdm_jax[tpu]'"),
         "gpu": (
             "jax_cuda12_plugin",
             f"--no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} "
