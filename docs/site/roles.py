@@ -24,14 +24,14 @@ def markdown(text):
     parts = CODE.split(text)
     parts[::2] = [_escaped(part) for part in parts[::2]]
     text = ROLE.sub(_link, INLINE.sub("\n", "".join(parts)))
-    lines = []
-    for line in text.split("\n"):
-        if lines and LABEL.match(line):
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)  # before an indented block
+    lines, entries = [], False  # entries: within those of "Args:"
+    for number, line in enumerate(text.split("\n")):
+        entries = bool(line.strip()) and (entries or bool(LABEL.fullmatch(line)))
+        if number and LABEL.match(line):
             lines += ["", LABEL.sub(r"* **\1:**", line, count=1)]
-        elif lines:
-            lines.append(ENTRY.sub(r"    * `\1`: ", line))
         else:
-            lines.append(line)
+            lines.append(ENTRY.sub(r"    * `\1`: ", line) if entries else line)
     return "\n".join(lines)
 
 
