@@ -22,7 +22,7 @@ TITLES = {
 FINAL = (
     *("step", "split", "rows", "unit", "bits_per_unit", "standard_error_bits_per_unit"),
     *("data_standard_error_bits_per_unit", "unigram_bits_per_unit", "bigram_bits_per_unit"),
-    *("accuracy", "accuracy_low", "accuracy_high", "problems", "answered_by"),
+    *("accuracy", "accuracy_interval", "answers", "answered_by"),
 )
 """What is kept of ``evaluation.json``."""
 

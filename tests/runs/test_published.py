@@ -14,8 +14,10 @@ import pytest
 from experiments.configs.benchmarks import lm1b, openwebtext, sudoku9, text8
 from experiments.prepare import __main__ as prepare
 from experiments.prepare import corpora, puzzles
-from mdm_jax import data, tasks
+from experiments.published import curves, gpu_time, held_out
+from mdm_jax import data, files, plots, tasks
 from mdm_jax.launch import build
+from mdm_jax.launch.workdir import saved_config
 
 TEXT = "the cat sat on a mat and saw two dogs run by the old red barn"
 WORDS = TEXT.split()
@@ -220,6 +222,30 @@ def test_settings_of_tfds_are_read(module, folders, monkeypatch):
         build.dataset(config)
 
 
+def test_operations_of_a_run_by_hand():
+    """Of a block of width 4: 12 x 16 weights; 3 steps of 2 rows of 5 tokens, 7 ids."""
+    config = text8.get_config("smoke")
+    config.model.update(width=4, depth=1)
+    config.train.update(steps=3, batch_size=2)
+    found = gpu_time.estimate(config, length=5, vocab_size=7)
+    each = 6 * 192 + 12 * 5 * 4 + 6 * 4 * 7 / 2
+    assert found[:3] == (192, 30, 30 * each)
+    assert found.seconds == pytest.approx(30 * each / (0.1 * 989e12))
+    config.process = "block"  # twice the tokens, half of them without logits
+    assert gpu_time.estimate(config, 5, 7).operations == 30 * (2 * each - 6 * 4 * 7 / 2)
+
+
+def test_the_page_has_the_estimates(capsys):
+    gpu_time.main()
+    page = (launching.ROOT / "docs/benchmarks.md").read_text("utf-8")
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        name, weights, steps, _, _, operations, *_ = line.split()
+        name = name.replace(":", ".py:") if ":" in name else f"{name}.py"
+        (row,) = [row for row in page.splitlines() if row.startswith(f"| `{name}` ")]
+        for cell in (f"{weights[:-1]} M", steps, operations.replace("e+", "e")):
+            assert f" {cell} |" in row
+
+
 @pytest.mark.slow
 def test_problems_made_ahead_are_those_of_the_config(tmp_path):
     config = launching.ROOT / "experiments/configs/benchmarks/zebra.py"
@@ -252,3 +278,28 @@ def test_a_smoke_run_of_each_config(name, folders, tmp_path, monkeypatch, capsys
     record = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert 0 < record["bits_per_unit"] < 20
     assert ("accuracy" in record) == (name in ("sudoku9", "countdown4", "zebra"))
+    result = curves.kept(tmp_path / "run", cpu_seconds=60.0)
+    assert [r["step"] for r in result["curves"] if r["kind"] == "evaluate"] == [2, 4]
+    assert result["final"]["bits_per_unit"] == record["bits_per_unit"]
+    if name in ("text8", "sudoku9"):
+        assert curves.draw(plots.new_figure((4, 3)).add_subplot(), name, result).get_title("left")
+        _measure_on_a_file(name, tmp_path, record)
+
+
+def _measure_on_a_file(name, folder, record):
+    """The problems or the text that the run was tested on, from a file: the same bound."""
+    path = folder / "held_out"
+    if name == "sudoku9":
+        task = tasks.Sudoku(3, 3, (30, 54))
+        pairs = (tasks.example(task, "test", i) for i in range(16))
+        puzzles.write_pairs(map(tuple, pairs), path.with_suffix(".jsonl"))
+        path = path.with_suffix(".jsonl")
+    else:
+        path.write_text(" ".join(WORDS * 60))
+    config = held_out.on_file(saved_config(folder / "run"), str(folder / "run"), str(path))
+    found = held_out.measure(config, files.as_path(folder / "run"))
+    if name == "sudoku9":
+        assert found["bits_per_unit"] == pytest.approx(record["bits_per_unit"], rel=1e-5)
+        assert found["accuracy"] == record["accuracy"] and found["answers"] == 8
+    else:
+        assert abs(found["bits_per_unit"] - record["bits_per_unit"]) < 1 and found["step"] == 4
