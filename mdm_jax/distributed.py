@@ -1,4 +1,5 @@
-"""Multi-process runs: collectives, which all processes must call at the same point."""
+"""Multi-process runs: collectives, which all processes must call at the same point. And where
+programs will run."""
 
 import json
 from typing import Any
@@ -81,3 +82,27 @@ def _mesh_of(tree: PyTree) -> Mesh | None:
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             return sharding.mesh
     return None
+
+
+def platform() -> str:
+    """Where what is traced will run: "cpu", "gpu" or "tpu".
+
+    Inside :func:`~mdm_jax.sharding.sharded_apply` that of the mesh, whose devices need not be
+    there; else JAX's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def compute_capability() -> str:
+    """That of the GPU that what is traced will run on, such as "9.0"; "" if it is not known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    local = jax.local_devices()[0]
+    if device is None or device.device_kind == local.device_kind:
+        return str(getattr(local, "compute_capability", ""))
+    return next((c for name, c in _CAPABILITIES.items() if name in device.device_kind), "")
+
+
+_CAPABILITIES = {"A100": "8.0", "H100": "9.0", "H200": "9.0"}
+"""Of GPUs that programs are compiled for without being there."""

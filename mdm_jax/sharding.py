@@ -50,30 +50,6 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=given)
 
 
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": where what is traced will run.
-
-    Inside :func:`sharded_apply` that of the mesh, whose devices need not be there; else JAX's
-    default.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
-
-
-def compute_capability() -> str:
-    """That of the GPU that what is traced will run on, such as "9.0"; "" if it is not known."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    local = jax.local_devices()[0]
-    if device is None or device.device_kind == local.device_kind:
-        return str(getattr(local, "compute_capability", ""))
-    return next((c for name, c in _CAPABILITIES.items() if name in device.device_kind), "")
-
-
-_CAPABILITIES = {"A100": "8.0", "H100": "9.0", "H200": "9.0"}
-"""Of GPUs that programs are compiled for without being there."""
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of rows over the data-parallel axes."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from mdm_jax.distributed import compute_capability, platform
 from mdm_jax.models.masks import (
     AnyRule,
     BlockCausal,
@@ -22,7 +23,7 @@ from mdm_jax.models.masks import (
     as_rule,
 )
 from mdm_jax.models.products import product
-from mdm_jax.sharding import compute_capability, map_shards, num_shards, platform
+from mdm_jax.sharding import map_shards, num_shards
 from mdm_jax.types import Array
 
 SCORES_AT_ONCE = 2**19
@@ -293,7 +294,7 @@ def attention(
 
 
 def best(q: Array, k: Array, rule: AnyRule) -> str:
-    """Name of the implementation that "auto" selects for :func:`~mdm_jax.sharding.platform`.
+    """Name of the implementation that "auto" selects for :func:`~mdm_jax.distributed.platform`.
 
     "recompute" on CPUs (measured); "cudnn" on GPUs, "splash" on TPUs where they work; else
     "einsum".

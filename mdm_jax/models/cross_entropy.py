@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mdm_jax.distributed import platform
 from mdm_jax.models.products import product
 from mdm_jax.pytrees import pytree_dataclass
-from mdm_jax.sharding import platform
 from mdm_jax.types import Array, ArrayLike, ModelFn
 
 PositionLoss = Callable[..., tuple[Array, Array]]

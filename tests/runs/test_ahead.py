@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from mdm_jax import sharding, training
+from mdm_jax import distributed, sharding, training
 from mdm_jax.launch import presets
 from mdm_jax.launch.ahead import command, plan, targets
 from mdm_jax.launch.build import make_experiment
@@ -116,7 +116,7 @@ def test_platform_is_the_mesh_s_inside_a_sharded_function():
         sharding.AXES,
         abstract_device=jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda"),
     )
-    apply = lambda x: seen.append((sharding.platform(), sharding.compute_capability())) or x  # noqa: E731
+    apply = lambda x: seen.append((distributed.platform(), distributed.compute_capability())) or x  # noqa: E731
     with jax.sharding.use_abstract_mesh(mesh):
         apply(0)
     apply(0)

@@ -251,7 +251,7 @@ def test_auto_decodes_with_products_on_tpus(monkeypatch):
 
 def test_what_cannot_be_done_is_refused_by_name(monkeypatch):
     x = jnp.zeros((1, 4, 1, 8))
-    with pytest.raises(ValueError, match='"cudnn" needs an NVIDIA GPU, and .* runs on cpu; choose'):
+    with pytest.raises(ValueError, match='"cudnn" needs an NVIDIA GPU, and .* for a cpu; choose'):
         attention(x, x, x, None, "cudnn")
     with pytest.raises(ValueError, match='"splash" needs a TPU, and this is for a cpu'):
         attention(x, x, x, None, "splash")
