@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from mdm_jax.distributed import to_host
 from mdm_jax.evaluation.subject import (
@@ -29,6 +28,7 @@ from mdm_jax.evaluation.subject import (
     content_words,
 )
 from mdm_jax.evaluation.windows import sliding_windows
+from mdm_jax.progress import progress_bar
 from mdm_jax.types import PyTree
 
 Answer = dict[str, Any]
@@ -321,8 +321,8 @@ class Answerer:
             text = codec.decode_literally(codec.encode(text, special=True), skip_special=True)
         return text, len(ids)
 
-    def _bar(self, total: int, what: str) -> tqdm.tqdm:
-        return tqdm.tqdm(total=total, desc=what, unit="request", disable=not self.progress)
+    def _bar(self, total: int, what: str) -> Any:
+        return progress_bar(total, what, "requests", silent=not self.progress)
 
 
 @dataclasses.dataclass(frozen=True)

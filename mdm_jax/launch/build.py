@@ -324,7 +324,7 @@ def make_experiment(
         config=config,
         dataset=rows,
         family=family,
-        optimizer=_optimizer(c.steps, **config.optimizer),
+        optimizer=_optimizer(learning_rate(config), **config.optimizer),
         mesh=mesh,
         held_out=held_out,
         validate=validate,
@@ -391,13 +391,16 @@ def _parts_of_chain(
     }
 
 
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """The learning rate of a run by the number of updates before."""
+    c = config.optimizer
+    return training.warmup_cosine(c.peak, c.warmup_steps, config.train.steps, c.final_fraction)
+
+
 def _optimizer(
-    total_steps: int,
+    schedule: optax.Schedule,
     *,
     name: str,
-    peak: float,
-    warmup_steps: int,
-    final_fraction: float,
     clip_norm: float,
     b1: float,
     b2: float,
@@ -405,11 +408,11 @@ def _optimizer(
     first_moment_dtype: str,
     second_moment_dtype: str,
     ema_dtype: str,
-    **own: Any,  # sections of optimizers, and ema_decay, the step's
+    **own: Any,  # sections of optimizers; what the schedule and the step read
 ) -> optax.GradientTransformation:
     lookup(names.DTYPES, ema_dtype, "optimizer.ema_dtype")
     optimizer = lookup(names.OPTIMIZERS, name, "optimizer.name")(
-        training.warmup_cosine(peak, warmup_steps, total_steps, final_fraction),
+        schedule,
         clip_norm=clip_norm or None,
         b1=b1,
         b2=b2,
@@ -423,7 +426,7 @@ def _optimizer(
 
 def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> training.LoopOptions:
     c = config.train
-    every = launch_config.evaluate_every(config)
+    every = scaled.evaluate_every(config)
     if c.stop.patience and not (every and len(dataset.valid)):
         raise ValueError(
             f"train.stop.patience={c.stop.patience} counts evaluations, and there are none: set "

@@ -219,6 +219,11 @@ def settings() -> Mapping[str, Any]:
         "train": _train(),
         "monitors": sections(names.MONITORS),
         "panel": defaults(PanelSettings),
+        # Weights & Biases, beside TensorBoard; needs the package wandb.
+        "wandb": {
+            "project": _text("", "that metrics go to; '': none"),
+            "entity": _text("", "user or team of the project; '': your own"),
+        },
         # With clipped_adaptive in variance.order: how its range is chosen, before each evaluation.
         "clip_search": {
             "criterion": _name(
@@ -378,7 +383,7 @@ def _optimizer() -> dict[str, Any]:
 
 
 def _train() -> dict[str, Any]:
-    often = _whole(-1, "[-1, 2e9]", "steps", "between validations; -1: a tenth of steps; 0: never")
+    often = _whole(None, _NATURAL, "steps", "between validations; None: a tenth of steps; 0: never")
     loop = defaults(training.LoopOptions, evaluate_every=often, checkpoint_every=250)
     return {
         "steps": _whole(500, _COUNT, "steps", "of the run"),
@@ -469,19 +474,6 @@ def _sample() -> dict[str, Any]:
         "judge": _text("", "workdir of the run that gives the generative perplexity"),
         "prompts": _text("", "file of texts, one a line, ▁ where a token is to be generated"),
     }
-
-
-def evaluate_every(config: ConfigDict) -> int:
-    """Steps between validations of a run, 0 for none; by default ten in a run."""
-    every, steps = config.train.evaluate_every, config.train.steps
-    return max(1, steps // 10) if every == -1 else every
-
-
-def is_exact(config: Mapping[str, Any]) -> bool:
-    """Whether a run's likelihood is exact, not a bound: each token given all before it."""
-    return config["process"] == "autoregressive" or (
-        config["process"] == "block" and config["block"]["size"] == 1
-    )
 
 
 def shrink(config: ConfigDict) -> None:

@@ -26,7 +26,8 @@ Record = dict[str, Any]
 def token_record(result: likelihood.Likelihood) -> Record:
     """A likelihood of tokens as JSON values, under the names that all processes share."""
     record = result.to_dict()
-    return record | {"nats_per_element": record["nats_per_token"]}
+    shared = ("nats_per_{}", "standard_error_nats_per_{}")
+    return record | {n.format("element"): record[n.format("token")] for n in shared}
 
 
 def token_details(record: Record) -> list[str]:

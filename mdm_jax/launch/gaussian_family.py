@@ -213,6 +213,7 @@ def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
     """As :func:`token_record`, for pictures."""
     shared = {
         "nats_per_element": "nats_per_dimension",
+        "standard_error_nats_per_element": "standard_error_nats_per_dimension",
         "bits_per_unit": "bits_per_dimension",
         "standard_error_bits_per_unit": "standard_error_bits_per_dimension",
         "data_standard_error_bits_per_unit": "data_standard_error_bits_per_dimension",

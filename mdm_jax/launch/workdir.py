@@ -28,13 +28,14 @@ from mdm_jax.launch.start import scaled
 from mdm_jax.training.checkpoints import UNSAVED, CheckpointReader
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mdm_jax")
-FREE_SECTIONS = ("evaluate", "measure", "mesh", "panel", "sample", "spacing")
-"""Sections about evaluation and devices; they may differ between calls."""
+FREE_SECTIONS = ("evaluate", "measure", "mesh", "panel", "sample", "spacing", "wandb")
+"""Sections about evaluation, devices and displays; they may differ between calls."""
 FILE = "training.lock"
 HISTORY = (
     "metrics.jsonl",
     "checkpoints",
     "tensorboard",
+    "wandb.json",
     "clip_search.jsonl",
     "auto.jsonl",
     "evaluation.json",

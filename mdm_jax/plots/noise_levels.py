@@ -83,7 +83,7 @@ def effective_weights(axes: Any, recipes: Mapping[str, Recipe], at: float = 0.0)
     )
 
 
-def compare_recipes(recipes: Mapping[str, Recipe], size: tuple[float, float] = (11, 4)) -> Any:
+def compare_recipes(recipes: Mapping[str, Recipe], size: tuple[float, float] = (11, 5)) -> Any:
     """Figure of the recipes' densities and effective weights; ``size`` in inches."""
     figure = new_figure(size)
     left, right = figure.subplots(1, 2)

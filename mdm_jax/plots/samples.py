@@ -59,7 +59,7 @@ def quality_by_steps(
     *,
     against: str = "num_steps",
     references: Mapping[str, float] | None = None,
-    size: tuple[float, float] = (10, 4),
+    size: tuple[float, float] = (10, 4.6),
 ) -> Any:
     """Figure of perplexity and entropy by sampler; ``references``: a ``TextQuality.to_dict()``."""
     figure = new_figure(size)

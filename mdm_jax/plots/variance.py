@@ -101,7 +101,8 @@ def level_densities(
     for label, target, style in targets:
         if np.any(target > 0):
             density = optimal_density(table, target)
-            axes.plot(table.masking_rates, density, style, color="black", label=label)
+            wide = {"color": "0.6", "linewidth": 3}
+            axes.plot(table.masking_rates, density, style, label=label, **wide)
     for number, (name, (rates, density)) in enumerate(drawn.items()):
         axes.plot(rates, density, label=name, **line(number) | {"linewidth": 1})
     # Logarithmic: methods differ at small rates.

@@ -1,5 +1,7 @@
 """Training: state, one jitted step, loop, checkpoints, metrics, meshes."""
 
+from mdm_jax.progress import Progress
+from mdm_jax.training.boards import Board, TensorBoard, WeightsAndBiases, import_wandb
 from mdm_jax.training.checkpoints import (
     CheckpointError,
     CheckpointReader,
@@ -9,7 +11,7 @@ from mdm_jax.training.checkpoints import (
 )
 from mdm_jax.training.ema import AverageOffset, averaged, new_average, update_average
 from mdm_jax.training.loop import Hooks, Interrupt, Interrupted, LoopOptions, TrainingStopped, train
-from mdm_jax.training.metrics import MetricWriter, Progress, SilentWriter, read_metrics
+from mdm_jax.training.metrics import MetricWriter, SilentWriter, read_metrics
 from mdm_jax.training.monitors import (
     Monitor,
     baseline_monitor,

@@ -16,9 +16,10 @@ from absl import logging
 
 from mdm_jax import distributed
 from mdm_jax.checks import Whole, checked
+from mdm_jax.progress import Progress
 from mdm_jax.training.checkpoints import Checkpoints
 from mdm_jax.training.ema import averaged
-from mdm_jax.training.metrics import MetricWriter, Progress
+from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.training.step import StepMetrics, TrainState
 from mdm_jax.types import Batch, PyTree
 
@@ -140,7 +141,8 @@ class Hooks:
     Attributes:
         evaluate: ``evaluate(step, ema, check) -> metrics`` with at least "loss".
         sample: ``sample(step, ema, check)``.
-        monitor: ``monitor(state) -> scalars`` on the device, jitted; written with the metrics.
+        monitor: ``monitor(state) -> readings`` on the device, scalars or [bins] over the noise
+            level, jitted; written with the metrics.
         adapt: ``adapt(step, state, check) -> state``, right before each evaluation; for settings in
             the state that are chosen from held-out data.
         finished: ``finished() -> bool``, before each step: whether training ends here.
@@ -209,7 +211,7 @@ def train(
             if hooks_due[0] == "evaluate":
                 average = averaged(state)
                 values = hooks.evaluate(step, average, check)
-                writer.scalars(step, "evaluate", values)
+                writer.record(step, "evaluate", values)
                 checkpoints.save_best(step, average, values)
             else:
                 hooks.sample(step, averaged(state), check)
@@ -342,17 +344,14 @@ class _Log:
         seconds = max(now - self._clock, 1e-9) / max(step - self._timed_from, 1)
         before, self._clock, self._timed_from = self._clock, now, step
         # Speed goes to the terminal and TensorBoard records of its own: it is not reproducible.
-        self._writer.scalars(step, "train", values)
-        known = {n: float(v) for n, v in jax.device_get(readings).items() if np.isfinite(v)}
+        self._writer.record(step, "train", values)
+        known = {n: v for n, v in jax.device_get(readings).items() if np.any(np.isfinite(v))}
         if known:
-            self._writer.scalars(step, "monitor", known)
+            self._writer.record(step, "monitor", known)
+        known = {name: float(value) for name, value in known.items() if np.ndim(value) == 0}
         speed, self.tokens = self.tokens / max(now - before, 1e-9), 0
-        self._writer.scalars(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
-        text = {
-            "loss": f"{values['loss']:.3f}",
-            f"bits/{self._options.unit}": f"{values['bits_per_unit']:.3f}",
-            "tokens/s": f"{speed:,.0f}",
-        }
+        self._writer.record(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
+        text = self._losses(values, known) | {"tokens/s": f"{speed:,.0f}"}
         if values["skipped"]:
             text["skipped"] = f"{values['skipped']:.0f}"
         if self._panel:
@@ -366,6 +365,16 @@ class _Log:
                 "those before the first of them and are saved. Try a lower learning rate, a longer "
                 "warm-up or float32 (model.dtype)."
             )
+
+    def _losses(self, values: Mapping[str, float], known: Mapping[str, float]) -> dict[str, str]:
+        """The loss in nats and bits, both of one estimate: without level noise where known."""
+        loss, bits, error = values["loss"], values["bits_per_unit"], math.nan
+        if "normalised_loss" in known and loss:
+            bits *= known["normalised_loss"] / loss
+            loss = known["normalised_loss"]
+            error = known.get("normalised_loss_standard_error", math.nan)
+        shown = f"{loss:.3f}" + (f"±{error:.3f}" if math.isfinite(error) else "")
+        return {"loss": shown, f"bits/{self._options.unit}": f"{bits:.3f}"}
 
 
 def _due(step: int, every: int, ending: bool = False) -> bool:

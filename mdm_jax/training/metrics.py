@@ -1,25 +1,33 @@
-"""Metrics: JSON lines, TensorBoard, and the terminal."""
+"""Metrics of a run: records as JSON lines, shown on boards too.
+
+A record is ``{"step": int, "kind": str, name: number, ...}``. One unit: losses (``loss``,
+``cross_entropy``, ``normalised_loss``, ``gain``, ``level_nats_per_token``, ...) and their errors
+are nats per token, or per dimension of pictures. The one exception is named: ``bits_per_unit`` and
+``bits_per_unit_standard_error`` are bits per unit of the data, a character or a dimension. A list
+holds values in equal ranges of the noise level, null where unknown.
+"""
 
 import json
+import math
 import os
-import secrets
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Collection
-from typing import Any, TextIO
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mdm_jax import files
+from mdm_jax.training.boards import Board, TensorBoard
 
 UPLOAD_SECONDS = 60
 """In a bucket the files of metrics are written whole: at checkpoints, and at most this often."""
 
 
 class MetricWriter:
-    """Writes metrics of a run to ``metrics.jsonl`` and ``tensorboard/`` below a directory.
+    """Writes metrics of a run to ``metrics.jsonl`` and ``tensorboard/`` below a directory, and to
+    further ``boards``, which it closes.
 
     On resuming at ``resume_step`` records of later steps, and of this step for kinds in ``again``,
     are dropped: they are computed again, to the same numbers. A new run (0) keeps those of an older
@@ -29,11 +37,12 @@ class MetricWriter:
     """
 
     def __init__(
-        self, directory: str | os.PathLike, resume_step: int = 0, again: Collection[str] = ()
+        self,
+        directory: str | os.PathLike,
+        resume_step: int = 0,
+        again: Collection[str] = (),
+        boards: Sequence[Board] = (),
     ):
-        # Here, so that a training step can be imported without packages that only display it.
-        import tensorboardX
-
         root = files.as_path(directory)
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / "metrics.jsonl"
@@ -49,42 +58,53 @@ class MetricWriter:
         if self._local and resumed:
             files.write(self._local / self.path.name, kept)
         self._file = ((self._local or root) / self.path.name).open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            str(files.absolute(self._local or root) / "tensorboard"),
+        self._tensorboard = TensorBoard(
+            files.absolute(self._local or root) / "tensorboard",
             purge_step=resume_step + 1 if resumed else None,
-            filename_suffix=f".{secrets.token_hex(4)}",  # else named by the second
         )
+        self._boards = (self._tensorboard, *boards)
 
-    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Write one record: ``{"step": step, "kind": kind, **values}``."""
-        numbers = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
+    def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Write one record: ``{"step": step, "kind": kind, **values}``, of numbers and lists."""
+        plain = {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
         self._file.flush()
-        for name, value in numbers.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self.show(step, kind, values)
         if self._local and time.monotonic() > self._uploaded + UPLOAD_SECONDS:
             self.flush()
+
+    def show(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Show a record on the boards alone; lists are profiles over the noise level."""
+        values = {f"{kind}/{name}": np.asarray(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items() if value.ndim == 0}
+        for board in self._boards:
+            board.numbers(step, numbers)
+            for name in values.keys() - numbers.keys():
+                board.profile(step, name, values[name])
 
     def flush(self) -> None:
         """Write to the bucket what was collected for it; on a disk everything is written."""
         if self._local is None:
             return
-        self._board.flush()
+        self._tensorboard.flush()
         files.write(self.path, (self._local / self.path.name).read_bytes())
         for source in (self._local / "tensorboard").iterdir():
             files.write(self.tensorboard_directory / source.name, source.read_bytes())
         self._uploaded = time.monotonic()
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._board.add_text(name, text, step)
+        for board in self._boards:
+            board.text(step, name, text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write a picture for TensorBoard: [height, width] or [height, width, 3], in [0, 1]."""
-        self._board.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+        """Show a picture in [0, 1]: [height, width] or [height, width, 3]."""
+        for board in self._boards:
+            board.image(step, name, image)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
         if self._local:
             self.flush()
             shutil.rmtree(self._local)
@@ -99,7 +119,7 @@ class SilentWriter(MetricWriter):
     def _ignore(self, *_args, **_options) -> None:
         """Nothing."""
 
-    scalars = text = image = flush = close = _ignore
+    record = show = text = image = flush = close = _ignore
 
 
 def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
@@ -108,62 +128,26 @@ def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[
     return [record for record in records if kind in (None, record["kind"])]
 
 
-class Progress:
-    """A progress bar on a terminal (standard error by default), plain lines elsewhere."""
-
-    def __init__(
-        self, total: int, start: int = 0, stream: TextIO | None = None, silent: bool = False
-    ):
-        import tqdm  # as in MetricWriter
-
-        self._stream = stream or sys.stderr
-        self._total = total
-        self._interval = tqdm.tqdm.format_interval
-        self._silent = silent
-        self._bar = (
-            tqdm.tqdm(
-                total=total,
-                initial=start,
-                file=self._stream,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.1,
-            )
-            if self._stream.isatty() and not silent
-            else None
-        )
-
-    def advance(self, step: int, values: dict[str, str], seconds_per_step: float) -> None:
-        """Show that ``step`` steps are done."""
-        if self._silent:
-            return
-        text = " ".join(f"{name} {value}" for name, value in values.items())
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        left = self._interval((self._total - step) * seconds_per_step)
-        print(f"step {step}/{self._total} {text} left {left}", file=self._stream, flush=True)
-
-    def note(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif not self._silent:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _plain(value: Any) -> float | list[float | None]:
+    """As JSON: a number, or a list with None where there is none."""
+    value = np.asarray(value, np.float64)
+    if value.ndim == 0:
+        return float(value)
+    return [one if math.isfinite(one) else None for one in value.tolist()]
 
 
 def _checked(origin: str, record: Any) -> dict[str, Any]:
     types = {name: type(value) for name, value in record.items()} if type(record) is dict else {}
     good = (types.pop("step", None), types.pop("kind", None)) == (int, str)
-    if not good or not {*types.values()} <= {int, float}:
+    lists = [record[name] for name, kind in types.items() if kind is list]
+    inner = {type(one) for values in lists for one in values}
+    if not good or not {*types.values()} <= {int, float, list} or not inner <= _IN_LISTS:
         shown = json.dumps(record)[:80]
         raise ValueError(f"{origin}: not a record with step, kind and numbers: {shown}")
     return record
+
+
+_IN_LISTS = {int, float, type(None)}
 
 
 def _kept_lines(path: files.Path, last_step: int, again: Collection[str]) -> str:

@@ -38,18 +38,18 @@ class Monitor(NamedTuple):
 
 
 def read_monitors(monitors: Iterable[Monitor], states: dict[str, PyTree]) -> dict[str, Array]:
-    """All readings of ``TrainState.monitors`` as device scalars, those per bin with its number."""
-    readings = {}
-    for monitor in monitors:
-        for name, value in monitor.read(states[monitor.name]).items():
-            readings |= _scalars(name, jnp.asarray(value))
-    return readings
+    """All readings of ``TrainState.monitors``: scalars or [bins] on the device."""
+    return {
+        name: jnp.asarray(value)
+        for monitor in monitors
+        for name, value in monitor.read(states[monitor.name]).items()
+    }
 
 
 def read_level_profile(
     transform: VarianceTransform, state: PyTree, num_levels: int = 1, bins: int = 10
 ) -> dict[str, Array]:
-    """The current warp of a chain (``state``: ``TrainState.variance``), as scalars on the device.
+    """The current warp of a chain (``state``: ``TrainState.variance``), [bins] on the device.
 
     At the middle of ``bins`` equal bins of the quantile, noisy to clean, mean over levels:
     ``level_density``, relative to the objective's law, and ``effective_weight``, the factor on its
@@ -63,15 +63,7 @@ def read_level_profile(
     profile = transform.profile(state, u)
     density = jnp.exp(profile.log_density)
     effective = jnp.exp(profile.log_density + profile.log_weight)
-    return _scalars("level_density", density.mean(-1)) | _scalars(
-        "effective_weight", effective.mean(-1)
-    )
-
-
-def _scalars(name: str, value: Array) -> dict[str, Array]:
-    if value.ndim == 0:
-        return {name: value}
-    return {f"{name}_{number:02d}": one for number, one in enumerate(value)}
+    return {"level_density": density.mean(-1), "effective_weight": effective.mean(-1)}
 
 
 class LevelSums(NamedTuple):

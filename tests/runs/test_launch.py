@@ -19,6 +19,7 @@ import launching
 import numpy as np
 import pytest
 from absl import flags
+from event_files import read_values
 from launching import DIGITS, QUICKSTART
 
 from mdm_jax import plots, samplers, training
@@ -130,7 +131,25 @@ def test_a_run_ends_with_a_report(whole):
     assert len(losses) == STEPS and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
     for path in ("plots/training.png", "plots/levels.png"):
         assert (workdir / path).read_bytes().startswith(b"\x89PNG")
-    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert "evaluating test: 8/8 rows in" in err and "%|" not in err  # lines, not a bar
+
+
+def test_tensorboard_has_the_rate_the_samples_and_the_scores(whole):
+    workdir, _, _ = whole
+    found = read_values(workdir / "tensorboard")
+    numbers = json.loads((workdir / "evaluation.json").read_text())
+    ((step, score),) = found["test/bits_per_unit"]
+    assert step == numbers["step"]
+    assert score.simple_value == pytest.approx(numbers["bits_per_unit"], rel=1e-6)
+    (_, text) = found["samples/text_summary"][-1]
+    assert text.tensor.string_val[0].decode().count("--- free ---") == 2
+    rates = {step: value.simple_value for step, value in found["monitor/learning_rate"]}
+    c = saved_config(workdir).optimizer
+    schedule = training.warmup_cosine(0.01, c.warmup_steps, STEPS, c.final_fraction)
+    expected = {step: float(schedule(step - 1)) for step in range(1, STEPS + 1)}
+    assert rates == pytest.approx(expected, rel=1e-5)
+    assert len(found["monitor/level_nats_per_token"][-1][1].histo.bucket) == 30
+    assert not [tag for tag in found if re.search(r"_\d\d$", tag)]
 
 
 def test_the_workdir_says_what_made_it(whole):

@@ -27,5 +27,5 @@ def save(experiment: Experiment, workdir) -> None:
     checkpoints.save(STEP, state, {}, {})
     checkpoints.close()
     writer = training.MetricWriter(workdir)
-    writer.scalars(STEP, "train", {"loss": 1.0, "bits_per_unit": np.log2(np.e)})
+    writer.record(STEP, "train", {"loss": 1.0, "bits_per_unit": np.log2(np.e)})
     writer.close()

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from mdm_jax import data, files, schedules, training, variance
-from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch.families import Family
 from mdm_jax.launch.names import lookup, settings
+from mdm_jax.launch.start import scaled
 from mdm_jax.launch.workdir import WorkdirError
 from mdm_jax.meter.clip_search import make_clip_search
 from mdm_jax.objectives.objective import Objective
@@ -94,7 +94,7 @@ def is_automatic(config: ConfigDict) -> bool:
             f"process={config.process!r} has no noise to couple or warp: "
             f'--config.variance.order="()" instead of {order}'
         )
-    every, evaluate_every = config.variance.auto.every, launch_config.evaluate_every(config)
+    every, evaluate_every = config.variance.auto.every, scaled.evaluate_every(config)
     if every and not asked:
         raise ValueError(f"variance.auto.every={every} is only read with variance.order=auto")
     if every and (not evaluate_every or every % evaluate_every):

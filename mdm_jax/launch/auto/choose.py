@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from mdm_jax import data, distributed, files, meter, rng, variance
 from mdm_jax.launch.auto.chain import (
@@ -28,6 +27,7 @@ from mdm_jax.launch.auto.chain import (
 from mdm_jax.launch.build import Experiment
 from mdm_jax.meter.efficiency import MIN_REDRAWS, Efficiency
 from mdm_jax.meter.subject import Subject
+from mdm_jax.progress import progress_bar
 from mdm_jax.training.step import TrainState
 from mdm_jax.types import Batch, PyTree
 from mdm_jax.variance.transform import VarianceTransform
@@ -257,7 +257,7 @@ def _measure(
     figures = {}
     total = planned.warm_up // s.passes + planned.redraws * s.groups * len(planned.transforms)
     silent = not distributed.is_first()
-    with tqdm.tqdm(total=total, unit="batch", leave=False, disable=silent) as bar:
+    with progress_bar(total, unit="batches", silent=silent, leave=False) as bar:
 
         def progress(count: int) -> None:
             bar.update(count)

@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from mdm_jax import data, distributed, evaluation, files, likelihood, plots, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
-from mdm_jax.launch.config import is_exact
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
-from mdm_jax.launch.reports.curves import SIZE, training_curves
+from mdm_jax.launch.reports.curves import SIZE, is_exact, training_curves
 from mdm_jax.launch.reports.page import write_page
+from mdm_jax.launch.reports.writers import reopen_writer
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
+from mdm_jax.progress import progress_bar
+from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.types import Array, Batch, PyTree
 
 Check = Callable[..., None] | None
@@ -127,7 +128,7 @@ def measure_accuracy(
 def _progress_bar(rows: int, description: str, check: Check) -> Iterator[Callable[[int], None]]:
     """A bar over ``rows`` in process 0; gives ``progress(count)``, which also calls ``check``."""
     silent = not distributed.is_first()
-    with tqdm.tqdm(total=rows, desc=description, unit="row", disable=silent) as bar:
+    with progress_bar(rows, description, "rows", silent=silent) as bar:
 
         def progress(count: int) -> None:
             bar.update(min(count, rows - bar.n))
@@ -138,7 +139,10 @@ def _progress_bar(rows: int, description: str, check: Check) -> Iterator[Callabl
 
 
 def sample(
-    experiment: Experiment, workdir: files.Path, show: Callable[[str], None] = lambda _: None
+    experiment: Experiment,
+    workdir: files.Path,
+    show: Callable[[str], None] = lambda _: None,
+    writer: MetricWriter | None = None,
 ) -> dict[str, Any]:
     """Draw samples under the best parameters; shown, written to ``samples/`` and returned."""
     step, params = load_parameters(experiment, workdir)
@@ -146,7 +150,7 @@ def sample(
     if grid:
         show(f"grid: {grid}")
     key, made = experiment.key(step, "sample"), (experiment.dataset, experiment.jobs)
-    drawn = show_samples(*made, generate, workdir, step, params, key, show=show)
+    drawn = show_samples(*made, generate, workdir, step, params, key, writer, show)
     if experiment.config.sample.quality_steps:
         drawn["files"] += measure_quality(experiment, workdir, step, params, key)
     return drawn
@@ -175,18 +179,20 @@ def measure_quality(
     score = _score(experiment, c.judge) if c.judge else None
     canvas, documents = free_canvases(dataset, c.quality_texts)
     paths = []
-    for count in tqdm.tqdm(c.quality_steps, desc="quality", unit="setting", disable=not first):
-        generate, grid = stored_generator(experiment, workdir, count)
-        tokens = distributed.to_host(generate(params, key, canvas, documents))
-        quality = evaluation.measure_text_quality(
-            *texts(tokens, documents), held_out=held_out, held_out_valid=valid, score=score
-        )
-        record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}
-        record |= {"grid": grid}
-        if first:
-            paths += new_files(directory, f"{c.sampler}-{count}", ".json")
-            with writing(paths[-1]):
-                write_json(paths[-1], record | {"quality": quality.to_dict()})
+    with progress_bar(len(c.quality_steps), "quality", "settings", silent=not first) as bar:
+        for count in c.quality_steps:
+            generate, grid = stored_generator(experiment, workdir, count)
+            tokens = distributed.to_host(generate(params, key, canvas, documents))
+            quality = evaluation.measure_text_quality(
+                *texts(tokens, documents), held_out=held_out, held_out_valid=valid, score=score
+            )
+            record = {"sampler": c.sampler, "num_steps": count, "step": step, "judge": c.judge}
+            record |= {"grid": grid}
+            if first:
+                paths += new_files(directory, f"{c.sampler}-{count}", ".json")
+                with writing(paths[-1]):
+                    write_json(paths[-1], record | {"quality": quality.to_dict()})
+            bar.update()
     reference = evaluation.measure_text_quality(held_out, valid, score=score)
     paths.append(directory / "quality.png")
     if first:
@@ -233,7 +239,9 @@ def report(
         add(format_results(record, experiment.family.details(record), exact))
 
     record = evaluate(experiment, workdir, check, show=add_results)
-    drawn = sample(experiment, workdir, show=add)
+    with contextlib.closing(reopen_writer(experiment.config, workdir)) as writer:
+        writer.show(record["step"], record["split"], _scores(record))
+        drawn = sample(experiment, workdir, add, writer)
     paths = drawn["files"]
     if not distributed.is_first():
         return ""
@@ -286,10 +294,10 @@ def summary(
 
     ``record`` of :func:`evaluate`, ``samples`` of :func:`sample`.
     """
-    lines = [
-        f"held-out {record['split']} split: {record['bits_per_unit']:.3f} ± "
-        f"{_number(record['standard_error_bits_per_unit'])} bits per {record['unit']}"
-    ]
+    value = f"{record['bits_per_unit']:.3f}"
+    if not is_exact(experiment.config):
+        value += f" ± {_number(record['standard_error_bits_per_unit'])}"
+    lines = [f"held-out {record['split']} split: {value} bits per {record['unit']}"]
     free = [sample["text"] for sample in samples if sample["kind"] == "free"]
     codec = experiment.dataset.tokenizer
     if any(map(evaluation.words_of, free)):
@@ -304,6 +312,18 @@ def summary(
             f"{reference.share:.0%} do)"
         )
     return "\n".join([*lines, ""])
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """The final scores, under names that the metrics have."""
+    fields = {
+        "loss": "nats_per_element",
+        "bits_per_unit": "bits_per_unit",
+        "bits_per_unit_standard_error": "standard_error_bits_per_unit",
+        "perplexity": "perplexity",
+        "accuracy": "accuracy",
+    }
+    return {name: record[own] for name, own in fields.items() if record.get(own) is not None}
 
 
 def write_plots(

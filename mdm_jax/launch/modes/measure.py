@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from mdm_jax import data, files, meter, rng, sharding, variance
 from mdm_jax.launch.auto import chain as chains
@@ -26,6 +25,7 @@ from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.meter.subject import Estimator, Subject
 from mdm_jax.objectives.objective import Objective
+from mdm_jax.progress import progress_bar
 from mdm_jax.types import Batch, PyTree, worst_bias
 from mdm_jax.variance.transform import Phase, VarianceTransform
 
@@ -81,7 +81,7 @@ def measure(
     methods = {BASELINE: METHODS[BASELINE], **(METHODS if methods is None else methods)}
     methods[CONFIGURED] = Method(lambda _table: experiment.transform, None)
     bench = _Bench(experiment, params, own_state, settings)
-    with tqdm.tqdm(total=len(methods), unit="method") as bar:
+    with progress_bar(len(methods), unit="methods") as bar:
         results = {}
         for name, method in methods.items():
             bar.set_description(name)

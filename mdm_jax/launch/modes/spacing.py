@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from mdm_jax import data, files, rng
 from mdm_jax.evaluation import quality
@@ -23,6 +22,7 @@ from mdm_jax.launch.build import Experiment, load_parameters, open_workdir
 from mdm_jax.launch.families import grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_recipe, open_levels
 from mdm_jax.launch.workdir import writing
+from mdm_jax.progress import progress_bar
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array, PyTree
 
@@ -74,7 +74,7 @@ def compare(
         if problem.pairs is not None:
             few = {"refinements": 3, "candidates": 5, "max_sweeps": 2}
             found["align steps, pairs"] = search.align_steps(problem.pairs, start, **few).grid
-    with tqdm.tqdm(desc="spacing", unit="set of samples") as bar:
+    with progress_bar(None, "spacing", "sets of samples") as bar:
 
         def measured(grid: np.ndarray, key: Array) -> float:
             bar.update(1)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import data, distributed, files, training
@@ -17,10 +18,11 @@ from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.auto import choose
 from mdm_jax.launch.auto.chain import Chain, is_automatic, last_choice
-from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
+from mdm_jax.launch.build import Experiment, learning_rate, open_workdir, read_parameters
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.reports.panel import NoisePanel
+from mdm_jax.launch.reports.writers import check_boards, open_writer
 from mdm_jax.launch.start import longer
 from mdm_jax.launch.workdir import (
     WorkdirError,
@@ -63,6 +65,7 @@ def train(
     c, workdir = experiment.config, files.as_path(workdir)
     check(workdir, c, allow_config_change or saved_nothing(workdir))
     check_start(experiment, workdir)
+    check_boards(c)
     interrupt = interrupt or training.Interrupt()
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(experiment.train_batches()))
@@ -112,7 +115,7 @@ def train(
             claim(workdir, c, allow_config_change)
             _save_tokenizer(experiment, workdir)
         running = Running(experiment)
-        writer = _writer(workdir, start, progress)
+        writer = open_writer(c, workdir, start, again=progress.get("hooks_due", ()))
         stack.callback(writer.close)
         hooks = make_hooks(running, workdir, writer, stopping, notes)
         if start < c.train.steps and not stopping.stopped:
@@ -258,16 +261,17 @@ class Running:
 
     @functools.cached_property
     def monitor(self) -> Callable[[TrainState], dict[str, jax.Array]]:
-        """Readings of the monitors and of the chain, jitted."""
-        experiment = self.experiment
+        """Readings of the monitors and of the chain, and the learning rate, jitted."""
+        e, schedule = self.experiment, learning_rate(self.experiment.config)
 
         @jax.jit
         def read(state: TrainState) -> dict[str, jax.Array]:
-            return training.read_monitors(
-                experiment.monitors, state.monitors
-            ) | training.read_level_profile(
-                experiment.transform, state.variance, experiment.spec.num_levels
-            )
+            done = jnp.maximum(state.step - state.skipped - 1, 0)  # updates before the last one
+            return {
+                "learning_rate": schedule(done),
+                **training.read_monitors(e.monitors, state.monitors),
+                **training.read_level_profile(e.transform, state.variance, e.spec.num_levels),
+            }
 
         return read
 
@@ -341,7 +345,7 @@ def _adapt_hook(
         )
         if distributed.is_first():
             _append_choice(workdir / "clip_search.jsonl", choice)
-        writer.scalars(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
+        writer.record(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
         moved = set_clip_range(state.variance, choice.low, choice.high)
         # Placed as before, so that the step is not compiled for another placement.
         return state.replace(variance=_placed_as(moved, state.variance))
@@ -381,7 +385,7 @@ def _rechoose_hook(
         choose.write(workdir, record)
         print(f"\n{choose.describe(record)}", flush=True)
         changed = chain != running.experiment.chain
-        writer.scalars(step, "adapt", {"chain_changed": float(changed), **choose.scalars(record)})
+        writer.record(step, "adapt", {"chain_changed": float(changed), **choose.scalars(record)})
         if changed:
             state = running.change(chain, state, variance)
             notes["chain"] = chain.to_dict()
@@ -425,12 +429,6 @@ def _check_shared(workdir: files.Path) -> None:
         )
 
 
-def _writer(workdir: files.Path, start: int, progress: dict[str, Any]) -> training.MetricWriter:
-    if not distributed.is_first():
-        return training.SilentWriter()
-    return training.MetricWriter(workdir, start, again=progress.get("hooks_due", ()))
-
-
 def _save_tokenizer(experiment: Experiment, workdir: files.Path) -> None:
     path, tokenizer = workdir / "tokenizer.json", experiment.dataset.tokenizer
     if tokenizer is not None and not path.exists():
@@ -460,8 +458,9 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
     """Evaluation results that go to the metrics."""
     fields = {
         "loss": "nats_per_element",
+        "loss_standard_error": "standard_error_nats_per_element",
         "bits_per_unit": "bits_per_unit",
-        "standard_error": "standard_error_bits_per_unit",
+        "bits_per_unit_standard_error": "standard_error_bits_per_unit",
         "perplexity": "perplexity",
     }
     values = {name: record[field] for name, field in fields.items() if field in record}

@@ -100,7 +100,7 @@ def write_report(
         paths.append(directory / f"{name}.png")
         plots.save(lambda axes: plot(axes, *arguments), paths[-1], size)
 
-    bars, curve = (8, 1.0 + 0.25 * len(measured)), (6, 4)
+    bars, curve, long_legend = (8, 1.6 + 0.25 * len(measured)), (6.4, 4.4), (6.4, 6)
     for of in ("gradient", "loss"):
         parts = {name: getattr(result, of) for name, result in measured.items()}
         draw(f"components_{of}", bars, plots.component_bars, parts, of)
@@ -109,7 +109,7 @@ def write_report(
     for of in ("loss", "gradient"):
         moments = getattr(table, of)
         draw(f"levels_{of}", curve, plots.level_moments, table, moments, of, level)
-    draw("densities", curve, plots.level_densities, table, table.gradient, densities, level)
+    draw("densities", long_legend, plots.level_densities, table, table.gradient, densities, level)
     draw("level_loss", curve, plots.level_loss, table, level)
     return [str(path) for path in paths]
 

@@ -17,8 +17,7 @@ import numpy as np
 from mdm_jax import files, plots, training
 from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch.config import is_exact
-from mdm_jax.launch.reports.curves import SIZE, Curve, noise_curves, training_curves
+from mdm_jax.launch.reports.curves import SIZE, Curve, is_exact, noise_curves, training_curves
 from mdm_jax.launch.reports.panel import whole_rows
 from mdm_jax.launch.workdir import WorkdirError, differences, read_config, resolved, writing
 from mdm_jax.meter.panel import PARTS

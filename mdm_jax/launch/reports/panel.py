@@ -141,7 +141,7 @@ class NoisePanel:
         for at, (sketches, eligible) in self._pending:
             record = panel.measured(np.asarray(sketches), int(eligible), self._group)
             if record is not None:
-                self._writer.scalars(at, "noise", record)
+                self._writer.record(at, "noise", record)
                 self._records.append({"step": at, **record})
         self._pending = []
         recent = self._records[-self._settings.window :]
@@ -157,13 +157,9 @@ class NoisePanel:
         for name in ("effective_sample_size", "largest_weight"):
             if name in readings:
                 figures[name] = readings[name]
-        if "normalised_loss" in readings:
-            figures["loss"] = readings["normalised_loss"]
-            error = readings.get("normalised_loss_standard_error", math.nan)
-            figures["loss_standard_error"] = error
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if figures:
-            self._writer.scalars(step, "panel", figures)
+            self._writer.record(step, "panel", figures)
         return shown(figures)
 
 
@@ -244,9 +240,6 @@ def _noise_scale(noise: float, signal: float, error: float) -> dict[str, float]:
 def shown(figures: Mapping[str, float]) -> dict[str, str]:
     """Figures for one line of a terminal, the most important first."""
     text = {}
-    if "loss" in figures:
-        error = figures.get("loss_standard_error")
-        text["loss"] = f"{figures['loss']:.3f}" + ("" if error is None else f"±{error:.3f}")
     for letter, name in zip("ABC", panel.PARTS):
         if f"share_{name}" in figures:
             error = figures.get(f"share_{name}_standard_error")

@@ -32,6 +32,12 @@ def ema_decay(steps: int) -> float:
     return round(min(max(1 - 5 / steps, 0.9), 0.9999), 6)
 
 
+def evaluate_every(config: ConfigDict) -> int:
+    """Steps between validations of a run, 0 for none; by default ten in a run."""
+    every, steps = config.train.evaluate_every, config.train.steps
+    return max(1, steps // 10) if every is None else every
+
+
 def followed(config: Mapping[str, Any]) -> dict[str, Any]:
     """Values of :data:`SCALED` by the optimiser's name and the number of steps of a config."""
     steps = config["train"]["steps"]

@@ -10,6 +10,7 @@ import pytest
 
 from mdm_jax import checks, hub, models, samplers, training
 from mdm_jax.launch import build, config, names, presets, source
+from mdm_jax.launch.start import scaled
 
 SETTINGS = config.flat_settings()
 TABLES = (
@@ -239,12 +240,12 @@ def test_rows_longer_than_the_model_states_are_warned_of():
     assert source.describe(model, length, None, None) == source.describe(None, 9, None, None) == []
 
 
-@pytest.mark.parametrize("steps, every, expected", [(500, -1, 50), (4, -1, 1), (500, 7, 7)])
+@pytest.mark.parametrize("steps, every, expected", [(500, None, 50), (4, None, 1), (500, 7, 7)])
 def test_a_run_is_validated_ten_times_unless_told_otherwise(steps, every, expected):
     settings = config.get_config()
     settings.train.update(steps=steps, evaluate_every=every)
     config.check_config(settings)
-    assert config.evaluate_every(settings) == expected
-    assert config.get_config().train.evaluate_every == -1
+    assert scaled.evaluate_every(settings) == expected
+    assert config.get_config().train.evaluate_every is None
     settings.train.evaluate_every = 0
-    assert config.evaluate_every(settings) == 0
+    assert scaled.evaluate_every(settings) == 0

@@ -1,5 +1,7 @@
 """Plots of the variance meter: every method has a row that can be read."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -23,3 +25,15 @@ def test_methods_that_have_not_settled_keep_their_place(first):
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
     assert [t.get_text().strip() for t in axes.texts] == (["not settled"] if first else [])
     assert axes.patches[-1].get_width() == pytest.approx(6.0)  # variance times two passes
+
+
+def test_colours_of_efficiency_tell_numbers_of_passes_apart():
+    axes = Figure().add_subplot()
+    two, one = _measured(2.0), dataclasses.replace(_measured(5.0), passes=1)
+    plots.efficiency_bars(axes, {"a": two, "b": one, "c": two})
+    handles, labels = axes.get_legend_handles_labels()
+    assert sorted(labels) == ["1 forward pass per row", "2 forward passes per row"]
+    colours = [patch.get_facecolor() for patch in axes.patches]
+    assert colours[0] == colours[2] != colours[1]
+    hatches = [patch.get_hatch() for patch in axes.patches]
+    assert hatches[0] == hatches[2] != hatches[1]

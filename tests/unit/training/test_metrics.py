@@ -5,18 +5,22 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
+from event_files import read_events
 
-from mdm_jax import training
+from mdm_jax import progress, training
+from mdm_jax.launch import config as launch_config
+from mdm_jax.launch.reports import writers
 
 
 def _write(directory, steps, resume_step=0, again=()):
     writer = training.MetricWriter(directory, resume_step, again)
     for step in steps:
-        writer.scalars(step, "train", {"loss": step / 10})
-        writer.scalars(step, "evaluate", {"loss": np.float32(step)})
+        writer.record(step, "train", {"loss": step / 10})
+        writer.record(step, "evaluate", {"loss": np.float32(step)})
     writer.close()
     return writer.path
 
@@ -79,6 +83,8 @@ def test_a_last_line_cut_off_by_a_kill_is_dropped(tmp_path, cut):
     "line",
     [
         *("not json", "[1, 2]", "7", '{"step": 3}', '{"kind": "train"}', "", "[" * 9999, "\xff"),
+        '{"step": 3, "kind": "train", "losses": [1.0, "low"]}',
+        '{"step": 3, "kind": "train", "losses": [[1.0]]}',
         '{"step": "3", "kind": "train"}',
         '{"step": true, "kind": "train"}',
         '{"step": 3.0, "kind": "train"}',
@@ -103,39 +109,134 @@ def test_a_bad_line_is_named_with_file_and_line(tmp_path, line):
     assert path.read_bytes().splitlines() == lines  # refused, not edited
 
 
-def _events(directory):
-    from tensorboardX.proto import event_pb2
-
-    events = []
-    for path in sorted(directory.glob("events.out.tfevents.*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 8], "little")
-            events.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + size]))
-            at += 12 + size + 4
-    return events
-
-
 def test_tensorboard_holds_scalars_text_and_pictures(tmp_path):
     writer = training.MetricWriter(tmp_path)
-    writer.scalars(3, "train", {"loss": 1.5, "gradient_norm": 2.0})
-    writer.text(3, "samples", "hello")
+    writer.record(3, "train", {"loss": 1.5, "gradient_norm": 2.0})
+    writer.text(3, "samples", "# hello\n*world*")
     writer.image(3, "picture", np.linspace(0, 1, 12).reshape(3, 4))
     writer.image(3, "colours", np.zeros((3, 4, 3)))
     writer.close()
-    events = _events(writer.tensorboard_directory)
+    events = read_events(writer.tensorboard_directory)
     found = {v.tag: (e.step, v) for e in events for v in e.summary.value}
     assert found["train/loss"][0] == 3 and found["train/loss"][1].simple_value == 1.5
     assert found["train/gradient_norm"][1].simple_value == 2.0
-    assert "samples/text_summary" in found
+    # Indented, so that Markdown keeps lines and signs as they are.
+    assert found["samples/text_summary"][1].tensor.string_val == [b"    # hello\n    *world*"]
     assert found["picture"][1].image.height == 3 and found["colours"][1].image.width == 4
+
+
+def test_values_over_the_noise_level_are_one_list_and_one_histogram(tmp_path):
+    """Its bars, thirty as TensorBoard draws, are as high as the values; unknown ones have none."""
+    writer = training.MetricWriter(tmp_path)
+    loss = np.array([0.5, np.nan, 2.0], np.float32)
+    writer.record(3, "monitor", {"level_loss": loss, "masked_share": np.float32(0.25)})
+    writer.close()
+    expected = {"level_loss": [0.5, None, 2.0], "masked_share": 0.25}
+    assert training.read_metrics(writer.path) == [{"step": 3, "kind": "monitor", **expected}]
+    assert "NaN" not in writer.path.read_text()
+    found = {v.tag: v for e in read_events(writer.tensorboard_directory) for v in e.summary.value}
+    assert {*found} == {"monitor/level_loss", "monitor/masked_share"}
+    histogram = found["monitor/level_loss"].histo
+    assert histogram.bucket == [0.5] * 10 + [0.0] * 10 + [2.0] * 10
+    np.testing.assert_allclose(histogram.bucket_limit, np.arange(1, 31) / 30)
+    assert (histogram.min, histogram.max) == (0, 1)
+    resumed = training.MetricWriter(tmp_path, 3)
+    resumed.close()
+    assert training.read_metrics(writer.path)[0]["level_loss"] == [0.5, None, 2.0]
+
+
+def test_results_are_shown_on_boards_and_leave_the_records_alone(tmp_path):
+    writer = training.MetricWriter(tmp_path)
+    writer.show(7, "test", {"bits_per_unit": 1.5})
+    writer.close()
+    assert writer.path.read_text() == ""
+    (event,) = [e for e in read_events(writer.tensorboard_directory) if e.summary.value]
+    assert (event.step, event.summary.value[0].tag) == (7, "test/bits_per_unit")
+
+
+class _Wandb(types.ModuleType):
+    """What of wandb is used, noting its calls."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls = []
+
+    def init(self, **settings):
+        self.calls.append(("init", settings))
+        return types.SimpleNamespace(
+            define_metric=lambda *a, **k: self.calls.append(("define_metric", a, k)),
+            log=lambda values: self.calls.append(("log", values)),
+            finish=lambda: self.calls.append(("finish",)),
+        )
+
+    def Histogram(self, np_histogram):
+        return ("histogram", *(values.tolist() for values in np_histogram))
+
+    def Html(self, text):
+        return ("html", text)
+
+    def Image(self, image):
+        return ("image", image.dtype.name, image.tolist())
+
+
+def test_weights_and_biases_get_what_tensorboard_gets(tmp_path, monkeypatch):
+    fake = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def board():
+        return training.WeightsAndBiases(tmp_path, "drafts", config={"seed": 3})
+
+    writer = training.MetricWriter(tmp_path, boards=[board()])
+    writer.record(2, "train", {"loss": 1.5})
+    writer.record(2, "monitor", {"level_loss": [1.0, float("nan"), 3.0]})
+    writer.text(2, "samples", "a < b")
+    writer.image(2, "pictures", np.array([[0.0, 1.0]]))
+    writer.close()
+    (_, settings), define, *logged, last = fake.calls
+    assert settings["project"] == "drafts" and settings["entity"] is None
+    assert settings["config"] == {"seed": 3} and settings["name"] == tmp_path.name
+    assert settings["dir"] == str(tmp_path) and settings["resume"] == "allow"
+    assert define == ("define_metric", ("*",), {"step_metric": "step"}) and last == ("finish",)
+    values = {}
+    for name, call in logged:
+        assert name == "log" and call["step"] == 2
+        values |= call
+    kind, heights, edges = values["monitor/level_loss"]
+    assert kind == "histogram" and heights == [1.0] * 10 + [0.0] * 10 + [3.0] * 10
+    assert values["train/loss"] == 1.5 and (edges[0], edges[-1], len(edges)) == (0, 1, 31)
+    assert values["samples"] == ("html", "<pre>a &lt; b</pre>")
+    assert values["pictures"] == ("image", "uint8", [[0, 255]])
+    before = settings["id"]
+    board()  # a resumed run goes on with the same one
+    assert fake.calls[-2][1]["id"] == before
+    assert board_of(tmp_path / "other", fake)["id"] != before
+
+
+def board_of(directory, fake):
+    directory.mkdir()
+    training.WeightsAndBiases(directory, "drafts")
+    return fake.calls[-2][1]
+
+
+def test_without_wandb_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
+    with pytest.raises(ImportError, match="wandb.project is set.*pip install wandb, or leave"):
+        training.WeightsAndBiases(tmp_path, "drafts")
+    assert list(tmp_path.iterdir()) == []
+    config = launch_config.get_config()
+    writers.check_boards(config)
+    config.wandb.project = "drafts"
+    with pytest.raises(ImportError, match="wandb.project is set"):
+        writers.check_boards(config)
 
 
 def test_tensorboard_forgets_the_steps_that_come_again(tmp_path):
     _write(tmp_path, [2, 4, 6])
     writer = training.MetricWriter(tmp_path, 4)
     writer.close()
-    starts = [e.step for e in _events(writer.tensorboard_directory) if e.HasField("session_log")]
+    starts = [
+        e.step for e in read_events(writer.tensorboard_directory) if e.HasField("session_log")
+    ]
     assert starts == [5]
 
 
@@ -144,7 +245,7 @@ def test_no_tensorflow_is_imported(tmp_path):
         "import sys\n"
         "from mdm_jax import training\n"
         f"w = training.MetricWriter({str(tmp_path)!r})\n"
-        "w.scalars(1, 'train', {'loss': 1.0}); w.text(1, 'a', 'b'); w.close()\n"
+        "w.record(1, 'train', {'loss': 1.0}); w.text(1, 'a', 'b'); w.close()\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'torch')])\n"
     )
     root = pathlib.Path(__file__).parents[3]
@@ -171,18 +272,18 @@ def test_a_bucket_has_the_metrics_after_a_flush(bucket, monkeypatch):
     """Nothing can be appended there: whole files at a flush, by the loop before it saves."""
     writer = training.MetricWriter("gs://bucket/run")
     local = writer._local
-    writer.scalars(2, "train", {"loss": 1.0})
+    writer.record(2, "train", {"loss": 1.0})
     assert (bucket / "run/metrics.jsonl").exists() is False
     writer.flush()
     assert _steps("gs://bucket/run/metrics.jsonl") == [2]
     monkeypatch.setattr("mdm_jax.training.metrics.UPLOAD_SECONDS", -1)
-    writer.scalars(4, "train", {"loss": 1.0})  # by the time
+    writer.record(4, "train", {"loss": 1.0})  # by the time
     assert _steps("gs://bucket/run/metrics.jsonl") == [2, 4]
     writer.close()
-    assert [e.step for e in _events(bucket / "run/tensorboard") if e.summary.value] == [2, 4]
+    assert [e.step for e in read_events(bucket / "run/tensorboard") if e.summary.value] == [2, 4]
     assert not local.exists()
     resumed = training.MetricWriter("gs://bucket/run", resume_step=2)
-    resumed.scalars(6, "train", {"loss": 1.0})
+    resumed.record(6, "train", {"loss": 1.0})
     resumed.close()
     assert _steps("gs://bucket/run/metrics.jsonl") == [2, 6]
     assert len(list((bucket / "run/tensorboard").iterdir())) == 2
@@ -195,11 +296,11 @@ class _Terminal(io.StringIO):
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    progress = training.Progress(10, start=2, stream=stream)
-    progress.advance(4, {"loss": "1.250", "tokens/s": "1,000"}, seconds_per_step=10.0)
-    progress.note("profile written")
-    progress.advance(10, {"loss": "1.000"}, seconds_per_step=10.0)
-    progress.close()
+    shown = training.Progress(10, start=2, stream=stream)
+    shown.advance(4, {"loss": "1.250", "tokens/s": "1,000"}, seconds_per_step=10.0)
+    shown.note("profile written")
+    shown.advance(10, {"loss": "1.000"}, seconds_per_step=10.0)
+    shown.close()
     assert stream.getvalue() == (
         "step 4/10 loss 1.250 tokens/s 1,000 left 01:00\n"
         "profile written\n"
@@ -209,14 +310,45 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal():
 
 def test_progress_is_a_bar_on_a_terminal():
     stream = _Terminal()
-    progress = training.Progress(10, start=2, stream=stream)
-    progress.advance(4, {"loss": "1.250"}, seconds_per_step=0.1)
-    progress.advance(10, {"loss": "1.125"}, seconds_per_step=0.1)
-    progress.note("a note")
-    progress.close()
+    shown = training.Progress(10, start=2, stream=stream)
+    shown.advance(4, {"loss": "1.250"}, seconds_per_step=0.1)
+    shown.advance(10, {"loss": "1.125"}, seconds_per_step=0.1)
+    shown.note("a note")
+    shown.close()
     text = stream.getvalue()
     assert "10/10" in text and "loss 1.125" in text and "\r" in text and "a note\n" in text
     assert "step 4/10" not in text
+
+
+@pytest.mark.parametrize("total, last", [(3, "3/3 rows"), (None, "3 rows")])
+def test_bars_are_whole_lines_where_there_is_no_terminal(total, last, monkeypatch):
+    """At intervals, and one at the end; without a carriage return or an escape."""
+    stream, clock = io.StringIO(), iter([0.0, 1.0, 1.0, 40.0, 40.0, 41.0, 41.0, 41.0])
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress.Lines(total, "evaluating", "rows", stream=stream) as bar:
+        bar.update(1)  # at 1 s: too early for a line
+        bar.set_postfix_str("of test")
+        monkeypatch.setattr(progress, "LINE_SECONDS", 0.5)
+        bar.update(1)
+        bar.set_postfix_str("")
+        bar.update(1)
+    lines = stream.getvalue().splitlines()
+    assert not {*stream.getvalue()} & {"\r", "\x1b"}
+    assert lines[-1].startswith(f"evaluating: {last} in ") and lines[0].endswith(" s of test")
+    assert len(lines) == 2
+
+
+def test_a_bar_is_tqdm_on_a_terminal_and_lines_in_a_file(monkeypatch):
+    terminal, file = _Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress.progress_bar(2, "measuring", "methods") as bar:
+            bar.set_description("mirror")
+            bar.update(2)
+        with progress.progress_bar(2, silent=True) as bar:
+            bar.update(2)
+    assert "\r" in terminal.getvalue() and "mirror" in terminal.getvalue()
+    assert file.getvalue() == "mirror: 2/2 methods in 0 s\n"
 
 
 def test_numbers_are_plain_json(tmp_path):
