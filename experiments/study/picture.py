@@ -8,16 +8,14 @@ import pathlib
 
 import matplotlib
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
+from mdm_jax import plots
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = ("confirmation", "confirmation_rates")
 TASKS = {
-    "sudoku6": "6×6 Sudoku, from scratch\naccuracy →",
-    "sudoku4_noisy": "noisy 4×4 Sudoku, fine-tuned\naccuracy →",
-    "text": "text\n← bits per character (bound)",
+    "sudoku6": ("6×6 Sudoku, scratch", "accuracy (higher is better)"),
+    "sudoku4_noisy": ("Noisy 4×4, fine-tuned", "accuracy (higher is better)"),
+    "text": ("Text, bound", "bits per character (lower is better)"),
 }
 METHODS = {
     "standard": "standard masked diffusion",
@@ -39,23 +37,20 @@ def main() -> None:
         }
         for task in TASKS
     }
-    plt.rcParams["svg.hashsalt"] = "mdm_jax"  # the same file each time
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(9, 2.4), sharey=True)
-    for axes, (task, title) in zip(panels, TASKS.items()):
+    matplotlib.rcParams["svg.hashsalt"] = "mdm_jax"  # the same file each time
+    figure = plots.new_figure((9, 2.4))
+    panels = figure.subplots(1, len(TASKS), sharey=True)
+    for axes, (task, (title, score)) in zip(panels, TASKS.items()):
         for row, method in enumerate(METHODS):
             scores = list(results[task][method].values())
-            color = "0.45" if row == 0 else f"C{row - 1}"
+            color = "0.45" if row == 0 else plots.PALETTE[row - 1]
             axes.plot(scores, [row] * len(scores), "o", color=color, alpha=0.7, markersize=6)
             axes.plot(sum(scores) / len(scores), row, "|", color=color, markersize=18, mew=2)
-        axes.set_xlabel(title, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        plots.dress(axes, title, score)
         axes.margins(x=0.08, y=0.15)
     panels[0].set_yticks(range(len(METHODS)), METHODS.values(), fontsize=9)
     panels[0].invert_yaxis()
-    figure.tight_layout()
     figure.savefig(ROOT / "docs/seeds.svg", metadata={"Date": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import numpy as np
 from experiments.study.suites import Suite
 from mdm_jax import plots as mdm_plots
 
-_STYLES = ("-", "--", ":")
-
 
 def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[pathlib.Path]:
     """Writes the plots of finished runs below ``root/plots``; returns the files.
@@ -30,7 +28,7 @@ def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[p
             }
             if found:
                 files.append(root / "plots" / f"training-{task}-{budget}.png")
-                mdm_plots.save(lambda axes, c=found: training_bands(axes, c), files[-1], (9, 5))
+                mdm_plots.save(lambda axes, c=found: training_bands(axes, c), files[-1], (8, 7))
             points = {
                 suite.methods[name].label: result["gradient"]
                 for name, result in results[task].items()
@@ -38,7 +36,7 @@ def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[p
             }
             if points and budget == "passes":
                 files.append(root / "plots" / f"gradient-variance-{task}.png")
-                mdm_plots.save(lambda axes, p=points: variance_curves(axes, p), files[-1], (9, 5))
+                mdm_plots.save(lambda axes, p=points: variance_curves(axes, p), files[-1], (8, 7))
     return files
 
 
@@ -64,12 +62,12 @@ def training_bands(axes: Any, curves: Mapping[str, Sequence[tuple[np.ndarray, np
         length = min(len(bits) for _, bits in seeds)
         passes = seeds[0][0][:length]
         bits = np.stack([bits[:length] for _, bits in seeds])
-        color, style = f"C{number % 10}", _STYLES[number // 10]
-        axes.plot(passes, bits.mean(0), style, color=color, label=label, marker=".")
+        style = mdm_plots.line(number)
+        axes.plot(passes, bits.mean(0), label=label, marker=".", **style)
+        color = style["color"]
         axes.fill_between(passes, bits.min(0), bits.max(0), color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="forward passes", ylabel="validation bound, bits per unit")
-    axes.legend(fontsize="small")
-    return axes
+    title = "Validation bound: means over seeds, bands from the worst to the best"
+    return mdm_plots.dress(axes, title, "forward passes", "bits per unit")
 
 
 def variance_curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
@@ -80,14 +78,15 @@ def variance_curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, Any]]]
         points: by method, of ``study_table.gradient``; open circles have not settled.
     """
     for number, (label, found) in enumerate(points.items()):
-        color, style = f"C{number % 10}", _STYLES[number // 10]
+        style = mdm_plots.line(number)
         passes = np.array([point["forward_passes"] for point in found])
         total = np.array([point["total"]["mean"] for point in found])
         errors = np.array([point["total"]["standard_error"] for point in found], np.float64)
-        axes.errorbar(passes, total, errors, color=color, linestyle=style, label=label)
+        axes.errorbar(passes, total, errors, label=label, **style)
         for point in found:
+            color = style["color"]
             face = color if point["total"]["settled"] else "none"
             axes.plot(point["forward_passes"], point["total"]["mean"], "o", color=color, mfc=face)
-    axes.set(xlabel="forward passes", ylabel="variance of the batch gradient", yscale="log")
-    axes.legend(fontsize="small")
-    return axes
+    axes.set(yscale="log")
+    title = "Variance of the batch gradient ± 1 standard error (open: not settled)"
+    return mdm_plots.dress(axes, title, "forward passes", "variance of the batch gradient")
