@@ -178,7 +178,7 @@ def chat(
         )
     found = read_sources(
         path,
-        lambda record, origin: _conversation(record, messages_field, origin),
+        lambda record, origin: conversation(record, messages_field, origin),
         wanted=repr(messages_field or FIELDS[0]),
         named_by="messages_field (pairs of texts: the source jsonl)",
         valid_path=valid_path,
@@ -294,7 +294,7 @@ class _Layout:
     align: int
 
 
-def _conversation(record: Mapping[str, Any], path: str, origin: str) -> tuple[str, Messages, int]:
+def conversation(record: Mapping[str, Any], path: str, origin: str) -> tuple[str, Messages, int]:
     """What stands before the first answer, the messages to the last, and how many are behind it."""
     names = [path] if path else [name for name in FIELDS if name in record]
     if not names:

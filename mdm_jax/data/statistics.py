@@ -18,9 +18,9 @@ def length_quantiles(sizes: ArrayLike) -> tuple[int, ...]:
     return tuple(int(q) for q in np.percentile(sizes, SHARES, method="inverted_cdf"))
 
 
-def length_table(sizes: Mapping[str, ArrayLike]) -> str:
+def length_table(sizes: Mapping[str, ArrayLike], unit: str = "tokens") -> str:
     """:func:`length_quantiles` by name, as lines of a table."""
-    lines = [f"  {'tokens':<16}" + "".join(f"{f'{share} %':>8}" for share in SHARES)]
+    lines = [f"  {unit:<16}" + "".join(f"{f'{share} %':>8}" for share in SHARES)]
     for name, each in sizes.items():
         lines.append(f"  {name:<16}" + "".join(f"{q:>8,}" for q in length_quantiles(each)))
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """Train, evaluate, sample diffusion models; space steps, measure variance.
 
+  mdm new      text --path=FILE        a config for your data (docs/own_data.md)
   mdm train    --config=quickstart --workdir=runs/mine   (the same line resumes)
   mdm evaluate --workdir=runs/mine     held-out bound, accuracy
   mdm sample   --workdir=runs/mine     texts or pictures
-  mdm spacing  --workdir=runs/mine --steps=16    compare and search sampling
-                                       grids; sample then uses the best
+  mdm spacing  --workdir=runs/mine --steps=16    search the sampling grid
   mdm variance --workdir=runs/mine     gradient variance of training methods
   mdm config   quickstart train        settings: values, meanings, ranges
   mdm report   --workdir=runs/mine     the run so far on a page, report.html
@@ -20,7 +20,6 @@ text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian, finetune,
 finetune_pairs, convert; each also has the variant :smoke, of seconds.
 
 Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
-Own text:   --config.data.source=text --config.data.path=FILE
 Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)
 Adapters:   --config.adapter.name=lora --config.adapter.rank=16
 Devices:    --config.mesh=data=2,fsdp=4,tensor=1

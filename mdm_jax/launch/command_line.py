@@ -259,7 +259,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 MODES = (
     *("train", "evaluate", "sample", "spacing", "variance"),
-    *("export", "chat", "eval", "report", "sweep", "config", "compile"),
+    *("export", "chat", "eval", "report", "sweep", "config", "compile", "new"),
 )
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"

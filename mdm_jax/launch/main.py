@@ -34,6 +34,7 @@ from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.reports import page, settings
 from mdm_jax.launch.start import accelerators, scaled
+from mdm_jax.launch.start import new as new_config
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,
@@ -138,6 +139,8 @@ def main(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
     if _MODE.value == "config":
         return _config(argv[1:])
+    if _MODE.value == "new":
+        return _new(argv[1:])
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
     if not flags.FLAGS["verbosity"].present:
@@ -461,6 +464,20 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error:
         _PARSED[:] = argv  # absl reports it below
     return app.parse_flags_with_usage([*_PARSED])
+
+
+def _new(kinds: list[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # JAX logs its search for devices
+    try:
+        command_line.use_compilation_cache(_CACHE.value)
+        new_config.run(kinds, _print)
+    except (*_USER_ERRORS, TypeError) as error:
+        logging.debug("where it came from:", exc_info=True)
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _stopped_at_once()
+    return 0
 
 
 def _stopped_at_once() -> int:

@@ -102,7 +102,7 @@ def reduced(words, folder):
         if word.startswith("--config.mesh"):
             continue
         if name == "--config":
-            given = "quickstart" if given == "FILE" else given
+            given = "quickstart" if given in ("FILE", "my_config.py") else given
             file, _, variant = given.partition(":")
             if file.endswith(".py"):
                 file = str(launching.ROOT / file)
@@ -113,6 +113,10 @@ def reduced(words, folder):
             given = str(here if (here / "config.json").is_file() else SMALL)
         elif name == "--config.data.path":
             given = data_of(given, config, words)
+        elif name == "--path":  # of mdm new
+            given = {"jsonl": "pairs.jsonl", "chat": "chats.jsonl"}.get(words[2], "FILE")
+        elif name == "--minutes":
+            given = "0.01"
         elif name == "--workdir":
             given = given.lstrip("/")
         elif name == "--over":

@@ -15,6 +15,7 @@ from absl.testing import flagsaver
 from mdm_jax.launch import command_line, main
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.modes import eval_tasks, sweep
+from mdm_jax.launch.start.look import KINDS
 
 ROOT = launching.ROOT
 PAGES = [
@@ -122,7 +123,10 @@ def check(command):
 
 def check_mdm(words):
     """The launcher's own reading of its flags, and the checks that need no data."""
-    words = [re.sub(r"^--config=(FILE|\.\.\.)$", "--config=quickstart", word) for word in words]
+    words = [
+        re.sub(r"^--config=(FILE|my_config\.py|\.\.\.)$", "--config=quickstart", word)
+        for word in words
+    ]
     words = [word.replace("=I", "=0") if word == "--process_id=I" else word for word in words]
     words = [word.replace(", NAME", ", mirror") for word in words]
     mode = words[0] if words and not words[0].startswith("-") else "train"
@@ -134,9 +138,11 @@ def check_mdm(words):
         try:
             rest = main._parse(["mdm", *words])
             config = flags.FLAGS.config
-            if rest[1:] and mode != "config":
+            if rest[1:] and mode not in ("config", "new"):
                 raise ValueError(f"no flags: {rest[1:]}")
-            for section in rest[1:]:
+            if mode == "new" and (rest[1:2] == [] or rest[1] not in KINDS):
+                raise ValueError(f"mdm new of {rest[1:]}")
+            for section in rest[1:] if mode == "config" else ():
                 command_line.check_field(config, section)
             launch_config.check_config(config)
             if mode in main._MODEL_MODES:
