@@ -30,6 +30,7 @@ from mdm_jax.data.pairs import (
 )
 from mdm_jax.data.records import BadRows, Line, Record, field, read_sources
 from mdm_jax.data.rows import PackedSpans, aligned
+from mdm_jax.data.statistics import length_quantiles, length_table
 from mdm_jax.data.tokenizers import Tokenizer, describe_unknown, make_tokenizer, utf8
 from mdm_jax.types import Batch
 
@@ -193,10 +194,14 @@ def chat(
     layout = _Layout(length, loss_on, too_long, answer_padding, packing, align)
     render = renderer or PlainTemplate(codec)
     sources, report, bad = [], dict(found.report), list(found.bad)
-    for number, records in enumerate([*found.train, parts["valid"], parts["test"]]):
+    groups = [*found.train, parts["valid"], parts["test"]]
+    kept_bad = bad if bad_rows == "drop" else None
+    rendered = [_rendered(records, codec, render, layout, kept_bad) for records in groups]
+    if too_long == "error":
+        _check_lengths([talk for talks in rendered for talk in talks], length)
+    for number, (records, talks) in enumerate(zip(groups, rendered)):
         name = ("train", "valid", "test")[max(0, number - len(found.train) + 1)]
-        kept_bad = bad if bad_rows == "drop" else None
-        rows, counts = _rows(records, codec, render, layout, kept_bad)
+        rows, counts = _rows(records, [talk for talk, _ in talks], codec, layout)
         if records and not len(rows):
             raise ValueError(
                 f"{records[0].origin}: every conversation of the {name} split was dropped as too "
@@ -357,19 +362,16 @@ def _questions(
         yield codec.decode(ids[:first]), answer, origin
 
 
-def _rows(
+def _rendered(
     records: Sequence[Record],
     codec: Tokenizer,
     render: Renderer,
     layout: _Layout,
     bad: list[str] | None,
-) -> tuple[PackedSpans, dict[str, int]]:
-    """Rows of one source or split, and counts for the report; ``bad``: what is not rendered."""
-    counts = {"conversations": len(records), "messages_after_the_last_answer": 0}
-    counts |= dict.fromkeys(("truncated_conversations", "dropped_conversations"), 0)
-    pieces: list[Chat] = []
-    for (_, messages, behind), origin in records:
-        counts["messages_after_the_last_answer"] += behind
+) -> list[tuple[Chat, str]]:
+    """Conversations with the EOS of their padding, and origins; ``bad``: what is not rendered."""
+    talks = []
+    for (_, messages, _), origin in records:
         try:
             ids, answers = render(messages, layout.loss_on)
         except ValueError as error:
@@ -381,13 +383,37 @@ def _rows(
             ids, answers = np.append(ids, np.int32(codec.eos_id)), np.append(answers, True)
         elif layout.answer_padding != "pad_hidden":
             answers = np.append(answers[:-1], True)
+        talks.append((Chat(ids, answers), origin))
+    return talks
+
+
+def _check_lengths(talks: Sequence[tuple[Chat, str]], length: int) -> None:
+    """Raise ValueError where some do not fit, with quantiles of all and what to set."""
+    sizes = np.array([len(talk.ids) for talk, _ in talks])
+    misfits = np.flatnonzero(sizes > length)
+    if not len(misfits):
+        return
+    *_, most, longest = length_quantiles(sizes)
+    raise ValueError(
+        f"{talks[misfits[0]][1]}: too long, the conversation has {sizes[misfits[0]]} tokens "
+        f"(length {length}); it is the first of {len(misfits)} of {len(sizes)} that do not fit:\n"
+        f"{length_table({'conversation': sizes})}\n"
+        f"At this length too_long='drop' leaves out {len(misfits)}, and 'truncate' cuts them. For "
+        f"all set data.length={longest}; without the longest {int((sizes > most).sum())}: "
+        f"data.length={most}, data.too_long=drop"
+    )
+
+
+def _rows(
+    records: Sequence[Record], talks: Sequence[Chat], codec: Tokenizer, layout: _Layout
+) -> tuple[PackedSpans, dict[str, int]]:
+    """Rows of one source or split, and counts for the report."""
+    behind = sum(record.values[2] for record in records)
+    counts = {"conversations": len(records), "messages_after_the_last_answer": behind}
+    counts |= dict.fromkeys(("truncated_conversations", "dropped_conversations"), 0)
+    pieces: list[Chat] = []
+    for ids, answers in talks:
         if len(ids) > layout.length:
-            if layout.too_long == "error":
-                raise ValueError(
-                    f"{origin}: too long, the conversation has {len(ids)} tokens (length "
-                    f"{layout.length}); raise the length, or choose too_long='truncate' or "
-                    "'drop', which count what they change"
-                )
             ids, answers = ids[: layout.length], answers[: layout.length]
             if layout.too_long == "drop" or not answers.any():
                 counts["dropped_conversations"] += 1

@@ -13,6 +13,8 @@ from mdm_jax.launch.start import plan, trial
 from mdm_jax.launch.start.look import KINDS, Look, look, name_of
 from mdm_jax.launch.start.plan import Choice, Machine
 
+MEMORY_SHARE = 0.7
+"""Of a device's memory, that a step may take."""
 _PATH = flags.DEFINE_string("path", "", "new: the file that a config is written for.")
 _OUT = flags.DEFINE_string("out", "", "new: the config file, by default FILE_config.py.")
 _MINUTES = flags.DEFINE_float("minutes", 10.0, "new: time to train for.", 0.0)
@@ -79,7 +81,8 @@ def _choose(
     found: Look, machine: Machine, minutes: float, show: Callable[[str], None]
 ) -> tuple[list[Choice], list[str]]:
     """All choices, and what was measured for them."""
-    settings = {"source": found.kind, "path": str(pathlib.Path(found.path).resolve())}
+    path = pathlib.Path(found.path)  # or a glob, or several
+    settings = {"source": found.kind, "path": str(path.resolve() if path.exists() else path)}
     how = ", ".join(f"{k}={v!r}" for k, v in found.settings.items())
     choices = [
         Choice(
@@ -127,6 +130,9 @@ def _choose(
     row = (rows, result.length, result.vocab_size)
     size, _ = plan.fitting_size(seconds, result.step, first, row)
     if size != first:
+        result = measure(size)
+    while (result.memory_bytes or 0) > MEMORY_SHARE * machine.memory and size != plan.SIZES[0]:
+        size = plan.SIZES[plan.SIZES.index(size) - 1]
         result = measure(size)
     steps = max(10, int(seconds / result.step))
     seen = steps * rows * result.length

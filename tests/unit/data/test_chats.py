@@ -140,6 +140,9 @@ def test_too_long_conversations(write):
     path = write({"messages": short(1)}, {"messages": TURNS})
     with pytest.raises(ValueError, match=r"chats.jsonl:2: too long, the conversation has 59 token"):
         made(path, 40)
+    for told in ("first of 1 of 2 that do not", "For all set data.length=59;", "leaves out 1"):
+        with pytest.raises(ValueError, match=told):
+            made(path, 40)
     assert len(made(path, 40, too_long="drop").train) == 1
     cut = made(path, 40, too_long="truncate")
     assert cut.report["train_truncated_conversations"] == 1
