@@ -1,6 +1,6 @@
 """What a KV cache saves in generation, block by block and token by token.
 
-    python -m experiments.benchmarks.cached_generation [--length=192] [--out=FILE.json]
+    python -m experiments.benchmarks.cached_generation [--cached_length=192] [--out=FILE.json]
 
 A transformer with random parameters fills an all-mask canvas: as a block model by first hitting
 (one pass per token, and one per block to fill the cache), and as an autoregressive model. With a
@@ -29,7 +29,7 @@ from mdm_jax.samplers.next_token import make_next_token_generator
 from mdm_jax.types import Array
 
 _BATCH = flags.DEFINE_integer("batch", 4, "Rows.")
-_LENGTH = flags.DEFINE_integer("length", 192, "Tokens of a row.")
+_LENGTH = flags.DEFINE_integer("cached_length", 192, "Tokens of a row.")
 _BLOCKS = flags.DEFINE_multi_integer("block_size", [4, 16], "Tokens of a block; may be repeated.")
 _WINDOW = flags.DEFINE_integer("window", None, "Blocks (tokens, if causal) seen; all by default.")
 _WIDTH = flags.DEFINE_integer("width", 128, "Residual width.")

@@ -277,7 +277,8 @@ class ChatLayout:
         elif not len(masked):
             raise ValueError(
                 f"rows show where the answer ends (answer_padding={self.answer_padding!r}); say so "
-                "by one ▁ after the prompt for each token of the answer and one for its EOS"
+                "by a length, or in a text file by one ▁ after the prompt for each token of the "
+                "answer and one for its EOS"
             )
         size = len(ids)
         if size > self.length or not np.any(ids == codec.mask_id):

@@ -87,14 +87,15 @@ class PairLayout:
         units = eligible.sum(1) if units is None else units
         return Batch(tokens, eligible, documents, np.asarray(units, np.int32))
 
-    def to_answer(self, ids: np.ndarray, codec: Tokenizer) -> Batch:
+    def to_answer(self, ids: np.ndarray, codec: Tokenizer, first: int | None = None) -> Batch:
         """The row [1, L] of a prompt whose answer is to be generated, masked there.
 
-        ``ids`` [n]: the prompt and, from the first mask on, the answer as far as it is known; under
-        "eos_scored" the rest is masked too. Otherwise rows show where the answer ends: ValueError
-        without a mask, as if something does not fit.
+        ``ids`` [n]: the prompt and, from ``first`` on (None: the first mask), the answer as far as
+        it is known; under "eos_scored" the rest is masked too. Otherwise rows show where the answer
+        ends: ValueError without a mask, as if something does not fit.
         """
-        first = np.flatnonzero(np.append(ids, codec.mask_id) == codec.mask_id)[0]
+        if first is None:
+            first = np.flatnonzero(np.append(ids, codec.mask_id) == codec.mask_id)[0]
         prompt, answer = ids[:first], ids[first:]
         if misfit := self.misfit(prompt, answer):
             raise ValueError(misfit)
@@ -104,7 +105,8 @@ class PairLayout:
         if not len(answer):
             raise ValueError(
                 f"rows show where the answer ends (answer_padding={self.answer_padding!r}); say so "
-                "by one ▁ after the prompt for each token of the answer and one for its EOS"
+                "by a length, or in a text file by one ▁ after the prompt for each token of the "
+                "answer and one for its EOS"
             )
         return self.rows([prompt], [answer], pad_id=codec.pad_id, eos_id=codec.eos_id)
 

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import likelihood, models, samplers
-from mdm_jax.checks import Name, Plain, Real, Whole, checked, unknown_name
+from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import ROW_AXES, spread_rows, to_host
 from mdm_jax.estimates import standard_error_of_mean
 from mdm_jax.hub import HubModel
 from mdm_jax.hub.decoding import generate
-from mdm_jax.hub.rules import OF_FAMILY, RULES, Rule
+from mdm_jax.hub.rules import Rule, as_trained, find_rule
 from mdm_jax.likelihood.estimators import Estimator
 from mdm_jax.likelihood.rows import Row
 from mdm_jax.likelihood.stopping import each_row, narrow, replicate_until
@@ -128,7 +128,7 @@ class Subject:
     @property
     def excluded_id(self) -> int | None:
         """The mask token where it has no probability, as for the original's own evaluation."""
-        rule = RULES.get(OF_FAMILY.get(self.model.family.name, "dllm"))
+        rule = find_rule(self.model.family.name, self.model.traits)
         causal = self.kind == "autoregressive"
         return self.mask_id if self.trained_here or (rule.excludes_mask and not causal) else None
 
@@ -329,26 +329,15 @@ class Subject:
         return tokens[free].reshape(len(prompts), new_tokens)
 
     def _rule(self, settings: Settings) -> Rule:
-        """The decoding rule: by name, or that of the family, unless it was trained in blocks that
-        the family's own loop does not know. ValueError for an unknown name."""
-        name = settings.rule or OF_FAMILY.get(self.model.family.name, "dllm")
-        if name not in RULES:
-            raise unknown_name(name, RULES, "decoding rule")
-        if not settings.rule and name == "bd3lm" and self.kind != "block":
-            name = "mdlm"
-        if not settings.rule and self.kind == "block" and not RULES[name].cached:
-            name = "dllm_blocks"
-        given = {"temperature": settings.temperature, "guidance": settings.guidance}
+        """The decoding rule: by name, or the one that suits the model; ValueError for no name."""
+        traits = self.model.traits
+        given = as_trained(traits, self.trained_here, self.hidden, self.window or 0)
+        given |= {"temperature": settings.temperature, "guidance": settings.guidance}
         given |= {"steps": settings.steps} if settings.steps else {}
         given |= {"block_size": settings.block_size} if settings.block_size else {}
         given |= {"top_p": settings.top_p} if settings.top_p < 1 else {}
-        given |= (
-            {"excludes_mask": True, "suppress_tokens": self.hidden} if self.trained_here else {}
-        )
-        given |= {"window": self.window * self.multiple} if self.window else {}
-        if given.get("window"):
-            given.setdefault("block_size", self.multiple)
-        return dataclasses.replace(RULES[name], **given)
+        rule = find_rule(self.model.family.name, traits, settings.rule or None)
+        return dataclasses.replace(rule, **given)
 
     def _generator(self, causal, prefix, new_tokens, settings) -> Callable[..., Array]:
         wanted = (causal, prefix, new_tokens, settings)

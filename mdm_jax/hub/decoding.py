@@ -24,16 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import distributed, samplers
-from mdm_jax.checks import unknown_name
 from mdm_jax.hub.family import Traits
 from mdm_jax.hub.model import HubModel
-from mdm_jax.hub.rules import INFILLING, OF_FAMILY, RULES, Rule, check_rule, make_sampler
+from mdm_jax.hub.rules import INFILLING, OF_FAMILY, Rule, check_rule, find_rule, make_sampler
 from mdm_jax.models.cross_entropy import Readout, without_tokens
 from mdm_jax.models.decoders import cached_block_decoder, partial_decoder
-from mdm_jax.samplers import Sampler
+from mdm_jax.samplers import Sampler, Show
 from mdm_jax.types import Array, ArrayLike, PyTree
-
-Show = Callable[[np.ndarray], None]
 
 
 class Generated(NamedTuple):
@@ -82,12 +79,12 @@ def generate(
         pad_multiple: rows are filled up to a multiple of this length, so that prompts of many
             lengths run in few programs; the padding is not returned.
         trace: return the tokens after every step (not with a cache).
-        show: called on the host after every step with the tokens [B, ...] so far (in a cached
-            block: those before it, then the block, right-aligned), to watch the text appear.
+        show: called on the host after every step with the tokens [B, L] so far, to watch the text
+            appear (``samplers.shown``).
 
     ValueError for prompts or settings that the model or the rule cannot take.
     """
-    rule, ids = _ready(
+    rule, ids = settle(
         model, prompts, max_new_tokens, rule, changes, mask_id, eos_id, pad_id, trace
     )
     rows = _rows(prompts)
@@ -126,7 +123,7 @@ def generate_stream(
     is filled, and the rest is EOS. ValueError as there, and for rules with an exact cache or along
     noise levels (the schedule "ancestral"), whose rows go in step.
     """
-    rule, ids = _ready(model, prompts, max_new_tokens, rule, changes, mask_id, eos_id, pad_id)
+    rule, ids = settle(model, prompts, max_new_tokens, rule, changes, mask_id, eos_id, pad_id)
     if rule.cached or rule.schedule == "ancestral":
         raise ValueError(
             "rows of a stream begin at different times: it needs a rule with cached=False that "
@@ -213,7 +210,9 @@ def infill(
     return _written(model, rule, ids.mask, key, canvas, visible, result, trace, show, **blocks)
 
 
-class _Ids(NamedTuple):
+class Ids(NamedTuple):
+    """Token ids of a decoding."""
+
     mask: int | None
     eos: int | None
     pad: int | None
@@ -230,23 +229,18 @@ def _settled(
     changes: Mapping[str, Any],
     of_family: Mapping[str, str],
     *ids: int | None,
-) -> tuple[Rule, _Ids]:
+) -> tuple[Rule, Ids]:
     """The rule that is meant, with its changes, and the token ids, given or the model's."""
     traits, name = model.traits, model.family.name
-    if isinstance(rule, str) and rule not in RULES:
-        raise unknown_name(rule, RULES, "decoding rule")
-    if rule is None:
-        rule = of_family.get(name, "dllm")
-        rule = "mdlm" if rule == "bd3lm" and traits.attention != "block" else rule
-    rule = dataclasses.replace(RULES[rule] if isinstance(rule, str) else rule, **changes)
+    rule = dataclasses.replace(find_rule(name, traits, rule, of_family), **changes)
     if name == "bd3lm" and rule.cached and rule.window is None:  # the size of its cache
         size = rule.block_size or traits.block_size
         rule = dataclasses.replace(rule, window=max(traits.length // size, 1) * size)
     own = (traits.mask_id, traits.eos_id, traits.pad_id)
-    return rule, _Ids(*(a if b is None else b for a, b in zip(own, ids, strict=True)))
+    return rule, Ids(*(a if b is None else b for a, b in zip(own, ids, strict=True)))
 
 
-def _ready(
+def settle(
     model: HubModel,
     prompts: Sequence[ArrayLike],
     max_new_tokens: int,
@@ -256,8 +250,8 @@ def _ready(
     eos_id: int | None,
     pad_id: int | None,
     trace: bool = False,
-) -> tuple[Rule, _Ids]:
-    """The checked rule, with a block size, and the token ids of a generation."""
+) -> tuple[Rule, Ids]:
+    """The checked rule, with a block size, and the token ids of :func:`generate`."""
     traits = model.traits
     rule, ids = _settled(model, rule, changes, OF_FAMILY, mask_id, eos_id, pad_id)
     check_rule(model, rule, ids.mask, trace)
@@ -389,7 +383,7 @@ def _decode(
 ) -> tuple[Array, Array | None]:
     sampler, grid = make_sampler(rule, 1 if rule.cached else num_blocks, in_columns)
     if show is not None:
-        sampler = _shown(sampler, *show)
+        sampler = samplers.shown(sampler, *show)
     options = {"mask_id": mask_id, "documents": documents, "row_offset": row_offset}
     if rule.cached:
         window = rule.window and rule.window // rule.block_size
@@ -473,16 +467,3 @@ def shifted(outputs: Readout | Array) -> Readout | Array:
     if isinstance(outputs, Readout):
         return dataclasses.replace(outputs, features=shifted(outputs.features))
     return jnp.concatenate([outputs[:, :1], outputs[:, :-1]], axis=1)
-
-
-def _shown(sampler: Sampler, show: Show, ordered: bool) -> Sampler:
-    def on_host(*parts: Array) -> None:
-        show(np.concatenate([np.asarray(part) for part in parts], axis=1))
-
-    def step(context, denoise, state):
-        state = sampler.step(context, denoise, state)
-        before = () if context.before is None else (context.before,)
-        jax.debug.callback(on_host, *before, state.tokens, ordered=ordered)
-        return state
-
-    return sampler._replace(step=step)

@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import samplers
-from mdm_jax.checks import Plain, Real, Whole, checked
+from mdm_jax.checks import Plain, Real, Whole, checked, unknown_name
 from mdm_jax.draws import open_uniform
+from mdm_jax.hub.family import Traits
 from mdm_jax.hub.model import HubModel
 from mdm_jax.models.cross_entropy import exclude_token
 from mdm_jax.samplers import Sampler, StepContext, filters
@@ -187,6 +189,48 @@ loops over their probabilities, which these repositories do not have."""
 OF_FAMILY = {name: name for name in ("llada", "dream", "sdar", "mdlm", "bd3lm")}
 INFILLING = {"dream": "dllm_dream", "mdlm": "mdlm", "bd3lm": "bd3lm"}
 """Rules of families where none is given, ``dllm`` of the others."""
+
+
+def find_rule(
+    family: str,
+    traits: Traits,
+    rule: Rule | str | None = None,
+    of_family: Mapping[str, str] = OF_FAMILY,
+) -> Rule:
+    """The rule that is meant: itself, by name, or None for the one that suits the model.
+
+    That is the one of its family, but one with a cache for a model of blocks, and MDLM's for one of
+    BD3-LM's family without blocks. ValueError for an unknown name.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if rule is not None:
+        if rule not in RULES:
+            raise unknown_name(rule, RULES, "decoding rule")
+        return RULES[rule]
+    name, in_blocks = of_family.get(family, "dllm"), traits.attention == "block"
+    if name == "bd3lm" and not in_blocks:
+        name = "mdlm"
+    return RULES["dllm_blocks" if in_blocks and not RULES[name].cached else name]
+
+
+def as_trained(
+    traits: Traits, trained_here: bool, hidden: tuple[int, ...] = (), window: int = 0
+) -> dict[str, Any]:
+    """Changes of a rule for a model by how it was trained.
+
+    Args:
+        trained_here: by an objective that never lets the mask token be predicted.
+        hidden: ids that no row of its data holds, read if ``trained_here``.
+        window: blocks that a block attends to, itself included; 0: all.
+    """
+    changes: dict[str, Any] = {}
+    if trained_here:
+        changes |= {"excludes_mask": True, "suppress_tokens": hidden}
+    if window:
+        size = traits.block_size
+        changes |= {"block_size": size, "window": window * size}
+    return changes
 
 
 def check_rule(model: HubModel, rule: Rule, mask_id: int | None, trace: bool = False) -> None:

@@ -336,7 +336,7 @@ def make_experiment(
             num_samples=s.num_samples,
             gap=s.gap,
             prompts=s.prompts,
-            left_to_right=config.process == "autoregressive",
+            **sample.order(config),
         ),
         clip_search=chains.clip_search(rows, family, e.batch_size, **config.clip_search)
         if "clipped_adaptive" in config.variance.order

@@ -335,12 +335,17 @@ def overridden(argv: list[str]) -> list[str]:
 
 
 def _expand(argv: list[str]) -> list[str]:
-    """``--config.mesh=data=2,fsdp=4`` as one override for each axis; ``--steps`` as num_steps."""
+    """``--config.mesh=data=2,fsdp=4`` as one override for each axis; short names of settings."""
     expanded = []
+    answering = {"--mode=chat", "--mode=eval"} & {*argv} or any(
+        re.match("--?source=", a) for a in argv
+    )
+    short = {"steps": "answer_steps" if answering else "config.sample.num_steps"}
+    if "--mode=sample" in argv and not answering:
+        short["temperature"] = "config.sample.temperature"
     for argument in argv:
-        answering = {"--mode=chat", "--mode=eval"} & {*argv}
-        steps = "answer_steps" if answering else "config.sample.num_steps"
-        argument = re.sub(r"^--?steps=", f"--{steps}=", argument)
+        for name, setting in short.items():
+            argument = re.sub(rf"^--?{name}=", f"--{setting}=", argument)
         argument = re.sub(r"^--?mesh=", "--config.mesh=", argument)
         match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
         if match is None:

@@ -472,7 +472,7 @@ def _sample() -> dict[str, Any]:
         "quality_steps": _whole((), "[1, 1e6]", "steps", "at which text quality is measured", True),
         "quality_texts": _whole(64, "[2, 1e6]", "texts", "drawn for the quality of text"),
         "judge": _text("", "workdir of the run that gives the generative perplexity"),
-        "prompts": _text("", "file of texts, one a line, ▁ where a token is to be generated"),
+        "prompts": _text("", "file of texts, one a line, ▁ for each token to write; or .jsonl"),
     }
 
 

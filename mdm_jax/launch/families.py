@@ -21,6 +21,8 @@ from mdm_jax.schedules import grids
 from mdm_jax.types import Array
 
 Record = dict[str, Any]
+Generate = Callable[..., Array]
+Watch = tuple[samplers.Show, bool] | None
 
 
 def token_record(result: likelihood.Likelihood) -> Record:
@@ -56,8 +58,9 @@ class Family:
         likelihood: ``likelihood(passes, replicates)``, the evaluation of the bound by a fixed
             estimator, independent of the training chain; exact for autoregressive models.
         estimator: ``estimator(passes, replicates)``, that estimator; None for Gaussian diffusion.
-        generator: ``generator(num_steps, levels=None)`` makes ``generate(params, key, canvas,
-            documents)``; both are ignored unless the sampler ``takes_steps``.
+        generator: ``generator(num_steps, levels=None, watch=None)`` makes ``generate(params, key,
+            canvas, documents=None, row_offset=0)``; the first two are ignored unless the sampler
+            ``takes_steps``. ``watch``: (show, ordered) of ``samplers.shown``.
         levels: ``levels(grid, num_steps)``, a sampling grid by name, "" for the process's own; None
             without noise.
         rules: names of grids that ``mdm spacing`` compares.
@@ -110,20 +113,21 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
     sampler, named_levels = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
-    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+    def generator(num_steps: int, levels: Array | None = None, watch: Watch = None) -> Generate:
         if not takes_steps:
             levels = None
         elif levels is None:
             levels = named_levels(config.sample.grid, num_steps)
+        watched = _watched(sampler, watch)
         if kind := config.sample.approximate_cache:
             decoder = models.partial_decoder(model, shift=shifted)
             readout = models.without_tokens(decoder.readout, dataset.absent_ids)
             cache = samplers.ApproximateCache(kind, config.sample.cache_refresh or None)
             return samplers.make_cached_generator(
-                decoder._replace(readout=readout), sampler, cache, levels, mask_id=dataset.mask_id
+                decoder._replace(readout=readout), watched, cache, levels, mask_id=dataset.mask_id
             )
         network = models.without_tokens(apply_fn, dataset.absent_ids)
-        return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
+        return samplers.make_generator(network, watched, levels, mask_id=dataset.mask_id)
 
     def estimator(passes: int, _replicates: int) -> likelihood.Estimator:
         return likelihood.masked_estimator(apply_fn, dataset.mask_id, _design(config, passes))
@@ -168,7 +172,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
     sampler, named_levels = _masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
-    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+    def generator(num_steps: int, levels: Array | None = None, watch: Watch = None) -> Generate:
         if not takes_steps:
             levels = None
         elif levels is None:
@@ -177,7 +181,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
         logits = models.without_tokens(decoder.logits, dataset.absent_ids)
         return samplers.make_block_generator(
             decoder._replace(logits=logits),
-            sampler,
+            _watched(sampler, watch),
             levels,
             mask_id=dataset.mask_id,
             guided=bool(config.sample.guidance),
@@ -224,10 +228,11 @@ def uniform(
 
     named_levels = _levels_by_name(config)
 
-    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+    def generator(num_steps: int, levels: Array | None = None, watch: Watch = None) -> Generate:
         levels = named_levels(c.grid, num_steps) if levels is None else levels
         network = models.without_tokens(model.apply, dataset.absent_ids)
-        return samplers.make_generator(network, sampler, levels, mask_id=dataset.mask_id)
+        watched = _watched(sampler, watch)
+        return samplers.make_generator(network, watched, levels, mask_id=dataset.mask_id)
 
     def estimator(passes: int, _replicates: int) -> likelihood.Estimator:
         return likelihood.uniform_estimator(apply_fn, num_tokens, passes, **_coupling(config))
@@ -270,6 +275,12 @@ def autoregressive(
         lambda logits: models.exclude_token(logits, *dataset.absent_ids),
         _token_filter(c.temperature, c.top_k, c.top_p),
     )
+
+    def generator(_num_steps: int, _levels: Any = None, watch: Watch = None) -> Generate:
+        shown = dict(zip(("show", "ordered"), watch or ()))
+        options = {"mask_id": mask_id, "token_filter": token_filter}
+        return samplers.make_next_token_generator(decoder, **options, **shown)
+
     return Family(
         objective=objectives.next_token(mask_id),
         model=model,
@@ -278,9 +289,7 @@ def autoregressive(
             apply_fn, mask_id
         ),
         estimator=lambda _passes, _replicates: likelihood.next_token_estimator(apply_fn, mask_id),
-        generator=lambda _num_steps, _levels=None: samplers.make_next_token_generator(
-            decoder, mask_id=mask_id, token_filter=token_filter
-        ),
+        generator=generator,
         takes_steps=False,
         levels_from="no noise",
         noise_axis="",
@@ -443,6 +452,10 @@ def _masked_sampler(
     if config.model.self_conditioning:
         sampler = samplers.self_conditioned(sampler, dataset.vocab_size - 1, dataset.vocab_size)
     return sampler, levels
+
+
+def _watched(sampler: samplers.Sampler, watch: Watch) -> samplers.Sampler:
+    return sampler if watch is None else samplers.shown(sampler, *watch)
 
 
 def _refuse_approximate_cache(config: ConfigDict) -> None:

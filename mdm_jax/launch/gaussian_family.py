@@ -14,7 +14,7 @@ from mdm_jax.gaussian.recipes import Recipe
 from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.gaussian.schedules import truncated
 from mdm_jax.launch import names
-from mdm_jax.launch.families import Family, Record, network
+from mdm_jax.launch.families import Family, Generate, Record, Watch, network
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array
@@ -64,23 +64,31 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
     def named_levels(grid: str, num_steps: int) -> Array:
         return gaussian_levels(grid, num_steps, g, recipe.law)
 
-    def generator(num_steps: int, levels: Array | None = None) -> Callable[..., Array]:
+    def grey_values(pictures: Array, xp: Any = jnp) -> Array:
+        top = num_values - 1
+        return xp.clip(xp.round((pictures + 1) * top / 2), 0, top).astype(xp.int32)
+
+    def generator(num_steps: int, levels: Array | None = None, watch: Watch = None) -> Generate:
+        watched = sampler
+        if watch is not None:
+            show, ordered = watch
+            watched = gaussian_samplers.shown(
+                sampler, lambda x: show(grey_values(x, np)), g.sigma_data, ordered
+            )
         draw = gaussian_samplers.make_gaussian_generator(
             apply_fn,
-            sampler,
+            watched,
             named_levels(c.grid, num_steps) if levels is None else levels,
             (dataset.length,),
             output=recipe.output,
             path=recipe.path,
             data_std=g.sigma_data,
         )
-        top = num_values - 1
 
-        def generate(params, key, canvas, documents=None):
+        def generate(params, key, canvas, documents=None, row_offset=0):
             """Grey values, of the canvas's shape."""
             del documents
-            pictures = draw(params, key, len(canvas))
-            return jnp.clip(jnp.round((pictures + 1) * top / 2), 0, top).astype(jnp.int32)
+            return grey_values(draw(params, key, len(canvas), row_offset=row_offset))
 
         return generate
 

@@ -33,6 +33,7 @@ from mdm_jax.launch.modes import (
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.reports import page, settings
+from mdm_jax.launch.sampling import sample_flags
 from mdm_jax.launch.start import accelerators, scaled
 from mdm_jax.launch.start import new as new_config
 from mdm_jax.launch.workdir import (
@@ -79,23 +80,22 @@ _TO = flags.DEFINE_string(
     "export: directory to write, new or empty; eval: of results; compile: file of figures.",
 )
 _PARAMETERS = flags.DEFINE_enum(
-    "parameters",
-    "ema",
-    ("ema", "last"),
-    "export, chat, eval: averages, or as of the last step.",
+    "parameters", "ema", ("ema", "last"), "export, chat, eval: averages, or as of the last step."
 )
 _DTYPE = flags.DEFINE_string("dtype", None, "export, eval --source: else as stored.")
 _ADAPTER = flags.DEFINE_bool(
     "adapter", False, "export: the adapters alone, as a directory of PEFT; else merged."
 )
-_SOURCE = flags.DEFINE_string("source", None, "chat, eval: directory or id of a model.")
+_SOURCE = flags.DEFINE_string("source", None, "chat, eval, sample: directory or id of a model.")
 _MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", None, "chat, eval: longest answer; else 128, or what the length leaves.", 1
 )
 _STEPS = flags.DEFINE_integer(
     "answer_steps", None, "chat, eval, as --steps: of an answer; else one a token.", 1
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "chat, eval: 0: the likeliest tokens.", 0.0)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "chat, eval: 0: the likeliest tokens; sample: the config's.", 0.0
+)
 _TEMPLATE = flags.DEFINE_bool(
     "template",
     None,
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
     alone = _SOURCE.value or eval_tasks.comparing()
     if _MODE.value == "compile":  # for other machines than this one
         return _compile()
-    if _WORKDIR.value is None and not (_MODE.value in ("chat", "eval") and alone):
+    if _WORKDIR.value is None and not (_MODE.value in ("chat", "eval", "sample") and alone):
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None and _WORKDIR.value is not None:
         return _fail("--config is required to train, as in --config=quickstart")
@@ -178,6 +178,10 @@ def main(argv: list[str]) -> int:
 
 def _run(workdir: files.Path) -> int:
     try:
+        sample_flags.check_unread(_MODE.value)
+        if _MODE.value == "sample" and _SOURCE.value:
+            own = {"steps": _STEPS, "temperature": _TEMPERATURE, "templated": _TEMPLATE, "to": _TO}
+            return sample_flags.released(workdir, _SOURCE.value, own, show=_print)
         if _MODE.value in _MODEL_MODES:
             _check_overrides()
             return _MODEL_MODES[_MODE.value](workdir)
@@ -269,7 +273,7 @@ def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
 
 def _sample(experiment: Experiment, workdir: files.Path) -> int:
     _claim(experiment, workdir)
-    drawn = evaluate.sample(experiment, workdir, show=_print)
+    drawn = evaluate.sample(experiment, workdir, _print, wishes=sample_flags.read())
     print(f"written to {', '.join(drawn['files'])}")
     return 0
 

@@ -34,6 +34,7 @@ from mdm_jax.samplers.sampler import (
     Progress,
     Sampler,
     SamplerState,
+    Show,
     StepContext,
     make_generator,
     sample,
@@ -46,6 +47,7 @@ from mdm_jax.samplers.wrappers import (
     no_repeat_ngrams,
     prompt_guidance,
     self_conditioned,
+    shown,
     stopping_at,
     wrapped,
 )

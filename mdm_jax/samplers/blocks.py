@@ -117,7 +117,7 @@ def sample_blocks(
         tokens = sample(
             jax.random.fold_in(key, index),
             model_fn,
-            _with_context(sampler, before),
+            _with_context(sampler, before, index * size),
             grid,
             block_canvas,
             mask_id=mask_id,
@@ -185,10 +185,10 @@ def make_block_generator(
     return checked_generator(run, mask_id, prefix, decoder.block_size)
 
 
-def _with_context(sampler: Sampler, before: Array) -> Sampler:
-    """The sampler with the tokens before the canvas in ``context.before``."""
+def _with_context(sampler: Sampler, before: Array, start: Array) -> Sampler:
+    """The sampler with the tokens before the canvas, and its place, in the context."""
 
     def step(context, denoise, state):
-        return sampler.step(context._replace(before=before), denoise, state)
+        return sampler.step(context._replace(before=before, start=start), denoise, state)
 
     return sampler._replace(step=step)

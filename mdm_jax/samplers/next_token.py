@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.models.cross_entropy import exclude_token
 from mdm_jax.models.decoders import CausalDecoder
 from mdm_jax.samplers.canvas import check_canvas, check_mask_id, check_prefix, checked_generator
 from mdm_jax.samplers.filters import LogitFilter, compose, draw_filtered
-from mdm_jax.samplers.sampler import row_keys
+from mdm_jax.samplers.sampler import Show, row_keys
 from mdm_jax.types import Array, ArrayLike, PyTree
 
 
@@ -24,6 +25,8 @@ def sample_next_tokens(
     documents: ArrayLike | None = None,
     row_offset: ArrayLike = 0,
     prefix: int = 0,
+    show: Show | None = None,
+    ordered: bool = True,
 ) -> Array:
     """Fill the masked positions of a canvas from left to right; tokens [B, L] without masks.
 
@@ -33,7 +36,8 @@ def sample_next_tokens(
     ``token_filter`` e.g. ``compose(temperature(0.8), top_p(0.9))``.
 
     ``prefix`` leading positions, given in every row, run in one pass; ValueError if it is longer
-    than the canvas or not all given (not checked where the canvas is traced).
+    than the canvas or not all given (not checked where the canvas is traced). ``show`` and
+    ``ordered`` are as in ``samplers.shown``.
     """
     check_mask_id(mask_id)
     canvas, documents = check_canvas(canvas, documents)
@@ -46,22 +50,25 @@ def sample_next_tokens(
     if prefix == length:
         return canvas
 
-    def step(carry: tuple[PyTree, Array], column: tuple[Array, Array, Array]):
-        memory, previous = carry
+    def step(carry: tuple[PyTree, Array, Array], column: tuple[Array, Array, Array]):
+        memory, previous, tokens = carry
         index, canvas_token, document = column
         logits, memory = decoder.step(params, memory, previous, document)
         own_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         drawn = draw_filtered(own_keys, exclude_token(logits, mask_id), token_filter)
         token = jnp.where(canvas_token == mask_id, drawn, canvas_token)
-        return (memory, token), token
+        tokens = tokens.at[:, index].set(token)
+        if show is not None:
+            jax.debug.callback(lambda now: show(np.array(now)), tokens, ordered=ordered)
+        return (memory, token, tokens), None
 
     memory, previous = decoder.init(num_rows, length), jnp.full((num_rows,), mask_id, jnp.int32)
     if prefix:
         memory = decoder.append(params, memory, canvas[:, :prefix], documents[:, :prefix])
         previous = canvas[:, prefix - 1]
     columns = (jnp.arange(prefix, length), canvas[:, prefix:].T, documents[:, prefix:].T)
-    _, filled = jax.lax.scan(step, (memory, previous), columns)
-    return jnp.concatenate([canvas[:, :prefix], filled.T], axis=1)
+    (*_, tokens), _ = jax.lax.scan(step, (memory, previous, canvas), columns)
+    return tokens
 
 
 def make_next_token_generator(
@@ -70,10 +77,13 @@ def make_next_token_generator(
     mask_id: int,
     token_filter: LogitFilter | None = None,
     prefix: int = 0,
+    show: Show | None = None,
+    ordered: bool = True,
 ) -> Callable[..., Array]:
     """Compiled :func:`sample_next_tokens`, as ``make_generator``; checks the prefix."""
 
     options = {"mask_id": mask_id, "token_filter": token_filter, "prefix": prefix}
+    options |= {"show": show, "ordered": ordered}
 
     @jax.jit
     def run(params, key, canvas, documents, row_offset):

@@ -23,6 +23,9 @@ from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
 Progress = Callable[[int, int], None]
 """``progress(steps_done, num_steps)``, called on the host after each step until an early stop."""
 
+Show = Callable[[np.ndarray], None]
+"""``show(tokens [B, L])``, called on the host after each step, to watch the decoding."""
+
 LOGSNR_LIMIT = math.log(2.0**24 - 1)
 """Largest |logSNR| passed to a network: that of the outermost quantiles in training."""
 
@@ -61,6 +64,7 @@ class StepContext(NamedTuple):
         free: [B, L] bool, the positions to generate.
         before: [B, P] int32, the rows' tokens before a block (the mask token where there are none);
             None outside blocks. In blocks the network also takes ``without_prompt=True``.
+        start: [] int32 position of a block's first token in the row; None outside blocks.
     """
 
     keys: Array
@@ -71,6 +75,7 @@ class StepContext(NamedTuple):
     free: Array
     mask_id: int
     before: Array | None = None
+    start: Array | None = None
 
 
 class Blocks(NamedTuple):

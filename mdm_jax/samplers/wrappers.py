@@ -1,4 +1,4 @@
-"""Denoiser wrappers, which modify logits before the sampler uses them, and self-conditioning.
+"""Denoiser wrappers, which modify logits before the sampler uses them, and wrapped samplers.
 
 Unlike a :data:`~mdm_jax.samplers.filters.LogitFilter`, which gets the logits of one position, a
 wrapper gets the row's tokens, which of them were given and, in blocks, the tokens before
@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.samplers.by_score import counted_logsnr
-from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, StepContext
+from mdm_jax.samplers.sampler import Denoise, Sampler, SamplerState, Show, StepContext
 from mdm_jax.types import Array
 
 DenoiseWrapper = Callable[[StepContext, Denoise], Denoise]
@@ -205,5 +206,29 @@ def stopping_at(sampler: Sampler, stop_id: int) -> Sampler:
         ends = context.free & (new.tokens == stop_id) & (jnp.cumsum(masked, axis=-1) == 0)
         behind = context.free & (jnp.cumsum(ends, axis=-1) > 0)
         return new._replace(tokens=jnp.where(behind, stop_id, new.tokens))
+
+    return sampler._replace(step=step)
+
+
+def shown(sampler: Sampler, show: Show, ordered: bool = True) -> Sampler:
+    """The sampler, calling ``show(tokens [B, L] int32)`` on the host after every step.
+
+    In generation block by block the tokens are those of the whole row, the mask token behind the
+    block. ``ordered``: calls come in the order of the steps; for one device only.
+    """
+
+    def step(context, denoise, state):
+        new = sampler.step(context, denoise, state)
+        # As the loop leaves them: given tokens and finished rows stay.
+        fixed = ~context.free | sampler.finished(state, context.mask_id)[:, None]
+        tokens = jnp.where(fixed, state.tokens, new.tokens)
+        if context.before is not None:  # as many masks in front as positions behind
+            row = jnp.concatenate([context.before, tokens], axis=1)
+            tokens = jnp.roll(row, context.start - context.before.shape[1], axis=1)
+        jax.debug.callback(on_host, tokens, ordered=ordered)
+        return new
+
+    def on_host(tokens: Array) -> None:
+        show(np.array(tokens))
 
     return sampler._replace(step=step)

@@ -187,9 +187,8 @@ def test_evaluate_and_sample_need_nothing_but_the_workdir(whole, tmp_path, monke
         f"--config.sample.prompts={prompts}",
     )
     assert code == 0
-    assert "--- prompt ---" in out and "[given] The ▁▁▁▁ of▁▁▁" in out
-    text = out.split("[given]")[1].split("\n", 1)[1]  # may hold line breaks
-    assert re.match(r"The .{4} of", text, re.DOTALL) and len(text) >= 32
+    found = re.search(r"--- infill ---\nThe ⟦.{4}⟧ of⟦(.*)⟧", out, re.DOTALL)
+    assert found and len(found[1]) == 32 - 11
     assert len(list((workdir / "samples").iterdir())) == len(samples) + 2  # never over older ones
     assert (workdir / "config.json").read_text() == config
 

@@ -23,6 +23,7 @@ from mdm_jax.launch import presets, source
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
 from mdm_jax.launch.datasets import dataset as make_dataset
 from mdm_jax.launch.modes import chat, evaluate, export, measure, train
+from mdm_jax.launch.sampling import screen as screens
 from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"
@@ -568,10 +569,10 @@ def test_a_run_answers_without_its_data(run, monkeypatch, capsys):
 def test_a_terminal_is_redrawn_in_place_and_obeys_no_model(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
-    monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((5, 10)))
+    monkeypatch.setattr(screens.shutil, "get_terminal_size", lambda: os.terminal_size((5, 10)))
     codec = data.tokenizers.CharTokenizer("\n\x1babcdef")
     model = hub.describe(DATA / "llada-1")
-    canvas = chat._Canvas(model, codec, {codec.eos_id}, chat.RULES["dllm"])
+    canvas = chat._Canvas(model, codec, {codec.eos_id}, hub.RULES["dllm"])
     prompt, mask = codec.encode("ab"), codec.mask_id
     canvas.begin(prompt, 6)
     canvas.show(np.array([[*prompt, *codec.encode("abc"), mask, mask, mask]]))
@@ -628,4 +629,4 @@ def test_an_answer_is_as_long_as_the_length_that_a_model_states_leaves():
     model = hub.describe(DATA / "a2d_qwen3-1")
     for length, prompt, longest in ((96, 15, 80), (96, 90, 16), (4096, 15, 128), (None, 15, 128)):
         stated = dataclasses.replace(model, traits=dataclasses.replace(model.traits, length=length))
-        assert chat._longest(stated, prompt) == longest
+        assert chat.longest_answer(stated, prompt) == longest

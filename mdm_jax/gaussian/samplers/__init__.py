@@ -18,6 +18,7 @@ from mdm_jax.gaussian.samplers.sampler import (
     make_gaussian_generator,
     sample_gaussian,
     sample_gaussian_with_trace,
+    shown,
 )
 from mdm_jax.gaussian.samplers.step_search import (
     AlignedSteps,

@@ -16,7 +16,14 @@ import numpy as np
 from mdm_jax.checks import check_interval, is_concrete
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
-from mdm_jax.samplers.sampler import LOGSNR_LIMIT, Progress, reporter, row_keys, row_streams
+from mdm_jax.samplers.sampler import (
+    LOGSNR_LIMIT,
+    Progress,
+    Show,
+    reporter,
+    row_keys,
+    row_streams,
+)
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
 
@@ -239,6 +246,25 @@ def make_gaussian_generator(
         )
 
     return jax.jit(generate, static_argnames="batch_size")
+
+
+def shown(
+    sampler: GaussianSampler, show: Show, data_std: ArrayLike = 1.0, ordered: bool = True
+) -> GaussianSampler:
+    """The sampler, calling ``show(x [B, ...])`` on the host after every step.
+
+    The noisy data are scaled to the standard deviation of data at all levels, so that the last are
+    the samples. ``ordered``: calls come in the order of the steps; for one device only.
+    """
+
+    def step(context: GaussianContext, denoise: Denoise, state: GaussianState) -> GaussianState:
+        state, level = sampler.step(context, denoise, state), context.next_logsnr
+        noisy = initial_std(context.path, level, data_std) / data_std
+        scale = jnp.where(jnp.isposinf(level), context.path.alpha(level), noisy)
+        jax.debug.callback(lambda x: show(np.array(x)), state.x / scale, ordered=ordered)
+        return state
+
+    return sampler._replace(step=step)
 
 
 def step_noise(context: GaussianContext, x: Array) -> Array:

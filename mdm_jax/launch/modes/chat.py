@@ -2,11 +2,9 @@
 
 import contextlib
 import math
-import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +12,13 @@ import numpy as np
 from mdm_jax import data, files, hub
 from mdm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mdm_jax.hub.decoding import generate
-from mdm_jax.hub.rules import RULES
+from mdm_jax.hub.rules import as_trained, find_rule
 from mdm_jax.launch.modes.sample import MASK_TEXT
+from mdm_jax.launch.sampling.screen import Screen
 
 _PROBE = "mdm"
 _MULTIPLE = 32  # tokens, that rows are padded to: prompts of most lengths share a program
 _MOST, _STEP = 128, 16  # tokens of an answer, unless the model's length leaves fewer, in such steps
-_UP, _CLEAR = "\x1b[{}A", "\r\x1b[J"
 
 
 def chat(
@@ -47,13 +45,10 @@ def chat(
 
     ValueError if the model cannot be decoded so, or has no chat template.
     """
-    rule, codec_ends = _rule(model), {codec.eos_id}
-    changes: dict[str, Any] = {"steps": steps, "temperature": temperature}
-    if trained_here:
-        changes["excludes_mask"] = True
-    if window:
-        size = model.traits.block_size
-        changes |= {"block_size": size, "window": window * size}
+    rule, codec_ends = find_rule(model.family.name, model.traits), {codec.eos_id}
+    hidden = () if codec.pad_id == codec.eos_id else (codec.pad_id,)
+    changes = as_trained(model.traits, trained_here, hidden, window)
+    changes |= {"steps": steps, "temperature": temperature}
     if templated:
         template = hub.ChatRenderer(codec)
         if trained_here and not getattr(codec, "templates", None):
@@ -70,7 +65,7 @@ def chat(
                 prompt, turns = _fitted(model, template, turns, max_tokens)
             else:
                 prompt = codec.encode(line)
-            longest = max_tokens or _longest(model, len(prompt))
+            longest = max_tokens or longest_answer(model, len(prompt))
             multiple = _multiple(model, len(prompt) + longest)
             canvas.begin(prompt, longest, multiple)
             key = jax.random.fold_in(jax.random.key(0), number)
@@ -98,51 +93,28 @@ def tokenizer_of(model: hub.HubModel, workdir: files.Path | None) -> Tokenizer:
 
 
 class _Canvas:
-    """The answer in the making on standard output, redrawn in place if that is a terminal."""
+    """The answer in the making on standard output."""
 
     def __init__(self, model: hub.HubModel, codec: Tokenizer, ends: set[int], rule: Any):
-        self._codec, self._ends, self._most = codec, ends, 0
-        self._blocks = (rule.block_size or model.traits.block_size or 1) if rule.cached else 0
-        self._left = rule.padding == "left"
-        self._out: TextIO = sys.stdout
-        self._rows, self._last, self._skip = 0, "", 0
+        self._codec, self._ends, self._most, self._skip = codec, ends, 0, 0
+        blocks = (rule.block_size or model.traits.block_size or 1) if rule.cached else 1
+        self._unit = blocks if rule.padding == "left" else 0
+        self._screen = Screen(sys.stdout)
 
     def begin(self, prompt: np.ndarray, most: int, multiple: int = 1) -> None:
-        self._most = most
-        self._rows, self._last, self._skip = 0, "", len(prompt)
-        if self._left:
-            unit = math.lcm(self._blocks or 1, multiple)
+        self._most, self._skip = most, len(prompt)
+        if self._unit:
+            unit = math.lcm(self._unit, multiple)
             self._skip = -(-len(prompt) // unit) * unit
 
     def show(self, tokens: np.ndarray) -> None:
-        """Draw tokens [1, ...] so far, from the prompt on."""
-        row, mask = tokens[0], self._codec.mask_id
-        if self._blocks:  # what is before the prompt is masked
-            row = row[np.argmax(row != mask) :] if np.any(row != mask) else row[:0]
-        row = row[self._skip :][: self._most]
-        text = self._text(np.append(row, np.full(self._most - len(row), mask, row.dtype)))
-        if self._out.isatty():
-            size = shutil.get_terminal_size()
-            lines = _wrapped(text, size.columns)[-max(1, size.lines - 1) :]
-            self._erase()
-            self._out.write("\n".join(lines))
-            self._rows = len(lines)
-        elif text != self._last:
-            self._out.write(text.replace("\n", "⏎") + "\n")
-        self._last = text
-        self._out.flush()
+        """Draw tokens [1, L] so far, from the prompt on."""
+        self._screen.draw(self._text(tokens[0, self._skip :][: self._most]))
 
     def end(self, tokens: np.ndarray) -> str:
         """Draw the whole answer, which is returned as the model wrote it."""
-        self._erase()
-        self._out.write(self._text(tokens) + "\n")
-        self._out.flush()
+        self._screen.end(self._text(tokens))
         return self._codec.decode(self._cut(tokens), mask_text="")
-
-    def _erase(self) -> None:
-        if self._rows:
-            self._out.write((_UP.format(self._rows - 1) if self._rows > 1 else "") + _CLEAR)
-        self._rows = 0
 
     def _cut(self, tokens: np.ndarray) -> np.ndarray:
         ends = np.flatnonzero(np.isin(tokens, list(self._ends)))
@@ -159,17 +131,10 @@ def _multiple(model: hub.HubModel, length: int) -> int:
     return _MULTIPLE if length + _MULTIPLE <= (model.traits.length or np.inf) else 1
 
 
-def _longest(model: hub.HubModel, prompt: int) -> int:
+def longest_answer(model: hub.HubModel, prompt: int) -> int:
     """Tokens of the longest answer: what the model's length leaves, at most 128."""
     left = (model.traits.length or np.inf) - prompt
     return int(min(_MOST, max(left // _STEP * _STEP, _STEP)))
-
-
-def _rule(model: hub.HubModel) -> Any:
-    """That of the family, unless it was trained in blocks that its own loop does not know."""
-    rule = RULES.get(model.family.name, RULES["dllm"])
-    in_blocks = model.traits.attention == "block"
-    return RULES["dllm_blocks"] if in_blocks and not rule.cached else rule
 
 
 def _end_of_turn(codec: Any) -> set[int]:
@@ -206,19 +171,3 @@ def _lines() -> Iterator[str]:
             return
         if line.strip():
             yield line
-
-
-def _wrapped(text: str, columns: int) -> list[str]:
-    """Lines of a text as a terminal of that width breaks them."""
-    lines = []
-    for line in text.split("\n"):
-        start = used = 0
-        for i, character in enumerate(line):
-            wide = 2 if unicodedata.east_asian_width(character) in "WF" else 1
-            wide = 0 if unicodedata.combining(character) else wide
-            if used + wide > columns - 1:  # the last column wraps here and there
-                lines.append(line[start:i])
-                start, used = i, 0
-            used += wide
-        lines.append(line[start:])
-    return lines

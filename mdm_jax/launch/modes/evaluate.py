@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax import data, distributed, evaluation, files, likelihood, plots, training
+from mdm_jax import data, distributed, evaluation, files, likelihood, plots, rng, training
 from mdm_jax.evaluation.answers import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
@@ -14,6 +14,8 @@ from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.reports.curves import SIZE, is_exact, training_curves
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.reports.writers import reopen_writer
+from mdm_jax.launch.sampling.watch import in_batches
+from mdm_jax.launch.sampling.wishes import Wishes, granted
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
 from mdm_jax.progress import progress_bar
 from mdm_jax.training.metrics import MetricWriter
@@ -143,14 +145,27 @@ def sample(
     workdir: files.Path,
     show: Callable[[str], None] = lambda _: None,
     writer: MetricWriter | None = None,
+    wishes: Wishes | None = None,
 ) -> dict[str, Any]:
-    """Draw samples under the best parameters; shown, written to ``samples/`` and returned."""
+    """Draw samples under the best parameters; shown, written to ``samples/`` and returned.
+
+    ValueError for wishes that the run cannot grant.
+    """
+    wishes = wishes or Wishes()
+    jobs, watcher = granted(experiment, wishes)
     step, params = load_parameters(experiment, workdir)
-    generate, grid = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
+    watch = watcher and (watcher.show, experiment.mesh.size == 1)
+    steps = experiment.config.sample.num_steps
+    generate, grid = stored_generator(experiment, workdir, steps, watch)
     if grid:
         show(f"grid: {grid}")
-    key, made = experiment.key(step, "sample"), (experiment.dataset, experiment.jobs)
-    drawn = show_samples(*made, generate, workdir, step, params, key, writer, show)
+    seed = experiment.config.seed if wishes.seed is None else wishes.seed
+    key = rng.stream(rng.step_key(seed, step), "sample")
+    generate = in_batches(generate, experiment.config.evaluate.batch_size, watcher)
+    options = {"writer": writer, "show": show, "colour": wishes.colour}
+    drawn = show_samples(experiment.dataset, jobs, generate, workdir, step, params, key, **options)
+    if watcher is not None:
+        drawn["files"] += watcher.write()
     if experiment.config.sample.quality_steps:
         drawn["files"] += measure_quality(experiment, workdir, step, params, key)
     return drawn

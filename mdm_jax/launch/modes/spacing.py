@@ -19,7 +19,7 @@ from mdm_jax.gaussian import samplers as search
 from mdm_jax.gaussian.objective import scaled_integers
 from mdm_jax.gaussian.samplers.step_search import IntervalCost
 from mdm_jax.launch.build import Experiment, load_parameters, open_workdir
-from mdm_jax.launch.families import grid_samplers
+from mdm_jax.launch.families import Watch, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_recipe, open_levels
 from mdm_jax.launch.workdir import writing
 from mdm_jax.progress import progress_bar
@@ -132,10 +132,11 @@ def check(experiment: Experiment) -> None:
 
 
 def stored_generator(
-    experiment: Experiment, workdir: files.Path, num_steps: int
+    experiment: Experiment, workdir: files.Path, num_steps: int, watch: Watch = None
 ) -> tuple[Callable[..., Array], str]:
     """The configured sampler, along the grid stored in the run if ``sample.grid`` is empty.
 
+    ``watch`` is as in ``Family.generator``.
     Returns it and where its grid is from, in words ("" if it takes none). ValueError for a damaged
     file.
     """
@@ -143,9 +144,12 @@ def stored_generator(
     path = _path(workdir, c.sampler, num_steps)
     stored = family.takes_steps and not c.grid and path.exists()
     if not stored:
+        grid = (c.grid or "the default rule") if family.takes_steps else ""
+        if watch is not None:
+            return family.generator(num_steps, None, watch), grid
         # The experiment's own may be compiled.
         own = experiment.generate if num_steps == c.num_steps else family.generator(num_steps)
-        return own, (c.grid or "the default rule") if family.takes_steps else ""
+        return own, grid
     try:
         record = files.read_json(path)
         levels = np.asarray(record["grids"][record["best"]]["levels"], np.float64)
@@ -157,7 +161,8 @@ def stored_generator(
             "name a grid with --config.sample.grid"
         ) from error
     levels = _open(experiment)(levels)
-    return family.generator(num_steps, levels), f"{record['best']}, of {path}"
+    made = family.generator(num_steps, levels, watch)
+    return made, f"{record['best']}, of {path}"
 
 
 def table(record: dict[str, Any]) -> str:

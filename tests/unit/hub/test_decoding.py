@@ -532,7 +532,7 @@ def test_likelihood_of_a_model_that_knows_nothing():
         ({"mask_id": None}, [[1]], {}, "give mask_id"),
         ({}, [[1]], {"mask_id": 16}, r"in \[0, 16\)"),
         ({"attention": "causal"}, [[1]], {}, "sample_next_tokens"),
-        ({"attention": "block", "block_size": 4}, [[1]], {}, "cached=True"),
+        ({"attention": "block", "block_size": 4}, [[1]], {"rule": "dllm"}, "cached=True"),
         ({"shift": True}, [[]], {"rule": "dream"}, "BOS"),
         ({}, [[1]], {"rule": "dllm_blocks"}, "states no block_size"),
         ({}, [[1]], {"rule": "sdar", "block_size": 4, "guidance": 1.0}, "no guidance"),
@@ -565,3 +565,35 @@ def test_errors_say_what_is_allowed(traits, prompts, options, message):
 def test_errors_of_infilling_say_what_is_allowed(traits, canvases, options, message):
     with pytest.raises(ValueError, match=message):
         hub.infill(toy(lambda at, _: at, **traits), canvases, **options)
+
+
+# ---- which rule is meant ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "rule", "expected"),
+    [
+        ("llada", "bidirectional", None, "llada"),
+        ("dream", "bidirectional", None, "dream"),
+        ("a2d-qwen3", "bidirectional", None, "dllm"),
+        ("a2d-qwen3", "block", None, "dllm_blocks"),  # dllm's own loop knows no blocks
+        ("llada", "block", None, "dllm_blocks"),
+        ("sdar", "block", None, "sdar"),
+        ("bd3lm", "block", None, "bd3lm"),
+        ("bd3lm", "bidirectional", None, "mdlm"),
+        ("a2d-qwen3", "block", "dllm", "dllm"),  # as asked
+    ],
+)
+def test_the_rule_that_suits_a_model(family, attention, rule, expected):
+    traits = hub.Traits(vocab_size=16, attention=attention)
+    assert rules.find_rule(family, traits, rule) is hub.RULES[expected]
+    assert rules.find_rule(family, traits, hub.RULES["sdar"]) is hub.RULES["sdar"]
+
+
+def test_rules_of_models_trained_here():
+    traits = hub.Traits(vocab_size=16, attention="block", block_size=4)
+    assert rules.as_trained(traits, False, (3,)) == {}
+    changes = rules.as_trained(traits, True, (3,), window=2)
+    rule = dataclasses.replace(rules.find_rule("a2d-qwen3", traits), **changes)
+    assert rule.excludes_mask and rule.suppress_tokens == (3,)
+    assert (rule.block_size, rule.window) == (4, 8)

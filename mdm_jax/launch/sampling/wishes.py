@@ -1,0 +1,74 @@
+"""What is asked of ``mdm sample`` besides the config, and the rows for it."""
+
+from typing import NamedTuple
+
+import jax
+
+from mdm_jax.launch.build import Experiment
+from mdm_jax.launch.modes.sample import (
+    Job,
+    file_requests,
+    make_jobs,
+    order,
+    request_jobs,
+)
+from mdm_jax.launch.sampling.requests import Request, check_known, rows_of
+from mdm_jax.launch.sampling.watch import Watcher
+
+
+class Wishes(NamedTuple):
+    """What is asked of ``mdm sample`` besides the config.
+
+    ``requests``, or those of the file ``prompts``, in place of the config's; ``count`` samples of
+    each, or of a text from nothing; ``length``: as of ``requests.Request``; ``seed``: None for the
+    run's; ``live``, ``gif``: as of ``watch.Watcher``; ``colour``: generated text is shown so.
+    """
+
+    requests: tuple[Request, ...] = ()
+    prompts: str = ""
+    count: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    live: bool = False
+    gif: str = ""
+    colour: bool = False
+
+
+def granted(experiment: Experiment, wishes: Wishes) -> tuple[tuple[Job, ...], Watcher | None]:
+    """The rows to write, and who watches; ValueError for wishes that the run cannot grant."""
+    watcher = None
+    if wishes.live or wishes.gif:
+        if jax.process_count() > 1:
+            raise ValueError("--live and --gif take one process; start it with --num_processes=1")
+        d = experiment.dataset
+        watcher = Watcher(d.tokenizer, d.mask_id, wishes.live, wishes.gif, d.event_shape)
+    return _jobs(experiment, wishes), watcher
+
+
+def _jobs(experiment: Experiment, wishes: Wishes) -> tuple[Job, ...]:
+    c, dataset, length = experiment.config.sample, experiment.dataset, wishes.length
+    own, requests = order(experiment.config), list(wishes.requests)
+    if dataset.tokenizer is None and (requests or wishes.prompts or length):
+        raise ValueError(
+            "--prompt, --infill, --prompts and --length are about text, and this run's data are "
+            "pictures, which it draws without a condition; --n says how many"
+        )
+    for request in requests:
+        check_known(request, dataset.tokenizer)
+    if wishes.prompts:
+        requests = file_requests(wishes.prompts, dataset.tokenizer, length)
+    elif c.prompts and not requests and (length or wishes.count):
+        requests = file_requests(c.prompts, dataset.tokenizer, length)
+    elif length and not requests:
+        if dataset.layout is not None:
+            raise ValueError("--length: rows of this run have a prompt; give --prompt too")
+        texts = wishes.count or c.num_samples
+        requests = [Request(rest=True, length=length, origin="--length")]
+        return request_jobs(requests, rows_of(dataset, **own), texts)
+    if requests:
+        seed = experiment.config.seed if wishes.seed is None else wishes.seed
+        return request_jobs(requests, rows_of(dataset, **own), wishes.count or 1, seed)
+    if wishes.count is None:
+        return experiment.jobs
+    options = {"num_samples": wishes.count, "gap": 0, "prompts": ""}
+    return make_jobs(dataset, experiment.held_out[1], **options, **own)
