@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.rng import stream
+from mdm_jax.rng import streams
 from mdm_jax.types import Array, PyTree
 
 
@@ -123,9 +123,9 @@ def sketch(tree: PyTree, key: Array) -> Array:
     along its longest axis, so that on a mesh nothing large moves between devices; what is left of
     n numbers keeps its part of the norm to sqrt(2 / n).
     """
-    total, offset = jnp.zeros(BUCKETS), 0
-    for number, leaf in enumerate(jax.tree.leaves(tree)):
-        salt = jax.random.bits(stream(key, f"leaf {number}"), (), jnp.uint32)
+    total, offset, leaves = jnp.zeros(BUCKETS), 0, jax.tree.leaves(tree)
+    keys = streams(key, [f"leaf {number}" for number in range(len(leaves))])
+    for salt, leaf in zip(jax.vmap(lambda own: jax.random.bits(own, (), jnp.uint32))(keys), leaves):
         signed = leaf.astype(jnp.float32) * _signs(leaf.shape, salt)
         if leaf.ndim > 1 and leaf.size > _FOLDED:
             signed = signed.sum(int(np.argmax(leaf.shape)))

@@ -1,8 +1,11 @@
 """Random keys as a function of (seed, step, name), so that resumed runs draw the same numbers."""
 
+import functools
 import zlib
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from mdm_jax.types import Array, ArrayLike
 
@@ -16,4 +19,14 @@ def step_key(seed: ArrayLike, step: ArrayLike) -> Array:
 
 def stream(key: Array, name: str) -> Array:
     """Key of the named stream below ``key``: CRC-32 of the name, the same in every process."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode("utf-8")))
+    return jax.random.fold_in(key, _number(name))
+
+
+def streams(key: Array, names: Sequence[str]) -> Array:
+    """Keys [N] of :func:`stream`, in one operation, which compiles sooner than many."""
+    numbers = np.array([_number(name) for name in names], np.uint32)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode("utf-8"))
