@@ -122,9 +122,8 @@ def train(
             if start and raised:
                 print(longer.describe(old, c, start), flush=True)
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
-            running.panel = hooks.panel = NoisePanel(experiment, writer, start)
             running.compile()
-            running.panel.wait()
+            running.panel = hooks.panel = NoisePanel(experiment, writer, start)
         if restored is None and (c.model.source or c.train.init_from):
             # What the model writes before it is trained, for the report.
             hooks.sample(0, training.averaged(state), interrupt.check)

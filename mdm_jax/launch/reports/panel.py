@@ -31,8 +31,8 @@ class NoisePanel:
     As seldom as ``panel.cost`` asks, first by the number of rows taken through the network, then by
     the times of the first two measurements and of a few steps before each, whichever is more; only
     there the host waits for the device. Begins to compile here, in a thread of its own beside the
-    compilation of the step, which :meth:`wait` ends. Measurements are records of the kind "noise",
-    figures at logging steps of the kind "panel".
+    first steps, which wait for it shortly before the first measurement. Measurements are records of
+    the kind "noise", figures at logging steps of the kind "panel".
     """
 
     def __init__(self, experiment: Experiment, writer: training.MetricWriter, start: int):
@@ -50,26 +50,25 @@ class NoisePanel:
         if distributed.is_first() and start and writer.path.exists():
             self._records = training.read_metrics(writer.path, "noise")
         if self._due <= experiment.config.train.steps:
+            print(
+                f"noise panel: measures every {self.every} steps or less often, at most "
+                f"{self._settings.cost:.1%} of the time (panel.cost)",
+                flush=True,
+            )
             self._compile()
 
     def follow(self, experiment: Experiment) -> None:
         """Go on under another chain of the run."""
         self._experiment = experiment
         self._settings, self._group = design(experiment)
-        if self._measure is not None:
+        if self._compiling is not None:
             self._compile()
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the measurement is compiled; to be called before the first step."""
-        if self._compiling is None:
-            return
-        self._measure = self._compiling.result()
-        print(
-            f"noise panel compiled, measures every {self.every} steps or less often, at most "
-            f"{self._settings.cost:.1%} of the time (panel.cost)",
-            flush=True,
-        )
+        """Wait until the measurement is compiled, if any is made."""
+        if self._compiling is not None:
+            self._measure = self._compiling.result()
 
     def _compile(self) -> None:
         e = self._experiment
@@ -98,17 +97,20 @@ class NoisePanel:
         jitted = jax.jit(at_step, out_shardings=_whole(e.mesh))
         rows = e.abstract_batch()
         rows = Batch(*rows[:4]) if e.buckets else rows
-        arguments = (abstract.params, abstract.variance, rows)
-        lowered = jitted.lower(*arguments, self._seed, abstract.step, e.frozen)
+        arguments = (abstract.params, abstract.variance, rows, self._seed, abstract.step, e.frozen)
         pool = futures.ThreadPoolExecutor(1)
-        self._compiling = pool.submit(lowered.compile, training.compiler_options())
+        self._compiling = pool.submit(
+            lambda: jitted.lower(*arguments).compile(training.compiler_options())
+        )
         pool.shutdown(wait=False)
 
     def visit(self, step: int, state: TrainState, batch: Batch) -> None:
         """Measure at steps that are due."""
         self._batch = batch
-        if self._measure is None or step < self._due - _TIMED - 1:
+        if self._compiling is None or step < self._due - _TIMED - 1:
             return
+        if self._measure is None:
+            self.wait()
         if self._untimed:
             jax.block_until_ready(state)
             self._times.append(time.monotonic())
