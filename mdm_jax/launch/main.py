@@ -273,7 +273,7 @@ def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
 
 def _sample(experiment: Experiment, workdir: files.Path) -> int:
     _claim(experiment, workdir)
-    drawn = evaluate.sample(experiment, workdir, _print, wishes=sample_flags.read())
+    drawn = evaluate.sample(experiment, workdir, _print, asked=sample_flags.read())
     print(f"written to {', '.join(drawn['files'])}")
     return 0
 

@@ -17,9 +17,9 @@ from mdm_jax import hub
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.modes import evaluate
+from mdm_jax.launch.sampling.options import Options, rows_and_watcher
 from mdm_jax.launch.sampling.requests import make_request
 from mdm_jax.launch.sampling.watch import in_batches
-from mdm_jax.launch.sampling.wishes import Wishes, granted
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.first]
 
@@ -58,9 +58,9 @@ def launch(monkeypatch, capsys):
     return functools.partial(launching.call, monkeypatch, capsys)
 
 
-def sample(run, *requests, **wishes):
+def sample(run, *requests, **asked):
     experiment, workdir = run
-    return evaluate.sample(experiment, workdir, wishes=Wishes(requests, **wishes))
+    return evaluate.sample(experiment, workdir, asked=Options(requests, **asked))
 
 
 # --- what is made and what is shown ---------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_what_is_shown_is_what_is_made(run_of, process):
     experiment, _ = run_of(process)
     canvas, documents = np.full((2, experiment.dataset.length), experiment.dataset.mask_id), None
     if process in TEXTS:
-        (one, two), _ = granted(experiment, Wishes((PROMPT,), count=2))
+        (one, two), _ = rows_and_watcher(experiment, Options((PROMPT,), count=2))
         canvas, documents = np.stack([one.canvas, two.canvas]), np.stack([one.documents] * 2)
     params, frames = experiment.initial_state().params, []
     arguments = params, jax.random.key(1), canvas, documents
@@ -132,20 +132,20 @@ def test_samples_from_nothing(run_of):
     run = run_of("masked")
     drawn = sample(run, length=7, count=4)["samples"]
     assert [(r["kind"], len(r["text"])) for r in drawn] == [("free", 7)] * 4
-    jobs, _ = granted(run[0], Wishes(length=7))  # as many as the config says
-    assert len(jobs) == 2 and len(granted(run[0], Wishes(count=5))[0]) == 5
+    jobs, _ = rows_and_watcher(run[0], Options(length=7))  # as many as the config says
+    assert len(jobs) == 2 and len(rows_and_watcher(run[0], Options(count=5))[0]) == 5
 
 
 def test_pictures_are_filmed_and_take_no_words(run_of, tmp_path):
     experiment, workdir = run_of("gaussian")
-    for wishes, message in (
-        (Wishes((PROMPT,)), "this run's data are pictures"),
-        (Wishes(length=3), "this run's data are pictures"),
-        (Wishes(live=True), "--live shows texts"),
+    for asked, message in (
+        (Options((PROMPT,)), "this run's data are pictures"),
+        (Options(length=3), "this run's data are pictures"),
+        (Options(live=True), "--live shows texts"),
     ):
         with pytest.raises(ValueError, match=message):
-            granted(experiment, wishes)
-    jobs, watcher = granted(experiment, Wishes(count=3, gif=str(tmp_path / "film.gif")))
+            rows_and_watcher(experiment, asked)
+    jobs, watcher = rows_and_watcher(experiment, Options(count=3, gif=str(tmp_path / "film.gif")))
     assert len(jobs) == 3
     canvas = np.stack([job.canvas for job in jobs])
     watcher.begin(canvas, np.ones_like(canvas))

@@ -14,8 +14,8 @@ from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.reports.curves import SIZE, is_exact, training_curves
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.reports.writers import reopen_writer
+from mdm_jax.launch.sampling.options import Options, rows_and_watcher
 from mdm_jax.launch.sampling.watch import in_batches
-from mdm_jax.launch.sampling.wishes import Wishes, granted
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
 from mdm_jax.progress import progress_bar
 from mdm_jax.training.metrics import MetricWriter
@@ -145,24 +145,24 @@ def sample(
     workdir: files.Path,
     show: Callable[[str], None] = lambda _: None,
     writer: MetricWriter | None = None,
-    wishes: Wishes | None = None,
+    asked: Options | None = None,
 ) -> dict[str, Any]:
     """Draw samples under the best parameters; shown, written to ``samples/`` and returned.
 
-    ValueError for wishes that the run cannot grant.
+    ValueError for what the run cannot write.
     """
-    wishes = wishes or Wishes()
-    jobs, watcher = granted(experiment, wishes)
+    asked = asked or Options()
+    jobs, watcher = rows_and_watcher(experiment, asked)
     step, params = load_parameters(experiment, workdir)
     watch = watcher and (watcher.show, experiment.mesh.size == 1)
     steps = experiment.config.sample.num_steps
     generate, grid = stored_generator(experiment, workdir, steps, watch)
     if grid:
         show(f"grid: {grid}")
-    seed = experiment.config.seed if wishes.seed is None else wishes.seed
+    seed = experiment.config.seed if asked.seed is None else asked.seed
     key = rng.stream(rng.step_key(seed, step), "sample")
     generate = in_batches(generate, experiment.config.evaluate.batch_size, watcher)
-    options = {"writer": writer, "show": show, "colour": wishes.colour}
+    options = {"writer": writer, "show": show, "colour": asked.colour}
     drawn = show_samples(experiment.dataset, jobs, generate, workdir, step, params, key, **options)
     if watcher is not None:
         drawn["files"] += watcher.write()

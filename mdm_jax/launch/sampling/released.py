@@ -16,14 +16,14 @@ from mdm_jax.launch.modes.sample import (
     json_lines,
     text_records,
 )
+from mdm_jax.launch.sampling.options import Options
 from mdm_jax.launch.sampling.requests import Request, check_known
 from mdm_jax.launch.sampling.watch import Watcher
-from mdm_jax.launch.sampling.wishes import Wishes
 
 
 def sample(
     directory: str,
-    wishes: Wishes,
+    asked: Options,
     *,
     steps: int | None = None,
     temperature: float | None = None,
@@ -42,16 +42,16 @@ def sample(
     """
     if to is not None and files.Path(to).exists():
         raise ValueError(f"--to={to} exists; name a new file for the records")
-    if not wishes.requests and not wishes.prompts:
+    if not asked.requests and not asked.prompts:
         raise ValueError("--source: say what to write, --prompt, --infill or --prompts=FILE")
     model = hub.load(directory)
     codec = tokenizer_of(model, None)
-    for request in wishes.requests:
+    for request in asked.requests:
         check_known(request, codec)
-    requests = wishes.requests or file_requests(wishes.prompts, codec, wishes.length)
+    requests = asked.requests or file_requests(asked.prompts, codec, asked.length)
     watcher = None
-    if wishes.live or wishes.gif:
-        watcher = Watcher(codec, codec.mask_id, wishes.live, wishes.gif)
+    if asked.live or asked.gif:
+        watcher = Watcher(codec, codec.mask_id, asked.live, asked.gif)
     given = {"steps": steps, "temperature": temperature}
     changes = {name: value for name, value in given.items() if value is not None}
     encode = codec.encode
@@ -63,15 +63,15 @@ def sample(
 
     records = []
     for number, request in enumerate(requests, start=1):
-        key = jax.random.fold_in(jax.random.key(wishes.seed or 0), number)
+        key = jax.random.fold_in(jax.random.key(asked.seed or 0), number)
         try:
-            rows = _rows(model, codec, request, encode, wishes.count or 1, changes, key, watcher)
+            rows = _rows(model, codec, request, encode, asked.count or 1, changes, key, watcher)
         except ValueError as error:
             raise ValueError(f"{request.origin}: {error}") from error
         for i, (canvas, documents, tokens) in enumerate(zip(*rows), start=1):
             job = Job(request.kind, canvas, documents, None, request, number, i)
             records += text_records(job, tokens, codec, codec.mask_id)
-    show(format_samples(records, wishes.colour))
+    show(format_samples(records, asked.colour))
     if to is not None:
         files.write(to, json_lines(records))
     if watcher is not None:

@@ -8,8 +8,8 @@ from absl import flags
 from mdm_jax import files
 from mdm_jax.launch.sampling import released as models
 from mdm_jax.launch.sampling.marks import in_colour
+from mdm_jax.launch.sampling.options import Options
 from mdm_jax.launch.sampling.requests import make_request
-from mdm_jax.launch.sampling.wishes import Wishes
 
 _PROMPT = flags.DEFINE_string("prompt", None, "sample: a text to continue, or to answer.")
 _INFILL = flags.DEFINE_string(
@@ -34,7 +34,7 @@ _GIF = flags.DEFINE_string("gif", "", "sample: new file for a film of the decodi
 _ALL = (_PROMPT, _INFILL, _PROMPTS, _COUNT, _LENGTH, _SEED, _LIVE, _GIF)
 
 
-def read() -> Wishes:
+def read() -> Options:
     """The flags of the command line; ValueError for a request that means nothing."""
     requests, own = (), "config.sample.prompts"
     words = [flag for flag in (_PROMPT, _INFILL) if flag.value is not None]
@@ -49,7 +49,7 @@ def read() -> Wishes:
         origin = " ".join(name for name, text in named.items() if text is not None)
         requests = (make_request(origin, _PROMPT.value, _INFILL.value, _LENGTH.value),)
     options = (_COUNT.value, _LENGTH.value, _SEED.value, _LIVE.value, _GIF.value)
-    return Wishes(requests, _PROMPTS.value or "", *options, in_colour(sys.stdout))
+    return Options(requests, _PROMPTS.value or "", *options, in_colour(sys.stdout))
 
 
 def check_unread(mode: str) -> None:
