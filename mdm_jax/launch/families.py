@@ -35,8 +35,8 @@ def token_record(result: likelihood.Likelihood) -> Record:
 def token_details(record: Record) -> list[str]:
     """Report lines: perplexity, and accuracy where it was measured."""
     error = record["standard_error_perplexity"]
-    shown = "unknown" if error is None else f"{error:.3f}"
-    lines = [f"  perplexity per token {record['perplexity']:.3f} ± {shown}"]
+    shown = "" if error == 0 else " ± unknown" if error is None else f" ± {error:.3f}"
+    lines = [f"  perplexity per token {record['perplexity']:.3f}{shown}"]
     if "audit" in record:
         lines.insert(0, f"  {likelihood.Audit(**record['audit']).line()}")
     if "accuracy" in record:

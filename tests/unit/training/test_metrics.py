@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from event_files import read_events
 
-from mdm_jax import progress, training
+from mdm_jax import files, progress, training
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.reports import writers
 
@@ -216,6 +216,26 @@ def board_of(directory, fake):
     directory.mkdir()
     training.WeightsAndBiases(directory, "drafts")
     return fake.calls[-2][1]
+
+
+def test_the_launcher_opens_the_boards_that_the_config_names(tmp_path, monkeypatch):
+    fake, config = _Wandb(), launch_config.get_config()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    workdir = files.as_path(tmp_path)
+    writers.open_writer(config, workdir, 0).close()
+    assert fake.calls == []
+    config.wandb.update(project="drafts", entity="team")
+    writer = writers.open_writer(config, workdir, 0)
+    writer.record(2, "train", {"loss": 1.5})
+    writer.close()
+    reopened = writers.reopen_writer(config, workdir)
+    reopened.show(2, "test", {"loss": 1.25})
+    reopened.close()
+    first, again = (settings for name, *rest in fake.calls if name == "init" for settings in rest)
+    assert (first["project"], first["entity"]) == ("drafts", "team")
+    assert first["config"]["train"]["steps"] == 500 and first["id"] == again["id"]
+    assert ("log", {"step": 2, "test/loss": 1.25}) in fake.calls
+    assert _steps(writer.path) == [2]  # nothing is dropped when results are shown later
 
 
 def test_without_wandb_the_error_says_what_to_do(tmp_path, monkeypatch):
