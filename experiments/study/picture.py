@@ -1,4 +1,4 @@
-"""The README's picture, ``docs/seeds.svg``: every fresh seed of the study, one dot each.
+"""The study's picture, ``docs/seeds.svg``: every fresh seed of the study, one dot each.
 
 python -m experiments.study.picture
 """

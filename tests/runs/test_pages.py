@@ -72,6 +72,7 @@ def with_data(tmp_path):
     for name, rows in (("pairs.jsonl", PAIRS), ("chats.jsonl", CHATS)):
         lines = [json.dumps(row) for row in rows]
         (tmp_path / name).write_text("\n".join(lines) + "\n", "utf-8")
+    (tmp_path / "words.jsonl").write_text('"The cat "\n{"infill": "The ▁▁3 cat"}\n', "utf-8")
     choice = [{"question": "France: ", "choices": ["Paris", "Rome"], "answer": 0}]
     local_tasks.write(str(tmp_path / "tasks"), "my_task", "choice", choice * 2)
     return tmp_path
@@ -132,6 +133,8 @@ def reduced(words, folder):
             given = "my_task" if name == "--tasks" else "tasks"
         elif name in ("--steps", "--max_tokens"):
             given = "4"
+        elif name in ("--prompts", "--config.sample.prompts"):
+            given = "words.jsonl"
         elif name.removeprefix("--config.") in REDUCED and equals:
             given = REDUCED[name.removeprefix("--config.")]
             if name == "--config.data.length" and "embedded" in " ".join(words):
