@@ -17,7 +17,9 @@ _VARIANTS = flags.DEFINE_list("variants", ["default"], "Names, or the sets 'defa
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Fewest rounds of each comparison.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "Rounds go on so long per comparison.")
 _BATCH = flags.DEFINE_integer("batch_size", None, "Training rows in place of the shape's own.")
-_OUT = flags.DEFINE_string("out", None, "Where to write the figures as JSON.")
+_OUT = flags.DEFINE_string(  # mdm new has one of this name, too
+    "out", None, "Where to write the figures as JSON.", allow_override=True
+)
 
 
 class Options(NamedTuple):
