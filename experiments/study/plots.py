@@ -66,7 +66,7 @@ def training_bands(axes: Any, curves: Mapping[str, Sequence[tuple[np.ndarray, np
         axes.plot(passes, bits.mean(0), label=label, marker=".", **style)
         color = style["color"]
         axes.fill_between(passes, bits.min(0), bits.max(0), color=color, alpha=0.15, linewidth=0)
-    title = "Validation bound: means over seeds, bands from the worst to the best"
+    title = "Validation loss (bound; autoregressive: exact), means and ranges over seeds"
     return mdm_plots.dress(axes, title, "forward passes", "bits per unit")
 
 

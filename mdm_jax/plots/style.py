@@ -44,7 +44,7 @@ def dress(axes: Any, title: str, xlabel: str, ylabel: str = "", *, columns: int 
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
-    axes.tick_params(labelsize=8.5)
+    axes.tick_params(which="both", labelsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     if xlabel == "step":
