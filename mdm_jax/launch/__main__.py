@@ -66,7 +66,7 @@ def answer(argv: list[str]) -> int | None:
         print(f"error: say what to do; mdm --help says more\n\n{first}", file=sys.stderr)
         return 2
     if any(map(HELP_FLAG.fullmatch, argv)) and not any(map(_CONFIG_FLAG.match, argv)):
-        print(HELP)
+        print(HELP.rstrip())
         return 0
     return None
 

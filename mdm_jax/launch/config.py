@@ -242,7 +242,7 @@ def settings() -> Mapping[str, Any]:
             # Validations are many: their passes are half of those after training.
             "passes": _whole(2, "[1, 1e6]", "", "forward passes of a row and replicate"),
             "replicates": _whole(2, "[1, 1e6]", "", "of the design, for the standard error"),
-            "max_rows": _whole(0, _NATURAL, "rows", "0: all"),
+            "max_rows": _whole(0, _NATURAL, "rows", "held out, that are evaluated; 0: all"),
             "final_split": _name("test", ("test", "valid"), "that is evaluated after training"),
             "final_passes": _whole(4, "[1, 1e6]", "", "passes, after training"),
             "final_replicates": _whole(8, "[1, 1e6]", "", "replicates, after training"),
