@@ -43,6 +43,13 @@ def test_figures_name_their_commands(page):
     assert not bare, f"no command in the section of:\n{bare[0]}"
 
 
+@pytest.mark.parametrize("page", commands.PAGES)
+def test_columns_of_tables_have_names(page):
+    text = commands.FENCE.sub("", (commands.ROOT / page).read_text("utf-8"))
+    headers = [match[0].split("\n")[0].strip() for match in TABLE.finditer(text)]
+    assert [h for h in headers if not all(c.strip() for c in h.strip("|").split("|"))] == []
+
+
 def test_figures_are_found():
     table = "| a | b |\n|---|---|\n| x | 1.5 |\n"
     words = table.replace("1.5", "y")
