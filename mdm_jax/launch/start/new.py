@@ -1,8 +1,8 @@
 """The mode ``new``: a config for a file of one's own, with the reason of every choice."""
 
 import importlib.util
+import json
 import pathlib
-import pprint
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -139,7 +139,7 @@ def _choose(
     count = plan.parameters(size)
     why = (
         f"{count:,} parameters in blocks: {steps:,} steps see {seen:,} tokens, "
-        f"{seen / count:.0f} a parameter (about {plan.TOKENS_PER_PARAMETER} are meant)"
+        f"{seen / count:.0f} a parameter (the aim is {plan.TOKENS_PER_PARAMETER})"
     )
     choices.append(plan.network(size, machine, why))
     choices.append(
@@ -174,7 +174,7 @@ def source(found: Look, minutes: float, choices: Sequence[Choice], lines: Sequen
         "",
         "mdm train --config=THIS_FILE --workdir=runs/NAME",
         "",
-        *found.lines,
+        *(line for each in found.lines for line in each.splitlines()),
         "",
         *lines,
     ]
@@ -192,9 +192,20 @@ def source(found: Look, minutes: float, choices: Sequence[Choice], lines: Sequen
     for choice in choices:
         comment = textwrap.wrap(choice.why, 94, break_long_words=False)
         blocks += [f"    # {_ascii(line)}" for line in comment]
-        shown = pprint.pformat(dict(choice.settings), width=80, sort_dicts=False)
-        blocks.append(textwrap.indent(f"config.{choice.section}.update({shown})", "    "))
+        blocks += [f"    {line}" for line in _update(choice)]
     return "\n".join([*blocks, "    return config", ""])
+
+
+def _update(choice: Choice) -> list[str]:
+    """A call that sets the settings of a choice, in lines of at most 100 characters."""
+    given = [
+        f"{name}={json.dumps(value) if isinstance(value, str) else repr(value)}"
+        for name, value in choice.settings.items()
+    ]
+    line = f"config.{choice.section}.update({', '.join(given)})"
+    if len(line) <= 96:
+        return [line]
+    return [f"config.{choice.section}.update(", *(f"    {each}," for each in given), ")"]
 
 
 def _wrapped(line: str) -> str:

@@ -84,6 +84,8 @@ def test_a_text_gets_a_config_that_builds_with_reasons(tmp_path, measured, one_d
     assert config.data.path == str(path) and config.data.source == "text"
     assert "characters are too few to learn words of" in text and config.data.tokenizer == "char"
     assert "a step" in text and "measured" in text and "# windows of the text" in text
+    assert 'config.data.update(tokenizer="char")' in text and "\nline  " not in text
+    assert max(len(line) for line in text.splitlines() if "path" not in line) <= 100
     assert f"mdm train --config={tmp_path / 'mine.py'} --workdir=runs/mine" in shown
     experiment = make_experiment(config)
     assert experiment.loop.total_steps == config.train.steps
