@@ -94,7 +94,7 @@ def _choose(
     if found.bad:
         why = f"{len(found.bad):,} rows are left out and counted, as {found.bad[0]}"
         choices.append(Choice("data", {"bad_rows": "drop"}, why))
-    choices.append(plan.tokens(found, importlib.util.find_spec("tokenizers") is not None))
+    choices.append(plan.tokens(found, importlib.util.find_spec("tokenizers") is not None, machine))
     own = choices[-1].settings
     codec = found.tokenizer(own["tokenizer"], own.get("bpe_vocab_size", 0))
     sizes = found.lengths(codec)

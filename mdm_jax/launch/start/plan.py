@@ -73,7 +73,7 @@ def apply(choices: Sequence[Choice]) -> ConfigDict:
     return config
 
 
-def tokens(look: Look, has_bpe: bool) -> Choice:
+def tokens(look: Look, has_bpe: bool, machine: Machine) -> Choice:
     """The tokenizer, by the amount of text and its alphabet."""
     size, letters = look.characters, look.alphabet
     if not has_bpe:
@@ -85,6 +85,7 @@ def tokens(look: Look, has_bpe: bool) -> Choice:
     else:
         bounds = ((300_000, 1024), (10**7, 2048), (10**8, 8192))
         vocab = next((ids for most, ids in bounds if size < most), 32768)
+        vocab = min(vocab, 2048) if machine.is_cpu else vocab  # logits are most of a small network
         return Choice(
             "data",
             {"tokenizer": "bpe", "bpe_vocab_size": vocab},

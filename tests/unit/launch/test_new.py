@@ -1,5 +1,6 @@
 """Configs for files of one's own: what is found in them, what is chosen, and that it runs."""
 
+import dataclasses
 import json
 import runpy
 
@@ -152,6 +153,17 @@ def test_larger_budgets_get_larger_networks():
     counts = [plan.parameters(size) for size in sizes]
     assert counts == sorted(counts) and counts[0] < counts[1] < counts[2] < counts[3]
     assert plan.fitting_size(1, 10.0, (96, 3), row)[0] == plan.SIZES[0]
+
+
+def test_subwords_need_text_and_their_number_the_machine(tmp_path):
+    path = tmp_path / "mine.txt"
+    for count, name in ((2000, "char"), (5000, "bpe")):
+        path.write_text("\n".join(_sentences(count)))
+        assert plan.tokens(look("text", str(path)), True, CPU).settings["tokenizer"] == name
+    found = dataclasses.replace(look("text", str(path)), texts=["word " * 2 * 10**7])
+    assert plan.tokens(found, True, CPU).settings["bpe_vocab_size"] == 2048
+    assert plan.tokens(found, True, GPU).settings["bpe_vocab_size"] == 32768
+    assert plan.tokens(found, False, GPU).settings == {"tokenizer": "char"}
 
 
 def test_accelerators_get_bfloat16_rows_for_all_devices_and_longer_ones():
