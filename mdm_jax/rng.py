@@ -1,6 +1,7 @@
 """Random keys as a function of (seed, step, name), so that resumed runs draw the same numbers."""
 
 import functools
+import hashlib
 import zlib
 from collections.abc import Sequence
 
@@ -30,3 +31,9 @@ def streams(key: Array, names: Sequence[str]) -> Array:
 
 def _number(name: str) -> int:
     return zlib.crc32(name.encode("utf-8"))
+
+
+def content_words(seed: int, number: int, ids: np.ndarray) -> np.ndarray:
+    """[2] uint32 from the SHA-256 of numbers and token ids: a key's data."""
+    digest = hashlib.sha256(f"{seed} {number} ".encode() + np.asarray(ids, "<i4").tobytes())
+    return np.frombuffer(digest.digest()[:8], "<u4").astype(np.uint32)

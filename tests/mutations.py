@@ -867,8 +867,8 @@ MUTATIONS = [
     Mutation(
         "likelihood: one replicate for all",
         "likelihood/estimators.py",
-        "jax.vmap(lambda key: jax.random.fold_in(key, replicate))(keys)",
-        "jax.vmap(lambda key: jax.random.fold_in(key, 0 * replicate))(keys)",
+        "jnp.broadcast_to(replicate, keys.shape)",
+        "jnp.broadcast_to(0 * replicate, keys.shape)",
         LIKELIHOOD,
     ),
     Mutation(

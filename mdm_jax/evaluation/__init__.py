@@ -1,20 +1,7 @@
 """Quality of answers and of generated text."""
 
-from mdm_jax.evaluation.answers import (
-    AnswerScores,
-    Choices,
-    TaskAccuracy,
-    answer_rows,
-    choose,
-    choose_until,
-    log_likelihood_ratios,
-    measure_task_accuracy,
-    nats_per_character,
-    nats_per_token,
-    score_answers,
-    score_candidates,
-    total_nats,
-)
+from mdm_jax.evaluation.accuracy import TaskAccuracy, measure_task_accuracy
+from mdm_jax.evaluation.choices import Choices, choose_until
 from mdm_jax.evaluation.ngrams import (
     NgramDivergence,
     SelfBleu,

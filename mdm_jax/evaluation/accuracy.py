@@ -1,13 +1,19 @@
-"""Right answers: exact match, several answers to one prompt (pass@k, majority vote), intervals."""
+"""Right answers: exact match, checkers, several answers to one prompt, intervals."""
 
 import collections
+import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from mdm_jax.data.tokenizers import Tokenizer
+from mdm_jax.distributed import to_host
+from mdm_jax.samplers.canvas import canvas_like
+from mdm_jax.types import Array, Batch, PyTree
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -66,11 +72,14 @@ def bootstrap(values: ArrayLike, coverage: float = 0.95, resamples: int = 2000) 
         raise ValueError(f"bootstrap needs finite values [Q], got shape {values.shape}")
     if not 0 < coverage < 1:
         raise ValueError(f"coverage must be in (0, 1), got {coverage}")
-    rng, means = np.random.default_rng(0), np.empty(resamples)
-    for i in range(resamples):
-        means[i] = values[rng.integers(len(values), size=len(values))].mean()
-    low, high = np.quantile(means, [(1 - coverage) / 2, (1 + coverage) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    low = high = mean = float(values.mean())
+    if len(values) > 1:
+        from scipy import stats  # slow to import
+
+        options = {"method": "percentile", "n_resamples": resamples, "batch": 64, "rng": 0}
+        found = stats.bootstrap((values,), np.mean, confidence_level=coverage, **options)
+        low, high = map(float, found.confidence_interval)
+    return Interval(mean, low, high)
 
 
 def pass_at_k(correct: ArrayLike, samples: int, k: int) -> np.ndarray:
@@ -115,3 +124,92 @@ def repeated(answers: Sequence[Sequence[str]], credit: np.ndarray, samples: int)
     figures = {f"pass@{k}": bootstrap(pass_at_k(counts, samples, k)) for k in ks}
     figures[f"majority@{samples}"] = bootstrap(majority_vote(answers, credit))
     return {name: figure._asdict() for name, figure in figures.items()}
+
+
+Check = Callable[[str, str], bool]
+"""``check(prompt, answer)``: whether a text is a correct answer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskAccuracy:
+    """Answers of a model, and which are correct.
+
+    ``answers``: N texts, up to the first EOS; padding or masks in an answer are shown and make it
+    wrong. ``correct``: [N] bool.
+    """
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    correct: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers."""
+        return float(self.correct.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial, ``sqrt(a (1 - a) / N)``; 0 where a is 0 or 1, see :meth:`interval` there."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))
+
+    def interval(self, deviations: float = 1.96) -> tuple[float, float]:
+        """Wilson's interval (1927), about 95 % by default; never empty."""
+        count, square = len(self.correct), deviations**2
+        middle = (self.accuracy + square / (2 * count)) / (1 + square / count)
+        spread = math.hypot(self.standard_error, deviations / (2 * count))
+        half = deviations * spread / (1 + square / count)
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        low, high = self.interval()
+        return {
+            "accuracy": self.accuracy,
+            "standard_error_accuracy": self.standard_error,
+            "accuracy_interval": [low, high],
+            "answers": len(self.correct),
+        }
+
+
+def measure_task_accuracy(
+    generate: Callable[..., Array],
+    params: PyTree,
+    key: Array,
+    batches: Iterable[Batch],
+    *,
+    check: Check,
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None] | None = None,
+) -> TaskAccuracy:
+    """Answers every prompt once and checks the answers.
+
+    A row's eligible positions (ValueError if no row has any) are its answer, attended ones before,
+    its prompt.
+
+    Args:
+        generate: ``generate(params, key, canvas, documents, row_offset=...) -> tokens [B, L]``,
+            such as ``samplers.make_generator(...)``.
+        batches: as of ``data.evaluation_batches``; rows without eligible positions are left out.
+        check: as ``Dataset.check``.
+    """
+    prompts, answers, correct, seen = [], [], [], 0
+    for batch in batches:
+        tokens, eligible = map(np.asarray, batch[:2])
+        canvas, documents = canvas_like(batch, tokenizer.mask_id)
+        generated = to_host(generate(params, key, canvas, documents, row_offset=seen))
+        for row in np.flatnonzero(eligible.any(1)):
+            first = np.flatnonzero(eligible[row])[0]
+            is_prompt = (documents[row] > 0) & (np.arange(len(tokens[row])) < first)
+            ids = tokenizer.truncate_at_eos(generated[row][eligible[row]])
+            prompts.append(tokenizer.decode(tokens[row][is_prompt]))
+            finished = not np.any((ids == tokenizer.pad_id) | (ids == tokenizer.mask_id))
+            # Padding is shown as ▁, like masks.
+            shown = np.where(ids == tokenizer.pad_id, tokenizer.mask_id, ids)
+            answers.append(tokenizer.decode(shown))
+            correct.append(finished and check(prompts[-1], answers[-1]))
+        seen += len(tokens)
+        if progress is not None:
+            progress(len(tokens))
+    if not prompts:
+        raise ValueError(f"nothing to answer: none of {seen} rows has an eligible position")
+    return TaskAccuracy(tuple(prompts), tuple(answers), np.array(correct, bool))

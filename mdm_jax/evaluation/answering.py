@@ -5,6 +5,7 @@ appended to a JSON Lines file when its batch is done, and never asked for again.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,21 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.distributed import to_host
-from mdm_jax.evaluation.subject import (
-    NotFinite,
-    Settings,
-    Subject,
-    bucket,
-    content_words,
-)
+from mdm_jax.evaluation.model import EvaluatedModel, NotFinite, Scored, bucket
+from mdm_jax.evaluation.settings import Settings
 from mdm_jax.evaluation.windows import sliding_windows
 from mdm_jax.progress import progress_bar
+from mdm_jax.rng import content_words
 from mdm_jax.types import PyTree
 
 Answer = dict[str, Any]
 """JSON values. Likelihoods: ``log_likelihood``, its ``standard_error`` (Monte Carlo; 0 where exact,
 None where unknown), ``estimates`` of the replicates, ``tokens``, ``passes``, ``greedy``;
-generation: ``text``, ``tokens``, ``steps``; all: ``seconds``, the request's share of its batch."""
+generation: ``text``, ``tokens``, ``steps`` (forward passes for it); all: ``seconds``, the request's
+share of its batch."""
 
 _PREVIEW = 60
 
@@ -99,25 +97,35 @@ class Answerer:
     Attributes:
         batch: requests between two writes of the journal, at most; changes no figure.
         stops: strings that end an answer, besides those of its request.
+        stream: where the decoding rule allows it, a generated row ends at its EOS and the next
+            prompt takes its place, on one device (``hub.generate_stream``).
         progress: bars on standard error.
 
     ValueError for parameters that are not finite.
     """
 
-    subject: Subject
+    subject: EvaluatedModel
     settings: Settings = Settings()
     journal: Journal = dataclasses.field(default_factory=Journal)
     batch: int = 64
     stops: tuple[str, ...] = ()
+    stream: bool = False
     progress: bool = False
 
     def __post_init__(self):
         _check_finite(self.subject.model.params)
 
     def likelihoods(
-        self, pairs: Sequence[tuple[str, str]], names: Sequence[str] = ()
+        self,
+        pairs: Sequence[tuple[str, str]],
+        names: Sequence[str] = (),
+        questions: Sequence[Any] | None = None,
     ) -> list[Answer]:
         """Answers for (context, continuation) pairs; those with one context have common noise.
+
+        ``questions``: what each pair is a choice of, None: of none. Under the setting ``certain``
+        choices of one question are drawn until the best is certain, by nats and by nats per
+        character. Its answers are known by all its choices.
 
         Spaces at the end of a context belong to the continuation, as in lm-eval. ValueError, before
         anything is run, names a request with an empty continuation, or one that does not fit.
@@ -125,6 +133,17 @@ class Answerer:
         names = names or _names([context for context, _ in pairs])
         encoded = [self._encoded_pair(name, *pair) for name, pair in zip(names, pairs)]
         keys = [self.key("loglikelihood", pair) for pair in pairs]
+        groups = collections.defaultdict(list)
+        if self.settings.certain and self.subject.kind != "autoregressive":
+            for i, question in enumerate(questions or [None] * len(pairs)):
+                groups[question].append(i)
+            groups.pop(None, None)
+        groups = {q: members for q, members in groups.items() if len(members) > 1}
+        for members in groups.values():
+            whole = [pairs[i] for i in members]
+            for place, i in enumerate(members):
+                keys[i] = self.key("choice", [whole, place])
+        self._choose(encoded, keys, [len(text.lstrip()) for _, text in pairs], [*groups.values()])
         return self._scored(encoded, keys, "likelihoods")
 
     def rolling(self, texts: Sequence[str], names: Sequence[str] = ()) -> list[Answer]:
@@ -180,12 +199,10 @@ class Answerer:
             if key not in self.journal.answers:
                 words = content_words(self.settings.seed, seen[content], prompt)
                 room = self.subject.room(len(prompt), request.tokens, self.settings)
-                groups[room, request].append((key, prompt, words[0] >> 1))
+                groups[room, request].append(_Prompt(key, name, prompt, words[0] >> 1))
         with self._bar(sum(map(len, groups.values())), "generation") as bar:
             for (_, request), members in sorted(groups.items(), key=lambda item: item[0][0]):
-                for part in _parts(members, self.batch):
-                    self._generate(part, request)
-                    bar.update(len(part))
+                self._generate(members, request, bar)
         return [self.journal.answers[key] for key in keys]
 
     def key(self, kind: str, content: Any) -> str:
@@ -245,24 +262,49 @@ class Answerer:
         with self._bar(sum(map(len, groups.values())), what) as bar:
             for size, members in sorted(groups.items()):
                 for part in _parts([*members.items()], self.batch):
-                    self._score(part, size)
+                    self._score(part, self.subject.score, (size, self.settings))
                     bar.update(len(part))
         return [self.journal.answers[key] for key in keys]
 
-    def _score(self, part: Sequence[tuple[str, Encoded]], size: int) -> None:
+    def _choose(
+        self,
+        encoded: Sequence[Encoded],
+        keys: Sequence[str],
+        characters: Sequence[int],
+        questions: Sequence[Sequence[int]],
+    ) -> None:
+        """Answer the ``questions``, numbers of their choices, together where equally many."""
+        longest, multiple = self.subject.length(self.settings), self.subject.multiple
+        sizes = collections.defaultdict(list)
+        for members in questions:
+            if any(keys[i] not in self.journal.answers for i in members):
+                sizes[len(members)].append(members)
+        with self._bar(sum(n * len(own) for n, own in sizes.items()), "choices") as bar:
+            for count, own in sorted(sizes.items()):
+                for part in _parts(own, max(self.batch // count, 1)):
+                    flat = [i for members in part for i in members]
+                    number = np.arange(len(flat)).reshape(-1, count)
+                    per = np.maximum(np.array([characters[i] for i in flat]), 1).reshape(-1, count)
+                    lengths = [len(encoded[i].prompt) + len(encoded[i].answer) for i in flat]
+                    lengths = sorted({bucket(n, longest, multiple) for n in lengths})
+                    asked = [(keys[i], encoded[i]) for i in flat]
+                    options = (lengths, number, [np.ones_like(per), per], self.settings)
+                    self._score(asked, self.subject.choose, options)
+                    bar.update(len(flat))
+
+    def _score(
+        self,
+        part: Sequence[tuple[str, Encoded]],
+        score: Callable[..., list[Scored]],
+        options: Sequence[Any],
+    ) -> None:
+        """Answer requests by ``score(rows, contents, *options)``, and keep the answers."""
         started, rows = time.monotonic(), []
         for _, one in part:
             eligible = np.arange(len(one.prompt) + len(one.answer)) >= len(one.prompt)
             rows.append((np.concatenate([one.prompt, one.answer]), eligible))
-        try:
-            contents = [one.content for _, one in part]
-            scored = self.subject.score(rows, contents, size, self.settings)
-        except NotFinite as error:
-            name = part[error.args[0]][1].name
-            raise ValueError(
-                f"{name}: the model's log-likelihood is not finite; evaluate in float32, or an "
-                "earlier checkpoint"
-            ) from error
+        with _named([one.name for _, one in part]):
+            scored = score(rows, [one.content for _, one in part], *options)
         greedy = [each.greedy for each in scored]
         greedy = self._greedy(part) if self.settings.check_greedy else greedy
         seconds = (time.monotonic() - started) / len(part)
@@ -270,16 +312,16 @@ class Answerer:
             (
                 key,
                 {
-                    "log_likelihood": -float(scored[i].nats.mean()),
-                    "standard_error": _number(scored[i].standard_error),
-                    "estimates": (-scored[i].nats).tolist(),
+                    "log_likelihood": -each.value,
+                    "standard_error": _number(each.standard_error),
+                    "estimates": (-each.nats).tolist(),
                     "tokens": len(one.answer),
-                    "passes": scored[i].passes,
-                    "greedy": bool(greedy[i]),
+                    "passes": each.passes,
+                    "greedy": bool(same),
                     "seconds": round(seconds, 4),
                 },
             )
-            for i, (key, one) in enumerate(part)
+            for (key, one), each, same in zip(part, scored, greedy)
         )
 
     def _greedy(self, part: Sequence[tuple[str, Encoded]]) -> np.ndarray:
@@ -291,23 +333,31 @@ class Answerer:
             groups[room, len(one.answer)].append(i)
         for (_, count), members in groups.items():
             prompts = [part[i][1].prompt for i in members]
-            made = self.subject.write(prompts, count, np.zeros(len(members)), settings)
-            for i, ids in zip(members, made):
-                same[i] = np.array_equal(ids, part[i][1].answer)
+            with _named([part[i][1].name for i in members]):
+                made = self.subject.write(prompts, count, np.zeros(len(members)), settings)
+            for i, written in zip(members, made):
+                same[i] = np.array_equal(written.tokens, part[i][1].answer)
         return same
 
-    def _generate(self, part: Sequence[tuple[str, np.ndarray, int]], request: "_Generation"):
-        started, settings = time.monotonic(), request.of(self.settings)
-        prompts, numbers = [prompt for _, prompt, _ in part], np.array([n for *_, n in part])
-        made = self.subject.write(prompts, request.tokens, numbers.astype(np.int32), settings)
-        seconds = (time.monotonic() - started) / len(part)
-        answers = []
-        for (key, *_), ids in zip(part, made):
-            text, count = self._text(ids, request.until)
-            steps = settings.steps or request.tokens
-            about = {"tokens": count, "steps": steps, "seconds": round(seconds, 4)}
-            answers.append((key, {"text": text, **about}))
-        self.journal.add(answers)
+    def _generate(self, members: Sequence["_Prompt"], request: "_Generation", bar: Any):
+        settings, started = request.of(self.settings), time.monotonic()
+        streams = self.stream and self.subject.streams(settings)
+        for part in [members] if streams else _parts(members, self.batch):
+            write = self.subject.stream if streams else self.subject.write
+            prompts, numbers = [one.prompt for one in part], [one.number for one in part]
+            with _named([one.name for one in part]):
+                rows = write(prompts, request.tokens, np.array(numbers, np.int32), settings)
+                for group in ([row] for row in rows) if streams else [[*enumerate(rows)]]:
+                    seconds = (time.monotonic() - started) / len(group)
+                    answers = []
+                    for i, written in group:
+                        text, count = self._text(written.tokens, request.until)
+                        about = {"tokens": count, "steps": int(written.passes)}
+                        about["seconds"] = round(seconds, 4)
+                        answers.append((part[i].key, {"text": text, **about}))
+                    self.journal.add(answers)
+                    bar.update(len(group))
+                    started = time.monotonic()
 
     def _text(self, ids: np.ndarray, until: Sequence[str]) -> tuple[str, int]:
         """Text before the first EOS and the first of the strings; tokens before the EOS."""
@@ -323,6 +373,15 @@ class Answerer:
 
     def _bar(self, total: int, what: str) -> Any:
         return progress_bar(total, what, "requests", silent=not self.progress)
+
+
+class _Prompt(NamedTuple):
+    """A prompt to continue, and the number that keys its noise."""
+
+    key: str
+    name: str
+    prompt: np.ndarray
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +413,18 @@ class _Generation:
 
     def of(self, settings: Settings) -> Settings:
         return dataclasses.replace(settings, temperature=self.temperature, top_p=self.top_p)
+
+
+@contextlib.contextmanager
+def _named(names: Sequence[str]) -> Iterator[None]:
+    """NotFinite as ValueError with the name of the request."""
+    try:
+        yield
+    except NotFinite as error:
+        raise ValueError(
+            f"{names[error.args[0]]}: the model's logits are not finite; evaluate in float32, or "
+            "an earlier checkpoint"
+        ) from error
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -23,7 +23,8 @@ from mdm_jax.checks import missing_package, unknown_name
 from mdm_jax.estimates import standard_error_of_mean
 from mdm_jax.evaluation.accuracy import repeated
 from mdm_jax.evaluation.answering import Answer, Answerer, Journal
-from mdm_jax.evaluation.subject import Settings, Subject
+from mdm_jax.evaluation.model import EvaluatedModel
+from mdm_jax.evaluation.settings import Settings
 
 try:
     import datasets
@@ -48,6 +49,7 @@ class HarnessModel(LM):
             answerer.
         shards: devices that share the parameters of ``source``; rows go to the others too.
         batch_size: lm-eval's name for ``Settings.rows``.
+        stream: of ``Answerer``.
         settings: of :class:`Settings`.
     """
 
@@ -62,6 +64,7 @@ class HarnessModel(LM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        stream: bool = False,
         **settings: Any,
     ):
         del max_batch_size, device  # JAX's own
@@ -72,7 +75,9 @@ class HarnessModel(LM):
             if batch_size:
                 settings["rows"] = int(batch_size)
             model = hub.load(source, dtype=dtype, mesh=sharding.make_mesh(fsdp=int(shards)))
-            answerer = Answerer(subject_of(model), Settings(**settings), Journal(journal))
+            answerer = Answerer(
+                subject_of(model), Settings(**settings), Journal(journal), stream=stream
+            )
         self.answerer = answerer
 
     @property
@@ -80,7 +85,9 @@ class HarnessModel(LM):
         return self.answerer.subject.tokenizer.fingerprint
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        answers = self.answerer.likelihoods([r.args for r in requests], _names(requests))
+        answers = self.answerer.likelihoods(
+            [r.args for r in requests], _names(requests), _questions(requests)
+        )
         _attach(requests, answers)
         return [(answer["log_likelihood"], answer["greedy"]) for answer in answers]
 
@@ -115,15 +122,23 @@ class HarnessModel(LM):
         return getattr(self.answerer.subject.tokenizer, "templates", {}).get(name, "")
 
 
-def subject_of(model: hub.HubModel) -> Subject:
+def subject_of(model: hub.HubModel) -> EvaluatedModel:
     """A model of others to evaluate; ValueError without a tokenizer."""
     if model.tokenizer is None:
         raise ValueError(f"{model.directory}: no tokenizer, so that no text can be evaluated")
-    return Subject(model, model.tokenizer)
+    return EvaluatedModel(model, model.tokenizer)
 
 
 def _names(requests: Sequence[Instance]) -> list[str]:
     return [f"task {r.task_name}, document {r.doc_id}" for r in requests]
+
+
+def _questions(requests: Sequence[Instance]) -> list[tuple[str, int] | None]:
+    """What each request is a choice of; None for documents some of whose contexts are empty: those
+    of acc_mutual_info, whose choices are compared by another likelihood too."""
+    documents = [(r.task_name, r.doc_id) for r in requests]
+    left_out = {each for each, r in zip(documents, requests) if not r.args[0]}
+    return [None if each in left_out else each for each in documents]
 
 
 def _attach(requests: Sequence[Instance], answers: Sequence[Answer]) -> None:
@@ -290,11 +305,6 @@ def run_tasks(
     }, records
 
 
-def audit_line(audit: dict[str, Any]) -> str:
-    """One paragraph of what the figures are figures of."""
-    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in audit.items())
-
-
 def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()
 
@@ -334,7 +344,9 @@ def _records(name: str, task: Any, samples: Sequence[dict[str, Any]]) -> list[di
             record["standard_errors"] = [answer["standard_error"] for answer in answers]
             record["passes"] = [answer["passes"] for answer in answers]
             if task.OUTPUT_TYPE == "multiple_choice":
-                record["unsure"] = _unsure(answers)
+                # Behind the choices: those without a context, of acc_mutual_info.
+                mutual = "acc_mutual_info" in sample["metrics"]
+                record["unsure"] = _unsure(answers[: len(answers) // (1 + mutual)])
         record["tokens"] = [answer["tokens"] for answer in answers]
         record["seconds"] = round(sum(answer["seconds"] for answer in answers), 4)
         record["metrics"] = {metric: sample[metric] for metric in sample["metrics"]}

@@ -88,7 +88,7 @@ doc_to_target: "{{answer}}"
         _EXACT
         + """doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
-process_results: !function mdm_jax.tasks.harness.check
+process_results: !function mdm_jax.tasks.stored.check
 """
         + _UNTIL
         + "metadata: {version: 1.0}\n",

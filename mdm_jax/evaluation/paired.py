@@ -24,7 +24,7 @@ from mdm_jax.estimates import (
 )
 from mdm_jax.evaluation.accuracy import bootstrap
 from mdm_jax.likelihood.estimators import Likelihood
-from mdm_jax.likelihood.rows import Draw
+from mdm_jax.likelihood.rows import DrawReplicates
 from mdm_jax.likelihood.stopping import Stop, Stopped, differences, replicate_until
 from mdm_jax.types import Array, Batch, PyTree
 
@@ -173,7 +173,7 @@ def compare_parameters(
 
 
 def compare_until(
-    first: Draw, second: Draw, rows: int, stop: Stop, pooled: bool = False
+    first: DrawReplicates, second: DrawReplicates, rows: int, stop: Stop, pooled: bool = False
 ) -> Stopped:
     """Two models on the same N rows, drawn until differences are narrow or their sign is certain.
 
@@ -319,9 +319,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 # --- results that may be compared ---------------------------------------------------------------
 
-DESIGN = ("levels", "masks", "passes", "replicates", "width", "exact_up_to", "seed")
+DESIGN = ("levels", "masks", "passes", "replicates", "width", "certain", "exact_up_to", "seed")
 DESIGN += ("check_greedy", "max_length", "truncate")
-DECODING = ("rule", "steps", "block_size", "temperature", "top_p", "guidance", "max_tokens")
+DECODING = ("rule", "steps", "block_size", "threshold", "factor", "approximation", "refresh")
+DECODING += ("temperature", "top_p", "guidance", "max_tokens")
 
 
 EVALUATED = ("split", "data_fingerprint", "tokenizer_fingerprint", "rows", "design", "passes")

@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 from mdm_jax.data.rows import RowSource, gather
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.estimates import finite_or_none, standard_error_of_ratio
-from mdm_jax.evaluation.answers import Evaluate, spread_rows
 from mdm_jax.evaluation.ngrams import (
     NgramDivergence,
     SelfBleu,
@@ -30,6 +29,7 @@ from mdm_jax.evaluation.ngrams import (
     self_bleu,
     token_entropy,
 )
+from mdm_jax.likelihood.estimators import Evaluate
 from mdm_jax.types import Array, Batch, PyTree
 
 Score = Callable[[np.ndarray, np.ndarray], ArrayLike]
@@ -104,7 +104,9 @@ def likelihood_score(evaluate: Evaluate, params: PyTree, key: Array | None = Non
         if not valid.any():
             return np.zeros(len(tokens))
         batch = Batch(tokens, valid, documents, valid.sum(1).astype(np.int32))
-        return spread_rows(evaluate(params, key, [batch]), len(tokens)).nats
+        result, nats = evaluate(params, key, [batch]), np.full(len(tokens), np.nan)
+        nats[result.row_index] = result.per_row_nats
+        return nats
 
     return score
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mdm_jax.data.pipeline import evaluation_batches
+from mdm_jax.data.rows import StoredRows
 from mdm_jax.estimates import finite_or_none, standard_error_of_ratio
-from mdm_jax.evaluation.answers import Evaluate, row_batches
-from mdm_jax.likelihood.estimators import Likelihood
+from mdm_jax.likelihood.estimators import Evaluate, Likelihood
 from mdm_jax.types import Array, Batch, PyTree
 
 
@@ -167,8 +168,12 @@ def score_windows(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> WindowedLikelihood:
-    """The bound of the texts of :func:`sliding_windows`; arguments as for ``score_answers``."""
-    result = evaluate(params, key, row_batches(windows.rows, batch_size), progress)
+    """The bound of the texts of :func:`sliding_windows`, ``batch_size`` rows in a pass.
+
+    ``evaluate`` is any estimator; ``progress`` gets the number of rows done.
+    """
+    batches = evaluation_batches(StoredRows(windows.rows), batch_size)
+    result = evaluate(params, key, batches, progress)
     text = windows.text[result.row_index]
     return WindowedLikelihood(result, text, windows.window, windows.stride)
 

@@ -30,18 +30,21 @@ from mdm_jax.hub.rules import INFILLING, OF_FAMILY, Rule, check_rule, find_rule,
 from mdm_jax.models.cross_entropy import Readout, without_tokens
 from mdm_jax.models.decoders import cached_block_decoder, partial_decoder
 from mdm_jax.samplers import Sampler, Show
+from mdm_jax.samplers.blocks import sample_blocks_with_passes
 from mdm_jax.types import Array, ArrayLike, PyTree
 
 
 class Generated(NamedTuple):
     """Tokens [B, L] int32 with prompts and padding; ``written`` [B, L] bool, those generated.
 
-    ``canvases`` [S, B, L]: tokens after every step, if asked for.
+    ``canvases`` [S, B, L]: tokens after every step, if asked for. ``passes`` [B] int32: forward
+    passes of each row, those that only read finished blocks included; a guided one counts once.
     """
 
     tokens: Array
     written: np.ndarray
     canvases: Array | None
+    passes: Array
 
 
 def generate(
@@ -110,14 +113,16 @@ def generate_stream(
     pad_id: int | None = None,
     stop: bool = True,
     pad_multiple: int = 64,
+    key_numbers: Sequence[int] | None = None,
     **changes: Any,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The number and the new tokens [max_new_tokens] of each prompt, as soon as they are finished.
+) -> Iterator[samplers.FinishedRow]:
+    """The number, new tokens [max_new_tokens] and steps of each prompt, as soon as it is finished.
 
     ``batch_size`` rows run at a time; where one is finished the next prompt takes its place
     (``samplers.make_stream``). What a prompt gets depends neither on the others nor on the batch:
-    the number is that of its key. Prompts are grouped by length, rounded up to a multiple of
-    ``pad_multiple``, and each group's rows run in one program. On one device.
+    its noise is keyed by its number, or by its of the ``key_numbers``. Prompts are grouped by
+    length, rounded up to a multiple of ``pad_multiple``, and each group's rows run in one program.
+    On one device.
 
     Arguments as of :func:`generate`, but with ``stop`` a row ends at an EOS before which everything
     is filled, and the rest is EOS. ValueError as there, and for rules with an exact cache or along
@@ -150,14 +155,15 @@ def generate_stream(
             canvas, visible, *_ = lay_out(
                 [rows[number]], max_new_tokens, rule, ids.mask, ids.filler(rule), pad_multiple
             )
-            yield samplers.Row(number, canvas[0], visible[0].astype(np.int32))
+            own = None if key_numbers is None else key_numbers[number]
+            yield samplers.Row(number, canvas[0], visible[0].astype(np.int32), own)
 
-    def run() -> Iterator[tuple[int, np.ndarray]]:
+    def run() -> Iterator[samplers.FinishedRow]:
         for _, numbers in sorted(groups.items()):
             first = jax.random.key(0) if key is None else key
             for done in stream(model.params, first, laid_out(numbers)):
                 begin = len(rows[done.number]) if reach else len(done.tokens) - max_new_tokens
-                yield done.number, done.tokens[begin : begin + max_new_tokens]
+                yield done._replace(tokens=done.tokens[begin : begin + max_new_tokens])
 
     return run()
 
@@ -289,7 +295,7 @@ def _written(
     **blocks: Any,
 ) -> Generated:
     given = (canvas, None if visible.all() else visible.astype(np.int32))
-    tokens, canvases = _decode(
+    tokens, canvases, passes = _decode(
         model.params,
         jax.random.key(0) if key is None else key,
         *distributed.spread_rows(given, model.params),
@@ -304,7 +310,7 @@ def _written(
     )
     if canvases is not None:
         canvases = canvases[:, :, result]
-    return Generated(tokens[:, result], (canvas == mask_id)[:, result], canvases)
+    return Generated(tokens[:, result], (canvas == mask_id)[:, result], canvases, passes)
 
 
 def lay_out(
@@ -380,7 +386,7 @@ def _decode(
     show: tuple[Show, bool] | None,
     in_columns: bool = False,
     row_offset: ArrayLike = 0,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Array | None, Array]:
     sampler, grid = make_sampler(rule, 1 if rule.cached else num_blocks, in_columns)
     if show is not None:
         sampler = samplers.shown(sampler, *show)
@@ -390,15 +396,21 @@ def _decode(
         decoder = cached_block_decoder(module, rule.block_size, window)
         decoder = decoder._replace(logits=without_tokens(decoder.logits, rule.suppress_tokens))
         options |= {"prefix": prefix, "stop_id": stop_id, "stop_entropy": rule.stop_entropy}
-        return samplers.sample_blocks(key, decoder, params, sampler, grid, canvas, **options), None
+        tokens, passes = sample_blocks_with_passes(
+            key, decoder, params, sampler, grid, canvas, **options
+        )
+        return tokens, None, passes
     apply_fn, over = _uncached(module, network, traits, rule, grid is not None)
-    sampler = over(sampler, params, documents)
+    sampler = samplers.counted(over(sampler, params, documents))
 
-    def canvases(state: samplers.SamplerState) -> Array | None:
-        return state.tokens if trace else None
+    def traced(state: samplers.SamplerState) -> tuple[Array | None, Array]:
+        return state.tokens if trace else None, state.memory[1]
 
     model_fn = functools.partial(apply_fn, params)
-    return samplers.sample_with_trace(key, model_fn, sampler, grid, canvas, canvases, **options)
+    tokens, (canvases, passes) = samplers.sample_with_trace(
+        key, model_fn, sampler, grid, canvas, traced, **options
+    )
+    return tokens, canvases, passes[-1]
 
 
 def _uncached(

@@ -38,7 +38,7 @@ def token_details(record: Record) -> list[str]:
     shown = "" if error == 0 else " ± unknown" if error is None else f" ± {error:.3f}"
     lines = [f"  perplexity per token {record['perplexity']:.3f}{shown}"]
     if "audit" in record:
-        lines.insert(0, f"  {likelihood.Audit(**record['audit']).line()}")
+        lines.insert(0, f"  {likelihood.audit_line(record['audit'])}")
     if "accuracy" in record:
         low, high = record["accuracy_interval"]
         lines.append(

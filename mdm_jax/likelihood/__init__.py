@@ -1,6 +1,6 @@
 """Likelihoods and likelihood bounds with standard errors, by fixed estimators."""
 
-from mdm_jax.likelihood.audit import Audit, scored_tokens
+from mdm_jax.likelihood.audit import audit_line, scored_tokens
 from mdm_jax.likelihood.bounds import (
     block_design,
     make_block_likelihood,

@@ -1,6 +1,5 @@
 """What a likelihood is of, and how it was estimated: a line beside every number."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,37 +8,19 @@ import numpy as np
 from mdm_jax.types import ArrayLike
 
 
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """All that must be the same for two likelihoods to be compared.
+def audit_line(audit: Mapping[str, Any]) -> str:
+    """One line for the terminal of all that must be the same for two figures to be compared.
 
-    Attributes:
-        scored: tokens that are scored, and those of special ids among them, as of
-            :func:`scored_tokens`.
-        design: of the estimator (``Likelihood.design``): levels, masks, the rates that it covers,
-            and whether its mean is the bound.
-        draws: passes and replicates, in words.
-        parameters: which ones, such as "averaged (EMA)" or "of the last step".
-        dtype: of the network's products.
+    ``audit``: JSON values by name, such as the scored tokens (:func:`scored_tokens`), the design of
+    the estimator, passes and replicates, which parameters, and the dtype of products.
     """
 
-    scored: Mapping[str, int]
-    design: str
-    draws: str
-    parameters: str
-    dtype: str
+    def shown(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name} {number}" for name, number in value.items())
+        return str(value)
 
-    def line(self) -> str:
-        """One line for the terminal."""
-        special = ", ".join(f"{name} {n}" for name, n in self.scored.items() if name != "tokens")
-        return (
-            f"scored {self.scored['tokens']} tokens ({special}); {self.design}; {self.draws}; "
-            f"parameters {self.parameters}, {self.dtype}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return dataclasses.asdict(self)
+    return "; ".join(f"{name.replace('_', ' ')}: {shown(value)}" for name, value in audit.items())
 
 
 def scored_tokens(

@@ -31,7 +31,7 @@ from mdm_jax.likelihood.subsets import (
     every_subset,
     quantile,
 )
-from mdm_jax.models.cross_entropy import token_nats
+from mdm_jax.models.cross_entropy import Readout, exclude_token, position_losses, token_nats
 from mdm_jax.models.masks import check_blocks
 from mdm_jax.objectives.losses import uniform_nelbo
 from mdm_jax.rng import stream
@@ -106,15 +106,21 @@ def masked_estimator(
             check_blocks(eligible.shape[-1], block_size)
         return eligible.reshape(-1, block_size or eligible.shape[-1])
 
+    def draw(key: Array, eligible: Array, view: Array) -> tuple[Array, Array]:
+        mask, weight = design.draw(key[None], eligible[None], view)
+        return mask[0], weight[0]
+
     @jax.jit
     def score(params, keys, batch, replicate, view):
         tokens, by_segment = jnp.asarray(batch.tokens), segments(jnp.asarray(batch.eligible))
         num_rows, length = tokens.shape
         num = length // (block_size or length)
         keys = replicate_keys(keys, replicate)
+        view = jnp.broadcast_to(view, (num_rows,))
         if block_size:
             keys = jax.vmap(lambda key: jax.random.split(key, num))(keys).reshape(-1)
-        mask, weight = design.draw(keys, by_segment, view)
+            view = jnp.repeat(view, num)
+        mask, weight = jax.vmap(draw)(keys, by_segment, view)
         count = jnp.sum(mask, axis=-1)
         logsnr = logsnr_of_count(jnp.maximum(count, 1), jnp.sum(by_segment, axis=-1))
         count, logsnr = (each.reshape(num_rows, num) for each in (count, logsnr))
@@ -218,7 +224,7 @@ def uniform_estimator(
     def score(params, keys, batch, replicate, view):
         numbers = pass_numbers(levels, masks, passes, batch.tokens.shape[-1])
         keys = replicate_keys(keys, replicate)
-        u, share, noise = jax.vmap(lambda key: numbers(key, view))(keys)
+        u, share, noise = jax.vmap(numbers)(keys, jnp.broadcast_to(view, keys.shape))
         u = u[None, :, None]
         draw = Draw(u, jnp.zeros_like(u), noise[None])
         stats = objective.loss(lambda *inputs: apply_fn(params, *inputs), batch, draw)
@@ -286,15 +292,29 @@ def make_next_token_likelihood(
 
 def next_token_estimator(apply_fn: Callable[..., Array], mask_id: int | None) -> Estimator:
     """Estimator without noise, in one pass; arguments as :func:`make_next_token_likelihood`, with
-    None for a softmax over all ids."""
+    None for a softmax over all ids.
+
+    The second further output of its score: how many tokens of a row are not the likeliest.
+    """
+
+    def signed(logits: Array, targets: Array) -> tuple[Array, Array]:
+        """Nats, negative where the token is the likeliest; their gradient is not needed."""
+        logits = exclude_token(logits, mask_id)
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nats = jnp.maximum(jax.nn.logsumexp(logits, axis=-1) - own, 0)
+        hit = own == jnp.max(logits, axis=-1)
+        return jnp.where(hit, -nats, nats), jnp.zeros_like(logits)
 
     @jax.jit
     def score(params, keys, batch, replicate, view):
         del keys, replicate, view
         outputs = apply_fn(params, batch.tokens, None, batch.documents)
-        nats = token_nats(outputs, batch.tokens, batch.eligible, mask_id)
-        nats = jnp.sum(nats, axis=-1)
-        return nats, nats
+        if isinstance(outputs, Readout):
+            each = position_losses(signed, outputs, batch.eligible, batch.tokens)
+        else:
+            each = jnp.where(batch.eligible, signed(outputs, batch.tokens)[0], 0.0)
+        nats = jnp.sum(jnp.abs(each), axis=-1)
+        return nats, nats, jnp.sum(each > 0, axis=-1)
 
     def levels(arrays: list[np.ndarray], rows: ScoredRows, bins: int):
         nats, targets = (np.zeros(bins) for _ in range(2))

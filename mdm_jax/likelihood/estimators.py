@@ -185,6 +185,10 @@ class Likelihood:
         return "\n".join(lines)
 
 
+Evaluate = Callable[..., Likelihood]
+"""``evaluate(params, key, batches, progress=None) -> Likelihood``."""
+
+
 def _ratio(total: float, count: int) -> float:
     return total / count if count > 0 else math.nan
 
@@ -207,8 +211,8 @@ def keys_by_number(key: Array, first_row: Array | int, num_rows: int) -> Array:
 
 
 def replicate_keys(keys: Array, replicate: Array | int) -> Array:
-    """[B] typed keys of a replicate, from those of the rows."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, replicate))(keys)
+    """[B] typed keys of a replicate [] or [B], from those of the rows."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(replicate, keys.shape))
 
 
 def logsnr_of_count(count: Array, num_eligible: Array) -> Array:
@@ -245,6 +249,7 @@ class Estimator(NamedTuple):
     Attributes:
         score: ``score(params, keys [B], batch, replicate, view) -> (nats [B], ...)``, compiled; a
             replicate's estimate of a row is the sum over its views, which of further views adds 0.
+            Replicate and view are [], or [B] of each row.
         views: ``views(eligible [N, L]) -> [N]``, forward passes of a row and replicate.
         fixed: ``fixed(eligible [N, L]) -> [N] bool``, rows without Monte Carlo error.
         levels: ``levels(arrays, rows, bins) -> (loss, divisor, tokens) [bins]`` by noise level, on

@@ -16,22 +16,23 @@ Row = tuple[ArrayLike, ArrayLike]
 """Token ids [n] and eligible positions [n] bool: True where the token is scored, False on a prompt
 and on special tokens that are given."""
 
-Draw = Callable[[np.ndarray, int, int], np.ndarray]
+DrawReplicates = Callable[[np.ndarray, int, int], np.ndarray]
 """``draw(rows [n], first, count) -> [count, n]`` replicates, nats; see ``replicate_until``."""
 
 
 class RowDraws:
-    """Replicates of the estimates of N rows, nats; called as ``Draw``.
+    """Replicates of the estimates of N rows, nats; called as :data:`DrawReplicates`.
 
-    Rows go in batches of one size, padded on the right to the smallest of ``lengths`` that fits, so
-    that few programs are compiled; all passes of a call are dispatched before the host waits. A
-    row's noise is a function of its key, the replicate and the number of a token among the row's
-    eligible ones: not of the batch. Rows without Monte Carlo error are computed once, those without
-    eligible tokens are 0.
+    A pass runs ``batch_size`` rows, of any replicates and views, padded on the right to the
+    smallest of ``lengths`` that fits, so that few programs are compiled; all passes of a call are
+    dispatched before the host waits. A row's noise is a function of its key, the replicate and the
+    number of a token among the row's eligible ones: not of the batch. Rows without Monte Carlo
+    error are computed once, those without eligible tokens are 0.
 
     Args:
         keys: [N] typed keys. Rows with one key have common noise.
         lengths: ascending; default powers of two. Multiples of the block size, for blocks.
+        keep: gets the numbers [n] of rows of a pass and each further output [n, ...] of the score.
 
     ``passes`` counts the forward passes of rows so far. ValueError for rows and keys that differ in
     number, tokens and eligible positions of different shapes, or a row longer than the last length.
@@ -48,13 +49,15 @@ class RowDraws:
         pad_id: int,
         lengths: Sequence[int] = tuple(2**i for i in range(5, 21)),
         progress: Callable[[int], None] | None = None,
+        keep: Callable[..., None] | None = None,
     ) -> None:
         check_at_least_one(batch_size=batch_size)
         if len(keys) != len(rows):
             raise ValueError(f"{len(rows)} rows need as many keys, got {len(keys)}")
         self.estimator, self.params = estimator, params
         self._keys = np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys)
-        self.batch_size, self.pad_id, self.progress = batch_size, pad_id, progress
+        self.batch_size, self.pad_id = batch_size, pad_id
+        self.progress, self.keep = progress, keep
         self.rows = [(np.asarray(t, np.int32), np.asarray(e, bool)) for t, e in rows]
         self.length, self.passes, self._exact = [], 0, {}
         for number, (tokens, eligible) in enumerate(self.rows):
@@ -72,32 +75,36 @@ class RowDraws:
             self.length.append(fitting[0])
 
     def __call__(self, rows: np.ndarray, first: int, count: int) -> np.ndarray:
-        values = np.zeros((count, len(rows)))
-        pending = []
+        values, pending, fresh = np.zeros((count, len(rows))), [], []
         for length in sorted({self.length[row] for row in rows}):
-            place = np.array([i for i, row in enumerate(rows) if self.length[row] == length])
+            place = [i for i, row in enumerate(rows) if self.length[row] == length]
+            place = np.array([i for i in place if rows[i] not in self._exact], int)
+            if not len(place):
+                continue
             eligible = self._eligible(rows[place], length)
             views = np.where(eligible.any(-1), self.estimator.views(eligible), 0)
             fixed = self.estimator.fixed(eligible)
-            for is_fixed in (False, True):
-                own = np.flatnonzero((fixed == is_fixed) & (views > 0))
-                if is_fixed:
-                    own = own[[rows[place[i]] not in self._exact for i in own]]
-                own = own[np.argsort(views[own], kind="stable")]
-                for at in range(0, len(own), self.batch_size):
-                    part = own[at : at + self.batch_size]
-                    runs = range(1) if is_fixed else range(first, first + count)
-                    outputs = self._score(rows[place[part]], length, runs, views[part].max())
-                    pending.append((place[part], is_fixed, outputs))
-                    self.passes += len(part) * len(runs) * int(views[part].max())
-        for place, is_fixed, outputs in pending:
-            nats = np.array(to_host(outputs), np.float64).sum(axis=1)[:, : len(place)]
-            if is_fixed:
-                self._exact |= dict(zip(rows[place], nats[0]))
-            else:
-                values[:, place] = nats
-            if self.progress is not None:
-                self.progress(len(place))
+            fresh += place[fixed].tolist()
+            work = [
+                (i, run, view)
+                for i, own, once in zip(place, views, fixed)
+                for run in range(1 if once else count)
+                for view in range(own)
+            ]
+            for at in range(0, len(work), self.batch_size):
+                part = np.array(work[at : at + self.batch_size])
+                place, run, view = part.T
+                outputs = self._score(rows[place], length, first + run, view)
+                pending.append((place, run, outputs))
+            self.passes += len(work)
+        for place, run, outputs in pending:
+            nats, *further = (np.asarray(each)[: len(place)] for each in to_host(outputs))
+            np.add.at(values, (run, place), nats.astype(np.float64))  # views in their order
+            if self.keep is not None:
+                self.keep(rows[place], *further)
+        if self.progress is not None:
+            self.progress(sum(self.rows[row][1].any() for row in rows))
+        self._exact |= {rows[i]: values[0, i] for i in fresh}
         for i, row in enumerate(rows):
             if row in self._exact:
                 values[:, i] = self._exact[row]
@@ -106,20 +113,24 @@ class RowDraws:
     def _eligible(self, rows: np.ndarray, length: int) -> np.ndarray:
         return np.stack([np.pad(self.rows[r][1], (0, length - len(self.rows[r][1]))) for r in rows])
 
-    def _score(self, rows: np.ndarray, length: int, runs: range, views: int) -> list[list[Array]]:
-        filled = np.resize(rows, self.batch_size)  # repeats rows; their copies are not read
+    def _score(
+        self, rows: np.ndarray, length: int, replicate: np.ndarray, view: np.ndarray
+    ) -> tuple[Array, ...]:
+        """One pass; filled up with copies, which are not read."""
+        rows, replicate, view = (np.resize(a, self.batch_size) for a in (rows, replicate, view))
         tokens = np.full((self.batch_size, length), self.pad_id, np.int32)
         documents = np.zeros_like(tokens)
-        for i, row in enumerate(filled):
+        for i, row in enumerate(rows):
             own = self.rows[row][0]
             tokens[i, : len(own)], documents[i, : len(own)] = own, 1
-        eligible = self._eligible(filled, length)
+        eligible = self._eligible(rows, length)
         batch = Batch(tokens, eligible, documents, eligible.sum(-1).astype(np.int32))
         data, impl = self._keys
-        batch = spread_rows(batch, self.params)
-        keys = jax.random.wrap_key_data(data[filled], impl=impl)
-        score = self.estimator.score
-        return [[score(self.params, keys, batch, r, j)[0] for j in range(views)] for r in runs]
+        inputs = (batch, data[rows], replicate.astype(np.int32), view.astype(np.int32))
+        batch, data, replicate, view = spread_rows(inputs, self.params)
+        keys = jax.random.wrap_key_data(data, impl=impl)
+        outputs = self.estimator.score(self.params, keys, batch, replicate, view)
+        return outputs if self.keep is not None else outputs[:1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from mdm_jax.estimates import Total, total_of
 
 _PAYS_FOR_LOOKS = 0.8
 _BISECTIONS = 30
+_FEWEST = 6
 _USED = 4096  # of the simulated paths, for intervals
 
 
@@ -45,7 +46,8 @@ class Stop:
         coverage: of the intervals.
 
     ValueError for numbers below 2 (``first``, ``most``) or 1 (``round``), a width not positive, a
-    coverage outside (0, 1), or more than 64 looks.
+    coverage outside (0, 1), more than 64 looks, or a sign that fewer than 6 replicates may settle:
+    they know their spread too badly (95 % intervals after 4 of them cover 92.7 %).
     """
 
     most: int = 64
@@ -66,6 +68,12 @@ class Stop:
         if len(self.looks) > 64:
             raise ValueError(
                 f"{len(self.looks)} looks are more than 64; take larger rounds: {self}"
+            )
+
+        if self.sign and len(self.looks) > 1 and self.looks[0] < _FEWEST:
+            raise ValueError(
+                f"a sign is looked at after {_FEWEST} replicates or more, else intervals do not "
+                f"cover what they say: raise first, or set most to first for one look; got {self}"
             )
 
     @property
@@ -174,8 +182,9 @@ class Stopped:
 
     @property
     def row_value(self) -> np.ndarray:
-        """[N] mean of each row's replicates."""
-        return np.nansum(self.row_values, axis=0) / self.row_replicates
+        """[N] mean of each row's replicates; NaN where none was drawn."""
+        total, count = np.nansum(self.row_values, axis=0), self.row_replicates
+        return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
 
 
 def replicate_until(
@@ -261,6 +270,7 @@ def simulated_paths(looks: tuple[int, ...], level: float, parts: int) -> Paths:
     if parts > 1:  # what varies beside the total adds squares alone
         more = (parts - 1) * np.diff(sizes, prepend=1)
         squares = squares + np.cumsum(rng.chisquare(more[:, None], squares.shape), axis=0)
+    squares = np.maximum(squares, np.finfo(np.float32).tiny)  # of two replicates nearly alike
     error = np.sqrt(squares / (parts * (sizes - 1) * sizes)[:, None])
     pivot, limits, alive = means / error, [], np.ones(number, bool)
     for look, size in enumerate(looks):

@@ -24,8 +24,8 @@ The NELBO is the mean, over orders of unmasking, of the sum of ``-log p(next tok
 it)``: ``-log p(x | prompt)`` exactly if all conditionals are those of *one* joint law. Otherwise it
 bounds ``-log P(x | prompt)`` of one-by-one sampling in random order, with equality for a row iff
 all orders give it the same probability (``testing.exact_nelbo``,
-``testing.any_order_log_likelihood``). ``evaluation.paired_difference`` of two rows on common
-subsets estimates a log-likelihood ratio.
+``testing.any_order_log_likelihood``). The difference of two rows on common subsets
+(``stopping.differences`` of rows under one key) estimates a log-likelihood ratio.
 
 References: Uria et al. 2014 (any-order models); Jeon et al. 2025, Information-Theoretic Discrete
 Diffusion (arXiv 2510.24088), for harmonic sizes and the identity.

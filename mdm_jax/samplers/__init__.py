@@ -44,6 +44,7 @@ from mdm_jax.samplers.stream import FinishedRow, Row, make_stream
 from mdm_jax.samplers.uniform import uniform_ancestral, uniform_corrected
 from mdm_jax.samplers.wrappers import (
     DenoiseWrapper,
+    counted,
     no_repeat_ngrams,
     prompt_guidance,
     self_conditioned,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from mdm_jax.models.masks import check_blocks
 from mdm_jax.samplers.canvas import check_canvas, check_prefix, checked_generator
-from mdm_jax.samplers.sampler import Sampler, sample
+from mdm_jax.samplers.sampler import Sampler, sample_with_trace
+from mdm_jax.samplers.wrappers import counted
 from mdm_jax.types import Array, ArrayLike, PyTree
 
 if TYPE_CHECKING:  # it needs Flax
@@ -61,6 +62,43 @@ def sample_blocks(
 
     Raises ValueError as ``sample``; if the block size does not divide the length; if the prefix is
     longer than the canvas or not all given; if a sampler is guided and ``guided`` not set.
+    """
+    return sample_blocks_with_passes(
+        key,
+        decoder,
+        params,
+        sampler,
+        grid,
+        canvas,
+        mask_id=mask_id,
+        documents=documents,
+        row_offset=row_offset,
+        prefix=prefix,
+        guided=guided,
+        stop_id=stop_id,
+        stop_entropy=stop_entropy,
+    )[0]
+
+
+def sample_blocks_with_passes(
+    key: Array,
+    decoder: BlockDecoder,
+    params: PyTree,
+    sampler: Sampler,
+    grid: ArrayLike | None,
+    canvas: ArrayLike,
+    *,
+    mask_id: int,
+    documents: ArrayLike | None = None,
+    row_offset: ArrayLike = 0,
+    prefix: int = 0,
+    guided: bool = False,
+    stop_id: int | None = None,
+    stop_entropy: float | None = None,
+) -> tuple[Array, Array]:
+    """:func:`sample_blocks`, and the forward passes of each row [B], those that only read included.
+
+    Passes of a second cache (``guided``) are not counted.
     """
     canvas, documents = check_canvas(canvas, documents)
     num_rows, length = canvas.shape
@@ -114,12 +152,13 @@ def sample_blocks(
             return decoder.logits(params, cache, tokens, logsnr, row_documents, **further)
 
         before = jax.lax.dynamic_slice_in_dim(written, index * size, room, axis=1)
-        tokens = sample(
+        tokens, steps = sample_with_trace(
             jax.random.fold_in(key, index),
             model_fn,
-            _with_context(sampler, before, index * size),
+            counted(_with_context(sampler, before, index * size)),
             grid,
             block_canvas,
+            lambda state: state.memory[1],
             mask_id=mask_id,
             documents=row_numbers,  # `sample` passes its documents on: here, the rows' numbers
             row_offset=row_offset,
@@ -140,22 +179,23 @@ def sample_blocks(
             low = (empirical_entropy(last) < stop_entropy) & jnp.any(free, axis=-1)
             low &= (begin > 0) & ~stopped
             stopped, cut = stopped | low, jnp.where(low, begin, cut)
-        return (caches, written, stopped, cut), tokens
+        return (caches, written, stopped, cut), (tokens, steps[-1])
 
     def split(values: Array) -> Array:
         return jnp.swapaxes(values[:, start:].reshape(num_rows, -1, size), 0, 1)
 
     if start == length:
-        return canvas
+        return canvas, jnp.ones(num_rows, jnp.int32)
     blocks = (jnp.arange(start // size, num_blocks), split(canvas), split(documents))
     state = (caches, written, jnp.zeros(num_rows, bool), jnp.full(num_rows, length))
-    (*_, cut), filled = jax.lax.scan(fill, state, blocks)
+    (*_, cut), (filled, steps) = jax.lax.scan(fill, state, blocks)
+    passes = jnp.sum(steps, axis=0) + bool(start) + len(steps) - 1
     filled = jnp.swapaxes(filled, 0, 1).reshape(num_rows, -1)
     tokens = jnp.concatenate([canvas[:, :start], filled], axis=1)
     if stop_id is None:
-        return tokens
+        return tokens, passes
     beyond = jnp.arange(length)[None] >= cut[:, None]
-    return jnp.where((canvas == mask_id) & beyond, stop_id, tokens)
+    return jnp.where((canvas == mask_id) & beyond, stop_id, tokens), passes
 
 
 def empirical_entropy(tokens: Array) -> Array:

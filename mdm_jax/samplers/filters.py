@@ -94,8 +94,15 @@ def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead:
         )
 
 
+NOT_FINITE = -1
+"""In place of a token where a logit is NaN, or all are -inf."""
+
+
 def draw_tokens(keys: Array, logits: Array) -> Array:
-    """One token per position from ``softmax(logits [B, ..., K])``, int32 [B, ...]; ``keys`` [B]."""
+    """One token per position from ``softmax(logits [B, ..., K])``, int32 [B, ...]; ``keys`` [B].
+
+    :data:`NOT_FINITE` where there is no distribution.
+    """
     flat = logits.reshape(logits.shape[0], -1, logits.shape[-1])
     positions = jnp.broadcast_to(jnp.arange(flat.shape[1])[None], flat.shape[:2])
     return draw_tokens_at(keys, flat, positions).reshape(logits.shape[:-1])
@@ -118,11 +125,12 @@ def draw_filtered(
 def most_likely(logits: Array) -> Array:
     """``argmax`` over the last axis, int32; by two plain reductions, several times faster on CPUs.
 
-    The last token where a logit is NaN.
+    :data:`NOT_FINITE` where a logit is NaN, or all are -inf.
     """
     top = jnp.max(logits, axis=-1, keepdims=True)
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.min(jnp.where(logits == top, token, logits.shape[-1] - 1), axis=-1)
+    first = jnp.min(jnp.where(logits == top, token, logits.shape[-1] - 1), axis=-1)
+    return jnp.where(top[..., 0] > -jnp.inf, first, NOT_FINITE)
 
 
 def draw_tokens_at(keys: Array, logits: Array, positions: Array) -> Array:
@@ -137,7 +145,8 @@ def draw_tokens_at(keys: Array, logits: Array, positions: Array) -> Array:
 
     def row(key: Array, numbers: Array, values: Array) -> Array:
         own = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-        return jax.vmap(choose)(own, values)
+        known = jnp.max(values, axis=-1) > -jnp.inf  # False for NaN
+        return jnp.where(known, jax.vmap(choose)(own, values), NOT_FINITE)
 
     return jax.vmap(row)(keys, positions, logits)
 

@@ -1,7 +1,7 @@
 """Continuous batching: finished rows leave the batch at once, and waiting ones take their places.
 
 One compiled program of fixed shapes runs all rows. What a row becomes depends on its canvas, its
-number and the key alone: neither on the rows beside it nor on when it came.
+key number and the key alone: neither on the rows beside it nor on when it came.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +25,15 @@ from mdm_jax.types import Array, ArrayLike, PyTree
 
 
 class Row(NamedTuple):
-    """A row to fill: its number, canvas [L] and documents [L] (None for one document)."""
+    """A row to fill: its number, canvas [L] and documents [L] (None for one document).
+
+    Its noise is keyed by ``key_number``; None: by its number.
+    """
 
     number: int
     canvas: ArrayLike
     documents: ArrayLike | None = None
+    key_number: int | None = None
 
 
 class FinishedRow(NamedTuple):
@@ -59,8 +63,8 @@ def make_stream(
 ) -> Stream:
     """``stream(params, key, rows)``: fills rows of one length, each given out when it is finished.
 
-    Row i is that of ``sample`` with ``row_offset=i``. Any number of rows may wait in an iterator,
-    which is read as places become free. On one device. Compiled once per length.
+    A row is that of ``sample`` with its key number as ``row_offset``. Any number of rows may wait
+    in an iterator, which is read as places become free. On one device. Compiled once per length.
 
     Args:
         apply_fn, mask_id: as of ``make_generator``.
@@ -145,6 +149,7 @@ def make_stream(
     def stream(params: PyTree, key: Array, rows: Iterable[Row]) -> Iterator[FinishedRow]:
         rows, batch, canvas, documents = iter(rows), None, None, None
         numbers, occupied = np.zeros(batch_size, np.int32), np.zeros(batch_size, bool)
+        names = np.zeros(batch_size, np.int64)
         arriving = np.ones(batch_size, bool)
         while True:
             for slot in np.flatnonzero(~occupied):
@@ -160,7 +165,8 @@ def make_stream(
                         f"rows of a stream have one length, {length}, and all or none documents; "
                         f"row {row.number} has {len(row.canvas)} tokens"
                     )
-                numbers[slot], canvas[slot] = row.number, row.canvas
+                names[slot], canvas[slot] = row.number, row.canvas
+                numbers[slot] = row.number if row.key_number is None else row.key_number
                 if has_documents:
                     documents[slot] = row.documents
                 occupied[slot] = arriving[slot] = True
@@ -175,6 +181,6 @@ def make_stream(
             arriving[:] = False
             for slot in np.flatnonzero(done):
                 occupied[slot] = False
-                yield FinishedRow(int(numbers[slot]), tokens[slot], int(steps[slot]))
+                yield FinishedRow(int(names[slot]), tokens[slot], int(steps[slot]))
 
     return stream

@@ -194,6 +194,33 @@ def completes_repeat(
     return jax.vmap(one_row)(rows)
 
 
+def counted(sampler: Sampler) -> Sampler:
+    """The sampler, whose ``memory`` is (its own, [B] int32: steps that ran the network for a row).
+
+    A step of a sampler in blocks that fills no position runs nothing.
+    """
+
+    def own(state: SamplerState) -> SamplerState:
+        return state._replace(memory=state.memory[0])
+
+    def init(keys, canvas, mask_id):
+        state = sampler.init(keys, canvas, mask_id)
+        return state._replace(memory=(state.memory, jnp.zeros(len(canvas), jnp.int32)))
+
+    def step(context, denoise, state):
+        if sampler.blocks is None:
+            runs = ~sampler.finished(own(state), context.mask_id)
+        else:
+            runs = sampler.blocks.of(context, state.tokens)[1]
+        new = sampler.step(context, denoise, own(state))
+        return new._replace(memory=(new.memory, state.memory[1] + runs))
+
+    def finished(state, mask_id):
+        return sampler.finished(own(state), mask_id)
+
+    return sampler._replace(init=init, step=step, finished=finished)
+
+
 def stopping_at(sampler: Sampler, stop_id: int) -> Sampler:
     """The sampler, but a row ends at this token where everything before it is filled.
 

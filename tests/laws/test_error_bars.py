@@ -18,7 +18,7 @@ from variants import slow_except
 
 from mdm_jax import corruption, evaluation, likelihood, meter, objectives, variance
 from mdm_jax.estimates import sketch, start
-from mdm_jax.evaluation.answers import AnswerScores, TaskAccuracy
+from mdm_jax.evaluation.accuracy import TaskAccuracy
 from mdm_jax.evaluation.ngrams import token_entropy
 from mdm_jax.evaluation.paired import paired_difference, paired_seeds
 from mdm_jax.evaluation.windows import WindowedLikelihood
@@ -334,8 +334,6 @@ def test_errors_over_texts_questions_answers_and_seeds():
         long = WindowedLikelihood(windows, np.repeat(np.arange(30), 4), 8, 4)
         pair = windows.nats_per_token, long.data_standard_error_nats_per_token
         found.setdefault("windows", []).append(pair)
-        answers = AnswerScores(rng.normal(3.0, 2.0, (8, 1)), np.ones(1), np.ones(1))
-        found.setdefault("answers", []).append((answers.nats[0], answers.standard_error[0]))
         task = TaskAccuracy(("",) * 50, ("",) * 50, rng.random(50) < 0.7)
         found.setdefault("task", []).append((task.accuracy, task.standard_error))
         seeds = paired_seeds(rng.normal(1.0, 1.0, 8), rng.normal(0.5, 1.0, 8), resamples=2)
@@ -352,9 +350,9 @@ def test_errors_over_texts_questions_answers_and_seeds():
             batch_size=60,
         )
         found.setdefault("perplexity", []).append((scored.perplexity, scored.standard_error))
-    truths = {"windows": 2.0, "answers": 3.0, "task": 0.7, "seeds": 0.5, "entropy": np.log(2) / 2}
+    truths = {"windows": 2.0, "task": 0.7, "seeds": 0.5, "entropy": np.log(2) / 2}
     for name, pairs in found.items():
         values, errors = zip(*pairs)
         truth = truths.get(name, np.mean(values))  # a perplexity is high by half its variance
-        freedom = {"answers": 7, "seeds": 7}.get(name, np.inf)
+        freedom = {"seeds": 7}.get(name, np.inf)
         assert_honest(values, errors, truth, freedom=freedom, skew=0.03)

@@ -16,11 +16,12 @@ from mdm_jax import files, hub, likelihood, models, sharding
 from mdm_jax.data.tokenizers import CharTokenizer
 from mdm_jax.evaluation import local_tasks
 from mdm_jax.evaluation.answering import Answerer
-from mdm_jax.evaluation.subject import Settings, Subject
+from mdm_jax.evaluation.model import EvaluatedModel
+from mdm_jax.evaluation.settings import Settings
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.modes import eval_tasks
 from mdm_jax.launch.presets import get_config
-from mdm_jax.tasks import harness as task_rows
+from mdm_jax.tasks import stored
 from mdm_jax.tasks.arithmetic import Add
 from mdm_jax.types import Batch
 
@@ -60,7 +61,7 @@ def subject(name, devices=1):
     )
     model = hub.load(MODELS / name, mesh=mesh, tokenizer=False)
     codec = CharTokenizer("".join(map(chr, range(32, 32 + model.traits.vocab_size - 4))))
-    return Subject(model, codec)
+    return EvaluatedModel(model, codec)
 
 
 def bound(subject, pair):
@@ -97,7 +98,7 @@ def bound(subject, pair):
 def test_every_family_is_scored_as_by_the_core_and_writes_as_by_hub(name):
     """Within 5 standard errors of both; the mask token out of the softmax, as the core has it."""
     one = subject(name)
-    one = Subject(one.model, one.tokenizer, trained_here=one.kind != "uniform")
+    one = EvaluatedModel(one.model, one.tokenizer, trained_here=one.kind != "uniform")
     settings = Settings(passes=16, replicates=8, exact_up_to=0)
     answers = Answerer(one, settings).likelihoods(PAIRS)
     for answer, pair in zip(answers, PAIRS):
@@ -150,10 +151,10 @@ def test_prompts_by_the_chat_template_end_with_the_turn(tmp_path):
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     task = Add(digits=2)
-    local_tasks.write(folder, "add", "checked", task_rows.rows(task, 12), max_tokens=4)
+    local_tasks.write(folder, "add", "checked", stored.rows(task, 12), max_tokens=4)
     rows = [
         {"question": r["question"], "choices": [r["answer"], "000", "199"], "answer": 0}
-        for r in task_rows.rows(task, 40)
+        for r in stored.rows(task, 40)
     ]
     local_tasks.write(folder, "pick", "choice", rows)
     return folder

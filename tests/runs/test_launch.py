@@ -190,6 +190,18 @@ def test_evaluate_and_sample_need_nothing_but_the_workdir(whole, tmp_path, monke
     found = re.search(r"--- infill ---\nThe ⟦.{4}⟧ of⟦(.*)⟧", out, re.DOTALL)
     assert found and len(found[1]) == 32 - 11
     assert len(list((workdir / "samples").iterdir())) == len(samples) + 2  # never over older ones
+    # An approximate cache that is always refreshed changes nothing.
+    code, cached, _ = launching.call(
+        *(monkeypatch, capsys, f"--workdir={workdir}", "--mode=sample"),
+        f"--config.sample.prompts={prompts}",
+        "--config.sample.approximate_cache=dual",
+        "--config.sample.cache_refresh=1",
+    )
+    assert (
+        code == 0
+        and cached.split("[given]")[1].split("samples")[0]
+        == (out.split("[given]")[1].split("samples")[0])
+    )
     assert (workdir / "config.json").read_text() == config
 
 

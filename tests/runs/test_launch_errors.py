@@ -206,6 +206,10 @@ def test_an_unknown_grid_is_refused(refused):
             "the order is couple, warp, replicate",
         ),
         (["--config.data.prompt_length=5"], "data.source='embedded' does not read data.prompt_len"),
+        (
+            ["--config.process=uniform", "--config.sample.approximate_cache=dual"],
+            "sample.approximate_cache=dual is for process=masked",
+        ),
         (["--config.data.tokenizer=nowhere"], "tokenizer must be 'char', 'byte', 'bpe'"),
     ],
     ids=lambda value: value[0].removeprefix("--config.") if isinstance(value, list) else "",

@@ -10,7 +10,7 @@ import tiny
 
 from mdm_jax import hub, models, sharding
 from mdm_jax.data.tokenizers import CharTokenizer
-from mdm_jax.evaluation.subject import Subject
+from mdm_jax.evaluation.model import EvaluatedModel
 from mdm_jax.hub.family import Family, Traits
 
 CODEC = CharTokenizer("abc")  # unknown 3, padding 4, EOS 5, mask 6
@@ -24,7 +24,7 @@ def _model(params, logits, **traits):
 
 def joint():
     """The joint law of ``joint_law`` over texts of four characters; the mask is its 3."""
-    subject = Subject(
+    subject = EvaluatedModel(
         _model({"law": jnp.asarray(joint_law.LAW)}, None, vocab_size=4, mask_id=3, length=4), CODEC
     )
     subject.__dict__["apply_fn"] = lambda params, inputs, _level, _documents: joint_law.apply_joint(
@@ -39,18 +39,22 @@ def conditional(prompt: str, answer: str) -> float:
     return -joint_law.conditional_nats(row, np.arange(4)[None] >= len(prompt))[0]
 
 
-def counter(eos_at: int = 100, length: int = 64):
-    """Position i holds character i modulo 3, from ``eos_at`` on EOS, whatever came before."""
+def counter(eos_at: int = 100, length: int = 64, broken: bool = False):
+    """Position i holds character i modulo 3, from ``eos_at`` on EOS, whatever came before.
+
+    ``broken``: logits of the third position are NaN.
+    """
 
     def logits(_module, params, _traits, tokens, _visible):
         where = jnp.arange(tokens.shape[1])
         likely = jnp.where(where < eos_at, where % 3, CODEC.eos_id)
         ones = params["scale"] * jax.nn.one_hot(likely, CODEC.vocab_size)
+        ones = jnp.where(broken & (where == 2)[:, None], jnp.nan, ones)
         return jnp.broadcast_to(ones, (*tokens.shape, CODEC.vocab_size))
 
     params = {"scale": jnp.float32(10.0)}
     traits = {"vocab_size": CODEC.vocab_size, "mask_id": CODEC.mask_id, "length": length}
-    subject = Subject(_model(params, logits, **traits), CODEC)
+    subject = EvaluatedModel(_model(params, logits, **traits), CODEC)
     subject.__dict__["apply_fn"] = None  # it scores nothing
     return subject
 
@@ -75,4 +79,4 @@ def network(devices: int = 1, process: str = "masked", scale: float = 1.0):
     )
     params = jax.tree.map(lambda leaf: scale * leaf, tiny.parameters(model.model, 8))
     made = hub.HubModel(**{**vars(model), "params": sharding.replicate(params, mesh)})
-    return Subject(made, CODEC, process=process, trained_here=True)
+    return EvaluatedModel(made, CODEC, process=process, trained_here=True)

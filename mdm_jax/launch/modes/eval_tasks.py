@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 from mdm_jax import files, hub, sharding
 from mdm_jax.checks import unknown_name
 from mdm_jax.evaluation.answering import Answerer, Journal
+from mdm_jax.evaluation.model import EvaluatedModel
 from mdm_jax.evaluation.paired import compare_results
-from mdm_jax.evaluation.subject import Settings, Subject
+from mdm_jax.evaluation.settings import Settings
 from mdm_jax.launch.modes.chat import tokenizer_of
 from mdm_jax.launch.modes.export import merged, open_run
 from mdm_jax.launch.reports.failures import result_rows, write_failures
 from mdm_jax.launch.workdir import new_files, saved_config, writing
+from mdm_jax.likelihood import audit_line
 
 _TASKS = flags.DEFINE_list("tasks", [], "eval: names of tasks.")
 _LIMIT = flags.DEFINE_integer("limit", None, "eval: first documents of each task alone.", 1)
@@ -33,6 +35,9 @@ _SETTINGS = flags.DEFINE_string(
     "",
     'eval: how requests are answered, as in "passes=32,replicates=8,rule=llada,block_size=32"; '
     f"all: {', '.join(f.name for f in dataclasses.fields(Settings))}.",
+)
+_STREAM = flags.DEFINE_bool(
+    "stream", False, "eval: generated rows that are done make room for others, on one device."
 )
 _COMPARE = flags.DEFINE_list("compare", [], "eval: two files of results, instead of tasks.")
 
@@ -63,7 +68,7 @@ def settings(text: str, given: dict[str, Any]) -> Settings:
 
 def subject_of_run(
     workdir: files.Path, config: ConfigDict, last: bool, moved: str | None = None
-) -> Subject:
+) -> EvaluatedModel:
     """The model of a run to evaluate: the best averages, or those of the ``last`` step.
 
     ``moved``: where its source is now.
@@ -71,7 +76,7 @@ def subject_of_run(
     mesh = sharding.make_mesh(**config.mesh)
     run = open_run(workdir, last, mesh=mesh, moved=moved, uniform=True)
     model, saved = merged(run, workdir), saved_config(workdir)
-    return Subject(
+    return EvaluatedModel(
         model,
         tokenizer_of(model, workdir),
         process=saved.process,
@@ -119,7 +124,9 @@ def run(
     journal = Journal(folder / "requests.jsonl")
     if journal.torn:
         show(journal.torn)
-    answerer = Answerer(subject, chosen, journal, batch=_BATCH.value, progress=True)
+    answerer = Answerer(
+        subject, chosen, journal, batch=_BATCH.value, stream=_STREAM.value, progress=True
+    )
     known = len(journal.answers)
     try:
         results, records = harness.run_tasks(
@@ -136,8 +143,7 @@ def run(
         print(f"\nstopped; {answered} answers are kept in {journal.path}, and the same command "
               "line goes on from there", file=sys.stderr)  # fmt: skip
         return 130
-    results["audit_line"] = harness.audit_line(results["audit"])
-    show(results["audit_line"])
+    show(audit_line(results["audit"]))
     show("\n".join("  ".join(row) for row in result_rows(results)))
     stem = "-".join(_TASKS.value)[:80].replace("/", "_")
     paths = new_files(folder, stem, ".json", ".jsonl", ".html")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mdm_jax import data, distributed, evaluation, files, likelihood, plots, rng, training
-from mdm_jax.evaluation.answers import measure_task_accuracy
+from mdm_jax.evaluation.accuracy import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.modes.spacing import stored_generator
@@ -84,14 +84,14 @@ def _audit(
         return {}
     c, tokenizer = experiment.config, experiment.dataset.tokenizer
     ids = {} if tokenizer is None else {"EOS": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    audit = likelihood.Audit(
-        scored=likelihood.scored_tokens(((b.tokens, b.eligible) for b in batches), ids),
-        design=result.design,
-        draws=f"{result.replicates} replicates of {result.passes} passes",
-        parameters=f"of step {step}, averaged (EMA {c.optimizer.ema_decay:g})",
-        dtype=c.model.dtype,
-    )
-    return {"audit": audit.to_dict()}
+    audit = {
+        "scored": likelihood.scored_tokens(((b.tokens, b.eligible) for b in batches), ids),
+        "design": result.design,
+        "draws": f"{result.replicates} replicates of {result.passes} passes",
+        "parameters": f"of step {step}, averaged (EMA {c.optimizer.ema_decay:g})",
+        "dtype": c.model.dtype,
+    }
+    return {"audit": audit}
 
 
 def measure_accuracy(

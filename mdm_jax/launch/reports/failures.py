@@ -5,6 +5,7 @@ from typing import Any
 
 from mdm_jax import files
 from mdm_jax.launch.reports.page import document, section, table, tag, text
+from mdm_jax.likelihood import audit_line
 
 _SHOWN = 200  # of each task
 
@@ -20,7 +21,7 @@ def write_failures(
     path: files.Path, results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write the page of the wrong answers among the records of ``evaluation.harness.run_tasks``."""
-    head = tag("header", f"<h1>Failures</h1><p>{text(results['audit_line'])}</p>")
+    head = tag("header", f"<h1>Failures</h1><p>{text(audit_line(results['audit']))}</p>")
     parts = [head, section("Results", table(result_rows(results)))]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for record in records:  # a document has a record of each filter

@@ -8,7 +8,7 @@ import pytest
 from mdm_jax import tasks
 from mdm_jax.evaluation import accuracy
 from mdm_jax.evaluation.paired import unlike
-from mdm_jax.tasks import harness
+from mdm_jax.tasks import stored
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_bootstrap_over_problems_is_near_the_normal_interval():
 
 
 def test_tasks_of_ours_are_checked_by_their_own_checker():
-    (row,) = harness.rows(tasks.Countdown(numbers=2), 1)
-    assert harness.check(row, [row["answer"]]) == {"exact_match": 1.0}
+    (row,) = stored.rows(tasks.Countdown(numbers=2), 1)
+    assert stored.check(row, [row["answer"]]) == {"exact_match": 1.0}
     left, rest = row["answer"].split("=")[0], row["answer"].split("=")[1]
     for sign in "+*":
         if sign in left:  # the other order is not the stored answer, and right
             turned = sign.join(reversed(left.split(sign)))
-            assert harness.check(row, [f"{turned}={rest}"]) == {"exact_match": 1.0}
-    assert harness.check(row, ["1+1=2"]) == {"exact_match": 0.0}
+            assert stored.check(row, [f"{turned}={rest}"]) == {"exact_match": 1.0}
+    assert stored.check(row, ["1+1=2"]) == {"exact_match": 0.0}
     with pytest.raises(ValueError, match="tasks that can be stored"):
-        next(harness.rows(tasks.Noisy(tasks.Add(2), 1), 1))
+        next(stored.rows(tasks.Noisy(tasks.Add(2), 1), 1))
 
 
 def test_evaluations_on_other_data_are_named():

@@ -8,34 +8,33 @@ import jax.numpy as jnp
 import joint_law
 import numpy as np
 import pytest
-import toy_oracle as oracle
 
 from mdm_jax import likelihood
-from mdm_jax.evaluation import answers, paired
+from mdm_jax.evaluation import choices, paired
 from mdm_jax.likelihood import subsets as designs
-from mdm_jax.likelihood.bounds import make_subset_likelihood
+from mdm_jax.likelihood.stopping import Stop, differences, each_row, replicate_until
 from mdm_jax.testing import toys
 from mdm_jax.types import Batch
 
 KEY = jax.random.key(0)
 LAW = jnp.asarray(joint_law.LAW)
-LAYOUT = {"prompt_length": 2, "answer_length": 2, "pad_id": 0}
 
 
-def joint_likelihood(design, **settings):
-    return make_subset_likelihood(joint_law.apply_joint, 3, design, **settings)
+def draws(rows, design, keys=None):
+    """Replicates of rows (tokens [n], eligible [n]) under the joint law, filled up with zeros."""
+    keys = jnp.zeros(len(rows), int) if keys is None else jnp.asarray(keys)
+    return likelihood.RowDraws(
+        likelihood.masked_estimator(joint_law.apply_joint, 3, design),
+        LAW,
+        rows,
+        jax.vmap(lambda key: jax.random.fold_in(KEY, key))(keys),
+        batch_size=2,
+        pad_id=0,
+        lengths=(4,),
+    )
 
 
-@pytest.fixture(scope="module")
-def exact():
-    """Every subset of every answer: the chain rule of the joint law."""
-    return joint_likelihood(designs.every_subset(), replicates=2)
-
-
-@pytest.fixture(scope="module")
-def noisy():
-    """One harmonic subset a replicate."""
-    return joint_likelihood(designs.harmonic_counts(1), replicates=20)
+EXACT, NOISY = designs.every_subset(), designs.harmonic_counts(1)
 
 
 def apply_toy(params, inputs, logsnr, documents):
@@ -47,104 +46,53 @@ def toy_likelihood():
     return likelihood.make_likelihood(apply_toy, 3, passes=2, replicates=20)
 
 
-def test_layout_of_answers():
-    rows = answers.answer_rows(
-        [[5], [6, 7], []], [[1, 2], [3], []], units=[4, 9, 0], **LAYOUT | {"pad_id": 8}
-    )
-    np.testing.assert_array_equal(rows.tokens, [[8, 5, 1, 2], [6, 7, 3, 8], [8, 8, 8, 8]])
-    np.testing.assert_array_equal(rows.eligible, [[0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(rows.documents, [[0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
-    assert rows.units.tolist() == [4, 9, 0] and rows.tokens.dtype == np.int32
-    plain = answers.answer_rows([[5], [6]], [[1, 2], [3]], **LAYOUT)
-    assert plain.units.tolist() == [2, 1]
-
-
-def test_answers_are_scored_given_their_prompts(exact):
-    """Batches of 2 of 5 rows; one has no answer, and its place stays empty."""
+def test_answers_are_scored_given_their_prompts():
+    """Batches of 2 of 5 rows; one has no answer."""
     states = joint_law.STATES[[3, 30, 44, 61, 79]]
     eligible = np.array(
         [[0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]], bool
     )
-    rows = joint_law.rows_of(states, eligible)
-    scores = answers.score_answers(exact, LAW, KEY, rows, batch_size=2)
+    rows = draws([*zip(states, eligible)], EXACT)
+    found = replicate_until(rows, 5, each_row(5), Stop(2))
     expected = joint_law.conditional_nats(states, eligible)
-    expected[2] = np.nan
-    np.testing.assert_allclose(scores.nats, expected, rtol=3e-6)
-    assert scores.tokens.tolist() == scores.units.tolist() == [2, 1, 0, 2, 4]
-    np.testing.assert_array_equal(scores.standard_error, [0, 0, np.nan, 0, 0])
-
-
-def test_error_of_an_answer_is_over_replicates():
-    scores = answers.AnswerScores(np.array([[1.0, 4.0], [3.0, 4.0]]), np.ones(2), np.ones(2))
-    np.testing.assert_allclose(scores.nats, [2, 4])
-    np.testing.assert_allclose(scores.standard_error, [1, 0])
+    expected[2] = 0
+    np.testing.assert_allclose(found.row_value, expected, rtol=3e-6)
+    assert found.standard_error.tolist() == [0] * 5
+    assert rows.passes == 3 + 1 + 0 + 3 + 15
 
 
 FIRST, SECOND = joint_law.STATES[[0, 17, 40]], joint_law.STATES[[1, 26, 41]]
+WHOLE = np.ones((3, 4), bool)
 
 
-def test_likelihood_ratios_are_exact_for_one_joint_law(exact):
-    rows = [joint_law.rows_of(states) for states in (FIRST, SECOND)]
-    ratios = answers.log_likelihood_ratios(exact, LAW, KEY, *rows, batch_size=3)
-    whole = np.ones((3, 4), bool)
-    first, second = (joint_law.conditional_nats(s, whole) for s in (FIRST, SECOND))
-    np.testing.assert_allclose(ratios.per_row_nats, first - second, atol=2e-5)
-    assert (ratios.per_row_standard_error == 0).all()
+def ratios(first, second, design, replicates):
+    """log p(second) - log p(first), rows of a pair under one key."""
+    rows = [*zip(first, WHOLE), *zip(second, WHOLE)]
+    pairs = differences(np.arange(3), 3 + np.arange(3))
+    return replicate_until(draws(rows, design, [0, 1, 2] * 2), 6, pairs, Stop(replicates))
 
 
-def test_random_ratios_share_their_subsets(noisy):
+def test_likelihood_ratios_are_exact_for_one_joint_law():
+    found = ratios(FIRST, SECOND, EXACT, 2)
+    truth = np.subtract(*(joint_law.conditional_nats(states, WHOLE) for states in (FIRST, SECOND)))
+    np.testing.assert_allclose(found.value, truth, atol=2e-5)
+    assert (found.standard_error == 0).all()
+
+
+def test_random_ratios_share_their_subsets():
     """The identical row cancels exactly in every replicate, others within 5 standard errors."""
-    rows = [joint_law.rows_of(states) for states in (FIRST, np.array([FIRST[0], *SECOND[1:]]))]
-    ratios = answers.log_likelihood_ratios(noisy, LAW, KEY, *rows, batch_size=2)
-    assert (ratios.replicate_row_nats[:, 0] == 0).all()
-    whole = np.ones((3, 4), bool)
-    truth = joint_law.conditional_nats(rows[0].tokens, whole) - joint_law.conditional_nats(
-        rows[1].tokens, whole
-    )
-    error = ratios.per_row_standard_error
-    assert (np.abs(ratios.per_row_nats - truth)[1:] < 5 * error[1:]).all() and error[0] == 0
-
-
-@pytest.mark.parametrize(
-    "rows, harmonic, rotated",
-    [
-        (((0, 0, 1, 0), (0, 0, 2, 0)), (0.233, 3.536), (0.165, 0.477)),
-        (((0, 0, 1, 0), (1, 1, 1, 2)), (0.747, 4.148), (0.905, 0.794)),
-    ],
-)
-def test_variances_of_coupled_ratios(rows, harmonic, rotated):
-    """The table of ``log_likelihood_ratios``, four passes, from the enumerated losses."""
-    first, second = oracle.loss_table(rows)
-    k = np.arange(1, 5)
-
-    def moment(losses, power):
-        return np.array([np.mean(losses[size == oracle.SIZE] ** power) for size in k])
-
-    def harmonic_variance(losses):
-        mean = np.sum(moment(losses, 1) / k)
-        return (np.sum(1 / k) * np.sum(moment(losses, 2) / k) - mean**2) / 4
-
-    def rotated_variance(losses):
-        ranks = np.array([p for p in np.ndindex(4, 4, 4, 4) if len(set(p)) == 4])
-        views = (ranks[:, None] - np.arange(4)[:, None]) % 4
-        counts = 1 + (np.arange(4)[:, None] + np.arange(4)) % 4
-        number = (views[None] < counts[:, None, :, None]).astype(int) @ (1 << np.arange(4))
-        return (losses[number] / counts[:, None]).sum(-1).var()
-
-    for variance, expected in ((harmonic_variance, harmonic), (rotated_variance, rotated)):
-        shared, apart = variance(first - second), variance(first) + variance(second)
-        np.testing.assert_allclose([shared, apart], expected, atol=5e-4)
-
-
-def test_ratios_need_common_positions(exact):
-    rows = joint_law.rows_of(FIRST)
-    shorter = rows._replace(eligible=np.tile([True, True, False, True], (3, 1)))
-    with pytest.raises(ValueError, match="same eligible positions"):
-        answers.log_likelihood_ratios(exact, LAW, KEY, rows, shorter, batch_size=3)
+    second = np.array([FIRST[0], *SECOND[1:]])
+    found = ratios(FIRST, second, NOISY, 20)
+    assert (found.row_values[:, 0] == found.row_values[:, 3]).all()
+    assert np.ptp(found.row_values[:, 0]) > 0.01
+    truth = np.subtract(*(joint_law.conditional_nats(states, WHOLE) for states in (FIRST, second)))
+    error = found.standard_error
+    assert (np.abs(found.value - truth)[1:] < 5 * error[1:]).all() and error[0] == 0
 
 
 PROMPTS = [[0, 1], [2, 2], [1, 0]]
 CANDIDATES = [[[0, 0], [1, 2]], [[0], [2, 1], [1]], [[2], [0, 2]]]
+NUMBER = np.array([[0, 1, -1], [2, 3, 4], [5, 6, -1]])
 
 
 def candidate_nats():
@@ -158,47 +106,40 @@ def candidate_nats():
     return nats
 
 
-def score(evaluate, **settings):
-    return answers.score_candidates(evaluate, LAW, KEY, PROMPTS, CANDIDATES, 2, **LAYOUT | settings)
+def candidates():
+    rows = [
+        (np.array([*prompt, *answer]), np.arange(2 + len(answer)) >= 2)
+        for prompt, options in zip(PROMPTS, CANDIDATES)
+        for answer in options
+    ]
+    return draws(rows, EXACT, np.argwhere(NUMBER >= 0)[:, 0])
 
 
-def test_candidates_of_different_number_and_length(exact):
-    scores = score(exact, characters=[[2, 3], [5, 4, 1], [1, 2]])
-    np.testing.assert_allclose(scores.nats, candidate_nats(), rtol=3e-6)
-    assert scores.tokens.tolist() == [[2, 2, 0], [1, 2, 1], [1, 2, 0]]
-    assert scores.units.tolist() == [[2, 3, 0], [5, 4, 1], [1, 2, 0]]
-    for rule, size in (
-        (answers.total_nats, 1),
-        (answers.nats_per_token, np.maximum(scores.tokens, 1)),
-        (answers.nats_per_character, np.maximum(scores.units, 1)),
-    ):
-        figures = np.where(scores.tokens > 0, candidate_nats() / size, np.inf)
+def test_candidates_of_different_number_and_length():
+    """By nats, nats per token, nats per character."""
+    rows, characters = candidates(), np.array([[2, 3, 1], [5, 4, 1], [1, 2, 1]])
+    for size in (1.0, np.array([[2, 2, 1], [1, 2, 1], [1, 2, 1]]), characters):
+        figures = np.where(NUMBER >= 0, candidate_nats() / size, np.inf)
         best = figures.argmin(1)
-        result = answers.choose(scores, best, rule)
+        result = choices.choose_until(rows, NUMBER, best, Stop(2), size)
         assert result.chosen.tolist() == best.tolist() and result.accuracy == 1.0
-        assert result.rule == rule.__name__ and result.tied_questions == 0
+        assert result.tied_questions == 0 and result.certain.all()
         gaps = np.sort(figures, axis=1)
         np.testing.assert_allclose(result.margin, gaps[:, 1] - gaps[:, 0], rtol=1e-4)
-        wrong = answers.choose(scores, (best + 1) % [2, 3, 2], rule)
+        wrong = choices.choose_until(rows, NUMBER, (best + 1) % [2, 3, 2], Stop(2), size)
         assert wrong.accuracy == 0.0
-
-
-def test_candidates_of_one_length_see_the_same_masks(noisy):
-    """Equal candidates tie in every replicate, wherever they stand in the list."""
-    twins = [[[0, 2], [0, 2], [1, 1]]] * 3
-    scores = answers.score_candidates(noisy, LAW, KEY, PROMPTS, twins, 2, **LAYOUT)
-    figures = scores.replicate_nats
-    np.testing.assert_array_equal(figures[..., 0], figures[..., 1])
-    assert np.ptp(figures[:, 0, 0]) > 0.01
 
 
 def test_ties_credit_and_errors():
     nats = np.array([[1.0, 1.0, 5.0], [2.0, 1.0, np.nan], [4.0, 3.0, 3.0], [1.0, 2.0, 3.0]])
     offset = np.array([[0.0, 0.0, 0.5], [0.0, 0.6, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    noise = np.stack([offset, -offset])
-    tokens = np.where(np.isnan(nats), 0, 1)
-    scores = answers.AnswerScores(nats + noise, tokens, tokens)
-    result = answers.choose(scores, [1, 1, 0, 0])
+    values = np.stack([nats + offset, nats - offset]).reshape(2, -1)
+    number = np.where(np.isnan(nats), -1, np.arange(12).reshape(4, 3))
+
+    def draw(rows, first, count):
+        return values[first : first + count][:, rows]
+
+    result = choices.choose_until(draw, number, [1, 1, 0, 0], Stop(2))
     assert result.chosen.tolist() == [0, 1, 1, 0] and result.ties.tolist() == [2, 1, 2, 1]
     assert result.credit.tolist() == [0.5, 1.0, 0.0, 1.0]
     assert result.accuracy == 2.5 / 4
@@ -210,32 +151,11 @@ def test_ties_credit_and_errors():
     np.testing.assert_allclose(result.margin_standard_error, [0, 0.6, 0, 0], atol=1e-12)
     assert result.tied_questions == 2 and result.unsure_questions == 1
     stored = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert stored["questions"] == 4 and stored["rule"] == "total_nats"
+    assert stored["questions"] == 4 and stored["unsure_questions"] == 1
     assert "accuracy 0.6250" in result.summary()
-
-
-def test_errors_of_multiple_choice(exact):
-    def ask(prompts, candidates, **settings):
-        return answers.score_candidates(
-            exact, LAW, KEY, prompts, candidates, 2, **LAYOUT | settings
-        )
-
-    with pytest.raises(ValueError, match="2 prompts and 1 lists"):
-        ask(PROMPTS[:2], CANDIDATES[:1])
-    with pytest.raises(ValueError, match="question 0 needs at least two candidates"):
-        ask(PROMPTS[:1], [[[1]]])
-    with pytest.raises(ValueError, match=r"none of them empty, got lengths \[1, 0\]"):
-        ask(PROMPTS[:1], [[[1], []]])
-    with pytest.raises(ValueError, match="pair 0: too long, the prompt has 2 tokens"):
-        ask(PROMPTS[:1], [[[1], [2]]], prompt_length=1)
-    with pytest.raises(ValueError, match="as many answers and units"):
-        answers.answer_rows([[1]], [[1]], units=[1, 2], **LAYOUT)
-    one = answers.AnswerScores(np.ones((1, 1, 2)), np.ones((1, 2), int), np.zeros((1, 2), int))
-    with pytest.raises(ValueError, match="correct must name one of the candidates"):
-        answers.choose(one, [2])
-    with pytest.raises(ValueError, match="no characters"):
-        answers.choose(one, [0], answers.nats_per_character)
-    assert answers.choose(one, [0]).unsure_questions == 0
+    for wrong in ([2, 2, 0, 0], [-1, 0, 0, 0], [3, 0, 0, 0]):
+        with pytest.raises(ValueError, match="correct must name one of the candidates"):
+            choices.choose_until(draw, number, wrong, Stop(2))
 
 
 def many_rows():

@@ -1,8 +1,10 @@
 """Evaluation on tasks: against enumeration and our own evaluation, to the bit; bad input."""
 
+import dataclasses
 import itertools
 import json
 import math
+import pathlib
 
 import evaluated
 import jax
@@ -11,17 +13,19 @@ import joint_law
 import numpy as np
 import pytest
 
-from mdm_jax import evaluation
+from mdm_jax import evaluation, hub, likelihood
 from mdm_jax.evaluation import local_tasks
 from mdm_jax.evaluation.answering import Answerer, Encoded, Journal
+from mdm_jax.evaluation.model import bucket
 from mdm_jax.evaluation.paired import check_comparable, compare_results
-from mdm_jax.evaluation.subject import Settings, bucket
+from mdm_jax.evaluation.settings import Settings
 from mdm_jax.files import write_json
 from mdm_jax.launch.reports.failures import write_failures
-from mdm_jax.likelihood import make_subset_likelihood
 from mdm_jax.likelihood.subsets import every_subset
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mdm_jax[eval]'")
+
+import lm_eval
 
 from mdm_jax.evaluation import harness
 
@@ -85,7 +89,7 @@ def test_rows_are_drawn_until_their_intervals_are_narrow(joint):
 
 
 def test_tasks_equal_our_own_evaluation(exact, tmp_path):
-    """Multiple choice and perplexity by lm-eval, and by ``evaluation.choose`` and hand."""
+    """Multiple choice and perplexity by lm-eval, and by ``evaluation.choose_until`` and hand."""
     rng = np.random.default_rng(0)
     texts = ["".join(each) for each in itertools.product("abc", repeat=2)]
     rows = [
@@ -98,27 +102,52 @@ def test_tasks_equal_our_own_evaluation(exact, tmp_path):
     )
     results, records = harness.run_tasks(exact, ["pick", "texts"], limit=9, **where)
 
-    own = evaluation.score_candidates(
-        make_subset_likelihood(joint_law.apply_joint, 3, every_subset(), replicates=1),
+    whole = np.arange(27).reshape(9, 3)
+    asked = [(row["question"], choice) for row in rows for choice in row["choices"]]
+    draws = likelihood.RowDraws(
+        likelihood.masked_estimator(joint_law.apply_joint, 3, every_subset()),
         jnp.asarray(joint_law.LAW),
-        jax.random.key(0),
-        [evaluated.CODEC.encode(row["question"]) for row in rows],
-        [[evaluated.CODEC.encode(choice) for choice in row["choices"]] for row in rows],
-        9,
-        prompt_length=2,
-        answer_length=2,
+        [(evaluated.CODEC.encode(q + c), np.arange(4) >= 2) for q, c in asked],
+        jax.random.split(jax.random.key(0), 27),
+        batch_size=9,
         pad_id=4,
+        lengths=(4,),
     )
-    choices = evaluation.choose(own, [row["answer"] for row in rows])
+    answers = [row["answer"] for row in rows]
+    choices = evaluation.choose_until(draws, whole, answers, likelihood.Stop(2))
     found = results["tasks"]["pick"]
     assert found["metrics"]["acc,none"]["value"] == choices.accuracy
     assert found["metrics"]["acc,none"]["standard_error"] == pytest.approx(choices.standard_error)
     assert found["documents"] == 9 and found["monte_carlo"]["unsure_documents"] == 0
+    nats = draws(whole.ravel(), 0, 1).reshape(9, 3)
     picked = [record for record in records if record["task"] == "pick"]
-    np.testing.assert_allclose([r["log_likelihoods"] for r in picked], -own.nats, rtol=1e-5)
+    np.testing.assert_allclose([r["log_likelihoods"] for r in picked], -nats, rtol=1e-5)
     nats = [evaluated.conditional("", f"{texts[0]}{b}") for b in texts]
     bits = results["tasks"]["texts"]["metrics"]["bits_per_byte,none"]["value"]
     assert bits == pytest.approx(-np.mean(nats) / 4 / math.log(2), rel=1e-5)
+
+
+SMALL = pathlib.Path(__file__).parents[3] / "experiments" / "models" / "small"
+
+
+def test_lm_eval_knows_the_model_by_name(tmp_path):
+    """``simple_evaluate("mdm_jax", model_args=...)`` gives our own answerer's numbers."""
+    rows = [{"question": "1 + 1 =", "choices": [" 2", " 7"], "answer": 0}]
+    where = task(tmp_path, "pick", "choice", rows)
+    found = lm_eval.simple_evaluate(
+        "mdm_jax",
+        model_args=f"source={SMALL},passes=1,replicates=2,exact_up_to=0,rows=2,stream=True",
+        tasks=harness.load_tasks(["pick"], **where),
+        task_manager=harness.TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )
+    settings = Settings(passes=1, replicates=2, exact_up_to=0, rows=2)
+    answerer = Answerer(harness.subject_of(hub.load(SMALL)), settings)
+    own = answerer.likelihoods([(rows[0]["question"], choice) for choice in rows[0]["choices"]])
+    (sample,) = found["samples"]["pick"]
+    said = [float(answer[0]) for answer in sample["filtered_resps"]]
+    assert said == [answer["log_likelihood"] for answer in own]
+    assert found["results"]["pick"]["acc,none"] == float(said[0] > said[1])
 
 
 def test_choices_of_one_question_have_common_noise(joint):
@@ -132,6 +161,78 @@ def test_choices_of_one_question_have_common_noise(joint):
     assert first["estimates"] != other["estimates"] != elsewhere["estimates"]
     # Under a width one may have more replicates.
     assert harness._unsure([first, again | {"estimates": again["estimates"] + [0.0] * 4}])
+
+
+CERTAIN = Settings(passes=2, replicates=64, exact_up_to=0, certain=0.95)
+
+
+CHOICES = {
+    "ab": ("ac", "ba", "ca"),  # of log-likelihoods -0.7, -2.7, -12.6
+    "bb": ("aa", "ac", "bc"),  # -0.9, -2.4, -5.8
+    "ca": ("ca", "ab", "ac"),  # -2.60, -2.63, -4.1
+    "cc": ("ba", "bc", "cc"),  # -1.2, -1.3, -9.0
+}
+
+
+def asked_choices():
+    """Questions, of which two are easy, and a single request."""
+    pairs = [(context, answer) for context, answers in CHOICES.items() for answer in answers]
+    return [*pairs, ("a", "bb")], [*(context for context, _ in pairs), None]
+
+
+def test_choices_are_drawn_until_the_best_is_certain(joint):
+    """A part of the noise without stopping; the same choices; whatever else is asked."""
+    pairs, questions = asked_choices()
+    stopped = Answerer(joint, CERTAIN).likelihoods(pairs, questions=questions)
+    whole = dataclasses.replace(CERTAIN, certain=0.0)
+    plain = Answerer(joint, whole).likelihoods(pairs)
+    for one, other in zip(stopped, plain):
+        count = len(one["estimates"])
+        assert one["estimates"] == other["estimates"][:count]
+        assert one["passes"] == 2 * count and 8 <= count <= 64
+    drawn = np.array([len(answer["estimates"]) for answer in stopped]).tolist()
+    assert drawn[:6] == [8] * 6 and max(drawn[6:9]) > 8 and drawn[12] == 64
+    assert sum(drawn[:12]) < 0.7 * 64 * 12
+
+    def values(answers):
+        return np.array([answer["log_likelihood"] for answer in answers[:12]]).reshape(4, 3)
+
+    assert values(stopped).argmax(1).tolist() == values(plain).argmax(1).tolist()
+    # Those that left early stand beside the leader's later replicates, within 5 errors.
+    errors = [math.hypot(a["standard_error"], b["standard_error"]) for a, b in zip(stopped, plain)]
+    assert (abs(values(stopped) - values(plain)).ravel() <= 5 * np.array(errors[:12])).all()
+    alone = Answerer(joint, CERTAIN, batch=1).likelihoods(pairs[3:6], questions=questions[3:6])
+    assert figures(alone) == figures(stopped[3:6])
+    # Companions are part of what an answer is known by.
+    journal = Journal()
+    Answerer(joint, CERTAIN, journal).likelihoods(pairs[:3], questions=questions[:3])
+    Answerer(joint, CERTAIN, journal).likelihoods(pairs[:2], questions=questions[:2])
+    assert len(journal.answers) == 5
+    with pytest.raises(ValueError, match="certain=0.9 stops choices after 8 replicates"):
+        Settings(certain=0.9)
+
+
+def test_choices_of_a_task_are_drawn_until_certain(joint, tmp_path):
+    """Also where choices are compared with their likelihood without the context, which is not."""
+    rows = [
+        {"question": context, "choices": [*CHOICES[context]], "answer": 0}
+        for context in ("ab", "bb")
+    ]
+    where = task(tmp_path, "pick", "choice", rows)
+    found, records = harness.run_tasks(Answerer(joint, CERTAIN), ["pick"], **where)
+    assert {passes for record in records for passes in record["passes"]} == {16}
+    assert found["tasks"]["pick"]["metrics"]["acc,none"]["value"] == 1.0
+    assert found["audit"]["choices"] == "until 95% certain"
+    yaml = (tmp_path / "pick.yaml").read_text()
+    (tmp_path / "pick.yaml").write_text(
+        yaml.replace("metric_list:\n", "metric_list:\n  - metric: acc_mutual_info\n")
+    )
+    found, records = harness.run_tasks(Answerer(joint, CERTAIN), ["pick"], **where)
+    assert {passes for record in records for passes in record["passes"]} == {128}
+    assert [len(record["log_likelihoods"]) for record in records] == [6] * 2
+    # Without a context "ca" is among the likeliest, which must not make the choice unsure.
+    assert [record["unsure"] for record in records] == [False] * 2
+    assert "acc_mutual_info,none" in found["tasks"]["pick"]["metrics"]
 
 
 TEXTS = ["abcabcabca", "bb", "cabbagecab", "abc", "bcbcbcbcbcb", "ac", "aabb", "c", "bacca"]
@@ -228,6 +329,44 @@ def test_a_prompt_asked_again_is_another_draw():
     assert [a["text"] for a in again.continuations(asked)] == [first["text"], second["text"]]
 
 
+def test_rows_that_come_and_go_give_the_same_texts():
+    """Fewer passes where a text ends early; a row that is done makes room."""
+    asked = [(text, {"max_gen_toks": 8}) for text in ("a", "ab", "abcab", "ccc", "b", "ab")]
+    for subject in (evaluated.counter(eos_at=6), evaluated.network(scale=0.5)):
+        settings = Settings(block_size=2, rows=2, temperature=0.5)
+        plain = Answerer(subject, settings).continuations(asked)
+        journal = Journal()
+        stream = Answerer(subject, settings, journal, stream=True).continuations(asked)
+        assert [a["text"] for a in stream] == [a["text"] for a in plain]
+        assert [a["tokens"] for a in stream] == [a["tokens"] for a in plain]
+        assert {a["steps"] for a in plain} == {8} and len(journal.answers) == 6
+    ends = [answer["steps"] for answer in Answerer(
+        evaluated.counter(eos_at=6), settings, stream=True).continuations(asked)]  # fmt: skip
+    assert ends == [6, 5, 2, 4, 6, 5]  # up to the EOS
+
+
+def test_steps_are_the_forward_passes():
+    """Confident positions go together; blocks with a cache are read too."""
+    sure = evaluated.counter()
+    assert written(sure, "ab", Settings(rule="llada"), max_gen_toks=8)["steps"] == 8
+    few = Settings(rule="llada", steps=3)
+    assert written(sure, "ab", few, max_gen_toks=8)["steps"] == 3
+    block = evaluated.network(process="block")
+    # The prompt's block, two blocks of 4 tokens, and the first of these read again.
+    assert written(block, "abca", max_gen_toks=8)["steps"] == 1 + 2 * 4 + 1
+    causal = evaluated.network(process="autoregressive")
+    assert written(causal, "ab", max_gen_toks=3)["steps"] == 1 + 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_not_finite_are_seen_in_generation(stream):
+    """The parameters are finite, what the network makes of them is not."""
+    for settings in (Settings(), Settings(temperature=1.0)):
+        answerer = Answerer(evaluated.counter(broken=True), settings, stream=stream)
+        with pytest.raises(ValueError, match="task t, document 2: the model's logits are not fin"):
+            answerer.continuations([("ab", {"max_gen_toks": 4})], ["task t, document 2"])
+
+
 def test_exact_match_pass_at_k_and_failures_of_a_task(tmp_path):
     rows = [{"question": "ab", "answer": a} for a in ("cab", "<b>&", "cab", "abc")]
     where = task(tmp_path, "go_on", "exact", rows, max_tokens=3)
@@ -241,7 +380,6 @@ def test_exact_match_pass_at_k_and_failures_of_a_task(tmp_path):
     assert [r["answer"] for r in records] == ["cab"] * 4 and records[0]["answers"] == ["cab"]
     assert records[0]["steps"] == 3 and records[0]["seconds"] >= 0
 
-    results["audit_line"] = harness.audit_line(results["audit"])
     write_failures(tmp_path / "page.html", results, records)
     page = (tmp_path / "page.html").read_text()
     assert "2 of 4 wrong" in page and "&lt;b&gt;&amp;" in page and "<b>&" not in page
@@ -338,7 +476,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path):
     law.__dict__["apply_fn"] = lambda params, inputs, *_: (
         joint_law.apply_joint(params["law"], inputs) / 0.0
     )
-    with pytest.raises(ValueError, match="task t, document 5: the model's log-likelihood is not"):
+    with pytest.raises(ValueError, match="task t, document 5: the model's logits are not finite"):
         Answerer(law).likelihoods([("ab", "ab")], ["task t, document 5"])
 
 

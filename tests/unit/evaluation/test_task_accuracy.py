@@ -12,7 +12,7 @@ import saved_run
 from experiments.configs.study import sudoku4, sudoku6_noisy
 from mdm_jax import data, files, samplers, tasks
 from mdm_jax.data.tokenizers import load_tokenizer
-from mdm_jax.evaluation.answers import TaskAccuracy, measure_task_accuracy
+from mdm_jax.evaluation.accuracy import TaskAccuracy, measure_task_accuracy
 from mdm_jax.launch.build import load_parameters, make_experiment
 from mdm_jax.launch.modes import evaluate, train
 

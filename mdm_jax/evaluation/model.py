@@ -10,80 +10,62 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax import likelihood, models, samplers
-from mdm_jax.checks import Name, Plain, Real, Whole, checked
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import ROW_AXES, spread_rows, to_host
 from mdm_jax.estimates import standard_error_of_mean
+from mdm_jax.evaluation.choices import beside_leader, choose_until
+from mdm_jax.evaluation.settings import FAST, FIRST, Settings
 from mdm_jax.hub import HubModel
-from mdm_jax.hub.decoding import generate
+from mdm_jax.hub.decoding import generate, generate_stream
 from mdm_jax.hub.rules import Rule, as_trained, find_rule
 from mdm_jax.likelihood.estimators import Estimator
 from mdm_jax.likelihood.rows import Row
-from mdm_jax.likelihood.stopping import each_row, narrow, replicate_until
-from mdm_jax.likelihood.subsets import LEVELS, MASKS, exact_when_short
-from mdm_jax.models.cross_entropy import exclude_token, position_losses
+from mdm_jax.likelihood.stopping import Stop, each_row, narrow, replicate_until
+from mdm_jax.likelihood.subsets import exact_when_short
+from mdm_jax.models.cross_entropy import exclude_token
+from mdm_jax.pytrees import checksum
+from mdm_jax.rng import content_words
+from mdm_jax.samplers.filters import NOT_FINITE
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array
 
 Process = Literal["masked", "block", "uniform", "autoregressive"]
 
 
-@checked
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How requests are answered; part of what an answer is known by."""
-
-    levels: Annotated[str, Name(("", *LEVELS), "of the passes; '': the process's own")] = ""
-    masks: Annotated[str, Name(("", *MASKS), "of the passes; '': the process's own")] = ""
-    passes: Annotated[int, Whole("[1, 1e5]", "forward passes", "of a replicate of the design")] = 16
-    replicates: Annotated[int, Whole("[1, 1e4]", "replicates", "8 times at most for a width")] = 8
-    exact_up_to: Annotated[int, Whole("[0, 15]", "tokens", "answers whose subsets are all run")] = 7
-    width: Annotated[float, Real("[0, 1e6]", "nats", "95 % interval to draw for; 0: none")] = 0.0
-    check_greedy: Annotated[bool, Plain(bool, "decode to see whether it gives the answer")] = False
-    rule: Annotated[str, Plain(str, "decoding rule of hub.RULES; '': the family's")] = ""
-    steps: Annotated[int, Whole("[0, 1e6]", "steps", "as of hub.Rule; 0: one a token")] = 0
-    block_size: Annotated[int, Whole("[0, 1e6]", "tokens", "filled together; 0: as trained")] = 0
-    temperature: Annotated[float, Real("[0, 1e6]", "", "0: the likeliest token")] = 0.0
-    top_p: Annotated[float, Real("(0, 1]", "probability", "least mass of the tokens kept")] = 1.0
-    guidance: Annotated[float, Real("[0, 1e3]", "", "by the prompt, of generation")] = 0.0
-    max_tokens: Annotated[int, Whole("[0, 1e6]", "tokens", "of an answer; 0: the task's")] = 0
-    max_length: Annotated[int, Whole("[0, 1e7]", "tokens", "of a row; 0: the model's")] = 0
-    truncate: Annotated[bool, Plain(bool, "cut long prompts on the left, else refuse")] = False
-    seed: Annotated[int, Whole("[0, 4294967295]", "", "of all noise")] = 0
-    rows: Annotated[int, Whole("[1, 1e5]", "rows", "of a pass on each device")] = 8
-
-    def __post_init__(self):
-        if self.width and self.replicates < 2:
-            raise ValueError(f"width={self.width} needs replicates of 2 or more, got 1")
-
-
 class Scored(NamedTuple):
-    """Estimates of a row, nats [R], one where ``exact``; whether all its tokens are the likeliest.
+    """Nats of a row: its estimates [R], one where ``exact``, and what is made of them.
 
-    The last is known of autoregressive models alone.
+    Attributes:
+        greedy: whether all its tokens are the likeliest; known of autoregressive models alone.
+        value: the mean; of choices that stopped at different times, the leader's mean and the mean
+            difference from it, on common noise.
+        standard_error: Monte Carlo standard error of ``value``; NaN for one replicate.
     """
 
     nats: np.ndarray
     exact: bool
     passes: int
     greedy: bool
+    value: float
+    standard_error: float
 
-    @property
-    def standard_error(self) -> float:
-        """Monte Carlo standard error of the mean; NaN for one replicate."""
-        return 0.0 if self.exact else standard_error_of_mean(self.nats)
+
+class Written(NamedTuple):
+    """Tokens [new_tokens] of a continuation, and forward passes of the network for it."""
+
+    tokens: np.ndarray
+    passes: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
+class EvaluatedModel:
     """A model to evaluate.
 
     Attributes:
@@ -150,7 +132,7 @@ class Subject:
         """SHA-256 of integer sums over the parameters' bits, config and process; of any mesh."""
         found = [f"{self.kind} {self.trained_here} {self.model.config!r} {self.model.traits!r}"]
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.model.params):
-            sums = [int(part) for part in jax.device_get(_checksum(leaf))]
+            sums = [int(part) for part in jax.device_get(checksum(leaf))]
             found.append(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {sums}")
         return hashlib.sha256("\n".join([*found, self.tokenizer.fingerprint]).encode()).hexdigest()
 
@@ -219,54 +201,54 @@ class Subject:
         Rows are filled up to ``length``. Their noise is keyed by the seed and ``contents``, token
         ids; rows with the same have common noise. :class:`NotFinite` with the number of a row.
         """
-        estimator, number = self.estimator(settings), len(rows)
-        words = np.stack([content_words(settings.seed, 0, content) for content in contents])
-        keys = jax.random.wrap_key_data(words, impl="threefry2x32")
-        size = settings.rows * self.devices
-        options = {"batch_size": size, "pad_id": self.tokenizer.pad_id, "lengths": (length,)}
-        draw = likelihood.RowDraws(estimator, self.model.params, rows, keys, **options)
-
-        def checked(own: np.ndarray, first: int, count: int) -> np.ndarray:
-            values = draw(own, first, count)
-            wrong = ~np.isfinite(values).all(axis=0)
-            if wrong.any():
-                raise NotFinite(int(own[wrong][0]))
-            return values
-
+        draws, number = _Draws(self, rows, contents, [length], settings), len(rows)
         if settings.width:
             stop = narrow(settings.replicates, settings.width)
-            values = replicate_until(checked, number, each_row(number), stop).row_values
+            values = replicate_until(draws, number, each_row(number), stop).row_values
         else:
-            values = checked(np.arange(number), 0, settings.replicates)
-        wrong = np.ones(number)
-        if self.kind == "autoregressive":
-            misses = likelihood.RowDraws(self._misses, self.model.params, rows, keys, **options)
-            wrong = misses(np.arange(number), 0, 1)[0]
-        results = []
-        for i, (_, eligible) in enumerate(rows):
-            own, eligible = values[~np.isnan(values[:, i]), i], np.asarray(eligible)[None]
-            padded = np.pad(eligible, ((0, 0), (0, length - eligible.shape[1])))
-            exact = bool(estimator.fixed(padded)[0])
-            own = own[:1] if exact else own
-            passes = len(own) * int(estimator.views(padded)[0])
-            results.append(Scored(own, exact, passes, bool(wrong[i] == 0)))
-        return results
+            values = draws(np.arange(number), 0, settings.replicates)
+        return [draws.scored(i, values[~np.isnan(values[:, i]), i]) for i in range(number)]
 
-    @functools.cached_property
-    def _misses(self) -> Estimator:
-        """In place of nats, how many tokens of a row are not the likeliest next ones."""
+    def choose(
+        self,
+        rows: Sequence[Row],
+        contents: Sequence[np.ndarray],
+        lengths: Sequence[int],
+        number: np.ndarray,
+        divisors: Sequence[np.ndarray],
+        settings: Settings,
+    ) -> list[Scored]:
+        """As :meth:`score`, of candidates, until the best of each question is certain.
 
-        def other(logits: Array, targets: Array) -> tuple[Array, Array]:
-            likeliest = jnp.argmax(exclude_token(logits, self.excluded_id), axis=-1)
-            return (likeliest != targets).astype(jnp.float32), jnp.zeros_like(logits)
+        ``number`` [Q, C]: rows of each question's candidates. It is certain by nats over each of
+        the ``divisors`` [Q, C] (``evaluation.choose_until``). Rows are filled up to the smallest of
+        ``lengths``, ascending, that fits.
+        """
+        draws = _Draws(self, rows, contents, lengths, settings)
+        values = np.full((settings.replicates, len(rows)), np.nan)
 
-        @jax.jit
-        def score(params, _keys, batch, _replicate, _view):
-            readout = self.apply_fn(params, batch.tokens, None, batch.documents)
-            wrong = position_losses(other, readout, batch.eligible, batch.tokens)
-            return (jnp.sum(wrong, axis=-1),)
+        def draw(own: np.ndarray, first: int, count: int) -> np.ndarray:
+            """Drawn once, whatever is looked at."""
+            part = slice(first, first + count)
+            new = own[np.isnan(values[part][:, own]).any(axis=0)]
+            values[part, new] = draws(new, first, count)
+            return values[part][:, own]
 
-        return self.estimator(Settings())._replace(score=score)
+        first = np.zeros(len(number), int)  # which one is correct, is not asked here
+        round_ = max(4, -(-settings.replicates // 32))
+        stop = Stop(settings.replicates, FIRST, round_, coverage=settings.certain)
+        chosen = [choose_until(draw, number, first, stop, each) for each in divisors][0].chosen
+        found: list[Scored | None] = [None] * len(rows)
+        for question, best in zip(number, chosen):
+            leader = values[:, question[best]]
+            leader = leader[~np.isnan(leader)]
+            for row in question:
+                own = draws.scored(row, values[~np.isnan(values[:, row]), row])
+                if not own.exact:
+                    value, error = beside_leader(own.nats, leader)
+                    own = own._replace(value=value, standard_error=error)
+                found[row] = own
+        return found
 
     # --- generation ------------------------------------------------------------------------------
 
@@ -276,18 +258,55 @@ class Subject:
         new_tokens: int,
         numbers: np.ndarray,
         settings: Settings,
-    ) -> np.ndarray:
-        """Continuations [N, new_tokens] of prompts of one bucket (:meth:`room`).
+    ) -> list[Written]:
+        """Continuations of prompts of one bucket (:meth:`room`).
 
-        ``numbers`` [N] key the rows' noise. ValueError as ``hub.generate``.
+        ``numbers`` [N] key the rows' noise. ValueError as ``hub.generate``; :class:`NotFinite` with
+        the number of a row.
         """
         size, parts = settings.rows * self.devices, []
         for start in range(0, len(prompts), size):
             own = [*prompts[start : start + size]]
             rows = own + [own[-1]] * (size - len(own))
             keys = _filled(np.asarray(numbers[start : start + size], np.int32), size)
-            parts.append(self._write(rows, new_tokens, keys, settings)[: len(own)])
-        return np.concatenate(parts)
+            tokens, passes = self._write(rows, new_tokens, keys, settings)
+            parts += [Written(*row) for row in zip(tokens, passes)][: len(own)]
+        for i, row in enumerate(parts):
+            if np.any(row.tokens == NOT_FINITE):
+                raise NotFinite(i)
+        return parts
+
+    def streams(self, settings: Settings) -> bool:
+        """Whether rows can come and go (:meth:`stream`)."""
+        if self.kind not in ("masked", "block") or self.devices > 1:
+            return False
+        rule = self._rule(settings)
+        return not rule.cached and rule.schedule != "ancestral"
+
+    def stream(
+        self,
+        prompts: Sequence[np.ndarray],
+        new_tokens: int,
+        numbers: np.ndarray,
+        settings: Settings,
+    ) -> Iterator[tuple[int, Written]]:
+        """As :meth:`write`, each as soon as it is finished, with its place among the prompts.
+
+        A row ends at its EOS, and the next prompt takes its place.
+        """
+        length, _ = self.room(max(map(len, prompts)), new_tokens, settings)
+        options = {"rule": self._rule(settings), "pad_multiple": length} | self._ids
+        options |= {"key": jax.random.key(settings.seed), "key_numbers": numbers}
+        rows = generate_stream(self.model, prompts, new_tokens, batch_size=settings.rows, **options)
+        for row in rows:
+            if np.any(row.tokens == NOT_FINITE):
+                raise NotFinite(row.number)
+            yield row.number, Written(row.tokens, row.steps)
+
+    @property
+    def _ids(self) -> dict[str, int]:
+        codec = self.tokenizer
+        return {"mask_id": self.mask_id, "eos_id": codec.eos_id, "pad_id": codec.pad_id}
 
     def room(self, prompt: int, new_tokens: int, settings: Settings) -> tuple[int, int]:
         """(positions, blocks of the prompt) by which prompts are grouped: one program for each.
@@ -303,16 +322,17 @@ class Subject:
                 return bucket(prompt + new_tokens, longest, size), prompt // size
         return bucket(prompt + new_tokens, longest, size), 0
 
-    def _write(self, prompts, new_tokens, numbers, settings) -> np.ndarray:
+    def _write(self, prompts, new_tokens, numbers, settings) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [N, new_tokens] and passes [N]."""
         length, _ = self.room(max(map(len, prompts)), new_tokens, settings)
         key, codec = jax.random.key(settings.seed), self.tokenizer
         if self.kind in ("masked", "block"):
-            ids = {"mask_id": self.mask_id, "eos_id": codec.eos_id, "pad_id": codec.pad_id}
             options = {"key": key, "row_offset": numbers, "stop": False, "pad_multiple": length}
             options["rule"] = self._rule(settings)
-            made = generate(self.model, prompts, new_tokens, **options, **ids)
-            tokens, written = to_host(made.tokens), made.written
-            return np.stack([own[free][:new_tokens] for own, free in zip(tokens, written)])
+            made = generate(self.model, prompts, new_tokens, **options, **self._ids)
+            tokens, passes = to_host((made.tokens, made.passes))
+            rows = [own[free][:new_tokens] for own, free in zip(tokens, made.written)]
+            return np.stack(rows), passes
         causal = self.kind == "autoregressive"
         canvas = np.full((len(prompts), length), codec.pad_id, np.int32)
         documents = np.zeros_like(canvas)
@@ -326,7 +346,8 @@ class Subject:
         canvas, documents = spread_rows((canvas, documents), self.model.params)
         program = self._generator(causal, first, new_tokens, settings)
         tokens = to_host(program(self.model.params, key, canvas, documents, numbers))
-        return tokens[free].reshape(len(prompts), new_tokens)
+        passes = new_tokens + bool(first) if causal else settings.steps or new_tokens
+        return tokens[free].reshape(len(prompts), new_tokens), np.full(len(prompts), passes)
 
     def _rule(self, settings: Settings) -> Rule:
         """The decoding rule: by name, or the one that suits the model; ValueError for no name."""
@@ -336,6 +357,8 @@ class Subject:
         given |= {"steps": settings.steps} if settings.steps else {}
         given |= {"block_size": settings.block_size} if settings.block_size else {}
         given |= {"top_p": settings.top_p} if settings.top_p < 1 else {}
+        fast = {name: getattr(settings, name) for name in FAST}
+        given |= {name: value for name, value in fast.items() if value}
         rule = find_rule(self.model.family.name, traits, settings.rule or None)
         return dataclasses.replace(rule, **given)
 
@@ -362,6 +385,11 @@ class Subject:
     def audit(self, settings: Settings) -> dict[str, Any]:
         """What the figures are figures of."""
         drawn = self.kind != "autoregressive"
+        asked = {
+            "width": settings.width,
+            "choices": settings.certain and f"until {settings.certain:.0%} certain",
+            "cache": settings.approximation and f"approximate, {settings.approximation}",
+        }
         return {
             "process": self.kind,
             "family": self.model.family.name,
@@ -373,28 +401,60 @@ class Subject:
             "design": self.estimator(settings).design,
             "passes": settings.passes if drawn else 1,
             "replicates": settings.replicates if drawn else 1,
-            **({"width": settings.width} if settings.width else {}),
+            **{name: value for name, value in asked.items() if value},
             "greedy": "checked" if not drawn or settings.check_greedy else "not checked",
             "seed": settings.seed,
         }
 
 
+class _Draws:
+    """Replicates of the rows of a subject, checked (``likelihood.RowDraws``)."""
+
+    def __init__(
+        self,
+        subject: EvaluatedModel,
+        rows: Sequence[Row],
+        contents: Sequence[np.ndarray],
+        lengths: Sequence[int],
+        settings: Settings,
+    ):
+        words = np.stack([content_words(settings.seed, 0, content) for content in contents])
+        causal = subject.kind == "autoregressive"
+        self._misses = np.full(len(rows), -1)
+        self.draws = likelihood.RowDraws(
+            subject.estimator(settings),
+            subject.model.params,
+            rows,
+            jax.random.wrap_key_data(words, impl="threefry2x32"),
+            batch_size=settings.rows * subject.devices,
+            pad_id=subject.tokenizer.pad_id,
+            lengths=lengths,
+            keep=self._keep if causal else None,
+        )
+
+    def _keep(self, rows: np.ndarray, _nats: np.ndarray, misses: np.ndarray) -> None:
+        self._misses[rows] = misses
+
+    def __call__(self, rows: np.ndarray, first: int, count: int) -> np.ndarray:
+        values = self.draws(rows, first, count)
+        wrong = ~np.isfinite(values).all(axis=0)
+        if wrong.any():
+            raise NotFinite(int(rows[wrong][0]))
+        return values
+
+    def scored(self, row: int, nats: np.ndarray) -> Scored:
+        estimator, eligible = self.draws.estimator, self.draws.rows[row][1]
+        length = self.draws.length[row]
+        padded = np.pad(eligible, (0, length - len(eligible)))[None]
+        exact = bool(estimator.fixed(padded)[0])
+        nats = nats[:1] if exact else nats
+        passes = len(nats) * int(estimator.views(padded)[0])
+        error = 0.0 if exact else standard_error_of_mean(nats)
+        return Scored(nats, exact, passes, self._misses[row] == 0, float(nats.mean()), error)
+
+
 class NotFinite(ValueError):
-    """Nats of row ``args[0]`` are not finite."""
-
-
-@jax.jit
-def _checksum(leaf: Array) -> tuple[Array, Array]:
-    """Two sums modulo 2^32 of an array's bits, the second by position."""
-    bits = jax.lax.bitcast_convert_type(leaf, {1: "uint8", 2: "uint16", 4: "uint32"}.get(
-        leaf.dtype.itemsize, "uint32")).astype(jnp.uint32)  # fmt: skip
-    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        step = np.uint32(stride % 2**32)
-        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step
-        stride *= bits.shape[axis]
-    factor = (index ^ (index >> 15)) * np.uint32(0x9E3779B1) | np.uint32(1)
-    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * factor, dtype=jnp.uint32)
+    """Nats, or logits, of row ``args[0]`` are not finite."""
 
 
 def bucket(length: int, longest: int, multiple: int = 1) -> int:
@@ -404,12 +464,6 @@ def bucket(length: int, longest: int, multiple: int = 1) -> int:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
     size = -(-size // multiple) * multiple
     return max(min(size, longest), -(-length // multiple) * multiple)
-
-
-def content_words(seed: int, number: int, ids: np.ndarray) -> np.ndarray:
-    """[2] uint32 from the SHA-256 of numbers and token ids: a key's data."""
-    digest = hashlib.sha256(f"{seed} {number} ".encode() + np.asarray(ids, "<i4").tobytes())
-    return np.frombuffer(digest.digest()[:8], "<u4").astype(np.uint32)
 
 
 def _filled(values: np.ndarray, size: int) -> np.ndarray:
