@@ -162,8 +162,8 @@ def of_small() -> tuple[str, dict[str, tuple[float, float, np.ndarray]]]:
         return np.stack([row[new][:32] for row, new in zip(tokens, written)])
 
     def streamed(**changes: Any) -> np.ndarray:
-        found = dict(hub.generate_stream(model, prompts, 32, batch_size=16, **given, **changes))
-        return np.stack([found[number] for number in range(len(prompts))])
+        made = hub.generate_stream(model, prompts, 32, batch_size=16, **given, **changes)
+        return np.stack([row.tokens for row in sorted(made, key=lambda row: row.number)])
 
     found = {
         name: measured(lambda changes=changes: whole(**changes))

@@ -6,9 +6,7 @@ where torch and transformers are installed in that place, or without the flag if
 process is bound to one core. A random model of 100M parameters is written once and read by both; in
 float32 and bfloat16 calls take turns. Figures are medians of processor seconds with quartiles, of
 one run. Generation is compared with the forward passes that the same decoding needs, nothing else
-on their side; ``--requests=N`` prompts, answered in a batch whose rows come and go
-(``hub.generate_stream``), with a plain loop over them. M shape: ``--hidden_size=256 --num_layers=6
---sequence=128``.
+on their side; whole requests: ``evaluation_speed``.
 """
 
 import os
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-_PACKAGES = flags.DEFINE_string("packages", None, "site-packages with torch and transformers.")
+PACKAGES = flags.DEFINE_string("packages", None, "site-packages with torch and transformers.")
 _DTYPES = flags.DEFINE_list("precisions", ["float32", "bfloat16"], "Of products and parameters.")
 _ROUNDS = flags.DEFINE_integer("times", 7, "Calls of each.", lower_bound=3)
 _LENGTH = flags.DEFINE_integer("sequence", 256, "Tokens; half are the prompt.", lower_bound=64)
@@ -31,7 +29,6 @@ _STEPS = flags.DEFINE_integer(
 )
 _DEPTH = flags.DEFINE_integer("num_layers", 12, "Layers of the model.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("hidden_size", 768, "Width, a multiple of 64.", lower_bound=64)
-_REQUESTS = flags.DEFINE_integer("requests", 0, "Prompts answered, one token a step; 0: none.")
 
 BLOCKS = 4
 CONFIG = {
@@ -62,12 +59,6 @@ def config() -> dict[str, Any]:
     }
 
 
-def prompts() -> np.ndarray:
-    """Of the requests, [N, half of a row]."""
-    shape = (_REQUESTS.value, _LENGTH.value // 2)
-    return np.random.default_rng(1).integers(0, CONFIG["vocab_size"] - 1, shape)
-
-
 def ours(directory: str, dtype: str, ids: np.ndarray) -> dict[str, Callable[[], Any]]:
     """Calls of this package, compiled."""
     import jax
@@ -88,16 +79,6 @@ def ours(directory: str, dtype: str, ids: np.ndarray) -> dict[str, Callable[[], 
         "generation, cached": lambda: generate("dllm_blocks", _STEPS.value // BLOCKS),
     }
 
-    def answer(**changes: Any) -> np.ndarray:
-        options = {"rule": "llada", "batch_size": min(8, _REQUESTS.value), **shared, **changes}
-        made = hub.generate_stream(both_ways, prompts(), new, pad_multiple=new, **options)
-        return np.stack([tokens for _, tokens in sorted(made, key=lambda pair: pair[0])])
-
-    if _REQUESTS.value:
-        calls["requests"] = answer
-        for kind in ("prefix", "dual", "delayed"):
-            name = f"requests over an approximate {kind} cache"
-            calls[name] = lambda kind=kind: answer(approximation=kind)
     calls = {
         name: lambda call=call: np.asarray(jax.block_until_ready(call()))
         for name, call in calls.items()
@@ -137,25 +118,7 @@ def theirs(directory: str, dtype: str, ids: np.ndarray) -> dict[str, Callable[[]
                 cache.crop(-size)
             model(tokens[:, start : start + size], past_key_values=cache, logits_to_keep=1)
 
-    @torch.inference_mode()
-    def requests() -> None:
-        """LLaDA's loop, one request at a time: the surest masked position of the block."""
-        mask_id = CONFIG["vocab_size"] - 1
-        for prompt in torch.tensor(prompts()):
-            row = torch.cat([prompt, torch.full((half,), mask_id)])[None]
-            for start in range(half, 2 * half, size):
-                for _ in range(size):
-                    logits = model(row, use_cache=False).logits
-                    sure, best = torch.softmax(logits.float(), dim=-1).max(dim=-1)
-                    sure[row != mask_id] = -1
-                    sure[:, start + size :] = -1
-                    place = sure[0].argmax()
-                    row[0, place] = best[0, place]
-
-    calls = {"forward": forward, "generation": steps, "generation, cached": cached}
-    if _REQUESTS.value:
-        calls["requests"] = requests
-    return calls
+    return {"forward": forward, "generation": steps, "generation, cached": cached}
 
 
 def interleaved(calls: dict, rounds: int) -> dict:
@@ -175,8 +138,8 @@ def main(_: list[str]) -> None:
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     )
-    if _PACKAGES.value:
-        sys.path.append(_PACKAGES.value)  # behind our own
+    if PACKAGES.value:
+        sys.path.append(PACKAGES.value)  # behind our own
     try:
         import torch
         import transformers
@@ -204,7 +167,7 @@ def main(_: list[str]) -> None:
             }
             times = interleaved(calls, _ROUNDS.value)
         for name in pairs[0]:
-            own, other = times[name, "ours"], times[name.partition(" over")[0], "theirs"]
+            own, other = times[name, "ours"], times[name, "theirs"]
             figures = [command.spread(command.summary(t), 3) for t in (own, other)]
             speed = command.spread(command.ratios(other, own))
             rows.append((f"{name}, {dtype}", *figures, speed))

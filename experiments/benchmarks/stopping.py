@@ -77,7 +77,7 @@ def main(_argv: list[str]) -> None:
 
     correct = np.zeros(len(number), int)
     print("choice by nats: replicates of a candidate, share certain at 95 %, accuracy")
-    for first in (4, 8):
+    for first in (6, 8):
         chosen = evaluation.choose_until(draw, number, correct, Stop(MOST, first))
         record[f"stopped, first {first}"] = report(chosen.replicates.mean(), chosen)
     for count in (4, 8, 12, 16, 24, 32, 48, 64, MOST):
