@@ -84,13 +84,13 @@ def _mesh_of(tree: PyTree) -> Mesh | None:
     return None
 
 
-def platform() -> str:
+def platform(mesh: jax.sharding.AbstractMesh | None = None) -> str:
     """Where what is traced will run: "cpu", "gpu" or "tpu".
 
-    Inside :func:`~mdm_jax.sharding.sharded_apply` that of the mesh, whose devices need not be
-    there; else JAX's default.
+    That of the mesh, whose devices need not be there; None: of that which
+    :func:`~mdm_jax.sharding.sharded_apply` sets. JAX's default without a mesh.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = (mesh or jax.sharding.get_abstract_mesh()).abstract_device
     name = jax.default_backend() if device is None else device.platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 

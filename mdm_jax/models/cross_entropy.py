@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mdm_jax.distributed import platform
+from mdm_jax.distributed import ROW_AXES, platform
 from mdm_jax.models.products import product
 from mdm_jax.pytrees import pytree_dataclass
-from mdm_jax.types import Array, ArrayLike, ModelFn
+from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
 
 PositionLoss = Callable[..., tuple[Array, Array]]
 """``loss(logits [..., K], *known [...]) -> (losses [...], gradients at the logits [..., K])``."""
@@ -65,12 +66,13 @@ class Chunking:
 
     ``groups`` of contiguous rows, one per device, are lowered to divide the rows. ``positions`` is
     the chunk size in a group; None: 32 MiB of logits on CPUs (cache size), 512 MiB elsewhere, and
-    at most an eighth of the positions. ``platform`` None is that where a readout is made.
+    at most an eighth of the positions. ``mesh`` is that of the groups, by which their gradients are
+    sharded; None: the one that a readout is made under, if any.
     """
 
     groups: int = 1
     positions: int | None = None
-    platform: str | None = None
+    mesh: jax.sharding.AbstractMesh | None = None
 
     def __post_init__(self):
         if self.groups < 1 or (self.positions is not None and self.positions < 1):
@@ -79,8 +81,16 @@ class Chunking:
     def size(self, positions: int, num_tokens: int) -> int:
         if self.positions is not None:
             return min(self.positions, positions)
-        budget = 2**25 if (self.platform or platform()) == "cpu" else 2**29
+        budget = 2**25 if platform(self.mesh) == "cpu" else 2**29
         return max(1, min(budget // (4 * num_tokens), -(-positions // 8)))
+
+    def by_group(self, tree: PyTree) -> PyTree:
+        """Arrays [groups, ...], each group where its rows are; as they are without a mesh."""
+        mesh = self.mesh
+        if mesh is None or self.groups != math.prod(mesh.shape[axis] for axis in ROW_AXES):
+            return tree
+        where = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+        return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, where), tree)
 
 
 @pytree_dataclass
@@ -111,8 +121,9 @@ class Readout:
         """The logits if ``chunking`` is None, else the readout with it."""
         if chunking is None:
             return self.logits()
-        here = dataclasses.replace(chunking, platform=chunking.platform or platform())
-        return dataclasses.replace(self, chunking=here)
+        here = jax.sharding.get_abstract_mesh()
+        mesh = chunking.mesh or (None if here.empty else here)
+        return dataclasses.replace(self, chunking=dataclasses.replace(chunking, mesh=mesh))
 
 
 def as_logits(outputs: Array | Readout) -> Array:
@@ -218,7 +229,9 @@ def position_losses(loss: PositionLoss, readout: Readout, where: Array, *known: 
         lambda a: jnp.asarray(a).reshape(groups, size, *a.shape[2:]),
         (readout.features, where, readout.loss_weights, known),
     )
-    return _losses(sums, x, (readout.weights, readout.bias), *arrays).reshape(where.shape)
+    chunking = dataclasses.replace(readout.chunking, groups=groups)
+    head = readout.weights, readout.bias
+    return _losses(sums, chunking, x, head, *arrays).reshape(where.shape)
 
 
 def with_loss_weights(model_fn: ModelFn, loss: Callable[[ModelFn], Array]) -> ModelFn:
@@ -279,13 +292,13 @@ def _losses_and_gradients(loss, projection, chunk, features, head, where, loss_w
     return jnp.where(where, take(losses, inverse), 0.0), gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(sums, features, head, where, loss_weights, known):
-    del loss_weights  # losses do not depend on them
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _losses(sums, chunking, features, head, where, loss_weights, known):
+    del chunking, loss_weights  # losses do not depend on them
     return sums(features, head, where, None, known)[0]
 
 
-def _backward(sums, residuals, cotangent):
+def _backward(sums, chunking, residuals, cotangent):
     (features, head, where, loss_weights, known), gradients = residuals
     cotangent, scale = jnp.where(where, cotangent, 0.0), 1.0
     second_pass = lambda: sums(features, head, where, cotangent, known)[1]  # noqa: E731
@@ -299,11 +312,13 @@ def _backward(sums, residuals, cotangent):
         gradients = lax.cond(fits, lambda: gradients, second_pass)
         scale = jnp.where(fits, scale, 1.0)
     dx, of_head = gradients
+    of_head = chunking.by_group(of_head)  # to be added up where they are, then sent
     of_head = jax.tree.map(lambda g, a: (scale * g.sum(axis=0)).astype(a.dtype), of_head, head)
     return (scale * dx).astype(features.dtype), of_head, None, None, None
 
 
-def _forward(sums, *arrays):
+def _forward(sums, chunking, *arrays):
+    del chunking
     losses, gradients = sums(*arrays)
     return losses, (arrays, gradients)
 
