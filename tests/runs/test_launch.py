@@ -416,9 +416,10 @@ def test_results_that_cannot_be_written_are_printed(tmp_path, monkeypatch, capsy
         experiment,
         family=family,
         evaluate=lambda *_: None,
-        generate=lambda _params, _key, canvas, _documents: np.full_like(canvas, 5),
+        generate=lambda _params, _key, canvas, *_: np.full_like(canvas, 5),
     )
     monkeypatch.setattr(evaluate, "load_parameters", lambda *_: (3, {}))
+    monkeypatch.setattr(main.sample_flags, "read", lambda: None)  # no command line
     (tmp_path / "evaluation.json").mkdir()
     with pytest.raises(WorkdirError, match="evaluation.json could not be written"):
         main._evaluate(experiment, tmp_path)
