@@ -197,11 +197,7 @@ def test_evaluate_and_sample_need_nothing_but_the_workdir(whole, tmp_path, monke
         "--config.sample.approximate_cache=dual",
         "--config.sample.cache_refresh=1",
     )
-    assert (
-        code == 0
-        and cached.split("[given]")[1].split("samples")[0]
-        == (out.split("[given]")[1].split("samples")[0])
-    )
+    assert code == 0 and found[0] in cached
     assert (workdir / "config.json").read_text() == config
 
 
