@@ -140,6 +140,8 @@ def reduced(words, folder):
             if name == "--config.data.length" and "embedded" in " ".join(words):
                 given = "32"
         made.append(f"{name}={given}" if equals else word)
+    if config.startswith("finetune_pairs") and value(words, "config.data.prompt_length") is None:
+        made += ["--config.data.prompt_length=24", "--config.data.answer_length=24"]
     if mode == "variance" and value(words, "config.measure.methods") is None:
         made.append("--config.measure.methods=('stratified',)")
     if mode == "eval" and value(words, "include_path") is None:
