@@ -109,6 +109,9 @@ def reduced(words, folder):
         if name == "--config":
             given = "quickstart" if given in ("FILE", "my_config.py") else given
             file, _, variant = given.partition(":")
+            if (folder / file).is_file():  # written by mdm new
+                made += [f"--config={file}", "--config.train.steps=4"]
+                continue
             if file.endswith(".py"):
                 file = str(launching.ROOT / file)
             if variant in ("stories", "sorting"):  # has no smoke
@@ -131,6 +134,8 @@ def reduced(words, folder):
             given = given.split(";")[0].replace("0,75", "0,2")
         elif name in ("--tasks", "--include_path"):
             given = "my_task" if name == "--tasks" else "tasks"
+        elif name == "--minutes":
+            given = "0.2"
         elif name in ("--steps", "--max_tokens"):
             given = "4"
         elif name in ("--prompts", "--config.sample.prompts"):
