@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from variants import slow_except
 
-from mdm_jax import variance
+from mdm_jax import data, variance
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch import names, workdir
+from mdm_jax.launch import datasets, names, workdir
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.gaussian_family import gaussian_levels, gaussian_recipe
 from mdm_jax.launch.start import scaled
@@ -54,7 +54,7 @@ STUDY = {name for name in NAMES if name.startswith(("study.", "benchmarks."))}
 BUILT = {*NAMES} - NEEDS_DATA
 
 
-# The quickstart is the base without any change.
+# A quickstart of characters is the base without any change.
 @pytest.mark.parametrize("name", slow_except(BUILT - STUDY - {"base"}, sorted(BUILT)))
 def test_a_config_builds_and_one_step_keeps_the_state(name):
     """A layer of the full model over the data of the smoke variant, where there is one."""
@@ -245,6 +245,22 @@ def test_smoke_variants_are_small_and_unknown_ones_are_refused(name):
     assert config.train.steps <= 50 and (config.model.width <= 32 or name in FROM_SOURCE)
     with pytest.raises(ValueError, match=f"{name} has the variant.* not 'smokee'"):
         _get_config(name, "smokee")
+
+
+def test_presets_of_text_share_their_data_and_count_characters():
+    """In subwords, whose rows hold every character of a split once."""
+    presets = [
+        _get_config(name) for name in ("quickstart", "text_ar", "text_block", "text_uniform")
+    ]
+    assert all(config.data == presets[0].data for config in presets)
+    assert all(config.train.steps == presets[0].train.steps for config in presets)
+    dataset = datasets.dataset(presets[0])
+    assert dataset.tokenizer.kind == "bpe"
+    for name, rows in (("valid", dataset.valid), ("test", dataset.test)):
+        whole = data.gather(rows, np.arange(len(rows)))
+        assert whole.units.sum() == dataset.report[f"{name}_characters"]
+        assert whole.eligible.sum() == dataset.report[f"{name}_tokens"]
+    assert _get_config("quickstart", "char") == _get_config("base")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -80,7 +80,7 @@ def test_a_value_of_the_wrong_type_is_refused(launch, tmp_path, argument):
         (["--config=nowhere.py"], "there is no file nowhere.py"),
         (["--config=quikstart"], "did you mean quickstart? built in are quickstart, text_ar"),
         (["--config=quickstart:smoker"], "--config=quickstart:smoker: quickstart has the variant"),
-        ([f"--config={QUICKSTART}r"], "quickstart has the variant 'smoke', not 'smoker'"),
+        ([f"--config={QUICKSTART}r"], "quickstart has the variants smoke, char; not 'smoker'"),
         (["--workdir=nowhere", "--mode=sample"], "nowhere holds no run (no config.json)"),
     ],
 )
