@@ -113,6 +113,8 @@ def test_a_run_ends_with_a_report(whole):
         f"{numbers['bits_per_unit']:.3f} ± {numbers['standard_error_bits_per_unit']:.3f} bits per",
         f"unigram entropy of the split {numbers['unigram_bits_per_unit']:.3f}",
         "bigram entropy ",  # unknown: too few rows
+        f"held-out test split: {numbers['bits_per_unit']:.3f} ±",
+        "words occur in the training text",
         "tensorboard --logdir",
         str(workdir / "plots" / "training.png"),
         str(workdir / "checkpoints"),

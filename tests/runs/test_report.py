@@ -2,7 +2,8 @@
 
 import json
 
-from mdm_jax.launch.modes.evaluate import format_results, write_plots
+from mdm_jax import data
+from mdm_jax.launch.modes.evaluate import format_results, summary, write_plots
 
 
 def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
@@ -42,3 +43,23 @@ def test_an_exact_likelihood_is_not_called_a_bound():
     text = format_results(record, [], exact=True)
     assert "held-out exact likelihood (test split" in text and "bound" not in text
     assert "  1.500 bits per character   (± 0.250 over rows)\n" in text
+
+
+def test_a_run_ends_with_its_likelihood_and_the_share_of_known_words(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" the cat sat" * 30 + " the hat sat" * 10)
+    dataset = data.text(path, 16, fractions=(0.75, 0.0, 0.25))
+    record = {"split": "test", "unit": "character"}
+    record |= {"bits_per_unit": 1.5, "standard_error_bits_per_unit": 0.25}
+    samples = [
+        {"kind": "free", "text": "t the cat zog t"},  # the ends may be cut
+        {"kind": "free", "text": " cat, the cat "},
+        {"kind": "infilled", "text": " zog zog zog "},
+    ]
+    assert summary(dataset, dataset.test, record, samples, exact=False).splitlines() == [
+        "held-out test split: 1.500 ± 0.250 bits per character",
+        "free samples: 83% of 6 words occur in the training text (3 different ones); "
+        "of held-out text 64%",
+    ]
+    said = "held-out test split: 1.500 bits per character\n"
+    assert summary(dataset, dataset.test, record, samples[2:], exact=True) == said

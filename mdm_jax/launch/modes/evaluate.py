@@ -260,7 +260,8 @@ def report(
     paths = drawn["files"]
     if not distributed.is_first():
         return ""
-    add(summary(experiment, record, drawn["samples"]))
+    exact, (_, held_out) = is_exact(experiment.config), experiment.held_out
+    add(summary(experiment.dataset, held_out, record, drawn["samples"], exact))
     shown = write_plots(workdir, experiment.config, record)
     page = write_page(workdir)
     add(
@@ -303,28 +304,31 @@ def format_results(record: Mapping[str, Any], details: Sequence[str], exact: boo
 
 
 def summary(
-    experiment: Experiment, record: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
+    dataset: data.Dataset,
+    held_out: data.RowSource,
+    record: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+    exact: bool,
 ) -> str:
     """The likelihood and, for texts of words, the share of the free samples' words that are known.
 
-    ``record`` of :func:`evaluate`, ``samples`` of :func:`sample`.
+    ``record`` of :func:`evaluate` on the rows ``held_out``, ``exact`` if it is no bound;
+    ``samples`` of :func:`sample`.
     """
     value = f"{record['bits_per_unit']:.3f}"
-    if not is_exact(experiment.config):
+    if not exact:
         value += f" ± {_number(record['standard_error_bits_per_unit'])}"
     lines = [f"held-out {record['split']} split: {value} bits per {record['unit']}"]
     free = [sample["text"] for sample in samples if sample["kind"] == "free"]
-    codec = experiment.dataset.tokenizer
     if any(map(evaluation.words_of, free)):
-        rows = evaluation.texts_of_rows(experiment.dataset.train, codec)
+        rows = evaluation.texts_of_rows(dataset.train, dataset.tokenizer)
         known = {word for text in rows for word in evaluation.words_of(text)}
         found = evaluation.word_share(free, known)
-        texts = evaluation.texts_of_rows(experiment.held_out[1], codec)
-        reference = evaluation.word_share(texts, known)
+        texts = evaluation.texts_of_rows(held_out, dataset.tokenizer)
         lines.append(
-            f"{len(free)} free samples: {found.share:.0%} of {found.words} words occur in the "
-            f"training text ({found.distinct} different ones; of held-out text "
-            f"{reference.share:.0%} do)"
+            f"free samples: {found.share:.0%} of {found.words} words occur in the training text "
+            f"({found.distinct} different ones); of held-out text "
+            f"{evaluation.word_share(texts, known).share:.0%}"
         )
     return "\n".join([*lines, ""])
 
