@@ -233,6 +233,6 @@ def _text(variant: str) -> ConfigDict:
     elif variant != "char":
         # Chosen by measurement for five minutes on two cores: docs/quickstart.md.
         config.data.update(tokenizer="bpe", bpe_vocab_size=2048)
-        config.train.update(steps=2400, batch_size=16, checkpoint_every=600, log_every=40)
+        config.train.update(steps=1000, batch_size=16, log_every=20)
         config.sample.update(temperature=0.8, gap=24)
     return config
