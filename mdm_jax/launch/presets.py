@@ -35,10 +35,10 @@ def text_ar(variant: str = "") -> ConfigDict:
 
 def text_block(variant: str = "16") -> ConfigDict:
     """Block diffusion (BD3-LM) in blocks of ``variant`` tokens, "L" for one block per row."""
-    check_variant("text_block", variant, ("1", "4", "16", "L"))
+    check_variant("text_block", variant, ("1", "4", "16", "L", "char"))
     config = _text(variant)
     config.process = "block"
-    named = {"smoke": 8, "L": config.data.length, "": 16}
+    named = {"smoke": 8, "L": config.data.length, "": 16, "char": 16}
     config.block.size = named[variant] if variant in named else int(variant)
     return config
 
@@ -231,8 +231,8 @@ def _text(variant: str) -> ConfigDict:
         config.data.update(length=32, train_stride=16)
         config.sample.update(num_samples=2, gap=8)
     elif variant != "char":
-        # Chosen by measurement for five minutes on two cores: docs/quickstart.md.
+        # Chosen by short runs: docs/quickstart.md.
         config.data.update(tokenizer="bpe", bpe_vocab_size=2048)
         config.train.update(steps=1000, batch_size=16, log_every=20)
-        config.sample.update(temperature=0.8, gap=24)
+        config.sample.update(temperature=0.7, gap=24)
     return config
