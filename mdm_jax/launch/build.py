@@ -194,6 +194,10 @@ class Experiment:
         return lora.join(self.frozen, params, self.adapter) if self.adapter else params
 
     def abstract_state(self) -> TrainState:
+        return self._abstract_state
+
+    @functools.cached_property
+    def _abstract_state(self) -> TrainState:
         return sharding.abstract_sharded(self._new_state, self.mesh)
 
     def placed_seed(self) -> Array:

@@ -30,9 +30,9 @@ class NoisePanel:
 
     As seldom as ``panel.cost`` asks, first by the number of rows taken through the network, then by
     the times of the first two measurements and of a few steps before each, whichever is more; only
-    there the host waits for the device. Begins to compile here, in a thread of its own beside the
-    first steps, which wait for it shortly before the first measurement. Measurements are records of
-    the kind "noise", figures at logging steps of the kind "panel".
+    there the host waits for the device. Compiles after the first step, in a thread beside the next
+    ones, which wait for it shortly before the first measurement. Measurements are records of the
+    kind "noise", figures at logging steps of the kind "panel".
     """
 
     def __init__(self, experiment: Experiment, writer: training.MetricWriter, start: int):
@@ -49,13 +49,14 @@ class NoisePanel:
         self._due = (start // self.every + 1) * self.every if self.every else math.inf
         if distributed.is_first() and start and writer.path.exists():
             self._records = training.read_metrics(writer.path, "noise")
-        if self._due <= experiment.config.train.steps:
+        if self._due > experiment.config.train.steps:
+            self._due = math.inf
+        else:
             print(
                 f"noise panel: measures every {self.every} steps or less often, at most "
                 f"{self._settings.cost:.1%} of the time (panel.cost)",
                 flush=True,
             )
-            self._compile()
 
     def follow(self, experiment: Experiment) -> None:
         """Go on under another chain of the run."""
@@ -63,11 +64,12 @@ class NoisePanel:
         self._settings, self._group = design(experiment)
         if self._compiling is not None:
             self._compile()
-            self.wait()
 
     def wait(self) -> None:
         """Wait until the measurement is compiled, if any is made."""
-        if self._compiling is not None:
+        if self._due < math.inf:
+            if self._compiling is None:
+                self._compile()
             self._measure = self._compiling.result()
 
     def _compile(self) -> None:
@@ -107,10 +109,11 @@ class NoisePanel:
     def visit(self, step: int, state: TrainState, batch: Batch) -> None:
         """Measure at steps that are due."""
         self._batch = batch
-        if self._compiling is None or step < self._due - _TIMED - 1:
+        if self._compiling is None and self._due < math.inf:
+            self._compile()
+        if step < self._due - _TIMED - 1:
             return
-        if self._measure is None:
-            self.wait()
+        self.wait()
         if self._untimed:
             jax.block_until_ready(state)
             self._times.append(time.monotonic())
