@@ -3,8 +3,10 @@
 import subprocess
 
 import jax
+import launching
 import pytest
 
+from mdm_jax.launch import main
 from mdm_jax.launch.start import accelerators
 
 pytestmark = pytest.mark.keyless
@@ -64,3 +66,11 @@ def test_a_program_that_hangs_or_fails_is_no_accelerator(machine, monkeypatch):
 
     monkeypatch.setattr(accelerators.subprocess, "run", hangs)
     assert accelerators.accelerator({}) is None
+
+
+def test_training_begins_with_the_warning(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(accelerators, "unused_accelerator", lambda _: "no plugin")
+    monkeypatch.setattr(main.train, "train", lambda *_: False)
+    run = ("train", f"--config={launching.QUICKSTART}", f"--workdir={tmp_path / 'run'}")
+    code, out, err = launching.call(monkeypatch, capsys, *run)
+    assert code == 130 and "warning: no plugin\n" in err and "of cpu" in out
