@@ -1,6 +1,6 @@
 """Requests answered per second, beside the loops of LLaDA's and dllm's harness over transformers.
 
-python -m experiments.benchmarks.evaluation_speed --packages=VENV/lib/python3.11/site-packages
+python -m experiments.benchmarks.evaluation_speed --torch_packages=VENV/lib/python3.11/site-packages
 
 where torch and transformers are installed in that place, or without the flag if they are here. One
 core, float32, a random Qwen3 model read as a bidirectional one by both, M shape (width 256, 6
@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks.hub_speed import PACKAGES
-
+_PACKAGES = flags.DEFINE_string("torch_packages", None, "Site-packages with torch, transformers.")
 _REQUESTS = flags.DEFINE_integer(
     "evaluation_requests", 16, "Likelihoods; half as many to generate.", lower_bound=2
 )
@@ -176,13 +175,13 @@ def main(_: list[str]) -> None:
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     )
-    if PACKAGES.value:
-        sys.path.append(PACKAGES.value)  # behind our own
+    if _PACKAGES.value:
+        sys.path.append(_PACKAGES.value)  # behind our own
     try:
         import torch
         import transformers
     except ImportError as error:
-        print(f"not measured: {error}; name the site-packages that have it with --packages")
+        print(f"not measured: {error}; name the site-packages that have it with --torch_packages")
         return
     from experiments.benchmarks import command, machine
     from experiments.benchmarks.hub_load import make

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-PACKAGES = flags.DEFINE_string("packages", None, "site-packages with torch and transformers.")
+_PACKAGES = flags.DEFINE_string("packages", None, "site-packages with torch and transformers.")
 _DTYPES = flags.DEFINE_list("precisions", ["float32", "bfloat16"], "Of products and parameters.")
 _ROUNDS = flags.DEFINE_integer("times", 7, "Calls of each.", lower_bound=3)
 _LENGTH = flags.DEFINE_integer("sequence", 256, "Tokens; half are the prompt.", lower_bound=64)
@@ -138,8 +138,8 @@ def main(_: list[str]) -> None:
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     )
-    if PACKAGES.value:
-        sys.path.append(PACKAGES.value)  # behind our own
+    if _PACKAGES.value:
+        sys.path.append(_PACKAGES.value)  # behind our own
     try:
         import torch
         import transformers
