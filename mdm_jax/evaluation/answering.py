@@ -275,13 +275,13 @@ class Answerer:
     ) -> None:
         """Answer the ``questions``, numbers of their choices, together where equally many."""
         longest, multiple = self.subject.length(self.settings), self.subject.multiple
-        sizes = collections.defaultdict(list)
+        sizes = collections.defaultdict(dict)
         for members in questions:
             if any(keys[i] not in self.journal.answers for i in members):
-                sizes[len(members)].append(members)
+                sizes[len(members)][keys[members[0]]] = members  # the same again is one
         with self._bar(sum(n * len(own) for n, own in sizes.items()), "choices") as bar:
             for count, own in sorted(sizes.items()):
-                for part in _parts(own, max(self.batch // count, 1)):
+                for part in _parts([*own.values()], max(self.batch // count, 1)):
                     flat = [i for members in part for i in members]
                     number = np.arange(len(flat)).reshape(-1, count)
                     per = np.maximum(np.array([characters[i] for i in flat]), 1).reshape(-1, count)

@@ -239,13 +239,14 @@ class EvaluatedModel:
         stop = Stop(settings.replicates, FIRST, round_, coverage=settings.certain)
         chosen = [choose_until(draw, number, first, stop, each) for each in divisors][0].chosen
         found: list[Scored | None] = [None] * len(rows)
+        drawn = np.sum(~np.isnan(values), axis=0)
         for question, best in zip(number, chosen):
-            leader = values[:, question[best]]
-            leader = leader[~np.isnan(leader)]
+            # The one drawn longest, which is the best unless another divisor kept others open.
+            longest = max(question, key=lambda row: (drawn[row], row == question[best]))
             for row in question:
-                own = draws.scored(row, values[~np.isnan(values[:, row]), row])
+                own = draws.scored(row, values[: drawn[row], row])
                 if not own.exact:
-                    value, error = beside_leader(own.nats, leader)
+                    value, error = beside_leader(own.nats, values[: drawn[longest], longest])
                     own = own._replace(value=value, standard_error=error)
                 found[row] = own
         return found

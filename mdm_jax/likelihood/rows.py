@@ -85,18 +85,16 @@ class RowDraws:
             views = np.where(eligible.any(-1), self.estimator.views(eligible), 0)
             fixed = self.estimator.fixed(eligible)
             fresh += place[fixed].tolist()
-            work = [
-                (i, run, view)
-                for i, own, once in zip(place, views, fixed)
-                for run in range(1 if once else count)
-                for view in range(own)
-            ]
-            for at in range(0, len(work), self.batch_size):
-                part = np.array(work[at : at + self.batch_size])
-                place, run, view = part.T
-                outputs = self._score(rows[place], length, first + run, view)
-                pending.append((place, run, outputs))
-            self.passes += len(work)
+            runs = np.where(fixed, 1, count)
+            index = np.repeat(np.arange(len(place)), runs * views)
+            first_of_row = np.cumsum(runs * views) - runs * views
+            run, view = np.divmod(np.arange(len(index)) - first_of_row[index], views[index])
+            for at in range(0, len(index), self.batch_size):
+                part = slice(at, at + self.batch_size)
+                own = place[index[part]]
+                outputs = self._score(rows[own], length, first + run[part], view[part])
+                pending.append((own, run[part], outputs))
+            self.passes += len(index)
         for place, run, outputs in pending:
             nats, *further = (np.asarray(each)[: len(place)] for each in to_host(outputs))
             np.add.at(values, (run, place), nats.astype(np.float64))  # views in their order
