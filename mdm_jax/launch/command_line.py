@@ -343,7 +343,7 @@ def _expand(argv: list[str]) -> list[str]:
     """``--config.mesh=data=2,fsdp=4`` as one override for each axis; short names of settings."""
     expanded = []
     answering = {"--mode=chat", "--mode=eval"} & {*argv} or any(
-        re.match("--?source=", a) for a in argv
+        re.match("--?source(=|$)", a) for a in argv
     )
     short = {"steps": "answer_steps" if answering else "config.sample.num_steps"}
     if "--mode=sample" in argv and not answering:

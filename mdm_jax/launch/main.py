@@ -142,7 +142,10 @@ def main(argv: list[str]) -> int:
     if _MODE.value == "new":
         return _new(argv[1:])
     if len(argv) > 1:
-        return _fail(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
+        return _fail(
+            f"unexpected arguments {argv[1:]}; settings are written --config.name=value, and the "
+            f"first word is one of {', '.join(command_line.MODES)}"
+        )
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every save
     alone = _SOURCE.value or eval_tasks.comparing()

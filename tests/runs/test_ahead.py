@@ -91,6 +91,49 @@ def test_unknown_programs_are_named():
         command.plan(smoke(), "cpu:1", names=("generate",))
 
 
+def test_a_search_goes_on_until_a_plan_leaves_the_runtime_its_memory(monkeypatch):
+    """A v5e has 16 GB: 15.5 fit the chip, but not the share of it that a plan may use."""
+    memory = {"none": 15.5e9, "dots_without_batch": 14e9, "full": 9e9}
+    tried = []
+
+    def compiled(config, devices, program="train"):
+        tried.append((config.mesh.fsdp, config.model.remat))
+        if config.mesh.fsdp == 2:
+            raise ValueError("the compiler of tpu failed: a reason")
+        return plan.Plan(
+            program=program,
+            mesh=config.mesh.to_dict(),
+            rows=8,
+            remat=config.model.remat,
+            parameters=1,
+            arguments=0,
+            temporaries=0,
+            memory=memory[config.model.remat],
+            state={},
+            flops=1.0,
+            traffic=1.0,
+            collectives=(),
+            largest=(),
+            unknown_loops=0,
+            compile_seconds=0.0,
+            text="",
+        )
+
+    monkeypatch.setattr(plan, "compile_plan", compiled)
+    meshes = [{"data": 1, "fsdp": n, "tensor": 1} for n in (1, 2)]
+    monkeypatch.setattr(plan, "meshes", lambda *_: iter(meshes))
+    lines = []
+    found = command._search(smoke(), [None], targets.CHIPS["v5e"], 60.0, lines.append)
+    assert tried == [(1, "none"), (1, "dots_without_batch"), *((2, r) for r in command.REMATS)]
+    assert len(found) == 2 and "more than 92% of the memory" in lines[1]
+    assert lines[-1].endswith("--config.model.remat=dots_without_batch")
+    assert any("a reason" in line for line in lines)
+    command._search(smoke(), [None], targets.CHIPS["v5e"], 0.0, lines.append)
+    assert sum("stopped after" in line for line in lines) == 1
+    with pytest.raises(ValueError, match="cpu:1 has none"):
+        command.plan(smoke(), "cpu:1", search=True)
+
+
 def test_meshes_divide_devices_heads_and_rows():
     found = list(plan.meshes(8, heads=4, rows=4))
     assert {"data": 8, "fsdp": 1, "tensor": 1} not in found  # 4 rows do not split in 8

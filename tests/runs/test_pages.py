@@ -134,8 +134,6 @@ def reduced(words, folder):
             given = given.split(";")[0].replace("0,75", "0,2")
         elif name in ("--tasks", "--include_path"):
             given = "my_task" if name == "--tasks" else "tasks"
-        elif name == "--minutes":
-            given = "0.2"
         elif name in ("--steps", "--max_tokens"):
             given = "4"
         elif name in ("--prompts", "--config.sample.prompts"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,8 @@ def plan(
     if out is not None and out.exists():
         raise ValueError(f"--to={out} exists; name a new file, or move it away")
     chip = targets.chip_of(topology)
+    if search and chip.platform == "cpu":
+        raise ValueError(f"--search compares by published figures, and {topology} has none")
     devices = targets.devices(topology)
     config = _with_mesh(config, len(devices))
     show(_header(topology, chip, len(devices)))
@@ -188,25 +191,27 @@ def _search(
     rows, heads = config.train.batch_size // config.train.num_microbatches, config.model.num_heads
     tried, started = [], time.monotonic()
     show("\nsearch over meshes and rematerialisation (least time by published figures):")
-    for mesh in plans.meshes(len(devices), heads, rows):
-        for remat in REMATS:
-            if tried and time.monotonic() - started > budget:
-                show(f"  stopped after {budget:.0f} s (--search_seconds)")
-                break
-            try:
-                made = plans.compile_plan(_changed(config, mesh, remat), devices)
-            except (MemoryError, ValueError) as error:
-                show(f"  {_mesh(mesh)} remat {remat}: {str(error)[:100]}")
-                continue
-            tried.append(made)
-            seconds = max(made.seconds(chip).values())
-            show(
-                f"  {_mesh(mesh)} remat {remat}: {made.memory / 1e9:.2f} GB, "
-                f"{seconds * 1e3:.1f} ms{'' if made.fits(chip) else ', does not fit'}"
-            )
-            if made.fits(chip):
-                break  # further rematerialisation only adds time
-    fitting = [made for made in tried if made.memory <= _FITTING * chip.memory]
+    fitting: list[Plan] = []
+    candidates = itertools.product(plans.meshes(len(devices), heads, rows), REMATS)
+    for number, (mesh, remat) in enumerate(candidates):
+        if any(made.mesh == mesh for made in fitting):
+            continue  # further rematerialisation only adds time
+        if number and time.monotonic() - started > budget:
+            show(f"  stopped after {budget:.0f} s (--search_seconds)")
+            break
+        try:
+            made = plans.compile_plan(_changed(config, mesh, remat), devices)
+        except (MemoryError, ValueError) as error:
+            show(f"  {_mesh(mesh)} remat {remat}: {str(error)[:100]}")
+            continue
+        tried.append(made)
+        fits = made.memory <= _FITTING * chip.memory
+        fitting += [made] * fits
+        seconds = max(made.seconds(chip).values())
+        show(
+            f"  {_mesh(mesh)} remat {remat}: {made.memory / 1e9:.2f} GB, "
+            f"{seconds * 1e3:.1f} ms{'' if fits else f', more than {_FITTING:.0%} of the memory'}"
+        )
     if not fitting:
         show("  nothing fits; use more chips, fewer rows or --config.train.num_microbatches")
     else:

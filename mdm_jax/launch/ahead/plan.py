@@ -67,7 +67,8 @@ class Plan:
 def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str = "train") -> Plan:
     """The plan of a program of :data:`PROGRAMS` on these devices, which are not used.
 
-    ValueError and others as of ``make_experiment``; MemoryError if the compiler finds no plan.
+    ValueError and others as of ``make_experiment``, and where the compiler fails, such as for want
+    of its tools; MemoryError if it finds no plan.
     """
     experiment = make_experiment(config, devices=devices)
     function, arguments, donated = PROGRAMS[program](experiment)
@@ -78,7 +79,7 @@ def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise ValueError(f"the compiler of {devices[0].platform} failed: {error}") from error
         raise MemoryError(str(error).splitlines()[0]) from error
     seconds = time.monotonic() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()

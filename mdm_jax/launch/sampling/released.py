@@ -16,6 +16,7 @@ from mdm_jax.launch.modes.sample import (
     json_lines,
     text_records,
 )
+from mdm_jax.launch.sampling import film
 from mdm_jax.launch.sampling.options import Options
 from mdm_jax.launch.sampling.requests import Request, check_known
 from mdm_jax.launch.sampling.watch import Watcher
@@ -44,6 +45,8 @@ def sample(
         raise ValueError(f"--to={to} exists; name a new file for the records")
     if not asked.requests and not asked.prompts:
         raise ValueError("--source: say what to write, --prompt, --infill or --prompts=FILE")
+    if asked.gif:
+        film.check_path(asked.gif)  # before a large model is loaded
     model = hub.load(directory)
     codec = tokenizer_of(model, None)
     for request in asked.requests:
@@ -72,10 +75,13 @@ def sample(
             job = Job(request.kind, canvas, documents, None, request, number, i)
             records += text_records(job, tokens, codec, codec.mask_id)
     show(format_samples(records, asked.colour))
+    paths = [] if to is None else [to]
     if to is not None:
         files.write(to, json_lines(records))
     if watcher is not None:
-        watcher.write()
+        paths += watcher.write()
+    if paths:
+        show(f"written to {', '.join(paths)}")
     return records
 
 

@@ -59,6 +59,8 @@ def new(
     target = pathlib.Path(out or f"{name_of(path)}_config.py")
     if target.suffix != ".py":
         raise ValueError(f"--out={out}: the config is a Python file; name it *.py")
+    if not target.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no directory {target.parent}; make it first")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} is there already; name another --out, or pass --overwrite")
     if minutes <= 0:
@@ -191,7 +193,7 @@ def source(found: Look, minutes: float, choices: Sequence[Choice], lines: Sequen
     ]
     for choice in choices:
         comment = textwrap.wrap(choice.why, 94, break_long_words=False)
-        blocks += [f"    # {_ascii(line)}" for line in comment]
+        blocks += [f"    # {_printable(line)}" for line in comment]
         blocks += [f"    {line}" for line in _update(choice)]
     return "\n".join([*blocks, "    return config", ""])
 
@@ -199,7 +201,8 @@ def source(found: Look, minutes: float, choices: Sequence[Choice], lines: Sequen
 def _update(choice: Choice) -> list[str]:
     """A call that sets the settings of a choice, in lines of at most 100 characters."""
     given = [
-        f"{name}={json.dumps(value) if isinstance(value, str) else repr(value)}"
+        # In double quotes where JSON and Python agree, which they do not on pairs of surrogates.
+        f"{name}={json.dumps(value) if isinstance(value, str) and value.isascii() else repr(value)}"
         for name, value in choice.settings.items()
     ]
     line = f"config.{choice.section}.update({', '.join(given)})"
@@ -210,9 +213,9 @@ def _update(choice: Choice) -> list[str]:
 
 def _wrapped(line: str) -> str:
     indent = line[: len(line) - len(line.lstrip())]
-    return _ascii(textwrap.fill(line, 98, subsequent_indent=indent + "  ")) if line else ""
+    return _printable(textwrap.fill(line, 98, subsequent_indent=indent + "  ")) if line else ""
 
 
-def _ascii(text: str) -> str:
+def _printable(text: str) -> str:
     """Printable text of one line, for a comment."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)

@@ -1,5 +1,6 @@
 """Configs for files of one's own: what is found in them, what is chosen, and that it runs."""
 
+import ast
 import dataclasses
 import json
 import runpy
@@ -140,11 +141,20 @@ def test_no_file_is_written_over_without_being_asked(tmp_path, measured, one_dev
         ("poem", "x", "x.py", "KIND is one of text, documents, jsonl, chat"),
         ("text", "", "x.py", "needs --path=FILE"),
         ("text", "x", "x.yaml", "Python file"),
+        ("text", "x", "nowhere/x.py", "there is no directory nowhere"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(kind, path, out, message):
     with pytest.raises(ValueError, match=message):
         new.new(kind, path, out, 1.0)
+
+
+def test_settings_are_written_as_python_reads_them():
+    path = 'a "\\ \U0001f600.txt'
+    (line,) = new._update(plan.Choice("data", {"path": path, "kind": "text"}, ""))
+    call = ast.parse(line).body[0].value
+    read = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert read == {"path": path, "kind": "text"} and 'kind="text"' in line
 
 
 def test_larger_budgets_get_larger_networks():
