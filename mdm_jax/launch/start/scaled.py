@@ -51,15 +51,19 @@ def followed(config: Mapping[str, Any]) -> dict[str, Any]:
 def filled(config: ConfigDict, stored: Mapping[str, Any] | None = None) -> ConfigDict:
     """A copy of the config in which none of :data:`SCALED` is None.
 
-    ``stored``: the config of the run that goes on. What it holds is kept, unless it follows the
-    rules there too: then the new number of steps and optimiser count.
+    ``stored``: the config of the run that goes on. What it holds is kept, ``train.evaluate_every``
+    too, unless it follows the rules there too: then the new number of steps and optimiser count.
     """
     unset = [name for name in SCALED if config.optimizer[name] is None]
     lengths = {n: stored["data"].get(n, 0) for n in LENGTHS if not config.data[n]} if stored else {}
-    if not unset and not any(lengths.values()):
+    every = config.train.evaluate_every
+    if stored and every is None:
+        every = stored["train"].get("evaluate_every")
+    if not unset and not any(lengths.values()) and every == config.train.evaluate_every:
         return config
     config, values = copy.deepcopy(config), followed(config)
     config.data.update(lengths)
+    config.train.evaluate_every = every
     if stored is not None:
         rules, own = followed(stored), stored["optimizer"]
         values |= {n: own[n] for n in SCALED if own.get(n) not in (None, rules[n])}
@@ -75,7 +79,10 @@ def same(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if value is None or (old in (None, old_rules[name]) and value == rules[name]):
             optimizer[name] = old
     unset = {n: known["data"][n] for n in LENGTHS if not new["data"][n]}
-    return new | {"optimizer": optimizer, "data": new["data"] | unset}
+    train = dict(new["train"])
+    if train["evaluate_every"] is None:
+        train["evaluate_every"] = known["train"]["evaluate_every"]
+    return new | {"optimizer": optimizer, "data": new["data"] | unset, "train": train}
 
 
 def with_lengths(config: ConfigDict, layout: PairLayout | None) -> ConfigDict:

@@ -52,6 +52,21 @@ def test_a_run_that_goes_on_keeps_what_it_stored():
     assert _numbers(scaled.filled(_run(4000, "adamw"), new)) == (0.002, 400, 0.99875)
 
 
+@pytest.mark.parametrize("every", [250, 0])
+def test_a_run_that_goes_on_keeps_its_validations(tmp_path, every):
+    """250 steps were the default of older releases, 0 is none."""
+    old = scaled.filled(_run(2000))
+    old.train.evaluate_every = every
+    claim(tmp_path, old)
+    check(tmp_path, _run(2000))
+    longer = scaled.filled(_run(4000), read_config(tmp_path))
+    assert longer.train.evaluate_every == every
+    assert changes(tmp_path, longer) == ["train.steps: 2000 -> 4000"]
+    other = _run(2000)
+    other.train.evaluate_every = 100
+    assert changes(tmp_path, other) == [f"train.evaluate_every: {every} -> 100"]
+
+
 def test_an_experiment_has_numbers_and_says_them(one_device):
     config = presets.quickstart("smoke")
     config.train.steps, config.optimizer.warmup_steps = 40, None
