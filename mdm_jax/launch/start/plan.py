@@ -95,6 +95,9 @@ def tokens(look: Look, has_bpe: bool, machine: Machine) -> Choice:
     return Choice("data", {"tokenizer": name}, f"{why}; {letters:,} different characters")
 
 
+_LEARNED = "since a tokenizer is learned from the training part alone"
+
+
 def lengths(look: Look, sizes: Mapping[str, np.ndarray], machine: Machine) -> list[Choice]:
     """Lengths of rows, by quantiles of the ``sizes`` in tokens of each part."""
     longest = 128 if machine.is_cpu else 1024
@@ -110,13 +113,17 @@ def lengths(look: Look, sizes: Mapping[str, np.ndarray], machine: Machine) -> li
     if look.kind == "documents":
         return [_documents(look, sizes["document"], longest)]
     if look.kind == "chat":
-        length, why = _fitting(sizes["conversation"], "conversations")
-        return [Choice("data", {"length": length, "loss_on": "last", **why[1]}, why[0])]
+        length, (why, _) = _fitting(sizes["conversation"], "conversations")
+        settings = {"length": length, "loss_on": "last", "too_long": "drop"}
+        return [Choice("data", settings, f"{why}; held-out ones may have more, {_LEARNED}")]
     chosen, reasons, settings = {}, [], {}
     for name in ("prompt", "answer"):
         chosen[f"{name}_length"], (reason, more) = _fitting(sizes[name], f"{name}s")
         reasons.append(reason)
         settings |= more
+    if not settings:
+        reasons.append(f"0: those of the longest, which may be longer, {_LEARNED}")
+        return [Choice("data", dict.fromkeys(chosen, 0), "; ".join(reasons))]
     misfits = (sizes["prompt"] > chosen["prompt_length"]) | (
         sizes["answer"] > chosen["answer_length"]
     )

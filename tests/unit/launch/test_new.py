@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.datasets import dataset
 from mdm_jax.launch.modes import train
 from mdm_jax.launch.start import new, plan, trial
 from mdm_jax.launch.start.look import look
@@ -101,6 +102,29 @@ def test_pairs_with_a_long_tail_are_dropped_and_counted(tmp_path, measured, one_
     report = make_experiment(config).dataset.report
     assert sum(report[f"{split}_dropped_pairs"] for split in ("train", "valid", "test")) == 1
     assert "answer                 4       4       4     121" in shown
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "chat"])
+def test_rows_fit_though_the_tokenizer_of_a_run_sees_less_than_all_texts(kind, tmp_path):
+    """Lengths without a long tail, and rare words; held-out ones have more tokens than here."""
+    generator, rows = np.random.default_rng(0), []
+    words = ["".join(generator.choice([*"abcdefghijkl"], 6)) for _ in range(400)]
+    for _ in range(250):
+        pair = [" ".join(generator.choice(words, 60)) for _ in range(2)]
+        messages = [{"role": r, "content": text} for r, text in zip(("user", "assistant"), pair)]
+        rows.append(dict(zip(("prompt", "answer"), pair)) | {"messages": messages})
+    path = _write(tmp_path / "rows.jsonl", rows)
+    found = look(kind, path)
+    sizes = found.lengths(found.tokenizer("bpe", 1024))
+    (choice,) = plan.lengths(found, sizes, CPU)
+    data = {"source": kind, "path": path, "tokenizer": "bpe", "bpe_vocab_size": 1024}
+    report = dataset(plan.apply([plan.Choice("data", data, ""), choice])).report
+    if kind == "jsonl":
+        assert choice.settings == {"prompt_length": 0, "answer_length": 0}
+        assert "the longest of the prompts has" in choice.why
+    else:
+        dropped = sum(report[f"{s}_dropped_conversations"] for s in ("train", "valid", "test"))
+        assert choice.settings["too_long"] == "drop" and dropped < 3
 
 
 def test_few_documents_are_split_so_that_each_part_has_one(tmp_path, measured, one_device):
