@@ -334,6 +334,19 @@ def config_name(argv: list[str]) -> str:
     return (take_config(argv)[0] or "").removeprefix(f"{__file__}:")
 
 
+def unread_flag(modes: Mapping[str, str], mode: str) -> str | None:
+    """Why a flag that is given cannot be: another mode alone reads it. None if there is none such.
+
+    ``modes``: the mode by the name of the module that defines its flags.
+    """
+    by_module = flags.FLAGS.flags_by_module_dict()
+    for module, own in modes.items():
+        for flag in by_module.get(module, ()):
+            if flag.present and own != mode:
+                return f"--{flag.name} is of mdm {own}; --mode={mode} does not read it"
+    return None
+
+
 def overridden(argv: list[str]) -> list[str]:
     """Settings that the command line gives, such as "model.width"."""
     return [m.group(1) for a in argv[1:] if (m := _OVERRIDE.match(a))]

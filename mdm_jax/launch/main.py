@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -132,15 +133,18 @@ _USER_ERRORS = (
     TrainingStopped,
 )
 _print = functools.partial(print, flush=True)
+_FLAGS_OF = {new_config.__name__: "new", ahead.__name__: "compile", sample_flags.__name__: "sample"}
 _STOPPED = 130  # what shells report after Ctrl-C
 
 
 def main(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
+    if unread := command_line.unread_flag(_FLAGS_OF, _MODE.value):
+        return _fail(unread)
     if _MODE.value == "config":
         return _config(argv[1:])
     if _MODE.value == "new":
-        return _new(argv[1:])
+        return _answered(_new, argv[1:])
     if len(argv) > 1:
         return _fail(
             f"unexpected arguments {argv[1:]}; settings are written --config.name=value, and the "
@@ -150,7 +154,7 @@ def main(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every save
     alone = _SOURCE.value or eval_tasks.comparing()
     if _MODE.value == "compile":  # for other machines than this one
-        return _compile()
+        return _answered(_compile)
     if _WORKDIR.value is None and not (_MODE.value in ("chat", "eval", "sample") and alone):
         return _fail("--workdir is required: the directory of the run, made if missing")
     if _CONFIG.value is None and _WORKDIR.value is not None:
@@ -158,7 +162,7 @@ def main(argv: list[str]) -> int:
     if _RESTART.value and _MODE.value != "train":
         return _fail("--restart is for --mode=train")
     if _MODE.value == "sweep":  # before anything starts devices, which are its runs'
-        return _sweep()
+        return _answered(_sweep)
     cluster = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     try:
         workdir = _WORKDIR.value and files.as_path(_WORKDIR.value)
@@ -181,7 +185,6 @@ def main(argv: list[str]) -> int:
 
 def _run(workdir: files.Path) -> int:
     try:
-        sample_flags.check_unread(_MODE.value)
         if _MODE.value == "sample" and _SOURCE.value:
             own = {"steps": _STEPS, "temperature": _TEMPERATURE, "templated": _TEMPLATE, "to": _TO}
             return sample_flags.released(workdir, _SOURCE.value, own, show=_print)
@@ -395,18 +398,12 @@ def _sweep() -> int:
     """Runs are given the command line as typed, but for what only concerns the sweep."""
     rest = command_line.without(_ARGUMENTS[1:], ("mode", "workdir", "over"))
     rest = rest[1:] if rest[:1] == ["sweep"] else rest
-    try:
-        runs = sweep.plan(_CONFIG.value, _OVER.value or "")
-        for name in runs[0].settings:
-            if name in command_line.overridden(_PARSED):
-                raise ValueError(f"--config.{name} is also swept over; give it in one place")
-        started = [sys.executable, "-m", "mdm_jax.launch", "train", *rest]
-        code = sweep.sweep(runs, files.as_path(_WORKDIR.value), started, show=_print)
-    except (*_USER_ERRORS, TypeError) as error:
-        logging.debug("where it came from:", exc_info=True)
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        return _stopped_at_once()
+    runs = sweep.plan(_CONFIG.value, _OVER.value or "")
+    for name in runs[0].settings:
+        if name in command_line.overridden(_PARSED):
+            raise ValueError(f"--config.{name} is also swept over; give it in one place")
+    started = [sys.executable, "-m", "mdm_jax.launch", "train", *rest]
+    code = sweep.sweep(runs, files.as_path(_WORKDIR.value), started, show=_print)
     if code == _STOPPED:
         print(f"stopped and saved; the same command line resumes:\n  {command(_ARGUMENTS)}")
     return code
@@ -417,13 +414,7 @@ def _compile() -> int:
         return _fail("--config is required, as in --config=quickstart, or --workdir of a run")
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # what is here is not used
-    try:
-        return ahead.run(_CONFIG.value, _TO.value, show=_print)
-    except (*_USER_ERRORS, TypeError) as error:
-        logging.debug("where it came from:", exc_info=True)
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        return _stopped_at_once()
+    return ahead.run(_CONFIG.value, _TO.value, show=_print)
 
 
 def _report(workdir: files.Path) -> int:
@@ -476,15 +467,20 @@ def _parse(argv: list[str]) -> list[str]:
 def _new(kinds: list[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # JAX logs its search for devices
+    command_line.use_compilation_cache(_CACHE.value)
+    new_config.run(kinds, _print)
+    return 0
+
+
+def _answered(mode: Callable[..., int], *arguments: Any) -> int:
+    """The exit status of a mode without a run; errors of users are one line."""
     try:
-        command_line.use_compilation_cache(_CACHE.value)
-        new_config.run(kinds, _print)
+        return mode(*arguments)
     except (*_USER_ERRORS, TypeError) as error:
         logging.debug("where it came from:", exc_info=True)
         return _fail(str(error))
     except KeyboardInterrupt:
         return _stopped_at_once()
-    return 0
 
 
 def _stopped_at_once() -> int:

@@ -31,7 +31,6 @@ _LENGTH = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer("seed", None, "sample: of the noise; else the run's.", 0, 2**32 - 1)
 _LIVE = flags.DEFINE_bool("live", False, "sample: show texts in the making.")
 _GIF = flags.DEFINE_string("gif", "", "sample: new file for a film of the decoding.")
-_ALL = (_PROMPT, _INFILL, _PROMPTS, _COUNT, _LENGTH, _SEED, _LIVE, _GIF)
 
 
 def read() -> Options:
@@ -50,13 +49,6 @@ def read() -> Options:
         requests = (make_request(origin, _PROMPT.value, _INFILL.value, _LENGTH.value),)
     options = (_COUNT.value, _LENGTH.value, _SEED.value, _LIVE.value, _GIF.value)
     return Options(requests, _PROMPTS.value or "", *options, in_colour(sys.stdout))
-
-
-def check_unread(mode: str) -> None:
-    """Raise ValueError for a flag of ``mdm sample`` in another mode."""
-    for flag in _ALL:
-        if flag.present and mode != "sample":
-            raise ValueError(f"--{flag.name} is of mdm sample; --mode={mode} does not read it")
 
 
 def released(
