@@ -20,8 +20,8 @@ SIZES = (
 )
 """Width and depth of networks, from small to large."""
 TOKENS_PER_PARAMETER = 10
-"""Aim for the size of a network, not tuned: the quickstart has 8 in five minutes on two cores;
-Hoffmann et al. 2022 found 20 for large autoregressive models."""
+"""Of the blocks; an aim, not tuned. The quickstart has 3.5, Hoffmann et al. 2022 found 20 for large
+autoregressive models."""
 FEWEST_STEPS = 200
 """A budget of fewer steps gets the smallest network."""
 
