@@ -2,7 +2,8 @@
 
 python -m experiments.published.curves --name=sudoku9 --workdir=runs/sudoku9 --cpu_seconds=3600
 
-keeps those of a run under a name; without arguments only the picture is drawn.
+keeps those of a run under a name, with --held_out=FILE what ``experiments.published.held_out``
+printed; without arguments only the picture is drawn.
 """
 
 import argparse
@@ -69,12 +70,17 @@ def main() -> None:
     parser.add_argument("--name", choices=sorted(TITLES), help="under which a run is kept")
     parser.add_argument("--workdir", type=pathlib.Path, help="of the run")
     parser.add_argument("--cpu_seconds", type=float, help="that the run has taken")
+    parser.add_argument("--held_out", type=pathlib.Path, help="what held_out printed")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     if arguments.name:
         if arguments.workdir is None or arguments.cpu_seconds is None:
             parser.error("--name needs --workdir and --cpu_seconds")
         results[arguments.name] = kept(arguments.workdir, arguments.cpu_seconds)
+        if arguments.held_out is not None:
+            found = json.loads(arguments.held_out.read_text("utf-8"))
+            names = ("path", *FINAL)
+            results[arguments.name]["held_out"] = {n: found[n] for n in names if n in found}
         RESULTS.write_text(json.dumps(results) + "\n", "utf-8")
     figure = plots.new_figure((10, 3.6))
     for axes, name in zip(figure.subplots(1, len(results), squeeze=False)[0], sorted(results)):
