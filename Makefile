@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/mdm train --config=$(CONFIG) --workdir=$(WORKDIR)
-	@echo; cat experiments/results/text_ar.txt
+	@if [ $(CONFIG) = quickstart ]; then echo; cat experiments/results/text_ar.txt; fi
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -57,7 +57,7 @@ setuptools.setup(
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "mdm_jax/data/embedded/LICENSE.txt"],
     author="The mdm_jax authors",
     keywords="masked diffusion, discrete diffusion, variance reduction, JAX, Flax",
     classifiers=[

@@ -159,10 +159,12 @@ def test_platform_is_the_mesh_s_inside_a_sharded_function():
         sharding.AXES,
         abstract_device=jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda"),
     )
-    apply = lambda x: seen.append((distributed.platform(), distributed.compute_capability())) or x  # noqa: E731
-    with jax.sharding.use_abstract_mesh(mesh):
-        apply(0)
-    apply(0)
+
+    def apply(x):
+        seen.append((distributed.platform(), distributed.compute_capability()))
+        return x
+
+    assert sharding.sharded_apply(apply, mesh, sharding.LOGICAL_RULES)(0) == apply(0)
     assert seen == [("gpu", "9.0"), ("cpu", "")]
 
 

@@ -83,7 +83,7 @@ def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str
         raise MemoryError(str(error).splitlines()[0]) from error
     seconds = time.monotonic() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    module = Module(text)
+    module = Module(text, len(devices))
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
         program=program,

@@ -119,12 +119,13 @@ def arrays(type_: str) -> list[tuple[int, str]]:
 
 
 class Module:
-    """A compiled program's text, by computation.
+    """A compiled program's text, by computation, for so many devices.
 
     ``unknown_loops`` counts loops of unknown length, whose bodies count once.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, devices: int):
+        self.devices = devices
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] = {}
@@ -187,7 +188,7 @@ class Module:
                 # (operands, results, and at times contexts): results are the second part.
                 parts = [part for part in parts if part[0] > 8]
                 parts = parts[len(parts) // 2 :]
-            group = group_size(one.rest)
+            group = group_size(one.rest, self.devices)
             key = kind, " ".join(shape for _, shape in parts), group
             counts[key] += times
             sent[key] += times * bytes_sent(kind, sum(size for size, _ in parts), group)
@@ -296,15 +297,18 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-def group_size(attributes: str) -> int:
-    """Devices of a collective's groups, from replica_groups; 2 for pairs of a permutation."""
+def group_size(attributes: str, devices: int) -> int:
+    """Devices of a collective's groups, from replica_groups; 2 for pairs of a permutation.
+
+    Empty or no groups stand for all ``devices``.
+    """
     if "source_target_pairs" in attributes:
         return 2
     iota = re.search(r"replica_groups=\[(\d+(?:,\d+)*)\]<=", attributes)
     if iota:
         return int(iota[1].split(",")[-1])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return len(listed[1].split(",")) if listed else 1
+    return len(listed[1].split(",")) if listed and listed[1] else devices
 
 
 def bytes_sent(kind: str, size: float, group: int) -> float:

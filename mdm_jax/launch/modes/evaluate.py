@@ -303,6 +303,10 @@ def format_results(record: Mapping[str, Any], details: Sequence[str], exact: boo
     )
 
 
+_WORDS_FROM = 2**22
+"""Most tokens of the training split whose words count as known, in evenly spaced rows."""
+
+
 def summary(
     dataset: data.Dataset,
     held_out: data.RowSource,
@@ -321,12 +325,14 @@ def summary(
     lines = [f"held-out {record['split']} split: {value} bits per {record['unit']}"]
     free = [sample["text"] for sample in samples if sample["kind"] == "free"]
     if any(map(evaluation.words_of, free)):
-        rows = evaluation.texts_of_rows(dataset.train, dataset.tokenizer)
+        rows = evaluation.texts_of_rows(dataset.train, dataset.tokenizer, _WORDS_FROM)
+        whole = len(dataset.train) * dataset.length <= _WORDS_FROM
+        text = "the training text" if whole else f"{_WORDS_FROM:,} tokens of the training text"
         known = {word for text in rows for word in evaluation.words_of(text)}
         found = evaluation.word_share(free, known)
         texts = evaluation.texts_of_rows(held_out, dataset.tokenizer)
         lines.append(
-            f"free samples: {found.share:.0%} of {found.words} words occur in the training text "
+            f"free samples: {found.share:.0%} of {found.words} words occur in {text} "
             f"({found.distinct} different ones); of held-out text "
             f"{evaluation.word_share(texts, known).share:.0%}"
         )

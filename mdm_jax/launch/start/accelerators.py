@@ -25,7 +25,7 @@ def unused_accelerator(environment: Mapping[str, str]) -> str | None:
     what, extra = found
     return (
         f"this machine has {what}, but JAX runs on the CPU; pip install 'mdm_jax[{extra}]', or see "
-        "docs/install.md. JAX_PLATFORMS=cpu says that the CPU is meant"
+        "docs/install.md (older drivers). JAX_PLATFORMS=cpu says that the CPU is meant"
     )
 
 

@@ -128,7 +128,16 @@ def _choose(
         return result
 
     first = (96, 3) if machine.is_cpu else (512, 8)
-    result, seconds = measure(first), 60 * minutes * TRAINING_SHARE
+    seconds = 60 * minutes * TRAINING_SHARE
+    while True:
+        try:
+            result = measure(first)
+            break
+        except MemoryError:
+            if first == plan.SIZES[0]:
+                raise
+            show("  which does not fit in the memory of a device")
+            first = plan.SIZES[plan.SIZES.index(first) - 1]
     row = (rows, result.length, result.vocab_size)
     size, _ = plan.fitting_size(seconds, result.step, first, row)
     if size != first:

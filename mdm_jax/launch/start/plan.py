@@ -19,9 +19,9 @@ SIZES = (
     *((384, 6), (512, 8), (768, 12), (1024, 16), (1024, 24)),
 )
 """Width and depth of networks, from small to large."""
-TOKENS_PER_PARAMETER = 10
-"""Of the blocks; an aim, not tuned. The quickstart has 3.5, Hoffmann et al. 2022 found 20 for large
-autoregressive models."""
+TOKENS_PER_PARAMETER = 4
+"""Of the blocks; an aim, not tuned: about what the quickstart has. Hoffmann et al. 2022 found 20
+for large autoregressive models."""
 FEWEST_STEPS = 200
 """A budget of fewer steps gets the smallest network."""
 

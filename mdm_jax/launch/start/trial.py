@@ -34,7 +34,7 @@ class Trial(NamedTuple):
 def measure(config: ConfigDict, seconds: float, most: int = 30) -> Trial:
     """Train for about ``seconds``, at least 3 and at most ``most`` steps, and throw it away.
 
-    Raises what ``build.make_experiment`` does.
+    Raises what ``build.make_experiment`` does, and MemoryError where it does not fit.
     """
     experiment = make_experiment(config)
     compiled = training.compile_step(

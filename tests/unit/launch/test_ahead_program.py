@@ -13,7 +13,7 @@ TEXT = (pathlib.Path(__file__).parents[2] / "data/compiled_module.txt").read_tex
 
 
 def test_collectives_count_as_often_as_their_loop_runs():
-    found = {(c.kind, c.type): c for c in program.Module(TEXT).collectives()}
+    found = {(c.kind, c.type): c for c in program.Module(TEXT, 8).collectives()}
     loop = found["all-gather", "f32[16,4]"]
     assert (loop.count, loop.group) == (12, 2)
     assert loop.bytes_sent == 12 * (16 * 4 * 4) / 2  # half of what is gathered is one's own
@@ -29,16 +29,16 @@ def test_traffic_counts_the_slice_of_a_stack_not_the_stack():
     # read and 256 written. Outside: collectives that are started, and a product of two arrays.
     inside = 12 * ((128 + 4 + 128) + (128 + 256))
     reduce, gather = 128 + 128, 128 + (64 + 512)
-    assert program.Module(TEXT).traffic() == inside + reduce + gather + 3 * 128
+    assert program.Module(TEXT, 8).traffic() == inside + reduce + gather + 3 * 128
 
 
 def test_largest_arrays_are_those_that_instructions_make():
-    largest = program.Module(TEXT).largest(2)
+    largest = program.Module(TEXT, 8).largest(2)
     assert [(buffer.type, buffer.bytes) for buffer in largest] == [
         ("bf16[64,4]", 512),
         ("f32[16,4]", 256),
     ]
-    assert [buffer.type for buffer in program.Module(TEXT).largest()[2:]] == [
+    assert [buffer.type for buffer in program.Module(TEXT, 8).largest()[2:]] == [
         "f32[8,4]",
         "f32[1,8,4]",
     ]  # not the stack, which is an argument
@@ -46,14 +46,14 @@ def test_largest_arrays_are_those_that_instructions_make():
 
 def test_loops_of_unknown_length_are_counted():
     text = TEXT.replace('{"known_trip_count":{"n":"12"},"known_init_step"', '{"other"')
-    module = program.Module(text)
-    assert module.unknown_loops == 1 and program.Module(TEXT).unknown_loops == 0
+    module = program.Module(text, 8)
+    assert module.unknown_loops == 1 and program.Module(TEXT, 8).unknown_loops == 0
     assert {c.count for c in module.collectives()} == {1}
 
 
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        program.Module("HloModule nothing")
+        program.Module("HloModule nothing", 8)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,12 @@ def test_text_without_a_program_is_refused():
         ("replica_groups={{0,1},{2,3}}, dimensions={0}", 2),
         ("replica_groups=[2,4]<=[2,4]T(1,0)", 4),
         ("source_target_pairs={{0,1},{1,2},{2,0}}", 2),
-        ("dimensions={0}", 1),
+        ("replica_groups={}, to_apply=%add", 16),
+        ("dimensions={0}", 16),
     ],
 )
 def test_sizes_of_groups(attributes, size):
-    assert program.group_size(attributes) == size
+    assert program.group_size(attributes, 16) == size
 
 
 def test_ring_collectives_send_the_published_amounts():
