@@ -64,7 +64,10 @@ def test_what_is_wrong_is_noticed(line, here):
 
 def test_blocks_are_cut_into_commands():
     block = "A=1 mdm train \\\n  --workdir=b  # why\nprinted 1 'x\nnohup mdm chat > log &\n"
-    words = [command.words for command in commands.of_block(block, "page", 1)]
+    block += "error: no run\n"
+    found = commands.of_block(block, "page", 1)
+    assert [command.refused for command in found] == [False, True]
+    words = [command.words for command in found]
     assert words == [("mdm", "train", "--workdir=b"), ("mdm", "chat")]
     with pytest.raises(AssertionError, match="page:1: no command"):
         commands.of_block("mdn train", "page", 1, labelled=True)

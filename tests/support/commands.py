@@ -42,11 +42,15 @@ OTHERS = ("cd", "git", "gcloud", "hf", "export", "source", "tensorboard", "ls", 
 
 
 class Command(NamedTuple):
-    """Words of a command line and where it stands; ``quoted``: inside of a sentence."""
+    """Words of a command line and where it stands.
+
+    ``quoted``: inside of a sentence; ``refused``: an error is shown as what it prints.
+    """
 
     place: str
     words: tuple[str, ...]
     quoted: bool = False
+    refused: bool = False
 
 
 def of_page(page):
@@ -92,6 +96,8 @@ def of_block(text, page, first, labelled=False):
             words = ()
         if program(words) in PROGRAMS:
             found.append(Command(f"{page}:{number}", words))
+        elif found and line.startswith("error: "):
+            found[-1] = found[-1]._replace(refused=True)
         elif labelled and words and program(words) not in OTHERS and not words[0].startswith("-"):
             raise AssertionError(f"{page}:{number}: no command that is known: {line}")
         waiting = ""
