@@ -115,7 +115,7 @@ def reduced(words, folder):
             if file.endswith(".py"):
                 file = str(launching.ROOT / file)
             if variant in ("stories", "sorting"):  # has no smoke
-                made += ["--config.train.steps=4", "--config.sample.num_answers=4"]
+                made += ["--config.train.steps=4", "--config.optimizer.warmup_steps=2"]
             else:
                 variant = "smoke"
             given = f"{file}:{variant}"
