@@ -39,6 +39,7 @@ NOTEBOOKS = [*DIGITS, "ipykernel>=6.29", "nbclient>=0.10"]
 DEV = [
     *DATA,
     *EVAL,
+    *NOTEBOOKS,
     "chex>=0.1.90",
     "hypothesis>=6.100",
     "pillow>=10",
