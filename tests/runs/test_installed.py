@@ -98,7 +98,7 @@ def test_a_source_of_an_extra_says_which_one(installed):
 def test_the_commands_of_make_wheel_run_with_nothing_but_what_is_required(installed):
     root, _ = installed
     outputs = [run(installed, *command)[0] for command in wheel.COMMANDS]
-    assert outputs[0].startswith("Train,") and "train.steps = 500" in outputs[1]
+    assert outputs[0].startswith("Train,") and "train.steps = 1000" in outputs[1]
     assert "bits per character" in outputs[2] and (root / "run" / "report.txt").exists()
     assert outputs[3].startswith("test: ")
 
