@@ -326,7 +326,8 @@ def summary(
     free = [sample["text"] for sample in samples if sample["kind"] == "free"]
     if any(map(evaluation.words_of, free)):
         rows = evaluation.texts_of_rows(dataset.train, dataset.tokenizer, _WORDS_FROM)
-        whole = len(dataset.train) * dataset.length <= _WORDS_FROM
+        tokens = dataset.report.get("train_tokens", len(dataset.train) * dataset.length)
+        whole = tokens <= _WORDS_FROM  # windows overlap, and evenly spaced ones hold every token
         text = "the training text" if whole else f"{_WORDS_FROM:,} tokens of the training text"
         known = {word for text in rows for word in evaluation.words_of(text)}
         found = evaluation.word_share(free, known)
