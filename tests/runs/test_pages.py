@@ -96,6 +96,8 @@ def left_out(words):
         return "several processes, or results of two others"
     if re.search(r"^mnist|configs/benchmarks", value(words, "config", "")):
         return "prepared data"
+    if value(words, "config.wandb.project"):
+        return "an account of Weights & Biases"
     return ""
 
 
