@@ -334,8 +334,18 @@ def config_name(argv: list[str]) -> str:
     return (take_config(argv)[0] or "").removeprefix(f"{__file__}:")
 
 
+_READ_BY = {
+    "adapter": ("export",),
+    "dtype": ("export", "eval"),
+    "max_tokens": ("chat", "eval"),
+    "over": ("sweep",),
+    "parameters": ("export", "chat", "eval"),
+}
+"""Modes that read a flag of several modes, or of one."""
+
+
 def unread_flag(modes: Mapping[str, str], mode: str) -> str | None:
-    """Why a flag that is given cannot be: another mode alone reads it. None if there is none such.
+    """Why a flag that is given cannot be: other modes alone read it. None if there is none such.
 
     ``modes``: the mode by the name of the module that defines its flags.
     """
@@ -344,6 +354,9 @@ def unread_flag(modes: Mapping[str, str], mode: str) -> str | None:
         for flag in by_module.get(module, ()):
             if flag.present and own != mode:
                 return f"--{flag.name} is of mdm {own}; --mode={mode} does not read it"
+    for name, own in _READ_BY.items():
+        if flags.FLAGS[name].present and mode not in own:
+            return f"--{name} is of mdm {', '.join(own)}; --mode={mode} does not read it"
     return None
 
 

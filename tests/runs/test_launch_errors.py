@@ -78,6 +78,10 @@ def test_a_value_of_the_wrong_type_is_refused(launch, tmp_path, argument):
         ([f"--config={QUICKSTART}", "--workdir=x", "more"], "unexpected arguments ['more']"),
         ([f"--config={QUICKSTART}", "--workdir=x", "--path=a.txt"], "--path is of mdm new; --mode"),
         (["compile", f"--config={QUICKSTART}", "--live"], "--live is of mdm sample; --mode=com"),
+        (
+            ["sample", "--source=x", "--dtype=int4"],
+            "--dtype is of mdm export, eval; --mode=sample",
+        ),
         (["--config=experiments/configs/quikstart.py"], "did you mean experiments/configs/quick"),
         (["--config=nowhere.py"], "there is no file nowhere.py"),
         (["--config=quikstart"], "did you mean quickstart? built in are quickstart, text_ar"),

@@ -21,7 +21,11 @@ from mdm_jax.launch.ahead.targets import Chip
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"compile: {targets.EXAMPLES}.")
 _WHAT = flags.DEFINE_list("what", ["train"], "compile: train, evaluate, sample.")
 _SEARCH = flags.DEFINE_bool("search", False, "compile: all meshes and rematerialisations.")
-_SECONDS = flags.DEFINE_float("search_seconds", 1800.0, "compile: how long it goes on.", 0.0)
+SEARCH_SECONDS = 1800.0
+"""How long a search goes on by default."""
+_SECONDS = flags.DEFINE_float(
+    "search_seconds", SEARCH_SECONDS, "compile: how long it goes on.", 0.0
+)
 _FIT = flags.DEFINE_bool("fit_rows", True, "compile: also twice the rows, to say how many fit.")
 
 REMATS = ("none", "dots_without_batch", "full")
@@ -57,7 +61,7 @@ def plan(
     *,
     names: Sequence[str] = ("train",),
     search: bool = False,
-    search_seconds: float = 1800.0,
+    search_seconds: float = SEARCH_SECONDS,
     fit_rows: bool = True,
     out: files.Path | None = None,
     show: Callable[[str], None] = print,
