@@ -10,6 +10,7 @@ from mdm_jax.corruption.masked import (
     noise_ranks,
     rao_blackwell,
     rao_blackwell_clipped,
+    rounded_count,
 )
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
 from mdm_jax.corruption.uniform import leave_one_out, token_estimate, uniform_tokens

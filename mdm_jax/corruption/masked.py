@@ -77,6 +77,29 @@ def fixed_count(mask_id: int) -> Corruption:
     return _masked("fixed_count", corrupt, mask_id)
 
 
+def rounded_count(mask_id: int) -> Corruption:
+    """Masks the ``k = round(n m)`` of n tokens of lowest noise; exact.
+
+    The weight is n/k, 2 if all are masked and 1 if none are, which happens half as often as other
+    counts. Rates m and 1 - m give k and n - k: under ``variance.complement()`` and a uniform rate
+    the two views predict every token once, and constant token losses add up to the same for every
+    k, without noise of the count. Alone it is noisier than :func:`fixed_count`. Source: pairs of k
+    and n - k masked tokens with weights n/(2k) and n/(2(n - k)), or 1 for k = n.
+    """
+
+    def corrupt(x, logsnr, noise, eligible, level_ids=None) -> Corrupted:
+        count = _eligible_count(eligible, logsnr, level_ids)
+        rounded = jnp.floor(jax.nn.sigmoid(-logsnr) * count + 0.5)
+        masked_count = jnp.clip(rounded.astype(jnp.int32), 0, count)
+        rank = noise_ranks(noise, eligible, logsnr.shape[-1], level_ids)
+        mask = eligible & (rank < spread_levels(masked_count, x.shape[-1], level_ids))
+        weight = jnp.where(masked_count == count, 2.0, count / jnp.maximum(masked_count, 1))
+        log_weight = jnp.where(masked_count > 0, jnp.log(jnp.maximum(weight, 1.0)), 0.0)
+        return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight.astype(jnp.float32))
+
+    return _masked("rounded_count", corrupt, mask_id)
+
+
 def bernoulli(mask_id: int) -> Corruption:
     """Masks each eligible token independently at the rate m, with weight 1/m.
 

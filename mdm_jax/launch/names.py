@@ -67,6 +67,7 @@ AUTO = ("auto", "auto_truncated")
 """Orders that measure chains and take the best; the second one clipped ranges too."""
 CORRUPTIONS = {
     "fixed_count": corruption.fixed_count,
+    "rounded_count": corruption.rounded_count,
     "bernoulli": corruption.bernoulli,
     "rao_blackwell": corruption.rao_blackwell,
     "rao_blackwell_clipped": corruption.rao_blackwell_clipped,
@@ -197,6 +198,7 @@ METHODS: dict[str, Method] = {
     "repeat": _fixed(variance.repeat),
     "mirror": _fixed(variance.mirror),
     "complement": _fixed(variance.complement),
+    "rounded counts, complement": _fixed(variance.complement, corruption="rounded_count"),
     "rotate, 4 views": _fixed(functools.partial(variance.rotate, 4)),
     "rotate ranks, 4 views": _fixed(functools.partial(variance.rotate_ranks, 4)),
     "stratified, mirror": _fixed(variance.stratified, variance.mirror),

@@ -29,11 +29,11 @@ def bit_count(mask):
     return np.array([int(m).bit_count() for m in np.atleast_1d(mask)])
 
 
-def fixed_count_draws(transform):
-    """Every (count, order of ranks) once: the exact law of a fixed-count draw, as one batch."""
+def rank_draws(transform, cells=4):
+    """Every (cell of the rate, order of ranks) once: the exact law of counted masks, as a batch."""
     orders = np.array(list(itertools.permutations(range(4))))
-    u = np.repeat((np.arange(4) + 0.5) / 4, len(orders))
-    noise = (np.tile(orders, (4, 1)) + 0.5) / 4
+    u = np.repeat((np.arange(cells) + 0.5) / cells, len(orders))
+    noise = (np.tile(orders, (cells, 1)) + 0.5) / 4
     draw = Draw(
         jnp.asarray(u, jnp.float32)[None, :, None],
         jnp.zeros((1, len(u), 1)),
@@ -43,20 +43,20 @@ def fixed_count_draws(transform):
     return transform.draw(jax.random.key(0), transform.init(spec), draw, spec), spec
 
 
-def enumerated_losses(transform):
-    """Loss of every toy row for every fixed-count draw, views averaged, [3, counts, orders]."""
-    objective = objectives.masked_nelbo(corruption.fixed_count(toys.MASK_ID))
+def enumerated_losses(transform, process=corruption.fixed_count, cells=4):
+    """Loss of every toy row for every draw of counts, views averaged, [3, cells, orders]."""
+    objective = objectives.masked_nelbo(process(toys.MASK_ID))
 
     @zoo.quick
     def run(batch):
-        draw, spec = fixed_count_draws(transform)
+        draw, spec = rank_draws(transform, cells)
         every = lambda a: jnp.repeat(a, spec.batch_size, axis=0)  # noqa: E731
         draw = jax.tree.map(lambda a: jnp.tile(a, (1, 3, 1)), draw)
         stats = objective.loss(model_fn, jax.tree.map(every, batch), draw)
         return stats.weight * stats.raw
 
     losses = np.asarray(run(toys.toy_batch()), np.float64).mean((0, 2))
-    return losses.reshape(3, 4, 24)
+    return losses.reshape(3, cells, 24)
 
 
 def decompose(losses):
@@ -87,7 +87,7 @@ def test_every_subset_of_each_size_is_equally_likely():
 
     @zoo.quick
     def run():
-        draw, _ = fixed_count_draws(variance.mirror())
+        draw, _ = rank_draws(variance.mirror())
         x = jnp.zeros((1, 1, 4), jnp.int32)
         logsnr = schedules.logistic().icdf(draw.u)
         process = corruption.fixed_count(9)
@@ -103,6 +103,52 @@ def test_every_subset_of_each_size_is_equally_likely():
     overlap = (masks[0] & masks[1]).sum(-1)
     size = masks[0].sum(-1)
     np.testing.assert_array_equal(overlap, np.maximum(0, 2 * size - 4))
+
+
+def test_rounded_counts_alone_and_in_complementary_pairs():
+    """Exact alone; a pair is ``a_k S(M) + a_{n-k} S(M^c)``, a_j = n / (2 j), 1 at n and 0 at 0."""
+    alone = enumerated_losses(variance.identity(), corruption.rounded_count, cells=8)
+    np.testing.assert_allclose(alone.mean(axis=(1, 2)), NELBO, rtol=2e-6)
+    pairs = enumerated_losses(variance.complement(), corruption.rounded_count, cells=8)
+    table, size = oracle.loss_table(), bit_count(range(16))
+    share = np.array([0, 2, 1, 2 / 3, 1])
+    pair = share[size] * table + share[4 - size] * table[:, ::-1]
+    law = np.array([0, 1 / 4, 1 / 4, 1 / 4, 1 / 4])[size] / scipy.special.binom(4, size)
+    mean, second = pair @ law, pair**2 @ law
+    np.testing.assert_allclose(mean, NELBO, rtol=1e-7)
+    np.testing.assert_allclose(pairs.mean(axis=(1, 2)), mean, rtol=2e-6)
+    np.testing.assert_allclose((pairs**2).mean(axis=(1, 2)), second, rtol=1e-5)
+    # On this toy the fixed counts k and n + 1 - k do better; total variance over masks and rates.
+    fixed = enumerated_losses(variance.complement())
+    ours, theirs = (PROBABILITIES @ losses.var(axis=(1, 2)) for losses in (pairs, fixed))
+    np.testing.assert_allclose((ours, theirs), (1.259302, 0.882621), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 6])
+def test_a_pair_of_rounded_counts_predicts_every_token_once(count):
+    """For every rate, and constant token losses add up to n without noise."""
+    rows = 64
+    draw = Draw(
+        jnp.asarray((np.arange(rows) + 0.37) / rows, jnp.float32)[None, :, None],
+        jnp.zeros((1, rows, 1)),
+        jnp.asarray(np.random.default_rng(0).uniform(0.01, 0.99, (1, rows, 6)), jnp.float32),
+    )
+    transform, spec = variance.complement(), DrawSpec(rows, 1, (6,))
+
+    @zoo.quick
+    def run(eligible):
+        pair = transform.draw(jax.random.key(0), EmptyState(), draw, spec)
+        logsnr = schedules.logistic().icdf(pair.u)
+        x = jnp.zeros((1, rows, 6), jnp.int32)
+        return corruption.rounded_count(9).corrupt(x, logsnr, pair.noise, eligible)
+
+    eligible = np.broadcast_to(np.arange(6) < count, (1, rows, 6))
+    out = jax.tree.map(np.asarray, run(eligible))
+    np.testing.assert_array_equal(out.target_mask.sum(0), eligible[0])
+    masked_count = out.target_mask.sum(-1)
+    assert {*masked_count.ravel()} == {*range(count + 1)}
+    total = np.mean(np.exp(out.log_weight[..., 0]) * masked_count, axis=0)
+    np.testing.assert_allclose(total, count, rtol=1e-6)
 
 
 def test_rao_blackwell_weights_and_variance():
@@ -242,7 +288,7 @@ def test_eligibility_prompt_empty_and_full_rows():
     x = np.arange(24, dtype=np.int32).reshape(4, 6)
     eligible = np.array([[0, 0, 1, 1, 1, 0], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]], bool)
     noise = np.random.default_rng(0).uniform(1e-6, 1, (4, 6)).astype(np.float32)
-    for name in ("fixed_count", "rao_blackwell", "bernoulli"):
+    for name in ("fixed_count", "rounded_count", "rao_blackwell", "bernoulli"):
         corrupt = zoo.quick(getattr(corruption, name)(99).corrupt)
         for logsnr in (-30.0, 0.0, 30.0):
             out = corrupt(x, np.full((4, 1), logsnr, np.float32), noise, eligible)
@@ -312,7 +358,7 @@ def test_cross_entropy_excludes_the_mask_token():
 
 
 def test_negative_mask_id_is_refused():
-    for name in ("fixed_count", "bernoulli", "rao_blackwell"):
+    for name in ("fixed_count", "rounded_count", "bernoulli", "rao_blackwell"):
         with pytest.raises(ValueError, match=f"{name}: mask_id must be a token id, got -1"):
             getattr(corruption, name)(-1)
     with pytest.raises(ValueError, match="mask_id"):

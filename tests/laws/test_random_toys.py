@@ -45,6 +45,7 @@ def test_the_toys_differ_in_all_that_was_asked_for():
 RARE = jnp.arange(toys.TOKENS) < 2
 PROCESSES = {
     "fixed_count": lambda: corruption.fixed_count(toys.MASK_ID),
+    "rounded_count": lambda: corruption.rounded_count(toys.MASK_ID),
     "bernoulli": lambda: corruption.bernoulli(toys.MASK_ID),
     "rao_blackwell": lambda: corruption.rao_blackwell(toys.MASK_ID),
     "bernoulli_shifted_logit": lambda: corruption.bernoulli_shifted_logit(toys.MASK_ID, RARE, 0.7),
@@ -53,11 +54,14 @@ LAWS = {"linear": masked.linear, "cosine_squared": masked.cosine_squared}
 CASES = [*itertools.product(PROCESSES, LAWS)]
 
 
-def every_order():
-    """Masking rates and noise [views, LENGTH], one for each cell of the rate and order of ranks."""
+def every_order(cells=60):
+    """Masking rates and noise [views, LENGTH], one for each cell of the rate and order of ranks.
+
+    60 cells are whole for the counts of 1 to 5 tokens, 120 for rounded ones too.
+    """
     orders = np.array([*itertools.permutations(range(toys.LENGTH))])
-    rates = (np.arange(60) + 0.5) / 60  # cells that are whole for 1 to 5 tokens
-    noise = (np.tile(orders, (60, 1)) + 0.5) / toys.LENGTH
+    rates = (np.arange(cells) + 0.5) / cells
+    noise = (np.tile(orders, (cells, 1)) + 0.5) / toys.LENGTH
     return np.repeat(rates, len(orders)), noise[:, None], np.full(len(noise), 1 / len(noise))
 
 
@@ -74,8 +78,8 @@ def every_mask(token_rates):
 def design(process, batch):
     """Every outcome of a process as a view of every row: rates [V], noise [V, B, L], law [V, B]."""
     tokens = batch.tokens[None]
-    if process == "fixed_count":
-        return every_order()
+    if process in ("fixed_count", "rounded_count"):
+        return every_order(60 if process == "fixed_count" else 120)
     shift = 0.7 * (tokens < 2) if process == "bernoulli_shifted_logit" else np.zeros(tokens.shape)
     return every_mask(lambda rate: 1 / (1 + (1 / rate - 1) * np.exp(-shift)))
 
@@ -128,6 +132,7 @@ def check_process(seed, process, law):
     "process, law",
     [
         ("fixed_count", "cosine_squared"),
+        ("rounded_count", "cosine_squared"),
         ("bernoulli", "linear"),
         ("rao_blackwell", "linear"),
         ("bernoulli_shifted_logit", "cosine_squared"),
