@@ -40,7 +40,8 @@ class Batch(NamedTuple):
     Attributes:
         tokens: [B, L] int32 clean token ids; padding holds any valid id.
         eligible: [B, L] bool, may be corrupted and carry a loss; False on prompt and padding.
-        documents: [B, L] int32, 0 on padding; attention stays within a positive number.
+        documents: [B, L] int32, 0 on padding; attention stays within a positive number. That of a
+            picture is 1, or 2 plus its class where that is known.
         units: [B] int32 units of the eligible elements: raw text characters, or pixels x channels.
     """
 

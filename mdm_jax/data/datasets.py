@@ -122,6 +122,7 @@ class Dataset:
             for tokenizers that say otherwise.
         absent_ids: ids besides the mask that no eligible position holds; samplers leave them out.
         length, unit: L, elements of a row; unit of ``Batch.units`` and of likelihood.
+        num_classes: of pictures whose rows name their class (``types.Batch.documents``); 0: none.
         fingerprint: SHA-256 of the content and of every setting that changes the rows.
         description: sizes, source, licence, and every policy that removed something.
         report: counts of what was read, changed or left out.
@@ -145,6 +146,7 @@ class Dataset:
     check: Callable[[str, str], bool] | None = None
     absent_ids: tuple[int, ...] = ()
     layout: Any = None
+    num_classes: int = 0
 
     def __post_init__(self):
         if self.length < 1:
@@ -177,6 +179,7 @@ def make_dataset(
     check: Callable[[str, str], bool] | None = None,
     has_eos: bool = True,
     layout: Any = None,
+    num_classes: int = 0,
 ) -> Dataset:
     """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 
@@ -214,6 +217,7 @@ def make_dataset(
         check=check,
         absent_ids=absent_ids,
         layout=layout,
+        num_classes=num_classes,
     )
 
 

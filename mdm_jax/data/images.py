@@ -24,11 +24,14 @@ def digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise missing_package("the digits source", "digits", error) from error
-    pictures = load_digits().images
+    source = load_digits()
+    pictures = source.images
     levels = pictures.astype(np.uint8).reshape(len(pictures), -1)
     parts = shuffled_split(len(levels), (0.8, 0.1, 0.1), _SPLIT_SEED, "digits")
     return picture_dataset(
         {name: levels[numbers] for name, numbers in parts.items()},
+        classes={name: source.target[numbers] for name, numbers in parts.items()},
+        num_classes=10,
         num_levels=17,
         event_shape=pictures.shape[1:],
         settings={"source": "digits", "split_seed": _SPLIT_SEED},
@@ -44,16 +47,20 @@ def picture_dataset(
     event_shape: tuple[int, ...],
     settings: dict[str, Any],
     headline: str,
+    classes: Mapping[str, np.ndarray] | None = None,
+    num_classes: int = 0,
 ) -> Dataset:
     """Dataset of flattened pictures: [rows, L] uint8 per split, or rows as they are read.
 
-    The mask id is ``num_levels``. The fingerprint covers arrays, not rows that are read later, so
+    ``classes``: [rows] per split, 0 to ``num_classes`` - 1, of arrays alone. The mask id is
+    ``num_levels``. The fingerprint covers arrays, not rows that are read later, so
     ``settings`` must identify those.
     """
     shape = " x ".join(map(str, event_shape))
     stored = {name: part for name, part in parts.items() if isinstance(part, np.ndarray)}
+    known = classes or {}
     return make_dataset(
-        {**parts} | {name: PictureRows(levels) for name, levels in stored.items()},
+        {**parts} | {name: PictureRows(own, known.get(name)) for name, own in stored.items()},
         None,
         vocab_size=num_levels + 1,
         length=math.prod(event_shape),
@@ -67,5 +74,6 @@ def picture_dataset(
         },
         headline=headline,
         policy=f"Each picture is {shape}, {num_levels} intensities and the mask.",
+        num_classes=num_classes,
         report={f"{name}_rows": len(levels) for name, levels in parts.items()},
     )

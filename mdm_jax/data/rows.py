@@ -183,20 +183,24 @@ class StoredRows(VectorisedRows):
 
 
 class PictureRows(VectorisedRows):
-    """Flattened pictures, all of whose elements are eligible; ``levels`` [rows, L] uint8."""
+    """Flattened pictures, all of whose elements are eligible.
 
-    def __init__(self, levels: np.ndarray):
-        self.levels = levels
+    ``levels`` [rows, L] uint8, ``classes`` [rows] from 0; None where they are not known.
+    """
+
+    def __init__(self, levels: np.ndarray, classes: np.ndarray | None = None):
+        self.levels, self.classes = levels, classes
 
     def __len__(self) -> int:
         return len(self.levels)
 
     def _read(self, indices: np.ndarray) -> Batch:
         tokens = self.levels[indices].astype(np.int32)
+        number = np.ones(len(tokens)) if self.classes is None else 2 + self.classes[indices]
         return Batch(
             tokens=tokens,
             eligible=np.ones(tokens.shape, bool),
-            documents=np.ones(tokens.shape, np.int32),
+            documents=np.repeat(number.astype(np.int32)[:, None], tokens.shape[1], axis=1),
             units=np.full(len(tokens), tokens.shape[1], np.int32),
         )
 

@@ -122,6 +122,7 @@ def tfds_images(
     *,
     levels: Annotated[int, Whole("[2, 256]", "intensities", "of a picture's element")] = 256,
     image_field: Annotated[str, "tfds: feature that holds the picture"] = "image",
+    label_field: Annotated[str, 'tfds: feature that holds its class; "": none'] = "",
     splits: Sequence[str] = DEFAULT_SPLITS,
     data_dir: str | os.PathLike | None = None,
     download: bool = True,
@@ -131,8 +132,8 @@ def tfds_images(
 
     An intensity v becomes ``v * levels // 256``, 2 <= levels <= 256. A trailing axis of one channel
     is removed. All pictures are decoded at once and kept at one byte per element, or with
-    ``stream`` when they are needed. Else as :func:`tfds_text`; ValueError too if the pictures are
-    not uint8 of one shape.
+    ``stream``, without classes, when they are needed. Else as :func:`tfds_text`; ValueError too if
+    the pictures are not uint8 of one shape, or classes no integers from 0.
     """
     sources = _open(name, splits, data_dir, download)
     first = np.asarray(next(_values(sources["train"], image_field, [0]))[0])
@@ -152,6 +153,16 @@ def tfds_images(
 
     parts = {part: _Examples(source, image_field, as_levels) for part, source in sources.items()}
     settings = {"source": "tfds_images"}
+    classes, num_classes = None, 0
+    if label_field:
+        if stream:
+            raise ValueError(
+                f"data.label_field={label_field!r}: pictures that are streamed come without "
+                "classes; leave data.stream at False, or data.label_field empty"
+            )
+        labels = {p: _Examples(s, label_field, _as_class) for p, s in sources.items()}
+        classes = {part: np.array(list(each), np.int32) for part, each in labels.items()}
+        num_classes = 1 + int(max(each.max() for each in classes.values()))
     if stream:
         settings["stream"] = _identity(sources, image_field)
         pictures = {part: StreamedRows(examples, rows) for part, examples in parts.items()}
@@ -159,6 +170,8 @@ def tfds_images(
         pictures = {part: np.stack(list(examples)) for part, examples in parts.items()}
     return picture_dataset(
         pictures,
+        classes=classes,
+        num_classes=num_classes,
         num_levels=levels,
         event_shape=shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape,
         settings=settings,
@@ -287,6 +300,12 @@ def _identity(sources: Mapping[str, Any], field: str) -> dict[str, Any]:
     info = sources["train"].dataset_info
     splits = {part: [str(source.split), len(source)] for part, source in sources.items()}
     return {"name": info.full_name, "size": info.dataset_size, "field": field, "splits": splits}
+
+
+def _as_class(value: Any, origin: str) -> int:
+    if not np.issubdtype(np.asarray(value).dtype, np.integer) or np.ndim(value) or value < 0:
+        raise ValueError(f"{origin}: the class must be an integer from 0, got {value!r}")
+    return int(value)
 
 
 def _as_text(value: Any, origin: str) -> str:

@@ -16,19 +16,21 @@ class PictureTransformer(nn.Module):
 
     Noisy pictures are rows [N, L], L = H W C, with one logSNR each [N, 1]; the result is float32.
     adaLN-zero conditioning, learned positions, and a zero head: a new network outputs zero.
-    ``documents`` and ``config.vocab_size`` are ignored. ``event_shape`` is (H, W, C) or (H, W).
-    ValueError if ``patch_size`` does not divide H and W, or rows have another length.
+    With ``num_classes`` a learned vector of the picture's class is added to that of the level;
+    ``documents`` [N, L] name the classes (``types.Batch``), None and 1 are unknown ones. Else they
+    are ignored, as is ``config.vocab_size``. ``event_shape`` is (H, W, C) or (H, W). ValueError if
+    ``patch_size`` does not divide H and W, or rows have another length.
     """
 
     config: TransformerConfig
     event_shape: tuple[int, ...]
     patch_size: int = 2
+    num_classes: int = 0
 
     @nn.compact
     def __call__(
         self, inputs: Array, logsnr: Array | None = None, documents: Array | None = None
     ) -> Array:
-        del documents
         c, p = self.config, self.patch_size
         height, width, channels = (*self.event_shape, 1)[:3]
         if inputs.shape[-1] != math.prod(self.event_shape):
@@ -47,6 +49,12 @@ class PictureTransformer(nn.Module):
         x = x + self.param("positions", init, (1, rows * columns, c.width), c.param_dtype)
         # One level per picture: segments of a row of numbers are not runs of patches.
         condition = level_condition(c, logsnr, 1)
+        if self.num_classes:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+            classes = self.param("classes", init, (self.num_classes + 1, c.width), c.param_dtype)
+            first = jnp.ones(len(inputs), jnp.int32) if documents is None else documents[:, 0]
+            known = jnp.clip(first - 1, 0, self.num_classes)  # 0 where it is unknown
+            condition = condition + classes[known][:, None].astype(condition.dtype)
         x, _ = run_blocks(c, x, None, np.arange(rows * columns), condition)
         zeros = nn.initializers.zeros
         y = Linear(size, axes=("embed", None), kernel_init=zeros, name="head", **project)(x)

@@ -12,7 +12,12 @@ from mdm_jax.gaussian.parameterisations import check_sigma_data, standardised_lo
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.gaussian.recipes import Recipe
 from mdm_jax.gaussian.weightings import Elbo
-from mdm_jax.objectives.objective import Objective, bias_of_levels, call_model
+from mdm_jax.objectives.objective import (
+    Objective,
+    bias_of_levels,
+    call_model,
+    flatten_views,
+)
 from mdm_jax.types import Array, ArrayLike, Batch, ModelFn, worst_bias
 
 
@@ -77,7 +82,10 @@ def precondition(model_fn: ModelFn, path: Path, sigma_data: ArrayLike = 0.5) -> 
 
 
 def gaussian_loss(
-    recipe: Recipe, values: Callable[[Array], Array] | None = None, num_levels: int = 1
+    recipe: Recipe,
+    values: Callable[[Array], Array] | None = None,
+    num_levels: int = 1,
+    class_dropout: float = 0.0,
 ) -> Objective:
     """Gaussian diffusion loss ``E_{lambda ~ p} [W / p l]``, l the squared error of eps, in nats.
 
@@ -96,7 +104,12 @@ def gaussian_loss(
         values: elementwise map from ``batch.tokens`` to data, such as ``scaled_integers(256)``; by
             default the tokens are float data.
         num_levels: S, independent noise levels per row, for contiguous segments of equal length.
+        class_dropout: share of the views of rows whose class the network does not get
+            (``documents`` 1), so that it learns :func:`~mdm_jax.gaussian.samplers.guided`'s two
+            networks (Ho and Salimans 2022). Positive, the draw has one uniform more per row.
     """
+    if not 0 <= class_dropout < 1:
+        raise ValueError(f"gaussian_loss needs class_dropout in [0, 1), got {class_dropout}")
     corruption, output, path = gaussian(recipe.path), recipe.output, recipe.path
     bias = worst_bias(_bias(recipe), bias_of_levels("gaussian_loss", num_levels))
 
@@ -105,10 +118,20 @@ def gaussian_loss(
         data = jnp.asarray(batch.tokens if values is None else values(batch.tokens))[None]
         eligible = jnp.asarray(batch.eligible)[None]
         logsnr = recipe.law.icdf(draw.u)
-        corrupted = corruption.corrupt(data, logsnr, draw.noise, eligible)
-        predicted = call_model(model_fn, corrupted.inputs, logsnr, batch.documents)
-        each_logsnr = spread_levels(logsnr, data.shape[-1])
-        target = output.target(path, each_logsnr, data, normal_noise(draw.noise))
+        length = data.shape[-1]
+        noise, network = draw.noise[..., :length], model_fn
+        if class_dropout:
+            hidden = flatten_views(draw.noise[..., length:] < class_dropout)
+
+            def network(inputs: Array, level: Array, documents: Array) -> Array:
+                """``model_fn`` without some of the classes."""
+                known = jnp.where(hidden, jnp.minimum(documents, 1), documents)
+                return model_fn(inputs, level, known)
+
+        corrupted = corruption.corrupt(data, logsnr, noise, eligible)
+        predicted = call_model(network, corrupted.inputs, logsnr, batch.documents)
+        each_logsnr = spread_levels(logsnr, length)
+        target = output.target(path, each_logsnr, data, normal_noise(noise))
         if predicted.shape != target.shape:
             raise ValueError(
                 f"the network must output one number per element, {target.shape}, "
@@ -126,7 +149,7 @@ def gaussian_loss(
 
     def spec(batch_size: int, length: int) -> DrawSpec:
         spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L
-        return DrawSpec(batch_size, num_levels, corruption.event_shape(length))
+        return DrawSpec(batch_size, num_levels, (length + bool(class_dropout),))
 
     return Objective("gaussian_loss", recipe.law, corruption, spec, loss, bias)
 

@@ -80,8 +80,13 @@ def sd3(mean: Mean = 0.0, std: Std = 1.0) -> Recipe:
     return _unit_weight(schedules.lognormal(mean, std), parameterisations.flow(), paths.flow())
 
 
+def indi() -> Recipe:
+    """Delbracio and Milanfar 2023 (InDI): uniform flow time, the clean data, unit weight."""
+    return _unit_weight(schedules.indi(), parameterisations.x0(), paths.flow())
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
-    make.__name__: make for make in (ddpm, iddpm, vdm, v_prediction, edm, edm2, flow, sd3)
+    make.__name__: make for make in (ddpm, iddpm, vdm, v_prediction, edm, edm2, flow, sd3, indi)
 }
 
 

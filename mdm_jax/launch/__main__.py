@@ -5,7 +5,7 @@
   mdm evaluate --workdir=runs/mine     held-out bound, accuracy
   mdm sample   --workdir=runs/mine     or --source=DIR; your own: --prompt="The"
                --infill="A ▁▁5 cat ▁▁" --prompts=FILE --n --length --live --gif
-  mdm spacing  --workdir=runs/mine --steps=16   search the best sampling grid
+  mdm spacing  --workdir=runs/mine --steps=8,16   search the best sampling grid
   mdm variance --workdir=runs/mine     gradient variance of training methods
   mdm config   quickstart train        settings: values, meanings, ranges
   mdm report   --workdir=runs/mine     the run so far on a page, report.html
@@ -28,7 +28,7 @@ Free where read: --config.evaluate.* sample.* spacing.* measure.* panel.* mesh.*
 
 Flags:
   --workdir: directory of the run, made if missing; --mode: the first word
-  --steps=16: short for --config.sample.num_steps=16; sample: --temperature too
+  --steps=16: sets sample.num_steps, spacing: spacing.steps; also --temperature
   --allow_config_change: go on in a workdir whose run has another config
   --parameters=last, --dtype=bfloat16: what export writes; else averages
   --adapter: export adapters as a directory of PEFT; else they are merged

@@ -341,6 +341,7 @@ def make_experiment(
             gap=s.gap,
             prompts=s.prompts,
             **sample.order(config),
+            **sample.pictures(config, rows),
         ),
         clip_search=chains.clip_search(rows, family, e.batch_size, **config.clip_search)
         if "clipped_adaptive" in config.variance.order

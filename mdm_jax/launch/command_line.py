@@ -372,6 +372,10 @@ def _expand(argv: list[str]) -> list[str]:
         re.match("--?source(=|$)", a) for a in argv
     )
     short = {"steps": "answer_steps" if answering else "config.sample.num_steps"}
+    if "--mode=spacing" in argv:
+        short = {}
+        steps = re.compile(r"--?steps=\(?([\d, ]+)\)?")
+        argv = [steps.sub(r"--config.spacing.steps=(\1,)", argument) for argument in argv]
     if "--mode=sample" in argv and not answering:
         short["temperature"] = "config.sample.temperature"
     for argument in argv:

@@ -17,7 +17,9 @@ from ml_collections.config_dict import placeholder
 
 from mdm_jax import data, models, samplers, training
 from mdm_jax.checks import Name, NameOrChain, Plain, Real, Whole, checked
+from mdm_jax.gaussian.samplers import guided
 from mdm_jax.launch import names
+from mdm_jax.launch.auto.settings import AutoSettings
 from mdm_jax.launch.names import Setting, defaults, sections
 from mdm_jax.likelihood.subsets import LEVELS, MASKS
 from mdm_jax.meter.panel import PanelSettings
@@ -52,26 +54,6 @@ class MeasureSettings:
         int, Whole("[0, 1e6]", "batches", "that an adaptive transform learns from first")
     ] = 50
     chunk: Annotated[int, Whole("[1, 1e6]", "rows", "of a forward pass")] = 32
-
-
-@checked
-@dataclasses.dataclass(frozen=True)
-class AutoSettings:
-    """How ``variance.order=auto`` measures the chains that it chooses from."""
-
-    budget: Annotated[
-        float, Real("[0, 1]", "of the run's forward-backward passes", "for all measurements")
-    ] = 0.02
-    every: Annotated[
-        int, Whole("[0, 2e9]", "steps", "between measurements; 0: only before the first step")
-    ] = 0
-    passes: Annotated[
-        int, Whole("[2, 1e6]", "forward passes", "of a measured batch: its rows times their views")
-    ] = 8
-    groups: Annotated[int, Whole("[4, 1e6]", "", "of redraws, for the intervals")] = 8
-    warm_up: Annotated[
-        int, Whole("[0, 1e6]", "batches", "that an adaptive transform learns from first")
-    ] = 64
 
 
 def get_config() -> ConfigDict:
@@ -269,10 +251,13 @@ def settings() -> Mapping[str, Any]:
         },
         "sample": _sample(),
         "spacing": {
+            "steps": _whole((4, 8, 16, 32), "[1, 1e6]", "steps", "of compared grids", True),
+            "grids": _names((), names.COMPARED_GRIDS, "that are compared; (): rules and searched"),
+            "samplers": _names((), names.ALL_SAMPLERS, "that are compared; (): sample.sampler"),
             "rows": _whole(128, "[2, 1e6]", "rows", "held out, that losses are measured on"),
             "samples": _whole(128, "[2, 1e6]", "rows", "drawn along a grid, for the distance"),
             "replicates": _whole(4, "[2, 1e6]", "", "of the distance, for the standard error"),
-            "budget": _whole(24, _NATURAL, "grids", "tried by the search; 0 for no search"),
+            "budget": _whole(32, _NATURAL, "grids", "tried by the search; 0 for no search"),
         },
     }
 
@@ -426,6 +411,10 @@ def _gaussian() -> dict[str, Any]:
         "path": _name("", ("", *names.PATHS), "of the network's inputs"),
         **ends,
         "sigma_data": _real(0.5, "(0, 1e4]", "", "standard deviation of the data"),
+        "conditional": Setting(False, Plain(bool, "on the class of the picture")),
+        "class_dropout": _real(
+            0.1, "[0, 1)", "of rows", "conditional: whose class is hidden in training"
+        ),
         **sections(names.GAUSSIAN_LAWS, uniform_logsnr={"low": low, "high": high}),
         **sections(names.GAUSSIAN_MODIFIERS, truncated=ends),
         **weightings,
@@ -435,15 +424,11 @@ def _gaussian() -> dict[str, Any]:
 
 def _sample() -> dict[str, Any]:
     blocks = {"block_size": 32, "steps_per_block": 16}
-    tables = (names.SAMPLERS, names.UNIFORM_SAMPLERS, names.GAUSSIAN_SAMPLERS)
-    grids = ("", *names.TOKEN_GRIDS, *names.LAWS, *names.GAUSSIAN_GRIDS, *names.GAUSSIAN_LAWS)
     return {
-        "sampler": _name(
-            "first_hitting", [name for table in tables for name in table], "of the process"
-        ),
+        "sampler": _name("first_hitting", names.ALL_SAMPLERS, "of the process"),
         "num_steps": _whole(64, "[1, 1e6]", "steps", "of samplers that step along a grid"),
         "grid": _name(
-            "", dict.fromkeys(grids), '"": stored by mdm spacing, else the default of the process'
+            "", ("", *names.GRIDS), '"": stored by mdm spacing, else the default of the process'
         ),
         **sections(
             names.SAMPLERS,
@@ -461,7 +446,18 @@ def _sample() -> dict[str, Any]:
             "", ("", "prefix", "dual", "delayed"), 'masked: of keys and values; "": none, exact'
         ),
         "cache_refresh": _whole(0, _NATURAL, "steps", "of it, between passes over all; 0: none"),
-        "guidance": _real(0.0, "[0, 1e3]", "", "masked: scale of guidance by the prompt"),
+        "guidance": _real(
+            0.0, "[0, 1e3]", "", "scale, by the prompt (masked) or class (gaussian); 0, 1: none"
+        ),
+        "class_guidance": {
+            "low": _real(-100.0, "[-100, 100]", "logSNR", "from which the class guides"),
+            "high": _real(100.0, "[-100, 100]", "logSNR", "up to which it does"),
+            "rescale": defaults(guided)["rescale"],
+        },
+        "classes": _whole((), "[0, 1e6]", "", "gaussian.conditional: drawn in turn; (): all", True),
+        "restore_from": _real(
+            None, "[-100, 100]", "logSNR", "gaussian: held-out pictures with noise are restored"
+        ),
         "no_repeat_ngrams": _whole(0, "[0, 1e4]", "tokens", "n-grams that never repeat; 0: none"),
         "num_samples": _whole(3, "[1, 1e6]", "rows", "drawn"),
         "num_answers": _whole(256, _NATURAL, "prompts", "held out, answered, checked; 0: all"),
@@ -488,5 +484,5 @@ def shrink(config: ConfigDict) -> None:
     if config.data.source == "task":
         config.data.task.update(train_rows=64, valid_rows=16, test_rows=16)
     config.measure.update(rows=4, levels_per_row=2, grid_rows=2, grid_levels=6, grid_masks=2)
-    config.spacing.update(rows=8, samples=8, replicates=2, budget=3)
+    config.spacing.update(steps=(2, 3), rows=8, samples=8, replicates=2, budget=3)
     config.measure.update(groups=3, redraws=4, data_batches=1, warm_up=2, chunk=8)

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from mdm_jax import corruption, data, hub, likelihood, models, objectives, samplers, schedules
@@ -68,6 +69,7 @@ class Family:
         noise_axis: label of the noise axis of plots; "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
         annealed: ``annealed(key, step) -> apply_fn`` of a training step, where it is another.
+        degraded: ``degraded(key, canvas)``, what ``generate`` restores; None where it samples.
         with_corruption: the objective under another corruption by name, where there are several.
         record, details: a likelihood as JSON values; report lines about these.
     """
@@ -85,6 +87,7 @@ class Family:
     rules: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     annealed: Callable[[Array, Array], Callable[..., Array | models.Readout]] | None = None
+    degraded: Callable[..., np.ndarray] | None = None
     with_corruption: Callable[[str], Objective] | None = None
     input_dtype: Any = jnp.int32
     record: Callable[[Any], Record] = token_record
@@ -219,9 +222,7 @@ def uniform(
     chunking = _chunking(config.model.logits_at, **config.mesh)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     sampler = lookup(names.UNIFORM_SAMPLERS, c.sampler, "sample.sampler")(
-        num_tokens,
-        token_filter=_token_filter(c.temperature, c.top_k, c.top_p),
-        **settings(c, c.sampler),
+        num_tokens, token_filter=_token_filters(c), **settings(c, c.sampler)
     )
     if config.model.self_conditioning:
         sampler = samplers.self_conditioned(sampler, num_tokens, dataset.vocab_size)
@@ -272,14 +273,13 @@ def autoregressive(
     apply_fn = models.causal_apply(model, start, chunking=chunking)
     decoder = models.cached_causal_decoder(model, start)
     token_filter = samplers.compose(
-        lambda logits: models.exclude_token(logits, *dataset.absent_ids),
-        _token_filter(c.temperature, c.top_k, c.top_p),
+        lambda logits: models.exclude_token(logits, *dataset.absent_ids), _token_filters(c)
     )
 
     def generator(_num_steps: int, _levels: Any = None, watch: Watch = None) -> Generate:
         shown = dict(zip(("show", "ordered"), watch or ()))
-        options = {"mask_id": mask_id, "token_filter": token_filter}
-        return samplers.make_next_token_generator(decoder, **options, **shown)
+        options = {"mask_id": mask_id, "token_filter": token_filter, **shown}
+        return samplers.make_next_token_generator(decoder, **options)
 
     return Family(
         objective=objectives.next_token(mask_id),
@@ -444,7 +444,7 @@ def _masked_sampler(
     c = config.sample
     levels = _levels_by_name(config)  # checks the grid even where the sampler takes no steps
     sampler = lookup(names.SAMPLERS, c.sampler, "sample.sampler")(
-        token_filter=_token_filter(c.temperature, c.top_k, c.top_p), **settings(c, c.sampler)
+        token_filter=_token_filters(c), **settings(c, c.sampler)
     )
     wrappers = [samplers.prompt_guidance(c.guidance)] if c.guidance else []
     wrappers += [samplers.no_repeat_ngrams(c.no_repeat_ngrams)] if c.no_repeat_ngrams else []
@@ -475,10 +475,10 @@ def grid_samplers(section: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _token_filter(temperature: float, top_k: int, top_p: float) -> samplers.LogitFilter:
-    filters = [samplers.temperature(temperature)]
-    filters += [samplers.top_k(top_k)] if top_k else []
-    filters += [samplers.top_p(top_p)] if top_p < 1 else []
+def _token_filters(section: ConfigDict) -> samplers.LogitFilter:
+    filters = [samplers.temperature(section.temperature)]
+    filters += [samplers.top_k(section.top_k)] if section.top_k else []
+    filters += [samplers.top_p(section.top_p)] if section.top_p < 1 else []
     return samplers.compose(*filters)
 
 

@@ -1,14 +1,18 @@
 """The Gaussian process: recipe, sampling grids and family of a run of pictures."""
 
+import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from mdm_jax import data, gaussian, schedules
+from mdm_jax.checks import check_interval
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian.recipes import Recipe
 from mdm_jax.gaussian.samplers import spacings
@@ -16,6 +20,7 @@ from mdm_jax.gaussian.schedules import truncated
 from mdm_jax.launch import names
 from mdm_jax.launch.families import Family, Generate, Record, Watch, network
 from mdm_jax.launch.names import lookup, settings
+from mdm_jax.samplers.sampler import row_keys, row_streams
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array
 
@@ -34,17 +39,23 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
         raise ValueError("process=gaussian does not take model.self_conditioning")
     c, g = config.sample, config.gaussian
     recipe = gaussian_recipe(g)
+    guide = _guidance(config, dataset)
+    if config.train.noise_by == "example" and g.conditional:
+        raise ValueError("gaussian.conditional takes train.noise_by=slot, the default")
     num_values = dataset.vocab_size - 1  # without the mask
     values = gaussian.scaled_integers(num_values)
     model = gaussian.PictureTransformer(
-        network(1, **config.model), dataset.event_shape, config.model.patch_size
+        network(1, **config.model),
+        dataset.event_shape,
+        config.model.patch_size,
+        dataset.num_classes if g.conditional else 0,
     )
     sampler = lookup(names.GAUSSIAN_SAMPLERS, c.sampler, "sample.sampler")(**settings(c, c.sampler))
 
     def apply_fn(params, inputs, logsnr, documents=None):
         """The recipe's output, from inputs scaled to unit variance."""
         scaled = gaussian.precondition(
-            lambda x, level, _documents: model.apply(params, x, level), recipe.path, g.sigma_data
+            functools.partial(model.apply, params), recipe.path, g.sigma_data
         )
         return scaled(inputs, logsnr, documents)
 
@@ -61,12 +72,21 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
             values=values,
         )
 
+    first = g.low if c.restore_from is None else c.restore_from
+
     def named_levels(grid: str, num_steps: int) -> Array:
-        return gaussian_levels(grid, num_steps, g, recipe.law)
+        return gaussian_levels(grid, num_steps, {**g, "low": first}, recipe.law)
 
     def grey_values(pictures: Array, xp: Any = jnp) -> Array:
         top = num_values - 1
         return xp.clip(xp.round((pictures + 1) * top / 2), 0, top).astype(xp.int32)
+
+    def noisy(key: Array, canvas: Array, row_offset: Array | int = 0) -> Array:
+        """The pictures [B, L] with the noise of level ``sample.restore_from``, divided by alpha."""
+        data = values(jnp.asarray(canvas))
+        keys = row_streams(row_keys(key, row_offset, len(data)), "restored")
+        noise = jax.vmap(lambda k: jax.random.normal(k, data.shape[1:], data.dtype))(keys)
+        return data + math.exp(-0.5 * first) * noise
 
     def generator(num_steps: int, levels: Array | None = None, watch: Watch = None) -> Generate:
         watched = sampler
@@ -76,7 +96,7 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
                 sampler, lambda x: show(grey_values(x, np)), g.sigma_data, ordered
             )
         draw = gaussian_samplers.make_gaussian_generator(
-            apply_fn,
+            guide(apply_fn),
             watched,
             named_levels(c.grid, num_steps) if levels is None else levels,
             (dataset.length,),
@@ -87,19 +107,28 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
 
         def generate(params, key, canvas, documents=None, row_offset=0):
             """Grey values, of the canvas's shape."""
-            del documents
-            return grey_values(draw(params, key, len(canvas), row_offset=row_offset))
+            known = documents if g.conditional else None
+            start = None
+            if c.restore_from is not None:
+                start = recipe.path.alpha(first) * noisy(key, canvas, row_offset)
+            drawn = draw(params, key, len(canvas), known, start, row_offset)
+            return grey_values(drawn)
 
         return generate
 
     return Family(
-        objective=gaussian.gaussian_loss(recipe, values),
+        objective=gaussian.gaussian_loss(
+            recipe, values, class_dropout=g.class_dropout if g.conditional else 0.0
+        ),
         model=model,
         apply_fn=apply_fn,
         likelihood=likelihood_of,
         generator=generator,
         takes_steps=True,
         levels_from=", ".join([f"recipe {g.recipe}", *_changes(g)]),
+        degraded=None
+        if c.restore_from is None
+        else lambda *inputs: grey_values(noisy(*inputs), np),
         noise_axis="sigmoid(-logSNR)",
         levels=named_levels,
         rules=("law", "uniform_logsnr", "edm_rho", "cosine"),
@@ -108,6 +137,48 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
         record=_gaussian_record,
         details=_gaussian_details,
     )
+
+
+def _guidance(config: ConfigDict, dataset: data.Dataset) -> Callable[[Callable], Callable]:
+    """What ``sample.guidance`` makes of an ``apply_fn``; ValueError where classes are unknown."""
+    c, g = config.sample, config.gaussian
+    guided = c.guidance not in (0.0, 1.0)
+    if g.conditional and not dataset.num_classes:
+        raise ValueError(
+            "gaussian.conditional needs pictures with classes: data.source=digits, or TFDS with "
+            "--config.data.label_field=label"
+        )
+    if (guided or c.classes) and not g.conditional:
+        name = f"sample.guidance={c.guidance:g}" if guided else f"sample.classes={c.classes}"
+        raise ValueError(f"{name} is for models of classes: train with gaussian.conditional=True")
+    if guided and not g.class_dropout:
+        raise ValueError(
+            f"sample.guidance={c.guidance:g} needs a model that was trained without classes too: "
+            "gaussian.class_dropout above 0"
+        )
+    if wrong := [each for each in c.classes if each >= dataset.num_classes]:
+        raise ValueError(
+            f"sample.classes: {wrong[0]} is none of the classes 0 to {dataset.num_classes - 1}"
+        )
+    own = dict(c.class_guidance)
+    check_interval("sample.class_guidance", own["low"], own["high"])
+    if not guided:
+        return lambda apply_fn: apply_fn
+
+    def guide(apply_fn: Callable[..., Array]) -> Callable[..., Array]:
+        def guided_fn(params, inputs, logsnr, documents=None):
+            """The output, guided towards the class."""
+            both = gaussian_samplers.guided(
+                lambda x, level, known: apply_fn(params, x, level, known),
+                lambda x, level, _known: apply_fn(params, x, level, None),
+                c.guidance,
+                **own,
+            )
+            return both(inputs, logsnr, documents)
+
+        return guided_fn
+
+    return guide
 
 
 def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:

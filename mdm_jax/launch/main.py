@@ -27,7 +27,6 @@ from mdm_jax.launch.modes import (
     evaluate,
     measure,
     preview,
-    spacing,
     sweep,
     train,
 )
@@ -35,6 +34,7 @@ from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.reports import page, settings
 from mdm_jax.launch.sampling import sample_flags
+from mdm_jax.launch.spacing import compare
 from mdm_jax.launch.start import accelerators, scaled
 from mdm_jax.launch.start import new as new_config
 from mdm_jax.launch.workdir import (
@@ -285,12 +285,12 @@ def _sample(experiment: Experiment, workdir: files.Path) -> int:
 
 
 def _spacing(experiment: Experiment, workdir: files.Path) -> int:
-    c, steps = experiment.config.sample, experiment.config.sample.num_steps
-    record = spacing.compare(experiment, workdir, show=_print)
-    print(f"written to {record['file']}")
-    line = ["mdm", "sample", f"--workdir={workdir}", f"--steps={steps}"]
-    line += [f"--config.sample.sampler={c.sampler}", *["--config.sample.grid="] * bool(c.grid)]
-    print(f"{shlex.join(line)} takes the best, {record['best']!r}")
+    found = compare.compare(experiment, workdir, show=_print)
+    print(f"written to {', '.join(found['files'])}")
+    last, grid = found["records"][-1], experiment.config.sample.grid
+    line = ["mdm", "sample", f"--workdir={workdir}", f"--steps={last['num_steps']}"]
+    line += [f"--config.sample.sampler={last['sampler']}", *["--config.sample.grid="] * bool(grid)]
+    print(f"{shlex.join(line)} takes the best, {last['best']!r}")
     return 0
 
 

@@ -101,9 +101,12 @@ GAUSSIAN_SAMPLERS = {
     "ddim": gaussian_samplers.ddim,
     "ddpm_ancestral": gaussian_samplers.ddpm_ancestral,
     "dpm_solver_pp_2m": gaussian_samplers.dpm_solver_pp_2m,
+    "dpm_solver_pp_2s": gaussian_samplers.dpm_solver_pp_2s,
+    "dpm_solver_pp_3m": gaussian_samplers.dpm_solver_pp_3m,
     "edm_heun": gaussian_samplers.edm_heun,
     "euler_flow": gaussian_samplers.euler_flow,
     "heun_flow": gaussian_samplers.heun_flow,
+    "indi": gaussian_samplers.indi,
 }
 GAUSSIAN_LAWS = gaussian_schedules.GAUSSIAN_SCHEDULES
 GAUSSIAN_MODIFIERS = gaussian_schedules.MODIFIERS
@@ -116,6 +119,18 @@ GAUSSIAN_GRIDS = (
     *(f"uniform_{quantity}" for quantity in spacings.QUANTITIES),
 )
 """Names of sampling grids that are no schedules."""
+SEARCHED_GRIDS = (
+    *("equal information", "equal error", "learned density"),
+    *("align steps, curve", "align steps, pairs"),
+)
+"""Names of grids that ``mdm spacing`` makes of what it measures."""
+GRIDS = tuple(dict.fromkeys((*TOKEN_GRIDS, *LAWS, *GAUSSIAN_GRIDS, *GAUSSIAN_LAWS)))
+COMPARED_GRIDS = (
+    *SEARCHED_GRIDS,
+    *(g for g in GRIDS if g not in ("edm", *spacings.TABLE_SPACINGS)),
+)
+"""Those whose last but one level is not that of the end."""
+ALL_SAMPLERS = (*SAMPLERS, *UNIFORM_SAMPLERS, *GAUSSIAN_SAMPLERS)
 DATA = {
     "embedded": data.embedded_text,
     "text": data.text,

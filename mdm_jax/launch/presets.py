@@ -101,7 +101,7 @@ def mnist_gaussian(variant: str = "vdm") -> ConfigDict:
     """Gaussian diffusion on MNIST, prepared by TFDS in array_record format (data.data_dir)."""
     check_variant("mnist_gaussian", variant, sorted(RECIPES))
     config = digits_gaussian(variant)
-    config.data.update(source="tfds", name="mnist", kind="image")
+    config.data.update(source="tfds", name="mnist", kind="image", label_field="label")
     config.data.splits = ("train[:55000]", "train[55000:]", "test")
     config.model.patch_size = 4
     if variant != "smoke":

@@ -4,6 +4,7 @@ from mdm_jax.plots.noise_levels import (
     LEVELS,
     compare_recipes,
     effective_weights,
+    grid_panels,
     law_densities,
     noise_curves,
     recipe_densities,
@@ -24,6 +25,7 @@ from mdm_jax.plots.samples import (
     PANELS,
     picture,
     picture_grid,
+    picture_paths,
     quality_by_steps,
     quality_curve,
 )

@@ -59,6 +59,18 @@ def trajectories(axes: Any, levels: np.ndarray, states: np.ndarray, **style: Any
     return dress(axes, "Sampling paths", "logSNR, nats", "state")
 
 
+def grid_panels(grids: Mapping[int, Mapping[str, np.ndarray]]) -> Any:
+    """Figure of sampling grids, logSNR [N + 1] over the step; a panel for each number of steps."""
+    figure = new_figure((3.2 * len(grids) + 0.6, 4.6))
+    panels = np.atleast_1d(figure.subplots(1, len(grids), sharey=True))
+    for number, (axes, (num_steps, named)) in enumerate(zip(panels, grids.items())):
+        for row, (name, levels) in enumerate(named.items()):
+            label = name if number == 0 else None
+            axes.plot(np.arange(len(levels)), levels, label=label, **line(row))
+        dress(axes, f"{num_steps} steps", "step", "logSNR, nats" if number == 0 else "")
+    return figure
+
+
 def recipe_densities(axes: Any, recipes: Mapping[str, Recipe]) -> Any:
     """Density p from which each recipe draws its noise levels."""
     for number, (name, recipe) in enumerate(recipes.items()):

@@ -24,21 +24,23 @@ def quality_curve(
     *,
     against: str = "num_steps",
     reference: float | None = None,
+    by: str = "sampler",
 ) -> Any:
     """One metric of each sampler against its number of steps, on a base-2 logarithmic axis.
 
     ``records`` are ``{"sampler": name, "num_steps": int, "forward_passes": float, "quality":
     dict}``, the dict that of ``TextQuality.to_dict``, with error bars from
     ``<metric>_standard_error``; those without the metric are left out. ``against`` is "num_steps"
-    or "forward_passes", positive, else ValueError. ``reference`` is the metric of held-out text.
+    or "forward_passes", positive, else ValueError. ``reference`` is the metric of held-out data.
+    ``by``: the key that tells curves apart, in place of "sampler".
     """
     if against not in _X:
         raise ValueError(f"against must be one of {', '.join(_X)}, got {against!r}")
-    for number, sampler in enumerate(dict.fromkeys(r["sampler"] for r in records)):
+    for number, sampler in enumerate(dict.fromkeys(r[by] for r in records)):
         points = sorted(
             (r[against], r["quality"][metric], r["quality"].get(f"{metric}_standard_error") or 0.0)
             for r in records
-            if r["sampler"] == sampler and r["quality"].get(metric) is not None
+            if r[by] == sampler and r["quality"].get(metric) is not None
         )
         if points:
             x, y, error = zip(*points)
@@ -47,11 +49,11 @@ def quality_curve(
             style = line(number) | {"marker": "o", "ms": 3, "capsize": 2}
             axes.errorbar(x, y, yerr=error, label=sampler, **style)
     if reference is not None:
-        axes.axhline(reference, color="0.25", linestyle=":", linewidth=1, label="held-out text")
+        axes.axhline(reference, color="0.25", linestyle=":", linewidth=1, label="data")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     label = label or metric
-    return dress(axes, f"{label} by sampler".capitalize(), _X[against], label)
+    return dress(axes, f"{label} by {by}".capitalize(), _X[against], label)
 
 
 def quality_by_steps(
@@ -79,6 +81,19 @@ def picture_grid(pictures: np.ndarray) -> np.ndarray:
     tiles[:count, :height, :width] = pictures
     tiles = tiles.reshape(rows, columns, *shape[1:]).swapaxes(1, 2)
     return tiles.reshape(rows * shape[1], columns * shape[2], *shape[3:])
+
+
+def picture_paths(rows: Mapping[str, np.ndarray]) -> Any:
+    """Figure of one picture after each step, [steps, H, W] or [steps, H, W, C], in named rows."""
+    count, height, width = next(iter(rows.values())).shape[:3]
+    size = (1.6 + 0.7 * count, 0.75 * len(rows) * height / width)
+    figure = new_figure(size)
+    for axes, (name, frames) in zip(np.atleast_1d(figure.subplots(len(rows), 1)), rows.items()):
+        frames = np.pad(frames, [(0, 0), (0, 1), (0, 1)] + [(0, 0)] * (frames.ndim - 3), "edge")
+        frames[:, -1], frames[:, :, -1] = 0.5, 0.5
+        picture(axes, np.concatenate(list(frames), axis=1))
+        axes.set_title(name, loc="left", fontsize=8, pad=2)
+    return figure
 
 
 def picture(axes: Any, image: np.ndarray) -> Any:

@@ -14,11 +14,12 @@ from variants import slow_except
 from experiments import recipes
 from mdm_jax import files, schedules, training
 from mdm_jax.gaussian.recipes import RECIPES
-from mdm_jax.launch import names, workdir
+from mdm_jax.launch import workdir
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.gaussian_family import gaussian_recipe
-from mdm_jax.launch.modes import evaluate, spacing, train
+from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.presets import digits_gaussian, mnist_gaussian
+from mdm_jax.launch.spacing import stored
 from mdm_jax.types import Batch
 
 DIGITS = "experiments/configs/digits_gaussian.py:smoke"
@@ -74,14 +75,22 @@ def test_a_finished_run_can_be_looked_at_again(finished, mode, monkeypatch, caps
 def test_grids_are_compared_and_the_best_is_sampled_along(finished, monkeypatch, capsys):
     """By two samplers in one workdir: the grid stored for one is not taken by the other."""
     line = (f"--workdir={finished}", "--config.sample.sampler=ddim")
-    code, out, err = launching.call(monkeypatch, capsys, "--mode=spacing", *line, "--steps=3")
+    two = '--config.spacing.samplers=("ddim","dpm_solver_pp_3m")'
+    spacing = ("--mode=spacing", *line, "--steps=2,3", two)
+    code, out, err = launching.call(monkeypatch, capsys, *spacing)
     assert code == 0, err
+    names = {path.name for path in (finished / "spacing").iterdir()}
+    for sampler in ("ddim", "dpm_solver_pp_3m"):
+        plots = {f"{sampler}-{name}.png" for name in ("distance", "grids", "pictures-3")}
+        assert plots | {f"{sampler}-2.json", f"{sampler}-3.json"} <= names
+    assert "| ddim | search | " in out and "as many training rows: " in out
     path = finished / "spacing" / "ddim-3.json"
     record = json.loads(path.read_text("utf-8"))
     found = {name: np.array(grid["levels"]) for name, grid in record["grids"].items()}
     rules = {"law", "uniform_logsnr", "edm_rho", "cosine"}
     assert {*found} == rules | {
-        *("learned density", "align steps, curve", "align steps, pairs", "search")
+        *("equal information", "equal error", "learned density"),
+        *("align steps, curve", "align steps, pairs", "search"),
     }
     for name, grid in found.items():
         assert name in out and grid.shape == (4,) and np.all(np.diff(grid) > 0)
@@ -98,7 +107,7 @@ def test_grids_are_compared_and_the_best_is_sampled_along(finished, monkeypatch,
     assert f"grid: {record['best']}, of {path}" in out
     _, out, _ = launching.call(monkeypatch, capsys, *sample, "--config.sample.grid=edm")
     assert "grid: edm" in out
-    _, out, _ = launching.call(monkeypatch, capsys, *sample, "--config.sample.sampler=euler_flow")
+    _, out, _ = launching.call(monkeypatch, capsys, *sample, "--config.sample.sampler=heun_flow")
     assert "grid: the default rule" in out
 
 
@@ -113,14 +122,14 @@ def test_a_stored_grid_is_the_one_that_is_sampled_along(finished):
     path = finished / "spacing" / "ddim-2.json"
     path.parent.mkdir(exist_ok=True)
     files.write_json(path, {"best": "mine", "grids": {"mine": {"levels": levels}}})
-    generate, _ = spacing.stored_generator(experiment, finished, 2)
+    generate, _ = stored.stored_generator(experiment, finished, 2)
     drawn = generate(params, jax.random.key(1), canvas)
     explicit = experiment.family.generator(2, np.array([-8.0, 1.5, np.inf]))
     np.testing.assert_array_equal(drawn, explicit(params, jax.random.key(1), canvas))
     assert np.any(drawn != experiment.generate(params, jax.random.key(1), canvas))
     path.write_text('{"best": "mine", "grids": {"mine": {"levels": [3, 2]}}}', "utf-8")
     with pytest.raises(ValueError, match=r"ddim-2.json is damaged .*increases.*mdm spacing"):
-        spacing.stored_generator(experiment, finished, 2)
+        stored.stored_generator(experiment, finished, 2)
 
 
 def one_step(config):
@@ -157,6 +166,7 @@ SPELLED = {  # law, weighting, output, path
     "edm2": ("edm2_lognormal", "unit_output", "edm", "ve"),
     "flow": ("flow", "unit_output", "flow", "flow"),
     "sd3": ("sd3_logit_normal", "unit_output", "flow", "flow"),
+    "indi": ("indi", "unit_output", "x0", "flow"),
 }
 
 
@@ -227,12 +237,10 @@ def test_another_law_leaves_what_is_minimised_alone():
     )
 
 
-def test_every_sampler_can_be_chosen_and_one_fills_a_canvas_with_grey_values():
+def test_a_canvas_is_filled_with_grey_values():
     config = digits_gaussian("smoke")
-    config.sample.update(grid="uniform_logsnr", num_steps=3)
-    for name in names.GAUSSIAN_SAMPLERS:
-        config.sample.sampler = name
-        experiment = make_experiment(config)
+    config.sample.update(grid="uniform_logsnr", num_steps=3, sampler="ddim")
+    experiment = make_experiment(config)
     params = experiment.initial_state().params
     canvas = np.full((5, 64), experiment.dataset.mask_id)
     drawn = experiment.generate(params, jax.random.key(0), canvas)
@@ -308,7 +316,10 @@ def test_prepared_pictures_of_tfds(tmp_path):
         def _info(self):
             picture = tfds.features.Image(shape=(8, 8, 1))
             return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict({"image": picture})
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {"image": picture, "label": tfds.features.ClassLabel(num_classes=4)}
+                ),
             )
 
         def _split_generators(self, dl_manager):
@@ -318,7 +329,7 @@ def test_prepared_pictures_of_tfds(tmp_path):
             for i in range(count):
                 stream = io.BytesIO()
                 image.fromarray(np.full((8, 8), 6 * i, np.uint8)).save(stream, "png")
-                yield i, {"image": stream.getvalue()}
+                yield i, {"image": stream.getvalue(), "label": i % 4}
 
     LocalDigits(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     config = mnist_gaussian("smoke")
@@ -326,5 +337,11 @@ def test_prepared_pictures_of_tfds(tmp_path):
     config.data.splits = ("train[:30]", "train[30:]", "test")
     experiment = one_step(config)
     assert experiment.dataset.length == 64 and experiment.model.patch_size == 4
+    for row in experiment.dataset.train:
+        assert set(row.documents) == {2 + row.tokens[0] // 6 % 4}
+    assert experiment.dataset.num_classes == 4
+    config.data.stream = True
+    with pytest.raises(ValueError, match="streamed come without classes"):
+        make_experiment(config)
     assert isinstance(gaussian_recipe(config.gaussian).law, schedules.Law)
     assert mnist_gaussian("edm").data.name == "mnist"

@@ -11,9 +11,11 @@ from variants import slow_except
 
 from mdm_jax.launch import families, names
 from mdm_jax.launch.build import check_quality, make_experiment
-from mdm_jax.launch.modes import evaluate, spacing, train
+from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
+from mdm_jax.launch.spacing import compare
+from mdm_jax.launch.spacing.stored import stored_generator
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.first]
 
@@ -110,10 +112,11 @@ def test_grids_of_tokens_are_compared(process, tmp_path):
     config.variance.order = ("stratified",)
     if process != "uniform":
         config.sample.sampler = "ancestral"
-    config.sample.num_steps = 3
+    config.sample.num_steps, config.spacing.steps = 3, (3,)
     experiment = make_experiment(config)
     saved_run.save(experiment, tmp_path)
-    record = spacing.compare(experiment, tmp_path)
+    shown = []
+    (record,) = compare.compare(experiment, tmp_path, shown.append)["records"]
     found = {name: np.array(grid["levels"]) for name, grid in record["grids"].items()}
     bounds = {name: grid["bound"] for name, grid in record["grids"].items()}
     assert {"uniform_masking_rate", config.law.name, "cosine_md4", "search"} <= {*found}
@@ -127,8 +130,8 @@ def test_grids_of_tokens_are_compared(process, tmp_path):
     else:
         least = min(bounds.values())
         assert bounds["align steps, curve"] == pytest.approx(least, abs=1e-9) and least > -1e-9
-    assert "search" in spacing.table(record)
-    generate, described = spacing.stored_generator(experiment, tmp_path, 3)
+    assert "search" in shown[0] and "entropy of a text" in shown[0]
+    generate, described = stored_generator(experiment, tmp_path, 3)
     assert described.startswith(record["best"])
     canvas = np.full((2, 32), experiment.dataset.mask_id, np.int32)
     tokens = np.asarray(generate(experiment.initial_state().ema, jax.random.key(0), canvas))
@@ -137,9 +140,9 @@ def test_grids_of_tokens_are_compared(process, tmp_path):
 
 def test_runs_without_a_grid_have_no_spacing():
     with pytest.raises(ValueError, match="'first_hitting' sets its own .* are ancestral, cached"):
-        spacing.check(make_experiment(quickstart("smoke")))
+        compare.check(make_experiment(quickstart("smoke")))
     with pytest.raises(ValueError, match="process='autoregressive' has no noise levels"):
-        spacing.check(make_experiment(text_ar("smoke")))
+        compare.check(make_experiment(text_ar("smoke")))
 
 
 def test_samplers_with_steps_of_their_own_have_no_quality_by_steps():

@@ -110,7 +110,7 @@ def compiled_step(model_fn, sampler, path, output):
 def walk(x, model_fn, sampler, grid, path, output=X0):
     """Samples from the state x, without noise; grids of all lengths share one program."""
     step, x = compiled_step(model_fn, sampler, path, output), jnp.asarray(x)
-    state = gaussian_samplers.GaussianState(x, jnp.zeros_like(x))
+    state = gaussian_samplers.GaussianState(x, jnp.zeros_like(x), sampler.init(x))
     for i in range(len(grid) - 1):
         levels = grid[[max(i - 1, 0), i, i + 1]]
         state = step(state, levels, jnp.int32(i), jnp.int32(len(grid) - 1))
@@ -135,6 +135,8 @@ SAMPLERS = {
     "ddim": gaussian_samplers.ddim(),
     "ddim_eta": gaussian_samplers.ddim(0.6),
     "2m": gaussian_samplers.dpm_solver_pp_2m(),
+    "2s": gaussian_samplers.dpm_solver_pp_2s(),
+    "3m": gaussian_samplers.dpm_solver_pp_3m(),
     "edm": gaussian_samplers.edm_heun(),
     "edm_churn": gaussian_samplers.edm_heun(churn=2.0, churn_noise=1.003, churn_max=3.0),
     "heun_flow": gaussian_samplers.heun_flow(),

@@ -4,11 +4,15 @@ from mdm_jax.gaussian.samplers.methods import (
     ddim,
     ddpm_ancestral,
     dpm_solver_pp_2m,
+    dpm_solver_pp_2s,
+    dpm_solver_pp_3m,
     edm_heun,
     euler_flow,
     heun_flow,
+    indi,
 )
 from mdm_jax.gaussian.samplers.sampler import (
+    Denoise,
     GaussianContext,
     GaussianSampler,
     GaussianState,
@@ -22,6 +26,7 @@ from mdm_jax.gaussian.samplers.sampler import (
 )
 from mdm_jax.gaussian.samplers.step_search import (
     AlignedSteps,
+    Metric,
     SearchResult,
     align_steps,
     curve_cost,
@@ -31,5 +36,6 @@ from mdm_jax.gaussian.samplers.step_search import (
     normal_cost,
     pair_cost,
     pattern_search,
+    refined_grid,
     unmasking_cost,
 )

@@ -1,4 +1,4 @@
-"""Gaussian samplers: DDIM, DDPM ancestral, DPM-Solver++(2M), Euler's and Heun's methods.
+"""Gaussian samplers: DDIM, DDPM ancestral, DPM-Solver++, Euler's and Heun's methods.
 
 The first two take exact steps of a frozen denoiser. With ``h = lambda_s - lambda_t`` from level t
 to the cleaner level s, the estimate held at ``x0_t`` and z standard normal,
@@ -103,6 +103,68 @@ def dpm_solver_pp_2m(
     return GaussianSampler("dpm_solver_pp_2m", step)
 
 
+def dpm_solver_pp_3m(
+    lower_order_final: Annotated[bool, "last two steps of orders two and one"] = True,
+) -> GaussianSampler:
+    """DPM-Solver++(3M): the estimate of the data as a parabola in logSNR, through the last three.
+
+    One denoiser call per step, order 3. The first step and one to +inf are DDIM's, the second one
+    is :func:`dpm_solver_pp_2m`'s, and so, with ``lower_order_final``, are the last two. The second
+    derivative counts in full: with half of it, as in widespread code, the order is 2.
+    Lu et al. 2022 (arXiv 2211.01095), appendix B.
+    """
+
+    def step(context: GaussianContext, denoise: Denoise, state: GaussianState) -> GaussianState:
+        x0 = denoise(state.x, context.logsnr)
+        older_x0, older_size = state.memory
+        # In half the logSNR, as in the paper.
+        size = 0.5 * (context.next_logsnr - context.logsnr)
+        previous_size = 0.5 * (context.logsnr - context.previous_logsnr)
+        before = older_size.reshape(-1, *(1,) * (x0.ndim - 1))
+        last = context.num_steps - context.index if lower_order_final else jnp.inf
+        first_order = (context.index == 0) | (last == 1) | jnp.isinf(size + previous_size)
+        not_third = first_order | (context.index == 1) | (last == 2) | jnp.isinf(before)
+        h, h0 = (jnp.where(first_order, 1.0, each) for each in (size, previous_size))
+        h1 = jnp.where(not_third, 1.0, before)
+        slope, older_slope = (x0 - state.x0) / h0, (state.x0 - older_x0) / h1
+        bend = (slope - older_slope) / (h0 + h1)
+        middle = x0 + jnp.where(not_third & ~first_order, 0.5 * h * slope, 0.0)
+        x = transition_mean(context.path, context.logsnr, context.next_logsnr, state.x, middle)
+        gone = jnp.expm1(-h)
+        parabola = (h + gone) * (slope + h0 * bend) + (h * h - 2 * (h + gone)) * bend
+        x = x + jnp.where(not_third, 0.0, context.path.alpha(context.next_logsnr) * parabola)
+        return GaussianState(x, x0, (state.x0, jnp.full_like(older_size, previous_size)))
+
+    def init(x: Array) -> tuple[Array, Array]:
+        """The estimate before the last one, and the size of the step between the two."""
+        return jnp.zeros_like(x), jnp.zeros(x.shape[:1], x.dtype)
+
+    return GaussianSampler("dpm_solver_pp_3m", step, init)
+
+
+def dpm_solver_pp_2s() -> GaussianSampler:
+    """DPM-Solver++(2S): the whole step with the estimate of the data in its middle.
+
+    Two denoiser calls per step, order 2; one, DDIM's, in steps from -inf or to +inf.
+    Lu et al. 2022 (arXiv 2211.01095), algorithm 1 with r = 1/2.
+    """
+
+    def step(context: GaussianContext, denoise: Denoise, state: GaussianState) -> GaussianState:
+        start, end = context.logsnr, context.next_logsnr
+        x0, halfway = denoise(state.x, start), 0.5 * (start + end)
+        whole = jnp.isinf(halfway)
+
+        def middle() -> Array:
+            x = transition_mean(context.path, start, halfway, state.x, x0)
+            return denoise(x, halfway)
+
+        estimate = jax.lax.cond(whole, lambda: x0, middle)
+        x = transition_mean(context.path, start, end, state.x, estimate)
+        return GaussianState(x, x0, state.memory)
+
+    return GaussianSampler("dpm_solver_pp_2s", step)
+
+
 def transition_mean(
     path: Path, logsnr: Array, next_logsnr: Array, x: Array, x0: Array, eta: ArrayLike = 0.0
 ) -> Array:
@@ -176,8 +238,18 @@ def edm_heun(
 
 
 def euler_flow() -> GaussianSampler:
-    """Euler's method in flow time (Liu et al. 2023): steps as in DDIM and InDI on the same grid."""
+    """Euler's method in flow time (Liu et al. 2023): steps as in DDIM on the same grid."""
     return GaussianSampler("euler_flow", _flow_step(second_order=False))
+
+
+def indi() -> GaussianSampler:
+    """Inversion by direct iteration: ``x <- (d / t) x0 + (1 - d / t) x``, t the share of the noise.
+
+    :func:`euler_flow` by its authors' name. They step in equal parts of t, from a degraded picture:
+    grid "flow" for ``x = (1 - t) x0 + t eps``, "uniform_sigma" for ``x0 + t eps``. Delbracio and
+    Milanfar 2023 (arXiv 2303.11435), equation 8, without their additional noise.
+    """
+    return euler_flow()._replace(name="indi")
 
 
 def heun_flow() -> GaussianSampler:

@@ -7,13 +7,13 @@ Rows have their own keys: row 5 of a batch of 8 equals a batch of one with ``row
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.checks import check_interval, is_concrete
+from mdm_jax.checks import Real, check_interval, checked, is_concrete
 from mdm_jax.gaussian.parameterisations import Output
 from mdm_jax.gaussian.paths import Path
 from mdm_jax.samplers.sampler import (
@@ -293,19 +293,25 @@ def _check_grid(sampler: GaussianSampler, grid: ArrayLike, output: Output, path:
         )
 
 
+@checked
 def guided(
     conditional: ModelFn,
     unconditional: ModelFn,
     scale: ArrayLike,
     low: ArrayLike = -math.inf,
     high: ArrayLike = math.inf,
+    rescale: Annotated[
+        ArrayLike, Real("[0, 1]", "", "of guided outputs to the spread of unguided ones")
+    ] = 0.0,
 ) -> ModelFn:
     """Classifier-free guidance at logSNR within [low, high]: ``y = y_u + scale (y_c - y_u)``.
 
     ``y_c`` outside the interval; scale 1 is no guidance. Both networks are
     ``(x [B, ...], logsnr [B, 1], documents) -> y`` with the same output of any kind (all are affine
-    in each other). Where no row is inside, the unconditional one is not run. ValueError unless
-    low < high. Ho and Salimans 2022; interval: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+    in each other). Where no row is inside, the unconditional one is not run. ``rescale`` in [0, 1]
+    moves the standard deviation of each row's y that far back to that of y_c; the kind of output
+    matters for it (v in Lin et al.). ValueError unless low < high. Ho and Salimans 2022; interval:
+    Kynkäänniemi et al. 2024 (arXiv 2404.07724); rescale: Lin et al. 2024 (arXiv 2305.08891), 3.4.
     """
     check_interval("guided", low, high)
 
@@ -316,7 +322,13 @@ def guided(
         def push() -> Array:
             base = unconditional(x, logsnr, documents)
             where = inside.reshape(-1, *(1,) * (target.ndim - 1))
-            return jnp.where(where, base + jnp.asarray(scale, base.dtype) * (target - base), target)
+            pushed = base + jnp.asarray(scale, base.dtype) * (target - base)
+            if not (is_concrete(rescale) and float(rescale) == 0.0):
+                axes = tuple(range(1, target.ndim))
+                wanted, got = (jnp.std(y, axes, keepdims=True) for y in (target, pushed))
+                ratio = wanted / jnp.maximum(got, jnp.finfo(got.dtype).tiny)
+                pushed = pushed * (1 + jnp.asarray(rescale, base.dtype) * (ratio - 1))
+            return jnp.where(where, pushed, target)
 
         return jax.lax.cond(jnp.any(inside), push, lambda: target)
 

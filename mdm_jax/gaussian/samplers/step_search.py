@@ -8,7 +8,7 @@ grid's bound, yet its samples are further from the data.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -372,6 +372,43 @@ def pattern_search(
         if not improved:
             step /= 2
     return record.result(converged=True)
+
+
+def refined_grid(
+    metric: Metric, second: Metric, starts: Sequence[ArrayLike], budget: int, knots: int = 8
+) -> np.ndarray:
+    """The grid [N + 1] of least metric that about ``budget`` grids find from the best of starts.
+
+    Where there are few steps, half of the budget goes to choices among the levels of a finer grid
+    (:func:`exhaustive_search`); the rest moves the ends of up to ``knots`` intervals, between which
+    levels follow (:func:`pattern_search`). What looks best has partly good luck: the last
+    improvements are compared with the start by ``metric`` and ``second``, of other random numbers.
+    ValueError for N < 2, bad starts, a budget below 1, or a metric that was NaN throughout.
+    """
+    best = check_levels(min(starts, key=metric))
+    steps, found = best.size - 1, [best]
+    if steps < 2:
+        raise ValueError("refined_grid needs grids of 2 steps or more, whose inner levels can move")
+    sizes = [m for m in range(steps, steps + 7) if math.comb(m, steps - 1) <= budget // 2]
+    if sizes:
+        at = np.linspace(0, steps, sizes[-1] + 2)[1:-1]
+        finer = np.interp(at, np.arange(steps + 1), best)
+        ends = float(best[0]), float(best[-1])
+        chosen = exhaustive_search(metric, finer, steps - 1, *ends, budget=budget // 2)
+        budget -= chosen.evaluations
+        found.append(chosen.grid)
+        best = min(found, key=metric)
+    fixed = best[np.unique(np.round(np.linspace(0, steps, min(steps, knots) + 1)).astype(int))]
+
+    def between(moved: np.ndarray) -> np.ndarray:
+        return np.interp(best, fixed, moved)
+
+    reach = float(best[-1] - best[0]) / (2 * (fixed.size - 1))
+    moves = pattern_search(
+        lambda moved: metric(between(moved)), fixed, budget, step=reach, smallest_step=reach / 16
+    )
+    found += [between(each.grid) for each in moves.trace[-3:]]
+    return min(found, key=lambda grid: metric(grid) + second(grid))
 
 
 class _Record:

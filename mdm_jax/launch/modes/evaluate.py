@@ -10,12 +10,12 @@ from mdm_jax import data, distributed, evaluation, files, likelihood, plots, rng
 from mdm_jax.evaluation.accuracy import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
-from mdm_jax.launch.modes.spacing import stored_generator
 from mdm_jax.launch.reports.curves import SIZE, is_exact, training_curves
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.reports.writers import reopen_writer
 from mdm_jax.launch.sampling.options import Options, rows_and_watcher
 from mdm_jax.launch.sampling.watch import in_batches
+from mdm_jax.launch.spacing.stored import stored_generator
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
 from mdm_jax.progress import progress_bar
 from mdm_jax.training.metrics import MetricWriter
@@ -163,6 +163,7 @@ def sample(
     key = rng.stream(rng.step_key(seed, step), "sample")
     generate = in_batches(generate, experiment.config.evaluate.batch_size, watcher)
     options = {"writer": writer, "show": show, "colour": asked.colour}
+    options["degraded"] = experiment.family.degraded
     drawn = show_samples(experiment.dataset, jobs, generate, workdir, step, params, key, **options)
     if watcher is not None:
         drawn["files"] += watcher.write()
@@ -191,7 +192,7 @@ def measure_quality(
 
     rows = data.gather(source, np.arange(min(c.quality_texts, len(source))))
     held_out, valid = texts(rows.tokens, rows.documents)
-    score = _score(experiment, c.judge) if c.judge else None
+    score = judge_score(experiment, c.judge) if c.judge else None
     canvas, documents = free_canvases(dataset, c.quality_texts)
     paths = []
     with progress_bar(len(c.quality_steps), "quality", "settings", silent=not first) as bar:
@@ -217,7 +218,8 @@ def measure_quality(
     return [str(path) for path in paths]
 
 
-def _score(experiment: Experiment, judge: str) -> evaluation.Score:
+def judge_score(experiment: Experiment, judge: str) -> evaluation.Score:
+    """The score of the run ``judge``; ValueError if its rows have another length."""
     config = saved_config(judge)
     config.sample.update(judge="", prompts="")  # the judge's own, which may be gone
     other = make_experiment(config, files.as_path(judge))

@@ -10,6 +10,7 @@ from mdm_jax.launch.modes.sample import (
     file_requests,
     make_jobs,
     order,
+    pictures,
     request_jobs,
 )
 from mdm_jax.launch.sampling.requests import Request, check_known, rows_of
@@ -53,7 +54,7 @@ def _jobs(experiment: Experiment, asked: Options) -> tuple[Job, ...]:
     if dataset.tokenizer is None and (requests or asked.prompts or length):
         raise ValueError(
             "--prompt, --infill, --prompts and --length are about text, and this run's data are "
-            "pictures, which it draws without a condition; --n says how many"
+            "pictures; --n says how many, --config.sample.classes of what, where the model knows"
         )
     for request in requests:
         check_known(request, dataset.tokenizer)
@@ -73,4 +74,5 @@ def _jobs(experiment: Experiment, asked: Options) -> tuple[Job, ...]:
     if asked.count is None:
         return experiment.jobs
     options = {"num_samples": asked.count, "gap": 0, "prompts": ""}
+    own |= pictures(experiment.config, dataset)
     return make_jobs(dataset, experiment.held_out[1], **options, **own)

@@ -309,9 +309,41 @@ def test_exhaustive_search_tries_every_grid():
     assert found.value == deviation(best) and found.converged
 
 
+@pytest.mark.parametrize("steps", [2, 4, 8, 32])
+def test_a_refined_grid_is_nearly_the_best(steps):
+    """From rules whose loss of deviation is up to two thirds above the least possible."""
+    even = np.linspace(-1, 1, steps + 1)
+    starts, calls = [8 * even, 8 * np.sign(even) * np.abs(even) ** 1.5], []
+
+    def metric(grid):
+        calls.append(grid)
+        return 1 + deviation(grid)
+
+    found = gaussian_samplers.refined_grid(metric, metric, starts, 32)
+    assert found[0] == -8 and found[-1] == 8 and np.all(np.diff(found) > 0) and len(calls) < 80
+    angle = np.arctan(np.exp(4.0)) - np.arctan(np.exp(-4.0))
+    least = 1 - np.cos(angle / steps) ** steps
+    assert least - 1e-12 <= metric(found) < 1.18 * least
+    if steps > 2:  # there both rules are the best grid
+        assert metric(found) < 0.93 * min(map(metric, starts))
+
+
+def test_a_refined_grid_is_no_lucky_draw():
+    """Whatever is not the start looks better by the first numbers, and is worse by the others."""
+    start = np.linspace(-8, 8, 5)
+
+    def moved(sign):
+        return lambda grid: sign * float(np.any(grid != start))
+
+    for factor, kept in ((2.0, True), (0.5, False)):
+        found = gaussian_samplers.refined_grid(moved(-1.0), moved(factor), [start], 8)
+        assert np.array_equal(found, start) == kept
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
+        (lambda: gaussian_samplers.refined_grid(deviation, deviation, [[0.0, 1.0]], 9), "2 steps"),
         (lambda: gaussian_samplers.klub(gaussian_samplers.normal_cost(), [0.0]), "n >= 2"),
         (lambda: gaussian_samplers.klub(gaussian_samplers.normal_cost(), [0.0, np.inf]), "finite"),
         (lambda: gaussian_samplers.normal_cost(0.0), "data_std"),

@@ -140,6 +140,23 @@ def test_guidance_within_an_interval():
     np.testing.assert_allclose(unguided(x, levels), 2.0)
 
 
+def test_rescaled_guidance_has_the_spread_of_the_unguided_output():
+    """By hand: guided outputs of row 0 are 5 and -1, unguided ones 2 and 0."""
+    conditional = lambda x, logsnr, documents: 1.0 + x  # noqa: E731
+    x = jnp.array([[1.0, -1.0], [0.2, 0.0]])
+    level = jnp.array([[0.0], [5.0]])
+
+    def guided(rescale):
+        networks = conditional, lambda x, logsnr, documents: 0.5 - 0.0 * x
+        return gaussian_samplers.guided(*networks, 3.0, high=1.0, rescale=rescale)(x, level)
+
+    plain = np.array([0.5 + 3 * 1.5, 0.5 + 3 * -0.5])  # 5, -1: standard deviation 3 in place of 1
+    np.testing.assert_allclose(guided(0.0)[0], plain)
+    np.testing.assert_allclose(guided(1.0)[0], plain / 3, rtol=1e-6)
+    np.testing.assert_allclose(guided(0.5)[0], plain * (0.5 / 3 + 0.5), rtol=1e-6)
+    np.testing.assert_allclose(guided(1.0)[1], [1.2, 1.0])  # outside the interval
+
+
 def test_guidance_commutes_with_the_choice_of_output():
     path, results = paths.vp(), []
     with jax.enable_x64():
@@ -171,6 +188,10 @@ FROM_NOISE = [-np.inf, 0.0]
         (lambda: gaussian_samplers.edm_heun(churn=-1.0), "churn"),
         (lambda: gaussian_samplers.edm_heun(churn_min=2.0, churn_max=1.0), "churn_min"),
         (lambda: gaussian_samplers.guided(constant(0), constant(0), 2.0, 1.0, -1.0), "low < high"),
+        (
+            lambda: gaussian_samplers.guided(constant(0), constant(0), rescale=2.0, scale=1),
+            "rescale",
+        ),
         (lambda: refused(grid=GRID_12[::-1]), "increases"),
         (lambda: refused(shape=(4,)), "shape"),
         (lambda: refused(shape=(4, 1), start=START), "start"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian_runs import GRID_12, SAMPLERS, START, context, draw, draw_from, oracle
+from scipy import integrate
 from variants import slow_except
 
 from mdm_jax.gaussian import parameterisations, paths
@@ -39,7 +40,9 @@ def test_single_steps(name):
             gaussian_samplers.ddpm_ancestral(1.0): ancestral + large * noise,
             gaussian_samplers.ddpm_ancestral(0.3): ancestral + large**0.3 * small**0.7 * noise,
             gaussian_samplers.dpm_solver_pp_2m(): second_order,
+            gaussian_samplers.dpm_solver_pp_2s(): ddim,  # the estimate is the same in the middle
             gaussian_samplers.euler_flow(): ddim,
+            gaussian_samplers.indi(): ddim,
             gaussian_samplers.edm_heun(second_order=False): ddim,
         }
         state = gaussian_samplers.GaussianState(jnp.full((1, 1), 0.7), jnp.full((1, 1), 0.05))
@@ -52,16 +55,17 @@ def test_single_steps(name):
         np.testing.assert_allclose(ancestral_std(*levels, 1.0), large, atol=1e-10)
 
 
-def test_heun_s_method_calls_the_network_once_in_the_step_to_clean_data():
+def test_methods_of_two_calls_make_one_in_the_step_to_clean_data():
     path, calls = paths.vp(), []
 
     def denoise(x, logsnr):
         jax.debug.callback(lambda: calls.append(1))
         return jnp.full_like(x, 0.2)
 
-    state = gaussian_samplers.GaussianState(jnp.full((1, 1), 0.7), jnp.full((1, 1), 0.05))
     with jax.enable_x64():
-        for sampler in (gaussian_samplers.heun_flow(), gaussian_samplers.edm_heun()):
+        state = gaussian_samplers.GaussianState(jnp.full((1, 1), 0.7), jnp.full((1, 1), 0.05))
+        two_calls = ("heun_flow", "edm_heun", "dpm_solver_pp_2s")
+        for sampler in (getattr(gaussian_samplers, name)() for name in two_calls):
             for levels, times in (({}, 2), ({"next_logsnr": jnp.inf}, 1)):
                 calls.clear()
                 sampler.step(context(path, **levels), denoise, state)
@@ -91,8 +95,44 @@ def test_the_order_is_lowered_in_the_first_and_last_step_only():
         assert step(plain, index=2) == pytest.approx(second_order, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", paths.PATHS)
+def test_an_estimate_that_is_a_parabola_is_integrated_exactly(name):
+    """By 3M, on uneven steps; a line by 2S, whose middle is that of the step, to second order."""
+    path, levels = paths.by_name(name), np.array([-2.1, -1.6, -0.7, 0.4])
+
+    def estimate(level):
+        return 0.3 - 0.2 * level + 0.11 * level**2
+
+    # x_s / sigma_s = x_t / sigma_t + int exp(lambda / 2) x0 dlambda / 2.
+    area, _ = integrate.quad(lambda e: 0.5 * np.exp(0.5 * e) * estimate(e), *levels[-2:])
+    with jax.enable_x64():
+        sigma = np.asarray(path.sigma(levels))
+        expected = sigma[3] * (0.7 / sigma[2] + area)
+
+        def full(value):
+            return jnp.full((2, 1), value)
+
+        memory = full(estimate(levels[0])), jnp.full((2,), 0.5 * (levels[1] - levels[0]))
+        state = gaussian_samplers.GaussianState(full(0.7), full(estimate(levels[1])), memory)
+        known = {"logsnr": levels[2], "next_logsnr": levels[3], "previous": levels[1]}
+        now, last = (context(path, **known, index=2, num_steps=n) for n in (9, 3))
+
+        def run(sampler, now):
+            return sampler.step(now, lambda x, level: full(estimate(level)), state).x[:, 0]
+
+        third, lowered = gaussian_samplers.dpm_solver_pp_3m, gaussian_samplers.dpm_solver_pp_2m()
+        np.testing.assert_allclose(run(third(), now), expected, rtol=1e-12)
+        np.testing.assert_allclose(run(third(False), last), expected, rtol=1e-12)
+        second_last = context(path, **known, index=7, num_steps=9)
+        for at in (last, second_last, context(path, **known, index=1, num_steps=9)):
+            np.testing.assert_allclose(run(third(), at), run(lowered, at), rtol=1e-12)
+        middle = run(gaussian_samplers.dpm_solver_pp_2s(), now)
+        constant = transition_mean(path, levels[2], levels[3], 0.7, estimate(-0.15))
+        np.testing.assert_allclose(middle, constant, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
-    "name", slow_except({"edm_churn"}, ["ddim_eta", "2m", "edm_churn", "heun_flow"])
+    "name", slow_except({"edm_churn"}, ["ddim_eta", "2m", "2s", "3m", "edm_churn", "heun_flow"])
 )
 def test_samples_do_not_depend_on_the_path_or_the_output(name):
     grid = np.append(GRID_12[::3], np.inf)
@@ -108,7 +148,9 @@ def test_samples_do_not_depend_on_the_path_or_the_output(name):
             np.testing.assert_allclose(other, results[0], atol=1e-10)
 
 
-@pytest.mark.parametrize("name", slow_except({"2m", "heun_flow"}, ["2m", "heun_flow", "ddim_eta"]))
+@pytest.mark.parametrize(
+    "name", slow_except({"2m", "heun_flow"}, ["2m", "2s", "3m", "heun_flow", "ddim_eta"])
+)
 def test_zero_terminal_snr(name):
     # The flow's ideal velocity for N(0, 1), finite where there is no signal at all.
     def model_fn(x, logsnr, documents):
