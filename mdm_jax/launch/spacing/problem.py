@@ -170,12 +170,12 @@ def make_samples(
         return Samples(draw, frechet, frechet(trained.tokens[some]), lambda _: {})
     valid = documents > 0
 
-    def divergence(tokens_: np.ndarray, valid_: np.ndarray = valid[picked]) -> float:
-        return ngram_divergence(tokens_, tokens, 2, valid=valid_, held_out_valid=valid).value
+    def divergence(texts: np.ndarray, seen: np.ndarray = valid[picked]) -> float:
+        return ngram_divergence(texts, tokens, 2, valid=seen, held_out_valid=valid).value
 
-    def figures(tokens: np.ndarray) -> dict[str, Any]:
+    def figures(texts: np.ndarray) -> dict[str, Any]:
         found = quality.measure_text_quality(
-            tokens, valid[picked], orders=(2,), score=score, max_bleu_texts=2
+            texts, valid[picked], orders=(2,), score=score, max_bleu_texts=2
         )
         return found.to_dict()
 

@@ -78,13 +78,15 @@ def draw(
     ]
     paths = [workdir / "spacing" / f"{sampler}-{name}.png" for name in ("distance", "grids")]
     with writing(paths[0]):
-        plots.save(
-            lambda axes: plots.quality_curve(
-                axes, points, "distance", by="grid", reference=records[0]["reference"]
-            ),
-            paths[0],
-            (7, 5.5),
-        )
+        reference = records[0]["reference"]
+
+        def distances(axes: Any) -> Any:
+            """Over the steps, both axes logarithmic."""
+            plots.quality_curve(axes, points, "distance", by="grid", reference=reference)
+            axes.set_yscale("log")
+            return axes
+
+        plots.save(distances, paths[0], (7, 5.5))
         panels = {record["num_steps"]: record["grids"] for record in records}
         levels = {n: {k: row["levels"] for k, row in g.items()} for n, g in panels.items()}
         plots.write(plots.grid_panels(levels), paths[1])

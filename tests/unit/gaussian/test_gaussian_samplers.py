@@ -95,7 +95,7 @@ def test_the_order_is_lowered_in_the_first_and_last_step_only():
         assert step(plain, index=2) == pytest.approx(second_order, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", paths.PATHS)
+@pytest.mark.parametrize("name", slow_except({"vp"}, paths.PATHS))
 def test_an_estimate_that_is_a_parabola_is_integrated_exactly(name):
     """By 3M, on uneven steps; a line by 2S, whose middle is that of the step, to second order."""
     path, levels = paths.by_name(name), np.array([-2.1, -1.6, -0.7, 0.4])
