@@ -942,6 +942,20 @@ MUTATIONS = [
         "tests/unit/gaussian/test_gaussian_samplers.py",
     ),
     Mutation(
+        "DPM-Solver++(3M): half of the second derivative",
+        "gaussian/samplers/methods.py",
+        "(h * h - 2 * (h + gone)) * bend",
+        "(0.5 * h * h - (h + gone)) * bend",
+        "tests/unit/gaussian/test_gaussian_samplers.py",
+    ),
+    Mutation(
+        "grids: the search's luckiest draw is taken",
+        "gaussian/samplers/step_search.py",
+        "return min(found, key=lambda grid: metric(grid) + second(grid))",
+        "return min(found, key=metric)",
+        "tests/unit/gaussian/test_align_steps.py",
+    ),
+    Mutation(
         "Heun: Euler's steps",
         "gaussian/samplers/methods.py",
         "jax.lax.cond(clean, lambda: ahead, heun) if second_order else ahead",
