@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mdm_jax import data, gaussian, variance
+from mdm_jax import gaussian, variance
 from mdm_jax.gaussian import parameterisations, paths, recipes
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.presets import digits_gaussian
@@ -30,17 +30,6 @@ def experiment(one_device):
 @pytest.fixture(scope="module")
 def params(experiment):
     return tiny.perturbed(experiment.initial_state().params, seed=0)
-
-
-def test_rows_of_digits_name_their_class(experiment):
-    from sklearn.datasets import load_digits
-
-    source, dataset = load_digits(), experiment.dataset
-    assert dataset.num_classes == 10
-    rows = data.gather(dataset.test, np.arange(20))
-    for picture, number in zip(rows.tokens, rows.documents):
-        (same,) = np.flatnonzero((source.data == picture).all(1))[:1]
-        assert set(number) == {2 + source.target[same]}
 
 
 def test_the_network_reads_the_class_alone(experiment, params):
