@@ -14,6 +14,8 @@ from mdm_jax.types import PyTree
 
 ROW_AXES = ("data", "fsdp")
 """Mesh axes that shard the rows of a batch."""
+VOCABULARY_AXIS = "tensor"
+"""Mesh axis that shards the vocabulary of embeddings and logits."""
 
 
 def is_first() -> bool:

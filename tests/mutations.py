@@ -901,10 +901,17 @@ MUTATIONS = [
     ),
     Mutation(
         "narrow moments: decayed in bfloat16",
-        "training/optimizers.py",
+        "training/moments.py",
         "optimizer.update(updates, _cast(state, wide), params)",
         "optimizer.update(updates, state, params)",
         COMPILED,
+    ),
+    Mutation(
+        "moments in 8 bits: rounded to the nearest code",
+        "training/moments.py",
+        "drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.float32) + 0.5",
+        "drawn = 2.0**15",
+        "tests/unit/training/test_moments.py",
     ),
     Mutation(
         "baseline: decay and gain exchanged",

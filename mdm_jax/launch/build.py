@@ -424,8 +424,8 @@ def _optimizer(
         weight_decay=weight_decay,
         **own.get(name, {}),
     )
-    first = lookup(names.DTYPES, first_moment_dtype, "optimizer.first_moment_dtype")
-    second = lookup(names.DTYPES, second_moment_dtype, "optimizer.second_moment_dtype")
+    first = lookup(names.MOMENT_DTYPES, first_moment_dtype, "optimizer.first_moment_dtype")
+    second = lookup(names.MOMENT_DTYPES, second_moment_dtype, "optimizer.second_moment_dtype")
     return training.store_moments(optimizer, first, second, b2)
 
 

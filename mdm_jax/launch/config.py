@@ -341,7 +341,7 @@ def _model() -> dict[str, Any]:
 
 
 def _optimizer() -> dict[str, Any]:
-    dtype = functools.partial(_name, "float32", names.DTYPES)
+    moments = functools.partial(_name, "float32", names.MOMENT_DTYPES)
     clip_norm = _real(1.0, "[0, 1e6]", "global norm", "of gradients; 0 does not clip")
     return {
         **defaults(training.adamw, weight_decay=0.01, clip_norm=clip_norm),
@@ -361,9 +361,11 @@ def _optimizer() -> dict[str, Any]:
         ),
         "muon": {"momentum": defaults(training.muon)["momentum"]},
         # How state is stored between steps; arithmetic is in float32.
-        "first_moment_dtype": dtype("of the optimiser's running mean of gradients"),
-        "second_moment_dtype": dtype("bfloat16 needs b2 < 0.996"),
-        "ema_dtype": dtype("bfloat16 keeps its offset from the parameters"),
+        "first_moment_dtype": moments("of the optimiser's running mean of gradients"),
+        "second_moment_dtype": moments("bfloat16 needs b2 < 0.996, int8 does not"),
+        "ema_dtype": _name(
+            "float32", names.DTYPES, "bfloat16 keeps its offset from the parameters"
+        ),
     }
 
 

@@ -154,6 +154,7 @@ TASKS = {
 }
 OPTIMIZERS = {"adamw": training.adamw, "muon": training.muon}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MOMENT_DTYPES = DTYPES | {"int8": jnp.int8}
 MONITORS = {
     "levels": training.level_monitor,
     "gradient_noise": training.gradient_noise_monitor,

@@ -2,6 +2,8 @@
 
 A network may return a :class:`Readout` instead of logits [N, L, K], the largest arrays of a step;
 :func:`position_losses` computes a chunk of them at a time, and the gradient in the forward pass.
+On a mesh whose tensor axis divides the vocabulary each device has the weights and logits of its own
+tokens alone, and the devices of that axis exchange sums per position (Shoeybi et al. 2019).
 """
 
 import dataclasses
@@ -16,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mdm_jax.distributed import ROW_AXES, platform
+from mdm_jax.distributed import ROW_AXES, VOCABULARY_AXIS, platform
 from mdm_jax.models.products import product
 from mdm_jax.pytrees import pytree_dataclass
-from mdm_jax.types import Array, ArrayLike, ModelFn, PyTree
+from mdm_jax.types import Array, ArrayLike, ModelFn
 
 PositionLoss = Callable[..., tuple[Array, Array]]
 """``loss(logits [..., K], *known [...]) -> (losses [...], gradients at the logits [..., K])``."""
@@ -65,9 +67,9 @@ class Chunking:
     """How many logits exist at a time; changes the cost of a loss, not its value.
 
     ``groups`` of contiguous rows, one per device, are lowered to divide the rows. ``positions`` is
-    the chunk size in a group; None: 32 MiB of logits on CPUs (cache size), 512 MiB elsewhere, and
-    at most an eighth of the positions. ``mesh`` is that of the groups, by which their gradients are
-    sharded; None: the one that a readout is made under, if any.
+    the chunk size in a group; None: 32 MiB of a device's logits on CPUs (cache size), 512 MiB
+    elsewhere, and at most an eighth of the positions. ``mesh`` is that of the groups, by which
+    weights, logits and gradients are sharded; None: the one that a readout is made under, if any.
     """
 
     groups: int = 1
@@ -82,15 +84,30 @@ class Chunking:
         if self.positions is not None:
             return min(self.positions, positions)
         budget = 2**25 if platform(self.mesh) == "cpu" else 2**29
-        return max(1, min(budget // (4 * num_tokens), -(-positions // 8)))
+        here = num_tokens // (self.vocabulary_shards(num_tokens) if self.sharded else 1)
+        return max(1, min(budget // (4 * here), -(-positions // 8)))
 
-    def by_group(self, tree: PyTree) -> PyTree:
-        """Arrays [groups, ...], each group where its rows are; as they are without a mesh."""
+    @property
+    def sharded(self) -> bool:
+        """Whether there is a mesh, with one group per data-parallel device."""
         mesh = self.mesh
-        if mesh is None or self.groups != math.prod(mesh.shape[axis] for axis in ROW_AXES):
-            return tree
-        where = NamedSharding(mesh, PartitionSpec(ROW_AXES))
-        return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, where), tree)
+        return mesh is not None and self.groups == math.prod(mesh.shape[a] for a in ROW_AXES)
+
+    def vocabulary_shards(self, num_tokens: int) -> int:
+        ways = self.mesh.shape[VOCABULARY_AXIS]
+        return 1 if num_tokens % ways else ways
+
+    def place(self, array: Array, *axes: str | tuple[str, ...] | None) -> Array:
+        """``array`` sharded by mesh axes, the vocabulary's where it divides; as it is without a
+        mesh."""
+        if not self.sharded:
+            return array
+        spec = [
+            None if axis == VOCABULARY_AXIS and self.vocabulary_shards(size) == 1 else axis
+            for axis, size in zip(axes, array.shape)
+        ]
+        where = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.lax.with_sharding_constraint(array, where)
 
 
 @pytree_dataclass
@@ -224,14 +241,15 @@ def position_losses(loss: PositionLoss, readout: Readout, where: Array, *known: 
     groups = math.gcd(readout.chunking.groups, where.shape[0])
     size = where.size // groups
     chunk = readout.chunking.size(size, readout.num_tokens)
-    sums = functools.partial(_losses_and_gradients, loss, readout.projection, chunk)
+    chunking = dataclasses.replace(readout.chunking, groups=groups)
+    sums = functools.partial(_losses_and_gradients, loss, readout.projection, chunking, chunk)
     x, *arrays = jax.tree.map(
         lambda a: jnp.asarray(a).reshape(groups, size, *a.shape[2:]),
         (readout.features, where, readout.loss_weights, known),
     )
-    chunking = dataclasses.replace(readout.chunking, groups=groups)
     head = readout.weights, readout.bias
-    return _losses(sums, chunking, x, head, *arrays).reshape(where.shape)
+    place = functools.partial(_place_head, chunking, readout.projection.tied)
+    return _losses(sums, place, x, head, *arrays).reshape(where.shape)
 
 
 def with_loss_weights(model_fn: ModelFn, loss: Callable[[ModelFn], Array]) -> ModelFn:
@@ -256,11 +274,27 @@ def with_loss_weights(model_fn: ModelFn, loss: Callable[[ModelFn], Array]) -> Mo
     return lambda *inputs: dataclasses.replace(model_fn(*inputs), loss_weights=weights)
 
 
-def _losses_and_gradients(loss, projection, chunk, features, head, where, loss_weights, known):
+def _place_head(
+    chunking: Chunking, tied: bool, head: tuple[Array, Array | None], *lead: tuple[str, ...]
+) -> tuple[Array, Array | None]:
+    """Weights and bias, after the ``lead`` axes, sharded over the vocabulary alone."""
+    weights, bias = head
+    axes = (VOCABULARY_AXIS, None) if tied else (None, VOCABULARY_AXIS)
+    placed = chunking.place(weights, *lead, *axes)
+    return placed, None if bias is None else chunking.place(bias, *lead, VOCABULARY_AXIS)
+
+
+def _losses_and_gradients(
+    loss, projection, chunking, chunk, features, head, where, loss_weights, known
+):
     """Losses [G, R]; gradients of their sum times ``loss_weights``, or () if that is None.
 
     ``head`` are weights and bias.
     """
+    if chunking.sharded:  # gathered along the width once, not for every chunk, and narrow
+        head = head[0].astype(projection.dtype), head[1]
+        head = _place_head(chunking, projection.tied, head)
+    of_groups = functools.partial(_place_head, chunking, projection.tied)
     order = jnp.argsort(~where, axis=1, stable=True)
     inverse = jnp.argsort(order, axis=1)
     order = jnp.pad(order, ((0, 0), (0, -where.shape[1] % chunk)))
@@ -273,17 +307,18 @@ def _losses_and_gradients(loss, projection, chunk, features, head, where, loss_w
         scale = jnp.where(used, take(loss_weights, order), 0.0)[..., None]
         # One weight gradient per group, so that devices communicate once, after the loop.
         per_group = jax.tree.map(lambda a: jnp.zeros((len(x), *a.shape), jnp.float32), head)
-        empty += [jnp.zeros(x.shape, jnp.float32), per_group]
+        empty += [jnp.zeros(x.shape, jnp.float32), of_groups(per_group, ROW_AXES)]
 
     def add_chunk(i, results):
         at = lambda a: lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1)  # noqa: E731
         write = lambda a, new: lax.dynamic_update_slice_in_dim(a, new, i * chunk, axis=1)  # noqa: E731
-        losses, at_logits = loss(projection(at(x), *head), *map(at, known))
+        logits = chunking.place(projection(at(x), *head), ROW_AXES, None, VOCABULARY_AXIS)
+        losses, at_logits = loss(logits, *map(at, known))
         if loss_weights is None:
             return [write(results[0], losses)]
         at_logits = (at_logits * at(scale)).astype(projection.dtype)
         dx, of_head = projection.gradients(at_logits, at(x), *head)
-        of_head = jax.tree.map(jnp.add, results[2], of_head)
+        of_head = of_groups(jax.tree.map(jnp.add, results[2], of_head), ROW_AXES)
         return [write(results[0], losses), write(results[1], dx), of_head]
 
     losses, *gradients = lax.fori_loop(0, jnp.max(-(-count // chunk)), add_chunk, empty)
@@ -293,12 +328,12 @@ def _losses_and_gradients(loss, projection, chunk, features, head, where, loss_w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _losses(sums, chunking, features, head, where, loss_weights, known):
-    del chunking, loss_weights  # losses do not depend on them
+def _losses(sums, place, features, head, where, loss_weights, known):
+    del place, loss_weights  # losses do not depend on them
     return sums(features, head, where, None, known)[0]
 
 
-def _backward(sums, chunking, residuals, cotangent):
+def _backward(sums, place, residuals, cotangent):
     (features, head, where, loss_weights, known), gradients = residuals
     cotangent, scale = jnp.where(where, cotangent, 0.0), 1.0
     second_pass = lambda: sums(features, head, where, cotangent, known)[1]  # noqa: E731
@@ -312,13 +347,13 @@ def _backward(sums, chunking, residuals, cotangent):
         gradients = lax.cond(fits, lambda: gradients, second_pass)
         scale = jnp.where(fits, scale, 1.0)
     dx, of_head = gradients
-    of_head = chunking.by_group(of_head)  # to be added up where they are, then sent
+    of_head = place(of_head, ROW_AXES)  # to be added up where they are, then sent
     of_head = jax.tree.map(lambda g, a: (scale * g.sum(axis=0)).astype(a.dtype), of_head, head)
     return (scale * dx).astype(features.dtype), of_head, None, None, None
 
 
-def _forward(sums, chunking, *arrays):
-    del chunking
+def _forward(sums, place, *arrays):
+    del place
     losses, gradients = sums(*arrays)
     return losses, (arrays, gradients)
 

@@ -12,6 +12,7 @@ from mdm_jax.training.checkpoints import (
 from mdm_jax.training.ema import AverageOffset, averaged, new_average, update_average
 from mdm_jax.training.loop import Hooks, Interrupt, Interrupted, LoopOptions, TrainingStopped, train
 from mdm_jax.training.metrics import MetricWriter, SilentWriter, read_metrics
+from mdm_jax.training.moments import store_in_8_bits, store_moments
 from mdm_jax.training.monitors import (
     Monitor,
     baseline_monitor,
@@ -21,7 +22,7 @@ from mdm_jax.training.monitors import (
     read_monitors,
     weight_monitor,
 )
-from mdm_jax.training.optimizers import adamw, muon, store_moments, warmup_cosine
+from mdm_jax.training.optimizers import adamw, muon, warmup_cosine
 from mdm_jax.training.step import (
     CompiledStep,
     StepMetrics,

@@ -1,9 +1,8 @@
-"""Optimisers, learning-rate schedule, and moments in fewer bits."""
+"""Optimisers and learning-rate schedule."""
 
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -17,50 +16,6 @@ _WeightDecay = Annotated[
     float, Real("[0, 10]", "per step and learning rate", "of kernels, embeddings, adapters")
 ]
 _ClipNorm = Annotated[float, Real("(0, 1e6]", "global norm", "of gradients; None: no clipping")]
-
-
-def store_moments(
-    optimizer: optax.GradientTransformation,
-    first: jnp.dtype = jnp.float32,
-    second: jnp.dtype = jnp.float32,
-    b2: float | None = None,
-) -> optax.GradientTransformation:
-    """Store the moments ``mu`` and ``nu`` of an optimiser in dtypes of their own, whatever that of
-    the parameters; steps work in float32.
-
-    Optax's ``mu_dtype`` has no counterpart for second moments and decays first ones in the narrow
-    dtype. A second moment falls by at most ``1 - b2`` of itself a step, which bfloat16 rounds away
-    for ``b2`` near 1: it could rise but never fall. With ``b2`` given, such a ``second`` is a
-    ValueError.
-    """
-    lost = float(jnp.finfo(second).eps) / 2
-    if b2 is not None and 1 - b2 <= lost:
-        raise ValueError(
-            f"second moments that decay by 1 - b2 = {1 - b2:.2g} a step cannot be stored in "
-            f"{jnp.dtype(second).name}, which would round every decay away; use float32 for them, "
-            f"or b2 below {1 - lost:.4f}"
-        )
-    wide, narrow = {"mu": jnp.float32, "nu": jnp.float32}, {"mu": first, "nu": second}
-
-    def init(params: PyTree) -> PyTree:
-        return _cast(optimizer.init(params), narrow)
-
-    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> Any:
-        updates, state = optimizer.update(updates, _cast(state, wide), params)
-        return updates, _cast(state, narrow)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _cast(state: PyTree, dtypes: dict[str, jnp.dtype]) -> PyTree:
-    def one(path: tuple, leaf: Any) -> Any:
-        names = [getattr(entry, "name", None) for entry in path]
-        for name, dtype in dtypes.items():
-            if name in names and jnp.issubdtype(leaf.dtype, jnp.floating):
-                return leaf.astype(dtype)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(one, state)
 
 
 @checked

@@ -304,6 +304,10 @@ def group_size(attributes: str, devices: int) -> int:
     """
     if "source_target_pairs" in attributes:
         return 2
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if axes:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
     iota = re.search(r"replica_groups=\[(\d+(?:,\d+)*)\]<=", attributes)
     if iota:
         return int(iota[1].split(",")[-1])

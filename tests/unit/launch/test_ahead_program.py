@@ -61,6 +61,8 @@ def test_text_without_a_program_is_refused():
     [
         ("replica_groups={{0,1},{2,3}}, dimensions={0}", 2),
         ("replica_groups=[2,4]<=[2,4]T(1,0)", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=8] {'axis_0'}, dimensions={0}", 2),
+        ("replica_groups=mesh['a'=2,'b'=8] {'a','b'}, use_global_device_ids=true", 16),
         ("source_target_pairs={{0,1},{1,2},{2,0}}", 2),
         ("replica_groups={}, to_apply=%add", 16),
         ("dimensions={0}", 16),

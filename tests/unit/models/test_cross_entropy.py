@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -265,3 +266,36 @@ def test_on_eight_devices(shape):
         text = compiled.as_text()
         assert 1 <= text.count(" all-reduce(") <= 3
         assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_sharded_vocabulary_is_never_gathered(tied):
+    """Equal losses and gradients; devices have weights and logits of their own tokens alone."""
+    mesh, k, width = sharding.make_mesh(data=1, fsdp=2, tensor=4), 64, 6
+    rng = np.random.default_rng(0)
+    _, _, targets, slope = arrays()
+    features = jnp.asarray(rng.normal(size=(N, L, width)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(k, width) if tied else (width, k)), jnp.float32)
+    where = jnp.asarray(places(21))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    cut = NamedSharding(mesh, PartitionSpec(*(("tensor", "fsdp") if tied else ("fsdp", "tensor"))))
+
+    def loss(features, weights, targets, slope, where, chunking):
+        readout = Readout(features, weights, Projection(tied, jnp.float32), loss_weights=slope)
+        nats = token_nats(readout.chunked(chunking), targets, where, MASK)
+        return jnp.sum(slope * nats)
+
+    def gradient(chunking):
+        return jax.value_and_grad(functools.partial(loss, chunking=chunking), (0, 1))
+
+    inputs = features, weights, targets, slope, where
+    wanted = jax.device_get(tiny.jit(gradient(None))(*inputs))
+    apply = sharding.sharded_apply(gradient(Chunking(2, 4)), mesh, sharding.LOGICAL_RULES)
+    run = jax.jit(
+        apply, in_shardings=(rows, cut, rows, rows, rows), out_shardings=(None, (rows, cut))
+    )
+    compiled = run.lower(*inputs).compile()
+    assert_close(compiled(*inputs), wanted)
+    text = compiled.as_text()
+    assert f"f32[{k // 4},{width}]" in text or f"f32[{width},{k // 4}]" in text
+    assert not [shape for shape in re.findall(r"\[([\d,]+)\]", text) if str(k) in shape.split(",")]

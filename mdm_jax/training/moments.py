@@ -1,0 +1,163 @@
+"""Moments of an optimiser stored in fewer bits: in bfloat16, or in 8 bits by logarithmic codes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mdm_jax import rng
+from mdm_jax.types import Array, PyTree
+
+SMALLEST = 4096
+"""Moments of fewer numbers, and vectors, are not stored in 8 bits."""
+
+
+def store_moments(
+    optimizer: optax.GradientTransformation,
+    first: jnp.dtype = jnp.float32,
+    second: jnp.dtype = jnp.float32,
+    b2: float | None = None,
+) -> optax.GradientTransformation:
+    """Store the moments ``mu`` and ``nu`` of an optimiser in dtypes of their own, whatever that of
+    the parameters; steps work in float32.
+
+    Optax's ``mu_dtype`` has no counterpart for second moments and decays first ones in the narrow
+    dtype. A second moment falls by at most ``1 - b2`` of itself a step, which bfloat16 rounds away
+    for ``b2`` near 1: it could rise but never fall. With ``b2`` given, such a ``second`` is a
+    ValueError. int8 is :func:`store_in_8_bits`.
+    """
+    eight = [name for name, dtype in (("mu", first), ("nu", second)) if dtype == jnp.int8]
+    first, second = (jnp.float32 if d == jnp.int8 else d for d in (first, second))
+    lost = float(jnp.finfo(second).eps) / 2
+    if b2 is not None and 1 - b2 <= lost:
+        raise ValueError(
+            f"second moments that decay by 1 - b2 = {1 - b2:.2g} a step cannot be stored in "
+            f"{jnp.dtype(second).name}, which would round every decay away; use float32 or int8 "
+            f"for them, or b2 below {1 - lost:.4f}"
+        )
+    wide, narrow = {"mu": jnp.float32, "nu": jnp.float32}, {"mu": first, "nu": second}
+
+    def init(params: PyTree) -> PyTree:
+        return _cast(optimizer.init(params), narrow)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> Any:
+        updates, state = optimizer.update(updates, _cast(state, wide), params)
+        return updates, _cast(state, narrow)
+
+    stored = optax.GradientTransformation(init, update)
+    return store_in_8_bits(stored, eight) if eight else stored
+
+
+class Codes(NamedTuple):
+    """Numbers in 8 bits: codes of their shape, and the largest size along the last axis.
+
+    Code 0 is zero. Others are powers of two, ``SIGNED`` or ``UNSIGNED`` a step, up to the largest.
+    """
+
+    codes: Array
+    largest: Array
+
+
+SIGNED, UNSIGNED = 1 / 6, 1 / 8
+"""Octaves between codes: 127 of either sign span 21 octaves, 255 without a sign 32."""
+
+
+class StoredState(NamedTuple):
+    """An optimiser's state whose moments are :class:`Codes`; ``count`` updates were made."""
+
+    count: Array
+    inner: PyTree
+
+
+def store_in_8_bits(
+    optimizer: optax.GradientTransformation, moments: Sequence[str] = ("mu", "nu")
+) -> optax.GradientTransformation:
+    """Store moments of these names in 8 bits and a scale per row; steps work in float32.
+
+    Neighbouring codes differ by an eighth ("nu", which has no sign) or a twelfth ("mu"), far more
+    than a step changes a moment. So codes are drawn: a number between two becomes either, with the
+    number as mean, and decays are not lost. Noise is a function of the number of updates and the
+    moment's name. A second moment below 2^-32 of its row's largest is stored as that, since a zero
+    would make a step infinite. Scales are per row of the last axis, so that a sharded axis costs a
+    maximum over its shards. Vectors and moments below :data:`SMALLEST` numbers stay as they are.
+
+    Reference: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, which rounds to
+    the nearest of other codes.
+    """
+
+    def init(params: PyTree) -> StoredState:
+        empty = jnp.zeros((), jnp.int32)
+        return StoredState(empty, _encode(optimizer.init(params), moments, empty))
+
+    def update(updates: PyTree, state: StoredState, params: PyTree | None = None) -> Any:
+        inner = jax.tree.map(
+            lambda node: decode(node) if isinstance(node, Codes) else node,
+            state.inner,
+            is_leaf=lambda node: isinstance(node, Codes),
+        )
+        updates, inner = optimizer.update(updates, inner, params)
+        count = state.count + 1
+        return updates, StoredState(count, _encode(inner, moments, count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def encode(x: Array, signed: bool, key: Array) -> Codes:
+    """Draw codes whose mean is ``x`` [..., N], except for unsigned numbers below the lowest."""
+    step, highest = (SIGNED, 127) if signed else (UNSIGNED, 255)
+    size = jnp.abs(x.astype(jnp.float32))
+    largest = jnp.max(size, axis=-1, keepdims=True)
+    share = size / jnp.where(largest > 0, largest, 1.0)
+    below = jnp.floor(highest + jnp.log2(jnp.maximum(share, 2.0**-126)) / step)
+    below = jnp.clip(below, 0, highest - 1)
+    low = jnp.where(below > 0, _share(below, step, highest), 0.0)
+    part = (share - low) / (_share(below + 1, step, highest) - low)
+    drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.float32) + 0.5
+    code = below + (drawn < 2**16 * part)
+    if not signed:
+        return Codes(jnp.where(share > 0, jnp.maximum(code, 1), 0).astype(jnp.uint8), largest)
+    return Codes((jnp.sign(x) * code).astype(jnp.int8), largest)
+
+
+def decode(stored: Codes) -> Array:
+    """The numbers of codes, float32."""
+    signed = stored.codes.dtype == jnp.int8
+    step, highest = (SIGNED, 127) if signed else (UNSIGNED, 255)
+    code = stored.codes.astype(jnp.float32)
+    size = jnp.where(code == 0, 0.0, _share(jnp.abs(code), step, highest)) * stored.largest
+    return jnp.sign(code) * size
+
+
+def _share(code: Array, step: float, highest: int) -> Array:
+    return jnp.exp2((code - highest) * step)
+
+
+def _encode(state: PyTree, moments: Sequence[str], count: Array) -> PyTree:
+    def one(path: tuple, name: str, leaf: Array) -> Any:
+        if leaf.ndim < 2 or leaf.size < SMALLEST:
+            return leaf
+        key = rng.stream(rng.step_key(0, count), jax.tree_util.keystr(path))
+        return encode(leaf, name != "nu", key)
+
+    return _of_moments(state, moments, one)
+
+
+def _cast(state: PyTree, dtypes: dict[str, jnp.dtype]) -> PyTree:
+    return _of_moments(state, dtypes, lambda _, name, leaf: leaf.astype(dtypes[name]))
+
+
+def _of_moments(
+    state: PyTree, moments: Sequence[str], change: Callable[[tuple, str, Array], Any]
+) -> PyTree:
+    """``change(path, name, leaf)`` of the floating-point arrays below nodes of these names."""
+
+    def one(path: tuple, leaf: Any) -> Any:
+        names = [getattr(entry, "name", None) for entry in path]
+        for name in moments:
+            if name in names and jnp.issubdtype(leaf.dtype, jnp.floating):
+                return change(path, name, leaf)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(one, state)
