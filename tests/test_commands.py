@@ -30,7 +30,7 @@ def test_commands_are_found():
     readme = commands.of_page("README.md")
     assert ("make", "quickstart") in [command.words for command in readme]
     assert sum(command.words[0] == "mdm" for command in readme) >= 5
-    assert any(c.words[:2] == ("mdm", "train") for c in commands.of_page("docs/scaling.md"))
+    assert any(c.words[:2] == ("mdm", "train") for c in commands.of_page("docs/pods.md"))
     assert len([c for page in commands.PAGES for c in commands.of_page(page)]) > 80
     assert len([c for file in commands.HEADERS for c in commands.of_header(file)]) >= 10
 
@@ -51,7 +51,7 @@ def test_commands_are_found():
         "mdm export --workdir=a --to=b --config.train.steps=3",
         "python -m experiments.nothing",
         "python -m experiments.study --suite=nothing --workdir=a",
-        "python -m experiments.benchmarks.hub_memory --rows=many",
+        "python -m experiments.benchmarks.fine_tuning --tuned_rows=many",
         "python -m experiments.recipes --nothing",
         "make nothing",
         "pip install 'mdm_jax[nothing]'",

@@ -10,11 +10,13 @@ take about two minutes on two CPU cores.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags
 
+from experiments.benchmarks import machine
 from experiments.benchmarks.command import interleaved, summary, write
 from experiments.benchmarks.setting import random_params, whole_row_decoder
 from mdm_jax import models, samplers
@@ -41,13 +43,28 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each generator.")
 Generate = Callable[..., Array]
 
 
-def main(_: list[str]) -> None:
-    """Time every pair of generators and print the table."""
-    mask_id, window = _VOCAB.value, _WINDOW.value
-    shape = (_VOCAB.value + 1, _WIDTH.value, _DEPTH.value, _HEADS.value)
-    model = models.Transformer(models.TransformerConfig(*shape))
+class Sizes(NamedTuple):
+    """Rows and tokens that are generated, tokens of blocks, and the network's shape; ``vocab``
+    without the mask token, ``window`` in blocks (tokens, if causal), None for all."""
+
+    rows: int
+    length: int
+    blocks: tuple[int, ...]
+    width: int
+    depth: int
+    heads: int
+    vocab: int
+    window: int | None = None
+
+
+def measure(sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """Time every pair of generators: medians, and the share of equal tokens."""
+    mask_id, window = sizes.vocab, sizes.window
+    shape = (sizes.vocab + 1, sizes.width, sizes.depth, sizes.heads)
+    dtype = machine.product_dtype()
+    model = models.Transformer(models.TransformerConfig(*shape, dtype=dtype))
     params = random_params(model, 8)
-    canvas = samplers.blank_canvas(_BATCH.value, _LENGTH.value, mask_id)
+    canvas = samplers.blank_canvas(sizes.rows, sizes.length, mask_id)
 
     def compare(cached: Generate, uncached: Generate) -> dict[str, float]:
         calls = {
@@ -55,7 +72,7 @@ def main(_: list[str]) -> None:
             "uncached": lambda: np.asarray(uncached(params, jax.random.key(2), canvas)),
         }
         tokens = [call() for call in calls.values()]  # compiles
-        times = interleaved(calls, rounds=_REPEATS.value, seconds=0.0)
+        times = interleaved(calls, rounds=repeats, seconds=0.0)
         medians = {name: summary(seconds)["median"] for name, seconds in times.items()}
         return medians | {
             "speed_up": medians["uncached"] / medians["cached"],
@@ -70,28 +87,33 @@ def main(_: list[str]) -> None:
             block_generator(cached_block_decoder(model, size, window)),
             block_generator(whole_row_decoder(model, size, window)),
         )
-        for size in _BLOCKS.value
+        for size in sizes.blocks
     }
     uncached = recomputing_causal_decoder(causal_apply(model, mask_id, window))
     generators["causal"] = compare(
         make_next_token_generator(cached_causal_decoder(model, mask_id, window), mask_id=mask_id),
         make_next_token_generator(uncached, mask_id=mask_id),
     )
-    record = {
-        "device": str(jax.devices()[0]),
-        "jax": jax.__version__,
-        "settings": {
-            "batch": _BATCH.value,
-            "length": _LENGTH.value,
-            "window": window,
-            **dict(zip(("vocab_size", "width", "depth", "heads"), shape)),
-            "repeats": _REPEATS.value,
-        },
-        "generators": generators,
-    }
-    print(f"{_BATCH.value} rows of {_LENGTH.value} on {record['device']}, jax {jax.__version__}")
+    return {"settings": sizes._asdict() | {"repeats": repeats}, "generators": generators}
+
+
+def main(_: list[str]) -> None:
+    """Measure at the sizes of the command line, and print the table."""
+    sizes = Sizes(
+        rows=_BATCH.value,
+        length=_LENGTH.value,
+        blocks=tuple(_BLOCKS.value),
+        width=_WIDTH.value,
+        depth=_DEPTH.value,
+        heads=_HEADS.value,
+        vocab=_VOCAB.value,
+        window=_WINDOW.value,
+    )
+    record = measure(sizes, _REPEATS.value)
+    record = {"device": str(jax.devices()[0]), "jax": jax.__version__} | record
+    print(f"{sizes.rows} rows of {sizes.length} on {record['device']}, jax {jax.__version__}")
     print(f"{'':16}{'cached':>10}{'uncached':>11}{'speed-up':>10}{'same tokens':>13}")
-    for name, figures in generators.items():
+    for name, figures in record["generators"].items():
         seconds = f"{figures['cached']:>8.2f} s{figures['uncached']:>9.2f} s"
         print(f"{name:16}{seconds}{figures['speed_up']:>9.1f}x{figures['same_tokens']:>13.2%}")
     write(record)

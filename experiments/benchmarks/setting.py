@@ -4,7 +4,6 @@ To add a variant, add a line to ``TRAIN``. One that needs something which this m
 version does not have is reported as unavailable, with the reason.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from experiments.benchmarks import machine
 from mdm_jax import corruption, models, objectives, rng, training, variance
 from mdm_jax.draws import Draw, DrawSpec, LossStats
+from mdm_jax.launch.start import scaled
 from mdm_jax.models.decoders import WrittenRow
 from mdm_jax.models.masks import block_causal
 from mdm_jax.models.transformer import TransformerConfig
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     """Size of a model and of its batch.
 
     Attributes:
-        name: S, M or L.
+        name: S, Q (the quickstart's), M or L.
         length: tokens of a training row.
         vocab_size: K, mask token included, which is the last.
         width: residual width; the feed-forward layer is four times as wide.
@@ -58,6 +58,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("S", 256, 28, 128, 4, 4, 32, 256, False),
+        Shape("Q", 128, 2048, 128, 3, 4, 16, 256, False),
         Shape("M", 128, 32_000, 256, 6, 8, 16, 256, False),
         Shape("L", 1024, 50_257, 768, 12, 12, 32, 1024, True),
     )
@@ -152,12 +153,15 @@ TRAIN: Mapping[str, Variant] = {
     "remat full": _chosen("library, keeps the inputs of blocks alone", {"remat": "full"}),
     "no chain": _chosen("library, independent noise", chain=()),
     "chain with ppots": _chosen("library, learned level density", chain=("stratified", "ppots")),
-    "one microbatch": _chosen("library, all rows at a time", num_microbatches=1),
-    "two microbatches": _chosen("library, gradients accumulated", num_microbatches=2),
+    **{
+        f"microbatches {n}": _chosen("library, gradients accumulated", num_microbatches=n)
+        for n in (1, 2, 4, 8, 16)
+    },
 }
 TRAIN_SETS = {
     "default": (YARDSTICK, "library", "dense", "library bfloat16", "no chain"),
     "attention": tuple(name for name in TRAIN if name.startswith("attention")),
+    "microbatches": tuple(name for name in TRAIN if name.startswith("microbatches")),
     "all": tuple(TRAIN),
 }
 CHAINS: Mapping[str, Callable[[], variance.VarianceTransform]] = {
@@ -208,17 +212,11 @@ def chain(variant: Variant) -> variance.VarianceTransform:
 
 
 def microbatches(shape: Shape) -> int:
-    """Number of microbatches that is fastest on this machine.
-
-    On CPUs the activations of about 1024 tokens stay in a cache and use the same memory again,
-    which is worth a pass over the gradients per microbatch as long as the parameters are few: 8 on
-    S (1.3 times the speed), 1 on M (2 are 5% slower). Between the two nothing was measured.
-    """
-    tokens = shape.batch_size * shape.length
-    few = matmul_params(shape) + shape.vocab_size * shape.width < 2048 * 1024
-    if jax.default_backend() != "cpu" or not few:
-        return 1
-    return math.gcd(shape.batch_size, max(1, tokens // 1024))
+    """The launcher's number of microbatches for a shape on this machine."""
+    parameters = scaled.parameters(shape.width, shape.depth, shape.vocab_size)
+    return scaled.num_microbatches(
+        shape.batch_size, shape.length, parameters, jax.default_backend()
+    )
 
 
 def train_step(

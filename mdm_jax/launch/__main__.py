@@ -36,7 +36,7 @@ Flags:
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: of compiled programs, default ~/.cache/mdm_jax
   --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of
-    several processes; found under Slurm and on TPUs (docs/scaling.md)
+    several processes; found under Slurm and on TPUs (docs/pods.md)
   --verbosity=1: where an error came from; --helpfull: all flags
 """
 

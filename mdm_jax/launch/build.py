@@ -25,8 +25,10 @@ from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
 from mdm_jax.launch.start import scaled
+from mdm_jax.launch.start.optimizer import optimizer
 from mdm_jax.launch.workdir import check_source, open_workdir, read_config
 from mdm_jax.models import lora
+from mdm_jax.models.layers import check_policy
 from mdm_jax.objectives.objective import Objective
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import BatchStream
@@ -112,7 +114,7 @@ class Experiment:
                 self.objective.spec(self.spec.batch_size, length),
                 seed=seed,
                 ema_decay=self.config.optimizer.ema_decay,
-                num_microbatches=self.config.train.num_microbatches,
+                num_microbatches=self.num_microbatches,
                 monitors=self.monitors,
                 variables=self.adapter
                 and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
@@ -136,6 +138,17 @@ class Experiment:
         return buckets(self.config, self.dataset, self.objective, self.spec, self.transform)
 
     @property
+    def num_microbatches(self) -> int:
+        """Parts of a batch, as configured or by the rule of ``scaled.num_microbatches``."""
+        c, mesh, rows = self.config, self.mesh, self.spec.batch_size
+        return c.train.num_microbatches or scaled.num_microbatches(
+            rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
+            self.transform.views * self.dataset.length,
+            scaled.parameters(c.model.width, c.model.depth, self.dataset.vocab_size),
+            mesh.devices.flat[0].platform,
+        )
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Lengths of training batches, each of which has a compiled step."""
         return self.buckets.lengths if self.buckets else (self.dataset.length,)
@@ -146,7 +159,7 @@ class Experiment:
             return self
         own = _parts_of_chain(self.config, self.dataset, self.family, chain)
         sharding.check_batch_size(
-            self.mesh, own["spec"].batch_size, self.config.train.num_microbatches
+            self.mesh, own["spec"].batch_size, self.config.train.num_microbatches or 1
         )
         return dataclasses.replace(self, **own)
 
@@ -263,7 +276,8 @@ class Experiment:
                 f"{'auto, now ' * chains.is_automatic(self.config)}{self.transform.name}, "
                 f"{self.transform.views} forward passes per row [{self.bias()}]",
                 f"devices: {dict(self.mesh.shape)} of {jax.devices()[0].platform}"
-                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
+                + f"; a step's {self.spec.batch_size} rows in {self.num_microbatches} parts",
                 *([self.buckets.describe()] if self.buckets else []),
                 *sharding.kept_whole(self._new_state, self.mesh),
                 *sample.adaptations(self.jobs, self.config.sample, self.dataset.mask_id),
@@ -300,25 +314,27 @@ def make_experiment(
     workdir: files.Path | None = None,
     given: Collection[str] = (),
     devices: Sequence[jax.Device] | None = None,
+    read: Callable[[ConfigDict, hub.HubModel | None], data.Dataset] = dataset,
 ) -> Experiment:
     """Build a run's objects; raises ValueError, OSError, ImportError or WorkdirError.
 
     ``workdir`` holds what a run that has begun needs of its source (``model.source``); ``given``
     are settings that count though they are defaults (``source.filled``). ``devices`` None: all of
-    this run; others need not be there, if the step is only compiled.
+    this run; others need not be there, if the step is only compiled. ``read`` makes the data.
     """
     launch_config.check_config(config)
     adapter, source = sources.adapter(config), sources.read(config, workdir)
     config = sources.filled(config, source, given, workdir)
     config = scaled.filled(config, workdir and read_config(workdir))
-    rows = dataset(config, source)
+    rows = read(config, source)
     config = scaled.with_lengths(config, rows.layout)
     family = lookup(FAMILIES, config.process, "process")(config, rows, source)
     _check_unread(config, family.unread)
     c, e, s = config.train, config.evaluate, config.sample
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches)
+    sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches or 1)
     sharding.check_num_heads(mesh, config.model.num_heads)
+    check_policy(mesh.devices.flat[0], config.model.remat)
     chain = chains.current(config, workdir)
     held_out = split_by_name(rows, e.final_split)
     validate = evaluate = family.likelihood(e.passes, e.replicates)
@@ -328,7 +344,7 @@ def make_experiment(
         config=config,
         dataset=rows,
         family=family,
-        optimizer=_optimizer(learning_rate(config), **config.optimizer),
+        optimizer=optimizer(config),
         mesh=mesh,
         held_out=held_out,
         validate=validate,
@@ -394,39 +410,6 @@ def _parts_of_chain(
         "spec": family.objective.spec(rows, dataset.length),
         "loop": _loop_options(config, dataset, transform.views),
     }
-
-
-def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """The learning rate of a run by the number of updates before."""
-    c = config.optimizer
-    return training.warmup_cosine(c.peak, c.warmup_steps, config.train.steps, c.final_fraction)
-
-
-def _optimizer(
-    schedule: optax.Schedule,
-    *,
-    name: str,
-    clip_norm: float,
-    b1: float,
-    b2: float,
-    weight_decay: float,
-    first_moment_dtype: str,
-    second_moment_dtype: str,
-    ema_dtype: str,
-    **own: Any,  # sections of optimizers; what the schedule and the step read
-) -> optax.GradientTransformation:
-    lookup(names.DTYPES, ema_dtype, "optimizer.ema_dtype")
-    optimizer = lookup(names.OPTIMIZERS, name, "optimizer.name")(
-        schedule,
-        clip_norm=clip_norm or None,
-        b1=b1,
-        b2=b2,
-        weight_decay=weight_decay,
-        **own.get(name, {}),
-    )
-    first = lookup(names.MOMENT_DTYPES, first_moment_dtype, "optimizer.first_moment_dtype")
-    second = lookup(names.MOMENT_DTYPES, second_moment_dtype, "optimizer.second_moment_dtype")
-    return training.store_moments(optimizer, first, second, b2)
 
 
 def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> training.LoopOptions:

@@ -21,6 +21,7 @@ from mdm_jax.gaussian.samplers import guided
 from mdm_jax.launch import names
 from mdm_jax.launch.auto.settings import AutoSettings
 from mdm_jax.launch.names import Setting, defaults, sections
+from mdm_jax.launch.start.scaled import RULES
 from mdm_jax.likelihood.subsets import LEVELS, MASKS
 from mdm_jax.meter.panel import PanelSettings
 from mdm_jax.models.lora import Lora
@@ -348,16 +349,15 @@ def _optimizer() -> dict[str, Any]:
         "name": _name("muon", names.OPTIMIZERS, "muon: of matrices, adamw for the rest"),
         **defaults(
             training.warmup_cosine,
-            # None: by the optimiser's name and train.steps (launch/start/scaled.py).
             peak=_real(
-                None, "(0, 10]", "learning rate", "after the warm-up; None: adamw 0.002, muon 0.02"
+                None, "(0, 10]", "learning rate", f"after the warm-up; None: {RULES['peak']}"
             ),
             warmup_steps=_whole(
-                None, _NATURAL, "steps", "of rising rate; None: a tenth of train.steps, up to 1000"
+                None, _NATURAL, "steps", f"of rising rate; None: {RULES['warmup_steps']}"
             ),
         ),
         "ema_decay": _real(
-            None, "[0, 1)", "per step", "of the parameters' average; None: 1 - 5 / train.steps"
+            None, "[0, 1)", "per step", f"of the parameters' average; None: {RULES['ema_decay']}"
         ),
         "muon": {"momentum": defaults(training.muon)["momentum"]},
         # How state is stored between steps; arithmetic is in float32.
@@ -370,13 +370,17 @@ def _optimizer() -> dict[str, Any]:
 
 
 def _train() -> dict[str, Any]:
-    often = _whole(None, _NATURAL, "steps", "between validations; None: a tenth of steps; 0: never")
+    often = _whole(
+        None, _NATURAL, "steps", f"between validations; None: {RULES['evaluate_every']}; 0: never"
+    )
     loop = defaults(training.LoopOptions, evaluate_every=often, checkpoint_every=250)
     return {
         "steps": _whole(500, _COUNT, "steps", "of the run"),
         "init_from": _text("", "workdir of a run whose parameters to start from"),
         "batch_size": _whole(32, "[1, 1e6]", "rows", "globally; each view is a forward pass more"),
-        "num_microbatches": defaults(training.make_train_step)["num_microbatches"],
+        "num_microbatches": _whole(
+            None, "[1, 1e6]", "", f"equal parts of the batch; None: {RULES['num_microbatches']}"
+        ),
         "keep_last": _whole(2, "[1, 1e6]", "checkpoints", "kept; older ones are removed"),
         "noise_by": _name(
             "", ("", "slot", "example"), 'what noise goes with; "": example for chats, else slot'

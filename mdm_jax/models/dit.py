@@ -97,7 +97,7 @@ class DiTBlock(nn.Module):
         condition: Array,
         cached: KeyValues | RowKeyValues | None,
     ) -> tuple[Array, KeyValues]:
-        c = self.config
+        c, x = self.config, layers.named_input(x)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(c, 6, condition, x)
         h = make_norm(c, "norm_1", kind="layer")(x) * (1 + scale_1) + shift_1
         y, new = Attention(c, name="attention")(h, mask, rotary, cached)

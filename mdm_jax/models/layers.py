@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mdm_jax.models import lora
 from mdm_jax.models.products import product, product_p
@@ -217,15 +218,56 @@ def _is_product_without_batch(primitive, *_, **params) -> bool:
     return _is_product(primitive) and dimensions[1] == ((), ())
 
 
+_INPUT, _HEADS = "block_input", "heads"
+
+
+def named_input(x: Array) -> Array:
+    """``x``, which a block begins from, under a name that policies keep."""
+    return checkpoint_name(x, _INPUT)
+
+
+def named_heads(x: Array) -> Array:
+    """Queries, keys, values or attention's output [N, L, H, D], sharded and named alike."""
+    return checkpoint_name(constrain(x, "batch", None, "heads", None), _HEADS)
+
+
+_HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
+
+
+def _to_host_without_batch(primitive, *_, **params):
+    dimensions = params.get("dimension_numbers", params.get("dimensions"))
+    choose = jax.checkpoint_policies.offload_dot_with_no_batch_dims(**_HOST)
+    primitive = jax.lax.dot_general_p if primitive is product_p else primitive
+    return choose(primitive, dimension_numbers=dimensions)
+
+
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(_HEADS),
     "dots": _is_product,
     "dots_without_batch": _is_product_without_batch,
+    "offload_inputs": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], **_HOST
+    ),
+    "offload_dots": _to_host_without_batch,
 }
 """Rematerialisation: what a block keeps for its backward pass. "none": everything needed; "full":
-its input alone; "dots": the results of all products; "dots_without_batch": of those with weights,
-so attention and elementwise functions are recomputed."""
+its input alone; "attention": also queries, keys, values and attention's output; "dots": the results
+of all products; "dots_without_batch": of those with weights, so attention and elementwise functions
+are recomputed. "offload_inputs" and "offload_dots" keep as "full" and "dots_without_batch" do, in
+the host's memory."""
+
+
+def check_policy(device: jax.Device, name: str) -> None:
+    """Raise ValueError for a policy that needs the host's memory, where ``device`` has none."""
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    # Of GPUs that are not there none is known.
+    if name.startswith("offload") and kinds and _HOST["offload_dst"] not in kinds:
+        raise ValueError(
+            f"model.remat={name} keeps activations in the host's memory, which {device.device_kind}"
+            " cannot reach; take model.remat=full"
+        )
 
 
 def rematerialised(module: type[nn.Module], name: str, scanned: bool = False) -> type[nn.Module]:

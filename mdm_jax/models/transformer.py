@@ -129,7 +129,7 @@ class TransformerConfig:
         return round(self.width * self.mlp_ratio * share / 8) * 8
 
 
-ROWS, _HEADS = ("batch", None, None), ("batch", None, "heads", None)
+ROWS = ("batch", None, None)
 
 
 class Attention(nn.Module):
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         if c.qk_norm and c.qk_norm_over == "head":
             q, k = make_norm(c, "query_norm", (None,))(q), make_norm(c, "key_norm", (None,))(k)
         q, k = (layers.apply_rotary(a, rotary).astype(c.dtype) for a in (q, k))
-        q, k, v = (constrain(a, *_HEADS) for a in (q, k, v.astype(c.dtype)))
+        q, k, v = (layers.named_heads(a) for a in (q, k, v.astype(c.dtype)))
         new = key_values = KeyValues(k, v)
         if cached is not None:
             key_values = cached.joined(new)
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         if group > 1:
             key_values = jax.tree.map(lambda a: jnp.repeat(a, group, axis=2), key_values)
         y = attentions.attention(q, *key_values, mask, c.attention)
-        y = constrain(y, *_HEADS).reshape(*x.shape[:2], c.num_heads * c.head_size)
+        y = layers.named_heads(y).reshape(*x.shape[:2], c.num_heads * c.head_size)
         out = make_linear(c, c.width, ("heads", "embed"), "out", kernel_init=_residual_init(c))
         return out(y), new
 
@@ -234,7 +234,7 @@ class Block(nn.Module):
         condition: Array | None,
         cached: KeyValues | RowKeyValues | None,
     ) -> tuple[Array, KeyValues]:
-        c = self.config
+        c, x = self.config, layers.named_input(x)
         norm = {"kind": c.norm, "learned": condition is None}
         attention = Attention(c, name="attention")
         if c.experts is not None and c.experts.at(self.layer):

@@ -6,9 +6,9 @@ import json
 import jax
 import pytest
 
-from mdm_jax import distributed, sharding, training
+from mdm_jax import distributed, files, sharding, training
 from mdm_jax.launch import presets
-from mdm_jax.launch.ahead import command, plan, targets
+from mdm_jax.launch.ahead import command, plan, stand_in, targets
 from mdm_jax.launch.build import make_experiment
 
 
@@ -132,6 +132,81 @@ def test_a_search_goes_on_until_a_plan_leaves_the_runtime_its_memory(monkeypatch
     assert sum("stopped after" in line for line in lines) == 1
     with pytest.raises(ValueError, match="cpu:1 has none"):
         command.plan(smoke(), "cpu:1", search=True)
+
+
+SMALL = {
+    "architectures": ["A2DQwen3LMHeadModel"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "mask_token_id": 60,
+    "torch_dtype": "bfloat16",
+}
+"""A released model of which there is config.json alone."""
+
+
+def finetuning(folder, **settings):
+    files.write_json(folder / "config.json", SMALL)
+    config = presets.finetune()
+    config.model.update(source=str(folder), scan_layers=True, remat="full", dtype="bfloat16")
+    config.data.length, config.train.batch_size = 16, 8
+    config.mesh.update(data=1, fsdp=8)
+    with config.unlocked():
+        config.update_from_flattened_dict(settings)
+    return config
+
+
+def test_a_config_json_alone_is_enough_to_compile_from(tmp_path):
+    """Neither weights nor data: rows are the model's tokens, as long as the config says."""
+    config = finetuning(tmp_path, **{"adapter.name": "lora"})
+    with stand_in.with_outline(config) as outlined:
+        experiment = make_experiment(outlined, read=stand_in.dataset)
+    assert experiment.abstract_batch().tokens.shape == (8, 16)
+    assert (experiment.dataset.vocab_size, experiment.dataset.mask_id) == (64, 60)
+    frozen = jax.tree.leaves(plan._parameters(experiment))
+    assert {leaf.dtype.name for leaf in frozen} == {"bfloat16"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+    pairs = finetuning(tmp_path, **{"data.source": "jsonl", "data.prompt_length": 6})
+    pairs.data.answer_length = 5
+    with stand_in.with_outline(pairs) as outlined:
+        assert make_experiment(outlined, read=stand_in.dataset).dataset.length == 11
+    pairs.data.update(prompt_length=0, answer_length=0)
+    with stand_in.with_outline(pairs) as outlined, pytest.raises(ValueError, match="these are 0"):
+        make_experiment(outlined, read=stand_in.dataset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_memory_of_a_released_model_is_counted_by_its_shards(dtype, size, tmp_path):
+    """Two moments and an average, all of them in the compiler's sum."""
+    stored = ("optimizer.first_moment_dtype", "optimizer.second_moment_dtype")
+    narrow = dict.fromkeys((*stored, "optimizer.ema_dtype", "model.param_dtype"), dtype)
+    config = finetuning(tmp_path, **narrow)
+    config.train.monitors = ()
+    made = plan.compile_plan(config, jax.devices())
+    embedding, block = 64 * 32, 32 * (2 * 32 + 2 * 16 + 3 * 48) + 2 * 32
+    a_device = (embedding + 2 * block + 32) // 8 + 2 * 2 * 8  # norms of heads are whole
+    assert made.state["params"] == made.state["ema"] == size * a_device
+    assert 2 * size * a_device <= made.state["opt_state"] < 2 * size * a_device + 64
+    # Beside it there are a batch and metrics: all of the state is donated, on CPUs too.
+    state = sum(made.state.values())
+    assert state < made.memory - made.temporaries < state + 4096
+
+
+@pytest.mark.slow
+def test_memory_of_adapters_is_that_of_frozen_parameters_and_of_theirs(tmp_path):
+    settings = {"adapter.name": "lora", "adapter.rank": 8, "adapter.base_dtype": "bfloat16"}
+    made = plan.compile_plan(finetuning(tmp_path, **settings), jax.devices()).state
+    whole = plan.compile_plan(finetuning(tmp_path), jax.devices()).state
+    assert 2 * made["frozen"] == whole["params"] and made["params"] == made["ema"] > 0
+    assert 2 * made["ema"] <= made["opt_state"] < 2 * made["ema"] + 64
 
 
 def test_meshes_divide_devices_heads_and_rows():

@@ -107,7 +107,8 @@ def describe(made: Plan, chip: Chip) -> str:
         "  memory of a device: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in made.state.items())
         + f", temporaries {made.temporaries / 1e9:.2f}; in all {made.memory / 1e9:.2f} GB"
-        + _of_memory(made, chip),
+        + _of_memory(made, chip)
+        + (f"; {made.host / 1e9:.2f} GB in the host's" if made.host else ""),
         f"  matrix products: {made.flops / 1e12:.3f} TFLOP a device; memory traffic "
         f"{made.traffic / 1e9:.1f} GB (estimated from the compiled program)",
     ]
@@ -192,7 +193,10 @@ def _search(
     show: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Plans of all meshes and rematerialisations; the fastest that fits is named."""
-    rows, heads = config.train.batch_size // config.train.num_microbatches, config.model.num_heads
+    rows, heads = (
+        config.train.batch_size // (config.train.num_microbatches or 1),
+        config.model.num_heads,
+    )
     tried, started = [], time.monotonic()
     show("\nsearch over meshes and rematerialisation (least time by published figures):")
     fitting: list[Plan] = []

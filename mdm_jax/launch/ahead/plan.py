@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mdm_jax import rng, sharding, training
 from mdm_jax.draws import iid
+from mdm_jax.launch.ahead import stand_in
 from mdm_jax.launch.ahead.program import Buffer, Collective, Module, count_flops
 from mdm_jax.launch.ahead.targets import Chip
 from mdm_jax.launch.build import Experiment, make_experiment
@@ -31,6 +32,7 @@ class Plan:
         state: bytes of the state's parts, such as "params" and "opt_state".
         flops: of matrix products, recomputed ones included; an equal share of all devices'.
         unknown_loops: loops of unknown length, counted as if they ran once.
+        host: bytes of what is offloaded to the host's memory.
         text: the compiled program.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     unknown_loops: int
     compile_seconds: float
     text: str
+    host: int = 0
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """Least seconds a step by each of a chip's published limits."""
@@ -70,10 +73,20 @@ def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str
     ValueError and others as of ``make_experiment``, and where the compiler fails, such as for want
     of its tools; MemoryError if it finds no plan.
     """
-    experiment = make_experiment(config, devices=devices)
+    with stand_in.with_outline(config) as config:
+        experiment = make_experiment(config, devices=devices, read=stand_in.dataset)
+    config = experiment.config
     function, arguments, donated = PROGRAMS[program](experiment)
     started = time.monotonic()
-    traced = function.trace(*arguments)
+    try:
+        traced = function.trace(*arguments)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            "model.attention: cuDNN's kernel, the choice for GPUs, cannot be compiled where its "
+            "library is not; --config.model.attention=recompute keeps as little"
+        ) from error
     flops = count_flops(traced.jaxpr) / len(devices)
     try:
         compiled = traced.lower().compile()
@@ -102,6 +115,7 @@ def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str
         unknown_loops=module.unknown_loops,
         compile_seconds=seconds,
         text=text,
+        host=memory.host_temp_size_in_bytes,
     )
 
 

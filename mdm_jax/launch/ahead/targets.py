@@ -117,7 +117,9 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
     try:
         if chip.platform == "tpu":
-            with _environment(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost"):
+            # The library locks the TPU that it finds; there is none, and others may compile too.
+            variables = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+            with _environment(TPU_WORKER_HOSTNAMES="localhost", **variables):
                 return topologies.get_topology_desc(topology, platform="tpu").devices
         counts = [int(size) for size in sizes.split("x")]
         shape = "x".join(map(str, [1] * (3 - len(counts)) + counts))

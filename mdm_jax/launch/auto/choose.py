@@ -288,7 +288,7 @@ def _measure(
                 passes=s.passes,
                 groups=s.groups,
                 redraws=planned.redraws,
-                num_microbatches=experiment.config.train.num_microbatches,
+                num_microbatches=experiment.num_microbatches,
                 progress=progress,
             )
     return figures

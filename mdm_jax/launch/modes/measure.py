@@ -162,7 +162,7 @@ class _Bench:
         estimator = self.estimator(result.corruption)
         subject = Subject(estimator, self.params, transform, state, spec)
         key = experiment.key(0, "variance")
-        num_microbatches = experiment.config.train.num_microbatches
+        num_microbatches = experiment.num_microbatches
         loss, gradient = meter.decompose_by_probes(
             subject,
             self.rows,

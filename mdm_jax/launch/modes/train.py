@@ -18,12 +18,13 @@ from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.auto import choose
 from mdm_jax.launch.auto.chain import Chain, is_automatic, last_choice
-from mdm_jax.launch.build import Experiment, learning_rate, open_workdir, read_parameters
+from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.reports.panel import NoisePanel
 from mdm_jax.launch.reports.writers import check_boards, open_writer
 from mdm_jax.launch.spacing.stored import stored_generator
 from mdm_jax.launch.start import longer
+from mdm_jax.launch.start.optimizer import learning_rate
 from mdm_jax.launch.workdir import (
     WorkdirError,
     changes,

@@ -147,7 +147,7 @@ def _choose(
         result = measure(size)
     steps = max(10, int(seconds / result.step))
     seen = steps * rows * result.length
-    count = plan.parameters(size)
+    count = plan.parameters(*size)
     why = (
         f"{count:,} parameters in blocks: {steps:,} steps see {seen:,} tokens, "
         f"{seen / count:.0f} a parameter (the aim is {plan.TOKENS_PER_PARAMETER})"

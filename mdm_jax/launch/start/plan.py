@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mdm_jax.data.statistics import length_quantiles
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.start.look import Look
+from mdm_jax.launch.start.scaled import parameters
 
 SIZES = (
     *((48, 2), (64, 2), (96, 2), (96, 3), (128, 3), (160, 4), (192, 4), (256, 4), (256, 6)),
@@ -194,15 +195,10 @@ def network(size: tuple[int, int], machine: Machine, why: str) -> Choice:
     return Choice("model", settings, why)
 
 
-def parameters(size: tuple[int, int]) -> int:
-    """Parameters of the blocks."""
-    return 12 * size[0] ** 2 * size[1]
-
-
 def operations(size: tuple[int, int], length: int, vocab: int) -> float:
     """Relative cost of a token in training: blocks, attention, logits of half of the tokens."""
     width, depth = size
-    return parameters(size) + 2 * depth * length * width + width * vocab / 2
+    return parameters(*size) + 2 * depth * length * width + width * vocab / 2
 
 
 def fitting_size(
@@ -224,7 +220,7 @@ def fitting_size(
         return SIZES[0], expected[SIZES[0]]
 
     def distance(each: tuple[int, int]) -> float:
-        per_parameter = enough[each] * rows * length / parameters(each)
+        per_parameter = enough[each] * rows * length / parameters(*each)
         return abs(math.log(per_parameter / TOKENS_PER_PARAMETER))
 
     best = min(enough, key=distance)

@@ -21,21 +21,60 @@ LENGTHS = ("prompt_length", "answer_length")
 SCALED = ("peak", "warmup_steps", "ema_decay")
 """Settings of the section ``optimizer`` that may be None."""
 
+LATER = ("evaluate_every", "num_microbatches")
+"""Settings of the section ``train`` that may stay None: their rules are followed when they are
+read."""
+
+WARMUPS, LONGEST_WARMUP, AVERAGES, VALIDATIONS = 10, 1000, 5, 10
+"""Warm-ups and validations in a run; an average is over a fifth of it."""
+
+CACHED_TOKENS, FEW_PARAMETERS = 1024, 2**21
+"""Tokens whose activations fit a CPU's cache at widths of small networks; parameters of whose
+gradients a pass is cheap. Measured: experiments/benchmarks/RESULTS.md, "Microbatches on a CPU"."""
+
+RULES = {
+    "peak": ", ".join(f"{name} {peak:g}" for name, peak in PEAKS.items()),
+    "warmup_steps": f"train.steps / {WARMUPS}, up to {LONGEST_WARMUP}",
+    "ema_decay": f"1 - {AVERAGES} / train.steps",
+    "evaluate_every": f"steps / {VALIDATIONS}",
+    "num_microbatches": f"1, on CPUs of about {CACHED_TOKENS} tokens",
+}
+"""What None stands for, in the words of the settings' listing."""
+
 
 def warmup_steps(steps: int) -> int:
     """A tenth of the run, at most 1000 steps."""
-    return min(steps // 10, 1000)
+    return min(steps // WARMUPS, LONGEST_WARMUP)
 
 
 def ema_decay(steps: int) -> float:
     """An average over about a fifth of the run: 1 - 5 / steps, in [0.9, 0.9999]."""
-    return round(min(max(1 - 5 / steps, 0.9), 0.9999), 6)
+    return round(min(max(1 - AVERAGES / steps, 0.9), 0.9999), 6)
 
 
 def evaluate_every(config: ConfigDict) -> int:
     """Steps between validations of a run, 0 for none; by default ten in a run."""
     every, steps = config.train.evaluate_every, config.train.steps
-    return max(1, steps // 10) if every is None else every
+    return max(1, steps // VALIDATIONS) if every is None else every
+
+
+def parameters(width: int, depth: int, vocab_size: int = 0) -> int:
+    """Of blocks of attention and an MLP of four widths, of an embedding and a head."""
+    return 12 * width**2 * depth + 2 * width * vocab_size
+
+
+def num_microbatches(rows: int, length: int, parameters: int, platform: str) -> int:
+    """The fastest number of microbatches of a device's ``rows``, each of ``length`` tokens in all
+    its views, by platform.
+
+    On CPUs activations of :data:`CACHED_TOKENS` stay in a cache and use the same memory again,
+    which is worth a pass over the gradients for each microbatch below :data:`FEW_PARAMETERS`.
+    Gradients are the same up to the order of sums.
+    """
+    most = rows * length // CACHED_TOKENS
+    if platform != "cpu" or parameters >= FEW_PARAMETERS or most < 2:
+        return 1
+    return max(number for number in range(1, most + 1) if rows % number == 0)
 
 
 def followed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,19 +90,17 @@ def followed(config: Mapping[str, Any]) -> dict[str, Any]:
 def filled(config: ConfigDict, stored: Mapping[str, Any] | None = None) -> ConfigDict:
     """A copy of the config in which none of :data:`SCALED` is None.
 
-    ``stored``: the config of the run that goes on. What it holds is kept, ``train.evaluate_every``
-    too, unless it follows the rules there too: then the new number of steps and optimiser count.
+    ``stored``: the config of the run that goes on. What it holds is kept, :data:`LATER` too, unless
+    it follows the rules there too: then the new number of steps and optimiser count.
     """
     unset = [name for name in SCALED if config.optimizer[name] is None]
     lengths = {n: stored["data"].get(n, 0) for n in LENGTHS if not config.data[n]} if stored else {}
-    every = config.train.evaluate_every
-    if stored and every is None:
-        every = stored["train"].get("evaluate_every")
-    if not unset and not any(lengths.values()) and every == config.train.evaluate_every:
+    later = {n: stored["train"].get(n) for n in LATER if config.train[n] is None} if stored else {}
+    if not unset and not any(lengths.values()) and set(later.values()) <= {None}:
         return config
     config, values = copy.deepcopy(config), followed(config)
     config.data.update(lengths)
-    config.train.evaluate_every = every
+    config.train.update(later)
     if stored is not None:
         rules, own = followed(stored), stored["optimizer"]
         values |= {n: own[n] for n in SCALED if own.get(n) not in (None, rules[n])}
@@ -79,9 +116,7 @@ def same(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if value is None or (old in (None, old_rules[name]) and value == rules[name]):
             optimizer[name] = old
     unset = {n: known["data"][n] for n in LENGTHS if not new["data"][n]}
-    train = dict(new["train"])
-    if train["evaluate_every"] is None:
-        train["evaluate_every"] = known["train"]["evaluate_every"]
+    train = new["train"] | {n: known["train"][n] for n in LATER if new["train"][n] is None}
     return new | {"optimizer": optimizer, "data": new["data"] | unset, "train": train}
 
 

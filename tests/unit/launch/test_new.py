@@ -38,7 +38,7 @@ def measured(monkeypatch):
         experiment = make_experiment(config)
         size = config.model.width, config.model.depth
         tried.append(size)
-        step = 0.01 * plan.parameters(size) / plan.parameters((96, 3))
+        step = 0.01 * plan.parameters(*size) / plan.parameters(96, 3)
         rows = len(experiment.dataset.train)
         shape = experiment.dataset.vocab_size, experiment.dataset.length
         return trial.Trial(1.0, step, 2 * step, 5, 2**20, rows, *shape)
@@ -82,7 +82,7 @@ def test_a_text_gets_a_config_that_builds_with_reasons(tmp_path, measured, one_d
     config, shown, text = _made("text", str(path), tmp_path / "mine.py")
     assert measured[0] == (96, 3)
     size = config.model.width, config.model.depth
-    step = 0.01 * plan.parameters(size) / plan.parameters((96, 3))
+    step = 0.01 * plan.parameters(*size) / plan.parameters(96, 3)
     assert config.train.steps == int(60 * new.TRAINING_SHARE / step)
     assert config.data.path == str(path) and config.data.source == "text"
     assert "characters are too few to learn words of" in text and config.data.tokenizer == "char"
@@ -184,7 +184,7 @@ def test_settings_are_written_as_python_reads_them():
 def test_larger_budgets_get_larger_networks():
     row = (16, 128, 2048)
     sizes = [plan.fitting_size(60 * m, 0.03, (96, 3), row)[0] for m in (0.5, 5, 60, 600)]
-    counts = [plan.parameters(size) for size in sizes]
+    counts = [plan.parameters(*size) for size in sizes]
     assert counts == sorted(counts) and counts[0] < counts[1] < counts[2] < counts[3]
     assert plan.fitting_size(1, 10.0, (96, 3), row)[0] == plan.SIZES[0]
 

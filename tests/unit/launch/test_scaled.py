@@ -106,3 +106,44 @@ def test_lengths_fitted_to_pairs_are_stored_and_unset_ones_are_no_change(tmp_pat
     assert again.data.answer_length == 4 and not changes(tmp_path / "run", again)
     config.data.answer_length = 9
     assert changes(tmp_path / "run", config) == ["data.answer_length: 4 -> 9"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "parameters", "platform", "parts"),
+    [
+        (32, 256, 800_000, "cpu", 8),  # shape S
+        (32, 256, 800_000, "gpu", 1),
+        (16, 128, 20_000_000, "cpu", 1),  # shape M: a pass over its gradients costs more
+        (8, 32, 10_000, "cpu", 1),
+        (6, 1024, 10_000, "cpu", 6),
+        (7, 512, 10_000, "cpu", 1),  # 7 rows in at most 3 parts
+        (2, 8192, 10_000, "cpu", 2),
+    ],
+)
+def test_microbatches_fit_a_cpu_s_cache(rows, length, parameters, platform, parts):
+    assert scaled.num_microbatches(rows, length, parameters, platform) == parts
+
+
+def test_microbatches_are_those_of_the_rule_unless_given():
+    config = presets.quickstart("smoke")
+    config.data.length, config.train.batch_size = 256, 64
+    assert make_experiment(config).num_microbatches == 16
+    config.variance.order = ("mirror",)  # two views of each row
+    assert make_experiment(config).num_microbatches == 32
+    config.train.num_microbatches = 4
+    assert make_experiment(config).num_microbatches == 4
+    config.train.num_microbatches = 1  # the default when an old run was started
+    old = resolved(scaled.filled(config))
+    config.train.num_microbatches = None
+    assert scaled.filled(config, old).train.num_microbatches == 1
+
+
+def test_rules_say_what_is_done():
+    """Words of the settings' listing, of the constants that the functions read."""
+    assert scaled.RULES["peak"] == "adamw 0.002, muon 0.02"
+    assert scaled.RULES["warmup_steps"] == "train.steps / 10, up to 1000"
+    assert (scaled.warmup_steps(990), scaled.warmup_steps(10**6)) == (99, 1000)
+    assert scaled.RULES["ema_decay"] == "1 - 5 / train.steps" and scaled.ema_decay(500) == 0.99
+    known = launch_config.flat_settings()
+    for path in ("optimizer.peak", "optimizer.warmup_steps", "optimizer.ema_decay"):
+        assert scaled.RULES[path.split(".")[1]] in known[path].rule.explained()

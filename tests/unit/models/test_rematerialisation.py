@@ -10,7 +10,7 @@ import pytest
 import tiny
 from variants import slow_except
 
-from mdm_jax.models.layers import POLICIES
+from mdm_jax.models.layers import POLICIES, check_policy
 
 pytestmark = pytest.mark.keyless
 
@@ -90,6 +90,7 @@ def test_what_is_not_kept_takes_no_memory():
     """Compiled, with layers in a scan; without one the CPU's compiler merges the passes again."""
     memory = {remat: step(remat, True)[2] for remat in POLICIES}
     assert memory["full"] < memory["dots_without_batch"] < memory["dots"] < memory["none"]
+    assert memory["full"] < memory["attention"] < memory["dots_without_batch"]
     assert memory["full"] < 0.5 * memory["none"]
 
 
@@ -103,11 +104,32 @@ def test_what_is_kept_between_the_passes():
         )
         kept[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
     assert kept["full"] < kept["dots_without_batch"] < kept["dots"] < kept["none"]
+    heads = DEPTH * 4 * 4 * ROWS * LENGTH * 16  # queries, keys, values and the output, float32
+    assert kept["full"] + 0.9 * heads < kept["attention"] < kept["full"] + 1.1 * heads
+    assert kept["offload_inputs"] == kept["full"]
+    assert kept["offload_dots"] == kept["dots_without_batch"]
     width, weights = 16, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     inputs_of_blocks = DEPTH * 4 * ROWS * LENGTH * width
     assert kept["full"] < weights + inputs_of_blocks + kept["none"] / 4
 
 
 def test_unknown_policies_are_refused():
-    with pytest.raises(ValueError, match="remat: unknown name 'some'; .* known: dots, .*full"):
+    with pytest.raises(
+        ValueError, match="remat: unknown name 'some'; .* known: attention, dots, .*f"
+    ):
         network(remat="some")
+
+
+def test_a_device_without_a_host_s_memory_refuses_to_offload():
+    class Device:
+        device_kind = "toaster"
+
+        def addressable_memories(self):
+            return [jax.devices()[0].default_memory()]
+
+    kind = Device().addressable_memories()[0].kind
+    assert kind != "pinned_host"
+    with pytest.raises(ValueError, match="offload_dots .*toaster cannot reach; take model.remat=f"):
+        check_policy(Device(), "offload_dots")
+    check_policy(Device(), "full")
+    check_policy(jax.devices()[0], "offload_inputs")

@@ -66,7 +66,7 @@ def test_a_second_moment_in_8_bits_falls_as_it_should():
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_training_reaches_the_same_loss(name):
-    """Two hundred steps of regression on noisy pairs, within 3 %; bfloat16 would be refused."""
+    """A hundred steps of regression on noisy pairs, within 3 %; bfloat16 would be refused."""
     rng = np.random.default_rng(1)
     target = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
     inputs = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
@@ -75,7 +75,7 @@ def test_training_reaches_the_same_loss(name):
         return jnp.mean(jnp.square((inputs + noise) @ (params["kernel"] - target) + noise))
 
     def end(b2=0.999, **stored):
-        rate = optax.linear_schedule({"adamw": 0.02, "muon": 0.2}[name], 0.0, 200)
+        rate = optax.linear_schedule({"adamw": 0.05, "muon": 0.4}[name], 0.0, 100)
         optimizer = getattr(training, name)(rate, b2=b2, clip_norm=None)
         optimizer = training.store_moments(optimizer, b2=b2, **stored)
 
@@ -89,7 +89,7 @@ def test_training_reaches_the_same_loss(name):
         def run(params):
             return jax.lax.scan(step, (params, optimizer.init(params)), keys)
 
-        keys = jax.random.split(jax.random.key(0), 200)
+        keys = jax.random.split(jax.random.key(0), 100)
         (_, state), values = tiny.jit(run)({"kernel": jnp.zeros((64, 64))})
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         return float(values[-10:].mean()), float(values[0]), size

@@ -1,0 +1,48 @@
+"""The optimiser and learning rate of a run, from the section ``optimizer`` of its config."""
+
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from mdm_jax import training
+from mdm_jax.launch import names
+from mdm_jax.launch.names import lookup
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser of a filled config; ValueError for unknown names and what cannot be stored."""
+    return _optimizer(learning_rate(config), **config.optimizer)
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """The learning rate of a run by the number of updates before."""
+    c = config.optimizer
+    return training.warmup_cosine(c.peak, c.warmup_steps, config.train.steps, c.final_fraction)
+
+
+def _optimizer(
+    schedule: optax.Schedule,
+    *,
+    name: str,
+    clip_norm: float,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    first_moment_dtype: str,
+    second_moment_dtype: str,
+    ema_dtype: str,
+    **own: Any,  # sections of optimizers; what the schedule and the step read
+) -> optax.GradientTransformation:
+    lookup(names.DTYPES, ema_dtype, "optimizer.ema_dtype")
+    optimizer = lookup(names.OPTIMIZERS, name, "optimizer.name")(
+        schedule,
+        clip_norm=clip_norm or None,
+        b1=b1,
+        b2=b2,
+        weight_decay=weight_decay,
+        **own.get(name, {}),
+    )
+    first = lookup(names.MOMENT_DTYPES, first_moment_dtype, "optimizer.first_moment_dtype")
+    second = lookup(names.MOMENT_DTYPES, second_moment_dtype, "optimizer.second_moment_dtype")
+    return training.store_moments(optimizer, first, second, b2)
