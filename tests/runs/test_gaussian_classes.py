@@ -9,7 +9,7 @@ import tiny
 from mdm_jax import gaussian, variance
 from mdm_jax.gaussian import parameterisations, paths, recipes
 from mdm_jax.launch.build import make_experiment
-from mdm_jax.launch.presets import digits_gaussian
+from mdm_jax.launch.presets import digits_gaussian, digits_masked
 from mdm_jax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -114,10 +114,12 @@ def test_samples_are_of_the_classes_asked_for_and_guided_ones_differ(experiment,
         ({"sample.class_guidance.low": 200.0}, "class_guidance.low"),
         ({"sample.class_guidance": {"low": 3.0, "high": 2.0, "rescale": 0.0}}, "low < high"),
         ({"train.noise_by": "example"}, "noise_by=slot"),
+        ({"process": "masked", "sample.classes": (1,)}, "sample.classes is for process=gaussian"),
+        ({"process": "masked", "sample.restore_from": 0.0}, "sample.restore_from is for"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, words):
-    config = conditional()
+    config = conditional() if "process" not in changes else digits_masked("smoke")
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=words):
         make_experiment(config)

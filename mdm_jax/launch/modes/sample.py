@@ -50,12 +50,18 @@ def order(config: ConfigDict) -> dict[str, Any]:
 
 
 def pictures(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
-    """Which pictures a run draws, for :func:`make_jobs`; nothing for texts."""
-    if dataset.tokenizer is not None:
+    """Which pictures a Gaussian run draws, for :func:`make_jobs`; nothing for other processes.
+
+    ValueError for their settings in a run of another process.
+    """
+    c = config.sample
+    if config.process != "gaussian":
+        if c.classes or c.restore_from is not None:
+            name = "classes" if c.classes else "restore_from"
+            raise ValueError(f"sample.{name} is for process=gaussian, not {config.process!r}")
         return {}
     everything = range(dataset.num_classes) if config.gaussian.conditional else ()
-    restored = config.process == "gaussian" and config.sample.restore_from is not None
-    return {"classes": tuple(config.sample.classes or everything), "restored": restored}
+    return {"classes": tuple(c.classes or everything), "restored": c.restore_from is not None}
 
 
 def make_jobs(
