@@ -385,7 +385,7 @@ def refined_grid(
     improvements are compared with the start by ``metric`` and ``second``, of other random numbers.
     ValueError for N < 2, bad starts, a budget below 1, or a metric that was NaN throughout.
     """
-    best = check_levels(min(starts, key=metric))
+    best = min(map(check_levels, starts), key=metric)
     steps, found = best.size - 1, [best]
     if steps < 2:
         raise ValueError("refined_grid needs grids of 2 steps or more, whose inner levels can move")
