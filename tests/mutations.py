@@ -303,6 +303,13 @@ MUTATIONS = [
         ADAPTIVE,
     ),
     Mutation(
+        "time warping: no penalty on the noisy end",
+        "variance/learned/curves.py",
+        "_END_PENALTY = 3e-3",
+        "_END_PENALTY = 0.0",
+        ADAPTIVE,
+    ),
+    Mutation(
         "time warping: levels from the fitted curve, not from its average",
         "variance/learned/curves.py",
         "noise = per_level(curve.quantile, state.averages, 1.0 - current.u)",

@@ -22,6 +22,7 @@ from mdm_jax.data.statistics import (
     split_entropies,
     summarise_rows,
 )
+from mdm_jax.data.tables import Column, as_csv, diabetes, table, table_dataset
 from mdm_jax.data.text import documents, embedded_text, text
 from mdm_jax.data.tfds_source import tfds_images, tfds_text
 from mdm_jax.data.tokenizers import (

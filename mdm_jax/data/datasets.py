@@ -129,6 +129,7 @@ class Dataset:
         check: ``check(prompt, answer)``, whether an answer is right; None where unknown.
         layout: how rows hold prompts and answers (:class:`PairLayout`, ``chats.ChatLayout``); None
             where they hold none.
+        columns: of a table (``tables.Column``); () elsewhere.
     """
 
     train: RowSource
@@ -147,6 +148,7 @@ class Dataset:
     absent_ids: tuple[int, ...] = ()
     layout: Any = None
     num_classes: int = 0
+    columns: tuple[Any, ...] = ()
 
     def __post_init__(self):
         if self.length < 1:
@@ -180,6 +182,7 @@ def make_dataset(
     has_eos: bool = True,
     layout: Any = None,
     num_classes: int = 0,
+    columns: tuple[Any, ...] = (),
 ) -> Dataset:
     """Build a :class:`Dataset`, whose arguments these are, with its fingerprint and description.
 
@@ -218,6 +221,7 @@ def make_dataset(
         absent_ids=absent_ids,
         layout=layout,
         num_classes=num_classes,
+        columns=columns,
     )
 
 

@@ -17,8 +17,8 @@
                --over="seed=0,1,2;optimizer.peak=1e-2,2e-2"   all combinations
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
-text_uniform, digits_masked, digits_gaussian:vdm, mnist_gaussian, finetune,
-finetune_pairs, convert; each also has the variant :smoke, of seconds.
+text_uniform, text_cdcd, digits_masked, digits_gaussian:vdm, mnist_gaussian,
+table_cdtd, finetune, finetune_pairs, convert; each with a :smoke, of seconds.
 
 Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
 Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)

@@ -19,6 +19,8 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.auto import chain as chains
+from mdm_jax.launch.categorical.cdcd import cdcd
+from mdm_jax.launch.categorical.cdtd import cdtd
 from mdm_jax.launch.datasets import buckets, dataset, split_by_name
 from mdm_jax.launch.families import TOKEN_FAMILIES, Family, final_likelihood, grid_samplers
 from mdm_jax.launch.gaussian_family import gaussian_family
@@ -36,7 +38,7 @@ from mdm_jax.training.step import TrainState
 from mdm_jax.types import Array, ArrayLike, Batch, KeyedBatch, PyTree, worst_bias
 from mdm_jax.variance.transform import VarianceTransform
 
-FAMILIES = TOKEN_FAMILIES | {"gaussian": gaussian_family}
+FAMILIES = TOKEN_FAMILIES | {"gaussian": gaussian_family, "cdcd": cdcd, "cdtd": cdtd}
 """Value of ``config.process`` -> what builds its family."""
 
 

@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from mdm_jax import data, models, samplers, training
 from mdm_jax.checks import Name, NameOrChain, Plain, Real, Whole, checked
+from mdm_jax.gaussian import categorical
 from mdm_jax.gaussian.samplers import guided
 from mdm_jax.launch import names
 from mdm_jax.launch.auto.settings import AutoSettings
@@ -128,9 +129,7 @@ def settings() -> Mapping[str, Any]:
     """All settings, in sections as those of the config."""
     return {
         "seed": _whole(0, "[0, 4294967295]", "", "of parameters, order of the data, and noise"),
-        "process": _name(
-            "masked", ("masked", "block", "uniform", "autoregressive", "gaussian"), "model class"
-        ),
+        "process": _name("masked", names.PROCESSES, "model class"),
         "data": _data(),
         "model": _model(),
         "adapter": {
@@ -153,6 +152,11 @@ def settings() -> Mapping[str, Any]:
             "window": _whole(0, _NATURAL, "blocks", "attended to, own included; 0: all"),
         },
         "gaussian": _gaussian(),
+        # Gaussian diffusion of embeddings (text: cdcd, tables: cdtd); levels, path: of "gaussian".
+        "cdcd": {
+            "size": _whole(64, "[1, 1e6]", "", "of an embedding"),
+            "given": defaults(categorical.cdcd_loss)["given"],
+        },
         "corruption": {
             "name": _name("fixed_count", names.CORRUPTIONS, "how a row is masked at a rate"),
             **sections(

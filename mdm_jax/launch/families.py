@@ -56,8 +56,7 @@ class Family:
 
     Attributes:
         apply_fn: ``apply_fn(params, inputs, logsnr, documents)``, as objectives call it.
-        likelihood: ``likelihood(passes, replicates)``, the evaluation of the bound by a fixed
-            estimator, independent of the training chain; exact for autoregressive models.
+        likelihood: ``likelihood(passes, replicates)``, by a fixed estimator: bound, or exact value.
         estimator: ``estimator(passes, replicates)``, that estimator; None for Gaussian diffusion.
         generator: ``generator(num_steps, levels=None, watch=None)`` makes ``generate(params, key,
             canvas, documents=None, row_offset=0)``; the first two are ignored unless the sampler
@@ -65,8 +64,8 @@ class Family:
         levels: ``levels(grid, num_steps)``, a sampling grid by name, "" for the process's own; None
             without noise.
         rules: names of grids that ``mdm spacing`` compares.
-        levels_from: the law or recipe of the noise levels, for display.
-        noise_axis: label of the noise axis of plots; "" without noise.
+        follows_warp: whether, by default, samplers take the levels that training learned.
+        levels_from, noise_axis: the law, for display; label of plots, "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
         annealed: ``annealed(key, step) -> apply_fn`` of a training step, where it is another.
         degraded: ``degraded(key, canvas)``, what ``generate`` restores; None where it samples.
@@ -85,6 +84,7 @@ class Family:
     estimator: Callable[[int, int], likelihood.Estimator] | None = None
     levels: Callable[[str, int], Array] | None = None
     rules: tuple[str, ...] = ()
+    follows_warp: bool = False
     unread: tuple[str, ...] = ()
     annealed: Callable[[Array, Array], Callable[..., Array | models.Readout]] | None = None
     degraded: Callable[..., np.ndarray] | None = None
@@ -103,7 +103,7 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
         return _finished(config, dataset, objectives.masked_nelbo(process, law))
 
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, **config.mesh)
+    chunking = make_chunking(config.model.logits_at, **config.mesh)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     shifted = source is not None and source.traits.shift
     if shifted:
@@ -139,7 +139,7 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
         objective=with_corruption(config.corruption.name),
         model=model,
         apply_fn=apply_fn,
-        likelihood=_evaluation_by(estimator),
+        likelihood=evaluation_by(estimator),
         estimator=estimator,
         generator=generator,
         takes_steps=takes_steps,
@@ -169,7 +169,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
         return _finished(config, dataset, objectives.block_nelbo(process, size, law))
 
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, **config.mesh)
+    chunking = make_chunking(config.model.logits_at, **config.mesh)
     apply_fn = models.block_apply(model, size, window, chunking)
     with_mask = functools.partial(models.block_apply, model, size, window, chunking)
     sampler, named_levels = _masked_sampler(config, dataset)
@@ -198,7 +198,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
         objective=with_corruption(config.corruption.name),
         model=model,
         apply_fn=apply_fn,
-        likelihood=_evaluation_by(estimator),
+        likelihood=evaluation_by(estimator),
         estimator=estimator,
         generator=generator,
         takes_steps=takes_steps,
@@ -219,10 +219,10 @@ def uniform(
     _refuse_approximate_cache(config)
     law = schedules.law_of(masked_schedule(config.law.name, config.law, "law.name"))
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, **config.mesh)
+    chunking = make_chunking(config.model.logits_at, **config.mesh)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     sampler = lookup(names.UNIFORM_SAMPLERS, c.sampler, "sample.sampler")(
-        num_tokens, token_filter=_token_filters(c), **settings(c, c.sampler)
+        num_tokens, token_filter=token_filters(c), **settings(c, c.sampler)
     )
     if config.model.self_conditioning:
         sampler = samplers.self_conditioned(sampler, num_tokens, dataset.vocab_size)
@@ -242,7 +242,7 @@ def uniform(
         objective=_finished(config, dataset, objectives.uniform_nelbo(num_tokens, law)),
         model=model,
         apply_fn=apply_fn,
-        likelihood=_evaluation_by(estimator),
+        likelihood=evaluation_by(estimator),
         estimator=estimator,
         generator=generator,
         takes_steps=True,
@@ -268,12 +268,12 @@ def autoregressive(
     _refuse_approximate_cache(config)
     c, mask_id = config.sample, dataset.mask_id
     model = body(config, dataset, source)
-    chunking = _chunking(config.model.logits_at, **config.mesh)
+    chunking = make_chunking(config.model.logits_at, **config.mesh)
     start = mask_id if source is None or source.tokenizer is None else source.tokenizer.bos_id
     apply_fn = models.causal_apply(model, start, chunking=chunking)
     decoder = models.cached_causal_decoder(model, start)
     token_filter = samplers.compose(
-        lambda logits: models.exclude_token(logits, *dataset.absent_ids), _token_filters(c)
+        lambda logits: models.exclude_token(logits, *dataset.absent_ids), token_filters(c)
     )
 
     def generator(_num_steps: int, _levels: Any = None, watch: Watch = None) -> Generate:
@@ -333,7 +333,7 @@ def _design(config: ConfigDict, passes: int) -> likelihood.SubsetDesign:
     return likelihood.counts(passes, **_coupling(config))
 
 
-def _evaluation_by(
+def evaluation_by(
     estimator: Callable[[int, int], likelihood.Estimator],
 ) -> Callable[[int, int], Callable[..., likelihood.Likelihood]]:
     return lambda passes, replicates: likelihood.make_evaluate(
@@ -378,7 +378,7 @@ def _annealed(
     )
 
 
-def _chunking(logits_at: str, data: int, fsdp: int, tensor: int) -> models.Chunking | None:
+def make_chunking(logits_at: str, data: int, fsdp: int, tensor: int) -> models.Chunking | None:
     """Chunking of losses at target positions; None for logits of all positions."""
     if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
         return None
@@ -444,7 +444,7 @@ def _masked_sampler(
     c = config.sample
     levels = _levels_by_name(config)  # checks the grid even where the sampler takes no steps
     sampler = lookup(names.SAMPLERS, c.sampler, "sample.sampler")(
-        token_filter=_token_filters(c), **settings(c, c.sampler)
+        token_filter=token_filters(c), **settings(c, c.sampler)
     )
     wrappers = [samplers.prompt_guidance(c.guidance)] if c.guidance else []
     wrappers += [samplers.no_repeat_ngrams(c.no_repeat_ngrams)] if c.no_repeat_ngrams else []
@@ -475,7 +475,7 @@ def grid_samplers(section: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _token_filters(section: ConfigDict) -> samplers.LogitFilter:
+def token_filters(section: ConfigDict) -> samplers.LogitFilter:
     filters = [samplers.temperature(section.temperature)]
     filters += [samplers.top_k(section.top_k)] if section.top_k else []
     filters += [samplers.top_p(section.top_p)] if section.top_p < 1 else []

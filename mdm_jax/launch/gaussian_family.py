@@ -196,7 +196,7 @@ def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
         law = _build("gaussian.law", names.GAUSSIAN_LAWS, other, settings(section, other))
     for modifier in section["modifiers"]:
         if modifier == "zero_terminal":  # moves the law's lowest level to pure noise
-            law, low = _truncated(law, low, high), -np.inf
+            law, low = truncated_to(law, low, high), -np.inf
         own = settings(section, modifier)
         law = _build("gaussian.modifiers", names.GAUSSIAN_MODIFIERS, modifier, own, base=law)
     parts = {"law": law, "path": recipe.path, "output": recipe.output}
@@ -215,7 +215,7 @@ def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
             f" where the weighting of recipe {section['recipe']} is zero; set "
             "--config.gaussian.weighting, as in unit_output"
         )
-    return Recipe(_truncated(law, low, high), weighting, parts["output"], parts["path"])
+    return Recipe(truncated_to(law, low, high), weighting, parts["output"], parts["path"])
 
 
 def gaussian_levels(
@@ -242,7 +242,7 @@ def gaussian_levels(
     else:
         known = dict.fromkeys(names.GAUSSIAN_GRIDS) | names.GAUSSIAN_LAWS
         named = _build("sample.grid", known, grid, settings(section, grid))
-        levels = spacings.uniform_time(_truncated(named, low, high), num_steps)
+        levels = spacings.uniform_time(truncated_to(named, low, high), num_steps)
     return open_levels(levels, law)
 
 
@@ -280,7 +280,7 @@ def _changes(section: Mapping[str, Any]) -> list[str]:
 PARTS = ("law", "weighting", "output", "path")
 
 
-def _truncated(law: schedules.Law, low: float, high: float) -> schedules.Law:
+def truncated_to(law: schedules.Law, low: float, high: float) -> schedules.Law:
     """The law, truncated to [low, high] where it reaches further."""
     first, last = (float(end) for end in law.support)
     if first >= low and last <= high:

@@ -34,6 +34,7 @@ from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_
 from mdm_jax.variance.ppots import fit_epr
 from mdm_jax.variance.transform import VarianceTransform
 
+PROCESSES = ("masked", "block", "uniform", "autoregressive", "gaussian", "cdcd", "cdtd")
 VARIANCE = {
     "identity": variance.identity,
     "stratified": variance.stratified,
@@ -140,6 +141,8 @@ DATA = {
     "tfds_text": data.tfds_text,
     "tfds_images": data.tfds_images,
     "digits": data.digits,
+    "table": data.table,
+    "diabetes": data.diabetes,
     "task": tasks.task_dataset,
     "task_file": tasks.task_file_dataset,
 }

@@ -41,13 +41,15 @@ def bind_denoiser(
     """A network as an estimate of the clean data, in the dtype of its input.
 
     ``model_fn(x [B, ...], logsnr [B, 1], documents) -> y [B, ...]`` receives levels clipped to
-    :data:`NETWORK_LOGSNR_LIMIT`; the conversion from ``output`` uses the exact level.
+    :data:`NETWORK_LOGSNR_LIMIT`; the conversion from ``output`` uses the exact level. Options of a
+    call, such as an earlier estimate, go to the network.
     """
 
-    def denoise(x: Array, logsnr: ArrayLike) -> Array:
+    def denoise(x: Array, logsnr: ArrayLike, **options: Array) -> Array:
         logsnr = jnp.asarray(logsnr, x.dtype)
         clipped = jnp.clip(logsnr, -NETWORK_LOGSNR_LIMIT, NETWORK_LOGSNR_LIMIT)
-        y = model_fn(x, jnp.broadcast_to(clipped.reshape(-1, 1), (x.shape[0], 1)), documents)
+        levels = jnp.broadcast_to(clipped.reshape(-1, 1), (x.shape[0], 1))
+        y = model_fn(x, levels, documents, **options)
         if y.shape != x.shape:
             raise ValueError(
                 f"the network must output one number per element, {x.shape}, got {y.shape}"

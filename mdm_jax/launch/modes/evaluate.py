@@ -42,7 +42,6 @@ def evaluate(
     with _progress_bar(rows, f"evaluating {split}", check) as progress:
         batches = experiment.batches(source, max_rows)
         result = experiment.evaluate(params, experiment.key(0, "final"), batches, progress)
-    entropies = data.split_entropies(source, experiment.dataset.vocab_size, max_rows or None)
     record = {
         "step": step,
         "split": split,
@@ -50,9 +49,7 @@ def evaluate(
         "data_fingerprint": experiment.dataset.fingerprint,
         "design": getattr(result, "design", ""),
         "tokenizer_fingerprint": getattr(experiment.dataset.tokenizer, "fingerprint", None),
-        "unigram_bits_per_unit": entropies.unigram_per_unit,
-        "bigram_bits_per_unit": entropies.bigram_per_unit,
-        **_validation_entropies(experiment, split),
+        **_entropies(experiment, split),
         **experiment.family.record(result),
         **_audit(experiment, step, result, experiment.batches(source, max_rows)),
         **measure_accuracy(experiment, workdir, params, check),
@@ -64,16 +61,21 @@ def evaluate(
     return record
 
 
-def _validation_entropies(experiment: Experiment, split: str) -> dict[str, float | None]:
-    """Entropies of the validation split, where that is not the ``split`` evaluated."""
-    source, max_rows = experiment.dataset.valid, experiment.config.evaluate.max_rows
-    if split == "valid" or not len(source):
-        return {}
-    own = data.split_entropies(source, experiment.dataset.vocab_size, max_rows or None)
-    return {
-        "valid_unigram_bits_per_unit": own.unigram_per_unit,
-        "valid_bigram_bits_per_unit": own.bigram_per_unit,
-    }
+def _entropies(experiment: Experiment, split: str) -> dict[str, float | None]:
+    """Of the ``split`` evaluated and, where it is another, of validation; None for tables."""
+    dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
+    splits = {"": experiment.held_out[1]}
+    if split != "valid" and len(dataset.valid):
+        splits["valid_"] = dataset.valid
+    found: dict[str, float | None] = {}
+    for prefix, source in splits.items():
+        names = [f"{prefix}{name}_bits_per_unit" for name in ("unigram", "bigram")]
+        values: tuple[float | None, ...] = (None, None)
+        if not dataset.columns:
+            own = data.split_entropies(source, dataset.vocab_size, max_rows or None)
+            values = own.unigram_per_unit, own.bigram_per_unit
+        found |= dict(zip(names, values))
+    return found
 
 
 def _audit(

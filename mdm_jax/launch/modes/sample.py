@@ -24,6 +24,9 @@ from mdm_jax.launch.workdir import new_files, writing
 from mdm_jax.training.metrics import MetricWriter
 from mdm_jax.types import Array, Batch, PyTree
 
+_ROWS_SHOWN = 10
+"""Of a table, on the terminal."""
+
 
 class Job(NamedTuple):
     """A row to complete.
@@ -163,6 +166,14 @@ def show_samples(
     canvas = np.stack([job.canvas for job in jobs])
     documents = np.stack([job.documents for job in jobs])
     tokens = distributed.to_host(generate(params, key, canvas, documents))
+    if dataset.columns:
+        text = data.as_csv(dataset.columns, tokens)
+        show("".join(text.splitlines(keepends=True)[: _ROWS_SHOWN + 1]))
+        if distributed.is_first():
+            paths = new_files(directory, stem, ".csv")
+            with writing(paths[0]):
+                files.write(paths[0], text)
+        return {"samples": [], "files": [str(path) for path in paths]}
     if dataset.tokenizer is None:
         sets = [tokens]
         if degraded is not None:

@@ -10,7 +10,12 @@ from mdm_jax import plots
 Record = Mapping[str, Any]
 SIZE = (6.4, 4.4)
 """Inches of a curve."""
-_LEVELS = {"masked": "masking rate", "block": "masking rate", "uniform": "replacement rate"}
+_LEVELS = {
+    "masked": "masking rate",
+    "block": "masking rate",
+    "uniform": "replacement rate",
+    "cdcd": "share of the logSNR range, clean to noisy",
+}
 
 
 class Curve(NamedTuple):

@@ -82,6 +82,8 @@ def compare(
 def check(experiment: Experiment) -> None:
     """Raise ValueError where there is no grid to compare."""
     c = experiment.config
+    if experiment.dataset.columns:
+        raise ValueError("mdm spacing is not for tables: their samplers take the learned levels")
     if experiment.family.levels is None:
         raise ValueError(f"process={c.process!r} has no noise levels, hence no grid to space")
     if c.sample.restore_from is not None:

@@ -77,6 +77,8 @@ def make_problem(experiment: Experiment, params: PyTree, key: Array) -> Problem:
             lambda noisy, clean: pairs(noisy, clean) / dataset.length,
             (levels, curve),
         )
+    if c.process == "cdcd":
+        return Problem(c.gaussian.low, c.gaussian.high, opened, None, None)
     cost = None
     if c.process != "uniform":  # its tokens are replaced, not revealed
         result = experiment.evaluate(params, key, experiment.batches(source, count))
@@ -88,7 +90,7 @@ def make_problem(experiment: Experiment, params: PyTree, key: Array) -> Problem:
 
 def opening(experiment: Experiment) -> Callable[[np.ndarray], Array]:
     """Levels between finite ends as the sampler takes them."""
-    if experiment.config.process == "gaussian":
+    if experiment.config.process in ("gaussian", "cdcd"):
         law = experiment.objective.law
         return lambda levels: open_levels(levels, law)
     return grids.open_ends
@@ -99,6 +101,41 @@ def learned_density(experiment: Experiment, workdir: files.Path) -> Callable[[in
 
     None if it was flat.
     """
+    densities = _learned_densities(experiment, workdir)
+    if densities is None:
+        return None
+
+    def log_density(u: np.ndarray) -> np.ndarray:
+        return np.log(np.exp(densities(u)).mean(-1))
+
+    if np.ptp(log_density(np.linspace(0.05, 0.95, 19))) == 0:
+        return None
+    law = experiment.objective.law
+    return lambda num_steps: grids.from_log_density(log_density, num_steps, law)
+
+
+def learned_levels(
+    experiment: Experiment, workdir: files.Path, num_steps: int
+) -> np.ndarray | None:
+    """:func:`learned_density` as the sampler takes it, [n + 1], or of S levels each [n + 1, S].
+
+    None before training.
+    """
+    densities = _learned_densities(experiment, workdir)
+    if densities is None:
+        return None
+    law = experiment.objective.law
+    each = [
+        open_levels(grids.from_log_density(lambda u, s=s: densities(u)[:, s], num_steps, law), law)
+        for s in range(experiment.spec.num_levels)
+    ]
+    return each[0] if len(each) == 1 else np.stack(each, axis=-1)
+
+
+def _learned_densities(
+    experiment: Experiment, workdir: files.Path
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """``log_density(u [N]) -> [N, S]`` that training drew each level from; None before training."""
     transform, num_levels = experiment.transform, experiment.spec.num_levels
     checkpoints = open_workdir(workdir)
     try:
@@ -107,16 +144,13 @@ def learned_density(experiment: Experiment, workdir: files.Path) -> Callable[[in
         checkpoints.close()
     if restored is None or transform.profile is None:
         return None
-    state = restored.state
+    profile, state = jax.jit(transform.profile), restored.state.variance
 
     def log_density(u: np.ndarray) -> np.ndarray:
         each = jnp.broadcast_to(jnp.asarray(u)[:, None], (u.size, num_levels))
-        return np.log(np.exp(np.asarray(transform.profile(state.variance, each)[0])).mean(-1))
+        return np.asarray(profile(state, each)[0])
 
-    if np.ptp(log_density(np.linspace(0.05, 0.95, 19))) == 0:
-        return None
-    law = experiment.objective.law
-    return lambda num_steps: grids.from_log_density(log_density, num_steps, law)
+    return log_density
 
 
 class Samples(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 from mdm_jax import files
 from mdm_jax.launch.build import Experiment
 from mdm_jax.launch.families import Watch
-from mdm_jax.launch.spacing.problem import opening
+from mdm_jax.launch.spacing.problem import learned_levels, opening
 from mdm_jax.launch.workdir import writing
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array
@@ -47,6 +47,10 @@ def stored_generator(
     path = path_of(workdir, c.sampler, num_steps)
     own = c.grid or c.restore_from is not None  # which begins at a level of its own
     stored = family.takes_steps and not own and path.exists()
+    if family.follows_warp and not c.grid and not stored:
+        levels = learned_levels(experiment, workdir, num_steps)
+        if levels is not None:
+            return family.generator(num_steps, levels, watch), "equal shares of the learned density"
     if not stored:
         grid = (c.grid or "the default rule") if family.takes_steps else ""
         if watch is not None:

@@ -4,20 +4,22 @@ F(xi) / F(1), increasing in the noise ``xi = 1 - u`` in (0, 1), serves as distri
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mdm_jax.checks import Bins, Decay, LearningRate, checked
+from mdm_jax.checks import Bins, Decay, LearningRate, Whole, checked
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.types import Array, PyTree
 from mdm_jax.variance.densities import find_cell, open_interval, target_loss
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
 from mdm_jax.variance.warps import all_finite, counters, updates
 
+_END_PENALTY = 3e-3  # on F(1)^2 / 2, beside the misfit's mean square
+_NOISIEST = 1.0 - 2.0**-24  # where a logistic curve still has a gradient
 _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower than 2**-22
 
 
@@ -193,7 +195,12 @@ def curve_warp(
             def one(parameters: PyTree, u: Array, loss: Array, log_density: Array) -> Array:
                 return squared_misfit(curve, parameters, 1.0 - u, loss, log_density)
 
-            return losses.mean(per_level(one, curves, current.u, value, drawn))
+            end = per_level(curve.value, curves, jnp.full_like(current.u, _NOISIEST))
+            # Of increasing curves the noisy end is above what noisy losses say: few draws fall on
+            # the last cells, whose rises can only be positive. Woodroofe & Sun (1993) penalise the
+            # end, which leaves the curve where the losses rise by more.
+            penalty = 0.5 * _END_PENALTY * jnp.mean(jnp.square(end))
+            return losses.mean(per_level(one, curves, current.u, value, drawn)) + penalty
 
         # Curves start at the scale of the first losses: cells that a far too large F leaves behind
         # at the noisy end, narrow and steep, would take some 1% of the draws for ever.
@@ -238,7 +245,8 @@ def cdcd_warp(
     """CDCD time warping: equal shares of the draws cover equal rises of the loss.
 
     A piecewise-linear curve F(xi) of ``num_bins`` cells, free in width and height, is fitted to the
-    raw loss per target element by least squares uniform in the noise ``xi = 1 - u``, with Adam.
+    raw loss per target element by least squares uniform in the noise ``xi = 1 - u``, with Adam, and
+    a small penalty on F(1)^2: without it losses that are flat at high noise keep some draws there.
     Levels come from the derivative of its average (``decay`` per batch, 0 for none), with *no*
     weight. The loss has to rise with the noise: for Gaussian diffusion, where the error of eps
     falls, fit that of the clean data by ``log_factor=lambda u: -law.icdf(u)``, added to the log
@@ -257,7 +265,9 @@ def cdcd_warp(
 @checked
 def cdtd_warp(
     curve: LossCurve | None = None,
-    groups: Sequence[int] | None = None,
+    groups: Annotated[
+        Sequence[int], Whole("[0, 1e6]", "", "curve of each level, from 0; (): one each", True)
+    ] = (),
     normalisers: Sequence[float] | None = None,
     learning_rate: LearningRate = 1e-2,
     decay: Decay = 0.99,
@@ -266,8 +276,8 @@ def cdtd_warp(
     """CDTD time warping: a row's levels at one common fraction of the loss, a curve per data type.
 
     :func:`cdcd_warp` with one base quantile for the S levels of a row and a ``curve`` (piecewise
-    linear if not given) per group; ``groups`` [S] numbers each level's from 0, one each if not
-    given. The fit, not training, divides losses by ``normalisers`` [S], such as entropies of
+    linear if not given) per group; ``groups`` [S] numbers each level's from 0, one each if
+    empty. The fit, not training, divides losses by ``normalisers`` [S], such as entropies of
     marginals. Condition the network on the logSNR: the meaning of the common quantile changes with
     the curves.
     Keeps: each level's range, not the loss, nor the independence of a row's levels. Couples: the
@@ -275,7 +285,7 @@ def cdtd_warp(
     between levels and types, by changing the estimand. Bias: biased. Reference: Mueller et al. 2025
     (CDTD). Raises: ValueError if groups or normalisers do not fit S.
     """
-    if groups is not None and set(groups) != set(range(len(set(groups)))):
+    if set(groups) != set(range(len(set(groups)))):
         raise ValueError(
             f"cdtd_warp needs groups numbered from 0 without gaps, got {tuple(groups)}"
         )
@@ -285,12 +295,12 @@ def cdtd_warp(
 
     def curve_of_level(levels: int) -> np.ndarray:
         for name, setting in (("groups", groups), ("normalisers", normalisers)):
-            if setting is not None and len(setting) != levels:
+            if setting and len(setting) != levels:
                 raise ValueError(
                     f"cdtd_warp: {len(setting)} {name} do not fit {levels} levels per row; give "
                     "one for each level"
                 )
-        return np.arange(levels) if groups is None else np.asarray(groups)
+        return np.asarray(groups) if groups else np.arange(levels)
 
     def calibrated(u: Array) -> Array:
         factor = jnp.zeros_like(u) if log_factor is None else log_factor(u)

@@ -1,0 +1,102 @@
+"""Runs of CDCD and CDTD, from training to samples, and what their processes refuse."""
+
+import csv
+import json
+import types
+
+import numpy as np
+import pytest
+
+from experiments import tables
+from mdm_jax import data
+from mdm_jax.launch import presets
+from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.categorical.cdcd import cdcd
+from mdm_jax.launch.categorical.cdtd import cdtd
+from mdm_jax.launch.modes import evaluate, train
+from mdm_jax.launch.spacing import compare as spacing
+from mdm_jax.launch.spacing.stored import stored_generator
+
+PICTURES = types.SimpleNamespace(tokenizer=None, columns=())
+TEXT = types.SimpleNamespace(tokenizer=object(), columns=())
+TABLE = types.SimpleNamespace(tokenizer=None, columns=(object(),))
+
+
+@pytest.mark.parametrize(
+    "build, name, dataset, change, words",
+    [
+        (cdcd, "text_cdcd", PICTURES, {}, "process=cdcd is of tokens of text"),
+        (cdcd, "text_cdcd", TEXT, {"model.condition_on_logsnr": False}, "condition_on_logsnr=True"),
+        (
+            cdcd,
+            "text_cdcd",
+            TEXT,
+            {"gaussian.recipe": "edm"},
+            "does not read gaussian.recipe='edm'",
+        ),
+        (cdcd, "text_cdcd", TEXT, {"gaussian.low": 2.0}, "low < high"),
+        (cdcd, "text_cdcd", TEXT, {"gaussian.path": "vq"}, "gaussian.path"),
+        (cdtd, "table_cdtd", TEXT, {}, "process=cdtd is of tables"),
+        (cdtd, "table_cdtd", TABLE, {"model.self_conditioning": True}, "takes no model.self"),
+    ],
+)
+def test_what_does_not_fit_is_refused(build, name, dataset, change, words):
+    config = presets.get_config(name)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=words):
+        build(config, dataset)
+
+
+def test_groups_of_another_number_of_columns_are_refused():
+    config = presets.get_config("table_cdtd:smoke")
+    config.variance.cdtd_warp.groups = (0, 1)
+    with pytest.raises(ValueError, match="2 groups do not fit 11 levels per row"):
+        make_experiment(config).abstract_state()
+
+
+def finished(name, workdir):
+    config = presets.get_config(name)
+    config.optimizer.name = "adamw"  # compiles in half the time
+    experiment = make_experiment(config)
+    assert train.train(experiment, workdir)
+    evaluate.report(experiment, workdir)
+    return experiment, json.loads((workdir / "evaluation.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_of_text_ends_with_its_bound_and_texts(tmp_path):
+    experiment, record = finished("text_cdcd:smoke", tmp_path)
+    assert record["bits_per_unit"] > 0 and record["cross_entropy_over_uniform_logsnr"] > 0
+    report = (tmp_path / "report.txt").read_text("utf-8")
+    assert "bound of Gaussian diffusion on embeddings" in report and "(no bound)" in report
+    samples = [json.loads(line) for line in (tmp_path / "samples/step-4.jsonl").open()]
+    assert [s["kind"] for s in samples] == ["free", "free", "infilled"]
+    given, text = samples[2]["given"], samples[2]["text"]
+    assert all(a in ("▁", b) for a, b in zip(given, text, strict=True))
+    _, grid = stored_generator(experiment, tmp_path, 4)
+    assert grid == "equal shares of the learned density"
+
+
+@pytest.mark.slow
+def test_a_run_of_a_table_ends_with_rows(tmp_path):
+    experiment, record = finished("table_cdtd:smoke", tmp_path)
+    assert record["unigram_bits_per_unit"] is None
+    with (tmp_path / "samples/step-4.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 4 and list(rows[0]) == [c.name for c in experiment.dataset.columns]
+    assert {row["sex"] for row in rows} <= {"sex 1", "sex 2"}
+    with pytest.raises(ValueError, match="not for tables"):
+        spacing.check(experiment)
+
+
+def test_rows_are_judged_by_what_tells_them_apart():
+    """Training rows, and rows of columns drawn one by one, beside those of the test split."""
+    dataset = data.diabetes()
+    assert tables.two_sample_accuracy(np.zeros((20, 2)), np.ones((20, 2)), 0) == 1.0
+    codes = tables.codes_of(dataset.train)
+    nearest = tables.nearest_distance(
+        tables.features(dataset.columns, codes[:5]), tables.features(dataset.columns, codes)
+    )
+    np.testing.assert_array_equal(nearest, 0)
+    summary = tables.mean([{"accuracy": 0.5, "rows": 266.0}] * 3)
+    assert summary["interval"][0] == pytest.approx(0.44, abs=0.005)
