@@ -921,6 +921,27 @@ MUTATIONS = [
         "tests/unit/training/test_moments.py",
     ),
     Mutation(
+        "sharded vocabulary: the readout is gathered",
+        "models/cross_entropy.py",
+        "axes = (VOCABULARY_AXIS, None) if tied else (None, VOCABULARY_AXIS)",
+        "axes = (None, None)",
+        CROSS_ENTROPY,
+    ),
+    Mutation(
+        "rematerialisation: heads are not kept",
+        "models/layers.py",
+        "jax.checkpoint_policies.save_only_these_names(_HEADS)",
+        "jax.checkpoint_policies.nothing_saveable",
+        "tests/unit/models/test_rematerialisation.py",
+    ),
+    Mutation(
+        "microbatches of a CPU: one for each row",
+        "launch/start/scaled.py",
+        "most = rows * length // CACHED_TOKENS",
+        "most = rows",
+        "tests/unit/launch/test_scaled.py",
+    ),
+    Mutation(
         "baseline: decay and gain exchanged",
         "objectives/objective.py",
         "new = jnp.where((count > 0) & finite, 1 - decay, 0.0)",

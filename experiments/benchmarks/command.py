@@ -16,6 +16,9 @@ _SHAPES = flags.DEFINE_list("shapes", ["S", "M"], "Which of S, Q, M, L; L needs 
 _VARIANTS = flags.DEFINE_list("variants", ["default"], "Names, or the sets 'default' and 'all'.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Fewest rounds of each comparison.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "Rounds go on so long per comparison.")
+_PROCESSOR = flags.DEFINE_bool(
+    "processor_seconds", False, "train_step: of the process's cores, for a machine that is busy."
+)
 _BATCH = flags.DEFINE_integer("batch_size", None, "Training rows in place of the shape's own.")
 _OUT = flags.DEFINE_string(  # mdm new has one of this name, too
     "out", None, "Where to write the figures as JSON.", allow_override=True
@@ -23,11 +26,15 @@ _OUT = flags.DEFINE_string(  # mdm new has one of this name, too
 
 
 class Options(NamedTuple):
-    """Options of a benchmark: variants or sets of them, fewest rounds, and their duration."""
+    """Options of a benchmark: variants or sets of them, fewest rounds, and their duration.
+
+    ``processor``: the seconds are those of the process's cores, not of a clock.
+    """
 
     variants: Sequence[str] = ("default",)
     rounds: int = 3
     seconds: float = 20.0
+    processor: bool = False
 
 
 class Part(NamedTuple):
@@ -183,7 +190,7 @@ def _run(parts: Sequence[Part]) -> None:
     if unknown:
         raise app.UsageError(f"--shapes: unknown {sorted(unknown)}; known are {list(SHAPES)}")
     logging.set_verbosity(logging.WARNING)
-    options = Options(tuple(_VARIANTS.value), _ROUNDS.value, _SECONDS.value)
+    options = Options(tuple(_VARIANTS.value), _ROUNDS.value, _SECONDS.value, _PROCESSOR.value)
     facts = machine.facts()
     record: dict[str, Any] = {"machine": facts, "options": options._asdict(), "parts": {}}
     print(machine.describe(facts), flush=True)

@@ -1,7 +1,7 @@
 """The training step: variants of the library against a plain JAX step of the same model.
 
     python -m experiments.benchmarks.train_step [--shapes=S,M] [--variants=default|all|NAME,...]
-        [--seconds=20] [--rounds=3] [--batch_size=B] [--out=FILE.json]
+        [--seconds=20] [--rounds=3] [--batch_size=B] [--processor_seconds] [--out=FILE.json]
 
 Steps of all variants are interleaved with each other and with a large matrix product in each dtype
 in use. Per variant: seconds of a step, tokens/s, model FLOP/s (``setting.train_flops``, which
@@ -58,7 +58,8 @@ def measure(shape: Shape, options: command.Options) -> dict[str, Any]:
     dtypes = sorted({runner.dtype for runner in runners.values()})
     products = {dtype: machine.product(jnp.dtype(dtype)) for dtype in dtypes}
     calls = dict(runners) | {f"product {dtype}": call for dtype, (call, _) in products.items()}
-    times = command.interleaved(calls, rounds=options.rounds, seconds=options.seconds)
+    clock = time.process_time if options.processor else time.perf_counter
+    times = command.interleaved(calls, rounds=options.rounds, seconds=options.seconds, clock=clock)
 
     # The best of all rounds: a ceiling is what the machine can do when nothing disturbs it.
     ceilings = {
