@@ -916,8 +916,8 @@ MUTATIONS = [
     Mutation(
         "moments in 8 bits: rounded to the nearest code",
         "training/moments.py",
-        "drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.float32) + 0.5",
-        "drawn = 2.0**15",
+        "drawn = _uniform(key, x.shape)",
+        "drawn = 0.5",
         "tests/unit/training/test_moments.py",
     ),
     Mutation(

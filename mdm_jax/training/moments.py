@@ -114,8 +114,8 @@ def encode(x: Array, signed: bool, key: Array) -> Codes:
     below = jnp.clip(below, 0, highest - 1)
     low = jnp.where(below > 0, _share(below, step, highest), 0.0)
     part = (share - low) / (_share(below + 1, step, highest) - low)
-    drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.float32) + 0.5
-    code = below + (drawn < 2**16 * part)
+    drawn = _uniform(key, x.shape)
+    code = below + (drawn < part)
     if not signed:
         return Codes(jnp.where(share > 0, jnp.maximum(code, 1), 0).astype(jnp.uint8), largest)
     return Codes((jnp.sign(x) * code).astype(jnp.int8), largest)
@@ -128,6 +128,28 @@ def decode(stored: Codes) -> Array:
     code = stored.codes.astype(jnp.float32)
     size = jnp.where(code == 0, 0.0, _share(jnp.abs(code), step, highest)) * stored.largest
     return jnp.sign(code) * size
+
+
+def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
+    """Numbers in (0, 1) that are a hash of key and position (the finaliser of MurmurHash3, twice).
+
+    Elementwise, so they are made where they are read; those of ``jax.random`` were stored for all
+    moments at once, 4 bytes for each parameter.
+    """
+    first, second = jax.random.key_data(key)
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        step = jnp.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * step
+        stride *= shape[axis]
+
+    def mixed(x: Array) -> Array:
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    bits = mixed(mixed(index + first) ^ second)
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24 + 2.0**-25
 
 
 def _share(code: Array, step: float, highest: int) -> Array:

@@ -41,6 +41,21 @@ def test_codes_are_within_a_step_and_right_on_average(signed):
     assert np.abs(bias).mean() > 0  # it is drawn
 
 
+def test_roundings_are_uniform_and_independent():
+    """Mean, variance, and correlations of neighbours, rows and steps, within 5 standard errors."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    draw = tiny.jit(jax.vmap(lambda key: moments._uniform(key, (128, 512))))
+    x = np.asarray(draw(keys), np.float64)
+    assert x.min() > 0 and x.max() < 1
+    error = x[0].size ** -0.5
+    assert abs(x[0].mean() - 0.5) < 5 * error / 12**0.5
+    assert abs(x[0].var() - 1 / 12) < 5 * error / 180**0.5
+    pairs = [(x[0, :, :-1], x[0, :, 1:]), (x[0, :-1], x[0, 1:]), (x[0], x[1])]
+    for one, other in pairs:
+        correlation = np.mean((one - 0.5) * (other - 0.5)) * 12
+        assert abs(correlation) < 5 * error
+
+
 def test_second_moments_never_become_zero_and_first_ones_may():
     x = jnp.asarray([[1.0, 2.0**-60, 0.0]])
     second = moments.decode(moments.encode(x, False, jax.random.key(0)))
