@@ -4,13 +4,16 @@ Those of the optimiser are None by default, lengths of pairs 0; every run gets n
 what its ``config.json`` holds.
 """
 
+from __future__ import annotations  # benchmarks read rules where ml_collections is not installed
+
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
-from mdm_jax.data.datasets import PairLayout
+    from mdm_jax.data.datasets import PairLayout
 
 PEAKS = {"adamw": 2e-3, "muon": 2e-2}
 """Peak of the learning rate by ``optimizer.name``."""
