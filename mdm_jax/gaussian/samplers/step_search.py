@@ -382,7 +382,7 @@ def refined_grid(
     Where there are few steps, half of the budget goes to choices among the levels of a finer grid
     (:func:`exhaustive_search`); the rest moves the ends of up to ``knots`` intervals, between which
     levels follow (:func:`pattern_search`). What looks best has partly good luck: the last
-    improvements are compared with the start by ``metric`` and ``second``, of other random numbers.
+    improvements are compared with the start by ``second`` alone, which has other random numbers.
     ValueError for N < 2, bad starts, a budget below 1, or a metric that was NaN throughout.
     """
     best = min(map(check_levels, starts), key=metric)
@@ -408,7 +408,7 @@ def refined_grid(
         lambda moved: metric(between(moved)), fixed, budget, step=reach, smallest_step=reach / 16
     )
     found += [between(each.grid) for each in moves.trace[-3:]]
-    return min(found, key=lambda grid: metric(grid) + second(grid))
+    return min(found, key=second)
 
 
 class _Record:

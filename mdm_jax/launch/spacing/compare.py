@@ -179,8 +179,10 @@ def _compared(
         def metric(number: int) -> Callable[[np.ndarray], float]:
             return lambda grid: measured(grid, rng.stream(key, f"search {number}"))[0]
 
-        starts = list(found.values())
-        found["search"] = search.refined_grid(metric(0), metric(1), starts, c.budget)
+        def anew(grid: np.ndarray) -> float:
+            return metric(1)(grid) + metric(2)(grid)
+
+        found["search"] = search.refined_grid(metric(0), anew, [*found.values()], c.budget)
     keys = [jax.random.fold_in(key, i) for i in range(c.replicates)]
     results = {}
     for name, grid in found.items():

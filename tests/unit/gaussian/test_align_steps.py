@@ -329,13 +329,13 @@ def test_a_refined_grid_is_nearly_the_best(steps):
 
 
 def test_a_refined_grid_is_no_lucky_draw():
-    """Whatever is not the start looks better by the first numbers, and is worse by the others."""
+    """Whatever is not the start looks better by the first numbers; the others decide."""
     start = np.linspace(-8, 8, 5)
 
     def moved(sign):
         return lambda grid: sign * float(np.any(grid != start))
 
-    for factor, kept in ((2.0, True), (0.5, False)):
+    for factor, kept in ((0.1, True), (-0.1, False)):
         found = gaussian_samplers.refined_grid(moved(-1.0), moved(factor), [start], 8)
         assert np.array_equal(found, start) == kept
 
