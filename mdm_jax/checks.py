@@ -218,8 +218,11 @@ def as_parameter(value: ArrayLike, name: str) -> ArrayLike:
 
 
 def is_concrete(*values: ArrayLike) -> bool:
-    """Whether no value is traced."""
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
+    """Whether no value is traced, or in part in other processes."""
+    return all(
+        not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
+        for value in values
+    )
 
 
 def check_interval(name: str, low: ArrayLike, high: ArrayLike, what: str = "logSNR") -> None:

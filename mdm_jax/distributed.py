@@ -2,11 +2,14 @@
 programs will run."""
 
 import json
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -46,6 +49,46 @@ def from_first(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
+def from_all(value: Any) -> list[Any]:
+    """Every process's ``value``, which is plain JSON."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.pad(text, (0, int(sizes.max()) - text.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+_PATIENCE = 3600 * 1000
+"""Milliseconds that threads wait for those of other processes; one that ends takes all with it."""
+
+
+def collect(name: str, value: Any) -> list[Any] | None:
+    """As :func:`from_all` in process 0, None in others, from a thread beside the steps.
+
+    Through the coordination service: collectives of two threads would meet in any order. A
+    ``name`` is used again only after a :func:`meet`.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    if not is_first():
+        global_state.client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
+        return None
+    values = [value]
+    for other in range(1, jax.process_count()):
+        key = f"{name}/{other}"
+        values.append(json.loads(global_state.client.blocking_key_value_get(key, _PATIENCE)))
+        global_state.client.key_value_delete(key)
+    return values
+
+
+def meet(name: str) -> None:
+    """As :func:`barrier`, from a thread beside the steps."""
+    if jax.process_count() > 1:
+        global_state.client.wait_at_barrier(name, _PATIENCE)
+
+
 def to_host(tree: PyTree) -> PyTree:
     """Global NumPy arrays of every leaf, however it is sharded."""
 
@@ -58,13 +101,26 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(fetch, tree)
 
 
+def rows_of_all(read: Callable[[np.ndarray], PyTree], count: int) -> PyTree:
+    """``count`` rows on every host, of which each process reads a part: ``read(numbers [n])``."""
+    if jax.process_count() == 1:
+        return read(np.arange(count))
+    size = -(-count // jax.process_count())
+    own = read(np.minimum(size * jax.process_index() + np.arange(size), count - 1))
+
+    def join(leaf: np.ndarray) -> np.ndarray:
+        rows = multihost_utils.process_allgather(np.asarray(leaf), tiled=True)
+        return np.asarray(rows)[:count].astype(leaf.dtype)
+
+    return jax.tree.map(join, own)
+
+
 def spread_rows(batch: PyTree, like: PyTree) -> PyTree:
     """Shard a batch held by every process over the devices of ``like``; uneven rows are copied."""
-    mesh = _mesh_of(like)
+    mesh, ways = _mesh_of(like), row_shards(like)
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
     axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
-    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
 
     def place(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -76,6 +132,12 @@ def spread_rows(batch: PyTree, like: PyTree) -> PyTree:
         )
 
     return jax.tree.map(place, batch)
+
+
+def row_shards(like: PyTree) -> int:
+    """How many parts of a batch the devices of ``like`` hold."""
+    mesh = _mesh_of(like)
+    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
 
 
 def _mesh_of(tree: PyTree) -> Mesh | None:

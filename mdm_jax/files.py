@@ -66,6 +66,11 @@ def size(path: Path) -> int:
     return path.stat().length if is_remote(path) else os.stat(path).st_size
 
 
+def changed(path: Path) -> int:
+    """When a file was last changed, in ns; in a bucket in s."""
+    return path.stat().mtime if is_remote(path) else os.stat(path).st_mtime_ns
+
+
 def write(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file atomically; a new temporary file next to it follows nobody's link."""
     path = Path(path)

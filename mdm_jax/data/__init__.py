@@ -13,7 +13,7 @@ from mdm_jax.data.pipeline import (
     train_iterator,
 )
 from mdm_jax.data.records import read_lines
-from mdm_jax.data.rows import Buckets, RowSource, bucketed, gather
+from mdm_jax.data.rows import Buckets, RowSource, bucketed, gather, gather_together
 from mdm_jax.data.statistics import (
     NgramEntropies,
     RowSummary,

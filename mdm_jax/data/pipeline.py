@@ -160,12 +160,16 @@ def _read(
 
 
 def evaluation_batches(
-    source: RowSource, batch_size: int, max_rows: int | None = None
+    source: RowSource,
+    batch_size: int,
+    max_rows: int | None = None,
+    read: Callable[[RowSource, np.ndarray], Batch] = gather,
 ) -> Iterator[Batch]:
     """Batches of ``batch_size`` that hold every row of ``source`` exactly once, in order.
 
     Empty rows fill up the last: nothing eligible, documents and units 0. ``max_rows`` takes so
-    many, evenly spaced. ValueError if the source is empty or an argument is not positive.
+    many, evenly spaced. ``read``: :func:`gather_together`, where all processes take all batches.
+    ValueError if the source is empty or an argument is not positive.
     """
     check_positive("batch_size", batch_size)
     size = len(source)
@@ -176,7 +180,7 @@ def evaluation_batches(
     count = size if max_rows is None else min(max_rows, size)
     selected = np.arange(count, dtype=np.int64) * size // count
     return (
-        _filled(gather(source, selected[start : start + batch_size]), batch_size)
+        _filled(read(source, selected[start : start + batch_size]), batch_size)
         for start in range(0, count, batch_size)
     )
 

@@ -393,10 +393,13 @@ class StreamedTexts:
                     raise ValueError(f"{origin}: not UTF-8 ({error.reason})") from error
                 yield _parse(text, origin, f"a field {self.field!r}"), origin
 
-    def identity(self) -> list[tuple[str, int]]:
-        """Names and sizes of the files, and the field: a JSON value that stands for the texts."""
-        sizes = [(name, files.size(files.Path(name))) for name in find_files(self.path)]
-        return [*sizes, (self.field, 0)]
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of change (ns; s in a bucket) of the files, and the field.
+
+        A JSON value that stands for the texts.
+        """
+        paths = map(files.Path, find_files(self.path))
+        return [*((str(p), files.size(p), files.changed(p)) for p in paths), (self.field, 0, 0)]
 
 
 def field(record: Mapping[str, Any], path: str, origin: str) -> Any:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from mdm_jax import distributed
 from mdm_jax.types import Batch
 
 
@@ -27,6 +28,12 @@ def gather(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
         return source.rows(np.asarray(indices, np.int64))
     rows = [source[int(i)] for i in indices]
     return Batch(*(np.stack(field) for field in zip(*rows)))
+
+
+def gather_together(source: RowSource, indices: Sequence[int] | np.ndarray) -> Batch:
+    """:func:`gather`, each process reading a part of the rows; all call it at the same point."""
+    indices = np.asarray(indices, np.int64)
+    return distributed.rows_of_all(lambda own: gather(source, indices[own]), len(indices))
 
 
 class VectorisedRows(abc.ABC):

@@ -1,13 +1,14 @@
 """Token statistics of a split: n-gram entropies, to compare likelihoods with; rare tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mdm_jax.data.pipeline import evaluation_batches
-from mdm_jax.data.rows import RowSource
+from mdm_jax.data.rows import RowSource, gather
+from mdm_jax.types import Batch
 
 SHARES = (50, 90, 99, 100)
 """Percentages of rows at which lengths are shown."""
@@ -100,10 +101,13 @@ def ngram_entropies(
 
 
 def split_entropies(
-    source: RowSource, vocab_size: int, max_rows: int | None = None
+    source: RowSource,
+    vocab_size: int,
+    max_rows: int | None = None,
+    read: Callable[[RowSource, np.ndarray], Batch] = gather,
 ) -> NgramEntropies:
-    """:func:`ngram_entropies` of eligible tokens; ``max_rows`` as in ``evaluation_batches``."""
-    batches = list(evaluation_batches(source, 256, max_rows))
+    """:func:`ngram_entropies` of eligible tokens; rest as in ``evaluation_batches``."""
+    batches = list(evaluation_batches(source, 256, max_rows, read))
     return ngram_entropies(
         np.concatenate([batch.tokens for batch in batches]),
         vocab_size,

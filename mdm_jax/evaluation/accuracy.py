@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from mdm_jax.data.tokenizers import Tokenizer
 from mdm_jax.distributed import to_host
 from mdm_jax.samplers.canvas import canvas_like
+from mdm_jax.samplers.filters import check_finite
 from mdm_jax.types import Array, Batch, PyTree
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -200,6 +201,7 @@ def measure_task_accuracy(
         for row in np.flatnonzero(eligible.any(1)):
             first = np.flatnonzero(eligible[row])[0]
             is_prompt = (documents[row] > 0) & (np.arange(len(tokens[row])) < first)
+            check_finite(generated[row], f"row {seen + row}")
             ids = tokenizer.truncate_at_eos(generated[row][eligible[row]])
             prompts.append(tokenizer.decode(tokens[row][is_prompt]))
             finished = not np.any((ids == tokenizer.pad_id) | (ids == tokenizer.mask_id))

@@ -26,6 +26,7 @@ from mdm_jax.evaluation.settings import Settings
 from mdm_jax.evaluation.windows import sliding_windows
 from mdm_jax.progress import progress_bar
 from mdm_jax.rng import content_words
+from mdm_jax.samplers.filters import not_finite
 from mdm_jax.types import PyTree
 
 Answer = dict[str, Any]
@@ -421,10 +422,7 @@ def _named(names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except NotFinite as error:
-        raise ValueError(
-            f"{names[error.args[0]]}: the model's logits are not finite; evaluate in float32, or "
-            "an earlier checkpoint"
-        ) from error
+        raise not_finite(names[error.args[0]]) from error
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -253,9 +253,9 @@ class Experiment:
         )
 
     def batches(self, source: data.RowSource, max_rows: int) -> Iterator[Batch]:
-        """Evaluation batches of a split; ``max_rows`` 0: all."""
+        """Evaluation batches of a split, read by all processes together; ``max_rows`` 0: all."""
         size = self.config.evaluate.batch_size
-        return data.evaluation_batches(source, size, max_rows or None)
+        return data.evaluation_batches(source, size, max_rows or None, data.gather_together)
 
     def key(self, step: int, name: str) -> Array:
         return rng.stream(rng.step_key(self.config.seed, step), name)
@@ -433,17 +433,21 @@ def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> trai
 
 def check_quality(experiment: Experiment) -> None:
     """Raise ValueError or WorkdirError where ``sample.quality_steps`` cannot be measured."""
-    c, dataset = experiment.config.sample, experiment.dataset
-    if dataset.tokenizer is None:
+    if experiment.dataset.tokenizer is None:
         raise ValueError("sample.quality_steps is about text, and this run's data are pictures")
-    if experiment.config.process == "autoregressive":
-        raise ValueError("sample.quality_steps: an autoregressive model has one step per token")
     if not experiment.family.takes_steps:
-        raise ValueError(
-            f"sample.quality_steps: {c.sampler!r} sets its own number of steps, so that quality "
-            "would be the same at all of them; those that take any number are "
-            f"{', '.join(grid_samplers(c))} (--config.sample.sampler)"
-        )
+        raise ValueError(f"sample.quality_steps: {own_steps(experiment)}")
+
+
+def own_steps(experiment: Experiment) -> str:
+    """Why a number of steps means nothing to the configured sampler, and which ones take it."""
+    if experiment.config.process == "autoregressive":
+        return "an autoregressive model has one step per token"
+    c = experiment.config.sample
+    return (
+        f"{c.sampler!r} sets its own number of steps; those that take any number are "
+        f"{', '.join(grid_samplers(c))} (--config.sample.sampler)"
+    )
 
 
 def load_parameters(experiment: Experiment, workdir: files.Path) -> tuple[int, PyTree]:

@@ -19,7 +19,7 @@ from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import HELP_FLAG, command_line, presets
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.ahead import command as ahead
-from mdm_jax.launch.build import Experiment, make_experiment
+from mdm_jax.launch.build import Experiment, make_experiment, own_steps
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes import (
     chat,
@@ -212,7 +212,8 @@ def _run(workdir: files.Path) -> int:
 
 def _run_as_one_of_several(workdir: files.Path) -> int:
     """As :func:`_run`; only process 0 prints, and a failing process ends the others too."""
-    if _MODE.value in ("variance", "spacing", "chat", "eval", "report"):
+    alone = _MODE.value in ("variance", "spacing", "chat", "report")
+    if alone or (_MODE.value == "sample" and _SOURCE.value) or eval_tasks.comparing():
         return _fail(f"--mode={_MODE.value} runs in one process; start it with --num_processes=1")
     try:
         with contextlib.ExitStack() as stack:
@@ -232,14 +233,13 @@ def _run_as_one_of_several(workdir: files.Path) -> int:
 
 
 def _settings() -> dict[str, Any]:
-    """What all processes of a run must have in common."""
-    return {
-        "mode": _MODE.value,
-        "allow_config_change": _ALLOW.value,
-        "restart": _RESTART.value,
-        "num_processes": _NUM_PROCESSES.value,
-        "config": _CONFIG.value and resolved(_CONFIG.value),
-    }
+    """What all processes of a run must have in common: not the names of places on their disks."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    modules = (__name__, eval_tasks.__name__, sample_flags.__name__)
+    given = {flag.name: flag.value for module in modules for flag in by_module[module]}
+    for own in ("process_id", "workdir", "to", "compilation_cache_dir", "coordinator_address"):
+        del given[own]
+    return given | {"config": _CONFIG.value and resolved(_CONFIG.value)}
 
 
 def _train(experiment: Experiment, workdir: files.Path) -> int:
@@ -278,6 +278,8 @@ def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
 
 
 def _sample(experiment: Experiment, workdir: files.Path) -> int:
+    if "sample.num_steps" in command_line.overridden(_PARSED) and not experiment.family.takes_steps:
+        raise ValueError(f"--steps: {own_steps(experiment)}")
     _claim(experiment, workdir)
     drawn = evaluate.sample(experiment, workdir, _print, asked=sample_flags.read())
     print(f"written to {', '.join(drawn['files'])}")

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.checks import Real, Whole, checked, is_concrete
 from mdm_jax.types import Array
@@ -96,6 +97,20 @@ def check_random(name: str, token_filter: LogitFilter, vocab_size: int, instead:
 
 NOT_FINITE = -1
 """In place of a token where a logit is NaN, or all are -inf."""
+
+
+def check_finite(tokens: np.ndarray, name: str) -> None:
+    """Raise ValueError, with the ``name`` of the row or request, where :data:`NOT_FINITE` is."""
+    if np.any(tokens == NOT_FINITE):
+        raise not_finite(name)
+
+
+def not_finite(name: str) -> ValueError:
+    """The error of a row or request."""
+    return ValueError(
+        f"{name}: the model's logits are not finite; compute in float32, or take an earlier "
+        "checkpoint"
+    )
 
 
 def draw_tokens(keys: Array, logits: Array) -> Array:

@@ -175,6 +175,7 @@ def train(
     Nothing is fetched from the device between logging steps. With several processes a stop request
     takes effect at the next logging step, or inside a hook. States are saved before their hooks
     run; a resumed run runs those that are left. In a single process an error saves the state first.
+    Files are written beside the next steps, and all of them are there when this returns.
 
     ``step_fn`` is jitted, the state donated; ``batches`` are at the position that matches
     ``state``; ``notes``, as they are then, go into each checkpoint; ``progress`` is
@@ -187,7 +188,7 @@ def train(
     start = step = int(jax.device_get(state.step))
     window, hooks_due = _remembered(progress or {})
     hooks_due = [name for name in hooks_due if getattr(hooks, name)]
-    loop = _Log(options, writer, start, window, hooks.panel)
+    loop = _Log(options, writer, start, window, hooks.panel, checkpoints)
     profiling = False
 
     def remembered() -> dict[str, Any]:
@@ -252,6 +253,7 @@ def train(
                 if _due(step, options.log_every) or ending:
                     readings = hooks.monitor(state) if hooks.monitor else {}
                     loop.write(step, readings, stop_after=options.max_skipped_in_a_row)
+                    checkpoints.check()
                     stop.agree()
                 consistent = True
                 evaluating = _due(step, options.evaluate_every, ending)
@@ -266,12 +268,14 @@ def train(
             pass  # raised inside a hook; the hooks run again after resuming
         except TrainingStopped:
             save()
+            checkpoints.wait()
             raise
         except Exception:
             # With several processes a save would wait for those that did not fail.
             if consistent and step > start and jax.process_count() == 1:
                 try:
                     save()
+                    checkpoints.wait()
                     loop.progress.note(f"an error ends the run; its state at step {step} is saved")
                 except Exception:
                     logging.warning("step %d could not be saved after an error", step)
@@ -281,6 +285,7 @@ def train(
                 jax.profiler.stop_trace()
             loop.progress.close()
         save()
+        checkpoints.wait()
     return state
 
 
@@ -309,7 +314,8 @@ class _Log:
         writer: MetricWriter,
         start: int,
         window: list[list[float]],
-        panel: Panel | None = None,
+        panel: Panel | None,
+        checkpoints: Checkpoints,
     ):
         self.pending: list[StepMetrics] = []
         self.window = window
@@ -318,6 +324,7 @@ class _Log:
         self._options = options
         self._writer = writer
         self._panel = panel
+        self._checkpoints, self._waited = checkpoints, checkpoints.waited
         self._clock = time.monotonic()
         self._timed_from = start
 
@@ -350,7 +357,9 @@ class _Log:
             self._writer.record(step, "monitor", known)
         known = {name: float(value) for name, value in known.items() if np.ndim(value) == 0}
         speed, self.tokens = self.tokens / max(now - before, 1e-9), 0
-        self._writer.record(step, "speed", {"tokens_per_second": speed, "step_seconds": seconds})
+        waited, self._waited = self._checkpoints.waited - self._waited, self._checkpoints.waited
+        values_of_speed = {"tokens_per_second": speed, "step_seconds": seconds}
+        self._writer.record(step, "speed", values_of_speed | {"saving_seconds": waited})
         text = self._losses(values, known) | {"tokens/s": f"{speed:,.0f}"}
         if values["skipped"]:
             text["skipped"] = f"{values['skipped']:.0f}"

@@ -163,7 +163,7 @@ def tasks(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["masked", "block", "uniform", "autoregressive"])
 def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
-    """Random parameters of four processes; interrupted, resumed on eight devices."""
+    """Random parameters of four processes; interrupted, resumed by two programs of two devices."""
     config = get_config("quickstart:smoke")
     config.data.source, config.data.task.name, config.data.task.add.digits = "task", "add", 2
     config.process, config.block.size = process, 5
@@ -189,7 +189,10 @@ def test_a_run_killed_goes_on_to_the_same_results(process, tasks, tmp_path):
     assert process.returncode == 130 and "the same command line goes on" in err, err
     answered = len(journal.read_text().splitlines())
     assert 5 <= answered < 120
-    launching.finish(*arguments, "--eval_batch=40", f"--to={tmp_path / 'cut'}", devices=8)
+    cut = (*arguments, "--eval_batch=40", f"--to={tmp_path / 'cut'}")
+    done = launching.finish_several(launching.start_several(2, *cut, devices=2))
+    assert all(code == 0 for code, _, _ in done), done
+    assert "pick  acc,none" in done[0][1] and "pick" not in done[1][1]
     folders = [tmp_path / name for name in ("whole", "cut")]
     both = [json.loads((folder / "pick-add.json").read_text()) for folder in folders]
     assert both[0] == both[1]

@@ -205,6 +205,7 @@ def test_an_unknown_grid_is_refused(refused):
         ),
         (["--config.sample.quality_steps=(4,16)"], "'first_hitting' sets its own number of steps"),
         (["--config.train.init_from=/nowhere"], "train.init_from: /nowhere holds no run"),
+        (["--mode=sample", "--steps=4"], "--steps: 'first_hitting' sets its own number of steps"),
         (["--mode=evaluate"], "has no checkpoint yet"),
         (["--mode=sample"], "has no checkpoint yet"),
         (

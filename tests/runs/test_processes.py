@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import process_script
 import pytest
 
-from mdm_jax import training
+from mdm_jax import sharding, training
 from mdm_jax.hub.files import TensorFiles
 from mdm_jax.launch import command_line
 
@@ -37,12 +38,12 @@ ARGUMENTS = [
 ]
 
 
-def observed(count: int, devices: int) -> dict:
-    """What ``process_script`` prints in ``count`` processes."""
+def observed(count: int, devices: int, directory) -> dict:
+    """What ``process_script`` prints in ``count`` processes, which save in a directory."""
     address = f"localhost:{launching.free_port()}"
     started = [
         subprocess.Popen(
-            [sys.executable, process_script.__file__, address, str(count), str(number)],
+            [sys.executable, process_script.__file__, address, str(count), str(number), directory],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -57,21 +58,35 @@ def observed(count: int, devices: int) -> dict:
 
 def assert_same_numbers(found: dict, expected: dict) -> None:
     """Draws and rows bit for bit, results up to the order of summation."""
-    for name in ("draw", "rows", "row_index"):
+    for name in ("draw", "rows", "row_index", "generated"):
         assert found[name] == expected[name]
     for name in ("losses", "parameters", "evaluation"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("count,devices", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
-def test_processes_draw_read_and_score_as_one(count, devices):
+def test_processes_draw_read_score_and_save_as_one(count, devices, tmp_path):
     alone = process_script.observe()
-    record = observed(count, devices)
+    record = observed(count, devices, tmp_path / "checkpoints")
     assert_same_numbers(record["found"], alone)
+    assert alone["rows_read"] == 13 and record["found"]["rows_read"] == 8 // count + -(-5 // count)
     assert record["rows_of_all"] == alone["rows"]  # where each process needs all rows
     assert record["first"] == {"of": 0} and record["any"] == [True, False]
     assert record["stopping"] == [False, True]  # asked for in another process
     assert record["local"] == process_script.ROWS // count
+    # Each process described its own files; damage of one is found, and one process goes on.
+    saved, state = record["saved"], process_script.shards(sharding.make_mesh(data=8))
+    assert saved["owners"] == [f"ocdbt.process_{number}" for number in range(count)]
+    assert saved["notes"] == {"of": 8}
+    checkpoints = training.Checkpoints(tmp_path / "checkpoints")
+    found = checkpoints.restore_last(training.abstract(state))
+    best = checkpoints.restore_best(training.abstract(state))
+    checkpoints.close()
+    assert checkpoints.steps() == [8] and (tmp_path / "checkpoints/damaged-last-12-0").is_dir()
+    assert process_script.digest({"kernel": found.state["kernel"]}) == saved["kernel"]
+    expected = jax.tree.map(lambda x: np.asarray(x + 1), state)
+    chex.assert_trees_all_equal(found.state, expected)
+    chex.assert_trees_all_equal(best, expected)
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -196,6 +211,29 @@ def test_two_processes_measure_chains_as_one_and_choose_alike(tmp_path):
     for name, figure in one["chains"].items():
         found = two["chains"][name]["group_variances"]
         np.testing.assert_allclose(found, figure["group_variances"], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_sample_as_one(whole, tmp_path):
+    """Rows over both, halves of every parameter in each."""
+    found = {}
+    for count, mesh in ((1, "data=1"), (2, "data=1,fsdp=2")):
+        workdir = shutil.copytree(whole, tmp_path / str(count))
+        shutil.rmtree(workdir / "samples")
+        line = (f"--workdir={workdir}", f"--config.mesh={mesh}", "--allow_config_change")
+        for mode in (["--mode=evaluate"], ["--mode=sample", "--n=3", "--prompt=The "]):
+            done = launching.finish_several(launching.start_several(count, *mode, *line))
+            assert all(code == 0 for code, _, _ in done), done
+            assert not any("written" in out or "test:" in out for _, out, _ in done[1:])
+        (records,) = (workdir / "samples").glob("*.jsonl")
+        evaluation = json.loads((workdir / "evaluation.json").read_text())
+        found[count] = records.read_text(), evaluation
+    assert found[1][0] == found[2][0] and len(found[1][0].splitlines()) == 3
+    for name, value in found[1][1].items():
+        if isinstance(value, float):
+            np.testing.assert_allclose(found[2][1][name], value, rtol=1e-5)
+        elif name not in ("levels",):
+            assert found[2][1][name] == value, name
 
 
 def kill_first(started):

@@ -15,6 +15,7 @@ from mdm_jax.hub.decoding import generate
 from mdm_jax.hub.rules import as_trained, find_rule
 from mdm_jax.launch.modes.sample import MASK_TEXT
 from mdm_jax.launch.sampling.screen import Screen
+from mdm_jax.samplers.filters import NOT_FINITE, check_finite
 
 _PROBE = "mdm"
 _MULTIPLE = 32  # tokens, that rows are padded to: prompts of most lengths share a program
@@ -78,6 +79,7 @@ def chat(
             print(f"error: {data.printable(str(error))}", file=sys.stderr, flush=True)
             turns = turns[:-1]
             continue
+            check_finite(np.asarray(made.tokens), f"line {number + 1}")
         answer = canvas.end(np.asarray(made.tokens)[0][made.written[0]])
         if templated:
             turns = [*turns, {"role": "assistant", "content": answer}]
@@ -122,6 +124,7 @@ class _Canvas:
 
     def _text(self, tokens: np.ndarray) -> str:
         """Without power over the terminal."""
+        tokens = np.where(tokens == NOT_FINITE, self._codec.mask_id, tokens)  # said in the end
         text = self._codec.decode(self._cut(tokens), mask_text=MASK_TEXT)
         return data.printable(text).expandtabs()
 

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import yaml
 from absl import flags
 from ml_collections import ConfigDict
 
-from mdm_jax import files, hub, sharding
+from mdm_jax import distributed, files, hub, sharding
 from mdm_jax.checks import unknown_name
 from mdm_jax.evaluation.answering import Answerer, Journal
 from mdm_jax.evaluation.model import EvaluatedModel
@@ -87,6 +88,13 @@ def subject_of_run(
     )
 
 
+def _journal(path: files.Path) -> Journal:
+    """Answers of before, the same in all processes, of which process 0 alone writes new ones."""
+    journal = Journal(path) if distributed.is_first() else Journal()
+    journal.answers.update(distributed.from_first(journal.answers))
+    return journal
+
+
 def run(
     workdir: files.Path | None,
     source: str | None,
@@ -121,11 +129,16 @@ def run(
     folder = files.as_path(to) if to else folder
     if files.is_remote(folder):
         raise ValueError(f"--to: {folder} is in a bucket, where nothing can be appended")
-    journal = Journal(folder / "requests.jsonl")
+    journal = _journal(folder / "requests.jsonl")
     if journal.torn:
         show(journal.torn)
     answerer = Answerer(
-        subject, chosen, journal, batch=_BATCH.value, stream=_STREAM.value, progress=True
+        subject,
+        chosen,
+        journal,
+        batch=_BATCH.value,
+        stream=_STREAM.value,
+        progress=distributed.is_first(),
     )
     known = len(journal.answers)
     try:
@@ -139,12 +152,16 @@ def run(
             template=bool(template),
         )
     except KeyboardInterrupt:
+        if jax.process_count() > 1:
+            raise
         answered = len(journal.answers) - known
         print(f"\nstopped; {answered} answers are kept in {journal.path}, and the same command "
               "line goes on from there", file=sys.stderr)  # fmt: skip
         return 130
     show(audit_line(results["audit"]))
     show("\n".join("  ".join(row) for row in result_rows(results)))
+    if not distributed.is_first():
+        return 0
     stem = "-".join(_TASKS.value)[:80].replace("/", "_")
     paths = new_files(folder, stem, ".json", ".jsonl", ".html")
     with writing(folder):

@@ -72,7 +72,8 @@ def _entropies(experiment: Experiment, split: str) -> dict[str, float | None]:
         names = [f"{prefix}{name}_bits_per_unit" for name in ("unigram", "bigram")]
         values: tuple[float | None, ...] = (None, None)
         if not dataset.columns:
-            own = data.split_entropies(source, dataset.vocab_size, max_rows or None)
+            size, together = dataset.vocab_size, data.gather_together
+            own = data.split_entropies(source, size, max_rows or None, together)
             values = own.unigram_per_unit, own.bigram_per_unit
         found |= dict(zip(names, values))
     return found
@@ -114,7 +115,9 @@ def measure_accuracy(
             generate,
             params,
             experiment.key(0, "answers"),
-            data.evaluation_batches(source, min(c.evaluate.batch_size, rows), rows),
+            data.evaluation_batches(
+                source, min(c.evaluate.batch_size, rows), rows, data.gather_together
+            ),
             check=dataset.check,
             tokenizer=dataset.tokenizer,
             progress=progress,
@@ -200,7 +203,7 @@ def measure_quality(
     with progress_bar(len(c.quality_steps), "quality", "settings", silent=not first) as bar:
         for count in c.quality_steps:
             generate, grid = stored_generator(experiment, workdir, count)
-            tokens = distributed.to_host(generate(params, key, canvas, documents))
+            tokens = generate(params, key, canvas, documents)
             quality = evaluation.measure_text_quality(
                 *texts(tokens, documents), held_out=held_out, held_out_valid=valid, score=score
             )

@@ -20,6 +20,7 @@ from mdm_jax.launch.sampling import film
 from mdm_jax.launch.sampling.options import Options
 from mdm_jax.launch.sampling.requests import Request, check_known
 from mdm_jax.launch.sampling.watch import Watcher
+from mdm_jax.samplers.filters import check_finite
 
 
 def sample(
@@ -73,6 +74,7 @@ def sample(
             raise ValueError(f"{request.origin}: {error}") from error
         for i, (canvas, documents, tokens) in enumerate(zip(*rows), start=1):
             job = Job(request.kind, canvas, documents, None, request, number, i)
+            check_finite(tokens, job.name)
             records += text_records(job, tokens, codec, codec.mask_id)
     show(format_samples(records, asked.colour))
     paths = [] if to is None else [to]

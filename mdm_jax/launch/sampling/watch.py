@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from mdm_jax import data, distributed
+from mdm_jax import data
 from mdm_jax.launch.sampling import film
 from mdm_jax.launch.sampling.marks import in_colour, marked, parts
 from mdm_jax.launch.sampling.screen import Screen
+from mdm_jax.samplers.filters import NOT_FINITE
 from mdm_jax.types import Array, PyTree
 
 _PACE = 0.03
@@ -53,6 +54,7 @@ class Watcher:
     def show(self, tokens: np.ndarray) -> None:
         """Tokens [B, L] after a step; positions behind the block that is written are masked."""
         tokens = np.where(self._canvas == self._mask, tokens[: len(self._canvas)], self._canvas)
+        tokens = np.where(tokens == NOT_FINITE, self._mask, tokens)  # said in the end
         if self._gif and not self._filmed:
             self._frames.append(tokens)
         if self._live:
@@ -87,7 +89,7 @@ class Watcher:
 
 
 def in_batches(
-    generate: Callable[..., Array], size: int, watcher: Watcher | None
+    generate: Callable[..., np.ndarray], size: int, watcher: Watcher | None
 ) -> Callable[..., np.ndarray]:
     """``generate`` for any number of rows, ``size`` at a time, each as if alone; watched."""
 
@@ -100,7 +102,7 @@ def in_batches(
                 own = tuple(_filled(values, size) for values in own)
             if watcher is not None:
                 watcher.begin(own[0][:count], own[1][:count])
-            tokens = distributed.to_host(generate(params, key, *own, start))
+            tokens = generate(params, key, *own, start)
             jax.effects_barrier()
             if watcher is not None:
                 watcher.end()

@@ -17,8 +17,7 @@ from mdm_jax import files, rng
 from mdm_jax.gaussian import samplers as search
 from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.launch import names
-from mdm_jax.launch.build import FAMILIES, Experiment, load_parameters
-from mdm_jax.launch.families import grid_samplers
+from mdm_jax.launch.build import FAMILIES, Experiment, load_parameters, own_steps
 from mdm_jax.launch.modes.evaluate import judge_score
 from mdm_jax.launch.spacing import report
 from mdm_jax.launch.spacing.problem import (
@@ -91,11 +90,7 @@ def check(experiment: Experiment) -> None:
             "grids are compared by samples from noise: leave sample.restore_from at None"
         )
     if not experiment.family.takes_steps:
-        raise ValueError(
-            f"{c.sample.sampler!r} sets its own number of steps, so that there is no grid to space;"
-            " those that take one are "
-            f"{', '.join(grid_samplers(c.sample))} (--config.sample.sampler)"
-        )
+        raise ValueError(f"there is no grid to space: {own_steps(experiment)}")
     if not c.spacing.steps:
         raise ValueError("spacing.steps names no number of steps; give --steps=4,8,16,32")
 

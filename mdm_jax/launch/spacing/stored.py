@@ -8,10 +8,10 @@ import numpy as np
 from mdm_jax import files
 from mdm_jax.launch.build import Experiment
 from mdm_jax.launch.families import Watch
+from mdm_jax.launch.sampling.spread import spread
 from mdm_jax.launch.spacing.problem import learned_levels, opening
 from mdm_jax.launch.workdir import writing
 from mdm_jax.schedules import grids
-from mdm_jax.types import Array
 
 
 def path_of(workdir: files.Path, sampler: str, num_steps: int) -> files.Path:
@@ -36,8 +36,8 @@ def stored_records(workdir: files.Path, sampler: str, step: int) -> list[dict[st
 
 def stored_generator(
     experiment: Experiment, workdir: files.Path, num_steps: int, watch: Watch = None
-) -> tuple[Callable[..., Array], str]:
-    """The configured sampler, along the grid stored in the run if ``sample.grid`` is empty.
+) -> tuple[Callable[..., np.ndarray], str]:
+    """The configured sampler over all devices, along the run's grid if ``sample.grid`` is empty.
 
     ``watch`` is as in ``Family.generator``.
     Returns it and where its grid is from, in words ("" if it takes none). ValueError for a damaged
@@ -50,14 +50,15 @@ def stored_generator(
     if family.follows_warp and not c.grid and not stored:
         levels = learned_levels(experiment, workdir, num_steps)
         if levels is not None:
-            return family.generator(num_steps, levels, watch), "equal shares of the learned density"
+            made = spread(family.generator(num_steps, levels, watch))
+            return made, "equal shares of the learned density"
     if not stored:
         grid = (c.grid or "the default rule") if family.takes_steps else ""
         if watch is not None:
-            return family.generator(num_steps, None, watch), grid
+            return spread(family.generator(num_steps, None, watch)), grid
         # The experiment's own may be compiled.
         same = experiment.generate if num_steps == c.num_steps else family.generator(num_steps)
-        return same, grid
+        return spread(same), grid
     try:
         record = files.read_json(path)
         levels = np.asarray(record["grids"][record["best"]]["levels"], np.float64)
@@ -69,5 +70,5 @@ def stored_generator(
             "name a grid with --config.sample.grid"
         ) from error
     levels = opening(experiment)(levels)
-    made = family.generator(num_steps, levels, watch)
+    made = spread(family.generator(num_steps, levels, watch))
     return made, f"{record['best']}, of {path}"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import lzma
+import os
 
 import jax
 import numpy as np
@@ -364,5 +365,10 @@ def test_cached_documents_are_those_read_at_once(tmp_path, suffix):
     assert len(list((tmp_path / "cache").iterdir())) == 2
     with pytest.raises(ValueError, match="give valid_path and test_path too"):
         documents(first, 16, text_field="body", cache=tmp_path / "cache")
+    # A file that was changed, to the same size, is not taken for the one before.
+    before = os.stat(first)
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    documents(first, cache=tmp_path / "cache", **settings)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
     with pytest.raises(ValueError, match=r"path.jsonl.*:1: no field 'text'; .* has \['body'\]"):
         documents(first, cache=tmp_path / "cache", **settings | {"text_field": "text"})

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from mdm_jax import data, tasks
+from mdm_jax import data, files, tasks
 from mdm_jax.launch import main
 from mdm_jax.launch.modes import sample
+from mdm_jax.samplers import filters
 
 PAIRS = [(f"{a}+{b}=", str(a + b)) for a in range(12) for b in range(12)]
 UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]")
@@ -173,6 +174,23 @@ def test_files_that_cannot_be_read_are_named(pairs, ask, content, message):
 
 
 # --- texts that are written -----------------------------------------------------------------------
+
+
+def test_logits_that_are_not_finite_are_said_with_the_request(pairs, ask, tmp_path):
+    """Not as a token outside the vocabulary."""
+    dataset = pairs()
+    jobs = ask(dataset, "1+1=\n2+2=\n")
+
+    def generate(_params, _key, canvas, _documents):
+        tokens = np.where(canvas == dataset.mask_id, 0, canvas)
+        tokens[1, -1] = filters.NOT_FINITE
+        return tokens
+
+    where = (files.as_path(tmp_path), 4, None, None)
+    message = r"prompts.txt:2, sample 1: the model's logits are not finite; compute in float32"
+    with pytest.raises(ValueError, match=message):
+        sample.show_samples(dataset, jobs, generate, *where)
+    assert not (tmp_path / "samples").exists()
 
 
 def test_no_text_of_a_model_steers_the_terminal(tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging as python_logging
 import pathlib
 import shutil
+import threading
 
 import chex
 import jax
@@ -16,8 +17,10 @@ import tiny
 from mdm_jax import files, sharding, training, variance
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import make_experiment
-from mdm_jax.training import checkpoints as checkpoint_store
+from mdm_jax.training import manifests
 from mdm_jax.training.checkpoints import CheckpointError, CheckpointReader, Checkpoints, abstract
+from mdm_jax.training.manifests import DamagedError
+from mdm_jax.training.store import named_leaves
 from mdm_jax.variance.transform import Phase
 
 
@@ -48,7 +51,14 @@ def _fill(open_again, steps=(4, 8), keep_last=2):
     checkpoints = open_again(keep_last)
     for step in steps:
         checkpoints.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+    checkpoints.wait()
     return checkpoints
+
+
+def _best(open_again, step, loss):
+    checkpoints = open_again()
+    assert checkpoints.save_best(step, _state(step), {"loss": loss})
+    checkpoints.wait()
 
 
 def _assert_holds(restored, step):
@@ -83,8 +93,9 @@ def test_train_state_with_a_stateful_chain_keeps_every_leaf(opened):
     optimizer = training.adamw(optax.constant_schedule(0.1))
     spec, _ = tiny.step_fn(8)
     state = tiny.perturbed(tiny.new_state(spec, optimizer, chain))
-    open_again().save(1, state, {}, {})
-    restored = open_again().restore_last(abstract(state))
+    checkpoints = open_again()
+    checkpoints.save(1, state, {}, {})
+    restored = checkpoints.restore_last(abstract(state))
     chex.assert_trees_all_equal(restored.state, state)
     assert isinstance(restored.state, training.TrainState)
 
@@ -92,8 +103,9 @@ def test_train_state_with_a_stateful_chain_keeps_every_leaf(opened):
 def test_notes_keep_floats_and_nan(opened):
     _, open_again = opened
     window = [[0.1, float(np.float32(1) / 3), float("nan"), 1e-30]]
-    open_again().save(1, _state(), {}, {"window": window})
-    found = open_again().restore_last(abstract(_state())).notes["window"]
+    checkpoints = open_again()
+    checkpoints.save(1, _state(), {}, {"window": window})
+    found = checkpoints.restore_last(abstract(_state())).notes["window"]
     np.testing.assert_array_equal(found, window)
 
 
@@ -114,6 +126,7 @@ def test_a_step_that_is_there_is_left_as_it_is(opened):
     _, open_again = opened
     checkpoints = _fill(open_again)
     checkpoints.save(8, _state(99), {"batches": 99}, {})
+    checkpoints.wait()
     _assert_holds(open_again().restore_last(abstract(_state())), 8)
 
 
@@ -134,6 +147,7 @@ def test_a_full_disk_is_said_before_anything_is_written(opened, monkeypatch):
     assert sorted(directory.rglob("*")) == before and checkpoints.steps() == [4, 8]
     left[0] = needed
     checkpoints.save(12, _state(12), {}, {})
+    checkpoints.wait()
     assert checkpoints.steps() == [8, 12]
 
 
@@ -193,6 +207,7 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_replaced(opened, cap
     assert checkpoints.steps() == [4]
     # The run goes on and meets the step again.
     checkpoints.save(8, _state(8), {"batches": 8}, {"window": [[8, 0.1]]})
+    checkpoints.wait()
     again = open_again()
     _assert_holds(again.restore_last(abstract(_state())), 8)
     _flip(directory / "last" / "8")
@@ -231,8 +246,8 @@ def test_one_flipped_bit_anywhere_in_a_manifest_is_damage(opened, caplog):
         flipped = bytearray(whole)
         flipped[number] ^= 1
         path.write_bytes(bytes(flipped))
-        with pytest.raises(checkpoint_store._Damaged, match="manifest"):
-            checkpoints._last._load_manifest(8)
+        with pytest.raises(DamagedError, match="manifest"):
+            checkpoints._last.manifest(8)
     # A shape, which would otherwise be said not to fit.
     assert whole.count(b"float32[3, 4]") == 1
     path.write_bytes(whole.replace(b"float32[3, 4]", b"float32[3, 5]"))
@@ -260,8 +275,9 @@ def test_a_manifest_that_is_none_is_damage(opened, content):
     checkpoints = _fill(open_again)
     (directory / "manifests" / "last" / "8.json").write_bytes(content.encode("latin-1"))
     checkpoints.amend_notes(8, {"window": []})  # neither in the way of the run
-    with pytest.raises(checkpoint_store._Damaged, match="manifest"):
-        checkpoints._last._load_manifest(8)
+    checkpoints.wait()
+    with pytest.raises(DamagedError, match="manifest"):
+        checkpoints._last.manifest(8)
     _assert_holds(open_again().restore_last(abstract(_state())), 4)
 
 
@@ -298,8 +314,9 @@ def test_killed_before_the_manifest_the_one_before_is_still_there(opened, monkey
     def killed(step):
         checkpoints = open_again(keep_last=1)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(checkpoint_store.Store, "_write_manifest", kill)
+            patch.setattr(manifests, "write", kill)
             checkpoints.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+            checkpoints.wait()
 
     open_again().begin()
     killed(4)
@@ -321,8 +338,86 @@ def test_killed_while_saving_leaves_the_one_before(opened, caplog):
     checkpoints = open_again()
     _assert_holds(checkpoints.restore_last(abstract(_state())), 8)
     checkpoints.save(12, _state(12), {"batches": 12}, {"window": [[12, 0.1]]})
+    checkpoints.wait()
     assert "12.orbax" not in caplog.text
     _assert_holds(open_again().restore_last(abstract(_state())), 12)
+
+
+# --- in the background --------------------------------------------------------------------------
+
+
+def test_the_buffers_of_a_state_may_be_donated_while_it_is_written(opened):
+    """Orbax writes from the buffers of the CPU themselves: JAX then copies what it is given."""
+    _, open_again = opened
+    state = {"kernel": jnp.arange(2**22, dtype=jnp.float32)}
+    expected = np.array(state["kernel"])
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    checkpoints = open_again()
+    shapes = abstract(state)
+    checkpoints.save(1, state, {}, {})
+    for _ in range(20):
+        state = step(state)
+    found = checkpoints.restore_last(shapes).state["kernel"]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(state["kernel"], expected + 20)
+
+
+def test_saving_does_not_wait_for_the_files(opened, monkeypatch):
+    """Readers have the old state, the notes follow what they are about, records are copies."""
+    directory, open_again = opened
+    checkpoints = _fill(open_again)
+    go_on, digests = threading.Event(), manifests.digests
+    monkeypatch.setattr(manifests, "digests", lambda *files: go_on.wait(60) and digests(*files))
+    notes = {"window": [[12, 0.1]]}
+    checkpoints.save(12, _state(12), {"batches": 12}, notes)
+    checkpoints.amend_notes(12, notes)
+    notes["window"] = []
+    checkpoints.check()
+    assert checkpoints.steps() == [4, 8, 12] and not (directory / "manifests/last/12.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "digests", digests)
+        reader = CheckpointReader(directory)
+        _assert_holds(reader.restore_last(abstract(_state())), 8)
+        reader.close()
+    before = checkpoints.waited
+    go_on.set()
+    checkpoints.wait()
+    assert checkpoints.waited > before
+    assert checkpoints.steps() == [8, 12]
+    _assert_holds(checkpoints.restore_last(abstract(_state())), 12)
+
+
+def test_an_error_of_the_background_is_raised_by_what_comes_next(opened, monkeypatch):
+    """And a run that has saved nothing yet may still start over."""
+    directory, open_again = opened
+    checkpoints = open_again()
+    checkpoints.begin()
+    failed = threading.Event()
+
+    def full(*_):
+        failed.set()
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "digests", full)
+        checkpoints.save(4, _state(4), {"batches": 4}, {})
+        checkpoints.amend_notes(4, {})
+        assert failed.wait(60)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.save(8, _state(8), {"batches": 8}, {})
+    assert checkpoints.unsaved and not list((directory / "manifests/last").iterdir())
+
+
+def test_files_are_described_by_who_writes_them_and_read_by_all():
+    names = [f"state/ocdbt.process_{i}/d/{i}" for i in (0, 1, 12)]
+    names += ["state/array_metadatas/process_1", "notes/metadata", "state/process_1x/d"]
+    owned = {p: manifests.written_by(p, names) for p in (0, 1, 12)}
+    assert owned[1] == [names[1], names[3]] and owned[12] == [names[2]]
+    assert sorted(sum(owned.values(), [])) == sorted(names)
+    entries = {name: {"size": 2**i} for i, name in enumerate(names)}
+    shares = [manifests.share_of(process, 4, entries) for process in range(4)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    assert len(shares[0]) == 2 and list(shares[0])[0] == names[-1]  # the largest one first
 
 
 # --- reading while another process trains -------------------------------------------------------
@@ -335,7 +430,9 @@ def _tree(directory):
 def test_a_reader_changes_nothing(opened, caplog):
     """Neither a save in progress, nor what is damaged, nor a manifest that is not written yet."""
     directory, open_again = opened
-    _fill(open_again, (4, 8, 12), keep_last=3).save_best(4, _state(4), {"loss": 1.0})
+    trainer = _fill(open_again, (4, 8, 12), keep_last=3)
+    trainer.save_best(4, _state(4), {"loss": 1.0})
+    trainer.wait()
     shutil.copytree(directory / "last" / "8", directory / "last" / "16.orbax-checkpoint-tmp")
     _flip(directory / "last" / "8")
     (directory / "manifests" / "last" / "12.json").unlink()
@@ -364,6 +461,7 @@ def test_a_reader_follows_a_trainer_that_replaces_what_it_reads(opened, monkeypa
     directory, open_again = opened
     trainer = _fill(open_again)
     trainer.save_best(4, _state(4), {"loss": 2.0})
+    trainer.wait()
     reader = CheckpointReader(directory)
     assert reader.best_metrics()["step"] == 4
 
@@ -371,6 +469,7 @@ def test_a_reader_follows_a_trainer_that_replaces_what_it_reads(opened, monkeypa
         for step in (12, 16):
             trainer.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
         trainer.save_best(16, _state(16), {"loss": 1.0})
+        trainer.wait()
 
     if when == "before":
         train_on()
@@ -397,8 +496,10 @@ def test_amended_notes_are_those_restored(opened):
     directory, open_again = opened
     checkpoints = _fill(open_again)
     checkpoints.amend_notes(8, {"window": [], "hooks_due": []})
+    checkpoints.wait()
     (directory / "manifests" / "last" / "4.json").unlink()
     checkpoints.amend_notes(4, {"window": []})  # its manifest is not written yet: nothing to do
+    checkpoints.wait()
     restored = open_again().restore_last(abstract(_state()))
     assert restored.notes == {"window": [], "hooks_due": []}
     chex.assert_trees_all_equal(restored.state, _state(8))
@@ -416,9 +517,10 @@ def test_a_step_below_the_latest_is_not_taken_for_saved(opened):
 def test_a_better_step_before_the_best_takes_its_place(opened):
     """A run that was resumed before it, with other settings."""
     directory, open_again = opened
-    open_again().save_best(8, _state(8), {"loss": 2.0})
+    _best(open_again, 8, 2.0)
     checkpoints = open_again()
     assert checkpoints.save_best(4, _state(4), {"loss": 1.0})
+    checkpoints.wait()
     for found in (checkpoints, open_again()):
         assert found.best_metrics() == {"step": 4, "loss": 1.0}
         chex.assert_trees_all_equal(found.restore_best(abstract(_state())), _state(4))
@@ -529,6 +631,7 @@ def test_the_best_is_the_lowest_finite_loss(opened):
         checkpoints.save_best(step, _state(step), {"loss": loss, "other": 7.0})
         for step, loss in enumerate(losses)
     ]
+    checkpoints.wait()
     assert kept == [False, True, True, False, False, False, True, False, False]
     for found in (checkpoints, open_again()):
         assert found.best_metrics() == {"step": 6, "loss": 1.5, "other": 7.0}
@@ -540,12 +643,13 @@ def test_the_best_is_the_lowest_finite_loss(opened):
 
 def test_a_damaged_best_is_set_aside_and_the_next_one_takes_its_place(opened, caplog):
     directory, open_again = opened
-    open_again().save_best(3, _state(3), {"loss": 1.0})
+    _best(open_again, 3, 1.0)
     file = _truncate(directory / "best" / "3")
     checkpoints = open_again()
     assert checkpoints.best_metrics() is None
     assert file.name in caplog.text and (directory / "damaged-best-3-0").is_dir()
     assert checkpoints.save_best(5, _state(5), {"loss": 9.0})
+    checkpoints.wait()
     chex.assert_trees_all_equal(open_again().restore_best(abstract(_state())), _state(5))
 
 
@@ -553,7 +657,8 @@ def test_a_damaged_best_is_set_aside_and_the_next_one_takes_its_place(opened, ca
 def test_damaged_records_of_the_best_do_not_hide_the_last(opened, caplog, content):
     """Orbax reads files of this name when it opens."""
     directory, open_again = opened
-    _fill(open_again).save_best(8, _state(8), {"loss": 2.0})
+    _fill(open_again)
+    _best(open_again, 8, 2.0)
     (directory / "best" / "8" / "metrics" / "metrics").write_bytes(content)
     checkpoints = open_again()
     _assert_holds(checkpoints.restore_last(abstract(_state())), 8)
@@ -562,7 +667,7 @@ def test_damaged_records_of_the_best_do_not_hide_the_last(opened, caplog, conten
 
 def test_a_best_of_another_shape_does_not_fit(opened):
     _, open_again = opened
-    open_again().save_best(3, _state(3), {"loss": 1.0})
+    _best(open_again, 3, 1.0)
     with pytest.raises(CheckpointError, match="does not fit this configuration"):
         open_again().restore_best(abstract(_state(width=9)))
 
@@ -604,7 +709,9 @@ def test_a_bucket_keeps_a_run(bucket):
     for step in (4, 8, 12):
         assert trainer.unsaved == (step == 4)
         trainer.save(step, _state(step), {"batches": step}, {"window": [[step, 0.1]]})
+        trainer.wait()
     assert trainer.save_best(8, _state(8), {"loss": 1.0})
+    trainer.wait()
     assert trainer.steps() == [8, 12]
     trainer.close()
     saved = {path.relative_to(bucket).as_posix() for path in bucket.rglob("*") if path.is_file()}
@@ -638,7 +745,9 @@ def test_a_state_of_eight_devices_restores_on_one_and_on_other_meshes(opened):
     same = shapes(data=2, fsdp=2, tensor=2)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, same)
     saved = jax.device_put(tiny.parameters(model, tiny.LENGTH), shardings)
-    open_again().save(1, saved, {}, {})
+    checkpoints = open_again()
+    checkpoints.save(1, saved, {}, {})
+    checkpoints.wait()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     alone = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), saved)
     targets = {"one": alone, "other": shapes(data=1, fsdp=8), "same": same}
@@ -653,7 +762,7 @@ def test_checkpoints_of_earlier_releases_fit():
     """The arrays of quickstart's smoke run, by the names under which they were always saved."""
     recorded = pathlib.Path(tiny.__file__).with_name("quickstart_arrays.json").read_text("utf-8")
     state = make_experiment(presets.quickstart("smoke")).abstract_state()
-    leaves = checkpoint_store.named_leaves(state)
+    leaves = named_leaves(state)
     # But for the monitors, which start afresh where they do not fit.
     recorded = {n: form for n, form in json.loads(recorded).items() if "monitors/" not in n}
     found = {n: f"{a.dtype}{list(a.shape)}" for n, a in leaves.items() if "monitors/" not in n}
