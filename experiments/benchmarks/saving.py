@@ -66,10 +66,10 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     with tempfile.TemporaryDirectory(dir=_PLACE.value) as directory:
         seconds = measure(_SIZE.value, _TURNS.value, directory)
-    print("| | seconds, median | least and most | |\n| --- | ---: | ---: | --- |")
+    print("| what | seconds, median | least and most | times |\n| --- | ---: | ---: | ---: |")
     for name, values in seconds.items():
         most = f"{min(values):.3f}-{max(values):.3f}"
-        print(f"| {name} | {statistics.median(values):.3f} | {most} | {len(values)} times |")
+        print(f"| {name} | {statistics.median(values):.3f} | {most} | {len(values)} |")
     command.write({"gigabytes": _SIZE.value, "seconds": seconds})
 
 

@@ -39,6 +39,8 @@ _WIDTH = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("soak_seed", 0, "Of the moments of the kills.")
 
+_COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -58,7 +60,7 @@ def start(line: list[str], processes: int, log: pathlib.Path) -> list[subprocess
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
     together = [f"--coordinator_address={address}", f"--num_processes={processes}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _COMPILE_FAST}
     command = [sys.executable, "-m", "mdm_jax.launch", "train", *line]
     with log.open("ab") as first:
         return [
@@ -171,6 +173,7 @@ def soak(
 
 
 def main(_: list[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no process behind
     with tempfile.TemporaryDirectory() as directory:
         found = soak(
             pathlib.Path(directory),
