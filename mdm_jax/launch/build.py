@@ -143,9 +143,10 @@ class Experiment:
     def num_microbatches(self) -> int:
         """Parts of a batch, as configured or by the rule of ``scaled.num_microbatches``."""
         c, mesh, rows = self.config, self.mesh, self.spec.batch_size
+        patch = c.model.patch_size**2 if c.process == "gaussian" else 1
         return c.train.num_microbatches or scaled.num_microbatches(
             rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
-            self.transform.views * self.dataset.length,
+            self.transform.views * self.dataset.length // patch,
             scaled.parameters(c.model.width, c.model.depth, self.dataset.vocab_size),
             mesh.devices.flat[0].platform,
         )

@@ -116,7 +116,9 @@ def test_lengths_fitted_to_pairs_are_stored_and_unset_ones_are_no_change(tmp_pat
         (16, 128, 20_000_000, "cpu", 1),  # shape M: a pass over its gradients costs more
         (8, 32, 10_000, "cpu", 1),
         (6, 1024, 10_000, "cpu", 6),
-        (7, 512, 10_000, "cpu", 1),  # 7 rows in at most 3 parts
+        (16, 128, 1_100_000, "cpu", 1),  # the quickstart: two parts were not measured
+        (7, 1024, 10_000, "cpu", 7),
+        (11, 512, 10_000, "cpu", 1),  # 11 rows in at most 5 parts
         (2, 8192, 10_000, "cpu", 2),
     ],
 )
