@@ -28,14 +28,14 @@ _OUT = flags.DEFINE_string("figures", None, "Where figures are kept as JSON.")
 
 _HALF = {"model.param_dtype": "bfloat16", "optimizer.ema_dtype": "bfloat16"}
 _MOMENTS = ("optimizer.first_moment_dtype", "optimizer.second_moment_dtype")
-_SMALL = _HALF | dict.fromkeys(_MOMENTS, "int8")
+_SMALL = _HALF | dict.fromkeys(_MOMENTS, "bfloat16")
 _LORA = {"adapter.name": "lora", "adapter.base_dtype": "bfloat16"}
 CHOICES: dict[str, dict[str, Any]] = {
     "all float32": {},
     "moments bfloat16": dict.fromkeys(_MOMENTS, "bfloat16"),
     "moments int8": dict.fromkeys(_MOMENTS, "int8"),
-    "all bfloat16": _HALF | dict.fromkeys(_MOMENTS, "bfloat16"),
-    "bfloat16 + moments int8": _SMALL,
+    "all bfloat16": _SMALL,
+    "bfloat16 + moments int8": _HALF | dict.fromkeys(_MOMENTS, "int8"),
     "+ remat attention": _SMALL | {"model.remat": "attention"},
     "+ remat dots_without_batch": _SMALL | {"model.remat": "dots_without_batch"},
     "+ remat offload_inputs": _SMALL | {"model.remat": "offload_inputs"},

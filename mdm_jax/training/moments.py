@@ -82,6 +82,7 @@ def store_in_8_bits(
     moment's name. A second moment below 2^-32 of its row's largest is stored as that, since a zero
     would make a step infinite. Scales are per row of the last axis, so that a sharded axis costs a
     maximum over its shards. Vectors and moments below :data:`SMALLEST` numbers stay as they are.
+    New moments exist in float32 until that maximum is known, so a step's temporaries are larger.
 
     Reference: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, which rounds to
     the nearest of other codes.
@@ -133,8 +134,7 @@ def decode(stored: Codes) -> Array:
 def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
     """Numbers in (0, 1) that are a hash of key and position (the finaliser of MurmurHash3, twice).
 
-    Elementwise, so they are made where they are read; those of ``jax.random`` were stored for all
-    moments at once, 4 bytes for each parameter.
+    Elementwise, so they are made where they are read; those of ``jax.random`` may be stored.
     """
     first, second = jax.random.key_data(key)
     index, stride = jnp.zeros(shape, jnp.uint32), 1
