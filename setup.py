@@ -90,6 +90,8 @@ setuptools.setup(
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        # The compilers of `mdm compile` for GPUs, without the libraries of programs that run.
+        "gpu-compile": ["jax-cuda12-plugin>=0.10", "nvidia-cuda-nvcc-cu12>=12.6"],
         "train": TRAIN,
         "data": DATA,
         "digits": DIGITS,

@@ -106,13 +106,20 @@ class Experiment:
         """Pure step ``(state, batch, seed=the config's, frozen=None)``, not jitted; the seed can be
         traced, and so can the ``frozen`` parameters."""
 
+        def sharded(function: Callable[..., Any]) -> Callable[..., Any]:
+            return sharding.sharded_apply(function, self.mesh, sharding.LOGICAL_RULES)
+
+        def place(tree: PyTree) -> PyTree:
+            return sharding.constrain_like(self.abstract_state().params, tree)
+
+        optimizer = self.optimizer._replace(update=sharded(self.optimizer.update))
+
         def make(seed: ArrayLike, frozen: PyTree, number: ArrayLike, length: int) -> Callable:
-            apply_fn = self.apply_at(seed, number)
             return training.make_train_step(
-                sharding.sharded_apply(apply_fn, self.mesh, sharding.LOGICAL_RULES),
+                sharded(self.apply_at(seed, number)),
                 self.objective,
                 self.transform,
-                self.optimizer,
+                optimizer,
                 self.objective.spec(self.spec.batch_size, length),
                 seed=seed,
                 ema_decay=self.config.optimizer.ema_decay,
@@ -121,6 +128,7 @@ class Experiment:
                 variables=self.adapter
                 and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
                 tokens_per_batch=self.buckets and self.spec.batch_size * self.buckets.mean_eligible,
+                place=place,
             )
 
         for length in self.lengths:  # checks the settings

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import re
 
 import jax
 import pytest
@@ -18,9 +20,13 @@ def smoke(**mesh):
     return config
 
 
+def eight_config():
+    return smoke(data=2, fsdp=4)
+
+
 @pytest.fixture(scope="module")
 def eight():
-    return plan.compile_plan(smoke(data=2, fsdp=4), jax.devices())
+    return plan.compile_plan(eight_config(), jax.devices())
 
 
 def test_memory_is_that_of_the_step_that_runs(eight):
@@ -54,6 +60,35 @@ def test_collectives_reduce_gradients_over_the_devices(eight):
     assert any(one.kind in ("all-reduce", "reduce-scatter") for one in eight.collectives)
     gradients = 4 * eight.parameters
     assert sum(one.bytes_sent for one in eight.collectives) > gradients / 8
+
+
+def test_no_device_holds_whole_moments_or_the_logits_of_its_rows(eight):
+    config, state = eight_config(), make_experiment(eight_config()).abstract_state()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
+    assert whole / 4 <= eight.state["opt_state"] < 1.1 * whole / 4
+    vocabulary = state.params["params"]["embedding"].shape[0]
+    wide = re.findall(rf"f32\[([\d,]+),{vocabulary}\]", eight.text)
+    leading = [math.prod(map(int, dims.split(","))) for dims in wide]
+    rows = config.train.batch_size // 8
+    assert 0 < max(leading) < rows * config.data.length, leading
+
+
+@pytest.mark.slow
+def test_collectives_of_the_draw_do_not_grow_with_the_model():
+    """All but those with a dimension of the model are the same for another width."""
+
+    def collectives(width):
+        config = eight_config()
+        config.model.width = width
+        made = plan.compile_plan(config, jax.devices())
+        return {one for one in made.collectives if one.group > 1}
+
+    narrow, wide = collectives(24), collectives(40)
+    assert sum(one.bytes_sent for one in narrow & wide) > 0
+    for width, own in ((24, narrow - wide), (40, wide - narrow)):
+        for one in own:
+            sizes = [int(size) for size in re.findall(r"\d+", one.type.replace("f32", ""))]
+            assert any(size % (width // 4) == 0 for size in sizes), one
 
 
 def test_command_prints_plans_and_writes_figures(tmp_path):
@@ -254,3 +289,21 @@ def test_a_small_pod_that_is_not_there():
     made = plan.compile_plan(config, targets.devices("v5e:2x2"))
     assert 0 < made.memory < 16e9 and made.collectives and not made.unknown_loops
     assert made.fits(targets.CHIPS["v5e"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs the compilers for GPUs: pip install 'mdm_jax[gpu-compile]'",
+)
+def test_gpus_that_are_not_there():
+    config = presets.quickstart("smoke")
+    config.update({"mesh": {"data": 2, "fsdp": 2}})
+    made = plan.compile_plan(config, targets.devices("h100:4"))
+    assert 0 < made.memory < 80e9 and made.fits(targets.CHIPS["h100"])
+    kinds = {one.kind for one in made.collectives}
+    assert {"all-gather", "reduce-scatter"} <= kinds, kinds
+    config.model.dtype = "bfloat16"  # for which "auto" is cuDNN's kernel
+    if importlib.util.find_spec("nvidia.cudnn") is None:
+        with pytest.raises(ValueError, match="config.model.attention=einsum"):
+            plan.compile_plan(config, targets.devices("h100:4"))

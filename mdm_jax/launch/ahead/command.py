@@ -12,9 +12,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mdm_jax import files
+from mdm_jax.launch.ahead import collectives, targets
 from mdm_jax.launch.ahead import plan as plans
-from mdm_jax.launch.ahead import program as programs
-from mdm_jax.launch.ahead import targets
 from mdm_jax.launch.ahead.plan import Plan
 from mdm_jax.launch.ahead.targets import Chip
 
@@ -112,10 +111,21 @@ def describe(made: Plan, chip: Chip) -> str:
         f"  matrix products: {made.flops / 1e12:.3f} TFLOP a device; memory traffic "
         f"{made.traffic / 1e9:.1f} GB (estimated from the compiled program)",
     ]
-    totals = programs.describe(made.collectives)
-    for kind, (count, size) in totals.items():
-        lines.append(f"  {kind}: {count} a step, {size / 1e9:.3f} GB sent by a device")
-    if not totals:
+    totals = collectives.describe(made.collectives)
+    for kind, one in totals.items():
+        size = one.bytes_sent / 1e9
+        lines.append(f"  {kind}: {one.count} a step, {size:.3f} GB sent by a device")
+    if sent := sum(one.bytes_sent for one in totals.values()):
+        shares = (
+            sum(getattr(one, name) for one in totals.values()) / sent
+            for name in ("asynchronous", "overlapped")
+        )
+        lines.append(
+            "  of these bytes {:.0%} are sent asynchronously, {:.0%} beside matrix products".format(
+                *shares
+            )
+        )
+    else:
         lines.append("  no collectives")
     if chip.platform != "cpu":
         seconds = made.seconds(chip)

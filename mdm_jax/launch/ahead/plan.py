@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from mdm_jax import rng, sharding, training
 from mdm_jax.draws import iid
-from mdm_jax.launch.ahead import stand_in
-from mdm_jax.launch.ahead.program import Buffer, Collective, Module, count_flops
+from mdm_jax.launch.ahead import collectives, stand_in, targets
+from mdm_jax.launch.ahead.collectives import Collective
+from mdm_jax.launch.ahead.program import Buffer, Module, count_flops
 from mdm_jax.launch.ahead.targets import Chip
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.types import Batch, PyTree
@@ -89,7 +90,8 @@ def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str
         ) from error
     flops = count_flops(traced.jaxpr) / len(devices)
     try:
-        compiled = traced.lower().compile()
+        options = targets.compiler_options(devices[0].platform)
+        compiled = traced.lower().compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise ValueError(f"the compiler of {devices[0].platform} failed: {error}") from error
@@ -110,7 +112,7 @@ def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str
         state={name: bytes_per_device(part) for name, part in donated.items()},
         flops=flops,
         traffic=module.traffic(),
-        collectives=module.collectives(),
+        collectives=collectives.find(module),
         largest=module.largest(),
         unknown_loops=module.unknown_loops,
         compile_seconds=seconds,

@@ -5,14 +5,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
-
-COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
-)
-
 
 _PRODUCTS = {"dot_general": "dimension_numbers", "product": "dimensions"}
 """Primitives of matrix products (models/products.py has the second), and their parameter."""
@@ -36,6 +30,13 @@ def _equation_flops(equation: Any) -> int:
         shape = equation.invars[0].aval.shape
         depth = math.prod(shape[axis] for axis in contracted)
         return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+    if name == "ragged_dot_general":  # each row of the left operand meets one of a group's
+        numbers = params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        left, right = (variable.aval.shape for variable in equation.invars[:2])
+        kept = {*contracted, *batch, *numbers.rhs_group_dimensions}
+        free = [size for axis, size in enumerate(right) if axis not in kept]
+        return 2 * math.prod(left) * math.prod(free)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = params["dimension_numbers"].rhs_spec[0]
@@ -75,23 +76,16 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Size of the result, all parts of a tuple together."""
-        return sum(size for size, _ in arrays(self.type))
+        """Size of the result in a device's memory, all parts of a tuple together.
+
+        A TPU's vector memory is not counted: arrays of memory space 1 with a tiled layout.
+        """
+        return sum(size for size, _ in arrays(_ON_CHIP.sub("", self.type)))
 
     def named(self, attribute: str) -> str | None:
         """A computation that an attribute names."""
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
         return match and match[1]
-
-
-class Collective(NamedTuple):
-    """Collectives of one kind and type: how many a step, and bytes a device sends for them."""
-
-    kind: str
-    type: str
-    group: int
-    count: int
-    bytes_sent: float
 
 
 class Buffer(NamedTuple):
@@ -101,6 +95,8 @@ class Buffer(NamedTuple):
     type: str
     origin: str
 
+
+_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^{}]*:T\([^{}]*S\(1\)\}")
 
 _SIZES = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2, "c64": 8, "c128": 16}
 
@@ -141,6 +137,7 @@ class Module:
         self.unknown_loops = 0
         self._runs = collections.Counter()
         self._fused: set[str] = set()
+        self._products: dict[str, bool] = {}  # by computation, where it has been asked
         self._visit(self.entry, 1, False)
 
     def _visit(self, name: str, times: int, fused: bool) -> None:
@@ -151,9 +148,9 @@ class Module:
         for one in self.computations.get(name, {}).values():
             inside = fused or one.opcode == "fusion"
             if one.opcode == "while":
-                trips = re.search(r"known_trip_count\D*?(\d+)", one.rest)
+                trips = self._trips(one, self.computations[name])
                 self.unknown_loops += trips is None
-                loops = times * (int(trips[1]) if trips else 1)
+                loops = times * (1 if trips is None else trips)
                 self._visit(one.named("body"), loops, inside)
                 self._visit(one.named("condition"), loops, inside)
             elif one.opcode == "conditional":
@@ -161,6 +158,30 @@ class Module:
                     self._visit(branch, times, inside)
             elif called := one.named("calls") or (one.opcode == "call" and one.named("to_apply")):
                 self._visit(called, times, inside)
+
+    def _trips(self, one: Instruction, here: Mapping[str, Instruction]) -> int | None:
+        """How often a loop runs, where the compiler says so or counts to a constant."""
+        if known := re.search(r"known_trip_count\D*?(\d+)", one.rest):
+            return int(known[1])
+        condition, body = (
+            self.computations.get(one.named(part) or "", {}) for part in ("condition", "body")
+        )
+        test, after = (list(part.values())[-1:] for part in (condition, body))
+        before = here.get(one.operands[0]) if one.operands else None
+        if not (test and after and before and "direction=LT" in test[0].rest):
+            return None
+        counter = condition.get(test[0].operands[0])
+        index = re.search(r"index=(\d+)", counter.rest) if counter else None
+        if index is None or {after[0].opcode, before.opcode} != {"tuple"}:
+            return None
+        limit = _constant(test[0].operands[1], condition)
+        start = _constant(before.operands[int(index[1])], here)
+        added = body.get(after[0].operands[int(index[1])])
+        steps = [_constant(name, body) for name in added.operands] if added else []
+        step = next((step for step in steps if step is not None), None)
+        if added is None or added.opcode != "add" or None in (limit, start, step):
+            return None
+        return max(0, -(-(limit - start) // step))
 
     def _branches(self, one: Instruction) -> list[str]:
         several = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
@@ -176,25 +197,28 @@ class Module:
                 for one in self.computations.get(name, {}).values():
                     yield one, times, name
 
-    def collectives(self) -> list[Collective]:
-        """Collectives by kind, type and size of their groups, most bytes first."""
-        counts, sent = collections.Counter(), collections.Counter()
-        for one, times, _ in self._instructions(fused=True):
-            kind = one.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            parts = arrays(one.type)
-            if one.opcode.endswith("-start") and kind != "all-reduce":
-                # (operands, results, and at times contexts): results are the second part.
-                parts = [part for part in parts if part[0] > 8]
-                parts = parts[len(parts) // 2 :]
-            group = group_size(one.rest, self.devices)
-            key = kind, " ".join(shape for _, shape in parts), group
-            counts[key] += times
-            sent[key] += times * bytes_sent(kind, sum(size for size, _ in parts), group)
-        return [
-            Collective(*key, count=counts[key], bytes_sent=size) for key, size in sent.most_common()
-        ]
+    def scheduled(self) -> Iterator[tuple[str, int]]:
+        """Computations whose instructions run one after another, and how often."""
+        for name, times in self._runs.items():
+            if name not in self._fused:
+                yield name, times
+
+    def has_product(self, one: Instruction) -> bool:
+        """Whether an instruction takes a matrix product, by itself or in what it calls."""
+        if one.opcode in ("dot", "convolution"):
+            return True
+        if one.opcode == "custom-call":
+            target = re.search(r'custom_call_target="([^"]*)"', one.rest)
+            return target is not None and any(name in target[1] for name in _KERNELS)
+        called = re.findall(r"\b(?:calls|body|to_apply)=%?([\w.\-]+)", one.rest)
+        return any(map(self._has_product, called))
+
+    def _has_product(self, name: str) -> bool:
+        if name not in self._products:
+            self._products[name] = any(
+                map(self.has_product, self.computations.get(name, {}).values())
+            )
+        return self._products[name]
 
     def traffic(self) -> float:
         """Bytes that a device reads from and writes to its memory in a step.
@@ -213,11 +237,13 @@ class Module:
 
     def _written(self, one: Instruction, here: Mapping[str, Instruction]) -> int:
         body = self.computations.get(one.named("calls") or "", {}) if one.opcode == "fusion" else {}
-        root = list(body.values())[-1] if body else one
+        if one.opcode.endswith("-start") and one.type.startswith("("):  # operands are in it
+            operands = sum(here[name].bytes for name in one.operands if name in here)
+            return max(0, one.bytes - operands)
         where = body or here
-        if root.opcode == "dynamic-update-slice" and root.operands[1] in where:
-            return where[root.operands[1]].bytes
-        return one.bytes
+        root = list(body.values())[-1] if body else one
+        results = [where[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        return sum(_part_written(result, where) for result in results)
 
     def _read(self, one: Instruction, here: Mapping[str, Instruction]) -> int:
         sizes = [here[name].bytes if name in here else 0 for name in one.operands]
@@ -250,10 +276,24 @@ class Module:
         return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:count]
 
 
+_KERNELS = ("tpu_custom_call", "cublas", "cudnn", "flash", "fmha", "gemm", "triton")
+"""Parts of the names of kernels that take products."""
+
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "opt-barrier", "partition-id", "replica-id", "add-dependency"),
 }
+
+
+def _part_written(one: Instruction, here: Mapping[str, Instruction]) -> int:
+    """Bytes of a result that are new: of a stack the slice, of what is passed on nothing."""
+    while one.opcode == "bitcast" and one.operands[0] in here:
+        one = here[one.operands[0]]
+    if one.opcode == "parameter":
+        return 0
+    if one.opcode == "dynamic-update-slice" and one.operands[1] in here:
+        return here[one.operands[1]].bytes
+    return one.bytes
 
 
 def _slices(parameter: Instruction):
@@ -264,6 +304,15 @@ def _slices(parameter: Instruction):
         return sliced and user.operands[0] == parameter.name
 
     return test
+
+
+def _constant(name: str, here: Mapping[str, Instruction]) -> int | None:
+    """The value of a scalar integer that is a constant, or a copy of one."""
+    one = here.get(name)
+    while one is not None and one.opcode in ("copy", "bitcast"):
+        one = here.get(one.operands[0])
+    value = re.match(r"\((-?\d+)\)", one.rest) if one and one.opcode == "constant" else None
+    return int(value[1]) if value else None
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -295,45 +344,3 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return start + match.start()
     return len(text) - 1
-
-
-def group_size(attributes: str, devices: int) -> int:
-    """Devices of a collective's groups, from replica_groups; 2 for pairs of a permutation.
-
-    Empty or no groups stand for all ``devices``.
-    """
-    if "source_target_pairs" in attributes:
-        return 2
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-    if axes:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
-    iota = re.search(r"replica_groups=\[(\d+(?:,\d+)*)\]<=", attributes)
-    if iota:
-        return int(iota[1].split(",")[-1])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return len(listed[1].split(",")) if listed and listed[1] else devices
-
-
-def bytes_sent(kind: str, size: float, group: int) -> float:
-    """Bytes that a device sends in a ring for a collective whose result has ``size`` bytes.
-
-    Chan et al. 2007: an all-reduce is a reduce-scatter and an all-gather.
-    """
-    share = (group - 1) / group if group else 0.0
-    return size * {
-        "all-gather": share,
-        "all-reduce": 2 * share,
-        "reduce-scatter": group - 1,  # the result is one of ``group`` parts
-        "all-to-all": share,
-        "ragged-all-to-all": share,
-    }.get(kind, 1.0)
-
-
-def describe(collectives: Iterable[Collective]) -> Mapping[str, tuple[int, float]]:
-    """(number, bytes sent) by kind of collective."""
-    totals: dict[str, tuple[int, float]] = {}
-    for one in collectives:
-        count, size = totals.get(one.kind, (0, 0.0))
-        totals[one.kind] = count + one.count, size + one.bytes_sent
-    return totals

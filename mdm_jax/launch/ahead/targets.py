@@ -134,6 +134,22 @@ def devices(topology: str) -> Sequence[jax.Device]:
         ) from error
 
 
+def compiler_options(platform: str) -> dict[str, str | int]:
+    """What a compiler needs to be told where the target's devices are not there.
+
+    A GPU's: where its assembler and library of functions lie, if a package has them, and to choose
+    kernels without timing them.
+    """
+    if platform not in ("gpu", "cuda"):
+        return {}
+    options: dict[str, str | int] = {"xla_gpu_autotune_level": 0}
+    with contextlib.suppress(ModuleNotFoundError):
+        found = importlib.util.find_spec("nvidia.cuda_nvcc")
+        if found and found.submodule_search_locations:
+            options["xla_gpu_cuda_data_dir"] = found.submodule_search_locations[0]
+    return options
+
+
 def _own(number: int) -> Sequence[jax.Device]:
     if len(jax.devices("cpu")) < number:
         raise ValueError(
@@ -144,19 +160,14 @@ def _own(number: int) -> Sequence[jax.Device]:
 
 
 def _check_installed(platform: str, topology: str) -> None:
-    version = jax.__version__
-    needed, packages = {
-        "tpu": ("libtpu", "'mdm_jax[tpu]'"),
-        "gpu": (
-            "jax_cuda12_plugin",
-            f"--no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} "
-            "nvidia-cuda-nvcc-cu12",
-        ),
+    needed, extra = {
+        "tpu": ("libtpu", "tpu"),
+        "gpu": ("jax_cuda12_plugin", "gpu-compile"),
     }[platform]
     if importlib.util.find_spec(needed) is None:
         raise ValueError(
             f"--topology={topology} needs the compiler of that target, which runs without the "
-            f"hardware: pip install {packages}"
+            f"hardware: pip install 'mdm_jax[{extra}]'"
         )
 
 
