@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -21,6 +22,7 @@ LOGICAL_RULES = (
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("layers", None),
+    ("matrices", ("fsdp", "tensor")),
 )
 """Logical axis of a parameter or an activation -> mesh axis, or axes, that shard it."""
 
@@ -192,6 +194,13 @@ def constrain(x: Array, *names: str | None) -> Array:
     return x if layout is None else jax.lax.with_sharding_constraint(x, NamedSharding(*layout))
 
 
+def constrain_like(abstract: PyTree, tree: PyTree) -> PyTree:
+    """``tree`` sharded as the abstract arrays of the same structure are, inside ``jit``."""
+    return jax.tree.map(
+        lambda leaf, like: jax.lax.with_sharding_constraint(leaf, like.sharding), tree, abstract
+    )
+
+
 def map_shards(
     function: Callable[..., Array], names: tuple[tuple[str | None, ...], ...], *arrays: Array
 ) -> Array:
@@ -207,6 +216,49 @@ def map_shards(
         function, mesh=layouts[0][0], in_specs=specs, out_specs=specs[0], check_vma=False
     )
     return mapped(*arrays)
+
+
+def gather(shard: Array, name: str, axis: int, size: int, dtype: jnp.dtype) -> Array:
+    """Inside :func:`map_shards`: all shards, in ``dtype``, of an array that has ``size`` along an
+    axis of this logical name. Gradients are summed over the devices in float32."""
+    if shard.shape[axis] == size:
+        return shard.astype(dtype)
+    mesh_axis = dict(nn.get_logical_axis_rules())[name]
+
+    @jax.custom_jvp
+    def together(shard: Array) -> Array:
+        return jax.lax.all_gather(shard.astype(dtype), mesh_axis, axis=axis, tiled=True)
+
+    @together.defjvp
+    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        wide = tangents[0].astype(jnp.float32)
+        tangent = jax.lax.all_gather(wide, mesh_axis, axis=axis, tiled=True)
+        return together(*primals), tangent.astype(dtype)
+
+    return together(shard)
+
+
+def add_shards(part: Array, name: str, here: int, size: int) -> Array:
+    """Inside :func:`map_shards`: the sum of what devices computed from ``here`` of ``size`` along a
+    logical axis."""
+    return part if here == size else jax.lax.psum(part, dict(nn.get_logical_axis_rules())[name])
+
+
+def map_stack(function: Callable[[Array], Array], stack: Array, name: str) -> Array:
+    """``function(stack)`` for one that treats the members of a stack [K, ...] one by one.
+
+    Every device has whole members, by the mesh axes of the logical ``name``; members of zeros are
+    added where these do not divide K. Outside :func:`sharded_apply` it is the function alone.
+    """
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    axes = None if mesh.empty else dict(rules).get(name)
+    ways = _ways(mesh, axes)
+    if ways == 1:
+        return function(stack)
+    where = NamedSharding(mesh, PartitionSpec(axes))
+    padding = [(0, -len(stack) % ways)] + [(0, 0)] * (stack.ndim - 1)
+    placed = jax.lax.with_sharding_constraint(jnp.pad(stack, padding), where)
+    return jax.lax.with_sharding_constraint(function(placed), where)[: len(stack)]
 
 
 def num_shards(size: int, name: str) -> int:

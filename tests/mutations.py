@@ -492,9 +492,30 @@ MUTATIONS = [
     Mutation(
         "Muon: of the output head, too",
         "training/optimizers.py",
-        'matrix if {"kernel", TRAINED} & names and "head" not in names else None',
-        'matrix if {"kernel", TRAINED} & names else None',
+        '"muon" if {"kernel", TRAINED} & names and "head" not in names else "adam"',
+        '"muon" if {"kernel", TRAINED} & names else "adam"',
         OPTIMIZERS,
+    ),
+    Mutation(
+        "Muon: matrices orthogonalised in shards",
+        "training/muon.py",
+        'map_stack(function, x, "matrices") if x.ndim == 3 else function(x)',
+        "function(x)",
+        OPTIMIZERS,
+    ),
+    Mutation(
+        "scanned layers: the backward pass keeps derivatives of activations",
+        "models/layers.py",
+        "return jax.checkpoint(function, prevent_cse=False)",
+        "return function",
+        "tests/unit/models/test_rematerialisation.py",
+    ),
+    Mutation(
+        "mixture: every device sorts the tokens of all",
+        "models/moe.py",
+        "return map_shards(self._mix, names, x.astype(self.dtype), router, bias, gate, up, down)",
+        "return self._mix(x.astype(self.dtype), router, bias, gate, up, down)",
+        "tests/unit/models/test_moe.py",
     ),
     Mutation(
         "monitors: the baseline takes nothing off",

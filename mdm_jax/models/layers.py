@@ -25,11 +25,15 @@ KERNEL_INIT: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "trun
 
 
 class Linear(nn.Module):
-    """``x W (+ b)`` with operands in ``dtype`` and float32 accumulation in both passes."""
+    """``x W (+ b)`` with operands in ``dtype`` and float32 accumulation in both passes.
+
+    The result is float32, or of ``dtype`` if ``rounded``.
+    """
 
     features: int
     axes: tuple[str, str]
     use_bias: bool = False
+    rounded: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     kernel_init: Initializer = KERNEL_INIT
@@ -39,13 +43,14 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
         # The backward pass keeps x in the operands' dtype, and no copy of the kernel.
-        y = product("...i,io->...o", x.astype(self.dtype), kernel, self.dtype)
+        out_dtype = self.dtype if self.rounded else None
+        y = product("...i,io->...o", x.astype(self.dtype), kernel, self.dtype, out_dtype)
         y = lora.add(self, x, y, self.dtype)
-        if not self.use_bias:
-            return y
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-        bias = self.param("bias", zeros, (self.features,), self.param_dtype)
-        return y + _last_axis(bias, y)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            bias = self.param("bias", zeros, (self.features,), self.param_dtype)
+            y = y + _last_axis(bias, y)
+        return y.astype(self.dtype) if self.rounded else y
 
 
 class Kernel(nn.Module):
@@ -83,8 +88,18 @@ def look_up(table: Array, indices: Array) -> Array:
     Each device of a replica takes its columns for all rows of the replica; then rows and columns
     change places, both ways, which moves the rows' vectors alone and not the table.
     """
+    indices = constrain(indices, "replica", None)
     vectors = constrain(jnp.take(table, indices, axis=0), "replica", None, "embed")
     return constrain(vectors.astype(jnp.float32), "batch", None, None)
+
+
+def recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
+    """``function``, of whose values the backward pass keeps the arguments alone.
+
+    For elementwise functions and norms, whose intermediate results are wider than their arguments:
+    a scan over layers would store all of them.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 class Norm(nn.Module):
@@ -102,14 +117,19 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        scale = None
+        if self.learned:
+            ones = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+            scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+        return recomputed(self._normalise)(x, scale)
+
+    def _normalise(self, x: Array, scale: Array | None) -> Array:
         x = x.astype(jnp.float32)
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        if not self.learned:
+        if scale is None:
             return x
-        ones = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
-        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
         x = x.astype(self.rounded) * _last_axis(scale, x).astype(self.rounded)
         return x.astype(jnp.float32)
 
@@ -163,8 +183,11 @@ def rotary_embedding(
 
 
 def apply_rotary(x: Array, rotary: Rotary) -> Array:
-    """Queries or keys [N, L, H, D] rotated by :func:`rotary_embedding`, or their first numbers."""
-    half = rotary.sin.shape[-1]
+    """Queries or keys [N, L, H, D] rotated by :func:`rotary_embedding`, or their first numbers.
+
+    In float32, if not wider.
+    """
+    x, half = _wide(x), rotary.sin.shape[-1]
     sin, cos = (jnp.asarray(table, x.dtype) for table in rotary)
     first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
@@ -179,22 +202,38 @@ def _gelu_argument(x: Array) -> Array:
 
 
 @jax.custom_jvp
-def gelu(x: Array) -> Array:
-    """``x Phi(x)`` by the tanh approximation (Hendrycks & Gimpel 2016), as ``jax.nn.gelu``.
-
-    The backward pass keeps ``x`` alone. The forward pass writes the tanh as a logistic function,
-    since a compiler that finds one expression in both passes would keep its result too.
-    """
+def _gelu(x: Array) -> Array:
+    # A logistic function here and a tanh in the derivative: a compiler that found one expression
+    # in both passes would keep its result.
     return x * jax.nn.sigmoid(2 * _gelu_argument(x))
 
 
-@gelu.defjvp
+@_gelu.defjvp
 def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
     tanh = jnp.tanh(_gelu_argument(x))
     inner = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * jnp.square(x))
     derivative = 0.5 * (1 + tanh) + 0.5 * x * (1 - jnp.square(tanh)) * inner
-    return gelu(x), tangent * derivative
+    return _gelu(x), tangent * derivative
+
+
+@recomputed
+def gelu(x: Array) -> Array:
+    """``x Phi(x)`` by the tanh approximation (Hendrycks & Gimpel 2016), as ``jax.nn.gelu``.
+
+    Computed in float32, returned in the dtype of ``x``, which the backward pass keeps alone.
+    """
+    return _gelu(_wide(x)).astype(x.dtype)
+
+
+@recomputed
+def swiglu(gate: Array, x: Array) -> Array:
+    """``silu(gate) x`` (Shazeer 2020), dtypes and memory as of :func:`gelu`."""
+    return (jax.nn.silu(_wide(gate)) * _wide(x)).astype(x.dtype)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def logsnr_features(logsnr: Array, width: int) -> Array:

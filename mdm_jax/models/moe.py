@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.models.layers import swiglu
+from mdm_jax.sharding import add_shards, gather, map_shards
 from mdm_jax.types import Array
 
 
@@ -39,11 +41,15 @@ class Experts:
         return self.layers is None or layer in self.layers
 
 
+_ROWS, _INWARD, _OUTWARD = ("batch", None, None), (None, "embed", "mlp"), (None, "mlp", "embed")
+
+
 class Mixture(nn.Module):
     """SwiGLU experts, ``x`` [N, L, D] to [N, L, D] float32.
 
     Probabilities are a float32 softmax over all experts and are not renormalised over the chosen
-    ones (LLaDA-MoE). Tokens are sorted by expert, so that each expert multiplies its own.
+    ones (LLaDA-MoE). Tokens are sorted by expert, so that each expert multiplies its own. On a mesh
+    every device sorts the tokens of its own rows, for which it gathers the experts' kernels.
     """
 
     experts: Experts
@@ -53,36 +59,40 @@ class Mixture(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         e, width = self.experts, x.shape[-1]
-        rows = x.reshape(-1, width).astype(self.dtype)
-        logits = rows @ self._kernel("router", (width, e.count), ("embed", None))
-        chance = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        router = self._kernel("router", (width, e.count), ("embed", None))
+        bias = jnp.zeros((e.count,), jnp.float32)
         if e.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-            chance = chance + self.param("router_bias", zeros, (e.count,), jnp.float32)[None]
+            bias = self.param("router_bias", zeros, (e.count,), jnp.float32)
+        gate, up = (self._kernel(n, (e.count, width, e.hidden), _INWARD) for n in ("gate", "up"))
+        down = self._kernel("down", (e.count, e.hidden, width), _OUTWARD)
+        names = (_ROWS, ("embed", None), (None,), _INWARD, _INWARD, _OUTWARD)
+        return map_shards(self._mix, names, x.astype(self.dtype), router, bias, gate, up, down)
+
+    def _mix(self, x: Array, router: Array, bias: Array, *kernels: Array) -> Array:
+        e, width = self.experts, x.shape[-1]
+        gate, up = (gather(kernel, "embed", 1, width, self.dtype) for kernel in kernels[:2])
+        down = gather(kernels[2], "embed", 2, width, self.dtype)
+        rows = x.reshape(-1, width)
+        logits = rows @ gather(router, "embed", 0, width, self.dtype)
+        chance = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) + bias[None]
         weights, chosen = jax.lax.top_k(chance, e.per_token)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         visits, sizes = rows[order // e.per_token], jnp.bincount(chosen.reshape(-1), length=e.count)
 
-        def multiply(x: Array, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
-            kernel = self._kernel(name, (e.count, *shape), (None, *axes))
-            return jax.lax.ragged_dot(
-                x.astype(self.dtype),
-                kernel,
-                sizes.astype(jnp.int32),
-                preferred_element_type=jnp.float32,
-            )
+        def multiply(x: Array, kernel: Array) -> Array:
+            sums = {"preferred_element_type": jnp.float32}
+            return jax.lax.ragged_dot(x, kernel, sizes.astype(jnp.int32), **sums)
 
-        inward, outward = ("embed", "mlp"), ("mlp", "embed")
-        gate = multiply(visits, "gate", (width, e.hidden), inward)
-        up = multiply(visits, "up", (width, e.hidden), inward)
-        y = multiply(jax.nn.silu(gate) * up, "down", (e.hidden, width), outward)
+        hidden = swiglu(*(multiply(visits, kernel).astype(self.dtype) for kernel in (gate, up)))
+        y = multiply(hidden, down)
         weights = weights.astype(self.dtype).astype(jnp.float32).reshape(-1)[order]
         # Every token's visits, back in its own order, are summed.
         y = jnp.zeros_like(y).at[order].set(y * weights[:, None], unique_indices=True)
-        return y.reshape(*x.shape[:-1], e.per_token, width).sum(axis=-2)
+        y = y.reshape(*x.shape[:-1], e.per_token, width).sum(axis=-2)
+        return add_shards(y, "mlp", down.shape[1], e.hidden)
 
     def _kernel(self, name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> Array:
         batch = tuple(range(len(shape) - 2))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=batch)
-        kernel = self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
-        return kernel.astype(self.dtype)
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)

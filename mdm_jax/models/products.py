@@ -18,10 +18,18 @@ from mdm_jax.types import Array
 Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def product(spec: str, left: Array, right: Array, dtype: jnp.dtype | None = None) -> Array:
+def product(
+    spec: str,
+    left: Array,
+    right: Array,
+    dtype: jnp.dtype | None = None,
+    out_dtype: jnp.dtype | None = None,
+) -> Array:
     """``einsum(spec, left, right)`` with operands rounded to ``dtype`` (default: that of ``left``).
 
-    The result is float32, or float64 if ``dtype`` is. Gradients have the dtype of their operand.
+    The result is float32, or float64 if ``dtype`` is, and rounded to ``out_dtype`` if that is
+    given: what rematerialisation keeps of it is then as narrow. Gradients have the dtype of their
+    operand.
     Supports forward and reverse mode, ``vmap``, ``scan`` and sharding. In the spec, such as
     "nhqd,nhkd->nhqk", each letter occurs once in two or all of the three terms, else ValueError;
     "..." stands for leading axes of ``left`` and the result.
@@ -40,7 +48,8 @@ def product(spec: str, left: Array, right: Array, dtype: jnp.dtype | None = None
         tuple(tuple(term.index(x) for x in letters) for term in (a, b))
         for letters in (summed, batch)
     )
-    result = product_p.bind(left, right, dimensions=dimensions, dtype=dtype)
+    out_dtype = _wide(dtype) if out_dtype is None else jnp.dtype(out_dtype)
+    result = product_p.bind(left, right, dimensions=dimensions, dtype=dtype, out_dtype=out_dtype)
     order = [(batch + free).index(letter) for letter in out]
     return result if order == sorted(order) else jnp.transpose(result, order)
 
@@ -56,19 +65,25 @@ def _letters(spec: str, ndim: int) -> tuple[str, str, str]:
     return a, b, out
 
 
-def _multiply(left: Array, right: Array, *, dimensions: Dimensions, dtype) -> Array:
-    wide = jnp.promote_types(dtype, jnp.float32)
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _multiply(left: Array, right: Array, *, dimensions: Dimensions, dtype, out_dtype) -> Array:
     left, right = left.astype(dtype), right.astype(dtype)
-    return lax.dot_general(left, right, dimensions, preferred_element_type=wide)
+    y = lax.dot_general(left, right, dimensions, preferred_element_type=_wide(dtype))
+    return y.astype(out_dtype)
 
 
-def _multiply_on_cpu(left: Array, right: Array, *, dimensions: Dimensions, dtype) -> Array:
+def _multiply_on_cpu(
+    left: Array, right: Array, *, dimensions: Dimensions, dtype, out_dtype
+) -> Array:
     # The CPU's fast kernels need the summed axes of the left operand last, as in a forward pass.
     # Gradients of weights, keys and values sum over leading axes: the smaller operand is transposed
     # and put first. The barriers keep the compiler from folding the transpose into the product.
     (left_sum, right_sum), (left_batch, right_batch) = dimensions
     if set(left_sum) == set(range(left.ndim - len(left_sum), left.ndim)):
-        return _multiply(left, right, dimensions=dimensions, dtype=dtype)
+        return _multiply(left, right, dimensions=dimensions, dtype=dtype, out_dtype=out_dtype)
     left_free = _free(left.ndim, left_sum, left_batch)
     right_free = _free(right.ndim, right_sum, right_batch)
     batch = tuple(range(len(left_batch)))
@@ -80,18 +95,19 @@ def _multiply_on_cpu(left: Array, right: Array, *, dimensions: Dimensions, dtype
     if left.size <= right.size:
         left, last = summed_last(left, left_free, left_sum, left_batch)
         by_left = ((last, right_sum), (batch, right_batch))
-        y = _multiply(left, right, dimensions=by_left, dtype=dtype)
+        y = _multiply(left, right, dimensions=by_left, dtype=dtype, out_dtype=out_dtype)
         # A transpose that the compiler folds into the result has no kernel for narrow operands.
         return y if dtype.itemsize >= 4 else lax.optimization_barrier(y)
     right, last = summed_last(right, right_free, right_sum, right_batch)
     by_right = ((last, left_sum), (batch, left_batch))
-    y = lax.optimization_barrier(_multiply(right, left, dimensions=by_right, dtype=dtype))
+    y = _multiply(right, left, dimensions=by_right, dtype=dtype, out_dtype=out_dtype)
+    y = lax.optimization_barrier(y)
     split = len(batch) + len(right_free)
     return jnp.transpose(y, [*batch, *range(split, y.ndim), *range(len(batch), split)])
 
 
-def _shape(left, right, *, dimensions: Dimensions, dtype) -> jax.core.ShapedArray:
-    multiply = functools.partial(_multiply, dimensions=dimensions, dtype=dtype)
+def _shape(left, right, **options) -> jax.core.ShapedArray:
+    multiply = functools.partial(_multiply, **options)
     out = jax.eval_shape(multiply, left, right)
     return jax.core.ShapedArray(out.shape, out.dtype)
 
@@ -100,35 +116,41 @@ def _free(ndim: int, *used: tuple[int, ...]) -> list[int]:
     return [axis for axis in range(ndim) if not any(axis in group for group in used)]
 
 
-def _left_gradient(cotangent, left, right: Array, *, dimensions: Dimensions, dtype) -> Array:
+def _left_gradient(
+    cotangent, left, right: Array, *, dimensions: Dimensions, dtype, out_dtype
+) -> Array:
+    del out_dtype
     (left_sum, right_sum), (left_batch, right_batch) = dimensions
     left_ndim, batch = len(left.aval.shape), tuple(range(len(left_batch)))
     left_free = _free(left_ndim, left_sum, left_batch)
     right_free = _free(right.ndim, right_sum, right_batch)
     last = tuple(range(cotangent.ndim - len(right_free), cotangent.ndim))
     back = ((last, tuple(right_free)), (batch, right_batch))
-    result = product_p.bind(cotangent, right, dimensions=back, dtype=dtype)
+    result = product_p.bind(cotangent, right, dimensions=back, dtype=dtype, out_dtype=_wide(dtype))
     # Now [batch, free axes of left, summed axes in the order of right].
     summed = [left_sum[right_sum.index(axis)] for axis in sorted(right_sum)]
     order = np.argsort([*left_batch, *left_free, *summed])
     return jnp.transpose(result, order).astype(left.aval.dtype)
 
 
-def _right_gradient(cotangent, left: Array, right, *, dimensions: Dimensions, dtype) -> Array:
+def _right_gradient(
+    cotangent, left: Array, right, *, dimensions: Dimensions, dtype, out_dtype
+) -> Array:
+    del out_dtype
     (left_sum, right_sum), (left_batch, right_batch) = dimensions
     right_ndim, batch = len(right.aval.shape), tuple(range(len(left_batch)))
     left_free = _free(left.ndim, left_sum, left_batch)
     right_free = _free(right_ndim, right_sum, right_batch)
     middle = tuple(range(len(batch), len(batch) + len(left_free)))
     back = ((tuple(left_free), middle), (left_batch, batch))
-    result = product_p.bind(left, cotangent, dimensions=back, dtype=dtype)
+    result = product_p.bind(left, cotangent, dimensions=back, dtype=dtype, out_dtype=_wide(dtype))
     # Now [batch, summed axes in the order of left, free axes of right].
     summed = [right_sum[left_sum.index(axis)] for axis in sorted(left_sum)]
     order = np.argsort([*right_batch, *summed, *right_free])
     return jnp.transpose(result, order).astype(right.aval.dtype)
 
 
-def _batched(operands, axes, *, dimensions: Dimensions, dtype) -> tuple[Array, int]:
+def _batched(operands, axes, *, dimensions: Dimensions, **dtypes) -> tuple[Array, int]:
     # The new axis comes first; a free axis of one operand, or a batch axis of both.
     mapped = [axis is not None for axis in axes]
     left, right = (
@@ -145,7 +167,7 @@ def _batched(operands, axes, *, dimensions: Dimensions, dtype) -> tuple[Array, i
         batches, out_axis = (left_batch, right_batch), len(left_batch)
         if mapped[1]:
             out_axis += len(_free(left.ndim, sums[0], left_batch))
-    return product_p.bind(left, right, dimensions=(sums, batches), dtype=dtype), out_axis
+    return product_p.bind(left, right, dimensions=(sums, batches), **dtypes), out_axis
 
 
 product_p = Primitive("product")

@@ -1,6 +1,7 @@
 """A pre-norm transformer for discrete diffusion: bidirectional, block-causal or causal."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -158,7 +159,7 @@ class Attention(nn.Module):
         projected = {}
         for names in together:
             stacked = jnp.stack([kernels[name]() for name in names], axis=1)
-            y = product("nli,ico->nlco", x.astype(c.dtype), stacked, c.dtype)
+            y = product("nli,ico->nlco", x.astype(c.dtype), stacked, c.dtype, c.dtype)
             for i, name in enumerate(names):
                 projected[name] = kernels[name].adapted(x, y[:, :, i], c.dtype)
         if c.qkv_bias:
@@ -197,11 +198,11 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c, bias = self.config, {"use_bias": self.use_bias}
-        h = make_linear(c, self.hidden, ("embed", "mlp"), "up", **bias)(x)
-        if c.mlp == "swiglu":
-            h = jax.nn.silu(make_linear(c, self.hidden, ("embed", "mlp"), "gate", **bias)(x)) * h
-        else:
-            h = layers.gelu(h)
+        inward = functools.partial(
+            make_linear, c, self.hidden, ("embed", "mlp"), rounded=True, **bias
+        )
+        h = inward("up")(x)
+        h = layers.swiglu(inward("gate")(x), h) if c.mlp == "swiglu" else layers.gelu(h)
         h = constrain(h, "batch", None, "mlp")
         bias["kernel_init"] = _residual_init(c)
         return make_linear(c, c.width, ("mlp", "embed"), "down", **bias)(h)

@@ -4,10 +4,10 @@ from typing import Annotated, Any
 
 import jax
 import optax
-import optax.contrib
 
 from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.pytrees import TRAINED
+from mdm_jax.training.muon import scale_by_muon
 from mdm_jax.types import PyTree
 
 _B1 = Annotated[float, Real("[0, 1)", "per step", "decay of Adam's first moments")]
@@ -72,18 +72,17 @@ def muon(
     Factors of adapters count as kernels, each by itself. Embeddings, output head, norms and biases
     take Adam steps at the same learning rate; good values are about ten times those of AdamW.
     ``momentum`` and ``weight_decay`` are Muon's, ``b1`` and ``b2`` Adam's. Reference: Jordan et al.
-    2024, Muon (``optax.contrib.muon``).
+    2024, Muon (:func:`~mdm_jax.training.muon.scale_by_muon`).
     """
+    kernels = optax.chain(
+        *scale_by_muon(momentum),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    rest = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=0.0, nesterov=True)
     return optax.chain(
         _clip(clip_norm),
-        optax.contrib.muon(
-            schedule,
-            beta=momentum,
-            adam_b1=b1,
-            adam_b2=b2,
-            weight_decay=weight_decay,
-            muon_weight_dimension_numbers=_inner_kernels,
-        ),
+        optax.partition({"muon": kernels, "adam": rest}, _inner_kernels),
     )
 
 
@@ -95,11 +94,11 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def _inner_kernels(params: PyTree) -> PyTree:
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    """ "muon" for kernels of the network but its head, "adam" for the rest."""
 
-    def one(path: tuple, _: Any) -> Any:
+    def one(path: tuple, _: Any) -> str:
         names = _names(path)
-        return matrix if {"kernel", TRAINED} & names and "head" not in names else None
+        return "muon" if {"kernel", TRAINED} & names and "head" not in names else "adam"
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -137,6 +137,7 @@ def make_train_step(
     monitors: Sequence[Monitor] = (),
     variables: Callable[[PyTree, Array, Array], PyTree] | None = None,
     tokens_per_batch: float | None = None,
+    place: Callable[[PyTree], PyTree] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Build ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -154,6 +155,10 @@ def make_train_step(
     length by design (``data.bucketed``), that would favour tokens of short rows; divided by the
     ``tokens_per_batch`` expected of all batches, its mean is that of the mixture of all rows. The
     metrics stay means over the tokens of their batch.
+
+    ``place``, if given, shards gradients and updates as the parameters are
+    (``sharding.constrain_like``): so that devices add them up by reduce-scatter, where a compiler
+    may choose to send each of them all.
     ValueError unless ``num_microbatches`` divides the batch size and monitors have distinct names.
     """
     if spec.batch_size % num_microbatches:
@@ -167,6 +172,7 @@ def make_train_step(
         raise ValueError(f"monitors need names of their own, got {', '.join(names)}")
 
     loss_fn = summed_loss(apply_fn, objective)
+    place = place or (lambda tree: tree)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = getattr(batch, "example_keys", None)
@@ -184,10 +190,11 @@ def make_train_step(
             loss_of_rows, state.params, numbered, draw, num_microbatches
         )
         count = sums.eligible if tokens_per_batch is None else jnp.float32(tokens_per_batch)
-        gradients = jax.tree.map(lambda g: token_mean(g, count), gradients)
+        gradients = jax.tree.map(lambda g: token_mean(g, count), place(gradients))
         loss = token_mean(sums.loss, sums.eligible)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates = place(updates)
         # Of the updates too: an optimiser can overflow on gradients that are finite.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)

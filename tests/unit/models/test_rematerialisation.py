@@ -133,3 +133,32 @@ def test_a_device_without_a_host_s_memory_refuses_to_offload():
         check_policy(Device(), "offload_dots")
     check_policy(Device(), "full")
     check_policy(jax.devices()[0], "offload_inputs")
+
+
+def stored_by_layer(**settings):
+    """(dtype, last axis) of what a scan over layers stores of each for its backward pass."""
+    model = network(scan_layers=True, dtype=jnp.bfloat16, param_dtype=jnp.float32, **settings)
+    params = parameters(True)["params"]
+    if settings["mlp"] == "swiglu":
+        shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), INPUTS, LEVELS))
+        params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)["params"]
+
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, INPUTS, LEVELS))
+
+    scans = [e for e in jax.make_jaxpr(jax.grad(loss))(params).eqns if e.primitive.name == "scan"]
+    outputs = scans[0].outvars[scans[0].params["num_carry"] :]
+    large = [v.aval for v in outputs if v.aval.shape[:3] == (DEPTH, ROWS, LENGTH)]
+    return [(aval.dtype.name, aval.shape[3:]) for aval in large]
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize("remat", ["none", "dots_without_batch"])
+def test_a_scan_stores_hidden_activations_and_heads_in_the_dtype_of_products(mlp, remat):
+    hidden = network(mlp=mlp).config.hidden
+    stored = stored_by_layer(mlp=mlp, remat=remat)
+    inside = [dtype for dtype, shape in stored if shape[-1] == hidden]
+    most = {"gelu": 2, "swiglu": 3} if remat == "none" else {"gelu": 1, "swiglu": 2}
+    assert 0 < len(inside) <= most[mlp] and set(inside) == {"bfloat16"}
+    heads = [dtype for dtype, shape in stored if len(shape) > 1]
+    assert set(heads) <= {"bfloat16"}

@@ -1,14 +1,17 @@
 """The optax chain: schedules, clipping, which parameters decay, Muon on scanned layers."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 import tiny
 
-from mdm_jax import training
+from mdm_jax import sharding, training
 from mdm_jax.training.optimizers import decayed
 
 
@@ -108,3 +111,58 @@ def test_muon_orthogonalises_inner_kernels_only():
     outer = np.linalg.svd(np.asarray(updates["head"]["kernel"]), compute_uv=False)
     assert inner.max() / inner.min() < 2.5  # singular values near one another
     assert outer.max() / outer.min() > 5.0
+
+
+def library_muon(schedule):
+    """Optax's own, for the kernels of :func:`kernels_and_rest`."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return optax.contrib.muon(
+        schedule,
+        beta=0.95,
+        adam_b2=0.99,
+        weight_decay=0.1,
+        muon_weight_dimension_numbers=lambda _: {"stack": {"kernel": matrix}, "norm": None},
+    )
+
+
+def kernels_and_rest(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"stack": {"kernel": (3, 8, 4)}, "norm": (8,)}
+    is_shape = lambda shape: isinstance(shape, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), "f4"), shapes, is_leaf=is_shape)
+
+
+def test_muon_is_that_of_optax_and_has_its_state():
+    schedule = optax.linear_schedule(0.1, 0.2, 10)
+    ours = training.muon(schedule, weight_decay=0.1, clip_norm=None)
+    theirs = optax.chain(optax.identity(), library_muon(schedule))
+    params = kernels_and_rest(0)
+    mine, other = ours.init(params), theirs.init(params)
+    assert jax.tree.structure(mine) == jax.tree.structure(other)
+    for seed in (1, 2):
+        gradients = kernels_and_rest(seed)
+        update, mine = ours.update(gradients, mine, params)
+        expected, other = theirs.update(gradients, other, params)
+        for one, two in ((update, expected), (mine, other)):
+            jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_muon_on_a_mesh_orthogonalises_whole_matrices_without_collectives():
+    """Three layers on four shards: one member of zeros is added."""
+    transformation = training.muon(optax.constant_schedule(1.0), clip_norm=None)
+    params = kernels_and_rest(0)
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    placed = {"stack": {"kernel": jax.device_put(params["stack"]["kernel"], where)}}
+    placed["norm"] = sharding.replicate(params["norm"], mesh)
+
+    def update(params):
+        return transformation.update(params, transformation.init(params), params)[0]
+
+    compiled = tiny.jit(sharding.sharded_apply(update, mesh, sharding.LOGICAL_RULES))
+    lowered = compiled.lower(placed).compile()
+    found = lowered(placed)["stack"]["kernel"]
+    np.testing.assert_allclose(found, update(params)["stack"]["kernel"], rtol=1e-4, atol=1e-5)
+    text = lowered.as_text()
+    moved = re.findall(r"= (f32\[[\d,]*\]).* (?:all-gather|all-reduce|all-to-all)\(", text)
+    assert len(moved) <= 4, moved  # there, and back; nothing in the five iterations
