@@ -106,12 +106,9 @@ class Experiment:
         """Pure step ``(state, batch, seed=the config's, frozen=None)``, not jitted; the seed can be
         traced, and so can the ``frozen`` parameters."""
 
-        def sharded(function: Callable[..., Any]) -> Callable[..., Any]:
-            return sharding.sharded_apply(function, self.mesh, sharding.LOGICAL_RULES)
-
-        def place(tree: PyTree) -> PyTree:
-            return sharding.constrain_like(self.abstract_state().params, tree)
-
+        sharded = functools.partial(
+            sharding.sharded_apply, mesh=self.mesh, rules=sharding.LOGICAL_RULES
+        )
         optimizer = self.optimizer._replace(update=sharded(self.optimizer.update))
 
         def make(seed: ArrayLike, frozen: PyTree, number: ArrayLike, length: int) -> Callable:
@@ -128,7 +125,7 @@ class Experiment:
                 variables=self.adapter
                 and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
                 tokens_per_batch=self.buckets and self.spec.batch_size * self.buckets.mean_eligible,
-                place=place,
+                place=lambda tree: sharding.constrain_like(self.abstract_state().params, tree),
             )
 
         for length in self.lengths:  # checks the settings

@@ -176,7 +176,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = getattr(batch, "example_keys", None)
-        draw = step_draw(seed, state.step, transform, state.variance, spec, keys)
+        with jax.named_scope("draw"):
+            draw = step_draw(seed, state.step, transform, state.variance, spec, keys)
 
         def loss_of_rows(params: PyTree, numbered: tuple[Batch, Array], draw: Draw) -> tuple:
             rows, numbers = numbered

@@ -1,5 +1,6 @@
 """``mdm compile``: plans of programs, of which the CPU's are those of what really runs."""
 
+import collections
 import importlib.util
 import json
 import math
@@ -75,20 +76,17 @@ def test_no_device_holds_whole_moments_or_the_logits_of_its_rows(eight):
 
 @pytest.mark.slow
 def test_collectives_of_the_draw_do_not_grow_with_the_model():
-    """All but those with a dimension of the model are the same for another width."""
-
     def collectives(width):
         config = eight_config()
         config.model.width = width
-        made = plan.compile_plan(config, jax.devices())
-        return {one for one in made.collectives if one.group > 1}
+        lines = plan.compile_plan(config, jax.devices()).text.splitlines()
+        kinds = r" = (\S+) (all-\w+|collective-permute|reduce-scatter)\(.*op_name=\"[^\"]*/draw/"
+        return collections.Counter(
+            found.groups() for found in map(re.compile(kinds).search, lines) if found
+        )
 
     narrow, wide = collectives(24), collectives(40)
-    assert sum(one.bytes_sent for one in narrow & wide) > 0
-    for width, own in ((24, narrow - wide), (40, wide - narrow)):
-        for one in own:
-            sizes = [int(size) for size in re.findall(r"\d+", one.type.replace("f32", ""))]
-            assert any(size % (width // 4) == 0 for size in sizes), one
+    assert narrow == wide and narrow.total() > 0
 
 
 def test_command_prints_plans_and_writes_figures(tmp_path):
@@ -293,8 +291,8 @@ def test_a_small_pod_that_is_not_there():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
-    reason="needs the compilers for GPUs: pip install 'mdm_jax[gpu-compile]'",
+    importlib.util.find_spec("jax_cuda12_plugin") is None or jax.config.jax_platforms != "cpu",
+    reason="needs JAX_PLATFORMS=cpu and compilers for GPUs: pip install 'mdm_jax[gpu-compile]'",
 )
 def test_gpus_that_are_not_there():
     config = presets.quickstart("smoke")

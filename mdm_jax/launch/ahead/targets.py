@@ -124,13 +124,16 @@ def devices(topology: str) -> Sequence[jax.Device]:
         counts = [int(size) for size in sizes.split("x")]
         shape = "x".join(map(str, [1] * (3 - len(counts)) + counts))
         description = _GPU.format(**_GPUS[name])
-        return topologies.get_topology_desc(
-            "", "cuda", target_config=description, topology=shape
-        ).devices
+        with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):  # there is no driver
+            return topologies.get_topology_desc(
+                "", "cuda", target_config=description, topology=shape
+            ).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise ValueError(
             f"--topology={topology}: the compiler refuses it ({str(error).splitlines()[0]}); "
             f"topologies are written like {EXAMPLES}"
+            + "; for GPUs start with JAX_PLATFORMS=cpu"
+            * (chip.platform == "gpu")
         ) from error
 
 
