@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     hub_load,
     input_pipeline,
     machine,
+    pods,
     sampling,
     setting,
     train_step,
@@ -259,3 +260,15 @@ def test_the_command_for_a_gpu_runs_to_its_end_at_sizes_for_a_cpu():
     assert tuned["adapters"]["rows_per_second"]["median"] > 0
     assert "step of tiny, attention cudnn" in lines[-1]  # and why it was not measured
     assert "| goal |" in lines[-1].splitlines()[0] and "45%" in lines[-1]
+
+
+@pytest.mark.slow
+def test_a_row_of_the_table_of_pods(tmp_path, monkeypatch):
+    case = pods.Case("tiny", "cpu:2", {"data": 1, "fsdp": 2}, 4, remat="none")
+    monkeypatch.setitem(pods.CASES, "tiny", case)
+    pods.compile_case("tiny", tmp_path)
+    monkeypatch.setitem(pods.CASES, "tiny", case._replace(topology="v5e:2x1"))  # figures of a chip
+    cells = [cell.strip() for cell in pods.row("tiny", "now", tmp_path).strip("|").split("|")]
+    assert len(cells) == len(pods.HEADER)
+    assert cells[:4] == ["tiny, 0.00B", "v5e:2x1, fsdp 2", "4, adamw, none", "now"]
+    assert cells[8].endswith("%") and float(cells[10]) > 0
