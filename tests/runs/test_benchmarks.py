@@ -270,5 +270,5 @@ def test_a_row_of_the_table_of_pods(tmp_path, monkeypatch):
     monkeypatch.setitem(pods.CASES, "tiny", case._replace(topology="v5e:2x1"))  # figures of a chip
     cells = [cell.strip() for cell in pods.row("tiny", "now", tmp_path).strip("|").split("|")]
     assert len(cells) == len(pods.HEADER)
-    assert cells[:4] == ["tiny, 0.00B", "v5e:2x1, fsdp 2", "4, adamw, none", "now"]
+    assert cells[:4] == ["tiny", "v5e:2x1, fsdp 2", "4, adamw, none", "now"]
     assert cells[8].endswith("%") and float(cells[10]) > 0
