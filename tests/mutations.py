@@ -498,7 +498,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Muon: matrices orthogonalised in shards",
-        "training/muon.py",
+        "training/optimizers.py",
         'map_stack(function, x, "matrices") if x.ndim == 3 else function(x)',
         "function(x)",
         OPTIMIZERS,

@@ -3,12 +3,14 @@
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from mdm_jax.checks import Real, Whole, checked
 from mdm_jax.pytrees import TRAINED
-from mdm_jax.training.muon import scale_by_muon
-from mdm_jax.types import PyTree
+from mdm_jax.sharding import map_stack
+from mdm_jax.types import Array, PyTree
 
 _B1 = Annotated[float, Real("[0, 1)", "per step", "decay of Adam's first moments")]
 _B2 = Annotated[float, Real("[0, 1)", "per step", "decay of Adam's second moments")]
@@ -16,6 +18,9 @@ _WeightDecay = Annotated[
     float, Real("[0, 10]", "per step and learning rate", "of kernels, embeddings, adapters")
 ]
 _ClipNorm = Annotated[float, Real("(0, 1e6]", "global norm", "of gradients; None: no clipping")]
+
+
+_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
 
 @checked
@@ -72,7 +77,7 @@ def muon(
     Factors of adapters count as kernels, each by itself. Embeddings, output head, norms and biases
     take Adam steps at the same learning rate; good values are about ten times those of AdamW.
     ``momentum`` and ``weight_decay`` are Muon's, ``b1`` and ``b2`` Adam's. Reference: Jordan et al.
-    2024, Muon (:func:`~mdm_jax.training.muon.scale_by_muon`).
+    2024, Muon (:func:`scale_by_muon`).
     """
     kernels = optax.chain(
         *scale_by_muon(momentum),
@@ -83,6 +88,46 @@ def muon(
     return optax.chain(
         _clip(clip_norm),
         optax.partition({"muon": kernels, "adam": rest}, _inner_kernels),
+    )
+
+
+def scale_by_muon(momentum: float) -> tuple[optax.GradientTransformation, ...]:
+    """Nesterov momentum of kernels [in, out] or [layers, in, out], orthogonalised and scaled by
+    shape: the first transformations of ``optax.contrib.muon``, with its state.
+
+    Stacks of scanned layers change places inside :func:`~mdm_jax.sharding.sharded_apply`: every
+    device orthogonalises whole matrices of the stack, so that the products of the iteration send
+    nothing. Reference: Jordan et al. 2024, Muon.
+    """
+    library = optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=lambda _: _MATRIX
+    )
+
+    def orthogonalise(x: Array, coefficients: Array) -> Array:
+        start = optax.contrib.MuonState(jnp.zeros((), jnp.int32), jnp.zeros_like(x), coefficients)
+        return library.update(x, start)[0]
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        mean = optax.tree.update_moment(updates, state.mu, momentum, 1)
+        ahead = optax.tree.bias_correction(mean, momentum, optax.safe_increment(count))
+        now = optax.tree.bias_correction(updates, momentum, count)
+        mixed = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
+
+        def whole(x: Array) -> Array:
+            function = lambda x: orthogonalise(x, state.ns_coeffs)  # noqa: E731
+            return map_stack(function, x, "matrices") if x.ndim == 3 else function(x)
+
+        return jax.tree.map(whole, mixed), state._replace(count=count, mu=mean)
+
+    # Wide matrices move outputs by as much as tall ones, as by the library.
+    def scaled(x: Array) -> Array:
+        return jnp.sqrt(jnp.maximum(1, x.shape[-1] / x.shape[-2])) * x
+
+    return (
+        optax.GradientTransformation(library.init, update),
+        optax.stateless(lambda updates, _: jax.tree.map(scaled, updates)),
     )
 
 
