@@ -72,7 +72,7 @@ def tuning(small: bool) -> tuple[list[list[str]], dict[str, Any]]:
     """Likewise of fine-tuning, beside PyTorch."""
     from experiments.benchmarks import command, fine_tuning
 
-    size = {"rows": 2, "length": 16, "steps": 1} if small else {"rows": 8, "length": 1024}
+    size = {"rows": 8, "length": 16, "steps": 1} if small else {"rows": 8, "length": 1024}
     body = str(fine_tuning.SHAPES / "tiny") if small else "qwen3-0.6b"
     options = {"tuned": ("all", "adapters"), "remat": "full", "steps": 10}
     record = fine_tuning.measure(body, **options | size)
