@@ -89,10 +89,16 @@ def test_a_run_of_a_table_ends_with_rows(tmp_path):
         spacing.check(experiment)
 
 
-def test_rows_are_judged_by_what_tells_them_apart():
-    """Training rows, and rows of columns drawn one by one, beside those of the test split."""
+@pytest.mark.slow
+def test_a_forest_tells_training_rows_from_columns_drawn_one_by_one():
+    found = tables.references(data.diabetes(), 2)
+    same, apart = found["training rows"], found["columns drawn one by one"]
+    assert same["interval"][0] < 0.5 < same["interval"][1]
+    assert apart["interval"][0] > 0.6 and apart["correlations"] > 2 * same["correlations"]
+
+
+def test_distances_and_intervals_of_judged_rows():
     dataset = data.diabetes()
-    assert tables.two_sample_accuracy(np.zeros((20, 2)), np.ones((20, 2)), 0) == 1.0
     codes = tables.codes_of(dataset.train)
     nearest = tables.nearest_distance(
         tables.features(dataset.columns, codes[:5]), tables.features(dataset.columns, codes)

@@ -90,8 +90,9 @@ def is_automatic(config: ConfigDict) -> bool:
             f'--config.variance.order="({asked[0]!r},)"'
         )
     if asked and config.process not in CANDIDATES:
+        none = "noise to couple or warp" if config.process == "autoregressive" else "candidates"
         raise ValueError(
-            f"process={config.process!r} has no noise to couple or warp: "
+            f"process={config.process!r} has no {none}: "
             f'--config.variance.order="()" instead of {order}'
         )
     every, evaluate_every = config.variance.auto.every, scaled.evaluate_every(config)
