@@ -1,6 +1,7 @@
 """Runs of CDCD and CDTD, from training to samples, and what their processes refuse."""
 
 import csv
+import dataclasses
 import json
 import types
 
@@ -75,6 +76,11 @@ def test_a_run_of_text_ends_with_its_bound_and_texts(tmp_path):
     assert all(a in ("▁", b) for a, b in zip(given, text, strict=True))
     _, grid = stored_generator(experiment, tmp_path, 4)
     assert grid == "equal shares of the learned density"
+    own = experiment.config.copy_and_resolve_references()
+    own.spacing.update(steps=(4,), budget=0, replicates=2)
+    (record,) = spacing.compare(dataclasses.replace(experiment, config=own), tmp_path)["records"]
+    assert {"edm", "learned density"} <= record["grids"].keys()
+    assert ", of " in stored_generator(experiment, tmp_path, 4)[1]
 
 
 @pytest.mark.slow
