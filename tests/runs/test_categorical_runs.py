@@ -79,7 +79,7 @@ def test_a_run_of_text_ends_with_its_bound_and_texts(tmp_path):
     own = experiment.config.copy_and_resolve_references()
     own.spacing.update(steps=(4,), budget=0, replicates=2)
     (record,) = spacing.compare(dataclasses.replace(experiment, config=own), tmp_path)["records"]
-    assert {"edm", "learned density"} <= record["grids"].keys()
+    assert {"edm_rho", "learned density"} <= record["grids"].keys()
     assert ", of " in stored_generator(experiment, tmp_path, 4)[1]
 
 
