@@ -348,7 +348,7 @@ def _backward(sums, place, residuals, cotangent):
         scale = jnp.where(fits, scale, 1.0)
     dx, of_head = gradients
     of_head = place(of_head, ROW_AXES)  # to be added up where they are, then sent
-    # Scaled first, so that a sum over devices meets its sharding: a reduce-scatter.
+    # Scaled first, so that nothing stands between a sum over devices and its sharding.
     of_head = jax.tree.map(lambda g, a: (scale * g).sum(axis=0).astype(a.dtype), of_head, head)
     return (scale * dx).astype(features.dtype), of_head, None, None, None
 
