@@ -22,6 +22,7 @@ WINGS = {
     "meter": set(),
     "evaluation": {"hub"},
     "tasks": {"evaluation"},
+    "alignment": set(),
     "testing": set(),
     "plots": {"evaluation", "gaussian", "meter"},
 }

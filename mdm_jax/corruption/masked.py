@@ -72,7 +72,7 @@ def fixed_count(mask_id: int) -> Corruption:
         rank = noise_ranks(noise, eligible, logsnr.shape[-1], level_ids)
         mask = eligible & (rank < spread_levels(masked_count, x.shape[-1], level_ids))
         log_weight = jnp.log(jnp.maximum(count, 1)) - jnp.log(masked_count)
-        return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight.astype(jnp.float32))
+        return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight.astype(logsnr.dtype))
 
     return _masked("fixed_count", corrupt, mask_id)
 

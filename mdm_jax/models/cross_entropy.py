@@ -179,8 +179,9 @@ def shifted_apply(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exclude_token(logits: Array, *ids: int | None) -> Array:
-    """float32 logits, those of ``ids`` (None: no token) so low that the probability is zero."""
-    logits, lowest = logits.astype(jnp.float32), jnp.finfo(jnp.float32).min
+    """Logits, float32 or wider, in which ``ids`` (None: no token) have probability zero."""
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    logits, lowest = logits.astype(wide), jnp.finfo(jnp.float32).min
     excluded = [token for token in ids if token is not None and token < logits.shape[-1]]
     if len(excluded) > 4:  # rows beyond the tokens of a model can be hundreds
         table = np.isin(np.arange(logits.shape[-1]), excluded)

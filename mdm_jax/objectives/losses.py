@@ -64,8 +64,8 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
         squares = jnp.square(jnp.expm1(-jax.lax.stop_gradient(nats)))
         if corrupted.element_log_weight is not None:
             factor = jnp.exp(corrupted.element_log_weight)
-            nats = jnp.where(corrupted.target_mask, nats * factor, 0.0)
-            squares = jnp.where(corrupted.target_mask, squares * jnp.square(factor), 0.0)
+            factor = jnp.broadcast_to(jnp.where(corrupted.target_mask, factor, 0.0), nats.shape)
+            nats, squares = nats * factor, squares * jnp.square(factor)
         log_weight = corrupted.log_weight + UNIFORM_RATE.log_pdf(logsnr) - law.log_pdf(logsnr)
         count = sum_levels(eligible.astype(jnp.float32), levels)
         return LossStats(

@@ -11,7 +11,7 @@ from mdm_jax import draws
 from mdm_jax.checks import Bins, checked
 from mdm_jax.corruption.process import Corruption
 from mdm_jax.draws import Draw, DrawSpec, LossStats
-from mdm_jax.models.cross_entropy import with_loss_weights
+from mdm_jax.models.cross_entropy import Readout, with_loss_weights
 from mdm_jax.pytrees import of_trained, trained
 from mdm_jax.schedules.laws import Law, logistic
 from mdm_jax.types import Array, Batch, ModelFn, PyTree
@@ -29,6 +29,8 @@ class Objective(NamedTuple):
         loss: ``loss(model_fn, batch, draw) -> LossStats`` with a leading view axis.
         bias: "exact" if the expected loss is a full likelihood bound, "truncated" if the law leaves
             out part of the noise range, "biased" if weighting or contexts are not the bound's.
+        summed: ``summed(model_fn, batch, draw) -> (LossSums, LossStats)`` where what is minimised
+            is no sum of the rows' weighted losses (``alignment``); None: :func:`sum_losses`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Objective(NamedTuple):
     spec: Callable[[int, int], DrawSpec]
     loss: Callable[[ModelFn, Batch, Draw], LossStats]
     bias: str
+    summed: Callable[[ModelFn, Batch, Draw], tuple["LossSums", LossStats]] | None = None
 
 
 class LossSums(NamedTuple):
@@ -52,11 +55,19 @@ class LossSums(NamedTuple):
     targets: Array
 
 
+def weighted_losses(draw: Draw, stats: LossStats) -> Array:
+    """Losses [V, B, S] with all weights, nats: summed over S, estimates of the bound of a row.
+
+    [M, V, B, S] where the stats are of M networks.
+    """
+    return jnp.broadcast_to(jnp.exp(draw.log_weight) * stats.weight, stats.raw.shape) * stats.raw
+
+
 def sum_losses(draw: Draw, stats: LossStats) -> LossSums:
     """Sums of a batch, averaged over views; :func:`token_mean` divides them."""
     views = draw.u.shape[0]
     return LossSums(
-        loss=jnp.sum(jnp.exp(draw.log_weight) * stats.weight * stats.raw) / views,
+        loss=jnp.sum(weighted_losses(draw, stats)) / views,
         eligible=jnp.sum(stats.eligible) / views,
         cross_entropy=jnp.sum(stats.raw),
         targets=jnp.sum(stats.targets).astype(jnp.float32),
@@ -73,6 +84,8 @@ def summed_loss(apply_fn: Callable[..., Any], objective: Objective) -> Callable[
 
     def loss(params: PyTree, batch: Batch, draw: Draw) -> tuple[Array, tuple[LossSums, LossStats]]:
         def evaluate(model_fn: ModelFn) -> tuple[LossSums, LossStats]:
+            if objective.summed is not None:
+                return objective.summed(model_fn, batch, draw)
             stats = objective.loss(model_fn, batch, draw)
             return sum_losses(draw, stats), stats
 
@@ -142,7 +155,8 @@ def call_model(
     """One forward pass over all views of all rows; outputs [V, B, ...], or losses [V, B, L].
 
     Args:
-        model_fn: returns logits, a readout or predictions.
+        model_fn: returns logits, a readout or predictions; or a tuple of those of M networks on the
+            same inputs, for results [M, V, B, ...].
         inputs, logsnr, documents: [V, B, ...], [V, B, S] and [B, L].
         loss: ``loss(outputs, *known)`` of the rows [B V, L] of all views, such as ``token_nats``.
         known: arrays that broadcast to [V, B, L].
@@ -150,10 +164,15 @@ def call_model(
     views = inputs.shape[0]
     documents = jnp.asarray(documents)
     outputs = model_fn(flatten_views(inputs), flatten_views(logsnr), repeat_views(documents, views))
-    if loss is not None:
-        shape = (views, *documents.shape)
-        outputs = loss(outputs, *(flatten_views(jnp.broadcast_to(a, shape)) for a in known))
-    return unflatten_views(outputs, views)
+    shape = (views, *documents.shape)
+    rows = [flatten_views(jnp.broadcast_to(a, shape)) for a in known] if loss else []
+
+    def result(outputs: Array | Readout) -> Array:
+        return unflatten_views(loss(outputs, *rows) if loss else outputs, views)
+
+    if isinstance(outputs, tuple):
+        return jnp.stack([result(each) for each in outputs])
+    return result(outputs)
 
 
 def bias_of_levels(name: str, num_levels: int) -> str:
