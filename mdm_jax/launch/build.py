@@ -58,6 +58,7 @@ class Experiment:
         source: the model that the run begins from, without parameters; None without.
         adapter: what is trained beside the source's frozen parameters; None: all is trained.
         frozen: these parameters, once :meth:`with_frozen` has read them.
+        has_reference: whether steps take a reference, as ``frozen``.
     """
 
     config: ConfigDict
@@ -79,6 +80,7 @@ class Experiment:
     source: hub.HubModel | None = None
     adapter: lora.Lora | None = None
     frozen: PyTree = None
+    has_reference = False
 
     @property
     def model(self) -> nn.Module:
@@ -88,7 +90,7 @@ class Experiment:
     def apply_fn(self) -> Callable[..., Any]:
         return self.family.apply_fn
 
-    def apply_at(self, seed: ArrayLike, step: ArrayLike) -> Callable[..., Any]:
+    def apply_at(self, seed: ArrayLike, step: ArrayLike, _frozen: PyTree = None) -> Callable:
         """``apply_fn`` as a training step has it, whose attention mask may be annealed."""
 
         def annealed(*inputs: Any, **options: Any) -> Any:
@@ -113,7 +115,7 @@ class Experiment:
 
         def make(seed: ArrayLike, frozen: PyTree, number: ArrayLike, length: int) -> Callable:
             return training.make_train_step(
-                sharded(self.apply_at(seed, number)),
+                sharded(self.apply_at(seed, number, frozen)),
                 self.objective,
                 self.transform,
                 optimizer,
@@ -224,9 +226,9 @@ class Experiment:
     def placed_seed(self) -> Array:
         return sharding.replicate(np.uint32(self.config.seed), self.mesh)
 
-    def train_batches(self) -> BatchStream:
-        """Endless placed batches, prefetched and resumable; to be closed."""
-        size, rows = self.spec.batch_size, sharding.batch_sharding(self.mesh)
+    def train_batches(self, size: int | None = None) -> BatchStream:
+        """Endless placed batches of ``size`` rows (None: a step's), prefetched; to be closed."""
+        size, rows = size or self.spec.batch_size, sharding.batch_sharding(self.mesh)
         return data.train_iterator(
             self.dataset.train,
             size,

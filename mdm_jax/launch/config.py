@@ -20,6 +20,7 @@ from mdm_jax.checks import Name, NameOrChain, Plain, Real, Whole, checked
 from mdm_jax.gaussian import categorical
 from mdm_jax.gaussian.samplers import guided
 from mdm_jax.launch import names
+from mdm_jax.launch.alignment.settings import AlignmentSettings
 from mdm_jax.launch.auto.settings import AutoSettings
 from mdm_jax.launch.names import Setting, defaults, sections
 from mdm_jax.launch.start.scaled import RULES
@@ -218,6 +219,7 @@ def settings() -> Mapping[str, Any]:
             ),
             "batches": _whole(8, "[2, 1e6]", "batches", "for validation, for each of 36 ranges"),
         },
+        "alignment": defaults(AlignmentSettings),
         # In one line: --config.mesh=data=2,fsdp=4,tensor=1. May differ when a run is resumed.
         "mesh": {
             "data": _whole(-1, "[-1, 1e6]", "devices", "along the axis; -1: what is left"),

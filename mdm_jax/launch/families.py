@@ -113,7 +113,7 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
         changed = models.masked_apply(model, change, chunking)
         return models.shifted_apply(changed) if shifted else changed
 
-    sampler, named_levels = _masked_sampler(config, dataset)
+    sampler, named_levels = masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
     def generator(num_steps: int, levels: Array | None = None, watch: Watch = None) -> Generate:
@@ -172,7 +172,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
     chunking = make_chunking(config.model.logits_at, **config.mesh)
     apply_fn = models.block_apply(model, size, window, chunking)
     with_mask = functools.partial(models.block_apply, model, size, window, chunking)
-    sampler, named_levels = _masked_sampler(config, dataset)
+    sampler, named_levels = masked_sampler(config, dataset)
     takes_steps = sampler.num_steps is None
 
     def generator(num_steps: int, levels: Array | None = None, watch: Watch = None) -> Generate:
@@ -437,7 +437,7 @@ def masked_schedule(
         raise ValueError(f"{field}: {error}") from error
 
 
-def _masked_sampler(
+def masked_sampler(
     config: ConfigDict, dataset: data.Dataset
 ) -> tuple[samplers.Sampler, Callable[[str, int], Array]]:
     """Configured sampler, with its filters and denoiser wrappers, and levels of grids by name."""

@@ -24,6 +24,7 @@ from mdm_jax import (
     training,
     variance,
 )
+from mdm_jax.alignment import pairs
 from mdm_jax.gaussian import parameterisations, paths, recipes, weightings
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian import schedules as gaussian_schedules
@@ -143,6 +144,7 @@ DATA = {
     "digits": data.digits,
     "table": data.table,
     "diabetes": data.diabetes,
+    "preferences": pairs.preference_pairs,
     "task": tasks.task_dataset,
     "task_file": tasks.task_file_dataset,
 }

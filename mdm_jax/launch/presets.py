@@ -185,6 +185,27 @@ def finetune_pairs(variant: str = "") -> ConfigDict:
     return config
 
 
+def preference(variant: str = "") -> ConfigDict:
+    """DPO on pairs of answers, with policy and reference on the same masks, cross-fitted."""
+    check_variant("preference", variant)
+    config = _aligned(variant)
+    config.data.source = "preferences"
+    config.alignment.method = "dpo"
+    return config
+
+
+def reward(variant: str = "") -> ConfigDict:
+    """Answers to prompts, written by the run itself and rewarded: the exact policy gradient."""
+    check_variant("reward", variant)
+    config = _aligned(variant)
+    config.data.source = "task"
+    config.alignment.method = "trace"
+    if variant == "smoke":
+        config.data.task.update(train_rows=64, valid_rows=16, test_rows=16)
+        config.alignment.answers = 4
+    return config
+
+
 def convert(variant: str = "") -> ConfigDict:
     """A causal model of others made bidirectional, on documents (A2D, docs/finetune.md).
 
@@ -219,6 +240,15 @@ def _from_source(name: str, variant: str) -> ConfigDict:
     return config
 
 
+def _aligned(variant: str) -> ConfigDict:
+    config = defaults.get_config()
+    if variant == "smoke":
+        defaults.shrink(config)
+    config.variance.order = ("stratified",)
+    config.optimizer.update(name="adamw", peak=1e-5, weight_decay=0.0)
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
@@ -233,6 +263,8 @@ PRESETS = {
         table_cdtd,
         finetune,
         finetune_pairs,
+        preference,
+        reward,
         convert,
     )
 }

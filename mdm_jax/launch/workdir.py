@@ -38,6 +38,8 @@ HISTORY = (
     "wandb.json",
     "clip_search.jsonl",
     "auto.jsonl",
+    "answers.jsonl",
+    "reference",
     "evaluation.json",
     "report.txt",
     "report.html",

@@ -17,6 +17,7 @@ from mdm_jax.launch.ahead import collectives, stand_in, targets
 from mdm_jax.launch.ahead.collectives import Collective
 from mdm_jax.launch.ahead.program import Buffer, Module, count_flops
 from mdm_jax.launch.ahead.targets import Chip
+from mdm_jax.launch.alignment.experiment import aligned
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.types import Batch, PyTree
 
@@ -157,12 +158,13 @@ Lowerable = tuple[Callable[..., Any], tuple, Mapping[str, PyTree]]
 
 def _train(experiment: Experiment) -> Lowerable:
     """The training step as the launcher runs it."""
+    experiment = aligned(experiment)
     state, batch = experiment.abstract_state(), experiment.abstract_batch()
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     function = jax.jit(experiment.step, donate_argnums=0, out_shardings=(places, None))
     parts = {name: getattr(state, name) for name in ("params", "opt_state", "ema", "monitors")}
     seed = _replicated(experiment, (), np.uint32)
-    if experiment.adapter is None:
+    if experiment.adapter is None and not experiment.has_reference:
         return function, (state, batch, seed), parts
     frozen = _parameters(experiment)
     return function, (state, batch, seed, frozen), parts | {"frozen": frozen}

@@ -76,6 +76,11 @@ def measure(
     """
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")
+    if method := experiment.config.alignment.method:
+        raise ValueError(
+            f"mdm variance measures gradients of the likelihood bound, and this run's loss is "
+            f"alignment.method={method!r}; measure the run that it started from"
+        )
     settings = MeasureSettings() if settings is None else settings
     experiment, step, params, own_state = _parameters(experiment, workdir)
     methods = {BASELINE: METHODS[BASELINE], **(METHODS if methods is None else methods)}

@@ -16,6 +16,13 @@ import numpy as np
 from mdm_jax import data, distributed, files, training
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
+from mdm_jax.launch.alignment.experiment import (
+    AlignedExperiment,
+    aligned,
+    check_same_sampler,
+    with_reference,
+)
+from mdm_jax.launch.alignment.rounds import Rounds
 from mdm_jax.launch.auto import choose
 from mdm_jax.launch.auto.chain import Chain, is_automatic, last_choice
 from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
@@ -63,8 +70,9 @@ def train(
 
     Raises WorkdirError, CheckpointError, TrainingStopped or ValueError for users.
     """
-    c, workdir = experiment.config, files.as_path(workdir)
+    c, workdir, experiment = experiment.config, files.as_path(workdir), aligned(experiment)
     check(workdir, c, allow_config_change or saved_nothing(workdir))
+    check_same_sampler(experiment, workdir, allow_config_change)
     check_start(experiment, workdir)
     check_boards(c)
     interrupt = interrupt or training.Interrupt()
@@ -98,6 +106,7 @@ def train(
         else:
             experiment = experiment.with_noted_chain(restored.notes).with_frozen(workdir)
             state, noted = _continue(restored, _stream(experiment), batches)
+        experiment = with_reference(experiment, state, workdir)
         old, start = read_config(workdir), int(jax.device_get(state.step))
         raised = c.train.steps > old["train"]["steps"]
         if start > c.train.steps:
@@ -123,6 +132,7 @@ def train(
             if start and raised:
                 print(longer.describe(old, c, start), flush=True)
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
+            running.prepare(writer, workdir)
             running.compile()
             running.panel = hooks.panel = NoisePanel(experiment, writer, start)
         if restored is None and (c.model.source or c.train.init_from):
@@ -228,7 +238,15 @@ class Running:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self.panel: NoisePanel | None = None
+        self._rounds: Rounds | None = None
         self._steps: dict[int, Callable[..., Any]] = {}
+
+    def prepare(self, writer: training.MetricWriter, workdir: files.Path) -> None:
+        """What a step needs besides its program: answers, where these are rewarded."""
+        if isinstance(self.experiment, AlignedExperiment):
+            print(self.experiment.describe_method(), flush=True)
+            if self.experiment.reward:
+                self._rounds = Rounds(self.experiment, writer, workdir)
 
     def compile(self) -> None:
         """Compile the step for each length of a batch, and say what that took."""
@@ -240,14 +258,15 @@ class Running:
                 experiment.abstract_state(),
                 experiment.abstract_batch(length),
                 experiment.placed_seed(),
-                *([experiment.frozen] if experiment.adapter else []),
+                *([] if experiment.frozen is None else [experiment.frozen]),
             )
             rows = f"rows of {length}: " * (len(experiment.lengths) > 1)
             print(rows + compiled.describe(), flush=True)
             self._steps[length] = compiled.call
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, training.StepMetrics]:
-        return self._steps[batch.tokens.shape[1]](state, batch)
+        step = self._steps[batch.tokens.shape[1]]
+        return self._rounds(step, state, batch) if self._rounds else step(state, batch)
 
     def change(self, chain: Chain, state: TrainState, variance: PyTree) -> TrainState:
         """Go on under another chain, whose state is ``variance``."""

@@ -192,11 +192,14 @@ def design(experiment: Experiment) -> tuple[panel.PanelSettings, int]:
 def fewest_steps(experiment: Experiment) -> int:
     """Steps between measurements by their number of rows next to the batch's; 0: none are made.
 
-    None if there is no noise of masks and levels, or no second row for C.
+    None if there is no noise of masks and levels, no second row for C, or a loss that is no sum of
+    those of rows (``alignment``).
     """
     settings, group = design(experiment)
     size = experiment.spec.batch_size
     if not settings.cost or experiment.config.process == "autoregressive" or size < 2:
+        return 0
+    if experiment.objective.summed is not None:
         return 0
     return math.ceil(settings.passes(group) / (settings.cost * size))
 

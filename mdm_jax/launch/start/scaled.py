@@ -127,7 +127,7 @@ def same(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def with_lengths(config: ConfigDict, layout: PairLayout | None) -> ConfigDict:
     """A copy with the lengths of a layout that was fitted to the pairs of a file."""
-    if layout is None or config.data.source != "jsonl":
+    if layout is None or config.data.source not in ("jsonl", "preferences"):
         return config
     config = copy.deepcopy(config)
     config.data.update({name: getattr(layout, name) for name in LENGTHS})

@@ -1,0 +1,1 @@
+"""Runs on preferences and rewards: settings, the experiment, rounds of answers."""

@@ -1,0 +1,322 @@
+"""The experiment of a run on preferences or rewards."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mdm_jax import alignment, data, files, models, sharding, training
+from mdm_jax.alignment import preference
+from mdm_jax.alignment import rewards as reward_functions
+from mdm_jax.alignment import training as objectives
+from mdm_jax.alignment.methods import METHODS, PER_ANSWER, Constant, per_answer, per_token
+from mdm_jax.alignment.surrogates import FREE_ORDERS
+from mdm_jax.launch import config as launch_config
+from mdm_jax.launch.alignment.settings import PREFERENCES
+from mdm_jax.launch.auto import chain as chains
+from mdm_jax.launch.build import Experiment
+from mdm_jax.launch.families import masked_sampler
+from mdm_jax.launch.workdir import WorkdirError, changes
+from mdm_jax.models import lora
+from mdm_jax.training.loop import BatchStream
+from mdm_jax.training.step import TrainState
+from mdm_jax.types import ArrayLike, PyTree
+from mdm_jax.variance.transform import Phase, VarianceTransform
+
+REFERENCE = "reference"
+"""Folder of a workdir with the parameters that a run of all parameters began from."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AlignedExperiment(Experiment):
+    """An :class:`Experiment` whose steps score policy and reference on the same masks.
+
+    The reference is what the run began from: the frozen parameters, where adapters are trained.
+
+    Attributes:
+        length: positions of a training row: two answers, or one.
+        reward: of a text; None for preferences.
+        rollout: as of ``alignment.make_rollout``; None for preferences.
+    """
+
+    length: int = 0
+    reward: Callable[[str, str], float] | None = None
+    rollout: Callable[..., alignment.Written] | None = None
+
+    @property
+    def settings(self) -> Any:
+        return self.config.alignment
+
+    @property
+    def has_reference(self) -> bool:
+        s = self.settings
+        return s.kl > 0 if self.reward else s.method != "simpo"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    @property
+    def rows_of_data(self) -> int:
+        """Rows that a step takes from the data: pairs, or prompts."""
+        size = self.spec.batch_size
+        return size // self.settings.answers if self.reward else size
+
+    def policy_fn(self, seed: ArrayLike, step: ArrayLike) -> Callable[..., Any]:
+        """The network as answers are drawn from it: at the sampler's temperature, without tokens
+        that it does not write."""
+        apply_fn = super().apply_at(seed, step)
+        if self.reward is None:
+            return apply_fn
+        scaled = alignment.at_temperature(apply_fn, self.config.sample.temperature)
+        return models.without_tokens(scaled, self.dataset.absent_ids)
+
+    def apply_at(
+        self, seed: ArrayLike, step: ArrayLike, frozen: PyTree = None
+    ) -> Callable[..., Any]:
+        apply_fn, fixed = self.policy_fn(seed, step), [frozen] if self.has_reference else []
+        return lambda params, *inputs: alignment.networks(apply_fn, params, *fixed)(*inputs)
+
+    def train_batches(self) -> BatchStream:
+        return super().train_batches(self.rows_of_data)
+
+    def policy_params(self, params: PyTree, frozen: PyTree) -> PyTree:
+        """What the network is applied to, of trained parameters."""
+        return lora.join(frozen, params, self.adapter) if self.adapter else params
+
+    def abstract_batch(self, length: int | None = None) -> Any:
+        rows = super().abstract_batch(length)
+        if not self.reward:
+            return rows
+        size, by_rows = self.spec.batch_size, sharding.batch_sharding(self.mesh)
+
+        def rows_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=by_rows)
+
+        fields = [rows_of(field.shape[1:], field.dtype) for field in rows[:4]]
+        number, old = rows_of((), np.float32), None
+        if self.settings.inner_steps > 1:
+            by_token = self.settings.method in objectives.TOKEN_SURROGATES
+            old = rows_of((self.transform.views, *[self.length] * by_token), np.float32)
+        return alignment.Answers(*fields, number, number, rows_of((self.length,), np.int32), old)
+
+    def with_reference(self, state: TrainState, workdir: files.Path) -> "AlignedExperiment":
+        """This run with its reference: that of ``workdir``, or new parameters, which are kept."""
+        if not self.has_reference or self.adapter is not None:
+            return self
+        kept = training.Checkpoints(workdir / REFERENCE, 1)
+        try:
+            if not kept.steps():
+                kept.save(0, {"params": state.params}, {}, {})
+            restored = kept.restore_last({"params": self.abstract_state().params})
+        finally:
+            kept.close()
+        return dataclasses.replace(self, frozen=restored.state["params"])
+
+    def describe_method(self) -> str:
+        """One line with the method's labels, for the terminal."""
+        s, method = self.settings, METHODS[self.settings.method]
+        label = method.policy_gradient
+        if s.method == "trace" and self.config.sample.sampler not in FREE_ORDERS:
+            label = f"biased: the order of {self.config.sample.sampler} depends on the network"
+        elif s.method == "trace" and self.config.model.condition_on_logsnr:
+            label = "biased: the network reads a level, which a sampler sets otherwise"
+        scored = f"score {method.elbo} for the bound; policy gradient {label}"
+        prompts = f"{self.rows_of_data} pairs" if not self.reward else (
+            f"{self.rows_of_data} prompts of {s.answers} answers"
+        )  # fmt: skip
+        return f"alignment: {s.method} ({method.source}), {prompts} a step; {scored}"
+
+
+def aligned(experiment: Experiment) -> Experiment:
+    """The experiment that trains what the section ``alignment`` describes; itself without method.
+
+    ValueError for settings that contradict each other, or are not read.
+    """
+    c = experiment.config
+    s, default = c.alignment, launch_config.get_config().alignment
+    if not s.method:
+        unread = [f"alignment.{name}={s[name]!r}" for name in s if s[name] != default[name]]
+        if unread:
+            raise ValueError(
+                f"{', '.join(unread)} would not be read without alignment.method; set it, or leave "
+                "them out"
+            )
+        if c.data.source == "preferences":
+            raise ValueError(
+                "data.source=preferences needs alignment.method: dpo, ipo, simpo or kto"
+            )
+        return experiment
+    _check(experiment)
+    rewarded = s.method not in PREFERENCES
+    objective = (_policy if rewarded else _pairs)(experiment)
+    # Refuses what is no bound.
+    alignment.sequence_bound(
+        experiment.objective, experiment.transform, allow_biased=s.allow_biased
+    )
+    transform = alignment.replicated(experiment.transform, s.replicates)
+    if rewarded and s.method not in ("elbo", "rejection"):
+        _check_no_warp(experiment.transform, s.method)
+    length = data.gather(experiment.dataset.train, np.arange(1)).tokens.shape[1]
+    reward, rollout = None, None
+    if rewarded:
+        reward = reward_functions.load_reward(s.reward) if s.reward else experiment.dataset.check
+        rollout = _rollout(experiment)
+    fields = {f.name: getattr(experiment, f.name) for f in dataclasses.fields(Experiment)}
+    spec = objective.spec(experiment.spec.batch_size, length)
+    own = fields | {
+        "family": dataclasses.replace(experiment.family, objective=objective),
+        "transform": transform,
+        "spec": spec,
+        "monitors": chains.monitors(c.train.monitors, c.monitors, objective, transform),
+        "loop": dataclasses.replace(experiment.loop, views=transform.views),
+    }
+    made = AlignedExperiment(**own, length=length, reward=reward, rollout=rollout)
+    made.step  # noqa: B018  (checks the step's settings)
+    return made
+
+
+def with_reference(experiment: Experiment, state: TrainState, workdir: files.Path) -> Experiment:
+    """``AlignedExperiment.with_reference``, and other experiments as they are."""
+    if isinstance(experiment, AlignedExperiment):
+        return experiment.with_reference(state, workdir)
+    return experiment
+
+
+def check_same_sampler(experiment: Experiment, workdir: files.Path, allow_change: bool) -> None:
+    """Raise WorkdirError where a rewarded run goes on with answers of another sampler.
+
+    Settings of the section ``sample`` are free elsewhere; here they are the policy.
+    """
+    if allow_change or not (isinstance(experiment, AlignedExperiment) and experiment.reward):
+        return
+    read = ("sampler", "num_steps", "grid", "temperature", experiment.config.sample.sampler)
+    changed = [c for c in changes(workdir, experiment.config, ("sample",))
+               if c.split(":")[0].split(".")[1] in read]  # fmt: skip
+    if changed:
+        raise WorkdirError(
+            f"{workdir}: {'; '.join(changed)}: answers would be another policy's; leave it, or say "
+            "--allow_config_change"
+        )
+
+
+def _pairs(experiment: Experiment) -> Any:
+    s = experiment.config.alignment
+    beta = _constant(s.beta, METHODS[s.method].unit)
+    estimate = getattr(preference, s.estimate)
+    if s.estimate == "crossfitted" and s.replicates < 2:
+        raise ValueError(
+            f"alignment.estimate=crossfitted needs alignment.replicates of 2 or more, got "
+            f"{s.replicates}; or take alignment.estimate=plain"
+        )
+    loss = objectives.pair_loss(s.method, beta, gap=s.gap, estimate=estimate)
+    return objectives.pair_objective(experiment.objective, loss, s.replicates)
+
+
+def _policy(experiment: Experiment) -> Any:
+    s = experiment.config.alignment
+    ratio = s.method in (*objectives.SEQUENCE_SURROGATES, *objectives.TOKEN_SURROGATES)
+    return objectives.policy_objective(
+        experiment.objective,
+        s.method,
+        clip=(per_token(s.clip_low), per_token(s.clip_high)) if ratio else None,
+        kl=per_answer(s.kl) if s.kl else None,
+        mask_id=experiment.dataset.mask_id,
+    )
+
+
+def _constant(value: float, unit: str) -> Constant:
+    return per_answer(value) if unit == PER_ANSWER else per_token(value)
+
+
+def _rollout(experiment: Experiment) -> Callable[..., Any]:
+    c, dataset = experiment.config, experiment.dataset
+    if c.process != "masked" or c.sample.approximate_cache:
+        raise ValueError(
+            "rewarded answers are written by a sampler of process=masked without "
+            f"sample.approximate_cache; got process={c.process}, {c.sample.approximate_cache!r}"
+        )
+    sampler, levels = masked_sampler(c, dataset)
+    grid = None if sampler.num_steps is not None else levels(c.sample.grid, c.sample.num_steps)
+    network = models.without_tokens(experiment.apply_fn, dataset.absent_ids)
+    return alignment.make_rollout(network, sampler, grid, mask_id=dataset.mask_id)
+
+
+def _check(experiment: Experiment) -> None:
+    """Raise ValueError where settings of the run do not go with its method."""
+    c = experiment.config
+    s, wanted = c.alignment, "preferences" if c.alignment.method in PREFERENCES else ""
+    if not (c.model.source or c.train.init_from):
+        raise ValueError(
+            f"alignment.method={s.method!r} starts from a trained model: give model.source=DIR, or "
+            "train.init_from=WORKDIR of a run of your own"
+        )
+    if (c.data.source == "preferences") != bool(wanted):
+        raise ValueError(
+            f"alignment.method={s.method!r} trains on "
+            + ("pairs, data.source=preferences" if wanted else "prompts, such as data.source=task")
+            + f"; got data.source={c.data.source!r}"
+        )
+    if chains.is_automatic(c) or "clipped_adaptive" in c.variance.order:
+        raise ValueError(
+            f"variance.order={tuple(c.variance.order)} is chosen by the likelihood bound; name the "
+            "chain, as in --config.variance.order=\"('stratified',)\""
+        )
+    if experiment.adapter is not None and experiment.adapter.dropout:
+        raise ValueError(
+            f"adapter.dropout={experiment.adapter.dropout} would differ between policy and "
+            "reference, as noise in every score: set it to 0"
+        )
+    if c.data.buckets or c.convert.anneal_steps or c.model.self_conditioning:
+        raise ValueError(
+            "alignment.method takes rows of one length and a network that is the same in every "
+            "step: leave out data.buckets, convert.anneal_steps and model.self_conditioning"
+        )
+    if wanted:
+        return
+    if jax.process_count() > 1:
+        raise ValueError("rewarded answers are written in one process; this run has several")
+    if experiment.dataset.check is None and not s.reward:
+        raise ValueError(
+            f"data.source={c.data.source!r} has no checker: give "
+            "--config.alignment.reward=FILE.py:NAME, or take data.source=task or task_file"
+        )
+    if experiment.spec.batch_size % s.answers:
+        raise ValueError(
+            f"train.batch_size={experiment.spec.batch_size} is the number of answers of a step, "
+            f"which alignment.answers={s.answers} must divide"
+        )
+    if c.sample.top_k or c.sample.top_p < 1 or c.sample.guidance or c.sample.no_repeat_ngrams:
+        raise ValueError(
+            "the policy that is scored must be the one that writes: leave out sample.top_k, top_p, "
+            "guidance and no_repeat_ngrams (sample.temperature is scored too)"
+        )
+    ratio = (*objectives.SEQUENCE_SURROGATES, *objectives.TOKEN_SURROGATES)
+    if s.inner_steps > 1 and s.method not in ratio:
+        raise ValueError(
+            f"alignment.inner_steps={s.inner_steps}: updates after the first need a ratio to the "
+            f"old policy, which the methods {', '.join(ratio)} have; {s.method!r} has none"
+        )
+    views = s.replicates * experiment.transform.views
+    if (s.method == "spg" and views < 2) or (s.method == "gdpo" and views % 2):
+        raise ValueError(
+            f"alignment.method={s.method!r} takes an even number of draws of an answer, 2 or more,"
+            f" and has {views}: set alignment.replicates=2"
+        )
+    if s.method == "trace" and s.tail == "masked":
+        raise ValueError(
+            "alignment.method=trace scores the whole canvas: take alignment.tail=answer"
+        )
+    if c.train.noise_by == "example":
+        raise ValueError("answers are new in every step: leave train.noise_by empty")
+
+
+def _check_no_warp(transform: VarianceTransform, method: str) -> None:
+    warps = [t.name for t in transform.members or (transform,) if t.phase == Phase.WARP]
+    if warps:
+        raise ValueError(
+            f"alignment.method={method!r} chooses its own levels, which {warps[0]} in "
+            "variance.order would warp: --config.variance.order=\"('stratified',)\""
+        )
