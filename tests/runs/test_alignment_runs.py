@@ -1,24 +1,32 @@
 """Runs on preference pairs and on rewards: they learn, resume to the same bits, and refuse."""
 
+import dataclasses
 import json
 import math
+import pathlib
 import shutil
+import types
 
 import chex
+import jax
 import numpy as np
 import pytest
 import saved_run
 
 from mdm_jax import files, training
 from mdm_jax.alignment import pairs
+from mdm_jax.alignment.training import Answers
+from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import presets
 from mdm_jax.launch.alignment.experiment import REFERENCE, aligned, check_same_sampler
-from mdm_jax.launch.alignment.rounds import RECORDS
+from mdm_jax.launch.alignment.rounds import RECORDS, Rounds
 from mdm_jax.launch.build import make_experiment, open_workdir
 from mdm_jax.launch.modes import measure, train
 from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
+DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"
+SHAPE = ("width", "depth", "num_heads")
 REWARD = "def ones(prompt, answer):\n    return answer.count('1') / 4\n"
 
 
@@ -78,11 +86,12 @@ def assert_resumes(workdir, folder):
     chex.assert_trees_all_equal(last_state(experiment, again), last_state(experiment, workdir))
 
 
+@pytest.mark.slow
 def test_rewards_rise_and_a_run_resumes_to_the_same_bits(started, tmp_path, capsys):
     workdir = files.as_path(tmp_path / "run")
     config = rewarded(started, tmp_path, steps=24)
     config.train.batch_size = 32
-    config.train.update(evaluate_every=0, checkpoint_every=22)
+    config.train.checkpoint_every = 22
     assert train.train(make_experiment(config, workdir), workdir)
     shown = capsys.readouterr().out
     assert "alignment: trace" in shown and "policy gradient exact" in shown
@@ -126,8 +135,6 @@ def test_every_method_trains(started, tmp_path, settings):
 
 
 def leaves(tree):
-    import jax
-
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
@@ -135,15 +142,48 @@ def start_of(experiment):
     return train.initial_state(experiment).params
 
 
+@pytest.mark.slow
 def test_preferences_are_learnt_and_a_run_resumes_to_the_same_bits(started, tmp_path):
     workdir = files.as_path(tmp_path / "run")
     config = preferred(started, tmp_path, steps=16)
-    config.train.update(evaluate_every=0, checkpoint_every=14)
+    config.train.checkpoint_every = 14
     assert train.train(make_experiment(config, workdir), workdir)
     losses = [each["loss"] for each in records(workdir, "train")]
     assert losses[0] < math.log(2) + 0.02 and losses[-1] < math.log(2) - 0.05, losses
     assert (workdir / REFERENCE).exists()
     assert_resumes(workdir, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["preferred", "rewarded"])
+def test_adapters_share_their_frozen_parameters_with_the_reference(make, tmp_path):
+    source = shutil.copytree(DATA / "a2d_qwen3-1", tmp_path / "model")
+    workdir = files.as_path(tmp_path / "run")
+    config = written(tmp_path) if make == "preferred" else asked(tmp_path)
+    config.model.source = str(source)
+    config.model.update({name: launch_config.get_config().model[name] for name in SHAPE})
+    config.adapter.update(name="lora", rank=3, targets=("query", "down"))
+    experiment = make_experiment(config, workdir)
+    assert train.train(experiment, workdir)
+    assert set(last_state(experiment, workdir).params) == {"adapters"}
+    assert not (workdir / REFERENCE).exists()
+    assert_resumes(workdir, tmp_path)
+
+
+def written(folder):
+    config = preferred(folder, folder)
+    config.data.tokenizer = "char"  # the source's
+    config.train.init_from = ""
+    return config
+
+
+def asked(folder):
+    lines = ({"prompt": f"{i}+1", "answer": f"{i + 1}"} for i in range(40))
+    (folder / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = rewarded("", folder, kl=0.1, method="elbo")
+    config.data.update(source="jsonl", path=str(folder / "asked.jsonl"), fractions=(0.6, 0.2, 0.2))
+    config.data.task.update(launch_config.get_config().data.task)
+    return config
 
 
 @pytest.mark.slow
@@ -174,6 +214,7 @@ def test_settings_that_contradict_each_other_are_refused(started, tmp_path):
         with pytest.raises(ValueError, match=match):
             aligned(make_experiment(config))
 
+    refused("trained least here", change=lambda c: c.train.update(evaluate_every=2))
     refused("starts from a trained model", change=lambda c: c.train.update(init_from=""))
     refused("trains on prompts", make=preferred, method="trace")
     refused("trains on pairs", method="dpo")
@@ -237,3 +278,36 @@ def test_bad_pairs_are_named_by_file_and_line(tmp_path):
     np.testing.assert_array_equal(row.documents, [1] * 5 + [2] * 5)
     np.testing.assert_array_equal(row.eligible, ([False] + [True] * 4) * 2)
     assert made.tokenizer.decode(row.tokens[6:8]) == "no"
+
+
+@pytest.mark.parametrize("inner", [1, 2, 4, 12])
+def test_every_update_of_every_round_has_a_draw_of_its_own(inner):
+    """Draws are functions of the step's number, which no two updates share."""
+    rounds = object.__new__(Rounds)
+    settings = types.SimpleNamespace(inner_steps=inner)
+    rounds._experiment = types.SimpleNamespace(settings=settings, frozen=None)
+    rounds._by_rows = jax.devices()[0]
+    rounds._old = lambda _state, _answers, number, _frozen: np.float32(number)
+    rounds.write = lambda _state, _prompts, _number: Answers(*[np.zeros(1)] * 7)
+    seen = []
+
+    def step(state, answers):
+        old = None if answers.old is None else int(answers.old)
+        seen.append((int(state.step), old))
+        return state.replace(step=state.step + 1), None
+
+    state = StateOf(jax.device_put(np.int32(0), rounds._by_rows))
+    for number in range(3):
+        state, _ = rounds(step, state, None)
+        assert int(state.step) == number + 1
+    assert [number for number, _ in seen] == [*range(3 * inner)]
+    # The old policy is scored by the draw of the update that its values are for.
+    assert all(old == (number if inner > 1 else None) for number, old in seen)
+
+
+@dataclasses.dataclass
+class StateOf:
+    step: jax.Array
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)

@@ -18,6 +18,7 @@ from mdm_jax.launch.alignment.settings import PREFERENCES
 from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import Experiment
 from mdm_jax.launch.families import masked_sampler
+from mdm_jax.launch.start import scaled
 from mdm_jax.launch.workdir import WorkdirError, changes
 from mdm_jax.models import lora
 from mdm_jax.training.loop import BatchStream
@@ -263,6 +264,11 @@ def _check(experiment: Experiment) -> None:
         raise ValueError(
             f"variance.order={tuple(c.variance.order)} is chosen by the likelihood bound; name the "
             "chain, as in --config.variance.order=\"('stratified',)\""
+        )
+    if scaled.evaluate_every(c):
+        raise ValueError(
+            "validations keep the parameters of the best likelihood bound, which are those that "
+            "were trained least here: set train.evaluate_every=0; mdm evaluate takes the last ones"
         )
     if experiment.adapter is not None and experiment.adapter.dropout:
         raise ValueError(
