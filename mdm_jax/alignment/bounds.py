@@ -155,8 +155,10 @@ def paired_elbo(
     """Bounds of answers under a policy and a frozen reference, from one draw and one corruption.
 
     Passes: 1 of each network per view; gradient through the policy alone, by the path of training.
-    With the same parameters the two are equal bit for bit. Source: VRPO (arXiv 2505.19223), which
-    shares the masks; the code of others shares seeds, so masks differ with the batch's shape.
+    With the same parameters the two are equal: bit for bit as they are, to the last bits where the
+    program also has the policy's gradient, with which XLA fuses its pass otherwise. Source: VRPO
+    (arXiv 2505.19223), which shares the masks; code of others shares seeds, so that masks differ
+    with the shape of the batch.
     """
     policy, fixed = bound.values(networks(apply_fn, params, reference), batch, draw)
     return ElboPair(policy, fixed, jnp.sum(jnp.asarray(batch.eligible), axis=-1))

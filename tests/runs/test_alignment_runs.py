@@ -1,5 +1,6 @@
 """Runs on preference pairs and on rewards: they learn, resume to the same bits, and refuse."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import saved_run
 
-from mdm_jax import files, training
+from mdm_jax import files, training, variance
 from mdm_jax.alignment import pairs
 from mdm_jax.alignment.training import Answers
 from mdm_jax.launch import config as launch_config
@@ -208,30 +209,36 @@ def test_every_preference_loss_trains(started, tmp_path, settings):
 
 
 def test_settings_that_contradict_each_other_are_refused(started, tmp_path):
-    def refused(match, make=rewarded, change=lambda _: None, **settings):
-        config = make(started, tmp_path, **settings)
+    made = {make: make_experiment(make(started, tmp_path)) for make in (rewarded, preferred)}
+
+    def refused(match, change=lambda _: None, make=rewarded, **settings):
+        config = copy.deepcopy(made[make].config)
+        config.alignment.update(settings)
         change(config)
         with pytest.raises(ValueError, match=match):
-            aligned(make_experiment(config))
+            aligned(dataclasses.replace(made[make], config=config))
 
-    refused("trained least here", change=lambda c: c.train.update(evaluate_every=2))
-    refused("starts from a trained model", change=lambda c: c.train.update(init_from=""))
+    refused("trained least here", lambda c: c.train.update(evaluate_every=2))
+    refused("starts from a trained model", lambda c: c.train.update(init_from=""))
     refused("trains on prompts", make=preferred, method="trace")
     refused("trains on pairs", method="dpo")
     refused("would not be read without alignment.method", method="", kl=0.1)
     refused("alignment.answers=3 must divide", answers=3)
-    refused("leave out sample.top_k", change=lambda c: c.sample.update(top_k=4))
+    refused("leave out sample.top_k", lambda c: c.sample.update(top_k=4))
     refused("updates after the first need a ratio", inner_steps=2)
     refused("whole canvas", tail="masked")
-    refused("ppots_slopes in variance.order would warp", change=warped)
-    refused("no bounds of the likelihood", change=clipped, method="elbo")
+    refused("even number of draws", method="gdpo", replicates=1)
     refused("needs alignment.replicates of 2", make=preferred, replicates=1)
     refused("no function of a file", reward="nowhere.py:f")
     refused("has no function 'twos', but ones", reward=f"{tmp_path / 'rewards.py'}:twos")
     refused("alignment.kl is of bounds", kl=0.1)
-    refused(
-        "is chosen by the likelihood bound", change=lambda c: c.variance.update(order=("auto",))
-    )
+    refused("chosen by the likelihood bound", lambda c: c.variance.update(order=("auto",)))
+    for transform, method, match in (
+        (variance.clipped(0.3, 0.8), "elbo", "no bounds of the likelihood"),
+        (variance.log_uniform(), "trace", "log_uniform in variance.order would warp"),
+    ):
+        made[rewarded] = dataclasses.replace(made[rewarded], transform=transform)
+        refused(match, method=method)
 
 
 def test_other_modes_say_what_they_do_not_do(started, tmp_path):
@@ -244,14 +251,6 @@ def test_other_modes_say_what_they_do_not_do(started, tmp_path):
     with pytest.raises(WorkdirError, match="sample.temperature: 1.0 -> 0.5: .*another policy's"):
         check_same_sampler(aligned(experiment), workdir, allow_change=False)
     check_same_sampler(aligned(experiment), workdir, allow_change=True)
-
-
-def warped(config):
-    config.variance.order = ("ppots_slopes",)
-
-
-def clipped(config):
-    config.variance.order = ("clipped",)
 
 
 def test_bad_pairs_are_named_by_file_and_line(tmp_path):

@@ -64,6 +64,7 @@ def test_scores_go_with_the_example():
         np.testing.assert_array_equal(score(own, keys[order]), whole[:, np.array(order)])
 
 
+@pytest.mark.slow
 def test_replicates_are_independent_draws_of_the_chain():
     transform = variance.chain(variance.mirror())
     draw = jax.jit(lambda: draw_of(bound(variance.mirror(), replicates=3), transform))()

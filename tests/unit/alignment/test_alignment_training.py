@@ -38,7 +38,7 @@ def test_pairs_in_the_step_are_pairs_of_bounds():
     objective = training.pair_objective(OBJECTIVE, loss, replicates=2)
     spec = objective.spec(4, 8)
     assert spec.num_levels == 2 and spec.event_shape == (8,)
-    chain = alignment.replicated(variance.chain(variance.stratified(), variance.mirror()), 2)
+    chain = alignment.replicated(variance.chain(variance.mirror()), 2)
     draw = jax.jit(lambda: draw_batch(jax.random.key(0), chain, chain.init(spec), spec))()
 
     def half(number):
