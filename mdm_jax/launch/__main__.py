@@ -18,8 +18,7 @@
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
 text_uniform, text_cdcd, digits_masked, digits_gaussian:vdm, mnist_gaussian,
-table_cdtd, finetune, finetune_pairs, preference, reward, convert; and :smoke
-of each, of seconds.
+table_cdtd, finetune, finetune_pairs, preference, reward, convert; or X:smoke.
 
 Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
 Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)
