@@ -156,6 +156,16 @@ def test_preferences_are_learnt_and_a_run_resumes_to_the_same_bits(started, tmp_
 
 
 @pytest.mark.slow
+def test_the_reference_stays_what_the_run_began_from(started, tmp_path):
+    experiment = aligned(make_experiment(preferred(started, tmp_path)))
+    state = train.initial_state(experiment)
+    moved = state.replace(params=jax.tree.map(lambda a: a + 1, state.params))
+    for each in (state, moved):
+        kept = experiment.with_reference(each, files.as_path(tmp_path / "run"))
+        chex.assert_trees_all_equal(kept.frozen, state.params)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["preferred", "rewarded"])
 def test_adapters_share_their_frozen_parameters_with_the_reference(make, tmp_path):
     source = shutil.copytree(DATA / "a2d_qwen3-1", tmp_path / "model")

@@ -111,6 +111,7 @@ class AlignedExperiment(Experiment):
         try:
             if not kept.steps():
                 kept.save(0, {"params": state.params}, {}, {})
+                kept.wait()
             restored = kept.restore_last({"params": self.abstract_state().params})
         finally:
             kept.close()
