@@ -188,9 +188,10 @@ def bias_of_levels(name: str, num_levels: int) -> str:
 
 
 def bias_of_law(law: Law) -> str:
-    """Bias label of a noise law: "exact" if it covers the real line, else "truncated"."""
+    """Label of a law: "exact" if it covers the real line and is drawn there, else "truncated"."""
     low, high = law.support
-    return "exact" if low == -jnp.inf and high == jnp.inf else "truncated"
+    whole = low == -jnp.inf and high == jnp.inf and getattr(law, "drawn_to_the_ends", True)
+    return "exact" if whole else "truncated"
 
 
 def describe(objective: Objective) -> str:

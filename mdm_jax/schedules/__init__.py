@@ -24,4 +24,5 @@ from mdm_jax.schedules.laws import (
     tabulated,
     uniform,
 )
-from mdm_jax.schedules.masked import MASKED_SCHEDULES, LostSupport, MaskedSchedule, law_of
+from mdm_jax.schedules.masked import MASKED_SCHEDULES
+from mdm_jax.schedules.schedule import LostSupport, MaskedSchedule, law_of

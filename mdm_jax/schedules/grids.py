@@ -14,7 +14,7 @@ import numpy as np
 
 from mdm_jax.checks import is_concrete
 from mdm_jax.schedules.laws import Law, logistic
-from mdm_jax.schedules.masked import MaskedSchedule
+from mdm_jax.schedules.schedule import MaskedSchedule
 from mdm_jax.types import Array, ArrayLike
 
 

@@ -26,6 +26,8 @@ MASKED = {  # settings of every masked schedule
     "linear_sigma": {"sigma_min": 1e-3, "sigma_max": 7.0},
     "log_uniform": {"low": 1e-3, "high": 1.0},
     "uniform_logsnr": {"low": -5.0, "high": 5.0},
+    "logit_normal": {"center": 0.6, "width": 0.8},
+    "beta": {"center": 0.6, "width": 0.2},
 }
 GAUSSIAN = dict.fromkeys(gaussian.GAUSSIAN_SCHEDULES, {}) | {  # those without defaults
     "cosine_interpolated": {"size": 512},
@@ -86,7 +88,7 @@ def laws(select):
 
 
 # Inverting the incomplete beta function takes long to compile; it has a test against scipy.
-every_law = laws(lambda name: name not in SIBLINGS | {"beta_time"})
+every_law = laws(lambda name: name not in SIBLINGS | {"beta_time", "masked_beta"})
 
 
 @functools.cache

@@ -12,9 +12,9 @@ import numpy as np
 
 from mdm_jax.checks import unknown_name
 from mdm_jax.gaussian.schedules.tables import check_table
-from mdm_jax.gaussian.schedules.times import logsnr_at
 from mdm_jax.schedules.grids import check_grid, from_law
 from mdm_jax.schedules.laws import TwoSidedLaw, piecewise
+from mdm_jax.schedules.times import logsnr_at
 from mdm_jax.types import Array, ArrayLike
 
 QUANTITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {

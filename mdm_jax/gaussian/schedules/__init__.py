@@ -54,9 +54,9 @@ from mdm_jax.gaussian.schedules.tables import (
     wavegrad,
     zero_terminal_table,
 )
-from mdm_jax.gaussian.schedules.times import logsnr_at, logsnr_rate, time_at
 from mdm_jax.schedules.laws import TwoSidedLaw
 from mdm_jax.schedules.masked import MASKED_SCHEDULES
+from mdm_jax.schedules.times import logsnr_at, logsnr_rate, time_at
 from mdm_jax.types import ArrayLike
 
 GAUSSIAN_SCHEDULES: dict[str, Callable[..., TwoSidedLaw]] = {

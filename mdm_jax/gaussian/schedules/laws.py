@@ -20,7 +20,6 @@ from mdm_jax.checks import (
     log_positive,
     parameters,
 )
-from mdm_jax.gaussian.schedules.times import solve_time
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.schedules.coordinates import (
     MaskingLevel,
@@ -28,6 +27,7 @@ from mdm_jax.schedules.coordinates import (
     logsnr_from_log_survival_probability,
 )
 from mdm_jax.schedules.laws import CurveLaw, Instant, Logistic, Tails, TwoSidedLaw, Uniform, uniform
+from mdm_jax.schedules.times import solve_time
 from mdm_jax.types import Array, ArrayLike
 
 _HALF_PI = jnp.pi / 2

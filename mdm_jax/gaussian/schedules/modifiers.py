@@ -10,7 +10,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import betainc, betaln
+from jax.scipy.special import betaln
 
 from mdm_jax.checks import (
     Real,
@@ -21,10 +21,11 @@ from mdm_jax.checks import (
     parameters,
 )
 from mdm_jax.gaussian.schedules.laws import Cosine, amplitude_loss, log_amplitude_rate
-from mdm_jax.gaussian.schedules.times import bisect_time, instant_of_logit, solve_time
 from mdm_jax.pytrees import pytree_dataclass
+from mdm_jax.schedules import times
 from mdm_jax.schedules.coordinates import MaskingLevel, as_float, level_from_logsnr
 from mdm_jax.schedules.laws import CurveLaw, Instant, Tails, TwoSidedLaw, confine, inside
+from mdm_jax.schedules.times import solve_time
 from mdm_jax.types import Array, ArrayLike
 
 Shift = Annotated[ArrayLike, Real("[-100, 100]", "logSNR", "added; below 0: towards noise")]
@@ -145,35 +146,17 @@ class BetaTime(_WarpedTime):
     beta: ArrayLike
 
     def logsnr_formula(self, at: Instant) -> Array:
-        time, rest = self._base_time(at)
+        time, rest = times.beta_instant(self.alpha, self.beta, at)
         return self.base.quantile(rest, time)
 
     def time_formula(self, level: MaskingLevel) -> Instant:
         rest, time = self.base.tails(level.logsnr)
-        before = betainc(self.alpha, self.beta, time)
-        after = betainc(self.beta, self.alpha, rest)
-        # The larger one from the smaller: an infinite density at an end magnifies rounding.
-        early = before < after
-        return Instant(jnp.where(early, before, 1 - after), jnp.where(early, 1 - before, after))
+        return times.beta_time(self.alpha, self.beta, Instant(time, rest))
 
     def log_pdf_formula(self, level: MaskingLevel) -> Array:
         rest, time = self.base.tails(level.logsnr)
         log_density = (self.alpha - 1) * jnp.log(time) + (self.beta - 1) * jnp.log(rest)
         return self.base.log_pdf(level.logsnr) + log_density - betaln(self.alpha, self.beta)
-
-    def _base_time(self, at: Instant) -> Instant:
-        """Inverse of the incomplete beta function: bisection, then a Newton step."""
-
-        def missing(instant: Instant) -> Array:
-            early = at.t - betainc(self.alpha, self.beta, instant.t)
-            late = betainc(self.beta, self.alpha, instant.rest) - at.rest
-            return jnp.where(at.t < 0.5, early, late)
-
-        logit = bisect_time(lambda instant: jax.lax.stop_gradient(missing(instant)) > 0, at.t)
-        near = instant_of_logit(logit)
-        log_density = self.alpha * jnp.log(near.t) + self.beta * jnp.log(near.rest)
-        density = jnp.exp(log_density - betaln(self.alpha, self.beta))  # with respect to the logit
-        return instant_of_logit(logit + missing(near) / density)
 
 
 @pytree_dataclass

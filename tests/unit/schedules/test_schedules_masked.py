@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from law_zoo import MASKED, SIZE
 from variants import slow_except
 
-from mdm_jax import schedules
+from mdm_jax import corruption, objectives, schedules
 from mdm_jax.schedules import masked
 
 pytestmark = pytest.mark.keyless
@@ -19,12 +21,20 @@ EXTREMES = np.array([2.0**-30, 2.0**-24, 1 - 2.0**-23, 1 - 2.0**-24])
 ALL_TIMES = np.concatenate([EXTREMES, np.linspace(0.01, 0.99, SIZE - 4)])
 INNER = slice(4, None)  # where formulas that subtract from 1 keep their digits
 
-FULL_RANGE = ["linear", "cosine_md4", "cosine_mdlm", "cosine_squared", "power", "sqrt", "log"]
-every_schedule = pytest.mark.parametrize("name", sorted(MASKED))
+BELLS = ["logit_normal", "beta"]
+FULL_RANGE = [
+    *("linear", "cosine_md4", "cosine_mdlm", "cosine_squared", "power", "sqrt", "log"),
+    *BELLS,
+]
+# Inverting the incomplete beta function takes long to compile.
+every_schedule = pytest.mark.parametrize("name", slow_except({*MASKED} - {"beta"}, sorted(MASKED)))
 # Values and gradients in float32 are also those of the laws (tests/laws/test_schedules_zoo.py).
 some_schedules = pytest.mark.parametrize(
     "name", slow_except({"clipped", "cosine_mdlm", "geometric", "power"}, sorted(MASKED))
 )
+
+LOC = np.log(1.5)
+BETA = scipy.stats.beta(3, 2)  # of mean 0.6 and standard deviation 0.2
 
 # m(t), m'/m, t(m), density of m: the textbook formulas, which lose their digits at the ends.
 TEXTBOOK = {
@@ -84,6 +94,22 @@ TEXTBOOK = {
         lambda t: 0 * t + np.log(1e3),
         lambda y: np.log(y / 1e-3) / np.log(1e3),
         lambda y: 1 / (y * np.log(1e3)),
+    ),
+    "logit_normal": (
+        lambda t: scipy.special.expit(LOC + 0.8 * scipy.special.ndtri(t)),
+        lambda t: (
+            0.8
+            * scipy.special.expit(-LOC - 0.8 * scipy.special.ndtri(t))
+            / scipy.stats.norm.pdf(scipy.special.ndtri(t))
+        ),
+        lambda y: scipy.special.ndtr((scipy.special.logit(y) - LOC) / 0.8),
+        lambda y: scipy.stats.norm.pdf((scipy.special.logit(y) - LOC) / 0.8) / (0.8 * y * (1 - y)),
+    ),
+    "beta": (
+        BETA.ppf,
+        lambda t: 1 / (BETA.ppf(t) * BETA.pdf(BETA.ppf(t))),
+        BETA.cdf,
+        BETA.pdf,
     ),
     "uniform_logsnr": (
         lambda t: 1 / (1 + np.exp(5 - 10 * t)),
@@ -234,7 +260,8 @@ def test_ends_and_lost_support(name):
 
 
 def test_lost_support_of_the_truncated_schedules():
-    lost = {name: tuple(map(float, build(name).lost_support)) for name in MASKED}
+    names = ("loglinear", "clipped", "log_uniform", "geometric", "uniform_logsnr")
+    lost = {name: tuple(map(float, build(name).lost_support)) for name in names}
     np.testing.assert_allclose(lost["loglinear"], (0, 1e-3), rtol=1e-5)
     np.testing.assert_allclose(lost["clipped"], (0.3, 0.2), rtol=1e-6)
     np.testing.assert_allclose(lost["log_uniform"], (1e-3, 0), rtol=1e-5)
@@ -275,11 +302,23 @@ def test_bound_does_not_depend_on_the_schedule(name):
         integrand = schedule.weight(t, rest) * rate * polynomial(np.asarray(rate)) * t * rest
         clean, noisy = map(float, schedule.lost_support)
         primitive = polynomial.integ()
+        # Logit-normal rates below 6e-5 are drawn less often than e^-80 of the time.
+        tolerance = {"rtol": 2e-4 if name == "logit_normal" else 1e-9}
         np.testing.assert_allclose(
-            np.sum(integrand) * step, primitive(1 - noisy) - primitive(clean), rtol=1e-9
+            np.sum(integrand) * step, primitive(1 - noisy) - primitive(clean), **tolerance
         )
         if name in FULL_RANGE:
-            np.testing.assert_allclose(np.sum(integrand) * step, primitive(1.0), rtol=1e-9)
+            np.testing.assert_allclose(np.sum(integrand) * step, primitive(1.0), **tolerance)
+
+
+@pytest.mark.parametrize("name", ["logit_normal", "linear"])
+def test_bells_are_truncated_by_the_grid_of_quantiles(name):
+    """Outermost quantiles of a draw: rates from 0.021 to 0.990, whatever the support says."""
+    low, high = (float(build(name).masking_rate(t)) for t in (2.0**-24, 1 - 2.0**-24))
+    bell = name in BELLS
+    assert (low > 0.02 and high < 0.991) == bell
+    bound = objectives.masked_nelbo(corruption.fixed_count(3), build(name))
+    assert bound.bias == ("truncated" if bell else "exact")
 
 
 def everything(schedule, t):
@@ -335,7 +374,7 @@ def test_by_name():
     with pytest.raises(ValueError, match="cosine_md4") as error:
         masked.by_name("cosine")
     assert "cosine_mdlm" in str(error.value)
-    with pytest.raises(ValueError, match="known: clipped"):
+    with pytest.raises(ValueError, match="known: beta, clipped"):
         masked.by_name("zzz")
     with pytest.raises(TypeError, match="eps"):
         masked.by_name("linear", eps=1e-3)

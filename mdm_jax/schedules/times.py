@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import betainc, betaln
 
 from mdm_jax.schedules.coordinates import as_float
 from mdm_jax.schedules.laws import Instant, TwoSidedLaw
@@ -56,6 +57,29 @@ def solve_time(logsnr_of: Callable[[Instant], Array], logsnr: Array) -> Instant:
     divisor = jax.lax.stop_gradient(jnp.where(derivative < 0, derivative, -jnp.inf))
     missing = logsnr - level  # NaN at an infinite level, whose time needs no step
     return instant_of_logit(logit + jnp.where(jnp.isnan(missing), 0.0, missing / divisor))
+
+
+def beta_time(alpha: ArrayLike, beta: ArrayLike, at: Instant) -> Instant:
+    """Probabilities below and above ``at.t`` under Beta(alpha, beta)."""
+    before, after = betainc(alpha, beta, at.t), betainc(beta, alpha, at.rest)
+    # The larger one from the smaller: an infinite density at an end magnifies rounding.
+    early = before < after
+    return Instant(jnp.where(early, before, 1 - after), jnp.where(early, 1 - before, after))
+
+
+def beta_instant(alpha: ArrayLike, beta: ArrayLike, at: Instant) -> Instant:
+    """The inverse of :func:`beta_time`: bisection, then a Newton step."""
+
+    def missing(instant: Instant) -> Array:
+        early = at.t - betainc(alpha, beta, instant.t)
+        late = betainc(beta, alpha, instant.rest) - at.rest
+        return jnp.where(at.t < 0.5, early, late)
+
+    logit = bisect_time(lambda instant: jax.lax.stop_gradient(missing(instant)) > 0, at.t)
+    near = instant_of_logit(logit)
+    log_density = alpha * jnp.log(near.t) + beta * jnp.log(near.rest)
+    density = jnp.exp(log_density - betaln(alpha, beta))  # with respect to the logit
+    return instant_of_logit(logit + missing(near) / density)
 
 
 def instant_of_logit(logit: Array) -> Instant:
