@@ -22,11 +22,15 @@ from mdm_jax.data.packing import Align, Packing, first_fit
 from mdm_jax.data.pairs import (
     AnswerMarker,
     RandomCut,
+    StructuralTokens,
     TooLong,
+    check_structural,
     checker,
     mixed_rows,
     names_of,
+    occurrences,
     stream_settings,
+    structural_ids,
 )
 from mdm_jax.data.records import BadRows, Line, Record, field, read_sources
 from mdm_jax.data.rows import PackedSpans, aligned
@@ -130,6 +134,7 @@ def chat(
     too_long: TooLong = "error",
     answer_padding: AnswerPadding = "eos_scored",
     random_cut: RandomCut = 0.0,
+    structural_prompt_tokens: StructuralTokens = (),
     packing: Packing = "",
     align: Align = 1,
     answer_marker: AnswerMarker = "",
@@ -149,7 +154,7 @@ def chat(
             an earlier answer; "last" alone is what answering needs.
         valid_path, test_path, fractions, split_seed: one file split by what stands before the first
             answer, or a file for each split; see :func:`mdm_jax.data.records.read_sources`.
-        bad_rows, random_cut: as of :func:`mdm_jax.data.jsonl`.
+        bad_rows, random_cut, structural_prompt_tokens: as of :func:`mdm_jax.data.jsonl`.
         too_long: for conversations that do not fit: "error"; "truncate" keeps the start, without
             EOS, of those with an answer in it and drops others; "drop". The report counts them.
         answer_padding: after the conversation. "eos_scored": EOS to the end of the row, eligible
@@ -191,6 +196,7 @@ def chat(
     parts = found.splits()
     texts = (text for record in parts["train"] for text in _texts(record))
     codec = make_tokenizer(tokenizer, texts, bpe_vocab_size)
+    markup = structural_ids(structural_prompt_tokens, codec, random_cut)
     layout = _Layout(length, loss_on, too_long, answer_padding, packing, align)
     render = renderer or PlainTemplate(codec)
     sources, report, bad = [], dict(found.report), list(found.bad)
@@ -201,7 +207,8 @@ def chat(
         _check_lengths([talk for talks in rendered for talk in talks], length)
     for number, (records, talks) in enumerate(zip(groups, rendered)):
         name = ("train", "valid", "test")[max(0, number - len(found.train) + 1)]
-        rows, counts = _rows(records, [talk for talk, _ in talks], codec, layout)
+        sequences = markup if name == "train" else []
+        rows, counts = _rows(records, [talk for talk, _ in talks], codec, layout, sequences)
         if records and not len(rows):
             raise ValueError(
                 f"{records[0].origin}: every conversation of the {name} split was dropped as too "
@@ -210,6 +217,7 @@ def chat(
         sources.append(rows)
         for key, value in counts.items():
             report[f"{name}_{key}"] = report.get(f"{name}_{key}", 0) + value
+    check_structural(structural_prompt_tokens, report)
     if bad:
         report["bad_rows"] = found.report.get("bad_rows", 0) + len(bad) - len(found.bad)
         found = found._replace(bad=bad[:5], report=report)
@@ -238,7 +246,7 @@ def chat(
             **settings,
             "source": "chat",
             "tokenizer": codec.fingerprint,
-            **stream_settings(train, found.weights, random_cut),
+            **stream_settings(train, found.weights, random_cut, structural_prompt_tokens),
         },
         headline=f"Conversations from {names_of(found.paths)}, one a line.",
         policy=f"Loss on {loss_on} answers, laid out by "
@@ -406,12 +414,17 @@ def _check_lengths(talks: Sequence[tuple[Chat, str]], length: int) -> None:
 
 
 def _rows(
-    records: Sequence[Record], talks: Sequence[Chat], codec: Tokenizer, layout: _Layout
+    records: Sequence[Record],
+    talks: Sequence[Chat],
+    codec: Tokenizer,
+    layout: _Layout,
+    markup: Sequence[np.ndarray],
 ) -> tuple[PackedSpans, dict[str, int]]:
-    """Rows of one source or split, and counts for the report."""
+    """Rows of one source or split, and counts for the report; ``markup`` is eligible anywhere."""
     behind = sum(record.values[2] for record in records)
     counts = {"conversations": len(records), "messages_after_the_last_answer": behind}
     counts |= dict.fromkeys(("truncated_conversations", "dropped_conversations"), 0)
+    counts |= {"structural_prompt_tokens": 0} if markup else {}
     pieces: list[Chat] = []
     for ids, answers in talks:
         if len(ids) > layout.length:
@@ -420,6 +433,10 @@ def _rows(
                 counts["dropped_conversations"] += 1
                 continue
             counts["truncated_conversations"] += 1
+        if markup:
+            more = occurrences(ids, markup) & ~answers
+            counts["structural_prompt_tokens"] += int(more.sum())
+            answers = answers | more
         pieces.append(Chat(ids, answers))
     sizes = np.array([len(piece.ids) for piece in pieces], np.int64)
     numbers = np.arange(len(sizes))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from mdm_jax.checks import Real, Whole, checked
+from mdm_jax.checks import Plain, Real, Whole, checked
 from mdm_jax.data.datasets import (
     AnswerPadding,
     Dataset,
@@ -34,6 +34,10 @@ TooLong = Annotated[
 AnswerMarker = Annotated[str, "what stands before the result in an answer, for checks; '': none"]
 PartLength = Annotated[
     int, Whole("[0, 1e7]", "tokens", "0: of the longest pair, or 99 % of them where pairs are cut")
+]
+StructuralTokens = Annotated[
+    tuple[str, ...],
+    Plain(str, "markup in prompts that is masked too in training, as ('<td>', '|'); biased", True),
 ]
 RandomCut = Annotated[float, Real("[0, 1]", "of visits", "that see an answer cut at random")]
 
@@ -90,6 +94,7 @@ def jsonl(
     too_long: TooLong = "error",
     answer_padding: AnswerPadding = "eos_scored",
     random_cut: RandomCut = 0.0,
+    structural_prompt_tokens: StructuralTokens = (),
     answer_marker: AnswerMarker = "",
 ) -> Dataset:
     """Rows ``[PAD ... prompt][answer EOS ...]`` from files of JSON objects, one a line, UTF-8.
@@ -118,6 +123,9 @@ def jsonl(
             "eos_once": likewise, with EOS as padding.
         random_cut: share of visits in training that see the answer, padding included, end at a
             random length (:class:`mdm_jax.data.rows.RandomlyCut`).
+        structural_prompt_tokens: texts whose tokens are eligible in training wherever their ids
+            stand in a row, so in prompts too: another objective than the answer's bound, which
+            objectives call "biased". Held-out rows stay as they are. The report counts them.
         answer_marker: text before the result in every answer, such as ``"####"`` in GSM8K, for
             ``Dataset.check``; "": no check.
 
@@ -144,6 +152,7 @@ def jsonl(
     encoded = [[_ids(record, codec) for record in records] for records in groups]
     every = [pair for pairs in encoded for pair in pairs]
     sizes = np.array([[len(prompt), len(answer)] for prompt, answer in every])
+    markup = structural_ids(structural_prompt_tokens, codec, random_cut)
     share = -1 if too_long == "error" else -2  # the longest, or 99 %
     unset = [max(1, length_quantiles(part)[share]) for part in sizes.T]
     layout = PairLayout(prompt_length or unset[0], answer_length or unset[1], answer_padding)
@@ -172,11 +181,18 @@ def jsonl(
             raise ValueError(
                 f"{records[0].origin}: the answer of every pair of the {name} split was {fault}"
             )
+        if name == "train" and markup:
+            tokens, eligible, documents, units = batch
+            more = occurrences(tokens, markup) & (documents > 0) & ~eligible
+            counts["structural_prompt_tokens"] = int(more.sum())
+            units = units + (codec.character_counts[tokens] * more).sum(1, dtype=np.int32)
+            batch = batch._replace(eligible=eligible | more, units=units)
         return StoredRows(batch), counts
 
     trained = zip(found.train, encoded)
     sources, counts = zip(*(rows_of("train", records, pairs) for records, pairs in trained))
     report = found.report | {f"train_{key}": sum(c[key] for c in counts) for key in counts[0]}
+    check_structural(structural_prompt_tokens, report)
     rows: dict[str, RowSource] = {
         "train": mixed_rows(sources, found.weights, random_cut, codec),
     }
@@ -198,7 +214,7 @@ def jsonl(
             "too_long": too_long,
             "source": "jsonl",
             "tokenizer": codec.fingerprint,
-            **stream_settings(sources, found.weights, random_cut),
+            **stream_settings(sources, found.weights, random_cut, structural_prompt_tokens),
         },
         headline=f"Prompt and answer pairs from {names_of(found.paths)}, one a line.",
         policy=f"Prompt in {layout.prompt_length} positions, answer in {layout.answer_length}"
@@ -247,11 +263,50 @@ def mixed_rows(
     return Mixture(sources, weights) if len(sources) > 1 else sources[0]
 
 
+def structural_ids(texts: Sequence[str], codec: Tokenizer, random_cut: float) -> list[np.ndarray]:
+    """Ids of each text; ValueError for one without tokens or with unknown ones, or cut answers."""
+    if texts and random_cut:
+        raise ValueError(
+            "structural_prompt_tokens widens what is eligible, and random_cut ends rows after an "
+            "eligible token, which might be one of the prompt's; choose one of the two"
+        )
+    found = [codec.encode(text) for text in texts]
+    for text, ids in zip(texts, found):
+        if not len(ids) or codec.count_unknown(ids):
+            raise ValueError(f"structural_prompt_tokens: {text!r} is no text of this tokenizer")
+    return found
+
+
+def occurrences(ids: np.ndarray, sequences: Sequence[np.ndarray]) -> np.ndarray:
+    """Where ``ids`` [..., L] belong to an occurrence of one of the sequences, [..., L] bool."""
+    found = np.zeros(ids.shape, bool)
+    for sequence in sequences:
+        size, last = len(sequence), ids.shape[-1] - len(sequence) + 1
+        if last > 0:
+            begins = np.all([ids[..., i : last + i] == sequence[i] for i in range(size)], axis=0)
+            for i in range(size):
+                found[..., i : last + i] |= begins
+    return found
+
+
+def check_structural(texts: Sequence[str], report: Mapping[str, int]) -> None:
+    """ValueError where no token of the training prompts is one of the ``texts``."""
+    if texts and not report["train_structural_prompt_tokens"]:
+        raise ValueError(
+            f"structural_prompt_tokens={tuple(texts)} occur in no training prompt (as the ids that "
+            "each has by itself); see how the tokenizer cuts them, or leave it empty"
+        )
+
+
 def stream_settings(
-    sources: Sequence[RowSource], weights: Sequence[float] | None, random_cut: float
+    sources: Sequence[RowSource],
+    weights: Sequence[float] | None,
+    random_cut: float,
+    structural: Sequence[str],
 ) -> dict[str, Any]:
     """What changes a training stream, for the fingerprint; no defaults, so that older ones stay."""
     settings: dict[str, Any] = {"random_cut": random_cut} if random_cut else {}
+    settings |= {"structural_prompt_tokens": list(structural)} if structural else {}
     if len(sources) > 1:
         settings |= {"mixture": [len(source) for source in sources], "weights": weights}
     return settings

@@ -67,6 +67,14 @@ def test_the_plain_template_and_its_answers(write, kind):
     assert codec.decode(np.append(prompt, codec.mask_id), "") == TEXT.removesuffix("f␃")
 
 
+def test_markup_outside_of_answers_is_eligible_too(write):
+    settings = {"answer_padding": "pad_hidden", "structural_prompt_tokens": ("User: ", "e")}
+    dataset = made(write({"messages": TURNS}), **settings)
+    assert answers(dataset) == ["e", "User: ", "cd␃", "User: e", "f␃"]
+    assert dataset.train[0].units == 3 + 1 + 6 + 6 + 1
+    assert dataset.report["train_structural_prompt_tokens"] == 14
+
+
 def test_paddings_of_the_families(write):
     path, size = write({"messages": TURNS}), len(TEXT)
     shared = {}

@@ -63,6 +63,31 @@ def test_full_rows_have_no_padding(write):
     assert row.documents.all() and row.eligible.sum() == 5
 
 
+def test_markup_of_training_prompts_is_eligible_too(write):
+    """Wherever its ids stand in prompts; held-out rows, other tokens and padding stay."""
+    pairs = [(f"<|>{c}|", f"a|{c}") for c in "bcdefghijk"]
+    settings = {"structural_prompt_tokens": ("<|>", "|"), "fractions": (0.5, 0.5, 0)}
+    plain = only_train(write(pairs), fractions=(0.5, 0.5, 0))
+    widened = only_train(write(pairs), **settings)
+    index = range(len(plain.train))
+    before, after = (data.gather(each.train, index) for each in (plain, widened))
+    expected = before.eligible.copy()
+    expected[:, [1, 2, 3, 5]] = True  # padding, "<|>", a letter, "|"
+    np.testing.assert_array_equal(after.eligible, expected)
+    np.testing.assert_array_equal(after.units, before.units + 4)
+    held = [data.gather(each.valid, range(len(each.valid))) for each in (plain, widened)]
+    np.testing.assert_array_equal(held[0].eligible, held[1].eligible)
+    assert widened.report["train_structural_prompt_tokens"] == 4 * len(plain.train)
+    assert widened.fingerprint != plain.fingerprint
+    for bad, message in (
+        ({"structural_prompt_tokens": ("zz",)}, "'zz' is no text of this tokenizer"),
+        ({"structural_prompt_tokens": ("a",)}, "occur in no training prompt"),
+        ({"random_cut": 0.5}, "and random_cut ends rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            only_train(write(pairs), **settings | bad)
+
+
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_units_are_characters_of_the_answer(write, kind):
     pairs = [("é", "字"), ("ab", "éé")]
