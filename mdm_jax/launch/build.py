@@ -22,10 +22,12 @@ from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.categorical.cdcd import cdcd
 from mdm_jax.launch.categorical.cdtd import cdtd
 from mdm_jax.launch.datasets import buckets, dataset, split_by_name
-from mdm_jax.launch.families import TOKEN_FAMILIES, Family, final_likelihood, grid_samplers
+from mdm_jax.launch.families import TOKEN_FAMILIES, Family, final_likelihood
 from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
+from mdm_jax.launch.processes.partition import partition
+from mdm_jax.launch.processes.parts import grid_samplers
 from mdm_jax.launch.start import scaled
 from mdm_jax.launch.start.optimizer import optimizer
 from mdm_jax.launch.workdir import check_source, open_workdir, read_config
@@ -38,7 +40,8 @@ from mdm_jax.training.step import TrainState
 from mdm_jax.types import Array, ArrayLike, Batch, KeyedBatch, PyTree, worst_bias
 from mdm_jax.variance.transform import VarianceTransform
 
-FAMILIES = TOKEN_FAMILIES | {"gaussian": gaussian_family, "cdcd": cdcd, "cdtd": cdtd}
+FAMILIES = {**TOKEN_FAMILIES, "partition": partition, "gaussian": gaussian_family}
+FAMILIES |= {"cdcd": cdcd, "cdtd": cdtd}
 """Value of ``config.process`` -> what builds its family."""
 
 
@@ -399,9 +402,10 @@ def _check_unread(config: ConfigDict, sections: tuple[str, ...]) -> None:
     """Raise ValueError where a name that the run's process does not read was changed."""
     defaults = launch_config.get_config()
     changed = [
-        f"{name}.name={config[name].name!r}, leave it at {defaults[name].name!r}"
+        f"{name}.{own}={config[name][own]!r}, leave it at {defaults[name][own]!r}"
         for name in sections
-        if config[name].name != defaults[name].name
+        for own in ("name", "clamp")
+        if own in config[name] and config[name][own] != defaults[name][own]
     ]
     if changed:
         raise ValueError(f"process={config.process!r} does not read {', '.join(changed)}")

@@ -18,8 +18,9 @@ from mdm_jax.gaussian.recipes import Recipe
 from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.gaussian.schedules import truncated
 from mdm_jax.launch import names
-from mdm_jax.launch.families import Family, Generate, Record, Watch, network
+from mdm_jax.launch.families import Family, Record
 from mdm_jax.launch.names import lookup, settings
+from mdm_jax.launch.processes.parts import Generate, Watch, network
 from mdm_jax.samplers.sampler import row_keys, row_streams
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array

@@ -43,6 +43,16 @@ def text_block(variant: str = "16") -> ConfigDict:
     return config
 
 
+def text_partition(variant: str = "") -> ConfigDict:
+    """Partition model (PGM): the quickstart's data, size and steps, two groups a pass."""
+    check_variant("text_partition", variant, ("char",))
+    config = _text(variant)
+    config.process = "partition"
+    if variant == "smoke":
+        config.model.depth = 2
+    return config
+
+
 def text_uniform(variant: str = "") -> ConfigDict:
     """Uniform-token diffusion: the quickstart's network, data and steps."""
     check_variant("text_uniform", variant, ("char",))
@@ -257,6 +267,7 @@ PRESETS = {
         quickstart,
         text_ar,
         text_block,
+        text_partition,
         text_uniform,
         text_cdcd,
         digits_masked,

@@ -5,12 +5,13 @@ import importlib
 _NAMES = {
     "transformer": "Transformer TransformerConfig",
     "dit": "DiT DiTConfig",
-    "cross_entropy": "Chunking PositionLoss Readout as_logits exclude_token position_losses"
-    " readout_apply shifted_apply without_tokens",
+    "cross_entropy": "Chunking Deferred PositionLoss Readout as_logits exclude_token"
+    " position_losses readout_apply shifted_apply without_tokens",
     "decoders": "BlockDecoder CausalDecoder MaskChange block_apply cached_block_decoder"
     " cached_causal_decoder causal_apply masked_apply partial_decoder recomputing_block_decoder"
     " recomputing_causal_decoder",
     "kv_cache": "KeyValueCache",
+    "partition": "Partition pair_apply revealed_apply",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [*_MODULES]

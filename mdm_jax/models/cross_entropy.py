@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +143,18 @@ class Readout:
         return dataclasses.replace(self, chunking=dataclasses.replace(chunking, mesh=mesh))
 
 
-def as_logits(outputs: Array | Readout) -> Array:
+class Deferred(NamedTuple):
+    """A readout not yet computed: ``read(positions [N, C] or None) -> Readout`` of these alone.
+
+    None: of all positions.
+    """
+
+    read: Callable[[Array | None], Readout]
+
+
+def as_logits(outputs: Array | Readout | Deferred) -> Array:
     """Logits [N, L, K] of a network's outputs."""
+    outputs = outputs.read(None) if isinstance(outputs, Deferred) else outputs
     return outputs.logits() if isinstance(outputs, Readout) else outputs
 
 
@@ -197,12 +207,16 @@ def without_tokens(apply_fn: Callable[..., Any], ids: Sequence[int]) -> Callable
     E.g. padding, ``Dataset.absent_ids``: a network learns little about ids that no row holds.
     """
 
-    def apply(*inputs: Any, **options: Any) -> Array | Readout:
-        outputs = apply_fn(*inputs, **options)
+    def without(outputs: Array | Readout | Deferred) -> Array | Readout | Deferred:
+        if isinstance(outputs, Deferred):
+            return Deferred(lambda positions: without(outputs.read(positions)))
         if isinstance(outputs, Readout):
             projection = dataclasses.replace(outputs.projection, excluded=tuple(ids))
             return dataclasses.replace(outputs, projection=projection)
         return exclude_token(outputs, *ids)
+
+    def apply(*inputs: Any, **options: Any) -> Array | Readout | Deferred:
+        return without(apply_fn(*inputs, **options))
 
     return apply
 

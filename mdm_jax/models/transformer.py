@@ -184,7 +184,7 @@ class Attention(nn.Module):
             key_values = jax.tree.map(lambda a: jnp.repeat(a, group, axis=2), key_values)
         y = attentions.attention(q, *key_values, mask, c.attention)
         y = layers.named_heads(y).reshape(*x.shape[:2], c.num_heads * c.head_size)
-        out = make_linear(c, c.width, ("heads", "embed"), "out", kernel_init=_residual_init(c))
+        out = make_linear(c, c.width, ("heads", "embed"), "out", kernel_init=residual_init(c))
         return out(y), new
 
 
@@ -204,7 +204,7 @@ class FeedForward(nn.Module):
         h = inward("up")(x)
         h = layers.swiglu(inward("gate")(x), h) if c.mlp == "swiglu" else layers.gelu(h)
         h = constrain(h, "batch", None, "mlp")
-        bias["kernel_init"] = _residual_init(c)
+        bias["kernel_init"] = residual_init(c)
         return make_linear(c, c.width, ("mlp", "embed"), "down", **bias)(h)
 
 
@@ -363,7 +363,8 @@ def modulation(c: TransformerConfig, parts: int, condition: Array, x: Array) -> 
     return jnp.split(vectors, parts, axis=-1)
 
 
-def _residual_init(c: TransformerConfig) -> Callable[..., Array]:
+def residual_init(c: TransformerConfig) -> Callable[..., Array]:
+    """Initialiser of the last layer of a residual branch."""
     # Each of the 2 * depth residual branches adds the same share of the final variance.
     return nn.initializers.variance_scaling(1 / (2 * c.depth), "fan_in", "truncated_normal")
 

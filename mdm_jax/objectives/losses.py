@@ -1,9 +1,10 @@
-"""Training losses by process: masked, block and uniform-token bounds, next token."""
+"""Training losses by process: masked, partition, block and uniform bounds, next token."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.corruption.masked import rounded_count
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
 from mdm_jax.corruption.uniform import uniform_tokens
 from mdm_jax.draws import Draw, DrawSpec, LossStats
@@ -81,6 +82,54 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
         return DrawSpec(batch_size, num_levels, corruption.event_shape(length))
 
     return Objective("masked_nelbo", law, corruption, spec, loss, bias)
+
+
+def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
+    """Negative evidence lower bound of a partition model, nats: both groups from one pass.
+
+    At the rate m a group M of ``k = round(n m)`` of n tokens is drawn; M is predicted from the
+    others, and they from M. With S the sum of the cross-entropies of a group,
+
+        E[a_k S(M) + a_{n-k} S(rest)] = sum_k E[S | k masked] / k = NELBO ,
+
+    a_j = n / (2 j), a_n = 1. Every token is predicted once, so constant token losses have no noise.
+    Stats have shape [V, B, 1], all eligible tokens being targets. The network is
+    ``model_fn(inputs [N, 2L], logsnr, documents) -> logits [N, L, K]`` of masked and clean rows
+    side by side, such as ``models.pair_apply(model)``. Rows hold no tokens that are always visible
+    (prompts): both groups would need them. Law as of :func:`masked_nelbo`. ValueError for a
+    negative ``mask_id``. References: ``corruption.rounded_count``; Deschenaux et al. 2025 (PGM).
+    """
+    process, law = rounded_count(mask_id), UNIFORM_RATE if law is None else law
+
+    def token_loss(outputs: Array | Readout, targets: Array, where: Array) -> Array:
+        return token_nats(outputs, targets, where, mask_id)
+
+    def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
+        tokens, eligible = jnp.asarray(batch.tokens)[None], jnp.asarray(batch.eligible)[None]
+        logsnr = law.icdf(draw.u)
+        corrupted = process.corrupt(tokens, logsnr, draw.noise, eligible)
+        group = corrupted.target_mask
+        count = jnp.broadcast_to(jnp.sum(eligible, -1, keepdims=True), draw.u.shape)
+        size = jnp.sum(group, -1, keepdims=True)
+        size = jnp.where(group, size, count - size)  # of the token's own group
+        factor = jnp.where(size == count, 1.0, count / (2 * jnp.maximum(size, 1)))
+        clean = jnp.broadcast_to(tokens, group.shape)
+        both = jnp.concatenate([corrupted.inputs, clean], axis=-1)
+        known = (tokens, eligible)
+        nats = call_model(model_fn, both, logsnr, batch.documents, token_loss, known)
+        squares = jnp.square(factor * jnp.expm1(-jax.lax.stop_gradient(nats)))
+        return LossStats(
+            raw=jnp.sum(factor * nats, axis=-1, keepdims=True),
+            weight=jnp.exp(UNIFORM_RATE.log_pdf(logsnr) - law.log_pdf(logsnr)),
+            eligible=count.astype(jnp.float32),
+            targets=count.astype(jnp.int32),
+            gradient_norms=jnp.sum(jnp.where(eligible, squares, 0.0), axis=-1, keepdims=True),
+        )
+
+    def spec(batch_size: int, length: int) -> DrawSpec:
+        return DrawSpec(batch_size, 1, process.event_shape(length))
+
+    return Objective("partition_nelbo", law, process, spec, loss, bias_of_law(law))
 
 
 def _check_rates(corruption: Corruption, law: Law) -> None:

@@ -1,4 +1,4 @@
-"""Objectives with another weighting of their levels, and self-conditioning."""
+"""Objectives with another weighting of their levels, clamped losses, self-conditioning."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -9,7 +9,8 @@ from mdm_jax.checks import Real, as_parameter, checked, log_positive
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.models.cross_entropy import as_logits
-from mdm_jax.objectives.objective import Objective, flatten_views
+from mdm_jax.objectives.objective import UNIFORM_RATE, Objective, flatten_views
+from mdm_jax.schedules.laws import Law
 from mdm_jax.types import Array, ArrayLike, Batch, ModelFn
 
 LogFactor = Callable[[Array], Array]
@@ -33,6 +34,36 @@ def reweighted(objective: Objective, log_factor: LogFactor, name: str) -> Object
 
 
 @checked
+def clamped(
+    objective: Objective,
+    limit: Annotated[
+        float, Real("(0, 1e6]", "nats per eligible token", "that the weighted loss of a row counts")
+    ] = 10.0,
+) -> Objective:
+    """``objective`` with the weighted loss of a row and level clamped; "biased".
+
+    A loss above ``limit`` times the level's eligible tokens counts as that, without gradient.
+    ``limit`` > 0 (ValueError). Importance weights of the draw are not part of what is clamped.
+    Reference: arXiv 2511.18159, its code, with 10 nats per answer token.
+    """
+
+    def loss(model_fn: ModelFn, batch: Batch, draw: Draw) -> LossStats:
+        stats = objective.loss(model_fn, batch, draw)
+        most = limit * stats.eligible / jnp.maximum(stats.weight, jnp.finfo(jnp.float32).tiny)
+        return stats._replace(raw=jnp.where(stats.raw > most, most, stats.raw))
+
+    return objective._replace(name=f"{objective.name}, clamped", loss=loss, bias="biased")
+
+
+def law_factor(law: Law) -> LogFactor:
+    """log of the law's density of the masking rate: levels count as often as the law draws them.
+
+    Of an objective under the same law, what is left is the integrand without importance weight.
+    """
+    return lambda logsnr: law.log_pdf(logsnr) - UNIFORM_RATE.log_pdf(logsnr)
+
+
+@checked
 def min_snr_factor(
     gamma: Annotated[ArrayLike, Real("(0, 1e6]", "SNR", "above which weights fall")] = 5.0,
 ) -> LogFactor:
@@ -46,7 +77,10 @@ def p2_factor(
     k: Annotated[ArrayLike, Real("(0, 1e6]", "SNR", "below which weights are flat")] = 1.0,
     gamma: Annotated[ArrayLike, Real("[-100, 100]", "", "exponent of the fall")] = 1.0,
 ) -> LogFactor:
-    """log of ``(k + exp(lambda))^-gamma``, k > 0, finite gamma (ValueError). Choi et al. 2022."""
+    """log of ``(k + exp(lambda))^-gamma``, k > 0, finite gamma (ValueError). Choi et al. 2022.
+
+    By default the masking rate: masked tokens count alike, as in simple cross-entropy.
+    """
     gamma = as_parameter(gamma, "gamma")
     log_k = log_positive("p2", "k", k)
     return lambda logsnr: -gamma * jnp.logaddexp(log_k, logsnr)

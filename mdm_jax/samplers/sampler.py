@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.models.cross_entropy import Readout, exclude_token
+from mdm_jax.models.cross_entropy import Deferred, Readout, as_logits, exclude_token
 from mdm_jax.rng import stream
 from mdm_jax.samplers.canvas import check_canvas, check_mask_id
 from mdm_jax.schedules import grids
@@ -350,15 +350,15 @@ class Network:
     def __call__(
         self, tokens: Array, logsnr: Array, rows: Array | None = None, **further: Array
     ) -> Array:
-        output = self._run(tokens, logsnr, rows, **further)
-        logits = output.logits() if isinstance(output, Readout) else output
-        return exclude_token(logits, self.excluded)
+        return exclude_token(as_logits(self._run(tokens, logsnr, rows, **further)), self.excluded)
 
     def reader(
         self, tokens: Array, logsnr: Array, rows: Array | None
     ) -> Callable[[Array | None], Array]:
         """:func:`read_positions` of the network itself."""
         output = self._run(tokens, logsnr, rows)
+        if isinstance(output, Deferred):
+            return lambda at: exclude_token(output.read(at).logits(), self.excluded)
         if not isinstance(output, Readout):
             return lambda positions: exclude_token(_at_positions(output, positions), self.excluded)
 
@@ -368,7 +368,7 @@ class Network:
 
         return read
 
-    def _run(self, tokens, logsnr, rows, **further) -> Array | Readout:
+    def _run(self, tokens, logsnr, rows, **further) -> Array | Readout | Deferred:
         level = jnp.clip(jnp.asarray(logsnr, jnp.float32), -LOGSNR_LIMIT, LOGSNR_LIMIT)
         if level.ndim < 2:
             level = jnp.broadcast_to(level.reshape(-1, 1), (tokens.shape[0], 1))

@@ -59,7 +59,7 @@ BUILT = {*NAMES} - NEEDS_DATA
 def test_a_config_builds_and_one_step_keeps_the_state(name):
     """A layer of the full model over the data of the smoke variant, where there is one."""
     config = _get_config(name)
-    config.model.depth = 1
+    config.model.depth = 2 if config.process == "partition" else 1  # an encoder, a decoder
     if _has_variants(name):
         config.data = _get_config(name, "smoke").data
     _take_a_step(config)
@@ -156,6 +156,8 @@ def test_every_registered_name_can_be_chosen(field, name):
         config.data.task.update(train_rows=64, valid_rows=16, test_rows=16)
     if section == "clip_search":
         config.variance.order = ("clipped_adaptive",)
+    if name in ("ppots_parametric", "ppots_unweighted"):
+        config.variance[name].parameters = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
     if name == "rao_blackwell_clipped":
         config.law.name = "clipped"  # of the same rates
     if field == "sample.grid":
@@ -250,7 +252,8 @@ def test_smoke_variants_are_small_and_unknown_ones_are_refused(name):
 def test_presets_of_text_share_their_data_and_count_characters():
     """In subwords, whose rows hold every character of a split once."""
     presets = [
-        _get_config(name) for name in ("quickstart", "text_ar", "text_block", "text_uniform")
+        _get_config(name)
+        for name in ("quickstart", "text_ar", "text_block", "text_partition", "text_uniform")
     ]
     assert all(config.data == presets[0].data for config in presets)
     assert all(config.train.steps == presets[0].train.steps for config in presets)

@@ -9,17 +9,29 @@ import pytest
 import saved_run
 from variants import slow_except
 
-from mdm_jax.launch import families, names
+from mdm_jax.launch import names
 from mdm_jax.launch.build import check_quality, make_experiment
 from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.modes.sample import show_samples
-from mdm_jax.launch.presets import quickstart, text_ar, text_block, text_uniform
+from mdm_jax.launch.presets import (
+    quickstart,
+    text_ar,
+    text_block,
+    text_partition,
+    text_uniform,
+)
+from mdm_jax.launch.processes import parts
 from mdm_jax.launch.spacing import compare
 from mdm_jax.launch.spacing.stored import stored_generator
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.first]
 
-CONFIGS = {"block": text_block, "uniform": text_uniform, "autoregressive": text_ar}
+CONFIGS = {
+    "block": text_block,
+    "partition": text_partition,
+    "uniform": text_uniform,
+    "autoregressive": text_ar,
+}
 
 
 @pytest.mark.parametrize("process", slow_except({"autoregressive"}, CONFIGS))
@@ -147,7 +159,7 @@ def test_runs_without_a_grid_have_no_spacing():
 
 def test_samplers_with_steps_of_their_own_have_no_quality_by_steps():
     config = quickstart("smoke")
-    found = families.grid_samplers(config.sample)
+    found = parts.grid_samplers(config.sample)
     assert {"ancestral", "cached_ancestral", "remdm_cap"} <= set(found)
     assert not {"first_hitting", "by_margin", "low_confidence_remasking"} & set(found)
     config.sample.quality_steps = (2, 4)

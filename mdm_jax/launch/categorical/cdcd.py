@@ -11,20 +11,17 @@ from mdm_jax.gaussian import categorical, paths
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
-from mdm_jax.launch.families import (
-    Family,
+from mdm_jax.launch.families import Family, Record, token_details, token_record
+from mdm_jax.launch.gaussian_family import gaussian_levels, truncated_to
+from mdm_jax.launch.names import lookup, settings
+from mdm_jax.launch.processes.parts import (
     Generate,
-    Record,
     Watch,
     evaluation_by,
     make_chunking,
     network,
-    token_details,
     token_filters,
-    token_record,
 )
-from mdm_jax.launch.gaussian_family import gaussian_levels, truncated_to
-from mdm_jax.launch.names import lookup, settings
 from mdm_jax.schedules.laws import Law
 from mdm_jax.types import Array
 

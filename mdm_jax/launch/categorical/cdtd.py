@@ -7,10 +7,11 @@ from mdm_jax.data.tables import NUM_VALUES
 from mdm_jax.gaussian import categorical
 from mdm_jax.launch import names
 from mdm_jax.launch.categorical.cdcd import law_and_path, refuse_unread
-from mdm_jax.launch.families import Family, Generate, Record, Watch, evaluation_by, network
+from mdm_jax.launch.families import Family, Record
 from mdm_jax.launch.families import token_record as shared_record
 from mdm_jax.launch.gaussian_family import gaussian_levels
 from mdm_jax.launch.names import lookup, settings
+from mdm_jax.launch.processes.parts import Generate, Watch, evaluation_by, network
 from mdm_jax.types import Array
 
 

@@ -12,8 +12,8 @@ from mdm_jax import distributed, files, hub, sharding, training
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source
 from mdm_jax.launch.build import read_parameters
-from mdm_jax.launch.families import network
 from mdm_jax.launch.modes.export_tokenizer import tokenizer_files
+from mdm_jax.launch.processes.parts import network
 from mdm_jax.launch.workdir import WorkdirError, read_config, saved_config
 from mdm_jax.models import lora
 from mdm_jax.training.checkpoints import CheckpointError

@@ -7,7 +7,7 @@ import numpy as np
 
 from mdm_jax import files
 from mdm_jax.launch.build import Experiment
-from mdm_jax.launch.families import Watch
+from mdm_jax.launch.processes.parts import Watch
 from mdm_jax.launch.sampling.spread import spread
 from mdm_jax.launch.spacing.problem import learned_levels, opening
 from mdm_jax.launch.workdir import writing
