@@ -6,7 +6,7 @@
   mdm sample   --workdir=runs/mine     or --source=DIR; your own: --prompt="The"
                --infill="A ▁▁5 cat ▁▁" --prompts=FILE --n --length --live --gif
   mdm spacing  --workdir=runs/mine --steps=8,16   search the best sampling grid
-  mdm variance --workdir=runs/mine     gradient variance of training methods
+  mdm variance --workdir=runs/mine     of the gradient, by method; --fit: P-POTS
   mdm config   quickstart train        settings: values, meanings, ranges
   mdm report   --workdir=runs/mine     the run so far on a page, report.html
   mdm compile  --config=quickstart --topology=v5e:2x4   memory and time there
@@ -17,8 +17,8 @@
                --over="seed=0,1,2;optimizer.peak=1e-2,2e-2"   all combinations
 
 --config is a file or a built-in config: quickstart, text_ar, text_block:16,
-text_uniform, text_cdcd, digits_masked, digits_gaussian:vdm, mnist_gaussian,
-table_cdtd, finetune, finetune_pairs, preference, reward, convert; or X:smoke.
+text_partition, text_uniform, text_cdcd, table_cdtd, digits_masked, convert,
+digits_gaussian, mnist_gaussian, finetune, finetune_pairs, preference, reward.
 
 Settings:   --config.train.steps=2000  --config.variance.order="('stratified',)"
 Own model:  --config=finetune --config.model.source=DIR   (docs/hub.md)

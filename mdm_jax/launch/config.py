@@ -21,7 +21,7 @@ from mdm_jax.gaussian import categorical
 from mdm_jax.gaussian.samplers import guided
 from mdm_jax.launch import names
 from mdm_jax.launch.alignment.settings import AlignmentSettings
-from mdm_jax.launch.auto.settings import AutoSettings
+from mdm_jax.launch.auto.settings import AutoSettings, FitSettings
 from mdm_jax.launch.names import Setting, defaults, sections
 from mdm_jax.launch.start.scaled import RULES
 from mdm_jax.likelihood.subsets import LEVELS, MASKS
@@ -152,6 +152,7 @@ def settings() -> Mapping[str, Any]:
             "size": _whole(16, _COUNT, "tokens", "a divisor of data.length; 1: autoregressive"),
             "window": _whole(0, _NATURAL, "blocks", "attended to, own included; 0: all"),
         },
+        "partition": defaults(models.Partition),
         "gaussian": _gaussian(),
         # Gaussian diffusion of embeddings (text: cdcd, tables: cdtd); levels, path: of "gaussian".
         "cdcd": {
@@ -183,6 +184,7 @@ def settings() -> Mapping[str, Any]:
         },
         "weighting": {
             "name": _name("", ("", *names.WEIGHTINGS), "factor on the bound, then no bound"),
+            "clamp": _real(0.0, "[0, 1e6]", "nats per token", "most a row's loss counts; 0: all"),
             **sections(names.WEIGHTINGS),
         },
         "variance": {
@@ -195,8 +197,6 @@ def settings() -> Mapping[str, Any]:
             **sections(
                 names.VARIANCE,
                 coarse_strata={"cells": None},
-                # The fields of variance.ppots.EprParameters in order, as fit_epr returns them.
-                ppots_parametric={"parameters": (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)},
                 clipped={"low": 0.3, "high": 0.8},
                 clipped_mixture={"low": 0.3, "high": 0.8, "share": 0.3},
                 rotate={"views": 4},
@@ -207,7 +207,6 @@ def settings() -> Mapping[str, Any]:
         "train": _train(),
         "monitors": sections(names.MONITORS),
         "panel": defaults(PanelSettings),
-        # Weights & Biases, beside TensorBoard; needs the package wandb.
         "wandb": {
             "project": _text("", "that metrics go to; '': none"),
             "entity": _text("", "user or team of the project; '': your own"),
@@ -228,7 +227,6 @@ def settings() -> Mapping[str, Any]:
         },
         "evaluate": {
             "batch_size": _whole(32, "[1, 1e6]", "rows", "of a forward pass"),
-            # Validations are many: their passes are half of those after training.
             "passes": _whole(2, "[1, 1e6]", "", "forward passes of a row and replicate"),
             "replicates": _whole(2, "[1, 1e6]", "", "of the design, for the standard error"),
             "max_rows": _whole(0, _NATURAL, "rows", "held out, that are evaluated; 0: all"),
@@ -255,6 +253,7 @@ def settings() -> Mapping[str, Any]:
                 ),
             ),
             **defaults(MeasureSettings),
+            "fit": defaults(FitSettings),
         },
         "sample": _sample(),
         "spacing": {
@@ -498,3 +497,4 @@ def shrink(config: ConfigDict) -> None:
     config.measure.update(rows=4, levels_per_row=2, grid_rows=2, grid_levels=6, grid_masks=2)
     config.spacing.update(steps=(2, 3), rows=8, samples=8, replicates=2, budget=3)
     config.measure.update(groups=3, redraws=4, data_batches=1, warm_up=2, chunk=8)
+    config.measure.fit.update(levels=4, rows=2, masks=2)

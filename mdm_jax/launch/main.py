@@ -19,8 +19,8 @@ from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import HELP_FLAG, command_line, presets
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.ahead import command as ahead
+from mdm_jax.launch.auto import fit
 from mdm_jax.launch.build import Experiment, make_experiment, own_steps
-from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes import (
     chat,
     eval_tasks,
@@ -31,7 +31,6 @@ from mdm_jax.launch.modes import (
     train,
 )
 from mdm_jax.launch.modes import export as exports
-from mdm_jax.launch.modes.variance_report import format_table
 from mdm_jax.launch.reports import page, settings
 from mdm_jax.launch.sampling import sample_flags
 from mdm_jax.launch.spacing import compare
@@ -133,7 +132,12 @@ _USER_ERRORS = (
     TrainingStopped,
 )
 _print = functools.partial(print, flush=True)
-_FLAGS_OF = {new_config.__name__: "new", ahead.__name__: "compile", sample_flags.__name__: "sample"}
+_FLAGS_OF = {
+    new_config.__name__: "new",
+    ahead.__name__: "compile",
+    fit.__name__: "variance",
+    sample_flags.__name__: "sample",
+}
 _STOPPED = 130  # what shells report after Ctrl-C
 
 
@@ -297,15 +301,9 @@ def _spacing(experiment: Experiment, workdir: files.Path) -> int:
 
 
 def _variance(experiment: Experiment, workdir: files.Path) -> int:
-    c = dict(experiment.config.measure)
-    names = c.pop("methods")
-    methods = measure.named(names, experiment) if names else None
+    run = fit.fit if fit.FIT.value else measure.configured(experiment)
     _claim(experiment, workdir, always=True)
-    settings = MeasureSettings(**c)
-    record = measure.measure(
-        experiment, workdir, methods, settings, show=lambda record: _print(format_table(record))
-    )
-    print(f"written to {', '.join(map(str, record['files']))}")
+    print(f"written to {', '.join(run(experiment, workdir, _print))}")
     return 0
 
 

@@ -32,10 +32,12 @@ from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.launch.modes.variance_report import BASELINE
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_moment
-from mdm_jax.variance.ppots import fit_epr
+from mdm_jax.variance.ppots import EprFit, fit_epr
 from mdm_jax.variance.transform import VarianceTransform
 
-PROCESSES = ("masked", "block", "uniform", "autoregressive", "gaussian", "cdcd", "cdtd")
+PROCESSES = (
+    *("masked", "block", "partition", "uniform", "autoregressive", "gaussian", "cdcd", "cdtd"),
+)
 VARIANCE = {
     "identity": variance.identity,
     "stratified": variance.stratified,
@@ -48,6 +50,7 @@ VARIANCE = {
     "ppots": variance.ppots,
     "ppots_level_variance": functools.partial(variance.ppots, target=level_variance),
     "ppots_parametric": variance.ppots_parametric,
+    "ppots_unweighted": variance.ppots_unweighted,
     "ppots_slopes": variance.ppots_slopes,
     "ema_bins": variance.ema_bins,
     "ema_bins_second_moment": functools.partial(variance.ema_bins, target=second_moment),
@@ -77,7 +80,11 @@ CORRUPTIONS = {
     "bernoulli_shifted_logit": corruption.bernoulli_shifted_logit,
 }
 LAWS = schedules.MASKED_SCHEDULES
-WEIGHTINGS = {"min_snr": objectives.min_snr_factor, "p2": objectives.p2_factor}
+WEIGHTINGS = {
+    "law": objectives.law_factor,
+    "min_snr": objectives.min_snr_factor,
+    "p2": objectives.p2_factor,
+}
 SAMPLERS = {
     "ancestral": samplers.ancestral,
     "cached_ancestral": samplers.cached_ancestral,
@@ -194,12 +201,16 @@ def _binned(table: LevelTable, target: Callable) -> VarianceTransform:
     return variance.ppots_binned(edges, target(moments))
 
 
-def _parametric(table: LevelTable) -> VarianceTransform:
+def fitted(table: LevelTable) -> EprFit:
+    """The curve of P-POTS by the loss of a level table; errors as of ``fit_epr``."""
     value = table.loss.value
     spread = np.maximum(value.pattern, 0.0)  # the published target, v + g^2 of the loss
     # Over 1 - u, which is the masking rate where that is uniform.
-    fit = fit_epr(1.0 - table.quantiles, value.mean, spread)
-    return variance.chain(variance.ppots_parametric(fit.parameters))
+    return fit_epr(1.0 - table.quantiles, value.mean, spread)
+
+
+def _parametric(table: LevelTable) -> VarianceTransform:
+    return variance.chain(variance.ppots_parametric(fitted(table).parameters))
 
 
 def _stratified_binned(table: LevelTable) -> VarianceTransform:

@@ -34,6 +34,7 @@ from mdm_jax.plots.variance import (
     RATE,
     component_bars,
     efficiency_bars,
+    fitted_curve,
     level_densities,
     level_loss,
     level_moments,

@@ -10,6 +10,7 @@ from mdm_jax.meter.efficiency import Efficiency
 from mdm_jax.meter.levels import LevelTable, Moments, optimal_density
 from mdm_jax.plots.run import PARTS
 from mdm_jax.plots.style import bar, dress, line
+from mdm_jax.variance.ppots import EprFit, epr_curve
 
 RATE = "masking rate"
 """Label of the noise axis; ``sigmoid(-logSNR)`` is its name in general."""
@@ -109,6 +110,19 @@ def level_densities(
     axes.set(xscale="log", yscale="log")
     axes.set(xlim=(table.masking_rates[0], 1.0), ylim=(0.1, 20.0))
     return dress(axes, f"Densities of the {level}: best, and as drawn", level, "density")
+
+
+def fitted_curve(axes: Any, table: LevelTable, curve: EprFit, level: str = RATE) -> Any:
+    """Measured and fitted density of the level, of ``variance.ppots.fit_epr``."""
+    value, rates = table.loss.value, table.masking_rates
+    measured = optimal_density(table, value.mean**2 + np.maximum(value.pattern, 0.0))
+    fitted = table.base_density * epr_curve(curve.parameters, 1.0 - table.quantiles)
+    axes.plot(rates, measured, "o", ms=3, color="0.5", label="√(g² + v), measured")
+    axes.plot(rates, fitted / np.trapezoid(fitted, rates), label="fitted", **line(0))
+    axes.set(xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    title = f"Density of the {level} for P-POTS, KL {curve.divergence:.2g} nats"
+    return dress(axes, title, level, "density", columns=2)
 
 
 def level_loss(axes: Any, table: LevelTable, level: str = RATE) -> Any:

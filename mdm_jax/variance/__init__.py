@@ -13,11 +13,11 @@ from mdm_jax.variance.learned.curves import cdcd_warp, cdtd_warp
 from mdm_jax.variance.learned.quantile_net import learned_quantile
 from mdm_jax.variance.learned.uncertainty import uncertainty_weighting
 from mdm_jax.variance.ppots import (
-    level_moments,
     ppots,
     ppots_binned,
     ppots_parametric,
     ppots_slopes,
+    ppots_unweighted,
 )
 from mdm_jax.variance.transform import VarianceTransform, chain, draw_batch, identity
 from mdm_jax.variance.views import mirror, repeat, rotate, rotate_ranks, stratified_levels

@@ -27,7 +27,7 @@ from mdm_jax.variance.densities import (
     second_moment,
 )
 from mdm_jax.variance.transform import VarianceTransform
-from mdm_jax.variance.warps import counters, importance, learned_warp
+from mdm_jax.variance.warps import counters, importance, learned_warp, unweighted
 
 _START = (-0.3, 0.4, -1.0, 0.3, 0.2, -0.2, 0.2)
 _SPREAD = 0.6
@@ -272,14 +272,14 @@ _NUM_CELLS = 256
 _NODES = 8
 
 
+Curve = Annotated[
+    EprParameters | Sequence[float],
+    Real("[0, 1e6]", "", "scales, powers >= 1, growth, as mdm variance --fit prints", several=True),
+]
+
+
 @checked
-def ppots_parametric(
-    parameters: Annotated[
-        EprParameters | Sequence[float],
-        Real("[0, 1e6]", "", "scales, powers >= 1 and growth, as of fit_epr", several=True),
-    ],
-    floor: Floor = 0.1,
-) -> VarianceTransform:
+def ppots_parametric(parameters: Curve = (), floor: Floor = 0.1) -> VarianceTransform:
     """P-POTS from its seven-parameter curve, fitted by :func:`fit_epr`.
     Integrated over 256 equal cells of m = 1 - u, with weights for the density that is sampled (not
     so in the published engine).
@@ -290,19 +290,31 @@ def ppots_parametric(
     return importance(epr_density(parameters, floor))._replace(name="ppots_parametric")
 
 
+@checked
+def ppots_unweighted(parameters: Curve = ()) -> VarianceTransform:
+    """P-POTS as its code trains: levels from the fitted curve p, and no weight ``1 / p``.
+
+    Keeps: ``int p(u) f(u) du``, a reweighting of the levels by p; the published text describes
+    :func:`ppots_parametric`. ``objectives.clamped`` is the other half of that code. Couples:
+    nothing. Costs: one view. Removes: nothing of the bound's variance. Bias: biased. Reference:
+    arXiv 2511.18159, its code. Raises: ValueError if the parameters' number or range is wrong.
+    """
+    return unweighted(epr_density(parameters, 0.0))._replace(name="ppots_unweighted")
+
+
 def epr_density(parameters: EprParameters | Sequence[float], floor: float) -> PiecewiseDensity:
     """The density of :func:`ppots_parametric`; arguments and errors as there."""
     parameters = tuple(parameters)
     if len(parameters) != len(EprParameters._fields):
         raise ValueError(
-            f"ppots_parametric needs the numbers {', '.join(EprParameters._fields)}, "
-            f"got {len(parameters)} of them"
+            f"the curve of P-POTS needs the numbers {', '.join(EprParameters._fields)}, got "
+            f"{len(parameters)} of them; mdm variance --fit measures and prints them"
         )
     p = EprParameters(*map(float, parameters))
     if not (
         np.all(np.isfinite(p)) and min(p) >= 0 and min(p.high_power, p.low_power, p.mean_power) >= 1
     ):
-        raise ValueError(f"ppots_parametric: scales and growth are positive, powers >= 1; got {p}")
+        raise ValueError(f"P-POTS: scales and growth are positive, powers >= 1; got {p}")
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     edges = np.linspace(0.0, 1.0, _NUM_CELLS + 1)
     quantiles = edges[:-1, None] + (nodes + 1) / 2 / _NUM_CELLS

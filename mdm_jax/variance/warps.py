@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.checks import Rate, Real, checked
-from mdm_jax.draws import GRID_BITS, Draw, LossStats
+from mdm_jax.draws import GRID_BITS, Draw, DrawSpec, LossStats
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, PyTree
 from mdm_jax.variance.densities import (
@@ -22,7 +22,13 @@ from mdm_jax.variance.densities import (
     piecewise_density,
     warp,
 )
-from mdm_jax.variance.transform import InitFn, Phase, VarianceTransform, stateless
+from mdm_jax.variance.transform import (
+    InitFn,
+    LevelProfile,
+    Phase,
+    VarianceTransform,
+    stateless,
+)
 
 
 def importance(density: QuantileDensity) -> VarianceTransform:
@@ -40,6 +46,21 @@ def importance(density: QuantileDensity) -> VarianceTransform:
         bias="exact" if low <= 0 and high >= 1 else "truncated",
         profile=lambda u: density_profile(density, u),
     )
+
+
+def unweighted(density: QuantileDensity) -> VarianceTransform:
+    """:func:`importance` without its weight: quantiles from ``density``, and nothing paid for it.
+    Keeps: ``int p(u) f(u) du`` for the density p. Couples: nothing. Costs: one view. Removes:
+    nothing of the bound's variance. Bias: biased.
+    """
+
+    def draw(_key: Array, current: Draw, _spec: DrawSpec) -> Draw:
+        return current._replace(u=density.icdf(current.u))
+
+    def profile(u: Array) -> LevelProfile:
+        return LevelProfile(density.log_pdf(u), jnp.zeros_like(u))
+
+    return stateless("unweighted", Phase.WARP, draw, bias="biased", profile=profile)
 
 
 @checked

@@ -73,7 +73,7 @@ def jitted(method):
     return zoo.quick(lambda density, u: getattr(density, method)(u))
 
 
-PARTS = {"chain", "stateless", "running_bins", "learned_warp", "curve_warp"}
+PARTS = {"chain", "stateless", "running_bins", "learned_warp", "curve_warp", "unweighted"}
 """Functions that return a transform from other parts than settings."""
 
 

@@ -509,9 +509,7 @@ def test_the_variance_of_a_model_is_measured_before_and_after_training(name, tmp
     config.measure.update(methods=("stratified",), data_batches=3, groups=3, redraws=12)
     experiment = make_experiment(config, workdir)
     methods = measure.named(config.measure.methods, experiment)
-    settings = dict(experiment.config.measure)
-    del settings["methods"]
-    settings = launch_config.MeasureSettings(**settings)
+    settings = measure.settings_of(experiment.config)
 
     def measured():
         return measure.measure(make_experiment(config, workdir), workdir, methods, settings)

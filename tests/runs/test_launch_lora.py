@@ -111,9 +111,7 @@ def test_evaluation_samples_and_chats_read_the_run(run, monkeypatch, capsys):
 def test_variance_is_of_the_gradient_of_adapters(run, tmp_path):
     _, workdir, experiment = run
     copy = files.as_path(shutil.copytree(workdir, tmp_path / "run"))
-    settings = measure.MeasureSettings(**{k: v for k, v in experiment.config.measure.items()
-                                          if k != "methods"})  # fmt: skip
-    record = measure.measure(experiment, copy, {}, settings)
+    record = measure.measure(experiment, copy, {}, measure.settings_of(experiment.config))
     assert {result["refused"] for result in record["methods"].values()} == {""}
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import types
 
+import commands
 import jax
 import launching
 import numpy as np
@@ -14,14 +15,17 @@ import zoo
 
 from mdm_jax import meter, variance
 from mdm_jax.draws import DrawSpec
+from mdm_jax.files import read_json, write_json
 from mdm_jax.launch import names, presets
+from mdm_jax.launch.auto import fit
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes import measure as mode
 from mdm_jax.launch.modes.variance_report import BASELINE, format_table, recommend
+from mdm_jax.launch.workdir import WorkdirError, claim, command
 from mdm_jax.meter import levels, nested
 from mdm_jax.meter.efficiency import Efficiency
-from mdm_jax.variance.ppots import EprFit, EprParameters
+from mdm_jax.variance.ppots import EprFit, EprParameters, epr_density
 
 SETTINGS = MeasureSettings(
     rows=4,
@@ -43,18 +47,24 @@ def refuse(_table):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """(record, directory), of a network that compiles quickly."""
+def experiment():
+    """With a network that compiles quickly."""
     config = presets.quickstart("smoke")
     config.optimizer.name = "adamw"
     config.variance.order = ("stratified", "mirror")
-    workdir = tmp_path_factory.mktemp("variance")
+    config.measure.fit.update(levels=9, rows=4, masks=2)
     with pytest.MonkeyPatch.context() as patch:
         launching.on_one_device(patch)
-        experiment = make_experiment(config)
+        return tiny.with_small_network(make_experiment(config))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, experiment):
+    """(record, directory)."""
+    workdir = tmp_path_factory.mktemp("variance")
     methods = mode.named(["stratified, ppots binned", "antithetic_pairs"], experiment)
     methods["odd"] = mode.Method(refuse)
-    record = mode.measure(tiny.with_small_network(experiment), workdir, methods, SETTINGS)
+    record = mode.measure(experiment, workdir, methods, SETTINGS)
     return record, workdir
 
 
@@ -136,6 +146,8 @@ def test_table_names_every_method_and_the_recommendation(measured):
 def test_any_chain_of_registered_transforms_is_a_method():
     config = presets.quickstart("smoke")
     config.variance.clipped.update(low=0.25, high=0.75)
+    config.variance.ppots_parametric.parameters = FITTED.parameters
+    config.variance.ppots_unweighted.parameters = FITTED.parameters
     config.measure.methods = (*names.VARIANCE, "stratified,ema_bins_second_moment, mirror")
     experiment = make_experiment(config)
     methods = mode.named(config.measure.methods, experiment)
@@ -178,8 +190,40 @@ def test_table_of_methods_builds_and_covers_the_library(measured):
     # measures plain masked runs; and transforms that change the objective have no variance to
     # compare.
     other = {"clipped_adaptive", "stratified_blocks"}
-    other |= {"uncertainty_weighting", "cdcd_warp", "cdtd_warp"}
+    other |= {"uncertainty_weighting", "cdcd_warp", "cdtd_warp", "ppots_unweighted"}
     assert public - {"importance"} - other == names
+
+
+def test_the_curve_of_ppots_is_fitted_and_stored_once(experiment, tmp_path, monkeypatch):
+    """The printed command is read by the launcher, and its density is the measured one."""
+    workdir, shown = tmp_path / "run", []
+    claim(workdir, experiment.config)
+    started = ["mdm", "variance", "--config", "quickstart:smoke", "--workdir", str(workdir)]
+    started += ["--fit", "--config.seed=3", '--config.variance.order=("mirror",)']
+    write_json(workdir / "run.json", {"command": command(started)})
+    params = tiny.perturbed(experiment.initial_state().params, scale=2.0)  # unequal losses
+    monkeypatch.setattr(fit.measure, "parameters", lambda run, _: (run, None, params, None))
+    paths = fit.fit(experiment, workdir, shown.append)
+    record = read_json(paths[0])
+    assert {str(path) for path in (workdir / "variance").iterdir()} == set(paths)
+    assert record["divergence"] < 0.05 and f"{record['divergence']:.2g} nats" in shown[0]
+    line = shown[0].splitlines()[-1].strip()
+    assert line == record["command"]
+    words = commands.words_of(line)
+    commands.check(commands.Command("the printed line", words))
+    assert f"--workdir={workdir}-ppots" in words and "--config.seed=3" in words
+    assert not any(word.startswith("--fit") or "mirror" in word for word in words)
+    given = next(word for word in words if "parameters" in word).partition("=")[2]
+    assert given == "(" + ",".join(f"{p:g}" for p in record["parameters"].values()) + ")"
+    # Of uniform cells of the rate 1 - u, the middles of which were measured.
+    levels, density = record["levels"], epr_density([*record["parameters"].values()], 1e-6)
+    np.testing.assert_allclose(levels["quantiles"], 1 - np.arange(1, 10) / 10, rtol=1e-5)
+    measured = np.sqrt(np.square(levels["loss"]["mean"]) + np.maximum(levels["loss"]["pattern"], 0))
+    fitted = np.exp(density.log_pdf(np.asarray(levels["quantiles"])))
+    ratio = (fitted / fitted.mean()) / (measured / measured.mean())
+    assert np.abs(ratio - 1).max() < np.ptp(np.log(measured)) / 3
+    with pytest.raises(WorkdirError, match="rename or remove it"):
+        fit.fit(experiment, workdir)
 
 
 def test_the_parametric_density_is_fitted_over_the_quantile(monkeypatch):

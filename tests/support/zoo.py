@@ -16,10 +16,11 @@ from mdm_jax.variance.densities import (
 )
 from mdm_jax.variance.learned.bins import LossHistory
 from mdm_jax.variance.learned.curves import LogisticShape, logistic_curve, piecewise_linear_curve
-from mdm_jax.variance.ppots import PpotsState, epr_density
+from mdm_jax.variance.ppots import PpotsState, epr_density, level_moments
 from mdm_jax.variance.warps import ClippedDensity, LogUniformDensity, importance
 
 EPR = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
+GROWING = (0.5, 0.2, 0.6, 1.5, 3.0, 2.0, 2.0)
 BINS = log_spaced_edges(6, 1e-2)
 STEEP = (1.0, 2.0, 4.0, 9.0, 30.0, 200.0)
 DENSITY = piecewise_density((0.0, 0.2, 0.7, 0.95, 1.0), (1.0, 2.0, 2.0, 1.0))
@@ -39,6 +40,7 @@ SINGLES = {
     "clipped_adaptive": lambda: variance.clipped_adaptive(0.3, 0.8),
     "clipped_mixture": lambda: variance.clipped_mixture(0.3, 0.8, 0.2),
     "ppots_parametric": lambda: variance.ppots_parametric(EPR),
+    "ppots_unweighted": lambda: variance.ppots_unweighted(GROWING),
     "ppots_binned": lambda: variance.ppots_binned(BINS, STEEP),
     "ppots": lambda: variance.ppots(num_bins=6),
     "ppots_slopes": lambda: variance.ppots_slopes(num_bins=8),
@@ -152,7 +154,7 @@ MEMBERS = {name: (name, *(n for n in STATES if STATES[n][0] == name)) for name i
 """Name of a factory -> members of ALL that differ in their states alone."""
 
 TRUNCATED = ("clipped", "clipped_adaptive")
-DRIFTING = ("uncertainty_loaded", "cdcd_loaded", "cdtd_loaded")
+DRIFTING = ("ppots_unweighted", "uncertainty_loaded", "cdcd_loaded", "cdtd_loaded")
 """Biased members with states in which their bias shows."""
 BIASED = ("uncertainty_weighting", "cdcd_warp", "cdtd_warp", "cdtd_logistic", *DRIFTING)
 EXACT = [name for name in ALL if name not in TRUNCATED + BIASED]
@@ -186,14 +188,13 @@ def densities():
         "pairs_complement_log_uniform": LogUniformDensity(1e-2),
     }
     edges, equal = log_spaced_edges(6, 1e-3), np.linspace(0, 1, 7)
-    moments = variance.level_moments
     of_state = {
-        "ppots": lambda state: (edges, moments(state).second),
+        "ppots": lambda state: (edges, level_moments(state).second),
         "ppots_level_variance": lambda state: (
             edges,
-            level_variance(moments(state)),
+            level_variance(level_moments(state)),
         ),
-        "ema_bins": lambda state: (equal, moments(state).mean ** 2),
+        "ema_bins": lambda state: (equal, level_moments(state).mean ** 2),
         "loss_history": lambda state: (equal, jnp.mean(state.values**2, axis=1)),
     }
     for name, (learner, loaded) in STATES.items():

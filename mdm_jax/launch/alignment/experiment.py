@@ -17,7 +17,7 @@ from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.alignment.settings import PREFERENCES
 from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import Experiment
-from mdm_jax.launch.families import masked_sampler
+from mdm_jax.launch.processes.parts import masked_sampler
 from mdm_jax.launch.start import scaled
 from mdm_jax.launch.workdir import WorkdirError, changes
 from mdm_jax.models import lora

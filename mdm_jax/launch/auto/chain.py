@@ -34,6 +34,7 @@ CANDIDATES = {
         ("stratified", "ppots_slopes"),
         ("stratified", "mirror"),
     ),
+    "partition": (("stratified",), ("stratified", "ppots_slopes"), ("stratified", "mirror")),
     "uniform": _ONE_LEVEL,
     "gaussian": _ONE_LEVEL,
 }
@@ -44,6 +45,7 @@ RANGES = ((0.3, 0.8), (0.45, 0.95))
 DEFAULTS = {
     "masked": ("stratified", "ppots_slopes"),
     "block": ("stratified", "ppots_slopes"),
+    "partition": ("stratified", "ppots_slopes"),
     "uniform": ("stratified",),
     "gaussian": ("stratified",),
 }

@@ -24,3 +24,13 @@ class AutoSettings:
     warm_up: Annotated[
         int, Whole("[0, 1e6]", "batches", "that an adaptive transform learns from first")
     ] = 64
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class FitSettings:
+    """The grid of ``mdm variance --fit``; by default the published calibration of P-POTS."""
+
+    levels: Annotated[int, Whole("[3, 1e6]", "", "masking rates of the grid, evenly spaced")] = 69
+    rows: Annotated[int, Whole("[2, 1e6]", "rows", "of the data, at every rate")] = 10
+    masks: Annotated[int, Whole("[2, 1e6]", "", "of a row at a rate")] = 10

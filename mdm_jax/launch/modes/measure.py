@@ -13,12 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from mdm_jax import data, files, meter, rng, sharding, variance
 from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.launch.config import MeasureSettings
-from mdm_jax.launch.modes.variance_report import BASELINE, Result, recommend, write_report
+from mdm_jax.launch.modes.variance_report import (
+    BASELINE,
+    Result,
+    format_table,
+    recommend,
+    write_report,
+)
 from mdm_jax.launch.names import CONFIGURED, METHODS, Method
 from mdm_jax.launch.workdir import write_json, writing
 from mdm_jax.meter.efficiency import Efficiency, inverse_rates_diverge
@@ -74,15 +81,8 @@ def measure(
     the reason. ``show(record)`` is called before anything is written. Raises ValueError if the
     settings do not fit the data, or the run has no noise.
     """
-    if experiment.config.process == "autoregressive":
-        raise ValueError("an autoregressive run has no noise whose variance could be measured")
-    if method := experiment.config.alignment.method:
-        raise ValueError(
-            f"mdm variance measures gradients of the likelihood bound, and this run's loss is "
-            f"alignment.method={method!r}; measure the run that it started from"
-        )
     settings = MeasureSettings() if settings is None else settings
-    experiment, step, params, own_state = _parameters(experiment, workdir)
+    experiment, step, params, own_state = parameters(experiment, workdir)
     methods = {BASELINE: METHODS[BASELINE], **(METHODS if methods is None else methods)}
     methods[CONFIGURED] = Method(lambda _table: experiment.transform, None)
     bench = _Bench(experiment, params, own_state, settings)
@@ -92,10 +92,9 @@ def measure(
             bar.set_description(name)
             results[name] = bench.measure(name, method)
             bar.update(1)
-    fresh = "a fresh model" if experiment.source is None else experiment.config.model.source
     record = {
         "step": step,
-        "parameters": fresh if step is None else f"a checkpoint of step {step}",
+        "parameters": origin(experiment, step),
         "batch_size": experiment.spec.batch_size,
         "levels_from": experiment.family.levels_from,
         "settings": dataclasses.asdict(settings),
@@ -111,6 +110,28 @@ def measure(
         )
         write_json(workdir / "variance" / "variance.json", record)
     return record
+
+
+def settings_of(config: ConfigDict) -> MeasureSettings:
+    """The settings of the section ``measure``."""
+    names = [field.name for field in dataclasses.fields(MeasureSettings)]
+    return MeasureSettings(**{name: config.measure[name] for name in names})
+
+
+def configured(experiment: Experiment) -> Callable[..., list[str]]:
+    """:func:`measure` with the methods and settings of the config; ValueError for its chains.
+
+    ``(experiment, workdir, show) -> files``, where ``show`` gets a table.
+    """
+    chosen = experiment.config.measure.methods
+    methods = named(chosen, experiment) if chosen else None
+    settings = settings_of(experiment.config)
+
+    def run(experiment: Experiment, workdir: files.Path, show: Callable[[str], None]) -> list[str]:
+        shown = lambda record: show(format_table(record))  # noqa: E731
+        return measure(experiment, workdir, methods, settings, shown)["files"]
+
+    return run
 
 
 class _Bench:
@@ -265,10 +286,27 @@ def _infinite(figure: Efficiency | None) -> Efficiency | None:
     return dataclasses.replace(figure, unsettled=_INFINITE) if settled else figure
 
 
-def _parameters(
+def origin(experiment: Experiment, step: int | None) -> str:
+    """Whose parameters are measured, for display; ``step`` as of :func:`parameters`."""
+    if step is not None:
+        return f"a checkpoint of step {step}"
+    return "a fresh model" if experiment.source is None else experiment.config.model.source
+
+
+def parameters(
     experiment: Experiment, workdir: files.Path
 ) -> tuple[Experiment, int | None, PyTree, PyTree | None]:
-    """(the run under its chain, step or None for a fresh model, parameters, the chain's state)."""
+    """(the run under its chain, step or None for a fresh model, parameters, the chain's state).
+
+    ValueError for a run without noise or with another loss than the bound.
+    """
+    if experiment.config.process == "autoregressive":
+        raise ValueError("an autoregressive run has no noise whose variance could be measured")
+    if method := experiment.config.alignment.method:
+        raise ValueError(
+            f"mdm variance measures gradients of the likelihood bound, and this run's loss is "
+            f"alignment.method={method!r}; measure the run that it started from"
+        )
     restored = None
     if (workdir / "checkpoints").exists():
         checkpoints = open_workdir(workdir)

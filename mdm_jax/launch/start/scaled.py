@@ -122,7 +122,12 @@ def same(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             optimizer[name] = old
     unset = {n: known["data"][n] for n in LENGTHS if not new["data"][n]}
     train = new["train"] | {n: known["train"][n] for n in LATER if new["train"][n] is None}
-    return new | {"optimizer": optimizer, "data": new["data"] | unset, "train": train}
+    variance, curve = new["variance"], "ppots_parametric"
+    if not variance[curve]["parameters"]:  # earlier releases had a default
+        old = known["variance"][curve]["parameters"]
+        variance = variance | {curve: variance[curve] | {"parameters": old}}
+    data = new["data"] | unset
+    return new | {"optimizer": optimizer, "data": data, "train": train, "variance": variance}
 
 
 def with_lengths(config: ConfigDict, layout: PairLayout | None) -> ConfigDict:

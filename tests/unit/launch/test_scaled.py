@@ -149,3 +149,13 @@ def test_rules_say_what_is_done():
     known = launch_config.flat_settings()
     for path in ("optimizer.peak", "optimizer.warmup_steps", "optimizer.ema_decay"):
         assert scaled.RULES[path.split(".")[1]] in known[path].rule.explained()
+
+
+def test_the_curve_that_ppots_had_by_default_is_no_change(tmp_path):
+    config = _run()
+    config.variance.ppots_parametric.parameters = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
+    claim(tmp_path, config)
+    assert changes(tmp_path, _run()) == []
+    config.variance.ppots_parametric.parameters = (1.0,) * 7
+    (line,) = changes(tmp_path, config)
+    assert line.startswith("variance.ppots_parametric.parameters: [0.5, 2.0,")

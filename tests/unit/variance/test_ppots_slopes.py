@@ -10,6 +10,7 @@ from mdm_jax import corruption, draws, objectives, variance
 from mdm_jax.draws import DrawSpec, LossStats
 from mdm_jax.types import Batch
 from mdm_jax.variance.densities import log_spaced_edges
+from mdm_jax.variance.ppots import level_moments
 
 ROWS, LENGTH, TOKENS = 6, 8, 5
 MASK = TOKENS - 1
@@ -119,7 +120,7 @@ def test_moments_are_those_of_weight_and_slopes_whatever_the_loss():
     transform = variance.ppots_slopes(num_bins=4, smallest_rate=1e-2, warmup_steps=5)
     state = _learnt(transform, slopes, lambda u: 100 * u)
     assert state.rejected == 0
-    found = variance.level_moments(state)
+    found = level_moments(state)
     np.testing.assert_allclose(found.second, levels * (2 / 4) ** 2, rtol=1e-4)
     # The density between two quantiles of one bin: the share of its root, above a floor of a fifth.
     middles = (edges[1:] + edges[:-1]) / 2

@@ -22,7 +22,7 @@ from mdm_jax.variance.densities import (
     published_second_moment,
     second_moment,
 )
-from mdm_jax.variance.ppots import EprParameters, epr_curve, epr_density, fit_epr
+from mdm_jax.variance.ppots import EprParameters, epr_curve, epr_density, fit_epr, level_moments
 
 EPS = 1e-3
 REFERENCE = EprParameters(0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
@@ -153,7 +153,7 @@ def test_moments_are_means_per_bin_of_the_integrand():
     """f = raw * weight / scored; edges at rates 1, 0.1, 0.01: bins [0, .9), [.9, .99), [.99, 1)."""
     transform = variance.ppots(num_bins=3, smallest_rate=0.01, decay=0.5)
     state = learn(transform, one_batch([[0.1, 0.5, 0.95]], [[2.0, 6.0, 8.0]]))
-    moments = variance.level_moments(state)
+    moments = level_moments(state)
     np.testing.assert_allclose(moments.mean[:2], [2, 4], rtol=1e-6)
     np.testing.assert_allclose(moments.second[:2], [5, 16], rtol=1e-6)
     np.testing.assert_allclose(state.weight, [0.75, 0.5, 0], rtol=1e-6)
@@ -164,7 +164,7 @@ def test_moments_are_means_per_bin_of_the_integrand():
     later = zoo.quick(transform.update)(state, *one_batch([[0.95]], [[4.0]]))
     np.testing.assert_allclose(later.second, [0.75 * 5, (16 / 4 + 4 / 2), 0], rtol=1e-6)
     np.testing.assert_array_equal(later.weight, [0.75, 0.75, 0])
-    np.testing.assert_allclose(variance.level_moments(later).second[1], 8, rtol=1e-6)
+    np.testing.assert_allclose(level_moments(later).second[1], 8, rtol=1e-6)
 
 
 def test_rows_without_targets_are_left_out():
@@ -181,10 +181,10 @@ def test_views_at_one_level_are_averaged_before_squaring():
     """With MIRROR the moment is the pair's, v (1 + rho) / 2 + g^2 + c; other levels stand alone."""
     transform = variance.ppots(num_bins=3, smallest_rate=0.01, decay=0.5)
     shared = learn(transform, one_batch([[0.1], [0.1]], [[2.0], [6.0]]))
-    np.testing.assert_allclose(variance.level_moments(shared).second[0], 4.0)
+    np.testing.assert_allclose(level_moments(shared).second[0], 4.0)
     np.testing.assert_allclose(shared.weight, [0.5, 0, 0])  # a pair counts once
     apart = learn(transform, one_batch([[0.1], [0.2]], [[2.0], [6.0]]))
-    np.testing.assert_allclose(variance.level_moments(apart).second[0], 5.0)
+    np.testing.assert_allclose(level_moments(apart).second[0], 5.0)
 
 
 def test_warm_up_is_uniform_and_the_density_then_follows_the_past():
@@ -218,7 +218,7 @@ def test_gradient_norms_can_take_the_place_of_the_loss():
     norms = jnp.array([[[4.0], [12.0]]])
     transform = variance.ppots(num_bins=3, smallest_rate=0.01, decay=0.5)
     state = learn(transform, (draw, gradient_stats(stats, norms)))
-    np.testing.assert_allclose(variance.level_moments(state).second[:2], [1, 9], rtol=1e-6)
+    np.testing.assert_allclose(level_moments(state).second[:2], [1, 9], rtol=1e-6)
 
 
 def trained_state(transform, process, steps, rows=60):
@@ -247,7 +247,7 @@ def test_learnt_density_approaches_the_optimum_of_fixed_counts():
     """
     transform = variance.ppots(num_bins=8, smallest_rate=0.05, decay=0.9995, warmup_steps=20)
     state = trained_state(transform, corruption.fixed_count(toys.MASK_ID), 600)
-    moments = variance.level_moments(state)
+    moments = level_moments(state)
     edges = log_spaced_edges(8, 0.05)
     u, du = oracle.gauss(np.unique(np.concatenate([edges, np.arange(5) / 4])), 1)
     k = 4 - np.floor(u * 4).astype(int)
@@ -267,7 +267,7 @@ def test_learning_under_bernoulli_weights_finds_the_rise_at_small_rates():
     """s ~ D / m, so the density grows towards small rates like 1 / sqrt(m)."""
     transform = variance.ppots(num_bins=8, smallest_rate=0.02, decay=0.999, warmup_steps=50)
     state = trained_state(transform, corruption.bernoulli(toys.MASK_ID), 400)
-    density = moment_density(log_spaced_edges(8, 0.02), variance.level_moments(state).second, 0.1)
+    density = moment_density(log_spaced_edges(8, 0.02), level_moments(state).second, 0.1)
     pdf = np.asarray(density.masses) / np.diff(density.edges)
     assert pdf[-2] > 1.6 * pdf[1]
 
