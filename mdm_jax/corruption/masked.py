@@ -95,7 +95,7 @@ def rounded_count(mask_id: int) -> Corruption:
         mask = eligible & (rank < spread_levels(masked_count, x.shape[-1], level_ids))
         weight = jnp.where(masked_count == count, 2.0, count / jnp.maximum(masked_count, 1))
         log_weight = jnp.where(masked_count > 0, jnp.log(jnp.maximum(weight, 1.0)), 0.0)
-        return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight.astype(jnp.float32))
+        return Corrupted(jnp.where(mask, mask_id, x), mask, log_weight.astype(logsnr.dtype))
 
     return _masked("rounded_count", corrupt, mask_id)
 

@@ -1,7 +1,7 @@
 """Bell-shaped laws of the masking rate: logit-normal and Beta, by centre and width.
 
-Objectives under them are "truncated": float32 quantiles draw no rates near 0 and 1 (of the
-logit-normal 0.6, 0.8 those from 0.021 to 0.990), and the weights of those drawn have a large
+Objectives under them are "truncated": float32 quantiles draw no rates near 0 and 1 (logit-normal of
+centre 0.6 and width 0.8: none outside 0.021 to 0.990), and the weights of those drawn have a large
 variance. Without the weight, ``weighting.name="law"`` in configs, levels count by the law's
 density: another objective, of little variance. Reference: arXiv 2605.13026 (bell-shaped rates; its
 own density is not known here).

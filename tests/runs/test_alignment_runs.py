@@ -237,7 +237,8 @@ def test_settings_that_contradict_each_other_are_refused(started, tmp_path):
     refused("leave out sample.top_k", lambda c: c.sample.update(top_k=4))
     refused("updates after the first need a ratio", inner_steps=2)
     refused("whole canvas", tail="masked")
-    refused("even number of draws", method="gdpo", replicates=1)
+    refused("takes pairs of draws of an answer, and has 1", method="gdpo", replicates=1)
+    refused("takes 2 or more draws of an answer", method="spg", replicates=1)
     refused("needs alignment.replicates of 2", make=preferred, replicates=1)
     refused("no function of a file", reward="nowhere.py:f")
     refused("has no function 'twos', but ones", reward=f"{tmp_path / 'rewards.py'}:twos")
@@ -249,6 +250,9 @@ def test_settings_that_contradict_each_other_are_refused(started, tmp_path):
     ):
         made[rewarded] = dataclasses.replace(made[rewarded], transform=transform)
         refused(match, method=method)
+    pictures = dataclasses.replace(made[rewarded].dataset, tokenizer=None)
+    made[rewarded] = dataclasses.replace(made[rewarded], dataset=pictures)
+    refused("rewards are of texts")
 
 
 def test_other_modes_say_what_they_do_not_do(started, tmp_path):

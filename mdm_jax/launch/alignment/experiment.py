@@ -71,8 +71,8 @@ class AlignedExperiment(Experiment):
         apply_fn = super().apply_at(seed, step)
         if self.reward is None:
             return apply_fn
-        scaled = alignment.at_temperature(apply_fn, self.config.sample.temperature)
-        return models.without_tokens(scaled, self.dataset.absent_ids)
+        drawn_from = alignment.at_temperature(apply_fn, self.config.sample.temperature)
+        return models.without_tokens(drawn_from, self.dataset.absent_ids)
 
     def apply_at(
         self, seed: ArrayLike, step: ArrayLike, frozen: PyTree = None
@@ -285,6 +285,11 @@ def _check(experiment: Experiment) -> None:
         return
     if jax.process_count() > 1:
         raise ValueError("rewarded answers are written in one process; this run has several")
+    if experiment.dataset.tokenizer is None:
+        raise ValueError(
+            f"rewards are of texts, and data.source={c.data.source!r} has none; take "
+            "data.source=task, task_file, jsonl or chat"
+        )
     if experiment.dataset.check is None and not s.reward:
         raise ValueError(
             f"data.source={c.data.source!r} has no checker: give "
@@ -307,10 +312,12 @@ def _check(experiment: Experiment) -> None:
             f"old policy, which the methods {', '.join(ratio)} have; {s.method!r} has none"
         )
     views = s.replicates * experiment.transform.views
-    if (s.method == "spg" and views < 2) or (s.method == "gdpo" and views % 2):
+    wanted = {"spg": (views >= 2, "2 or more draws"), "gdpo": (views % 2 == 0, "pairs of draws")}
+    enough, draws = wanted.get(s.method, (True, ""))
+    if not enough:
         raise ValueError(
-            f"alignment.method={s.method!r} takes an even number of draws of an answer, 2 or more,"
-            f" and has {views}: set alignment.replicates=2"
+            f"alignment.method={s.method!r} takes {draws} of an answer, and has {views}: set "
+            "alignment.replicates=2"
         )
     if s.method == "trace" and s.tail == "masked":
         raise ValueError(

@@ -12,11 +12,12 @@ from mdm_jax.launch.names import lookup
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """The optimiser of a filled config; ValueError for unknown names and what cannot be stored."""
-    return _optimizer(learning_rate(config), **config.optimizer)
+    rate, updates = learning_rate(config), config.alignment.inner_steps
+    return _optimizer(lambda count: rate(count // updates), **config.optimizer)
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """The learning rate of a run by the number of updates before."""
+    """The learning rate of a run by the number of steps before; all updates of a step share it."""
     c = config.optimizer
     return training.warmup_cosine(c.peak, c.warmup_steps, config.train.steps, c.final_fraction)
 

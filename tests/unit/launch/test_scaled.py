@@ -2,12 +2,14 @@
 
 import json
 
+import optax
 import pytest
 
 from mdm_jax.launch import config as launch_config
-from mdm_jax.launch import presets
+from mdm_jax.launch import names, presets
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.start import scaled
+from mdm_jax.launch.start.optimizer import learning_rate, optimizer
 from mdm_jax.launch.workdir import WorkdirError, changes, check, claim, read_config, resolved
 
 
@@ -35,6 +37,18 @@ def _numbers(config):
 )
 def test_unset_settings_follow_steps_and_optimizer(steps, name, expected):
     assert _numbers(scaled.filled(_run(steps, name))) == expected
+
+
+def test_updates_of_one_step_share_its_learning_rate(monkeypatch):
+    """The schedule ends with the last step, however many updates a step makes."""
+    config, used = scaled.filled(_run()), []
+    config.alignment.inner_steps = 3
+    keep = lambda schedule, **_: used.append(schedule) or optax.identity()  # noqa: E731
+    monkeypatch.setitem(names.OPTIMIZERS, "muon", keep)
+    optimizer(config)
+    expected = learning_rate(config)
+    for update in (0, 2, 3, 150, 1499):
+        assert used[0](update) == expected(update // 3)
 
 
 def test_given_settings_win_and_the_config_given_is_not_touched():
