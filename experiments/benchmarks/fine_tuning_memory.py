@@ -5,7 +5,7 @@
 
 compiles the launcher's training step as ``mdm compile --config=finetune`` does (what that needs:
 docs/pods.md), from the shapes in ``experiments/benchmarks/shapes``, and prints a table. Nothing is
-run. Each choice takes minutes; those that ``--out`` holds already are not compiled again.
+run. Each choice takes minutes; those that ``--figures`` holds already are not compiled again.
 """
 
 import json

@@ -4,7 +4,7 @@ python -m experiments.benchmarks.saving --gigabytes=1
 
 makes a state of 16 float32 arrays and takes turns: steps alone; a save, then steps until all files
 are described (the training loop's way); a save that waits for its files. A step adds to every
-array, its buffers donated. The disk is that of ``--directory``.
+array, its buffers donated. The disk is that of ``--saves_in``.
 """
 
 import statistics

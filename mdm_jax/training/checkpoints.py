@@ -60,7 +60,7 @@ class CheckpointReader:
     def _open(
         self,
         directory: str | os.PathLike,
-        keep: tuple[int, int] = (None, None),
+        keep: tuple[int | None, int | None] = (None, None),
         background: Background | None = None,
     ) -> None:
         self.directory = root = files.absolute(directory)

@@ -76,8 +76,8 @@ def store_in_8_bits(
 ) -> optax.GradientTransformation:
     """Store moments of these names in 8 bits and a scale per row; steps work in float32.
 
-    Neighbouring codes differ by an eighth ("nu", which has no sign) or a twelfth ("mu"), far more
-    than a step changes a moment. So codes are drawn: a number between two becomes either, with the
+    Neighbouring codes differ by 9 % ("nu", which has no sign) or 12 % ("mu"), far more than a step
+    changes a moment. So codes are drawn: a number between two becomes either, with the
     number as mean, and decays are not lost. Noise is a function of the number of updates and the
     moment's name. A second moment below 2^-32 of its row's largest is stored as that, since a zero
     would make a step infinite. Scales are per row of the last axis, so that a sharded axis costs a

@@ -294,5 +294,5 @@ def test_gpus_that_are_not_there():
     assert {"all-gather", "reduce-scatter"} <= kinds, kinds
     config.model.dtype = "bfloat16"  # for which "auto" is cuDNN's kernel
     if importlib.util.find_spec("nvidia.cudnn") is None:
-        with pytest.raises(ValueError, match="config.model.attention=einsum"):
+        with pytest.raises(ValueError, match="config.model.attention=recompute"):
             plan.compile_plan(config, targets.devices("h100:4"))

@@ -49,7 +49,8 @@ def find(module: Module) -> list[Collective]:
     for name, times in module.scheduled():
         schedule = list(module.computations[name].values())
         for site in _sites(module, schedule):
-            parts, group = _result(site), group_size(site.one.rest, module.devices)
+            group = group_size(site.one.rest, module.devices)
+            parts = _result(site, group)
             sent = times * bytes_sent(site.kind, sum(size for size, _ in parts), group)
             between = schedule[site.start + 1 : site.end] if site.end else []
             overlapped = any(map(module.has_product, between))
@@ -112,7 +113,7 @@ def _inside(module: Module, one: Instruction) -> Iterator[tuple[Instruction, str
         yield from _inside(module, part)
 
 
-def _result(site: _Site) -> list[tuple[int, str]]:
+def _result(site: _Site, group: int) -> list[tuple[int, str]]:
     """(bytes, type) of the arrays of a collective's result."""
     one, parts = site.one, arrays(site.one.type)
     if one.opcode.endswith("-start") and site.kind != "all-reduce":
@@ -120,7 +121,6 @@ def _result(site: _Site) -> list[tuple[int, str]]:
         parts = [part for part in parts if part[0] > 8]
         return parts[len(parts) // 2 :]
     if site.kind == "reduce-scatter" and one.opcode == "all-reduce":
-        group = group_size(one.rest, 1)
         return [(size // group, f"{shape} / {group}") for size, shape in parts]
     return parts
 

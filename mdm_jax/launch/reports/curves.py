@@ -13,6 +13,7 @@ SIZE = (6.4, 4.4)
 _LEVELS = {
     "masked": "masking rate",
     "block": "masking rate",
+    "partition": "masking rate",
     "uniform": "replacement rate",
     "cdcd": "share of the logSNR range, clean to noisy",
 }
