@@ -131,6 +131,21 @@ class FlatBelow(Weighting):
         return self.base.log_weight(jnp.maximum(as_float(logsnr), self.peak))
 
 
+@pytree_dataclass
+class Sinking(Weighting):
+    """``sum_f share_f s(lambda - level_f) s(level_f - lambda)``, s the sigmoid; [F] each."""
+
+    levels: Array
+    log_shares: Array
+
+    def log_weight(self, logsnr: ArrayLike) -> Array:
+        logsnr = jnp.asarray(as_float(logsnr))
+        each = (1,) * logsnr.ndim + (-1,)
+        above = logsnr[..., None] - self.levels.reshape(each)
+        bumps = jax.nn.log_sigmoid(above) + jax.nn.log_sigmoid(-above)
+        return jax.nn.logsumexp(self.log_shares.reshape(each) + bumps, axis=-1)
+
+
 Gamma = Annotated[ArrayLike, Real("(0, 1e6]", "SNR", "above which the weight falls")]
 
 elbo = Elbo
@@ -205,6 +220,33 @@ def truncated_snr(law: Law) -> Product:
     return Product(law, (TruncatedSnr(),))
 
 
+@checked
+def spectrum(
+    spectrum: tuple[np.ndarray, np.ndarray],
+    falloff: Annotated[
+        float, Real("[-10, 10]", "", "shares are frequency^-falloff; 1: octaves alike, 0: all")
+    ] = 1.0,
+) -> Sinking:
+    """Levels weigh as much as the frequencies of pictures that sink in noise there (Dieleman 2024).
+
+    ``spectrum``: (frequencies [F], power [F]) of ``gaussian.spectrum.radial_spectrum``. For the
+    best estimate of normal data, the share of noise in the power of f that is left is
+    ``sigmoid(level_f - lambda)``, level_f = -log power; W is how fast it changes, a mean over f by
+    shares, which say what matters to the eye: W is no bound. Integrates to 1. Of power ~ f^-a with
+    octaves alike, W is flat between the levels of the ends. ValueError for power that is not
+    positive.
+    """
+    frequencies, power = (np.asarray(each, np.float64) for each in spectrum)
+    if not np.all(np.isfinite(power) & (power > 0)):
+        raise ValueError(
+            f"spectrum needs power above 0 at every frequency, got {power}; frequencies that no "
+            "picture has cannot sink"
+        )
+    shares = frequencies**-falloff
+    log_shares = np.log(shares / shares.sum())
+    return Sinking(jnp.asarray(-np.log(power)), jnp.asarray(log_shares))
+
+
 WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     "unit_output": from_recipe,
     "unit_noise": from_law,
@@ -215,5 +257,7 @@ WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     "soft_min_snr": soft_min_snr,
     "p2": p2,
     "truncated_snr": truncated_snr,
+    "spectrum": spectrum,
 }
-"""Name -> factory; ``law``, ``output`` and ``path``, where they are arguments, are the run's."""
+"""Name -> factory; ``law``, ``output``, ``path`` and ``spectrum``, where they are arguments, are
+the run's."""

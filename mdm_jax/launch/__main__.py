@@ -6,6 +6,7 @@
   mdm sample   --workdir=runs/mine     or --source=DIR; your own: --prompt="The"
                --infill="A ▁▁5 cat ▁▁" --prompts=FILE --n --length --live --gif
   mdm spacing  --workdir=runs/mine --steps=8,16   search the best sampling grid
+  mdm tune-levels --config=digits_gaussian --workdir=runs/t   law, weight, grid
   mdm variance --workdir=runs/mine     of the gradient, by method; --fit: P-POTS
   mdm config   quickstart train        settings: values, meanings, ranges
   mdm report   --workdir=runs/mine     the run so far on a page, report.html
@@ -30,8 +31,7 @@ Flags:
   --workdir: directory of the run, made if missing; --mode: the first word
   --steps=16: sets sample.num_steps, spacing: spacing.steps; also --temperature
   --allow_config_change: go on in a workdir whose run has another config
-  --parameters=last, --dtype=bfloat16: what export writes; else averages
-  --adapter: export adapters as a directory of PEFT; else they are merged
+  export: --parameters=last (else averages) --dtype=bfloat16 --adapter (PEFT)
   --max_tokens, --temperature, --answer_steps, --template: chat, eval
   --restart: start anew in a workdir with a run, whose history is kept beside
   --compilation_cache_dir: of compiled programs, default ~/.cache/mdm_jax

@@ -264,7 +264,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 MODES = (
     *("train", "evaluate", "sample", "spacing", "variance"),
-    *("export", "chat", "eval", "report", "sweep", "config", "compile", "new"),
+    *("export", "chat", "eval", "report", "sweep", "tune-levels", "config", "compile", "new"),
 )
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _SAVED = "saved:"
@@ -300,7 +300,7 @@ def with_config(argv: list[str]) -> list[str]:
     if path is None:
         flags.FLAGS(argv, known_only=True)
         values = flags.FLAGS
-        if values.mode not in ("train", "sweep") and values.workdir is not None:
+        if values.mode not in ("train", "sweep", "tune-levels") and values.workdir is not None:
             if read_config(values.workdir) is None:
                 raise CommandLineError(
                     f"{values.workdir} holds no run (no config.json); train one first"
@@ -372,7 +372,7 @@ def _expand(argv: list[str]) -> list[str]:
         re.match("--?source(=|$)", a) for a in argv
     )
     short = {"steps": "answer_steps" if answering else "config.sample.num_steps"}
-    if "--mode=spacing" in argv:
+    if {"--mode=spacing", "--mode=tune-levels"} & {*argv}:
         short = {}
         steps = re.compile(r"--?steps=\(?([\d, ]+)\)?")
         argv = [steps.sub(r"--config.spacing.steps=(\1,)", argument) for argument in argv]

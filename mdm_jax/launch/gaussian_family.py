@@ -17,6 +17,7 @@ from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.gaussian.recipes import Recipe
 from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.gaussian.schedules import truncated
+from mdm_jax.gaussian.spectrum import radial_spectrum
 from mdm_jax.launch import names
 from mdm_jax.launch.families import Family, Record
 from mdm_jax.launch.names import lookup, settings
@@ -27,6 +28,8 @@ from mdm_jax.types import Array
 
 _TABLE_STEPS = 1000
 """Steps of the table of the run's law that the grids leading, linspace and trailing read."""
+
+_SPECTRUM_ROWS = 4096
 
 
 def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Family:
@@ -39,7 +42,7 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
     if config.model.self_conditioning:
         raise ValueError("process=gaussian does not take model.self_conditioning")
     c, g = config.sample, config.gaussian
-    recipe = gaussian_recipe(g)
+    recipe = gaussian_recipe(g, dataset)
     guide = _guidance(config, dataset)
     if config.train.noise_by == "example" and g.conditional:
         raise ValueError("gaussian.conditional takes train.noise_by=slot, the default")
@@ -182,13 +185,14 @@ def _guidance(config: ConfigDict, dataset: data.Dataset) -> Callable[[Callable],
     return guide
 
 
-def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
+def gaussian_recipe(section: Mapping[str, Any], dataset: data.Dataset | None = None) -> Recipe:
     """The configured recipe, with the parts that are set by name in place of its own.
 
     The law is changed by the modifiers in order and truncated to [low, high]; below ``low`` reaches
     only ``zero_terminal``. A weighting by name that refers to a law, such as ``unit_output`` or
-    ``min_snr``, takes the law before that truncation; "" keeps the recipe's W under any law.
-    ValueError for unknown names and parts that do not fit.
+    ``min_snr``, takes the law before that truncation; "" keeps the recipe's W under any law;
+    "spectrum" reads training pictures of ``dataset``. ValueError for unknown names and parts that
+    do not fit.
     """
     name, low, high = section["recipe"], section["low"], section["high"]
     recipe = _build("gaussian.recipe", names.RECIPES, name, settings(section, name))
@@ -208,6 +212,8 @@ def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
     weighting, name = recipe.weighting, section["weighting"]
     if name:
         parts["sigma_data"] = section["sigma_data"]
+        if name == "spectrum":
+            parts["spectrum"] = _spectrum(dataset)
         table, own = names.GAUSSIAN_WEIGHTINGS, settings(section, name)
         weighting = _build("gaussian.weighting", table, name, own, **parts)
     elif low == -np.inf and float(weighting.support[0]) > low:
@@ -217,6 +223,13 @@ def gaussian_recipe(section: Mapping[str, Any]) -> Recipe:
             "--config.gaussian.weighting, as in unit_output"
         )
     return Recipe(truncated_to(law, low, high), weighting, parts["output"], parts["path"])
+
+
+def _spectrum(dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of the first training pictures, in the units of the model."""
+    rows = data.gather(dataset.train, np.arange(min(_SPECTRUM_ROWS, len(dataset.train))))
+    values = gaussian.scaled_integers(dataset.vocab_size - 1)(rows.tokens)
+    return radial_spectrum(np.asarray(values).reshape(-1, *dataset.event_shape))
 
 
 def gaussian_levels(

@@ -21,21 +21,14 @@ from mdm_jax.launch import source as sources
 from mdm_jax.launch.ahead import command as ahead
 from mdm_jax.launch.auto import fit
 from mdm_jax.launch.build import Experiment, make_experiment, own_steps
-from mdm_jax.launch.modes import (
-    chat,
-    eval_tasks,
-    evaluate,
-    measure,
-    preview,
-    sweep,
-    train,
-)
+from mdm_jax.launch.modes import chat, eval_tasks, evaluate, measure, preview, sweep, train
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.reports import page, settings
 from mdm_jax.launch.sampling import sample_flags
 from mdm_jax.launch.spacing import compare
 from mdm_jax.launch.start import accelerators, scaled
 from mdm_jax.launch.start import new as new_config
+from mdm_jax.launch.tune import command as tune
 from mdm_jax.launch.workdir import (
     WorkdirError,
     check,
@@ -137,6 +130,7 @@ _FLAGS_OF = {
     ahead.__name__: "compile",
     fit.__name__: "variance",
     sample_flags.__name__: "sample",
+    tune.__name__: "tune-levels",
 }
 _STOPPED = 130  # what shells report after Ctrl-C
 
@@ -167,6 +161,9 @@ def main(argv: list[str]) -> int:
         return _fail("--restart is for --mode=train")
     if _MODE.value == "sweep":  # before anything starts devices, which are its runs'
         return _answered(_sweep)
+    if _MODE.value == "tune-levels":
+        command_line.use_compilation_cache(_CACHE.value)
+        return _answered(tune.run, _CONFIG.value, files.as_path(_WORKDIR.value), _ARGUMENTS, _print)
     cluster = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     try:
         workdir = _WORKDIR.value and files.as_path(_WORKDIR.value)

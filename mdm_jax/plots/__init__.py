@@ -10,6 +10,7 @@ from mdm_jax.plots.noise_levels import (
     recipe_densities,
     schedule_curves,
     trajectories,
+    tried_settings,
 )
 from mdm_jax.plots.run import (
     Result,

@@ -1,6 +1,6 @@
 """Plots of noise schedules, recipes, and sampling paths over the logSNR."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,29 @@ def grid_panels(grids: Mapping[int, Mapping[str, np.ndarray]]) -> Any:
             label = name if number == 0 else None
             axes.plot(np.arange(len(levels)), levels, label=label, **line(row))
         dress(axes, f"{num_steps} steps", "step", "logSNR, nats" if number == 0 else "")
+    return figure
+
+
+def tried_settings(
+    names: Sequence[str], tried: Sequence[tuple[int, Sequence[float], Sequence[float]]]
+) -> Any:
+    """Figure of a search: distance over each of the settings ``names``, colours by length of runs.
+
+    ``tried``: training steps, values (() for the start, a line), distances [R] of each run.
+    """
+    figure = new_figure((4.2 * len(names), 4.2))
+    for index, axes in enumerate(np.atleast_1d(figure.subplots(1, len(names), sharey=True))):
+        for number, steps in enumerate(sorted({each[0] for each in tried})):
+            own = [(p, np.asarray(d)) for s, p, d in tried if s == steps]
+            color = line(number)["color"]
+            runs = [(p[index], d.mean(), d.std(ddof=1) / d.size**0.5) for p, d in own if p]
+            x, y, error = np.array(runs).reshape(-1, 3).T
+            style = {"fmt": "o", "markersize": 4, "color": color}
+            axes.errorbar(x, y, yerr=error, label=f"{steps} training steps", **style)
+            for start in (d.mean() for p, d in own if not p):
+                axes.axhline(start, linestyle=":", color=color, label=f"start, {steps} steps")
+        axes.set_yscale("log")
+        dress(axes, "Distance of samples" if index == 0 else "", names[index], "")
     return figure
 
 

@@ -10,6 +10,7 @@ import pytest
 from variants import slow_except
 
 from mdm_jax import gaussian, variance
+from mdm_jax.data.images import picture_dataset
 from mdm_jax.gaussian import samplers as gaussian_samplers
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
@@ -23,6 +24,13 @@ WHOLE = np.ones((ROWS, LENGTH), bool)
 DATA = np.linspace(-1, 1, ROWS * LENGTH, dtype=np.float32).reshape(ROWS, LENGTH)
 BATCH = Batch(DATA, WHOLE, WHOLE.astype(np.int32), np.ones(ROWS, np.int32))
 PARAMS = np.array([0.3, 0.1], np.float32)
+PICTURES = picture_dataset(
+    dict.fromkeys(("train", "valid", "test"), np.arange(32, dtype=np.uint8).reshape(8, 4) % 7),
+    num_levels=7,
+    event_shape=(2, 2),
+    settings={},
+    headline="",
+)
 SETTINGS = launch_config.get_config()
 
 CHOICES = {
@@ -43,7 +51,7 @@ GRIDS = ("", *names.GAUSSIAN_GRIDS, *names.GAUSSIAN_LAWS)
 def recipe_of(choice):
     section = SETTINGS.gaussian.copy_and_resolve_references()
     section.update(CHOICES[choice])
-    return gaussian_recipe(section)
+    return gaussian_recipe(section, PICTURES)
 
 
 def trained(recipe):

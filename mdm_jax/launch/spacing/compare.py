@@ -8,7 +8,7 @@ worse than cosine's.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,26 +27,53 @@ from mdm_jax.launch.spacing.problem import (
     make_problem,
     make_samples,
 )
-from mdm_jax.launch.spacing.stored import store, stored_records
+from mdm_jax.launch.spacing.stored import path_of, store, stored_records
 from mdm_jax.progress import progress_bar
-from mdm_jax.types import Array
+from mdm_jax.types import Array, PyTree
 
 _PAIRED_STEPS = 8
 """Most steps that are aligned by pairs of noisy rows, which cost two passes an interval; grids of
 more are interpolated, as Sabour et al. do."""
 
 
+class Judged(NamedTuple):
+    """Grids of a run by sampler: experiments with these, what they share, records of each."""
+
+    experiments: list[Experiment]
+    params: PyTree
+    problem: Problem
+    step: int
+    records: list[dict[str, Any]]
+
+
 def compare(
     experiment: Experiment, workdir: files.Path, show: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Compare grids of each of ``spacing.steps`` by each of ``spacing.samplers``.
+    """:func:`judge`, with its summary and plots.
+
+    Returns {"records": one for each sampler and number of steps, "files"}: records, and plots of
+    distances, of grids, and of pictures along them, with what earlier calls stored of the same
+    parameters.
+    """
+    judged = judge(experiment, workdir, show)
+    paths = [path_of(workdir, r["sampler"], r["num_steps"]) for r in judged.records]
+    for each in judged.experiments:
+        # Of other numbers of steps too.
+        known = stored_records(workdir, each.config.sample.sampler, judged.step)
+        paths += report.draw(each, judged.params, judged.problem, known, workdir)
+    show(f"\n{report.summary(judged.records)}")
+    return {"records": judged.records, "files": [str(path) for path in paths]}
+
+
+def judge(
+    experiment: Experiment, workdir: files.Path, show: Callable[[str], None] = lambda _: None
+) -> Judged:
+    """Judge and store grids of each of ``spacing.steps`` by each of ``spacing.samplers``.
 
     Grids are the rules of the process, those uniform in the curve of losses, the density that
     training learned, Align Your Steps by the curve and by pairs, and a search for the least
     distance that begins at the best of these. Distances share random numbers; those of the search
-    are others. Returns {"records": one for each sampler and number of steps, "files"}, and writes
-    these: records, and plots of distances, of grids, and of pictures along them, with what earlier
-    calls stored of the same parameters. ValueError for a process or sampler without a grid.
+    are others. ValueError for a process or sampler without a grid.
     """
     c = experiment.config
     own = [_with_sampler(experiment, name) for name in c.spacing.samplers or (c.sample.sampler,)]
@@ -57,7 +84,7 @@ def compare(
     problem, learned = make_problem(experiment, params, key), learned_density(experiment, workdir)
     score = judge_score(experiment, c.sample.judge) if c.sample.judge else None
     grids_of = functools.cache(_candidates(experiment, problem, learned))
-    records, paths = [], []
+    records = []
     with progress_bar(None, "spacing", "sets of samples") as bar:
         for each in own:
             samples = make_samples(each, params, score)
@@ -70,12 +97,8 @@ def compare(
                 } | _compared(each, problem, samples, grids_of(num_steps), key, bar.update)
                 show(f"\n{record['sampler']}, {num_steps} steps\n{report.table(record)}")
                 records.append(record)
-                paths.append(store(workdir, record))
-            sampler = each.config.sample.sampler
-            known = stored_records(workdir, sampler, step)  # of other numbers of steps too
-            paths += report.draw(each, params, problem, known, workdir)
-    show(f"\n{report.summary(records)}")
-    return {"records": records, "files": [str(path) for path in paths]}
+                store(workdir, record)
+    return Judged(own, params, problem, step, records)
 
 
 def check(experiment: Experiment) -> None:

@@ -50,7 +50,7 @@ def make_problem(experiment: Experiment, params: PyTree, key: Array) -> Problem:
     _, source = experiment.held_out
     opened, count = opening(experiment), min(c.spacing.rows, len(source))
     if c.process == "gaussian":
-        g, recipe = c.gaussian, gaussian_recipe(c.gaussian)
+        g, recipe = c.gaussian, gaussian_recipe(c.gaussian, dataset)
         rows = data.gather(source, np.arange(count))
         pictures = scaled_integers(dataset.vocab_size - 1)(rows.tokens)
 
