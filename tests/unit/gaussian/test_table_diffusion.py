@@ -75,7 +75,7 @@ def test_rows_are_drawn_along_a_grid_of_each_column(network):
     grid[-1] = np.inf
     generate = categorical.make_table_generator(model, gaussian_samplers.ddim(), grid)
     canvas = np.zeros((6, 3), np.int32)
-    codes = np.asarray(generate(params, jax.random.key(0), canvas))
+    codes = np.asarray(generate(params, jax.random.key(0), canvas, row_offset=0))
     assert codes.shape == (6, 3) and codes.min() >= 0
     assert np.all(codes.max(0) < [2, 9, 3]) and len(np.unique(codes[:, 1])) > 2
     again = generate(params, jax.random.key(0), canvas, row_offset=2)
