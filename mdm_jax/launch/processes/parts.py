@@ -171,7 +171,7 @@ def refuse_approximate_cache(config: ConfigDict) -> None:
     if config.sample.approximate_cache:
         raise ValueError(
             f"sample.approximate_cache={config.sample.approximate_cache} is for process=masked: "
-            "block and autoregressive models have an exact cache, uniform ones none"
+            "block and autoregressive models have an exact cache, others none"
         )
 
 
