@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from test_corruption import PROBABILITIES, fixed_count_draws
+from test_corruption import PROBABILITIES, rank_draws
 from toy_oracle import gradient_table, loss_table
 
 from mdm_jax import corruption, meter, objectives, schedules, testing, variance
@@ -69,7 +69,7 @@ def enumerated_gradients(name):
     @jax.jit
     @jax.jacrev
     def losses(params, batch):
-        draw, _ = fixed_count_draws(transform)
+        draw, _ = rank_draws(transform)
         stats = objective.loss(lambda *a: apply_fn(params, *a), batch, draw)
         return jnp.mean(stats.weight * stats.raw, axis=(0, 2))
 

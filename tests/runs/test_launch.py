@@ -363,7 +363,7 @@ def test_samples_during_training_share_one_compiled_sampler(monkeypatch, tmp_pat
 
     def generator(*_, **__):
         made.append(1)
-        return lambda params, key, canvas, documents: np.zeros_like(canvas)
+        return lambda params, key, canvas, documents, numbers: np.zeros_like(canvas)
 
     monkeypatch.setattr(samplers, "make_generator", generator)
     writer = training.MetricWriter(tmp_path)

@@ -39,7 +39,7 @@ def _has_variants(name):
 
 FROM_SOURCE = {"finetune", "finetune_pairs", "convert", "study.finetune"}
 CORPORA = {f"benchmarks.{name}" for name in ("text8", "lm1b", "openwebtext")}
-NEEDS_DATA = {"mnist_gaussian", "study.pairs"} | FROM_SOURCE | CORPORA
+NEEDS_DATA = {"mnist_gaussian", "study.pairs", "preference"} | FROM_SOURCE | CORPORA
 """Read prepared data, or a model of others; built where these are in other tests."""
 
 
@@ -119,6 +119,7 @@ REGISTERED = {
     "weighting.name": names.WEIGHTINGS,
     "variance.order": names.VARIANCE,
     "optimizer.name": names.OPTIMIZERS,
+    "optimizer.first_moment_dtype": {"int8": None},  # others: test_compiled_loop.py
     "model.dtype": names.DTYPES,
     "train.monitors": names.MONITORS,
     "clip_search.criterion": names.CLIP_CRITERIA,

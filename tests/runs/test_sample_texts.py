@@ -116,7 +116,7 @@ def test_quality_is_of_texts_up_to_their_eos(path, tmp_path):
     experiment = make_experiment(config)
     codec, canvases = experiment.dataset.tokenizer, []
 
-    def generate(params, key, canvas, documents):
+    def generate(params, key, canvas, documents, numbers):
         canvases.append(canvas)
         second = (np.diff(documents, axis=1, prepend=0) == 0) & (documents > 0)
         return np.where(second, codec.eos_id, np.where(documents > 0, codec.encode("a"), canvas))

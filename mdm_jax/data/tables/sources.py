@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.checks import missing_package
+from mdm_jax.checks import checked, missing_package
 from mdm_jax.data.datasets import Dataset, Fractions, make_dataset, shuffled_split
 from mdm_jax.data.rows import PictureRows
 from mdm_jax.data.tables.column import NUM_VALUES, Column, finite_numbers
@@ -67,6 +67,7 @@ def table_dataset(
     )
 
 
+@checked
 def table(path: str, fractions: Fractions = (0.6, 0.1, 0.3)) -> Dataset:
     """A CSV file with a header; see :func:`table_dataset`. ValueError names file and line."""
     place = pathlib.Path(path)
@@ -89,6 +90,7 @@ def table(path: str, fractions: Fractions = (0.6, 0.1, 0.3)) -> Dataset:
     )
 
 
+@checked
 def diabetes(fractions: Fractions = (0.6, 0.1, 0.3)) -> Dataset:
     """Scikit-learn's table of 442 diabetes patients, with four of its columns as categories.
 

@@ -312,10 +312,8 @@ def test_curves_are_drawn_by_sampler_in_order_of_steps():
     (bars,) = left.containers[0].lines[2]
     np.testing.assert_allclose(bars.get_segments(), [[[2, 86], [2, 94]], [[8, 28.5], [8, 31.5]]])
     np.testing.assert_array_equal(curves(right)["ancestral"], [[2, 2.5], [8, 2], [32, 1.8]])
-    assert [line.get_ydata()[0] for line in right.lines if line.get_label() == "held-out text"] == [
-        1.9
-    ]
-    assert not any(line.get_label() == "held-out text" for line in left.lines)
+    assert [line.get_ydata()[0] for line in right.lines if line.get_label() == "data"] == [1.9]
+    assert not any(line.get_label() == "data" for line in left.lines)
     for axes, label in ((left, "generative perplexity"), (right, "token entropy (nats)")):
         assert axes.get_xscale() == "log" and axes.xaxis.get_transform().base == 2
         assert axes.xaxis.get_major_formatter()(16.0, 0) == "16"

@@ -163,7 +163,8 @@ def planned(batch_size, devices=1, **settings):
     config.panel.update(settings)
     mesh = types.SimpleNamespace(shape={"data": devices, "fsdp": 1, "tensor": 1})
     spec = types.SimpleNamespace(batch_size=batch_size)
-    experiment = types.SimpleNamespace(config=config, mesh=mesh, spec=spec)
+    objective = types.SimpleNamespace(summed=None)
+    experiment = types.SimpleNamespace(config=config, mesh=mesh, spec=spec, objective=objective)
     return (*panel.design(experiment), panel.fewest_steps(experiment))
 
 
