@@ -223,6 +223,7 @@ PRESETS = {
     "edm2": "edm2",
     "flow": "flow_mse",
     "sd3": "sd3",
+    "indi": "indi",
 }
 
 
