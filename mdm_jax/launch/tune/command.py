@@ -117,6 +117,8 @@ def run(config: ConfigDict, workdir: files.Path, arguments: Sequence[str], show=
     line = ["mdm", "train", *rest, "--workdir=NEW"]
     line += [f"--config.{name}={value}" for name, value in record["settings"].items()]
     show(f"{shown}\nwritten to {workdir / 'tune.md'}, tune.json, tune.png")
+    if record["scores"] and record["scores"][report.BEST]["against_baseline"]["mean"] >= 0:
+        show("full runs do not confirm what the search found: the start is not worse")
     show(f"to train the best:\n  {shlex.join(line)}")
     if record["best_run"]:
         show(f"one of its runs, with the grid found for it: {workdir / record['best_run']}")
