@@ -21,7 +21,10 @@ def smoke(**mesh):
 
 
 def eight_config():
-    return smoke(data=2, fsdp=4)
+    config = smoke(data=2, fsdp=4)
+    config.optimizer.name = "adamw"  # compiles sooner, and so does a step without monitors
+    config.train.monitors, config.model.depth = (), 1
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,9 @@ def eight():
     return plan.compile_plan(eight_config(), jax.devices())
 
 
+@pytest.mark.slow  # compiles the step once more
 def test_memory_is_that_of_the_step_that_runs(eight):
-    experiment = make_experiment(smoke(data=2, fsdp=4))
+    experiment = make_experiment(eight_config())
     step = training.compile_step(
         experiment.step,
         experiment.abstract_state(),
@@ -46,7 +50,7 @@ def test_memory_is_that_of_the_step_that_runs(eight):
 
 def test_products_are_six_operations_per_weight_and_token(eight):
     """A training step's count by hand (Kaplan et al. 2020), plus attention's products."""
-    config = smoke()
+    config = eight_config()
     c, length = config.model, config.data.length
     weights = c.depth * (4 * c.width**2 + 2 * c.width * 4 * c.width)
     tokens = config.train.batch_size * length
