@@ -48,7 +48,7 @@ class Method(NamedTuple):
 
     Attributes:
         elbo, policy_gradient: of :data:`LABELS`.
-        unit: of its constants, :data:`PER_ANSWER` or :data:`PER_TOKEN`; "" without any.
+        unit: of its constants, ``PER_ANSWER`` or ``PER_TOKEN``; "" without any.
         passes: forward passes of an answer for a draw, of each network that is scored.
     """
 

@@ -15,7 +15,7 @@ def partition(
 ) -> Family:
     """A partition model; samplers run its encoder on revealed tokens alone.
 
-    ValueError for rows with prompts, and settings that :class:`models.Partition` does not have.
+    ValueError for rows with prompts, and settings that ``models.Partition`` does not have.
     """
     del source  # none has this process (launch/source.py)
     _check_rows(dataset)

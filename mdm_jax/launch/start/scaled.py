@@ -71,10 +71,9 @@ def num_microbatches(rows: int, length: int, parameters: int, platform: str) -> 
     """The fastest number of microbatches of a device's ``rows``, each of ``length`` tokens in all
     its views, by platform.
 
-    On CPUs activations of :data:`CACHED_TOKENS` stay in a cache and use the same memory again,
-    which is worth a pass over the gradients for each microbatch below :data:`FEW_PARAMETERS`, in
-    batches of at least :data:`FEWEST_PARTS` such parts.
-    Gradients are the same up to the order of sums.
+    On CPUs activations of ``CACHED_TOKENS`` stay in a cache and use the same memory again, which is
+    worth a pass over the gradients for each microbatch below ``FEW_PARAMETERS``, in batches of at
+    least ``FEWEST_PARTS`` such parts. Gradients are the same up to the order of sums.
     """
     most = rows * length // CACHED_TOKENS
     if platform != "cpu" or parameters >= FEW_PARAMETERS or most < FEWEST_PARTS:
