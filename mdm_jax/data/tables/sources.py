@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from mdm_jax.checks import checked, missing_package
 from mdm_jax.data.datasets import Dataset, Fractions, make_dataset, shuffled_split
+from mdm_jax.data.records import read_text
 from mdm_jax.data.rows import PictureRows
 from mdm_jax.data.tables.column import NUM_VALUES, Column, finite_numbers
 
@@ -69,22 +71,25 @@ def table_dataset(
 
 @checked
 def table(path: str, fractions: Fractions = (0.6, 0.1, 0.3)) -> Dataset:
-    """A CSV file with a header; see :func:`table_dataset`. ValueError names file and line."""
-    place = pathlib.Path(path)
-    with place.open(encoding="utf-8", newline="") as lines:
-        header, *rows = csv.reader(lines) if place.stat().st_size else ([],)
+    """A CSV file with a header (:func:`read_text`); see :func:`table_dataset`.
+
+    ValueError names file and line.
+    """
+    lines = csv.reader(io.StringIO(read_text(path).content, newline=""))
+    header, rows = next(lines), []
     if len(header) < 2 or len(set(header)) < len(header):
         raise ValueError(f"{path}: line 1 must name two or more different columns, got {header}")
-    for number, row in enumerate(rows, start=2):
+    for row in lines:
         if len(row) != len(header) or not all(cell.strip() for cell in row):
             raise ValueError(
-                f"{path}, line {number}: {len(header)} values are needed, none of them empty, got "
-                f"{row}; leave the row out, or fill in its missing values"
+                f"{path}, line {lines.line_num}: {len(header)} values are needed, none of them "
+                f"empty, got {row}; leave the row out, or fill in its missing values"
             )
+        rows.append(row)
     return table_dataset(
         {name: _parsed([row[i].strip() for row in rows]) for i, name in enumerate(header)},
         origin=path,
-        headline=f"{place.name}, {len(rows)} rows.",
+        headline=f"{pathlib.PurePath(path).name}, {len(rows)} rows.",
         settings={"source": "table", "fractions": list(fractions)},
         fractions=fractions,
     )
