@@ -96,7 +96,7 @@ def test_fixed_point(name):
 
 
 def test_logistic_curve_finds_its_parameters():
-    """F = 2 / (1 + (odds / e^.4)^-3), but for the penalty on F(1), which lowers it by 1.3 %."""
+    """F = 2 / (1 + (odds / e^.4)^-3)."""
 
     def loss(u):
         return 2 * jax.nn.sigmoid(3 * (jnp.log1p(-u) - jnp.log(u) - 0.4))
@@ -105,8 +105,7 @@ def test_logistic_curve_finds_its_parameters():
     shape = adapt(transform, loss, 2000).curves
     sharp = 1 + jax.nn.softplus(shape.steepness)
     found = np.stack([shape.middle, sharp, jax.nn.softplus(shape.scale)])[..., 0]
-    np.testing.assert_allclose(found[:, 0], [0.4, 3, 2], rtol=4e-2)
-    assert 0.98 < found[2, 0] / 2 < 0.995
+    np.testing.assert_allclose(found[:, 0], [0.4, 3, 2], rtol=2e-2)
     np.testing.assert_allclose(found[:, 1], [0.4, 3, 2], rtol=1e-1)
 
 

@@ -18,8 +18,8 @@ from mdm_jax.variance.densities import find_cell, open_interval, target_loss
 from mdm_jax.variance.transform import LevelProfile, Phase, VarianceTransform
 from mdm_jax.variance.warps import all_finite, counters, updates
 
-_END_PENALTY = 3e-3  # on F(1)^2 / 2, beside the misfit's mean square
-_NOISIEST = 1.0 - 2.0**-24  # where a logistic curve still has a gradient
+_END_PENALTY = 3e-3
+_NOISIEST = 1.0 - 2.0**-24  # in the last cell
 _LEAST = 1e-6  # share of a cell at least; float32 cannot tell cells narrower than 2**-22
 
 
@@ -27,7 +27,8 @@ class LossCurve(NamedTuple):
     """A family of increasing curves F, as elementwise functions; ``init()`` is near F(xi) = xi.
     ``value(parameters, xi)`` is the loss, ``log_density(parameters, xi)`` the log derivative of F /
     F(1), nats, ``quantile(parameters, share)`` the inverse of F / F(1), and ``scaled(parameters,
-    factor)`` the parameters of ``factor F``.
+    factor)`` the parameters of ``factor F``. ``end_penalty`` is the weight of ``F(1)^2 / 2`` beside
+    the misfit's mean square.
     """
 
     init: Callable[[], PyTree]
@@ -35,6 +36,7 @@ class LossCurve(NamedTuple):
     log_density: Callable[[PyTree, Array], Array]
     quantile: Callable[[PyTree, Array], Array]
     scaled: Callable[[PyTree, Array], PyTree]
+    end_penalty: float = 0.0
 
 
 class PiecewiseLinear(NamedTuple):
@@ -87,7 +89,7 @@ def piecewise_linear_curve(num_bins: Bins = 100) -> LossCurve:
     def scaled(parameters: PiecewiseLinear, factor: Array) -> PiecewiseLinear:
         return parameters._replace(heights=parameters.heights + jnp.log(factor))
 
-    return LossCurve(init, value, log_density, quantile, scaled)
+    return LossCurve(init, value, log_density, quantile, scaled, _END_PENALTY)
 
 
 def logistic_curve() -> LossCurve:
@@ -195,12 +197,14 @@ def curve_warp(
             def one(parameters: PyTree, u: Array, loss: Array, log_density: Array) -> Array:
                 return squared_misfit(curve, parameters, 1.0 - u, loss, log_density)
 
+            error = losses.mean(per_level(one, curves, current.u, value, drawn))
+            if not curve.end_penalty:
+                return error
+            # Of cells the noisy end is above what noisy losses say: few draws fall on the last
+            # ones, whose rises can only be positive. Woodroofe & Sun (1993) penalise the end, which
+            # leaves the curve where the losses rise by more.
             end = per_level(curve.value, curves, jnp.full_like(current.u, _NOISIEST))
-            # Of increasing curves the noisy end is above what noisy losses say: few draws fall on
-            # the last cells, whose rises can only be positive. Woodroofe & Sun (1993) penalise the
-            # end, which leaves the curve where the losses rise by more.
-            penalty = 0.5 * _END_PENALTY * jnp.mean(jnp.square(end))
-            return losses.mean(per_level(one, curves, current.u, value, drawn)) + penalty
+            return error + 0.5 * curve.end_penalty * jnp.mean(jnp.square(end))
 
         # Curves start at the scale of the first losses: cells that a far too large F leaves behind
         # at the noisy end, narrow and steep, would take some 1% of the draws for ever.
