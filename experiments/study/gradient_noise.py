@@ -1,7 +1,7 @@
 """Variance of a run's batch gradient, on the same rows for all methods."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ def along_training(
     pool = _pool(experiment, groups * batch_size)
     sizes = {"groups": groups, "redraws": redraws, "progress": check}
     records = []
-    for step, params, state in _checkpoints(experiment, workdir):
+    for step, params, state in checkpoints_along(experiment, workdir):
         key = experiment.key(0, "gradient noise")
         subject = meter.Subject(own, params, experiment.transform, state, experiment.spec)
         record = {"step": step, "noise": None, "reference": None}
@@ -94,7 +94,10 @@ def _rows(experiment: Experiment, count: int, size: int, seed: int) -> np.ndarra
     return generator.integers(0, len(experiment.dataset.train), (count, size))
 
 
-def _checkpoints(experiment: Experiment, workdir: pathlib.Path):
+def checkpoints_along(
+    experiment: Experiment, workdir: pathlib.Path
+) -> Iterator[tuple[int, PyTree, PyTree]]:
+    """(step, parameters, state of the chain) at every checkpoint of a run's plan, in order."""
     checkpoints = open_workdir(workdir)
     try:
         abstract: PyTree = experiment.abstract_state()

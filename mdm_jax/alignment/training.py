@@ -122,6 +122,7 @@ def pair_objective(inner: Objective, loss: PairLoss, replicates: int) -> Objecti
         loss=lambda *arguments: summed(*arguments)[1],
         bias="biased",
         summed=summed,
+        log_level_weight=None,
     )
 
 
@@ -203,6 +204,7 @@ def policy_objective(
         loss=lambda *arguments: summed(*arguments)[1],
         bias=worst_bias(inner.bias, "exact" if label == "exact" else "biased"),
         summed=summed,
+        log_level_weight=None,
     )
 
 

@@ -151,7 +151,15 @@ def gaussian_loss(
         spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L
         return DrawSpec(batch_size, num_levels, (length + bool(class_dropout),))
 
-    return Objective("gaussian_loss", recipe.law, corruption, spec, loss, bias)
+    return Objective(
+        "gaussian_loss",
+        recipe.law,
+        corruption,
+        spec,
+        loss,
+        bias,
+        log_level_weight=recipe.log_importance_weight,
+    )
 
 
 def scaled_integers(num_values: int) -> Callable[[ArrayLike], Array]:

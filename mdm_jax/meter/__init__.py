@@ -31,7 +31,9 @@ from mdm_jax.meter.efficiency import (
 )
 from mdm_jax.meter.levels import (
     LevelTable,
+    LevelWeighting,
     binned_moments,
+    effective_weighting,
     measure_levels,
     optimal_density,
     rate_grid,

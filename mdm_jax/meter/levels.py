@@ -208,6 +208,49 @@ def warp_density(
     return rates[order], density[order]
 
 
+class LevelWeighting(NamedTuple):
+    """Densities over the logSNR [N]: of the levels drawn, and of what the expected loss weighs."""
+
+    drawn: Array
+    weighting: Array
+
+
+def effective_weighting(
+    objective: Objective,
+    transform: VarianceTransform,
+    state: PyTree,
+    logsnr: ArrayLike,
+    num_levels: int = 1,
+) -> LevelWeighting:
+    """What is minimised, by level: ``loss = int weighting(lambda) E[l | lambda] dlambda``.
+
+    l is the mean loss of target elements before all weights: for Gaussian diffusion the error of
+    eps, for masked the cross-entropy, which the bound weighs by ``m (1 - m)``, m the masking rate.
+    ``drawn = law q``, with q the density of ``state`` over quantiles, and ``weighting = drawn w
+    w_objective``: not changed by exact transforms (w = 1 / q), ``law q`` without weights.
+    Elementwise in ``logsnr`` [N], a mean over ``num_levels`` of a row; can be jitted. ValueError
+    for an objective or transform that does not say its weight by level.
+    """
+    if objective.log_level_weight is None:
+        raise ValueError(
+            f"{objective.name} states no weight by level (Objective.log_level_weight); masked, "
+            "block, partition, uniform and Gaussian diffusion do"
+        )
+    if transform.profile is None:
+        raise ValueError(
+            f"{transform.name} states no density of its levels (VarianceTransform.profile)"
+        )
+    logsnr = jnp.asarray(logsnr, float)
+    u = jnp.clip(objective.law.cdf(logsnr), _FIRST, _LAST)
+    profile = transform.profile(state, jnp.broadcast_to(u[:, None], (u.size, num_levels)))
+    log_law = objective.law.log_pdf(logsnr)[:, None]
+    log_drawn = log_law + profile.log_density
+    own = jnp.where(log_law > -jnp.inf, objective.log_level_weight(logsnr)[:, None], 0.0)
+    # The terms that cancel are added first.
+    weighting = jnp.exp((profile.log_density + profile.log_weight) + (log_law + own))
+    return LevelWeighting(jnp.exp(log_drawn).mean(-1), weighting.mean(-1))
+
+
 def rate_grid(levels: int = 16, lowest: float = 1e-3, highest: float = 1.0) -> np.ndarray:
     """Masking rates for a table: a third logarithmic up to 0.1, the rest evenly spaced above.
     All even if ``lowest >= 0.1``. ValueError if levels < 6 or not 0 < lowest < highest <= 1.

@@ -15,6 +15,7 @@ from mdm_jax.objectives.objective import (
     bias_of_law,
     bias_of_levels,
     call_model,
+    rate_importance,
     repeat_views,
 )
 from mdm_jax.schedules.laws import Law
@@ -47,6 +48,7 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
     if corruption.mask_id is None:
         raise ValueError(f"masked_nelbo needs a process with a mask token, not {corruption.name!r}")
     law = UNIFORM_RATE if law is None else law
+    log_level_weight = rate_importance(law)
     _check_rates(corruption, law)
     bias = worst_bias(bias_of_law(law), corruption.bias, bias_of_levels("masked_nelbo", num_levels))
 
@@ -67,7 +69,7 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
             factor = jnp.exp(corrupted.element_log_weight)
             factor = jnp.broadcast_to(jnp.where(corrupted.target_mask, factor, 0.0), nats.shape)
             nats, squares = nats * factor, squares * jnp.square(factor)
-        log_weight = corrupted.log_weight + UNIFORM_RATE.log_pdf(logsnr) - law.log_pdf(logsnr)
+        log_weight = corrupted.log_weight + log_level_weight(logsnr)
         count = sum_levels(eligible.astype(jnp.float32), levels)
         return LossStats(
             raw=sum_levels(nats, levels),
@@ -81,7 +83,9 @@ def masked_nelbo(corruption: Corruption, law: Law | None = None, num_levels: int
         spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L
         return DrawSpec(batch_size, num_levels, corruption.event_shape(length))
 
-    return Objective("masked_nelbo", law, corruption, spec, loss, bias)
+    return Objective(
+        "masked_nelbo", law, corruption, spec, loss, bias, log_level_weight=log_level_weight
+    )
 
 
 def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
@@ -100,6 +104,7 @@ def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
     negative ``mask_id``. References: ``corruption.rounded_count``; Deschenaux et al. 2025 (PGM).
     """
     process, law = rounded_count(mask_id), UNIFORM_RATE if law is None else law
+    log_level_weight = rate_importance(law)
 
     def token_loss(outputs: Array | Readout, targets: Array, where: Array) -> Array:
         return token_nats(outputs, targets, where, mask_id)
@@ -120,7 +125,7 @@ def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
         squares = jnp.square(factor * jnp.expm1(-jax.lax.stop_gradient(nats)))
         return LossStats(
             raw=jnp.sum(factor * nats, axis=-1, keepdims=True),
-            weight=jnp.exp(UNIFORM_RATE.log_pdf(logsnr) - law.log_pdf(logsnr)),
+            weight=jnp.exp(log_level_weight(logsnr)),
             eligible=count.astype(jnp.float32),
             targets=count.astype(jnp.int32),
             gradient_norms=jnp.sum(jnp.where(eligible, squares, 0.0), axis=-1, keepdims=True),
@@ -129,7 +134,15 @@ def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
     def spec(batch_size: int, length: int) -> DrawSpec:
         return DrawSpec(batch_size, 1, process.event_shape(length))
 
-    return Objective("partition_nelbo", law, process, spec, loss, bias_of_law(law))
+    return Objective(
+        "partition_nelbo",
+        law,
+        process,
+        spec,
+        loss,
+        bias_of_law(law),
+        log_level_weight=log_level_weight,
+    )
 
 
 def _check_rates(corruption: Corruption, law: Law) -> None:
@@ -222,6 +235,7 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
     """
     corruption = uniform_tokens(num_tokens)
     law = UNIFORM_RATE if law is None else law
+    log_level_weight = rate_importance(law)
     bias = worst_bias(bias_of_law(law), bias_of_levels("uniform_nelbo", num_levels))
 
     def rate_and_gradient(logits: Array, *known: Array) -> tuple[Array, Array]:
@@ -255,7 +269,7 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
         count = sum_levels(eligible.astype(jnp.float32), levels)
         return LossStats(
             raw=sum_levels(nats, levels),
-            weight=jnp.exp(UNIFORM_RATE.log_pdf(logsnr) - law.log_pdf(logsnr)),
+            weight=jnp.exp(log_level_weight(logsnr)),
             eligible=jnp.broadcast_to(count, draw.u.shape),
             targets=sum_levels(where.astype(jnp.int32), levels),
         )
@@ -264,7 +278,9 @@ def uniform_nelbo(num_tokens: int, law: Law | None = None, num_levels: int = 1) 
         spread_levels(jnp.zeros((num_levels,)), length)  # raises where S does not divide L
         return DrawSpec(batch_size, num_levels, corruption.event_shape(length))
 
-    return Objective("uniform_nelbo", law, corruption, spec, loss, bias)
+    return Objective(
+        "uniform_nelbo", law, corruption, spec, loss, bias, log_level_weight=log_level_weight
+    )
 
 
 def bound_rate(logits: Array, inputs: Array, tokens: Array, logsnr: Array) -> Array:

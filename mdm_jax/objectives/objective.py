@@ -31,6 +31,8 @@ class Objective(NamedTuple):
             out part of the noise range, "biased" if weighting or contexts are not the bound's.
         summed: ``summed(model_fn, batch, draw) -> (LossSums, LossStats)`` where what is minimised
             is no sum of the rows' weighted losses (``alignment``); None: :func:`sum_losses`.
+        log_level_weight: log factor at a logSNR, elementwise, on the mean loss of target elements
+            at levels from ``law``; None if it is no function of the level alone.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Objective(NamedTuple):
     loss: Callable[[ModelFn, Batch, Draw], LossStats]
     bias: str
     summed: Callable[[ModelFn, Batch, Draw], tuple["LossSums", LossStats]] | None = None
+    log_level_weight: Callable[[Array], Array] | None = None
 
 
 class LossSums(NamedTuple):
@@ -173,6 +176,11 @@ def call_model(
     if isinstance(outputs, tuple):
         return jnp.stack([result(each) for each in outputs])
     return result(outputs)
+
+
+def rate_importance(law: Law) -> Callable[[Array], Array]:
+    """log of the density of a uniform rate over that of the law, at a logSNR, elementwise."""
+    return lambda logsnr: UNIFORM_RATE.log_pdf(logsnr) - law.log_pdf(logsnr)
 
 
 def bias_of_levels(name: str, num_levels: int) -> str:

@@ -9,7 +9,7 @@ from mdm_jax.checks import Real, as_parameter, checked, log_positive
 from mdm_jax.corruption.uniform import token_estimate
 from mdm_jax.draws import GRID_BITS, Draw, LossStats
 from mdm_jax.models.cross_entropy import as_logits
-from mdm_jax.objectives.objective import UNIFORM_RATE, Objective, flatten_views
+from mdm_jax.objectives.objective import Objective, flatten_views, rate_importance
 from mdm_jax.schedules.laws import Law
 from mdm_jax.types import Array, ArrayLike, Batch, ModelFn
 
@@ -30,7 +30,13 @@ def reweighted(objective: Objective, log_factor: LogFactor, name: str) -> Object
         factor = jnp.exp(log_factor(objective.law.icdf(draw.u)))
         return stats._replace(weight=stats.weight * factor)
 
-    return objective._replace(name=f"{objective.name}, {name}", loss=loss, bias="biased")
+    own = objective.log_level_weight
+    return objective._replace(
+        name=f"{objective.name}, {name}",
+        loss=loss,
+        bias="biased",
+        log_level_weight=own and (lambda logsnr: own(logsnr) + log_factor(logsnr)),
+    )
 
 
 @checked
@@ -60,7 +66,8 @@ def law_factor(law: Law) -> LogFactor:
 
     Of an objective under the same law, what is left is the integrand without importance weight.
     """
-    return lambda logsnr: law.log_pdf(logsnr) - UNIFORM_RATE.log_pdf(logsnr)
+    importance = rate_importance(law)
+    return lambda logsnr: -importance(logsnr)
 
 
 @checked

@@ -11,6 +11,7 @@ from mdm_jax.plots.noise_levels import (
     schedule_curves,
     trajectories,
     tried_settings,
+    weighting_panels,
 )
 from mdm_jax.plots.run import (
     Result,
@@ -30,7 +31,18 @@ from mdm_jax.plots.samples import (
     quality_by_steps,
     quality_curve,
 )
-from mdm_jax.plots.style import PALETTE, bar, dress, line, new_figure, save, svg, write
+from mdm_jax.plots.style import (
+    PALETTE,
+    bar,
+    dress,
+    gif,
+    line,
+    new_figure,
+    save,
+    svg,
+    write,
+    write_film,
+)
 from mdm_jax.plots.variance import (
     RATE,
     component_bars,

@@ -94,6 +94,30 @@ def tried_settings(
     return figure
 
 
+def weighting_panels(
+    figure: Any,
+    levels: np.ndarray,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    xlabel: str,
+    tops: tuple[float, float],
+    when: str = "",
+) -> Any:
+    """Two panels over ``levels`` [N]: densities of the levels drawn, and effective weightings.
+
+    ``curves``: (density [N], weighting [N]) by name; the first is drawn grey and broad, behind the
+    others. ``tops``: ends of the y axes, the same in all frames of a film. ``when`` goes into the
+    title. Draws on an empty figure and returns it.
+    """
+    titles = (f"Levels that are drawn{when}", f"Effective weighting{when}")
+    for side, axes in enumerate(figure.subplots(1, 2)):
+        for number, (name, pair) in enumerate(curves.items()):
+            style = line(number - 1) if number else {"color": "0.75", "linewidth": 5}
+            axes.plot(levels, pair[side], label=None if side else name, **style)
+        axes.set(xlim=(levels[0], levels[-1]), ylim=(0, tops[side]))
+        dress(axes, titles[side], xlabel, "density", columns=3)
+    return figure
+
+
 def recipe_densities(axes: Any, recipes: Mapping[str, Recipe]) -> Any:
     """Density p from which each recipe draws its noise levels."""
     for number, (name, recipe) in enumerate(recipes.items()):

@@ -3,8 +3,10 @@
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from mdm_jax import files
 
@@ -90,6 +92,34 @@ def write(figure: Any, path: str | os.PathLike) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120, format="png")
     files.write(path, png.getvalue())
+
+
+def write_film(figures: Iterable[Any], path: str | os.PathLike) -> None:
+    """Write figures of one size as an animated GIF of 32 colours, making directories.
+
+    A frame is shown for a fifth of a second, the last for 2.5 s. ImportError without Pillow.
+    """
+    from PIL import Image
+
+    pictures = []
+    for figure in figures:
+        figure.canvas.draw()
+        picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+        pictures.append(picture)
+    # One palette, of the last frame: what does not change is then stored once.
+    palette = pictures[-1].quantize(32)
+    pictures = [each.quantize(palette=palette, dither=Image.Dither.NONE) for each in pictures]
+    path = files.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, gif(pictures, 200, 2500))
+
+
+def gif(pictures: Sequence[Any], frame: int, last: int) -> bytes:
+    """An endless animated GIF of Pillow's images, shown for ``frame`` and ``last`` milliseconds."""
+    stream, (first, *rest) = io.BytesIO(), pictures
+    times = [frame] * len(rest) + [last]
+    first.save(stream, "GIF", save_all=True, append_images=rest, duration=times, loop=0)
+    return stream.getvalue()
 
 
 def svg(draw: Callable[[Any], Any], size: tuple[float, float], name: str) -> str:

@@ -80,7 +80,9 @@ def cdcd_loss(
     def spec(batch_size: int, length: int) -> DrawSpec:
         return DrawSpec(batch_size, 1, process.event_shape(length))
 
-    return Objective("cdcd_loss", law, process, spec, loss, "biased")
+    return Objective(
+        "cdcd_loss", law, process, spec, loss, "biased", log_level_weight=jnp.zeros_like
+    )
 
 
 def _known(choices: Array, length: int, share: float) -> Array:

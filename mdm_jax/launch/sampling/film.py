@@ -1,6 +1,5 @@
 """The decoding of texts or pictures as it happens: frames of an animated GIF."""
 
-import io
 import itertools
 import pathlib
 import unicodedata
@@ -115,12 +114,9 @@ def _palette(image: Any, colours: Sequence[str]) -> Any:
 
 
 def _write(path: str, pictures: Sequence[Any]) -> None:
-    stream = io.BytesIO()
-    times = [_FRAME] * (len(pictures) - 1) + [_LAST]
-    first, *rest = pictures
-    first.save(stream, "GIF", save_all=True, append_images=rest, duration=times, loop=0)
+    content = plots.gif(pictures, _FRAME, _LAST)
     files.create(path)  # FileExistsError if somebody took the name
-    files.write(path, stream.getvalue())
+    files.write(path, content)
 
 
 def _font_file() -> pathlib.Path:

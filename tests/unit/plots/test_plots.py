@@ -57,3 +57,26 @@ def test_the_readable_loss_is_drawn_in_the_unit_of_the_axes(axes):
     found = lines(plots.training_curve(axes, records, "character"))
     np.testing.assert_allclose(found["training, even over levels (± 2 s.e.)"], [[1, 1.5]])
     np.testing.assert_allclose(found["training, single batches"], [[1, 1.0]])
+
+
+def test_panels_of_weightings_and_their_film(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    levels = np.linspace(-1, 1, 5)
+    curves = {"static": (np.ones(5), np.ones(5)), "warp": (levels + 1, 2 * levels + 2)}
+
+    def panels(when):
+        figure = plots.new_figure((4, 2))
+        return plots.weighting_panels(figure, levels, curves, "logSNR", (3, 5), when)
+
+    left, right = panels(", step 3").axes
+    assert (left.get_title("left"), left.get_ylim()) == ("Levels that are drawn, step 3", (0, 3))
+    assert right.get_ylim() == (0, 5)
+    np.testing.assert_array_equal(lines(left)["warp"][:, 1], levels + 1)
+    np.testing.assert_array_equal(right.lines[1].get_ydata(), 2 * levels + 2)
+    path = tmp_path / "deep" / "film.gif"
+    plots.write_film((panels(f", step {n}") for n in (0, 10, 20)), path)
+    with image.open(path) as film:
+        assert (film.format, film.n_frames) == ("GIF", 3)
+        assert film.size == (400, 200)
+        film.seek(2)
+        assert film.info["duration"] == 2500
