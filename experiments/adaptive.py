@@ -127,12 +127,17 @@ _SHORT = {
     "optimizer.name": "adamw",  # compiles in half the time
     "optimizer.warmup_steps": 20,
     "optimizer.ema_decay": 0.98,
-    "measure.warm_up": 200,
+    "measure.warm_up": 150,
+    "evaluate.max_rows": 256,
 }
 """Settings of all runs, which are short."""
+_SMALL = {"model.width": 64, "model.depth": 2}
 RUNS = {
-    "digits": ("digits_gaussian:edm", {"train.steps": 400, "optimizer.peak": 3e-3}),
-    "text": ("quickstart", {"train.steps": 300, "evaluate.max_rows": 128}),
+    "digits": (
+        "digits_gaussian:edm",
+        _SMALL | {"train.steps": 600, "optimizer.peak": 5e-3, "evaluate.final_passes": 16},
+    ),
+    "text": ("quickstart", _SMALL | {"train.steps": 400, "optimizer.peak": 5e-3}),
 }
 """Config and settings of each run."""
 
@@ -223,25 +228,31 @@ def finished(
     print(f"--- {run}, {name}, seed {seed}\n{experiment.describe()}", flush=True)
     if not train.train(experiment, workdir):
         return None
-    static = make_experiment(configure(run, STATIC, seed, smoke))
-    _, shared = read_parameters(path, static.abstract_state(), last=True)
+    shared = None
+    if name != STATIC:
+        static = make_experiment(configure(run, STATIC, seed, smoke))
+        _, shared = read_parameters(path, static.abstract_state(), last=True)
     record = measure(experiment, workdir, shared)
     write_json(workdir / "record.json", record)
     return record
 
 
-def measure(experiment: Experiment, workdir: pathlib.Path, shared: PyTree) -> dict[str, Any]:
-    """The figures of a finished run; ``shared`` are the parameters that ``static`` ended with."""
+def measure(experiment: Experiment, workdir: pathlib.Path, shared: PyTree | None) -> dict[str, Any]:
+    """The figures of a finished run; ``shared``: parameters of ``static``, None: this run's own."""
     result = evaluate.evaluate(experiment, workdir)
     _, step, params, state = measuring.parameters(experiment, workdir)
-    learned = warmed_up(experiment, shared)
+    estimator = meter.make_estimator(experiment.apply_fn, experiment.objective)
+    own = gradient_noise(experiment, estimator, params, state)
+    other = own
+    if shared is not None:
+        other = gradient_noise(experiment, estimator, shared, warmed_up(experiment, shared))
     return {
         "step": step,
         "bits_per_unit": result["bits_per_unit"],
         "bits_per_unit_standard_error": result["standard_error_bits_per_unit"],
         "distance": distance(experiment, workdir),
-        "noise_at_shared_parameters": gradient_noise(experiment, shared, learned),
-        "noise_at_own_parameters": gradient_noise(experiment, params, state),
+        "noise_at_shared_parameters": other,
+        "noise_at_own_parameters": own,
         "curves": {k: v.tolist() for k, v in curves(experiment, workdir)._asdict().items()},
     }
 
@@ -262,10 +273,11 @@ def warmed_up(experiment: Experiment, params: PyTree) -> PyTree:
     )
 
 
-def gradient_noise(experiment: Experiment, params: PyTree, state: PyTree) -> dict[str, Any]:
+def gradient_noise(
+    experiment: Experiment, estimator: meter.Estimator, params: PyTree, state: PyTree
+) -> dict[str, Any]:
     """Variance of the batch gradient over its squared mean, with the data fixed."""
     c = experiment.config.measure
-    estimator = meter.make_estimator(experiment.apply_fn, experiment.objective)
     figure = meter.efficiency(
         meter.Subject(estimator, params, experiment.transform, state, experiment.spec),
         drawn_batches(experiment, c.data_batches, seed=0),
@@ -332,7 +344,7 @@ def table(run: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
     Results are means over seeds, with the difference from ``static`` over the same seeds in
     brackets. Their standard errors, in the header, are of what varies with the seed: pooled over
-    mechanisms, as two or three seeds of one say little.
+    mechanisms, as two or three seeds of one say little. None are known of one seed.
     """
     units = {"bits_per_unit": "bits/dim" if run == "digits" else "bits/character"}
     results = {"bits_per_unit": _scores(records, lambda r: r["bits_per_unit"])}
