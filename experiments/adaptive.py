@@ -19,6 +19,7 @@ always run. Stopped runs resume, and finished ones are not repeated. In the work
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -48,7 +49,7 @@ from mdm_jax.training.loop import TrainingStopped
 from mdm_jax.types import PyTree
 
 STATIC = "static"
-FRAMES = 20
+FRAMES = 16
 """Checkpoints of a run, evenly spaced."""
 REPLICATES = 4
 """Sets of samples for the distance."""
@@ -128,16 +129,21 @@ _SHORT = {
     "optimizer.warmup_steps": 20,
     "optimizer.ema_decay": 0.98,
     "measure.warm_up": 150,
-    "evaluate.max_rows": 256,
+    "measure.redraws": 8,
+    "evaluate.max_rows": 128,
 }
 """Settings of all runs, which are short."""
-_SMALL = {"model.width": 64, "model.depth": 2}
+_SMALL = {
+    "model.width": 64,
+    "model.depth": 2,
+    "train.steps": 400,
+    "optimizer.peak": 5e-3,
+    "evaluate.final_passes": 16,
+    "evaluate.final_replicates": 2,
+}
 RUNS = {
-    "digits": (
-        "digits_gaussian:edm",
-        _SMALL | {"train.steps": 600, "optimizer.peak": 5e-3, "evaluate.final_passes": 16},
-    ),
-    "text": ("quickstart", _SMALL | {"train.steps": 400, "optimizer.peak": 5e-3}),
+    "digits": ("digits_gaussian:edm", _SMALL | {"sample.num_steps": 16}),
+    "text": ("quickstart:char", _SMALL | {"train.batch_size": 16}),
 }
 """Config and settings of each run."""
 
@@ -228,13 +234,17 @@ def finished(
     print(f"--- {run}, {name}, seed {seed}\n{experiment.describe()}", flush=True)
     if not train.train(experiment, workdir):
         return None
-    shared = None
-    if name != STATIC:
-        static = make_experiment(configure(run, STATIC, seed, smoke))
-        _, shared = read_parameters(path, static.abstract_state(), last=True)
+    shared = None if name == STATIC else parameters_of_static(run, seed, path, smoke)
     record = measure(experiment, workdir, shared)
     write_json(workdir / "record.json", record)
     return record
+
+
+@functools.lru_cache(maxsize=1)
+def parameters_of_static(run: str, seed: int, workdir: pathlib.Path, smoke: bool) -> PyTree:
+    """The parameters that the finished run of ``static`` ended with."""
+    experiment = make_experiment(configure(run, STATIC, seed, smoke))
+    return read_parameters(workdir, experiment.abstract_state(), last=True)[1]
 
 
 def measure(experiment: Experiment, workdir: pathlib.Path, shared: PyTree | None) -> dict[str, Any]:
