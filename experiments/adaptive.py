@@ -25,7 +25,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -259,7 +259,7 @@ def measure(experiment: Experiment, workdir: pathlib.Path, shared: PyTree | None
     return {
         "step": step,
         "bits_per_unit": result["bits_per_unit"],
-        "bits_per_unit_standard_error": result["standard_error_bits_per_unit"],
+        "bits_per_unit_error": result["standard_error_bits_per_unit"],
         "distance": distance(experiment, workdir),
         "noise_at_shared_parameters": other,
         "noise_at_own_parameters": own,
@@ -353,15 +353,16 @@ def table(run: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Records by mechanism and seed as a Markdown table.
 
     Results are means over seeds, with the difference from ``static`` over the same seeds in
-    brackets. Their standard errors, in the header, are of what varies with the seed: pooled over
-    mechanisms, as two or three seeds of one say little. None are known of one seed.
+    brackets. Standard errors, in the header, are of what varies with the seed: pooled over
+    mechanisms, as two or three seeds of one say little. Of one seed they are Monte Carlo errors.
     """
-    units = {"bits_per_unit": "bits/dim" if run == "digits" else "bits/character"}
-    results = {"bits_per_unit": _scores(records, lambda r: r["bits_per_unit"])}
+    unit = "bits/dim" if run == "digits" else "bits/character"
+    results = {unit: _estimates(records, lambda r: (r["bits_per_unit"], r["bits_per_unit_error"]))}
     if records[STATIC][0]["distance"] is not None:
-        results["distance"] = _scores(records, lambda r: r["distance"]["value"])
         of_data = records[STATIC][0]["distance"]["of_data"]
-        units["distance"] = f"distance of pictures ({of_data:.3f} of training pictures)"
+        results[f"distance of pictures ({of_data:.3f} of training pictures)"] = _estimates(
+            records, lambda r: (r["distance"]["value"], r["distance"]["standard_error"])
+        )
     header = ["mechanism", "aim", "tracking", "importance", "use"]
     header += ["noise/signal, same parameters", "noise/signal, own end"]
     cells = {
@@ -369,27 +370,36 @@ def table(run: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         + [_noise([r[f"noise_at_{at}_parameters"] for r in seeds]) for at in ("shared", "own")]
         for name, seeds in records.items()
     }
-    for kind, scores in results.items():
-        gains = {name: own - scores[STATIC] for name, own in scores.items() if name != STATIC}
-        errors = [_pooled_error(each) for each in (scores, gains)]
-        known = f" (± {errors[0]:.3f}, difference ± {errors[1]:.3f})"
-        header.append(units[kind] + known * all(map(math.isfinite, errors)))
+    for title, scores in results.items():
+        base = scores[STATIC]
+        gains = {name: own - base for name, own in scores.items() if name != STATIC}
+        header.append(f"{title} ({_errors(scores, gains)})")
         for name, own in scores.items():
-            gain = "" if name == STATIC else f" ({gains[name].mean():+.3f})"
-            cells[name].append(f"{own.mean():.3f}{gain}")
+            gain = "" if name == STATIC else f" ({gains[name][:, 0].mean():+.3f})"
+            cells[name].append(f"{own[:, 0].mean():.3f}{gain}")
     lines = [header, ["---"] * len(header), *cells.values()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _scores(records: Mapping[str, Sequence[Mapping[str, Any]]], read: Any) -> dict[str, np.ndarray]:
+def _estimates(
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    read: Callable[[Mapping[str, Any]], tuple[float, float]],
+) -> dict[str, np.ndarray]:
+    """[seeds, 2] values and their Monte Carlo errors, by mechanism."""
     return {name: np.array([read(r) for r in seeds]) for name, seeds in records.items()}
 
 
-def _pooled_error(values: Mapping[str, np.ndarray]) -> float:
-    """Standard error of a mean over seeds, by their mean variance in a row; NaN for one seed."""
-    if not values or min(map(len, values.values())) < 2:
-        return math.nan
-    return math.sqrt(np.mean([v.var(ddof=1) / len(v) for v in values.values()]))
+def _errors(scores: Mapping[str, np.ndarray], gains: Mapping[str, np.ndarray]) -> str:
+    """Standard errors, for a header, of means over seeds and of differences from ``static``."""
+    if len(scores[STATIC]) < 2:
+        error = math.sqrt(np.mean([own[0, 1] ** 2 for own in scores.values()]))
+        return f"one seed; Monte Carlo error {error:.3f}"
+    pooled = [
+        math.sqrt(np.mean([own[:, 0].var(ddof=1) / len(own) for own in each.values()]))
+        for each in (scores, gains)
+        if each
+    ]
+    return "± " + ", difference ± ".join(f"{error:.3f}" for error in pooled)
 
 
 def _noise(figures: Sequence[Mapping[str, Any]]) -> str:

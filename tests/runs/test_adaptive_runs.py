@@ -83,7 +83,8 @@ def record(bits, distance, noise=2.0, unsettled=""):
     figure = {"value": None if unsettled else noise, "standard_error": 0.3, "unsettled": unsettled}
     return {
         "bits_per_unit": bits,
-        "distance": distance and {"value": distance, "of_data": 0.2},
+        "bits_per_unit_error": 0.0123,
+        "distance": distance and {"value": distance, "standard_error": 0.01, "of_data": 0.2},
         "noise_at_shared_parameters": figure,
         "noise_at_own_parameters": figure,
     }
@@ -107,7 +108,7 @@ def test_the_table():
     assert "| not settled | not settled | 2.300 (+0.200) |" in cdcd
     one = {name: [record(2.0, None)] for name in ("static", "ppots")}
     header = adaptive.table("text", one).splitlines()[0]
-    assert header.endswith("| bits/character |")
+    assert header.endswith("| bits/character (one seed; Monte Carlo error 0.012) |")
 
 
 def test_weightings_are_compared_up_to_a_constant():
