@@ -316,10 +316,13 @@ class Experiment:
         """Shapes of all parameters, logical axes named."""
         return jax.eval_shape(self.init_model, jax.random.key(0))
 
-    def init_model(self, key: Array) -> PyTree:
-        """New parameters of the network, logical axes named."""
+    @functools.cached_property
+    def init_model(self) -> Callable[[Array], PyTree]:
+        """``init_model(key)``: new parameters of the network, logical axes named.
+
+        Jitted, so that shapes, shardings and values share one trace."""
         init = training.linen_init(self.model, self.dataset.length, self.family.input_dtype)
-        return init(key)
+        return jax.jit(init)
 
 
 def make_experiment(
