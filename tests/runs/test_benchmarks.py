@@ -19,6 +19,7 @@ from experiments.benchmarks import (
     pods,
     sampling,
     setting,
+    soak,
     train_step,
     variance_probe,
     yardstick,
@@ -260,6 +261,16 @@ def test_the_command_for_a_gpu_runs_to_its_end_at_sizes_for_a_cpu():
         assert tuned[name]["memory_bytes"] > 0 and tuned[name]["rows_per_second"]["median"] > 0
     assert "step of tiny, attention cudnn" in lines[-1]  # and why it was not measured
     assert lines[-1].splitlines()[0].endswith("goal |") and "45%" in lines[-1]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twice_is_the_run_that_is_not(tmp_path):
+    """SIGKILL to processes of two: the same bits in the end."""
+    found = soak.soak(tmp_path, processes=2, kills=2, steps=32, width=16, seed=0)
+    assert len(found["kills"]) == 2 and found["steps"] == 32
+    assert found["saving_seconds_per_step"] > 0
+    with pytest.raises(ValueError, match="give the same settings to go on"):
+        soak.soak(tmp_path, processes=2, kills=2, steps=34, width=16, seed=0)
 
 
 @pytest.mark.slow
