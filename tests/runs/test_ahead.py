@@ -12,6 +12,7 @@ from mdm_jax import distributed, files, sharding, training
 from mdm_jax.launch import presets
 from mdm_jax.launch.ahead import collectives, command, plan, stand_in, targets
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.models import layers
 
 
 def smoke(**mesh):
@@ -119,47 +120,96 @@ def test_unknown_programs_are_named():
         command.plan(smoke(), "cpu:1", names=("generate",))
 
 
-def test_a_search_goes_on_until_a_plan_leaves_the_runtime_its_memory(monkeypatch):
-    """A v5e has 16 GB: 15.5 fit the chip, but not the share of it that a plan may use."""
-    memory = {"none": 15.5e9, "dots_without_batch": 14e9, "full": 9e9}
-    tried = []
+def stubbed_plans(monkeypatch, memory):
+    """``compile_plan`` of plans with ``memory(fsdp, remat)`` bytes, or an error; what it compiled.
 
-    def compiled(config, devices, program="train"):
-        tried.append((config.mesh.fsdp, config.model.remat))
-        if config.mesh.fsdp == 2:
-            raise ValueError("the compiler of tpu failed: a reason")
+    Recomputing takes longer, and so do fewer ways of fsdp."""
+    compiled = []
+    seconds = dict(zip((*command.REMATS, *command.OFFLOADING), (1, 2, 3, 4, 5, 3, 5), strict=True))
+
+    def compile_plan(config, devices, program="train"):
+        fsdp, remat = config.mesh.fsdp, config.model.remat
+        compiled.append((fsdp, remat))
+        if isinstance(needed := memory(fsdp, remat), Exception):
+            raise needed
         return plan.Plan(
             program=program,
             mesh=config.mesh.to_dict(),
             rows=8,
-            remat=config.model.remat,
+            remat=remat,
             parameters=1,
             arguments=0,
             temporaries=0,
-            memory=memory[config.model.remat],
+            memory=needed,
             state={},
-            flops=1.0,
+            flops=197e12 * seconds[remat] / fsdp,
             traffic=1.0,
             collectives=(),
             largest=(),
             unknown_loops=0,
             compile_seconds=0.0,
             text="",
+            host=remat.startswith("offload"),
         )
 
-    monkeypatch.setattr(plan, "compile_plan", compiled)
+    monkeypatch.setattr(plan, "compile_plan", compile_plan)
     meshes = [{"data": 1, "fsdp": n, "tensor": 1} for n in (1, 2)]
     monkeypatch.setattr(plan, "meshes", lambda *_: iter(meshes))
+    return compiled
+
+
+def searched(budget=60.0):
     lines = []
-    found = command._search(smoke(), [None], targets.CHIPS["v5e"], 60.0, lines.append)
-    assert tried == [(1, "none"), (1, "dots_without_batch"), *((2, r) for r in command.REMATS)]
-    assert len(found) == 2 and "more than 92% of the memory" in lines[1]
-    assert lines[-1].endswith("--config.model.remat=dots_without_batch")
+    found = command._search(smoke(), jax.devices(), targets.CHIPS["v5e"], budget, lines.append)
+    return found, lines
+
+
+SIZES = dict(zip((*command.REMATS, *command.OFFLOADING), (15.5, 15, 14, 9, 8, 7, 6), strict=True))
+
+
+def test_a_search_finds_the_first_policy_that_leaves_the_runtime_its_memory(monkeypatch):
+    """A v5e has 16 GB: 15 fit the chip, but not the share of it that a plan may use."""
+
+    def memory(fsdp, remat):
+        if fsdp == 2:
+            return ValueError("the compiler of tpu failed: a reason")
+        return SIZES[remat] * 1e9
+
+    compiled = stubbed_plans(monkeypatch, memory)
+    found, lines = searched()
+    assert [remat for fsdp, remat in compiled if fsdp == 1] == ["dots_without_batch", "dots"]
+    assert {remat for fsdp, remat in compiled if fsdp == 2} >= {"full", *command.OFFLOADING}
+    assert len(found) == 2 and "more than 92% of the memory" in lines[2]
+    assert lines[-1].endswith("fsdp=1,tensor=1 --config.model.remat=dots_without_batch")
     assert any("a reason" in line for line in lines)
-    command._search(smoke(), [None], targets.CHIPS["v5e"], 0.0, lines.append)
+    _, lines = searched(budget=0.0)
     assert sum("stopped after" in line for line in lines) == 1
+    assert "--config.model.remat=dots_without_batch" in lines[-1]
     with pytest.raises(ValueError, match="cpu:1 has none"):
         command.plan(smoke(), "cpu:1", search=True)
+
+
+def test_a_search_tries_every_policy_within_four_plans_of_a_mesh(monkeypatch):
+    """Whichever is the first that fits is found; offloading is the last resort."""
+    assert {*command.REMATS, *command.OFFLOADING} == set(layers.POLICIES)
+    for limit, first in enumerate(command.REMATS):
+        fitting = command.REMATS[limit:]
+        compiled = stubbed_plans(monkeypatch, lambda _, r, f=fitting: 1e9 if r in f else 20e9)
+        _, lines = searched()
+        assert lines[-1].endswith(f"fsdp=2,tensor=1 --config.model.remat={first}")
+        assert len(compiled) <= 2 * 3
+    compiled = stubbed_plans(monkeypatch, lambda _, r: 1e9 if r in command.OFFLOADING[1:] else 2e10)
+    _, lines = searched()
+    assert lines[-1].endswith("--config.model.remat=offload_inputs") and len(compiled) == 2 * 4
+    # One mesh fits in its devices' memory, a faster one by offloading alone.
+    late = {(1, "full"): 1e9, (2, "offload_dots"): 1e9}
+    stubbed_plans(monkeypatch, lambda *choice: late.get(choice, 20e9))
+    assert searched()[1][-1].endswith("fsdp=1,tensor=1 --config.model.remat=full")
+    # Devices without the host's memory are not tried.
+    monkeypatch.setitem(layers._HOST, "offload_dst", "nowhere")
+    compiled = stubbed_plans(monkeypatch, lambda *_: 20e9)
+    assert "nothing fits" in searched()[1][-1]
+    assert not {remat for _, remat in compiled} & set(command.OFFLOADING)
 
 
 SMALL = {

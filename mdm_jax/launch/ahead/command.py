@@ -1,7 +1,9 @@
 """``mdm compile``: what a run needs of a machine that need not be there, by its compiler."""
 
+import bisect
 import copy
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +18,11 @@ from mdm_jax.launch.ahead import collectives, targets
 from mdm_jax.launch.ahead import plan as plans
 from mdm_jax.launch.ahead.plan import Plan
 from mdm_jax.launch.ahead.targets import Chip
+from mdm_jax.models import layers
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"compile: {targets.EXAMPLES}.")
 _WHAT = flags.DEFINE_list("what", ["train"], "compile: train, evaluate, sample.")
-_SEARCH = flags.DEFINE_bool("search", False, "compile: all meshes and rematerialisations.")
+_SEARCH = flags.DEFINE_bool("search", False, "compile: over meshes and rematerialisations.")
 SEARCH_SECONDS = 1800.0
 """How long a search goes on by default."""
 _SECONDS = flags.DEFINE_float(
@@ -27,8 +30,10 @@ _SECONDS = flags.DEFINE_float(
 )
 _FIT = flags.DEFINE_bool("fit_rows", True, "compile: also twice the rows, to say how many fit.")
 
-REMATS = ("none", "dots_without_batch", "full")
+REMATS = ("none", "dots", "dots_without_batch", "attention", "full")
 """Rematerialisation tried by the search, from fast to small."""
+OFFLOADING = ("offload_dots", "offload_inputs")
+"""Tried where none of :data:`REMATS` fits, if devices reach the host's memory."""
 
 _FITTING = 0.92
 """Share of a chip's memory that a plan may use; the rest is the runtime's."""
@@ -67,8 +72,8 @@ def plan(
 ) -> int:
     """Compile the programs ``names``, print their plans and suggestions, and write them to ``out``.
 
-    ``search`` compiles the training step for every mesh and rematerialisation that divide the
-    model, until ``search_seconds`` are spent. Raises as :func:`run`.
+    ``search`` looks for the fastest training step that fits, over meshes that divide the model and
+    rematerialisations, until ``search_seconds`` are spent. Raises as :func:`run`.
     """
     if unknown := sorted(set(names) - set(plans.PROGRAMS)):
         raise ValueError(
@@ -202,41 +207,67 @@ def _search(
     budget: float,
     show: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Plans of all meshes and rematerialisations; the fastest that fits is named."""
+    """Plans by mesh with the first rematerialisation that fits, found by bisection: four plans of
+    a mesh at most. The fastest is named.
+
+    Transfers to the host's memory are no part of its time, so a plan that offloads is named only
+    where no other fits.
+    """
     rows, heads = (
         config.train.batch_size // (config.train.num_microbatches or 1),
         config.model.num_heads,
     )
-    tried, started = [], time.monotonic()
-    show("\nsearch over meshes and rematerialisation (least time by published figures):")
+    tried: list[Plan] = []
     fitting: list[Plan] = []
-    candidates = itertools.product(plans.meshes(len(devices), heads, rows), REMATS)
-    for number, (mesh, remat) in enumerate(candidates):
-        if any(made.mesh == mesh for made in fitting):
-            continue  # further rematerialisation only adds time
-        if number and time.monotonic() - started > budget:
-            show(f"  stopped after {budget:.0f} s (--search_seconds)")
-            break
+    attempts, started = itertools.count(), time.monotonic()
+    show("\nsearch over meshes and rematerialisation (least time by published figures):")
+
+    def fits(mesh: dict[str, int], remat: str) -> bool:
+        if next(attempts) and time.monotonic() - started > budget:
+            raise TimeoutError
         try:
             made = plans.compile_plan(_changed(config, mesh, remat), devices)
         except (MemoryError, ValueError) as error:
             show(f"  {_mesh(mesh)} remat {remat}: {str(error)[:100]}")
-            continue
+            return False
         tried.append(made)
-        fits = made.memory <= _FITTING * chip.memory
-        fitting += [made] * fits
-        seconds = max(made.seconds(chip).values())
+        enough = made.memory <= _FITTING * chip.memory
+        fitting.extend([made] * enough)
         show(
             f"  {_mesh(mesh)} remat {remat}: {made.memory / 1e9:.2f} GB, "
-            f"{seconds * 1e3:.1f} ms{'' if fits else f', more than {_FITTING:.0%} of the memory'}"
+            f"{_least(made, chip) * 1e3:.1f} ms"
+            + (f" and {made.host / 1e9:.2f} GB to the host and back" if made.host else "")
+            + ("" if enough else f", more than {_FITTING:.0%} of the memory")
         )
+        return enough
+
+    offloading = [name for name in OFFLOADING if _allowed(devices[0], name)]
+    try:
+        for mesh in plans.meshes(len(devices), heads, rows):
+            first = bisect.bisect_left(REMATS, True, key=functools.partial(fits, mesh))
+            if first == len(REMATS):
+                any(fits(mesh, remat) for remat in offloading)
+    except TimeoutError:
+        show(f"  stopped after {budget:.0f} s (--search_seconds)")
     if not fitting:
         show("  nothing fits; use more chips, fewer rows or --config.train.num_microbatches")
     else:
-        best = min(fitting, key=lambda made: max(made.seconds(chip).values()))
+        best = min(fitting, key=lambda made: (made.host > 0, _least(made, chip)))
         mesh = ",".join(f"{name}={size}" for name, size in best.mesh.items())
         show(f"  suggested: --config.mesh={mesh} --config.model.remat={best.remat}")
     return [_record(made, chip) for made in tried]
+
+
+def _allowed(device: jax.Device, remat: str) -> bool:
+    try:
+        layers.check_policy(device, remat)
+    except ValueError:
+        return False
+    return True
+
+
+def _least(made: Plan, chip: Chip) -> float:
+    return max(made.seconds(chip).values())
 
 
 def _mesh(mesh: dict[str, int]) -> str:
