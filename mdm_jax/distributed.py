@@ -159,6 +159,20 @@ def platform(mesh: jax.sharding.AbstractMesh | None = None) -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
+def scatter_stages(size: int) -> list[list[list[int]] | None]:
+    """Groups, ``axis_index_groups``, of the stages in which the ``size`` devices of a mesh axis add
+    up an array of which each gets one part (reduce-scatter); None: all devices at once.
+
+    A TPU's compiler (libtpu 0.0.42) sends whole sums to more than 8 devices at once. In two stages,
+    first of devices far from each other, it sends half of that. Gathering is the same backwards.
+    """
+    near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    if platform() != "tpu" or size <= 8 or near == 1:
+        return [None]
+    index = np.arange(size).reshape(-1, near)
+    return [index.T.tolist(), index.tolist()]
+
+
 def compute_capability() -> str:
     """That of the GPU that what is traced will run on, such as "9.0"; "" if it is not known."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mdm_jax.distributed import ROW_AXES
+from mdm_jax.distributed import ROW_AXES, scatter_stages
 from mdm_jax.types import Array, Batch, PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -231,8 +231,11 @@ def gather(shard: Array, name: str, axis: int, size: int, dtype: jnp.dtype) -> A
 
     @together.defjvp
     def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        wide = tangents[0].astype(jnp.float32)
-        tangent = jax.lax.all_gather(wide, mesh_axis, axis=axis, tiled=True)
+        tangent = tangents[0].astype(jnp.float32)
+        for groups in reversed(scatter_stages(size // shard.shape[axis])):
+            tangent = jax.lax.all_gather(
+                tangent, mesh_axis, axis=axis, tiled=True, axis_index_groups=groups
+            )
         return together(*primals), tangent.astype(dtype)
 
     return together(shard)

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mdm_jax.distributed import ROW_AXES, VOCABULARY_AXIS, platform
+from mdm_jax.distributed import ROW_AXES, VOCABULARY_AXIS, platform, scatter_stages
 from mdm_jax.models.products import product
 from mdm_jax.pytrees import pytree_dataclass
 from mdm_jax.types import Array, ArrayLike, ModelFn
@@ -263,8 +263,8 @@ def position_losses(loss: PositionLoss, readout: Readout, where: Array, *known: 
         (readout.features, where, readout.loss_weights, known),
     )
     head = readout.weights, readout.bias
-    place = functools.partial(_place_head, chunking, readout.projection.tied)
-    return _losses(sums, place, x, head, *arrays).reshape(where.shape)
+    add = functools.partial(_add_groups, chunking, readout.projection.tied)
+    return _losses(sums, add, x, head, *arrays).reshape(where.shape)
 
 
 def with_loss_weights(model_fn: ModelFn, loss: Callable[[ModelFn], Array]) -> ModelFn:
@@ -297,6 +297,39 @@ def _place_head(
     axes = (VOCABULARY_AXIS, None) if tied else (None, VOCABULARY_AXIS)
     placed = chunking.place(weights, *lead, *axes)
     return placed, None if bias is None else chunking.place(bias, *lead, VOCABULARY_AXIS)
+
+
+def _add_groups(
+    chunking: Chunking, tied: bool, gradients: tuple[Array, Array | None]
+) -> tuple[Array, Array | None]:
+    """Sums over groups of the gradients of weights, [G, K, D] or [G, D, K], and bias.
+
+    Each device gets its part of the width: by :func:`scatter_stages`, since compilers may send all
+    of the sum to all.
+    """
+    weights, bias = _place_head(chunking, tied, gradients, ROW_AXES)  # added up where they are
+    bias = None if bias is None else bias.sum(axis=0)
+    width, copies, parts = 1 if tied else 0, *ROW_AXES
+    ways = chunking.mesh.shape[parts] if chunking.sharded else 1
+    if weights.shape[1 + width] % ways or ways == 1:
+        return weights.sum(axis=0), bias
+
+    def add(one: Array) -> Array:
+        total = one[0]
+        for groups in scatter_stages(ways):
+            total = lax.psum_scatter(
+                total, parts, scatter_dimension=width, axis_index_groups=groups, tiled=True
+            )
+        return lax.psum(total, copies)
+
+    shards = chunking.vocabulary_shards(weights.shape[2 - width])
+    axes = [VOCABULARY_AXIS if shards > 1 else None] * 2
+    before = PartitionSpec(ROW_AXES, *axes[:width], None, *axes[width + 1 :])
+    after = PartitionSpec(*axes[:width], parts, *axes[width + 1 :])
+    total = jax.shard_map(
+        add, mesh=chunking.mesh, in_specs=before, out_specs=after, check_vma=False
+    )(weights)
+    return total, bias
 
 
 def _losses_and_gradients(
@@ -343,12 +376,12 @@ def _losses_and_gradients(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _losses(sums, place, features, head, where, loss_weights, known):
-    del place, loss_weights  # losses do not depend on them
+def _losses(sums, add, features, head, where, loss_weights, known):
+    del add, loss_weights  # losses do not depend on them
     return sums(features, head, where, None, known)[0]
 
 
-def _backward(sums, place, residuals, cotangent):
+def _backward(sums, add, residuals, cotangent):
     (features, head, where, loss_weights, known), gradients = residuals
     cotangent, scale = jnp.where(where, cotangent, 0.0), 1.0
     second_pass = lambda: sums(features, head, where, cotangent, known)[1]  # noqa: E731
@@ -362,14 +395,12 @@ def _backward(sums, place, residuals, cotangent):
         gradients = lax.cond(fits, lambda: gradients, second_pass)
         scale = jnp.where(fits, scale, 1.0)
     dx, of_head = gradients
-    of_head = place(of_head, ROW_AXES)  # to be added up where they are, then sent
-    # Scaled first, so that nothing stands between a sum over devices and its sharding.
-    of_head = jax.tree.map(lambda g, a: (scale * g).sum(axis=0).astype(a.dtype), of_head, head)
+    of_head = jax.tree.map(lambda g, a: (scale * g).astype(a.dtype), add(of_head), head)
     return (scale * dx).astype(features.dtype), of_head, None, None, None
 
 
-def _forward(sums, place, *arrays):
-    del place
+def _forward(sums, add, *arrays):
+    del add
     losses, gradients = sums(*arrays)
     return losses, (arrays, gradients)
 

@@ -12,6 +12,7 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mdm_jax import sharding
+from mdm_jax.models import cross_entropy
 from mdm_jax.models.cross_entropy import (
     Chunking,
     Projection,
@@ -266,6 +267,23 @@ def test_on_eight_devices(shape):
         text = compiled.as_text()
         assert 1 <= text.count(" all-reduce(") <= 3
         assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_gradients_of_weights_are_scattered(monkeypatch):
+    """Each device gets its part of the width, in stages as on more than 8 TPUs."""
+    stages = [[[0, 2], [1, 3]], [[0, 1], [2, 3]]]
+    monkeypatch.setattr(cross_entropy, "scatter_stages", lambda size: stages)
+    mesh, k, width = sharding.make_mesh(data=2, fsdp=4, tensor=1), 10, 8
+    rng = np.random.default_rng(0)
+    gradients = jnp.asarray(rng.normal(size=(8, width, k)), jnp.float32)
+    chunking = Chunking(8, 2, mesh.abstract_mesh)
+    add = functools.partial(cross_entropy._add_groups, chunking, False)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    compiled = jax.jit(lambda g: add((g, None))[0], in_shardings=rows).lower(gradients).compile()
+    found = compiled(jax.device_put(gradients, rows))
+    np.testing.assert_allclose(found, gradients.sum(0), rtol=1e-5, atol=1e-5)
+    assert found.addressable_shards[0].data.shape == (width // 4, k)
+    assert compiled.as_text().count(" reduce-scatter(") == 2
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])

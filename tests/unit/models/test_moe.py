@@ -4,9 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
-from mdm_jax import sharding
+from mdm_jax import distributed, sharding
 from mdm_jax.launch.ahead import program
 from mdm_jax.models import moe
 
@@ -22,11 +23,16 @@ def start():
     return nn.meta.unbox(tiny.jit(LAYER.init)(jax.random.key(0), x)), x
 
 
-def test_a_mesh_changes_nothing_and_gathers_no_token():
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_mesh_changes_nothing_and_gathers_no_token(stages, monkeypatch):
+    """Also where kernels' gradients are scattered in stages, as on more than 8 TPUs."""
     params, x = start()
     both = jax.value_and_grad(loss, (0, 1))
     expected = tiny.jit(both)(params, x)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(*((2, 2, 2) if stages == 1 else (1, 8, 1)))
+    if stages == 2:
+        groups = [[[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]]
+        monkeypatch.setattr(sharding, "scatter_stages", lambda size: groups)
     abstract = sharding.abstract_sharded(lambda: LAYER.init(jax.random.key(0), x), mesh)
     rows = sharding.batch_sharding(mesh)
     placed = jax.device_put((params, x), (jax.tree.map(lambda a: a.sharding, abstract), rows))
@@ -37,7 +43,27 @@ def test_a_mesh_changes_nothing_and_gathers_no_token():
     )
     text = step.lower(*placed).compile().as_text()
     visits = x.shape[0] * x.shape[1] * LAYER.experts.per_token
-    assert f"[{visits},8]" not in text and f"[{visits // 4},8]" in text
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    assert f"[{visits},8]" not in text and f"[{visits // ways},8]" in text
+
+
+def test_stages_of_scattering():
+    """Each device's part of a sum is its own, whichever the stages."""
+    assert distributed.scatter_stages(64) == [None]  # not on CPUs
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    for size in (2, 8, 13, 16, 24, 64):
+        mesh = jax.sharding.AbstractMesh((size,), ("fsdp",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            stages = distributed.scatter_stages(size)
+        parts = [range(size)] * size  # of what the devices hold
+        for groups in stages:
+            for group in groups or [range(size)]:
+                assert len({parts[number] for number in group}) == 1
+                step = len(parts[group[0]]) // len(group)
+                for place, number in enumerate(group):
+                    parts[number] = parts[number][place * step : (place + 1) * step]
+        assert [list(part) for part in parts] == [[number] for number in range(size)]
+        assert len(stages) == (2 if size in (16, 24, 64) else 1)
 
 
 def test_products_of_experts_count_once_per_visit():
