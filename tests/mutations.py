@@ -935,6 +935,27 @@ MUTATIONS = [
         COMPILED,
     ),
     Mutation(
+        "training step: updates are held until they are known to be finite",
+        "training/step.py",
+        "if recompute_update:",
+        "if False:",
+        STEP,
+    ),
+    Mutation(
+        "gradients of the readout: all devices get all of them",
+        "models/cross_entropy.py",
+        "if weights.shape[1 + width] % ways or ways == 1:",
+        "if True:",
+        CROSS_ENTROPY,
+    ),
+    Mutation(
+        "search of plans: offloading though something else fits",
+        "launch/ahead/command.py",
+        "(made.host > 0, _least(made, chip))",
+        "(0, _least(made, chip))",
+        "tests/runs/test_ahead.py",
+    ),
+    Mutation(
         "moments in 8 bits: rounded to the nearest code",
         "training/moments.py",
         "drawn = _uniform(key, x.shape)",

@@ -37,6 +37,9 @@ class Case(NamedTuple):
 
 CASES = {
     "1B-v5e": Case("1B", "v5e:4x4", {"data": 1, "fsdp": 16}, 64),
+    "8B-v5e": Case("8B", "v5e:8x8", {"data": 1, "fsdp": 64}, 64),
+    "MoE-v5e": Case("MoE", "v5e:4x8", {"data": 1, "fsdp": 32}, 64),
+    "1B-v5p": Case("1B", "v5p:2x2x4", {"data": 1, "fsdp": 16}, 64),
     "8B-v5p": Case("8B", "v5p:2x2x4", {"data": 1, "fsdp": 16}, 64),
     "MoE-v5p": Case("MoE", "v5p:2x2x4", {"data": 1, "fsdp": 16}, 64),
     "1B-h100": Case("1B", "h100:8", {"data": 2, "fsdp": 4}, 64),

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mdm_jax import data, files, hub, rng, sharding, training
+from mdm_jax import data, distributed, files, hub, rng, sharding, training
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
@@ -131,6 +131,9 @@ class Experiment:
                 and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
                 tokens_per_batch=self.buckets and self.spec.batch_size * self.buckets.mean_eligible,
                 place=lambda tree: sharding.constrain_like(self.abstract_state().params, tree),
+                # Elementwise updates are cheap where memory is dear; Muon's are not.
+                recompute_update=self.config.optimizer.name == "adamw"
+                and distributed.platform(self.mesh.abstract_mesh) != "cpu",
             )
 
         for length in self.lengths:  # checks the settings

@@ -82,35 +82,39 @@ def store_in_8_bits(
     moment's name. A second moment below 2^-32 of its row's largest is stored as that, since a zero
     would make a step infinite. Scales are per row of the last axis, so that a sharded axis costs a
     maximum over its shards. Vectors and moments below :data:`SMALLEST` numbers stay as they are.
-    New moments exist in float32 until that maximum is known, so a step's temporaries are larger.
+    New moments are computed twice, for that maximum and for their codes, and not held in float32.
 
     Reference: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, which rounds to
     the nearest of other codes.
     """
 
     def init(params: PyTree) -> StoredState:
-        empty = jnp.zeros((), jnp.int32)
-        return StoredState(empty, _encode(optimizer.init(params), moments, empty))
+        empty, inner = jnp.zeros((), jnp.int32), optimizer.init(params)
+        return StoredState(empty, _encode(inner, _scales(inner, moments), moments, empty))
 
     def update(updates: PyTree, state: StoredState, params: PyTree | None = None) -> Any:
-        inner = jax.tree.map(
-            lambda node: decode(node) if isinstance(node, Codes) else node,
-            state.inner,
-            is_leaf=lambda node: isinstance(node, Codes),
-        )
-        updates, inner = optimizer.update(updates, inner, params)
+        # The barrier, lest the compiler computes them once, and holds them.
+        scales = _scales(optimizer.update(updates, _decoded(state.inner), params)[1], moments)
+        inner, scales = jax.lax.optimization_barrier((state.inner, scales))
+        updates, inner = optimizer.update(updates, _decoded(inner), params)
         count = state.count + 1
-        return updates, StoredState(count, _encode(inner, moments, count))
+        return updates, StoredState(count, _encode(inner, scales, moments, count))
 
     return optax.GradientTransformation(init, update)
 
 
-def encode(x: Array, signed: bool, key: Array) -> Codes:
-    """Draw codes whose mean is ``x`` [..., N], except for unsigned numbers below the lowest."""
+def largest(x: Array) -> Array:
+    """The largest size along the last axis, [..., 1] float32."""
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
+def encode(x: Array, scale: Array, signed: bool, key: Array) -> Codes:
+    """Draw codes whose mean is ``x`` [..., N], except for unsigned numbers below the lowest.
+
+    ``scale`` is its :func:`largest`.
+    """
     step, highest = (SIGNED, 127) if signed else (UNSIGNED, 255)
-    size = jnp.abs(x.astype(jnp.float32))
-    largest = jnp.max(size, axis=-1, keepdims=True)
-    share = size / jnp.where(largest > 0, largest, 1.0)
+    share = jnp.abs(x.astype(jnp.float32)) / jnp.where(scale > 0, scale, 1.0)
     below = jnp.floor(highest + jnp.log2(jnp.maximum(share, 2.0**-126)) / step)
     below = jnp.clip(below, 0, highest - 1)
     low = jnp.where(below > 0, _share(below, step, highest), 0.0)
@@ -118,8 +122,8 @@ def encode(x: Array, signed: bool, key: Array) -> Codes:
     drawn = _uniform(key, x.shape)
     code = below + (drawn < part)
     if not signed:
-        return Codes(jnp.where(share > 0, jnp.maximum(code, 1), 0).astype(jnp.uint8), largest)
-    return Codes((jnp.sign(x) * code).astype(jnp.int8), largest)
+        return Codes(jnp.where(share > 0, jnp.maximum(code, 1), 0).astype(jnp.uint8), scale)
+    return Codes((jnp.sign(x) * code).astype(jnp.int8), scale)
 
 
 def decode(stored: Codes) -> Array:
@@ -156,14 +160,38 @@ def _share(code: Array, step: float, highest: int) -> Array:
     return jnp.exp2((code - highest) * step)
 
 
-def _encode(state: PyTree, moments: Sequence[str], count: Array) -> PyTree:
+def _scales(state: PyTree, moments: Sequence[str]) -> dict[str, Array]:
+    """The :func:`largest` of the moments that are stored in 8 bits, by path."""
+    scales: dict[str, Array] = {}
+
+    def one(path: tuple, _: str, leaf: Array) -> Array:
+        if leaf.ndim >= 2 and leaf.size >= SMALLEST:
+            scales[jax.tree_util.keystr(path)] = largest(leaf)
+        return leaf
+
+    _of_moments(state, moments, one)
+    return scales
+
+
+def _encode(
+    state: PyTree, scales: dict[str, Array], moments: Sequence[str], count: Array
+) -> PyTree:
     def one(path: tuple, name: str, leaf: Array) -> Any:
-        if leaf.ndim < 2 or leaf.size < SMALLEST:
+        path = jax.tree_util.keystr(path)
+        if path not in scales:
             return leaf
-        key = rng.stream(rng.step_key(0, count), jax.tree_util.keystr(path))
-        return encode(leaf, name != "nu", key)
+        key = rng.stream(rng.step_key(0, count), path)
+        return encode(leaf, scales[path], name != "nu", key)
 
     return _of_moments(state, moments, one)
+
+
+def _decoded(state: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda node: decode(node) if isinstance(node, Codes) else node,
+        state,
+        is_leaf=lambda node: isinstance(node, Codes),
+    )
 
 
 def _cast(state: PyTree, dtypes: dict[str, jnp.dtype]) -> PyTree:

@@ -138,6 +138,7 @@ def make_train_step(
     variables: Callable[[PyTree, Array, Array], PyTree] | None = None,
     tokens_per_batch: float | None = None,
     place: Callable[[PyTree], PyTree] | None = None,
+    recompute_update: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Build ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -159,6 +160,10 @@ def make_train_step(
     ``place``, if given, shards gradients and updates as the parameters are
     (``sharding.constrain_like``): so that devices add them up by reduce-scatter, where a compiler
     may choose to send each of them all.
+
+    Whether an update is finite is known only when all of it is. With ``recompute_update`` it is
+    computed for that and once more to be applied, so that none is held in between: memory of four
+    bytes a parameter, and with moments in 8 bits of eight, for a second pass of the optimiser.
     ValueError unless ``num_microbatches`` divides the batch size and monitors have distinct names.
     """
     if spec.batch_size % num_microbatches:
@@ -191,13 +196,22 @@ def make_train_step(
             loss_of_rows, state.params, numbered, draw, num_microbatches
         )
         count = sums.eligible if tokens_per_batch is None else jnp.float32(tokens_per_batch)
-        gradients = jax.tree.map(lambda g: token_mean(g, count), place(gradients))
+        total = place(gradients)
+
+        def updated(total: PyTree, opt_state: PyTree, params: PyTree) -> tuple:
+            gradients = jax.tree.map(lambda g: token_mean(g, count), total)
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return gradients, place(updates), opt_state
+
+        before = total, state.opt_state, state.params
+        gradients, updates, opt_state = updated(*before)
         loss = token_mean(sums.loss, sums.eligible)
         norm = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        updates = place(updates)
         # Of the updates too: an optimiser can overflow on gradients that are finite.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+        if recompute_update:  # a barrier, lest the compiler computes it once
+            before, finite = jax.lax.optimization_barrier((before, finite))
+            _, updates, opt_state = updated(*before)
         params = optax.apply_updates(state.params, updates)
         done = state.step - state.skipped
         decay = jnp.minimum(ema_decay, (1.0 + done) / (10.0 + done))

@@ -394,15 +394,18 @@ def test_a_gradient_that_overflows_is_skipped():
     _assert_same_bits(state.params, tiny.params())
 
 
-def test_an_update_that_is_not_finite_is_skipped():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_update_that_is_not_finite_is_skipped(recompute):
     """Finite loss and gradient, but an optimiser that divides by zero at its third step."""
+    calls = []
 
     def update(updates, state, params=None):
+        calls.append(1)
         bad = jnp.where(state == 2, jnp.nan, 0.1)
         return jax.tree.map(lambda g: bad * g, updates), state + 1
 
     optimizer = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
-    spec, step = tiny.step_fn(ROWS, optimizer)
+    spec, step = tiny.step_fn(ROWS, optimizer, recompute_update=recompute)
     step, state = tiny.jit(step), tiny.new_state(spec, optimizer)
     flags = []
     for number in range(4):
@@ -411,3 +414,17 @@ def test_an_update_that_is_not_finite_is_skipped():
         assert np.isfinite(metrics.loss)
     assert flags == [0, 0, 1, 1]  # its own counter is rolled back with the rest
     chex.assert_tree_all_finite(state.params)
+    assert len(calls) == 1 + recompute
+
+
+def test_an_update_computed_twice_is_the_same():
+    """The second time behind a barrier, which keeps the compiler from holding the first."""
+    optimizer = training.adamw(optax.constant_schedule(0.1), b2=0.999)
+    ends = []
+    for recompute in (False, True):
+        spec, step = tiny.step_fn(ROWS, optimizer, recompute_update=recompute)
+        state = tiny.new_state(spec, optimizer)
+        lowered = jax.jit(step).lower(state, tiny.batch(ROWS))
+        ends.append(lowered.compile()(state, tiny.batch(ROWS)))
+        assert ("optimization_barrier" in lowered.as_text()) == recompute
+    _assert_close(*ends)
