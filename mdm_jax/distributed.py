@@ -163,8 +163,9 @@ def scatter_stages(size: int) -> list[list[list[int]] | None]:
     """Groups, ``axis_index_groups``, of the stages in which the ``size`` devices of a mesh axis add
     up an array of which each gets one part (reduce-scatter); None: all devices at once.
 
-    A TPU's compiler (libtpu 0.0.42) sends whole sums to more than 8 devices at once. In two stages,
-    first of devices far from each other, it sends half of that. Gathering is the same backwards.
+    Of more than 8 TPUs at once, such as 4 x 4 or 2 x 2 x 4, the compiler (libtpu 0.0.42) sends all
+    the whole sum. In two stages, first of devices far from each other, it sends half of that.
+    Gathering is the same backwards.
     """
     near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
     if platform() != "tpu" or size <= 8 or near == 1:

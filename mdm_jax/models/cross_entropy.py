@@ -299,6 +299,11 @@ def _place_head(
     return placed, None if bias is None else chunking.place(bias, *lead, VOCABULARY_AXIS)
 
 
+_WIDEST = 2**17
+"""The longest rows that the compiler for TPUs (libtpu 0.0.42) scatters; sums of longer ones it
+sends to all, unless they are cut."""
+
+
 def _add_groups(
     chunking: Chunking, tied: bool, gradients: tuple[Array, Array | None]
 ) -> tuple[Array, Array | None]:
@@ -315,12 +320,14 @@ def _add_groups(
         return weights.sum(axis=0), bias
 
     def add(one: Array) -> Array:
-        total = one[0]
-        for groups in scatter_stages(ways):
+        total, stages = one[0], scatter_stages(ways)
+        if len(stages) > 1 and total.shape[-1] > _WIDEST and total.shape[-1] % 128 == 0:
+            total = total.reshape(len(total), -1, 128)
+        for groups in stages:
             total = lax.psum_scatter(
                 total, parts, scatter_dimension=width, axis_index_groups=groups, tiled=True
             )
-        return lax.psum(total, copies)
+        return lax.psum(total.reshape(len(total), -1), copies)
 
     shards = chunking.vocabulary_shards(weights.shape[2 - width])
     axes = [VOCABULARY_AXIS if shards > 1 else None] * 2

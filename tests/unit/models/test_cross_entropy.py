@@ -269,11 +269,14 @@ def test_on_eight_devices(shape):
         assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
 
 
-def test_gradients_of_weights_are_scattered(monkeypatch):
-    """Each device gets its part of the width, in stages as on more than 8 TPUs."""
+@pytest.mark.parametrize("k", [10, 256])
+def test_gradients_of_weights_are_scattered(k, monkeypatch):
+    """Each device gets its part of the width, in stages as on more than 8 TPUs; of long rows, too,
+    which are cut."""
     stages = [[[0, 2], [1, 3]], [[0, 1], [2, 3]]]
     monkeypatch.setattr(cross_entropy, "scatter_stages", lambda size: stages)
-    mesh, k, width = sharding.make_mesh(data=2, fsdp=4, tensor=1), 10, 8
+    monkeypatch.setattr(cross_entropy, "_WIDEST", 200)
+    mesh, width = sharding.make_mesh(data=2, fsdp=4, tensor=1), 8
     rng = np.random.default_rng(0)
     gradients = jnp.asarray(rng.normal(size=(8, width, k)), jnp.float32)
     chunking = Chunking(8, 2, mesh.abstract_mesh)
@@ -283,7 +286,8 @@ def test_gradients_of_weights_are_scattered(monkeypatch):
     found = compiled(jax.device_put(gradients, rows))
     np.testing.assert_allclose(found, gradients.sum(0), rtol=1e-5, atol=1e-5)
     assert found.addressable_shards[0].data.shape == (width // 4, k)
-    assert compiled.as_text().count(" reduce-scatter(") == 2
+    scattered = re.findall(r" = (\S+) reduce-scatter\(", compiled.as_text())
+    assert len(scattered) == 2 and all(("2,128]" in shape) == (k > 200) for shape in scattered)
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
