@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mdm_jax import data, distributed, files, hub, rng, sharding, training
+from mdm_jax import data, files, hub, rng, sharding, training
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
@@ -29,7 +29,7 @@ from mdm_jax.launch.names import lookup
 from mdm_jax.launch.processes.partition import partition
 from mdm_jax.launch.processes.parts import grid_samplers
 from mdm_jax.launch.start import scaled
-from mdm_jax.launch.start.optimizer import optimizer
+from mdm_jax.launch.start.optimizer import optimizer, recomputes_update
 from mdm_jax.launch.workdir import check_source, open_workdir, read_config
 from mdm_jax.models import lora
 from mdm_jax.models.layers import check_policy
@@ -131,9 +131,7 @@ class Experiment:
                 and (lambda params, *key: lora.join(frozen, params, self.adapter, *key)),
                 tokens_per_batch=self.buckets and self.spec.batch_size * self.buckets.mean_eligible,
                 place=lambda tree: sharding.constrain_like(self.abstract_state().params, tree),
-                # Elementwise updates are cheap where memory is dear; Muon's are not.
-                recompute_update=self.config.optimizer.name == "adamw"
-                and distributed.platform(self.mesh.abstract_mesh) != "cpu",
+                recompute_update=recomputes_update(self.config, self.mesh),
             )
 
         for length in self.lengths:  # checks the settings

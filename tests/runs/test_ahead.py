@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import types
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ from mdm_jax import distributed, files, sharding, training
 from mdm_jax.launch import presets
 from mdm_jax.launch.ahead import collectives, command, plan, stand_in, targets
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.start.optimizer import recomputes_update
 from mdm_jax.models import layers
 
 
@@ -319,6 +321,19 @@ def test_platform_is_the_mesh_s_inside_a_sharded_function():
 
     assert sharding.sharded_apply(apply, mesh, sharding.LOGICAL_RULES)(0) == apply(0)
     assert seen == [("gpu", "9.0"), ("cpu", "")]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_updates_are_computed_twice_where_that_is_cheap_and_memory_is_dear(name):
+    config = smoke()
+    config.optimizer.name = name
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
+    meshes = [
+        jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=device)
+        for device in (h100, None)
+    ]
+    found = [recomputes_update(config, types.SimpleNamespace(abstract_mesh=m)) for m in meshes]
+    assert found == [name == "adamw", False]
 
 
 @pytest.mark.slow

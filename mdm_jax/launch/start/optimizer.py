@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
 from mdm_jax import training
+from mdm_jax.distributed import platform
 from mdm_jax.launch import names
 from mdm_jax.launch.names import lookup
 
@@ -20,6 +22,12 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     """The learning rate of a run by the number of steps before; all updates of a step share it."""
     c = config.optimizer
     return training.warmup_cosine(c.peak, c.warmup_steps, config.train.steps, c.final_fraction)
+
+
+def recomputes_update(config: ConfigDict, mesh: jax.sharding.Mesh) -> bool:
+    """Whether a step computes updates twice and holds none: AdamW's, which are elementwise, where
+    memory is dearer than a pass over it. Muon's are products."""
+    return config.optimizer.name == "adamw" and platform(mesh.abstract_mesh) != "cpu"
 
 
 def _optimizer(
