@@ -84,6 +84,7 @@ WEIGHTINGS = {
     "law": objectives.law_factor,
     "min_snr": objectives.min_snr_factor,
     "p2": objectives.p2_factor,
+    "entropy_rise": objectives.entropy_rise_factor,
 }
 SAMPLERS = {
     "ancestral": samplers.ancestral,

@@ -18,6 +18,7 @@ from mdm_jax.objectives.objective import (
 )
 from mdm_jax.objectives.wrappers import (
     clamped,
+    entropy_rise_factor,
     law_factor,
     min_snr_factor,
     p2_factor,

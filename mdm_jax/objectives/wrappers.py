@@ -1,9 +1,11 @@
 """Objectives with another weighting of their levels, clamped losses, self-conditioning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.checks import Real, as_parameter, checked, log_positive
 from mdm_jax.corruption.uniform import token_estimate
@@ -91,6 +93,35 @@ def p2_factor(
     gamma = as_parameter(gamma, "gamma")
     log_k = log_positive("p2", "k", k)
     return lambda logsnr: -gamma * jnp.logaddexp(log_k, logsnr)
+
+
+@checked
+def entropy_rise_factor(
+    bits: Annotated[
+        Sequence[float], Real("[0, 1e6]", "bits", "by masking rate, of mdm evaluate", several=True)
+    ] = (),
+    floor: Annotated[float, Real("(0, 1]", "of the mean", "the least weight")] = 0.1,
+) -> LogFactor:
+    """log of the rise of the cross-entropy by masking rate: levels count as bits are lost there.
+
+    ``bits`` [K] are those of a masked token, means over K equal ranges of the masking rate, in any
+    unit. The factor is linear between the edges of the ranges, constant beyond the inner ones, and
+    its mean over rates is 1; rises below ``floor`` times their mean count as that. It is the
+    density of CDCD's time warping (Dieleman et al. 2022) for a fixed curve. ValueError for fewer
+    than three ranges, or bits that do not rise from the first to the last.
+    """
+    values = np.asarray(bits, np.float64)
+    if values.size < 3 or not values[-1] > values[0]:
+        raise ValueError(
+            f"entropy_rise needs bits of a masked token in 3 or more ranges of the masking rate, "
+            f"rising from the first to the last, got {tuple(bits)}; mdm evaluate prints those of a "
+            "masked run"
+        )
+    rise = np.maximum(np.diff(values), floor * np.mean(np.diff(values)))
+    edges = np.arange(1, values.size) / values.size
+    mean = np.trapezoid(rise, edges) + (rise[0] + rise[-1]) / values.size
+    edges, weight = (np.asarray(each, np.float32) for each in (edges, rise / mean))
+    return lambda logsnr: jnp.log(jnp.interp(jax.nn.sigmoid(-logsnr), edges, weight))
 
 
 def self_conditioned(objective: Objective, num_tokens: int) -> Objective:

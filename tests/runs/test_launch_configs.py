@@ -159,6 +159,8 @@ def test_every_registered_name_can_be_chosen(field, name):
         config.variance.order = ("clipped_adaptive",)
     if name in ("ppots_parametric", "ppots_unweighted"):
         config.variance[name].parameters = (0.5, 2.0, 0.6, 1.5, 3.0, 1.2, 2.0)
+    if name == "entropy_rise":
+        config.weighting.entropy_rise.bits = (0.5, 1.0, 2.5)
     if name == "rao_blackwell_clipped":
         config.law.name = "clipped"  # of the same rates
     if field == "sample.grid":

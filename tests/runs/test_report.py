@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
+
 from mdm_jax import data
 from mdm_jax.launch.modes.evaluate import format_results, summary, write_plots
+from mdm_jax.launch.reports.curves import level_lines
 
 
 def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
@@ -26,6 +29,18 @@ def test_a_split_without_neighbours_has_no_bigram_entropy(tmp_path):
     assert "unigram entropy of the split 2.000, bigram entropy unknown bits per character" in text
     assert "held-out likelihood bound" in text and "1.500 ± unknown bits" in text
     assert (tmp_path / "plots" / "training.png").exists()
+
+
+def test_bits_of_a_masked_token_by_masking_rate():
+    """As weighting.entropy_rise.bits takes them; nothing where tokens are not corrupted."""
+    levels = {"masking_rate_edges": [0, 0.5, 1], "nats_per_masked_token": [np.log(2), None]}
+    lines = level_lines({"process": "masked"}, {"levels": levels})
+    assert lines == [
+        "  bits of a masked token by masking rate, means of 2 equal ranges:",
+        "  (1.000,unknown)",
+    ]
+    assert level_lines({"process": "autoregressive"}, {"levels": levels}) == []
+    assert level_lines({"process": "masked"}, {}) == []
 
 
 def test_an_exact_likelihood_is_not_called_a_bound():

@@ -10,7 +10,7 @@ from mdm_jax import data, distributed, evaluation, files, likelihood, plots, rng
 from mdm_jax.evaluation.accuracy import measure_task_accuracy
 from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
-from mdm_jax.launch.reports.curves import SIZE, is_exact, training_curves
+from mdm_jax.launch.reports.curves import SIZE, is_exact, level_lines, training_curves
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.reports.writers import reopen_writer
 from mdm_jax.launch.sampling.options import Options, rows_and_watcher
@@ -258,7 +258,8 @@ def report(
 
     def add_results(record: dict[str, Any]) -> None:
         exact = is_exact(experiment.config)
-        add(format_results(record, experiment.family.details(record), exact))
+        details = experiment.family.details(record) + level_lines(experiment.config, record)
+        add(format_results(record, details, exact))
 
     record = evaluate(experiment, workdir, check, show=add_results)
     with contextlib.closing(reopen_writer(experiment.config, workdir)) as writer:

@@ -52,10 +52,8 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
             return plots.training_curve(axes, records, unit, references, result=result, exact=exact)
 
         curves.append(Curve("training", draw, _about(records, config, result, references)))
-    level = _LEVELS.get(config["process"])
-    if level and not exact and "levels" in evaluation:
-        edges = np.array(evaluation["levels"]["masking_rate_edges"])
-        nats = np.array(evaluation["levels"]["nats_per_masked_token"], np.float64)
+    if level := _level_axis(config, evaluation):
+        edges, nats = _levels(evaluation)
         curves.append(
             Curve(
                 "levels",
@@ -66,6 +64,33 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
             )
         )
     return curves
+
+
+def level_lines(config: Record, evaluation: Record) -> list[str]:
+    """The held-out cross-entropy by level in words and bits, for the terminal; [] without levels.
+
+    Of masked tokens as ``weighting.entropy_rise.bits`` takes it.
+    """
+    level = _level_axis(config, evaluation)
+    if not level:
+        return []
+    _, nats = _levels(evaluation)
+    bits = ",".join("unknown" if np.isnan(n) else f"{n:.3f}" for n in nats / np.log(2))
+    token = "masked token" if level == "masking rate" else "token"
+    return [f"  bits of a {token} by {level}, means of {nats.size} equal ranges:", f"  ({bits})"]
+
+
+def _level_axis(config: Record, evaluation: Record) -> str:
+    """What the levels of an evaluation are; "" where it has none."""
+    known = "levels" in evaluation and not is_exact(config)
+    return _LEVELS.get(config["process"], "") if known else ""
+
+
+def _levels(evaluation: Record) -> tuple[np.ndarray, np.ndarray]:
+    """Edges [K + 1] and nats per corrupted token [K]."""
+    levels = evaluation["levels"]
+    names = ("masking_rate_edges", "nats_per_masked_token")
+    return tuple(np.array(levels[name], np.float64) for name in names)
 
 
 def _about(

@@ -33,6 +33,14 @@ FACTORS = {
             * (2 + np.exp(level) + np.exp(-level))
         ),
     ),
+    "entropy_rise": (
+        lambda: objectives.entropy_rise_factor((1.0, 1.2, 1.1, 1.3, 3.0), floor=0.2),
+        # Rises 0.2, -0.1, 0.2, 1.7 of mean 0.5; the second counts as 0.1. Their mean over rates is
+        # (1.5 * 0.2 + 0.1 + 0.2 + 1.5 * 1.7) / 5.
+        lambda level: (
+            np.interp(1 / (1 + np.exp(level)), [0.2, 0.4, 0.6, 0.8], [0.2, 0.1, 0.2, 1.7]) / 0.63
+        ),
+    ),
     "sigmoid": (
         lambda: weightings.sigmoid(1.0).log_weight,
         lambda level: 1 / (1 + np.exp(level - 1)),
@@ -76,6 +84,20 @@ def test_masked_bound_with_a_factor(scale):
         expected = (mean[count - 1] * (dm * factors)[:, None]).sum(0)
         np.testing.assert_allclose(found, expected, rtol=2e-2 if scale > 1 else 1e-3)
         assert np.abs(expected / oracle.NELBO - 1).max() > 0.02
+
+
+def test_rising_bits_weigh_levels_by_the_rise():
+    """Alike on a straight line; 2 (1 - m), the derivative, of 1 - (1 - m)^2; none without rise."""
+    rates = np.linspace(0.06, 0.94, 23)
+    level = np.log1p(-rates) - np.log(rates)
+    line = objectives.entropy_rise_factor(tuple(np.linspace(1, 2, 10)))(level)
+    np.testing.assert_allclose(line, 0, atol=1e-5)
+    middles = (np.arange(200) + 0.5) / 200
+    curve = objectives.entropy_rise_factor(tuple(1 - (1 - middles) ** 2), floor=1e-3)(level)
+    np.testing.assert_allclose(np.exp(curve), 2 * (1 - rates), rtol=1e-3)
+    for bits in ((), (1.0, 2.0), (2.0, 3.0, 2.0), (1.0, float("nan"), 2.0)):
+        with pytest.raises(ValueError, match="bits"):
+            objectives.entropy_rise_factor(bits)
 
 
 def test_unweighted_ppots_trains_the_clamped_losses_under_its_density():
