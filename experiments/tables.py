@@ -33,7 +33,7 @@ from scipy import stats
 from mdm_jax import data, rng
 from mdm_jax.data.tables import Column, decoded
 from mdm_jax.data.tokenizers import printable
-from mdm_jax.launch import presets
+from mdm_jax.launch import command_line, presets
 from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
 from mdm_jax.launch.modes import train
 from mdm_jax.launch.spacing.stored import stored_generator
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny network and a few steps")
     options = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
+    command_line.use_compilation_cache(None)  # seeds of a warp share its program
     seeds = [int(seed) for seed in options.seeds.split(",")]
     records: dict[str, Any] = {}
     for warp in options.warps.split(","):

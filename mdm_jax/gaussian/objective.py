@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.checks import is_concrete
 from mdm_jax.corruption.process import Corrupted, Corruption, spread_levels, sum_levels
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.gaussian.parameterisations import check_sigma_data, standardised_logsnr
@@ -95,8 +96,8 @@ def gaussian_loss(
     floats or outputs of another shape.
 
     Bias: for W = 1/2 the expectation is the diffusion term ``1/2 int E|eps - eps_hat|^2 dlambda``
-    over the law's support: "exact" if that is all levels, else "truncated". Other weightings and
-    several levels per row are "biased": no likelihood.
+    over the law's support: "exact" if that is known to be all levels, else "truncated", as under a
+    traced law. Other weightings and several levels per row are "biased": no likelihood.
     Reference: Kingma et al. 2021 (VDM), equation 18; Kingma and Gao 2023 for general weights.
 
     Args:
@@ -177,5 +178,5 @@ def scaled_integers(num_values: int) -> Callable[[ArrayLike], Array]:
 def _bias(recipe: Recipe) -> str:
     if not isinstance(recipe.weighting, Elbo):
         return "biased"
-    low, high = (np.asarray(end) for end in recipe.law.support)
-    return "exact" if low == -np.inf and high == np.inf else "truncated"
+    ends = recipe.law.support
+    return "exact" if is_concrete(*ends) and ends == (-np.inf, np.inf) else "truncated"

@@ -108,21 +108,21 @@ class Experiment:
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
-        """Pure step ``(state, batch, seed=the config's, frozen=None)``, not jitted; the seed can be
-        traced, and so can the ``frozen`` parameters."""
+        """Pure step ``(state, batch, *constants)``, not jitted; seed and recipe may be left out."""
 
         sharded = functools.partial(
             sharding.sharded_apply, mesh=self.mesh, rules=sharding.LOGICAL_RULES
         )
         optimizer = self.optimizer._replace(update=sharded(self.optimizer.update))
 
-        def make(seed: ArrayLike, frozen: PyTree, number: ArrayLike, length: int) -> Callable:
+        def make(seed: ArrayLike, frozen: PyTree, recipe: PyTree, number: ArrayLike, length: int):
+            objective = self.objective if recipe is None else self.family.objective_of(recipe)
             return training.make_train_step(
                 sharded(self.apply_at(seed, number, frozen)),
-                self.objective,
+                objective,
                 self.transform,
                 optimizer,
-                self.objective.spec(self.spec.batch_size, length),
+                objective.spec(self.spec.batch_size, length),
                 seed=seed,
                 ema_decay=self.config.optimizer.ema_decay,
                 num_microbatches=self.num_microbatches,
@@ -135,13 +135,11 @@ class Experiment:
             )
 
         for length in self.lengths:  # checks the settings
-            make(self.config.seed, None, 0, length)
+            make(self.config.seed, None, None, 0, length)
 
-        def step(
-            state: TrainState, batch: Batch, seed: Array | None = None, frozen: PyTree = None
-        ) -> tuple:
+        def step(state: TrainState, batch: Batch, seed=None, frozen=None, recipe=None) -> tuple:
             seed = self.config.seed if seed is None else seed
-            return make(seed, frozen, state.step, batch.tokens.shape[1])(state, batch)
+            return make(seed, frozen, recipe, state.step, batch.tokens.shape[1])(state, batch)
 
         return step
 
@@ -229,6 +227,12 @@ class Experiment:
 
     def placed_seed(self) -> Array:
         return sharding.replicate(np.uint32(self.config.seed), self.mesh)
+
+    @property
+    def constants(self) -> tuple[PyTree, ...]:
+        """Further arguments of a compiled step: runs that differ in these alone share a program."""
+        recipe = jax.tree.map(np.float32, self.family.recipe)
+        return self.placed_seed(), self.frozen, sharding.replicate(recipe, self.mesh)
 
     def train_batches(self, size: int | None = None) -> BatchStream:
         """Endless placed batches of ``size`` rows (None: a step's), prefetched; to be closed."""

@@ -17,7 +17,7 @@ from mdm_jax.launch.processes import parts
 from mdm_jax.launch.processes.parts import Generate, Watch
 from mdm_jax.likelihood.stopping import narrow
 from mdm_jax.objectives.objective import Objective
-from mdm_jax.types import Array
+from mdm_jax.types import Array, PyTree
 
 Record = dict[str, Any]
 
@@ -66,6 +66,8 @@ class Family:
         annealed: ``annealed(key, step) -> apply_fn`` of a training step, where it is another.
         degraded: ``degraded(key, canvas)``, what ``generate`` restores; None where it samples.
         with_corruption: the objective under another corruption by name, where there are several.
+        recipe, objective_of: numbers of the objective that compiled steps take as arguments, and
+            the objective of such; None where they are constants of the program.
         record, details: a likelihood as JSON values; report lines about these.
     """
 
@@ -85,6 +87,8 @@ class Family:
     annealed: Callable[[Array, Array], Callable[..., Array | models.Readout]] | None = None
     degraded: Callable[..., np.ndarray] | None = None
     with_corruption: Callable[[str], Objective] | None = None
+    recipe: PyTree = None
+    objective_of: Callable[[PyTree], Objective] | None = None
     input_dtype: Any = jnp.int32
     record: Callable[[Any], Record] = token_record
     details: Callable[[Record], list[str]] = token_details

@@ -22,6 +22,7 @@ from mdm_jax.launch import names
 from mdm_jax.launch.families import Family, Record
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.launch.processes.parts import Generate, Watch, network
+from mdm_jax.objectives import Objective
 from mdm_jax.samplers.sampler import row_keys, row_streams
 from mdm_jax.schedules import grids
 from mdm_jax.types import Array
@@ -120,10 +121,12 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
 
         return generate
 
+    def objective_of(recipe: Recipe) -> Objective:
+        dropout = g.class_dropout if g.conditional else 0.0
+        return gaussian.gaussian_loss(recipe, values, class_dropout=dropout)
+
     return Family(
-        objective=gaussian.gaussian_loss(
-            recipe, values, class_dropout=g.class_dropout if g.conditional else 0.0
-        ),
+        objective=objective_of(recipe),
         model=model,
         apply_fn=apply_fn,
         likelihood=likelihood_of,
@@ -137,6 +140,8 @@ def gaussian_family(config: ConfigDict, dataset: data.Dataset, _source: None = N
         levels=named_levels,
         rules=("law", "uniform_logsnr", "edm_rho", "cosine"),
         unread=("corruption", "law", "weighting"),
+        recipe=recipe,
+        objective_of=objective_of,
         input_dtype=jnp.float32,
         record=_gaussian_record,
         details=_gaussian_details,

@@ -99,8 +99,12 @@ def sampler_of(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_training_step(choice):
-    value, params = trained(recipe_of(choice))(PARAMS, jax.random.key(0))
+    recipe, key = recipe_of(choice), jax.random.key(0)
+    value, params = trained(recipe)(PARAMS, key)
     assert value > 0 and np.all(np.isfinite(params)) and np.all(params != PARAMS)
+    # As compiled steps have it: the numbers of the recipe are arguments.
+    traced = jax.jit(lambda recipe: trained(recipe)(PARAMS, key)[0])
+    np.testing.assert_allclose(traced(jax.tree.map(np.float32, recipe)), value, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", slow_except((), names.GAUSSIAN_SAMPLERS))

@@ -146,6 +146,22 @@ def one_step(config):
     return experiment
 
 
+def test_runs_that_differ_in_the_law_alone_share_the_program_of_a_step():
+    """As those of mdm tune-levels, which would each be compiled anew; another law has its own."""
+
+    def program(law, **settings):
+        config = digits_gaussian("smoke")
+        config.train.monitors = ()  # which bin the losses by the law
+        config.optimizer.name = "adamw"
+        config.gaussian.update(law=law, weighting="unit_output")
+        config.gaussian[law].update(settings)
+        e = make_experiment(config)
+        return str(jax.make_jaxpr(e.step)(e.abstract_state(), e.abstract_batch(), *e.constants))
+
+    first = program("lognormal", mean=-1.2, std=1.2)
+    assert program("lognormal", mean=0.5, std=0.7) == first != program("flow_shifted")
+
+
 @pytest.mark.parametrize("recipe", slow_except({"vdm"}, sorted(RECIPES)))
 def test_recipes_differ_in_law_weighting_and_output_alone(recipe):
     config, base = digits_gaussian(recipe), digits_gaussian()

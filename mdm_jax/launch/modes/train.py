@@ -257,8 +257,7 @@ class Running:
                 experiment.step,
                 experiment.abstract_state(),
                 experiment.abstract_batch(length),
-                experiment.placed_seed(),
-                *([] if experiment.frozen is None else [experiment.frozen]),
+                *experiment.constants,
             )
             rows = f"rows of {length}: " * (len(experiment.lengths) > 1)
             print(rows + compiled.describe(), flush=True)

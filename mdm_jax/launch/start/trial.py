@@ -41,7 +41,7 @@ def measure(config: ConfigDict, seconds: float, most: int = 30) -> Trial:
         experiment.step,
         experiment.abstract_state(),
         experiment.abstract_batch(),
-        experiment.placed_seed(),
+        *experiment.constants,
     )
     state, times = experiment.initial_state(), []
     with contextlib.closing(experiment.train_batches()) as batches:

@@ -242,12 +242,16 @@ class Trainer:
 def shortened(config: ConfigDict, steps: int) -> ConfigDict:
     """With ``steps`` steps; shorter runs warm up and average over at most the shares of the rules.
 
-    Those are of ``launch.start.scaled``: a tenth and a fifth of the run.
+    Those are of ``launch.start.scaled``: a tenth and a fifth of the run. They are measured by their
+    samples alone: without monitors, which read the law, all of a length share a compiled step.
     """
-    config, shorter = copy.deepcopy(config), steps < config.train.steps
-    config.train.steps = steps
+    if steps >= config.train.steps:
+        return config
+    config = copy.deepcopy(config)
+    config.train.update(steps=steps, monitors=())
+    config.panel.cost = 0.0
     for name in ("warmup_steps", "ema_decay"):
-        if shorter and config.optimizer[name] is not None:
+        if config.optimizer[name] is not None:
             rule = getattr(scaled, name)(steps)
             config.optimizer[name] = min(config.optimizer[name], rule)
     return config

@@ -48,6 +48,17 @@ def test_plans_that_are_refused(config, text, budget, message):
         command.plan(config, text, budget, 2)
 
 
+def test_shorter_runs_warm_up_less_and_have_no_monitors(config):
+    config = config.copy_and_resolve_references()
+    config.train.update(steps=300, monitors=("levels",))
+    config.optimizer.update(warmup_steps=50, ema_decay=0.99)
+    short = command.shortened(config, 20)
+    assert short.optimizer.warmup_steps == 2 and short.optimizer.ema_decay < 0.99
+    assert (short.train.steps, short.train.monitors, short.panel.cost) == (20, (), 0)
+    assert command.shortened(config, 300) == config
+    assert config.train.monitors == ("levels",) and config.optimizer.warmup_steps == 50
+
+
 def test_the_space_of_gaussian_runs_by_default(config):
     made = command.plan(config, command.SPACE, 90, 2)
     assert [r.name for r in made.ranges] == ["gaussian.lognormal.mean", "gaussian.lognormal.std"]
