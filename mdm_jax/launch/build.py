@@ -307,9 +307,8 @@ class Experiment:
 
     def _state_of(self, params: PyTree) -> TrainState:
         dtype = names.DTYPES[self.config.optimizer.ema_dtype]
-        return training.new_state(
-            params, self.optimizer, self.transform, self.spec, self.monitors, dtype
-        )
+        own = self.optimizer, self.transform, self.spec, self.monitors
+        return training.new_state(params, *own, dtype)
 
     def _init(self, key: Array) -> PyTree:
         """What is trained."""
@@ -323,9 +322,7 @@ class Experiment:
 
     @functools.cached_property
     def init_model(self) -> Callable[[Array], PyTree]:
-        """``init_model(key)``: new parameters of the network, logical axes named.
-
-        Jitted, so that shapes, shardings and values share one trace."""
+        """``init_model(key)``: new parameters, logical axes named; jitted, to be traced once."""
         init = training.linen_init(self.model, self.dataset.length, self.family.input_dtype)
         return jax.jit(init)
 
