@@ -29,7 +29,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from mdm_jax import training
 from mdm_jax.training import manifests
@@ -208,6 +208,7 @@ def soak(
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no process behind
     settings = [each.value for each in (_PROCESSES, _KILLS, _STEPS, _WIDTH, _SEED)]
     with contextlib.ExitStack() as stack:
