@@ -110,9 +110,8 @@ class Experiment:
     def step(self) -> Callable[..., tuple[TrainState, training.StepMetrics]]:
         """Pure step ``(state, batch, *constants)``, not jitted; seed and recipe may be left out."""
 
-        sharded = functools.partial(
-            sharding.sharded_apply, mesh=self.mesh, rules=sharding.LOGICAL_RULES
-        )
+        places = {"mesh": self.mesh, "rules": sharding.LOGICAL_RULES}
+        sharded = functools.partial(sharding.sharded_apply, **places)
         optimizer = self.optimizer._replace(update=sharded(self.optimizer.update))
 
         def make(seed: ArrayLike, frozen: PyTree, recipe: PyTree, number: ArrayLike, length: int):
