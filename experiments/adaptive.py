@@ -286,7 +286,7 @@ def warmed_up(experiment: Experiment, params: PyTree) -> PyTree:
 def gradient_noise(
     experiment: Experiment, estimator: meter.Estimator, params: PyTree, state: PyTree
 ) -> dict[str, Any]:
-    """Variance of the batch gradient over its squared mean, with the data fixed."""
+    """Variance of the batch gradient with the data fixed, and its squared mean, by group."""
     c = experiment.config.measure
     figure = meter.efficiency(
         meter.Subject(estimator, params, experiment.transform, state, experiment.spec),
@@ -295,11 +295,12 @@ def gradient_noise(
         groups=c.groups,
         redraws=c.redraws,
     )
-    if not figure.settled or not figure.signal > 0:
-        reason = figure.unsettled or "the mean gradient is lost in the noise"
-        return {"value": None, "standard_error": None, "unsettled": reason}
-    error = standard_error_of_ratio(figure.group_variances, figure.group_signals)
-    return {"value": figure.noise_to_signal, "standard_error": error, "unsettled": ""}
+    lost = "" if figure.signal > 0 else "the mean gradient is lost in the noise"
+    return {
+        "variances": figure.group_variances.tolist(),
+        "signals": figure.group_signals.tolist(),
+        "unsettled": figure.unsettled or lost,
+    }
 
 
 def distance(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float] | None:
@@ -366,8 +367,14 @@ def table(run: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     header = ["mechanism", "aim", "tracking", "importance", "use"]
     header += ["noise/signal, same parameters", "noise/signal, own end"]
     cells = {
-        name: [name, *MECHANISMS[name][:4]]
-        + [_noise([r[f"noise_at_{at}_parameters"] for r in seeds]) for at in ("shared", "own")]
+        name: [
+            name,
+            *MECHANISMS[name][:4],
+            _noise(_noises(seeds, "shared"), _noises(records[STATIC], "shared"))
+            if name != STATIC
+            else _noise(_noises(seeds, "shared")),
+            _noise(_noises(seeds, "own")),
+        ]
         for name, seeds in records.items()
     }
     for title, scores in results.items():
@@ -402,13 +409,34 @@ def _errors(scores: Mapping[str, np.ndarray], gains: Mapping[str, np.ndarray]) -
     return "± " + ", difference ± ".join(f"{error:.3f}" for error in pooled)
 
 
-def _noise(figures: Sequence[Mapping[str, Any]]) -> str:
-    """Mean over seeds, with the meter's error."""
-    if any(figure["value"] is None for figure in figures):
+def _noises(seeds: Sequence[Mapping[str, Any]], at: str) -> list[Mapping[str, Any]]:
+    return [record[f"noise_at_{at}_parameters"] for record in seeds]
+
+
+def _noise(
+    figures: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None = None
+) -> str:
+    """Noise over signal, a mean over seeds, and its ratio to that of ``others`` if given.
+
+    Errors are from the spread of the meter's groups; those of the ratio, of paired groups, which
+    have the same rows and base noise, by the jackknife over them (of its logarithm).
+    """
+    if any(figure["unsettled"] for figure in (*figures, *(others or ()))):
         return "not settled"
-    value = np.mean([figure["value"] for figure in figures])
-    error = np.linalg.norm([figure["standard_error"] for figure in figures]) / len(figures)
-    return f"{value:.3g} ± {error:.1g}"
+    groups = [np.array([figure["variances"], figure["signals"]]) for figure in figures]
+    value = np.mean([variances.sum() / signals.sum() for variances, signals in groups])
+    errors = [standard_error_of_ratio(*each) for each in groups]
+    text = f"{value:.3g} ± {np.linalg.norm(errors) / len(errors):.1g}"
+    if others is None:
+        return text
+    logs = []
+    for own, other in zip(groups, others):
+        base = np.array([other["variances"], other["signals"]])
+        sums = [each.sum(1)[:, None] - np.c_[np.zeros(2), each] for each in (own, base)]
+        logs.append(np.diff(np.log(sums[1]) - np.log(sums[0]), axis=0)[0])
+    ratio, count = math.exp(np.mean([each[0] for each in logs])), len(logs[0]) - 1
+    errors = [math.sqrt((count - 1) * each[1:].var()) for each in logs]
+    return f"{text} (× {ratio:.3g} ± {ratio * np.linalg.norm(errors) / len(errors):.1g})"
 
 
 def draw(records: Mapping[str, Mapping[str, Any]], workdir: pathlib.Path) -> None:

@@ -80,7 +80,8 @@ def test_cdtd_of_one_level_is_cdcd():
 
 
 def record(bits, distance, noise=2.0, unsettled=""):
-    figure = {"value": None if unsettled else noise, "standard_error": 0.3, "unsettled": unsettled}
+    shape = np.array([0.9, 1.1, 1.0, 1.0])
+    figure = {"variances": noise * shape, "signals": np.ones(4), "unsettled": unsettled}
     return {
         "bits_per_unit": bits,
         "bits_per_unit_error": 0.0123,
@@ -93,22 +94,35 @@ def record(bits, distance, noise=2.0, unsettled=""):
 def test_the_table():
     records = {
         "static": [record(2.0, 0.4), record(2.2, 0.4)],
-        "ppots": [record(2.0, 0.3, noise=1.0), record(2.4, 0.52)],
+        "ppots": [record(2.0, 0.3, noise=1.0), record(2.4, 0.52, noise=1.0)],
         "cdcd_warp": [record(2.3, 0.4), record(2.3, 0.4, unsettled="too few")],
     }
     header, _, static, ppots, cdcd = adaptive.table("digits", records).splitlines()
     # Variances over seeds 0.02, 0.08 and 0; of differences 0.02 and 0.02.
     assert "| bits/dim (± 0.129, difference ± 0.100) |" in header
-    assert (
-        "distance of pictures (0.200 of training pictures) (± 0.064, difference ± 0.078)" in header
-    )
-    assert static.endswith("| 2 ± 0.2 | 2 ± 0.2 | 2.100 | 0.400 |")
+    assert "of training pictures) (± 0.064, difference ± 0.078)" in header
+    # Noise of standard deviation 0.16 in four groups, and of two seeds.
+    assert static.endswith("| 2 ± 0.06 | 2 ± 0.06 | 2.100 | 0.400 |")
     assert ppots.startswith("| ppots | less variance of the loss | running moments")
-    assert ppots.endswith("| 1.5 ± 0.2 | 1.5 ± 0.2 | 2.200 (+0.100) | 0.410 (+0.010) |")
+    assert "| 1 ± 0.03 (× 0.5 ± " in ppots
+    assert ppots.endswith("| 1 ± 0.03 | 2.200 (+0.100) | 0.410 (+0.010) |")
     assert "| not settled | not settled | 2.300 (+0.200) |" in cdcd
     one = {name: [record(2.0, None)] for name in ("static", "ppots")}
     header = adaptive.table("text", one).splitlines()[0]
     assert header.endswith("| bits/character (one seed; Monte Carlo error 0.012) |")
+
+
+def test_the_ratio_of_paired_noise():
+    """The jackknife of a mean's logarithm is close to the first order of its error."""
+    generator = np.random.default_rng(0)
+    own = 4 + 0.1 * generator.standard_normal(400)
+    figures = [
+        {"variances": v, "signals": np.ones(400), "unsettled": ""} for v in (own, 2 + 0 * own)
+    ]
+    found = adaptive._noise(figures[:1], figures[1:])
+    ratio = own.mean() / 2
+    error = own.std(ddof=1) / 20 / 2  # 0.0025
+    assert found.endswith(f"(× {ratio:.3g} ± {error:.1g})")
 
 
 def test_weightings_are_compared_up_to_a_constant():
