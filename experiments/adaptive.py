@@ -126,11 +126,6 @@ _SHORT = {
     "train.evaluate_every": 0,
     "panel.cost": 0.0,
     "optimizer.name": "adamw",  # compiles in half the time
-    "optimizer.warmup_steps": 20,
-    "optimizer.ema_decay": 0.98,
-    "measure.warm_up": 150,
-    "measure.redraws": 8,
-    "evaluate.max_rows": 128,
 }
 """Settings of all runs, which are short."""
 _SMALL = {
@@ -138,6 +133,11 @@ _SMALL = {
     "model.depth": 2,
     "train.steps": 400,
     "optimizer.peak": 5e-3,
+    "optimizer.warmup_steps": 20,
+    "optimizer.ema_decay": 0.98,
+    "measure.warm_up": 150,
+    "measure.redraws": 8,
+    "evaluate.max_rows": 128,
     "evaluate.final_passes": 16,
     "evaluate.final_replicates": 2,
 }
@@ -206,7 +206,7 @@ def configure(run: str, name: str, seed: int, smoke: bool = False) -> ConfigDict
     preset, changes = RUNS[run]
     if smoke:
         config = presets.get_config(f"{preset.partition(':')[0]}:smoke")
-        config.update_from_flattened_dict(_SHORT | {"measure.warm_up": 2})
+        config.update_from_flattened_dict(_SHORT)
         if run == "digits":
             config.gaussian.recipe = "edm"
     else:
