@@ -31,7 +31,13 @@ REQUIRED = [
 BUCKET = ["gcsfs>=2025.2"]
 TRAIN = ["tensorboard>=2.18"]  # the program; event files are written by tensorboardX
 DIGITS = ["scikit-learn>=1.5"]
-DATA = [*DIGITS, "array_record>=0.8", "pyarrow>=17", "tensorflow-datasets>=4.9.9"]
+DATA = [
+    *DIGITS,
+    "array_record>=0.8",
+    "importlib_resources>=6.0",  # TFDS 4.9.10 imports it to prepare data sets
+    "pyarrow>=17",
+    "tensorflow-datasets>=4.9.9",
+]
 HUB = ["huggingface_hub>=0.26", "jinja2>=3.1"]  # jinja2: chat templates
 EVAL = [*HUB, "lm_eval>=0.4.13"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
