@@ -17,6 +17,7 @@ from mdm_jax.alignment.bounds import (
     replicated,
     sequence_bound,
 )
+from mdm_jax.alignment.held_out import PreferenceFigures, preference_figures
 from mdm_jax.alignment.methods import METHODS, Constant, Method, per_answer, per_token
 from mdm_jax.alignment.policy import (
     best_of_group,
@@ -37,7 +38,7 @@ from mdm_jax.alignment.policy import (
     weighted_likelihood,
 )
 from mdm_jax.alignment.preference import crossfitted, dpo, ipo, kto, margins, plain, simpo
-from mdm_jax.alignment.rollout import Written, make_rollout
+from mdm_jax.alignment.rollout import Written, make_rollout, without_steps
 from mdm_jax.alignment.surrogates import (
     FREE_ORDERS,
     Surrogate,

@@ -49,30 +49,30 @@ class Method(NamedTuple):
     Attributes:
         elbo, policy_gradient: of :data:`LABELS`.
         unit: of its constants, ``PER_ANSWER`` or ``PER_TOKEN``; "" without any.
-        passes: forward passes of an answer for a draw, of each network that is scored.
+        passes: forward passes of an answer for each view of the draw, of each scored network.
     """
 
     elbo: str
     policy_gradient: str
     unit: str
-    passes: str
+    passes: int
     source: str
 
 
 METHODS = {
-    "dpo": Method("exact", "none", PER_ANSWER, "1", "VRPO, arXiv 2505.19223"),
-    "ipo": Method("exact", "none", PER_ANSWER, "1", "Azar et al. 2023"),
-    "simpo": Method("exact", "none", PER_TOKEN, "1", "Meng et al. 2024"),
-    "kto": Method("exact", "none", PER_ANSWER, "1", "arXiv 2510.23658"),
-    "trace": Method("none", "exact", PER_ANSWER, "1", "AGRPO, arXiv 2510.04019"),
-    "espo": Method("exact", "biased", PER_TOKEN, "2", "arXiv 2512.03759"),
-    "elbo": Method("exact", "biased", PER_ANSWER, "1", "the bound of the run's chain"),
-    "gdpo": Method("biased", "biased", PER_TOKEN, "nodes", "arXiv 2510.08554"),
-    "coupled": Method("biased", "biased", PER_TOKEN, "3", "DiffuCoder, arXiv 2506.20639"),
-    "unigrpo": Method("biased", "biased", PER_TOKEN, "1", "arXiv 2505.15809"),
-    "d1": Method("biased", "biased", PER_TOKEN, "1", "diffu-GRPO, arXiv 2504.12216"),
-    "wd1": Method("biased", "biased", "", "1", "arXiv 2507.08838"),
-    "spg": Method("biased", "biased", "", "2", "arXiv 2510.09541"),
-    "rejection": Method("exact", "biased", "", "1", "RAFT, arXiv 2304.06767"),
+    "dpo": Method("exact", "none", PER_ANSWER, 1, "VRPO, arXiv 2505.19223"),
+    "ipo": Method("exact", "none", PER_ANSWER, 1, "Azar et al. 2023"),
+    "simpo": Method("exact", "none", PER_TOKEN, 1, "Meng et al. 2024"),
+    "kto": Method("exact", "none", PER_ANSWER, 1, "arXiv 2510.23658"),
+    "trace": Method("none", "exact", PER_ANSWER, 1, "AGRPO, arXiv 2510.04019"),
+    "espo": Method("exact", "biased", PER_TOKEN, 2, "arXiv 2512.03759"),
+    "elbo": Method("exact", "biased", PER_ANSWER, 1, "the bound of the run's chain"),
+    "gdpo": Method("biased", "biased", PER_TOKEN, 1, "arXiv 2510.08554"),
+    "coupled": Method("biased", "biased", PER_TOKEN, 3, "DiffuCoder, arXiv 2506.20639"),
+    "unigrpo": Method("biased", "biased", PER_TOKEN, 1, "arXiv 2505.15809"),
+    "d1": Method("biased", "biased", PER_TOKEN, 1, "diffu-GRPO, arXiv 2504.12216"),
+    "wd1": Method("biased", "biased", "", 1, "arXiv 2507.08838"),
+    "spg": Method("biased", "biased", "", 1, "arXiv 2510.09541"),
+    "rejection": Method("exact", "biased", "", 1, "RAFT, arXiv 2304.06767"),
 }
 """Methods by their config name; those of preferences estimate no policy gradient."""

@@ -44,7 +44,8 @@ def preference_pairs(
     answer_padding: AnswerPadding = "eos_scored",
 ) -> Dataset:
     """Training rows of 2 L positions, ``[prompt, chosen][prompt, rejected]``, for
-    ``training.pair_objective``; validation and test rows of L positions hold the chosen answer.
+    ``training.pair_objective``; validation and test rows of L positions hold the chosen answer, and
+    ``Dataset.rejected`` those of the rejected ones.
 
     Files, splits, tokenizer and lengths as of ``data.jsonl``, whose layout both halves have.
     ``bad_rows`` also covers answers that are empty, and pairs of equal answers.
@@ -83,7 +84,7 @@ def preference_pairs(
         answer_length or max(len(answer) for _, *answers in every for answer in answers),
         answer_padding,
     )
-    report, rows = dict(found.report), {}
+    report, rows, rejected_rows = dict(found.report), {}, {}
     for name, pairs in encoded.items():
         kept = []
         for ids, record in zip(pairs, parts[name]):
@@ -100,8 +101,10 @@ def preference_pairs(
             raise ValueError(f"{path}: all {len(pairs)} pairs of the {name} split are too long")
         chosen, rejected = (_rows(kept, answer, layout, codec) for answer in (1, 2))
         rows[name] = StoredRows(_side_by_side(chosen, rejected) if name == "train" else chosen)
+        if name != "train":
+            rejected_rows[name] = StoredRows(rejected)
     content = json.dumps([[record.values for record in records] for records in parts.values()])
-    return make_dataset(
+    made = make_dataset(
         rows,
         codec,
         length=layout.length,
@@ -120,6 +123,7 @@ def preference_pairs(
         report=report,
         layout=layout,
     )
+    return dataclasses.replace(made, rejected=rejected_rows)
 
 
 def _ids(record: Record, codec: Tokenizer) -> tuple[np.ndarray, ...]:

@@ -68,6 +68,25 @@ def make_rollout(
     return rollout
 
 
+def without_steps(generate: Callable[..., Array], mask_id: int) -> Callable[..., Written]:
+    """``rollout`` as of :func:`make_rollout` of a sampler that records no steps: all are 0.
+
+    For scores that read none: bounds of answers. ``generate`` as of ``samplers.make_generator``.
+    """
+
+    def rollout(
+        params: Any,
+        key: Array,
+        canvas: Array,
+        documents: Array | None = None,
+        row_offset: ArrayLike = 0,
+    ) -> Written:
+        tokens = generate(params, key, canvas, documents, row_offset)
+        return Written(tokens, jnp.where(canvas == mask_id, 0, -1))
+
+    return rollout
+
+
 def number_steps(steps: Array) -> Array:
     """Steps [B, L] numbered without gaps in each row, their order kept; -1 stays."""
     order = jnp.sort(steps, axis=-1)

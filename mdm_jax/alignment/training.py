@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mdm_jax.alignment import policy, preference, surrogates
 from mdm_jax.alignment.bounds import replicate_means
-from mdm_jax.alignment.methods import METHODS, PER_ANSWER, Constant, in_unit
+from mdm_jax.alignment.methods import METHODS, PER_ANSWER, Constant, in_unit, per_token
 from mdm_jax.alignment.preference import Estimate
 from mdm_jax.draws import Draw, DrawSpec, LossStats
 from mdm_jax.objectives.objective import LossSums, Objective, weighted_losses
@@ -56,18 +56,28 @@ def pair_loss(
 
     def loss(scores: Array, tokens: Array) -> Array:
         if name == "simpo":
-            size = jnp.maximum(tokens, 1)[None].astype(scores.dtype)
-            chosen, rejected = jnp.moveaxis(scores[0] / size, 1, 0)
+            chosen, rejected = jnp.moveaxis(_per_token(scores[0], tokens), 1, 0)
             return preference.simpo(chosen, rejected, beta, gap, estimate)
-        ratio = scores[0] - scores[1]  # [R, 2, B]
         if name == "kto":
+            ratio = scores[0] - scores[1]  # [R, 2, B]
             good = jnp.arange(2)[:, None] == jnp.zeros(ratio.shape[1:], int)
             flat = ratio.reshape(len(ratio), -1)
             each = preference.kto(flat, good.ravel(), beta, estimate=estimate)
             return jnp.mean(each.reshape(2, -1), axis=0)
-        return getattr(preference, name)(ratio[:, 0] - ratio[:, 1], beta, estimate)
+        return getattr(preference, name)(pair_margins(name, scores, tokens), beta, estimate)
 
     return loss
+
+
+def pair_margins(name: str, scores: Array, tokens: Array) -> Array:
+    """By how much the chosen answer is preferred, [R, B], from the arguments of a
+    :data:`PairLoss`: gain over the reference, nats; of "simpo" the bound per token."""
+    each = _per_token(scores[0], tokens) if name == "simpo" else scores[0] - scores[1]
+    return each[:, 0] - each[:, 1]
+
+
+def _per_token(scores: Array, tokens: Array) -> Array:
+    return scores / jnp.maximum(tokens, 1)[None].astype(scores.dtype)
 
 
 def of_pairs(rows: Batch) -> Batch:
@@ -126,6 +136,18 @@ def pair_objective(inner: Objective, loss: PairLoss, replicates: int) -> Objecti
     )
 
 
+def margin_of(name: str) -> PairLoss:
+    """The :func:`pair_margins`, averaged over replicates, in place of a loss: whose variance is
+    that of the score."""
+    return lambda scores, tokens: jnp.mean(pair_margins(name, scores, tokens), axis=0)
+
+
+def bound_margin_of(network: int) -> PairLoss:
+    """The difference of a network's bounds of the two answers: with masks of its own for each
+    network the variances of these would add up to the margin's."""
+    return lambda scores, _: jnp.mean(scores[network, :, 0] - scores[network, :, 1], axis=0)
+
+
 Ratio = tuple[Constant, Constant]
 """Clips of a ratio, below and above."""
 
@@ -138,6 +160,13 @@ TOKEN_SURROGATES = {
     "d1": (surrogates.one_step, policy.over_all_tokens),
     "unigrpo": (surrogates.mean_over_masked, policy.over_own_tokens),
 }
+BY_INNER = ("elbo", "rejection")
+"""Methods that score answers by the run's own objective, under its chain."""
+
+
+def has_ratio(method: str) -> bool:
+    """Whether a method's loss is of a clipped ratio to the old policy."""
+    return method in SEQUENCE_SURROGATES or method in TOKEN_SURROGATES
 
 
 def policy_objective(
@@ -155,21 +184,21 @@ def policy_objective(
     ValueError for one that this method does not read, and for a process without masks. Advantages
     make the difference between "elbo", "wd1" and "rejection": see ``rewards.coefficients``.
     """
-    if inner.corruption.mask_id is None or inner.name != "masked_nelbo" and method != "elbo":
+    if method not in BY_INNER and inner.name != "masked_nelbo":
         raise ValueError(
             f"alignment.method={method!r} masks views of its own, for process=masked; this run has "
-            f"{inner.name}: take alignment.method='elbo'"
+            f"{inner.name}: take one of {', '.join(BY_INNER)}"
         )
-    ratio = method in SEQUENCE_SURROGATES or method in TOKEN_SURROGATES
-    if ratio != (clip is not None):
-        raise ValueError(f"alignment.method={method!r} {'needs' if ratio else 'has no'} clips")
+    if has_ratio(method) != (clip is not None):
+        needs = "needs" if has_ratio(method) else "has no"
+        raise ValueError(f"alignment.method={method!r} {needs} clips")
     bounded = ("elbo", "rejection", "spg", *SEQUENCE_SURROGATES)
     if kl is not None and method not in bounded:
         raise ValueError(
             f"alignment.kl is of bounds of answers, the methods {', '.join(bounded)}; "
             f"{method!r} scores something else: leave it at 0"
         )
-    by_inner = method in ("elbo", "rejection")
+    by_inner = method in BY_INNER
 
     def spec(batch_size: int, length: int) -> DrawSpec:
         return inner.spec(batch_size, length) if by_inner else DrawSpec(batch_size, 1, (length,))
@@ -208,6 +237,33 @@ def policy_objective(
     )
 
 
+def answer_scores(inner: Objective, method: str, *, mask_id: int) -> Objective:
+    """The score of each answer by a method of ``METHODS``, nats, in place of its loss: whose
+    variance is that of the score. ``inner`` and ``mask_id`` as of :func:`policy_objective`."""
+    clip = (per_token(1.0), per_token(1.0)) if has_ratio(method) else None
+    whole = policy_objective(inner, method, clip=clip, mask_id=mask_id)
+
+    def summed(model_fn: ModelFn, batch: Answers, draw: Draw) -> tuple[LossSums, LossStats]:
+        rows, count = Batch(*batch[:4]), jnp.sum(jnp.asarray(batch.eligible), axis=-1)
+        if method in BY_INNER:
+            stats = inner.loss(model_fn, rows, draw)
+            values = _networks(-jnp.sum(weighted_losses(draw, stats), axis=-1), 2)[0]
+        else:
+            views = surrogate_of(method, batch)(draw, rows)
+            scores = _networks(surrogates.token_scores(model_fn, rows, views, mask_id), 4)[0]
+            values = jnp.sum(surrogates.weighted_tokens(scores, views), axis=-1)
+        stats, counted = _plain_stats(values, count), batch.weight * (count > 0)
+        sums = LossSums(
+            loss=jnp.sum(counted * jnp.mean(values, axis=0)),
+            eligible=jnp.sum(counted),
+            cross_entropy=jnp.sum(stats.raw),
+            targets=jnp.sum(stats.targets).astype(jnp.float32),
+        )
+        return sums, stats
+
+    return whole._replace(name=f"scores of {whole.name}", summed=summed)
+
+
 def policy_values(
     method: str, model_fn: ModelFn, batch: Answers, draw: Draw, mask_id: int
 ) -> Array:
@@ -220,6 +276,17 @@ def policy_values(
     return jnp.swapaxes(values if method in TOKEN_SURROGATES else jnp.sum(values, -1), 0, 1)
 
 
+def surrogate_of(method: str, batch: Answers) -> surrogates.Surrogate:
+    """What a method that masks views of its own scores."""
+    return {
+        "trace": surrogates.sampled_trace(batch.steps),
+        "wd1": surrogates.one_step,
+        "spg": surrogates.fixed_counts,
+        **SEQUENCE_SURROGATES,
+        **{name: own for name, (own, _) in TOKEN_SURROGATES.items()},
+    }[method]
+
+
 def _of_views(
     method: str,
     model_fn: ModelFn,
@@ -230,14 +297,7 @@ def _of_views(
     mask_id: int,
 ) -> tuple[Array, Array, Array | float]:
     """Scores [M, V, B] of a surrogate, losses [B], and what a batch's mean divides by [B]."""
-    surrogate = {
-        "trace": surrogates.sampled_trace(batch.steps),
-        "wd1": surrogates.one_step,
-        "spg": surrogates.fixed_counts,
-        **SEQUENCE_SURROGATES,
-        **{name: own for name, (own, _) in TOKEN_SURROGATES.items()},
-    }[method]
-    views = surrogate(draw, rows)
+    views = surrogate_of(method, batch)(draw, rows)
     scores = _networks(surrogates.token_scores(model_fn, rows, views, mask_id), 4)
     tokens = surrogates.weighted_tokens(scores, views)
     values = jnp.sum(tokens, axis=-1)

@@ -130,6 +130,8 @@ class Dataset:
         layout: how rows hold prompts and answers (:class:`PairLayout`, ``chats.ChatLayout``); None
             where they hold none.
         columns: of a table (``tables.Column``); () elsewhere.
+        rejected: of preference pairs: rejected answers by split, beside the chosen ones that are
+            the rows of ``valid`` and ``test``.
     """
 
     train: RowSource
@@ -149,6 +151,7 @@ class Dataset:
     layout: Any = None
     num_classes: int = 0
     columns: tuple[Any, ...] = ()
+    rejected: Mapping[str, RowSource] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.length < 1:

@@ -172,17 +172,25 @@ class TaskAccuracy:
         }
 
 
-def measure_task_accuracy(
+class Answered(NamedTuple):
+    """Prompts, a model's answers up to the first EOS, and [N] bool which hold no padding or mask
+    (both are shown as ▁)."""
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    finished: np.ndarray
+
+
+def answer_prompts(
     generate: Callable[..., Array],
     params: PyTree,
     key: Array,
     batches: Iterable[Batch],
     *,
-    check: Check,
     tokenizer: Tokenizer,
     progress: Callable[[int], None] | None = None,
-) -> TaskAccuracy:
-    """Answers every prompt once and checks the answers.
+) -> Answered:
+    """Answers every prompt once.
 
     A row's eligible positions (ValueError if no row has any) are its answer, attended ones before,
     its prompt.
@@ -191,9 +199,8 @@ def measure_task_accuracy(
         generate: ``generate(params, key, canvas, documents, row_offset=...) -> tokens [B, L]``,
             such as ``samplers.make_generator(...)``.
         batches: as of ``data.evaluation_batches``; rows without eligible positions are left out.
-        check: as ``Dataset.check``.
     """
-    prompts, answers, correct, seen = [], [], [], 0
+    prompts, answers, finished, seen = [], [], [], 0
     for batch in batches:
         tokens, eligible = map(np.asarray, batch[:2])
         canvas, documents = canvas_like(batch, tokenizer.mask_id)
@@ -204,14 +211,32 @@ def measure_task_accuracy(
             check_finite(generated[row], f"row {seen + row}")
             ids = tokenizer.truncate_at_eos(generated[row][eligible[row]])
             prompts.append(tokenizer.decode(tokens[row][is_prompt]))
-            finished = not np.any((ids == tokenizer.pad_id) | (ids == tokenizer.mask_id))
-            # Padding is shown as ▁, like masks.
+            finished.append(not np.any((ids == tokenizer.pad_id) | (ids == tokenizer.mask_id)))
             shown = np.where(ids == tokenizer.pad_id, tokenizer.mask_id, ids)
             answers.append(tokenizer.decode(shown))
-            correct.append(finished and check(prompts[-1], answers[-1]))
         seen += len(tokens)
         if progress is not None:
             progress(len(tokens))
     if not prompts:
         raise ValueError(f"nothing to answer: none of {seen} rows has an eligible position")
-    return TaskAccuracy(tuple(prompts), tuple(answers), np.array(correct, bool))
+    return Answered(tuple(prompts), tuple(answers), np.array(finished, bool))
+
+
+def measure_task_accuracy(
+    generate: Callable[..., Array],
+    params: PyTree,
+    key: Array,
+    batches: Iterable[Batch],
+    *,
+    check: Check,
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None] | None = None,
+) -> TaskAccuracy:
+    """Answers every prompt once and checks the answers; arguments of :func:`answer_prompts`, and
+    ``check`` as ``Dataset.check``."""
+    found = answer_prompts(generate, params, key, batches, tokenizer=tokenizer, progress=progress)
+    correct = [
+        finished and check(prompt, answer)
+        for prompt, answer, finished in zip(found.prompts, found.answers, found.finished)
+    ]
+    return TaskAccuracy(found.prompts, found.answers, np.array(correct, bool))

@@ -27,7 +27,7 @@ from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
 from mdm_jax.launch.processes.partition import partition
-from mdm_jax.launch.processes.parts import grid_samplers
+from mdm_jax.launch.sampling.quality import check_quality
 from mdm_jax.launch.start import scaled
 from mdm_jax.launch.start.optimizer import optimizer, recomputes_update
 from mdm_jax.launch.workdir import check_source, open_workdir, read_config
@@ -173,6 +173,20 @@ class Experiment:
             self.mesh, own["spec"].batch_size, self.config.train.num_microbatches or 1
         )
         return dataclasses.replace(self, **own)
+
+    @property
+    def members(self) -> tuple[VarianceTransform, ...]:
+        """The single transforms of the chain."""
+        return self.transform.members
+
+    def measured_rows(self, params: PyTree, count: int, step: int) -> Batch:
+        """Rows as training steps have them, on the host, for measurements; by seed and step.
+
+        ``params`` as of :meth:`variables`: of what writes the rows, where a model does.
+        """
+        del params
+        generator = np.random.default_rng([self.config.seed, step])
+        return data.sample_rows(self.dataset.train, count, generator)
 
     def with_noted_chain(self, notes: Any) -> "Experiment":
         """This run under the chain of a checkpoint's notes, where ``auto`` chose one."""
@@ -444,25 +458,6 @@ def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> trai
         views=views,
         unit="char" if dataset.unit == "character" else "dim",
         **{name: c[name] for name in own} | {"evaluate_every": every},
-    )
-
-
-def check_quality(experiment: Experiment) -> None:
-    """Raise ValueError or WorkdirError where ``sample.quality_steps`` cannot be measured."""
-    if experiment.dataset.tokenizer is None:
-        raise ValueError("sample.quality_steps is about text, and this run's data are pictures")
-    if not experiment.family.takes_steps:
-        raise ValueError(f"sample.quality_steps: {own_steps(experiment)}")
-
-
-def own_steps(experiment: Experiment) -> str:
-    """Why a number of steps means nothing to the configured sampler, and which ones take it."""
-    if experiment.config.process == "autoregressive":
-        return "an autoregressive model has one step per token"
-    c = experiment.config.sample
-    return (
-        f"{c.sampler!r} sets its own number of steps; those that take any number are "
-        f"{', '.join(grid_samplers(c))} (--config.sample.sampler)"
     )
 
 

@@ -43,6 +43,26 @@ def token_details(record: Record) -> list[str]:
             f"{record['answers']} prompts (95 % interval {low:.3f} to {high:.3f}), answered by "
             f"{record['answered_by']}"
         )
+    return lines + alignment_details(record)
+
+
+def alignment_details(record: Record) -> list[str]:
+    """Report lines about held-out preferences and rewards, where these were measured."""
+    lines = []
+    if "preference_accuracy" in record:
+        accuracy, margin, loss = (
+            f"{record[name]:.3f} ± {record[f'{name}_standard_error'] or float('nan'):.3f} "
+            f"(masks ± {record[f'{name}_monte_carlo_error'] or 0:.3f})"
+            for name in ("preference_accuracy", "preference_margin", "preference_loss")
+        )
+        lines.append(f"  held-out pairs: accuracy {accuracy}, margin {margin}, loss {loss}")
+    if record.get("reward") is not None:
+        lines.append(
+            f"  held-out reward {record['reward']:.3f} ± "
+            f"{record['reward_standard_error'] or float('nan'):.3f} over "
+            f"{record['rewarded_answers']:.0f} prompts, one answer each; solved "
+            f"{record['solved']:.1%}"
+        )
     return lines
 
 

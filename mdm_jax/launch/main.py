@@ -19,12 +19,14 @@ from mdm_jax.data.tokenizers import printable
 from mdm_jax.launch import HELP_FLAG, command_line, presets
 from mdm_jax.launch import source as sources
 from mdm_jax.launch.ahead import command as ahead
+from mdm_jax.launch.alignment import variance as aligned_variance
 from mdm_jax.launch.auto import fit
-from mdm_jax.launch.build import Experiment, make_experiment, own_steps
+from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.modes import chat, eval_tasks, evaluate, measure, preview, sweep, train
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.reports import page, settings
 from mdm_jax.launch.sampling import sample_flags
+from mdm_jax.launch.sampling.quality import own_steps
 from mdm_jax.launch.spacing import compare
 from mdm_jax.launch.start import accelerators, scaled
 from mdm_jax.launch.start import new as new_config
@@ -298,7 +300,8 @@ def _spacing(experiment: Experiment, workdir: files.Path) -> int:
 
 
 def _variance(experiment: Experiment, workdir: files.Path) -> int:
-    run = fit.fit if fit.FIT.value else measure.configured(experiment)
+    of_run = aligned_variance if experiment.config.alignment.method else measure
+    run = fit.fit if fit.FIT.value else of_run.configured(experiment)
     _claim(experiment, workdir, always=True)
     print(f"written to {', '.join(run(experiment, workdir, _print))}")
     return 0

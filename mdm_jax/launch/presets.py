@@ -254,8 +254,7 @@ def _aligned(variant: str) -> ConfigDict:
     config = defaults.get_config()
     if variant == "smoke":
         defaults.shrink(config)
-    # The bound would choose the parameters that were trained least (launch/alignment).
-    config.train.evaluate_every = 0
+    config.train.monitors = ("gradient_noise", "weights")  # levels are those of a bound
     config.variance.order = ("stratified",)
     config.optimizer.update(name="adamw", peak=1e-5, weight_decay=0.0)
     return config

@@ -38,7 +38,7 @@ HISTORY = (
     "wandb.json",
     "clip_search.jsonl",
     "auto.jsonl",
-    "answers.jsonl",
+    "answers",
     "reference",
     "evaluation.json",
     "report.txt",

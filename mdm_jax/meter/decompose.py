@@ -28,6 +28,7 @@ from mdm_jax.meter.nested import (
     component_terms,
     eligible_rows,
     evaluate_cells,
+    group_terms,
     mean_over_rows,
     nested_draw,
     row_terms,
@@ -46,7 +47,8 @@ class Decomposition:
     negative. Standard errors are of the jackknife over rows (NaN for two); variances are skewed, so
     that for few rows two of them cover less than 95%. ``signal``: squared mean loss, or squared
     norm of the mean gradient, unbiased. ``passes``: views. ``rows_left_out``: without eligible
-    tokens.
+    tokens. ``within``: the part of C within groups, where rows come in groups (answers to a
+    prompt); the errors are then of the jackknife over groups.
     """
 
     pattern: Estimate
@@ -59,6 +61,7 @@ class Decomposition:
     levels_per_row: int
     masks_per_level: int
     rows_left_out: int
+    within: Estimate | None = None
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -91,11 +94,13 @@ def decompose(
     levels_per_row: int = 8,
     masks_per_level: int = 4,
     chunk: int = 64,
+    group: int = 1,
     progress: Progress | None = None,
 ) -> Decomposition:
     """A, B, C of the loss.
     ``rows`` [N, L] are drawn at random from the data; those without eligible tokens are left out.
     With one key, transforms get the same base noise. ``chunk`` evaluations share a forward call.
+    ``group``: successive rows that answer one prompt, which splits C (``nested.group_terms``).
     ValueError if no row is eligible, there are < 2 rows, levels or masks, ``chunk`` < 1, or a loss
     is not finite.
     """
@@ -108,7 +113,7 @@ def decompose(
         chunk,
         progress,
     )
-    return _of_values(values, subject, left_out)
+    return _of_values(values, subject, left_out, group)
 
 
 def decompose_by_probes(
@@ -120,6 +125,7 @@ def decompose_by_probes(
     levels_per_row: int = 8,
     masks_per_level: int = 4,
     chunk: int = 64,
+    group: int = 1,
     progress: Progress | None = None,
 ) -> tuple[Decomposition, Decomposition]:
     """A, B, C of the loss and of the gradient, by forward-mode probes: (loss, gradient).
@@ -140,8 +146,8 @@ def decompose_by_probes(
         progress,
     )
     return (
-        _of_values(values, subject, left_out),
-        _of_values(derivatives, subject, left_out),
+        _of_values(values, subject, left_out, group),
+        _of_values(derivatives, subject, left_out, group),
     )
 
 
@@ -241,11 +247,20 @@ def _design(rows: Batch, levels: int, masks: int) -> tuple[Batch, int]:
     return rows, left_out
 
 
-def _of_values(values: np.ndarray, subject: Subject, left_out: int) -> Decomposition:
+def _of_values(values: np.ndarray, subject: Subject, left_out: int, group: int) -> Decomposition:
     """Decomposition of losses [..., rows, levels, masks], averaged over leading axes (probes)."""
     means = values.mean((-2, -1))
+    if group == 1:
+        terms, within = row_terms(values), None
+    else:
+        terms, within = group_terms(values, group)
+        means = means.reshape(*means.shape[:-1], -1, group).mean(-1)
     square = means.mean(-1) ** 2 - means.var(-1, ddof=1) / means.shape[-1]
-    return _result(row_terms(values), float(np.mean(square)), subject, values.shape[-2:], left_out)
+    made = _result(terms, float(np.mean(square)), subject, values.shape[-2:], left_out)
+    if within is None:
+        return made
+    part = Estimate(*map(float, mean_over_rows(within, probes=within.ndim > 1)))
+    return dataclasses.replace(made, rows=values.shape[-3], within=part)
 
 
 def _result(

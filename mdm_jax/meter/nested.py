@@ -13,7 +13,7 @@ level, of another for the noise (its law depends on no level). Couplings keep ea
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,30 @@ def row_terms(values: np.ndarray) -> Components:
     pattern, between = values.var(-1, ddof=1).mean(-1), cells.var(-1, ddof=1)
     spread = spread_terms(squared_deviations(cells.mean(-1)))
     return component_terms(pattern, between, spread, values.shape[-2], values.shape[-1])
+
+
+def group_terms(values: np.ndarray, group: int) -> tuple[Components, np.ndarray]:
+    """Terms [..., groups] of A, B, C of rows in groups of ``group``, such as answers to one prompt,
+    and those of the part of C that lies within groups; the rest of C lies between them.
+
+    Groups are the independent samples, of which rows are taken as independent samples. ValueError
+    as of :func:`row_terms`, or unless there are two groups or more of two rows or more.
+    """
+    values = _checked(values)
+    *lead, rows, levels, masks = values.shape
+    if group < 2 or rows % group or rows < 2 * group:
+        raise ValueError(
+            f"{rows} rows are no groups of {group}: at least 2 groups of 2 rows or more are needed"
+        )
+    values = values.reshape(*lead, rows // group, group, levels, masks)
+    cells = values.mean(-1)
+    pattern, between = values.var(-1, ddof=1).mean((-1, -2)), cells.var(-1, ddof=1).mean(-1)
+    means = cells.mean(-1)
+    spread = means.var(-1, ddof=1)
+    within = spread - between / levels
+    over = spread_terms(squared_deviations(means.mean(-1))) - spread / group
+    rate = between - pattern / masks
+    return Components(pattern, rate, over + within, pattern + rate + over + within), within
 
 
 def component_terms(
@@ -142,16 +166,19 @@ def _checked(values: np.ndarray, need_levels: bool = True) -> np.ndarray:
     return values
 
 
+Rows = TypeVar("Rows", bound=Batch)
+"""A batch, or what has further fields of each row."""
+
 DrawRow = Callable[[Array, Array, Array], Draw]
 """``draw_row(row, level, mask) -> Draw`` with batch axis 1, for integer scalars."""
 
 
-def eligible_rows(rows: Batch) -> tuple[Batch, int]:
+def eligible_rows(rows: Rows) -> tuple[Rows, int]:
     """Rows with eligible tokens, as NumPy arrays, and the number of others; ValueError if none."""
     kept = np.asarray(rows.eligible).any(-1)
     if not kept.any():
         raise ValueError(f"none of {len(kept)} rows has an eligible token")
-    return Batch(*(np.asarray(field)[kept] for field in rows)), int(np.sum(~kept))
+    return jax.tree.map(lambda field: np.asarray(field)[kept], rows), int(np.sum(~kept))
 
 
 def nested_draw(key: Array, subject: Subject) -> DrawRow:

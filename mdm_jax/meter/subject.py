@@ -37,7 +37,8 @@ class Estimator(NamedTuple):
     """Jitted functions of a network and an objective; see :func:`make_estimator`.
 
     Attributes:
-        losses: ``(params, batch, draw) -> [B]`` nats per row, weighted, view mean, level sum.
+        losses: ``(params, batch, draw) -> [B]`` nats per row, weighted, view mean, level sum; where
+            an objective has sums of its own, those of each row alone.
         directional: ``(params, batch, draw, key, probes)`` -> [B], [probes, B] along random signs.
         gradient: ``(params, batch, draw, num_microbatches)`` -> nats per eligible token.
         accumulate: ``(mean, count, params, batch, draw, num_microbatches) -> (mean, term)``: adds
@@ -69,11 +70,20 @@ def make_estimator(apply_fn: ApplyFn, objective: Objective) -> Estimator:
     """Jitted functions of network and objective, for ``apply_fn`` without dropout (extra noise)."""
 
     def losses(params: PyTree, batch: Batch, draw: Draw, network: ApplyFn = apply_fn) -> Array:
-        stats = objective.loss(functools.partial(network, params), batch, draw)
-        return jax.vmap(sum_losses, in_axes=1)(draw, stats).loss
+        model_fn = functools.partial(network, params)
+        if objective.summed is None:
+            stats = objective.loss(model_fn, batch, draw)
+            return jax.vmap(sum_losses, in_axes=1)(draw, stats).loss
 
-    def dense(*inputs: Any, **options: Array) -> Array:
-        return as_logits(apply_fn(*inputs, **options))  # chunked losses have no forward mode
+        def of_row(row: Batch, own: Draw) -> Array:
+            row = jax.tree.map(lambda field: field[None], row)
+            return objective.summed(model_fn, row, Draw(*(a[:, None] for a in own)))[0].loss
+
+        return jax.vmap(of_row, in_axes=(0, 1))(batch, draw)
+
+    def dense(*inputs: Any, **options: Array) -> Array | tuple[Array, ...]:
+        outputs = apply_fn(*inputs, **options)  # chunked losses have no forward mode
+        return tuple(map(as_logits, outputs)) if isinstance(outputs, tuple) else as_logits(outputs)
 
     def directional(
         params: PyTree, batch: Batch, draw: Draw, key: Array, probes: int

@@ -19,6 +19,7 @@ from mdm_jax.plots.run import (
     critical_batch,
     level_curve,
     noise_shares,
+    outcome_curve,
     speed,
     training_curve,
     weights,

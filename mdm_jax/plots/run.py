@@ -88,6 +88,29 @@ def training_curve(
     return dress(axes, "Loss in training and on held-out data", "step", f"bits per {unit}")
 
 
+def outcome_curve(
+    axes: Any,
+    training: Sequence[tuple[int, float]],
+    held_out: Sequence[tuple[int, float, float]],
+    title: str,
+    quantity: str,
+) -> Any:
+    """What a run on preferences or rewards is after: (step, value) in training, and (step, value,
+    standard error) on held-out data."""
+    if training:
+        axes.plot(*zip(*training), color=GREY, linewidth=1, label="training, single batches")
+    if held_out:
+        axes.errorbar(
+            *zip(*held_out),
+            color=PALETTE[3],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label="held out ± 1 s.e.",
+        )
+    return dress(axes, title, "step", quantity)
+
+
 def bits_error(record: Mapping[str, Any]) -> float:
     """Standard error of a record's bits per unit, 0 without; runs of old called it otherwise."""
     return record.get("bits_per_unit_standard_error", record.get("standard_error", 0.0))

@@ -99,7 +99,7 @@ class LoopOptions:
 
     Attributes:
         views, unit: passes of a batch through the network, for the speed; unit of the bits shown,
-            such as "character".
+            such as "character", "" where the loss is none of the data.
         profile_directory: target of a profile.
         launched_at: ``time.monotonic()`` at launch, to report the time to the first step, or None.
     """
@@ -383,7 +383,8 @@ class _Log:
             loss = known["normalised_loss"]
             error = known.get("normalised_loss_standard_error", math.nan)
         shown = f"{loss:.3f}" + (f"±{error:.3f}" if math.isfinite(error) else "")
-        return {"loss": shown, f"bits/{self._options.unit}": f"{bits:.3f}"}
+        unit = self._options.unit
+        return {"loss": shown} | ({f"bits/{unit}": f"{bits:.3f}"} if unit else {})
 
 
 def _due(step: int, every: int, ending: bool = False) -> bool:

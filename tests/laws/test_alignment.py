@@ -17,22 +17,10 @@ from mdm_jax.draws import Draw
 DIGITS, W, L = toy.DIGITS, toy.CHOSEN, toy.REJECTED
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-12)
 
-MIRROR = variance.chain(variance.mirror())
-
-
-def mirrored(draw, rows):
-    """Two fixed-count views of reversed ranks, as one surrogate."""
-    views = alignment.fixed_counts(
-        MIRROR.draw(jax.random.key(0), MIRROR.init(None), draw, None), rows
-    )
-    pairs = [jnp.stack(jnp.split(a[0], 2)) for a in views]
-    return alignment.Views(pairs[0], pairs[1] / 2)
-
-
 # name -> surrogate, its atoms
 SURROGATES = {
     "fixed": (alignment.fixed_counts, lambda: toy.counted(3)),
-    "mirror": (mirrored, lambda: toy.counted(3)),
+    "mirror": (toy.mirrored, lambda: toy.counted(3)),
     "complement": (alignment.complementary, lambda: toy.counted(4)),
     "coupled": (alignment.coupled, lambda: toy.rated(0.2, 0.8)),
     "coupled_unweighted": (alignment.coupled_unweighted, lambda: toy.rated(0.2, 0.8)),
@@ -308,6 +296,29 @@ def test_variance_of_one_answer_and_one_draw(name):
     square = np.einsum("v,y,vyk->", probability, pi * advantages**2, gradients**2)
     mean = (pi * advantages) @ expected
     close(square - mean @ mean, DIGITS["pg"]["variance"][name]["total"])
+    of_masks = square - (pi * advantages**2) @ np.sum(expected**2, axis=1)
+    close(of_masks, DIGITS["pg"]["variance"][name]["mask_part"], atol=1e-9)
+
+
+def test_masks_within_a_group():
+    """Two answers, leave-one-out: on one mask they share it, and win little."""
+    probability, _, g = found("fixed")
+    pi = np.exp(exact()[0])
+    pairs, chance = np.indices((27, 27)).reshape(2, -1), np.outer(pi, pi).ravel()
+    with jax.enable_x64(True):
+        groups = jnp.asarray(toy.REWARDS[pairs.T])
+        factor = np.asarray(alignment.leave_one_out(groups, jnp.ones(groups.shape)))  # [729, 2]
+    first, second = (np.einsum("v,vyk->yk", probability, g) for _ in range(2))
+    squares = np.einsum("v,vyk->y", probability, g**2)
+    inner = np.einsum("v,vyk,vzk->yz", probability, g, g)  # on the same mask
+    own = np.sum(factor**2 * squares[pairs.T], axis=1) / 4
+    cross = factor.prod(1) / 2
+    mean = chance @ (factor[:, :1] * first[pairs[0]] + factor[:, 1:] * second[pairs[1]]) / 2
+    wanted = DIGITS["pg"]["group2"]
+    for name, products in (("shared", inner), ("independent", first @ second.T)):
+        total = chance @ (own + cross * products[pairs[0], pairs[1]])
+        close(total - mean @ mean, wanted[name])
+    close(mean @ mean, wanted["mean_sq"])
 
 
 def test_importance_weighted_orders():

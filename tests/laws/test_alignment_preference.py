@@ -120,6 +120,41 @@ def test_the_exact_loss_and_its_gradient():
     close(gradient, DIGITS["vectors"]["grad_dpo"])
 
 
+def spread(values, chance):
+    return chance @ values**2 - (chance @ values) ** 2
+
+
+def test_variances_of_scores_from_several_passes():
+    """Policy on the reference's masks: MIRROR, complements, strata of the level, two draws."""
+    tables, total = toy.tables(), collections.Counter()
+    for name, rows in (("w", toy.CHOSEN), ("l", toy.REJECTED)):
+        parts = DIGITS["dpo"]["parts"]
+        policy, reference = (single(t, rows) for t in (tables.theta, tables.reference))
+        close(spread(policy, CHANCE), parts[f"V_theta_{name}"])
+        close(spread(reference, CHANCE), parts[f"V_ref_{name}"])
+        both = (
+            spread(policy, CHANCE) + spread(reference, CHANCE) - spread(policy - reference, CHANCE)
+        )
+        scale = 2 * math.sqrt(parts[f"V_theta_{name}"] * parts[f"V_ref_{name}"])
+        close(both / scale, parts[f"corr_{name}"])
+        difference = policy - reference
+        total["iid_2fwd"] += spread(difference, CHANCE) / 2
+        total["iid_3fwd"] += spread(difference, CHANCE) / 3
+        level = [
+            spread(difference[own], 3 * CHANCE[own]) for own in (np.arange(1, 4)[:, None] == SIZES)
+        ]
+        total["stratified_3fwd"] += sum(level) / 9
+        for kind, atoms, made in (
+            ("mirror_2fwd", toy.counted(3), toy.mirrored),
+            ("complement_2fwd", toy.counted(4), alignment.complementary),
+        ):
+            views = toy.views_of(made, atoms)
+            of = [toy.read(t, views)[:, rows] for t in (tables.theta, tables.reference)]
+            total[kind] += spread(of[0] - of[1], atoms.probability)
+    for kind, value in total.items():
+        close(value, DIGITS["dpo"][f"score_var_policy_ref_{kind}"])
+
+
 @pytest.mark.parametrize("rule", DIGITS["dpo"]["score_var_K1"])
 def test_variance_of_the_score(rule):
     margin, _, chance = draws(rule)
@@ -138,6 +173,38 @@ def test_expected_loss_and_gradient(rule, count):
     loss, mean = expected(scores, ways, gradient[index].swapaxes(0, 1), alignment.plain)
     sigma = ways @ (1 / (1 + np.exp(-scores.mean(0))))
     assert_rule(f"{rule}_K{count}", loss, mean, sigma)
+
+
+def parts_of(rule):
+    """Margins [7] and gradients [7, 27] of independent masks, whose sums :func:`draws` has."""
+    (pw, rw, gw), (pl, rl, gl) = estimates()
+    return {
+        "policy_ref": [(pw - rw, gw), (rl - pl, -gl)],
+        "all_four": [(pw - rw - pl + rl, gw - gl)],
+        "pair_only": [(pw - pl, gw - gl), (rl - rw, 0 * gw)],
+        "independent": [(pw, gw), (-rw, 0 * gw), (-pl, -gl), (rl, 0 * gl)],
+    }[rule]
+
+
+@pytest.mark.parametrize(
+    "rule, count",
+    [("policy_ref", 4), ("all_four", 8), ("independent", 2), ("pair_only", 4)]
+    + [pytest.param(rule, 8, marks=pytest.mark.slow) for rule in ("policy_ref", "pair_only")],
+)
+def test_expected_loss_and_gradient_of_many_draws(rule, count):
+    """The plain loss reads the mean of the draws alone: sums over multisets of each mask."""
+    index, ways = multisets(CHANCE, count)
+    parts = [(each[index].mean(1), slope[index].mean(1)) for each, slope in parts_of(rule)]
+    score, chance = outer(*((mean, ways) for mean, _ in parts))
+    with jax.enable_x64(True):
+        loss, slopes = evaluate(alignment.plain)(jnp.asarray(score)[None], jnp.asarray(chance))
+    slopes = np.asarray(slopes).reshape(*[len(ways)] * len(parts))
+    gradient = np.zeros(27)
+    for axis, (_, mean) in enumerate(parts):
+        others = tuple(other for other in range(len(parts)) if other != axis)
+        gradient += slopes.sum(others) @ mean
+    sigma = chance @ (1 / (1 + np.exp(-score)))
+    assert_rule(f"{rule}_K{count}", float(loss), gradient, sigma)
 
 
 def test_cross_fitting_has_the_exact_direction_and_less_variance():
@@ -213,6 +280,25 @@ def test_swapping_the_pair_negates_the_margin():
     forward = alignment.margins(*pairs, replicates=2)
     assert forward.shape == (2, 3)
     np.testing.assert_array_equal(forward, -alignment.margins(*pairs[::-1], replicates=2))
+
+
+def test_held_out_figures_and_their_errors():
+    """Margins 1 and -1 +- 1, 0: by hand; the masks' error of a mean is that of its replicates."""
+    policy = np.zeros((2, 2, 3))  # [R, 2, B]
+    policy[:, 0] = [[1.5, 0.0, 0.0], [0.5, -2.0, 0.0]]
+    reference = np.full((2, 2, 3), 7.0)
+    tokens = np.array([[4, 4, 4], [2, 2, 2]])
+    figures = alignment.preference_figures([policy + 7, reference], tokens, "dpo", BETA)
+    # Right, wrong, equal: 1/2. Of single replicates the second pair is equal, then wrong.
+    close(figures.accuracy, [0.5, 0.5 / math.sqrt(3), 0.25 / 3])
+    margins, noise = np.array([1.0, -1.0, 0.0]), np.array([0.5, 1.0, 0.0])
+    close(figures.margin, [0, 1 / math.sqrt(3), np.sqrt(np.sum(noise**2)) / 3], atol=1e-7)
+    close(figures.losses, np.log1p(np.exp(-margins)), rtol=1e-5)
+    record = figures.to_dict()
+    assert record["preference_accuracy"] == 0.5 and len(record) == 9
+    one = alignment.preference_figures([policy[:1]], tokens, "simpo", alignment.per_token(2.0))
+    close(one.margin[:2], [1.5 / 4 / 3, np.std([1.5 / 4, 0, 0], ddof=1) / math.sqrt(3)], rtol=1e-5)
+    assert one.to_dict()["preference_margin_monte_carlo_error"] is None
 
 
 def test_constants_state_their_unit():

@@ -10,6 +10,7 @@ import types
 
 import chex
 import jax
+import launching
 import numpy as np
 import pytest
 import saved_run
@@ -19,10 +20,15 @@ from mdm_jax.alignment import pairs
 from mdm_jax.alignment.training import Answers
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import presets
+from mdm_jax.launch.alignment import variance as aligned_variance
 from mdm_jax.launch.alignment.experiment import REFERENCE, aligned, check_same_sampler
 from mdm_jax.launch.alignment.rounds import RECORDS, Rounds
+from mdm_jax.launch.alignment.validation import HeldOutPairs
+from mdm_jax.launch.auto import choose
 from mdm_jax.launch.build import make_experiment, open_workdir
-from mdm_jax.launch.modes import measure, train
+from mdm_jax.launch.families import token_details
+from mdm_jax.launch.modes import evaluate, measure, train
+from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -101,12 +107,29 @@ def test_rewards_rise_and_a_run_resumes_to_the_same_bits(started, tmp_path, caps
     reward = np.array([each["reward"] for each in found])
     # 128 answers at each end, of standard deviations below 0.25: 0.03 a standard error.
     assert reward[-4:].mean() > reward[:4].mean() + 0.15, reward
-    lines = [json.loads(line) for line in (workdir / RECORDS).read_text().splitlines()]
-    assert {line["step"] for line in lines} == set(range(2, 25, 2)) and len(lines) == 12 * 32
+    before = {path.name: path.read_text() for path in (workdir / RECORDS).iterdir()}
+    assert set(before) == {f"step-{step}.jsonl" for step in range(2, 25, 2)}
+    lines = [json.loads(line) for line in before["step-24.jsonl"].splitlines()]
+    assert len(lines) == 32 and {line["step"] for line in lines} == {24}
     assert set(lines[0]) == {"step", "prompt", "answer", "reward", "steps"}
-    before = (workdir / RECORDS).read_text()
+    # Held-out rewards choose the best parameters, and are those that evaluate prints.
+    held_out = records(workdir, "evaluate")
+    assert [each["step"] for each in held_out] == [*range(2, 25, 2)]
+    assert all(each["loss"] == -each["reward"] for each in held_out)
+    best = max(each["reward"] for each in held_out)
+    checkpoints = open_workdir(workdir)
+    assert checkpoints.best_metrics()["reward"] == best > held_out[0]["reward"]
+    checkpoints.close()
+    final = evaluate.evaluate(make_experiment(saved_config(workdir), workdir), workdir)
+    assert final["rewarded_answers"] == 8 and 0 < final["reward"] <= 1
+    assert "held-out reward" in "".join(token_details(final))
+    # The last round is written again, and it alone.
+    edited = tmp_path / "again" / RECORDS / "step-22.jsonl"
+    (workdir / RECORDS / "step-22.jsonl").write_text("kept")
+    (workdir / RECORDS / "step-24.jsonl").write_text("cut off")
     assert_resumes(workdir, tmp_path)
-    assert (tmp_path / "again" / RECORDS).read_text() == before
+    assert edited.read_text() == "kept"
+    assert (tmp_path / "again" / RECORDS / "step-24.jsonl").read_text() == before["step-24.jsonl"]
 
 
 @pytest.mark.slow
@@ -135,6 +158,23 @@ def test_every_method_trains(started, tmp_path, settings):
         assert_resumes(workdir, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("process, method", [("block", "elbo"), ("uniform", "rejection")])
+def test_other_processes_are_rewarded_by_their_own_bound(started, tmp_path, process, method):
+    workdir = files.as_path(tmp_path / "run")
+    config = rewarded(started, tmp_path, method=method, kl=0.1)
+    config.process = process
+    config.block.size = 4
+    config.sample.sampler = "first_hitting" if process == "block" else "uniform_ancestral"
+    assert train.train(make_experiment(config, workdir), workdir)
+    state = last_state(make_experiment(config, workdir), workdir)
+    assert int(state.step) == 4 and int(state.skipped) == 0
+    assert all(0 <= each["reward"] <= 1 for each in records(workdir, "reward"))
+    config.alignment.update(method="trace", kl=0.0)
+    with pytest.raises(ValueError, match="masks views of its own, for process=masked"):
+        aligned(make_experiment(config))
+
+
 def leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
@@ -152,6 +192,16 @@ def test_preferences_are_learnt_and_a_run_resumes_to_the_same_bits(started, tmp_
     losses = [each["loss"] for each in records(workdir, "train")]
     assert losses[0] < math.log(2) + 0.02 and losses[-1] < math.log(2) - 0.05, losses
     assert (workdir / REFERENCE).exists()
+    held_out = records(workdir, "evaluate")
+    assert [each["step"] for each in held_out] == [*range(2, 17, 2)]
+    assert held_out[-1]["preference_accuracy"] > 0.7 and held_out[-1]["preference_margin"] > 0.5
+    assert held_out[-1]["loss"] == held_out[-1]["preference_loss"] < held_out[0]["loss"]
+    assert 0 < held_out[-1]["preference_margin_monte_carlo_error"] < 3
+    final = evaluate.evaluate(make_experiment(saved_config(workdir), workdir), workdir)
+    assert final["preference_accuracy"] > 0.7
+    assert "held-out pairs: accuracy" in "".join(token_details(final))
+    page = write_page(workdir).read_text()
+    assert "held-out preference accuracy" in page and "Loss of the pairs" in page
     assert_resumes(workdir, tmp_path)
 
 
@@ -228,7 +278,7 @@ def test_settings_that_contradict_each_other_are_refused(started, tmp_path):
         with pytest.raises(ValueError, match=match):
             aligned(dataclasses.replace(made[make], config=config))
 
-    refused("trained least here", lambda c: c.train.update(evaluate_every=2))
+    refused("leaves some out", lambda c: c.train.stop.update(patience=2), on_error="skip")
     refused("starts from a trained model", lambda c: c.train.update(init_from=""))
     refused("trains on prompts", make=preferred, method="trace")
     refused("trains on pairs", method="dpo")
@@ -243,7 +293,7 @@ def test_settings_that_contradict_each_other_are_refused(started, tmp_path):
     refused("no function of a file", reward="nowhere.py:f")
     refused("has no function 'twos', but ones", reward=f"{tmp_path / 'rewards.py'}:twos")
     refused("alignment.kl is of bounds", kl=0.1)
-    refused("chosen by the likelihood bound", lambda c: c.variance.update(order=("auto",)))
+    refused("searched by the", lambda c: c.variance.update(order=("clipped_adaptive",)))
     for transform, method, match in (
         (variance.clipped(0.3, 0.8), "elbo", "no bounds of the likelihood"),
         (variance.log_uniform(), "trace", "log_uniform in variance.order would warp"),
@@ -258,13 +308,118 @@ def test_settings_that_contradict_each_other_are_refused(started, tmp_path):
 def test_other_modes_say_what_they_do_not_do(started, tmp_path):
     workdir = files.as_path(tmp_path / "run")
     experiment = make_experiment(rewarded(started, tmp_path))
-    with pytest.raises(ValueError, match="this run's loss is alignment.method='trace'"):
-        measure.measure(experiment, workdir)
+    with pytest.raises(ValueError, match="fitted to the .*alignment.method='trace'"):
+        measure.parameters(experiment, workdir)
     claim(workdir, experiment.config)
     experiment.config.sample.temperature = 0.5
     with pytest.raises(WorkdirError, match="sample.temperature: 1.0 -> 0.5: .*another policy's"):
         check_same_sampler(aligned(experiment), workdir, allow_change=False)
     check_same_sampler(aligned(experiment), workdir, allow_change=True)
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_train_as_one(started, tmp_path):
+    """The same answers, rewards and files; losses up to the order of summation."""
+    arguments = [
+        "--config=reward:smoke",
+        "--config.data.task.name=add",
+        f"--config.train.init_from={started}",
+        "--config.alignment.method=espo",
+        "--config.alignment.inner_steps=2",
+        "--config.alignment.kl=0.1",
+        "--config.optimizer.peak=0.01",
+    ]
+    launching.finish(*arguments, f"--workdir={tmp_path / 'one'}", devices=2)
+    several = launching.start_several(2, *arguments, f"--workdir={tmp_path / 'two'}")
+    found = launching.finish_several(several)
+    assert all(code == 0 for code, _, _ in found), found
+    one, two = (
+        {kind: records(tmp_path / name, kind) for kind in ("reward", "train", "evaluate")}
+        for name in ("one", "two")
+    )
+    assert one["reward"] == two["reward"] and one["evaluate"] == two["evaluate"]
+    for first, second in zip(one["train"], two["train"], strict=True):
+        np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-4, atol=1e-6)
+    for path in (tmp_path / "one" / RECORDS).iterdir():
+        assert (tmp_path / "two" / RECORDS / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["preferred", "rewarded"])
+def test_the_meter_measures_such_runs(started, tmp_path, make):
+    """Chains by source and per pass, pairs by what sharing masks removes, answers by method."""
+    workdir = files.as_path(tmp_path / "run")
+    config = globals()[make](started, tmp_path, steps=6)
+    config.measure.update(levels_per_row=2, masks_per_level=2, redraws=16, data_batches=3, rows=8)
+    assert train.train(make_experiment(config, workdir), workdir)
+    shown = []
+    run = aligned_variance.configured(make_experiment(config, workdir))
+    paths = run(make_experiment(config, workdir), workdir, shown.append)
+    assert all(pathlib.Path(path).exists() for path in paths)
+    record = files.read_json(workdir / "variance" / "variance.json")
+    assert record["step"] == 6 and {"independent", "configured", "stratified, mirror"} <= set(
+        record["methods"]
+    )
+    own = record["methods"]["configured"]
+    for of in ("score", "loss", "gradient"):
+        assert own[of]["total"] > 0 and own[of]["pattern"] > 0
+    assert own["efficiency"]["passes"] == 2
+    if make == "preferred":
+        assert record["estimators"] is None and "on masks of their own" in shown[0]
+        assert record["sharing"]["factor"] > 2
+    else:
+        refused = record["methods"]["stratified, ppots_slopes"]["refused"]
+        assert "ppots_slopes in variance.order would warp" in refused
+        found = record["estimators"]
+        assert record["sharing"] is None and found["trace"]["cosine"] == pytest.approx(1)
+        assert found["coupled"]["passes"] == 3 and found["gdpo"]["passes"] == 2
+        assert "within_standard_error" in own["score"]
+        assert "methods on batches of the same 8 answers" in shown[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["preferred", "rewarded"])
+def test_auto_chooses_the_chain_of_such_runs(started, tmp_path, make):
+    workdir = files.as_path(tmp_path / "run")
+    config = globals()[make](
+        started, tmp_path, steps=4, method="dpo" if make == "preferred" else "elbo"
+    )
+    config.variance.order = ("auto",)
+    config.variance.auto.update(budget=1.0, passes=8, groups=4, warm_up=2)
+    config.train.update(steps=400, batch_size=16)
+    experiment = aligned(make_experiment(config, workdir))
+    state = train.initial_state(experiment)
+    experiment = experiment.with_reference(state, workdir)
+    record, chain, _ = choose.choose(experiment, state)
+    assert record["redraws"] > 0 and not record["left_out"], record
+    assert {"independent", "stratified", "stratified, mirror"} <= set(record["chains"])
+    under = experiment.with_chain(chain)
+    assert under.transform.views == 2 * under.base.transform.views
+    assert under.frozen is experiment.frozen and under.rollout is experiment.rollout
+
+
+def test_policy_and_reference_are_evaluated_on_the_same_masks(started, tmp_path):
+    """Of equal parameters all margins are 0 bit for bit; others are the difference of the bounds
+    that the likelihood estimator gives, and equal validations are equal."""
+    experiment = make_experiment(preferred(started, tmp_path))
+    params = train.initial_state(experiment).params
+    key = experiment.key(0, "evaluate")
+
+    def pairs_of(reference):
+        return HeldOutPairs(experiment, "valid", experiment.validate, key, reference)
+
+    figures, chosen = pairs_of(params).measure(params)
+    assert figures.accuracy[0] == 0.5 and figures.margin == (0, 0, 0)
+    np.testing.assert_allclose(figures.losses, math.log(2), rtol=1e-6)
+    moved = jax.tree.map(lambda a: a + 0.1 * np.cos(np.arange(a.size)).reshape(a.shape), params)
+    held_out = pairs_of(params)
+    figures, chosen = held_out.measure(moved)
+    rows = experiment.batches(experiment.dataset.valid, 8)
+    np.testing.assert_array_equal(
+        chosen.replicate_row_nats, experiment.validate(moved, key, rows).replicate_row_nats
+    )
+    assert len(figures.losses) == 8 and figures.margin.standard_error > 0
+    assert held_out.measure(moved)[0].margin == figures.margin
 
 
 def test_bad_pairs_are_named_by_file_and_line(tmp_path):
@@ -286,6 +441,7 @@ def test_bad_pairs_are_named_by_file_and_line(tmp_path):
     with pytest.raises(ValueError, match=r"pairs.jsonl:2: too long"):
         read(good, good | {"chosen": "much longer"}, answer_length=4)
     made = read(good, good | {"chosen": "much longer"}, answer_length=4, too_long="drop")
+    assert {name: len(rows) for name, rows in made.rejected.items()} == {"valid": 0, "test": 0}
     row = made.train[0]
     assert len(made.train) == 1 and made.length == 5 and row.tokens.shape == (10,)
     np.testing.assert_array_equal(row.documents, [1] * 5 + [2] * 5)
@@ -299,7 +455,6 @@ def test_every_update_of_every_round_has_a_draw_of_its_own(inner):
     rounds = object.__new__(Rounds)
     settings = types.SimpleNamespace(inner_steps=inner)
     rounds._experiment = types.SimpleNamespace(settings=settings, frozen=None)
-    rounds._by_rows = jax.devices()[0]
     rounds._old = lambda _state, _answers, number, _frozen: np.float32(number)
     rounds.write = lambda _state, _prompts, _number: Answers(*[np.zeros(1)] * 7)
     seen = []
@@ -307,12 +462,15 @@ def test_every_update_of_every_round_has_a_draw_of_its_own(inner):
     def step(state, answers):
         old = None if answers.old is None else int(answers.old)
         seen.append((int(state.step), old))
-        return state.replace(step=state.step + 1), None
+        metrics = training.StepMetrics(*[float(state.step)] * 4, 0.0, 0.0)
+        return state.replace(step=state.step + 1), metrics
 
-    state = StateOf(jax.device_put(np.int32(0), rounds._by_rows))
+    state = StateOf(jax.device_put(np.int32(0), jax.devices()[0]))
     for number in range(3):
-        state, _ = rounds(step, state, None)
+        state, metrics = rounds(step, state, None)
         assert int(state.step) == number + 1
+        # What is logged is the mean over the updates of the round.
+        assert metrics.loss == number * inner + (inner - 1) / 2 and metrics.skipped == 0
     assert [number for number, _ in seen] == [*range(3 * inner)]
     # The old policy is scored by the draw of the update that its values are for.
     assert all(old == (number if inner > 1 else None) for number, old in seen)

@@ -10,7 +10,7 @@ import saved_run
 from variants import slow_except
 
 from mdm_jax.launch import names
-from mdm_jax.launch.build import check_quality, make_experiment
+from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.modes.sample import show_samples
 from mdm_jax.launch.presets import (
@@ -21,6 +21,7 @@ from mdm_jax.launch.presets import (
     text_uniform,
 )
 from mdm_jax.launch.processes import parts
+from mdm_jax.launch.sampling.quality import check_quality
 from mdm_jax.launch.spacing import compare
 from mdm_jax.launch.spacing.stored import stored_generator
 

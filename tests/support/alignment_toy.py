@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax import alignment
+from mdm_jax import alignment, variance
 from mdm_jax.draws import Draw
 from mdm_jax.types import Batch
 
@@ -43,18 +43,19 @@ THETA = REFERENCE + 0.3 * np.cos(np.arange(27) + 1)
 
 
 def network(theta, inputs, logsnr=None, documents=None):
-    """Logits [N, L, 3] of rows with or without the prompt token."""
+    """Logits [N, L, 3] of rows with or without the prompt token; b is repeated for six tokens."""
     del logsnr, documents
     b, w, p = (part.reshape(3, 3) for part in jnp.split(theta, 3))
-    answer = inputs[:, -3:]
+    size = 6 if inputs.shape[1] == 6 else 3
+    answer, b = inputs[:, -size:], jnp.tile(b, (size // 3, 1))
     prompt = inputs[:, 0] if inputs.shape[1] == 4 else jnp.full(inputs.shape[:1], PROMPT)
-    distance = np.abs(np.arange(3)[:, None] - np.arange(3))
+    distance = np.abs(np.arange(size)[:, None] - np.arange(size))
     reach = np.where(distance > 0, 1 / np.maximum(distance, 1), 0.0)
     seen = jax.nn.one_hot(answer, 3, dtype=theta.dtype)
     context = jnp.einsum("ij,nju,uv->niv", reach, seen, w)
     of_prompt = jax.nn.one_hot(prompt, 3, dtype=theta.dtype) @ p
-    logits = b[None] + context + of_prompt[:, None] / (np.arange(3) + 1)[None, :, None]
-    return jnp.concatenate([jnp.zeros_like(logits[:, : inputs.shape[1] - 3]), logits], axis=1)
+    logits = b[None] + context + of_prompt[:, None] / (np.arange(size) + 1)[None, :, None]
+    return jnp.concatenate([jnp.zeros_like(logits[:, : inputs.shape[1] - size]), logits], axis=1)
 
 
 def batch(answers=ANSWERS, with_prompt=False):
@@ -64,6 +65,18 @@ def batch(answers=ANSWERS, with_prompt=False):
         tokens = np.concatenate([np.full((len(tokens), 1), PROMPT, np.int32), tokens], axis=1)
         eligible = np.concatenate([np.zeros((len(eligible), 1), bool), eligible], axis=1)
     return Batch(tokens, eligible, np.ones(tokens.shape, np.int32), eligible.sum(1))
+
+
+MIRROR = variance.chain(variance.mirror())
+
+
+def mirrored(draw, rows):
+    """Two fixed-count views of reversed ranks, as one surrogate."""
+    views = alignment.fixed_counts(
+        MIRROR.draw(jax.random.key(0), MIRROR.init(None), draw, None), rows
+    )
+    pairs = [jnp.stack(jnp.split(a[0], 2)) for a in views]
+    return alignment.Views(pairs[0], pairs[1] / 2)
 
 
 class Atoms(NamedTuple):
@@ -113,7 +126,9 @@ class Tables(NamedTuple):
 
 
 @functools.cache
-def _scores():
+def scores_and_gradients():
+    """``(theta, hide_prompt) -> (log p [8, 27, 3], gradients [8, 27, 3, 27])``, jitted."""
+
     def scores(theta, hide_prompt):
         answer = np.broadcast_to(HIDDEN[:, None, None], (8, 1, 27, 3))
         prompt = jnp.broadcast_to(hide_prompt, (8, 1, 27, 1))
@@ -134,7 +149,7 @@ def _scores():
 def tables_at(theta, hide_prompt=False):
     """log p [8, 27, 3] and their gradients [8, 27, 3, 27], float64."""
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, _scores()(jnp.asarray(theta), hide_prompt))
+        return jax.tree.map(np.asarray, scores_and_gradients()(jnp.asarray(theta), hide_prompt))
 
 
 @functools.cache

@@ -2,32 +2,34 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mdm_jax import alignment, data, files, models, sharding, training
+from mdm_jax import alignment, data, distributed, files, models, sharding, training
 from mdm_jax.alignment import preference
 from mdm_jax.alignment import rewards as reward_functions
+from mdm_jax.alignment import rollout as rollouts
 from mdm_jax.alignment import training as objectives
-from mdm_jax.alignment.methods import METHODS, PER_ANSWER, Constant, per_answer, per_token
+from mdm_jax.alignment.methods import METHODS, per_answer, per_token
 from mdm_jax.alignment.surrogates import FREE_ORDERS
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch.alignment.settings import PREFERENCES
+from mdm_jax.launch.alignment.validation import REFERENCE, beta_of, reward_of
 from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import Experiment
 from mdm_jax.launch.processes.parts import masked_sampler
-from mdm_jax.launch.start import scaled
 from mdm_jax.launch.workdir import WorkdirError, changes
 from mdm_jax.models import lora
 from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.step import TrainState
-from mdm_jax.types import ArrayLike, PyTree
+from mdm_jax.types import Array, ArrayLike, Batch, PyTree
 from mdm_jax.variance.transform import Phase, VarianceTransform
 
-REFERENCE = "reference"
-"""Folder of a workdir with the parameters that a run of all parameters began from."""
+REWARDED = ("masked", "block", "uniform")
+"""Processes whose answers can be rewarded; but for masked ones, by methods that score the run's own
+bound."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,11 +39,13 @@ class AlignedExperiment(Experiment):
     The reference is what the run began from: the frozen parameters, where adapters are trained.
 
     Attributes:
+        base: the run as it is without the section ``alignment``.
         length: positions of a training row: two answers, or one.
         reward: of a text; None for preferences.
         rollout: as of ``alignment.make_rollout``; None for preferences.
     """
 
+    base: Experiment | None = None
     length: int = 0
     reward: Callable[[str, str], float] | None = None
     rollout: Callable[..., alignment.Written] | None = None
@@ -103,9 +107,78 @@ class AlignedExperiment(Experiment):
             old = rows_of((self.transform.views, *[self.length] * by_token), np.float32)
         return alignment.Answers(*fields, number, number, rows_of((self.length,), np.int32), old)
 
+    @property
+    def members(self) -> tuple[VarianceTransform, ...]:
+        return self.base.members
+
+    def with_chain(self, chain: chains.Chain) -> "AlignedExperiment":
+        if chain == self.chain:
+            return self
+        made = aligned(self.base.with_chain(chain))
+        kept = {"frozen": self.frozen, "reward": self.reward, "rollout": self.rollout}
+        return dataclasses.replace(made, **kept)
+
+    def measured_rows(self, params: PyTree, count: int, step: int) -> Any:
+        if not self.reward:
+            return super().measured_rows(params, count, step)
+        return self.written(params, count, step).answers
+
+    def written(self, params: PyTree, count: int, step: int) -> "Round":
+        """``count`` answers (a multiple of a prompt's) in batches as of the loop, by seed and step.
+
+        ``params`` as of :meth:`variables`.
+        """
+        group, size = self.settings.answers, self.rows_of_data
+        prompts = super().measured_rows(params, -(-count // (group * size)) * size, step)
+        key, made = self.key(step, "measured answers"), []
+        for first in range(0, len(prompts.tokens), size):
+            own = jax.tree.map(lambda field, i=first: np.asarray(field)[i : i + size], prompts)
+            made.append(self.answer(params, own, key, first * group))
+        answers, texts, rewards = zip(*made)
+        joined = [
+            jax.tree.map(lambda *parts, n=n: np.concatenate(parts)[:n], *each)
+            for each, n in ((answers, count), (rewards, count // group))
+        ]
+        return Round(joined[0], [text for part in texts for text in part][:count], joined[1])
+
+    def answer(self, params: PyTree, prompts: Batch, key: Array, first_row: int = 0) -> "Round":
+        """Answers of the policy to prompts on the host, with their rewards, on every host.
+
+        ``params`` as of :meth:`variables`; ``first_row``: number of the first answer, which its
+        noise goes with.
+        """
+        s, codec, mask_id = self.settings, self.dataset.tokenizer, self.dataset.mask_id
+        canvas = rollouts.prompts_to_answer(prompts, s.answers, mask_id)
+        placed = self.placed(canvas)
+        written = self.rollout(params, key, placed.tokens, placed.documents, np.int32(first_row))
+        tokens, steps = map(np.asarray, distributed.to_host(written))
+        texts, skip = rollouts.texts(canvas, tokens, codec), s.on_error == "skip"
+        found = reward_functions.score_together(self.reward, texts, s.answers, skip=skip)
+        factors = reward_functions.coefficients(s.method, s.advantages, found)
+        eligible = canvas.eligible
+        if s.tail == "masked":
+            tokens, eligible = rollouts.hide_tail(tokens, eligible, codec.eos_id, mask_id)
+        answers = alignment.Answers(
+            tokens=tokens.astype(np.int32),
+            eligible=eligible,
+            documents=canvas.documents,
+            units=np.array([len(text) for _, text in texts], np.int32),
+            advantage=factors.values.reshape(-1).astype(np.float32),
+            weight=factors.weight.reshape(-1).astype(np.float32),
+            steps=steps.astype(np.int32),
+        )
+        return Round(answers, texts, found)
+
+    def placed(self, rows: Any) -> Any:
+        """Rows that every host holds, on the devices that split batches."""
+        by_rows, size = sharding.batch_sharding(self.mesh), len(rows.tokens)
+        own = sharding.local_rows(by_rows, size)
+        local = jax.tree.map(lambda field: np.asarray(field)[own], rows)
+        return sharding.place_batch(local, by_rows, size)
+
     def with_reference(self, state: TrainState, workdir: files.Path) -> "AlignedExperiment":
         """This run with its reference: that of ``workdir``, or new parameters, which are kept."""
-        if not self.has_reference or self.adapter is not None:
+        if not self.has_reference or self.frozen is not None:
             return self
         kept = training.Checkpoints(workdir / REFERENCE, 1)
         try:
@@ -130,6 +203,14 @@ class AlignedExperiment(Experiment):
             f"{self.rows_of_data} prompts of {s.answers} answers"
         )  # fmt: skip
         return f"alignment: {s.method} ({method.source}), {prompts} a step; {scored}"
+
+
+class Round(NamedTuple):
+    """Answers on the host, their (prompt, answer) texts, and rewards."""
+
+    answers: alignment.Answers
+    texts: list[tuple[str, str]]
+    rewards: reward_functions.Rewards
 
 
 def aligned(experiment: Experiment) -> Experiment:
@@ -164,7 +245,7 @@ def aligned(experiment: Experiment) -> Experiment:
     length = data.gather(experiment.dataset.train, np.arange(1)).tokens.shape[1]
     reward, rollout = None, None
     if rewarded:
-        reward = reward_functions.load_reward(s.reward) if s.reward else experiment.dataset.check
+        reward = reward_of(experiment)
         rollout = _rollout(experiment)
     fields = {f.name: getattr(experiment, f.name) for f in dataclasses.fields(Experiment)}
     spec = objective.spec(experiment.spec.batch_size, length)
@@ -173,9 +254,9 @@ def aligned(experiment: Experiment) -> Experiment:
         "transform": transform,
         "spec": spec,
         "monitors": chains.monitors(c.train.monitors, c.monitors, objective, transform),
-        "loop": dataclasses.replace(experiment.loop, views=transform.views),
+        "loop": dataclasses.replace(experiment.loop, views=transform.views, unit=""),
     }
-    made = AlignedExperiment(**own, length=length, reward=reward, rollout=rollout)
+    made = AlignedExperiment(**own, base=experiment, length=length, reward=reward, rollout=rollout)
     made.step  # noqa: B018  (checks the step's settings)
     return made
 
@@ -206,14 +287,13 @@ def check_same_sampler(experiment: Experiment, workdir: files.Path, allow_change
 
 def _pairs(experiment: Experiment) -> Any:
     s = experiment.config.alignment
-    beta = _constant(s.beta, METHODS[s.method].unit)
     estimate = getattr(preference, s.estimate)
     if s.estimate == "crossfitted" and s.replicates < 2:
         raise ValueError(
             f"alignment.estimate=crossfitted needs alignment.replicates of 2 or more, got "
             f"{s.replicates}; or take alignment.estimate=plain"
         )
-    loss = objectives.pair_loss(s.method, beta, gap=s.gap, estimate=estimate)
+    loss = objectives.pair_loss(s.method, beta_of(experiment), gap=s.gap, estimate=estimate)
     return objectives.pair_objective(experiment.objective, loss, s.replicates)
 
 
@@ -229,17 +309,16 @@ def _policy(experiment: Experiment) -> Any:
     )
 
 
-def _constant(value: float, unit: str) -> Constant:
-    return per_answer(value) if unit == PER_ANSWER else per_token(value)
-
-
-def _rollout(experiment: Experiment) -> Callable[..., Any]:
+def _rollout(experiment: Experiment) -> Callable[..., alignment.Written]:
+    """The run's sampler, with the steps in which it writes, which only masked processes record."""
     c, dataset = experiment.config, experiment.dataset
-    if c.process != "masked" or c.sample.approximate_cache:
+    if c.sample.approximate_cache:
         raise ValueError(
-            "rewarded answers are written by a sampler of process=masked without "
-            f"sample.approximate_cache; got process={c.process}, {c.sample.approximate_cache!r}"
+            "rewarded answers are written by the network that is scored: leave out "
+            f"sample.approximate_cache={c.sample.approximate_cache!r}"
         )
+    if c.process != "masked":
+        return alignment.without_steps(experiment.generate, dataset.mask_id)
     sampler, levels = masked_sampler(c, dataset)
     grid = None if sampler.num_steps is not None else levels(c.sample.grid, c.sample.num_steps)
     network = models.without_tokens(experiment.apply_fn, dataset.absent_ids)
@@ -261,15 +340,10 @@ def _check(experiment: Experiment) -> None:
             + ("pairs, data.source=preferences" if wanted else "prompts, such as data.source=task")
             + f"; got data.source={c.data.source!r}"
         )
-    if chains.is_automatic(c) or "clipped_adaptive" in c.variance.order:
+    if "clipped_adaptive" in c.variance.order:
         raise ValueError(
-            f"variance.order={tuple(c.variance.order)} is chosen by the likelihood bound; name the "
-            "chain, as in --config.variance.order=\"('stratified',)\""
-        )
-    if scaled.evaluate_every(c):
-        raise ValueError(
-            "validations keep the parameters of the best likelihood bound, which are those that "
-            "were trained least here: set train.evaluate_every=0; mdm evaluate takes the last ones"
+            "clipped_adaptive in variance.order is searched by the likelihood bound; take auto, or "
+            "name the chain, as in --config.variance.order=\"('stratified',)\""
         )
     if experiment.adapter is not None and experiment.adapter.dropout:
         raise ValueError(
@@ -283,8 +357,11 @@ def _check(experiment: Experiment) -> None:
         )
     if wanted:
         return
-    if jax.process_count() > 1:
-        raise ValueError("rewarded answers are written in one process; this run has several")
+    if c.process not in REWARDED:
+        raise ValueError(
+            f"rewarded answers are written by process={' or '.join(REWARDED)}, whose samplers fill "
+            f"in answers that the run's bound scores; got process={c.process!r}"
+        )
     if experiment.dataset.tokenizer is None:
         raise ValueError(
             f"rewards are of texts, and data.source={c.data.source!r} has none; take "
@@ -322,6 +399,11 @@ def _check(experiment: Experiment) -> None:
     if s.method == "trace" and s.tail == "masked":
         raise ValueError(
             "alignment.method=trace scores the whole canvas: take alignment.tail=answer"
+        )
+    if s.on_error == "skip" and c.train.stop.patience:
+        raise ValueError(
+            "train.stop.patience pairs the rewards of validations by prompt, and "
+            "alignment.on_error=skip leaves some out: take one of the two"
         )
     if c.train.noise_by == "example":
         raise ValueError("answers are new in every step: leave train.noise_by empty")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mdm_jax import data, distributed, files, meter, rng, variance
+from mdm_jax import distributed, files, meter, rng, variance
 from mdm_jax.launch.auto.chain import (
     CANDIDATES,
     DEFAULTS,
@@ -44,7 +44,7 @@ class Plan:
     """What a measurement costs; passes are forward-backward passes of one row.
 
     Attributes:
-        transforms: of the reference and of each candidate, by name.
+        transforms, members: of the reference and of each candidate, by name; its single transforms.
         chains: of the candidates, the simplest first.
         left_out: candidates that cannot be had here, with the reason.
         warm_up: passes (here forward alone) in which adaptive transforms learn first.
@@ -53,6 +53,7 @@ class Plan:
     """
 
     transforms: dict[str, VarianceTransform]
+    members: dict[str, tuple[VarianceTransform, ...]]
     chains: dict[str, Chain]
     left_out: dict[str, str]
     warm_up: int
@@ -91,11 +92,13 @@ def plan(experiment: Experiment, learned: dict[str, PyTree], same_rows: bool) ->
     ``learned`` holds states by transform that need no warm-up.
     """
     c, s = experiment.config, experiment.config.variance.auto
-    transforms = {REFERENCE: experiment.with_chain(Chain(())).transform}
+    reference = experiment.with_chain(Chain(()))
+    transforms, members = {REFERENCE: reference.transform}, {REFERENCE: reference.members}
     chains, left_out = {}, {}
     for chain in candidates(experiment):
         try:
-            transform = experiment.with_chain(chain).transform
+            under = experiment.with_chain(chain)
+            transform = under.transform
             if s.passes % transform.views:
                 raise ValueError(f"{transform.views} views do not divide variance.auto.passes")
             if same_rows and transform.views != experiment.transform.views:
@@ -103,8 +106,9 @@ def plan(experiment: Experiment, learned: dict[str, PyTree], same_rows: bool) ->
         except ValueError as error:
             left_out[chain.name] = str(error)
             continue
-        transforms[chain.name], chains[chain.name] = transform, chain
-    spec = experiment.objective.spec(s.passes, experiment.dataset.length)
+        transforms[chain.name], members[chain.name] = transform, under.members
+        chains[chain.name] = chain
+    spec = experiment.objective.spec(s.passes, max(experiment.lengths))
     stateful = {
         warp
         for transform in transforms.values()
@@ -119,6 +123,7 @@ def plan(experiment: Experiment, learned: dict[str, PyTree], same_rows: bool) ->
     redraws = min((allowed - warm_up) // one, MOST_REDRAWS)
     return Plan(
         transforms=transforms,
+        members=members,
         chains=chains,
         left_out=left_out,
         warm_up=warm_up,
@@ -250,10 +255,11 @@ def _measure(
 ) -> dict[str, Efficiency]:
     """Figures by chain; states of adaptive transforms are put into ``learned``."""
     s, key = experiment.config.variance.auto, experiment.key(step, "auto")
-    objective, length = experiment.objective, experiment.dataset.length
-    apply_fn = experiment.apply_at(experiment.config.seed, step)  # as annealed as training is here
+    objective, length = experiment.objective, max(experiment.lengths)
+    # As annealed as training is here.
+    apply_fn = experiment.apply_at(experiment.config.seed, step, experiment.frozen)
     estimator = meter.make_estimator(apply_fn, objective)
-    rows = _rows(experiment, step)
+    rows = experiment.measured_rows(params, POOL, step)
     figures = {}
     total = planned.warm_up // s.passes + planned.redraws * s.groups * len(planned.transforms)
     silent = not distributed.is_first()
@@ -269,7 +275,7 @@ def _measure(
             state = transform.init(spec)
             missing = [n for n, each in state.items() if jax.tree.leaves(each) and n not in learned]
             if missing:
-                own = variance.chain(*(t for t in transform.members if t.views == 1))
+                own = variance.chain(*(t for t in planned.members[name] if t.views == 1))
                 warm = meter.warm_up(
                     apply_fn,
                     objective,
@@ -296,12 +302,6 @@ def _measure(
 
 def _known(learned: dict[str, PyTree], state: dict[str, PyTree]) -> dict[str, PyTree]:
     return {name: value for name, value in learned.items() if name in state}
-
-
-def _rows(experiment: Experiment, step: int) -> Batch:
-    """Training rows, drawn by seed and step."""
-    generator = np.random.default_rng([experiment.config.seed, step])
-    return data.sample_rows(experiment.dataset.train, POOL, generator)
 
 
 def _batches(

@@ -8,12 +8,14 @@ import numpy as np
 
 from mdm_jax import data, distributed, evaluation, files, likelihood, plots, rng, training
 from mdm_jax.evaluation.accuracy import measure_task_accuracy
-from mdm_jax.launch.build import Experiment, check_quality, load_parameters, make_experiment
+from mdm_jax.launch.alignment.validation import final_figures
+from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.reports.curves import SIZE, is_exact, level_lines, training_curves
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.reports.writers import reopen_writer
 from mdm_jax.launch.sampling.options import Options, rows_and_watcher
+from mdm_jax.launch.sampling.quality import check_quality
 from mdm_jax.launch.sampling.watch import in_batches
 from mdm_jax.launch.spacing.stored import stored_generator
 from mdm_jax.launch.workdir import new_files, saved_config, write_json, writing
@@ -53,6 +55,7 @@ def evaluate(
         **experiment.family.record(result),
         **_audit(experiment, step, result, experiment.batches(source, max_rows)),
         **measure_accuracy(experiment, workdir, params, check),
+        **_of_alignment(experiment, workdir, params, check),
     }
     show(record)
     if distributed.is_first():
@@ -129,6 +132,18 @@ def measure_accuracy(
         "temperature": c.sample.temperature,
         "grid": grid,
     }
+
+
+def _of_alignment(
+    experiment: Experiment, workdir: files.Path, params: PyTree, check: Check
+) -> dict[str, Any]:
+    """Held-out preferences, or rewards, of a run that trains on them."""
+    if not experiment.config.alignment.method:
+        return {}
+    generate, _ = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
+    split, source = experiment.held_out
+    with _progress_bar(len(source), f"preferences or rewards, {split}", check) as progress:
+        return final_figures(experiment, workdir, params, generate, progress)
 
 
 @contextlib.contextmanager
@@ -356,6 +371,8 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
         "bits_per_unit_standard_error": "standard_error_bits_per_unit",
         "perplexity": "perplexity",
         "accuracy": "accuracy",
+        "preference_accuracy": "preference_accuracy",
+        "reward": "reward",
     }
     return {name: record[own] for name, own in fields.items() if record.get(own) is not None}
 

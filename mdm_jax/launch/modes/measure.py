@@ -60,8 +60,13 @@ def named(methods: Iterable[str], experiment: Experiment) -> dict[str, Method]:
     return {name: METHODS.get(name) or _chain(name, experiment) for name in wanted}
 
 
+def chain_named(name: str) -> chains.Chain:
+    """The chain of registered transforms, such as "stratified, ema_bins"."""
+    return chains.Chain(tuple(part.strip() for part in name.split(",")))
+
+
 def _chain(name: str, experiment: Experiment) -> Method:
-    chain = chains.Chain(tuple(part.strip() for part in name.split(",")))
+    chain = chain_named(name)
     law = experiment.objective.law
     made = chains.transform(experiment.config, law, chain)
     return Method(lambda _table: made, None)
@@ -302,10 +307,11 @@ def parameters(
     """
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")
-    if method := experiment.config.alignment.method:
+    method = experiment.config.alignment.method
+    if method and experiment.objective.summed is None:
         raise ValueError(
-            f"mdm variance measures gradients of the likelihood bound, and this run's loss is "
-            f"alignment.method={method!r}; measure the run that it started from"
+            f"curves are fitted to the likelihood bound, and this run's loss is "
+            f"alignment.method={method!r}; fit them to the run that it started from"
         )
     restored = None
     if (workdir / "checkpoints").exists():

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,14 +15,15 @@ import numpy as np
 from mdm_jax import data, distributed, files, training
 from mdm_jax.data.tokenizers import load_tokenizer
 from mdm_jax.launch import source as sources
+from mdm_jax.launch.alignment import validation
 from mdm_jax.launch.alignment.experiment import (
     AlignedExperiment,
     aligned,
     check_same_sampler,
     with_reference,
 )
-from mdm_jax.launch.alignment.rounds import Rounds
-from mdm_jax.launch.auto import choose
+from mdm_jax.launch.alignment.rounds import RewardPanel, Rounds
+from mdm_jax.launch.auto import choose, clip
 from mdm_jax.launch.auto.chain import Chain, is_automatic, last_choice
 from mdm_jax.launch.build import Experiment, open_workdir, read_parameters
 from mdm_jax.launch.modes.sample import show_samples
@@ -45,12 +45,10 @@ from mdm_jax.launch.workdir import (
     set_history_aside,
     training_lock,
 )
-from mdm_jax.meter.clip_search import ClipChoice
 from mdm_jax.training.checkpoints import CheckpointError, Restored
 from mdm_jax.training.loop import BatchStream
 from mdm_jax.training.step import TrainState
 from mdm_jax.types import Batch, PyTree
-from mdm_jax.variance.warps import set_clip_range
 
 
 def train(
@@ -99,6 +97,7 @@ def train(
             sources.keep(c, experiment.source, workdir)
             experiment = experiment.with_frozen(workdir)
             state, noted, rows = initial_state(experiment), {}, experiment.spec.batch_size
+            experiment = with_reference(experiment, state, workdir)
             if is_automatic(c) and last_choice(workdir) is None:
                 experiment, state = _with_chosen_chain(experiment, state, workdir, interrupt)
             if experiment.spec.batch_size != rows:
@@ -134,7 +133,10 @@ def train(
             print(f"{'resuming at' if start else 'starting from'} step {start}", flush=True)
             running.prepare(writer, workdir)
             running.compile()
-            running.panel = hooks.panel = NoisePanel(experiment, writer, start)
+            running.panel = NoisePanel(experiment, writer, start)
+            hooks.panel = running.panel
+            if running.rounds:
+                hooks.panel = RewardPanel(running.rounds, running.panel)
         if restored is None and (c.model.source or c.train.init_from):
             # What the model writes before it is trained, for the report.
             hooks.sample(0, training.averaged(state), interrupt.check)
@@ -238,7 +240,7 @@ class Running:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self.panel: NoisePanel | None = None
-        self._rounds: Rounds | None = None
+        self.rounds: Rounds | None = None
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def prepare(self, writer: training.MetricWriter, workdir: files.Path) -> None:
@@ -246,7 +248,7 @@ class Running:
         if isinstance(self.experiment, AlignedExperiment):
             print(self.experiment.describe_method(), flush=True)
             if self.experiment.reward:
-                self._rounds = Rounds(self.experiment, writer, workdir)
+                self.rounds = Rounds(self.experiment, writer, workdir)
 
     def compile(self) -> None:
         """Compile the step for each length of a batch, and say what that took."""
@@ -265,7 +267,7 @@ class Running:
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, training.StepMetrics]:
         step = self._steps[batch.tokens.shape[1]]
-        return self._rounds(step, state, batch) if self._rounds else step(state, batch)
+        return self.rounds(step, state, batch) if self.rounds else step(state, batch)
 
     def change(self, chain: Chain, state: TrainState, variance: PyTree) -> TrainState:
         """Go on under another chain, whose state is ``variance``."""
@@ -306,16 +308,19 @@ def make_hooks(
     What must be known after a resume is put into ``notes``.
     """
     experiment = running.experiment
-    dataset, max_rows = experiment.dataset, experiment.config.evaluate.max_rows
+    dataset = experiment.dataset
     generate, _ = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
 
+    validate = (
+        validation.validator(experiment, generate)
+        if experiment.config.alignment.method
+        else functools.partial(_validate, experiment)
+    )
+
     def evaluate_step(step: int, ema: PyTree, check: Callable) -> dict[str, float]:
-        # The same key every time: differences between evaluations are not masking noise.
-        batches, params = experiment.batches(dataset.valid, max_rows), experiment.variables(ema)
-        result = experiment.validate(params, experiment.key(0, "evaluate"), batches, check)
-        values = _scalars(experiment.family.record(result))
+        values, losses, sizes = validate(experiment.variables(ema), check)
         if experiment.config.train.stop.patience:
-            gain = stopping.observe(step, result.per_row_nats, row_sizes(result))
+            gain = stopping.observe(step, losses, sizes)
             notes["stop"] = stopping.state
             if gain is not None:
                 values |= {"gain": gain.value, "gain_standard_error": gain.standard_error}
@@ -329,7 +334,7 @@ def make_hooks(
 
     adapt = None
     if experiment.clip_search:
-        adapt = _adapt_hook(experiment, workdir, writer)
+        adapt = clip.adapt_hook(experiment, workdir, writer)
     elif experiment.config.variance.auto.every:
         adapt = _rechoose_hook(running, workdir, writer, notes)
     return training.Hooks(
@@ -341,34 +346,17 @@ def make_hooks(
     )
 
 
+def _validate(experiment: Experiment, params: PyTree, check: Callable) -> validation.Validation:
+    """The bound, with the same key every time: differences of evaluations are not mask noise."""
+    batches = experiment.batches(experiment.dataset.valid, experiment.config.evaluate.max_rows)
+    result = experiment.validate(params, experiment.key(0, "evaluate"), batches, check)
+    values = _scalars(experiment.family.record(result))
+    return validation.Validation(values, result.per_row_nats, row_sizes(result))
+
+
 def row_sizes(result: Any) -> np.ndarray:
     """Elements [N] of the rows of a likelihood: eligible tokens, or dimensions."""
     return result.row_tokens if hasattr(result, "row_tokens") else result.row_elements
-
-
-def _adapt_hook(
-    experiment: Experiment, workdir: files.Path, writer: training.MetricWriter
-) -> Callable[..., TrainState]:
-    """Choose the range of ``clipped_adaptive``; scores are logged to ``clip_search.jsonl``."""
-    source, rows = experiment.dataset.valid, experiment.config.evaluate.batch_size
-    count = min(experiment.config.clip_search.batches, len(source) // rows)
-
-    def adapt(step: int, state: TrainState, check: Callable) -> TrainState:
-        choice = experiment.clip_search(
-            experiment.variables(training.averaged(state)),
-            list(experiment.batches(source, count * rows)),
-            experiment.key(step, "clip_search"),
-            step=step,
-            progress=lambda _: check(),
-        )
-        if distributed.is_first():
-            _append_choice(workdir / "clip_search.jsonl", choice)
-        writer.record(step, "adapt", {"clip_low": choice.low, "clip_high": choice.high})
-        moved = set_clip_range(state.variance, choice.low, choice.high)
-        # Placed as before, so that the step is not compiled for another placement.
-        return state.replace(variance=_placed_as(moved, state.variance))
-
-    return adapt
 
 
 def _with_chosen_chain(
@@ -417,21 +405,6 @@ def _stream(experiment: Experiment) -> dict[str, Any]:
     return data.stream_fingerprint(
         experiment.dataset, experiment.spec.batch_size, experiment.config.seed
     ) | ({"buckets": list(buckets.lengths)} if buckets else {})
-
-
-def _placed_as(new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda n, o: jax.device_put(n, o.sharding), new, old)
-
-
-def _append_choice(path: files.Path, choice: ClipChoice) -> None:
-    """Add a line; those of this and later steps, from before a resume, are replaced."""
-    kept = []
-    for origin, record in files.read_records(path) if path.exists() else ():
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise ValueError(f"{origin}: not the record of a clip search")
-        if record["step"] < choice.step:
-            kept.append(record)
-    files.write(path, "".join(json.dumps(line) + "\n" for line in [*kept, choice.to_dict()]))
 
 
 def _profile_directory(workdir: files.Path) -> str:

@@ -1,5 +1,6 @@
 """The curves of a run, drawn alike in ``report.html`` and as PNGs below ``plots/``."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,9 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
     ``config`` is the saved one, ``evaluation`` that of ``evaluation.json`` or {}.
     """
     curves, exact = [], is_exact(config)
-    if any(r["kind"] == "train" for r in records):
+    if config.get("alignment", {}).get("method"):
+        curves += _outcomes(records)
+    elif any(r["kind"] == "train" for r in records):
         unit, known = evaluation.get("unit", "unit"), entropies(evaluation, "valid")
         references = {f"{n} entropy (validation)": v for n, v in known.items()}
         result = None
@@ -91,6 +94,40 @@ def _levels(evaluation: Record) -> tuple[np.ndarray, np.ndarray]:
     levels = evaluation["levels"]
     names = ("masking_rate_edges", "nats_per_masked_token")
     return tuple(np.array(levels[name], np.float64) for name in names)
+
+
+_OUTCOMES = {
+    "reward": ("Reward of the model's answers", "mean reward", ("reward", "reward")),
+    "preference_accuracy": ("Pairs whose chosen answer is preferred", "share of pairs", None),
+    "preference_loss": ("Loss of the pairs", "nats per pair", ("train", "loss")),
+}
+"""Figures of held-out data of runs on preferences and rewards: title, quantity, and the (kind,
+name) of the same in training."""
+
+
+def _outcomes(records: Sequence[Record]) -> list[Curve]:
+    """Curves of a run on preferences or rewards."""
+    curves = []
+    for name, (title, quantity, source) in _OUTCOMES.items():
+        held_out = [
+            (r["step"], r[name], r[f"{name}_standard_error"])
+            for r in records
+            if r["kind"] == "evaluate" and name in r
+        ]
+        kind, own = source or ("", "")
+        training = [(r["step"], r[own]) for r in records if r["kind"] == kind]
+        if not held_out and not (name == "reward" and training):
+            continue
+        options = {"training": training, "held_out": held_out, "title": title, "quantity": quantity}
+        curves.append(
+            Curve(
+                name,
+                functools.partial(plots.outcome_curve, **options),
+                "Points: held out, with the same prompts and noise in every validation, ± the "
+                "standard error over pairs or prompts. Grey: in training.",
+            )
+        )
+    return curves
 
 
 def _about(

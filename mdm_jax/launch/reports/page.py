@@ -132,7 +132,7 @@ def _results(
             f"± {_number(evaluation.get('data_standard_error_bits_per_unit'))}"
         )
         cards.append((f"held-out {kind}", _pm(evaluation["bits_per_unit"], error), about))
-    elif evaluated := of.get("evaluate"):
+    elif (evaluated := of.get("evaluate")) and "bits_per_unit" in evaluated[-1]:
         last = evaluated[-1]
         value = _pm(last["bits_per_unit"], None if exact else plots.bits_error(last))
         cards.append((f"validation, {kind}", value, f"bits per unit, at step {last['step']:,}"))
@@ -143,6 +143,14 @@ def _results(
             f" by {evaluation['answered_by']}, temperature {evaluation['temperature']:g}"
         )
         cards.append(("accuracy", f"{evaluation['accuracy']:.1%}", about))
+    last = (of.get("evaluate") or [{}])[-1]
+    for name, label in (("preference_accuracy", "preference accuracy"), ("reward", "reward")):
+        found, where = (evaluation, evaluation.get("split")) if name in evaluation else (
+            last, f"validation, at step {last.get('step')}"
+        )  # fmt: skip
+        if found.get(name) is not None:
+            value = _pm(found[name], found.get(f"{name}_standard_error"))
+            cards.append((f"held-out {label}", value, f"{where}; ± over pairs or prompts"))
     if speeds := [r["tokens_per_second"] for r in of.get("speed", [])]:
         about = f"tokens per second, median of {len(speeds)} readings"
         cards.append(("speed", f"{np.median(speeds):,.0f}", about))

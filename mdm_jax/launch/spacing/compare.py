@@ -17,8 +17,9 @@ from mdm_jax import files, rng
 from mdm_jax.gaussian import samplers as search
 from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.launch import names
-from mdm_jax.launch.build import FAMILIES, Experiment, load_parameters, own_steps
+from mdm_jax.launch.build import FAMILIES, Experiment, load_parameters
 from mdm_jax.launch.modes.evaluate import judge_score
+from mdm_jax.launch.sampling.quality import own_steps
 from mdm_jax.launch.spacing import report
 from mdm_jax.launch.spacing.problem import (
     Problem,

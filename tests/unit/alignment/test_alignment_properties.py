@@ -140,6 +140,42 @@ def test_ties_have_the_gradient_of_the_ratio():
     np.testing.assert_array_equal(slope, [0, -1, 1, 0])
 
 
+def test_finite_differences_of_every_policy_loss():
+    """Away from ties and ends of clips, in float64."""
+    random = np.random.default_rng(0)
+    scores, other, factor = random.normal(size=(3, 2, 3))
+    ones, low = np.ones((2, 3)), alignment.per_token(0.2)
+    counts = np.array([[2, 3, 4], [5, 1, 2]])
+    losses = {
+        "policy_gradient": lambda s: alignment.policy_gradient(s, factor),
+        "sequence_grpo": lambda s: alignment.sequence_grpo(s, other, factor, counts, low, low),
+        "token_grpo": lambda s: alignment.token_grpo(s, other, factor[:, 0], ones > 0, low, low),
+        "spg": lambda s: alignment.spg(s, 0.3 * s**2, factor, 0.4),
+        "weighted_likelihood": lambda s: alignment.weighted_likelihood(s, factor, ones),
+        "rejection": lambda s: alignment.rejection(s, factor > np.median(factor)),
+        "kl_k1": lambda s: alignment.kl_k1(s, other),
+        "kl_k2": lambda s: alignment.kl_k2(s, other),
+        "kl_k3": lambda s: alignment.kl_k3(s, other),
+    }
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def evaluate(s):
+            steps = 1e-6 * jnp.eye(6).reshape(6, 2, 3)
+            found = {}
+            for name, loss in losses.items():
+                total = lambda t: jnp.sum(loss(t))  # noqa: B023, E731
+                slopes = jax.vmap(lambda h: (total(s + h) - total(s - h)) / 2e-6)(steps)  # noqa: B023
+                found[name] = jax.grad(total)(s), slopes.reshape(2, 3)
+            return found
+
+        made = jax.tree.map(np.asarray, evaluate(jnp.asarray(scores)))
+    assert any(np.any(slope == 0) for slope, _ in made.values())  # clipped
+    for name, (slope, wanted) in made.items():
+        assert np.any(slope), name
+        np.testing.assert_allclose(slope, wanted, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
 def test_normalisations_of_token_losses():
     scored = jnp.array([[True, True, True, False], [True, False, False, False]])
     new = jnp.where(scored, -1.0, 7.0)
