@@ -28,6 +28,7 @@ from mdm_jax.launch.auto import choose
 from mdm_jax.launch.build import make_experiment, open_workdir
 from mdm_jax.launch.families import token_details
 from mdm_jax.launch.modes import evaluate, measure, train
+from mdm_jax.launch.names import CONFIGURED
 from mdm_jax.launch.reports.page import write_page
 from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
 
@@ -357,10 +358,10 @@ def test_the_meter_measures_such_runs(started, tmp_path, make):
     paths = run(make_experiment(config, workdir), workdir, shown.append)
     assert all(pathlib.Path(path).exists() for path in paths)
     record = files.read_json(workdir / "variance" / "variance.json")
-    assert record["step"] == 6 and {"independent", "configured", "stratified, mirror"} <= set(
+    assert record["step"] == 6 and {"independent", CONFIGURED, "stratified, mirror"} <= set(
         record["methods"]
     )
-    own = record["methods"]["configured"]
+    own = record["methods"][CONFIGURED]
     for of in ("score", "loss", "gradient"):
         assert own[of]["total"] > 0 and own[of]["pattern"] > 0
     assert own["efficiency"]["passes"] == 2

@@ -1,0 +1,53 @@
+"""Tables of ``mdm variance`` for runs on preferences and rewards."""
+
+import numpy as np
+import pytest
+
+from mdm_jax import alignment, variance
+from mdm_jax.launch.alignment import estimator_table
+from mdm_jax.launch.alignment.estimator_table import Kind, Moments
+
+
+def kinds(**refused):
+    chain = variance.chain(variance.stratified())
+    made = {"trace": Kind(None, chain, ""), "coupled": Kind(None, chain, "")}
+    made["spg"] = Kind(None, alignment.replicated(chain, 2), "")
+    return made | {name: Kind(None, None, why) for name, why in refused.items()}
+
+
+def test_methods_are_compared_at_the_same_passes():
+    """Cosine 0.8 and noise over signal 3 for one draw of three passes: 0.8 / sqrt(1 + 9 / F)."""
+    groups = [
+        {
+            "trace": Moments(variance=8.0 * s, signal=4.0 * s, product=4.0 * s),
+            "coupled": Moments(variance=3.0 * s, signal=1.0 * s, product=1.6 * s),
+            "spg": Moments(variance=1.0, signal=-0.1, product=0.0),
+        }
+        for s in (1.0, 2.0)
+    ]
+    found = estimator_table.summarise(kinds(d1="why not"), groups)
+    assert found["d1"] == {"policy_gradient": "biased", "refused": "why not"}
+    trace, coupled, spg = (found[name] for name in ("trace", "coupled", "spg"))
+    assert (trace["policy_gradient"], trace["passes"], coupled["passes"]) == ("exact", 1, 3)
+    assert spg["passes"] == 2 and spg["cosine"] is None and spg["cosine_at_passes"] == {}
+    assert trace["cosine"] == pytest.approx(1) and coupled["cosine"] == pytest.approx(0.8)
+    assert coupled["cosine_standard_error"] == pytest.approx(0, abs=1e-9)
+    assert coupled["noise_to_signal_times_passes"] == pytest.approx(9)
+    at = coupled["cosine_at_passes"]
+    assert "2" not in at and at["4"] == pytest.approx(0.8 / np.sqrt(1 + 9 / 4))
+    assert trace["cosine_at_passes"]["1"] == pytest.approx(1 / np.sqrt(3))
+    text = estimator_table._estimators(found, 8)
+    assert "the same 8 answers" in text and "not measured: why not" in text
+    assert "no signal" in text and "0.58*" in text
+    # Without traces there is no direction to compare with.
+    apart = [{"coupled": group["coupled"]} for group in groups]
+    without = estimator_table.summarise({"coupled": kinds()["coupled"]}, apart)
+    assert without["coupled"]["cosine"] is None
+
+
+def test_what_sharing_removes_is_said_in_words():
+    shown = {"shared": 2.0, "shared_standard_error": 0.1, "independent": 30.0}
+    shown |= {"independent_standard_error": None, "factor": 15.0}
+    assert "15 times less" in estimator_table._sharing(shown)
+    equal = shown | {"shared": 0.0, "factor": None}
+    assert "policy and reference are equal" in estimator_table._sharing(equal)
