@@ -100,6 +100,7 @@ def test_rewards_rise_and_a_run_resumes_to_the_same_bits(started, tmp_path, caps
     config = rewarded(started, tmp_path, steps=24)
     config.train.batch_size = 32
     config.train.checkpoint_every = 22
+    config.panel.cost = 0.5
     assert train.train(make_experiment(config, workdir), workdir)
     shown = capsys.readouterr().out
     assert "alignment: trace" in shown and "policy gradient exact" in shown
@@ -113,6 +114,9 @@ def test_rewards_rise_and_a_run_resumes_to_the_same_bits(started, tmp_path, caps
     lines = [json.loads(line) for line in before["step-24.jsonl"].splitlines()]
     assert len(lines) == 32 and {line["step"] for line in lines} == {24}
     assert set(lines[0]) == {"step", "prompt", "answer", "reward", "steps"}
+    assert all(each["total"] > 0 for each in records(workdir, "noise")) and records(
+        workdir, "noise"
+    )
     # Held-out rewards choose the best parameters, and are those that evaluate prints.
     held_out = records(workdir, "evaluate")
     assert [each["step"] for each in held_out] == [*range(2, 25, 2)]
@@ -189,10 +193,11 @@ def test_preferences_are_learnt_and_a_run_resumes_to_the_same_bits(started, tmp_
     workdir = files.as_path(tmp_path / "run")
     config = preferred(started, tmp_path, steps=16)
     config.train.checkpoint_every = 14
+    config.panel.cost = 0.5
     assert train.train(make_experiment(config, workdir), workdir)
     losses = [each["loss"] for each in records(workdir, "train")]
     assert losses[0] < math.log(2) + 0.02 and losses[-1] < math.log(2) - 0.05, losses
-    assert (workdir / REFERENCE).exists()
+    assert (workdir / REFERENCE).exists() and records(workdir, "noise")
     held_out = records(workdir, "evaluate")
     assert [each["step"] for each in held_out] == [*range(2, 17, 2)]
     assert held_out[-1]["preference_accuracy"] > 0.7 and held_out[-1]["preference_margin"] > 0.5

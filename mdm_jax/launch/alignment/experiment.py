@@ -377,6 +377,13 @@ def _check(experiment: Experiment) -> None:
             f"train.batch_size={experiment.spec.batch_size} is the number of answers of a step, "
             f"which alignment.answers={s.answers} must divide"
         )
+    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    prompts = experiment.spec.batch_size // s.answers
+    if prompts % ways:
+        raise ValueError(
+            f"the {prompts} prompts of a step (train.batch_size over alignment.answers) must be a "
+            f"multiple of the {ways} devices that split batches"
+        )
     if c.sample.top_k or c.sample.top_p < 1 or c.sample.guidance or c.sample.no_repeat_ngrams:
         raise ValueError(
             "the policy that is scored must be the one that writes: leave out sample.top_k, top_p, "

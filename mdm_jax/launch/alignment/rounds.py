@@ -30,16 +30,24 @@ class Rounds:
     the ratios of later updates are relative to is scored before the first one, by the draws of
     those updates. Reward, share of groups with a signal and skipped answers go to the metrics; the
     losses there are means over the updates of a round (:func:`over_updates`).
+
+    ``answers``: those of the last update.
     """
 
     def __init__(
         self, experiment: AlignedExperiment, writer: training.MetricWriter, workdir: files.Path
     ):
-        self._experiment, self._writer = experiment, writer
-        self._directory = workdir / RECORDS
-        by_rows = sharding.batch_sharding(experiment.mesh)
-        self._old = jax.jit(self._old_values, out_shardings=by_rows)
+        self._writer, self._directory = writer, workdir / RECORDS
         self._rewards: list[float] = []
+        self.answers: alignment.Answers | None = None
+        self.follow(experiment)
+
+    def follow(self, experiment: AlignedExperiment) -> None:
+        """Go on with another experiment: under another chain."""
+        self._experiment = experiment
+        by_rows = sharding.batch_sharding(experiment.mesh)
+        values = functools.partial(_old_values, experiment)
+        self._old = jax.jit(values, out_shardings=by_rows)
 
     def __call__(self, step: Step, state: TrainState, prompts: Batch) -> tuple:
         e, number = self._experiment, int(jax.device_get(state.step))
@@ -55,6 +63,7 @@ class Rounds:
             if before is not None:
                 answers = answers._replace(old=before[j])
             state, of_update = step(state, answers)
+            self.answers = answers
             metrics.append(of_update)
         return self._at(state, number + 1), over_updates(metrics)
 
@@ -107,18 +116,16 @@ class Rounds:
             self._directory.mkdir(exist_ok=True)
             files.write(self._directory / f"step-{number + 1}.jsonl", text)
 
-    def _old_values(
-        self, state: TrainState, answers: alignment.Answers, number: Array, frozen: Any
-    ) -> Array:
-        """The policy's values under the draw of an update."""
-        e = self._experiment
-        draw = step_draw(e.config.seed, number, e.transform, state.variance, e.spec)
-        apply_fn = e.policy_fn(e.config.seed, number)
-        sharded = sharding.sharded_apply(apply_fn, e.mesh, sharding.LOGICAL_RULES)
-        model_fn = functools.partial(sharded, e.policy_params(state.params, frozen))
-        return objectives.policy_values(
-            e.settings.method, model_fn, answers, draw, e.dataset.mask_id
-        )
+
+def _old_values(
+    e: AlignedExperiment, state: TrainState, answers: alignment.Answers, number: Array, frozen: Any
+) -> Array:
+    """The policy's values under the draw of an update."""
+    draw = step_draw(e.config.seed, number, e.transform, state.variance, e.spec)
+    apply_fn = e.policy_fn(e.config.seed, number)
+    sharded = sharding.sharded_apply(apply_fn, e.mesh, sharding.LOGICAL_RULES)
+    model_fn = functools.partial(sharded, e.policy_params(state.params, frozen))
+    return objectives.policy_values(e.settings.method, model_fn, answers, draw, e.dataset.mask_id)
 
 
 def over_updates(metrics: Sequence[StepMetrics]) -> StepMetrics:
@@ -136,13 +143,15 @@ def over_updates(metrics: Sequence[StepMetrics]) -> StepMetrics:
 
 
 class RewardPanel(NamedTuple):
-    """A :class:`~mdm_jax.training.loop.Panel` that shows the reward of rounds beside another."""
+    """A :class:`~mdm_jax.training.loop.Panel` that shows the reward of rounds beside another, which
+    gets the answers of the round in place of its prompts."""
 
     rounds: Rounds
     panel: Panel
 
     def visit(self, step: int, state: TrainState, batch: Batch) -> None:
-        self.panel.visit(step, state, batch)
+        del batch
+        self.panel.visit(step, state, self.rounds.answers)
 
     def read(self, step: int, readings: Mapping[str, float]) -> dict[str, str]:
         return self.rounds.shown() | self.panel.read(step, readings)

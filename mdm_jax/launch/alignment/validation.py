@@ -171,7 +171,8 @@ def validator(
     valid = experiment.dataset.valid
     if experiment.config.alignment.method in PREFERENCES:
         key = experiment.key(0, "evaluate")
-        pairs = HeldOutPairs(experiment, "valid", experiment.validate, key, experiment.frozen)
+        reference = None if experiment.config.alignment.method == "simpo" else experiment.frozen
+        pairs = HeldOutPairs(experiment, "valid", experiment.validate, key, reference)
 
         def of_pairs(params: PyTree, progress: Progress) -> Validation:
             figures, chosen = pairs.measure(params, progress)

@@ -274,8 +274,8 @@ class Running:
         self.experiment = self.experiment.with_chain(chain)
         self.__dict__.pop("monitor", None)
         self.compile()
-        if self.panel:
-            self.panel.follow(self.experiment)
+        for each in filter(None, (self.panel, self.rounds)):
+            each.follow(self.experiment)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.experiment.abstract_state().variance)
         return state.replace(variance=jax.device_put(variance, places))
 

@@ -85,7 +85,9 @@ class NoisePanel:
             if e.adapter:
                 params = lora.join(frozen, params, e.adapter)
             measure = panel.make_measurement(
-                sharding.sharded_apply(e.apply_at(seed, step), e.mesh, sharding.LOGICAL_RULES),
+                sharding.sharded_apply(
+                    e.apply_at(seed, step, frozen), e.mesh, sharding.LOGICAL_RULES
+                ),
                 e.objective,
                 e.transform,
                 e.spec,
@@ -193,13 +195,13 @@ def fewest_steps(experiment: Experiment) -> int:
     """Steps between measurements by their number of rows next to the batch's; 0: none are made.
 
     None if there is no noise of masks and levels, no second row for C, or a loss that is no sum of
-    those of rows (``alignment``).
+    those of rows (``alignment.kto``).
     """
     settings, group = design(experiment)
     size = experiment.spec.batch_size
     if not settings.cost or experiment.config.process == "autoregressive" or size < 2:
         return 0
-    if experiment.objective.summed is not None:
+    if experiment.config.alignment.method == "kto":
         return 0
     return math.ceil(settings.passes(group) / (settings.cost * size))
 
