@@ -182,7 +182,7 @@ class Experiment:
     def measured_rows(self, params: PyTree, count: int, step: int) -> Batch:
         """Rows as training steps have them, on the host, for measurements; by seed and step.
 
-        ``params`` as of :meth:`variables`: of what writes the rows, where a model does.
+        ``params`` as of ``variables``: of what writes the rows, where a model does.
         """
         del params
         generator = np.random.default_rng([self.config.seed, step])

@@ -126,7 +126,7 @@ class AlignedExperiment(Experiment):
     def written(self, params: PyTree, count: int, step: int) -> "Round":
         """``count`` answers (a multiple of a prompt's) in batches as of the loop, by seed and step.
 
-        ``params`` as of :meth:`variables`.
+        ``params`` as of ``variables``.
         """
         group, size = self.settings.answers, self.rows_of_data
         prompts = super().measured_rows(params, -(-count // (group * size)) * size, step)
@@ -144,7 +144,7 @@ class AlignedExperiment(Experiment):
     def answer(self, params: PyTree, prompts: Batch, key: Array, first_row: int = 0) -> "Round":
         """Answers of the policy to prompts on the host, with their rewards, on every host.
 
-        ``params`` as of :meth:`variables`; ``first_row``: number of the first answer, which its
+        ``params`` as of ``variables``; ``first_row``: number of the first answer, which its
         noise goes with.
         """
         s, codec, mask_id = self.settings, self.dataset.tokenizer, self.dataset.mask_id
