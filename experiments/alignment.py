@@ -10,12 +10,15 @@ motif. The same command goes on where it was stopped: each run leaves a file in 
 tables are in DIR/tables.md. --minutes ends it after the run that is going on then.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,17 +26,18 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from mdm_jax import alignment, data, evaluation, files, rng
+from mdm_jax import alignment, data, evaluation, files, rng, training
 from mdm_jax.alignment import rewards, rollout
 from mdm_jax.launch import presets
 from mdm_jax.launch.alignment.experiment import AlignedExperiment, aligned
 from mdm_jax.launch.alignment.validation import HeldOutPairs
-from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.modes import train
+from mdm_jax.launch.workdir import claim
 from mdm_jax.types import Batch, PyTree
 
 SEEDS = range(5)
-UPDATES, BATCH, ANSWERS, PASSES = 40, 64, 8, 6
+UPDATES, BATCH, ANSWERS, PASSES = 30, 64, 8, 6
 """Of a rewarded run: updates, answers of one, answers to a prompt, passes that score an answer."""
 RATE = 1e-3
 HELD_OUT = 512
@@ -42,9 +46,11 @@ TASKS = {
     "sudoku": {"name": "sudoku"},
     "countdown": {"name": "countdown", "countdown": {"numbers": 3, "largest": 9}},
 }
-PRETRAINING = {"sudoku": 1500, "countdown": 1500, "words": 400}
-"""Steps to about half accuracy."""
-REPLICATES = {"trace": 6, "elbo": 6, "espo": 3, "coupled": 2, "d1": 6, "rejection": 6}
+TARGET, OFTEN, MOST = 0.45, 200, 3000
+"""Share of right answers that ends the training before, which is looked at so often; most steps,
+and those of the model of words."""
+WORD_STEPS = 400
+REPLICATES = {"trace": 6, "elbo": 6, "espo": 3, "d1": 6, "rejection": 6}
 """Draws of an answer, so that all methods take :data:`PASSES` passes."""
 LOSSES = {
     "dpo, cross-fitted": {"estimate": "crossfitted", "replicates": 2},
@@ -65,16 +71,14 @@ def shared(config: ConfigDict) -> ConfigDict:
 
 def start_config(name: str, directory: pathlib.Path) -> ConfigDict:
     """The model that training on rewards or pairs starts from."""
-    config = shared(presets.get_config("quickstart"))
-    steps = PRETRAINING[name]
-    config.train.update(steps=steps, evaluate_every=0, log_every=100, checkpoint_every=0)
-    config.panel.cost = 0.0
-    config.optimizer.update(name="adamw", peak=3e-3)
+    config = shared(presets.get_config("quickstart:char"))
+    config.train.steps = MOST
+    config.optimizer.update(name="adamw", peak=3e-3, final_fraction=1.0, ema_decay=0.0)
     if name in TASKS:
         config.data.source = "task"
         of_task(config, name)
     else:
-        config.data.update(source="jsonl", path=str(directory / "words.jsonl"), tokenizer="char")
+        config.data.update(source="jsonl", path=str(directory / "words.jsonl"))
     return config
 
 
@@ -87,16 +91,35 @@ def of_task(config: ConfigDict, name: str) -> None:
 
 
 def pretrain(name: str, directory: pathlib.Path) -> files.Path:
-    """Train the model of a task, or go on; returns its workdir."""
-    workdir = files.as_path(directory / name)
-    train.train(make_experiment(start_config(name, directory), workdir), workdir)
+    """Train the model that runs start from, unless it is there; returns its workdir."""
+    workdir, config = files.as_path(directory / name), start_config(name, directory)
+    if (workdir / "accuracy.json").exists():
+        return workdir
+    experiment = make_experiment(config)
+    step, seed = jax.jit(experiment.step, donate_argnums=0), experiment.placed_seed()
+    state, share = experiment.initial_state(), 0.0
+    with contextlib.closing(experiment.train_batches()) as batches:
+        for number in range(1, (MOST if name in TASKS else WORD_STEPS) + 1):
+            state, _ = step(state, next(batches), seed)
+            if name in TASKS and number % OFTEN == 0:
+                share = accuracy(experiment, experiment.generate, state.params)
+                print(f"{name}: {share:.3f} right after {number} steps", flush=True)
+                if share >= TARGET:
+                    break
+    shutil.rmtree(workdir, ignore_errors=True)  # of an attempt that was stopped
+    claim(workdir, experiment.config)
+    experiment.dataset.tokenizer.save(workdir / "tokenizer.json")
+    checkpoints = training.Checkpoints(workdir / "checkpoints")
+    checkpoints.save(number, state, {}, {})
+    checkpoints.close()
+    files.write_json(workdir / "accuracy.json", {"accuracy": share, "steps": number})
     return workdir
 
 
 def aligned_config(name: str, start: files.Path) -> ConfigDict:
     config = shared(presets.get_config("reward" if name in TASKS else "preference"))
     config.train.update(steps=UPDATES, init_from=str(start))
-    config.optimizer.update(peak=RATE, final_fraction=1.0, warmup_steps=4)
+    config.optimizer.update(peak=RATE, final_fraction=1.0, warmup_steps=min(4, UPDATES // 2))
     config.data.tokenizer = "char"
     if name in TASKS:
         of_task(config, name)
@@ -122,34 +145,34 @@ def draw_prompts(experiment: AlignedExperiment, seed: int, number: int) -> Batch
     return data.sample_rows(experiment.dataset.train, experiment.rows_of_data, generator)
 
 
-def accuracy(experiment: AlignedExperiment, params: PyTree) -> float:
-    """Share of held-out prompts that are answered right."""
-    key, found = jax.random.key(1), []
+def accuracy(experiment: Experiment, write: Callable[..., Any], params: PyTree) -> float:
+    """Share of held-out prompts that ``write(params, key, canvas, documents, first)`` answers
+    right."""
+    key, dataset, found = jax.random.key(1), experiment.dataset, []
     for first in range(0, HELD_OUT, BATCH):
-        rows = data.gather(experiment.dataset.test, np.arange(first, first + BATCH))
-        canvas = rollout.prompts_to_answer(rows, 1, experiment.dataset.mask_id)
-        placed = experiment.placed(canvas)
-        written = experiment.rollout(params, key, placed.tokens, placed.documents, np.int32(first))
-        texts = rollout.texts(canvas, np.asarray(written.tokens), experiment.dataset.tokenizer)
-        found.append(rewards.score(experiment.reward, texts, 1).values)
+        rows = data.gather(dataset.test, np.arange(first, first + BATCH))
+        canvas = rollout.prompts_to_answer(rows, 1, dataset.mask_id)
+        tokens = write(params, key, canvas.tokens, canvas.documents, np.int32(first))
+        texts = rollout.texts(canvas, np.asarray(tokens), dataset.tokenizer)
+        found.append(rewards.score(dataset.check, texts, 1).values)
     return float(np.mean(np.concatenate(found)))
 
 
-def rewarded_run(make: Callable[[], Step], seed: int) -> dict[str, Any]:
-    """Accuracies before, half-way and after the updates of one seed."""
-    step = make()
+def rewarded_run(step: Step, seed: int) -> dict[str, Any]:
+    """Accuracy after the updates of one seed, and rewards on the way."""
     experiment = step.experiment
-    state = experiment.initial_state(jax.tree.map(lambda a: a + 0, start_of(experiment)))
-    found = {"accuracy": [accuracy(experiment, state.params)], "reward": []}
+    state, found = fresh_state(experiment), {"reward": []}
     for number in range(UPDATES):
         key = rng.stream(rng.step_key(seed, number), "rollout")
         made = experiment.answer(state.params, draw_prompts(experiment, seed, number), key)
         found["reward"].append(float(made.rewards.values.mean()))
         state, _ = step(state, experiment.placed(made.answers), seed)
-        if number + 1 in (UPDATES // 2, UPDATES):
-            found["accuracy"].append(accuracy(experiment, state.params))
-    found["skipped"] = int(state.skipped)
-    return found
+    found["accuracy"] = accuracy(experiment, experiment.generate, state.params)
+    return found | {"skipped": int(state.skipped)}
+
+
+def fresh_state(experiment: AlignedExperiment) -> Any:
+    return experiment.initial_state(jax.tree.map(lambda a: a + 0, start_of(experiment)))
 
 
 @functools.cache
@@ -193,29 +216,22 @@ def write_words(directory: pathlib.Path) -> None:
     files.write(directory / "pairs.jsonl", "".join(json.dumps(each) + "\n" for each in pairs))
 
 
-def preferred_run(make: Callable[[], Step], seed: int) -> dict[str, Any]:
-    """Held-out preferences, and the true reward of the model's own words, before and after."""
-    step = make()
+def preferred_run(step: Step, seed: int) -> dict[str, Any]:
+    """Held-out preferences, and the true reward of the model's own words, after the updates."""
     experiment = step.experiment
-    state = experiment.initial_state(jax.tree.map(lambda a: a + 0, start_of(experiment)))
-    pairs = HeldOutPairs(
-        experiment, "test", experiment.evaluate, jax.random.key(2), experiment.frozen
-    )
-    found: dict[str, Any] = {"reward": [], "accuracy": [], "loss": []}
-
-    def look(params: PyTree) -> None:
-        figures, _ = pairs.measure(params)
-        found["accuracy"].append(figures.accuracy.value)
-        found["loss"].append(figures.loss.value)
-        found["reward"].append(reward_of_words(experiment, params))
-
-    look(state.params)
+    state = fresh_state(experiment)
     for number in range(PAIR_UPDATES):
         generator = np.random.default_rng([seed, number])
         rows = data.sample_rows(experiment.dataset.train, experiment.rows_of_data, generator)
         state, _ = step(state, experiment.placed(rows), seed)
-    look(state.params)
-    return found
+    key, reference = jax.random.key(2), experiment.frozen
+    pairs = HeldOutPairs(experiment, "test", experiment.evaluate, key, reference)
+    figures, _ = pairs.measure(state.params)
+    return {
+        "preference_accuracy": figures.accuracy.value,
+        "preference_loss": figures.loss.value,
+        "true_reward": reward_of_words(experiment, state.params),
+    }
 
 
 def reward_of_words(experiment: AlignedExperiment, params: PyTree) -> float:
@@ -235,75 +251,92 @@ def reward_of_words(experiment: AlignedExperiment, params: PyTree) -> float:
 # --- all runs -------------------------------------------------------------------------------------
 
 
+def ways_of(name: str) -> Mapping[str, Any]:
+    return REPLICATES if name in TASKS else LOSSES
+
+
+def part(directory: pathlib.Path, name: str, way: str, seed: int) -> pathlib.Path:
+    return directory / "parts" / f"{name}-{way.replace(', ', '-')}-{seed}.json"
+
+
 def study(directory: pathlib.Path, minutes: float) -> bool:
     """Make what is missing, until the time is up; whether all is there."""
-    end, parts = time.monotonic() + 60 * minutes, directory / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
+    (directory / "parts").mkdir(parents=True, exist_ok=True)
     write_words(directory)
-    for name in (*TASKS, "words"):
-        start, ways = pretrain(name, directory), REPLICATES if name in TASKS else LOSSES
-        written: list[Any] = []
-        for way in ways:
-            made = functools.partial(compiled, name, way, start, directory, written)
-            make = functools.cache(made)
-            for seed in SEEDS:
-                path = parts / f"{name}-{way.replace(', ', '-')}-{seed}.json"
-                if path.exists():
-                    continue
-                if time.monotonic() > end:
-                    return False
-                began = time.monotonic()
-                found = (rewarded_run if name in TASKS else preferred_run)(make, seed)
-                found["seconds"] = time.monotonic() - began
-                files.write_json(files.as_path(path), found)
-                print(f"{path.stem}: {found}", flush=True)
+    names = (*TASKS, "words")
+    starts = {name: pretrain(name, directory) for name in names}
+    generators: dict[str, Any] = {}
+    make = functools.cache(
+        lambda name, way: compiled(name, way, starts[name], directory, generators)
+    )
+    for seed, name in itertools.product(SEEDS, names):
+        for way in ways_of(name):
+            path = part(directory, name, way, seed)
+            if path.exists():
+                continue
+            if time.monotonic() > end:
+                return False
+            began, step = time.monotonic(), make(name, way)
+            found = (rewarded_run if name in TASKS else preferred_run)(step, seed)
+            before = directory / f"{name}-before.json"
+            if not before.exists():
+                files.write_json(files.as_path(before), {"value": value_of(step.experiment)})
+            found["seconds"] = time.monotonic() - began
+            files.write_json(files.as_path(path), found)
+            print(f"{path.stem}: {found}", flush=True)
     return True
 
 
+def value_of(experiment: AlignedExperiment) -> float:
+    """What the tables show, of the model that runs start from."""
+    params = start_of(experiment)
+    if experiment.reward:
+        return accuracy(experiment, experiment.generate, params)
+    return reward_of_words(experiment, params)
+
+
 def compiled(
-    name: str, way: str, start: files.Path, directory: pathlib.Path, written: list[Any]
+    name: str, way: str, start: files.Path, directory: pathlib.Path, shared: dict[str, Any]
 ) -> Step:
-    """The step of a method or loss; ``written`` has the rollout that methods before compiled."""
+    """The step of a method or loss; ``shared`` has the samplers that the first method compiled."""
     config = aligned_config(name, start)
     if name in TASKS:
         config.alignment.update(method=way, replicates=REPLICATES[way])
         experiment = aligned(make_experiment(config))
-        written.append(experiment.rollout)
-        return Step(dataclasses.replace(experiment, rollout=written[0]))
+        own = {"rollout": experiment.rollout, "generate": experiment.generate}
+        return Step(dataclasses.replace(experiment, **shared.setdefault(name, own)))
     config.alignment.update(LOSSES[way])
     config.data.path = str(directory / "pairs.jsonl")
     config.data.update(fractions=(0.6, 0.0, 0.4), tokenizer=str(start / "tokenizer.json"))
     experiment = aligned(make_experiment(config))
-    return Step(dataclasses.replace(experiment, frozen=start_of(experiment)))
+    own = {"generate": experiment.generate}
+    shared = shared.setdefault(name, own)
+    return Step(dataclasses.replace(experiment, frozen=start_of(experiment), **shared))
 
 
 def tables(directory: pathlib.Path) -> str:
-    """Markdown of what is there: means over seeds, and the gain over the start, paired by seed."""
+    """Markdown of what is there: means over seeds, and gains over the start with intervals."""
     lines = []
     for name in (*TASKS, "words"):
-        ways = REPLICATES if name in TASKS else LOSSES
-        header = "accuracy after" if name in TASKS else "true reward of words"
+        quantity = "accuracy" if name in TASKS else "true_reward"
+        before_after = f"{quantity}: before | after"
         lines += [
-            f"| {name} | policy gradient | seeds | before | {header} | gain, 95 % interval |",
+            f"| {name} | policy gradient | seeds | {before_after} | gain, 95 % interval |",
             "|---|---|---|---|---|---|",
         ]
-        for way in ways:
-            stem = f"{name}-{way.replace(', ', '-')}"
-            found = [
-                json.loads(path.read_text())
-                for path in sorted((directory / "parts").glob(f"{stem}-[0-9].json"))
-            ]
-            if len(found) < 2:
+        for way in ways_of(name):
+            paths = [part(directory, name, way, seed) for seed in SEEDS]
+            after = [json.loads(p.read_text())[quantity] for p in paths if p.exists()]
+            if len(after) < 2:
                 continue
-            of = "accuracy" if name in TASKS else "reward"
-            before, after = ([each[of][i] for each in found] for i in (0, -1))
-            paired = evaluation.paired_seeds(after, before)
+            before = json.loads((directory / f"{name}-before.json").read_text())["value"]
+            paired = evaluation.paired_seeds(after, [before] * len(after))
             label = alignment.METHODS[way].policy_gradient if name in TASKS else "none"
             low, high = paired.student
             lines.append(
-                f"| {way} | {label} | {len(found)} | {np.mean(before):.3f} | {np.mean(after):.3f} "
-                f"± {np.std(after, ddof=1) / len(after) ** 0.5:.3f} | {paired.mean:+.3f} "
-                f"({low:+.3f} to {high:+.3f}){' *' if paired.significant else ''} |"
+                f"| {way} | {label} | {len(after)} | {before:.3f} | {np.mean(after):.3f} "
+                f"| {paired.mean:+.3f} ({low:+.3f} to {high:+.3f}){' *' * paired.significant} |"
             )
         lines.append("")
     return "\n".join(lines)

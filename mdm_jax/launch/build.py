@@ -179,6 +179,10 @@ class Experiment:
         """The single transforms of the chain."""
         return self.transform.members
 
+    def repeated(self, transform: VarianceTransform) -> VarianceTransform:
+        """A chain as many times over as a step draws it."""
+        return transform
+
     def measured_rows(self, params: PyTree, count: int, step: int) -> Batch:
         """Rows as training steps have them, on the host, for measurements; by seed and step.
 

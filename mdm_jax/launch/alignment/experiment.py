@@ -111,6 +111,9 @@ class AlignedExperiment(Experiment):
     def members(self) -> tuple[VarianceTransform, ...]:
         return self.base.members
 
+    def repeated(self, transform: VarianceTransform) -> VarianceTransform:
+        return alignment.replicated(transform, self.settings.replicates)
+
     def with_chain(self, chain: chains.Chain) -> "AlignedExperiment":
         if chain == self.chain:
             return self

@@ -275,7 +275,8 @@ def _measure(
             state = transform.init(spec)
             missing = [n for n, each in state.items() if jax.tree.leaves(each) and n not in learned]
             if missing:
-                own = variance.chain(*(t for t in planned.members[name] if t.views == 1))
+                single = (t for t in planned.members[name] if t.views == 1)
+                own = experiment.repeated(variance.chain(*single))
                 warm = meter.warm_up(
                     apply_fn,
                     objective,
