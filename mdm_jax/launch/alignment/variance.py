@@ -75,7 +75,7 @@ def measure(
     """Measure independent draws, the run's chain and those ``chosen``; write ``variance/``.
 
     Of rewarded runs all methods too, on the same answers; of pairs, what sharing the masks between
-    policy and reference removes. Raises as ``measure.measure``.
+    policy and reference removes. Raises as ``of_bounds.measure``.
     """
     bench = _Bench(*_at_parameters(aligned(experiment), workdir), settings)
     e, results = bench.experiment, {}
@@ -121,7 +121,7 @@ def measure(
 def _at_parameters(
     experiment: AlignedExperiment, workdir: files.Path
 ) -> tuple[AlignedExperiment, int | None, PyTree, PyTree | None]:
-    """As ``measure.parameters``, with the reference; of a run that has not begun, its start."""
+    """As ``of_bounds.parameters``, with the reference; of a run that has not begun, its start."""
     step = state = None
     if (workdir / "checkpoints").exists():
         experiment, step, params, state = of_bounds.parameters(experiment, workdir)
