@@ -21,6 +21,7 @@ from mdm_jax.alignment.training import Answers
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import presets
 from mdm_jax.launch.alignment import variance as aligned_variance
+from mdm_jax.launch.alignment import variance as of_alignment
 from mdm_jax.launch.alignment.experiment import REFERENCE, aligned, check_same_sampler
 from mdm_jax.launch.alignment.rounds import RECORDS, Rounds
 from mdm_jax.launch.alignment.validation import HeldOutPairs
@@ -488,3 +489,16 @@ class StateOf:
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
+
+
+def test_a_trained_run_without_its_reference_is_refused(started, tmp_path):
+    experiment = aligned(make_experiment(preferred(started, tmp_path)))
+    state = types.SimpleNamespace(step=np.int32(3), params=None)
+    with pytest.raises(WorkdirError, match="reference, the parameters .* is missing"):
+        experiment.with_reference(state, files.as_path(tmp_path))
+
+
+def test_kto_has_no_sources_by_row(started, tmp_path):
+    experiment = make_experiment(preferred(started, tmp_path, method="kto"))
+    with pytest.raises(ValueError, match="no sources by row"):
+        of_alignment.measure(experiment, files.as_path(tmp_path), [], None)

@@ -152,7 +152,8 @@ def _estimators(found: Mapping[str, Any], rows: int) -> str:
         )
     return (
         f"methods on batches of the same {rows} answers, masks drawn anew: cosine of the mean\n"
-        "gradient with that of traces, and of one of so many passes an answer (* the highest)\n"
+        "gradient of these answers with that of traces, and of one of so many passes an answer\n"
+        "(* the highest); the noise of the answers themselves is in none of these\n"
         + _aligned(lines)
     )
 

@@ -180,9 +180,17 @@ class AlignedExperiment(Experiment):
         return sharding.place_batch(local, by_rows, size)
 
     def with_reference(self, state: TrainState, workdir: files.Path) -> "AlignedExperiment":
-        """This run with its reference: that of ``workdir``, or new parameters, which are kept."""
+        """This run with its reference: that of ``workdir``, or new parameters, which are kept.
+
+        WorkdirError if a trained run has lost it.
+        """
         if not self.has_reference or self.frozen is not None:
             return self
+        if int(jax.device_get(state.step)) and not (workdir / REFERENCE).exists():
+            raise WorkdirError(
+                f"{workdir / REFERENCE}, the parameters that the run began from, is missing: bring "
+                "it back, or --restart to start anew"
+            )
         kept = training.Checkpoints(workdir / REFERENCE, 1)
         try:
             if not kept.steps():

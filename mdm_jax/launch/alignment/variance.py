@@ -75,8 +75,14 @@ def measure(
     """Measure independent draws, the run's chain and those ``chosen``; write ``variance/``.
 
     Of rewarded runs all methods too, on the same answers; of pairs, what sharing the masks between
-    policy and reference removes. Raises as ``of_bounds.measure``.
+    policy and reference removes. Raises as ``of_bounds.measure``; ValueError for ``kto``, whose
+    loss is no sum over rows.
     """
+    if experiment.config.alignment.method == "kto":
+        raise ValueError(
+            "alignment.method='kto' compares answers with the mean of their batch, so its noise "
+            "has no sources by row; measure a run of dpo, ipo or simpo"
+        )
     bench = _Bench(*_at_parameters(aligned(experiment), workdir), settings)
     e, results = bench.experiment, {}
     names = [BASELINE, CONFIGURED, *chosen]
@@ -291,9 +297,12 @@ class _Bench:
         clip = None
         if objectives.has_ratio(method):
             clip = per_token(s.clip_low), per_token(s.clip_high)
-        objective = objectives.policy_objective(
-            e.base.objective, method, clip=clip, mask_id=e.dataset.mask_id
-        )
+        try:
+            objective = objectives.policy_objective(
+                e.base.objective, method, clip=clip, mask_id=e.dataset.mask_id
+            )
+        except ValueError as error:  # of another process than masked
+            return estimator_table.Kind(None, None, str(error))
         replicates = 2 if method in ("spg", "gdpo") else 1
         transform = alignment.replicated(variance.chain(variance.stratified()), replicates)
         estimator = meter.make_estimator(self.apply_fn, objective)
