@@ -42,7 +42,7 @@ from mdm_jax.launch.build import Experiment, load_parameters, make_experiment, r
 from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.modes import measure as measuring
 from mdm_jax.launch.spacing.problem import make_samples
-from mdm_jax.launch.workdir import WorkdirError, write_json
+from mdm_jax.launch.workdir import WorkdirError, saved_config, write_json
 from mdm_jax.schedules.coordinates import logsnr_from_masking_rate
 from mdm_jax.training.checkpoints import CheckpointError
 from mdm_jax.training.loop import TrainingStopped
@@ -228,9 +228,15 @@ def finished(
     The run of ``static`` with that seed, whose parameters are shared, must be finished.
     """
     workdir, path = (directory / f"{each}-{seed}" for each in (name, STATIC))
+    config = configure(run, name, seed, smoke)
     if (workdir / "record.json").exists():
+        if (steps := saved_config(workdir).train.steps) != config.train.steps:
+            raise WorkdirError(
+                f"{workdir} holds a run of {steps} steps, not of {config.train.steps}; --smoke "
+                "needs a --workdir of its own"
+            )
         return json.loads((workdir / "record.json").read_text("utf-8"))
-    experiment = make_experiment(configure(run, name, seed, smoke))
+    experiment = make_experiment(config)
     print(f"--- {run}, {name}, seed {seed}\n{experiment.describe()}", flush=True)
     if not train.train(experiment, workdir):
         return None

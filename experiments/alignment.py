@@ -16,7 +16,6 @@ import functools
 import itertools
 import json
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,7 +32,7 @@ from mdm_jax.launch.alignment.experiment import AlignedExperiment, aligned
 from mdm_jax.launch.alignment.validation import HeldOutPairs
 from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.modes import train
-from mdm_jax.launch.workdir import claim
+from mdm_jax.launch.workdir import WorkdirError, claim
 from mdm_jax.types import Batch, PyTree
 
 SEEDS = range(5)
@@ -95,6 +94,11 @@ def pretrain(name: str, directory: pathlib.Path) -> files.Path:
     workdir, config = files.as_path(directory / name), start_config(name, directory)
     if (workdir / "accuracy.json").exists():
         return workdir
+    if workdir.exists():
+        raise WorkdirError(
+            f"{workdir} holds no start of this study that was finished; remove it, or give another "
+            "--workdir"
+        )
     experiment = make_experiment(config)
     step, seed = jax.jit(experiment.step, donate_argnums=0), experiment.placed_seed()
     state, share = experiment.initial_state(), 0.0
@@ -106,7 +110,6 @@ def pretrain(name: str, directory: pathlib.Path) -> files.Path:
                 print(f"{name}: {share:.3f} right after {number} steps", flush=True)
                 if share >= TARGET:
                     break
-    shutil.rmtree(workdir, ignore_errors=True)  # of an attempt that was stopped
     claim(workdir, experiment.config)
     experiment.dataset.tokenizer.save(workdir / "tokenizer.json")
     checkpoints = training.Checkpoints(workdir / "checkpoints")

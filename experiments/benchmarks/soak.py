@@ -167,6 +167,10 @@ def soak(
             f"--soak_directory: {directory} holds a soak with {known.read_text()}, not {settings}; "
             "give the same settings to go on, or another directory"
         )
+    if not known.exists() and (whole.exists() or killed.exists()):
+        raise ValueError(
+            f"--soak_directory: {directory} holds runs of something else; give another directory"
+        )
     known.write_text(json.dumps(settings))
     if not ended.exists():
         shutil.rmtree(

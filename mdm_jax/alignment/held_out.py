@@ -53,8 +53,9 @@ def preference_figures(
 ) -> PreferenceFigures:
     """Figures of B pairs from bounds of R independent replicates under M networks.
 
-    Monte Carlo errors are of the jackknife over the replicates of each pair (of R - 1 of them at a
-    time); pairs have masks of their own, so their variances add up.
+    Monte Carlo errors of margin and loss are of the jackknife over the replicates of each pair (of
+    R - 1 of them at a time); pairs have masks of their own, so their variances add up. That of an
+    accuracy is NaN: a step function, for which the jackknife is wrong.
 
     Args:
         scores, tokens: [M, R, 2, B] nats and [2, B], as of ``training.PairLoss``.
@@ -74,7 +75,7 @@ def preference_figures(
     if replicates > 1:
         without = np.stack([evaluate(jnp.delete(scores, r, axis=1)) for r in range(replicates)])
         variances = (replicates - 1) * without.var(axis=0)
-        noise = np.sqrt(variances.sum(-1)) / whole.shape[-1]
+        noise[1:] = (np.sqrt(variances.sum(-1)) / whole.shape[-1])[1:]
     made = [
         Figure(float(each.mean()), standard_error_of_mean(each), float(error))
         for each, error in zip(whole, noise)

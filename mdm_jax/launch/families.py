@@ -51,8 +51,8 @@ def alignment_details(record: Record) -> list[str]:
     lines = []
     if "preference_accuracy" in record:
         accuracy, margin, loss = (
-            f"{record[name]:.3f} ± {record[f'{name}_standard_error'] or float('nan'):.3f} "
-            f"(masks ± {record[f'{name}_monte_carlo_error'] or 0:.3f})"
+            f"{record[name]:.3f} ± {record[f'{name}_standard_error'] or float('nan'):.3f}"
+            + (f" (masks ± {noise:.3f})" if (noise := record[f"{name}_monte_carlo_error"]) else "")
             for name in ("preference_accuracy", "preference_margin", "preference_loss")
         )
         lines.append(f"  held-out pairs: accuracy {accuracy}, margin {margin}, loss {loss}")

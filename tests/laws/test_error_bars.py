@@ -78,7 +78,7 @@ def measured_cells(designs, rows, masks=2):
 def test_components_of_the_loss(rows, skew):
     """Squares of normal variables give 0.06 and 0.13 less than 0.68 and 0.95 with 8 rows."""
     setting, values = measured_cells(400, rows)
-    results = [decompose._of_values(design, setting, 0) for design in values]
+    results = [decompose._of_values(design, setting, 0, 1) for design in values]
     assert_all_honest(results, LOSS, skew=skew)
 
 
@@ -168,7 +168,7 @@ def test_components_of_the_gradient_by_probes():
     cells = cells.reshape(3, 300, 48, 3, 2)
     signs = np.random.default_rng(4).choice([-1.0, 1.0], (300, 6, 3))
     along = np.einsum("dpi,idrlm->dprlm", signs, cells)
-    results = [decompose._of_values(design, setting, 0) for design in along]
+    results = [decompose._of_values(design, setting, 0, 1) for design in along]
     assert_all_honest(results, GRADIENT, freedom=12, skew=0.06, ratio=(0.85, 1.35))
 
 
