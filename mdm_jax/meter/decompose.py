@@ -104,7 +104,7 @@ def decompose(
     ValueError if no row is eligible, there are < 2 rows, levels or masks, ``chunk`` < 1, or a loss
     is not finite.
     """
-    rows, left_out = _design(rows, levels_per_row, masks_per_level)
+    rows, left_out = _design(rows, levels_per_row, masks_per_level, group)
     values = evaluate_cells(
         lambda batch, draw: subject.estimator.losses(subject.params, batch, draw),
         nested_draw(key, subject),
@@ -133,7 +133,7 @@ def decompose_by_probes(
     (Hutchinson), in about ``1 + probes`` forward passes; standard errors include the spread over
     probes. Custom reverse rules need :func:`decompose_gradients`. See :func:`decompose`.
     """
-    rows, left_out = _design(rows, levels_per_row, masks_per_level)
+    rows, left_out = _design(rows, levels_per_row, masks_per_level, group)
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
     directions, measure = stream(key, "probes"), subject.estimator.directional
@@ -241,8 +241,13 @@ def gradient_terms(seen: RowGradients, levels: int, masks: int) -> tuple[Compone
     return terms, 2 * scale**2 * pairs / number**2
 
 
-def _design(rows: Batch, levels: int, masks: int) -> tuple[Batch, int]:
+def _design(rows: Batch, levels: int, masks: int, group: int = 1) -> tuple[Batch, int]:
     rows, left_out = eligible_rows(rows)
+    if left_out and group > 1:
+        raise ValueError(
+            f"{left_out} rows have no eligible token, and groups of {group} rows cannot be taken "
+            "apart; leave their whole groups out"
+        )
     check_design(rows.tokens.shape[0], levels, masks)
     return rows, left_out
 

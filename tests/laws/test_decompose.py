@@ -383,3 +383,13 @@ def test_parts_add_up_to_the_variance_of_one_row_of_a_batch(name):
     error = np.hypot(spread_error, result.total.standard_error)
     assert abs(result.total.value - spread) < 5 * error
     assert error < 0.1 * spread
+
+
+def test_groups_are_not_taken_apart():
+    rows = toy_rows(6)
+    rows = rows._replace(eligible=rows.eligible & (np.arange(6) != 2)[:, None])
+    with pytest.raises(ValueError, match="1 rows have no eligible token, and groups of 3"):
+        meter.decompose(
+            toy_setting(variance.identity()), rows, jax.random.key(0),
+            levels_per_row=2, masks_per_level=2, group=3,
+        )  # fmt: skip

@@ -23,7 +23,7 @@ def test_the_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert len(parts) == 6 and all(part.get("skipped", 0) == 0 for part in parts.values())
     first, second = (parts[f"sudoku-trace-{seed}"] for seed in range(2))
     assert len(first["reward"]) == 2 and first["reward"] != second["reward"]  # other prompts
-    assert 0 <= parts["words-dpo-plain-0"]["preference_accuracy"] <= 1
+    assert "preference_accuracy" in parts["words-dpo-plain-0"]
     text = study.tables(tmp_path)
     assert "| trace | exact | 2 |" in text and "| dpo, plain | none | 2 |" in text
     capsys.readouterr()

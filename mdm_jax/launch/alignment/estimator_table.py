@@ -111,7 +111,7 @@ def _sources(record: Mapping[str, Any]) -> str:
 
 def _sharing(found: Mapping[str, Any]) -> str:
     shown = [
-        f"{found[name]:.4g} ± {found[f'{name}_standard_error'] or math.nan:.2g}"
+        f"{found[name]:.4g} ± {_or_nan(found[f'{name}_standard_error']):.2g}"
         for name in ("shared", "independent")
     ]
     if found["shared"] <= 0:
@@ -139,7 +139,7 @@ def _estimators(found: Mapping[str, Any], rows: int) -> str:
             continue
         noise, cosine = (
             "no signal" if figures[name] is None else
-            f"{figures[name]:.3g} ± {figures[f'{name}_standard_error'] or math.nan:.2g}"
+            f"{figures[name]:.3g} ± {_or_nan(figures[f'{name}_standard_error']):.2g}"
             for name in ("noise_to_signal_times_passes", "cosine")
         )  # fmt: skip
         cells = []
@@ -156,6 +156,10 @@ def _estimators(found: Mapping[str, Any], rows: int) -> str:
         "(* the highest); the noise of the answers themselves is in none of these\n"
         + _aligned(lines)
     )
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

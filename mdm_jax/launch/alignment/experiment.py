@@ -201,14 +201,18 @@ class AlignedExperiment(Experiment):
             kept.close()
         return dataclasses.replace(self, frozen=restored.state["params"])
 
+    def policy_gradient_label(self, method: str) -> str:
+        """That of ``METHODS``; traces are exact under orders that do not depend on the network."""
+        if method == "trace" and self.config.sample.sampler not in FREE_ORDERS:
+            return f"biased: the order of {self.config.sample.sampler} depends on the network"
+        if method == "trace" and self.config.model.condition_on_logsnr:
+            return "biased: the network reads a level, which a sampler sets otherwise"
+        return METHODS[method].policy_gradient
+
     def describe_method(self) -> str:
         """One line with the method's labels, for the terminal."""
         s, method = self.settings, METHODS[self.settings.method]
-        label = method.policy_gradient
-        if s.method == "trace" and self.config.sample.sampler not in FREE_ORDERS:
-            label = f"biased: the order of {self.config.sample.sampler} depends on the network"
-        elif s.method == "trace" and self.config.model.condition_on_logsnr:
-            label = "biased: the network reads a level, which a sampler sets otherwise"
+        label = self.policy_gradient_label(s.method)
         scored = f"score {method.elbo} for the bound; policy gradient {label}"
         prompts = f"{self.rows_of_data} pairs" if not self.reward else (
             f"{self.rows_of_data} prompts of {s.answers} answers"

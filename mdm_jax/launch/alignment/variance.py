@@ -288,7 +288,11 @@ class _Bench:
             for number in range(len(self.batches)):
                 groups.append(self._moments(kinds, number))
                 bar.update(1)
-        return estimator_table.summarise(kinds, groups)
+        record = estimator_table.summarise(kinds, groups)
+        for method, figures in record.items():
+            label = self.experiment.policy_gradient_label(method)
+            figures["policy_gradient"] = label.partition(":")[0]
+        return record
 
     def _estimator_of(self, method: str) -> Any:
         e, s = self.experiment, self.experiment.settings
