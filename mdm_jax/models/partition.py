@@ -3,7 +3,8 @@
 An encoder runs self-attention over clean tokens, each group for itself. A decoder of position
 queries cross-attends to what the encoder made of the *other* group, so a pass of L tokens predicts
 every token once, given the other group. Both groups see a start token, which stands for an empty
-context. Reference: Deschenaux et al. 2025 (PGM, arXiv 2505.18883); the network here is our own.
+context. Tokens that are always visible (prompts) belong to both: the encoder reads them once with
+each. Reference: Deschenaux et al. 2025 (PGM, arXiv 2505.18883); the network here is our own.
 """
 
 import dataclasses
@@ -170,14 +171,32 @@ class Partition(nn.Module):
         del logsnr
         return self.pair(inputs, inputs == self.mask_id, documents)
 
-    def pair(self, tokens: Array, group: Array, documents: Array | None = None) -> Readout:
-        """Every token of rows [N, L] from those of the other group; ``group`` [N, L] bool."""
+    def pair(
+        self,
+        tokens: Array,
+        group: Array,
+        documents: Array | None = None,
+        shared: Array | None = None,
+        copies: int = 0,
+    ) -> Readout:
+        """Every token of rows [N, L] from those of the other group; ``group`` [N, L] bool.
+
+        Tokens at ``shared`` [N, L] are of both groups: all in the first ``copies`` positions, which
+        the encoder reads once more.
+        """
         documents = jnp.ones_like(tokens) if documents is None else documents
         positions = np.arange(tokens.shape[1])
-        joined = _joined(documents, documents)
-        alike = group[:, :, None] == group[:, None, :]
-        memory = self.encode(tokens, positions, joined & alike)
-        return self.decode(memory, positions, joined & ~alike)
+        read, own, at, within = tokens, group, positions, documents
+        if copies:
+            group = own = group | shared
+            again = jnp.where(shared, documents, 0)[:, :copies]
+            read = jnp.concatenate([tokens, tokens[:, :copies]], axis=1)
+            own = jnp.concatenate([group, jnp.zeros_like(again, bool)], axis=1)
+            at = np.concatenate([positions, positions[:copies]])
+            within = jnp.concatenate([documents, again], axis=1)
+        memory = self.encode(read, at, _joined(within, within) & (own[:, :, None] == own[:, None]))
+        seen = _joined(documents, within) & (group[:, :, None] != own[:, None])
+        return self.decode(memory, positions, seen)
 
     def encode(self, tokens: Array, positions: Array | np.ndarray, same: Array) -> KeyValues:
         """Memories of the decoder's blocks, [decoder_depth, N, M + 1, H, D]; first the start.
@@ -215,19 +234,24 @@ def _joined(queries: Array, keys: Array) -> Array:
     return (queries[:, :, None] == keys[:, None, :]) & (keys > 0)[:, None, :]
 
 
-def pair_apply(model: Partition, chunking: Chunking | None = None) -> Callable[..., Readout]:
-    """``apply`` for ``objectives.partition_nelbo``: rows [N, 2 L], masked and clean side by side.
+def pair_apply(
+    model: Partition, chunking: Chunking | None = None, prompt_length: int = 0
+) -> Callable[..., Readout]:
+    """``apply`` for ``objectives.partition_nelbo``: rows [N, 2 L] whose halves mask a group each.
 
-    The groups are the masked positions of the first half and the others; tokens are of the second.
+    Tokens that neither half masks are of both groups; of those that a document attends to, all must
+    be among the first ``prompt_length`` (of L), which cost as many tokens of the encoder more.
     """
 
     def apply(
         params: PyTree, inputs: Array, logsnr: Array | None, documents: Array | None = None
     ) -> Array | Readout:
         del logsnr
-        masked, clean = jnp.split(inputs, 2, axis=-1)
+        masked, other = jnp.split(inputs, 2, axis=-1)
         group = masked == model.mask_id
-        return model.apply(params, clean, group, documents, method="pair").chunked(chunking)
+        tokens, shared = jnp.where(group, other, masked), masked == other
+        given = (params, tokens, group, documents, shared, prompt_length)
+        return model.apply(*given, method="pair").chunked(chunking)
 
     return apply
 

@@ -98,9 +98,9 @@ def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
 
     a_j = n / (2 j), a_n = 1. Every token is predicted once, so constant token losses have no noise.
     Stats have shape [V, B, 1], all eligible tokens being targets. The network is
-    ``model_fn(inputs [N, 2L], logsnr, documents) -> logits [N, L, K]`` of masked and clean rows
-    side by side, such as ``models.pair_apply(model)``. Rows hold no tokens that are always visible
-    (prompts): both groups would need them. Law as of :func:`masked_nelbo`. ValueError for a
+    ``model_fn(inputs [N, 2L], logsnr, documents) -> logits [N, L, K]`` of rows with M masked and
+    rows with the rest masked side by side, such as ``models.pair_apply(model)``. Tokens that are
+    not eligible (prompts) are visible in both. Law as of :func:`masked_nelbo`. ValueError for a
     negative ``mask_id``. References: ``corruption.rounded_count``; Deschenaux et al. 2025 (PGM).
     """
     process, law = rounded_count(mask_id), UNIFORM_RATE if law is None else law
@@ -118,8 +118,8 @@ def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
         size = jnp.sum(group, -1, keepdims=True)
         size = jnp.where(group, size, count - size)  # of the token's own group
         factor = jnp.where(size == count, 1.0, count / (2 * jnp.maximum(size, 1)))
-        clean = jnp.broadcast_to(tokens, group.shape)
-        both = jnp.concatenate([corrupted.inputs, clean], axis=-1)
+        rest = jnp.where(eligible & ~group, mask_id, tokens)
+        both = jnp.concatenate([corrupted.inputs, rest], axis=-1)
         known = (tokens, eligible)
         nats = call_model(model_fn, both, logsnr, batch.documents, token_loss, known)
         squares = jnp.square(factor * jnp.expm1(-jax.lax.stop_gradient(nats)))

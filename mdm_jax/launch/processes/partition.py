@@ -1,6 +1,5 @@
 """The family of partition models: two groups of tokens that predict each other in one pass."""
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from mdm_jax import data, hub, likelihood, models, objectives, samplers, schedules
@@ -15,10 +14,9 @@ def partition(
 ) -> Family:
     """A partition model; samplers run its encoder on revealed tokens alone.
 
-    ValueError for rows with prompts, and settings that ``models.Partition`` does not have.
+    ValueError for settings that ``models.Partition`` does not have.
     """
     del source  # none has this process (launch/source.py)
-    _check_rows(dataset)
     parts.refuse_approximate_cache(config)
     shape = parts.network(dataset.vocab_size, **config.model)
     model = models.Partition(shape, dataset.mask_id, config.partition.decoder_depth)
@@ -44,7 +42,7 @@ def partition(
     return Family(
         objective=parts.finished(config, dataset, bound),
         model=model,
-        apply_fn=models.pair_apply(model, chunking),
+        apply_fn=models.pair_apply(model, chunking, _prompt_length(dataset)),
         likelihood=parts.evaluation_by(estimator),
         estimator=estimator,
         generator=generator,
@@ -57,10 +55,8 @@ def partition(
     )
 
 
-def _check_rows(dataset: data.Dataset) -> None:
-    rows = data.gather(dataset.train, np.arange(min(len(dataset.train), 64)))
-    if np.any(~rows.eligible & (rows.documents > 0)):
-        raise ValueError(
-            "process=partition predicts each token of a row from a group of the others, and these "
-            "rows hold prompts, which both groups would have to see; take process=masked"
-        )
+def _prompt_length(dataset: data.Dataset) -> int:
+    """Positions from the first on that may hold tokens that are always visible."""
+    if dataset.layout is None:
+        return 0
+    return getattr(dataset.layout, "prompt_length", dataset.length)  # conversations: anywhere

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mdm_jax import models, objectives, samplers, testing
+from mdm_jax import data, models, objectives, samplers, testing
 from mdm_jax.corruption import fixed_count
 from mdm_jax.draws import Draw
 from mdm_jax.launch import presets
@@ -47,12 +47,17 @@ def test_a_pass_over_two_groups_is_two_passes_over_masked_rows(settings):
     group[0], group[1] = True, False  # an empty context
     documents = np.ones_like(tokens)
     documents[2, :3], documents[3, 5:] = 2, 0
-    pair, call = models.pair_apply(model), tiny.jit(model.apply)
-    both = np.concatenate([np.where(group, MASK, tokens), tokens], axis=1)
-    found = tiny.jit(lambda *a: as_logits(pair(*a)))(params, both, None, documents)
-    for own in (group, ~group):
-        expected = call(params, np.where(own, MASK, tokens), None, documents)
-        np.testing.assert_allclose(found[own], expected[own], rtol=1e-5, atol=2e-6)
+    prompt = np.zeros_like(group)
+    prompt[4, :3] = prompt[5, 1:4] = True
+    call = tiny.jit(model.apply)
+    for shared, length in ((np.zeros_like(group), 0), (prompt, 4)):
+        pair = models.pair_apply(model, prompt_length=length)
+        groups = (group & ~shared, ~group & ~shared)
+        both = np.concatenate([np.where(own, MASK, tokens) for own in groups], axis=1)
+        found = tiny.jit(lambda *a, pair=pair: as_logits(pair(*a)))(params, both, None, documents)
+        for own in groups:
+            expected = call(params, np.where(own, MASK, tokens), None, documents)
+            np.testing.assert_allclose(found[own], expected[own], rtol=1e-5, atol=2e-6)
     # Documents and padding are out of sight; the rest is seen.
     changed = tokens.copy()
     changed[2, :3], changed[3, 5:] = (tokens[2, :3] + 1) % 3, (tokens[3, 5:] + 1) % 3
@@ -75,10 +80,11 @@ def enumerated_draws(cells, count):
     return Draw(levels, jnp.zeros_like(levels), jnp.asarray(noise, jnp.float32)[None])
 
 
-def pair_losses(params, objective, apply, draw):
+def pair_losses(params, objective, apply, draw, rows=None):
     """Weighted losses of every draw, [3, draws], and stats."""
     count = draw.u.shape[1] // 3
-    batch = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), toys.toy_batch())
+    rows = toys.toy_batch() if rows is None else rows
+    batch = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), rows)
     stats = objective.loss(functools.partial(apply, params), batch, draw)
     return (stats.weight * stats.raw).reshape(3, -1), stats
 
@@ -96,6 +102,20 @@ def test_the_objective_is_the_enumerated_bound():
     flat = jax.tree.map(lambda leaf: leaf, params)
     flat["params"]["head"] = jax.tree.map(np.zeros_like, params["params"]["head"])
     np.testing.assert_allclose(run(flat)[0], 4 * np.log(3), rtol=1e-6)
+
+
+def test_so_it_is_where_rows_begin_with_prompts():
+    """Of none, one or two tokens that are always visible."""
+    model, params = model_and_params()
+    batch = toys.toy_batch()
+    eligible = np.arange(toys.LENGTH)[None] >= np.arange(3)[:, None]
+    batch = batch._replace(eligible=eligible)
+    objective, draws = objectives.partition_nelbo(MASK), enumerated_draws(24, 3)
+    apply = models.pair_apply(model, prompt_length=2)
+    value, stats = tiny.jit(lambda p: pair_losses(p, objective, apply, draws, batch))(params)
+    exact = testing.exact_nelbo(functools.partial(model.apply, params), batch, MASK)
+    np.testing.assert_allclose(value.mean(1), exact, rtol=1e-5)
+    np.testing.assert_array_equal(stats.targets.reshape(3, -1)[:, 0], [4, 3, 2])
 
 
 @pytest.mark.slow
@@ -155,7 +175,7 @@ def test_samples_are_those_of_the_whole_network():
     np.testing.assert_array_equal(*drawn)
 
 
-def test_what_has_no_partition_model_is_refused():
+def test_what_no_partition_model_has_is_refused():
     for settings, message in (
         ({"condition_on_logsnr": True}, "has no condition_on_logsnr"),
         ({"depth": 1}, "both need at least 1"),
@@ -163,8 +183,18 @@ def test_what_has_no_partition_model_is_refused():
         config = models.TransformerConfig(**SHAPE | settings)
         with pytest.raises(ValueError, match=message):
             tiny.parameters(models.Partition(config, MASK, 1), 4)
+
+
+def test_a_config_of_prompts_and_answers_reads_prompts_with_both_groups():
     config = presets.text_partition("smoke")
     config.data.update(source="task", length=128, train_stride=1)
     config.data.task.update(train_rows=8, valid_rows=8, test_rows=8)
-    with pytest.raises(ValueError, match="hold prompts, which both groups"):
-        make_experiment(config)
+    experiment = make_experiment(config)
+    layout = experiment.dataset.layout
+    rows = data.gather(experiment.dataset.train, np.arange(4))
+    shown = rows.documents * ~rows.eligible > 0
+    assert shown[:, : layout.prompt_length].any() and not shown[:, layout.prompt_length :].any()
+    params = experiment.abstract_state().params
+    inputs = jax.ShapeDtypeStruct((4, 2 * layout.length), np.int32)
+    traced = str(jax.make_jaxpr(experiment.apply_fn)(params, inputs, None, rows.documents))
+    assert f"4,{layout.length + layout.prompt_length + 1},{config.model.width}" in traced
