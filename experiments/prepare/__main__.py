@@ -4,6 +4,7 @@ python -m experiments.prepare text8 --source=text8.zip --to=data/text8.txt
 python -m experiments.prepare letters --source=NOVELS.txt --to=data/letters.txt
 python -m experiments.prepare lm1b --source=FOLDER --to=data/lm1b
 python -m experiments.prepare openwebtext --source=FOLDER --to=data/openwebtext
+python -m experiments.prepare pictures --source=PICTURES.npz.xz --to=data/my_pictures
 python -m experiments.prepare sudoku --source=PUZZLES.csv --to=data/sudoku.jsonl
 python -m experiments.prepare generate --config=CONFIG --split=train --to=data/zebra.jsonl
 """
@@ -12,7 +13,7 @@ import argparse
 import pathlib
 import sys
 
-from experiments.prepare import corpora, puzzles
+from experiments.prepare import corpora, pictures, puzzles
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         ("letters", _letters, "texts or JSON lines, reduced to the 27 letters of text8"),
         ("lm1b", _lm1b, "the unpacked folder of LM1B"),
         ("openwebtext", _openwebtext, "a folder of OpenWebText"),
+        ("pictures", _pictures, "arrays SPLIT_images and SPLIT_labels in an .npz or .npz.xz"),
         ("sudoku", _sudoku, "a puzzle and its solution a line"),
     ):
         own = commands.add_parser(name, help=meaning)
@@ -72,6 +74,16 @@ def _lm1b(arguments: argparse.Namespace) -> str:
 
 def _openwebtext(arguments: argparse.Namespace) -> str:
     return f"wrote {corpora.write_documents(corpora.openwebtext(arguments.source), arguments.to)}"
+
+
+def _pictures(arguments: argparse.Namespace) -> str:
+    found = pictures.read(arguments.source)
+    counts = ", ".join(f"{len(labels):,} {split}" for split, (_, labels) in found.items())
+    written = pictures.write(found, arguments.to)
+    return (
+        f"wrote {written}, pictures: {counts}; read by --config.data.name={arguments.to.name} "
+        f"--config.data.data_dir={arguments.to.parent}"
+    )
 
 
 def _sudoku(arguments: argparse.Namespace) -> str:

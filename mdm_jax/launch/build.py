@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from mdm_jax.launch.names import lookup
 from mdm_jax.launch.processes.partition import partition
 from mdm_jax.launch.sampling.quality import check_quality
 from mdm_jax.launch.start import scaled
+from mdm_jax.launch.start.loop import loop_options
 from mdm_jax.launch.start.optimizer import optimizer, recomputes_update
 from mdm_jax.launch.workdir import check_source, open_workdir, read_config
 from mdm_jax.models import lora
@@ -363,10 +363,12 @@ def make_experiment(
     config = scaled.filled(config, workdir and read_config(workdir))
     rows = read(config, source)
     config = scaled.with_lengths(config, rows.layout)
-    family = lookup(FAMILIES, config.process, "process")(config, rows, source)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    placed = config.copy_and_resolve_references()
+    placed.mesh.update(mesh.shape)  # in numbers; the run's config keeps -1, for other machines
+    family = lookup(FAMILIES, config.process, "process")(placed, rows, source)
     _check_unread(config, family.unread)
     c, e, s = config.train, config.evaluate, config.sample
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches or 1)
     sharding.check_num_heads(mesh, config.model.num_heads)
     check_policy(mesh.devices.flat[0], config.model.remat)
@@ -444,25 +446,8 @@ def _parts_of_chain(
         "transform": transform,
         "monitors": chains.monitors(c.monitors, config.monitors, family.objective, transform),
         "spec": family.objective.spec(rows, dataset.length),
-        "loop": _loop_options(config, dataset, transform.views),
+        "loop": loop_options(config, dataset, transform.views, family.loss_in_bits),
     }
-
-
-def _loop_options(config: ConfigDict, dataset: data.Dataset, views: int) -> training.LoopOptions:
-    c = config.train
-    every = scaled.evaluate_every(config)
-    if c.stop.patience and not (every and len(dataset.valid)):
-        raise ValueError(
-            f"train.stop.patience={c.stop.patience} counts evaluations, and there are none: set "
-            "train.evaluate_every and give validation rows, or leave it at 0"
-        )
-    own = set(inspect.signature(training.LoopOptions).parameters) & set(c)
-    return training.LoopOptions(
-        total_steps=c.steps,
-        views=views,
-        unit="char" if dataset.unit == "character" else "dim",
-        **{name: c[name] for name in own} | {"evaluate_every": every},
-    )
 
 
 def load_parameters(experiment: Experiment, workdir: files.Path) -> tuple[int, PyTree]:

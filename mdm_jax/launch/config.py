@@ -458,7 +458,7 @@ def _sample() -> dict[str, Any]:
         ),
         "cache_refresh": _whole(0, _NATURAL, "steps", "of it, between passes over all; 0: none"),
         "guidance": _real(
-            0.0, "[0, 1e3]", "", "scale, by the prompt (masked) or class (gaussian); 0, 1: none"
+            0.0, "[0, 1e3]", "", "scale, by given tokens or class (gaussian); 0, 1: none"
         ),
         "class_guidance": {
             "low": _real(-100.0, "[-100, 100]", "logSNR", "from which the class guides"),

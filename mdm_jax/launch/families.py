@@ -29,10 +29,15 @@ def token_record(result: likelihood.Likelihood) -> Record:
     return record | {n.format("element"): record[n.format("token")] for n in shared}
 
 
+def number(value: float | None) -> str:
+    """A figure of a report to three decimals; None is "unknown"."""
+    return "unknown" if value is None else f"{value:.3f}"
+
+
 def token_details(record: Record) -> list[str]:
     """Report lines: perplexity, and accuracy where it was measured."""
     error = record["standard_error_perplexity"]
-    shown = "" if error == 0 else " ± unknown" if error is None else f" ± {error:.3f}"
+    shown = "" if error == 0 else f" ± {number(error)}"
     lines = [f"  perplexity per token {record['perplexity']:.3f}{shown}"]
     if "audit" in record:
         lines.insert(0, f"  {likelihood.audit_line(record['audit'])}")
@@ -51,7 +56,7 @@ def alignment_details(record: Record) -> list[str]:
     lines = []
     if "preference_accuracy" in record:
         accuracy, margin, loss = (
-            f"{record[name]:.3f} ± {record[f'{name}_standard_error'] or float('nan'):.3f}"
+            f"{record[name]:.3f} ± {number(record[f'{name}_standard_error'])}"
             + (f" (masks ± {noise:.3f})" if (noise := record[f"{name}_monte_carlo_error"]) else "")
             for name in ("preference_accuracy", "preference_margin", "preference_loss")
         )
@@ -59,9 +64,8 @@ def alignment_details(record: Record) -> list[str]:
     if record.get("reward") is not None:
         lines.append(
             f"  held-out reward {record['reward']:.3f} ± "
-            f"{record['reward_standard_error'] or float('nan'):.3f} over "
-            f"{record['rewarded_answers']:.0f} prompts, one answer each; solved "
-            f"{record['solved']:.1%}"
+            f"{number(record['reward_standard_error'])} over {record['rewarded_answers']:.0f} "
+            f"prompts, one answer each; solved {record['solved']:.1%}"
         )
     return lines
 
@@ -83,6 +87,8 @@ class Family:
         follows_warp: whether, by default, samplers take the levels that training learned.
         levels_from, noise_axis: the law, for display; label of plots, "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
+        loss_in_bits: whether the training loss is an estimate of the likelihood or its bound, and
+            so shown in bits too.
         annealed: ``annealed(key, step) -> apply_fn`` of a training step, where it is another.
         degraded: ``degraded(key, canvas)``, what ``generate`` restores; None where it samples.
         with_corruption: the objective under another corruption by name, where there are several.
@@ -104,6 +110,7 @@ class Family:
     rules: tuple[str, ...] = ()
     follows_warp: bool = False
     unread: tuple[str, ...] = ()
+    loss_in_bits: bool = True
     annealed: Callable[[Array, Array], Callable[..., Array | models.Readout]] | None = None
     degraded: Callable[..., np.ndarray] | None = None
     with_corruption: Callable[[str], Objective] | None = None
@@ -237,6 +244,7 @@ def uniform(
     """Uniform-token diffusion over all ids but the mask token, which must be the last one."""
     num_tokens, c = parts.ids_before_mask(dataset, "process=uniform"), config.sample
     parts.refuse_approximate_cache(config)
+    parts.refuse_guidance(config)
     law = schedules.law_of(parts.masked_schedule(config.law.name, config.law, "law.name"))
     model = parts.body(config, dataset, source)
     chunking = parts.make_chunking(config.model.logits_at, **config.mesh)
@@ -286,6 +294,7 @@ def autoregressive(
     if config.model.self_conditioning:
         raise ValueError("process=autoregressive does not take model.self_conditioning")
     parts.refuse_approximate_cache(config)
+    parts.refuse_guidance(config)
     c, mask_id = config.sample, dataset.mask_id
     model = parts.body(config, dataset, source)
     chunking = parts.make_chunking(config.model.logits_at, **config.mesh)

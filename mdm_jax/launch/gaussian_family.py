@@ -19,7 +19,7 @@ from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.gaussian.schedules import truncated
 from mdm_jax.gaussian.spectrum import radial_spectrum
 from mdm_jax.launch import names
-from mdm_jax.launch.families import Family, Record
+from mdm_jax.launch.families import Family, Record, number
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.launch.processes.parts import Generate, Watch, network
 from mdm_jax.objectives import Objective
@@ -323,5 +323,5 @@ def _gaussian_record(result: gaussian.GaussianLikelihood) -> Record:
 def _gaussian_details(record: Record) -> list[str]:
     parts = record["parts_bits_per_dimension"]
     errors = record["standard_error_parts_bits_per_dimension"]
-    terms = (f"{name} {value:.3f} ± {errors[name] or 0:.3f}" for name, value in parts.items())
+    terms = (f"{name} {value:.3f} ± {number(errors[name])}" for name, value in parts.items())
     return ["  of which " + ", ".join(terms)]

@@ -99,7 +99,7 @@ class LoopOptions:
 
     Attributes:
         views, unit: passes of a batch through the network, for the speed; unit of the bits shown,
-            such as "character", "" where the loss is none of the data.
+            such as "character", "" where the loss is no likelihood.
         profile_directory: target of a profile.
         launched_at: ``time.monotonic()`` at launch, to report the time to the first step, or None.
     """

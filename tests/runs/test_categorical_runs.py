@@ -37,6 +37,8 @@ TABLE = types.SimpleNamespace(tokenizer=None, columns=(object(),))
         ),
         (cdcd, "text_cdcd", TEXT, {"gaussian.low": 2.0}, "low < high"),
         (cdcd, "text_cdcd", TEXT, {"gaussian.path": "vq"}, "gaussian.path"),
+        (cdcd, "text_cdcd", TEXT, {"sample.guidance": 2.0}, "does not read sample.guidance"),
+        (cdtd, "table_cdtd", TABLE, {"sample.guidance": 2.0}, "does not read sample.guidance"),
         (cdtd, "table_cdtd", TEXT, {}, "process=cdtd is of tables"),
         (cdtd, "table_cdtd", TABLE, {"model.self_conditioning": True}, "takes no model.self"),
     ],

@@ -55,6 +55,14 @@ def test_a_run_trains_evaluates_and_writes(process, tmp_path, capsys):
             assert len(kept) == 24 and all(g == t for g, t in kept)
 
 
+@pytest.mark.parametrize("preset", [text_uniform, text_ar])
+def test_guidance_that_is_not_read_is_refused(preset):
+    config = preset("smoke")
+    config.sample.guidance = 2.0
+    with pytest.raises(ValueError, match="does not read sample.guidance, got 2; leave it at 0"):
+        make_experiment(config)
+
+
 def test_block_sizes_by_variant():
     sizes = [text_block(v).block.size for v in ("1", "4", "16", "L")]
     assert sizes == [1, 4, 16, text_block().data.length]

@@ -16,7 +16,7 @@ from experiments.prepare import __main__ as prepare
 from experiments.prepare import corpora, puzzles
 from experiments.published import curves, gpu_time, held_out
 from mdm_jax import data, files, plots, tasks
-from mdm_jax.launch import build
+from mdm_jax.launch import build, presets
 from mdm_jax.launch.workdir import saved_config
 
 TEXT = "the cat sat on a mat and saw two dogs run by the old red barn"
@@ -31,6 +31,31 @@ def run(*arguments):
 def test_any_text_in_the_letters_of_text8():
     assert corpora.to_letters("It's 1984,\n and Zoë!") == ("it s one nine eight four and zo ")
     assert corpora.to_letters("a  b--c") == "a b c"
+
+
+def test_pictures_of_an_archive_are_read_as_mnist_is(tmp_path, capsys):
+    images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+    arrays = {"train_images": np.concatenate([images] * 4), "train_labels": np.arange(8) % 3}
+    arrays |= {"test_images": images + 100, "test_labels": np.array([2, 0])}
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    (tmp_path / "small.npz.xz").write_bytes(lzma.compress(packed.getvalue()))
+    np.savez(tmp_path / "odd.npz", train_images=images)
+    line = ("pictures", f"--source={tmp_path}/small.npz.xz", f"--to={tmp_path}/data/my_digits")
+    assert run(*line) == 0
+    assert "pictures: 8 train, 2 test; read by --config.data.name" in capsys.readouterr().out
+    config = presets.mnist_gaussian("smoke")
+    config.data.update(name="my_digits", data_dir=str(tmp_path / "data"))
+    config.data.splits = ("train[:6]", "train[6:]", "test")
+    built = build.dataset(config)
+    assert (built.event_shape, built.num_classes, len(built.valid)) == ((4, 4), 3, 2)
+    for row, image, label in zip(built.test, images + 100, (2, 0), strict=True):
+        np.testing.assert_array_equal(row.tokens, image.ravel())
+        assert set(row.documents) == {2 + label}
+    assert run(*line) == 1 and "exists; remove it" in capsys.readouterr().err
+    assert run("pictures", f"--source={tmp_path}/odd.npz", f"--to={tmp_path}/b") == 1
+    assert "needs train_images and train_labels" in capsys.readouterr().err
+    assert run("pictures", f"--source={tmp_path}/small.npz.xz", f"--to={tmp_path}/B-c") == 1
 
 
 def test_text8_is_itself_or_refused(tmp_path, monkeypatch, capsys):

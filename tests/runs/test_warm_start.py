@@ -8,7 +8,7 @@ import saved_run
 from mdm_jax import training
 from mdm_jax.launch import presets
 from mdm_jax.launch.build import load_parameters, make_experiment, open_workdir
-from mdm_jax.launch.modes import train
+from mdm_jax.launch.modes import measure, train
 from mdm_jax.launch.workdir import WorkdirError, check_source, saved_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -66,6 +66,13 @@ def test_a_run_that_has_begun_goes_on_when_the_other_one_has_moved(trained, tmp_
     with pytest.raises(WorkdirError, match="train.init_from: .*moved holds no run"):
         train.check_start(experiment, tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_measured_before_training_is_what_it_starts_from(trained, tmp_path):
+    experiment = goes_on(trained)
+    _, step, params, _ = measure.parameters(experiment, tmp_path)
+    assert step is None and measure.origin(experiment, step) == f"the run {trained}"
+    chex.assert_trees_all_equal(params, load_parameters(experiment, trained)[1])
 
 
 def test_a_run_of_other_tokens_or_none_at_all_is_refused(trained, tmp_path):

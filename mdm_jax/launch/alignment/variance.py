@@ -27,7 +27,6 @@ from mdm_jax.launch.auto.chain import CANDIDATES
 from mdm_jax.launch.build import Experiment
 from mdm_jax.launch.config import MeasureSettings
 from mdm_jax.launch.modes import measure as of_bounds
-from mdm_jax.launch.modes.train import initial_state
 from mdm_jax.launch.modes.variance_report import BASELINE, Result, recommend, write_csv
 from mdm_jax.launch.names import CONFIGURED
 from mdm_jax.launch.workdir import write_json, writing
@@ -127,13 +126,8 @@ def measure(
 def _at_parameters(
     experiment: AlignedExperiment, workdir: files.Path
 ) -> tuple[AlignedExperiment, int | None, PyTree, PyTree | None]:
-    """As ``of_bounds.parameters``, with the reference; of a run that has not begun, its start."""
-    step = state = None
-    if (workdir / "checkpoints").exists():
-        experiment, step, params, state = of_bounds.parameters(experiment, workdir)
-    if step is None:
-        params = initial_state(experiment).params
-        params = experiment.with_frozen(workdir).variables(params)
+    """As ``of_bounds.parameters``, with the reference."""
+    experiment, step, params, state = of_bounds.parameters(experiment, workdir)
     if experiment.has_reference:
         reference = read_reference(experiment, workdir)
         start = params if reference is None else reference  # not begun: they are the same

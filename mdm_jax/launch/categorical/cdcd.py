@@ -1,7 +1,5 @@
 """The process ``cdcd``: Gaussian diffusion of token embeddings, by cross-entropy."""
 
-from typing import Any
-
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -11,7 +9,7 @@ from mdm_jax.gaussian import categorical, paths
 from mdm_jax.gaussian import schedules as gaussian_schedules
 from mdm_jax.launch import config as launch_config
 from mdm_jax.launch import names
-from mdm_jax.launch.families import Family, Record, token_details, token_record
+from mdm_jax.launch.families import Family, Record, number, token_details, token_record
 from mdm_jax.launch.gaussian_family import gaussian_levels, truncated_to
 from mdm_jax.launch.names import lookup, settings
 from mdm_jax.launch.processes.parts import (
@@ -20,6 +18,7 @@ from mdm_jax.launch.processes.parts import (
     evaluation_by,
     make_chunking,
     network,
+    refuse_guidance,
     token_filters,
 )
 from mdm_jax.schedules.laws import Law
@@ -38,6 +37,7 @@ def cdcd(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Fam
     c, g = config.sample, config.gaussian
     law, path = law_and_path(g, "cdcd")
     refuse_unread(config, "cdcd")
+    refuse_guidance(config)
     model = categorical.EmbeddingTransformer(
         network(dataset.vocab_size, **config.model), config.cdcd.size, dataset.mask_id, path
     )
@@ -86,6 +86,7 @@ def cdcd(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Fam
         rules=("edm_rho", "law", "uniform_logsnr", "cosine"),
         follows_warp=True,
         unread=("corruption", "law", "weighting"),
+        loss_in_bits=False,
         record=_record,
         details=_details,
     )
@@ -123,10 +124,9 @@ def _record(result: likelihood.Likelihood) -> Record:
 
 
 def _details(record: Record) -> list[str]:
-    mean: Any = record["cross_entropy_over_uniform_logsnr"]
-    shown = "unknown" if mean is None else f"{mean:.3f}"
+    mean = number(record["cross_entropy_over_uniform_logsnr"])
     return [
         "  bound of Gaussian diffusion on embeddings, two passes with self-conditioning",
-        f"  cross-entropy averaged over a uniform logSNR {shown} nats per token (no bound)",
+        f"  cross-entropy averaged over a uniform logSNR {mean} nats per token (no bound)",
         *token_details(record),
     ]

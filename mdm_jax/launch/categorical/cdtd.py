@@ -7,11 +7,17 @@ from mdm_jax.data.tables import NUM_VALUES
 from mdm_jax.gaussian import categorical
 from mdm_jax.launch import names
 from mdm_jax.launch.categorical.cdcd import law_and_path, refuse_unread
-from mdm_jax.launch.families import Family, Record
+from mdm_jax.launch.families import Family, Record, number
 from mdm_jax.launch.families import token_record as shared_record
 from mdm_jax.launch.gaussian_family import gaussian_levels
 from mdm_jax.launch.names import lookup, settings
-from mdm_jax.launch.processes.parts import Generate, Watch, evaluation_by, network
+from mdm_jax.launch.processes.parts import (
+    Generate,
+    Watch,
+    evaluation_by,
+    network,
+    refuse_guidance,
+)
 from mdm_jax.types import Array
 
 
@@ -27,6 +33,7 @@ def cdtd(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Fam
     c, g, size = config.sample, config.gaussian, config.cdcd.size
     law, path = law_and_path(g, "cdtd")
     refuse_unread(config, "cdtd")
+    refuse_guidance(config)
     cells = categorical.cells_of(dataset.columns, NUM_VALUES)
     model = categorical.TableTransformer(network(1, **config.model), cells, size, path)
     sampler = lookup(names.GAUSSIAN_SAMPLERS, c.sampler, "sample.sampler")(**settings(c, c.sampler))
@@ -56,14 +63,16 @@ def cdtd(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Fam
         levels=named_levels,
         follows_warp=True,
         unread=("corruption", "law", "weighting"),
+        loss_in_bits=False,
         record=shared_record,
         details=_details,
     )
 
 
 def _details(record: Record) -> list[str]:
-    value, error = record["nats_per_element"], record["standard_error_nats_per_element"] or 0
+    value, error = record["nats_per_element"], record["standard_error_nats_per_element"]
+    shown = f"{value:.3f} ± {number(error)}"
     return [
-        f"  {value:.3f} ± {error:.3f} nats per cell: a bound at one noise level of all columns;",
+        f"  {shown} nats per cell: a bound at one noise level of all columns;",
         "  numbers count by their density in standard deviations, so that it can be negative",
     ]

@@ -10,6 +10,7 @@ from mdm_jax import data, distributed, evaluation, files, likelihood, plots, rng
 from mdm_jax.evaluation.accuracy import measure_task_accuracy
 from mdm_jax.launch.alignment.validation import final_figures
 from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
+from mdm_jax.launch.families import number
 from mdm_jax.launch.modes.sample import free_canvases, show_samples
 from mdm_jax.launch.reports.curves import SIZE, is_exact, level_lines, training_curves
 from mdm_jax.launch.reports.page import write_page
@@ -307,19 +308,19 @@ def report(
 
 def format_results(record: Mapping[str, Any], details: Sequence[str], exact: bool) -> str:
     """A record of :func:`evaluate` for the terminal; ``exact``: no bound."""
-    unit, rows = record["unit"], _number(record["data_standard_error_bits_per_unit"])
+    unit, rows = record["unit"], number(record["data_standard_error_bits_per_unit"])
     value, kind = f"{record['bits_per_unit']:.3f}", "exact likelihood"
     errors = f"(± {rows} over rows)"
     if not exact:
-        value += f" ± {_number(record['standard_error_bits_per_unit'])}"
+        value += f" ± {number(record['standard_error_bits_per_unit'])}"
         kind, errors = "likelihood bound", f"(± Monte Carlo; over rows ± {rows})"
     return "\n".join(
         [
             f"held-out {kind} ({record['split']} split, {record['rows']} rows, "
             f"parameters of step {record['step']}):",
             f"  {value} bits per {unit}   {errors}",
-            f"  unigram entropy of the split {_number(record['unigram_bits_per_unit'])}, "
-            f"bigram entropy {_number(record['bigram_bits_per_unit'])} bits per {unit}",
+            f"  unigram entropy of the split {number(record['unigram_bits_per_unit'])}, "
+            f"bigram entropy {number(record['bigram_bits_per_unit'])} bits per {unit}",
             *details,
             "",
         ]
@@ -344,7 +345,7 @@ def summary(
     """
     value = f"{record['bits_per_unit']:.3f}"
     if not exact:
-        value += f" ± {_number(record['standard_error_bits_per_unit'])}"
+        value += f" ± {number(record['standard_error_bits_per_unit'])}"
     lines = [f"held-out {record['split']} split: {value} bits per {record['unit']}"]
     free = [sample["text"] for sample in samples if sample["kind"] == "free"]
     if any(map(evaluation.words_of, free)):
@@ -387,7 +388,3 @@ def write_plots(
         with writing(shown[-1].parent):
             plots.save(curve.draw, shown[-1], SIZE)
     return shown
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3f}"

@@ -19,6 +19,7 @@ from mdm_jax import data, files, meter, rng, sharding, variance
 from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import Experiment, open_workdir
 from mdm_jax.launch.config import MeasureSettings
+from mdm_jax.launch.modes.train import initial_state
 from mdm_jax.launch.modes.variance_report import (
     BASELINE,
     Result,
@@ -293,17 +294,21 @@ def _infinite(figure: Efficiency | None) -> Efficiency | None:
 
 def origin(experiment: Experiment, step: int | None) -> str:
     """Whose parameters are measured, for display; ``step`` as of :func:`parameters`."""
+    c = experiment.config
     if step is not None:
         return f"a checkpoint of step {step}"
-    return "a fresh model" if experiment.source is None else experiment.config.model.source
+    if c.train.init_from:
+        return f"the run {c.train.init_from}"
+    return "a fresh model" if experiment.source is None else c.model.source
 
 
 def parameters(
     experiment: Experiment, workdir: files.Path
 ) -> tuple[Experiment, int | None, PyTree, PyTree | None]:
-    """(the run under its chain, step or None for a fresh model, parameters, the chain's state).
+    """(the run under its chain, step or None before training, parameters, the chain's state).
 
-    ValueError for a run without noise or with another loss than the bound.
+    Before training they are those that it starts from. ValueError for a run without noise or with
+    another loss than the bound; WorkdirError and CheckpointError as of ``train.initial_state``.
     """
     if experiment.config.process == "autoregressive":
         raise ValueError("an autoregressive run has no noise whose variance could be measured")
@@ -324,7 +329,7 @@ def parameters(
         finally:
             checkpoints.close()
     if restored is None:
-        params = experiment.initial_state().params
+        params = initial_state(experiment).params
         return experiment, None, experiment.with_frozen(workdir).variables(params), None
     state = restored.state
     own = experiment.with_noted_chain(restored.notes)

@@ -78,7 +78,7 @@ def make_chunking(logits_at: str, data: int, fsdp: int, tensor: int) -> models.C
     """Chunking of losses at target positions; None for logits of all positions."""
     if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
         return None
-    # All devices hold different rows, except along the tensor axis.
+    # All devices hold different rows, except along the tensor axis; -1: the devices of this run.
     return models.Chunking(data * fsdp if data > 0 else jax.device_count() // tensor)
 
 
@@ -172,6 +172,16 @@ def refuse_approximate_cache(config: ConfigDict) -> None:
         raise ValueError(
             f"sample.approximate_cache={config.sample.approximate_cache} is for process=masked: "
             "block and autoregressive models have an exact cache, others none"
+        )
+
+
+def refuse_guidance(config: ConfigDict) -> None:
+    """Raise ValueError for ``sample.guidance`` in a process whose sampler does not read it."""
+    if config.sample.guidance not in (0.0, 1.0):
+        raise ValueError(
+            f"process={config.process} does not read sample.guidance, got "
+            f"{config.sample.guidance:g}; leave it at 0: masked, block and "
+            "partition runs guide by given tokens, process=gaussian by class"
         )
 
 

@@ -28,6 +28,10 @@ class Curve(NamedTuple):
     caption: str
 
 
+OTHER_LOSS = ("cdcd", "cdtd")
+"""Processes whose training loss is no estimate of the likelihood or its bound."""
+
+
 def is_exact(config: Mapping[str, Any]) -> bool:
     """Whether a run's likelihood is exact, not a bound: each token given all before it."""
     return config["process"] == "autoregressive" or (
@@ -52,7 +56,15 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
             result = plots.Result(*(evaluation.get(name) for name in names))
 
         def draw(axes: Any) -> Any:
-            return plots.training_curve(axes, records, unit, references, result=result, exact=exact)
+            return plots.training_curve(
+                axes,
+                records,
+                unit,
+                references,
+                result=result,
+                exact=exact,
+                other_loss=config["process"] in OTHER_LOSS,
+            )
 
         curves.append(Curve("training", draw, _about(records, config, result, references)))
     if level := _level_axis(config, evaluation):
@@ -139,6 +151,8 @@ def _about(
     """The caption of the loss."""
     exact = is_exact(config)
     parts = ["Grey: the objective on training batches, means over the steps between two points."]
+    if config["process"] in OTHER_LOSS:
+        parts.append("It is no bound, and not comparable to the points.")
     if any("normalised_loss" in r for r in records):
         parts.append(
             "Blue: the same without the noise of the levels: the running cross-entropy of each of "

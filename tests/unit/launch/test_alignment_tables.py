@@ -6,6 +6,7 @@ import pytest
 from mdm_jax import alignment, variance
 from mdm_jax.launch.alignment import estimator_table
 from mdm_jax.launch.alignment.estimator_table import Kind, Moments
+from mdm_jax.launch.families import alignment_details
 
 
 def kinds(**refused):
@@ -51,3 +52,13 @@ def test_what_sharing_removes_is_said_in_words():
     assert "15 times less" in estimator_table._sharing(shown)
     equal = shown | {"shared": 0.0, "factor": None}
     assert "policy and reference are equal" in estimator_table._sharing(equal)
+
+
+@pytest.mark.parametrize("error, shown", [(0.0, "0.000"), (None, "unknown"), (0.25, "0.250")])
+def test_an_error_of_zero_is_printed_as_zero(error, shown):
+    names = [f"preference_{name}" for name in ("accuracy", "margin", "loss")]
+    record = dict.fromkeys(names, 1.0) | {f"{n}_standard_error": error for n in names}
+    record |= {f"{n}_monte_carlo_error": None for n in names}
+    record |= {"reward": 1.0, "reward_standard_error": error, "rewarded_answers": 4, "solved": 1.0}
+    pairs, reward = alignment_details(record)
+    assert pairs.count(f"1.000 ± {shown}") == 3 and f"reward 1.000 ± {shown} over" in reward

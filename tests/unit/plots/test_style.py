@@ -103,6 +103,14 @@ def test_the_loss_has_the_validations_entropies_and_the_result_of_the_test():
     assert axes.get_ylabel() == "bits per character"
 
 
+@pytest.mark.parametrize("process, said", [("cdcd", True), ("cdtd", True), ("masked", False)])
+def test_a_training_loss_that_is_no_bound_says_so(process, said):
+    found = curves.training_curves(config(process), RECORDS, EVALUATION)[0]
+    labels = drawn(found).get_legend_handles_labels()[1]
+    assert ("training (no bound), single batches" in labels) == said
+    assert ("It is no bound" in found.caption) == said
+
+
 @pytest.mark.parametrize(
     "process, size, names",
     [
