@@ -418,7 +418,7 @@ def make_experiment(
     if s.prompts and rows.tokenizer is None:
         raise ValueError("sample.prompts is about text, and this run's data are pictures")
     if s.quality_steps:
-        check_quality(experiment)
+        check_quality(experiment.config, experiment.dataset, experiment.family)
     return experiment
 
 

@@ -282,7 +282,7 @@ def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
 
 def _sample(experiment: Experiment, workdir: files.Path) -> int:
     if "sample.num_steps" in command_line.overridden(_PARSED) and not experiment.family.takes_steps:
-        raise ValueError(f"--steps: {own_steps(experiment)}")
+        raise ValueError(f"--steps: {own_steps(experiment.config)}")
     _claim(experiment, workdir)
     drawn = evaluate.sample(experiment, workdir, _print, asked=sample_flags.read())
     print(f"written to {', '.join(drawn['files'])}")

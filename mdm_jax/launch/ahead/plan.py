@@ -92,6 +92,8 @@ def compile_plan(config: ConfigDict, devices: Sequence[jax.Device], program: str
     flops = count_flops(traced.jaxpr) / len(devices)
     try:
         options = targets.compiler_options(devices[0].platform)
+        if program == "train":
+            options |= training.compiler_options(devices[0].platform)
         compiled = traced.lower().compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

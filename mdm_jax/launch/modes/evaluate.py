@@ -202,7 +202,7 @@ def measure_quality(
     With ``sample.judge``, the directory of another run over the same tokens (autoregressive, for an
     exact likelihood), generative perplexity is measured under its parameters.
     """
-    check_quality(experiment)
+    check_quality(experiment.config, experiment.dataset, experiment.family)
     c, dataset = experiment.config.sample, experiment.dataset
     directory, first = workdir / "quality", distributed.is_first()
     _, source = experiment.held_out

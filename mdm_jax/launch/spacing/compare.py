@@ -114,7 +114,7 @@ def check(experiment: Experiment) -> None:
             "grids are compared by samples from noise: leave sample.restore_from at None"
         )
     if not experiment.family.takes_steps:
-        raise ValueError(f"there is no grid to space: {own_steps(experiment)}")
+        raise ValueError(f"there is no grid to space: {own_steps(experiment.config)}")
     if not c.spacing.steps:
         raise ValueError("spacing.steps names no number of steps; give --steps=4,8,16,32")
 
