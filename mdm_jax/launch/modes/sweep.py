@@ -60,11 +60,11 @@ class Run(NamedTuple):
         return _label(shared) or "all runs"
 
 
-def parse(over: str) -> dict[str, list[str]]:
+def parse(over: str, flag: str = "--over") -> dict[str, list[str]]:
     """Values by setting of ``--over="seed=0,1,2;optimizer.peak=1e-3,3e-3"``, as written.
 
     Commas and semicolons inside brackets or quotes separate nothing. ValueError for what cannot be
-    read, a setting given twice, or a value given twice.
+    read, a setting given twice, or a value given twice; ``flag`` is what they name.
     """
     values: dict[str, list[str]] = {}
     for part in filter(str.strip, _split(over, ";")):
@@ -72,24 +72,25 @@ def parse(over: str) -> dict[str, list[str]]:
         given = [value.strip() for value in _split(listed, ",")]
         if not equals or not name or not all(given):
             raise ValueError(
-                f"--over: {part.strip()!r} is not NAME=VALUE,VALUE; write it as in "
-                '--over="seed=0,1,2;optimizer.peak=1e-3,3e-3"'
+                f"{flag}: {part.strip()!r} is not NAME=VALUE,VALUE; write it as in "
+                f'{flag}="seed=0,1,2;optimizer.peak=1e-3,3e-3"'
             )
         name = name.removeprefix("config.")
         if name in values or len(set(given)) < len(given):
-            raise ValueError(f"--over: {name} has a value twice, or is named twice: {over!r}")
+            raise ValueError(f"{flag}: {name} has a value twice, or is named twice: {over!r}")
         values[name] = given
     if not values:
-        raise ValueError('--over is required: as in --over="seed=0,1,2;optimizer.peak=1e-3,3e-3"')
+        raise ValueError(f'{flag} is required: as in {flag}="seed=0,1,2;optimizer.peak=1e-3,3e-3"')
     return values
 
 
-def plan(config: ConfigDict, over: str) -> list[Run]:
+def plan(config: ConfigDict, over: str, flag: str = "--over") -> list[Run]:
     """All combinations, seeds last, so that any prefix compares all other settings.
 
-    ValueError or TypeError for a setting that does not exist or a value that it does not allow.
+    ValueError or TypeError for a setting that does not exist or a value that it does not allow,
+    which name the ``flag`` that ``over`` was given by.
     """
-    values = parse(over)
+    values = parse(over, flag)
     for name in values:
         check_field(config, name)
     names = [name for name in values if name != "seed"]
@@ -100,7 +101,7 @@ def plan(config: ConfigDict, over: str) -> list[Run]:
         settings = {name: chosen[name] for name in values}  # named in the order given
         own = copy.deepcopy(config)
         for name, value in settings.items():
-            _set(own, name, value)
+            _set(own, name, value, flag)
         launch_config.check_config(own)
         name = re.sub(r"[^\w.,=+-]+", "_", _label(settings))[:150]
         if name in runs:
@@ -339,14 +340,14 @@ def _split(text: str, separator: str) -> list[str]:
     return parts
 
 
-def _set(config: ConfigDict, name: str, text: str) -> None:
+def _set(config: ConfigDict, name: str, text: str, flag: str) -> None:
     """Set a field from text, as the command line does; TypeError for another type."""
     *path, last = name.split(".")
     section = config
     for part in path:
         section = section[part]
     if isinstance(section[last], ConfigDict):
-        raise ValueError(f"--over: {name} is a section; name one of {', '.join(section[last])}")
+        raise ValueError(f"{flag}: {name} is a section; name one of {', '.join(section[last])}")
     value: Any = text
     if not isinstance(section[last], str):
         try:
@@ -358,4 +359,4 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
     try:
         section[last] = value
     except (TypeError, ValueError) as error:
-        raise TypeError(f"--over: {name}={text}: {error}") from error
+        raise TypeError(f"{flag}: {name}={text}: {error}") from error

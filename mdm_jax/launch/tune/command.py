@@ -260,7 +260,8 @@ def shortened(config: ConfigDict, steps: int) -> ConfigDict:
 def _config(config: ConfigDict, settings: Mapping[str, str]) -> ConfigDict:
     if not settings:
         return config
-    made = sweep.plan(config, ";".join(f"{name}={value}" for name, value in settings.items()))
+    given = ";".join(f"{name}={value}" for name, value in settings.items())
+    made = sweep.plan(config, given, "--tune")
     if len(made) > 1:
         raise ValueError(f"--tune: a setting has several values: {dict(settings)}; give one")
     return made[0].config

@@ -99,6 +99,12 @@ def test_what_cannot_be_planned_is_refused(over, error, words):
         sweep.plan(presets.quickstart("smoke"), over)
 
 
+@pytest.mark.parametrize("given", ["seed", "seed=1,1", "optimizer=1", "seed=one"])
+def test_errors_name_the_flag_that_settings_were_given_by(given):
+    with pytest.raises((ValueError, TypeError), match="^--tune: "):
+        sweep.plan(presets.quickstart("smoke"), given, "--tune")
+
+
 def test_a_failed_run_is_recorded_the_rest_goes_on_and_finished_ones_are_skipped(made, tmp_path):
     scores = [2.0, 1.0, 2.2, 1.1, "fail", 1.2]
     code, started = made(scores)
