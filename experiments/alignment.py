@@ -2,12 +2,14 @@
 
   python -m experiments.alignment --workdir=runs/alignment
 
-Small models (2 layers, width 64) of 4 x 4 Sudoku and of Countdown are trained to about half of the
-answers right, then by each method on rewards of its own answers: equally many updates, prompts,
-answers and forward passes, on the same prompts and with the same sampler noise for the same seed.
-A model of short words is trained on pairs of them, labelled by a known reward, the number of a
-motif. The same command goes on where it was stopped: each run leaves a file in DIR/parts; the
-tables are in DIR/tables.md. --minutes ends it after the run that is going on then.
+Small models (2 layers, width 64) of 4 x 4 Sudoku and of Countdown are trained until about half of
+the validation answers are right, then by each method on rewards of its own answers: equally many
+updates, prompts, answers and forward passes, on the same prompts and with the same sampler noise
+for the same seed. A model of short words is trained on pairs of them, labelled by a known reward,
+and compared with the optimum, which is enumerated (:mod:`experiments.words`). The same command goes
+on where it was stopped: each run leaves a file in DIR/parts; the tables are in DIR/tables.md, their
+figures in DIR/results.json. --minutes ends it after the run that is going on then; 0 trains the
+models that runs start from, and no more.
 """
 
 import contextlib
@@ -15,17 +17,19 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from mdm_jax import alignment, data, evaluation, files, rng, training
+from experiments import words
+from mdm_jax import alignment, data, files, rng, training
 from mdm_jax.alignment import rewards, rollout
 from mdm_jax.launch import presets
 from mdm_jax.launch.alignment.experiment import AlignedExperiment, aligned
@@ -36,27 +40,46 @@ from mdm_jax.launch.workdir import WorkdirError, claim
 from mdm_jax.types import Batch, PyTree
 
 SEEDS = range(5)
-UPDATES, BATCH, ANSWERS, PASSES = 30, 64, 8, 6
+UPDATES, BATCH, ANSWERS, PASSES = 60, 64, 8, 6
 """Of a rewarded run: updates, answers of one, answers to a prompt, passes that score an answer."""
 RATE = 1e-3
 HELD_OUT = 512
-"""Held-out prompts, answered once with the same noise under all parameters."""
-TASKS = {
+"""Prompts of the test split, answered once with the same noise under all parameters; and of the
+validation split, which ends the training before."""
+TASKS: dict[str, dict[str, Any]] = {
     "sudoku": {"name": "sudoku"},
     "countdown": {"name": "countdown", "countdown": {"numbers": 3, "largest": 9}},
 }
-TARGET, OFTEN, MOST = 0.45, 200, 3000
-"""Share of right answers that ends the training before, which is looked at so often; most steps,
-and those of the model of words."""
+TARGET, OFTEN, MOST = 0.45, 100, 12000
+"""Share of right validation answers that ends the training before, which is looked at so often;
+most steps."""
 WORD_STEPS = 400
-REPLICATES = {"trace": 6, "elbo": 6, "espo": 3, "d1": 6, "rejection": 6}
-"""Draws of an answer, so that all methods take :data:`PASSES` passes."""
-LOSSES = {
+
+
+class Way(NamedTuple):
+    """A method with its draws of an answer, so that all take :data:`PASSES` passes; ``in_order``:
+    answers are written from left to right."""
+
+    method: str
+    replicates: int
+    in_order: bool = False
+
+
+WAYS = {
+    "trace": Way("trace", 6),
+    "trace, left to right": Way("trace", 6, in_order=True),
+    "elbo": Way("elbo", 6),
+    "espo": Way("espo", 3),
+    "d1": Way("d1", 6),
+    "rejection": Way("rejection", 6),
+}
+LOSSES: dict[str, dict[str, Any]] = {
     "dpo, cross-fitted": {"estimate": "crossfitted", "replicates": 2},
     "dpo, plain": {"estimate": "plain", "replicates": 2},
     "ipo, cross-fitted": {"method": "ipo", "estimate": "crossfitted", "replicates": 2},
 }
-PAIRS, PAIR_UPDATES, LETTERS, MOTIF, WORD = 600, 60, "abcd", "ab", 12
+BETA, PAIR_UPDATES = 1.0, 100
+SHARED_PAIRS, SHARED_DRAWS = 48, 4096
 
 
 def shared(config: ConfigDict) -> ConfigDict:
@@ -77,7 +100,7 @@ def start_config(name: str, directory: pathlib.Path) -> ConfigDict:
         config.data.source = "task"
         of_task(config, name)
     else:
-        config.data.update(source="jsonl", path=str(directory / "words.jsonl"))
+        config.data.update(source="jsonl", **words.paths(directory, "words"))
     return config
 
 
@@ -99,14 +122,14 @@ def pretrain(name: str, directory: pathlib.Path) -> files.Path:
             f"{workdir} holds no start of this study that was finished; remove it, or give another "
             "--workdir"
         )
-    experiment = make_experiment(config)
+    experiment, began = make_experiment(config), time.monotonic()
     step, seed = jax.jit(experiment.step, donate_argnums=0), experiment.placed_seed()
-    state, share = experiment.initial_state(), 0.0
+    state, share, valid = experiment.initial_state(), math.nan, experiment.dataset.valid
     with contextlib.closing(experiment.train_batches()) as batches:
         for number in range(1, (MOST if name in TASKS else WORD_STEPS) + 1):
             state, _ = step(state, next(batches), seed)
             if name in TASKS and number % OFTEN == 0:
-                share = accuracy(experiment, experiment.generate, state.params)
+                share = float(right(experiment, experiment.generate, state.params, valid).mean())
                 print(f"{name}: {share:.3f} right after {number} steps", flush=True)
                 if share >= TARGET:
                     break
@@ -115,7 +138,10 @@ def pretrain(name: str, directory: pathlib.Path) -> files.Path:
     checkpoints = training.Checkpoints(workdir / "checkpoints")
     checkpoints.save(number, state, {}, {})
     checkpoints.close()
-    files.write_json(workdir / "accuracy.json", {"accuracy": share, "steps": number})
+    record = {"steps": number, "seconds": time.monotonic() - began}
+    if name in TASKS:
+        record |= {"accuracy": share, "target": TARGET}
+    files.write_json(workdir / "accuracy.json", record)
     return workdir
 
 
@@ -131,10 +157,14 @@ def aligned_config(name: str, start: files.Path) -> ConfigDict:
 
 
 class Step:
-    """A run, and its step compiled once for all seeds: ``step(state, batch, seed)``."""
+    """A run, and its step compiled once for all seeds: ``step(state, batch, seed)``.
 
-    def __init__(self, experiment: AlignedExperiment):
-        self.experiment, self._step = experiment, jax.jit(experiment.step, donate_argnums=0)
+    ``write`` answers held-out prompts, by the sampler that all methods are compared by.
+    """
+
+    def __init__(self, experiment: AlignedExperiment, write: Callable[..., Any]):
+        self.experiment, self.write = experiment, write
+        self._step = jax.jit(experiment.step, donate_argnums=0)
         self._sharding = experiment.placed_seed().sharding
 
     def __call__(self, state: Any, batch: Any, seed: int) -> Any:
@@ -148,30 +178,62 @@ def draw_prompts(experiment: AlignedExperiment, seed: int, number: int) -> Batch
     return data.sample_rows(experiment.dataset.train, experiment.rows_of_data, generator)
 
 
-def accuracy(experiment: Experiment, write: Callable[..., Any], params: PyTree) -> float:
-    """Share of held-out prompts that ``write(params, key, canvas, documents, first)`` answers
-    right."""
+def right(
+    experiment: Experiment, write: Callable[..., Any], params: PyTree, source: data.RowSource
+) -> np.ndarray:
+    """1 where ``write(params, key, canvas, documents, first)`` answers a prompt right, else 0, of
+    the first :data:`HELD_OUT` of ``source``."""
     key, dataset, found = jax.random.key(1), experiment.dataset, []
     for first in range(0, HELD_OUT, BATCH):
-        rows = data.gather(dataset.test, np.arange(first, first + BATCH))
+        rows = data.gather(source, np.arange(first, first + BATCH))
         canvas = rollout.prompts_to_answer(rows, 1, dataset.mask_id)
         tokens = write(params, key, canvas.tokens, canvas.documents, np.int32(first))
         texts = rollout.texts(canvas, np.asarray(tokens), dataset.tokenizer)
         found.append(rewards.score(dataset.check, texts, 1).values)
-    return float(np.mean(np.concatenate(found)))
+    return np.concatenate(found)[:, 0]
 
 
-def rewarded_run(step: Step, seed: int) -> dict[str, Any]:
-    """Accuracy after the updates of one seed, and rewards on the way."""
+def measured(step: Step, params: PyTree, before: Any) -> dict[str, Any]:
+    """What the tables are made of, of parameters; ``before``: of those that runs start from."""
+    e = step.experiment
+    if e.reward:
+        ways = {"right": step.write}
+        if e.generate is not step.write:
+            ways["right_own"] = e.generate
+        found = {name: right(e, write, params, e.dataset.test) for name, write in ways.items()}
+        return {name: "".join(f"{value:.0f}" for value in each) for name, each in found.items()}
+    pairs = HeldOutPairs(e, "test", e.evaluate, jax.random.key(2), e.frozen)
+    figures, _ = pairs.measure(params)
+    law = words.log_law(e, params)
+    return {
+        "preference_accuracy": figures.accuracy.value,
+        "preference_loss": figures.loss.value,
+        **words.figures(law, law if before is None else np.array(before["law"]), BETA),
+        "law": law.tolist() if before is None else None,
+    }
+
+
+def rewarded_run(step: Step, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Parameters after the updates of one seed, and rewards on the way."""
     experiment = step.experiment
-    state, found = fresh_state(experiment), {"reward": []}
+    state, found = fresh_state(experiment), []
     for number in range(UPDATES):
         key = rng.stream(rng.step_key(seed, number), "rollout")
         made = experiment.answer(state.params, draw_prompts(experiment, seed, number), key)
-        found["reward"].append(float(made.rewards.values.mean()))
+        found.append(float(made.rewards.values.mean()))
         state, _ = step(state, experiment.placed(made.answers), seed)
-    found["accuracy"] = accuracy(experiment, experiment.generate, state.params)
-    return found | {"skipped": int(state.skipped)}
+    return state.params, {"reward": found, "skipped": int(state.skipped)}
+
+
+def preferred_run(step: Step, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Parameters after the updates of one seed."""
+    experiment = step.experiment
+    state = fresh_state(experiment)
+    for number in range(PAIR_UPDATES):
+        generator = np.random.default_rng([seed, number])
+        rows = data.sample_rows(experiment.dataset.train, experiment.rows_of_data, generator)
+        state, _ = step(state, experiment.placed(rows), seed)
+    return state.params, {"skipped": int(state.skipped)}
 
 
 def fresh_state(experiment: AlignedExperiment) -> Any:
@@ -183,174 +245,247 @@ def start_of(experiment: AlignedExperiment) -> PyTree:
     return train.initial_state(experiment).params
 
 
-# --- preferences ----------------------------------------------------------------------------------
-
-
-def words(count: int, seed: int) -> list[str]:
-    """Words of a Markov chain: a letter is repeated, or the next one, or any."""
-    generator, made = np.random.default_rng(seed), []
-    for _ in range(count):
-        letters = [int(generator.integers(4))]
-        while len(letters) < WORD:
-            moves = [letters[-1], (letters[-1] + 1) % 4, int(generator.integers(4))]
-            letters.append(moves[generator.choice(3, p=[0.4, 0.3, 0.3])])
-        made.append("".join(LETTERS[letter] for letter in letters))
-    return made
-
-
-def true_reward(_prompt: str, answer: str) -> float:
-    """Number of the motif."""
-    return float(answer.count(MOTIF))
-
-
-def write_words(directory: pathlib.Path) -> None:
-    """Words to train on, and pairs of words labelled by Bradley and Terry's law of the reward."""
-    if (directory / "pairs.jsonl").exists():
-        return
-    lines = [{"prompt": ">", "answer": word} for word in words(4000, 0)]
-    files.write(directory / "words.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
-    generator, pairs = np.random.default_rng(1), []
-    for first, second in zip(words(PAIRS, 2), words(PAIRS, 3)):
-        margin = true_reward("", first) - true_reward("", second)
-        if first != second:
-            better = generator.random() < 1 / (1 + np.exp(-margin))
-            chosen, rejected = (first, second) if better else (second, first)
-            pairs.append({"prompt": ">", "chosen": chosen, "rejected": rejected})
-    files.write(directory / "pairs.jsonl", "".join(json.dumps(each) + "\n" for each in pairs))
-
-
-def preferred_run(step: Step, seed: int) -> dict[str, Any]:
-    """Held-out preferences, and the true reward of the model's own words, after the updates."""
-    experiment = step.experiment
-    state = fresh_state(experiment)
-    for number in range(PAIR_UPDATES):
-        generator = np.random.default_rng([seed, number])
-        rows = data.sample_rows(experiment.dataset.train, experiment.rows_of_data, generator)
-        state, _ = step(state, experiment.placed(rows), seed)
-    key, reference = jax.random.key(2), experiment.frozen
-    pairs = HeldOutPairs(experiment, "test", experiment.evaluate, key, reference)
-    figures, _ = pairs.measure(state.params)
-    return {
-        "preference_accuracy": figures.accuracy.value,
-        "preference_loss": figures.loss.value,
-        "true_reward": reward_of_words(experiment, state.params),
-    }
-
-
-def reward_of_words(experiment: AlignedExperiment, params: PyTree) -> float:
-    """Mean true reward of :data:`HELD_OUT` words of the model."""
-    rows = data.gather(experiment.dataset.test, np.zeros(BATCH, int))
-    canvas = rollout.prompts_to_answer(rows, 1, experiment.dataset.mask_id)
-    found = []
-    for first in range(0, HELD_OUT, BATCH):
-        tokens = experiment.generate(
-            params, jax.random.key(3), canvas.tokens, canvas.documents, np.int32(first)
-        )
-        texts = rollout.texts(canvas, np.asarray(tokens), experiment.dataset.tokenizer)
-        found += [true_reward(*text) for text in texts]
-    return float(np.mean(found))
-
-
 # --- all runs -------------------------------------------------------------------------------------
 
 
 def ways_of(name: str) -> Mapping[str, Any]:
-    return REPLICATES if name in TASKS else LOSSES
+    return WAYS if name in TASKS else LOSSES
+
+
+def named(way: str) -> str:
+    return way.replace(", ", "-").replace(" ", "-")
 
 
 def part(directory: pathlib.Path, name: str, way: str, seed: int) -> pathlib.Path:
-    return directory / "parts" / f"{name}-{way.replace(', ', '-')}-{seed}.json"
+    return directory / "parts" / f"{name}-{named(way)}-{seed}.json"
+
+
+def before_path(directory: pathlib.Path, name: str, way: str) -> pathlib.Path:
+    """Figures of what runs start from; of answers written in order beside the others."""
+    in_order = name in TASKS and WAYS[way].in_order
+    return directory / f"{name}-before{'-in-order' * in_order}.json"
 
 
 def study(directory: pathlib.Path, minutes: float) -> bool:
     """Make what is missing, until the time is up; whether all is there."""
     end = time.monotonic() + 60 * minutes
     (directory / "parts").mkdir(parents=True, exist_ok=True)
-    write_words(directory)
+    words.write(directory)
     names = (*TASKS, "words")
     starts = {name: pretrain(name, directory) for name in names}
-    generators: dict[str, Any] = {}
-    make = functools.cache(
-        lambda name, way: compiled(name, way, starts[name], directory, generators)
-    )
+    samplers: dict[str, Any] = {}
+    make = functools.cache(lambda name, way: compiled(name, way, starts[name], directory, samplers))
     for seed, name in itertools.product(SEEDS, names):
         for way in ways_of(name):
-            path = part(directory, name, way, seed)
+            path, before = part(directory, name, way, seed), before_path(directory, name, way)
             if path.exists():
                 continue
             if time.monotonic() > end:
                 return False
-            began, step = time.monotonic(), make(name, way)
-            found = (rewarded_run if name in TASKS else preferred_run)(step, seed)
-            before = directory / f"{name}-before.json"
+            step = make(name, way)
             if not before.exists():
-                files.write_json(files.as_path(before), {"value": value_of(step.experiment)})
+                found = measured(step, start_of(step.experiment), None)
+                files.write_json(files.as_path(before), found)
+            began = time.monotonic()
+            params, found = (rewarded_run if name in TASKS else preferred_run)(step, seed)
+            found |= measured(step, params, json.loads(before.read_text()))
             found["seconds"] = time.monotonic() - began
             files.write_json(files.as_path(path), found)
-            print(f"{path.stem}: {found}", flush=True)
+            shown = {k: np.mean([*map(int, v)]) if "right" in k else v for k, v in found.items()}
+            print(f"{path.stem}: {shown | {'reward': found.get('reward', [])[-3:]}}", flush=True)
+            if name not in TASKS and not (directory / "sharing.json").exists():
+                own = words.sharing(step.experiment, params, SHARED_PAIRS, SHARED_DRAWS)
+                files.write_json(files.as_path(directory / "sharing.json"), own | {"of": path.stem})
     return True
 
 
-def value_of(experiment: AlignedExperiment) -> float:
-    """What the tables show, of the model that runs start from."""
-    params = start_of(experiment)
-    if experiment.reward:
-        return accuracy(experiment, experiment.generate, params)
-    return reward_of_words(experiment, params)
-
-
 def compiled(
-    name: str, way: str, start: files.Path, directory: pathlib.Path, shared: dict[str, Any]
+    name: str, way: str, start: files.Path, directory: pathlib.Path, samplers: dict[str, Any]
 ) -> Step:
-    """The step of a method or loss; ``shared`` has the samplers that the first method compiled."""
+    """The step of a method or loss; ``samplers`` has those that were compiled."""
     config = aligned_config(name, start)
-    if name in TASKS:
-        config.alignment.update(method=way, replicates=REPLICATES[way])
+    if name not in TASKS:
+        config.alignment.update({"beta": BETA} | LOSSES[way])
+        config.data.update(words.paths(directory, "pairs"))
+        config.data.tokenizer = str(start / "tokenizer.json")
         experiment = aligned(make_experiment(config))
-        own = {"rollout": experiment.rollout, "generate": experiment.generate}
-        return Step(dataclasses.replace(experiment, **shared.setdefault(name, own)))
-    config.alignment.update(LOSSES[way])
-    config.data.path = str(directory / "pairs.jsonl")
-    config.data.update(fractions=(0.6, 0.0, 0.4), tokenizer=str(start / "tokenizer.json"))
+        experiment = dataclasses.replace(experiment, frozen=start_of(experiment))
+        return Step(experiment, experiment.generate)
+    own = WAYS[way]
+    config.alignment.update(method=own.method, replicates=own.replicates)
+    if own.in_order:  # blocks of a token, one after the other
+        config.sample.sampler = "random_remasking"
+        config.sample.random_remasking.update(block_size=1, steps_per_block=1)
     experiment = aligned(make_experiment(config))
-    own = {"generate": experiment.generate}
-    shared = shared.setdefault(name, own)
-    return Step(dataclasses.replace(experiment, frozen=start_of(experiment), **shared))
+    key = f"{name}{', in order' * own.in_order}"
+    both = {"rollout": experiment.rollout, "generate": experiment.generate}
+    experiment = dataclasses.replace(experiment, **samplers.setdefault(key, both))
+    if own.in_order and name not in samplers:
+        samplers[name] = _samplers(name, start)
+    return Step(experiment, samplers[name]["generate"])
 
 
-def tables(directory: pathlib.Path) -> str:
-    """Markdown of what is there: means over seeds, and gains over the start with intervals."""
-    lines = []
+def _samplers(name: str, start: files.Path) -> dict[str, Any]:
+    """Those of answers in any order."""
+    experiment = aligned(make_experiment(aligned_config(name, start)))
+    return {"rollout": experiment.rollout, "generate": experiment.generate}
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+class Gain(NamedTuple):
+    """A mean over seeds of what training gained, and its standard errors: over seeds, over prompts
+    (NaN without), and of both together."""
+
+    mean: float
+    over_seeds: float
+    over_prompts: float
+    error: float
+
+
+def gain(after: np.ndarray, before: np.ndarray) -> Gain:
+    """Of right answers [S, P] of S seeds over those before [P].
+
+    The error of both is the root of the sum of the two squared ones, which counts the noise of
+    single answers twice: it is rather too large.
+    """
+    found = after - before
+    seeds, prompts = (
+        float(found.mean(axis).std(ddof=1) / math.sqrt(found.shape[1 - axis])) for axis in (1, 0)
+    )
+    return Gain(float(found.mean()), seeds, prompts, math.hypot(seeds, prompts))
+
+
+def read(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def results(directory: pathlib.Path) -> dict[str, Any]:
+    """The figures of all tables, of what is there."""
+    found: dict[str, Any] = {"starts": {}, "sharing": read(directory / "sharing.json")}
     for name in (*TASKS, "words"):
-        quantity = "accuracy" if name in TASKS else "true_reward"
-        before_after = f"{quantity}: before | after"
-        lines += [
-            f"| {name} | policy gradient | seeds | {before_after} | gain, 95 % interval |",
-            "|---|---|---|---|---|---|",
-        ]
+        found["starts"][name] = read(directory / name / "accuracy.json")
+        found[name] = {}
         for way in ways_of(name):
-            paths = [part(directory, name, way, seed) for seed in SEEDS]
-            after = [json.loads(p.read_text())[quantity] for p in paths if p.exists()]
-            if len(after) < 2:
+            runs = [read(part(directory, name, way, seed)) for seed in SEEDS]
+            runs = [run for run in runs if run is not None]
+            if len(runs) < 2:
                 continue
-            before = json.loads((directory / f"{name}-before.json").read_text())["value"]
-            paired = evaluation.paired_seeds(after, [before] * len(after))
-            label = alignment.METHODS[way].policy_gradient if name in TASKS else "none"
-            low, high = paired.student
-            lines.append(
-                f"| {way} | {label} | {len(after)} | {before:.3f} | {np.mean(after):.3f} "
-                f"| {paired.mean:+.3f} ({low:+.3f} to {high:+.3f}){' *' * paired.significant} |"
-            )
-        lines.append("")
+            before = read(before_path(directory, name, way))
+            of = _gains if name in TASKS else _words
+            record = of(runs, before)
+            found[name][way] = record | {
+                "seeds": len(runs),
+                "seconds": float(np.mean([run["seconds"] for run in runs])),
+                "skipped": sum(run["skipped"] for run in runs),
+            }
+    return found
+
+
+def _gains(runs: Sequence[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
+    record = {}
+    for quantity in before:
+        after = np.array([[*map(int, run[quantity])] for run in runs], float)
+        first = np.array([*map(int, before[quantity])], float)
+        record[quantity] = {
+            "before": float(first.mean()),
+            "after": after.mean(1).tolist(),
+            **gain(after, first)._asdict(),
+        }
+    return record
+
+
+def _words(runs: Sequence[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
+    best = words.optimum(np.array(before["law"]), BETA)
+    record: dict[str, Any] = {"optimum": {"true_reward": float(np.exp(best) @ words.REWARDS)}}
+    for quantity in ("preference_accuracy", "true_reward", "divergence", "words"):
+        after = [run[quantity] for run in runs]
+        error = float(np.std(after, ddof=1) / math.sqrt(len(after)))
+        record[quantity] = {"before": before[quantity], "after": after, "over_seeds": error}
+    return record
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """Markdown of :func:`results`."""
+    lines = []
+    for name in TASKS:
+        lines += [
+            f"| {name} | policy gradient | seeds | before | after | gain ± standard error "
+            "(seeds, prompts) | 95 % interval |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for way, record in found[name].items():
+            label = alignment.METHODS[WAYS[way].method].policy_gradient
+            shown = {"right": way, "right_own": f"{way}, written so"}
+            for quantity, title in shown.items():
+                if quantity in record:
+                    lines.append(_gain_row(title, label, record["seeds"], record[quantity]))
+        lines += [_start_line(name, found["starts"][name]), ""]
+    lines += [
+        "| words | seeds | pairs right | mean reward | KL(optimum, model), nats | share of words |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way, record in found["words"].items():
+        if len(lines) and lines[-1].startswith("|---"):
+            start = [record[q]["before"] for q in ("true_reward", "divergence", "words")]
+            lines.append("| before | | 0.500 | {:.3f} | {:.3f} | {:.3f} |".format(*start))
+        cells = [
+            f"{np.mean(record[q]['after']):.3f} ± {record[q]['over_seeds']:.3f}"
+            for q in ("preference_accuracy", "true_reward", "divergence", "words")
+        ]
+        lines.append(f"| {way} | {record['seeds']} | {' | '.join(cells)} |")
+    if found["words"]:
+        best = next(iter(found["words"].values()))["optimum"]["true_reward"]
+        lines.append(f"| the optimum | | | {best:.3f} | 0 | 1 |")
+    lines.append("")
+    if found["sharing"]:
+        lines += _sharing_table(found["sharing"])
     return "\n".join(lines)
+
+
+def _gain_row(title: str, label: str, seeds: int, own: Mapping[str, Any]) -> str:
+    from scipy import special  # slow to import
+
+    mean, error = own["mean"], own["error"]
+    reach = float(special.stdtrit(seeds - 1, 0.975)) * error
+    star = " *" if mean > 2 * error else ""
+    return (
+        f"| {title} | {label} | {seeds} | {own['before']:.3f} | {np.mean(own['after']):.3f} "
+        f"| {mean:+.3f} ± {error:.3f} ({own['over_seeds']:.3f}, {own['over_prompts']:.3f}){star} "
+        f"| {mean - reach:+.3f} to {mean + reach:+.3f} |"
+    )
+
+
+def _start_line(name: str, start: Mapping[str, Any] | None) -> str:
+    if start is None:
+        return f"\n{name}: there is no model to start from yet"
+    missed = start["accuracy"] < start["target"]
+    return (
+        f"\n{name}: trained before for {start['steps']} steps, {start['accuracy']:.3f} of the "
+        "validation answers right"
+        + (f": **the target of {start['target']} was not reached**" if missed else "")
+    )
+
+
+def _sharing_table(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"| variance of a pair's score, one draw ({found['of']}) | predicted | measured |",
+        "|---|---|---|",
+    ]
+    for name, unit in (("shared", " nats²"), ("independent", " nats²"), ("factor", "")):
+        predicted, value, error = found[name]
+        lines.append(f"| {name} | {predicted:.4g}{unit} | {value:.4g} ± {error:.2g} |")
+    return lines
 
 
 def main(_argv: list[str]) -> None:
     directory = pathlib.Path(flags.FLAGS.workdir)
     done = study(directory, flags.FLAGS.minutes)
-    text = tables(directory)
-    files.write(files.as_path(directory / "tables.md"), text)
-    print(text + ("" if done else "\nnot finished: the same command goes on"))
+    found = results(directory)
+    files.write_json(files.as_path(directory / "results.json"), found)
+    files.write(files.as_path(directory / "tables.md"), tables(found))
+    print(tables(found) + ("" if done else "\nnot finished: the same command goes on"))
 
 
 if __name__ == "__main__":
