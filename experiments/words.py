@@ -19,6 +19,7 @@ from mdm_jax.alignment import rollout
 from mdm_jax.alignment.bounds import networks
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch.alignment.experiment import AlignedExperiment
+from mdm_jax.models.cross_entropy import as_logits
 from mdm_jax.types import Batch, PyTree
 
 PAIRS = {"train": 2000, "valid": 100, "test": 500}
@@ -118,7 +119,7 @@ def _log_probs(
 ) -> np.ndarray:
     """log p of every token at every place of each row [N, 8], of the network that writes."""
     mask = experiment.dataset.mask_id
-    apply_fn = jax.jit(lambda params, *inputs: experiment.apply_fn(params, *inputs))
+    apply_fn = jax.jit(lambda params, *inputs: as_logits(experiment.apply_fn(params, *inputs)))
     found, rows = [], np.repeat(np.asarray(canvas.tokens), CHUNK, axis=0)
     documents = np.repeat(np.asarray(canvas.documents), CHUNK, axis=0)
     unread = np.zeros((CHUNK, 1), np.float32)  # the level
@@ -167,7 +168,7 @@ def sharing(
     every = Batch(*(np.concatenate(fields) for fields in zip(*rows)))
     values = []  # of masks, [2, 2 N, 2^n]
     for each in (params, experiment.frozen):
-        model_fn = lambda *inputs, each=each: policy(each, *inputs)  # noqa: E731
+        model_fn = lambda *inputs, each=each: as_logits(policy(each, *inputs))  # noqa: E731
         losses = [
             testing.mask_losses(model_fn, Batch(*(field[i] for field in every)), mask)
             for i in range(2 * pairs)

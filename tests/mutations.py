@@ -59,6 +59,12 @@ MONITORS = "tests/laws/test_monitors.py"
 TOKEN_DEPENDENT = "tests/laws/test_token_dependent.py"
 CHOICE = "tests/laws/test_choice.py"
 STOPPING = "tests/unit/training/test_stopping.py"
+PREFERENCE = "tests/laws/test_alignment_preference.py"
+OF_ANSWERS = "tests/laws/test_alignment_variance.py"
+ANSWERS = "tests/unit/alignment/test_alignment_training.py"
+ALIGNMENT = "tests/unit/alignment/test_alignment_properties.py"
+ALIGNED_RUNS = "tests/runs/test_alignment_runs.py"
+ALIGNMENT_TABLES = "tests/unit/launch/test_alignment_tables.py"
 
 MUTATIONS = [
     # What the default chain learns from.
@@ -1123,6 +1129,86 @@ MUTATIONS = [
         "if self._largest(gain) <= self._settings.min_gain",
         "if gain.value <= self._settings.min_gain",
         STOPPING,
+    ),
+    # Preferences and rewards.
+    Mutation(
+        "alignment: a cross-fitted coefficient from all replicates",
+        "alignment/preference.py",
+        "others = (jnp.sum(fixed, axis=0, keepdims=True) - fixed) / (count - 1)",
+        "others = jnp.broadcast_to(jnp.mean(fixed, axis=0, keepdims=True), fixed.shape)",
+        PREFERENCE,
+    ),
+    Mutation(
+        "alignment: the reference is evaluated on masks of its own",
+        "launch/alignment/validation.py",
+        "return self._likelihoods(self._reference, None)",
+        'return [self._estimate(self._reference, stream(key, "own"), self._experiment.batches('
+        "rows, self._experiment.config.evaluate.max_rows), None) for key, rows in self._answers]",
+        f"{ALIGNED_RUNS}::test_policy_and_reference_are_evaluated_on_the_same_masks",
+    ),
+    Mutation(
+        "alignment: updates of a round share a draw",
+        "launch/alignment/rounds.py",
+        "state = self._at(state, number * inner + j)",
+        "state = self._at(state, number * inner)",
+        f"{ALIGNED_RUNS}::test_every_update_of_every_round_has_a_draw_of_its_own",
+    ),
+    Mutation(
+        "alignment: the old policy under the draw of the first update",
+        "launch/alignment/rounds.py",
+        "self._old(state, answers, number * inner + j, e.frozen)",
+        "self._old(state, answers, number * inner, e.frozen)",
+        f"{ALIGNED_RUNS}::test_every_update_of_every_round_has_a_draw_of_its_own",
+    ),
+    Mutation(
+        "alignment: no gradient at a ratio of its clip",
+        "alignment/policy.py",
+        "advantages >= 0, ratio <= 1 + high, ratio >= 1 - low",
+        "advantages >= 0, ratio < 1 + high, ratio > 1 - low",
+        ALIGNMENT,
+    ),
+    Mutation(
+        "alignment: passes of an answer after the first step",
+        "alignment/rollout.py",
+        "return Written(tokens, steps, passes[-1])",
+        "return Written(tokens, steps, passes[0])",
+        ANSWERS,
+    ),
+    Mutation(
+        "alignment: a failed reward is not sent to other processes",
+        "alignment/rewards.py",
+        "            failure = error\n",
+        "            raise error\n",
+        ANSWERS,
+    ),
+    Mutation(
+        "alignment: scores of answers without weight are left out",
+        "alignment/training.py",
+        "stats, counted = _plain_stats(values, count), (count > 0).astype(values.dtype)",
+        "stats, counted = _plain_stats(values, count), batch.weight * (count > 0)",
+        OF_ANSWERS,
+    ),
+    Mutation(
+        "alignment: errors of masks and levels as of independent parts",
+        "meter/decompose.py",
+        "noise = Estimate(*map(float, mean_over_rows(both, probes=both.ndim > 1)))",
+        "noise = Estimate(float(both.mean()), math.hypot(*(float(mean_over_rows(part, "
+        "probes=part.ndim > 1)[1]) for part in terms[:2])))",
+        OF_ANSWERS,
+    ),
+    Mutation(
+        "alignment: methods compared at the same draws, not passes",
+        "launch/alignment/estimator_table.py",
+        "cosine / math.sqrt(1 + noise * passes / budget)",
+        "cosine / math.sqrt(1 + noise / budget)",
+        ALIGNMENT_TABLES,
+    ),
+    Mutation(
+        "alignment: Monte Carlo errors without the factor of the jackknife",
+        "alignment/held_out.py",
+        "variances = (replicates - 1) * without.var(axis=0)",
+        "variances = without.var(axis=0)",
+        PREFERENCE,
     ),
 ]
 

@@ -57,11 +57,20 @@ def score(
 def score_together(
     reward: Reward, answers: Sequence[tuple[str, str]], group: int, *, skip: bool = False
 ) -> Rewards:
-    """:func:`score` in process 0, for all of several: a function need not give the same in each."""
-    found = None
+    """:func:`score` in process 0, for all of several: a function need not give the same in each.
+
+    Its RewardError is raised in all of them, so that none waits for the others.
+    """
+    found, failure = None, None
     if distributed.is_first():
-        found = [each.tolist() for each in score(reward, answers, group, skip=skip)]
-    return Rewards(*map(np.asarray, distributed.from_first(found)))
+        try:
+            found = [each.tolist() for each in score(reward, answers, group, skip=skip)]
+        except RewardError as error:
+            failure = error
+    found, message = distributed.from_first([found, failure and str(failure)])
+    if message is not None:
+        raise failure or RewardError(message)
+    return Rewards(*map(np.asarray, found))
 
 
 def load_reward(place: str) -> Reward:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mdm_jax.samplers.canvas import canvas_like
 from mdm_jax.samplers.sampler import Sampler, sample_with_trace
+from mdm_jax.samplers.wrappers import counted
 from mdm_jax.types import Array, ArrayLike, Batch
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ class Written(NamedTuple):
     Attributes:
         tokens: [B, L] int32.
         steps: [B, L] int32, numbered 0, 1, ... without gaps in a row; -1 for given tokens.
+        passes: [B] int32, forward passes of the network for the row.
     """
 
     tokens: Array
     steps: Array
+    passes: Array
 
 
 def make_rollout(
@@ -36,8 +39,8 @@ def make_rollout(
     their number, and the loop ends when all are written.
     """
 
-    def hidden(state: Any) -> Array:
-        return state.tokens == mask_id
+    def record(state: Any) -> tuple[Array, Array]:
+        return state.tokens == mask_id, state.memory[1]
 
     @jax.jit
     def rollout(
@@ -50,28 +53,30 @@ def make_rollout(
         def model_fn(*inputs: Array, **options: Any) -> Any:
             return apply_fn(params, *inputs, **options)
 
-        tokens, masked = sample_with_trace(
+        tokens, (masked, passes) = sample_with_trace(
             key,
             model_fn,
-            sampler,
+            counted(sampler),
             grid,
             canvas,
-            hidden,
+            record,
             mask_id=mask_id,
             documents=documents,
             row_offset=row_offset,
         )
         # masked [N, B, L]: a token's step is the number of steps after which it was still masked.
         written = jnp.sum(masked, axis=0, dtype=jnp.int32)
-        return Written(tokens, number_steps(jnp.where(canvas == mask_id, written, -1)))
+        steps = number_steps(jnp.where(canvas == mask_id, written, -1))
+        return Written(tokens, steps, passes[-1])
 
     return rollout
 
 
-def without_steps(generate: Callable[..., Array], mask_id: int) -> Callable[..., Written]:
+def without_steps(generate: Callable[..., Any], mask_id: int) -> Callable[..., Written]:
     """``rollout`` as of :func:`make_rollout` of a sampler that records no steps: all are 0.
 
-    For scores that read none: bounds of answers. ``generate`` as of ``samplers.make_generator``.
+    For scores that read none: bounds of answers. ``generate`` as of ``samplers.make_generator``,
+    but that it returns tokens and each row's forward passes [B].
     """
 
     def rollout(
@@ -81,8 +86,8 @@ def without_steps(generate: Callable[..., Array], mask_id: int) -> Callable[...,
         documents: Array | None = None,
         row_offset: ArrayLike = 0,
     ) -> Written:
-        tokens = generate(params, key, canvas, documents, row_offset)
-        return Written(tokens, jnp.where(canvas == mask_id, 0, -1))
+        tokens, passes = generate(params, key, canvas, documents, row_offset)
+        return Written(tokens, jnp.where(canvas == mask_id, 0, -1), passes)
 
     return rollout
 

@@ -230,9 +230,11 @@ def sampled_trace(steps: Array) -> Surrogate:
     return surrogate
 
 
-FREE_ORDERS = ("ancestral", "cached_ancestral", "first_hitting")
+FREE_ORDERS = ("ancestral", "cached_ancestral", "first_hitting", "random_remasking")
 """Samplers whose order of writing does not depend on the network's outputs, so that a trace gives
-the exact policy gradient; those by confidence, margin or entropy choose by an argmax of them."""
+the exact policy gradient of what they write; those by confidence, margin or entropy choose by an
+argmax of them. ``random_remasking`` in blocks of one token writes from left to right, as JustGRPO
+(arXiv 2601.15165) does."""
 
 
 def left_to_right(batch: Batch) -> Array:

@@ -239,7 +239,10 @@ def policy_objective(
 
 def answer_scores(inner: Objective, method: str, *, mask_id: int) -> Objective:
     """The score of each answer by a method of ``METHODS``, nats, in place of its loss: whose
-    variance is that of the score. ``inner`` and ``mask_id`` as of :func:`policy_objective`."""
+    variance is that of the score. ``inner`` and ``mask_id`` as of :func:`policy_objective`.
+
+    Answers that a method gives no weight, as "rejection" does to wrong ones, have a score too.
+    """
     clip = (per_token(1.0), per_token(1.0)) if has_ratio(method) else None
     whole = policy_objective(inner, method, clip=clip, mask_id=mask_id)
 
@@ -252,7 +255,7 @@ def answer_scores(inner: Objective, method: str, *, mask_id: int) -> Objective:
             views = surrogate_of(method, batch)(draw, rows)
             scores = _networks(surrogates.token_scores(model_fn, rows, views, mask_id), 4)[0]
             values = jnp.sum(surrogates.weighted_tokens(scores, views), axis=-1)
-        stats, counted = _plain_stats(values, count), batch.weight * (count > 0)
+        stats, counted = _plain_stats(values, count), (count > 0).astype(values.dtype)
         sums = LossSums(
             loss=jnp.sum(counted * jnp.mean(values, axis=0)),
             eligible=jnp.sum(counted),

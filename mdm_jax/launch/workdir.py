@@ -39,6 +39,7 @@ HISTORY = (
     "clip_search.jsonl",
     "auto.jsonl",
     "answers",
+    "answers.jsonl",
     "reference",
     "evaluation.json",
     "report.txt",

@@ -48,7 +48,8 @@ class Decomposition:
     that for few rows two of them cover less than 95%. ``signal``: squared mean loss, or squared
     norm of the mean gradient, unbiased. ``passes``: views. ``rows_left_out``: without eligible
     tokens. ``within``: the part of C within groups, where rows come in groups (answers to a
-    prompt); the errors are then of the jackknife over groups.
+    prompt); the errors are then of the jackknife over groups. ``noise``: A + B, with the error of
+    the sum, whose terms depend on each other.
     """
 
     pattern: Estimate
@@ -62,6 +63,7 @@ class Decomposition:
     masks_per_level: int
     rows_left_out: int
     within: Estimate | None = None
+    noise: Estimate | None = None
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -282,4 +284,6 @@ def _result(
         for part, each in zip(terms, (0.0, 0.0, twice, twice))
     )
     rows, views = terms.pattern.shape[-1], subject.transform.views
-    return Decomposition(*estimates, signal, views, rows, *shape, left_out)
+    both = terms.pattern + terms.rate
+    noise = Estimate(*map(float, mean_over_rows(both, probes=both.ndim > 1)))
+    return Decomposition(*estimates, signal, views, rows, *shape, left_out, noise=noise)

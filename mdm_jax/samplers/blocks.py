@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -212,15 +212,20 @@ def make_block_generator(
     mask_id: int,
     prefix: int = 0,
     guided: bool = False,
-) -> Callable[..., Array]:
-    """Compiled :func:`sample_blocks`, as ``make_generator``; each call checks prefix, documents."""
+    with_passes: bool = False,
+) -> Callable[..., Any]:
+    """Compiled :func:`sample_blocks`, as ``make_generator``; each call checks prefix, documents.
+
+    ``with_passes``: as :func:`sample_blocks_with_passes`.
+    """
 
     options = {"mask_id": mask_id, "prefix": prefix, "guided": guided}
+    draw = sample_blocks_with_passes if with_passes else sample_blocks
 
     @jax.jit
     def run(params, key, canvas, documents, row_offset):
         given = {"documents": documents, "row_offset": row_offset}
-        return sample_blocks(key, decoder, params, sampler, grid, canvas, **given, **options)
+        return draw(key, decoder, params, sampler, grid, canvas, **given, **options)
 
     return checked_generator(run, mask_id, prefix, decoder.block_size)
 

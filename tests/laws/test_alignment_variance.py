@@ -5,7 +5,6 @@ must be small.
 """
 
 import functools
-import math
 
 import alignment_toy as toy
 import jax
@@ -15,6 +14,7 @@ import pytest
 from mdm_jax import alignment, corruption, draws, meter, objectives, variance
 from mdm_jax.alignment import training
 from mdm_jax.meter import nested
+from mdm_jax.meter.decompose import _of_values
 from mdm_jax.types import Batch
 
 DIGITS = toy.DIGITS
@@ -37,11 +37,6 @@ def assert_part(found, wanted, share):
     """``found`` of five standard errors or less, each below ``share`` of what is wanted."""
     assert found.standard_error < share * wanted, found
     assert abs(found.value - wanted) < 5 * found.standard_error, (found, wanted)
-
-
-def noise(found):
-    error = math.hypot(found.pattern.standard_error, found.rate.standard_error)
-    return type(found.total)(found.pattern.value + found.rate.value, error)
 
 
 def answers(count):
@@ -73,7 +68,7 @@ def test_noise_of_policy_gradients(method, digits):
     if method == "trace":
         of_masks = whole - DIGITS["pg"]["variance"]["trace"]["total"]
     assert_part(gradient.total, whole, 0.12)
-    assert_part(noise(gradient), of_masks, 0.15)
+    assert_part(gradient.noise, of_masks, 0.15)
     assert abs(gradient.data.value - (whole - of_masks)) < 5 * gradient.data.standard_error
 
 
@@ -96,12 +91,10 @@ def test_shared_masks_divide_the_variance_of_the_margin():
             chunk=4608,
         )
         assert abs(made.data.value) < 5 * made.data.standard_error  # one pair
-        found.append(noise(made))
+        found.append(made.noise)
     digits = DIGITS["dpo"]["score_var_K1"]
     assert_part(found[0], digits["policy_ref"], 0.1)
-    apart = type(found[0])(
-        found[1].value + found[2].value, math.hypot(*(f.standard_error for f in found[1:]))
-    )
+    apart = type(found[0])(*(first + second for first, second in zip(*found[1:])))
     assert_part(apart, digits["independent"], 0.1)
 
 
@@ -120,6 +113,23 @@ def test_scores_are_those_that_losses_are_made_of():
         )
         values = [s.estimator.losses(THETA, rows, draw) for s in (loss, score)]
         np.testing.assert_allclose(values[0], -rows.advantage * values[1], rtol=1e-5)
+        unkept = rows._replace(weight=np.zeros_like(rows.weight))  # as of "rejection"
+        own = score.estimator.losses(THETA, unkept, draw)
+        np.testing.assert_array_equal(own, values[1])
+
+
+def test_the_error_of_masks_and_levels_together():
+    """Over 300 designs; independent errors of both parts would add up to another one."""
+    random = np.random.default_rng(0)
+    levels, masks = random.normal(size=(300, 30, 3, 1)), random.normal(size=(300, 30, 3, 2))
+    bench = subject(training.policy_objective(BOUND, "elbo", mask_id=toy.MASK), 3)
+    found = [_of_values(v, bench, 0, 1) for v in 0.4 * levels + masks]
+    values = np.array([f.noise.value for f in found])
+    assert abs(values.mean() - 1.16) < 4 * values.std() / np.sqrt(300)
+    errors = np.array([[f.noise.standard_error, f.pattern.standard_error, f.rate.standard_error]
+                       for f in found]).mean(0)  # fmt: skip
+    assert abs(errors[0] / values.std() - 1) < 0.17  # four errors of a standard deviation of 300
+    assert np.hypot(*errors[1:]) > 1.25 * errors[0]
 
 
 def test_parts_between_and_within_groups():

@@ -115,6 +115,7 @@ def test_rewards_rise_and_a_run_resumes_to_the_same_bits(started, tmp_path, caps
     lines = [json.loads(line) for line in before["step-24.jsonl"].splitlines()]
     assert len(lines) == 32 and {line["step"] for line in lines} == {24}
     assert set(lines[0]) == {"step", "prompt", "answer", "reward", "steps"}
+    assert {line["steps"] for line in lines} == {4}  # passes of three digits and an end
     noise = records(workdir, "noise")
     assert noise and all(math.isfinite(each["total"]) for each in noise)
     # Held-out rewards choose the best parameters, and are those that evaluate prints.
@@ -175,6 +176,10 @@ def test_other_processes_are_rewarded_by_their_own_bound(started, tmp_path, proc
     state = last_state(make_experiment(config, workdir), workdir)
     assert int(state.step) == 4 and int(state.skipped) == 0
     assert all(0 <= each["reward"] <= 1 for each in records(workdir, "reward"))
+    written = [*(workdir / RECORDS).iterdir()][0].read_text().splitlines()
+    passes = [json.loads(line)["steps"] for line in written]
+    # One for each token and each block that is read, or one for each step.
+    assert min(passes) > 2 if process == "block" else set(passes) == {config.sample.num_steps}
     config.alignment.update(method="trace", kl=0.0)
     with pytest.raises(ValueError, match="masks views of its own, for process=masked"):
         aligned(make_experiment(config))

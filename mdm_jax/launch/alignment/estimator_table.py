@@ -114,8 +114,10 @@ def _sharing(found: Mapping[str, Any]) -> str:
         f"{found[name]:.4g} ± {_or_nan(found[f'{name}_standard_error']):.2g}"
         for name in ("shared", "independent")
     ]
-    if found["shared"] <= 0:
+    if found["shared"] == 0:
         factor = "nothing is left: policy and reference are equal"
+    elif found["shared"] < 0:
+        factor = "what is left is not told from nothing; take more draws or rows"
     else:
         factor = f"{found['factor']:.3g} times less"
     return (

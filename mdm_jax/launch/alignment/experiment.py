@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mdm_jax import alignment, data, distributed, files, models, sharding, training
+from mdm_jax import alignment, data, distributed, files, models, samplers, sharding, training
 from mdm_jax.alignment import preference
 from mdm_jax.alignment import rewards as reward_functions
 from mdm_jax.alignment import rollout as rollouts
@@ -137,12 +137,13 @@ class AlignedExperiment(Experiment):
         for first in range(0, len(prompts.tokens), size):
             own = jax.tree.map(lambda field, i=first: np.asarray(field)[i : i + size], prompts)
             made.append(self.answer(params, own, key, first * group))
-        answers, texts, rewards = zip(*made)
+        answers, texts, rewards, passes = zip(*made)
         joined = [
             jax.tree.map(lambda *parts, n=n: np.concatenate(parts)[:n], *each)
-            for each, n in ((answers, count), (rewards, count // group))
+            for each, n in ((answers, count), (rewards, count // group), (passes, count))
         ]
-        return Round(joined[0], [text for part in texts for text in part][:count], joined[1])
+        every = [text for part in texts for text in part][:count]
+        return Round(joined[0], every, *joined[1:])
 
     def answer(self, params: PyTree, prompts: Batch, key: Array, first_row: int = 0) -> "Round":
         """Answers of the policy to prompts on the host, with their rewards, on every host.
@@ -154,7 +155,7 @@ class AlignedExperiment(Experiment):
         canvas = rollouts.prompts_to_answer(prompts, s.answers, mask_id)
         placed = self.placed(canvas)
         written = self.rollout(params, key, placed.tokens, placed.documents, np.int32(first_row))
-        tokens, steps = map(np.asarray, distributed.to_host(written))
+        tokens, steps, passes = map(np.asarray, distributed.to_host(written))
         texts, skip = rollouts.texts(canvas, tokens, codec), s.on_error == "skip"
         found = reward_functions.score_together(self.reward, texts, s.answers, skip=skip)
         factors = reward_functions.coefficients(s.method, s.advantages, found)
@@ -170,7 +171,7 @@ class AlignedExperiment(Experiment):
             weight=factors.weight.reshape(-1).astype(np.float32),
             steps=steps.astype(np.int32),
         )
-        return Round(answers, texts, found)
+        return Round(answers, texts, found, passes)
 
     def placed(self, rows: Any) -> Any:
         """Rows that every host holds, on the devices that split batches."""
@@ -221,11 +222,12 @@ class AlignedExperiment(Experiment):
 
 
 class Round(NamedTuple):
-    """Answers on the host, their (prompt, answer) texts, and rewards."""
+    """Answers on the host, their (prompt, answer) texts, rewards, and forward passes [B]."""
 
     answers: alignment.Answers
     texts: list[tuple[str, str]]
     rewards: reward_functions.Rewards
+    passes: np.ndarray
 
 
 def aligned(experiment: Experiment) -> Experiment:
@@ -332,10 +334,28 @@ def _rollout(experiment: Experiment) -> Callable[..., alignment.Written]:
             "rewarded answers are written by the network that is scored: leave out "
             f"sample.approximate_cache={c.sample.approximate_cache!r}"
         )
-    if c.process != "masked":
-        return alignment.without_steps(experiment.generate, dataset.mask_id)
+    if c.process == "uniform":  # whose samplers run the network once in every step
+
+        def counted(*inputs: Any) -> tuple[Array, np.ndarray]:
+            tokens = experiment.generate(*inputs)
+            return tokens, np.full(len(tokens), c.sample.num_steps, np.int32)
+
+        return alignment.without_steps(counted, dataset.mask_id)
     sampler, levels = masked_sampler(c, dataset)
     grid = None if sampler.num_steps is not None else levels(c.sample.grid, c.sample.num_steps)
+    if c.process == "block":
+        decoder = models.cached_block_decoder(
+            experiment.model, c.block.size, c.block.window or None
+        )
+        logits = models.without_tokens(decoder.logits, dataset.absent_ids)
+        generate = samplers.make_block_generator(
+            decoder._replace(logits=logits),
+            sampler,
+            grid,
+            mask_id=dataset.mask_id,
+            with_passes=True,
+        )
+        return alignment.without_steps(generate, dataset.mask_id)
     network = models.without_tokens(experiment.apply_fn, dataset.absent_ids)
     return alignment.make_rollout(network, sampler, grid, mask_id=dataset.mask_id)
 

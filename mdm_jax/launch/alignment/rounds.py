@@ -18,7 +18,8 @@ from mdm_jax.training.step import StepMetrics, TrainState, step_draw
 from mdm_jax.types import Array, Batch
 
 RECORDS = "answers"
-"""Folder of a workdir with prompts, answers, rewards and steps, a file for each logged round."""
+"""Folder of a workdir with prompts, answers, rewards and steps (forward passes), a file for each
+logged round."""
 
 Step = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
@@ -85,8 +86,7 @@ class Rounds:
         return e.placed(made.answers)
 
     def _record(self, number: int, made: Round) -> None:
-        answers, texts, found = made
-        weight = found.weight
+        texts, found, weight = made.texts, made.rewards, made.rewards.weight
         total = max(weight.sum(), 1.0)
         live = np.asarray(alignment.has_signal(jnp.asarray(found.values), jnp.asarray(weight)))
         values = {
@@ -105,10 +105,10 @@ class Rounds:
                 "prompt": prompt,
                 "answer": answer,
                 "reward": float(reward) if counted else None,
-                "steps": int(taken.max()) + 1,
+                "steps": int(passes),
             }
-            for (prompt, answer), reward, counted, taken in zip(
-                texts, found.values.ravel(), weight.ravel(), answers.steps
+            for (prompt, answer), reward, counted, passes in zip(
+                texts, found.values.ravel(), weight.ravel(), made.passes
             )
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

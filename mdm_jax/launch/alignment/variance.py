@@ -251,16 +251,15 @@ class _Bench:
             return None
         state = e.transform.init(self.spec) if self.own_state is None else self.own_state
         subject = Subject(self.scores, self.params, e.transform, state, self.spec)
-        shared, parts = _noise(self._decomposed(subject, self.scores)), []
+        shared, parts = self._decomposed(subject, self.scores).noise, []
         for network in range(2):
             objective = objectives.pair_objective(
                 e.base.objective, objectives.bound_margin_of(network), e.settings.replicates
             )
             estimator = meter.make_estimator(self.apply_fn, objective)
-            parts.append(_noise(self._decomposed(subject, estimator)))
-        independent = Estimate(
-            parts[0].value + parts[1].value, math.hypot(*(part.standard_error for part in parts))
-        )
+            parts.append(self._decomposed(subject, estimator).noise)
+        # Both are measured on the same pairs and draws, so their errors at most add up.
+        independent = Estimate(*(first + second for first, second in zip(*parts)))
         factor = independent.value / shared.value if shared.value > 0 else math.inf
         return {
             "shared": shared.value,
@@ -352,9 +351,3 @@ class _Bench:
 @jax.jit
 def _inner(first: PyTree, second: PyTree) -> Any:
     return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)))
-
-
-def _noise(parts: Decomposition) -> Estimate:
-    """Variance by masks and levels together; errors to first order, as of independent parts."""
-    error = math.hypot(parts.pattern.standard_error, parts.rate.standard_error)
-    return Estimate(parts.pattern.value + parts.rate.value, error)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mdm_jax import data, distributed, evaluation, files, likelihood, plots, rng, training
 from mdm_jax.evaluation.accuracy import measure_task_accuracy
+from mdm_jax.launch.alignment.settings import PREFERENCES
 from mdm_jax.launch.alignment.validation import final_figures
 from mdm_jax.launch.build import Experiment, load_parameters, make_experiment
 from mdm_jax.launch.families import number
@@ -142,8 +143,12 @@ def _of_alignment(
     if not experiment.config.alignment.method:
         return {}
     generate, _ = stored_generator(experiment, workdir, experiment.config.sample.num_steps)
-    split, source = experiment.held_out
-    with _progress_bar(len(source), f"preferences or rewards, {split}", check) as progress:
+    (split, source), c = experiment.held_out, experiment.config
+    if c.alignment.method in PREFERENCES:  # both answers of each pair
+        rows, what = 2 * min(c.evaluate.max_rows or len(source), len(source)), "preferences"
+    else:
+        rows, what = min(c.sample.num_answers or len(source), len(source)), "rewards"
+    with _progress_bar(rows, f"{what}, {split}", check) as progress:
         return final_figures(experiment, workdir, params, generate, progress)
 
 

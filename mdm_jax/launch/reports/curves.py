@@ -111,7 +111,7 @@ def _levels(evaluation: Record) -> tuple[np.ndarray, np.ndarray]:
 _OUTCOMES = {
     "reward": ("Reward of the model's answers", "mean reward", ("reward", "reward")),
     "preference_accuracy": ("Pairs whose chosen answer is preferred", "share of pairs", None),
-    "preference_loss": ("Loss of the pairs", "nats per pair", ("train", "loss")),
+    "preference_loss": ("Loss of the pairs", "loss per pair", ("train", "loss")),
 }
 """Figures of held-out data of runs on preferences and rewards: title, quantity, and the (kind,
 name) of the same in training."""

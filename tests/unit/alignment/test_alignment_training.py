@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import alignment, corruption, objectives, samplers, variance
+from mdm_jax import alignment, corruption, distributed, objectives, samplers, variance
 from mdm_jax.alignment import rewards, rollout, training
 from mdm_jax.data.tokenizers import CharTokenizer
 from mdm_jax.draws import Draw
@@ -164,8 +164,19 @@ def test_rollouts_write_as_the_sampler_does_and_record_the_step():
     steps = np.asarray(written.steps)
     np.testing.assert_array_equal(steps == -1, canvas != 3)
     np.testing.assert_array_equal(np.sort(steps), [[0, 1, 2, 3], [-1, 0, 1, 2], [-1, -1, 0, 1]])
+    np.testing.assert_array_equal(written.passes, [4, 3, 2])
     several = np.array([[5, 2, -1, 2], [0, 7, 7, 9]])
     np.testing.assert_array_equal(rollout.number_steps(several), [[1, 0, -1, 0], [0, 1, 1, 2]])
+
+
+def test_random_remasking_of_blocks_of_a_token_writes_from_left_to_right():
+    canvas = np.array([[3, 3, 3, 3], [0, 3, 3, 3], [3, 1, 1, 3]], np.int32)
+    sampler = samplers.random_remasking(1, 1)
+    make = functools.partial(alignment.make_rollout, MODEL.apply, sampler, None)
+    written = make(mask_id=3)(PARAMS, jax.random.key(0), canvas)
+    rows = Batch(canvas, canvas == 3, np.ones_like(canvas), np.full(3, 4))
+    np.testing.assert_array_equal(written.steps, alignment.left_to_right(rows))
+    assert "random_remasking" in alignment.FREE_ORDERS
 
 
 def test_texts_are_those_that_rewards_read():
@@ -180,6 +191,22 @@ def test_texts_are_those_that_rewards_read():
     canvas = rollout.prompts_to_answer(rows, 2, codec.mask_id)
     assert canvas.tokens.shape == (2, 8) and np.all(canvas.tokens[:, 5:] == codec.mask_id)
     assert rollout.texts(canvas, np.repeat(rows.tokens, 2, 0), codec) == [("1+1=", "2")] * 2
+
+
+def test_a_failed_reward_is_raised_in_every_process(monkeypatch):
+    """Process 0 sends its failure before it raises; others raise what they got."""
+    texts, sent = [("p", "x"), ("p", "1")], []
+    monkeypatch.setattr(distributed, "from_first", lambda value: sent.append(value) or value)
+    with pytest.raises(rewards.RewardError, match="'x' to the prompt 'p'") as raised:
+        rewards.score_together(lambda _, answer: float(answer), texts, 2)
+    assert isinstance(raised.value.__cause__, ValueError) and sent[0][0] is None
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "from_first", lambda _: [None, sent[0][1]])
+    with pytest.raises(rewards.RewardError, match="'x' to the prompt 'p'"):
+        rewards.score_together(None, texts, 2)
+    monkeypatch.setattr(distributed, "from_first", lambda _: [[[[1.0, 0.0]], [[1.0, 1.0]]], None])
+    found = rewards.score_together(None, texts, 2)
+    np.testing.assert_array_equal(found.values, [[1, 0]])
 
 
 def test_rewards_that_fail_are_named_or_counted():

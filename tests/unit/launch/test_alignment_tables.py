@@ -1,12 +1,17 @@
 """Tables of ``mdm variance`` for runs on preferences and rewards."""
 
+import contextlib
+import types
+
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from mdm_jax import alignment, variance
 from mdm_jax.launch.alignment import estimator_table
 from mdm_jax.launch.alignment.estimator_table import Kind, Moments
 from mdm_jax.launch.families import alignment_details
+from mdm_jax.launch.modes import evaluate
 
 
 def kinds(**refused):
@@ -52,6 +57,8 @@ def test_what_sharing_removes_is_said_in_words():
     assert "15 times less" in estimator_table._sharing(shown)
     equal = shown | {"shared": 0.0, "factor": None}
     assert "policy and reference are equal" in estimator_table._sharing(equal)
+    below = estimator_table._sharing(shown | {"shared": -0.01, "factor": None})
+    assert "not told from nothing" in below and "equal" not in below
 
 
 @pytest.mark.parametrize("error, shown", [(0.0, "0.000"), (None, "unknown"), (0.25, "0.250")])
@@ -62,3 +69,22 @@ def test_an_error_of_zero_is_printed_as_zero(error, shown):
     record |= {"reward": 1.0, "reward_standard_error": error, "rewarded_answers": 4, "solved": 1.0}
     pairs, reward = alignment_details(record)
     assert pairs.count(f"1.000 ± {shown}") == 3 and f"reward 1.000 ± {shown} over" in reward
+
+
+@pytest.mark.parametrize("method, rows", [("dpo", 24), ("trace", 8)])
+def test_the_bar_of_final_figures_counts_what_is_run(method, rows, monkeypatch):
+    """Both answers of 12 pairs (of 30, evaluate.max_rows), or 8 prompts (sample.num_answers)."""
+    sections = {"alignment": {"method": method}, "evaluate": {"max_rows": 12}}
+    config = ConfigDict(sections | {"sample": {"num_answers": 8, "num_steps": 4}})
+    experiment = types.SimpleNamespace(config=config, held_out=("test", range(30)))
+    seen = []
+
+    @contextlib.contextmanager
+    def bar(count, description, check):
+        seen.append(count)
+        yield None
+
+    monkeypatch.setattr(evaluate, "_progress_bar", bar)
+    monkeypatch.setattr(evaluate, "stored_generator", lambda *_: (None, None))
+    monkeypatch.setattr(evaluate, "final_figures", lambda *_: {})
+    assert evaluate._of_alignment(experiment, None, None, None) == {} and seen == [rows]
