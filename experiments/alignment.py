@@ -40,7 +40,7 @@ from mdm_jax.launch.workdir import WorkdirError, claim
 from mdm_jax.types import Batch, PyTree
 
 SEEDS = range(5)
-UPDATES, BATCH, ANSWERS, PASSES = 60, 64, 8, 6
+UPDATES, BATCH, ANSWERS, PASSES = 50, 64, 8, 4
 """Of a rewarded run: updates, answers of one, answers to a prompt, passes that score an answer."""
 RATE = 1e-3
 HELD_OUT = 512
@@ -66,12 +66,12 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "trace": Way("trace", 6),
-    "trace, left to right": Way("trace", 6, in_order=True),
-    "elbo": Way("elbo", 6),
-    "espo": Way("espo", 3),
-    "d1": Way("d1", 6),
-    "rejection": Way("rejection", 6),
+    "trace": Way("trace", 4),
+    "trace, left to right": Way("trace", 4, in_order=True),
+    "elbo": Way("elbo", 4),
+    "espo": Way("espo", 2),
+    "d1": Way("d1", 4),
+    "rejection": Way("rejection", 4),
 }
 LOSSES: dict[str, dict[str, Any]] = {
     "dpo, cross-fitted": {"estimate": "crossfitted", "replicates": 2},
