@@ -31,7 +31,7 @@ from mdm_jax.launch.families import token_details
 from mdm_jax.launch.modes import evaluate, measure, train
 from mdm_jax.launch.names import CONFIGURED
 from mdm_jax.launch.reports.page import write_page
-from mdm_jax.launch.workdir import WorkdirError, claim, saved_config
+from mdm_jax.launch.workdir import WorkdirError, claim, saved_config, set_history_aside
 
 pytestmark = pytest.mark.usefixtures("one_device")
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hub"
@@ -501,6 +501,33 @@ def test_a_trained_run_without_its_reference_is_refused(started, tmp_path):
     state = types.SimpleNamespace(step=np.int32(3), params=None)
     with pytest.raises(WorkdirError, match="reference, the parameters .* is missing"):
         experiment.with_reference(state, files.as_path(tmp_path))
+
+
+def test_a_start_of_another_vocabulary_is_refused(started, tmp_path):
+    config = preferred(started, tmp_path)
+    config.data.tokenizer = "char"  # of the pairs, which have fewer characters
+    with pytest.raises(WorkdirError, match="the tokenizer of .* is another than this run's"):
+        train.initial_state(make_experiment(config))
+
+
+def test_histories_of_before_are_set_aside_too(tmp_path):
+    """``answers.jsonl`` is what runs wrote before answers were in a folder."""
+    workdir = files.as_path(tmp_path)
+    (tmp_path / "answers.jsonl").write_text("old")
+    (tmp_path / RECORDS).mkdir()
+    set_history_aside(workdir)
+    assert (tmp_path / "answers.1.jsonl").read_text() == "old"
+    assert not (tmp_path / RECORDS).exists() and not (tmp_path / "answers.jsonl").exists()
+
+
+def test_orders_that_the_network_does_not_choose_have_exact_traces(started, tmp_path):
+    """Left to right too: blocks of one token."""
+    experiment = aligned(make_experiment(rewarded(started, tmp_path)))
+    labels = {}
+    for name in ("first_hitting", "random_remasking", "low_confidence_remasking"):
+        experiment.config.sample.sampler = name
+        labels[name] = experiment.policy_gradient_label("trace").partition(":")[0]
+    assert [*labels.values()] == ["exact", "exact", "biased"]
 
 
 def test_kto_has_no_sources_by_row(started, tmp_path):
