@@ -1136,7 +1136,7 @@ MUTATIONS = [
         "alignment/preference.py",
         "others = (jnp.sum(fixed, axis=0, keepdims=True) - fixed) / (count - 1)",
         "others = jnp.broadcast_to(jnp.mean(fixed, axis=0, keepdims=True), fixed.shape)",
-        PREFERENCE,
+        f"{PREFERENCE}::test_cross_fitting_has_the_exact_direction_and_less_variance",
     ),
     Mutation(
         "alignment: the reference is evaluated on masks of its own",
@@ -1165,28 +1165,28 @@ MUTATIONS = [
         "alignment/policy.py",
         "advantages >= 0, ratio <= 1 + high, ratio >= 1 - low",
         "advantages >= 0, ratio < 1 + high, ratio > 1 - low",
-        ALIGNMENT,
+        f"{ALIGNMENT}::test_ties_have_the_gradient_of_the_ratio",
     ),
     Mutation(
         "alignment: passes of an answer after the first step",
         "alignment/rollout.py",
         "return Written(tokens, steps, passes[-1])",
         "return Written(tokens, steps, passes[0])",
-        ANSWERS,
+        f"{ANSWERS}::test_rollouts_write_as_the_sampler_does_and_record_the_step",
     ),
     Mutation(
         "alignment: a failed reward is not sent to other processes",
         "alignment/rewards.py",
         "            failure = error\n",
         "            raise error\n",
-        ANSWERS,
+        f"{ANSWERS}::test_a_failed_reward_is_raised_in_every_process",
     ),
     Mutation(
         "alignment: scores of answers without weight are left out",
         "alignment/training.py",
         "stats, counted = _plain_stats(values, count), (count > 0).astype(values.dtype)",
         "stats, counted = _plain_stats(values, count), batch.weight * (count > 0)",
-        OF_ANSWERS,
+        f"{OF_ANSWERS}::test_scores_are_those_that_losses_are_made_of",
     ),
     Mutation(
         "alignment: errors of masks and levels as of independent parts",
@@ -1194,21 +1194,21 @@ MUTATIONS = [
         "noise = Estimate(*map(float, mean_over_rows(both, probes=both.ndim > 1)))",
         "noise = Estimate(float(both.mean()), math.hypot(*(float(mean_over_rows(part, "
         "probes=part.ndim > 1)[1]) for part in terms[:2])))",
-        OF_ANSWERS,
+        f"{OF_ANSWERS}::test_the_error_of_masks_and_levels_together",
     ),
     Mutation(
         "alignment: methods compared at the same draws, not passes",
         "launch/alignment/estimator_table.py",
         "cosine / math.sqrt(1 + noise * passes / budget)",
         "cosine / math.sqrt(1 + noise / budget)",
-        ALIGNMENT_TABLES,
+        f"{ALIGNMENT_TABLES}::test_methods_are_compared_at_the_same_passes",
     ),
     Mutation(
         "alignment: Monte Carlo errors without the factor of the jackknife",
         "alignment/held_out.py",
         "variances = (replicates - 1) * without.var(axis=0)",
         "variances = without.var(axis=0)",
-        PREFERENCE,
+        f"{PREFERENCE}::test_held_out_figures_and_their_errors",
     ),
 ]
 

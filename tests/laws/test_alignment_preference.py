@@ -294,6 +294,10 @@ def test_held_out_figures_and_their_errors():
     margins, noise = np.array([1.0, -1.0, 0.0]), np.array([0.5, 1.0, 0.0])
     close(figures.margin, [0, 1 / math.sqrt(3), np.sqrt(np.sum(noise**2)) / 3], atol=1e-7)
     close(figures.losses, np.log1p(np.exp(-margins)), rtol=1e-5)
+    three = np.zeros((3, 2, 1))
+    three[0, 0] = 3.0  # 3, 0, 0: standard deviation sqrt(3) of one, 1 of the mean
+    of_three = alignment.preference_figures([three + 7, 0 * three], tokens[:, :1], "dpo", BETA)
+    close(of_three.margin.monte_carlo_error, 1.0)
     record = figures.to_dict()
     assert record["preference_accuracy"] == 0.5 and len(record) == 9
     one = alignment.preference_figures([policy[:1]], tokens, "simpo", alignment.per_token(2.0))
