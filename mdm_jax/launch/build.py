@@ -446,7 +446,7 @@ def _parts_of_chain(
         "transform": transform,
         "monitors": chains.monitors(c.monitors, config.monitors, family.objective, transform),
         "spec": family.objective.spec(rows, dataset.length),
-        "loop": loop_options(config, dataset, transform.views, family.loss_in_bits),
+        "loop": loop_options(config, dataset, family.objective, transform.views),
     }
 
 

@@ -87,8 +87,6 @@ class Family:
         follows_warp: whether, by default, samplers take the levels that training learned.
         levels_from, noise_axis: the law, for display; label of plots, "" without noise.
         unread: sections of the config whose ``name`` this process does not read.
-        loss_in_bits: whether the training loss is an estimate of the likelihood or its bound, and
-            so shown in bits too.
         annealed: ``annealed(key, step) -> apply_fn`` of a training step, where it is another.
         degraded: ``degraded(key, canvas)``, what ``generate`` restores; None where it samples.
         with_corruption: the objective under another corruption by name, where there are several.
@@ -110,7 +108,6 @@ class Family:
     rules: tuple[str, ...] = ()
     follows_warp: bool = False
     unread: tuple[str, ...] = ()
-    loss_in_bits: bool = True
     annealed: Callable[[Array, Array], Callable[..., Array | models.Readout]] | None = None
     degraded: Callable[..., np.ndarray] | None = None
     with_corruption: Callable[[str], Objective] | None = None

@@ -86,7 +86,6 @@ def cdcd(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Fam
         rules=("edm_rho", "law", "uniform_logsnr", "cosine"),
         follows_warp=True,
         unread=("corruption", "law", "weighting"),
-        loss_in_bits=False,
         record=_record,
         details=_details,
     )

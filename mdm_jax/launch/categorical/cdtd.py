@@ -63,7 +63,6 @@ def cdtd(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Fam
         levels=named_levels,
         follows_warp=True,
         unread=("corruption", "law", "weighting"),
-        loss_in_bits=False,
         record=shared_record,
         details=_details,
     )

@@ -28,10 +28,6 @@ class Curve(NamedTuple):
     caption: str
 
 
-OTHER_LOSS = ("cdcd", "cdtd")
-"""Processes whose training loss is no estimate of the likelihood or its bound."""
-
-
 def is_exact(config: Mapping[str, Any]) -> bool:
     """Whether a run's likelihood is exact, not a bound: each token given all before it."""
     return config["process"] == "autoregressive" or (
@@ -45,6 +41,7 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
     ``config`` is the saved one, ``evaluation`` that of ``evaluation.json`` or {}.
     """
     curves, exact = [], is_exact(config)
+    biased = evaluation.get("objective_bias") == "biased"
     if config.get("alignment", {}).get("method"):
         curves += _outcomes(records)
     elif any(r["kind"] == "train" for r in records):
@@ -63,10 +60,10 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
                 references,
                 result=result,
                 exact=exact,
-                other_loss=config["process"] in OTHER_LOSS,
+                other_loss=biased,
             )
 
-        curves.append(Curve("training", draw, _about(records, config, result, references)))
+        curves.append(Curve("training", draw, _about(records, config, result, references, biased)))
     if level := _level_axis(config, evaluation):
         edges, nats = _levels(evaluation)
         curves.append(
@@ -147,11 +144,12 @@ def _about(
     config: Record,
     result: plots.Result | None,
     references: Mapping[str, float],
+    biased: bool,
 ) -> str:
     """The caption of the loss."""
     exact = is_exact(config)
     parts = ["Grey: the objective on training batches, means over the steps between two points."]
-    if config["process"] in OTHER_LOSS:
+    if biased:
         parts.append("It is no bound, and not comparable to the points.")
     if any("normalised_loss" in r for r in records):
         parts.append(

@@ -6,12 +6,13 @@ from ml_collections import ConfigDict
 
 from mdm_jax import data, training
 from mdm_jax.launch.start import scaled
+from mdm_jax.objectives import Objective
 
 
 def loop_options(
-    config: ConfigDict, dataset: data.Dataset, views: int, in_bits: bool
+    config: ConfigDict, dataset: data.Dataset, objective: Objective, views: int
 ) -> training.LoopOptions:
-    """Frequencies of a run and the unit of the bits shown, none unless ``in_bits``.
+    """Frequencies of a run, and the unit of the bits shown: none of a "biased" objective's.
 
     ValueError for early stopping without validation.
     """
@@ -27,6 +28,6 @@ def loop_options(
     return training.LoopOptions(
         total_steps=c.steps,
         views=views,
-        unit=unit if in_bits else "",
+        unit="" if objective.bias == "biased" else unit,
         **{name: c[name] for name in own} | {"evaluate_every": every},
     )

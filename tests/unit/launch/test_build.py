@@ -47,6 +47,17 @@ def test_more_devices_than_there_are_is_an_error_about_the_mesh():
         make_experiment(config)
 
 
-@pytest.mark.parametrize("name, unit", [("text_cdcd", ""), ("quickstart", "char")])
-def test_a_loss_that_is_no_bound_is_not_shown_in_bits(name, unit):
-    assert make_experiment(presets.get_config(f"{name}:smoke")).loop.unit == unit
+@pytest.mark.parametrize(
+    "name, changes, unit",
+    [
+        ("quickstart", {}, "char"),
+        ("quickstart", {"weighting.name": "min_snr"}, ""),
+        ("text_cdcd", {}, ""),
+        ("digits_gaussian", {}, "dim"),
+        ("digits_gaussian", {"gaussian.recipe": "edm"}, ""),
+    ],
+)
+def test_a_loss_that_is_no_bound_is_not_shown_in_bits(name, changes, unit):
+    config = presets.get_config(f"{name}:smoke")
+    config.update_from_flattened_dict(changes)
+    assert make_experiment(config).loop.unit == unit

@@ -103,9 +103,10 @@ def test_the_loss_has_the_validations_entropies_and_the_result_of_the_test():
     assert axes.get_ylabel() == "bits per character"
 
 
-@pytest.mark.parametrize("process, said", [("cdcd", True), ("cdtd", True), ("masked", False)])
-def test_a_training_loss_that_is_no_bound_says_so(process, said):
-    found = curves.training_curves(config(process), RECORDS, EVALUATION)[0]
+@pytest.mark.parametrize("bias, said", [("biased", True), ("truncated", False), (None, False)])
+def test_a_training_loss_that_is_no_bound_says_so(bias, said):
+    of_run = EVALUATION if bias is None else EVALUATION | {"objective_bias": bias}
+    found = curves.training_curves(config("masked"), RECORDS, of_run)[0]
     labels = drawn(found).get_legend_handles_labels()[1]
     assert ("training (no bound), single batches" in labels) == said
     assert ("It is no bound" in found.caption) == said
