@@ -1,0 +1,1 @@
+"""Methods that were tried and left out: prototypes, and the commands that measure them."""

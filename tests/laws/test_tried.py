@@ -1,0 +1,141 @@
+"""Prototypes of methods that were left out, on the enumerated toy, before they are measured."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.tried import genmd4, storm
+from mdm_jax import testing
+from mdm_jax.testing import toys
+from mdm_jax.testing.enumeration import mask_bits
+
+EXPONENTS = jnp.array([0.6, 1.0, 2.5])
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(48)
+U, SHARE = jnp.asarray((NODES + 1) / 2, jnp.float32), jnp.asarray(WEIGHTS / 2, jnp.float32)
+MASKS = mask_bits(toys.LENGTH)
+MODEL, PARAMS = toys.Toy(), toys.toy_params()
+
+
+@pytest.fixture(autouse=True)
+def promoted():
+    """The prototypes are written as scripts are."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def enumerated(params, exponents):
+    """(losses, log-probabilities) of all masks at all nodes, [masks, nodes], of the second row."""
+    tokens = jnp.asarray(toys.ROWS[1])
+    inputs = jnp.where(MASKS, toys.MASK_ID, tokens)
+    logits = MODEL.apply(params, inputs)[:, None]
+    shape = (len(MASKS), len(U), toys.LENGTH)
+    mask = jnp.broadcast_to(MASKS[:, None], shape)
+    tokens = jnp.broadcast_to(tokens, shape)
+    log_t = jnp.broadcast_to(genmd4.POWER * jnp.log(U), shape[:2])
+    logits = jnp.broadcast_to(logits, (*shape, logits.shape[-1]))
+    value = genmd4.integrand(logits, tokens, mask, exponents, log_t)
+    density = genmd4.POWER * jnp.power(U, genmd4.POWER - 1)
+    every = jnp.ones(shape, bool)
+    return value * density, genmd4.log_mask_probability(mask, tokens, every, exponents, log_t)
+
+
+def bound(params, exponents):
+    losses, log_probability = enumerated(params, exponents)
+    return jnp.sum(SHARE * jnp.sum(jnp.exp(log_probability) * losses, axis=0))
+
+
+def expected_gradient(pairs):
+    """Of the surrogate over pairs of masks, given their joint law [masks, masks, nodes]."""
+
+    def surrogate(params, exponents):
+        losses, log_probability = enumerated(params, exponents)
+        count = len(MASKS)
+        first, second = np.divmod(np.arange(count**2), count)
+        value = genmd4.with_baselines(
+            jnp.stack([losses[first], losses[second]]),
+            jnp.stack([log_probability[first], log_probability[second]]),
+        )
+        law = pairs.reshape(count**2, -1)
+        return jnp.sum(SHARE * jnp.sum(law * jnp.mean(value, axis=0), axis=0))
+
+    return jax.grad(surrogate, argnums=(0, 1))(PARAMS, EXPONENTS)
+
+
+def test_equal_exponents_give_the_masked_bound():
+    exact = testing.exact_nelbo(
+        functools.partial(MODEL.apply, PARAMS), toys.toy_batch(), toys.MASK_ID
+    )
+    for exponent in (1.0, 1.7):
+        np.testing.assert_allclose(bound(PARAMS, jnp.full(3, exponent)), exact[1], rtol=1e-5)
+    assert abs(bound(PARAMS, EXPONENTS) - exact[1]) > 1e-2
+
+
+def test_of_one_token_the_bound_has_a_closed_form():
+    """Revealed as v with probability w_v p_v / S: the bound is above -log of that by a gap."""
+    logits = jnp.array([0.3, -1.0, 0.8])
+    p = jax.nn.softmax(logits)
+    total = jnp.sum(EXPONENTS * p)
+    for token in range(3):
+        ids = jnp.full((len(U), 1), token)
+        log_t = genmd4.POWER * jnp.log(U)
+        shown = jnp.broadcast_to(logits, (len(U), 1, 3))
+        value = genmd4.integrand(shown, ids, ids >= 0, EXPONENTS, log_t)
+        rate = jnp.exp(EXPONENTS[token] * log_t)
+        found = jnp.sum(SHARE * rate * value * genmd4.POWER * jnp.power(U, genmd4.POWER - 1))
+        ratio = total / EXPONENTS[token]
+        exact = -jnp.log(p[token]) + jnp.log(ratio)
+        np.testing.assert_allclose(found, exact + ratio - 1 - jnp.log(ratio), rtol=1e-4)
+
+
+def test_leave_one_out_is_unbiased_for_independent_masks_and_biased_for_opposite_ones():
+    exact = jax.grad(bound, argnums=(0, 1))(PARAMS, EXPONENTS)
+    law = jnp.exp(enumerated(PARAMS, EXPONENTS)[1])
+    found = expected_gradient(law[:, None] * law[None])
+    for one, other in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    # MIRROR: masked in one view below the rate, in the other above 1 - rate.
+    tokens = np.asarray(toys.ROWS[1])
+    rate = np.exp(np.asarray(EXPONENTS)[tokens] * genmd4.POWER * np.log(np.asarray(U))[:, None])
+    both = np.maximum(0.0, 2 * rate - 1)
+    joint = np.ones((len(MASKS), len(MASKS), len(U)))
+    for i, j in itertools.product(range(len(MASKS)), repeat=2):
+        for position in range(toys.LENGTH):
+            masked = MASKS[i, position], MASKS[j, position]
+            own = {2: both, 1: rate - both, 0: 1 - 2 * rate + both}[sum(masked)]
+            joint[i, j] *= own[:, position]
+    np.testing.assert_allclose(joint.sum(1), law, atol=1e-5)
+    mirrored = expected_gradient(jnp.asarray(joint, jnp.float32))
+    np.testing.assert_allclose(
+        mirrored[0]["params"]["theta"], exact[0]["params"]["theta"], atol=2e-5
+    )
+    assert np.abs(mirrored[1] - exact[1]).max() > 0.02
+
+
+def test_storm_is_unbiased_at_parameters_that_are_given():
+    """Over all sequences of examples, along two steps; of the gradient of a quadratic form."""
+    slopes, offsets = np.array([0.5, 1.0, 3.0]), np.array([-1.0, 0.4, 0.1])
+    transform, variances = storm.storm(0.3), {}
+    for path in ((0.72, 0.71, 0.7), (2.0, 1.1, 0.7)):
+        estimates = []
+        for examples in itertools.product(range(3), repeat=len(path)):
+            state, before = transform.init(jnp.zeros(())), path[0]
+            for at, k in zip(path, examples):
+                now, last = (jnp.asarray(slopes[k] * (x - offsets[k])) for x in (at, before))
+                estimate, state = transform.update(now, state, previous=last)
+                before = at
+            estimates.append(float(estimate))
+        exact = np.mean(slopes * (path[-1] - offsets))
+        assert np.mean(estimates) == pytest.approx(exact, abs=1e-6)
+        variances[path[0]] = np.var(estimates)
+    single = np.var(slopes * (0.7 - offsets))
+    assert variances[0.72] < 0.6 * single < single < variances[2.0]  # it lives on short steps
+    # With decay 1 it is the gradient alone.
+    plain = storm.storm(1.0)
+    state = plain.init(jnp.zeros(()))
+    for value in (3.0, -2.0):
+        estimate, state = plain.update(jnp.asarray(value), state, previous=jnp.asarray(9.0))
+        assert float(estimate) == value
