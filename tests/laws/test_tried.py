@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tried import genmd4, storm
-from mdm_jax import testing
+from experiments.tried import genmd4, mirror_plus, storm
+from mdm_jax import corruption, objectives, testing
+from mdm_jax.draws import Draw
 from mdm_jax.testing import toys
 from mdm_jax.testing.enumeration import mask_bits
 
@@ -139,3 +140,36 @@ def test_storm_is_unbiased_at_parameters_that_are_given():
     for value in (3.0, -2.0):
         estimate, state = plain.update(jnp.asarray(value), state, previous=jnp.asarray(9.0))
         assert float(estimate) == value
+
+
+def test_mirror_plus_is_exact_whichever_rows_get_a_second_view():
+    """Over all orders of the noise, at all rates of two rows, of which one gets it."""
+    objective = objectives.masked_nelbo(corruption.fixed_count(toys.MASK_ID))
+    batch = jax.tree.map(lambda field: field[:2], toys.toy_batch())
+    orders = np.array(list(itertools.permutations(range(toys.LENGTH))))
+    noise = jnp.asarray((orders + 0.5) / toys.LENGTH, jnp.float32)
+    model_fn = functools.partial(MODEL.apply, PARAMS)
+    exact = [
+        testing.count_losses(
+            testing.mask_losses(model_fn, jax.tree.map(lambda a, i=i: a[i], batch), toys.MASK_ID)
+        )
+        for i in range(2)
+    ]
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def losses(u, own):
+        draw = Draw(u, jnp.zeros_like(u), jnp.broadcast_to(own, (1, 2, toys.LENGTH)))
+        stats = mirror_plus.mirror_plus(objective).loss(model_fn, batch, draw)
+        return (stats.weight * stats.raw)[0, :, 0]
+
+    spread = {}
+    for cells in itertools.product(range(toys.LENGTH), repeat=2):
+        u = (jnp.asarray(cells, jnp.float32)[None, :, None] + 0.5) / toys.LENGTH
+        found = np.asarray(losses(u, noise))
+        count = [toys.LENGTH - cell for cell in cells]  # masked; the rate falls with u
+        wanted = [toys.LENGTH / k * exact[row][k] for row, k in enumerate(count)]
+        np.testing.assert_allclose(found.mean(0), wanted, rtol=1e-5)
+        spread[cells] = found.var(0)
+    # Beside a row with a higher rate there are two views of the first one, hence less variance.
+    assert spread[2, 1][0] < 0.7 * spread[2, 3][0]
