@@ -24,6 +24,7 @@ from mdm_jax.models.kv_cache import KeyValues
 from mdm_jax.models.layers import Kernel
 from mdm_jax.models.transformer import (
     FeedForward,
+    LearnedPositions,
     TransformerConfig,
     make_linear,
     make_norm,
@@ -33,8 +34,8 @@ from mdm_jax.models.transformer import (
 from mdm_jax.types import Array, PyTree
 
 _ABSENT = (
-    *("condition_on_logsnr", "self_conditioning", "learned_positions", "experts", "num_kv_heads"),
-    *("qkv_bias", "scan_layers"),
+    *("condition_on_logsnr", "self_conditioning", "experts", "num_kv_heads", "qkv_bias"),
+    "scan_layers",
 )
 """Settings of a transformer that this network does not have."""
 
@@ -115,9 +116,12 @@ class _Decoder(nn.Module):
         each = [memory(encoded, rotary) for memory in self.memories]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
-    def __call__(self, memory: KeyValues, rotary: layers.Rotary, seen: Array) -> Array:
+    def __call__(
+        self, memory: KeyValues, rotary: layers.Rotary, seen: Array, at: Array | None
+    ) -> Array:
         shape = (*seen.shape[:1], seen.shape[2], self.config.width)
-        x = jnp.broadcast_to(self.query.astype(jnp.float32), shape)
+        query = self.query.astype(jnp.float32)
+        x = jnp.broadcast_to(query if at is None else query + at, shape)
         for i, block in enumerate(self.blocks):
             x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], memory), seen, rotary)
         return self.norm(x)
@@ -155,6 +159,9 @@ class Partition(nn.Module):
         depth = c.depth - self.decoder_depth
         self.encoder = _Encoder(dataclasses.replace(c, depth=depth))
         self.decoder = _Decoder(dataclasses.replace(c, depth=self.decoder_depth))
+        if c.learned_positions:
+            self.positions = LearnedPositions(c)
+            self.query_positions = LearnedPositions(c)
         if not c.tie_embeddings:
             zeros, shape = nn.initializers.zeros, (c.width, c.vocab_size)
             self.head = Kernel(shape, ("embed", "vocab"), c.param_dtype, zeros)
@@ -205,6 +212,7 @@ class Partition(nn.Module):
         M] allows; to themselves they always do.
         """
         x = layers.look_up(self.embedding, tokens)
+        x = x + self.positions(positions) if self.config.learned_positions else x
         same = same | jnp.eye(tokens.shape[1], dtype=bool)[None]
         encoded = self.encoder(x, positions, same[:, None])
         return self.decoder.memory(encoded, self._rotary(with_start(positions)))
@@ -214,7 +222,8 @@ class Partition(nn.Module):
         of the memory besides the start."""
         c = self.config
         seen = jnp.pad(seen, ((0, 0), (0, 0), (1, 0)), constant_values=True)[:, None]
-        x = self.decoder(memory, self._rotary(positions + 1), seen)
+        at = self.query_positions(positions) if c.learned_positions else None
+        x = self.decoder(memory, self._rotary(positions + 1), seen, at)
         table = self.embedding if c.tie_embeddings else self.head()
         return Readout(x, table, Projection(c.tie_embeddings, c.dtype))
 

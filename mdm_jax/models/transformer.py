@@ -448,7 +448,7 @@ class Transformer(nn.Module):
         table = self.param("embedding", init, (c.vocab_size, c.width), c.param_dtype)
         x = layers.look_up(table, inputs)
         if c.learned_positions:
-            x = x + _LearnedPositions(c, name="positions")(positions)
+            x = x + LearnedPositions(c, name="positions")(positions)
         x = _add_estimate(c, x, table, estimate)
         condition = None
         if c.condition_on_logsnr:
@@ -479,7 +479,7 @@ def _add_estimate(c: TransformerConfig, x: Array, table: Array, estimate: Array 
     return x + make_linear(c, c.width, ("embed", "mlp"), "estimate", kernel_init=zeros)(embedded)
 
 
-class _LearnedPositions(nn.Module):
+class LearnedPositions(nn.Module):
     """A vector for each position of a row: [Q] or [N, Q] positions to [1 or N, Q, width]."""
 
     config: TransformerConfig

@@ -37,7 +37,10 @@ def rows(count, length, seed=0):
     "settings",
     [
         {},
-        pytest.param({"depth": 3, "tie_embeddings": True, "norm": "layer"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"depth": 3, "tie_embeddings": True, "norm": "layer", "learned_positions": 9},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_pass_over_two_groups_is_two_passes_over_masked_rows(settings):
@@ -138,7 +141,7 @@ def test_its_gradient_is_that_of_masked_rows():
 
 def test_samplers_run_on_revealed_tokens_alone():
     """Logits are those of the whole network, for every number of revealed tokens."""
-    model, params = model_and_params()
+    model, params = model_and_params(learned_positions=8)
     tokens, _ = rows(8, 8, seed=1)
     documents = np.ones_like(tokens)
     documents[4:, :2], documents[5, 6:] = 2, 0

@@ -1,0 +1,181 @@
+"""The methods that the stability study compares, as data."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mdm_jax.launch import config as launch_config
+
+PUBLISHED = {"corruption.name": "bernoulli", "law.name": "clipped", "law.clipped.low": 1e-3}
+"""Independent masks at a rate uniform on [0.001, 1], as LLaDA and the training scripts of
+arXiv 2511.18159 draw it. Below that end the variance of the weight 1/m would be infinite."""
+
+_FIXED = {"corruption.name": "fixed_count", "law.name": "linear"}
+_FLAT = {"weighting.name": "p2", "weighting.p2.k": 1.0, "weighting.p2.gamma": 1.0}
+"""A factor m on the bound's weight 1/m: ``1 / (1 + exp(logsnr))`` is the masking rate."""
+
+_PPOTS = {
+    "variance.ppots.num_bins": 16,
+    "variance.ppots.decay": 0.99,
+    "variance.ppots.warmup_steps": 20,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        label: of tables and plots.
+        order: the variance chain.
+        views: forward passes per row.
+        settings: config fields by dotted name.
+        same_as: name of a method that this one trains as, bit for bit; it is not run again.
+        note: printed below the tables.
+    """
+
+    label: str
+    order: tuple[str, ...] = ()
+    views: int = 1
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    same_as: str = ""
+    note: str = ""
+
+
+METHODS: dict[str, Method] = {
+    "standard": Method(
+        "standard",
+        settings=PUBLISHED,
+        note="independent rates on [0.001, 1], independent masks, weight 1/m (LLaDA)",
+    ),
+    "clipped": Method(
+        "clipped",
+        ("clipped",),
+        settings=PUBLISHED | {"law.name": "linear"},
+        note="rates in [0.3, 0.8] (BD3-LM); truncated: the bound's part outside is not trained",
+    ),
+    "strats": Method(
+        "StraTS",
+        ("coarse_strata",),
+        settings=PUBLISHED,
+        note="as many strata as the root of the batch, as the published script has it; that this "
+        "is the paper's StraTS is our inference",
+    ),
+    "isad": Method(
+        "ISAD",
+        settings=PUBLISHED | {"corruption.name": "bernoulli_shifted_rate"},
+        note="rare tokens masked with a rate 0.2 higher and weight 1/q, as the published script "
+        "has it; biased: the context of a token follows another law",
+    ),
+    "ema": Method(
+        "EMA",
+        same_as="standard",
+        note="an average of past losses subtracted from the loss leaves every gradient as it is, "
+        "bit for bit, so this row is that of standard training and was not run again",
+    ),
+    "mirror": Method("MIRROR", ("mirror",), 2, PUBLISHED),
+    "ppots": Method(
+        "P-POTS",
+        ("ppots",),
+        settings=PUBLISHED | _PPOTS,
+        note="bins that learn while training, with an exact weight; the paper fits a curve to a "
+        "calibration run instead (`ppots_parametric`)",
+    ),
+    "ppots_mirror": Method("P-POTS + MIRROR", ("ppots", "mirror"), 2, PUBLISHED | _PPOTS),
+    "fixed_counts": Method("fixed counts", settings=_FIXED),
+    "fixed_counts_rotated": Method(
+        "fixed counts + rotated views",
+        ("rotate_ranks",),
+        4,
+        _FIXED | {"variance.rotate_ranks.views": 4},
+    ),
+    "stratified_mirror": Method(
+        "fixed counts + stratified + MIRROR", ("stratified", "mirror"), 2, _FIXED
+    ),
+    "recommended": Method(
+        "recommended chain",
+        tuple(launch_config.get_config().variance.order),
+        settings=_FIXED,
+        note="fixed counts, stratified rates, P-POTS by the gradient norm at the logits: the "
+        "default of `mdm_jax/launch/config.py`",
+    ),
+    "recommended_for_answers": Method(
+        "recommended chain for answers",
+        ("stratified", "clipped"),
+        settings=_FIXED,
+        note="fixed counts, stratified rates in [0.3, 0.8]: truncated, for models that "
+        "are judged by their answers and not by a likelihood",
+    ),
+    "autoregressive": Method(
+        "autoregressive",
+        settings={"process": "autoregressive"},
+        note="the same network under a causal mask; its likelihood is exact, where the others "
+        "have a bound",
+    ),
+}
+
+AUTO = Method(
+    "auto",
+    ("auto",),
+    settings=_FIXED | {"variance.auto.budget": 1.0, "variance.auto.passes": 4},
+    note="`variance.order=auto` measures before the first step, and here may spend as many passes "
+    "as the run itself (2 % by default): 1,792 in batches of 4, on top of the run's 1,920; what it "
+    "chose in each run stands in its `auto.jsonl`",
+)
+
+ATTEMPTS: dict[str, Method] = {
+    "truncated_slopes": Method(
+        "rates in [0.3, 0.8], stratified, P-POTS by gradient norm",
+        ("stratified", "ppots_slopes"),
+        settings={
+            "corruption.name": "fixed_count",
+            "law.name": "clipped",
+            "law.clipped.low": 0.3,
+            "law.clipped.high": 0.8,
+        },
+    ),
+    "higher_rates": Method(
+        "rates in [0.4, 0.9], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.4, "variance.clipped.high": 0.9},
+    ),
+    "wider_rates": Method(
+        "rates in [0.1, 0.9], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.1, "variance.clipped.high": 0.9},
+    ),
+    "truncated_mirror": Method(
+        "rates in [0.3, 0.8], stratified, MIRROR",
+        ("stratified", "clipped", "mirror"),
+        2,
+        _FIXED,
+    ),
+    "highest_rates": Method(
+        "rates in [0.5, 1], stratified",
+        ("stratified", "clipped"),
+        settings=_FIXED | {"variance.clipped.low": 0.5, "variance.clipped.high": 1.0},
+    ),
+    "truncated_flat": Method(
+        "rates in [0.3, 0.8], stratified, flat weight",
+        ("stratified", "clipped"),
+        settings=_FIXED | _FLAT,
+    ),
+}
+"""Further attempts on Sudoku, whose seeds differ most: other ranges, and ranges combined with other
+methods."""
+
+FLAT_WEIGHTS: dict[str, Method] = {
+    "flat": Method(
+        "flat weight, stratified",
+        ("stratified",),
+        settings=_FIXED | _FLAT,
+        note="cross-entropy at every masked position with the same weight at all rates, in place "
+        "of 1/m: no bound, but the same minimiser, since every rate is trained",
+    ),
+    "flat_slopes": Method(
+        "flat weight, stratified, P-POTS by gradient norm",
+        ("stratified", "ppots_slopes"),
+        settings=_FIXED | _FLAT,
+    ),
+}
+"""Variance reduced by the weight instead of the range of rates."""
