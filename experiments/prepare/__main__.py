@@ -6,6 +6,7 @@ python -m experiments.prepare lm1b --source=FOLDER --to=data/lm1b
 python -m experiments.prepare openwebtext --source=FOLDER --to=data/openwebtext
 python -m experiments.prepare pictures --source=PICTURES.npz.xz --to=data/my_pictures
 python -m experiments.prepare sudoku --source=PUZZLES.csv --to=data/sudoku.jsonl
+python -m experiments.prepare mawps --source=mawps_svamp.jsonl.xz --to=data/mawps.jsonl
 python -m experiments.prepare generate --config=CONFIG --split=train --to=data/zebra.jsonl
 """
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         ("openwebtext", _openwebtext, "a folder of OpenWebText"),
         ("pictures", _pictures, "arrays SPLIT_images and SPLIT_labels in an .npz or .npz.xz"),
         ("sudoku", _sudoku, "a puzzle and its solution a line"),
+        ("mawps", _mawps, "JSON lines of MAWPS, questions with slots for numbers"),
     ):
         own = commands.add_parser(name, help=meaning)
         several = {"nargs": "+"} if name == "letters" else {}
@@ -90,6 +92,12 @@ def _sudoku(arguments: argparse.Namespace) -> str:
     corpora.refuse_existing(arguments.to)
     count = puzzles.write_pairs(puzzles.sudoku(arguments.source), arguments.to)
     return f"wrote {arguments.to}, {count:,} puzzles"
+
+
+def _mawps(arguments: argparse.Namespace) -> str:
+    corpora.refuse_existing(arguments.to)
+    count = puzzles.write_pairs(puzzles.mawps(arguments.source), arguments.to)
+    return f"wrote {arguments.to}, {count:,} problems"
 
 
 def _generate(arguments: argparse.Namespace) -> str:

@@ -37,6 +37,55 @@ def sudoku(source: pathlib.Path) -> Iterator[tuple[str, str]]:
         yield puzzle, solution
 
 
+def mawps(source: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Word problems of MAWPS (splits train and valid) with their equation and, after ####, result.
+
+    ``How many flowers do 3 and 5 make ?`` to ``3 + 5 #### 8``, with brackets around inner
+    operations, from JSON lines with question, numbers, equation in prefix form, answer and split.
+    ValueError for a line without these.
+    """
+    if not source.exists():
+        raise ValueError(f"{source}: no such file; give JSON lines of MAWPS with slots for numbers")
+    for number, line in enumerate(read_text(source).content.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if record["split"] not in ("train", "valid"):
+                continue  # SVAMP
+            values = [_plain(value) for value in record["numbers"]]
+            words = [_filled(word, values) for word in record["question"].split()]
+            equation = [_filled(word, values) for word in record["equation"].split()]
+            answer = f"{_infix(equation)} #### {_plain(round(record['answer'], 4))}"
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{source}:{number}: no problem of MAWPS ({error!r})") from error
+        yield " ".join(words) + "\n", answer
+
+
+def _plain(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _filled(word: str, values: list[str]) -> str:
+    slot = re.fullmatch(r"number(\d+)", word)
+    return values[int(slot[1])] if slot else word
+
+
+def _infix(prefix: list[str]) -> str:
+    """An equation in prefix form; ValueError where words are left over."""
+
+    def read(start: int, outer: bool) -> tuple[str, int]:
+        if prefix[start] not in "+-*/":
+            return prefix[start], start + 1
+        left, middle = read(start + 1, outer=False)
+        right, end = read(middle, outer=False)
+        text = f"{left} {prefix[start]} {right}"
+        return text if outer else f"( {text} )", end
+
+    text, end = read(0, outer=True)
+    if end != len(prefix):
+        raise ValueError(f"{' '.join(prefix)} is no equation in prefix form")
+    return text
+
+
 def generated(config: str, split: str, processes: int | None = None) -> Iterator[tuple[str, str]]:
     """The rows of a split of a config with generated problems, made by ``processes`` (None: all).
 

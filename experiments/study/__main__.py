@@ -7,11 +7,14 @@ go on from their last checkpoint. Every run is a working directory of the launch
 WORKDIR/runs. Tables (study.md), all numbers (study.json) and plots are in WORKDIR, written again
 whenever the command ends; --only_tables writes them from what is finished and runs nothing.
 
-Suites: smoke (seconds), tune and tune_finetune (learning rates of standard
-training), small (hours on two CPU
-cores), confirmation (fresh seeds of four methods), attempts and confirmation_rates (other ranges of
-rates), longer, weights, finetune (the small model of the repository on two tasks, or with
---config.model.source=DIR another one), full (a GPU). experiments/study/suites.py defines them,
+Suites: smoke (seconds), tune, tune_finetune and tune_larger (learning rates of standard training),
+small (hours on two CPU cores), confirmation (fresh seeds of four methods), attempts and
+confirmation_rates (other ranges of rates), longer, weights, larger (five tasks, all methods of the
+field; nights) and field_text (four of them on text), arithmetic (word problems, with
+--config.data.path=FILE of experiments.prepare mawps), noise_scale (experiments.study.noise_scale
+reads it), finetune (the small model of the repository on two tasks, or with
+--config.model.source=DIR another one). For a GPU: full, and a2d (a released model on GSM8K, with
+--config.model.source=DIR --config.data.path=FILE). experiments/study/suites.py defines them,
 docs/study.md has the results.
 """
 
@@ -26,7 +29,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import app, flags, logging
 
-from experiments.study import plots, table
+from experiments.study import expected, plots, table
 from experiments.study import runs as study_runs
 from experiments.study.runs import Run
 from experiments.study.suites import SUITES, Suite
@@ -45,7 +48,7 @@ _ONLY_TABLES = flags.DEFINE_bool("only_tables", False, "Run nothing, write table
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep those of finished runs.")
 _CHANGES = {
     path: flags.DEFINE_string(f"config.{path}", None, f"The field {path} of every run.")
-    for path in ("model.source", "model.dtype", "train.batch_size", "optimizer.peak")
+    for path in ("model.source", "model.dtype", "data.path", "train.batch_size", "optimizer.peak")
 }
 _CACHE = flags.DEFINE_string(
     "compilation_cache_dir", None, "As of the command mdm; '' for no cache."
@@ -76,6 +79,8 @@ def main(argv: list[str]) -> int:
         for run in runs:
             study_runs.check_run(suite, run, root)
         print(table.progress(suite, root), flush=True)
+        for line in (*expected.time_lines(suite, root), expected.power_line(suite)):
+            print(line, flush=True)
         code = 0 if _ONLY_TABLES.value else _supervise(suite, runs, root)
         print(table.progress(suite, root))
         record = table.write(suite, root)

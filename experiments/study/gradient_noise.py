@@ -36,6 +36,7 @@ def along_training(
     batch_size: int,
     groups: int,
     redraws: int,
+    noise: bool = True,
     reference: Experiment | None = None,
     check: Callable[..., None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -49,6 +50,7 @@ def along_training(
         experiment: the run.
         workdir: its working directory.
         batch_size: rows of a batch at one forward pass each.
+        noise: whether that with the data fixed is measured.
         groups, redraws: as for ``meter.efficiency``.
         reference: a run of the other method over the same data; its transform state is fresh.
         check: called between measurements; may raise.
@@ -65,7 +67,7 @@ def along_training(
         key = experiment.key(0, "gradient noise")
         subject = meter.Subject(own, params, experiment.transform, state, experiment.spec)
         record = {"step": step, "noise": None, "reference": None}
-        if experiment.config.process != "autoregressive":  # which has no noise
+        if noise and experiment.config.process != "autoregressive":  # which has none
             record["noise"] = meter.efficiency(
                 subject, batches, rng.stream(key, "noise"), **sizes
             ).to_dict()

@@ -179,3 +179,43 @@ FLAT_WEIGHTS: dict[str, Method] = {
     ),
 }
 """Variance reduced by the weight instead of the range of rates."""
+
+_BELL = {"corruption.name": "fixed_count", "law.name": "logit_normal"}
+
+FIELD: dict[str, Method] = {
+    **{name: METHODS[name] for name in ("standard", "recommended_for_answers")},
+    "highest_rates": ATTEMPTS["highest_rates"],
+    **{name: METHODS[name] for name in ("ppots", "mirror", "ppots_mirror", "fixed_counts")},
+    "pairs": Method(
+        "complementary pairs",
+        ("stratified", "complement"),
+        2,
+        {"corruption.name": "rounded_count", "law.name": "linear"},
+        note="two views predict every token once, whatever the count; exact",
+    ),
+    "recommended": METHODS["recommended"],
+    "auto": AUTO,
+    "flat": FLAT_WEIGHTS["flat"],
+    "bell": Method(
+        "bell-shaped rates, weight kept",
+        ("stratified",),
+        settings=_BELL,
+        note="logit-normal rates with the bound's importance weight: only the variance moves",
+    ),
+    "bell_unweighted": Method(
+        "bell-shaped rates, no weight",
+        ("stratified",),
+        settings=_BELL | {"weighting.name": "law"},
+        note="logit-normal rates that count as often as they are drawn: a reweighting",
+    ),
+    "partition": Method(
+        "partition model",
+        ("stratified",),
+        settings={"process": "partition", "law.name": "linear"},
+        note="another network (PGM), of as many blocks and one pass a row; in tables of accuracy "
+        "and bits only, its gradients are of other parameters",
+    ),
+}
+"""What the field proposes beside clipped ranges, by the issue of its estimators. ``mirror_plus``,
+GenMD4 and STORM were tried and left out (``experiments/tried``); P-POTS without its weight needs a
+curve that ``mdm variance --fit`` measures on each task."""

@@ -258,6 +258,7 @@ def execute(
                 batch_size=config.train.batch_size * views,
                 groups=suite.groups,
                 redraws=suite.redraws,
+                noise=suite.measured_noise,
                 reference=_reference(suite, run, root),
                 check=interrupt.check,
             )
@@ -279,7 +280,11 @@ def training_seconds(workdir: pathlib.Path) -> float:
 
 
 def _reference(suite: Suite, run: Run, root: pathlib.Path):
-    if run.method in (suite.baseline, "autoregressive") or suite.baseline not in suite.methods:
+    method = suite.methods[run.method]
+    other = method.settings.get("process", "masked") != "masked"  # has other parameters
+    if run.method == suite.baseline or other or suite.baseline not in suite.methods:
+        return None
+    if not suite.measured_noise:
         return None
     return make_experiment(configure(suite, dataclasses.replace(run, method=suite.baseline), root))
 
@@ -289,8 +294,8 @@ def _own_budgets(suite: Suite, method: Method) -> tuple[str, ...]:
 
 
 def _pretraining_method(suite: Suite, method: Method) -> str:
-    masked = method.settings.get("process", "masked") == "masked"
-    return suite.pretrained_by if masked else "autoregressive"
+    process = method.settings.get("process", "masked")
+    return suite.pretrained_by if process == "masked" else process
 
 
 def _task(suite: Suite, run: Run) -> Task:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.study.methods import ATTEMPTS, AUTO, FLAT_WEIGHTS, METHODS, Method
+from experiments.study.methods import ATTEMPTS, AUTO, FIELD, FLAT_WEIGHTS, METHODS, Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,13 @@ class Suite:
         pretrainings: tasks trained once, by ``pretrained_by``.
         pretrained_by: the one of :data:`METHODS` that the masked pretraining uses.
         measured_seeds: seeds whose gradient variance is measured while training.
+        measured_noise: whether that with the rows fixed is measured too, and the baseline's at the
+            same parameters.
         measured_points: at how many steps, the last among them; a divisor of the steps.
         evaluations: of the validation bound, likewise.
         groups, redraws: design of the measurement (``meter.efficiency``).
         settings: config fields of every run.
+        gpu: whether it is made for one, whose time is then estimated before it starts.
     """
 
     name: str
@@ -61,11 +64,13 @@ class Suite:
     pretrainings: Mapping[str, Task] = dataclasses.field(default_factory=dict)
     pretrained_by: str = "fixed_counts"
     measured_seeds: tuple[int, ...] = (0,)
+    measured_noise: bool = True
     measured_points: int = 4
     evaluations: int = 4
     groups: int = 8
     redraws: int = 6
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gpu: bool = False
 
 
 _SMALL_NETWORK = {"model.width": 96, "model.depth": 3}
@@ -152,6 +157,7 @@ SUITES: dict[str, Suite] = {
                 settings=_GPU_NETWORK | {"train.steps": 6000, "train.batch_size": 64},
             )
         },
+        gpu=True,
         measured_seeds=(0, 1, 2),
         measured_points=5,
         groups=16,
@@ -269,6 +275,86 @@ SUITES["finetune_auto"] = dataclasses.replace(
     SUITES["finetune"],
     name="finetune_auto",
     methods={"standard": METHODS["standard"], "auto": AUTO},
+)
+_LARGER = {
+    "sudoku6": _SUDOKU6,
+    "text": _TEXT,
+    "sudoku9": Task(
+        "study.sudoku9",
+        settings={"train.steps": 1200, "train.batch_size": 16, "optimizer.peak": 1e-2},
+    ),
+    "countdown4": Task(
+        "study.countdown4",
+        settings={"train.steps": 1200, "train.batch_size": 16, "optimizer.peak": 1e-2},
+    ),
+    "text_subwords": Task(
+        "study.text:subwords",
+        "bits_per_unit",
+        _SMALL_NETWORK | {"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 2e-2},
+    ),
+}
+SUITES["larger"] = Suite(
+    name="larger",
+    tasks=_LARGER,
+    methods=FIELD,
+    seeds=tuple(range(8)),
+    budgets=("passes",),
+    measured_seeds=(),
+    settings=_QUICK | {"sample.num_answers": 512},
+)
+SUITES["tune_larger"] = tuning(SUITES["larger"], (5e-3, 1e-2, 2e-2), (100, 101))
+_NO_PARTITION = {name: method for name, method in FIELD.items() if name != "partition"}
+SUITES["arithmetic"] = Suite(  # a pretrained model is no partition model
+    name="arithmetic",
+    tasks={"mawps": Task("study.finetune:mawps", settings={"optimizer.peak": 4e-3})},
+    methods=_NO_PARTITION,
+    seeds=tuple(range(8)),
+    budgets=("passes",),
+    measured_seeds=(),
+    evaluations=1,
+    settings=SUITES["finetune"].settings,
+)
+SUITES["field_text"] = dataclasses.replace(
+    SUITES["larger"],
+    name="field_text",
+    tasks={"text": _TEXT},
+    methods={name: FIELD[name] for name in ("standard", "pairs", "bell", "partition")},
+    seeds=(10, 11, 12, 13),
+)
+SUITES["noise_scale"] = Suite(
+    name="noise_scale",
+    tasks={"text": _TEXT},
+    methods={
+        name: FIELD[name]
+        for name in ("standard", "recommended", "recommended_for_answers", "mirror", "pairs")
+    },
+    seeds=(0, 1, 2),
+    budgets=("passes",),
+    measured_seeds=(0, 1, 2),
+    measured_noise=False,
+    measured_points=6,
+    redraws=8,
+    settings=_QUICK | {"sample.num_answers": 1},
+)
+_GSM8K = {"evaluate.max_rows": 256, "sample.num_answers": 0}
+SUITES["a2d"] = Suite(
+    name="a2d",
+    tasks={
+        "gsm8k_lora": Task("study.gsm8k:lora", settings=_GSM8K),
+        "gsm8k_full": Task("study.gsm8k:full", settings=_GSM8K),
+    },
+    methods={
+        name: FIELD[name]
+        for name in (
+            *("standard", "recommended_for_answers", "highest_rates", "ppots", "mirror"),
+            *("ppots_mirror", "recommended"),
+        )
+    },
+    seeds=tuple(range(8)),
+    budgets=("passes",),
+    measured_seeds=(),
+    evaluations=3,
+    gpu=True,
 )
 SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))
 SUITES["tune_finetune"] = tuning(SUITES["finetune"], (2e-3, 5e-3), (100,))

@@ -2,6 +2,9 @@
 
 mdm train --config=experiments/configs/study/finetune.py:stories --workdir=runs/stories
 
+``:mawps`` reads word problems of others from ``data/mawps.jsonl``, which
+``python -m experiments.prepare mawps`` writes.
+
 The files of experiments/data are made by ``python -m experiments.conversations``. With
 ``--config.model.source=DIR`` another model learns the same.
 """
@@ -13,17 +16,19 @@ from mdm_jax.launch import presets
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2]
 MODEL = EXPERIMENTS / "models" / "small"
-LENGTHS = {"stories": (24, 24), "sorting": (24, 24)}
+LENGTHS = {"stories": (24, 24), "sorting": (24, 24), "mawps": (96, 32)}
 """Tokens of prompt and answer; tokenizers with more ids need fewer."""
 
 
 def get_config(variant: str = "stories"):
-    """Word problems; ``variant`` is "stories", "sorting" or "smoke"."""
+    """Word problems; ``variant`` is "stories", "sorting", "mawps" or "smoke"."""
     config = presets.finetune_pairs()
     task = variant if variant in LENGTHS else "stories"
     prompt, answer = LENGTHS[task]
     config.model.source = str(MODEL)
     config.data.path = str(EXPERIMENTS / "data" / f"{task}.jsonl.xz")
+    if task == "mawps":
+        config.data.path = "data/mawps.jsonl"
     config.data.update(prompt_length=prompt, answer_length=answer, answer_marker="####")
     config.data.fractions = (0.8, 0.08, 0.12)
     config.train.update(steps=240, batch_size=8)
