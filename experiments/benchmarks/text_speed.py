@@ -25,8 +25,8 @@ from mdm_jax.launch.modes.evaluate import judge_score
 from mdm_jax.launch.modes.sample import free_canvases
 from mdm_jax.launch.workdir import saved_config
 
-_RUNS = flags.DEFINE_list("text_runs", None, "Directories of trained runs.", required=True)
-_JUDGE = flags.DEFINE_string("judged_by", None, "Directory of the run that judges.", required=True)
+_RUNS = flags.DEFINE_list("text_runs", [], "Directories of trained runs.")
+_JUDGE = flags.DEFINE_string("judged_by", None, "Directory of the run that judges.")
 _STEPS = flags.DEFINE_list("step_counts", ["8", "16", "32", "64", "128"], "Steps of a row.")
 _TEXTS = flags.DEFINE_integer("texts", 64, "Rows that each run writes.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("timed_rounds", 3, "Rounds of calls.", lower_bound=1)
@@ -116,6 +116,8 @@ def at_equal_quality(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def main(_: list[str]) -> None:
     """Measure the runs of the command line, and print both tables."""
     logging.set_verbosity(logging.WARNING)
+    if not _RUNS.value or not _JUDGE.value:
+        raise app.UsageError("name trained runs, --text_runs=A,B, and the judge, --judged_by=C")
     steps = sorted({int(count) for count in _STEPS.value})
     records = measure(_RUNS.value, _JUDGE.value, steps, _TEXTS.value, _ROUNDS.value)
     equal = at_equal_quality(records)

@@ -62,7 +62,7 @@ def operations(experiment: Experiment) -> float:
     sampler, _ = parts.masked_sampler(config, dataset)
     steps = config.sample.num_steps
     if sampler.num_steps is not None:
-        steps = sampler.num_steps(length)
+        steps = sampler.num_steps(getattr(dataset.layout, "answer_length", length))
     answers = min(config.sample.num_answers or len(dataset.test), len(dataset.test)) * steps
     return length * (rows * (forward + backward) + (bounds + answers) * forward)
 

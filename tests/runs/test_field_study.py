@@ -96,7 +96,12 @@ def _tiny_a2d(tmp_path):
     few = {"data.prompt_length": 16, "data.answer_length": 16, "train.steps": 6}
     few |= {"model.dtype": "float32", "sample.low_confidence_remasking.block_size": 16}
     few |= {"sample.low_confidence_remasking.steps_per_block": 2, "sample.num_answers": 2}
-    few |= {"evaluate.batch_size": 4, "evaluate.final_replicates": 2, "train.log_every": 1}
+    few |= {
+        "evaluate.batch_size": 4,
+        "evaluate.final_replicates": 2,
+        "train.log_every": 1,
+        "optimizer.warmup_steps": 2,
+    }
     tasks = {
         name: dataclasses.replace(task, settings={**task.settings, **few})
         for name, task in suite.tasks.items()

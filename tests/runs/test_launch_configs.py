@@ -37,7 +37,7 @@ def _has_variants(name):
     return bool(inspect.signature(function).parameters)
 
 
-FROM_SOURCE = {"finetune", "finetune_pairs", "convert", "study.finetune"}
+FROM_SOURCE = {"finetune", "finetune_pairs", "convert", "study.finetune", "study.gsm8k"}
 CORPORA = {f"benchmarks.{name}" for name in ("text8", "lm1b", "openwebtext")}
 NEEDS_DATA = {"mnist_gaussian", "study.pairs", "preference"} | FROM_SOURCE | CORPORA
 """Read prepared data, or a model of others; built where these are in other tests."""
