@@ -7,11 +7,12 @@ import re
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mdm_jax import distributed, files, sharding, training
 from mdm_jax.launch import presets
-from mdm_jax.launch.ahead import collectives, command, plan, stand_in, targets
+from mdm_jax.launch.ahead import collectives, command, plan, program, stand_in, targets
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.start.optimizer import recomputes_update
 from mdm_jax.models import layers
@@ -347,6 +348,34 @@ def test_a_small_pod_that_is_not_there():
     made = plan.compile_plan(config, targets.devices("v5e:2x2"))
     assert 0 < made.memory < 16e9 and made.collectives and not made.unknown_loops
     assert made.fits(targets.CHIPS["v5e"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the compiler for TPUs: pip install 'mdm_jax[tpu]'",
+)
+@pytest.mark.parametrize("as_training", [True, False])
+def test_sums_of_a_dense_kernel_are_not_sent_to_all_of_64_chips(as_training):
+    """The setting of training steps is needed, and does it; products of 1024 tokens a chip."""
+    devices = targets.devices("v5e:8x8")
+    mesh = sharding.make_mesh(data=1, fsdp=64, devices=devices)
+    layer = layers.Linear(12288, ("embed", "mlp"), dtype=jnp.bfloat16)
+    init = lambda: layer.init(jax.random.key(0), jnp.zeros((1, 8, 4096)))  # noqa: E731
+    params = sharding.abstract_sharded(init, mesh)
+    rows = sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((64, 1024, 4096), "float32", sharding=rows)
+    gradient = jax.grad(lambda params, x: jnp.sum(jnp.square(layer.apply(params, x))))
+    gradient = sharding.sharded_apply(gradient, mesh, sharding.LOGICAL_RULES)
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    options = training.compiler_options("tpu") if as_training else {}
+    assert options or not as_training
+    lowered = jax.jit(gradient, out_shardings=places).lower(params, x)
+    text = lowered.compile(compiler_options=options).as_text()
+    sent = collectives.describe(collectives.find(program.Module(text, 64)))
+    to_all = sent["all-reduce"].bytes_sent if "all-reduce" in sent else 0.0
+    whole = 4 * 4096 * 12288
+    assert (to_all < 0.01 * whole) == as_training, sent
 
 
 @pytest.mark.slow
