@@ -264,9 +264,8 @@ def compiler_options(on: str | None = None) -> dict[str, str]:
 
     On CPUs, kernel-library products and reductions fused with the functions before them: up to 3%
     less time, a quarter less memory, another order of sums. On TPUs, sums of gradients of which
-    each device keeps a part are scattered beside the products: of 64 chips the compiler would send
-    all of them to all. Empty for other platforms and unmeasured jaxlib versions, where an unknown
-    setting is an error.
+    each device keeps a part are scattered, where the compiler would send them to all of 64 chips.
+    Empty for other platforms and unmeasured jaxlib versions, where an unknown setting is an error.
     """
     if not importlib.metadata.version("jaxlib").startswith("0.10."):
         return {}
