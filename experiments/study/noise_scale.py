@@ -2,12 +2,15 @@
 
     python -m experiments.study --suite=noise_scale --workdir=runs/noise_scale
     python -m experiments.study.noise_scale --workdir=runs/noise_scale
+    python -m experiments.study.noise_scale --results=small --workdir=runs/noise_scale_small
 
 ``B = P tr Cov(g) / |E g|^2`` of the batch gradient g over P forward passes, rows, rates and masks
 drawn anew (McCandlish et al. 2018, B_simple). A batch far below B halves the number of steps when
 it is doubled, one far above gains nothing. Chains that tie the rows of a batch (strata) are counted
-as they are at the batch of the run. Errors are over seeds, of a ratio of means. Writes
-``noise_scale.json`` and ``noise_scale.png`` into the study's directory, from finished runs.
+as they are at the batch of the run. Errors are over seeds, of a ratio of means; with ``--results``,
+kept results of a suite in ``experiments/results``, they are of the variance alone, over groups of
+redraws, since the signal's was not kept. Writes ``noise_scale.json`` and ``noise_scale.png`` into
+the directory, from finished runs.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import numpy as np
 
 from experiments.study import runs as study_runs
 from experiments.study.suites import SUITES, Suite
+from experiments.study.table import published
 from mdm_jax import files, plots
 from mdm_jax.estimates import finite_or_none, standard_error_of_ratio
 from mdm_jax.evaluation.seeds import markdown_table
@@ -66,6 +70,28 @@ def collect(suite: Suite, root: pathlib.Path) -> dict[str, dict[str, list[dict[s
     return found
 
 
+def of_results(record: Mapping[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """As :func:`collect`, of the ``study.json`` of a suite; errors are those of the variance."""
+    found: dict[str, dict[str, Any]] = {}
+    for task, methods in record["results"]["passes"].items():
+        found[task] = {}
+        for method, result in methods.items():
+            points = []
+            for point in result["gradient"] if result else ():
+                ratio, total = point["noise_to_signal"], point["total"]
+                passes = point["forward_passes"] / point["step"]
+                error = (ratio or 0.0) * passes * total["standard_error"] / total["mean"]
+                points.append(
+                    {name: point[name] for name in ("step", "forward_passes")}
+                    | {"noise_scale": None if ratio is None else ratio * passes}
+                    | {"standard_error": None if ratio is None else error}
+                    | {"seeds": len(total["groups"])}
+                )
+            if points:
+                found[task][method] = points
+    return found
+
+
 def table(suite: Suite, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One task: a row for each method, a column for each step."""
     steps = [point["step"] for point in next(iter(found.values()))]
@@ -84,16 +110,14 @@ def draw(suite: Suite, found: Mapping[str, Mapping[str, Any]], path: pathlib.Pat
     """B over steps on a logarithmic axis, a panel for each task."""
     figure = plots.new_figure((5.0 * len(found), 3.2))
     for axes, (task, methods) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items()):
-        for color, (name, points) in zip(plots.PALETTE, methods.items()):
+        for number, (name, points) in enumerate(methods.items()):
             known = [point for point in points if point["noise_scale"] is not None]
             errors = [point["standard_error"] or 0.0 for point in known]
             axes.errorbar(
                 [point["step"] for point in known],
                 [point["noise_scale"] for point in known],
                 errors,
-                color=color,
-                marker="o",
-                markersize=4,
+                **plots.line(number),
                 label=suite.methods[name].label,
             )
         axes.set_yscale("log")
@@ -105,10 +129,24 @@ def main() -> int:
     """Read a study, print the tables, write the figure."""
     parser = argparse.ArgumentParser("experiments.study.noise_scale", allow_abbrev=False)
     parser.add_argument("--suite", default="noise_scale", choices=sorted(SUITES))
+    parser.add_argument("--results", default="", help="a file of experiments/results, by name")
+    parser.add_argument("--methods", default="", help="names, separated by commas; all by default")
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     given = parser.parse_args()
-    suite = SUITES[given.suite]
-    found = {task: methods for task, methods in collect(suite, given.workdir).items() if methods}
+    suite = SUITES[given.results or given.suite]
+    if given.results:
+        all_tasks = of_results(published(given.results))
+    else:
+        all_tasks = collect(suite, given.workdir)
+    wanted = given.methods.split(",") if given.methods else [*suite.methods]
+    if unknown := sorted(set(wanted) - set(suite.methods)):
+        parser.error(f"--methods: {unknown} are not of the suite, which has {[*suite.methods]}")
+    own = [name for name in wanted if not suite.methods[name].same_as]
+    found = {
+        task: {name: methods[name] for name in own if name in methods}
+        for task, methods in all_tasks.items()
+    }
+    found = {task: methods for task, methods in found.items() if methods}
     if not found:
         print(
             f"error: {given.workdir} has no finished run of {given.suite} whose gradient was "
@@ -118,6 +156,7 @@ def main() -> int:
         return 2
     for task, methods in found.items():
         print(f"{task}, forward passes:\n\n{table(suite, methods)}\n")
+    given.workdir.mkdir(parents=True, exist_ok=True)
     write_json(files.as_path(given.workdir) / "noise_scale.json", found)
     draw(suite, found, given.workdir / "noise_scale.png")
     print(f"written to {given.workdir / 'noise_scale.json'} and noise_scale.png")

@@ -30,7 +30,7 @@ from mdm_jax.types import Array, Batch, PyTree
 from mdm_jax.variance.transform import draw_batch
 
 DECAYS = (0.02, 0.1, 0.3)
-REFERENCE = 16, 64
+REFERENCE = 8, 64
 """Batches, and rows of each, of what stands for the full gradient."""
 
 

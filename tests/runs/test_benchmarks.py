@@ -20,6 +20,7 @@ from experiments.benchmarks import (
     sampling,
     setting,
     soak,
+    text_speed,
     train_step,
     variance_probe,
     yardstick,
@@ -283,3 +284,18 @@ def test_a_row_of_the_table_of_pods(tmp_path, monkeypatch):
     assert len(cells) == len(pods.HEADER)
     assert cells[:4] == ["tiny", "v5e:2x1, fsdp 2", "4, adamw, none", "now"]
     assert cells[8].endswith("%") and float(cells[10]) > 0
+
+
+def test_speed_at_equal_quality_lies_between_step_counts():
+    def record(run, steps, nats, speed):
+        return {"run": run, "steps": steps, "nats": nats, "tokens_per_second": speed}
+
+    records = [record("a", 8, 5.0, 400.0), record("a", 32, 4.0, 100.0)]
+    records += [record("b", 8, 4.5, 900.0), record("b", 32, 3.5, 100.0)]
+    records += [record("c", 8, 3.9, 50.0), record("d", 32, 4.1, 70.0)]
+    found = {each["run"]: each for each in text_speed.at_equal_quality(records)}
+    assert {each["nats"] for each in found.values()} == {4.0}
+    assert found["a"]["speed"] == pytest.approx(100.0)
+    assert found["b"]["speed"] == pytest.approx(300.0)  # halfway, in the logarithm
+    assert found["c"] == {"run": "c", "nats": 4.0, "speed": 50.0, "at_least": True}
+    assert found["d"]["speed"] is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.prepare import puzzles
-from experiments.study import expected, noise_scale
+from experiments.study import expected, noise_scale, table
 from experiments.study import runs as study_runs
 from experiments.study.methods import FIELD
 from experiments.study.runs import Run
@@ -59,8 +59,19 @@ def test_the_noise_scale_is_a_ratio_of_means_over_seeds():
     assert single["noise_scale"] == 12 and single["standard_error"] is None
     assert noise_scale.noise_scale([]) == []
     suite = SUITES["noise_scale"]
-    table = noise_scale.table(suite, {"standard": found, "mirror": [single, single]})
-    assert "| standard | 32 ± 8 | no signal left |" in table and "| MIRROR | 12 | 12 |" in table
+    text = noise_scale.table(suite, {"standard": found, "mirror": [single, single]})
+    assert "| standard | 32 ± 8 | no signal left |" in text and "| MIRROR | 12 | 12 |" in text
+
+
+def test_the_noise_scale_of_kept_results_is_their_noise_to_signal():
+    record = table.published("confirmation")
+    found = noise_scale.of_results(record)
+    (point,) = found["text"]["recommended"]
+    (kept,) = record["results"]["passes"]["text"]["recommended"]["gradient"]
+    assert point["noise_scale"] == pytest.approx(16 * kept["noise_to_signal"])
+    share = kept["total"]["standard_error"] / kept["total"]["mean"]
+    assert point["standard_error"] == pytest.approx(share * point["noise_scale"])
+    assert point["seeds"] == 3 and set(found) == {"sudoku6", "text", "sudoku4_noisy"}
 
 
 def test_word_problems_are_written_out(tmp_path):
