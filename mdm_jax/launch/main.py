@@ -273,7 +273,7 @@ def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
             + (f" ± {error:.4f}" if error is not None else "")
             + f" bits per {record['unit']}"
         )
-        _print("\n".join([result, *experiment.family.details(record)]))
+        _print("\n".join([result, *evaluate.details(experiment, record)]))
 
     evaluate.evaluate(experiment, workdir, show=show)
     print(f"all numbers in {workdir / 'evaluation.json'}")

@@ -181,6 +181,7 @@ def test_evaluate_and_sample_need_nothing_but_the_workdir(whole, tmp_path, monke
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before)):
         assert new == (old if isinstance(old, str) else pytest.approx(old, rel=1e-6))
     assert f"test: {before['bits_per_unit']:.4f} ± " in out
+    assert "bits of a masked token by masking rate" in out
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The ▁▁▁▁ of", "utf-8")
     samples = sorted((workdir / "samples").iterdir())

@@ -280,8 +280,7 @@ def report(
 
     def add_results(record: dict[str, Any]) -> None:
         exact = is_exact(experiment.config)
-        details = experiment.family.details(record) + level_lines(experiment.config, record)
-        add(format_results(record, details, exact))
+        add(format_results(record, details(experiment, record), exact))
 
     record = evaluate(experiment, workdir, check, show=add_results)
     with contextlib.closing(reopen_writer(experiment.config, workdir)) as writer:
@@ -331,6 +330,11 @@ def format_results(record: Mapping[str, Any], details: Sequence[str], exact: boo
             "",
         ]
     )
+
+
+def details(experiment: Experiment, record: dict[str, Any]) -> list[str]:
+    """Report lines about a record of :func:`evaluate`: those of the process, bits by level."""
+    return experiment.family.details(record) + level_lines(experiment.config, record)
 
 
 _WORDS_FROM = 2**22
