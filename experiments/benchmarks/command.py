@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 def main(*parts: Part) -> None:
     """Run benchmarks with the flags of the command line; does not return."""
-    app.run(lambda _: _run(parts))
+    app.run(lambda _: run(parts))
 
 
 def write(record: dict[str, Any]) -> None:
@@ -185,7 +185,8 @@ def why(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:200]
 
 
-def _run(parts: Sequence[Part]) -> None:
+def run(parts: Sequence[Part]) -> None:
+    """Run benchmarks with the flags of the command line, which are parsed already."""
     unknown = set(_SHAPES.value) - set(SHAPES)
     if unknown:
         raise app.UsageError(f"--shapes: unknown {sorted(unknown)}; known are {list(SHAPES)}")

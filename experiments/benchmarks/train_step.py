@@ -21,8 +21,8 @@ from experiments.benchmarks.setting import PLAIN, TRAIN, TRAIN_SETS, YARDSTICK, 
 from mdm_jax import training
 
 
-class _Runner:
-    """A compiled step that keeps its state, and what compiling it took."""
+class Runner:
+    """A compiled step that keeps its state; its parameters, and what compiling it took."""
 
     def __init__(self, shape: Shape, name: str, variant: Variant):
         if name == YARDSTICK:
@@ -33,6 +33,7 @@ class _Runner:
             step, state, batch = setting.train_step(shape, variant)
         self.dtype = jnp.dtype(setting.model(shape, variant).config.dtype).name
         self._state, self._batch = jax.block_until_ready((state, batch))
+        self.num_params = training.num_params(state.params)
         start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
         traced = time.perf_counter()
@@ -53,7 +54,7 @@ def measure(shape: Shape, options: command.Options) -> dict[str, Any]:
     """Time the chosen variants at a shape."""
     runners, records = command.build_each(
         command.choose(TRAIN, options.variants, TRAIN_SETS),
-        lambda name, variant: _Runner(shape, name, variant),
+        lambda name, variant: Runner(shape, name, variant),
     )
     dtypes = sorted({runner.dtype for runner in runners.values()})
     products = {dtype: machine.product(jnp.dtype(dtype)) for dtype in dtypes}

@@ -239,12 +239,12 @@ def train(
                 ending = step == options.total_steps
                 loop.pending.append(metrics)
                 loop.tokens += options.views * batch.tokens.size
-                if hooks.panel:
-                    hooks.panel.visit(step, state, batch)
                 if step == start + 1 and options.launched_at is not None:
                     jax.block_until_ready(metrics)
                     seconds = time.monotonic() - options.launched_at
                     loop.progress.note(f"first step done {seconds:.1f} s after the start")
+                if hooks.panel:
+                    hooks.panel.visit(step, state, batch)
                 if profiling and step == options.profile_at + options.profile_steps:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from absl import flags
+from absl.testing import flagsaver
 
 from experiments.benchmarks import (
     command,
@@ -16,6 +18,7 @@ from experiments.benchmarks import (
     hub_load,
     input_pipeline,
     machine,
+    peers,
     pods,
     sampling,
     setting,
@@ -299,3 +302,65 @@ def test_speed_at_equal_quality_lies_between_step_counts():
     assert found["b"]["speed"] == pytest.approx(300.0)  # halfway, in the logarithm
     assert found["c"] == {"run": "c", "nats": 4.0, "speed": 50.0, "at_least": True}
     assert found["d"]["speed"] is None
+
+
+FAKE_WORKER = """
+import json, sys
+job = json.loads(sys.argv[1])
+seconds = {"library": 2.0, "launcher": 2.2, "mdlm": 4.0}[job["side"]]
+if job["side"] == "launcher" and job["shape"]["name"] == "broken":
+    sys.exit("nothing to run on")
+print(json.dumps({"calls": ["step"], "parameters": 7, "first": {"step": 3.0}, "seconds": 9.0}))
+sys.stdout.flush()
+for line in sys.stdin:
+    assert line == "step\\n"
+    print(json.dumps({"seconds": seconds, "value": 2.5, "peak_mib": 1.0}), flush=True)
+"""
+
+
+@pytest.fixture
+def peer(tmp_path, monkeypatch):
+    """``peers`` with a checkout of mdlm and workers that say what their steps took."""
+    (tmp_path / "diffusion.py").touch()
+    (tmp_path / "peers_worker.py").write_text(FAKE_WORKER)
+    monkeypatch.setattr(peers, "__file__", str(tmp_path / "peers.py"))
+    with flagsaver.flagsaver(mdlm=str(tmp_path), bd3lms=None):
+        flags.FLAGS.mark_as_parsed()
+        yield peers
+
+
+def test_peers_are_compared_in_the_seconds_that_their_workers_tell(peer):
+    sides = {name: peers.TRAIN[name] for name in ("library", "launcher", "mdlm", "bd3lms")}
+    sides["mdlm compiled"] = sides["mdlm"]
+    shape = TINY._replace(name="S")
+    found = peers.measure("training", sides, shape, QUICK._replace(rounds=3))
+    measured = {n: r for n, r in found["sides"].items() if "unavailable" not in r}
+    over = {name: r["over_library"]["median"] for name, r in measured.items()}
+    assert over == pytest.approx({"library": 1, "launcher": 1.1, "mdlm": 2, "mdlm compiled": 2})
+    assert found["sides"]["launcher"]["seconds"]["count"] == 3
+    lines = peers.table(found)
+    assert any("bd3lms: not measured, ValueError: --bd3lms: no checkout" in line for line in lines)
+    assert lines[-2].startswith("library / mdlm compiled: 0.50 (0.50-0.50), goal 0.8: met")
+    assert lines[-1].startswith("launcher / library: 1.10 (1.10-1.10), goal 1.05: not met")
+
+
+def test_a_worker_that_ends_says_why(peer):
+    sides = {name: peers.TRAIN[name] for name in ("library", "launcher")}
+    found = peers.measure("training", sides, TINY._replace(name="broken"), QUICK)
+    message = found["sides"]["launcher"]["unavailable"]
+    assert message == "RuntimeError: status 1: nothing to run on"
+    assert found["sides"]["library"]["seconds"]["median"] == 2.0
+
+
+@pytest.mark.slow
+def test_our_sides_of_the_comparison_with_peers_step_and_sample(monkeypatch):
+    with flagsaver.flagsaver(mdlm=None, bd3lms=None):
+        flags.FLAGS.mark_as_parsed()
+        sides = {name: peers.TRAIN[name] for name in ("library", "launcher", "yardstick", "mdlm")}
+        found = peers.measure("training", sides, TINY, QUICK)["sides"]
+        assert "no checkout" in found.pop("mdlm")["unavailable"]
+        assert {r["parameters"] for r in found.values()} >= {found["library"]["parameters"]}
+        assert all(2 < r["last_value"] < 3 for r in found.values())  # log 10 = 2.3
+        monkeypatch.setattr(peers, "STEPS", 2)
+        found = peers.measure("sampling", peers.SAMPLE, TINY, QUICK)
+        assert {"ancestral", "blocks, cached", "mdlm", "bd3lms"} == set(found["sides"])
