@@ -12,7 +12,9 @@ from absl import app, flags, logging
 from experiments.benchmarks import machine
 from experiments.benchmarks.setting import SHAPES, Shape
 
-_SHAPES = flags.DEFINE_list("shapes", ["S", "M"], "Which of S, Q, M, L; L needs an accelerator.")
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["S", "M"], "Which of S, Q, V, W, M, L; L needs an accelerator."
+)
 _VARIANTS = flags.DEFINE_list("variants", ["default"], "Names, or the sets 'default' and 'all'.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Fewest rounds of each comparison.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "Rounds go on so long per comparison.")

@@ -97,7 +97,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            env=environment(),
             text=True,
         )
         self.first, self.last = self._answer(), {}
@@ -121,6 +121,12 @@ class Worker:
         self._log.seek(0)
         lines = self._log.read().strip().splitlines() or ["no message"]
         raise RuntimeError(f"status {self._process.returncode}: {lines[-1]}")
+
+
+def environment() -> dict[str, str]:
+    """Of workers: this repository on the path, and bytecode is kept, as users have it."""
+    kept = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPATH": str(REPOSITORY)}
 
 
 def job_of(side: Side, what: str, shape: Shape) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def _first_step(shape: Shape, directory: pathlib.Path) -> float:
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"},
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
         text=True,
     )
     lines = []

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     """Size of a model and of its batch.
 
     Attributes:
-        name: S, Q (the quickstart's), M or L.
+        name: S, Q (the quickstart's), V and W (between S and M: vocabulary, width), M or L.
         length: tokens of a training row.
         vocab_size: K, mask token included, which is the last.
         width: residual width; the feed-forward layer is four times as wide.
@@ -59,6 +59,8 @@ SHAPES = {
     for shape in (
         Shape("S", 256, 28, 128, 4, 4, 32, 256, False),
         Shape("Q", 128, 2048, 128, 3, 4, 16, 256, False),
+        Shape("V", 256, 8192, 128, 4, 4, 16, 256, False),
+        Shape("W", 256, 256, 256, 4, 8, 16, 256, False),
         Shape("M", 128, 32_000, 256, 6, 8, 16, 256, False),
         Shape("L", 1024, 50_257, 768, 12, 12, 32, 1024, True),
     )

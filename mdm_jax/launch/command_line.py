@@ -239,12 +239,12 @@ def use_compilation_cache(directory: str | None) -> pathlib.Path | None:
     """Keep compiled programs on disk for the next start; returns where; "" for no cache.
 
     None: ``JAX_COMPILATION_CACHE_DIR`` if set, else ``mdm_jax`` below the user's cache directory.
-    What compiles in 0.1 s or more is kept, instead of JAX's 1 s, unless
+    What compiles in 0.01 s or more is kept, instead of JAX's 1 s, unless
     ``JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`` says so.
     """
     limit = "jax_persistent_cache_min_compile_time_secs"
     if limit.upper() not in os.environ:
-        jax.config.update(limit, min(getattr(jax.config, limit), 0.1))
+        jax.config.update(limit, min(getattr(jax.config, limit), 0.01))
     if directory == "":
         jax.config.update("jax_compilation_cache_dir", None)
         return None
