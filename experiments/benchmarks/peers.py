@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.peers --mdlm=DIR --bd3lms=DIR --torch_python=VENV/bin/python
         [--shapes=S,M] [--rounds=10 --seconds=0] [--parts=training,sampling,first_step]
-        [--variants=default|bfloat16|all|NAME,...] [--out=FILE.json]
+        [--variants=default|bfloat16|launchers|all|NAME,...] [--out=FILE.json]
 
 DIR are checkouts of kuleshov-group/mdlm and bd3lms; the other interpreter has torch, numpy and
 einops. All processes share one core and take turns. Figures are processor seconds, user and system,
@@ -48,14 +48,25 @@ def _side(summary: str, side: str, dtype: str = "float32", **job: Any) -> Side:
     return Side(summary, {"side": side, "dtype": dtype, **job})
 
 
+_AS_THE_VARIANT = {"optimizer.name": "adamw", "variance.order": ("stratified",)}
+
+
+def _launcher(summary: str, **config: Any) -> Side:
+    return _side(summary, "launcher", config=config)
+
+
 TRAIN = {
     REFERENCE: _side("the benchmark's variant", "library"),
-    "launcher": _side("as mdm train compiles it; AdamW, stratified", "launcher"),
+    "launcher": _launcher("as mdm train compiles it; AdamW, stratified", **_AS_THE_VARIANT),
     "yardstick": _side("plain JAX", "yardstick"),
     "mdlm": _side("eager", "mdlm"),
     "mdlm compiled": _side("torch.compile, fused AdamW", "mdlm", compiled=True),
     "bd3lms": _side("eager, blocks of 16", "bd3lms"),
-    "launcher defaults": _side("Muon, P-POTS", "launcher", defaults=True),
+    "launcher, defaults": _launcher("Muon, P-POTS"),
+    "launcher, network": _launcher(
+        "no norm of queries and keys", **_AS_THE_VARIANT, **{"model.qk_norm": False}
+    ),
+    "launcher, monitors": _launcher("no monitors", **_AS_THE_VARIANT, **{"train.monitors": ()}),
     "library bfloat16": _side("bfloat16 operands", "library", "bfloat16"),
     "mdlm bfloat16": _side("eager, autocast", "mdlm", "bfloat16"),
     "mdlm compiled bfloat16": _side("compiled, autocast", "mdlm", "bfloat16", compiled=True),
@@ -64,6 +75,7 @@ TRAIN = {
 SETS = {
     "default": tuple(TRAIN)[:6],
     "bfloat16": (REFERENCE, *(name for name in TRAIN if name.endswith("bfloat16"))),
+    "launchers": (REFERENCE, *(name for name in TRAIN if name.startswith("launcher"))),
     "all": tuple(TRAIN),
 }
 SAMPLERS = ("ancestral", "blocks, cached")

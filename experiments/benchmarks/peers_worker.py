@@ -69,7 +69,7 @@ def jax_side(job: Job) -> tuple[Calls, int]:
 def launcher(shape: Any, job: Job) -> tuple[Calls, int]:
     """The step that ``mdm train`` compiles for the shape, with its batches and monitors.
 
-    AdamW and stratified levels, as the benchmark's variant has them; the rest are the defaults.
+    Settings are the defaults but for the job's own.
     """
     import jax
     import numpy as np
@@ -85,8 +85,8 @@ def launcher(shape: Any, job: Job) -> tuple[Calls, int]:
     config.model.update(width=shape.width, depth=shape.depth, num_heads=shape.num_heads)
     config.model.dtype = job["dtype"]
     config.train.batch_size = shape.batch_size
-    if not job.get("defaults"):
-        config.optimizer.name, config.variance.order = "adamw", ("stratified",)
+    config.update_from_flattened_dict(job["config"])
+    config.variance.order = tuple(config.variance.order)
     tokens = np.random.default_rng(0).integers(0, shape.mask_id, 512 * shape.length)
     starts = range(0, len(tokens), shape.length)
     counts = np.ones(shape.vocab_size, np.int32)

@@ -83,6 +83,7 @@ def store_in_8_bits(
     would make a step infinite. Scales are per row of the last axis, so that a sharded axis costs a
     maximum over its shards. Vectors and moments below :data:`SMALLEST` numbers stay as they are.
     New moments are computed twice, for that maximum and for their codes, and not held in float32.
+    Muon comes to the same loss later than with float32 (``tests/unit/training/test_moments.py``).
 
     Reference: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, which rounds to
     the nearest of other codes.
