@@ -62,11 +62,11 @@ TRAIN = {
     "mdlm": _side("eager", "mdlm"),
     "mdlm compiled": _side("torch.compile, fused AdamW", "mdlm", compiled=True),
     "bd3lms": _side("eager, blocks of 16", "bd3lms"),
-    "launcher, defaults": _launcher("Muon, P-POTS"),
-    "launcher, network": _launcher(
+    "launcher defaults": _launcher("Muon, P-POTS"),
+    "launcher network": _launcher(
         "no norm of queries and keys", **_AS_THE_VARIANT, **{"model.qk_norm": False}
     ),
-    "launcher, monitors": _launcher("no monitors", **_AS_THE_VARIANT, **{"train.monitors": ()}),
+    "launcher monitors": _launcher("no monitors", **_AS_THE_VARIANT, **{"train.monitors": ()}),
     "library bfloat16": _side("bfloat16 operands", "library", "bfloat16"),
     "mdlm bfloat16": _side("eager, autocast", "mdlm", "bfloat16"),
     "mdlm compiled bfloat16": _side("compiled, autocast", "mdlm", "bfloat16", compiled=True),
