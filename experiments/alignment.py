@@ -2,7 +2,7 @@
 
   python -m experiments.alignment --workdir=runs/alignment
 
-Small models (2 layers, width 64) of 4 x 4 Sudoku and of Countdown are trained until about half of
+Small models (2 layers, width 64) of 4 x 4 Sudoku and of Countdown with two numbers are trained until about half of
 the validation answers are right, then by each method on rewards of its own answers: equally many
 updates, prompts, answers and forward passes, on the same prompts and with the same sampler noise
 for the same seed. A model of short words is trained on pairs of them, labelled by a known reward,
@@ -48,7 +48,7 @@ HELD_OUT = 512
 validation split, which ends the training before."""
 TASKS: dict[str, dict[str, Any]] = {
     "sudoku": {"name": "sudoku"},
-    "countdown": {"name": "countdown", "countdown": {"numbers": 3, "largest": 9}},
+    "countdown": {"name": "countdown", "countdown": {"numbers": 2, "largest": 20}},
 }
 TARGET, OFTEN, MOST = 0.45, 100, 12000
 """Share of right validation answers that ends the training before, which is looked at so often;
@@ -95,11 +95,12 @@ def start_config(name: str, directory: pathlib.Path) -> ConfigDict:
     """The model that training on rewards or pairs starts from."""
     config = shared(presets.get_config("quickstart:char"))
     config.train.steps = MOST
-    config.optimizer.update(name="adamw", peak=3e-3, final_fraction=1.0, ema_decay=0.0)
+    config.optimizer.update(final_fraction=1.0, ema_decay=0.0)  # Muon
     if name in TASKS:
         config.data.source = "task"
         of_task(config, name)
     else:
+        config.optimizer.update(name="adamw", peak=3e-3)
         config.data.update(source="jsonl", **words.paths(directory, "words"))
     return config
 
