@@ -2,14 +2,14 @@
 
   python -m experiments.alignment --workdir=runs/alignment
 
-Small models (2 layers, width 64) of 4 x 4 Sudoku and of Countdown with two numbers are trained until about half of
-the validation answers are right, then by each method on rewards of its own answers: equally many
-updates, prompts, answers and forward passes, on the same prompts and with the same sampler noise
-for the same seed. A model of short words is trained on pairs of them, labelled by a known reward,
-and compared with the optimum, which is enumerated (:mod:`experiments.words`). The same command goes
-on where it was stopped: each run leaves a file in DIR/parts; the tables are in DIR/tables.md, their
-figures in DIR/results.json. --minutes ends it after the run that is going on then; 0 trains the
-models that runs start from, and no more.
+Small models (2 layers, width 64) of 4 x 4 Sudoku and of Countdown with two numbers are trained
+until about half of the validation answers are right, then by each method on rewards of its own
+answers: equally many updates, prompts, answers and forward passes, on the same prompts and with the
+same sampler noise for the same seed. A model of short words is trained on pairs of them, labelled
+by a known reward, and compared with the optimum, which is enumerated (:mod:`experiments.words`).
+The same command goes on where it was stopped: each run leaves a file in DIR/parts; the tables are
+in DIR/tables.md, their figures in DIR/results.json. --minutes ends it after the run that is going
+on then; 0 trains the models that runs start from, and no more.
 """
 
 import contextlib
