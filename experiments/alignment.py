@@ -40,9 +40,11 @@ from mdm_jax.launch.workdir import WorkdirError, claim
 from mdm_jax.types import Batch, PyTree
 
 SEEDS = range(5)
-UPDATES, BATCH, ANSWERS, PASSES = 50, 64, 8, 4
+UPDATES, BATCH, ANSWERS, PASSES = 50, 32, 8, 4
 """Of a rewarded run: updates, answers of one, answers to a prompt, passes that score an answer."""
 RATE = 1e-3
+ROWS = 64
+"""Of a step of the training before and on pairs; answered at once, of held-out prompts."""
 HELD_OUT = 512
 """Prompts of the test split, answered once with the same noise under all parameters; and of the
 validation split, which ends the training before."""
@@ -86,8 +88,8 @@ def shared(config: ConfigDict) -> ConfigDict:
     """Model, sampler and optimiser of all runs."""
     config.model.update(width=64, depth=2, num_heads=4)
     config.sample.update(sampler="first_hitting", num_samples=1, num_answers=HELD_OUT)
-    config.evaluate.update(batch_size=BATCH, max_rows=HELD_OUT)
-    config.train.update(batch_size=BATCH, prefetch=0)
+    config.evaluate.update(batch_size=ROWS, max_rows=HELD_OUT)
+    config.train.update(batch_size=ROWS, prefetch=0, monitors=())
     return config
 
 
@@ -154,6 +156,7 @@ def aligned_config(name: str, start: files.Path) -> ConfigDict:
     if name in TASKS:
         of_task(config, name)
         config.alignment.answers = ANSWERS
+        config.train.batch_size = BATCH
     return config
 
 
@@ -185,8 +188,8 @@ def right(
     """1 where ``write(params, key, canvas, documents, first)`` answers a prompt right, else 0, of
     the first :data:`HELD_OUT` of ``source``."""
     key, dataset, found = jax.random.key(1), experiment.dataset, []
-    for first in range(0, HELD_OUT, BATCH):
-        rows = data.gather(source, np.arange(first, first + BATCH))
+    for first in range(0, HELD_OUT, ROWS):
+        rows = data.gather(source, np.arange(first, first + ROWS))
         canvas = rollout.prompts_to_answer(rows, 1, dataset.mask_id)
         tokens = write(params, key, canvas.tokens, canvas.documents, np.int32(first))
         texts = rollout.texts(canvas, np.asarray(tokens), dataset.tokenizer)

@@ -49,7 +49,7 @@ def test_an_optimum_by_hand():
 
 @pytest.mark.slow
 def test_the_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    small = {"UPDATES": 2, "BATCH": 16, "ANSWERS": 4, "HELD_OUT": 32, "SEEDS": range(2)}
+    small = {"UPDATES": 2, "BATCH": 16, "ROWS": 16, "ANSWERS": 4, "HELD_OUT": 32, "SEEDS": range(2)}
     small |= {"OFTEN": 2, "MOST": 4, "WORD_STEPS": 4, "PAIR_UPDATES": 2}
     small |= {"SHARED_PAIRS": 2, "SHARED_DRAWS": 16}
     small |= {"TASKS": {"sudoku": study.TASKS["sudoku"]}}
