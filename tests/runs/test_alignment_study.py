@@ -7,6 +7,8 @@ import pytest
 
 from experiments import alignment as study
 from experiments import words
+from mdm_jax import data, models, testing
+from mdm_jax.models.cross_entropy import as_logits
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -77,3 +79,19 @@ def test_the_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert study.study(tmp_path, minutes=60)
     assert "sudoku-espo" not in capsys.readouterr().out  # nothing is left to do
+    assert_law(study.compiled("words", "dpo, plain", tmp_path / "words", tmp_path, {}).experiment)
+
+
+def assert_law(experiment):
+    """That of single words by the enumeration of :mod:`mdm_jax.testing`."""
+    params, dataset = study.start_of(experiment), experiment.dataset
+    network = models.without_tokens(experiment.apply_fn, dataset.absent_ids)
+    rows = data.gather(dataset.test, np.arange(2))
+    wanted = testing.any_order_log_likelihood(
+        lambda *inputs: as_logits(network(params, *inputs)), rows, dataset.mask_id
+    )
+    texts = [dataset.tokenizer.decode(t[e][:-1]) for t, e in zip(rows.tokens, rows.eligible)]
+    numbers = [int("".join(str(words.LETTERS.index(letter)) for letter in t), 3) for t in texts]
+    law = words.log_law(experiment, params)
+    np.testing.assert_allclose(law[numbers], wanted, rtol=1e-4)
+    assert 0 < np.exp(law).sum() < 1
