@@ -40,7 +40,7 @@ from mdm_jax.launch.workdir import WorkdirError, claim
 from mdm_jax.types import Batch, PyTree
 
 SEEDS = range(5)
-UPDATES, BATCH, ANSWERS, PASSES = 50, 32, 8, 4
+UPDATES, BATCH, ANSWERS, PASSES = 100, 32, 8, 2
 """Of a rewarded run: updates, answers of one, answers to a prompt, passes that score an answer."""
 RATE = 1e-3
 ROWS = 64
@@ -68,12 +68,12 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "trace": Way("trace", 4),
-    "trace, left to right": Way("trace", 4, in_order=True),
-    "elbo": Way("elbo", 4),
-    "espo": Way("espo", 2),
-    "d1": Way("d1", 4),
-    "rejection": Way("rejection", 4),
+    "trace": Way("trace", 2),
+    "trace, left to right": Way("trace", 2, in_order=True),
+    "elbo": Way("elbo", 2),
+    "espo": Way("espo", 1),
+    "d1": Way("d1", 2),
+    "rejection": Way("rejection", 2),
 }
 LOSSES: dict[str, dict[str, Any]] = {
     "dpo, cross-fitted": {"estimate": "crossfitted", "replicates": 2},
