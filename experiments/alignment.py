@@ -326,28 +326,24 @@ def compiled(
     key = f"{name}{', in order' * own.in_order}"
     both = {"rollout": experiment.rollout, "generate": experiment.generate}
     experiment = dataclasses.replace(experiment, **samplers.setdefault(key, both))
-    if own.in_order and name not in samplers:
-        samplers[name] = _samplers(name, start)
+    if name not in samplers:  # those of answers in any order
+        other = aligned(make_experiment(aligned_config(name, start)))
+        samplers[name] = {"rollout": other.rollout, "generate": other.generate}
     return Step(experiment, samplers[name]["generate"])
-
-
-def _samplers(name: str, start: files.Path) -> dict[str, Any]:
-    """Those of answers in any order."""
-    experiment = aligned(make_experiment(aligned_config(name, start)))
-    return {"rollout": experiment.rollout, "generate": experiment.generate}
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
 class Gain(NamedTuple):
-    """A mean over seeds of what training gained, and its standard errors: over seeds, over prompts
-    (NaN without), and of both together."""
+    """A mean over seeds of what training gained, and its standard errors: over seeds, over prompts,
+    and of both together, with its degrees of freedom (Welch and Satterthwaite)."""
 
     mean: float
     over_seeds: float
     over_prompts: float
     error: float
+    freedom: float
 
 
 def gain(after: np.ndarray, before: np.ndarray) -> Gain:
@@ -360,7 +356,11 @@ def gain(after: np.ndarray, before: np.ndarray) -> Gain:
     seeds, prompts = (
         float(found.mean(axis).std(ddof=1) / math.sqrt(found.shape[1 - axis])) for axis in (1, 0)
     )
-    return Gain(float(found.mean()), seeds, prompts, math.hypot(seeds, prompts))
+    error = math.hypot(seeds, prompts)
+    count, size = found.shape
+    rest = seeds**4 / (count - 1) + prompts**4 / (size - 1)
+    freedom = error**4 / rest if rest else math.inf
+    return Gain(float(found.mean()), seeds, prompts, error, freedom)
 
 
 def read(path: pathlib.Path) -> Any:
@@ -454,7 +454,7 @@ def _gain_row(title: str, label: str, seeds: int, own: Mapping[str, Any]) -> str
     from scipy import special  # slow to import
 
     mean, error = own["mean"], own["error"]
-    reach = float(special.stdtrit(seeds - 1, 0.975)) * error
+    reach = float(special.stdtrit(own["freedom"], 0.975)) * error
     star = " *" if mean > 2 * error else ""
     return (
         f"| {title} | {label} | {seeds} | {own['before']:.3f} | {np.mean(own['after']):.3f} "

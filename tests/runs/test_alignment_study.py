@@ -22,6 +22,7 @@ def test_gains_have_errors_over_seeds_and_prompts():
     by_prompt = np.array([1, 0, 0.5, 0])
     assert found.over_prompts == pytest.approx(by_prompt.std(ddof=1) / 2)
     assert found.error == pytest.approx(np.hypot(found.over_seeds, found.over_prompts))
+    assert 1 < found.freedom < 1 + 3  # of one and of three
     random, made = np.random.default_rng(0), []
     for _ in range(400):
         seeds, prompts, rest = (random.normal(size=s) for s in ((5, 1), (1, 30), (5, 30)))
