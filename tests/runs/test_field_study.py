@@ -83,6 +83,14 @@ def test_word_problems_are_written_out(tmp_path):
     file = tmp_path / "mawps.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert list(puzzles.mawps(file)) == [("3.5 of 2 ?\n", "2 * ( 3.5 - 1 ) #### 5")]
+    ((prompt, answer),) = puzzles.mawps(file)
+    pairs = [(f"{number} and {prompt}", answer) for number in range(40)]
+    puzzles.write_pairs(pairs, tmp_path / "pairs.jsonl")
+    suite = study_runs.changed(SUITES["arithmetic"], {"data.path": str(tmp_path / "pairs.jsonl")})
+    config = study_runs.configure(suite, Run("mawps", "pairs", "passes", 0), tmp_path)
+    dataset = make_experiment(config).dataset
+    asked = "7 and 3.5 of 2 ?\n"
+    assert dataset.check(asked, "2 * 2.5 #### 5") and not dataset.check(asked, "2 #### 6")
     file.write_text(json.dumps(record | {"equation": "+ number0", "answer": 1}) + "\n")
     with pytest.raises(ValueError, match=r"mawps.jsonl:1: no problem of MAWPS"):
         list(puzzles.mawps(file))
