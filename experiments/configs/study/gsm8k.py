@@ -1,7 +1,7 @@
 """Fine-tuning a masked model of others, such as an A2D conversion of Qwen3-0.6B, on GSM8K: a GPU.
 
-mdm train --config=experiments/configs/study/gsm8k.py:lora --workdir=runs/gsm8k \
-    --config.model.source=MODEL --config.data.path=gsm8k_train.jsonl.xz
+python -m experiments.study --suite=a2d --workdir=runs/a2d --config.model.source=MODEL \
+    --config.data.path=gsm8k_train.jsonl.xz
 """
 
 from mdm_jax.launch import presets
