@@ -12,6 +12,7 @@ Source: Cutkosky and Orabona 2019.
 """
 
 import argparse
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def measure(experiment: Experiment, steps: int, every: int) -> dict[str, Any]:
     kept = {decay: each.init(zeros) for decay, each in storms.items()}
     means: dict[float, Array] = dict.fromkeys(DECAYS, zeros)
     before, errors = state.params, []
-    with experiment.train_batches() as batches:
+    with contextlib.closing(experiment.train_batches()) as batches:
         for step in range(1, steps + 1):
             rows = drawn(half, state.variance, "storm", step)
             now, last = gradient(state.params, *rows), gradient(before, *rows)
@@ -122,11 +123,12 @@ def main() -> None:
     parser.add_argument("--task", default="text")
     parser.add_argument("--method", default="recommended")
     parser.add_argument("--every", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=0, help="of the run's; all by default")
     given = parser.parse_args()
     run = runs.Run(given.task, given.method, "passes", 0)
     config = runs.configure(SUITES["small"], run, pathlib.Path())
     config.train.monitors = ()
-    found = measure(make_experiment(config), config.train.steps, given.every)
+    found = measure(make_experiment(config), given.steps or config.train.steps, given.every)
     reference = found["twice the rows"]
     middle = len(reference) // 2
     for title, part in (("first half", slice(middle)), ("second half", slice(middle, None))):
