@@ -59,7 +59,8 @@ BUILT = {*NAMES} - NEEDS_DATA
 def test_a_config_builds_and_one_step_keeps_the_state(name):
     """A layer of the full model over the data of the smoke variant, where there is one."""
     config = _get_config(name)
-    config.model.depth = 2 if config.process == "partition" else 1  # an encoder, a decoder
+    decoder = config.partition.decoder_depth if config.process == "partition" else 0
+    config.model.depth = 1 + decoder
     if _has_variants(name):
         config.data = _get_config(name, "smoke").data
     _take_a_step(config)
