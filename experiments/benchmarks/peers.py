@@ -164,11 +164,13 @@ def take_turns(
     """Rounds of calls that return their own seconds."""
     spent = [0.0]
 
-    def counted(call: Callable[[], float]) -> None:
-        spent[0] += call()
+    def counted(name: str) -> None:
+        seconds = calls[name]()
+        print(f"{name}: {seconds:.3f} CPU s", file=sys.stderr, flush=True)
+        spent[0] += seconds
 
     return command.interleaved(
-        {name: lambda call=call: counted(call) for name, call in calls.items()},
+        {name: lambda name=name: counted(name) for name in calls},
         rounds=options.rounds,
         seconds=options.seconds,
         clock=lambda: spent[0],
