@@ -65,6 +65,7 @@ class Run:
         interrupt=None,
         step=None,
         place=None,
+        panel=None,
     ):
         """Runs until the end, or until something stops it; returns the state."""
         spec, whole = _step()
@@ -104,7 +105,10 @@ class Run:
                     checkpoints=checkpoints,
                     writer=writer,
                     hooks=training.Hooks(
-                        evaluate or default_evaluate, sample or default_sample, adapt=adapt
+                        evaluate or default_evaluate,
+                        sample or default_sample,
+                        adapt=adapt,
+                        panel=panel,
                     ),
                     progress=progress,
                     interrupt=interrupt,
@@ -545,3 +549,18 @@ def test_a_profile_covers_the_steps_asked_for(tmp_path):
     )
     Run(tmp_path / "run", options).start()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_first_step_is_reported_before_the_panel_compiles(tmp_path, monkeypatch):
+    order = []
+
+    class Panel:
+        def visit(self, step, state, batch):
+            order.append(step)
+
+        def read(self, step, readings):
+            return {}
+
+    monkeypatch.setattr(loop.Progress, "note", lambda _, text: order.append(text.split()[:3]))
+    Run(tmp_path, dataclasses.replace(OPTIONS, launched_at=0.0)).start(panel=Panel())
+    assert order == [["first", "step", "done"], *range(1, STEPS + 1)]
