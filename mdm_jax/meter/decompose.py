@@ -62,8 +62,8 @@ class Decomposition:
     levels_per_row: int
     masks_per_level: int
     rows_left_out: int
+    noise: Estimate
     within: Estimate | None = None
-    noise: Estimate | None = None
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -286,4 +286,4 @@ def _result(
     rows, views = terms.pattern.shape[-1], subject.transform.views
     both = terms.pattern + terms.rate
     noise = Estimate(*map(float, mean_over_rows(both, probes=both.ndim > 1)))
-    return Decomposition(*estimates, signal, views, rows, *shape, left_out, noise=noise)
+    return Decomposition(*estimates, signal, views, rows, *shape, left_out, noise)

@@ -259,7 +259,13 @@ def _keep_counters(finite: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(choose, new, old)
 
 
-def compiler_options(on: str | None = None) -> dict[str, str]:
+_COMPILER_OPTIONS = {
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
+    "tpu": {"xla_tpu_decompose_einsum_reduce_scatter": "true"},
+}
+
+
+def compiler_options(platform: str | None = None) -> dict[str, str]:
     """The best measured compiler settings for a training step on this platform (None: here).
 
     On CPUs, kernel-library products and reductions fused with the functions before them: up to 3%
@@ -269,13 +275,7 @@ def compiler_options(on: str | None = None) -> dict[str, str]:
     """
     if not importlib.metadata.version("jaxlib").startswith("0.10."):
         return {}
-    return dict(_COMPILER_OPTIONS.get(on or jax.default_backend(), ()))
-
-
-_COMPILER_OPTIONS = {
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
-    "tpu": {"xla_tpu_decompose_einsum_reduce_scatter": "true"},
-}
+    return dict(_COMPILER_OPTIONS.get(platform or jax.default_backend(), ()))
 
 
 class CompiledStep(NamedTuple):

@@ -56,6 +56,7 @@ def test_pictures_of_an_archive_are_read_as_mnist_is(tmp_path, capsys):
     assert run("pictures", f"--source={tmp_path}/odd.npz", f"--to={tmp_path}/b") == 1
     assert "needs train_images and train_labels" in capsys.readouterr().err
     assert run("pictures", f"--source={tmp_path}/small.npz.xz", f"--to={tmp_path}/B-c") == 1
+    assert "must end with a name of letters, digits and _" in capsys.readouterr().err
 
 
 def test_text8_is_itself_or_refused(tmp_path, monkeypatch, capsys):

@@ -72,8 +72,8 @@ def parse(over: str, flag: str = "--over") -> dict[str, list[str]]:
         given = [value.strip() for value in _split(listed, ",")]
         if not equals or not name or not all(given):
             raise ValueError(
-                f"{flag}: {part.strip()!r} is not NAME=VALUE,VALUE; write it as in "
-                f'{flag}="seed=0,1,2;optimizer.peak=1e-3,3e-3"'
+                f"{flag}: {part.strip()!r} is not NAME=VALUE, or NAME=VALUE,VALUE for several, "
+                "such as seed=0,1,2"
             )
         name = name.removeprefix("config.")
         if name in values or len(set(given)) < len(given):
