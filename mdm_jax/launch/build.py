@@ -26,6 +26,7 @@ from mdm_jax.launch.gaussian_family import gaussian_family
 from mdm_jax.launch.modes import sample
 from mdm_jax.launch.names import lookup
 from mdm_jax.launch.processes.partition import partition
+from mdm_jax.launch.processes.parts import placed
 from mdm_jax.launch.sampling.quality import check_quality
 from mdm_jax.launch.start import scaled
 from mdm_jax.launch.start.loop import loop_options
@@ -364,9 +365,7 @@ def make_experiment(
     rows = read(config, source)
     config = scaled.with_lengths(config, rows.layout)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    placed = config.copy_and_resolve_references()
-    placed.mesh.update(mesh.shape)  # in numbers; the run's config keeps -1, for other machines
-    family = lookup(FAMILIES, config.process, "process")(placed, rows, source)
+    family = lookup(FAMILIES, config.process, "process")(placed(config, mesh), rows, source)
     _check_unread(config, family.unread)
     c, e, s = config.train, config.evaluate, config.sample
     sharding.check_batch_size(mesh, c.batch_size, c.num_microbatches or 1)
@@ -441,12 +440,13 @@ def _parts_of_chain(
     """Fields of an :class:`Experiment` that follow from its chain."""
     transform = chains.transform(config, family.objective.law, chain)
     c, rows = config.train, chains.rows_of(config, transform)
+    bias = worst_bias(family.objective.bias, transform.bias)
     return {
         "chain": chain,
         "transform": transform,
         "monitors": chains.monitors(c.monitors, config.monitors, family.objective, transform),
         "spec": family.objective.spec(rows, dataset.length),
-        "loop": loop_options(config, dataset, family.objective, transform.views),
+        "loop": loop_options(config, dataset, transform.views, bias),
     }
 
 

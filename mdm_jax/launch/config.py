@@ -30,7 +30,7 @@ from mdm_jax.models.lora import Lora
 
 TASK_ROWS = ("answer_padding", "train_rows", "valid_rows", "test_rows")
 """Settings of the rows of any task."""
-LOOP_OWN = ("views", "unit", "profile_directory")
+LOOP_OWN = ("views", "unit", "biased", "profile_directory")
 """Options of the loop that follow from other settings."""
 
 _COUNT, _NATURAL = "[1, 2e9]", "[0, 2e9]"

@@ -57,7 +57,11 @@ def alignment_details(record: Record) -> list[str]:
     if "preference_accuracy" in record:
         accuracy, margin, loss = (
             f"{record[name]:.3f} ± {number(record[f'{name}_standard_error'])}"
-            + (f" (masks ± {noise:.3f})" if (noise := record[f"{name}_monte_carlo_error"]) else "")
+            + (
+                ""
+                if (noise := record[f"{name}_monte_carlo_error"]) is None
+                else f" (masks ± {noise:.3f})"
+            )
             for name in ("preference_accuracy", "preference_margin", "preference_loss")
         )
         lines.append(f"  held-out pairs: accuracy {accuracy}, margin {margin}, loss {loss}")

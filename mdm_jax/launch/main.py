@@ -25,6 +25,7 @@ from mdm_jax.launch.build import Experiment, make_experiment
 from mdm_jax.launch.modes import chat, eval_tasks, evaluate, measure, preview, sweep, train
 from mdm_jax.launch.modes import export as exports
 from mdm_jax.launch.reports import page, settings
+from mdm_jax.launch.reports.curves import is_exact
 from mdm_jax.launch.sampling import sample_flags
 from mdm_jax.launch.sampling.quality import own_steps
 from mdm_jax.launch.spacing import compare
@@ -268,11 +269,9 @@ def _evaluate(experiment: Experiment, workdir: files.Path) -> int:
 
     def show(record: dict[str, Any]) -> None:
         error = record["standard_error_bits_per_unit"]
-        result = (
-            f"{record['split']}: {record['bits_per_unit']:.4f}"
-            + (f" ± {error:.4f}" if error is not None else "")
-            + f" bits per {record['unit']}"
-        )
+        exact, shown = is_exact(experiment.config), "unknown" if error is None else f"{error:.4f}"
+        value = f"{record['bits_per_unit']:.4f}{'' if exact else f' ± {shown}'}"
+        result = f"{record['split']}: {value} bits per {record['unit']}"
         _print("\n".join([result, *evaluate.details(experiment, record)]))
 
     evaluate.evaluate(experiment, workdir, show=show)

@@ -32,7 +32,7 @@ from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.launch.modes.variance_report import BASELINE
 from mdm_jax.meter.levels import LevelTable
 from mdm_jax.variance.densities import level_variance, log_spaced_edges, second_moment
-from mdm_jax.variance.learned.curves import logistic_curve
+from mdm_jax.variance.learned.curves import cdtd_warp_logistic
 from mdm_jax.variance.ppots import EprFit, fit_epr
 from mdm_jax.variance.transform import VarianceTransform
 
@@ -60,7 +60,7 @@ VARIANCE = {
     "uncertainty_weighting": variance.uncertainty_weighting,
     "cdcd_warp": variance.cdcd_warp,
     "cdtd_warp": variance.cdtd_warp,
-    "cdtd_warp_logistic": functools.partial(variance.cdtd_warp, logistic_curve()),
+    "cdtd_warp_logistic": cdtd_warp_logistic,
     "log_uniform": variance.log_uniform,
     "clipped": variance.clipped,
     "clipped_adaptive": variance.clipped_adaptive,

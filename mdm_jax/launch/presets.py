@@ -135,7 +135,8 @@ def table_cdtd(variant: str = "column") -> ConfigDict:
     config.gaussian.update(low=-8.0, high=8.0, path="vp")
     config.variance.order = ("stratified", "cdtd_warp")
     groups = {"shared": (0,) * 11, "type": (0,) * 4 + (1,) * 7}
-    config.variance.cdtd_warp.groups = groups.get(variant, ())
+    for warp in ("cdtd_warp", "cdtd_warp_logistic"):
+        config.variance[warp].groups = groups.get(variant, ())
     # The bound is of one level for all columns, which does not tell runs of several warps apart.
     config.train.update(steps=800, batch_size=128, evaluate_every=0, monitors=())
     config.panel.cost = 0.0

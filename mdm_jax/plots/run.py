@@ -29,14 +29,15 @@ def training_curve(
     *,
     result: Result | None = None,
     exact: bool = False,
-    other_loss: bool = False,
+    biased: bool = False,
+    biased_levels: bool = False,
 ) -> Any:
     """Training and validation loss in bits per ``unit``, ``references``, and the final ``result``.
 
-    ``exact``: the likelihood is no bound. ``other_loss``: the training loss is not comparable to
-    it, as of CDCD, and its label says so. With the monitor "levels" the training loss is drawn
-    without the noise of the levels too: the mean of the running cross-entropies of equal ranges of
-    the noise level, in a band of two standard errors.
+    ``exact``: the likelihood is no bound. ``biased``: the training loss is not comparable, and its
+    label says so; ``biased_levels``: nor is that without the noise of levels. With the monitor
+    "levels" the training loss is drawn without the noise of the levels too: the mean of the running
+    cross-entropies of equal ranges of the noise level, in a band of two standard errors.
     """
     training = [r for r in records if r["kind"] == "train"]
     train = [(r["step"], r["bits_per_unit"]) for r in training]
@@ -55,12 +56,14 @@ def training_curve(
         (r["step"], r["bits_per_unit"], bits_error(r)) for r in records if r["kind"] == "evaluate"
     ]
     value = "exact" if exact else "bound"
-    trained = "training (no bound)" if other_loss else "training"
+    trained, by_levels = (
+        "training (no bound)" if other else "training" for other in (biased, biased_levels)
+    )
     if train:
         axes.plot(*zip(*train), color=GREY, linewidth=1, label=f"{trained}, single batches")
     if normalised:
         steps, bits, band = (np.array(column) for column in zip(*normalised))
-        label = f"{trained}, even over levels (± 2 s.e.)"
+        label = f"{by_levels}, even over levels (± 2 s.e.)"
         axes.plot(steps, bits, color=PALETTE[0], linewidth=1.2, label=label)
         axes.fill_between(steps, bits - band, bits + band, color=PALETTE[0], alpha=0.2, linewidth=0)
     if evaluated:

@@ -99,7 +99,8 @@ class LoopOptions:
 
     Attributes:
         views, unit: passes of a batch through the network, for the speed; unit of the bits shown,
-            such as "character", "" where the loss is no likelihood.
+            such as "character", "" where neither the loss nor ``normalised_loss`` is a likelihood.
+        biased: whether the loss is none, which its records say; bits are of the other alone.
         profile_directory: target of a profile.
         launched_at: ``time.monotonic()`` at launch, to report the time to the first step, or None.
     """
@@ -118,6 +119,7 @@ class LoopOptions:
     ] = 10
     views: int = 1
     unit: str = "token"
+    biased: bool = False
     profile_at: Annotated[int, Whole("[0, 2e9]", "step", "first one of a profile; 0: none")] = 0
     profile_steps: Annotated[int, Whole("[1, 1e6]", "steps", "of a profile")] = 5
     profile_directory: str = ""
@@ -346,6 +348,8 @@ class _Log:
         values = {"skipped": columns["skipped"].sum()}
         for name in ("loss", "bits_per_unit", "cross_entropy", "gradient_norm"):
             values[name] = columns[name][good].mean() if good.any() else math.nan
+        if self._options.biased:
+            values["biased"] = 1.0
         self.window = []
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9) / max(step - self._timed_from, 1)
@@ -378,12 +382,13 @@ class _Log:
     def _losses(self, values: Mapping[str, float], known: Mapping[str, float]) -> dict[str, str]:
         """The loss in nats and bits, both of one estimate: without level noise where known."""
         loss, bits, error = values["loss"], values["bits_per_unit"], math.nan
+        unit = "" if self._options.biased else self._options.unit
         if "normalised_loss" in known and loss:
+            unit = self._options.unit
             bits *= known["normalised_loss"] / loss
             loss = known["normalised_loss"]
             error = known.get("normalised_loss_standard_error", math.nan)
         shown = f"{loss:.3f}" + (f"±{error:.3f}" if math.isfinite(error) else "")
-        unit = self._options.unit
         return {"loss": shown} | ({f"bits/{unit}": f"{bits:.3f}"} if unit else {})
 
 

@@ -50,7 +50,6 @@ def evaluate(
         "step": step,
         "split": split,
         "unit": experiment.dataset.unit,
-        "objective_bias": experiment.objective.bias,
         "data_fingerprint": experiment.dataset.fingerprint,
         "design": getattr(result, "design", ""),
         "tokenizer_fingerprint": getattr(experiment.dataset.tokenizer, "fingerprint", None),

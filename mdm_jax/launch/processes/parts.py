@@ -74,12 +74,19 @@ def annealed(
     )
 
 
+def placed(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict:
+    """A copy with the axes of ``mesh`` as numbers, as families read them; -1 stays in the run's."""
+    config = config.copy_and_resolve_references()
+    config.mesh.update(mesh.shape)
+    return config
+
+
 def make_chunking(logits_at: str, data: int, fsdp: int, tensor: int) -> models.Chunking | None:
     """Chunking of losses at target positions; None for logits of all positions."""
+    del tensor  # devices along this axis hold the same rows
     if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
         return None
-    # All devices hold different rows, except along the tensor axis; -1: the devices of this run.
-    return models.Chunking(data * fsdp if data > 0 else jax.device_count() // tensor)
+    return models.Chunking(data * fsdp)
 
 
 def make_corruption(

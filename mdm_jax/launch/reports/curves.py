@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdm_jax import plots
+from mdm_jax.launch.start.loop import levels_give_the_bound
 
 Record = Mapping[str, Any]
 SIZE = (6.4, 4.4)
@@ -41,7 +42,7 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
     ``config`` is the saved one, ``evaluation`` that of ``evaluation.json`` or {}.
     """
     curves, exact = [], is_exact(config)
-    biased = evaluation.get("objective_bias") == "biased"
+    biased = any(r.get("biased") for r in records)
     if config.get("alignment", {}).get("method"):
         curves += _outcomes(records)
     elif any(r["kind"] == "train" for r in records):
@@ -60,7 +61,8 @@ def training_curves(config: Record, records: Sequence[Record], evaluation: Recor
                 references,
                 result=result,
                 exact=exact,
-                other_loss=biased,
+                biased=biased,
+                biased_levels=biased and not levels_give_the_bound(config),
             )
 
         curves.append(Curve("training", draw, _about(records, config, result, references, biased)))
@@ -153,8 +155,8 @@ def _about(
         parts.append("It is no bound, and not comparable to the points.")
     if any("normalised_loss" in r for r in records):
         parts.append(
-            "Blue: the same without the noise of the levels: the running cross-entropy of each of "
-            "equal ranges of the noise level, averaged evenly over the ranges, ± two standard "
+            "Blue: without the noise of the levels and without weights: the running loss of each "
+            "of equal ranges of the noise level, averaged evenly over the ranges, ± two standard "
             "errors. It lags by some tens of steps."
         )
     parts.append(

@@ -125,16 +125,16 @@ def _results(
     cards, kind = [], "exact likelihood" if exact else "likelihood bound"
     if "bits_per_unit" in evaluation:
         unit = evaluation["unit"]
-        error = None if exact else evaluation.get("standard_error_bits_per_unit")
+        error = evaluation.get("standard_error_bits_per_unit")
         about = (
             f"bits per {unit}, {evaluation['split']} split, {evaluation['rows']:,} rows, parameters"
             f" of step {evaluation['step']:,}; {'± Monte Carlo error, ' * (not exact)}over rows "
             f"± {_number(evaluation.get('data_standard_error_bits_per_unit'))}"
         )
-        cards.append((f"held-out {kind}", _pm(evaluation["bits_per_unit"], error), about))
+        cards.append((f"held-out {kind}", _pm(evaluation["bits_per_unit"], error, exact), about))
     elif (evaluated := of.get("evaluate")) and "bits_per_unit" in evaluated[-1]:
         last = evaluated[-1]
-        value = _pm(last["bits_per_unit"], None if exact else plots.bits_error(last))
+        value = _pm(last["bits_per_unit"], plots.bits_error(last), exact)
         cards.append((f"validation, {kind}", value, f"bits per unit, at step {last['step']:,}"))
     if "accuracy" in evaluation:
         low, high = evaluation["accuracy_interval"]
@@ -304,8 +304,8 @@ def _number(value: float | None) -> str:
     return "unknown" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def _pm(value: float, error: float | None) -> str:
-    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+def _pm(value: float, error: float | None, exact: bool = False) -> str:
+    return f"{value:.3f}" + ("" if exact else f" ± {_number(error)}")
 
 
 _STYLE = """

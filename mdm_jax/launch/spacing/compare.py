@@ -19,6 +19,7 @@ from mdm_jax.gaussian.samplers import spacings
 from mdm_jax.launch import names
 from mdm_jax.launch.build import FAMILIES, Experiment, load_parameters
 from mdm_jax.launch.modes.evaluate import judge_score
+from mdm_jax.launch.processes.parts import placed
 from mdm_jax.launch.sampling.quality import own_steps
 from mdm_jax.launch.spacing import report
 from mdm_jax.launch.spacing.problem import (
@@ -124,7 +125,8 @@ def _with_sampler(experiment: Experiment, name: str) -> Experiment:
     if config.sample.sampler == name:
         return experiment
     config.sample.sampler = name
-    family = FAMILIES[config.process](config, experiment.dataset, experiment.source)
+    own = placed(config, experiment.mesh)
+    family = FAMILIES[config.process](own, experiment.dataset, experiment.source)
     return dataclasses.replace(experiment, config=config, family=family)
 
 

@@ -1,18 +1,19 @@
 """Options of the training loop from a config."""
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from mdm_jax import data, training
 from mdm_jax.launch.start import scaled
-from mdm_jax.objectives import Objective
 
 
 def loop_options(
-    config: ConfigDict, dataset: data.Dataset, objective: Objective, views: int
+    config: ConfigDict, dataset: data.Dataset, views: int, bias: str
 ) -> training.LoopOptions:
-    """Frequencies of a run, and the unit of the bits shown: none of a "biased" objective's.
+    """Frequencies of a run, and the unit of bits; ``bias``: of objective and chain together.
 
     ValueError for early stopping without validation.
     """
@@ -28,6 +29,17 @@ def loop_options(
     return training.LoopOptions(
         total_steps=c.steps,
         views=views,
-        unit="" if objective.bias == "biased" else unit,
+        unit="" if bias == "biased" and not levels_give_the_bound(config) else unit,
+        biased=bias == "biased",
         **{name: c[name] for name in own} | {"evaluate_every": every},
     )
+
+
+def levels_give_the_bound(config: Mapping[str, Any]) -> bool:
+    """Whether ``normalised_loss`` (the monitor "levels") is the bound under any weighting and law.
+
+    It is of masked tokens' cross-entropies as they are, without weights.
+    """
+    clamp = config.get("weighting", {}).get("clamp")
+    prompts = config["data"].get("structural_prompt_tokens")
+    return config["process"] in ("masked", "block", "partition") and not (clamp or prompts)

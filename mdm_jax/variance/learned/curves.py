@@ -322,6 +322,24 @@ def cdtd_warp(
     return each._replace(draw=draw)
 
 
+@checked
+def cdtd_warp_logistic(
+    groups: Annotated[
+        Sequence[int], Whole("[0, 1e6]", "", "curve of each level, from 0; (): one each", True)
+    ] = (),
+    normalisers: Sequence[float] | None = None,
+    learning_rate: LearningRate = 1e-2,
+    decay: Decay = 0.99,
+    log_factor: Callable[[Array], Array] | None = None,
+) -> VarianceTransform:
+    """:func:`cdtd_warp` with the curves of :func:`logistic_curve`, of three parameters each.
+
+    Keeps, Couples, Costs, Removes, Bias, Reference, Raises: as there.
+    """
+    each = cdtd_warp(logistic_curve(), groups, normalisers, learning_rate, decay, log_factor)
+    return each._replace(name="cdtd_warp_logistic")
+
+
 def _at_least(shares: Array) -> Array:
     return (shares + _LEAST) / (1.0 + _LEAST * shares.size)
 

@@ -138,7 +138,7 @@ def test_documents_that_begin_inside_blocks_are_refused(path):
     check_document_blocks(documents(path, 16), 4)  # each in rows of its own
     config = launch_config.get_config()
     config.process = "block"
-    config.block.size = 4
+    config.block.size, config.mesh.data = 4, 1
     config.data.update(source="documents", path=str(path), length=16, packing="first_fit")
     with pytest.raises(ValueError, match="align=4"):
         families.block(config, build.dataset(config))

@@ -48,16 +48,28 @@ def test_more_devices_than_there_are_is_an_error_about_the_mesh():
 
 
 @pytest.mark.parametrize(
-    "name, changes, unit",
+    "name, changes, unit, biased",
     [
-        ("quickstart", {}, "char"),
-        ("quickstart", {"weighting.name": "min_snr"}, ""),
-        ("text_cdcd", {}, ""),
-        ("digits_gaussian", {}, "dim"),
-        ("digits_gaussian", {"gaussian.recipe": "edm"}, ""),
+        ("quickstart", {}, "char", False),
+        ("quickstart", {"weighting.name": "min_snr"}, "char", True),  # of the monitor "levels"
+        ("quickstart", {"weighting.clamp": 5.0}, "", True),
+        ("quickstart", {"variance.order": ("stratified", "cdcd_warp")}, "char", True),
+        ("text_cdcd", {}, "", True),
+        ("digits_gaussian", {}, "dim", False),
+        ("digits_gaussian", {"gaussian.recipe": "edm"}, "", True),
     ],
 )
-def test_a_loss_that_is_no_bound_is_not_shown_in_bits(name, changes, unit):
+def test_a_loss_that_is_no_bound_is_not_shown_in_bits(name, changes, unit, biased):
     config = presets.get_config(f"{name}:smoke")
     config.update_from_flattened_dict(changes)
-    assert make_experiment(config).loop.unit == unit
+    loop = make_experiment(config).loop
+    assert (loop.unit, loop.biased) == (unit, biased)
+
+
+def test_warps_of_three_parameters_are_one_for_each_group():
+    config = presets.get_config("table_cdtd:type")
+    config.variance.order = ("stratified", "cdtd_warp_logistic")
+    experiment = make_experiment(config)
+    assert "cdtd_warp_logistic" in experiment.transform.name
+    state = experiment.transform.init(experiment.spec)["cdtd_warp_logistic"]
+    assert {leaf.shape for leaf in jax.tree.leaves(state.curves)} == {(2,)}

@@ -103,13 +103,18 @@ def test_the_loss_has_the_validations_entropies_and_the_result_of_the_test():
     assert axes.get_ylabel() == "bits per character"
 
 
-@pytest.mark.parametrize("bias, said", [("biased", True), ("truncated", False), (None, False)])
-def test_a_training_loss_that_is_no_bound_says_so(bias, said):
-    of_run = EVALUATION if bias is None else EVALUATION | {"objective_bias": bias}
-    found = curves.training_curves(config("masked"), RECORDS, of_run)[0]
+@pytest.mark.parametrize("process, biased", [("cdcd", True), ("masked", True), ("masked", False)])
+def test_a_training_loss_that_is_no_bound_says_so(process, biased):
+    """Of masked runs under another weighting the mean over levels still is the bound."""
+    records = [r | {"biased": 1.0} if biased and r["kind"] == "train" else r for r in RECORDS]
+    records.append({"step": 20, "kind": "monitor", "normalised_loss": 1.0})
+    of_run = config(process) | {"weighting": {}, "data": {}}
+    found = curves.training_curves(of_run, records, {})[0]
     labels = drawn(found).get_legend_handles_labels()[1]
-    assert ("training (no bound), single batches" in labels) == said
-    assert ("It is no bound" in found.caption) == said
+    assert ("training (no bound), single batches" in labels) == biased
+    by_level = "training (no bound), even over levels (± 2 s.e.)"
+    assert (by_level in labels) == (process == "cdcd")
+    assert ("It is no bound" in found.caption) == biased
 
 
 @pytest.mark.parametrize(
