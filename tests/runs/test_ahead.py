@@ -346,7 +346,8 @@ def test_a_small_pod_that_is_not_there():
     config = presets.quickstart("smoke")
     config.update({"mesh": {"data": 2, "fsdp": 2}})
     made = plan.compile_plan(config, targets.devices("v5e:2x2"))
-    assert 0 < made.memory < 16e9 and made.collectives and not made.unknown_loops
+    assert 0 < made.memory < 16e9 and made.collectives
+    assert made.unknown_loops == 2  # over as many chunks as hold masked tokens, and back
     assert made.fits(targets.CHIPS["v5e"])
 
 
