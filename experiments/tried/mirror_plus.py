@@ -8,9 +8,9 @@ rates gets one, whatever those are, so shapes are static; and since only the rat
 rows these are, both views of a row count 1/2 and the estimate is exact. But which half a row is in
 depends on the other rows of its (micro)batch, and the package promises that gradients are the same
 under any number of microbatches and devices; a mean over views that some rows do not have is no
-``LossStats`` [V, B, S] either. Measured: trace of the covariance of the batch gradient times
-forward passes, over that of stratified rates with one mask, at equal passes; of the enumerated toy
-and, with ``--workdir``, at the parameters of a masked run with rows drawn anew.
+``LossStats`` [V, B, S] either. Measured: trace of the covariance of the batch gradient at equal
+forward passes over that of stratified rates with one mask, rows drawn anew: of the toy, whose
+gradients under all masks are enumerated, and, with ``--workdir``, at the parameters of a run.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from mdm_jax.objectives.objective import Objective
 from mdm_jax.schedules import law_of
 from mdm_jax.schedules.masked import clipped
 from mdm_jax.testing import toys
+from mdm_jax.testing.enumeration import mask_bits
 from mdm_jax.types import Array, Batch, ModelFn, PyTree
 from mdm_jax.variance.transform import VarianceTransform, draw_batch
 
@@ -57,9 +58,6 @@ def mirror_plus(objective: Objective) -> Objective:
         return first._replace(raw=raw)
 
     return objective._replace(name=f"{objective.name}, mirror_plus", loss=loss)
-
-
-Gradient = Callable[[PyTree, Batch, Draw], PyTree]
 
 
 def methods(objective: Objective) -> dict[str, tuple[Objective, VarianceTransform, int]]:
@@ -105,6 +103,57 @@ def traces(
     return found
 
 
+PER_ROW = {"stratified": 1.0, "MIRROR": 2.0, "mirror_plus": 1.5}
+"""Forward passes of a row by method."""
+
+
+def toy_gradients() -> np.ndarray:
+    """[rows, masks, parameters] gradients of S(M) of the toy; bit j of a mask masks position j."""
+    model, masks = toys.Toy(), mask_bits(toys.LENGTH)
+
+    def losses(theta: Array) -> Array:
+        parameters = {"params": {"theta": theta}}
+        rows = jnp.asarray(toys.ROWS)[:, None]
+        inputs = jnp.where(masks[None], toys.MASK_ID, rows)
+        logits = model.apply(parameters, inputs.reshape(-1, toys.LENGTH))
+        nats = -jax.nn.log_softmax(logits).reshape(*inputs.shape, -1)
+        own = jnp.take_along_axis(nats, jnp.broadcast_to(rows, inputs.shape)[..., None], -1)
+        return jnp.sum(jnp.where(masks[None], own[..., 0], 0.0), axis=-1)
+
+    return np.asarray(jax.jacobian(losses)(jnp.asarray(toys.THETA)), np.float64)
+
+
+def toy_traces(
+    gradients: np.ndarray, method: str, masks: str, groups: int = 20, batches: int = 2000
+) -> np.ndarray:
+    """[groups] traces of the covariance of a batch's gradient under stratified rates."""
+    generator = np.random.default_rng(0)
+    count = round(PASSES / PER_ROW[method])
+    shape = (groups, batches, count)
+    cells = generator.permuted(np.broadcast_to(np.arange(count), shape), axis=-1)
+    rate = (cells + generator.random(shape)) / count
+    row = generator.choice(3, shape, p=toys.ROW_PROBABILITIES)
+    noise = generator.random((*shape, toys.LENGTH))
+
+    def of_mask(noise: np.ndarray) -> np.ndarray:
+        if masks == "fixed counts":
+            size = 1 + np.floor(rate * toys.LENGTH)
+            mask = noise.argsort(-1).argsort(-1) < size[..., None]
+            weight = toys.LENGTH / size
+        else:
+            own = 1e-3 + (1 - 1e-3) * rate
+            mask, weight = noise < own[..., None], (1 - 1e-3) / own
+        number = mask @ (1 << np.arange(toys.LENGTH))
+        return weight[..., None] * gradients[row, number]
+
+    each = of_mask(noise)
+    if method != "stratified":
+        both = (each + of_mask(1 - noise)) / 2
+        low = rate < np.sort(rate, axis=-1)[..., count // 2, None]  # the half with the lower rates
+        each = both if method == "MIRROR" else np.where(low[..., None], both, each)
+    return each.mean(2).var(1, ddof=1).sum(-1)
+
+
 def table(title: str, found: dict[str, np.ndarray]) -> str:
     """Lines for the terminal: variance at equal passes over that of one mask."""
     lines = [title]
@@ -133,13 +182,9 @@ def main() -> None:
     given = parser.parse_args()
     sizes = given.groups, given.redraws
 
-    def toy_rows(number: int, count: int) -> Batch:
-        index = np.random.default_rng(number).choice(3, count, p=toys.ROW_PROBABILITIES)
-        return jax.tree.map(lambda field: field[index], toys.toy_batch())
-
-    model, params = toys.Toy(), toys.toy_params()
-    for name, objective in corruptions(toys.MASK_ID).items():
-        found = traces(model.apply, objective, params, toy_rows, toys.LENGTH, *sizes)
+    gradients = toy_gradients()
+    for name in ("fixed counts", "independent masks"):
+        found = {method: toy_traces(gradients, method, name) for method in PER_ROW}
         print(table(f"toy, {name}", found), flush=True)
     if not given.workdir:
         return
