@@ -231,8 +231,9 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser("experiments.tried.genmd4", allow_abbrev=False)
     parser.add_argument("--workdir", required=True)
-    for name, default in (("updates", 300), ("rows", 16), ("redraws", 12)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--redraws", type=int, default=12)
     given = parser.parse_args()
     found = measure(given.workdir, given.updates, given.rows, given.redraws)
     for name in ("bound", "learned", "difference"):

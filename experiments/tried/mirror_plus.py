@@ -177,8 +177,8 @@ def main() -> None:
     """Measure, and print a table for each corruption."""
     parser = argparse.ArgumentParser("experiments.tried.mirror_plus", allow_abbrev=False)
     parser.add_argument("--workdir", default="")
-    for name, default in (("groups", 16), ("redraws", 24)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--redraws", type=int, default=24)
     given = parser.parse_args()
     sizes = given.groups, given.redraws
 

@@ -31,7 +31,7 @@ from mdm_jax.types import Array, Batch, PyTree
 from mdm_jax.variance.transform import draw_batch
 
 DECAYS = (0.02, 0.1, 0.3)
-REFERENCE = 8, 64
+REFERENCE = 32, 16
 """Batches, and rows of each, of what stands for the full gradient."""
 
 
@@ -124,10 +124,16 @@ def main() -> None:
     parser.add_argument("--method", default="recommended")
     parser.add_argument("--every", type=int, default=12)
     parser.add_argument("--steps", type=int, default=0, help="of the run's; all by default")
+    parser.add_argument("--width", type=int, default=0, help="the task's by default")
+    parser.add_argument("--depth", type=int, default=0, help="the task's by default")
+    parser.add_argument("--length", type=int, default=0, help="the task's by default")
     given = parser.parse_args()
     run = runs.Run(given.task, given.method, "passes", 0)
     config = runs.configure(SUITES["small"], run, pathlib.Path())
     config.train.monitors = ()
+    config.model.width = given.width or config.model.width
+    config.model.depth = given.depth or config.model.depth
+    config.data.length = given.length or config.data.length
     found = measure(make_experiment(config), given.steps or config.train.steps, given.every)
     reference = found["twice the rows"]
     middle = len(reference) // 2
