@@ -82,7 +82,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "ipo, cross-fitted": {"method": "ipo", "estimate": "crossfitted", "replicates": 2},
 }
 BETA, PAIR_UPDATES = 1.0, 100
-SHARED_PAIRS, SHARED_DRAWS = 48, 4096
+SHARED_PAIRS, SHARED_DRAWS = 16, 1024
 
 
 def shared(config: ConfigDict) -> ConfigDict:

@@ -20,6 +20,7 @@ from mdm_jax.alignment.bounds import networks
 from mdm_jax.draws import DrawSpec
 from mdm_jax.launch.alignment.experiment import AlignedExperiment
 from mdm_jax.models.cross_entropy import as_logits
+from mdm_jax.testing.enumeration import mask_bits
 from mdm_jax.types import Batch, PyTree
 
 PAIRS = {"train": 2000, "valid": 100, "test": 500}
@@ -174,7 +175,7 @@ def sharing(
             for i in range(2 * pairs)
         ]
         values.append(losses)
-    size = testing.mask_bits(LENGTH + 1).sum(1)
+    size = mask_bits(LENGTH + 1).sum(1)
     weight = np.where(size > 0, 1 / (LENGTH + 1) / np.bincount(size)[size], 0.0)
     scores = np.array(values) * np.where(size > 0, (LENGTH + 1) / np.maximum(size, 1), 0.0)
 
@@ -185,14 +186,12 @@ def sharing(
 
     predicted = {"shared": spread(scores[0] - scores[1])}
     predicted["independent"] = spread(scores[0]) + spread(scores[1])
-    bound = alignment.sequence_bound(
-        objectives.masked_nelbo(corruption.fixed_count(mask)), variance.chain()
-    )
-    spec = DrawSpec(2 * pairs, 1, every.tokens.shape[1:])
+    chain, spec = variance.chain(), DrawSpec(2 * pairs, 1, every.tokens.shape[1:])
+    bound = alignment.sequence_bound(objectives.masked_nelbo(corruption.fixed_count(mask)), chain)
 
     @jax.jit
     def draw(key: jax.Array) -> jax.Array:
-        first, second = (bound.draw(k, (), spec) for k in jax.random.split(key))
+        first, second = (bound.draw(k, chain.init(spec), spec) for k in jax.random.split(key))
         model_fn = networks(policy, params, experiment.frozen)
         one, other = (bound.values(model_fn, every, d)[:, 0] for d in (first, second))
         both = jnp.stack([one[0] - one[1], one[0] - other[1]])
