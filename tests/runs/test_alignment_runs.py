@@ -115,7 +115,7 @@ def test_rewards_rise_and_a_run_resumes_to_the_same_bits(started, tmp_path, caps
     lines = [json.loads(line) for line in before["step-24.jsonl"].splitlines()]
     assert len(lines) == 32 and {line["step"] for line in lines} == {24}
     assert set(lines[0]) == {"step", "prompt", "answer", "reward", "steps"}
-    assert {line["steps"] for line in lines} == {4}  # passes of three digits and an end
+    assert {line["steps"] for line in lines} == {6}  # a pass for each of five digits and the end
     noise = records(workdir, "noise")
     assert noise and all(math.isfinite(each["total"]) for each in noise)
     # Held-out rewards choose the best parameters, and are those that evaluate prints.
