@@ -163,7 +163,7 @@ def test_identities():
         assert_same_law(g.ve_geometric(), g.uniform_logsnr(-2 * np.log(50.0), -2 * np.log(0.01)))
         assert_same_law(g.flow_shifted(3.0), g.shifted(g.flow(), -2 * np.log(3.0)))
         assert_same_law(g.edm_rho(0.01, 50.0, 1.0), g.edm_sigma(0.01, 50.0))
-        assert_same_law(g.edm_rho(0.01, 50.0, 1e6), g.ve_geometric(), rtol=1e-4)
+        assert_same_law(g.edm_rho(0.01, 50.0, 1e3), g.ve_geometric(), rtol=2e-2)
         assert_same_law(g.cosine_power(), g.cosine())
         assert_same_law(g.cosine_iddpm(0.0), g.cosine())
         assert_same_law(g.sd3_mode(0.0), g.flow())
