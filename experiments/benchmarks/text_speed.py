@@ -54,12 +54,16 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A record for each run and number of steps."""
     records, calls = [], {}
-    score = None
+    score, alike = None, None
     for workdir in workdirs:
         experiment = opened(workdir)
         step, params = load_parameters(experiment, files.as_path(workdir))
+        dataset = experiment.dataset
+        rows = dataset.length, dataset.tokenizer and dataset.tokenizer.fingerprint
         if score is None:
-            score = judge_score(experiment, judge)
+            score, alike = judge_score(experiment, judge), rows
+        elif rows != alike:
+            raise ValueError(f"{workdir}: its rows or tokens are not those of {workdirs[0]}")
         canvas, documents = free_canvases(experiment.dataset, texts)
         key = experiment.key(step, "text speed")
         for count, (passes, generate) in generators(experiment, steps).items():

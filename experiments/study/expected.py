@@ -68,7 +68,11 @@ def operations(experiment: Experiment) -> float:
 
 
 def time_lines(suite: Suite, root: pathlib.Path) -> list[str]:
-    """Hours of one H100 by task, and of the whole suite; of suites for a GPU, else none."""
+    """Hours of one H100 by task, and of the whole suite; of suites for a GPU, else none.
+
+    Every run is counted as the first of its task: views that are not paid for by fewer steps,
+    validations and measurements of gradients come on top.
+    """
     if not suite.gpu:
         return []
     lines, total = [], 0.0
@@ -84,6 +88,6 @@ def time_lines(suite: Suite, root: pathlib.Path) -> list[str]:
         lines.append(f"  {task}: {number} runs, {hours:.1f} hours")
     return [
         f"expected on one H100 at {SHARE:.0%} of its peak (an estimate of operations, without "
-        f"compilation): {total:.1f} hours",
+        f"compilation, validations, measurements and further views): {total:.1f} hours",
         *lines,
     ]

@@ -194,7 +194,13 @@ FIELD: dict[str, Method] = {
         note="two views predict every token once, whatever the count; exact",
     ),
     "recommended": METHODS["recommended"],
-    "auto": AUTO,
+    "auto": Method(
+        "auto",
+        ("auto",),
+        settings=_FIXED,
+        note="`variance.order=auto` measures before the first step, by 2 % of the passes; what it "
+        "chose in each run stands in its `auto.jsonl`",
+    ),
     "flat": FLAT_WEIGHTS["flat"],
     "bell": Method(
         "bell-shaped rates, weight kept",

@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments.study import runs as study_runs
 from experiments.study.suites import SUITES, Suite
-from experiments.study.table import published
+from experiments.study.table import RESULTS, published
 from mdm_jax import files, plots
 from mdm_jax.estimates import finite_or_none, standard_error_of_ratio
 from mdm_jax.evaluation.seeds import markdown_table
@@ -33,7 +33,8 @@ from mdm_jax.launch.workdir import write_json
 def noise_scale(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """B in forward passes at every measured step, from the records of the seeds of a method.
 
-    ``standard_error`` is None for one seed, both are None where no signal is left.
+    ``standard_error`` is None for one seed, both are None where no signal is left. ``settled``: the
+    variance of every seed is.
     """
     measured = [run for run in runs if run["gradient"]]
     points = []
@@ -51,6 +52,7 @@ def noise_scale(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "noise_scale": float(noise.mean() / signal.mean()) if known else None,
                 "standard_error": finite_or_none(error),
                 "seeds": len(each),
+                "settled": all(not point["total"]["unsettled"] for point in each),
             }
         )
     return points
@@ -71,7 +73,8 @@ def collect(suite: Suite, root: pathlib.Path) -> dict[str, dict[str, list[dict[s
 
 
 def of_results(record: Mapping[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """As :func:`collect`, of the ``study.json`` of a suite; errors are those of the variance."""
+    """As :func:`collect`, of the ``study.json`` of a suite, which holds the signal of all seeds
+    together: there are no standard errors."""
     found: dict[str, dict[str, Any]] = {}
     for task, methods in record["results"]["passes"].items():
         found[task] = {}
@@ -80,11 +83,10 @@ def of_results(record: Mapping[str, Any]) -> dict[str, dict[str, list[dict[str, 
             for point in result["gradient"] if result else ():
                 ratio, total = point["noise_to_signal"], point["total"]
                 passes = point["forward_passes"] / point["step"]
-                error = (ratio or 0.0) * passes * total["standard_error"] / total["mean"]
                 points.append(
                     {name: point[name] for name in ("step", "forward_passes")}
                     | {"noise_scale": None if ratio is None else ratio * passes}
-                    | {"standard_error": None if ratio is None else error}
+                    | {"standard_error": None, "settled": total["settled"]}
                     | {"seeds": len(total["groups"])}
                 )
             if points:
@@ -93,7 +95,7 @@ def of_results(record: Mapping[str, Any]) -> dict[str, dict[str, list[dict[str, 
 
 
 def table(suite: Suite, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One task: a row for each method, a column for each step."""
+    """One task: a row for each method, a column for each step; * marks unsettled variances."""
     steps = [point["step"] for point in next(iter(found.values()))]
     rows = [[suite.methods[name].label, *map(_figure, points)] for name, points in found.items()]
     return markdown_table(["method", *(f"step {step}" for step in steps)], rows)
@@ -103,7 +105,8 @@ def _figure(point: Mapping[str, Any]) -> str:
     if point["noise_scale"] is None:
         return "no signal left"
     error = point["standard_error"]
-    return f"{point['noise_scale']:.0f}" + (f" ± {error:.0f}" if error is not None else "")
+    figure = f"{point['noise_scale']:.0f}" + "*" * (not point["settled"])
+    return figure + (f" ± {error:.0f}" if error is not None else "")
 
 
 def draw(suite: Suite, found: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -129,7 +132,8 @@ def main() -> int:
     """Read a study, print the tables, write the figure."""
     parser = argparse.ArgumentParser("experiments.study.noise_scale", allow_abbrev=False)
     parser.add_argument("--suite", default="noise_scale", choices=sorted(SUITES))
-    parser.add_argument("--results", default="", help="a file of experiments/results, by name")
+    kept = sorted(file.stem for file in RESULTS.glob("*.json") if file.stem in SUITES)
+    parser.add_argument("--results", default="", choices=["", *kept], help="kept ones of a suite")
     parser.add_argument("--methods", default="", help="names, separated by commas; all by default")
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     given = parser.parse_args()
@@ -149,8 +153,8 @@ def main() -> int:
     found = {task: methods for task, methods in found.items() if methods}
     if not found:
         print(
-            f"error: {given.workdir} has no finished run of {given.suite} whose gradient was "
-            "measured; run python -m experiments.study first",
+            f"error: {given.results or given.workdir} has no finished run of {suite.name} whose "
+            "gradient was measured; run python -m experiments.study first",
             file=sys.stderr,
         )
         return 2

@@ -15,7 +15,8 @@ is the bound
 x the token at i, p the model's law of it. Equal exponents give MD4's, after ``m = t^w``. Masks
 depend on the exponents, so their gradient has a score function, with leave-one-out baselines: of
 two masks of a row each gets the other's loss. Source: Shi et al. 2024 (MD4), genmd4.py; without its
-floor of the survival probability, so there is neither a prior nor a reconstruction term.
+floor of the survival probability, so there is neither a prior nor a reconstruction term. Held-out
+rows are drawn again and again: errors of the bounds are those of masks and levels, for these rows.
 """
 
 import argparse

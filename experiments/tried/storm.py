@@ -8,6 +8,8 @@ it, it is compared with estimates of as many passes: a batch of twice the rows, 
 mean of such batches with the same a, which is what the momentum of an optimiser makes of them
 anyway. What counts is the mean squared distance from the full gradient, since a running mean lags
 behind.
+behind. One seed; standard errors take the measured steps as independent, which they are not where
+1/a is longer than the steps between them.
 Source: Cutkosky and Orabona 2019.
 """
 

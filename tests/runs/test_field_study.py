@@ -41,7 +41,10 @@ def test_power_is_that_of_students_test():
 
 def _run(seed, totals, signals, views=1):
     points = [
-        {"step": 10 * (i + 1), "total": {"group_variances": [t - 1, t + 1], "signal": s}}
+        {
+            "step": 10 * (i + 1),
+            "total": {"group_variances": [t - 1, t + 1], "signal": s, "unsettled": ""},
+        }
         for i, (t, s) in enumerate(zip(totals, signals))
     ]
     return {"seed": seed, "gradient": points, "batch_size": 4, "views": views}
@@ -66,11 +69,11 @@ def test_the_noise_scale_is_a_ratio_of_means_over_seeds():
 def test_the_noise_scale_of_kept_results_is_their_noise_to_signal():
     record = table.published("confirmation")
     found = noise_scale.of_results(record)
-    (point,) = found["text"]["recommended"]
-    (kept,) = record["results"]["passes"]["text"]["recommended"]["gradient"]
+    (point,) = found["text"]["standard"]
+    (kept,) = record["results"]["passes"]["text"]["standard"]["gradient"]
     assert point["noise_scale"] == pytest.approx(16 * kept["noise_to_signal"])
-    share = kept["total"]["standard_error"] / kept["total"]["mean"]
-    assert point["standard_error"] == pytest.approx(share * point["noise_scale"])
+    assert point["standard_error"] is None and not point["settled"]
+    assert noise_scale.table(SUITES["confirmation"], {"standard": [point]}).count("260* |") == 1
     assert point["seeds"] == 3 and set(found) == {"sudoku6", "text", "sudoku4_noisy"}
 
 

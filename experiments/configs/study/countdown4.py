@@ -12,4 +12,5 @@ def get_config(variant: str = ""):
     config.model.update(width=128, depth=4)
     config.data.task.train_rows = 100_000
     config.data.task.countdown.numbers = 4
+    config.data.task.answer_padding = "eos_scored"  # answers have several lengths
     return settings.chosen(config, "study/countdown4", variant)

@@ -1,4 +1,4 @@
-"""9 x 9 Sudoku with few blanks: the largest grid whose eight seeds fit a night of two CPU cores.
+"""9 x 9 Sudoku with few blanks, for a model that is small for two CPU cores.
 
 mdm train --config=experiments/configs/study/sudoku9.py --workdir=runs/sudoku9
 """

@@ -56,7 +56,9 @@ def partition(
 
 
 def _prompt_length(dataset: data.Dataset) -> int:
-    """Positions from the first on that may hold tokens that are always visible."""
+    """Positions from the first on that may hold tokens that are always visible: of conversations
+    all, so that their rows cost the encoder twice the tokens."""
     if dataset.layout is None:
         return 0
-    return getattr(dataset.layout, "prompt_length", dataset.length)  # conversations: anywhere
+    pairs = isinstance(dataset.layout, data.PairLayout)
+    return dataset.layout.prompt_length if pairs else dataset.length
