@@ -7,7 +7,6 @@ xi_t))``, two passes of the rows of xi_t. Along a training run of the study, whi
 it, it is compared with estimates of as many passes: a batch of twice the rows, and the running
 mean of such batches with the same a, which is what the momentum of an optimiser makes of them
 anyway. What counts is the mean squared distance from the full gradient, since a running mean lags
-behind.
 behind. One seed; standard errors take the measured steps as independent, which they are not where
 1/a is longer than the steps between them.
 Source: Cutkosky and Orabona 2019.

@@ -101,7 +101,8 @@ def partition_nelbo(mask_id: int, law: Law | None = None) -> Objective:
     ``model_fn(inputs [N, 2L], logsnr, documents) -> logits [N, L, K]`` of rows with M masked and
     rows with the rest masked side by side, such as ``models.pair_apply(model)``, whose
     ``prompt_length`` must cover the tokens that are not eligible (prompts): they are visible in
-    both. Law as of :func:`masked_nelbo`. ValueError for a negative ``mask_id``. References: ``corruption.rounded_count``; Deschenaux et al. 2025 (PGM).
+    both. Law as of :func:`masked_nelbo`. ValueError for a negative ``mask_id``. References:
+    ``corruption.rounded_count``; Deschenaux et al. 2025 (PGM).
     """
     process, law = rounded_count(mask_id), UNIFORM_RATE if law is None else law
     log_level_weight = rate_importance(law)
