@@ -22,7 +22,7 @@ class Written(NamedTuple):
     Attributes:
         tokens: [B, L] int32.
         steps: [B, L] int32, numbered 0, 1, ... without gaps in a row; -1 for given tokens.
-        passes: [B] int32, forward passes of the network for the row.
+        passes: [B] int32, as of ``samplers.wrappers.counted``: steps until the row was finished.
     """
 
     tokens: Array
@@ -76,7 +76,7 @@ def without_steps(generate: Callable[..., Any], mask_id: int) -> Callable[..., W
     """``rollout`` as of :func:`make_rollout` of a sampler that records no steps: all are 0.
 
     For scores that read none: bounds of answers. ``generate`` as of ``samplers.make_generator``,
-    but that it returns tokens and each row's forward passes [B].
+    but that it returns tokens and each row's passes [B].
     """
 
     def rollout(

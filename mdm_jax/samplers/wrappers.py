@@ -195,9 +195,10 @@ def completes_repeat(
 
 
 def counted(sampler: Sampler) -> Sampler:
-    """The sampler, whose ``memory`` is (its own, [B] int32: steps that ran the network for a row).
+    """The sampler, whose ``memory`` is (its own, [B] int32: steps until a row was finished).
 
-    A step of a sampler in blocks that fills no position runs nothing.
+    A step of a sampler in blocks that fills no position does not count. Steps are forward passes,
+    but that ancestral samplers skip the pass of steps that change no row, and correctors take more.
     """
 
     def own(state: SamplerState) -> SamplerState:

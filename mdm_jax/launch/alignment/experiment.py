@@ -222,7 +222,7 @@ class AlignedExperiment(Experiment):
 
 
 class Round(NamedTuple):
-    """Answers on the host, their (prompt, answer) texts, rewards, and forward passes [B]."""
+    """Answers on the host, their (prompt, answer) texts, rewards, and passes [B] (``Written``)."""
 
     answers: alignment.Answers
     texts: list[tuple[str, str]]
@@ -336,11 +336,11 @@ def _rollout(experiment: Experiment) -> Callable[..., alignment.Written]:
         )
     if c.process == "uniform":  # whose samplers run the network once in every step
 
-        def counted(*inputs: Any) -> tuple[Array, np.ndarray]:
+        def with_passes(*inputs: Any) -> tuple[Array, np.ndarray]:
             tokens = experiment.generate(*inputs)
             return tokens, np.full(len(tokens), c.sample.num_steps, np.int32)
 
-        return alignment.without_steps(counted, dataset.mask_id)
+        return alignment.without_steps(with_passes, dataset.mask_id)
     sampler, levels = masked_sampler(c, dataset)
     grid = None if sampler.num_steps is not None else levels(c.sample.grid, c.sample.num_steps)
     if c.process == "block":

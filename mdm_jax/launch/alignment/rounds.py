@@ -18,8 +18,8 @@ from mdm_jax.training.step import StepMetrics, TrainState, step_draw
 from mdm_jax.types import Array, Batch
 
 RECORDS = "answers"
-"""Folder of a workdir with prompts, answers, rewards and steps (forward passes), a file for each
-logged round."""
+"""Folder of a workdir with prompts, answers, rewards and passes ("steps"), a file for each logged
+round."""
 
 Step = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
