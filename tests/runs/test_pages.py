@@ -185,7 +185,7 @@ def run_all(found, folder):
             continue
         small = reduced(words, folder)
         workdir = value(small, "workdir")
-        needed = [workdir] if mode_of(words) not in ("train", "sweep") else []
+        needed = [workdir] if mode_of(words) not in ("train", "sweep", "tune-levels") else []
         needed += [value(small, "config.train.init_from"), value(small, "config.sample.judge")]
         for path in filter(None, needed):
             if not (folder / path / "config.json").is_file():

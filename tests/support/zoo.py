@@ -15,7 +15,11 @@ from mdm_jax.variance.densities import (
     piecewise_density,
 )
 from mdm_jax.variance.learned.bins import LossHistory
-from mdm_jax.variance.learned.curves import LogisticShape, logistic_curve, piecewise_linear_curve
+from mdm_jax.variance.learned.curves import (
+    LogisticShape,
+    cdtd_warp_logistic,
+    piecewise_linear_curve,
+)
 from mdm_jax.variance.ppots import PpotsState, epr_density, level_moments
 from mdm_jax.variance.warps import ClippedDensity, LogUniformDensity, importance
 
@@ -74,7 +78,7 @@ CHAINS = {
 
 LEARNERS = {
     "ppots_level_variance": lambda: variance.ppots(num_bins=6, target=level_variance),
-    "cdtd_logistic": lambda: variance.cdtd_warp(logistic_curve()),
+    "cdtd_warp_logistic": cdtd_warp_logistic,
 }
 """Adaptive warps in other settings."""
 
@@ -120,7 +124,7 @@ def _warped():
 
 
 def _tied():
-    state = _fresh("cdtd_logistic")
+    state = _fresh("cdtd_warp_logistic")
     return state._replace(
         averages=LogisticShape(jnp.array([0.5, -0.5]), jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0]))
     )
@@ -145,7 +149,7 @@ STATES = {
     "quantile_steep": ("learned_quantile", _steep_net()),
     "uncertainty_loaded": ("uncertainty_weighting", _scaled()),
     "cdcd_loaded": ("cdcd_warp", _warped()),
-    "cdtd_loaded": ("cdtd_logistic", _tied()),
+    "cdtd_loaded": ("cdtd_warp_logistic", _tied()),
 }
 """Name -> (learner, state): adaptive warps that have seen extremes."""
 
@@ -156,12 +160,12 @@ MEMBERS = {name: (name, *(n for n in STATES if STATES[n][0] == name)) for name i
 TRUNCATED = ("clipped", "clipped_adaptive")
 DRIFTING = ("ppots_unweighted", "uncertainty_loaded", "cdcd_loaded", "cdtd_loaded")
 """Biased members with states in which their bias shows."""
-BIASED = ("uncertainty_weighting", "cdcd_warp", "cdtd_warp", "cdtd_logistic", *DRIFTING)
+BIASED = ("uncertainty_weighting", "cdcd_warp", "cdtd_warp", "cdtd_warp_logistic", *DRIFTING)
 EXACT = [name for name in ALL if name not in TRUNCATED + BIASED]
 UNBIASED = [name for name in ALL if name not in BIASED]
 SEPARATE_LEVELS = ("stratified_blocks", "blocks_importance_mirror")
 """Members that tie the levels of one row, where the spec says that these are separate."""
-TIED_LEVELS = ("cdtd_warp", "cdtd_logistic", "cdtd_loaded")
+TIED_LEVELS = ("cdtd_warp", "cdtd_warp_logistic", "cdtd_loaded")
 """Biased members that tie the levels of one row."""
 RANGES = dict.fromkeys(TRUNCATED, (1 - 0.8, 1 - 0.3))
 """Quantiles that a truncated member covers."""

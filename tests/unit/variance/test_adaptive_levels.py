@@ -390,7 +390,13 @@ def test_learned_quantile_does_not_depend_on_the_unit_of_the_loss():
 
 
 LEARNERS = ("ppots", "ppots_slopes", "ppots_level_variance", "ema_bins", "loss_history")
-LEARNERS += ("learned_quantile", "uncertainty_weighting", "cdcd_warp", "cdtd_warp", "cdtd_logistic")
+LEARNERS += (
+    "learned_quantile",
+    "uncertainty_weighting",
+    "cdcd_warp",
+    "cdtd_warp",
+    "cdtd_warp_logistic",
+)
 
 
 def test_a_curve_starts_at_the_scale_of_the_first_losses_that_say_something():
