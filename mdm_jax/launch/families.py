@@ -131,7 +131,7 @@ def masked(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | Non
         return parts.finished(config, dataset, objectives.masked_nelbo(process, law))
 
     model = parts.body(config, dataset, source)
-    chunking = parts.make_chunking(config.model.logits_at, **config.mesh)
+    chunking = parts.make_chunking(config.model.logits_at, config.mesh)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     shifted = source is not None and source.traits.shift
     if shifted:
@@ -197,7 +197,7 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
         return parts.finished(config, dataset, objectives.block_nelbo(process, size, law))
 
     model = parts.body(config, dataset, source)
-    chunking = parts.make_chunking(config.model.logits_at, **config.mesh)
+    chunking = parts.make_chunking(config.model.logits_at, config.mesh)
     apply_fn = models.block_apply(model, size, window, chunking)
     with_mask = functools.partial(models.block_apply, model, size, window, chunking)
     sampler, named_levels = parts.masked_sampler(config, dataset)
@@ -248,7 +248,7 @@ def uniform(
     parts.refuse_guidance(config)
     law = schedules.law_of(parts.masked_schedule(config.law.name, config.law, "law.name"))
     model = parts.body(config, dataset, source)
-    chunking = parts.make_chunking(config.model.logits_at, **config.mesh)
+    chunking = parts.make_chunking(config.model.logits_at, config.mesh)
     apply_fn = model.apply if chunking is None else models.readout_apply(model, chunking)
     sampler = lookup(names.UNIFORM_SAMPLERS, c.sampler, "sample.sampler")(
         num_tokens, token_filter=parts.token_filters(c), **settings(c, c.sampler)
@@ -298,7 +298,7 @@ def autoregressive(
     parts.refuse_guidance(config)
     c, mask_id = config.sample, dataset.mask_id
     model = parts.body(config, dataset, source)
-    chunking = parts.make_chunking(config.model.logits_at, **config.mesh)
+    chunking = parts.make_chunking(config.model.logits_at, config.mesh)
     start = mask_id if source is None or source.tokenizer is None else source.tokenizer.bos_id
     apply_fn = models.causal_apply(model, start, chunking=chunking)
     decoder = models.cached_causal_decoder(model, start)

@@ -149,6 +149,9 @@ def reduced(words, folder):
         made += ["--config.data.prompt_length=24", "--config.data.answer_length=24"]
     if mode == "variance" and value(words, "config.measure.methods") is None:
         made.append("--config.measure.methods=('stratified',)")
+    if mode == "tune-levels":
+        made += ["--budget=28", "--config.spacing.budget=0"]
+        made += ["--config.spacing.grids=('cosine','edm_rho')"]
     if mode == "eval" and value(words, "include_path") is None:
         made.append("--include_path=tasks")
     return made

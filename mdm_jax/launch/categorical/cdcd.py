@@ -41,7 +41,7 @@ def cdcd(config: ConfigDict, dataset: data.Dataset, _source: None = None) -> Fam
     model = categorical.EmbeddingTransformer(
         network(dataset.vocab_size, **config.model), config.cdcd.size, dataset.mask_id, path
     )
-    chunking = make_chunking(config.model.logits_at, **config.mesh)
+    chunking = make_chunking(config.model.logits_at, config.mesh)
     apply_fn = categorical.embedding_apply(model, chunking)
     sampler = lookup(names.GAUSSIAN_SAMPLERS, c.sampler, "sample.sampler")(**settings(c, c.sampler))
 

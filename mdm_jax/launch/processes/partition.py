@@ -20,7 +20,7 @@ def partition(
     parts.refuse_approximate_cache(config)
     shape = parts.network(dataset.vocab_size, **config.model)
     model = models.Partition(shape, dataset.mask_id, config.partition.decoder_depth)
-    chunking = parts.make_chunking(config.model.logits_at, **config.mesh)
+    chunking = parts.make_chunking(config.model.logits_at, config.mesh)
     law = schedules.law_of(parts.masked_schedule(config.law.name, config.law, "law.name"))
     bound = objectives.partition_nelbo(dataset.mask_id, law)
     sampler, named_levels = parts.masked_sampler(config, dataset)

@@ -81,12 +81,14 @@ def placed(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict:
     return config
 
 
-def make_chunking(logits_at: str, data: int, fsdp: int, tensor: int) -> models.Chunking | None:
-    """Chunking of losses at target positions; None for logits of all positions."""
-    del tensor  # devices along this axis hold the same rows
+def make_chunking(logits_at: str, mesh: ConfigDict) -> models.Chunking | None:
+    """Chunking of losses at target positions; None for logits of all positions.
+
+    ``mesh`` in numbers (:func:`placed`): devices along its tensor axis hold the same rows.
+    """
     if not lookup({"targets": True, "all": False}, logits_at, "model.logits_at"):
         return None
-    return models.Chunking(data * fsdp)
+    return models.Chunking(mesh.data * mesh.fsdp)
 
 
 def make_corruption(
