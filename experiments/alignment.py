@@ -271,10 +271,24 @@ def before_path(directory: pathlib.Path, name: str, way: str) -> pathlib.Path:
     return directory / f"{name}-before{'-in-order' * in_order}.json"
 
 
+def check_settings(directory: pathlib.Path) -> None:
+    """Note what the runs of ``directory`` are made with; WorkdirError if others were made there."""
+    path, settings = directory / "settings.json", [UPDATES, BATCH, ANSWERS, RATE, HELD_OUT]
+    own = {"runs": settings, "tasks": TASKS, "starts": (TARGET, OFTEN, MOST, WORD_STEPS)}
+    own |= {"ways": WAYS, "losses": LOSSES, "pairs": (BETA, PAIR_UPDATES, words.PAIRS)}
+    own = json.loads(json.dumps(own))
+    if (read(path) or own) != own:
+        raise WorkdirError(
+            f"{directory} holds runs of other settings ({path.name}); give another --workdir"
+        )
+    files.write_json(files.as_path(path), own)
+
+
 def study(directory: pathlib.Path, minutes: float) -> bool:
     """Make what is missing, until the time is up; whether all is there."""
     end = time.monotonic() + 60 * minutes
     (directory / "parts").mkdir(parents=True, exist_ok=True)
+    check_settings(directory)
     words.write(directory)
     names = (*TASKS, "words")
     starts = {name: pretrain(name, directory) for name in names}

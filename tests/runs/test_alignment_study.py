@@ -7,7 +7,8 @@ import pytest
 
 from experiments import alignment as study
 from experiments import words
-from mdm_jax import data, models, testing
+from mdm_jax import alignment, data, models, testing
+from mdm_jax.launch.workdir import WorkdirError
 from mdm_jax.models.cross_entropy import as_logits
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -30,6 +31,19 @@ def test_gains_have_errors_over_seeds_and_prompts():
     spread = np.std([g.mean for g in made])
     error = np.sqrt(np.mean([g.error**2 for g in made]))
     assert 0.88 < error / spread < 1.2  # 400 studies: 3.5 % a standard error; rather too large
+
+
+def test_all_ways_take_as_many_passes():
+    taken = {w.replicates * alignment.METHODS[w.method].passes for w in study.WAYS.values()}
+    assert taken == {study.PASSES}
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path, monkeypatch):
+    study.check_settings(tmp_path)
+    study.check_settings(tmp_path)
+    monkeypatch.setattr(study, "RATE", 2 * study.RATE)
+    with pytest.raises(WorkdirError, match="holds runs of other settings"):
+        study.check_settings(tmp_path)
 
 
 def test_the_table_says_which_start_missed_its_target():
