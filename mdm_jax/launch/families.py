@@ -208,10 +208,8 @@ def block(config: ConfigDict, dataset: data.Dataset, source: hub.HubModel | None
             levels = None
         elif levels is None:
             levels = named_levels(config.sample.grid, num_steps)
-        decoder = models.cached_block_decoder(model, size, window)
-        logits = models.without_tokens(decoder.logits, dataset.absent_ids)
         return samplers.make_block_generator(
-            decoder._replace(logits=logits),
+            parts.block_decoder(config, dataset, model),
             parts.watched(sampler, watch),
             levels,
             mask_id=dataset.mask_id,

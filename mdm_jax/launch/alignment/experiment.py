@@ -19,7 +19,7 @@ from mdm_jax.launch.alignment.settings import PREFERENCES
 from mdm_jax.launch.alignment.validation import REFERENCE, beta_of, reward_of
 from mdm_jax.launch.auto import chain as chains
 from mdm_jax.launch.build import Experiment
-from mdm_jax.launch.processes.parts import masked_sampler
+from mdm_jax.launch.processes.parts import block_decoder, masked_sampler
 from mdm_jax.launch.workdir import WorkdirError, changes
 from mdm_jax.models import lora
 from mdm_jax.training.loop import BatchStream
@@ -344,16 +344,9 @@ def _rollout(experiment: Experiment) -> Callable[..., alignment.Written]:
     sampler, levels = masked_sampler(c, dataset)
     grid = None if sampler.num_steps is not None else levels(c.sample.grid, c.sample.num_steps)
     if c.process == "block":
-        decoder = models.cached_block_decoder(
-            experiment.model, c.block.size, c.block.window or None
-        )
-        logits = models.without_tokens(decoder.logits, dataset.absent_ids)
+        decoder = block_decoder(c, dataset, experiment.model)
         generate = samplers.make_block_generator(
-            decoder._replace(logits=logits),
-            sampler,
-            grid,
-            mask_id=dataset.mask_id,
-            with_passes=True,
+            decoder, sampler, grid, mask_id=dataset.mask_id, with_passes=True
         )
         return alignment.without_steps(generate, dataset.mask_id)
     network = models.without_tokens(experiment.apply_fn, dataset.absent_ids)

@@ -91,6 +91,14 @@ def make_chunking(logits_at: str, mesh: ConfigDict) -> models.Chunking | None:
     return models.Chunking(mesh.data * mesh.fsdp)
 
 
+def block_decoder(
+    config: ConfigDict, dataset: data.Dataset, model: nn.Module
+) -> models.BlockDecoder:
+    """The cached decoder of a block model, which writes no absent tokens."""
+    decoder = models.cached_block_decoder(model, config.block.size, config.block.window or None)
+    return decoder._replace(logits=models.without_tokens(decoder.logits, dataset.absent_ids))
+
+
 def make_corruption(
     name: str, section: Mapping[str, Any], dataset: data.Dataset
 ) -> corruption.Corruption:
