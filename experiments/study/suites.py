@@ -232,6 +232,16 @@ SUITES["confirmation_rates"] = dataclasses.replace(
     name="confirmation_rates",
     methods={"standard": METHODS["standard"], "highest_rates": ATTEMPTS["highest_rates"]},
 )
+SUITES["eight"] = dataclasses.replace(
+    SUITES["confirmation"],
+    name="eight",
+    methods={
+        **SUITES["confirmation"].methods,
+        "highest_rates": ATTEMPTS["highest_rates"],
+    },
+    seeds=tuple(range(20, 28)),
+    measured_seeds=(),
+)
 SUITES["longer"] = dataclasses.replace(
     SUITES["confirmation"],
     name="longer",
