@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tried import genmd4, mirror_plus, storm
+from experiments.tried import genmd4, mirror_plus, progressive, storm
 from mdm_jax import corruption, objectives, testing
 from mdm_jax.draws import Draw
 from mdm_jax.testing import toys
 from mdm_jax.testing.enumeration import mask_bits
+from mdm_jax.types import Batch
 
 EXPONENTS = jnp.array([0.6, 1.0, 2.5])
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(48)
@@ -173,3 +174,37 @@ def test_mirror_plus_is_exact_whichever_rows_get_a_second_view():
         spread[cells] = found.var(0)
     # Beside a row with a higher rate there are two views of the first one, hence less variance.
     assert spread[2, 1][0] < 0.7 * spread[2, 3][0]
+
+
+def test_progressive_masks_reveal_the_surest_places_and_let_rows_through_in_turn():
+    stages, length = 4, 16
+    tokens = jnp.arange(8 * length, dtype=jnp.int32).reshape(8, length) % 5
+    eligible = jnp.arange(length)[None] >= jnp.array([0, 4] * 4)[:, None]  # with prompts, too
+    rows = Batch(tokens, eligible, jnp.ones_like(tokens), jnp.full(8, length))
+    pool = progressive.start(jax.random.key(0), rows, stages)
+    fresh = jax.tree.map(lambda leaf: leaf[:2] + (leaf.dtype == jnp.int32), rows)
+    seen = jnp.zeros(8, int)
+    for number in range(8):
+        own, other = jax.random.split(jax.random.key(1 + number))
+        logits = 3 * jax.random.normal(own, (8, length, 5))
+        after = progressive.advance(other, pool, logits, fresh, stages)
+        stayed = after.stage > 0
+        assert int(stayed.sum()) == 6  # the two rows that were through are others now
+        assert sorted(np.asarray(after.stage).tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+        count = after.rows.eligible.sum(-1)
+        shown = (after.rows.eligible & ~after.masked).sum(-1)
+        low, high = after.stage * count / stages, (after.stage + 1) * count / stages
+        assert bool(((shown >= jnp.floor(low)) & (shown <= jnp.ceil(high))).all())
+        assert bool((shown < count).all()) and not bool((after.masked & ~after.rows.eligible).any())
+        sure = jax.nn.softmax(logits).max(-1)
+        for row in np.flatnonzero(stayed):
+            np.testing.assert_array_equal(after.rows.tokens[row], pool.rows.tokens[row])
+            now = np.asarray(pool.masked[row] & ~after.masked[row])
+            left = np.asarray(after.masked[row])
+            assert not np.any(left & ~np.asarray(pool.masked[row]))  # never masked again
+            if now.any() and left.any():
+                assert sure[row][now].min() >= sure[row][left].max()
+        seen, pool = seen + ~stayed, after
+    np.testing.assert_array_equal(seen, 2)  # in eight steps of four stages every slot twice
+    with pytest.raises(ValueError, match="do not divide"):
+        progressive.start(jax.random.key(9), rows, 3)
