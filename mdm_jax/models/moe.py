@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax.models.layers import swiglu
+from mdm_jax.models.products import product
 from mdm_jax.sharding import add_shards, gather, map_shards
 from mdm_jax.types import Array
 
@@ -39,6 +40,40 @@ class Experts:
     def at(self, layer: int) -> bool:
         """Whether a block is a mixture."""
         return self.layers is None or layer in self.layers
+
+
+def grouped_product(x: Array, kernels: Array, sizes: Array) -> Array:
+    """Float32 [N, H] of rows [N, D], of which each expert's are together, by its kernel [E, D, H].
+
+    ``sizes`` [E] are the numbers of rows, N in all. TPUs have a kernel for this. Compilers of
+    other devices multiply every row by all experts, so there rows are cut into blocks of one
+    expert, the last of each filled with zeros.
+    """
+    sizes = sizes.astype(jnp.int32)
+    return jax.lax.platform_dependent(x, kernels, sizes, tpu=_ragged, default=_in_blocks)
+
+
+def _ragged(x: Array, kernels: Array, sizes: Array) -> Array:
+    return jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32)
+
+
+def _in_blocks(x: Array, kernels: Array, sizes: Array) -> Array:
+    rows, experts = len(x), len(kernels)
+    # Half of an expert's mean share, so that zeros are a third of all blocks at most.
+    block = 1 << min(7, max(3, (rows // (2 * experts)).bit_length() - 1))
+    count = min(rows, rows // block + experts)  # enough for any sizes
+    used = -(-sizes // block)
+    ends = jnp.cumsum(used)
+    expert = jnp.searchsorted(ends, jnp.arange(count), side="right")
+    of_row = jnp.repeat(jnp.arange(experts), sizes, total_repeat_length=rows)
+    first_row, first_block = jnp.cumsum(sizes) - sizes, ends - used
+    place = jnp.arange(rows) + (first_block * block - first_row)[of_row]
+    padded = jnp.zeros((count * block, x.shape[1]), x.dtype)
+    padded = padded.at[place].set(x, unique_indices=True).reshape(count, block, -1)
+    # In float32 the gradients of an expert's blocks are added; products round as ``x`` is.
+    own = kernels.astype(jnp.float32).at[expert].get(mode="clip")
+    y = product("mbd,mdh->mbh", padded, own)
+    return y.reshape(count * block, -1).at[place].get(unique_indices=True)
 
 
 _ROWS, _INWARD, _OUTWARD = ("batch", None, None), (None, "embed", "mlp"), (None, "mlp", "embed")
@@ -80,12 +115,8 @@ class Mixture(nn.Module):
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         visits, sizes = rows[order // e.per_token], jnp.bincount(chosen.reshape(-1), length=e.count)
 
-        def multiply(x: Array, kernel: Array) -> Array:
-            sums = {"preferred_element_type": jnp.float32}
-            return jax.lax.ragged_dot(x, kernel, sizes.astype(jnp.int32), **sums)
-
-        hidden = swiglu(*(multiply(visits, kernel).astype(self.dtype) for kernel in (gate, up)))
-        y = multiply(hidden, down)
+        hidden = [grouped_product(visits, kernel, sizes) for kernel in (gate, up)]
+        y = grouped_product(swiglu(*(part.astype(self.dtype) for part in hidden)), down, sizes)
         weights = weights.astype(self.dtype).astype(jnp.float32).reshape(-1)[order]
         # Every token's visits, back in its own order, are summed.
         y = jnp.zeros_like(y).at[order].set(y * weights[:, None], unique_indices=True)

@@ -46,8 +46,8 @@ def _equation_flops(equation: Any) -> int:
     counts = [count_flops(inner) for inner in _inner(params)]
     if name == "scan":
         return params["length"] * sum(counts)
-    if name == "cond":
-        return max(counts, default=0)
+    if name == "cond":  # of a platform's own ways, the one without padding
+        return (min if params.get("branches_platforms") else max)(counts, default=0)
     if name == "shard_map":
         return sum(counts) * math.prod(params["mesh"].shape.values())
     if name == "pallas_call":

@@ -47,6 +47,35 @@ def test_a_mesh_changes_nothing_and_gathers_no_token(stages, monkeypatch):
     assert f"[{visits},8]" not in text and f"[{visits // ways},8]" in text
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_of_one_expert_are_the_ragged_product(dtype):
+    """Products and gradients, with experts of no rows, of one, and of all but one."""
+    x = jax.random.normal(jax.random.key(0), (96, 8)).astype(dtype)
+    kernels = jax.random.normal(jax.random.key(1), (4, 8, 6)).astype(dtype)
+    slopes = jax.random.normal(jax.random.key(2), (96, 6))
+    # Of a bfloat16 result the parts of a sum differ in their last bit.
+    tolerance = {"rtol": 2e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 5e-2}
+
+    @tiny.jit
+    def both(sizes):
+        def out(way):
+            def total(x, kernels):
+                y = way(x, kernels, sizes)
+                return jnp.sum(y * slopes), y
+
+            return jax.grad(total, (0, 1), has_aux=True)(x, kernels)
+
+        return out(moe._in_blocks), out(moe._ragged)
+
+    for sizes in ([24, 24, 24, 24], [0, 95, 0, 1], [96, 0, 0, 0], [7, 0, 8, 81]):
+        found, expected = both(jnp.array(sizes))
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(
+                *(np.asarray(leaf, np.float32) for leaf in (one, other)), **tolerance
+            )
+
+
 def test_stages_of_scattering():
     """Each device's part of a sum is its own, whichever the stages."""
     assert distributed.scatter_stages(64) == [None]  # not on CPUs
