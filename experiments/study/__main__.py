@@ -9,12 +9,13 @@ whenever the command ends; --only_tables writes them from what is finished and r
 
 Suites: smoke (seconds), tune, tune_finetune and tune_larger (learning rates of standard training),
 small (hours on two CPU cores), confirmation (fresh seeds of four methods), attempts and
-confirmation_rates (other ranges of rates), longer, weights, larger (five tasks, all methods of the
-field; nights) and field_text (four of them on text), arithmetic (word problems, with
---config.data.path=FILE of experiments.prepare mawps), noise_scale (experiments.study.noise_scale
-reads it), finetune (the small model of the repository on two tasks, or with
---config.model.source=DIR another one). For a GPU: full, and a2d (a released model on GSM8K, with
---config.model.source=DIR --config.data.path=FILE). experiments/study/suites.py defines them,
+confirmation_rates (other ranges of rates), eight (five methods, eight fresh seeds), field_text and
+field_sudoku (other methods of the field on the same seeds; may share the workdir of eight), longer
+(three times the steps), weights, larger (five tasks, all methods of the field; nights), arithmetic
+(word problems, with --config.data.path=FILE of experiments.prepare mawps), noise_scale
+(experiments.study.noise_scale reads it), finetune (the small model of the repository on two tasks,
+or with --config.model.source=DIR another one). For a GPU: full, and a2d (a released model on GSM8K,
+with --config.model.source=DIR --config.data.path=FILE). experiments/study/suites.py defines them,
 docs/study.md has the results.
 """
 

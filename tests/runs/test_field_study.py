@@ -33,7 +33,7 @@ def test_power_is_that_of_students_test():
     assert np.mean(statistic > limit) == pytest.approx(0.8, abs=0.01)
     assert expected.detectable(8, 12) > size > expected.detectable(16, 4)
     line = expected.power_line(SUITES["field_text"])
-    assert "4 seeds and 3 comparisons a table" in line
+    assert "8 seeds and 6 comparisons a table" in line
     assert expected.power_line(dataclasses.replace(SUITES["field_text"], seeds=(0,))) == ""
     with pytest.raises(ValueError, match="at least two seeds"):
         expected.detectable(1, 1)
