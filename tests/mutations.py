@@ -652,6 +652,20 @@ MUTATIONS = [
         "tests/unit/models/test_loss_weights.py",
     ),
     Mutation(
+        "products: narrow batches in any layout",
+        "models/products.py",
+        "if left_batch and dtype.itemsize < 4:",
+        "if False:",
+        "tests/unit/models/test_products.py",
+    ),
+    Mutation(
+        "attention: queries, keys and values as slices",
+        "models/transformer.py",
+        "jnp.split(y, len(names), axis=2)",
+        "[y[:, :, i : i + 1] for i in range(len(names))]",
+        "tests/unit/models/test_transformer.py",
+    ),
+    Mutation(
         "attention: all scores at once",
         "models/attention.py",
         "at_most = max(1, min(shard_rows, SCORES_AT_ONCE // scores))",

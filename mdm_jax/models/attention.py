@@ -115,11 +115,19 @@ def _scores(spec: str, q: Array, k: Array, mask: Array | None) -> Array:
 def _softmax(scores: list[Array]) -> tuple[list[Array], Array]:
     """One softmax over the last axes of several arrays, not yet divided by its total."""
     # The result does not depend on what is subtracted.
-    top = [jnp.max(jax.lax.stop_gradient(s), axis=-1, keepdims=True) for s in scores]
+    top = [_largest(jax.lax.stop_gradient(s)) for s in scores]
     top = checkpoint_name(functools.reduce(jnp.maximum, top), _KEPT)
     weights = [jnp.exp(s - top) for s in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     return weights, checkpoint_name(total, _KEPT)
+
+
+def _largest(scores: Array) -> Array:
+    """Maxima over the last axis, which is kept."""
+    # The CPU's compiler compares numbers of a row one by one, those of two arrays many at a time.
+    while platform() == "cpu" and scores.shape[-1] >= 128 and scores.shape[-1] % 2 == 0:
+        scores = jnp.maximum(*jnp.split(scores, 2, axis=-1))
+    return jnp.max(scores, axis=-1, keepdims=True)
 
 
 def _normalise(y: Array, total: Array) -> Array:

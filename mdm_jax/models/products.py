@@ -82,8 +82,12 @@ def _multiply_on_cpu(
     # Gradients of weights, keys and values sum over leading axes: the smaller operand is transposed
     # and put first. The barriers keep the compiler from folding the transpose into the product.
     (left_sum, right_sum), (left_batch, right_batch) = dimensions
+    dtypes = {"dtype": dtype, "out_dtype": out_dtype}
+    multiply = functools.partial(_multiply, **dtypes)
+    if left_batch and dtype.itemsize < 4:
+        multiply = functools.partial(_multiply_reshaped, **dtypes)
     if set(left_sum) == set(range(left.ndim - len(left_sum), left.ndim)):
-        return _multiply(left, right, dimensions=dimensions, dtype=dtype, out_dtype=out_dtype)
+        return multiply(left, right, dimensions=dimensions)
     left_free = _free(left.ndim, left_sum, left_batch)
     right_free = _free(right.ndim, right_sum, right_batch)
     batch = tuple(range(len(left_batch)))
@@ -95,15 +99,23 @@ def _multiply_on_cpu(
     if left.size <= right.size:
         left, last = summed_last(left, left_free, left_sum, left_batch)
         by_left = ((last, right_sum), (batch, right_batch))
-        y = _multiply(left, right, dimensions=by_left, dtype=dtype, out_dtype=out_dtype)
+        y = multiply(left, right, dimensions=by_left)
         # A transpose that the compiler folds into the result has no kernel for narrow operands.
         return y if dtype.itemsize >= 4 else lax.optimization_barrier(y)
     right, last = summed_last(right, right_free, right_sum, right_batch)
     by_right = ((last, left_sum), (batch, left_batch))
-    y = _multiply(right, left, dimensions=by_right, dtype=dtype, out_dtype=out_dtype)
+    y = multiply(right, left, dimensions=by_right)
     y = lax.optimization_barrier(y)
     split = len(batch) + len(right_free)
     return jnp.transpose(y, [*batch, *range(split, y.ndim), *range(len(batch), split)])
+
+
+def _multiply_reshaped(left: Array, right: Array, *, dimensions: Dimensions, **dtypes) -> Array:
+    # The kernels for narrow operands take batches in row-major order alone, and an array that was
+    # transposed, or is the compiler's idea of one, has another until it is reshaped.
+    summed, batches = (tuple(tuple(d + 1 for d in axes) for axes in pair) for pair in dimensions)
+    batches = tuple((0, *axes) for axes in batches)
+    return _multiply(left[None], right[None], dimensions=(summed, batches), **dtypes)[0]
 
 
 def _shape(left, right, **options) -> jax.core.ShapedArray:

@@ -160,8 +160,8 @@ class Attention(nn.Module):
         for names in together:
             stacked = jnp.stack([kernels[name]() for name in names], axis=1)
             y = product("nli,ico->nlco", x.astype(c.dtype), stacked, c.dtype, c.dtype)
-            for i, name in enumerate(names):
-                projected[name] = kernels[name].adapted(x, y[:, :, i], c.dtype)
+            for name, each in zip(names, jnp.split(y, len(names), axis=2)):  # gradients are joined
+                projected[name] = kernels[name].adapted(x, each[:, :, 0], c.dtype)
         if c.qkv_bias:
             for name in heads:
                 projected[name] = layers.Bias(c.param_dtype, name=f"{name}_bias")(projected[name])

@@ -1,6 +1,7 @@
 """Products with narrow operands: equal to einsum in float32, and narrow in both passes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import tiny
 from variants import slow_except
 
 from mdm_jax.models.products import product
+from mdm_jax.training import compiler_options
 
 pytestmark = pytest.mark.keyless
 
@@ -145,3 +147,19 @@ def test_other_products_are_refused(spec):
         product(spec, jnp.ones((2, 2)), jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="two operands and a result"):
         product("ij->i", jnp.ones((2, 2)), jnp.ones((2, 2)))
+
+
+def test_on_a_cpu_products_of_transposed_batches_stay_narrow():
+    """Their operands are bfloat16 in the compiled program, as those of batches in order."""
+
+    def narrow(transposed: bool) -> bool:
+        shape = (2, 64, 4, 32) if transposed else (2, 4, 64, 32)
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        order = (lambda x: jnp.swapaxes(x, 1, 2)) if transposed else (lambda x: x)
+        scores = lambda q, k: product("nhqd,nhkd->nhqk", order(q), order(k))  # noqa: E731
+        compiled = jax.jit(scores).lower(x, x).compile(compiler_options=compiler_options("cpu"))
+        return not re.search(r"= f32\[2,(64,4|4,64),32\]", compiled.as_text())
+
+    if not narrow(transposed=False):
+        pytest.skip("this CPU's library has no products of bfloat16")
+    assert narrow(transposed=True)

@@ -283,6 +283,16 @@ def test_products_of_bfloat16_accumulate_in_float32():
     np.testing.assert_array_equal(out, 4097.0)
 
 
+def test_gradients_of_queries_keys_and_values_are_joined_without_padding():
+    """Of three slices they would be three padded arrays, a seventh of a step on a CPU."""
+    model = tiny.transformer()
+    params, inputs = tiny.parameters(model, 6), jnp.zeros((1, 6), jnp.int32)
+    gradient = jax.grad(lambda p: jnp.sum(model.apply(p, inputs)))
+    text = jax.jit(gradient).lower(params).as_text()
+    width = model.config.width
+    assert "stablehlo.pad" not in text and f"1x6x3x{width}xf32" in text
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms_are_computed_in_float32(kind):
     x = np.random.default_rng(0).normal(3.0, 2.0, (5, 64)).astype(jnp.bfloat16)
