@@ -10,6 +10,7 @@ need (Lightning, Hydra, transformers, metrics, data loaders, Mamba) is a stand-i
 """
 
 import contextlib
+import importlib.machinery
 import json
 import os
 import resource
@@ -293,7 +294,7 @@ def stand_in(torch: Any, job: Job) -> None:
             if own == "models":  # theirs
                 continue
             module = sys.modules.setdefault(own, Module(own))
-            module.__path__ = []
+            module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(own, None)
             if i and names[0] != "models":
                 setattr(sys.modules[".".join(names[:i])], names[i], module)
         vars(sys.modules[path]).update(values)
