@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.launch.start.accelerators import multiplies_bfloat16
+
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
@@ -48,8 +50,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 def product_dtype() -> jnp.dtype:
     """bfloat16 where there are units that multiply it, float32 elsewhere."""
-    narrow = bool({"avx512_bf16", "amx_bf16"} & _processor()[1])
-    return jnp.dtype(jnp.bfloat16 if narrow or jax.default_backend() != "cpu" else jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if multiplies_bfloat16() else jnp.float32)
 
 
 def product(dtype: jnp.dtype) -> tuple[Callable[[], object], float]:

@@ -11,14 +11,16 @@ is 0, and the peers' conditioning is narrow, so that parameters are about as man
 is of 8 rows of 256 in 64 steps, on S; first steps, of S too, count from the start of the process.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,8 +53,8 @@ def _side(summary: str, side: str, dtype: str = "float32", **job: Any) -> Side:
 _AS_THE_VARIANT = {"optimizer.name": "adamw", "variance.order": ("stratified",)}
 
 
-def _launcher(summary: str, **config: Any) -> Side:
-    return _side(summary, "launcher", config=config)
+def _launcher(summary: str, dtype: str = "float32", **config: Any) -> Side:
+    return _side(summary, "launcher", dtype, config=config)
 
 
 TRAIN = {
@@ -68,6 +70,7 @@ TRAIN = {
     ),
     "launcher monitors": _launcher("no monitors", **_AS_THE_VARIANT, **{"train.monitors": ()}),
     "library bfloat16": _side("bfloat16 operands", "library", "bfloat16"),
+    "launcher bfloat16": _launcher("bfloat16 operands", "bfloat16", **_AS_THE_VARIANT),
     "mdlm bfloat16": _side("eager, autocast", "mdlm", "bfloat16"),
     "mdlm compiled bfloat16": _side("compiled, autocast", "mdlm", "bfloat16", compiled=True),
     "bd3lms bfloat16": _side("eager, autocast", "bd3lms", "bfloat16"),
@@ -75,7 +78,10 @@ TRAIN = {
 SETS = {
     "default": tuple(TRAIN)[:6],
     "bfloat16": (REFERENCE, *(name for name in TRAIN if name.endswith("bfloat16"))),
-    "launchers": (REFERENCE, *(name for name in TRAIN if name.startswith("launcher"))),
+    "launchers": (
+        *(REFERENCE, "library bfloat16"),
+        *(name for name in TRAIN if name.startswith("launcher")),
+    ),
     "all": tuple(TRAIN),
 }
 SAMPLERS = ("ancestral", "blocks, cached")
@@ -84,13 +90,24 @@ SAMPLE = {
     "mdlm": _side("with its cache", "mdlm"),
     "bd3lms": _side("with its cache, blocks of 16", "bd3lms"),
 }
-GOALS = {
-    ("training", "S"): [(REFERENCE, "mdlm compiled", 0.8), ("launcher", REFERENCE, 1.05)],
-    ("training", "M"): [(REFERENCE, "mdlm compiled", 0.5), ("launcher", REFERENCE, 1.05)],
-    ("sampling", "S"): [("ancestral", "mdlm", 0.6), ("blocks, cached", "bd3lms", 0.25)],
+SAMPLE |= {
+    f"{name} bfloat16": Side(summary, job | {"dtype": "bfloat16"})
+    for name, (summary, job) in SAMPLE.items()
 }
-"""Most of the second's time that the first may take. Those of training are meant in bfloat16, on
-processors with units for it, and read in float32 here."""
+
+
+def _goals(*each: tuple[str, str, float]) -> list[tuple[str, str, float]]:
+    narrow = [(f"{a} bfloat16", f"{b} bfloat16", most) for a, b, most in each]
+    return [*each, *narrow]
+
+
+GOALS = {
+    ("training", "S"): _goals((REFERENCE, "mdlm compiled", 0.8), ("launcher", REFERENCE, 1.05)),
+    ("training", "M"): _goals((REFERENCE, "mdlm compiled", 0.5), ("launcher", REFERENCE, 1.05)),
+    ("sampling", "S"): _goals(("ancestral", "mdlm", 0.6), ("blocks, cached", "bd3lms", 0.25)),
+}
+"""Most of the second's time that the first may take: meant in bfloat16, on processors with units
+for it, and read in float32 too."""
 FIRST_STEP = {"library, cold": 12.0, "library, warm": 4.0}
 """Goals of the first step, processor seconds."""
 
@@ -105,7 +122,7 @@ class Worker:
     def __init__(self, job: dict[str, Any]):
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by close)
         python = _TORCH.value if "directory" in job else sys.executable
-        self._process = subprocess.Popen(
+        self._process = start(
             [python, str(pathlib.Path(__file__).with_name("peers_worker.py")), json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -134,6 +151,28 @@ class Worker:
         self._log.seek(0)
         lines = self._log.read().strip().splitlines() or ["no message"]
         raise RuntimeError(f"status {self._process.returncode}: {lines[-1]}")
+
+
+_STARTED: list[subprocess.Popen] = []
+
+
+def start(*arguments: Any, **options: Any) -> subprocess.Popen:
+    """A child, which :func:`main` does not outlive."""
+    _STARTED.append(subprocess.Popen(*arguments, **options))
+    return _STARTED[-1]
+
+
+@contextlib.contextmanager
+def ending_children() -> Iterator[None]:
+    """Ends what :func:`start` started, also where SIGTERM ends this process."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        for process in _STARTED:
+            process.kill()
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def environment() -> dict[str, str]:
@@ -187,7 +226,7 @@ def measure(
         calls, of = {}, {}
         for side, worker in workers.items():
             for name in worker.first["calls"]:
-                label = name if name in SAMPLERS else side
+                label = side.replace(REFERENCE, name) if name in SAMPLERS else side
                 calls[label] = lambda worker=worker, name=name: worker.call(name)
                 of[label] = side
         times = take_turns(calls, options)
@@ -289,7 +328,7 @@ def _first_step(shape: Shape, directory: pathlib.Path) -> float:
         "model.depth": shape.depth,
         "model.num_heads": shape.num_heads,
     }
-    process = subprocess.Popen(
+    process = start(
         [
             *("taskset", "-c", str(max(os.sched_getaffinity(0)))),
             *(sys.executable, "-m", "mdm_jax.launch", "train", "--config=quickstart:char"),
@@ -350,7 +389,8 @@ def main(_: list[str]) -> None:
     unknown = set(_PARTS.value) - set(PARTS)
     if unknown:
         raise app.UsageError(f"--parts: unknown {sorted(unknown)}; known are {', '.join(PARTS)}")
-    command.run([PARTS[name] for name in _PARTS.value])
+    with ending_children():
+        command.run([PARTS[name] for name in _PARTS.value])
 
 
 if __name__ == "__main__":

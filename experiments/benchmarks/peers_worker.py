@@ -50,8 +50,10 @@ def jax_side(job: Job) -> tuple[Calls, int]:
         calls = {}
         for name in job["samplers"]:
             generator = sampling.GENERATORS[name]
-            network = setting.model(shape, generator.variant)
-            generate = generator.make(shape, network, generator.variant, job["steps"])
+            dtype = {"dtype": jax.numpy.dtype(job["dtype"])}
+            variant = generator.variant._replace(config=generator.variant.config | dtype)
+            network = setting.model(shape, variant)
+            generate = generator.make(shape, network, variant, job["steps"])
             params = setting.random_params(network, shape.length)
 
             def call(generate: Any = generate, params: Any = params) -> float:

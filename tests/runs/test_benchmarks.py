@@ -1,6 +1,8 @@
 """The benchmarks: a fair yardstick, honest arithmetic, and no package that a GPU machine lacks."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -350,6 +352,14 @@ def test_a_worker_that_ends_says_why(peer):
     message = found["sides"]["launcher"]["unavailable"]
     assert message == "RuntimeError: status 1: nothing to run on"
     assert found["sides"]["library"]["seconds"]["median"] == 2.0
+
+
+def test_children_do_not_outlive_a_benchmark_that_is_terminated():
+    with pytest.raises(SystemExit), peers.ending_children():
+        child = peers.start(["sleep", "60"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        child.wait()
+    assert child.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""Accelerators of this machine that JAX does not use."""
+"""What this machine has that a run may not use: accelerators, and units for bfloat16."""
 
 import glob
+import pathlib
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ import jax
 _NVIDIA = ("/dev/nvidia[0-9]*",)
 _TPU = ("/dev/accel[0-9]*",)
 _TPU_VARIABLES = ("TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+_BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16"}
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 
 def unused_accelerator(environment: Mapping[str, str]) -> str | None:
@@ -39,6 +42,30 @@ def accelerator(environment: Mapping[str, str]) -> tuple[str, str] | None:
     if device := _first(_TPU) or variable:
         return f"a TPU ({device})", "tpu"
     return None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether JAX's devices multiply bfloat16 faster than float32.
+
+    Accelerators do; CPUs where Linux lists units for it, ``avx512_bf16`` or ``amx_bf16``.
+    """
+    if jax.default_backend() != "cpu":
+        return True
+    try:
+        lines = _CPUINFO.read_text("utf-8").splitlines()
+    except OSError:
+        return False
+    return any(_BFLOAT16_UNITS & set(line.split()) for line in lines if line.startswith("flags"))
+
+
+def unused_bfloat16(dtype: str) -> str | None:
+    """A hint that this CPU has units for bfloat16, where ``model.dtype`` is float32, or None."""
+    if jax.default_backend() != "cpu" or dtype != "float32" or not multiplies_bfloat16():
+        return None
+    return (
+        "this processor has units for bfloat16: a step with --config.model.dtype=bfloat16 is "
+        "faster (docs/scaling.md, CPUs); float32 stays the default, for the same numbers everywhere"
+    )
 
 
 def _platforms() -> str | None:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mdm_jax.data.statistics import length_quantiles
 from mdm_jax.launch import config as launch_config
+from mdm_jax.launch.start.accelerators import multiplies_bfloat16
 from mdm_jax.launch.start.look import Look
 from mdm_jax.launch.start.scaled import parameters
 
@@ -29,13 +30,17 @@ FEWEST_STEPS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the run is planned for; ``memory`` in bytes, of a device or of the CPU."""
+    """What the run is planned for; ``memory`` in bytes, of a device or of the CPU.
+
+    ``bfloat16``: whether it multiplies that faster than float32.
+    """
 
     platform: str
     kind: str
     devices: int
     cores: int
     memory: int
+    bfloat16: bool = False
 
     @property
     def is_cpu(self) -> bool:
@@ -54,7 +59,8 @@ def this_machine() -> Machine:
     if device.platform != "cpu":
         memory = (device.memory_stats() or {}).get("bytes_limit", memory)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Machine(device.platform, device.device_kind, jax.device_count(), cores or 1, memory)
+    own = (device.platform, device.device_kind, jax.device_count(), cores or 1, memory)
+    return Machine(*own, multiplies_bfloat16())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +195,9 @@ def network(size: tuple[int, int], machine: Machine, why: str) -> Choice:
     width, depth = size
     settings: dict[str, Any] = {"width": width, "depth": depth}
     settings["num_heads"] = width // 64 if width >= 512 else max(1, width // 32)
-    if not machine.is_cpu:
+    if machine.bfloat16:
         settings["dtype"] = "bfloat16"
-        why += "; products in bfloat16, as on all accelerators"
+        why += "; products in bfloat16, for which this machine has units"
     return Choice("model", settings, why)
 
 

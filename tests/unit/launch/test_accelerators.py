@@ -74,3 +74,26 @@ def test_training_begins_with_the_warning(monkeypatch, capsys, tmp_path):
     run = ("train", f"--config={launching.QUICKSTART}", f"--workdir={tmp_path / 'run'}")
     code, out, err = launching.call(monkeypatch, capsys, *run)
     assert code == 130 and "warning: no plugin\n" in err and "of cpu" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend", "units", "hint"),
+    [
+        ("fpu avx2 avx512_bf16 sse", "cpu", True, True),
+        ("amx_bf16", "cpu", True, True),
+        ("fpu avx512f avx512_bf16x", "cpu", False, False),
+        (None, "cpu", False, False),  # no such file
+        (None, "gpu", True, False),
+    ],
+)
+def test_units_for_bfloat16_are_named_where_float32_does_not_use_them(
+    machine, monkeypatch, tmp_path, flags, backend, units, hint
+):
+    machine(backend=backend)
+    monkeypatch.setattr(accelerators, "_CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    assert accelerators.multiplies_bfloat16() is units
+    text = accelerators.unused_bfloat16("float32")
+    assert ("model.dtype=bfloat16" in text) if hint else text is None
+    assert accelerators.unused_bfloat16("bfloat16") is None

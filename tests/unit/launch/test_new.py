@@ -16,7 +16,7 @@ from mdm_jax.launch.start.look import look
 
 WORDS = ["red", "cat", "sat", "on", "mats", "and", "saw", "old", "birds", "over", "hills", "while"]
 CPU = plan.Machine("cpu", "cpu", 1, 2, 2**34)
-GPU = plan.Machine("gpu", "H100", 8, 64, 80 * 2**30)
+GPU = plan.Machine("gpu", "H100", 8, 64, 80 * 2**30, bfloat16=True)
 
 
 def _sentences(count, words=8):
@@ -203,6 +203,8 @@ def test_subwords_need_text_and_their_number_the_machine(tmp_path):
 def test_accelerators_get_bfloat16_rows_for_all_devices_and_longer_ones():
     assert plan.network((512, 8), GPU, "").settings["dtype"] == "bfloat16"
     assert "dtype" not in plan.network((96, 3), CPU, "").settings
+    with_units = dataclasses.replace(CPU, bfloat16=True)
+    assert plan.network((96, 3), with_units, "").settings["dtype"] == "bfloat16"
     assert plan.batch(GPU).settings["batch_size"] == 8 * 64
 
 
