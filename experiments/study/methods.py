@@ -30,6 +30,7 @@ class Method:
         order: the variance chain.
         views: forward passes per row.
         settings: config fields by dotted name.
+        of_task: further ones by the task's name, such as what was fitted to it.
         same_as: name of a method that this one trains as, bit for bit; it is not run again.
         note: printed below the tables.
     """
@@ -38,6 +39,7 @@ class Method:
     order: tuple[str, ...] = ()
     views: int = 1
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    of_task: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     same_as: str = ""
     note: str = ""
 
@@ -223,5 +225,19 @@ FIELD: dict[str, Method] = {
     ),
 }
 """What the field proposes beside clipped ranges, by the issue of its estimators. ``mirror_plus``,
-GenMD4 and STORM were tried and left out (``experiments/tried``); P-POTS without its weight needs a
-curve that ``mdm variance --fit`` measures on each task."""
+GenMD4 and STORM were tried and left out (``experiments/tried``)."""
+
+CURVES: dict[str, tuple[float, ...]] = {}
+"""Curves of P-POTS by task, in the order of ``EprParameters``: ``mdm variance --fit`` of standard
+training's last parameters, seed 100 (suite ``curves``)."""
+
+PPOTS_UNWEIGHTED = Method(
+    "P-POTS without its weight",
+    ("ppots_unweighted",),
+    settings=PUBLISHED | {"weighting.clamp": 10.0},
+    of_task={
+        task: {"variance.ppots_unweighted.parameters": curve} for task, curve in CURVES.items()
+    },
+    note="as its code trains: rates from a curve fitted to a run of seed 100, no weight 1/p, at "
+    "most 10 nats per answer token; biased",
+)

@@ -109,7 +109,8 @@ def configure(suite: Suite, run: Run, root: pathlib.Path) -> ConfigDict:
     task, method = _task(suite, run), _method(suite, run)
     module, _, variant = task.config.partition(":")
     config = importlib.import_module(f"experiments.configs.{module}").get_config(variant)
-    config.update_from_flattened_dict({**task.settings, **suite.settings, **method.settings})
+    own = {**method.settings, **method.of_task.get(run.task, {})}
+    config.update_from_flattened_dict({**task.settings, **suite.settings, **own})
     config.variance.order = method.order
     config.seed = run.seed
     c = config.train

@@ -7,7 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.study.methods import ATTEMPTS, AUTO, FIELD, FLAT_WEIGHTS, METHODS, Method
+from experiments.study.methods import (
+    ATTEMPTS,
+    AUTO,
+    FIELD,
+    FLAT_WEIGHTS,
+    METHODS,
+    PPOTS_UNWEIGHTED,
+    Method,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +249,17 @@ SUITES["eight"] = dataclasses.replace(
     },
     seeds=tuple(range(20, 28)),
     measured_seeds=(),
+)
+SUITES["curves"] = dataclasses.replace(  # what P-POTS is fitted to
+    SUITES["eight"],
+    name="curves",
+    methods={"standard": METHODS["standard"]},
+    seeds=(100,),
+)
+SUITES["unweighted"] = dataclasses.replace(
+    SUITES["eight"],
+    name="unweighted",
+    methods={"standard": METHODS["standard"], "ppots_unweighted": PPOTS_UNWEIGHTED},
 )
 _LONGER = {"train.steps": 3 * 360}
 SUITES["longer"] = dataclasses.replace(
