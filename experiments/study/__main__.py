@@ -13,8 +13,9 @@ confirmation_rates (other ranges of rates), eight (five methods, eight fresh see
 field_sudoku (other methods of the field on the same seeds; may share the workdir of eight), longer
 (three times the steps), weights, larger (five tasks, all methods of the field; nights), arithmetic
 (word problems, with --config.data.path=FILE of experiments.prepare mawps), noise_scale
-(experiments.study.noise_scale reads it), finetune (the small model of the repository on two tasks,
-or with --config.model.source=DIR another one). For a GPU: full, and a2d (a released model on GSM8K,
+(experiments.study.noise_scale reads it), curves and unweighted (P-POTS without its weight, from
+curves fitted to runs of the former), finetune (the small model of the repository on two tasks, or
+with --config.model.source=DIR another one). For a GPU: full, and a2d (a released model on GSM8K,
 with --config.model.source=DIR --config.data.path=FILE). experiments/study/suites.py defines them,
 docs/study.md has the results.
 """

@@ -12,7 +12,7 @@ import pytest
 from experiments.prepare import puzzles
 from experiments.study import expected, noise_scale, table
 from experiments.study import runs as study_runs
-from experiments.study.methods import FIELD
+from experiments.study.methods import CURVES, FIELD
 from experiments.study.runs import Run
 from experiments.study.suites import SUITES
 from mdm_jax.launch.build import make_experiment
@@ -106,6 +106,23 @@ def test_partition_models_are_trained_on_grids_too():
     experiment = make_experiment(config)
     assert experiment.config.process == "partition" and experiment.transform.views == 1
     assert "partition" in FIELD and "partition" not in SUITES["arithmetic"].methods
+
+
+def test_p_pots_without_its_weight_has_a_curve_for_each_task():
+    suite, root = SUITES["unweighted"], pathlib.Path("study")
+    assert [*CURVES] == [*suite.tasks] and not set(suite.seeds) & set(SUITES["curves"].seeds)
+    for task in suite.tasks:
+        run = Run(task, "ppots_unweighted", "passes", 20)
+        config = study_runs.configure(suite, run, root)
+        assert config.variance.ppots_unweighted.parameters == CURVES[task]
+        assert config.weighting.clamp == 10 and config.corruption.name == "bernoulli"
+        standard = dataclasses.replace(run, method="standard")  # a workdir may hold both suites
+        one, other = (
+            study_runs.configure(SUITES[name], standard, root) for name in ("eight", suite.name)
+        )
+        assert one.to_dict() == other.to_dict()
+    config.train.init_from = ""
+    assert make_experiment(config).bias() == "biased"
 
 
 def _tiny_a2d(tmp_path):
