@@ -26,8 +26,8 @@ from mdm_jax.models.products import product
 from mdm_jax.sharding import map_shards, num_shards
 from mdm_jax.types import Array
 
-SCORES_AT_ONCE = 2**19
-"""Scores that :func:`recompute_attention` holds at a time; 2 MiB of float32 fit into a cache."""
+SCORES_AT_ONCE = 2**18
+"""Scores that :func:`recompute_attention` holds at a time; 1 MiB of float32 fits into a cache."""
 
 SPLASH_LANES = 128
 """The splash kernel takes queries and keys in multiples of this."""
