@@ -102,8 +102,11 @@ def crossing(curve: Sequence[tuple[float, float]], target: float) -> float | Non
     return None
 
 
-def fit(steps: Mapping[int, float]) -> tuple[float, float]:
-    """(S_min, B) of steps by batch, by least squares of the logarithms."""
+def fit(steps: Mapping[int, float]) -> tuple[float, float, float]:
+    """(S_min, B, standard error of log B) of steps by batch, by least squares of the logarithms.
+
+    The error is of the deviations from the law, which it takes as independent.
+    """
     batches = np.array([*steps], float)
     logs = np.log(np.array([*steps.values()]))
 
@@ -112,8 +115,10 @@ def fit(steps: Mapping[int, float]) -> tuple[float, float]:
         return least + np.log1p(np.exp(critical) / batches) - logs
 
     start = np.array([logs.min() - 0.5, np.log(np.median(batches))])
-    least, critical = np.exp(least_squares(residuals, start, xtol=1e-12, ftol=1e-12).x)
-    return float(least), float(critical)
+    found = least_squares(residuals, start, xtol=1e-12, ftol=1e-12)
+    noise = np.sum(found.fun**2) / (len(batches) - 2)
+    error = np.sqrt(noise * np.linalg.inv(found.jac.T @ found.jac)[1, 1])
+    return float(np.exp(found.x[0])), float(np.exp(found.x[1])), float(error)
 
 
 def summarise(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,18 +139,20 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if len(fits):
                 residuals = [
                     np.log(own[b] / (least * (1 + critical / b)))
-                    for own, (least, critical) in zip(whole, fits)
+                    for own, (least, critical, _) in zip(whole, fits)
                     for b in own
                 ]
                 entry["least_steps"] = mean_estimate(fits[:, 0])
                 entry["critical_batch"] = mean_estimate(fits[:, 1])
+                entry["log_error"] = float(np.sqrt(np.mean(np.square(fits[:, 2]))))
                 entry["residual"] = float(np.sqrt(np.mean(np.square(residuals))))
             found.append(entry)
     return found
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each method and target: mean steps by batch, S_min and B over seeds."""
+    """A row for each method and target: mean steps by batch, S_min and B over seeds, the factor
+    by which a seed's B may be off by its deviations from the law, and the size of these."""
     batches = sorted({b for entry in found for own in entry["steps"].values() for b in own})
     rows = []
     for entry in found:
@@ -154,16 +161,17 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             each = [own.get(batch) for own in entry["steps"].values()]
             known = [steps for steps in each if steps is not None]
             cells.append(f"{np.mean(known):.0f}" if known and None not in each else "-")
-        fitted = ["-"] * 3
+        fitted = ["-"] * 4
         if "critical_batch" in entry:
             fitted = [_figure(entry["least_steps"]), _figure(entry["critical_batch"])]
+            fitted.append(f"{math.exp(entry['log_error']):.2f}")
             fitted.append(f"{100 * entry['residual']:.0f} %")
         name = SUITE.methods[entry["method"]].label
         if entry["factor"] != 1:
             name += f", rate × {entry['factor']:g}"
         rows.append([name, f"{entry['target']:g}", *cells, *fitted])
     names = [f"{batch}" for batch in batches]
-    return markdown_table(["method", "target", *names, "S_min", "B", "off the fit"], rows)
+    return markdown_table(["method", "target", *names, "S_min", "B", "× or ÷", "off"], rows)
 
 
 def _figure(estimate: Sequence[float]) -> str:
@@ -184,13 +192,14 @@ def draw(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             relative = np.array([*own.values()]) / least
             axes.plot([*own], relative, "o", color=style["color"], alpha=0.7, markersize=4)
         batches = np.geomspace(min(BATCHES), max(BATCHES), 64)
-        critical, error = entry["critical_batch"]
-        label = f"{SUITE.methods[method].label}: B = {critical:.0f} ± {error:.0f}"
-        axes.plot(batches, 1 + critical / batches, label=label, **style)
+        label = f"{SUITE.methods[method].label}: B = {_figure(entry['critical_batch'])}"
+        axes.plot(batches, 1 + entry["critical_batch"][0] / batches, label=label, **style)
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    axes.set_yticks([2, 5, 10, 20, 40], ["2", "5", "10", "20", "40"])
     axes.minorticks_off()
-    plots.dress(axes, "text: steps to the target over S_min", "batch, passes", "steps / S_min")
+    title = "text: steps to the target over their minimum"
+    plots.dress(axes, title, "batch, passes", "steps / S_min", columns=1)
     plots.write(figure, path)
 
 

@@ -17,7 +17,18 @@ def test_a_crossing_is_linear_in_the_logarithm_of_steps():
 
 def test_the_law_of_the_steps_is_found_again():
     steps = {b: 70 * (1 + 90 / b) for b in critical_batch.BATCHES}
-    assert critical_batch.fit(steps) == pytest.approx((70, 90), rel=1e-5)
+    assert critical_batch.fit(steps) == pytest.approx((70, 90, 0), rel=1e-5, abs=1e-6)
+
+
+def test_the_error_of_a_fit_is_that_of_repeated_noise():
+    generator = np.random.default_rng(0)
+    batches = np.array(critical_batch.BATCHES)
+    fits = []
+    for noise in 0.05 * generator.standard_normal((200, len(batches))):
+        steps = 70 * (1 + 60 / batches) * np.exp(noise)
+        fits.append(critical_batch.fit(dict(zip(batches.tolist(), steps))))
+    _, critical, errors = np.array(fits).T
+    assert np.log(critical).std() == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.15)
 
 
 def _record(method, batch, seed, critical):
@@ -35,9 +46,9 @@ def test_the_critical_batch_is_a_mean_over_seeds():
     assert middle["critical_batch"] == pytest.approx((50, 10), rel=1e-4)
     assert middle["least_steps"] == pytest.approx((50, 0), abs=1e-3) and middle["residual"] < 1e-5
     shown = critical_batch.table([middle])
-    assert "| standard | 3.35 | 675 | 206 | 89 | 50 ± 0 | 50 ± 10 | 0 % |" in shown
+    assert "| standard | 3.35 | 675 | 206 | 89 | 50 ± 0 | 50 ± 10 | 1.00 | 0 % |" in shown
     partly = critical_batch.summarise([_record("standard", b, 0, 40) for b in (4, 16)])
-    assert "critical_batch" not in partly[0] and "| - | - | - |" in critical_batch.table(partly)
+    assert "critical_batch" not in partly[0] and "| - | - | - | - |" in critical_batch.table(partly)
 
 
 def test_runs_have_equal_passes_and_a_constant_rate():
