@@ -213,6 +213,11 @@ def test_the_curve_of_ppots_is_fitted_and_stored_once(experiment, tmp_path, monk
     commands.check(commands.Command("the printed line", words))
     assert f"--workdir={workdir}-ppots" in words and "--config.seed=3" in words
     assert not any(word.startswith("--fit") or "mirror" in word for word in words)
+    worker = ["experiments/study/__main__.py", "--suite=small", "--worker=0"]  # without a config
+    write_json(workdir / "run.json", {"command": command(worker)})
+    curve = EprFit(EprParameters(**record["parameters"]), record["divergence"])
+    assert line.endswith(" " + fit.training_command(workdir, curve))
+    assert fit.training_command(workdir, curve).startswith("--config.variance.order=")
     given = next(word for word in words if "parameters" in word).partition("=")[2]
     assert given == "(" + ",".join(f"{p:g}" for p in record["parameters"].values()) + ")"
     # Of uniform cells of the rate 1 - u, the middles of which were measured.

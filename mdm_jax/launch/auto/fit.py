@@ -103,19 +103,21 @@ def _table(
 def training_command(workdir: files.Path, curve: EprFit) -> str:
     """The line for a shell that trains a run like that of ``workdir`` with the curve.
 
-    Its config and settings are those that the run was started with; the new run is beside it.
+    Its config and settings are those that the run was started with; the new run is beside it. The
+    curve's settings alone for a run that no command of ours with a config started.
     """
+    parameters = ",".join(f"{value:g}" for value in curve.parameters)
+    settings = f'--config.variance.order="{ORDER}" --config.variance.{ORDER[0]}.parameters='
+    settings += f'"({parameters})"'
     words = shlex.split(files.read_json(workdir / "run.json")["command"])
     start = 1 if words[0] == "mdm" else 3  # python -m package
     words, start = words[start:], words[:start]
     words = [word for word in words if word not in MODES and not _REPLACED.match(word)]
     config, kept = take_config(without(words, ("workdir", "mode")))
-    parameters = ",".join(f"{value:g}" for value in curve.parameters)
-    return (
-        shlex.join([*start, "train", f"--config={config}", *kept, f"--workdir={workdir}-ppots"])
-        + f' --config.variance.order="{ORDER}" --config.variance.{ORDER[0]}.parameters='
-        + f'"({parameters})"'
-    )
+    if config is None:
+        return settings
+    line = [*start, "train", f"--config={config}", *kept, f"--workdir={workdir}-ppots"]
+    return f"{shlex.join(line)} {settings}"
 
 
 def _rounded(value: float) -> float:
