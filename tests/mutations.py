@@ -524,6 +524,13 @@ MUTATIONS = [
         "tests/unit/models/test_moe.py",
     ),
     Mutation(
+        "mixture: blocks for equal experts alone",
+        "models/moe.py",
+        "count = min(rows, rows // block + experts)",
+        "count = min(rows, rows // block + 2)",
+        "tests/unit/models/test_moe.py",
+    ),
+    Mutation(
         "monitors: the baseline takes nothing off",
         "objectives/objective.py",
         "jnp.mean(baseline.mean) - jnp.exp(draw.log_weight) * level",

@@ -47,10 +47,11 @@ def grouped_product(x: Array, kernels: Array, sizes: Array) -> Array:
 
     ``sizes`` [E] are the numbers of rows, N in all. TPUs have a kernel for this. Compilers of
     other devices multiply every row by all experts, so there rows are cut into blocks of one
-    expert, the last of each filled with zeros.
+    expert, the last of each filled with zeros; no block is kept for the backward pass.
     """
     sizes = sizes.astype(jnp.int32)
-    return jax.lax.platform_dependent(x, kernels, sizes, tpu=_ragged, default=_in_blocks)
+    blocks = jax.checkpoint(_in_blocks)
+    return jax.lax.platform_dependent(x, kernels, sizes, tpu=_ragged, default=blocks)
 
 
 def _ragged(x: Array, kernels: Array, sizes: Array) -> Array:
@@ -59,8 +60,9 @@ def _ragged(x: Array, kernels: Array, sizes: Array) -> Array:
 
 def _in_blocks(x: Array, kernels: Array, sizes: Array) -> Array:
     rows, experts = len(x), len(kernels)
-    # Half of an expert's mean share, so that zeros are a third of all blocks at most.
-    block = 1 << min(7, max(3, (rows // (2 * experts)).bit_length() - 1))
+    # A quarter to a half of an expert's mean share: fewer than five kernels' copies an expert, and
+    # from 16 rows an expert on, no more than a third of all blocks is zeros.
+    block = 1 << max(3, (rows // (2 * experts)).bit_length() - 1)
     count = min(rows, rows // block + experts)  # enough for any sizes
     used = -(-sizes // block)
     ends = jnp.cumsum(used)
@@ -69,11 +71,11 @@ def _in_blocks(x: Array, kernels: Array, sizes: Array) -> Array:
     first_row, first_block = jnp.cumsum(sizes) - sizes, ends - used
     place = jnp.arange(rows) + (first_block * block - first_row)[of_row]
     padded = jnp.zeros((count * block, x.shape[1]), x.dtype)
-    padded = padded.at[place].set(x, unique_indices=True).reshape(count, block, -1)
+    padded = padded.at[place].set(x, unique_indices=True)
     # In float32 the gradients of an expert's blocks are added; products round as ``x`` is.
     own = kernels.astype(jnp.float32).at[expert].get(mode="clip")
-    y = product("mbd,mdh->mbh", padded, own)
-    return y.reshape(count * block, -1).at[place].get(unique_indices=True)
+    y = product("mbd,mdh->mbh", padded.reshape(count, block, x.shape[1]), own)
+    return y.reshape(count * block, own.shape[2]).at[place].get(unique_indices=True)
 
 
 _ROWS, _INWARD, _OUTWARD = ("batch", None, None), (None, "embed", "mlp"), (None, "mlp", "embed")
