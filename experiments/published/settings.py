@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from experiments.study.settings import chosen, reasoning
+from experiments.configs.study.settings import chosen, reasoning
 from mdm_jax.launch import config as launch_config
 
 

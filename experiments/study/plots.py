@@ -1,13 +1,34 @@
-"""Curves of a study: validation bound with bands over seeds, gradient variance over training."""
+"""Curves of a study: validation bound with bands over seeds, gradient variance over training.
+
+    python -m experiments.study.plots
+
+draws the picture of docs/study.md, ``docs/seeds.svg``: every fresh seed of the study, one dot each.
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 
 from experiments.study.suites import Suite
+from experiments.study.table import published
 from mdm_jax import plots as mdm_plots
+
+ROOT = pathlib.Path(__file__).parents[2]
+PUBLISHED = ("confirmation", "confirmation_rates")
+PANELS = {
+    "sudoku6": ("6×6 Sudoku, scratch", "accuracy (higher is better)"),
+    "sudoku4_noisy": ("Noisy 4×4, fine-tuned", "accuracy (higher is better)"),
+    "text": ("Text, bound", "bits per character (lower is better)"),
+}
+ROWS = {
+    "standard": "standard masked diffusion",
+    "recommended": "default chain (keeps the bound)",
+    "recommended_for_answers": "rates in [0.3, 0.8]",
+    "highest_rates": "rates in [0.5, 1]",
+}
 
 
 def write(suite: Suite, root: pathlib.Path, record: Mapping[str, Any]) -> list[pathlib.Path]:
@@ -90,3 +111,34 @@ def variance_curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, Any]]]
     axes.set(yscale="log")
     title = "Variance of the batch gradient ± 1 standard error (open: not settled)"
     return mdm_plots.dress(axes, title, "forward passes", "variance of the batch gradient")
+
+
+def main() -> None:
+    """Draw ``docs/seeds.svg``: every fresh seed of the study, one dot each."""
+    records = [published(name) for name in PUBLISHED]
+    results = {
+        task: {
+            method: record["results"]["passes"][task][method]["scores"]
+            for record in records
+            for method in record["results"]["passes"][task]
+        }
+        for task in PANELS
+    }
+    matplotlib.rcParams["svg.hashsalt"] = "mdm_jax"  # the same file each time
+    figure = mdm_plots.new_figure((9, 2.4))
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (task, (title, score)) in zip(panels, PANELS.items()):
+        for row, method in enumerate(ROWS):
+            scores = list(results[task][method].values())
+            color = "0.45" if row == 0 else mdm_plots.PALETTE[row - 1]
+            axes.plot(scores, [row] * len(scores), "o", color=color, alpha=0.7, markersize=6)
+            axes.plot(sum(scores) / len(scores), row, "|", color=color, markersize=18, mew=2)
+        mdm_plots.dress(axes, title, score)
+        axes.margins(x=0.08, y=0.15)
+    panels[0].set_yticks(range(len(ROWS)), ROWS.values(), fontsize=9)
+    panels[0].invert_yaxis()
+    figure.savefig(ROOT / "docs/seeds.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -208,3 +208,9 @@ def test_progressive_masks_reveal_the_surest_places_and_let_rows_through_in_turn
     np.testing.assert_array_equal(seen, 2)  # in eight steps of four stages every slot twice
     with pytest.raises(ValueError, match="do not divide"):
         progressive.start(jax.random.key(9), rows, 3)
+
+
+def test_the_first_pool_and_the_fresh_rows_are_different_rows():
+    batches = iter(np.arange(20).reshape(10, 2))
+    np.testing.assert_array_equal(progressive.first_rows(batches, 4), np.arange(8))
+    np.testing.assert_array_equal(next(batches), [8, 9])

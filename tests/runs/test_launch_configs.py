@@ -24,7 +24,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "experiments/configs"
 NAMES = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts)
     for path in FOLDER.rglob("*.py")
-    if path.stem != "__init__"
+    if path.stem not in ("__init__", "settings")  # settings: what several configs share
 )
 
 

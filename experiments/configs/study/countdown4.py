@@ -3,7 +3,7 @@
 mdm train --config=experiments/configs/study/countdown4.py --workdir=runs/countdown4
 """
 
-from experiments.study import settings
+from experiments.configs.study import settings
 
 
 def get_config(variant: str = ""):

@@ -11,7 +11,7 @@ The files of experiments/data are made by ``python -m experiments.conversations`
 
 import pathlib
 
-from experiments.study import settings
+from experiments.configs.study import settings
 from mdm_jax.launch import presets
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2]

@@ -4,7 +4,7 @@ python -m experiments.study --suite=a2d --workdir=runs/a2d --config.model.source
     --config.data.path=gsm8k_train.jsonl.xz
 """
 
-from experiments.study import settings
+from experiments.configs.study import settings
 from mdm_jax.launch import presets
 
 PEAKS = {"lora": 2e-4, "full": 1e-5}

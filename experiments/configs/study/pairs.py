@@ -4,7 +4,7 @@ mdm train --config=experiments/configs/study/pairs.py --workdir=runs/gsm8k \
     --config.data.path=gsm8k_train.jsonl --config.data.answer_marker="####"
 """
 
-from experiments.study import settings
+from experiments.configs.study import settings
 from mdm_jax.launch import config as launch_config
 
 

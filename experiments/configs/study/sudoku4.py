@@ -3,7 +3,7 @@
 mdm train --config=experiments/configs/study/sudoku4.py --workdir=runs/sudoku4
 """
 
-from experiments.study import settings
+from experiments.configs.study import settings
 
 
 def get_config(variant: str = ""):

@@ -4,7 +4,7 @@ matters.
 mdm train --config=experiments/configs/study/sudoku6.py --workdir=runs/sudoku6
 """
 
-from experiments.study import settings
+from experiments.configs.study import settings
 
 
 def get_config(variant: str = ""):

@@ -6,8 +6,7 @@ mdm train --config=experiments/configs/study/sudoku6_noisy.py \
 Without ``train.init_from`` the same task is trained from scratch.
 """
 
-from experiments.configs.study import sudoku6
-from experiments.study import settings
+from experiments.configs.study import settings, sudoku6
 
 
 def get_config(variant: str = ""):

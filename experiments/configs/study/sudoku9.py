@@ -3,7 +3,7 @@
 mdm train --config=experiments/configs/study/sudoku9.py --workdir=runs/sudoku9
 """
 
-from experiments.study import settings
+from experiments.configs.study import settings
 
 
 def get_config(variant: str = ""):

@@ -3,7 +3,7 @@
 mdm train --config=experiments/configs/study/text.py --workdir=runs/text
 """
 
-from experiments.study import settings
+from experiments.configs.study import settings
 from mdm_jax.launch import config as launch_config
 
 
