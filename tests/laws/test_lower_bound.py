@@ -3,13 +3,20 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.study import lower_bound
 from experiments.tried.mirror_plus import toy_gradients
+from mdm_jax import corruption, objectives, variance
+from mdm_jax.objectives.objective import summed_loss
+from mdm_jax.schedules import law_of
+from mdm_jax.schedules.masked import clipped
 from mdm_jax.testing import toys
 from mdm_jax.testing.enumeration import mask_bits
+from mdm_jax.variance import densities, warps
+from mdm_jax.variance.transform import draw_batch
 
 N = toys.LENGTH
 SIZES = mask_bits(N).sum(1)
@@ -17,78 +24,141 @@ COUNTS = np.arange(1, N + 1)
 SHARES = np.array(toys.ROW_PROBABILITIES)
 
 
+PARAMS = toys.toy_params()
+
+
 @functools.cache
 def moments():
-    """Gradients [rows, masks, 3] of S; second moments and V of S / k, and the mean gradient."""
+    """Second moments and V of the gradient of S / k by size, and its means [sizes, 3]."""
     gradients = toy_gradients()
-    second, within, mean = [], [], 0.0
+    second, within, means = [], [], []
     for k in COUNTS:
         own = gradients[:, k == SIZES] / k
         second.append(SHARES @ np.sum(own**2, -1).mean(1))
-        of_size = SHARES @ own.mean(1)
-        within.append(second[-1] - np.sum(of_size**2))
-        mean = mean + of_size / N
-    return gradients, np.array(second), np.array(within), mean
+        means.append(SHARES @ own.mean(1))
+        within.append(second[-1] - np.sum(means[-1] ** 2))
+    return np.array(second), np.array(within), np.array(means)
 
 
-def variance(weights, law):
-    """Of one pass: of ``weight[k, level] S(M)``, with the law [levels, k] of levels and sizes."""
-    gradients, _, _, mean = moments()
-    total, square = 0.0, 0.0
-    for k in COUNTS:
-        own = gradients[:, k == SIZES] / N
-        total = total + law[:, k - 1] @ weights[:, k - 1] * (SHARES @ own.mean(1))
-        square += law[:, k - 1] @ weights[:, k - 1] ** 2 * (SHARES @ np.sum(own**2, -1).mean(1))
-    np.testing.assert_allclose(total, mean, atol=1e-6)  # exact
-    return square - np.sum(mean**2)
+def exact(lowest=lower_bound.LOWEST):
+    second, within, means = moments()
+    shares = np.full(N, 1 / N), lower_bound.bernoulli_mean(N, lowest)
+    signals = [np.sum((share @ means) ** 2) for share in shares]
+    return lower_bound.of_moments(second, within, signals, COUNTS, N, lowest)
 
 
-def test_moments_make_the_variance_of_every_way_to_draw_one_mask():
-    _, second, within, mean = moments()
-    found = lower_bound.of_moments(second, within, np.sum(mean**2), COUNTS, N, 1e-3)
-    even = np.full((1, N), 1 / N)
-    assert found["fixed_counts"] == pytest.approx(variance((N / COUNTS)[None], even))
-    best = np.sqrt(second) / np.sqrt(second).sum()
-    some = best > 0  # all masked, the toy has no gradient
-    weights = np.divide(1 / COUNTS, best, where=some, out=np.zeros(N))[None]
-    assert found["best_density"] == pytest.approx(variance(weights, best[None]))
-    # Independent masks: the weight of a size is that of the rate.
-    nodes, share = np.polynomial.legendre.leggauss(400)
-    low = 1e-9
-    rates = np.exp(np.log(low) * (1 - nodes) / 2)[:, None]
-    law = share[:, None] * (-np.log(low) / 2) * rates * lower_bound.binom.pmf(COUNTS, N, rates)
-    whole = lower_bound.of_moments(second, within, np.sum(mean**2), COUNTS, N, low)
-    weights = np.broadcast_to(1 / rates, law.shape)
-    assert whole["standard"] == pytest.approx(variance(weights, law), rel=1e-4)
-    assert found["bound"] < min(found["stratified"], found["best_density"])
-    # Stratified rates of the best density: as many rows as wanted of every size, in proportion.
-    best = np.sqrt(within) / np.sqrt(within).sum()
-    rows = 1e6 * best[some]
-    batch = np.sum(rows * within[some] / (N * best[some]) ** 2) / rows.sum() ** 2
-    assert found["bound"] == pytest.approx(rows.sum() * batch)
+def sampled(corrupt, transform, rows, batches, law=None):
+    """(variance of the batch gradient times passes, standard error) of the package's estimator."""
+    masked = objectives.masked_nelbo(corrupt, law) if law else objectives.masked_nelbo(corrupt)
+    loss = summed_loss(toys.Toy().apply, masked)
+    spec = masked.spec(rows, N)
+    state = transform.init(spec)
+    table = toys.toy_batch()
+
+    def gradient(key):
+        own, other = jax.random.split(key)
+        index = jax.random.choice(own, len(SHARES), (rows,), p=jnp.asarray(SHARES))
+        batch = jax.tree.map(lambda field: jnp.asarray(field)[index], table)
+        draw = draw_batch(other, transform, state, spec)
+        (leaf,) = jax.tree.leaves(jax.grad(loss, has_aux=True)(PARAMS, batch, draw)[0])
+        return leaf / (rows * N)
+
+    keys = jax.random.split(jax.random.key(1), batches)
+    each = np.asarray(jax.jit(jax.vmap(gradient))(keys), np.float64)
+    squares = rows * np.sum((each - each.mean(0)) ** 2, -1)
+    return squares.mean(), squares.std() / np.sqrt(batches)
+
+
+def density(moment):
+    """Of quantiles, in proportion to the root of a moment by size; rates fall with them."""
+    return densities.piecewise_density(np.linspace(0, 1, N + 1), np.sqrt(moment)[::-1])
+
+
+FIXED = corruption.fixed_count(toys.MASK_ID)
+BERNOULLI = corruption.bernoulli(toys.MASK_ID)
+
+
+def test_moments_make_the_variances_of_the_packages_chains():
+    second, within, _ = moments()
+    # All masked the toy has no gradient, and a density must be positive.
+    second, within = (np.maximum(each, 1e-4 * each.max()) for each in (second, within))
+    stratified, importance = variance.stratified(), warps.importance
+    whole, part = exact(), exact(0.1)
+    for name, wanted, found in (
+        ("best_density", whole, sampled(FIXED, importance(density(second)), 4, 10_000)),
+        ("stratified", whole, sampled(FIXED, stratified, 16, 5_000)),
+        (
+            "bound",
+            whole,
+            sampled(FIXED, variance.chain(stratified, importance(density(within))), 64, 4_000),
+        ),
+        (
+            "standard",
+            part,
+            sampled(BERNOULLI, variance.identity(), 1, 100_000, law_of(clipped(0.1, 1.0))),
+        ),
+    ):
+        value, error = found
+        assert error < 0.02 * value and value == pytest.approx(wanted[name], abs=3 * error), name
+    assert whole["bound"] < min(whole["stratified"], whole["best_density"])
+
+
+def test_standard_training_is_the_mixture_of_sizes_that_it_is():
+    """By an integral over rates of the enumerated masks."""
+    gradients, low = toy_gradients() / N, 0.1
+    nodes, share = np.polynomial.legendre.leggauss(50)
+    rates = (low + (1 - low) * (1 + nodes) / 2)[:, None]
+    law = share[:, None] / 2 * rates**SIZES * (1 - rates) ** (N - SIZES)  # [rates, masks]
+    weights = (1 - low) / rates
+    squares = SHARES @ np.sum(gradients**2, -1)
+    mean = np.einsum("r,rmi,m->i", SHARES, gradients, np.sum(law * weights, 0))
+    wanted = np.sum(law * weights**2, 0) @ squares - np.sum(mean**2)
+    assert exact(low)["standard"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_densities_in_bins():
+    second = 1 / np.arange(1, 129) + np.linspace(0, 1, 128) ** 8
+    found = [
+        lower_bound.under(second, lower_bound.in_bins(second, bins)) for bins in (1, 8, 32, 200)
+    ]
+    assert found[0] == pytest.approx(second.mean()) and np.all(np.diff(found) < 0)
+    assert found[-1] == pytest.approx(np.sqrt(second).mean() ** 2)
+
+
+@pytest.mark.parametrize(
+    "curve", [lambda k: 5 / k + 0.1, lambda k: 1 / k + (k / 128) ** 8, lambda k: np.exp(-k / 30)]
+)
+def test_between_the_sizes_of_the_grid_little_is_added(curve):
+    """What the errors leave out, as the docstring says."""
+    every, counts = np.arange(1, 129), lower_bound.grid(128, 16)
+    fine, coarse = (
+        lower_bound.of_moments(curve(k), curve(k), (0, 0), k, 128) for k in (every, counts)
+    )
+    for name, value in fine.items():
+        assert -0.006 < coarse[name] / value - 1 < 0.01, name
 
 
 def test_sums_are_those_of_the_toy():
-    _, second, within, mean = moments()
-    exact = lower_bound.of_moments(second, within, np.sum(mean**2), COUNTS, N, 1e-3)
     rows = np.random.default_rng(1).choice(len(SHARES), 1024, p=SHARES)
     batch = jax.tree.map(lambda field: np.asarray(field)[rows], toys.toy_batch())
     sums = lower_bound.gradient_sums(
-        toys.Toy().apply, toys.MASK_ID, toys.toy_params(), batch, COUNTS, jax.random.key(0)
+        toys.Toy().apply, toys.MASK_ID, PARAMS, batch, COUNTS, jax.random.key(0)
     )
     found = lower_bound.with_errors(sums, COUNTS, N)
-    for name, value in exact.items():
+    for name, value in exact().items():
         estimate, error = found[name]["variance"]
         assert abs(estimate - value) < 3 * error < 0.3 * value, name
     batch = batch._replace(eligible=batch.eligible & (np.arange(N) < 1 + rows[:, None]))
     with pytest.raises(ValueError, match="equally many eligible"):
         lower_bound.gradient_sums(
-            toys.Toy().apply, toys.MASK_ID, toys.toy_params(), batch, COUNTS, jax.random.key(0)
+            toys.Toy().apply, toys.MASK_ID, PARAMS, batch, COUNTS, jax.random.key(0)
         )
 
 
 def test_means_over_sizes_of_a_grid():
     counts = lower_bound.grid(128, 16)
     assert counts[0] == 1 and counts[-1] == 128 and len(counts) == 16
-    np.testing.assert_allclose(lower_bound.mean_shares(counts, 128) @ counts, 64.5)
+    np.testing.assert_allclose(
+        lower_bound.mean_shares(counts, np.full(128, 1 / 128)) @ counts, 64.5
+    )
     assert lower_bound.grid(4, 16).tolist() == [1, 2, 3, 4]
