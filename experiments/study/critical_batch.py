@@ -11,8 +11,10 @@ evaluations on the same rows and masks for every run. Fitted by relative errors,
 
     steps(batch) = S_min (1 + B / batch)        (McCandlish et al. 2018)
 
-B is the critical batch in passes: there the steps are twice their minimum. A run is a file, and
-finished ones are skipped; Ctrl-C loses the run at hand. ``--results`` reads the kept file instead.
+B is the critical batch in passes: there the steps are twice their minimum. A run is a file of what
+came out, its settings, its target and its provenance; finished ones are skipped, those of other
+settings or an easier target refused; Ctrl-C loses the run at hand. ``--results`` reads the kept
+file instead. Either way ``--methods``, ``--batches``, ``--seeds`` and ``--factors`` choose.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import contextlib
 import json
 import math
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +40,7 @@ from mdm_jax.estimates import mean_estimate
 from mdm_jax.evaluation.seeds import markdown_table
 from mdm_jax.launch import command_line
 from mdm_jax.launch.build import Experiment, make_experiment
-from mdm_jax.launch.workdir import provenance, write_json
+from mdm_jax.launch.workdir import WorkdirError, differences, provenance, resolved, write_json
 
 SUITE = SUITES["confirmation"]
 METHODS = tuple(SUITE.methods)
@@ -102,20 +105,25 @@ def crossing(curve: Sequence[tuple[float, float]], target: float) -> float | Non
     return None
 
 
-def fit(steps: Mapping[int, float]) -> tuple[float, float, float]:
+def fit(steps: Mapping[int, float]) -> tuple[float, float, float] | None:
     """(S_min, B, standard error of log B) of steps by batch, by least squares of the logarithms.
 
-    The error is of the deviations from the law, which it takes as independent.
+    The error is of the deviations from the law, which it takes as independent. B is sought from a
+    tenth of the least batch to ten times the largest; None where the best one is an end of that.
     """
     batches = np.array([*steps], float)
     logs = np.log(np.array([*steps.values()]))
+    ends = np.log([batches.min() / 10, batches.max() * 10])
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
         least, critical = parameters
         return least + np.log1p(np.exp(critical) / batches) - logs
 
     start = np.array([logs.min() - 0.5, np.log(np.median(batches))])
-    found = least_squares(residuals, start, xtol=1e-12, ftol=1e-12)
+    bounds = [-np.inf, ends[0]], [np.inf, ends[1]]
+    found = least_squares(residuals, start, bounds=bounds, xtol=1e-12, ftol=1e-12)
+    if np.min(np.abs(found.x[1] - ends)) < 1e-3:
+        return None
     noise = np.sum(found.fun**2) / (len(batches) - 2)
     error = np.sqrt(noise * np.linalg.inv(found.jac.T @ found.jac)[1, 1])
     return float(np.exp(found.x[0])), float(np.exp(found.x[1])), float(error)
@@ -134,9 +142,10 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 reached = crossing(each["curve"], target)
                 steps.setdefault(each["seed"], {})[each["batch"]] = reached
             whole = [own for own in steps.values() if len(own) > 2 and None not in own.values()]
-            fits = np.array([fit(own) for own in whole])
+            every = [fit(own) for own in whole]
+            fits = np.array([one for one in every if one is not None])
             entry = {"method": method, "factor": factor, "target": target, "steps": steps}
-            if len(fits):
+            if len(fits) and len(fits) == len(every):
                 residuals = [
                     np.log(own[b] / (least * (1 + critical / b)))
                     for own, (least, critical, _) in zip(whole, fits)
@@ -146,8 +155,33 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 entry["critical_batch"] = mean_estimate(fits[:, 1])
                 entry["log_error"] = float(np.sqrt(np.mean(np.square(fits[:, 2]))))
                 entry["residual"] = float(np.sqrt(np.mean(np.square(residuals))))
+                entry["without"] = {left: _without(whole, left) for left in whole[0]}
             found.append(entry)
     return found
+
+
+def _without(whole: Sequence[Mapping[int, float]], left: int) -> float | None:
+    """Mean of B over seeds by all batches but one; None if it is unknown."""
+    parts = [{batch: steps for batch, steps in own.items() if batch != left} for own in whole]
+    fits = [fit(own) if len(own) > 2 else None for own in parts]
+    return None if None in fits else float(np.mean([one[1] for one in fits if one]))
+
+
+def table_without(found: Sequence[Mapping[str, Any]]) -> str:
+    """B by all batches but one, a row for each method and target."""
+    fitted = [entry for entry in found if "without" in entry]
+    batches = sorted({batch for entry in fitted for batch in entry["without"]})
+    rows = []
+    for entry in fitted:
+        each = (entry["without"].get(batch) for batch in batches)
+        cells = ["-" if critical is None else f"{critical:.0f}" for critical in each]
+        rows.append([_name(entry), f"{entry['target']:g}", *cells])
+    return markdown_table(["method", "target", *(f"without {b}" for b in batches)], rows)
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    rate = "" if entry["factor"] == 1 else f", rate × {entry['factor']:g}"
+    return SUITE.methods[entry["method"]].label + rate
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -166,12 +200,10 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             fitted = [_figure(entry["least_steps"]), _figure(entry["critical_batch"])]
             fitted.append(f"{math.exp(entry['log_error']):.2f}")
             fitted.append(f"{100 * entry['residual']:.0f} %")
-        name = SUITE.methods[entry["method"]].label
-        if entry["factor"] != 1:
-            name += f", rate × {entry['factor']:g}"
-        rows.append([name, f"{entry['target']:g}", *cells, *fitted])
+        rows.append([_name(entry), f"{entry['target']:g}", *cells, *fitted])
     names = [f"{batch}" for batch in batches]
-    return markdown_table(["method", "target", *names, "S_min", "B", "× or ÷", "off"], rows)
+    heads = ["S_min", "B", "error of B, a factor", "deviation from the law"]
+    return markdown_table(["method", "target", *names, *heads], rows)
 
 
 def _figure(estimate: Sequence[float]) -> str:
@@ -209,21 +241,53 @@ def read(root: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text("utf-8")) for file in files]
 
 
+def module_provenance(seed: int) -> dict[str, Any]:
+    """Of the package, with the command that this module was started by."""
+    line = ["python", "-m", "experiments.study.critical_batch", *sys.argv[1:]]
+    return provenance(seed) | {"command": shlex.join(line)}
+
+
+def check(path: pathlib.Path, settings: Mapping[str, Any], target: float) -> None:
+    """Refuse a finished run that was made under other settings, or to an easier target.
+
+    Raises:
+        WorkdirError: naming what differs.
+    """
+    record = json.loads(path.read_text("utf-8"))
+    if "settings" not in record:
+        raise WorkdirError(f"{path} does not say how it was made; name another --workdir")
+    changed = differences(record["settings"], settings)
+    if record["target"] > target:
+        changed.append(f"target: {record['target']} -> {target}")
+    if changed:
+        raise WorkdirError(
+            f"{path} was made under other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nName another --workdir, restore these settings, or remove this file."
+        )
+
+
 def run_all(
     root: pathlib.Path,
     wanted: Sequence[tuple[str, int, float]],
     seeds: Sequence[int],
     number: int,
 ) -> None:
-    """Train what is not finished to the first ``number`` targets; seeds share a program."""
+    """Train what is not finished to the first ``number`` targets; seeds share a program.
+
+    Raises:
+        WorkdirError: if what is finished was made under other settings.
+    """
     bounds: dict[bool, Any] = {}
     for method, batch, factor in wanted:
         step = None
         for seed in seeds:
             path = root / "runs" / f"{method}-{batch}-{seed}-{factor:g}.json"
-            if path.exists():
-                continue
             experiment = configured(method, batch, seed, factor)
+            settings, target = resolved(experiment.config), targets(method)[number - 1]
+            if path.exists():
+                check(path, settings, target)
+                continue
             if step is None:
                 step = jax.jit(experiment.step, donate_argnums=0)
             causal = method == "autoregressive"
@@ -239,9 +303,11 @@ def run_all(
                 return judge.family.record(judge.validate(params, key, rows))["bits_per_unit"]
 
             started = time.process_time()
-            curve = train(experiment, step, bound, targets(method)[number - 1])
+            made = module_provenance(seed)
+            curve = train(experiment, step, bound, target)
             record = {"method": method, "batch": batch, "seed": seed, "factor": factor}
             record |= {"peak": experiment.config.optimizer.peak, "curve": curve}
+            record |= {"target": target, "settings": settings, "provenance": made}
             record["cpu_seconds"] = round(time.process_time() - started, 1)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
@@ -265,21 +331,31 @@ def main() -> int:
         parser.error(f"--methods: {unknown} are not among {[*METHODS]}")
     batches, seeds = ([int(n) for n in text.split(",")] for text in (given.batches, given.seeds))
     factors = [float(n) for n in given.factors.split(",")]
+    try:
+        given.workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--workdir: {error}")
     if given.results:
-        records = json.loads((RESULTS / f"{given.results}.json").read_text("utf-8"))["runs"]
+        kept = json.loads((RESULTS / f"{given.results}.json").read_text("utf-8"))
+        made, records = kept["provenance"], kept["runs"]
     else:
         command_line.use_compilation_cache(None)
         wanted = [(m, b, f) for f in factors for b in batches for m in methods]
-        run_all(given.workdir, wanted, seeds, given.targets)
-        records = read(given.workdir)
+        try:
+            run_all(given.workdir, wanted, seeds, given.targets)
+        except WorkdirError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        made, records = module_provenance(seeds[0]), read(given.workdir)
+    allowed = {"method": methods, "batch": batches, "seed": seeds, "factor": factors}
+    records = [r for r in records if all(r[name] in among for name, among in allowed.items())]
     found = summarise(records)
     if not found:
-        print(f"error: no finished run in {given.workdir}", file=sys.stderr)
+        print(f"error: no such run in {given.results or given.workdir}", file=sys.stderr)
         return 2
     print(f"steps to the target, means over seeds:\n\n{table(found)}\n")
-    record = {"provenance": provenance(0), "runs": records}
-    given.workdir.mkdir(parents=True, exist_ok=True)
-    write_json(given.workdir / "critical_batch.json", record)
+    print(f"B by all batches but one:\n\n{table_without(found)}\n")
+    write_json(given.workdir / "critical_batch.json", {"provenance": made, "runs": records})
     draw(found, given.workdir / "critical_batch.png")
     print(f"written to {given.workdir / 'critical_batch.json'} and critical_batch.png")
     return 0
