@@ -324,17 +324,19 @@ def test_platform_is_the_mesh_s_inside_a_sharded_function():
     assert seen == [("gpu", "9.0"), ("cpu", "")]
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_updates_are_computed_twice_where_that_is_cheap_and_memory_is_dear(name):
+@pytest.mark.parametrize(
+    "name, moments", [("adamw", "int8"), ("adamw", "float32"), ("muon", "int8")]
+)
+def test_updates_are_computed_twice_where_that_is_cheap_and_memory_is_dear(name, moments):
     config = smoke()
-    config.optimizer.name = name
+    config.optimizer.update(name=name, second_moment_dtype=moments)
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
     meshes = [
         jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=device)
         for device in (h100, None)
     ]
     found = [recomputes_update(config, types.SimpleNamespace(abstract_mesh=m)) for m in meshes]
-    assert found == [name == "adamw", False]
+    assert found == [name == "adamw" and moments == "int8", False]
 
 
 @pytest.mark.slow

@@ -26,8 +26,11 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 def recomputes_update(config: ConfigDict, mesh: jax.sharding.Mesh) -> bool:
     """Whether a step computes updates twice and holds none: AdamW's, which are elementwise, where
-    memory is dearer than a pass over it. Muon's are products."""
-    return config.optimizer.name == "adamw" and platform(mesh.abstract_mesh) != "cpu"
+    memory is dearer than a pass over it. Muon's are products, and with all moments in float32 the
+    compiler needs more memory for it, not less."""
+    c = config.optimizer
+    narrow = {c.first_moment_dtype, c.second_moment_dtype} != {"float32"}
+    return c.name == "adamw" and narrow and platform(mesh.abstract_mesh) != "cpu"
 
 
 def _optimizer(
