@@ -325,7 +325,7 @@ def test_platform_is_the_mesh_s_inside_a_sharded_function():
 
 
 @pytest.mark.parametrize(
-    "name, moments", [("adamw", "int8"), ("adamw", "float32"), ("muon", "int8")]
+    "name, moments", [("adamw", "int8"), ("adamw", "bfloat16"), ("muon", "int8")]
 )
 def test_updates_are_computed_twice_where_that_is_cheap_and_memory_is_dear(name, moments):
     config = smoke()

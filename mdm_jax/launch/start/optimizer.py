@@ -26,11 +26,11 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 def recomputes_update(config: ConfigDict, mesh: jax.sharding.Mesh) -> bool:
     """Whether a step computes updates twice and holds none: AdamW's, which are elementwise, where
-    memory is dearer than a pass over it. Muon's are products, and with all moments in float32 the
-    compiler needs more memory for it, not less."""
+    moments in int8 would be held in float32 until their scales are known, and memory is dearer than
+    a pass over them. Muon's updates are products."""
     c = config.optimizer
-    narrow = {c.first_moment_dtype, c.second_moment_dtype} != {"float32"}
-    return c.name == "adamw" and narrow and platform(mesh.abstract_mesh) != "cpu"
+    moments = c.first_moment_dtype, c.second_moment_dtype
+    return c.name == "adamw" and "int8" in moments and platform(mesh.abstract_mesh) != "cpu"
 
 
 def _optimizer(
