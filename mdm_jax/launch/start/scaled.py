@@ -31,10 +31,9 @@ read."""
 WARMUPS, LONGEST_WARMUP, AVERAGES, VALIDATIONS = 10, 1000, 5, 10
 """Warm-ups and validations in a run; an average is over a fifth of it."""
 
-CACHED_TOKENS, FEWEST_PARTS, FEW_PARAMETERS = 1024, 4, 2**21
-"""Tokens whose activations fit a CPU's cache at widths of small networks; fewer parts were not
-measured; parameters of whose gradients a pass is cheap. experiments/benchmarks/RESULTS.md,
-"Microbatches on a CPU"."""
+CACHED_TOKENS, FEW_PARAMETERS = 1024, 2**22
+"""Tokens whose activations fit a CPU's cache at widths of small networks; parameters of whose
+gradients a pass is cheap. experiments/benchmarks/RESULTS.md, "Microbatches on a CPU"."""
 
 RULES = {
     "peak": ", ".join(f"{name} {peak:g}" for name, peak in PEAKS.items()),
@@ -72,13 +71,13 @@ def num_microbatches(rows: int, length: int, parameters: int, platform: str) -> 
     its views, by platform.
 
     On CPUs activations of ``CACHED_TOKENS`` stay in a cache and use the same memory again, which is
-    worth a pass over the gradients for each microbatch below ``FEW_PARAMETERS``, in batches of at
-    least ``FEWEST_PARTS`` such parts. Gradients are the same up to the order of sums.
+    worth a pass over the gradients for each microbatch below ``FEW_PARAMETERS``. Gradients are the
+    same up to the order of sums.
     """
     most = rows * length // CACHED_TOKENS
-    if platform != "cpu" or parameters >= FEW_PARAMETERS or most < FEWEST_PARTS:
+    if platform != "cpu" or parameters >= FEW_PARAMETERS:
         return 1
-    return max(number for number in range(1, most + 1) if rows % number == 0)
+    return max(number for number in range(1, max(most, 1) + 1) if rows % number == 0)
 
 
 def followed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def test_lengths_fitted_to_pairs_are_stored_and_unset_ones_are_no_change(tmp_pat
         (16, 128, 20_000_000, "cpu", 1),  # shape M: a pass over its gradients costs more
         (8, 32, 10_000, "cpu", 1),
         (6, 1024, 10_000, "cpu", 6),
-        (16, 128, 1_100_000, "cpu", 1),  # the quickstart: two parts were not measured
+        (16, 128, 1_100_000, "cpu", 2),  # the quickstart
+        (16, 256, 3_300_000, "cpu", 4),  # shapes V and W
         (7, 1024, 10_000, "cpu", 7),
         (11, 512, 10_000, "cpu", 1),  # 11 rows in at most 5 parts
         (2, 8192, 10_000, "cpu", 2),
