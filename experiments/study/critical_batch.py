@@ -197,7 +197,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             cells.append(f"{np.mean(known):.0f}" if known and None not in each else "-")
         fitted = ["-"] * 4
         if "critical_batch" in entry:
-            fitted = [_figure(entry["least_steps"]), _figure(entry["critical_batch"])]
+            fitted = [_estimate(entry["least_steps"]), _estimate(entry["critical_batch"])]
             fitted.append(f"{math.exp(entry['log_error']):.2f}")
             fitted.append(f"{100 * entry['residual']:.0f} %")
         rows.append([_name(entry), f"{entry['target']:g}", *cells, *fitted])
@@ -206,7 +206,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["method", "target", *names, *heads], rows)
 
 
-def _figure(estimate: Sequence[float]) -> str:
+def _estimate(estimate: Sequence[float]) -> str:
     value, error = estimate
     return f"{value:.0f}" if math.isnan(error) else f"{value:.0f} ± {error:.0f}"
 
@@ -224,7 +224,7 @@ def draw(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             relative = np.array([*own.values()]) / least
             axes.plot([*own], relative, "o", color=style["color"], alpha=0.7, markersize=4)
         batches = np.geomspace(min(BATCHES), max(BATCHES), 64)
-        label = f"{SUITE.methods[method].label}: B = {_figure(entry['critical_batch'])}"
+        label = f"{SUITE.methods[method].label}: B = {_estimate(entry['critical_batch'])}"
         axes.plot(batches, 1 + entry["critical_batch"][0] / batches, label=label, **style)
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
