@@ -1,6 +1,8 @@
 """The least variance of one mask a row, on the enumerated toy."""
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +164,20 @@ def test_means_over_sizes_of_a_grid():
         lower_bound.mean_shares(counts, np.full(128, 1 / 128)) @ counts, 64.5
     )
     assert lower_bound.grid(4, 16).tolist() == [1, 2, 3, 4]
+
+
+def test_rows_of_unequal_lengths_are_an_error_of_the_command(monkeypatch, capsys):
+    config = types.SimpleNamespace(
+        process="masked", model=types.SimpleNamespace(condition_on_logsnr=False)
+    )
+    run = types.SimpleNamespace(config=config, dataset=types.SimpleNamespace(train=None))
+    rows = toys.toy_batch()
+    rows = rows._replace(eligible=np.arange(N) < np.array([[2], [3], [4]]))
+    monkeypatch.setattr(sys, "argv", ["lower_bound", "--workdir=runs/x", "--groups=3"])
+    monkeypatch.setattr(lower_bound, "saved_config", lambda _: config)
+    monkeypatch.setattr(lower_bound, "make_experiment", lambda *_: run)
+    monkeypatch.setattr(lower_bound.measure, "parameters", lambda *_: (run, 0, None, None))
+    monkeypatch.setattr(lower_bound.data, "sample_rows", lambda *_: rows)
+    with pytest.raises(SystemExit):
+        lower_bound.main()
+    assert "3 rows of 2, 3, 4 tokens" in capsys.readouterr().err
