@@ -17,7 +17,6 @@ from experiments.study.table import published
 from mdm_jax import plots as mdm_plots
 
 ROOT = pathlib.Path(__file__).parents[2]
-PUBLISHED = ("confirmation", "confirmation_rates")
 PANELS = {
     "sudoku6": ("6×6 Sudoku, scratch", "accuracy (higher is better)"),
     "sudoku4_noisy": ("Noisy 4×4, fine-tuned", "accuracy (higher is better)"),
@@ -115,21 +114,13 @@ def variance_curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, Any]]]
 
 def main() -> None:
     """Draw ``docs/seeds.svg``: every fresh seed of the study, one dot each."""
-    records = [published(name) for name in PUBLISHED]
-    results = {
-        task: {
-            method: record["results"]["passes"][task][method]["scores"]
-            for record in records
-            for method in record["results"]["passes"][task]
-        }
-        for task in PANELS
-    }
+    results = published("eight")["results"]["passes"]
     matplotlib.rcParams["svg.hashsalt"] = "mdm_jax"  # the same file each time
     figure = mdm_plots.new_figure((9, 2.4))
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (task, (title, score)) in zip(panels, PANELS.items()):
         for row, method in enumerate(ROWS):
-            scores = list(results[task][method].values())
+            scores = list(results[task][method]["scores"].values())
             color = "0.45" if row == 0 else mdm_plots.PALETTE[row - 1]
             axes.plot(scores, [row] * len(scores), "o", color=color, alpha=0.7, markersize=6)
             axes.plot(sum(scores) / len(scores), row, "|", color=color, markersize=18, mew=2)
