@@ -134,11 +134,11 @@ def train(experiment: Experiment, stages: int, evaluations: int) -> tuple[float,
 
     state = experiment.initial_state()
     best: tuple[float, PyTree] = (np.inf, None)
-    with contextlib.closing(experiment.train_batches(rows // stages)) as batches:
+    with contextlib.closing(experiment.train_batches(rows // stages)) as fresh:
         key = rng.stream(rng.step_key(config.seed, 0), "pool")
-        pool = start(key, first_rows(batches, stages), stages)
+        pool = start(key, first_rows(fresh, stages), stages)
         for number in range(1, config.train.steps + 1):
-            state, pool = step(state, pool, next(batches))
+            state, pool = step(state, pool, next(fresh))
             if number % (config.train.steps // evaluations) == 0:
                 params = averaged(state)
                 batches = experiment.batches(dataset.valid, config.evaluate.max_rows)
