@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import jax
 
+from mdm_jax.distributed import compute_capability
+
 _NVIDIA = ("/dev/nvidia[0-9]*",)
 _TPU = ("/dev/accel[0-9]*",)
 _TPU_VARIABLES = ("TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
@@ -47,10 +49,12 @@ def accelerator(environment: Mapping[str, str]) -> tuple[str, str] | None:
 def multiplies_bfloat16() -> bool:
     """Whether JAX's devices multiply bfloat16 faster than float32.
 
-    Accelerators do; CPUs where Linux lists units for it, ``avx512_bf16`` or ``amx_bf16``.
+    TPUs do; NVIDIA's GPUs from compute capability 8.0 on, and other GPUs; CPUs where Linux lists
+    units for it, ``avx512_bf16`` or ``amx_bf16``.
     """
     if jax.default_backend() != "cpu":
-        return True
+        major = compute_capability().partition(".")[0]  # "7" of a V100, "" of a TPU
+        return not major.isdigit() or int(major) >= 8
     try:
         lines = _CPUINFO.read_text("utf-8").splitlines()
     except OSError:

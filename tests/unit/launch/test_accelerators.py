@@ -97,3 +97,10 @@ def test_units_for_bfloat16_are_named_where_float32_does_not_use_them(
     text = accelerators.unused_bfloat16("float32")
     assert ("model.dtype=bfloat16" in text) if hint else text is None
     assert accelerators.unused_bfloat16("bfloat16") is None
+
+
+@pytest.mark.parametrize("capability, units", [("7.5", False), ("8.0", True), ("gfx90a", True)])
+def test_old_gpus_have_no_units_for_bfloat16(machine, monkeypatch, capability, units):
+    machine(backend="gpu")
+    monkeypatch.setattr(accelerators, "compute_capability", lambda: capability)
+    assert accelerators.multiplies_bfloat16() is units
