@@ -249,9 +249,9 @@ def _settings() -> dict[str, Any]:
 def _train(experiment: Experiment, workdir: files.Path) -> int:
     if warning := accelerators.unused_accelerator(os.environ):
         print(f"warning: {warning}", file=sys.stderr)
-    if hint := accelerators.unused_bfloat16(experiment.config.model.dtype):
-        print(f"hint: {hint}", file=sys.stderr)
     print(experiment.describe(), scaled.describe(experiment.config), sep="\n", flush=True)
+    if hint := accelerators.unused_bfloat16(experiment.config.model.dtype):
+        print(f"hint: {hint}", flush=True)
     print(preview.preview(experiment.dataset), flush=True)
     with Interrupt() as interrupt:
         try:
