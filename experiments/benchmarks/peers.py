@@ -176,8 +176,10 @@ def ending_children() -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """Of workers: this repository on the path, and bytecode is kept, as users have it."""
-    kept = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
+    """Of workers: this repository on the path; bytecode is kept, as users have it, and XLA has no
+    flags, such as more devices than a core."""
+    left_out = ("PYTHONDONTWRITEBYTECODE", "XLA_FLAGS")
+    kept = {n: v for n, v in os.environ.items() if n not in left_out}
     return kept | {"PYTHONPATH": str(REPOSITORY)}
 
 

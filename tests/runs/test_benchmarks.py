@@ -373,4 +373,5 @@ def test_our_sides_of_the_comparison_with_peers_step_and_sample(monkeypatch):
         assert all(2 < r["last_value"] < 3 for r in found.values())  # log 10 = 2.3
         monkeypatch.setattr(peers, "STEPS", 2)
         found = peers.measure("sampling", peers.SAMPLE, TINY, QUICK)
-        assert {"ancestral", "blocks, cached", "mdlm", "bd3lms"} == set(found["sides"])
+        names = {"ancestral", "blocks, cached", "mdlm", "bd3lms"}
+        assert set(found["sides"]) == names | {f"{name} bfloat16" for name in names}
