@@ -15,10 +15,12 @@ covariance of the gradient of ``S / n`` over rows and masks of size k,
     N variance >= sum_k E[weight^2; k] V(k) >= (sum_k sqrt(V(k)) / k)^2 ,
 
 whatever the law of the sizes and their coupling over rows (Cauchy and Schwarz twice). Large batches
-with stratified rates of density ``sqrt(V(k)) / k`` reach it. Not covered: masks of a size that are
-not equally likely (weights by position, spans, rare tokens first), several masks of a row, masks
-that are coupled over rows or drawn by content, densities that differ by row, control variates, rows
-drawn by importance or in strata, other networks, parts of the bound, which leave out sizes.
+with stratified rates of density ``sqrt(V(k)) / k`` reach it. The default chain's density follows
+the second moment at the logits instead, here of the same rows and masks, in its bins and with its
+floor. Not covered: masks of a size that are not equally likely (weights by position, spans, rare
+tokens first), several masks of a row, masks that are coupled over rows or drawn by content,
+densities that differ by row, control variates, rows drawn by importance or in strata, other
+networks, parts of the bound, which leave out sizes.
 
 Moments at a grid of sizes give the variance of independent rates too: with independent masks on
 [0.001, 1] (standard training as published, whatever the run's own law), with fixed counts, and with
@@ -45,6 +47,7 @@ from mdm_jax.launch.workdir import saved_config, write_json
 from mdm_jax.objectives.objective import summed_loss
 from mdm_jax.progress import progress_bar
 from mdm_jax.types import Array, Batch, PyTree
+from mdm_jax.variance import densities
 
 NAMES = {
     "standard": "standard: independent masks and rates",
@@ -54,10 +57,13 @@ NAMES = {
     "root": "the same, density in proportion to 1 / sqrt(rate)",
     "best_density": "the same, the best density",
     "stratified": "fixed counts, stratified rates, large batches",
+    "slopes": "the same, the density that ppots_slopes learns: the default chain",
     "bound": "lower bound of one mask a row, uniform among masks of its size, independent rows",
 }
 LOWEST = 1e-3
 """Lowest rate of standard training, as published."""
+FLOOR = 0.2
+"""Of ``variance.ppots_slopes`` by default."""
 
 
 class Sums(NamedTuple):
@@ -65,6 +71,7 @@ class Sums(NamedTuple):
 
     Attributes:
         squares: [groups, counts] sums of squared norms.
+        at_logits: [groups, counts] those of ``ppots_slopes``, at the logits.
         products: [counts, groups, groups] inner products of the groups' sums.
         mean_products: [2, groups, groups] those of the sums of the gradient averaged over sizes:
             of the whole bound, and of standard training's part of it.
@@ -72,6 +79,7 @@ class Sums(NamedTuple):
     """
 
     squares: np.ndarray
+    at_logits: np.ndarray
     products: np.ndarray
     mean_products: np.ndarray
     size: int
@@ -82,7 +90,7 @@ class Sums(NamedTuple):
         products, means = (
             each[:, kept][:, :, kept] for each in (self.products, self.mean_products)
         )
-        return Sums(self.squares[kept], products, means, self.size)
+        return Sums(self.squares[kept], self.at_logits[kept], products, means, self.size)
 
 
 def eligible_tokens(rows: Batch, groups: int) -> int:
@@ -123,20 +131,22 @@ def gradient_sums(
     loss = summed_loss(apply_fn, objective)
 
     @jax.jit
-    def sums(key: Array, batch: Batch, count: Array) -> tuple[Array, Array]:
+    def sums(key: Array, batch: Batch, count: Array) -> tuple[Array, Array, Array]:
         u = jnp.full((size, 1, 1, 1), 1.0) - (count - 0.5) / n
         noise = open_uniform(key, (size, 1, 1, length))
 
-        def flat(row: Batch, u: Array, noise: Array) -> Array:
+        def flat(row: Batch, u: Array, noise: Array) -> tuple[Array, Array]:
             one = jax.tree.map(lambda field: field[None], row)
             draw = Draw(u, jnp.zeros_like(u), noise)
-            leaves = jax.tree.leaves(jax.grad(loss, has_aux=True)(params, one, draw)[0])
-            return jnp.concatenate([leaf.ravel() for leaf in leaves]) / n
+            gradient, (_, stats) = jax.grad(loss, has_aux=True)(params, one, draw)
+            at_logits = jnp.sum(stats.gradient_norms * jnp.square(stats.weight)) / n**2
+            leaves = jax.tree.leaves(gradient)
+            return jnp.concatenate([leaf.ravel() for leaf in leaves]) / n, at_logits
 
-        each = jax.vmap(flat)(batch, u, noise)
-        return each.sum(0), jnp.sum(jnp.square(each), -1).sum()
+        each, at_logits = jax.vmap(flat)(batch, u, noise)
+        return each.sum(0), jnp.sum(jnp.square(each)), at_logits.sum()
 
-    squares, products = np.zeros((groups, len(counts))), []
+    squares, logits, products = *np.zeros((2, groups, len(counts))), []
     shares = [mean_shares(counts, own) for own in (np.full(n, 1 / n), bernoulli_mean(n, lowest))]
     means: list[Any] = [0.0, 0.0]
     with progress_bar(len(counts) * groups, unit="groups of gradients") as bar:
@@ -146,14 +156,16 @@ def gradient_sums(
                 part = slice(group * size, (group + 1) * size)
                 batch = jax.tree.map(lambda field, part=part: jnp.asarray(field[part]), rows)
                 own = jax.random.fold_in(jax.random.fold_in(key, int(count)), group)
-                one, square = sums(own, batch, jnp.float32(count))
+                one, squares[group, index], logits[group, index] = sums(
+                    own, batch, jnp.float32(count)
+                )
                 total.append(np.asarray(one))
-                squares[group, index] = square
                 bar.update()
             whole = np.stack(total)
             products.append(_inner(whole))
             means = [mean + share[index] * whole for mean, share in zip(means, shares)]
-    return Sums(squares, np.stack(products), np.stack([_inner(mean) for mean in means]), size)
+    inner = np.stack([_inner(mean) for mean in means])
+    return Sums(squares, logits, np.stack(products), inner, size)
 
 
 def _inner(sums: np.ndarray) -> np.ndarray:
@@ -203,6 +215,21 @@ def under(second: np.ndarray, law: np.ndarray) -> float:
     return float(np.sum(second[law > 0] / law[law > 0]) / len(law) ** 2)
 
 
+def under_slopes(within: np.ndarray, at_logits: np.ndarray) -> float:
+    """Of stratified rates in large batches, by the default density of ``variance.ppots_slopes``.
+
+    It follows the second moments [n] at the logits, up to a factor; ``within`` [n] is V.
+    """
+    n, edges = len(within), np.float64(densities.log_spaced_edges())
+    cuts = np.union1d(edges, 1 - np.arange(n + 1) / n)
+    widths, middle = np.diff(cuts), (cuts[1:] + cuts[:-1]) / 2
+    size = np.ceil(n * (1 - middle)).astype(int) - 1
+    bins = np.searchsorted(edges, middle) - 1
+    moments = np.bincount(bins, widths * at_logits[size]) / np.bincount(bins, widths)
+    density = densities.moment_density(edges, moments, FLOOR)
+    return float(np.sum(widths * within[size] / np.exp(np.float64(density.log_pdf(middle)))))
+
+
 def variances(sums: Sums, counts: np.ndarray, n: int, lowest: float = LOWEST) -> dict[str, float]:
     """Variance of the batch gradient times forward passes, nats per eligible token, by name."""
     groups = len(sums.squares)
@@ -211,25 +238,28 @@ def variances(sums: Sums, counts: np.ndarray, n: int, lowest: float = LOWEST) ->
     within = (squares - sums.products.sum((1, 2)) / rows) / (rows - 1)
     pairs = sums.mean_products.sum((1, 2)) - np.trace(sums.mean_products, axis1=1, axis2=2)
     signals = pairs / (groups * (groups - 1) * sums.size**2)
-    return of_moments(squares / rows, within, signals, counts, n, lowest)
+    at_logits = sums.at_logits.sum(0) / rows
+    return of_moments(squares / rows, within, at_logits, signals, counts, n, lowest)
 
 
 def of_moments(
     second: np.ndarray,
     within: np.ndarray,
+    at_logits: np.ndarray,
     signals: np.ndarray,
     counts: np.ndarray,
     n: int,
     lowest: float = LOWEST,
 ) -> dict[str, float]:
-    """As :func:`variances`, from second moments and V of the gradient of ``S / k``, [counts], and
-    the squared means [2] of the bound's gradient and of standard training's."""
+    """As :func:`variances`, from second moments and V of the gradient of ``S / k``, its second
+    moments at the logits, [counts], and the squared means [2] of the bound's gradient and of
+    standard training's."""
 
     def at_all(values: np.ndarray) -> np.ndarray:
         logs = np.log(np.maximum(values, 1e-300))
         return np.exp(np.interp(np.log(np.arange(1, n + 1)), np.log(counts), logs))
 
-    second, within = at_all(second), at_all(within)
+    second, within, at_logits = map(at_all, (second, within, at_logits))
     signal, standard = signals
     root = np.arange(1, n + 1) ** -0.5
     return {
@@ -240,6 +270,7 @@ def of_moments(
         "root": under(second, root / root.sum()) - signal,
         "best_density": under(second, np.sqrt(second) / np.sqrt(second).sum()) - signal,
         "stratified": float(within.mean()),
+        "slopes": under_slopes(within, at_logits),
         "bound": float(np.sqrt(within).mean() ** 2),
     }
 

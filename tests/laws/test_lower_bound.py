@@ -31,42 +31,60 @@ PARAMS = toys.toy_params()
 
 @functools.cache
 def moments():
-    """Second moments and V of the gradient of S / k by size, and its means [sizes, 3]."""
-    gradients = toy_gradients()
-    second, within, means = [], [], []
+    """By size, of the gradient of S / k: second moments, V, second moments at the logits, means."""
+    gradients, squares = toy_gradients(), squares_at_logits()
+    second, within, logits, means = [], [], [], []
     for k in COUNTS:
         own = gradients[:, k == SIZES] / k
         second.append(SHARES @ np.sum(own**2, -1).mean(1))
         means.append(SHARES @ own.mean(1))
         within.append(second[-1] - np.sum(means[-1] ** 2))
-    return np.array(second), np.array(within), np.array(means)
+        logits.append(SHARES @ squares[:, k == SIZES].mean(1) / k**2)
+    return np.array(second), np.array(within), np.array(logits), np.array(means)
+
+
+def squares_at_logits():
+    """[rows, masks] sums over masked tokens of (1 - p)^2, p the right token's probability."""
+    masks, rows = mask_bits(N), np.array(toys.ROWS)[:, None]
+    inputs = np.where(masks[None], toys.MASK_ID, rows)
+    logits = toys.Toy().apply(PARAMS, jnp.asarray(inputs.reshape(-1, N)))
+    right = np.take_along_axis(
+        np.asarray(jax.nn.softmax(logits)).reshape(*inputs.shape, -1),
+        np.broadcast_to(rows, inputs.shape)[..., None],
+        -1,
+    )[..., 0]
+    return np.sum(np.where(masks[None], (1 - right) ** 2, 0.0), -1)
 
 
 def exact(lowest=lower_bound.LOWEST):
-    second, within, means = moments()
+    second, within, logits, means = moments()
     shares = np.full(N, 1 / N), lower_bound.bernoulli_mean(N, lowest)
     signals = [np.sum((share @ means) ** 2) for share in shares]
-    return lower_bound.of_moments(second, within, signals, COUNTS, N, lowest)
+    return lower_bound.of_moments(second, within, logits, signals, COUNTS, N, lowest)
 
 
-def sampled(corrupt, transform, rows, batches, law=None):
-    """(variance of the batch gradient times passes, standard error) of the package's estimator."""
+def sampled(corrupt, transform, rows, batches, law=None, steps=0):
+    """(variance of the batch gradient times passes, standard error) of the package's estimator,
+    whose state has learned for so many ``steps``."""
     masked = objectives.masked_nelbo(corrupt, law) if law else objectives.masked_nelbo(corrupt)
     loss = summed_loss(toys.Toy().apply, masked)
     spec = masked.spec(rows, N)
-    state = transform.init(spec)
     table = toys.toy_batch()
 
-    def gradient(key):
+    def gradient(state, key):
         own, other = jax.random.split(key)
         index = jax.random.choice(own, len(SHARES), (rows,), p=jnp.asarray(SHARES))
         batch = jax.tree.map(lambda field: jnp.asarray(field)[index], table)
         draw = draw_batch(other, transform, state, spec)
-        (leaf,) = jax.tree.leaves(jax.grad(loss, has_aux=True)(PARAMS, batch, draw)[0])
-        return leaf / (rows * N)
+        tree, (_, stats) = jax.grad(loss, has_aux=True)(PARAMS, batch, draw)
+        (leaf,) = jax.tree.leaves(tree)
+        return transform.update(state, draw, stats), leaf / (rows * N)
 
+    keys = jax.random.split(jax.random.key(0), steps)
+    state, _ = jax.lax.scan(gradient, transform.init(spec), keys)
     keys = jax.random.split(jax.random.key(1), batches)
-    each = np.asarray(jax.jit(jax.vmap(gradient))(keys), np.float64)
+    each = jax.jit(jax.vmap(lambda key: gradient(state, key)[1]))(keys)
+    each = np.asarray(each, np.float64)
     squares = rows * np.sum((each - each.mean(0)) ** 2, -1)
     return squares.mean(), squares.std() / np.sqrt(batches)
 
@@ -81,7 +99,7 @@ BERNOULLI = corruption.bernoulli(toys.MASK_ID)
 
 
 def test_moments_make_the_variances_of_the_packages_chains():
-    second, within, _ = moments()
+    second, within, _, _ = moments()
     # All masked the toy has no gradient, and a density must be positive.
     second, within = (np.maximum(each, 1e-4 * each.max()) for each in (second, within))
     stratified, importance = variance.stratified(), warps.importance
@@ -103,6 +121,14 @@ def test_moments_make_the_variances_of_the_packages_chains():
         value, error = found
         assert error < 0.02 * value and value == pytest.approx(wanted[name], abs=3 * error), name
     assert whole["bound"] < min(whole["stratified"], whole["best_density"])
+
+
+def test_the_default_chain_has_the_variance_of_the_density_that_it_learns():
+    chain = variance.chain(variance.stratified(), variance.ppots_slopes())
+    value, error = sampled(FIXED, chain, 64, 6_000, steps=3_000)
+    wanted = exact()
+    assert error < 0.02 * value and value == pytest.approx(wanted["slopes"], abs=3 * error)
+    assert wanted["stratified"] - wanted["slopes"] > 5 * error  # it is another density
 
 
 def test_standard_training_is_the_mixture_of_sizes_that_it_is():
@@ -134,7 +160,7 @@ def test_between_the_sizes_of_the_grid_little_is_added(curve):
     """What the errors leave out, as the docstring says."""
     every, counts = np.arange(1, 129), lower_bound.grid(128, 16)
     fine, coarse = (
-        lower_bound.of_moments(curve(k), curve(k), (0, 0), k, 128) for k in (every, counts)
+        lower_bound.of_moments(*[curve(k)] * 3, (0, 0), k, 128) for k in (every, counts)
     )
     for name, value in fine.items():
         assert -0.006 < coarse[name] / value - 1 < 0.01, name
