@@ -6,8 +6,10 @@ The same line resumes after Ctrl-C, a kill or a crash: finished runs are skipped
 go on from their last checkpoint. Every run is a working directory of the launcher below
 WORKDIR/runs. Tables (study.md), all numbers (study.json) and plots are in WORKDIR, written again
 whenever the command ends; --only_tables writes them from what is finished and runs nothing.
+--only_tasks and --only_methods take a part of a suite, whose tables compare that part alone.
 
 Suites: smoke (seconds), tune, tune_finetune and tune_larger (learning rates of standard training),
+tune_answers (those of rates in [0.3, 0.8]),
 small (hours on two CPU cores), confirmation (fresh seeds of four methods), attempts and
 confirmation_rates (other ranges of rates), eight (five methods, eight fresh seeds), field_text and
 field_sudoku (other methods of the field on the same seeds; may share the workdir of eight), longer
@@ -47,6 +49,8 @@ _PROCESSES = flags.DEFINE_integer(
     "processes", 0, "Runs at a time, each in a process; 0: one per core, but one with a GPU."
 )
 _ONLY_TABLES = flags.DEFINE_bool("only_tables", False, "Run nothing, write tables and plots.")
+_TASKS = flags.DEFINE_list("only_tasks", [], "Some of the suite's; later calls add others.")
+_METHODS = flags.DEFINE_list("only_methods", [], "Some of the suite's, the baseline among them.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep those of finished runs.")
 _CHANGES = {
     path: flags.DEFINE_string(f"config.{path}", None, f"The field {path} of every run.")
@@ -71,7 +75,8 @@ def main(argv: list[str]) -> int:
     root = pathlib.Path(_WORKDIR.value)
     changes = {path: flag.value for path, flag in _CHANGES.items() if flag.value is not None}
     try:
-        suite = study_runs.changed(SUITES[_SUITE.value], changes)
+        suite = study_runs.part(SUITES[_SUITE.value], _TASKS.value, _METHODS.value)
+        suite = study_runs.changed(suite, changes)
     except ValueError as error:
         return _fail(str(error))
     if _WORKER.value >= 0:

@@ -5,7 +5,7 @@ import importlib
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from experiments.study.gradient_noise import along_training
 from experiments.study.suites import METHODS, Method, Suite, Task
 from mdm_jax import files
+from mdm_jax.checks import unknown_name
 from mdm_jax.launch.build import make_experiment
 from mdm_jax.launch.config import flat_settings
 from mdm_jax.launch.modes import evaluate, train
@@ -79,6 +80,33 @@ def changed(suite: Suite, changes: Mapping[str, str]) -> Suite:
         except ValueError as error:
             raise ValueError(f"--config.{path}={text}: not of type {kind.__name__}") from error
     return dataclasses.replace(suite, settings={**suite.settings, **values})
+
+
+def part(suite: Suite, tasks: Sequence[str], methods: Sequence[str]) -> Suite:
+    """The suite's tasks and methods of these names, all where none is named; runs stay the same.
+
+    Raises:
+        ValueError: for a name that the suite does not have, and methods without the baseline.
+    """
+    for kind, names, known in (("task", tasks, suite.tasks), ("method", methods, suite.methods)):
+        for name in names:
+            if name not in known:
+                raise unknown_name(name, known, f"{kind} of {suite.name}")
+    if methods and suite.baseline not in methods:
+        raise ValueError(
+            f"methods are compared with {suite.baseline}, which must be among them, not only "
+            + ", ".join(methods)
+        )
+    kept = {name: task for name, task in suite.tasks.items() if name in (tasks or suite.tasks)}
+    started = {task.pretraining for task in kept.values()}
+    return dataclasses.replace(
+        suite,
+        tasks=kept,
+        methods={
+            name: each for name, each in suite.methods.items() if name in (methods or suite.methods)
+        },
+        pretrainings={name: task for name, task in suite.pretrainings.items() if name in started},
+    )
 
 
 def planned_as(suite: Suite, run: Run) -> Run:

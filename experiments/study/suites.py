@@ -187,17 +187,20 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def tuning(suite: Suite, peaks: tuple[float, ...], seeds: tuple[int, ...]) -> Suite:
-    """Standard training of the suite's tasks at several learning rates, on seeds of its own.
+def tuning(
+    suite: Suite, peaks: tuple[float, ...], seeds: tuple[int, ...], name: str = "standard"
+) -> Suite:
+    """A method of the suite on its tasks at several learning rates, on seeds of its own.
 
-    The best by mean score is written into the suite's tasks by hand, for all methods.
+    The best of standard training by mean score is written into the suite's tasks by hand, for all
+    methods.
     """
-    standard = suite.methods[suite.baseline]
+    method = suite.methods[name]
     methods = {
-        f"standard_{peak:g}": dataclasses.replace(
-            standard,
-            label=f"standard, peak {peak:g}",
-            settings={**standard.settings, "optimizer.peak": peak},
+        f"{name}_{peak:g}": dataclasses.replace(
+            method,
+            label=f"{method.label}, peak {peak:g}",
+            settings={**method.settings, "optimizer.peak": peak},
             note="",
         )
         for peak in peaks
@@ -395,4 +398,7 @@ SUITES["a2d"] = Suite(
     gpu=True,
 )
 SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))
+SUITES["tune_answers"] = tuning(
+    SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101), "recommended_for_answers"
+)
 SUITES["tune_finetune"] = tuning(SUITES["finetune"], (2e-3, 5e-3), (100,))

@@ -87,6 +87,36 @@ def test_fine_tuning_starts_from_the_pretraining_of_its_kind():
     assert study_runs.pretraining(suite, Run("text", "mirror", "passes", 0)) is None
 
 
+def test_a_part_of_a_suite_has_runs_of_the_whole():
+    whole = SUITES["small"]
+    part = study_runs.part(whole, ["sudoku4_noisy"], ["mirror", "standard"])
+    runs = study_runs.plan(part)
+    assert {(run.task, run.method) for run in runs} == {
+        ("sudoku4_pretraining", "fixed_counts"),
+        ("sudoku4_noisy", "standard"),
+        ("sudoku4_noisy", "mirror"),
+    }
+    assert set(runs) < set(study_runs.plan(whole))
+    for run in runs:
+        own, other = (study_runs.configure(suite, run, ROOT) for suite in (part, whole))
+        assert own.to_json() == other.to_json()
+    assert not study_runs.part(whole, ["text"], []).pretrainings
+    assert study_runs.part(whole, [], []) == whole
+
+
+@pytest.mark.parametrize(
+    ("tasks", "methods", "message"),
+    [
+        (["txt"], [], "unknown task of small 'txt'; did you mean 'text'"),
+        ([], ["standard", "miror"], "unknown method of small 'miror'; did you mean 'mirror'"),
+        ([], ["mirror"], "compared with standard, which must be among them, not only mirror"),
+    ],
+)
+def test_parts_that_a_suite_does_not_have_are_refused(tasks, methods, message):
+    with pytest.raises(ValueError, match=message):
+        study_runs.part(SUITES["small"], tasks, methods)
+
+
 def test_views_that_do_not_divide_a_batch_are_refused():
     tasks = {"t": Task("study.sudoku4", settings={"train.batch_size": 6})}
     suite = dataclasses.replace(SUITES["small"], tasks=tasks)
