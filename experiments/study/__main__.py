@@ -9,17 +9,16 @@ whenever the command ends; --only_tables writes them from what is finished and r
 --only_tasks and --only_methods take a part of a suite, whose tables compare that part alone.
 
 Suites: smoke (seconds), tune, tune_finetune and tune_larger (learning rates of standard training),
-tune_answers (those of rates in [0.3, 0.8]),
-small (hours on two CPU cores), confirmation (fresh seeds of four methods), attempts and
-confirmation_rates (other ranges of rates), eight (five methods, eight fresh seeds), field_text and
-field_sudoku (other methods of the field on the same seeds; may share the workdir of eight), longer
-(three times the steps), weights, larger (five tasks, all methods of the field; nights), arithmetic
-(word problems, with --config.data.path=FILE of experiments.prepare mawps), noise_scale
-(experiments.study.noise_scale reads it), curves and unweighted (P-POTS without its weight, from
-curves fitted to runs of the former), finetune (the small model of the repository on two tasks, or
-with --config.model.source=DIR another one). For a GPU: full, and a2d (a released model on GSM8K,
-with --config.model.source=DIR --config.data.path=FILE). experiments/study/suites.py defines them,
-docs/study.md has the results.
+tune_answers (those of rates in [0.3, 0.8]), small (hours on two CPU cores), confirmation (fresh
+seeds of four methods), attempts and confirmation_rates (other ranges of rates), eight (five
+methods, eight fresh seeds), field_text, field_sudoku and field_finetune (other methods of the field
+on the same seeds; may share the workdir of eight), longer (three times the steps), weights, larger
+(five tasks, all methods of the field; nights), arithmetic (word problems, with
+--config.data.path=FILE of experiments.prepare mawps), noise_scale (experiments.study.noise_scale
+reads it), curves and unweighted (P-POTS without its weight, from curves fitted to runs of the
+former), finetune (the small model of the repository on two tasks, or with --config.model.source=DIR
+another one). For a GPU: full, and a2d (a released model on GSM8K, with --config.model.source=DIR
+--config.data.path=FILE). experiments/study/suites.py defines them, docs/study.md has the results.
 """
 
 import fcntl

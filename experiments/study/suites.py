@@ -345,7 +345,7 @@ SUITES["arithmetic"] = Suite(
     evaluations=1,
     settings=SUITES["finetune"].settings,
 )
-# Runs of "eight" and of the next two have the same settings, so that they may share a workdir.
+# Runs of "eight" and of the next three have the same settings, so that they may share a workdir.
 SUITES["field_text"] = dataclasses.replace(
     SUITES["eight"],
     name="field_text",
@@ -360,7 +360,15 @@ SUITES["field_sudoku"] = dataclasses.replace(
     SUITES["field_text"],
     name="field_sudoku",
     tasks={"sudoku6": _SUDOKU6},
-    methods={name: FIELD[name] for name in ("standard", "flat", "pairs", "partition")},
+    methods={
+        name: FIELD[name] for name in ("standard", "flat", "pairs", "partition", "bell_unweighted")
+    },
+)
+SUITES["field_finetune"] = dataclasses.replace(
+    SUITES["eight"],
+    name="field_finetune",
+    tasks={"sudoku4_noisy": _FINE_TUNING},
+    methods={name: FIELD[name] for name in ("standard", "flat", "pairs", "bell_unweighted")},
 )
 SUITES["noise_scale"] = Suite(
     name="noise_scale",
