@@ -275,11 +275,9 @@ SUITES["longer"] = dataclasses.replace(
     pretrainings={},
 )
 SUITES["weights"] = dataclasses.replace(
-    SUITES["small"],
+    SUITES["eight"],
     name="weights",
-    methods={name: METHODS[name] for name in ("standard", "recommended", "recommended_for_answers")}
-    | FLAT_WEIGHTS,
-    budgets=("passes",),
+    methods={"standard": METHODS["standard"]} | FLAT_WEIGHTS,
 )
 SUITES["finetune"] = Suite(
     name="finetune",
@@ -345,7 +343,8 @@ SUITES["arithmetic"] = Suite(
     evaluations=1,
     settings=SUITES["finetune"].settings,
 )
-# Runs of "eight" and of the next three have the same settings, so that they may share a workdir.
+# Runs of "eight", "unweighted", "weights" and the next three have the same settings, so that they
+# may share a workdir.
 SUITES["field_text"] = dataclasses.replace(
     SUITES["eight"],
     name="field_text",
