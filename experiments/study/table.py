@@ -122,10 +122,48 @@ def summarise(
         }
     for method, result in results.items():
         if result is not None:
+            result["share_of_passes"] = share_of_passes(
+                result["curves"], (results.get(suite.baseline) or {}).get("curves", {})
+            )
             same = results.get(suite.methods[method].same_as or method)
             for name in ("total", "noise"):
                 result[f"{name}_over_baseline"] = _over(name, same, results.get(suite.baseline))
     return results
+
+
+def share_of_passes(
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    baseline: Mapping[str, Mapping[str, Sequence[float]]],
+) -> dict[str, Any] | None:
+    """Share of the baseline's passes after which its last validation bound is reached, by seed.
+
+    ``curves`` are by seed, as of :func:`study_runs.validation_curve`, with straight lines between
+    validations; a seed that does not reach the bound has None. ``mean`` and ``standard_error`` are
+    None if there is one; None without a seed that both have.
+    """
+    shares: dict[str, float | None] = {}
+    for seed, curve in curves.items():
+        if seed not in baseline:
+            continue
+        passes, bits = (np.array(curve[name]) for name in ("forward_passes", "bits_per_unit"))
+        wanted, whole = (baseline[seed][n][-1] for n in ("bits_per_unit", "forward_passes"))
+        first = int(np.argmax(bits <= wanted))
+        shares[seed] = None
+        if bits[first] <= wanted:
+            part = slice(max(first - 1, 0), first + 1)
+            # Falling from above to the bound or below it; the first validation has none before.
+            at = np.interp(-wanted, -bits[part], passes[part])
+            shares[seed] = float(at / whole)
+    if not shares:
+        return None
+    values = [share for share in shares.values() if share is not None]
+    whole_set = len(values) == len(shares)
+    error = finite_or_none(standard_error_of_mean(np.array(values))) if whole_set else None
+    return {
+        "by_seed": shares,
+        "mean": float(np.mean(values)) if whole_set else None,
+        "standard_error": error,
+    }
 
 
 def scores(task: Task, runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -238,7 +276,7 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
     head = ["method", "mean ± s.d.", "worst seed", "against the baseline (95 %)"]
     head += ["in standard errors", "p of signs", "p (Holm)", "worst beats best baseline"]
     head += ["bits per unit", "variance ÷ baseline's", "at same θ", "noise ÷ baseline's"]
-    head += ["noise to signal", "passes", "seconds"]
+    head += ["noise to signal", "passes to the baseline's last bound", "passes", "seconds"]
     rows = []
     for name, method in suite.methods.items():
         r = results[name]
@@ -262,6 +300,7 @@ def _details(suite: Suite, results: Mapping[str, Any]) -> str:
                 _measured(last.get("over_reference")),
                 _measured(r["noise_over_baseline"]),
                 format_number(last.get("noise_to_signal")) + _star(last.get("total")),
+                _share(r.get("share_of_passes")),
                 f"{r['forward_passes']:,}",
                 f"{r['training_seconds']:.0f}",
             ]
@@ -277,6 +316,16 @@ def _standard_errors(paired: Mapping[str, Any] | None) -> str:
     if paired is None or not paired["standard_error"]:
         return ""
     return f"{paired['mean'] / paired['standard_error']:+.1f}"
+
+
+def _share(share: Mapping[str, Any] | None) -> str:
+    if share is None:
+        return ""
+    if share["mean"] is None:
+        reached = [value for value in share["by_seed"].values() if value is not None]
+        return f"reached by {len(reached)} of {len(share['by_seed'])} seeds"
+    error = share["standard_error"]
+    return f"{share['mean']:.0%}" + (f" ± {error:.0%}" if error else "")
 
 
 def _measured(ratio: Mapping[str, Any] | None) -> str:

@@ -212,6 +212,24 @@ def test_a_score_in_bits_is_better_below():
     assert found["mirror"]["worst_beats_best_of_baseline"] is False
 
 
+def test_passes_to_the_last_bound_of_the_baseline():
+    def curve(*bits):
+        return {"forward_passes": [10, 20, 30], "bits_per_unit": bits}
+
+    base = {"0": curve(4.0, 3.0, 2.0), "1": curve(4.0, 3.0, 2.5)}
+    own = {"0": curve(3.0, 1.0, 1.5), "1": curve(2.0, 2.0, 2.0), "9": curve(1.0, 1.0, 1.0)}
+    found = study_table.share_of_passes(own, base)
+    # Half way from 10 to 20, and at the first validation; of 30 passes. Seed 9 has no baseline.
+    assert found["by_seed"] == pytest.approx({"0": 1 / 2, "1": 1 / 3})
+    assert found["mean"] == pytest.approx(5 / 12)
+    assert found["standard_error"] == pytest.approx(1 / 12)
+    assert study_table._share(found) == "42% ± 8%"
+    late = study_table.share_of_passes({"0": curve(4.0, 3.0, 2.1), "1": base["1"]}, base)
+    assert late["by_seed"] == {"0": None, "1": 1.0} and late["mean"] is None
+    assert study_table._share(late) == "reached by 1 of 2 seeds"
+    assert study_table.share_of_passes({"9": own["9"]}, base) is None
+
+
 def test_tables_say_what_was_not_run():
     suite = _suite()
     record = {
