@@ -404,8 +404,7 @@ SUITES["a2d"] = Suite(
     evaluations=3,
     gpu=True,
 )
-SUITES["tune"] = tuning(SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101))
-SUITES["tune_answers"] = tuning(
-    SUITES["small"], (5e-3, 1e-2, 2e-2, 4e-2), (100, 101), "recommended_for_answers"
-)
+_PEAKS = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+SUITES["tune"] = tuning(SUITES["small"], _PEAKS, (100, 101))
+SUITES["tune_answers"] = tuning(SUITES["small"], _PEAKS, (100, 101), "recommended_for_answers")
 SUITES["tune_finetune"] = tuning(SUITES["finetune"], (2e-3, 5e-3), (100,))
