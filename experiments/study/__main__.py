@@ -11,7 +11,7 @@ whenever the command ends; --only_tables writes them from what is finished and r
 Suites: smoke (seconds), tune, tune_finetune and tune_larger (learning rates of standard training),
 tune_answers (those of rates in [0.3, 0.8]), small (hours on two CPU cores), confirmation (fresh
 seeds of four methods), attempts and confirmation_rates (other ranges of rates), eight (five
-methods, eight fresh seeds), field_text, field_sudoku and field_finetune (other methods of the field
+methods, eight fresh seeds), tuned (at the learning rates of tune_answers), field_text, field_sudoku and field_finetune (other methods of the field
 on the same seeds; may share the workdir of eight), longer (three times the steps), weights, larger
 (five tasks, all methods of the field; nights), arithmetic (word problems, with
 --config.data.path=FILE of experiments.prepare mawps), noise_scale (experiments.study.noise_scale
