@@ -8,17 +8,25 @@ WORKDIR/runs. Tables (study.md), all numbers (study.json) and plots are in WORKD
 whenever the command ends; --only_tables writes them from what is finished and runs nothing.
 --only_tasks and --only_methods take a part of a suite, whose tables compare that part alone.
 
-Suites: smoke (seconds), tune, tune_finetune and tune_larger (learning rates of standard training),
-tune_answers (those of rates in [0.3, 0.8]), small (hours on two CPU cores), confirmation (fresh
-seeds of four methods), attempts and confirmation_rates (other ranges of rates), eight (five
-methods, eight fresh seeds), tuned (at the learning rates of tune_answers), field_text, field_sudoku and field_finetune (other methods of the field
-on the same seeds; may share the workdir of eight), longer (three times the steps), weights, larger
-(five tasks, all methods of the field; nights), arithmetic (word problems, with
---config.data.path=FILE of experiments.prepare mawps), noise_scale (experiments.study.noise_scale
-reads it), curves and unweighted (P-POTS without its weight, from curves fitted to runs of the
-former), finetune (the small model of the repository on two tasks, or with --config.model.source=DIR
-another one). For a GPU: full, and a2d (a released model on GSM8K, with --config.model.source=DIR
---config.data.path=FILE). experiments/study/suites.py defines them, docs/study.md has the results.
+Suites (experiments/study/suites.py defines them, docs/study.md has the results):
+
+  smoke            seconds: does everything work?
+  eight            five methods, three tasks, seeds that chose nothing: an hour on two CPU cores
+  longer           the same on two tasks at three times the steps
+  tuned, weights, unweighted, field_text, field_sudoku, field_finetune
+                   other learning rates, weights and methods on the seeds of eight, whose workdir
+                   they may share
+  small, confirmation, confirmation_rates, attempts
+                   earlier: all 13 methods, and other ranges of rates, five seeds each
+  larger           five tasks, all methods of the field: nights
+  arithmetic       word problems; needs --config.data.path=FILE of experiments.prepare mawps
+  finetune, finetune_auto
+                   the repository's small model, or with --config.model.source=DIR another one
+  tune, tune_answers, tune_finetune, tune_larger
+                   learning rates of standard training, and of rates in [0.3, 0.8]
+  curves           runs to fit P-POTS to
+  noise_scale      gradients along training; experiments.study.noise_scale reads it
+  full, a2d        a GPU; a2d needs --config.model.source=DIR --config.data.path=FILE
 """
 
 import fcntl
