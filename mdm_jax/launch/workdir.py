@@ -304,12 +304,14 @@ def provenance(seed: int) -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The line for a shell that starts the launcher with these arguments, without --restart."""
-    program = pathlib.Path(arguments[0]).name
-    start = {
-        "mdm": ["mdm"],
-        "__main__.py": ["python", "-m", "mdm_jax.launch"],
-    }.get(program, ["python", "-m", "experiments.launch"])
+    """The line for a shell that starts this program with these arguments, without --restart."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    if pathlib.Path(arguments[0]).name == "mdm":
+        start = ["mdm"]
+    elif module is not None:
+        start = ["python", "-m", module.name.removesuffix(".__main__")]
+    else:
+        start = ["python", arguments[0]]
     again = [each for each in arguments[1:] if not re.fullmatch("--?restart(=.*)?", each)]
     return shlex.join([*start, *again])
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import sys
 import types
 
 import jax.numpy as jnp
@@ -117,6 +118,22 @@ def test_restart_is_for_training_and_not_for_the_line_that_resumes(launch, run):
     for flag in ("--restart", "-restart=1", "--restart=True"):
         given = ["mdm", "train", flag, f"--workdir={run}"]
         assert launch_workdir.command(given) == f"mdm train --workdir={run}"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("experiments.study.__main__", "python -m experiments.study --suite=small"),
+        ("mdm_jax.launch.__main__", "python -m mdm_jax.launch --suite=small"),
+        ("experiments.launch", "python -m experiments.launch --suite=small"),
+        (None, "python there/program.py --suite=small"),
+    ],
+)
+def test_the_recorded_line_starts_the_program_that_ran(module, line, monkeypatch):
+    spec = importlib.util.find_spec(module) if module else None
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert launch_workdir.command(["there/program.py", "--suite=small"]) == line
+    assert launch_workdir.command(["/bin/mdm", "train"]) == "mdm train"
 
 
 # --- damaged files ------------------------------------------------------------------------------
