@@ -6,7 +6,8 @@ The same line resumes after Ctrl-C, a kill or a crash: finished runs are skipped
 go on from their last checkpoint. Every run is a working directory of the launcher below
 WORKDIR/runs. Tables (study.md), all numbers (study.json) and plots are in WORKDIR, written again
 whenever the command ends; --only_tables writes them from what is finished and runs nothing.
---only_tasks and --only_methods take a part of a suite, whose tables compare that part alone.
+--only_tasks and --only_methods take a part of a suite, whose tables compare, and whose p-values are
+corrected for, that part alone. Suites and parts that share a workdir overwrite each other's tables.
 
 Suites (experiments/study/suites.py defines them, docs/study.md has the results):
 
@@ -56,8 +57,10 @@ _PROCESSES = flags.DEFINE_integer(
     "processes", 0, "Runs at a time, each in a process; 0: one per core, but one with a GPU."
 )
 _ONLY_TABLES = flags.DEFINE_bool("only_tables", False, "Run nothing, write tables and plots.")
-_TASKS = flags.DEFINE_list("only_tasks", [], "Some of the suite's; later calls add others.")
-_METHODS = flags.DEFINE_list("only_methods", [], "Some of the suite's, the baseline among them.")
+_TASKS = flags.DEFINE_list(
+    "only_tasks", [], "Only these; another call with this workdir adds others."
+)
+_METHODS = flags.DEFINE_list("only_methods", [], "Only these, the baseline among them.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep those of finished runs.")
 _CHANGES = {
     path: flags.DEFINE_string(f"config.{path}", None, f"The field {path} of every run.")
@@ -150,6 +153,7 @@ def _start_worker(number: int, root: pathlib.Path) -> subprocess.Popen:
 
 def _work(suite: Suite, root: pathlib.Path) -> int:
     """One worker: executes one unclaimed run after the other."""
+    sys.argv[:] = [each for each in sys.argv if not each.startswith("--worker=")]  # as runs record
     _stay_on_a_core(_WORKER.value)
     parent = os.getppid()
     try:

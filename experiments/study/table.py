@@ -122,9 +122,8 @@ def summarise(
         }
     for method, result in results.items():
         if result is not None:
-            result["share_of_passes"] = share_of_passes(
-                result["curves"], (results.get(suite.baseline) or {}).get("curves", {})
-            )
+            base = _ended(results.get(suite.baseline))
+            result["share_of_passes"] = share_of_passes(_ended(result), base)
             same = results.get(suite.methods[method].same_as or method)
             for name in ("total", "noise"):
                 result[f"{name}_over_baseline"] = _over(name, same, results.get(suite.baseline))
@@ -138,31 +137,43 @@ def share_of_passes(
     """Share of the baseline's passes after which its last validation bound is reached, by seed.
 
     ``curves`` are by seed, as of :func:`study_runs.validation_curve`, with straight lines between
-    validations; a seed that does not reach the bound has None. ``mean`` and ``standard_error`` are
-    None if there is one; None without a seed that both have.
+    validations. A seed that does not reach the bound has None; ``at_most`` says that one had
+    reached it at its first validation, perhaps before. ``mean`` and ``standard_error`` are None
+    where a seed has None; None without a seed that both have.
     """
     shares: dict[str, float | None] = {}
-    for seed, curve in curves.items():
-        if seed not in baseline:
-            continue
-        passes, bits = (np.array(curve[name]) for name in ("forward_passes", "bits_per_unit"))
+    at_most = False
+    for seed in (seed for seed in curves if seed in baseline):
+        passes, bits = (
+            np.array(curves[seed][name]) for name in ("forward_passes", "bits_per_unit")
+        )
         wanted, whole = (baseline[seed][n][-1] for n in ("bits_per_unit", "forward_passes"))
-        first = int(np.argmax(bits <= wanted))
+        reached = np.flatnonzero(bits <= wanted)
         shares[seed] = None
-        if bits[first] <= wanted:
-            part = slice(max(first - 1, 0), first + 1)
-            # Falling from above to the bound or below it; the first validation has none before.
-            at = np.interp(-wanted, -bits[part], passes[part])
-            shares[seed] = float(at / whole)
+        if len(reached):
+            part = slice(max(reached[0] - 1, 0), reached[0] + 1)
+            at_most = at_most or reached[0] == 0
+            # Falling from above to the bound or below it.
+            shares[seed] = float(np.interp(-wanted, -bits[part], passes[part]) / whole)
     if not shares:
         return None
     values = [share for share in shares.values() if share is not None]
-    whole_set = len(values) == len(shares)
-    error = finite_or_none(standard_error_of_mean(np.array(values))) if whole_set else None
+    complete = len(values) == len(shares)
+    error = finite_or_none(standard_error_of_mean(np.array(values))) if complete else None
     return {
         "by_seed": shares,
-        "mean": float(np.mean(values)) if whole_set else None,
+        "at_most": bool(at_most),
+        "mean": float(np.mean(values)) if complete else None,
         "standard_error": error,
+    }
+
+
+def _ended(result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The curves of a method's runs that did not diverge, by seed."""
+    if result is None:
+        return {}
+    return {
+        seed: curve for seed, curve in result["curves"].items() if int(seed) not in result["failed"]
     }
 
 
@@ -325,7 +336,8 @@ def _share(share: Mapping[str, Any] | None) -> str:
         reached = [value for value in share["by_seed"].values() if value is not None]
         return f"reached by {len(reached)} of {len(share['by_seed'])} seeds"
     error = share["standard_error"]
-    return f"{share['mean']:.0%}" + (f" ± {error:.0%}" if error else "")
+    bound = "at most " if share["at_most"] else ""
+    return f"{bound}{share['mean']:.0%}" + (f" ± {error:.0%}" if error else "")
 
 
 def _measured(ratio: Mapping[str, Any] | None) -> str:

@@ -223,11 +223,23 @@ def test_passes_to_the_last_bound_of_the_baseline():
     assert found["by_seed"] == pytest.approx({"0": 1 / 2, "1": 1 / 3})
     assert found["mean"] == pytest.approx(5 / 12)
     assert found["standard_error"] == pytest.approx(1 / 12)
-    assert study_table._share(found) == "42% ± 8%"
+    # Seed 1 may have reached it before.
+    assert found["at_most"] and study_table._share(found) == "at most 42% ± 8%"
+    once = study_table.share_of_passes({"0": own["0"]}, base)
+    assert not once["at_most"] and study_table._share(once) == "50%"
     late = study_table.share_of_passes({"0": curve(4.0, 3.0, 2.1), "1": base["1"]}, base)
     assert late["by_seed"] == {"0": None, "1": 1.0} and late["mean"] is None
     assert study_table._share(late) == "reached by 1 of 2 seeds"
     assert study_table.share_of_passes({"9": own["9"]}, base) is None
+
+
+@pytest.mark.parametrize("method", ["standard", "mirror"])
+def test_runs_that_diverged_before_a_validation_are_in_no_share_of_passes(method):
+    found = _found()
+    found[method] = [_record(0, 0.5), _record(1, 0.0, failed="NaN")]
+    found[method][1]["curve"] = {"forward_passes": [], "bits_per_unit": []}
+    share = study_table.summarise(_suite(), "t", found)["mirror"]["share_of_passes"]
+    assert share["by_seed"] == {"0": 1.0}
 
 
 def test_tables_say_what_was_not_run():
