@@ -48,7 +48,7 @@ def text_partition(variant: str = "") -> ConfigDict:
     check_variant("text_partition", variant, ("char",))
     config = _text(variant)
     config.process = "partition"
-    config.partition.decoder_depth = 2  # of 4, by short runs: docs/quickstart.md
+    config.partition.decoder_depth = 2  # of 3, by short runs: docs/quickstart.md
     if variant == "smoke":
         config.model.depth, config.partition.decoder_depth = 2, 1
     return config
