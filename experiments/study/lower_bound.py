@@ -30,6 +30,7 @@ lies between is taken as a power law, which moves results for smooth curves by -
 """
 
 import argparse
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import binom
 
-from mdm_jax import corruption, data, files, objectives, rng
+from mdm_jax import corruption, data, files, objectives, rng, variance
 from mdm_jax.draws import Draw, open_uniform
 from mdm_jax.evaluation.seeds import markdown_table
 from mdm_jax.launch.build import make_experiment
@@ -57,13 +58,11 @@ NAMES = {
     "root": "the same, density in proportion to 1 / sqrt(rate)",
     "best_density": "the same, the best density",
     "stratified": "fixed counts, stratified rates, large batches",
-    "slopes": "the same, the density that ppots_slopes learns: the default chain",
+    "slopes": "the same, the density that the default chain would learn from exact moments",
     "bound": "lower bound of one mask a row, uniform among masks of its size, independent rows",
 }
 LOWEST = 1e-3
 """Lowest rate of standard training, as published."""
-FLOOR = 0.2
-"""Of ``variance.ppots_slopes`` by default."""
 
 
 class Sums(NamedTuple):
@@ -220,13 +219,14 @@ def under_slopes(within: np.ndarray, at_logits: np.ndarray) -> float:
 
     It follows the second moments [n] at the logits, up to a factor; ``within`` [n] is V.
     """
+    floor = inspect.signature(variance.ppots_slopes).parameters["floor"].default
     n, edges = len(within), np.float64(densities.log_spaced_edges())
     cuts = np.union1d(edges, 1 - np.arange(n + 1) / n)
     widths, middle = np.diff(cuts), (cuts[1:] + cuts[:-1]) / 2
     size = np.ceil(n * (1 - middle)).astype(int) - 1
     bins = np.searchsorted(edges, middle) - 1
     moments = np.bincount(bins, widths * at_logits[size]) / np.bincount(bins, widths)
-    density = densities.moment_density(edges, moments, FLOOR)
+    density = densities.moment_density(edges, moments, floor)
     return float(np.sum(widths * within[size] / np.exp(np.float64(density.log_pdf(middle)))))
 
 

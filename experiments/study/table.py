@@ -169,11 +169,13 @@ def share_of_passes(
 
 
 def _ended(result: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The curves of a method's runs that did not diverge, by seed."""
+    """The curves of a method's runs that did not diverge and were validated, by seed."""
     if result is None:
         return {}
     return {
-        seed: curve for seed, curve in result["curves"].items() if int(seed) not in result["failed"]
+        seed: curve
+        for seed, curve in result["curves"].items()
+        if int(seed) not in result["failed"] and curve["forward_passes"]
     }
 
 

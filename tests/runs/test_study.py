@@ -240,6 +240,8 @@ def test_runs_that_diverged_before_a_validation_are_in_no_share_of_passes(method
     found[method][1]["curve"] = {"forward_passes": [], "bits_per_unit": []}
     share = study_table.summarise(_suite(), "t", found)["mirror"]["share_of_passes"]
     assert share["by_seed"] == {"0": 1.0}
+    found[method][1] |= {"failed": "", "evaluation": found[method][0]["evaluation"]}  # no metrics
+    assert study_table.summarise(_suite(), "t", found)["mirror"]["share_of_passes"] == share
 
 
 def test_tables_say_what_was_not_run():
@@ -387,6 +389,8 @@ def _assert_complete(out, root, pending):
     assert found["standard"]["forward_passes"] == found["recommended"]["forward_passes"] == 32
     assert not any(root.glob("runs/*/*/*/checkpoints"))
     assert len(list((root / "plots").glob("*.png"))) == 2
+    command = json.loads((root / RECOMMENDED / "run.json").read_text())["command"]
+    assert command.startswith("python -m experiments.study ") and "--worker" not in command
 
 
 def _as_if_killed_at_step_2(run):
