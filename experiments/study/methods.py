@@ -203,7 +203,7 @@ FIELD: dict[str, Method] = {
         note="`variance.order=auto` measures before the first step, by 2 % of the passes; what it "
         "chose in each run stands in its `auto.jsonl`",
     ),
-    "flat": FLAT_WEIGHTS["flat"],
+    **FLAT_WEIGHTS,
     "bell": Method(
         "bell-shaped rates, weight kept",
         ("stratified",),

@@ -101,7 +101,7 @@ def test_word_problems_are_written_out(tmp_path):
 
 def test_partition_models_are_trained_on_grids_too():
     suite = SUITES["larger"]
-    config = study_runs.configure(suite, Run("sudoku6", "partition", "passes", 0), pathlib.Path())
+    config = study_runs.configure(suite, Run("sudoku9", "partition", "passes", 0), pathlib.Path())
     config.data.task.update(train_rows=8, valid_rows=8, test_rows=8)
     experiment = make_experiment(config)
     assert experiment.config.process == "partition" and experiment.transform.views == 1
