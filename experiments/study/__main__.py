@@ -19,7 +19,7 @@ Suites (experiments/study/suites.py defines them, docs/study.md has the results)
                    they may share
   small, confirmation, confirmation_rates, attempts
                    earlier: all 13 methods, and other ranges of rates, five seeds each
-  larger           five tasks, all methods of the field: nights
+  larger           9x9 Sudoku, Countdown, subwords; all methods of the field: nights
   arithmetic       word problems; needs --config.data.path=FILE of experiments.prepare mawps
   finetune, finetune_auto
                    the repository's small model, or with --config.model.source=DIR another one

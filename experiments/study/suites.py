@@ -334,7 +334,7 @@ SUITES["larger"] = Suite(
         "countdown4": Task(  # so small a model finds hardly any answer
             "study.countdown4",
             "bits_per_unit",
-            {"train.steps": 1200, "train.batch_size": 16, "optimizer.peak": 1e-2} | _FASTER,
+            {"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 1e-2} | _FASTER,
         ),
         "text_subwords": Task(
             "study.text:subwords",
