@@ -348,7 +348,7 @@ SUITES["larger"] = Suite(
     seeds=tuple(range(8)),
     budgets=("passes",),
     measured_seeds=(),
-    settings=_QUICK | {"sample.num_answers": 512},
+    settings=_QUICK | {"sample.num_answers": 128},
 )
 SUITES["tune_larger"] = tuning(SUITES["larger"], (5e-3, 1e-2, 2e-2), (100, 101))
 _NO_PARTITION = {name: method for name, method in FIELD.items() if name != "partition"}
