@@ -350,7 +350,7 @@ SUITES["larger"] = Suite(
     measured_seeds=(),
     settings=_QUICK | {"sample.num_answers": 128},
 )
-SUITES["tune_larger"] = tuning(SUITES["larger"], (5e-3, 1e-2, 2e-2), (100, 101))
+SUITES["tune_larger"] = tuning(SUITES["larger"], (1e-2, 2e-2, 4e-2), (100,))
 _NO_PARTITION = {name: method for name, method in FIELD.items() if name != "partition"}
 # A pretrained model is no partition model. So small a one answers none of the problems.
 SUITES["arithmetic"] = Suite(
