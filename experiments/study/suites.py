@@ -329,17 +329,17 @@ SUITES["larger"] = Suite(
     tasks={
         "sudoku9": Task(
             "study.sudoku9",
-            settings={"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 1e-2} | _FASTER,
+            settings={"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 2e-2} | _FASTER,
         ),
         "countdown4": Task(  # so small a model finds hardly any answer
             "study.countdown4",
             "bits_per_unit",
-            {"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 1e-2} | _FASTER,
+            {"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 2e-2} | _FASTER,
         ),
         "text_subwords": Task(
             "study.text:subwords",
             "bits_per_unit",
-            {"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 2e-2}
+            {"train.steps": 600, "train.batch_size": 16, "optimizer.peak": 4e-2}
             | _SMALL_NETWORK
             | _FASTER,
         ),
