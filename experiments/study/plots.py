@@ -21,12 +21,15 @@ PANELS = {
     "sudoku6": ("6×6 Sudoku, scratch", "accuracy (higher is better)"),
     "sudoku4_noisy": ("Noisy 4×4, fine-tuned", "accuracy (higher is better)"),
     "text": ("Text, bound", "bits per character (lower is better)"),
+    "sudoku9": ("9×9 Sudoku, scratch", "accuracy (higher is better)"),
+    "countdown4": ("Countdown, bound", "bits per character (lower is better)"),
+    "text_subwords": ("Text in subwords, bound", "bits per character (lower is better)"),
 }
 ROWS = {
     "standard": "standard masked diffusion",
     "recommended": "default chain (keeps the bound)",
     "recommended_for_answers": "rates in [0.3, 0.8]",
-    "highest_rates": "rates in [0.5, 1]",
+    "flat_slopes": "flat weights, P-POTS",
 }
 
 
@@ -114,20 +117,24 @@ def variance_curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, Any]]]
 
 def main() -> None:
     """Draw ``docs/seeds.svg``: every fresh seed of the study, one dot each."""
-    results = published("eight")["results"]["passes"]
+    found = [published(name)["results"]["passes"] for name in ("eight", "weights", "larger")]
     matplotlib.rcParams["svg.hashsalt"] = "mdm_jax"  # the same file each time
-    figure = mdm_plots.new_figure((9, 2.4))
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (task, (title, score)) in zip(panels, PANELS.items()):
+    figure = mdm_plots.new_figure((9, 4.6))
+    panels = figure.subplots(2, len(PANELS) // 2, sharey=True)
+    for axes, (task, (title, score)) in zip(panels.flat, PANELS.items()):
+        results = {m: r for each in found for m, r in each.get(task, {}).items() if r}
         for row, method in enumerate(ROWS):
-            scores = list(results[task][method]["scores"].values())
+            if method not in results:
+                continue
+            scores = list(results[method]["scores"].values())
             color = "0.45" if row == 0 else mdm_plots.PALETTE[row - 1]
             axes.plot(scores, [row] * len(scores), "o", color=color, alpha=0.7, markersize=6)
             axes.plot(sum(scores) / len(scores), row, "|", color=color, markersize=18, mew=2)
         mdm_plots.dress(axes, title, score)
         axes.margins(x=0.08, y=0.15)
-    panels[0].set_yticks(range(len(ROWS)), ROWS.values(), fontsize=9)
-    panels[0].invert_yaxis()
+    for axes in panels[:, 0]:
+        axes.set_yticks(range(len(ROWS)), ROWS.values(), fontsize=9)
+    panels[0, 0].invert_yaxis()
     figure.savefig(ROOT / "docs/seeds.svg", metadata={"Date": None})
 
 

@@ -1,7 +1,9 @@
 """Runs of a suite by the launcher, each resumable and with one record at its end."""
 
 import dataclasses
+import functools
 import importlib
+import operator
 import pathlib
 import shutil
 import time
@@ -14,8 +16,9 @@ from experiments.study.gradient_noise import along_training
 from experiments.study.suites import METHODS, Method, Suite, Task
 from mdm_jax import files
 from mdm_jax.checks import unknown_name
+from mdm_jax.launch import config as launch_config
+from mdm_jax.launch import source as sources
 from mdm_jax.launch.build import make_experiment
-from mdm_jax.launch.config import flat_settings
 from mdm_jax.launch.modes import evaluate, train
 from mdm_jax.launch.workdir import WorkdirError, changes, check, read_config, write_json
 from mdm_jax.training.loop import Interrupt, TrainingStopped
@@ -74,7 +77,9 @@ def changed(suite: Suite, changes: Mapping[str, str]) -> Suite:
     """The suite with other values, as text, of config fields; ValueError for text of no number."""
     values = {}
     for path, text in changes.items():
-        kind = type(flat_settings()[path].default)
+        *sections, name = path.split(".")
+        section = functools.reduce(operator.getitem, sections, launch_config.get_config())
+        kind = section.get_type(name)  # of a setting whose default is None, too
         try:
             values[path] = kind(text)
         except ValueError as error:
@@ -178,6 +183,8 @@ def check_run(suite: Suite, run: Run, root: pathlib.Path) -> None:
         WorkdirError: listing what differs.
     """
     workdir, config = directory(root, run), configure(suite, run, root)
+    if read_config(workdir) is not None:  # which has what its source fixes, too
+        config = sources.filled(config, sources.read(config, workdir), workdir=workdir)
     check(workdir, config)
     changed = changes(workdir, config, ("evaluate", "sample"))
     record = read_record(root, run)

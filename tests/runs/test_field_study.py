@@ -16,6 +16,7 @@ from experiments.study.methods import CURVES, FIELD
 from experiments.study.runs import Run
 from experiments.study.suites import SUITES
 from mdm_jax.launch.build import make_experiment
+from mdm_jax.launch.workdir import WorkdirError, claim
 from mdm_jax.training.loop import Interrupt
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.first]
@@ -169,6 +170,19 @@ def test_the_suite_for_a_gpu_says_how_long_it_takes(tmp_path):
     held_out = len(each[1].dataset.test)
     bounds = held_out * each[1].config.evaluate.final_passes * 2
     assert full == pytest.approx(length * forward * (3 * rows + bounds + 2 * 2))
+
+
+def test_a_study_of_a_released_model_is_resumed(tmp_path):
+    """The config that a run keeps has what the model fixes, such as its tokenizer and width."""
+    suite, run = _tiny_a2d(tmp_path), Run("gsm8k_lora", "standard", "passes", 0)
+    config = make_experiment(study_runs.configure(suite, run, tmp_path)).config
+    claim(study_runs.directory(tmp_path, run), config)
+    study_runs.check_run(suite, run, tmp_path)
+    other = study_runs.changed(suite, {"optimizer.peak": "1"})
+    with pytest.raises(ValueError, match="optimizer.peak=high: not of type float"):
+        study_runs.changed(suite, {"optimizer.peak": "high"})
+    with pytest.raises(WorkdirError, match=r"config:\n  optimizer.peak: 0.0002 -> 1.0\nName"):
+        study_runs.check_run(other, run, tmp_path)
 
 
 @pytest.mark.slow
